@@ -1,0 +1,356 @@
+"""The contracts of the engine: what a method, a host and a backend must fill.
+
+    Adapter   the maths of one method on one layer; says what to ADD to output and weight
+    Host      one kind of layer that can be adapted (Linear, Conv1D, Embedding, …)
+    Backend   one way a weight is stored (dense, bitsandbytes 4-bit, …)
+    Base      what an adapter may see of the layer it sits on: its host and backend, joined
+
+An adapter knows no name, no activation and no quantization. M methods, H hosts and N backends
+are M + H + N files.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.errors import ConfigError, did_you_mean
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for. Values as in PEFT's files."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class ConfigStore(Protocol):
+    """Reads and writes configs on disk or a hub; the checkpoint package provides it."""
+
+    def read(self, source: str, **options: Any) -> AdapterConfig: ...
+
+    def write(self, config: AdapterConfig, folder: str, **options: Any) -> None: ...
+
+
+@dataclass
+class AdapterConfig:
+    """Fields every method has. Names, defaults and meanings are PEFT's.
+
+    Public as ``nbpeft.PeftConfig``. A config handed to the engine is copied, so that later
+    changes to the caller's object change nothing.
+    """
+
+    task_type: TaskType | str | None = field(default=None)
+    peft_type: str | None = field(default=None)
+    auto_mapping: dict[str, Any] | None = field(default=None)
+    peft_version: str | None = field(default=None)
+    base_model_name_or_path: str | None = field(default=None)
+    revision: str | None = field(default=None)
+    inference_mode: bool = field(default=False)
+
+    store: ClassVar[ConfigStore | None] = None
+
+    def __post_init__(self) -> None:
+        if self.task_type is None:
+            return
+        names = [task.value for task in TaskType]
+        if str(getattr(self.task_type, "value", self.task_type)) not in names:
+            raise ConfigError(
+                f"task_type {self.task_type!r} is not one of {', '.join(names)}."
+                + did_you_mean(str(self.task_type), names),
+                task_type=self.task_type,
+            )
+        self.task_type = TaskType(self.task_type)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """PEFT's question; no method here learns a prompt."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """PEFT's question; no method here is an adaption prompt."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, nested configs as dictionaries, as PEFT's ``to_dict`` gives them."""
+        return dataclasses.asdict(self)
+
+    def copy(self, **changes: Any) -> Self:
+        """A deep copy with some fields replaced, without the checks of the constructor."""
+        twin = copy.deepcopy(self)
+        for name, value in changes.items():
+            setattr(twin, name, value)
+        return twin
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **options: Any
+    ) -> AdapterConfig:
+        """Reads the config of a saved adapter from a folder or a hub id.
+
+        Raises:
+            CheckpointNotFoundError: there is no ``adapter_config.json``.
+            UnknownMethodError: the file names a method that is not registered.
+        """
+        return _store(cls).read(pretrained_model_name_or_path, subfolder=subfolder, **options)
+
+    def save_pretrained(self, save_directory: str, **options: Any) -> None:
+        """Writes ``adapter_config.json`` into a folder, atomically."""
+        _store(type(self)).write(self, save_directory, **options)
+
+
+def _store(cls: type[AdapterConfig]) -> ConfigStore:
+    if cls.store is None:
+        raise ConfigError("reading and writing configs needs nbpeft.checkpoint to be imported")
+    return cls.store
+
+
+@dataclass
+class AdapterWeights:
+    """The tensors of one adapter, apart from any file format.
+
+    Attributes:
+        adapters: path of the adapted module -> parameter name (``lora_A``) -> tensor.
+        copies: path of a module trained as a whole (``modules_to_save``) -> parameter or
+            buffer name inside that module -> tensor.
+        base: name of a trained base parameter (``bias="all"``), without any wrapper -> tensor.
+    """
+
+    adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """One way a weight is stored. Stateless; one instance serves all modules.
+
+    ``matches`` must not import the optional library it speaks of: look in ``sys.modules``.
+    """
+
+    name: str
+    can_merge: bool
+    merge_refusal: str
+    """Why ``can_merge`` is False, for the error's message; empty otherwise."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this backend reads the module's weight."""
+        ...
+
+    def device(self, module: nn.Module) -> torch.device:
+        """Where the weight lies."""
+        ...
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The floating dtype the weight stands for (what ``dequantize`` returns)."""
+        ...
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """The weight as a floating tensor in the module's own orientation, detached.
+
+        Right at any time, also after a forward has re-packed the storage. A dense backend
+        returns the stored tensor itself, so writing in place changes the module.
+        """
+        ...
+
+    def store(self, module: nn.Module, weight: Tensor) -> None:
+        """Puts a floating weight (own orientation) into the module, quantizing as it was."""
+        ...
+
+    def snapshot(self, module: nn.Module) -> Any:
+        """A copy of everything ``store`` changes, kept off the accelerator."""
+        ...
+
+    def restore(self, module: nn.Module, snapshot: Any) -> None:
+        """Puts a snapshot back, bit for bit."""
+        ...
+
+    def byte_count(self, module: nn.Module) -> int:
+        """Bytes the stored weight takes, with its quantization constants."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of an adapter's input: a probability and whether it acts now."""
+
+    probability: float
+    training: bool
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is dropped."""
+        return self.training and self.probability > 0.0
+
+
+class Host(Protocol):
+    """One kind of layer that can be adapted. Stateless.
+
+    The canonical weight is (out, in) or (out, in / groups, *kernel): every method's maths is
+    written for it, whatever the module stores.
+    """
+
+    name: str
+    factor_names: tuple[str, str]
+    """Names of the two low-rank factors, e.g. ``("lora_A", "lora_B")``."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the module is of this kind (quantized versions included)."""
+        ...
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """(in, out) features."""
+        ...
+
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """A view of a weight in the module's orientation as the canonical one; its own inverse."""
+        ...
+
+    def factor_shapes(self, module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B for a rank.
+
+        Raises:
+            ConfigError: this layer cannot take that rank.
+        """
+        ...
+
+    def low_rank(
+        self, module: nn.Module, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout: Dropout
+    ) -> Tensor:
+        """scaling * B(A(dropout(x))), shaped like the module's output, without a bias."""
+        ...
+
+    def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's map with another canonical weight and no bias."""
+        ...
+
+    def product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """B A as a canonical weight."""
+        ...
+
+    def channels_last(self, module: nn.Module, vector: Tensor) -> Tensor:
+        """Views a vector over out channels so that it multiplies the module's output."""
+        ...
+
+
+class Base:
+    """What an adapter may see of the layer it sits on.
+
+    Attributes:
+        module: the frozen layer itself.
+        host: its kind.
+        backend: how its weight is stored.
+    """
+
+    __slots__ = ("backend", "host", "module")
+
+    def __init__(self, module: nn.Module, host: Host, backend: Backend) -> None:
+        self.module = module
+        self.host = host
+        self.backend = backend
+
+    @property
+    def in_features(self) -> int:
+        return self.host.features(self.module)[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.host.features(self.module)[1]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.backend.device(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backend.dtype(self.module)
+
+    def weight(self) -> Tensor:
+        """The frozen weight, dequantized, canonical (out, in, …), detached."""
+        return self.host.canonical(self.module, self.backend.dequantize(self.module))
+
+
+class Adapter(nn.Module):
+    """One method, for one name, on one layer. Subclass it in ``methods/``.
+
+    A subclass gives ``create`` and the three maths methods. All its tensors to train are direct
+    parameters, named as in the papers; ``parameter_shapes`` tells their names and shapes
+    before anything is allocated.
+    """
+
+    weight_free: ClassVar[bool] = True
+    """Whether ``delta_weight`` ignores the weight it is given (DoRA does not)."""
+
+    scaling: float | Tensor
+
+    @classmethod
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, host: Host) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape this method will have at ``path``.
+
+        Raises:
+            ConfigError: the method does not work on this layer with this config.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def create(
+        cls, config: Any, path: str, base: Base, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
+    ) -> Self:
+        """Builds the adapter for the layer at ``path``.
+
+        Args:
+            config: the method's own config.
+            path: where the layer is in the model; patterns are matched against it.
+            base: the layer.
+            tensors: loaded parameters to bind as they are, or None to initialise.
+            dtype: dtype of new parameters.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, base_output: Tensor, base: Base) -> Tensor:
+        """What to ADD to the layer's output.
+
+        Args:
+            x: the layer's input, in its own dtype (an adapter casts inside, and keeps ``x``).
+            base_output: what the frozen layer gave, bias included.
+            base: the layer.
+
+        Returns:
+            A tensor shaped like ``base_output`` in the adapter's or the autocast dtype.
+        """
+        raise NotImplementedError
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """What to ADD to the canonical weight, which is the frozen base's. Same shape."""
+        raise NotImplementedError
+
+    def delta_bias(self, base: Base) -> Tensor | None:
+        """What to ADD to the layer's bias, (out,), or None."""
+        return None
+
+    def add_to_(self, weight: Tensor, scale: float) -> None:
+        """Adds ``scale * delta_weight(weight)`` to a canonical weight in place.
+
+        A method overrides it to spend less memory than a second weight.
+        """
+        weight.add_(self.delta_weight(weight).to(weight.dtype), alpha=scale)
+
+
+ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
+AdapterFactory = Callable[..., Adapter]

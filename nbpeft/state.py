@@ -1,0 +1,125 @@
+"""What the panels draw: frozen snapshots of a session, without tensors.
+
+Every class turns into JSON with ``dataclasses.asdict``; sizes are in bytes, times in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+TrainStatus = Literal["starting", "running", "paused", "stopping", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """One adapter of one model."""
+
+    name: str
+    method: str
+    """How a person calls it: ``LoRA``, ``DoRA``, ``rsLoRA``."""
+    rank: int
+    alpha: float
+    mixed_ranks: bool
+    """Whether a rank or alpha pattern gives some modules other values."""
+    module_count: int
+    targets: tuple[str, ...]
+    """Distinct last path segments of the adapted modules, sorted."""
+    parameter_count: int
+    byte_count: int
+    trainable: bool
+    active: bool
+    merged: bool
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """One part of what is used, e.g. ``base weights``."""
+
+    name: str
+    byte_count: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Memory of one model and of the device it is on."""
+
+    device: str
+    parts: tuple[MemoryPart, ...]
+    device_total: int | None
+    device_free: int | None
+    peak: int | None = None
+    """Highest use since the last mark, where the device counts it."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """A training run at one moment.
+
+    ``history`` and ``eval_history`` are (step, loss) pairs; ``history`` is decimated for
+    drawing, so it is bounded however long the run is.
+    """
+
+    run_id: str
+    adapter: str
+    status: TrainStatus
+    step: int
+    total_steps: int | None
+    epoch: float | None = None
+    loss: float | None = None
+    smoothed_loss: float | None = None
+    eval_loss: float | None = None
+    eval_step: int | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    elapsed: float = 0.0
+    remaining: float | None = None
+    history: tuple[tuple[int, float], ...] = ()
+    eval_history: tuple[tuple[int, float], ...] = ()
+    memory: MemoryState | None = None
+    message: str = ""
+    """One line for a person: why it stopped, or a warning that it cannot learn."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One model that carries adapters."""
+
+    name: str
+    """The notebook variable, or another label."""
+    class_name: str
+    dtype: str
+    device: str
+    parameter_count: int
+    """All parameters, adapters included."""
+    trainable_count: int
+    adapters: tuple[AdapterState, ...] = ()
+    active: tuple[str, ...] = ()
+    """Active adapters; empty when only the base model acts."""
+    enabled: bool = True
+    merged: tuple[str, ...] = ()
+    memory: MemoryState | None = None
+    training: TrainState | None = None
+    quantization: str = ""
+    """Backend of the quantized layers, e.g. ``bnb4bit``; empty for a dense model."""
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """Everything the panels know."""
+
+    models: tuple[ModelState, ...] = ()
+    current: str | None = None
+    """Name of the model that commands without a model act on."""
+    busy: str = ""
+    """What is running, in words, or the empty string."""
+    revision: int = 0
+    """Grows with every published state."""
+    notes: tuple[str, ...] = field(default=())
+
+    def model(self, name: str | None = None) -> ModelState | None:
+        """The model of that name, the current one for None, or None if it is not there."""
+        wanted = self.current if name is None else name
+        return next((model for model in self.models if model.name == wanted), None)
