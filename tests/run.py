@@ -1,0 +1,250 @@
+"""Checks everything on a fresh machine: ``python3 tests/run.py``.
+
+Makes the virtual environment and finds a browser if they are not there, then runs the linters,
+the type checker, the import contracts and the tests. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notebooks"))
+
+import environment
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+NO_TESTS_COLLECTED = 5
+
+
+@dataclass
+class Part:
+    """One command to run.
+
+    Attributes:
+        title: what it does.
+        command: arguments after the environment's interpreter.
+        remedy: what to do when it fails.
+        report: where pytest writes its counts, for the parts that are tests.
+        variables: what it needs in its environment.
+    """
+
+    title: str
+    command: list[str]
+    remedy: str
+    report: Path | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    status: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended badly; a part of the tests may be left without any by a filter."""
+        return self.status not in ((0, NO_TESTS_COLLECTED) if self.report else (0,))
+
+
+def main() -> int:
+    """Sets up, runs the parts, and ends with the times and the counts."""
+    environment.require_python()
+    arguments, pytest_arguments = parse()
+    try:
+        python = environment.ensure("test")
+        browser = find_browser(python) if arguments.only in (None, "slow") and not arguments.no_browser else None
+    except environment.SetupError as problem:
+        print(f"\n{problem}", file=sys.stderr)
+        return 1
+    environment.ARTIFACTS.mkdir(exist_ok=True)
+    parts = chosen_parts(arguments, pytest_arguments, browser)
+    for part in parts:
+        run(part, python)
+    return conclude(parts)
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The command line: our options, and what is for pytest."""
+    parser = argparse.ArgumentParser(
+        description="Runs all checks. Other arguments go to pytest: paths, -x, --lf, -n 0, …"
+    )
+    parser.add_argument("--only", choices=("lint", "unit", "slow"), help="only this part")
+    parser.add_argument("--no-browser", action="store_true", help="leave out the tests that drive a browser")
+    parser.add_argument("-k", metavar="EXPRESSION", help="only the tests that match it, as in pytest")
+    arguments, rest = parser.parse_known_args()
+    return arguments, [*(["-k", arguments.k] if arguments.k else []), *rest]
+
+
+def chosen_parts(arguments: argparse.Namespace, pytest_arguments: list[str], browser: str | None) -> list[Part]:
+    """The parts that the command line asks for, in the order in which they run."""
+    parts = []
+    if arguments.only == "lint" or (arguments.only is None and not pytest_arguments):
+        parts += lint_parts()
+    if arguments.only != "lint":
+        parts += test_parts(pytest_arguments, browser, arguments.no_browser)
+    titles = {"unit": "quick tests", "slow": "slow tests"}
+    return [part for part in parts if arguments.only not in titles or part.title == titles[arguments.only]]
+
+
+def lint_parts() -> list[Part]:
+    """Linters, types and import contracts."""
+    return [
+        Part("ruff check", ["-m", "ruff", "check", "."], "python -m ruff check --fix . repairs most of them"),
+        Part("ruff format", ["-m", "ruff", "format", "--check", "."], "python -m ruff format . rewrites the files"),
+        Part("mypy", ["-m", "mypy"], "each line above names the file, the line and what is wrong"),
+        Part(
+            "import contracts",
+            ["-c", "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"],
+            "a broken contract names the import; the layers are in pyproject.toml under tool.importlinter",
+        ),
+    ]
+
+
+def test_parts(pytest_arguments: list[str], browser: str | None, no_browser: bool) -> list[Part]:
+    """The tests in two parts: quick ones on all cores, then those that need the machine to themselves."""
+    workers = str(min(os.cpu_count() or 1, 4))
+    single_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quick = environment.ARTIFACTS / "tests-quick.xml"
+    slow = environment.ARTIFACTS / "tests-slow.xml"
+    slow_marks = "slow and not browser" if no_browser else "slow or browser"
+    return [
+        Part(
+            "quick tests",
+            ["-m", "pytest", "-m", "not slow and not browser", "-n", workers, "--dist", "worksteal", *pytest_arguments],
+            "--only unit --lf runs those that failed",
+            quick,
+            {**offline, **single_thread},
+        ),
+        Part(
+            "slow tests",
+            ["-m", "pytest", "-m", slow_marks, "--durations=10", *pytest_arguments],
+            "--only slow --lf runs those that failed",
+            slow,
+            {**offline, **({"CHROMIUM": browser} if browser else {})},
+        ),
+    ]
+
+
+def run(part: Part, python: Path) -> None:
+    """Runs one part in this terminal and notes its status, time and counts."""
+    arguments = list(part.command)
+    if part.report:
+        part.report.unlink(missing_ok=True)
+        arguments.append(f"--junitxml={part.report}")
+    print(f"\n› {part.title}: python {subprocess.list2cmdline(arguments)}", flush=True)
+    start = time.monotonic()
+    variables = environment.child_environment(**part.variables)
+    part.status = subprocess.run([str(python), *arguments], cwd=environment.ROOT, env=variables).returncode
+    part.seconds = time.monotonic() - start
+    if part.report and part.report.exists():
+        part.counts = read_counts(part.report)
+
+
+def read_counts(report: Path) -> dict[str, int]:
+    """How many tests passed, failed (errors included) and were skipped, from pytest's report."""
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    number = {name: int(suite.get(name, 0)) if suite is not None else 0 for name in ("tests", "failures", "errors")}
+    skipped = int(suite.get("skipped", 0)) if suite is not None else 0
+    failed = number["failures"] + number["errors"]
+    return {"passed": number["tests"] - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def conclude(parts: list[Part]) -> int:
+    """Prints what each part came to and, last, the counts of all tests.
+
+    Returns:
+        The exit status: 0 only if nothing failed and, where tests were asked for, some ran.
+    """
+    print()
+    for part in parts:
+        verdict = "FAILED" if part.failed else "no tests" if part.status == NO_TESTS_COLLECTED else "ok"
+        print(f"{part.title:<18} {verdict:<10} {environment.duration(part.seconds):>14}")
+    for part in parts:
+        if part.failed:
+            print(f"\n{part.title} failed: {part.remedy}.")
+    tests = [part for part in parts if part.report]
+    total = {name: sum(part.counts.get(name, 0) for part in tests) for name in ("passed", "failed", "skipped")}
+    none_ran = bool(tests) and total["passed"] + total["failed"] == 0
+    if none_ran:
+        print("\nNo test ran: nothing matched what was asked for.")
+    if tests:
+        print(f"\n{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped", flush=True)
+    return 1 if none_ran or any(part.failed for part in parts) else 0
+
+
+def find_browser(python: Path) -> str:
+    """The browser for the browser tests, installed first if there is none.
+
+    Returns:
+        Its executable.
+
+    Raises:
+        SetupError: there is none and none could be installed.
+    """
+    found = browser_here(python)
+    if found is None:
+        install_browser(python)
+        found = browser_here(python)
+    if found is None:
+        raise environment.SetupError(
+            "There is no browser for the browser tests. Install Chromium or Chrome, or set CHROMIUM to its path, "
+            "or leave those tests out with --no-browser."
+        )
+    return found
+
+
+def browser_here(python: Path) -> str | None:
+    """A browser that is already there: named by CHROMIUM, on the path, or Playwright's own."""
+    named = os.environ.get("CHROMIUM")
+    found = next(filter(None, map(shutil.which, (named, *BROWSERS) if named else BROWSERS)), None)
+    if found:
+        return found
+    code = (
+        "from playwright.sync_api import sync_playwright\n"
+        "with sync_playwright() as playwright: print(playwright.chromium.executable_path)"
+    )
+    done = subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, env=environment.child_environment()
+    )
+    path = done.stdout.strip()
+    return path if path and Path(path).exists() else None
+
+
+def install_browser(python: Path) -> None:
+    """Installs Debian's Chromium where that is possible, else Playwright's build."""
+    root = os.name == "posix" and os.geteuid() == 0
+    log = environment.VENV / "browser-setup.log"
+    if root and shutil.which("apt-get") and is_debian():
+        os.environ.setdefault("DEBIAN_FRONTEND", "noninteractive")
+        with environment.step("installing Chromium with apt-get, for the browser tests"):
+            environment.run_showing_progress(["apt-get", "update"], log)
+            code, _ = environment.run_showing_progress(
+                ["apt-get", "install", "--yes", "--no-install-recommends", "chromium"], log
+            )
+        if code == 0:
+            return
+    options = ["--with-deps"] if root and sys.platform == "linux" else []
+    with environment.step("installing Playwright's Chromium, for the browser tests"):
+        environment.run_showing_progress([str(python), "-m", "playwright", "install", *options, "chromium"], log)
+
+
+def is_debian() -> bool:
+    """Whether this is Debian itself: Ubuntu's package of that name only points to a snap."""
+    try:
+        lines = Path("/etc/os-release").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return "ID=debian" in lines
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. Run the same command again: it goes on from what is there.")
