@@ -14,9 +14,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,8 @@ class Host(Protocol):
     name: str
     factor_names: tuple[str, str]
     """Names of the two low-rank factors, e.g. ``("lora_A", "lora_B")``."""
+    zero_factor: int
+    """Which factor starts at zero under the usual init: 1 (B), or 0 (A, for lookups)."""
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is of this kind (quantized versions included)."""
@@ -239,7 +241,7 @@ class Host(Protocol):
         """B A as a canonical weight."""
         ...
 
-    def channels_last(self, module: nn.Module, vector: Tensor) -> Tensor:
+    def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
         """Views a vector over out channels so that it multiplies the module's output."""
         ...
 
@@ -336,7 +338,7 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
-    def delta_weight(self, weight: Tensor) -> Tensor:
+    def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
         """What to ADD to the canonical weight, which is the frozen base's. Same shape."""
         raise NotImplementedError
 
@@ -344,13 +346,9 @@ class Adapter(nn.Module):
         """What to ADD to the layer's bias, (out,), or None."""
         return None
 
-    def add_to_(self, weight: Tensor, scale: float) -> None:
+    def add_to_(self, weight: Tensor, base: Base, scale: float) -> None:
         """Adds ``scale * delta_weight(weight)`` to a canonical weight in place.
 
         A method overrides it to spend less memory than a second weight.
         """
-        weight.add_(self.delta_weight(weight).to(weight.dtype), alpha=scale)
-
-
-ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
-AdapterFactory = Callable[..., Adapter]
+        weight.add_(self.delta_weight(weight, base), alpha=scale)

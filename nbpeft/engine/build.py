@@ -1,0 +1,166 @@
+"""Builds all parts of an adapter before any of them touches the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, AdapterWeights
+from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.plan import InjectionPlan, Site, resolve_parts, walk
+from nbpeft.engine.registry import method_of
+from nbpeft.engine.switch import Switch
+
+_HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass
+class Parts:
+    """What ``commit`` puts into the model: nothing in here is part of it yet.
+
+    Attributes:
+        adapters: (sites of one module, its wrapper, the new adapter) in model order.
+        copies: (sites, wrapper, trained copy).
+    """
+
+    adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
+    copies: list[tuple[list[Site], CopiedModule, nn.Module]]
+
+
+def build(
+    model: nn.Module,
+    plan: InjectionPlan,
+    switch: Switch,
+    weights: AdapterWeights | None,
+    dtype: torch.dtype | None,
+) -> Parts:
+    """Creates the adapters and copies of a plan.
+
+    Args:
+        model: the base model.
+        plan: what to create.
+        switch: what new wrappers read.
+        weights: loaded tensors to bind instead of initialising; for a path or parameter that
+            is not in them the usual init is used.
+        dtype: of new adapter parameters; None: float32 on half and quantized bases, else the
+            base's.
+    """
+    sites: dict[int, list[Site]] = {}
+    wanted = {target.path for target in plan.targets} | set(plan.copies)
+    by_path: dict[str, Site] = {}
+    for site in walk(model):
+        sites.setdefault(id(site.module), []).append(site)
+        if site.path in wanted:
+            by_path[site.path] = site
+    adapter_class = method_of(plan.config).adapter_class
+    parts = Parts([], [])
+    built: set[int] = set()
+    for target in plan.targets:
+        site = by_path[target.path]
+        if id(site.module) in built:
+            continue
+        built.add(id(site.module))
+        layer = site.wrapper if isinstance(site.wrapper, AdaptedLayer) else _wrap(site, switch)
+        given = None if weights is None else weights.adapters.get(target.path)
+        adapter = _create(adapter_class, plan, target.path, layer, given, dtype)
+        adapter.training = layer.training
+        parts.adapters.append((sites[id(site.module)], layer, adapter))
+    for path in plan.copies:
+        site = by_path[path]
+        wrapper = site.wrapper if isinstance(site.wrapper, CopiedModule) else CopiedModule(site.module, switch)
+        trained = copy_module(site.module, None if weights is None else weights.copies.get(path))
+        parts.copies.append((sites[id(site.module)], wrapper, trained))
+    return parts
+
+
+def _wrap(site: Site, switch: Switch) -> AdaptedLayer:
+    host, backend = resolve_parts(site)
+    return AdaptedLayer(site.module, host, backend, switch)
+
+
+def _create(
+    adapter_class: type[Adapter],
+    plan: InjectionPlan,
+    path: str,
+    layer: AdaptedLayer,
+    given: Mapping[str, Tensor] | None,
+    dtype: torch.dtype | None,
+) -> Adapter:
+    if dtype is None:
+        base_dtype = layer.base.dtype
+        dtype = torch.float32 if base_dtype in _HALF or not base_dtype.is_floating_point else base_dtype
+    shapes = adapter_class.parameter_shapes(plan.config, path, layer.base_layer, layer.host)
+    if given is None or set(shapes) - set(given):
+        adapter = adapter_class.create(plan.config, path, layer.base, None, dtype)
+        for name, tensor in (given or {}).items():
+            adapter._parameters[name] = nn.Parameter(tensor.to(device=layer.base.device, dtype=dtype))
+        return adapter
+    tensors = {name: given[name].to(device=layer.base.device, dtype=dtype) for name in shapes}
+    return adapter_class.create(plan.config, path, layer.base, tensors, dtype)
+
+
+def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.Module:
+    """A trainable deep copy, with loaded tensors in place of its own where given."""
+    twin = copy.deepcopy(module)
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    with torch.no_grad():
+        own = dict(twin.named_parameters()) | dict(twin.named_buffers())
+        for name, tensor in (weights or {}).items():
+            own[name].copy_(tensor)
+    return twin
+
+
+def commit(name: str, parts: Parts, layers: dict[str, AdaptedLayer], copies: dict[str, CopiedModule]) -> None:
+    """Hangs built parts into the model; only assignments, nothing here can fail half-way."""
+    for sites, layer, adapter in parts.adapters:
+        layer.base_layer.requires_grad_(False)
+        layer.adapters[name] = adapter
+        for site in sites:
+            site.parent._modules[site.attribute] = layer
+        layers[sites[0].path] = layer
+    for sites, module, trained in parts.copies:
+        module.original_module.requires_grad_(False)
+        module.modules_to_save[name] = trained
+        for site in sites:
+            site.parent._modules[site.attribute] = module
+        copies[sites[0].path] = module
+
+
+def drop(
+    model: nn.Module,
+    name: str,
+    layers: dict[str, AdaptedLayer],
+    copies: dict[str, CopiedModule],
+    keep: Parts | None = None,
+) -> None:
+    """Takes an adapter's modules out; wrappers left empty go, unless ``keep`` reuses them."""
+    kept = set() if keep is None else {id(part[1]) for part in (*keep.adapters, *keep.copies)}
+    empty: dict[int, nn.Module] = {}
+    for path, layer in list(layers.items()):
+        layer.adapters._modules.pop(name, None)
+        if not layer.adapters._modules and id(layer) not in kept:
+            empty[id(layer)] = layer.base_layer
+            del layers[path]
+    for path, module in list(copies.items()):
+        module.modules_to_save._modules.pop(name, None)
+        if not module.modules_to_save._modules and id(module) not in kept:
+            empty[id(module)] = module.original_module
+            del copies[path]
+    replace_modules(model, empty)
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Puts other modules wherever those with the given ids hang."""
+    if not replacements:
+        return
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if child is not None and id(child) in replacements:
+                parent._modules[attribute] = replacements[id(child)]

@@ -1,0 +1,81 @@
+"""CopiedModule: a module trained as a whole, once per adapter (``modules_to_save``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.layer import AdapterDict
+from nbpeft.engine.switch import Switch
+from nbpeft.errors import AdapterError
+
+
+class CopiedModule(nn.Module):
+    """A frozen module and its trained copies by adapter name.
+
+    Forward and attributes are those of the active adapter's copy, or of the original where no
+    active adapter has one.
+
+    Attributes:
+        original_module: the frozen module.
+        modules_to_save: adapter name -> trained copy (PEFT's name, which files omit).
+    """
+
+    original_module: nn.Module
+    modules_to_save: AdapterDict
+
+    def __init__(self, original_module: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = AdapterDict()
+        self.__dict__["switch"] = switch
+        self.training = original_module.training
+
+    switch: Switch
+
+    def chosen(self) -> nn.Module:
+        """The module that acts now.
+
+        Raises:
+            AdapterError: two active adapters each trained a copy.
+        """
+        copies = self.modules_to_save._modules
+        having = [name for name in self.switch.current().names if name in copies]
+        if len(having) > 1:
+            raise AdapterError(
+                f"adapters {' and '.join(map(repr, having))} each trained their own copy of a "
+                f"{type(self.original_module).__name__}; only one of them can be active"
+            )
+        module = copies[having[0]] if having else self.original_module
+        assert module is not None
+        return module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the acting module returns."""
+        active = self.switch.current()
+        if active.rows is None:
+            return self.chosen()(*args, **kwargs)
+        return self._mixed(active.rows, *args, **kwargs)
+
+    def _mixed(self, rows: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A batch whose rows are served by different copies; the first argument is the batch."""
+        import torch
+
+        index = torch.tensor(rows.index, dtype=torch.long, device=x.device)
+        result = self.original_module(x, *args, **kwargs)
+        for position, name in enumerate(rows.names):
+            copy = self.modules_to_save._modules.get(name)
+            chosen = (index == position).nonzero().flatten()
+            if copy is not None and len(chosen):
+                result = result.clone()
+                result[chosen] = copy(x[chosen], *args, **kwargs).to(result.dtype)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("__"):
+                raise
+        return getattr(self.chosen(), name)

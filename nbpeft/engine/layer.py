@@ -1,0 +1,220 @@
+"""AdaptedLayer: the only wrapper around a layer, whatever the method, host and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, Backend, Base, Host
+from nbpeft.engine.switch import Switch
+from nbpeft.errors import MergeError
+
+
+class AdapterDict(nn.ModuleDict):
+    """Adapters by name; unlike its base class it takes names such as ``keys`` or ``type``."""
+
+    def __setitem__(self, name: str, adapter: nn.Module) -> None:
+        self._modules[name] = adapter
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer and its named adapters.
+
+    The output is the base layer's plus the deltas of the active adapters, each taken against the
+    frozen base, so their order does not matter. Attributes that the wrapper lacks (``weight``,
+    ``in_features``, …) are the base layer's.
+
+    Attributes:
+        base_layer: the frozen layer; called as a module, so that its hooks act.
+        adapters: adapter name -> adapter.
+        merged: names whose deltas are in the base weight now.
+    """
+
+    base_layer: nn.Module
+    adapters: AdapterDict
+
+    def __init__(self, base_layer: nn.Module, host: Host, backend: Backend, switch: Switch) -> None:
+        super().__init__()
+        modules = self.__dict__["_modules"]
+        modules["base_layer"] = base_layer
+        modules["adapters"] = AdapterDict()
+        self.__dict__.update(
+            host=host,
+            backend=backend,
+            base=Base(base_layer, host, backend),
+            switch=switch,
+            merged=(),
+            training=base_layer.training,
+            _snapshot=None,
+        )
+        modules["adapters"].__dict__["training"] = base_layer.training
+
+    host: Host
+    backend: Backend
+    base: Base
+    switch: Switch
+    merged: tuple[str, ...]
+    _snapshot: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's map with the active adapters' deltas.
+
+        Args:
+            x: the base layer's input.
+            *args: handed to the base layer.
+            **kwargs: handed to the base layer.
+
+        Returns:
+            The base layer's output with the deltas added, in the base output's dtype.
+        """
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        active = self.switch.current()
+        if self.merged:
+            return output
+        if active.rows is not None:
+            return self._mixed(x, output, active.rows)
+        total: Tensor | None = None
+        adapters = self.adapters._modules
+        for name, scale in zip(active.names, active.scales, strict=True):
+            adapter = adapters.get(name)
+            if adapter is None:
+                continue
+            delta: Tensor = adapter(x, output, self.base)
+            if scale != 1.0:
+                delta = delta * scale
+            total = delta if total is None else total + delta
+        if total is None:
+            return output
+        if total.device != output.device:
+            total = total.to(output.device)
+        return (output + total).to(output.dtype)
+
+    def _mixed(self, x: Tensor, output: Tensor, rows: Any) -> Tensor:
+        """A batch whose rows are served by different adapters."""
+        present = [name for name in rows.names if name in self.adapters._modules]
+        if not present:
+            return output
+        index = torch.tensor(rows.index, dtype=torch.long, device=output.device)
+        result = output.clone()
+        for name in present:
+            chosen = (index == rows.names.index(name)).nonzero().flatten()
+            delta = self.adapters._modules[name](x[chosen], output[chosen], self.base)
+            result[chosen] = (output[chosen] + delta).to(output.dtype)
+        return result
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name on this layer."""
+        found = self.adapters._modules[name]
+        assert isinstance(found, Adapter)
+        return found
+
+    @torch.no_grad()
+    def check_finite(self, names: Sequence[str]) -> bool:
+        """Whether the weight these adapters would be merged into stays finite."""
+        for name in names:
+            if name not in self.adapters._modules:
+                continue
+            adapter = self.adapter(name)
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in adapter.parameters()):
+                return False
+        return self._finite_sum(names)
+
+    def _finite_sum(self, names: Sequence[str]) -> bool:
+        weight = self.base.weight().clone()
+        self._add_deltas(weight, names, [1.0] * len(names))
+        return bool(torch.isfinite(weight).all())
+
+    @torch.no_grad()
+    def merge(self, names: Sequence[str], scales: Sequence[float], *, keep_snapshot: bool) -> None:
+        """Adds the deltas of these adapters to the base weight.
+
+        Args:
+            names: adapters; those not on this layer are passed over.
+            scales: factor on each one's delta.
+            keep_snapshot: keep the old weight (on the CPU) for ``unmerge``.
+
+        Raises:
+            MergeError: the backend cannot store a merged weight, or a bias has no place to go.
+        """
+        chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
+        if not chosen:
+            return
+        self.check_mergeable([name for name, _ in chosen])
+        snapshot = self._take_snapshot() if keep_snapshot else None
+        weight = self.backend.dequantize(self.base_layer)
+        self._add_deltas(self.host.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
+        self.backend.store(self.base_layer, weight)
+        bias = self.base.bias
+        for name, scale in chosen:
+            delta = self.adapter(name).delta_bias(self.base)
+            if delta is not None and bias is not None:
+                bias.add_(delta.to(bias.dtype), alpha=scale)
+        self.merged = tuple(name for name, _ in chosen)
+        self._snapshot = snapshot
+
+    def check_mergeable(self, names: Sequence[str]) -> None:
+        """Raises MergeError where ``merge`` would."""
+        present = [name for name in names if name in self.adapters._modules]
+        if present and not self.backend.can_merge:
+            raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.merge_refusal}")
+        for name in present:
+            if self.base.bias is None and self.adapter(name).delta_bias(self.base) is not None:
+                raise MergeError(f"adapter {name!r} has a bias (lora_bias=True) but the base layer has none to take it")
+
+    def _add_deltas(self, weight: Tensor, names: Sequence[str], scales: Sequence[float]) -> None:
+        adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
+        if len(adapters) == 1 or all(adapter.weight_free for adapter, _ in adapters):
+            for adapter, scale in adapters:
+                adapter.add_to_(weight, self.base, scale)
+            return
+        frozen = weight.clone()
+        for adapter, scale in adapters:
+            weight.add_(adapter.delta_weight(frozen, self.base), alpha=scale)
+
+    def _take_snapshot(self) -> tuple[Any, Tensor | None]:
+        bias = self.base.bias
+        return self.backend.snapshot(self.base_layer), None if bias is None else bias.detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the weight back as it was before ``merge``, bit for bit."""
+        if not self.merged:
+            return
+        snapshot, bias = self._snapshot
+        self.backend.restore(self.base_layer, snapshot)
+        if bias is not None and self.base.bias is not None:
+            self.base.bias.copy_(bias)
+        self.merged, self._snapshot = (), None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules")
+            if not modules or "base_layer" not in modules or name.startswith("__"):
+                raise
+        by_name = {
+            key: getattr(adapter, name) for key, adapter in modules["adapters"]._modules.items() if _has(adapter, name)
+        }
+        if by_name:
+            return {key: _WeightView(value) if isinstance(value, Tensor) else value for key, value in by_name.items()}
+        return getattr(modules["base_layer"], name)
+
+
+def _has(adapter: nn.Module, name: str) -> bool:
+    return name in adapter._parameters or name in adapter.__dict__ and not name.startswith("_") and name != "training"
+
+
+class _WeightView:
+    """A parameter in PEFT's spelling: ``layer.lora_A["default"].weight``."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight

@@ -1,0 +1,242 @@
+"""LoraConfig: PEFT's fields, names and defaults, shared by the methods of the LoRA family."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.errors import ConfigError, did_you_mean
+
+INITS = ("gaussian",)
+"""Named inits of ``init_lora_weights`` besides True and False."""
+
+_BIASES = ("none", "all", "lora_only")
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of this process that are never saved."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(AdapterConfig):
+    """Config of LoRA, rsLoRA and DoRA. Field names and defaults are PEFT 0.21's.
+
+    Fields of PEFT that nothing here implements are accepted at their default, so that every
+    config file loads, and refused with a clear line at any other value.
+
+    Raises:
+        ConfigError: a value is impossible, or asks for something that is not implemented.
+    """
+
+    r: int = field(default=8)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    lora_alpha: float = field(default=8)
+    lora_dropout: float = field(default=0.0)
+    fan_in_fan_out: bool = field(default=False)
+    bias: str = field(default="none")
+    use_rslora: bool = field(default=False)
+    modules_to_save: list[str] | None = field(default=None)
+    init_lora_weights: bool | str = field(default=True)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = field(default=None)
+    megatron_core: str | None = field(default="megatron.core")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = field(default=None)
+    corda_config: dict[str, Any] | None = field(default=None)
+    lora_ga_config: dict[str, Any] | None = field(default=None)
+    use_dora: bool = field(default=False)
+    velora_config: dict[str, Any] | None = field(default=None)
+    alora_invocation_tokens: list[int] | None = field(default=None)
+    use_qalora: bool = field(default=False)
+    qalora_group_size: int = field(default=16)
+    monteclora_config: dict[str, Any] | None = field(default=None)
+    layer_replication: list[tuple[int, int]] | None = field(default=None)
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = field(default=False)
+    target_parameters: list[str] | None = field(default=None)
+    use_bdlora: dict[str, Any] | None = field(default=None)
+    arrow_config: dict[str, Any] | None = field(default=None)
+    kasa_config: dict[str, Any] | None = field(default=None)
+    ensure_weight_tying: bool = field(default=False)
+
+    not_implemented: ClassVar[tuple[str, ...]] = (
+        "megatron_config",
+        "trainable_token_indices",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "monteclora_config",
+        "layer_replication",
+        "target_parameters",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+        "ensure_weight_tying",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "LORA"
+        self._check_numbers()
+        self._check_choices()
+        self._check_targets()
+
+    def _check_numbers(self) -> None:
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        for pattern, rank in (self.rank_pattern or {}).items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in (self.alpha_pattern or {}).items():
+            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout <= 1.0:
+            raise ConfigError(f"lora_dropout must be between 0 and 1, not {self.lora_dropout!r}")
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+
+    def _check_choices(self) -> None:
+        if self.bias not in _BIASES:
+            raise ConfigError(
+                f"bias must be one of {', '.join(map(repr, _BIASES))}, not {self.bias!r}."
+                + did_you_mean(str(self.bias), _BIASES)
+            )
+        if isinstance(self.init_lora_weights, str):
+            if self.init_lora_weights.lower() not in INITS:
+                raise ConfigError(
+                    f"init_lora_weights={self.init_lora_weights!r} is not implemented; use True, False or "
+                    + ", ".join(map(repr, INITS))
+                    + "."
+                    + did_you_mean(self.init_lora_weights, INITS)
+                )
+        elif not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(f"init_lora_weights must be a bool or a name, not {self.init_lora_weights!r}")
+        for name in self.not_implemented:
+            if getattr(self, name):
+                raise ConfigError(f"{name} is not implemented; leave it out", field=name)
+        if self.use_dora and self.lora_bias:
+            raise ConfigError("lora_bias=True does not go with use_dora=True")
+
+    def _check_targets(self) -> None:
+        self.target_modules = _names("target_modules", self.target_modules)
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        saved = _names("modules_to_save", self.modules_to_save)
+        self.modules_to_save = [saved] if isinstance(saved, str) else saved
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} needs target_modules to be a list of names, not a pattern")
+            _check_pattern("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            _check_pattern("exclude_modules", self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform")
+
+    def rank_at(self, path: str) -> int:
+        """The rank at a module path, ``rank_pattern`` included."""
+        return int(self._rank_table().get(path, self.r))
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha at a module path, ``alpha_pattern`` included."""
+        return self._alpha_table().get(path, self.lora_alpha)
+
+    def scaling_at(self, path: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
+        rank = self.rank_at(path)
+        return self.alpha_at(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _rank_table(self) -> PatternTable:
+        return _cached_table(self, "rank_pattern")
+
+    def _alpha_table(self) -> PatternTable:
+        return _cached_table(self, "alpha_pattern")
+
+
+class PatternTable:
+    """First pattern that matches the end of a path at a dot, in O(segments) for plain names.
+
+    A pattern is a regular expression over whole trailing segments, as in PEFT; one that holds
+    only names and dots is looked up instead of matched, so thousands of them cost nothing.
+    """
+
+    def __init__(self, patterns: dict[str, Any]) -> None:
+        self.patterns = dict(patterns)
+        self._plain: dict[str, int] = {}
+        self._regular: list[tuple[int, re.Pattern[str]]] = []
+        for order, pattern in enumerate(self.patterns):
+            if re.fullmatch(r"[\w.]+", pattern):
+                self._plain.setdefault(pattern, order)
+            else:
+                self._regular.append((order, re.compile(rf"(.*\.)?({pattern})$")))
+        self._values = list(self.patterns.values())
+
+    def get(self, path: str, default: Any) -> Any:
+        """The value of the first matching pattern, or the default."""
+        if not self._values:
+            return default
+        found = [self._plain[suffix] for suffix in suffixes(path) if suffix in self._plain]
+        best = min(found, default=len(self._values))
+        for order, pattern in self._regular:
+            if order >= best:
+                break
+            if pattern.match(path):
+                best = order
+        return default if best == len(self._values) else self._values[best]
+
+
+def suffixes(path: str) -> Iterable[str]:
+    """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
+    yield path
+    start = path.find(".")
+    while start >= 0:
+        yield path[start + 1 :]
+        start = path.find(".", start + 1)
+
+
+def _cached_table(config: LoraConfig, name: str) -> PatternTable:
+    patterns = getattr(config, name) or {}
+    table = config.__dict__.get(f"_{name}_table")
+    if table is None or table.patterns != patterns:
+        table = config.__dict__[f"_{name}_table"] = PatternTable(patterns)
+    return table
+
+
+def _check_rank(name: str, rank: object) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+        raise ConfigError(f"{name} must be a positive whole number, not {rank!r}", field=name, value=rank)
+
+
+def _check_alpha(name: str, alpha: object) -> None:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise ConfigError(f"{name} must be a finite number, not {alpha!r}", field=name, value=alpha)
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name} is not a regular expression: {error} in {pattern!r}") from None
+
+
+def _names(name: str, value: Any) -> Any:
+    """A pattern as it is, any other collection of names as a list without repeats."""
+    if value is None or isinstance(value, str):
+        return value
+    value = list(value) if isinstance(value, Iterable) else [None]
+    if not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r}")
+    return sorted(set(value)) if name == "exclude_modules" else list(dict.fromkeys(value))

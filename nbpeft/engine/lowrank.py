@@ -1,0 +1,206 @@
+"""The low-rank product of a linear layer, keeping nothing but its input for backward.
+
+    y = scaling * B(A(dropout(x)))        A: (r, in), B: (out, r)
+
+Composed from ordinary operations, autograd would keep a copy of ``x`` in the adapter's dtype, a
+dropped copy, the dropout mask and the hidden product: several times the size of ``x`` in every
+layer. ``x`` itself is in memory anyway (q, k and v share it), so backward casts, drops and
+projects again. The mask is drawn from a seed; the seed comes from the CPU generator inside
+forward, which activation checkpointing restores, so a recomputation draws the same mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nbpeft.engine.adapter import Base, Dropout
+
+_LANES = 1 << 16
+"""Number of values of one 16-bit lane of the random words."""
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype an adapter computes in: autocast's where it is on, else the weight's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def draw_seed() -> int:
+    """A seed from the CPU generator."""
+    return int(torch.randint(1 << 62, (), dtype=torch.long))
+
+
+def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A mask of zeros (dropped) and ones, without the 1 / (1 - p) factor.
+
+    Four elements share one 64-bit draw, which makes drawing the mask twice cheaper than one
+    ``F.dropout``; the probability is met to 1 / 65536 (see ``keep_scale``).
+    """
+    count = shape.numel()
+    generator = torch.Generator(device)
+    generator.manual_seed(seed)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+    words.random_(-(1 << 63), None, generator=generator)
+    lanes = words.view(torch.int16)[:count]
+    return (lanes >= _dropped_lanes(probability) - _LANES // 2).to(dtype).view(shape)
+
+
+def keep_scale(probability: float) -> float:
+    """1 / (share of elements kept) for the probability the mask really has."""
+    kept = 1.0 - _dropped_lanes(probability) / _LANES
+    return 1.0 / kept if kept > 0 else 0.0
+
+
+def _dropped_lanes(probability: float) -> int:
+    return min(round(probability * _LANES), _LANES - 1)
+
+
+class _SeededDropout(torch.autograd.Function):
+    """Dropout that keeps its seed instead of its mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float, seed: int) -> Tensor:
+        ctx.probability, ctx.seed = probability, seed
+        return _drop(x, probability, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _drop(gradients[0], ctx.probability, ctx.seed), None, None
+
+
+def _drop(x: Tensor, probability: float, seed: int) -> Tensor:
+    return x * keep_mask(x.shape, probability, seed, x.device, x.dtype).mul_(keep_scale(probability))
+
+
+def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
+    """Dropout of ``x`` (any shape) that saves no mask for backward."""
+    if not dropout.acts:
+        return x
+    if torch.compiler.is_compiling() or dropout.probability >= 1.0:
+        return F.dropout(x, dropout.probability)
+    return _SeededDropout.apply(x, dropout.probability, draw_seed())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LowRank(torch.autograd.Function):
+    """scaling * B(A(dropout(x))) that keeps x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        probability: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, lora_A, lora_B)
+        ctx.scaling, ctx.probability, ctx.dtype = scaling, probability, dtype
+        ctx.seed = draw_seed() if probability else 0
+        with torch.autocast(x.device.type, enabled=False):
+            flat, factor = _dropped_input(x, ctx)
+            hidden = flat @ lora_A.to(dtype).T
+            return ((hidden * factor) @ lora_B.to(dtype).T).view(*x.shape[:-1], lora_B.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B = ctx.saved_tensors
+        dtype, need_x, need_A, need_B = ctx.dtype, *ctx.needs_input_grad[:3]
+        with torch.autocast(x.device.type, enabled=False):
+            gradient = gradients[0].reshape(-1, lora_B.shape[0]).to(dtype)
+            mask = keep_mask(x.shape, ctx.probability, ctx.seed, x.device, dtype) if ctx.probability else None
+            flat, factor = _dropped_input(x, ctx, mask)
+            hidden_gradient = (gradient @ lora_B.to(dtype)) * factor
+            grad_x = grad_A = grad_B = None
+            if need_B:
+                hidden = (flat @ lora_A.to(dtype).T) * factor
+                grad_B = (gradient.T @ hidden).to(lora_B.dtype)
+            if need_A:
+                grad_A = (hidden_gradient.T @ flat).to(lora_A.dtype)
+            if need_x:
+                grad_x = (hidden_gradient @ lora_A.to(dtype)).view(x.shape)
+                grad_x = (grad_x if mask is None else grad_x * mask).to(x.dtype)
+        return grad_x, grad_A, grad_B, None, None, None
+
+
+def _dropped_input(x: Tensor, ctx: Any, mask: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
+    """``x`` as (tokens, in) in the compute dtype, dropped, and the factor still to apply."""
+    cast = x.to(ctx.dtype)
+    factor = ctx.scaling
+    if ctx.probability:
+        if mask is None:
+            mask = keep_mask(x.shape, ctx.probability, ctx.seed, x.device, ctx.dtype)
+        cast = cast * mask
+        factor = factor * keep_scale(ctx.probability)
+    return cast.reshape(-1, x.shape[-1]), factor
+
+
+def low_rank_linear(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout: Dropout) -> Tensor:
+    """``scaling * B(A(dropout(x)))`` for a linear layer.
+
+    Args:
+        x: (..., in), any floating dtype.
+        lora_A: (r, in).
+        lora_B: (out, r).
+        scaling: a number, or a 0-d tensor where hot-swapping may change it.
+        dropout: dropout of the input.
+
+    Returns:
+        (..., out) in the autocast dtype where autocast is on, else in the factors' dtype.
+    """
+    if x.device != lora_A.device:
+        x = x.to(lora_A.device)
+    dtype = compute_dtype(x, lora_A)
+    probability = dropout.probability if dropout.acts else 0.0
+    if torch.compiler.is_compiling() or probability >= 1.0:
+        # The compiler's partitioner decides by itself what to keep and what to recompute.
+        dropped = F.dropout(x.to(lora_A.dtype), probability) if probability else x.to(lora_A.dtype)
+        return F.linear(F.linear(dropped, lora_A), lora_B) * scaling
+    if not probability and not torch.is_grad_enabled():
+        hidden = F.linear(x.to(dtype), lora_A.to(dtype))
+        return F.linear(hidden * scaling, lora_B.to(dtype))
+    return _LowRank.apply(x, lora_A, lora_B, scaling, probability, dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def new_factors(
+    shapes: Mapping[str, tuple[int, ...]], base: Base, init: bool | str, rank: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """New low-rank factors on the base layer's device.
+
+    Args:
+        shapes: name -> shape, the two factors first; anything after them starts at zero.
+        base: the layer.
+        init: True (A uniform in 1 / sqrt(fan in), B zero), "gaussian" (A normal with deviation
+            1 / r, B zero) or False (both random: not the identity at start).
+        rank: r.
+        dtype: dtype of the factors.
+    """
+    tensors = {name: torch.empty(shape, device=base.device, dtype=dtype) for name, shape in shapes.items()}
+    first, second, *rest = tensors.values()
+    for extra in rest:
+        extra.zero_()
+    lookup = base.host.zero_factor == 0
+    if init is False:
+        for factor in (first, second):
+            factor.normal_() if lookup else _uniform(factor)
+    elif lookup:
+        first.zero_()
+        second.normal_()
+    else:
+        first.normal_(std=1.0 / rank) if init == "gaussian" else _uniform(first)
+        second.zero_()
+    return tensors
+
+
+def _uniform(factor: Tensor) -> None:
+    """Uniform in 1 / sqrt(fan in), as torch initialises a linear layer."""
+    bound = 1.0 / math.sqrt(max(1, math.prod(factor.shape[1:])))
+    factor.uniform_(-bound, bound)

@@ -1,0 +1,535 @@
+"""AdapterManager: the one owner of the adapters on a base model.
+
+Every command checks and builds first and changes the model last, so that one that fails leaves
+it as it was. Activation is one assignment on the shared switch; ``requires_grad`` is touched
+only for the adapters whose trainability changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.biases import BaseBiases
+from nbpeft.engine.build import build, commit, drop, replace_modules
+from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.merging import check_merge, chosen_copy, lossy_note, merge_layers, unmerge_layers
+from nbpeft.engine.plan import InjectionPlan, plan
+from nbpeft.engine.switch import NOTHING, Active, Switch
+from nbpeft.errors import (
+    AdapterError,
+    AdapterExistsError,
+    MergeError,
+    StaleModelError,
+    UnknownAdapterError,
+    did_you_mean,
+)
+
+BASE_NAME = "__base__"
+"""Name of the base model in a mixed batch."""
+
+_ATTRIBUTE = "_nbpeft_manager"
+
+
+class AdapterManager:
+    """The adapters of one base model.
+
+    Attributes:
+        model: the base model.
+        switch: what acts now; read by all wrappers.
+        configs: adapter name -> its config, targets resolved.
+        layers: path -> adapted layer.
+        copies: path -> module with copies trained as a whole.
+        alive: False once the adapters were unloaded; every command then refuses.
+        revision: grows with every change.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.switch = Switch()
+        self.configs: dict[str, AdapterConfig] = {}
+        self.layers: dict[str, AdaptedLayer] = {}
+        self.copies: dict[str, CopiedModule] = {}
+        self.alive = True
+        self.revision = 0
+        self.frozen: set[str] = set()
+        self._selected: tuple[str, ...] = ()
+        self._enabled = True
+        self._scales: dict[str, float] = {}
+        self._merged: tuple[str, ...] = ()
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._biases = BaseBiases(model)
+        self._was_trainable: list[nn.Parameter] = []
+        self._subscribers: list[Callable[[], Callable[[], None] | None]] = []
+
+    @classmethod
+    def of(cls, model: nn.Module) -> AdapterManager | None:
+        """The manager of a base model, or None if it carries no adapters."""
+        manager = model.__dict__.get(_ATTRIBUTE)
+        return manager if isinstance(manager, AdapterManager) else None
+
+    @classmethod
+    def attach(cls, model: nn.Module) -> AdapterManager:
+        """The manager of a base model, made if there is none."""
+        manager = cls.of(model)
+        if manager is None:
+            manager = model.__dict__[_ATTRIBUTE] = cls(model)
+        return manager
+
+    # What there is
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All adapters, oldest first."""
+        return tuple(self.configs)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Selected adapters; they act unless disabled."""
+        return self._selected
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the selected adapters act."""
+        return self._enabled
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Adapters whose deltas are in the base weights now."""
+        return self._merged
+
+    def scale(self, name: str) -> float:
+        """Factor on an adapter's delta; 1 unless set."""
+        return self._scales.get(name, 1.0)
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """All trainable tensors of an adapter, copies and trained base biases included."""
+        self.require(name)
+        cached = self._parameters.get(name)
+        if cached is None:
+            adapters = [layer.adapters._modules.get(name) for layer in self.layers.values()]
+            copies = [module.modules_to_save._modules.get(name) for module in self.copies.values()]
+            cached = [
+                p for adapter in adapters if adapter is not None for p in adapter._parameters.values() if p is not None
+            ]
+            for trained in copies:
+                if trained is not None:
+                    cached.extend(p for p in trained.parameters() if p.is_floating_point())
+            cached.extend(self._biases.of(name).values())
+            self._parameters[name] = cached
+        return cached
+
+    def weights(self, name: str) -> AdapterWeights:
+        """References to the tensors of an adapter."""
+        self.require(name)
+        weights = AdapterWeights()
+        for path, layer in self.layers.items():
+            if name in layer.adapters._modules:
+                named = layer.adapter(name)._parameters.items()
+                weights.adapters[path] = {key: value for key, value in named if value is not None}
+        for path, module in self.copies.items():
+            if name in module.modules_to_save._modules:
+                weights.copies[path] = dict(module.modules_to_save[name].state_dict(keep_vars=True))
+        weights.base = dict(self._biases.of(name))
+        return weights
+
+    def require(self, *names: str) -> None:
+        """Raises unless the manager is alive and has all the names.
+
+        Raises:
+            StaleModelError: the adapters were unloaded.
+            UnknownAdapterError: there is no such adapter.
+        """
+        self.check_alive()
+        for name in names:
+            if name not in self.configs:
+                have = ", ".join(map(repr, self.configs)) or "none"
+                raise UnknownAdapterError(
+                    f"Adapter {name!r} not found; the model has: {have}." + did_you_mean(str(name), self.configs),
+                    name=name,
+                    available=self.names,
+                )
+
+    def check_alive(self) -> None:
+        """Raises StaleModelError once the adapters were unloaded."""
+        if not self.alive:
+            raise StaleModelError(
+                "this handle is dead: its adapters were merged into the base model or unloaded; "
+                "use the model that merge_and_unload() or unload() returned"
+            )
+
+    # Adding and removing
+
+    def plan(self, config: AdapterConfig, *, allow_missing: bool = True) -> InjectionPlan:
+        """What ``add`` would do; changes nothing."""
+        return plan(self.model, config, allow_missing=allow_missing)
+
+    def add(
+        self,
+        name: str,
+        config: AdapterConfig | InjectionPlan,
+        weights: AdapterWeights | None = None,
+        *,
+        trainable: bool = True,
+        dtype: torch.dtype | None = None,
+        allow_missing: bool = True,
+        replace: bool = False,
+    ) -> InjectionPlan:
+        """Puts a new adapter into the model; the first one becomes active.
+
+        Args:
+            name: its name.
+            config: its config, or a plan made of it.
+            weights: loaded tensors to bind instead of initialising.
+            trainable: whether it trains while it is active.
+            dtype: of its parameters; None: float32 on half and quantized bases.
+            allow_missing: warn about targets that match nothing instead of refusing.
+            replace: take the place of an adapter of the same name, which stays active if it was.
+
+        Raises:
+            AdapterExistsError: the name is taken.
+            TargetError: the config does not fit the model.
+        """
+        self.check_alive()
+        check_name(name)
+        if name in self.configs and not replace:
+            raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
+        self._require_unmerged("adding an adapter")
+        made = config if isinstance(config, InjectionPlan) else self.plan(config, allow_missing=allow_missing)
+        self._biases.check(name, made.biases)
+        parts = build(self.model, made, self.switch, weights, dtype)
+        with self.switch.exclusive():
+            if not self.configs:
+                self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
+                self.model.requires_grad_(False)
+            if name in self.configs:
+                self._forget(name)
+                drop(self.model, name, self.layers, self.copies, keep=parts)
+            commit(name, parts, self.layers, self.copies)
+            self.configs[name] = made.config
+            self._biases.start(name, made.biases, None if weights is None else weights.base)
+            (self.frozen.discard if trainable else self.frozen.add)(name)
+            if not self._selected and len(self.configs) == 1:
+                self._selected = (name,)
+            self._refresh(self.names if len(self.configs) == 1 else (name,))
+        self._changed()
+        return made
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter out; if no active one is left, the oldest becomes active.
+
+        Raises:
+            MergeError: adapters are merged.
+        """
+        self.require(name)
+        self._require_unmerged("deleting an adapter")
+        with self.switch.exclusive():
+            self._forget(name)
+            drop(self.model, name, self.layers, self.copies)
+            del self.configs[name]
+            self._scales.pop(name, None)
+            self.frozen.discard(name)
+            was_active = name in self._selected
+            self._selected = tuple(other for other in self._selected if other != name)
+            if was_active and not self._selected:
+                self._selected = self.names[:1]
+            self._refresh(self._selected)
+        self._changed()
+
+    def _forget(self, name: str) -> None:
+        self._parameters.pop(name, None)
+        self._biases.stop(name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives an adapter another name, at the same place in every order."""
+        self.require(old)
+        check_name(new)
+        if new in self.configs:
+            raise AdapterExistsError(f"there is an adapter {new!r} already; take another name")
+        self._require_unmerged("renaming an adapter")
+        with self.switch.exclusive():
+            for holder in self._holders():
+                if old in holder:
+                    items = [(new if name == old else name, module) for name, module in holder.items()]
+                    holder.clear()
+                    holder.update(items)
+            self.configs = {new if name == old else name: config for name, config in self.configs.items()}
+            self._biases.rename(old, new)
+            for mapping in (self._scales, self._parameters):
+                if old in mapping:
+                    mapping[new] = mapping.pop(old)  # type: ignore[attr-defined]
+            if old in self.frozen:
+                self.frozen = (self.frozen - {old}) | {new}
+            self._selected = tuple(new if name == old else name for name in self._selected)
+            self._refresh(())
+        self._changed()
+
+    def copy(self, name: str, new: str) -> None:
+        """Makes a second, independent adapter with the same config and weights."""
+        self.require(name)
+        weights = self.weights(name)
+        if weights.base:
+            raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
+        twin = AdapterWeights(
+            {
+                path: {key: value.detach().clone() for key, value in named.items()}
+                for path, named in weights.adapters.items()
+            },
+            {
+                path: {key: value.detach().clone() for key, value in named.items()}
+                for path, named in weights.copies.items()
+            },
+        )
+        dtype = next((value.dtype for named in twin.adapters.values() for value in named.values()), None)
+        self.add(new, self.configs[name], twin, trainable=name not in self.frozen, dtype=dtype)
+        self.set_scale(new, self.scale(name))
+
+    def _holders(self) -> list[dict[str, Any]]:
+        return [layer.adapters._modules for layer in self.layers.values()] + [
+            module.modules_to_save._modules for module in self.copies.values()
+        ]
+
+    # Switching
+
+    def activate(self, names: str | Sequence[str], *, trainable: bool | None = None) -> None:
+        """Makes these adapters, in this order, the ones that act.
+
+        Args:
+            names: one name or several.
+            trainable: True or False to (un)freeze them too; None keeps each as it is.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+        """
+        chosen = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        self.require(*chosen)
+        if not chosen:
+            raise AdapterError("no adapter named to activate; use disable() for the base model alone")
+        if self._merged and chosen != self._merged:
+            warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=3)
+            self.unmerge()
+        if trainable is not None:
+            self.frozen = self.frozen - set(chosen) if trainable else self.frozen | set(chosen)
+        changed = set(self._selected) ^ set(chosen) if trainable is None else set(self._selected) | set(chosen)
+        self._selected = chosen
+        self._enabled = True
+        self._refresh(changed)
+        self._changed()
+
+    def enable(self) -> None:
+        """Lets the selected adapters act again."""
+        self._set_enabled(True)
+
+    def disable(self) -> None:
+        """Lets the base model act alone; the selection and every freeze stay."""
+        self._set_enabled(False)
+
+    def _set_enabled(self, enabled: bool) -> None:
+        self.check_alive()
+        if not enabled and self._merged:
+            warnings.warn("adapters are merged: unmerging before they are disabled", stacklevel=4)
+            self.unmerge()
+        self._enabled = enabled
+        self._publish_active()
+        self._changed()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model alone inside the block; afterwards everything is as it was."""
+        was, merged = self._enabled, self._merged
+        self.disable()
+        try:
+            yield
+        finally:
+            self._set_enabled(was)
+            if merged:
+                self.merge(merged)
+
+    @contextmanager
+    def use(self, names: str | Sequence[str]) -> Iterator[None]:
+        """Other active adapters inside the block; afterwards everything is as it was."""
+        was, enabled = self._selected, self._enabled
+        self.activate(names)
+        try:
+            yield
+        finally:
+            if was:
+                self.activate(was)
+            self._set_enabled(enabled)
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Sets the factor on an adapter's delta (1 is the trained strength).
+
+        Raises:
+            MergeError: the adapter is merged at another scale.
+        """
+        self.require(name)
+        if name in self._merged:
+            raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
+        self._scales[name] = float(scale)
+        self._publish_active()
+        self._changed()
+
+    def freeze(self, name: str) -> None:
+        """Stops an adapter from training, active or not."""
+        self.require(name)
+        self.frozen.add(name)
+        self._refresh((name,))
+        self._changed()
+
+    def unfreeze(self, name: str) -> None:
+        """Lets an adapter train whenever it is active."""
+        self.require(name)
+        self.frozen.discard(name)
+        self._refresh((name,))
+        self._changed()
+
+    def set_requires_grad(self, name: str, requires_grad: bool) -> None:
+        """Sets whether gradients reach an adapter's tensors now, whatever is active."""
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(requires_grad)
+        self._changed()
+
+    def _refresh(self, changed: Sequence[str] | set[str] | tuple[str, ...]) -> None:
+        """Brings ``requires_grad`` of some adapters and the shared switch up to date."""
+        for name in changed:
+            if name in self.configs:
+                trains = name in self._selected and name not in self.frozen
+                for parameter in self.parameters(name):
+                    parameter.requires_grad = trains
+        self._publish_active()
+
+    def _publish_active(self) -> None:
+        names = self._merged or (self._selected if self._enabled else ())
+        self.switch.live = Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NOTHING
+
+    # Merging
+
+    def merge(self, names: Sequence[str] | None = None, *, safe: bool = False) -> None:
+        """Folds the deltas of adapters (default: the active ones) into the base weights.
+
+        Until ``unmerge`` they alone act, at no cost in forward. A copy of the frozen weights is
+        kept on the CPU.
+
+        Raises:
+            MergeError: a weight cannot be merged into, or would not be finite (``safe``).
+        """
+        chosen = tuple(self._selected if names is None else ([names] if isinstance(names, str) else names))
+        self.require(*chosen)
+        if self._merged:
+            if set(chosen) <= set(self._merged):
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+                return
+            self._require_unmerged("merging others")
+        check_merge(self.layers, chosen, safe=safe)
+        lossy_note(self.layers)
+        with self.switch.exclusive():
+            merge_layers(self.layers, chosen, [self.scale(name) for name in chosen], keep_snapshot=True)
+            self._merged = chosen
+            self._publish_active()
+        self._changed()
+
+    def unmerge(self) -> None:
+        """Puts the frozen weights back, bit for bit."""
+        self.check_alive()
+        if not self._merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+            return
+        with self.switch.exclusive():
+            unmerge_layers(list(self.layers.values()))
+            self._merged = ()
+            self._publish_active()
+        self._changed()
+
+    def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
+        """Takes all adapters out for good and returns the bare base model.
+
+        Args:
+            merge: fold the deltas in first.
+            names: adapters to merge; the active ones if None.
+            safe: refuse weights that would not be finite.
+        """
+        self.check_alive()
+        chosen: tuple[str, ...] = ()
+        if merge:
+            chosen = tuple(self._selected if names is None else ([names] if isinstance(names, str) else names))
+            self.require(*chosen)
+            if self._merged and set(self._merged) != set(chosen):
+                self.unmerge()
+            if not self._merged:
+                check_merge(self.layers, chosen, safe=safe)
+                lossy_note(self.layers)
+        with self.switch.exclusive():
+            if merge and not self._merged:
+                merge_layers(self.layers, chosen, [self.scale(name) for name in chosen], keep_snapshot=False)
+            elif not merge:
+                unmerge_layers(list(self.layers.values()))
+            self._dismantle(chosen)
+        self._changed()
+        return self.model
+
+    def _dismantle(self, merged: Sequence[str]) -> None:
+        for name in self.configs:
+            (self._biases.forget if name in merged else self._biases.stop)(name)
+        replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self.layers.values()}
+        replacements.update({id(module): chosen_copy(module, merged) for module in self.copies.values()})
+        replace_modules(self.model, replacements)
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(True)
+        self.alive = False
+        self.layers, self.copies, self.configs, self._parameters = {}, {}, {}, {}
+        self._was_trainable, self._selected, self._merged = [], (), ()
+        self.switch.live = NOTHING
+        self.model.__dict__.pop(_ATTRIBUTE, None)
+
+    def _require_unmerged(self, what: str) -> None:
+        if self._merged:
+            raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
+
+    # Telling others
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back after every change; bound methods are held weakly. Returns how to stop."""
+        bound = getattr(callback, "__self__", None) is not None
+        reference: Callable[[], Callable[[], None] | None]
+        reference = weakref.WeakMethod(callback) if bound else (lambda: callback)  # type: ignore[arg-type]
+        self._subscribers.append(reference)
+
+        def stop() -> None:
+            if reference in self._subscribers:
+                self._subscribers.remove(reference)
+
+        return stop
+
+    def _changed(self) -> None:
+        self.revision += 1
+        for reference in list(self._subscribers):
+            callback = reference()
+            if callback is None:
+                self._subscribers.remove(reference)
+            else:
+                callback()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_subscribers": [], "_parameters": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterManager:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return twin
+
+
+def check_name(name: object) -> None:
+    """Raises AdapterError for a name that cannot be a key, a folder or part of a parameter name."""
+    if not isinstance(name, str) or not name.strip() or name == BASE_NAME or any(c in name for c in "./\\\0\n"):
+        raise AdapterError(f"{name!r} cannot name an adapter: use a non-empty text without dots and slashes", name=name)

@@ -1,0 +1,178 @@
+"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353).
+
+    y = m * (W + s B A) x / ||W + s B A||_row + b
+
+The magnitude m, (out,), starts at the row norms of W, so training starts at the base model. The
+norm is a constant for the gradient (section 4.3 of the paper). It is never taken of the full sum:
+
+    ||W + s B A||² = ||W||² + 2 s (W Aᵀ ∘ B) 1 + s² (B (A Aᵀ) ∘ B) 1        (row sums)
+
+``||W||²`` is computed once, since W is frozen. The bias is not scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.lowrank import new_factors, seeded_dropout
+from nbpeft.engine.registry import register
+
+MAGNITUDE = "magnitude"
+
+_CANCELLATION = 1e-2
+"""Below this share of the parts of a squared row norm, the factored sum has lost digits."""
+
+
+@register(LoraConfig, peft_type="LORA", label="DoRA", applies=lambda config: config.use_dora)
+class DoRA(Adapter):
+    """A DoRA adapter on one layer.
+
+    Attributes:
+        scaling: s; a 0-d tensor once the model is prepared for compiled hot-swapping.
+        dropout: probability on the adapter's input.
+    """
+
+    weight_free: ClassVar[bool] = False
+
+    def __init__(self, tensors: Mapping[str, nn.Parameter], host: Host, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self._parameters.update(tensors)
+        self.factor_names = host.factor_names
+        self.scaling = scaling
+        self.dropout = dropout
+        self._weight_square: tuple[Any, Tensor] | None = None
+        self._norm: tuple[Any, Tensor] | None = None
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, host: Host
+    ) -> dict[str, tuple[int, ...]]:
+        shapes = dict(zip(host.factor_names, host.factor_shapes(module, config.rank_at(path)), strict=True))
+        out_features = host.features(module)[1]
+        shapes[MAGNITUDE] = tuple(host.per_channel(module, torch.empty(out_features, device="meta")).shape)
+        return shapes
+
+    @classmethod
+    def create(
+        cls, config: LoraConfig, path: str, base: Base, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
+    ) -> Self:
+        shapes = cls.parameter_shapes(config, path, base.module, base.host)
+        given = tensors
+        if given is None:
+            given = new_factors(shapes, base, config.init_lora_weights, config.rank_at(path), dtype)
+        parameters = {name: nn.Parameter(given[name]) for name in shapes}
+        adapter = cls(parameters, base.host, config.scaling_at(path), float(config.lora_dropout))
+        if tensors is None:
+            norm = adapter.row_norm(base)
+            adapter._parameters[MAGNITUDE] = nn.Parameter(norm.to(dtype).view(shapes[MAGNITUDE]))
+        return adapter
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        name_A, name_B = self.factor_names
+        return self._parameters[name_A], self._parameters[name_B]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def row_norm(self, base: Base) -> Tensor:
+        """``||W + s B A||`` per output channel, (out,), in at least float32, detached.
+
+        Outside training and compiled code the last norm is kept until a factor or the weight
+        changes.
+        """
+        lora_A, lora_B = (factor.detach() for factor in self.factors)
+        if torch.compiler.is_compiling() or self.training:
+            return self._compute_norm(lora_A, lora_B, base)
+        stamp = (_stamp(lora_A, deep=True), _stamp(lora_B, deep=True), _weight_stamp(base), float(self.scaling))
+        if self._norm is None or self._norm[0] != stamp or stamp[0] is None:
+            self._norm = (stamp, self._compute_norm(lora_A, lora_B, base))
+        return self._norm[1]
+
+    def _compute_norm(self, lora_A: Tensor, lora_B: Tensor, base: Base) -> Tensor:
+        weight = base.weight()
+        rows = weight.reshape(weight.shape[0], -1)
+        flat_A, flat_B = lora_A.reshape(lora_A.shape[0], -1), lora_B.reshape(lora_B.shape[0], -1)
+        dtype = torch.promote_types(lora_A.dtype, torch.float32)
+        if rows.shape[1] != flat_A.shape[1]:
+            return self._exact_norm(weight, base, dtype)
+        flat_A, flat_B = flat_A.to(dtype), flat_B.to(dtype) * self.scaling
+        square = self._square(rows, base, dtype)
+        cross = 2 * ((rows.to(dtype) @ flat_A.T) * flat_B).sum(1)
+        own = ((flat_B @ (flat_A @ flat_A.T)) * flat_B).sum(1)
+        total = square + cross + own
+        if total.device.type == "cpu" and not torch.compiler.is_compiling():
+            lost = total < _CANCELLATION * (square + own)
+            if bool(lost.any()):
+                summed = rows[lost].to(dtype) + flat_B[lost] @ flat_A
+                total[lost] = summed.square().sum(1)
+        return total.clamp_min(0).sqrt()
+
+    def _exact_norm(self, weight: Tensor, base: Base, dtype: torch.dtype) -> Tensor:
+        lora_A, lora_B = (factor.detach().to(dtype) for factor in self.factors)
+        summed = weight.to(dtype) + base.host.product(base.module, lora_A, lora_B) * self.scaling
+        return summed.reshape(summed.shape[0], -1).norm(dim=1)
+
+    def _square(self, rows: Tensor, base: Base, dtype: torch.dtype) -> Tensor:
+        """``||W||²`` per row, kept as long as the weight is the same."""
+        if torch.compiler.is_compiling():
+            return rows.to(dtype).square().sum(1)
+        stamp = _weight_stamp(base)
+        if self._weight_square is None or self._weight_square[0] != stamp or stamp is None:
+            self._weight_square = (stamp, rows.to(dtype).square().sum(1))
+        return self._weight_square[1]
+
+    def forward(self, x: Tensor, base_output: Tensor, base: Base) -> Tensor:
+        lora_A, lora_B = self.factors
+        host, module = base.host, base.module
+        norm = self.row_norm(base)
+        magnitude = self._parameters[MAGNITUDE]
+        assert magnitude is not None
+        scale = host.per_channel(module, magnitude.view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        dropout = Dropout(self.dropout, self.training and x.is_floating_point())
+        if dropout.acts:
+            x = seeded_dropout(x.to(lora_A.dtype), dropout)
+            plain = host.linear(module, x, base.weight().to(x.dtype))
+        else:
+            bias = base.bias
+            plain = base_output if bias is None else base_output - host.per_channel(module, bias)
+        low = host.low_rank(module, x, lora_A, lora_B, self.scaling, Dropout(0.0, False))
+        return scale * (plain + low) - plain
+
+    def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
+        lora_A, lora_B = (factor.detach() for factor in self.factors)
+        magnitude = self._parameters[MAGNITUDE]
+        assert magnitude is not None
+        whole = weight.to(lora_A.dtype)
+        summed = whole + base.host.product(base.module, lora_A, lora_B) * self.scaling
+        norm = summed.reshape(summed.shape[0], -1).norm(dim=1)
+        scale = magnitude.detach().view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return summed.mul_(scale.view(-1, *[1] * (summed.ndim - 1))).sub_(whole)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weight_square": None, "_norm": None}
+
+    def extra_repr(self) -> str:
+        lora_A, _ = self.factors
+        return f"rank={lora_A.shape[0]}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"
+
+
+def _stamp(tensor: Tensor, *, deep: bool = False) -> Any:
+    """Changes when the tensor does; None where that cannot be told.
+
+    The version counter misses writes through ``.data``, so small host tensors are summed too.
+    """
+    if tensor.is_inference():
+        return None
+    total = float(tensor.sum()) + float(tensor.view(-1)[0]) if deep and tensor.device.type == "cpu" else 0.0
+    return tensor.data_ptr(), tensor._version, total
+
+
+def _weight_stamp(base: Base) -> Any:
+    weight = getattr(base.module, "weight", None)
+    return _stamp(weight) if isinstance(weight, Tensor) else None

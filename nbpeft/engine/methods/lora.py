@@ -1,0 +1,104 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685).
+
+    y = W x + b + s * B A dropout(x)          A: (r, in), B: (out, r)
+    s = alpha / r, with rsLoRA (arXiv:2312.03732) alpha / sqrt(r)
+
+W and b stay frozen; A starts random and B at zero, so training starts at the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.lowrank import new_factors
+from nbpeft.engine.registry import register
+
+_MERGE_ROWS = 256
+"""Rows of a weight merged at a time, which bounds the extra memory of a merge."""
+
+
+@register(LoraConfig, peft_type="LORA", label="LoRA", applies=lambda config: not config.use_dora)
+class LoRA(Adapter):
+    """A LoRA adapter on one layer.
+
+    Attributes:
+        scaling: s; a 0-d tensor once the model is prepared for compiled hot-swapping.
+        dropout: probability on the adapter's input.
+    """
+
+    def __init__(self, tensors: Mapping[str, nn.Parameter], host: Host, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self._parameters.update(tensors)
+        self.factor_names = host.factor_names
+        self.scaling = scaling
+        self.dropout = dropout
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, host: Host
+    ) -> dict[str, tuple[int, ...]]:
+        shapes = dict(zip(host.factor_names, host.factor_shapes(module, config.rank_at(path)), strict=True))
+        if config.lora_bias:
+            shapes[f"{host.factor_names[1]}_bias"] = (host.features(module)[1],)
+        return shapes
+
+    @classmethod
+    def create(
+        cls, config: LoraConfig, path: str, base: Base, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
+    ) -> Self:
+        if tensors is None:
+            shapes = cls.parameter_shapes(config, path, base.module, base.host)
+            tensors = new_factors(shapes, base, config.init_lora_weights, config.rank_at(path), dtype)
+        parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+        return cls(parameters, base.host, config.scaling_at(path), float(config.lora_dropout))
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        name_A, name_B = self.factor_names
+        return self._parameters[name_A], self._parameters[name_B]  # type: ignore[return-value]
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The bias of B, (out,), where ``lora_bias`` asked for one."""
+        return self._parameters.get(f"{self.factor_names[1]}_bias")
+
+    def forward(self, x: Tensor, base_output: Tensor, base: Base) -> Tensor:
+        lora_A, lora_B = self.factors
+        dropout = Dropout(self.dropout, self.training)
+        delta = base.host.low_rank(base.module, x, lora_A, lora_B, self.scaling, dropout)
+        bias = self.output_bias
+        if bias is None:
+            return delta
+        return delta + base.host.per_channel(base.module, bias * self.scaling).to(delta.dtype)
+
+    def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
+        lora_A, lora_B = (factor.detach() for factor in self.factors)
+        return base.host.product(base.module, lora_A, lora_B) * self.scaling
+
+    def delta_bias(self, base: Base) -> Tensor | None:
+        bias = self.output_bias
+        return None if bias is None else bias.detach() * self.scaling
+
+    def add_to_(self, weight: Tensor, base: Base, scale: float) -> None:
+        lora_A, lora_B = (factor.detach() for factor in self.factors)
+        if weight.ndim != 2 or lora_B.shape[0] != weight.shape[0]:
+            super().add_to_(weight, base, scale)
+            return
+        factor = float(self.scaling) * scale
+        if weight.dtype == lora_A.dtype:
+            weight.addmm_(lora_B, lora_A, alpha=factor)
+            return
+        for start in range(0, weight.shape[0], _MERGE_ROWS):
+            rows = slice(start, start + _MERGE_ROWS)
+            weight[rows] += (lora_B[rows] @ lora_A) * factor
+
+    def extra_repr(self) -> str:
+        lora_A, _ = self.factors
+        return f"rank={lora_A.shape[0]}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"

@@ -1,0 +1,308 @@
+"""What a config would do to a model, before it does it.
+
+``plan`` changes nothing and needs no memory: it works on a model of meta tensors too.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import nbpeft.engine.backends
+import nbpeft.engine.hosts
+import nbpeft.engine.methods  # noqa: F401
+from nbpeft.engine.adapter import AdapterConfig, Backend, Host, TaskType
+from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
+from nbpeft.engine.targets import ALL_LINEAR, Matcher, default_targets, matches_segment_names, no_match
+from nbpeft.errors import TargetError
+
+_CLASSIFIER_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter.
+
+    Attributes:
+        path: where it is in the base model.
+        host: name of its kind.
+        backend: name of how its weight is stored.
+        in_features: input features.
+        out_features: output features.
+        shapes: parameter name -> shape of what is added.
+    """
+
+    path: str
+    host: str
+    backend: str
+    in_features: int
+    out_features: int
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters added here."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """The whole of it.
+
+    Attributes:
+        method: label of the method.
+        config: a copy of the config with its targets resolved.
+        targets: what gets an adapter, in model order.
+        copies: paths of modules trained as a whole, with their parameter counts.
+        biases: names of base parameters trained along.
+        excluded: paths that the targets name and ``exclude_modules`` takes out.
+        missing: targets that match nothing.
+    """
+
+    method: str
+    config: AdapterConfig
+    targets: tuple[Target, ...]
+    copies: dict[str, int]
+    biases: tuple[str, ...]
+    excluded: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the targets."""
+        return tuple(target.path for target in self.targets)
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters added: adapters and copies."""
+        return sum(target.parameter_count for target in self.targets) + sum(self.copies.values())
+
+    def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the added parameters in a dtype."""
+        return self.parameter_count * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a module hangs in its parent."""
+
+    parent: nn.Module
+    attribute: str
+    path: str
+    module: nn.Module
+    """The base module, also where a wrapper hangs there now."""
+    wrapper: AdaptedLayer | CopiedModule | None
+
+
+def walk(model: nn.Module) -> Iterator[Site]:
+    """All modules below ``model`` with their paths as in the bare base model.
+
+    A module that hangs in several places is given for each of them; its children once.
+    """
+    visited: set[int] = {id(model)}
+    stack: list[Iterator[Site]] = [_children(model, "")]
+    while stack:
+        site = next(stack[-1], None)
+        if site is None:
+            stack.pop()
+            continue
+        yield site
+        if id(site.module) not in visited:
+            visited.add(id(site.module))
+            if site.module._modules:
+                stack.append(_children(site.module, site.path + "."))
+
+
+def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
+    for attribute, child in list(parent._modules.items()):
+        if child is None:
+            continue
+        path = prefix + attribute
+        if isinstance(child, AdaptedLayer):
+            yield Site(parent, attribute, path, child.base_layer, child)
+        elif isinstance(child, CopiedModule):
+            yield Site(parent, attribute, path, child.original_module, child)
+        else:
+            yield Site(parent, attribute, path, child, None)
+
+
+def plan(model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True) -> InjectionPlan:
+    """Works out what a config means for a model.
+
+    Args:
+        model: the base model, with or without adapters on it; meta tensors will do.
+        config: the config of any registered method.
+        allow_missing: warn about targets that match nothing, as long as others match; without
+            it that is an error.
+
+    Raises:
+        TargetError: nothing matches, a target cannot be adapted, or something is missing.
+        ConfigError: a value of the config is impossible for a layer.
+    """
+    method = method_of(config)
+    sites = list(walk(model))
+    resolved = _resolve_targets(model, config, sites)
+    names = list(getattr(resolved, "modules_to_save", None) or ())
+    copies = _copies(sites, names)
+    matcher = Matcher(
+        getattr(resolved, "target_modules", None) or (),
+        getattr(resolved, "exclude_modules", None),
+        getattr(resolved, "layers_to_transform", None),
+        getattr(resolved, "layers_pattern", None),
+    )
+    targets, excluded = _match(sites, matcher, resolved, method, tuple(copies))
+    if not targets and not (copies and not matcher.targets):
+        raise _nothing_matches(matcher, excluded, sites)
+    missing = matcher.missing()
+    if missing:
+        problem = no_match(missing, adaptable_paths(sites))
+        if not allow_missing:
+            raise problem
+        warnings.warn(str(problem), stacklevel=3)
+    return InjectionPlan(
+        method.label, resolved, tuple(targets), copies, _biases(model, resolved, targets), tuple(excluded), missing
+    )
+
+
+def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> AdapterConfig:
+    """A copy of the config whose targets are names or a pattern."""
+    resolved = config.copy()
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        resolved.target_modules = _all_linear(model, config, sites)  # type: ignore[attr-defined]
+    elif targets is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        found = default_targets(model_type)
+        if found is None:
+            names = sorted({path.rsplit(".", 1)[-1] for path in adaptable_paths(sites)})
+            raise TargetError(
+                f"Please specify `target_modules`: there is no default for model type {model_type!r}. "
+                f"The model has: {', '.join(names)}",
+                model_type=model_type,
+            )
+        resolved.target_modules = found  # type: ignore[attr-defined]
+    return resolved
+
+
+def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> list[str]:
+    """Full paths of all linear layers but the output head."""
+    heads: list[nn.Module] = []
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    if output_embeddings is not None:
+        heads.append(_base_of(output_embeddings))
+    elif config.task_type == TaskType.SEQ_CLS:
+        heads.extend(_base_of(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
+    found = []
+    for site in sites:
+        host = resolve_host(site.module)
+        if host is not None and host.name in ("linear", "conv1d") and not any(site.module is head for head in heads):
+            found.append(site.path)
+    return found
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    if isinstance(module, AdaptedLayer):
+        return module.base_layer
+    return module.original_module if isinstance(module, CopiedModule) else module
+
+
+def _copies(sites: list[Site], names: list[str]) -> dict[str, int]:
+    if not names:
+        return {}
+    found = {
+        site.path: sum(parameter.numel() for parameter in site.module.parameters())
+        for site in sites
+        if matches_segment_names(site.path, names)
+    }
+    missing = [name for name in names if not any(matches_segment_names(path, [name]) for path in found)]
+    if missing and not (found and set(missing) <= set(_CLASSIFIER_HEADS)):
+        raise no_match(missing, [site.path for site in sites], what="modules_to_save")
+    for site in sites:
+        if site.path in found and isinstance(site.wrapper, AdaptedLayer):
+            raise TargetError(
+                f"{site.path} carries adapters already and cannot be trained as a whole (modules_to_save)"
+            )
+    inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
+    return {path: count for path, count in found.items() if path not in inner}
+
+
+def _match(
+    sites: list[Site], matcher: Matcher, config: AdapterConfig, method: Method, copies: tuple[str, ...]
+) -> tuple[list[Target], list[str]]:
+    targets: list[Target] = []
+    excluded: list[str] = []
+    inside = tuple(f"{path}." for path in copies)
+    for site in sites:
+        path = site.path
+        if not matcher.matches(path):
+            continue
+        if matcher.excluded(path) or path in copies or (inside and path.startswith(inside)):
+            excluded.append(path)
+            continue
+        if isinstance(site.wrapper, CopiedModule):
+            raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
+        targets.append(_target(site, config, method))
+    return targets, excluded
+
+
+def _target(site: Site, config: AdapterConfig, method: Method) -> Target:
+    host, backend = resolve_parts(site)
+    shapes = method.adapter_class.parameter_shapes(config, site.path, site.module, host)
+    in_features, out_features = host.features(site.module)
+    return Target(site.path, host.name, backend.name, in_features, out_features, shapes)
+
+
+def resolve_parts(site: Site) -> tuple[Host, Backend]:
+    """Host and backend of the module at a site.
+
+    Raises:
+        TargetError: the module cannot be adapted.
+    """
+    if isinstance(site.wrapper, AdaptedLayer):
+        return site.wrapper.host, site.wrapper.backend
+    host, backend = resolve_host(site.module), resolve_backend(site.module)
+    if host is None or backend is None:
+        raise TargetError(
+            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted "
+            f"(target module is not supported); name its linear layers or exclude it",
+            path=site.path,
+            kind=type(site.module).__name__,
+        )
+    return host, backend
+
+
+def adaptable_paths(sites: list[Site]) -> list[str]:
+    """Paths of all modules that could be adapted."""
+    return [site.path for site in sites if resolve_host(site.module) and resolve_backend(site.module)]
+
+
+def _nothing_matches(matcher: Matcher, excluded: list[str], sites: list[Site]) -> TargetError:
+    missing = matcher.missing()
+    if missing and not excluded:
+        return no_match(missing, adaptable_paths(sites))
+    if excluded:
+        return TargetError(
+            f"exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. {excluded[0]}"
+        )
+    return TargetError("target_modules match modules, but none in the layers of layers_to_transform")
+
+
+def _biases(model: nn.Module, config: AdapterConfig, targets: list[Target]) -> tuple[str, ...]:
+    """Names (in the bare base model) of base biases that train along."""
+    kind = getattr(config, "bias", "none")
+    if kind == "none":
+        return ()
+    wanted = {target.path for target in targets}
+    names: list[str] = []
+    for path, module in [("", model), *((site.path, site.module) for site in walk(model))]:
+        if isinstance(module._parameters.get("bias"), nn.Parameter):
+            if kind == "all" or path in wanted:
+                names.append(f"{path}.bias" if path else "bias")
+    return tuple(names)

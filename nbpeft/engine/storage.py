@@ -1,0 +1,59 @@
+"""What all backends share: where a weight lies and what it takes follow from its tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StoredWeight:
+    """Base class of backends; see ``nbpeft.engine.adapter.Backend`` for the contract.
+
+    A subclass gives ``name``, ``matches``, ``dtype``, ``dequantize``, ``store``, ``snapshot``,
+    ``restore`` and ``tensors``.
+    """
+
+    name: str
+    priority: int = 100
+    """Backends of higher priority are asked first; a dense weight is the last guess."""
+    can_merge: bool = True
+    merge_refusal: str = ""
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """All tensors that the weight is stored in, with its quantization constants."""
+        return [plain(module.weight)]
+
+    def device(self, module: nn.Module) -> torch.device:
+        """Where the weight lies."""
+        return self.tensors(module)[0].device
+
+    def byte_count(self, module: nn.Module) -> int:
+        """Bytes of all tensors, each storage once."""
+        return sum(distinct_storages(self.tensors(module)).values())
+
+
+def plain(weight: Any) -> Tensor:
+    """A parameter or tensor subclass as an ordinary detached tensor on the same storage."""
+    tensor: Tensor = weight.detach().as_subclass(Tensor)
+    return tensor
+
+
+def distinct_storages(tensors: Sequence[Tensor]) -> dict[int, int]:
+    """Address of each storage on a real device -> its size in bytes. Meta tensors have none."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
+    return storages
+
+
+def loaded(module_name: str, *names: str) -> tuple[type[Any], ...]:
+    """Classes of an optional library, if somebody has imported it; never imports it."""
+    library = sys.modules.get(module_name)
+    return tuple(found for name in names if isinstance(found := getattr(library, name, None), type))

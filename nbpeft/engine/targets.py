@@ -1,0 +1,147 @@
+"""Target patterns -> module paths: which paths a config means, without touching a model.
+
+A list entry means a module whose path is the entry or ends with ``.entry``; a string is a
+regular expression for the whole path. Names are matched in whole path segments only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbpeft.engine.lora_config import suffixes
+from nbpeft.errors import TargetError, did_you_mean, near
+
+ALL_LINEAR = "all-linear"
+
+_DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
+    ("q_proj", "v_proj"): (
+        "bart gemma gemma2 gemma3 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 smollm3 stablelm"
+    ),
+    ("q_proj", "v_proj", "fc1", "fc2"): "phi",
+    ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
+    ("q", "v"): "mt5 t5",
+    ("q", "v", "q_proj", "v_proj"): "blip-2",
+    ("query", "value"): "bert electra layoutlm roberta xlm-roberta",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("in_proj",): "deberta",
+    ("query_key_value",): "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox",
+    ("qkv_proj",): "codegen",
+    ("Wqkv",): "mpt",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("c_proj", "c_attn"): "btlm",
+    ("key", "value", "receptance", "output"): "rwkv",
+    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
+}
+
+_DEFAULT_PATTERNS = {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
+
+
+def default_targets(model_type: str | None) -> list[str] | str | None:
+    """The usual targets of an architecture (``config.model_type``), or None if unknown."""
+    if model_type in _DEFAULT_PATTERNS:
+        return _DEFAULT_PATTERNS[model_type]
+    for targets, model_types in _DEFAULT_TARGETS.items():
+        if model_type in model_types.split():
+            return list(targets)
+    return None
+
+
+@dataclass
+class Matcher:
+    """Asks of one path after another whether a config means it.
+
+    Attributes:
+        targets: list of names or a regular expression.
+        exclude: list of names, a regular expression, or None.
+        layers: layer indices to keep, or None for all.
+        layers_pattern: names of the list that holds the layers; None for any.
+        seen: target names that matched a path so far.
+    """
+
+    targets: Sequence[str] | str
+    exclude: Sequence[str] | str | None = None
+    layers: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    seen: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._target_names = _as_set(self.targets)
+        self._target_pattern = _as_pattern(self.targets)
+        self._exclude_names = _as_set(self.exclude)
+        self._exclude_pattern = _as_pattern(self.exclude)
+        self._indices = {self.layers} if isinstance(self.layers, int) else set(self.layers or ())
+        names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else list(self.layers_pattern or ())
+        sources = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        self._index_patterns = [re.compile(source) for source in sources]
+
+    def excluded(self, path: str) -> bool:
+        """Whether ``exclude`` names the path."""
+        if self._exclude_pattern is not None:
+            return self._exclude_pattern.fullmatch(path) is not None
+        return any(suffix in self._exclude_names for suffix in suffixes(path))
+
+    def matches(self, path: str) -> bool:
+        """Whether the targets name the path (exclusion apart)."""
+        if self._target_pattern is not None:
+            found = self._target_pattern.fullmatch(path) is not None
+            if found:
+                self.seen.add(str(self.targets))
+            return found
+        if path in self._target_names:
+            self.seen.add(path)
+            return True
+        hits = [suffix for suffix in suffixes(path) if suffix in self._target_names]
+        if not hits:
+            return False
+        self.seen.update(hits)
+        return not self._indices or self._layer_index(path) in self._indices
+
+    def _layer_index(self, path: str) -> int | None:
+        for pattern in self._index_patterns:
+            match = pattern.match(path)
+            if match:
+                return int(match.group(1))
+        return None
+
+    def missing(self) -> tuple[str, ...]:
+        """Targets that matched nothing so far."""
+        wanted = [self.targets] if isinstance(self.targets, str) else self.targets
+        return tuple(name for name in wanted if name not in self.seen)
+
+
+def matches_segment_names(path: str, names: Iterable[str]) -> bool:
+    """Whether a path is one of the names or ends with it, in whole segments."""
+    wanted = set(names)
+    return any(suffix in wanted for suffix in suffixes(path))
+
+
+def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "target_modules") -> TargetError:
+    """The error for patterns that match nothing, with what the model does have."""
+    last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
+    quoted = ", ".join(repr(name) for name in missing)
+    hints = {name: near(name, last_names) for name in missing}
+    hint = did_you_mean(missing[0], last_names) if len(missing) == 1 else _hints(hints)
+    have = ", ".join(last_names[:12]) + (", …" if len(last_names) > 12 else "")
+    return TargetError(
+        f"{what} {quoted} match{'es' if len(missing) == 1 else ''} no module of the model."
+        f"{hint} The model has: {have or 'no layer that can be adapted'}",
+        missing=tuple(missing),
+        near=hints,
+        available=tuple(last_names),
+    )
+
+
+def _hints(hints: dict[str, list[str]]) -> str:
+    found = [f"{name!r} is near {', '.join(map(repr, names))}" for name, names in hints.items() if names]
+    return f" ({'; '.join(found)})." if found else ""
+
+
+def _as_set(names: Sequence[str] | str | None) -> set[str]:
+    return set() if names is None or isinstance(names, str) else set(names)
+
+
+def _as_pattern(names: Any) -> re.Pattern[str] | None:
+    return re.compile(names) if isinstance(names, str) else None
