@@ -1,1 +1,50 @@
+"""Files and the hub: the only place that knows how PEFT spells a saved adapter.
 
+Importing it gives ``AdapterConfig.from_pretrained`` and ``save_pretrained`` their store.
+"""
+
+from __future__ import annotations
+
+from nbpeft.checkpoint.card import card_text
+from nbpeft.checkpoint.config_format import condense_targets, config_text, config_to_save, parse_config
+from nbpeft.checkpoint.expectation import expected_of
+from nbpeft.checkpoint.folder import (
+    Checkpoint,
+    FolderStore,
+    WrittenFiles,
+    read_checkpoint,
+    read_config,
+    write_checkpoint,
+    write_config,
+)
+from nbpeft.checkpoint.hub import push
+from nbpeft.checkpoint.identity import Fingerprint, compare, fingerprint
+from nbpeft.checkpoint.spelling import add_spelling
+from nbpeft.checkpoint.weights_format import Expected, Loaded, from_file, to_file
+from nbpeft.engine.adapter import AdapterConfig
+
+__all__ = [
+    "Checkpoint",
+    "Expected",
+    "Fingerprint",
+    "Loaded",
+    "WrittenFiles",
+    "add_spelling",
+    "card_text",
+    "compare",
+    "condense_targets",
+    "config_text",
+    "config_to_save",
+    "expected_of",
+    "fingerprint",
+    "from_file",
+    "parse_config",
+    "push",
+    "read_checkpoint",
+    "read_config",
+    "to_file",
+    "write_checkpoint",
+    "write_config",
+]
+
+AdapterConfig.store = FolderStore()

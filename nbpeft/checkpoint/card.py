@@ -1,0 +1,183 @@
+"""The README of a saved adapter: front matter that the hub reads, then text for people.
+
+A README that is there keeps its text and its front matter; only the entries that the adapter
+itself decides are brought up to date.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Sequence
+
+from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.registry import method_of
+
+_FENCE = "---"
+_PIPELINES = {
+    TaskType.CAUSAL_LM: "text-generation",
+    TaskType.SEQ_CLS: "text-classification",
+    TaskType.TOKEN_CLS: "token-classification",
+    TaskType.QUESTION_ANS: "question-answering",
+    TaskType.FEATURE_EXTRACTION: "feature-extraction",
+}
+_CARD_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_dora",
+    "use_rslora",
+    "bias",
+    "target_modules",
+    "modules_to_save",
+)
+_OTHER_TYPE = re.compile(r"[\d.+-]+|true|false|null|yes|no|on|off", re.IGNORECASE)
+_PLAIN_SCALAR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:+ -]*")
+
+
+def card_text(config: AdapterConfig, present: str | None = None, *, tags: Sequence[str] = ()) -> str:
+    """The text of a README for an adapter.
+
+    Args:
+        config: the adapter's config.
+        present: the README that is there, or None.
+        tags: tags besides those that follow from the config (``transformers``).
+    """
+    base = _hub_id(config.base_model_name_or_path)
+    own = [*tags, *(["lora"] if config.peft_type == "LORA" else []), *(["transformers"] if config.task_type else [])]
+    if base:
+        own.append(f"base_model:adapter:{base}")
+    newline = "\r\n" if present and "\r\n" in present else "\n"
+    front, body = _split(present.replace("\r\n", "\n")) if present is not None else ([], _body(config))
+    entries = _entries(front)
+    if base:
+        _put(entries, "base_model", [f"base_model: {_scalar(base)}"])
+    _put(entries, "library_name", ["library_name: peft"])
+    pipeline = _PIPELINES.get(TaskType(config.task_type)) if config.task_type else None
+    if pipeline and not any(name == "pipeline_tag" for name, _ in entries):
+        entries.append(("pipeline_tag", [f"pipeline_tag: {pipeline}"]))
+    _put_tags(entries, own)
+    lines = [line for _, block in entries for line in block]
+    return "\n".join([_FENCE, *lines, _FENCE, body]).replace("\n", newline)
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The base model's id, unless it is a folder of this machine: that is nobody else's business."""
+    if not name or os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~")) or "\\" in name:
+        return None
+    return name if name.count("/") <= 1 else None
+
+
+def _split(text: str) -> tuple[list[str], str]:
+    """Lines of the front matter, and the text behind it."""
+    lines = text.split("\n")
+    if lines[0].strip() == _FENCE:
+        for number, line in enumerate(lines[1:], start=1):
+            if line.strip() == _FENCE:
+                return lines[1:number], "\n".join(lines[number + 1 :])
+    return [], "\n" + text
+
+
+def _entries(lines: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(name, lines) of each top-level entry; comments and what is nested stay with the entry above."""
+    entries: list[tuple[str, list[str]]] = []
+    for line in lines:
+        match = re.match(r"([A-Za-z_][\w-]*)\s*:", line)
+        if match:
+            entries.append((match.group(1), [line]))
+        elif entries:
+            entries[-1][1].append(line)
+        else:
+            entries.append(("", [line]))
+    return entries
+
+
+def _put(entries: list[tuple[str, list[str]]], name: str, block: list[str]) -> None:
+    for position, (present, _) in enumerate(entries):
+        if present == name:
+            entries[position] = (name, block)
+            return
+    entries.append((name, block))
+
+
+def _put_tags(entries: list[tuple[str, list[str]]], own: Sequence[str]) -> None:
+    """Adds our tags to those that are there; a tag that names another base model goes."""
+    block = next((lines for name, lines in entries if name == "tags"), None)
+    present = _list_items(block) if block is not None else []
+    if present is None:
+        return
+    if any(tag.startswith("base_model:adapter:") for tag in own):
+        present = [tag for tag in present if not tag.startswith("base_model:adapter:")]
+    tags = sorted({*present, *own})
+    if tags:
+        _put(entries, "tags", ["tags:", *(f"- {_scalar(tag)}" for tag in tags)])
+
+
+def _list_items(block: Sequence[str]) -> list[str] | None:
+    """The items of a YAML list in either notation, or None if it is something else."""
+    head = block[0].partition(":")[2].strip()
+    if head.startswith("[") and head.endswith("]") and len(block) == 1:
+        return [_unquoted(item) for item in head[1:-1].split(",") if item.strip()]
+    if head:
+        return None
+    items = []
+    for line in block[1:]:
+        match = re.fullmatch(r"\s*-\s+(.*?)\s*", line)
+        if match:
+            items.append(_unquoted(match.group(1)))
+        elif line.strip():
+            return None
+    return items
+
+
+def _unquoted(item: str) -> str:
+    item = item.strip()
+    return item[1:-1] if len(item) > 1 and item[0] == item[-1] and item[0] in "'\"" else item
+
+
+def _scalar(text: str) -> str:
+    """Text as a YAML scalar, quoted where it has to be."""
+    plain = _PLAIN_SCALAR.fullmatch(text) and ": " not in text and not text.endswith((":", " "))
+    return text if plain and not _OTHER_TYPE.fullmatch(text) else json.dumps(text)
+
+
+def _body(config: AdapterConfig) -> str:
+    fields = config.to_dict()
+    base = _hub_id(config.base_model_name_or_path)
+    rows = [f"| `{name}` | `{json.dumps(fields[name], default=_listed)}` |" for name in _CARD_FIELDS if name in fields]
+    settings = ["## Settings", "", "| field | value |", "|---|---|", *rows, ""] if rows else []
+    return "\n".join(
+        [
+            "",
+            "# Adapter",
+            "",
+            f"A {method_of(config).label} adapter" + (f" for `{base}`." if base else "."),
+            "",
+            *settings,
+            "## Use",
+            "",
+            "```python",
+            "from nbpeft import PeftModel  # or: from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
+            "```",
+            "",
+            "### Framework versions",
+            "",
+            f"- nbpeft {_version()}",
+            "",
+        ]
+    )
+
+
+def _listed(value: object) -> object:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("nbpeft")
+    except importlib.metadata.PackageNotFoundError:
+        return "from source"

@@ -1,0 +1,151 @@
+"""``adapter_config.json``: from and to a config, spelled as PEFT spells it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from torch import nn
+
+import nbpeft.engine.methods  # noqa: F401  (registers the methods)
+from nbpeft.checkpoint.bare import bare_modules
+from nbpeft.engine import registry
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError
+
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose files these are."""
+
+CONDENSE_FROM = 20
+"""As many target names as this are condensed to suffixes, as PEFT does."""
+
+_RUNTIME_FIELDS = frozenset({"runtime_config"})
+
+
+def config_text(config: AdapterConfig, *, inference_mode: bool | None = None) -> str:
+    """The text of ``adapter_config.json``.
+
+    Args:
+        config: any registered config.
+        inference_mode: value to write instead of the config's own; a saved adapter has True.
+
+    Raises:
+        ConfigError: a field's value cannot be written as JSON.
+    """
+    fields = {name: _plain(value) for name, value in config.to_dict().items() if name not in _RUNTIME_FIELDS}
+    if inference_mode is not None:
+        fields["inference_mode"] = inference_mode
+    fields["peft_version"] = fields.get("peft_version") or PEFT_VERSION
+    for name, value in fields.items():
+        try:
+            json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{name} = {value!r} cannot be saved: {error}", field=name) from None
+    return json.dumps(fields, indent=2, sort_keys=True)
+
+
+def parse_config(text: str, where: str = "adapter_config.json") -> tuple[AdapterConfig, dict[str, Any]]:
+    """The config in a text, and the fields this version does not know.
+
+    Raises:
+        CorruptCheckpointError: the text is not JSON or has no ``peft_type``.
+        UnknownMethodError: ``peft_type`` is not registered.
+        ConfigError: a field has an impossible value.
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CorruptCheckpointError(f"{where} is not valid JSON: {error}", path=where) from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
+        raise CorruptCheckpointError(f"{where} has no 'peft_type': it is not the config of an adapter", path=where)
+    config_class = registry.config_class_of(fields["peft_type"])
+    known = {field.name: field for field in dataclasses.fields(config_class)}
+    unknown = {name: value for name, value in fields.items() if name not in known and name not in _RUNTIME_FIELDS}
+    given = {
+        name: value
+        for name, value in fields.items()
+        if name in known and known[name].init and name not in _RUNTIME_FIELDS
+    }
+    try:
+        return config_class(**given), unknown
+    except ConfigError as error:
+        raise type(error)(f"{where}: {error.message}", **error.details) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where} has an impossible value: {error}", path=where) from None
+
+
+def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable[str] | None = None) -> AdapterConfig:
+    """A copy of a config with what PEFT fills in from the model when it saves.
+
+    ``base_model_name_or_path`` if there is none; ``auto_mapping`` if there is no ``task_type``;
+    ``target_modules`` written out when it is ``"all-linear"`` and condensed when it is long.
+
+    Args:
+        config: the adapter's config.
+        model: the base model; adapters on it do not matter.
+        targets: paths of the adapted modules; needed to write ``"all-linear"`` out.
+    """
+    changes: dict[str, Any] = {}
+    if config.base_model_name_or_path is None:
+        changes["base_model_name_or_path"] = model.__dict__.get("name_or_path") or None
+    if config.task_type is None:
+        base = type(model)
+        changes["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    wanted = getattr(config, "target_modules", None)
+    if wanted == "all-linear" and targets is not None:
+        wanted = changes["target_modules"] = set(targets)
+    # IA3's feedforward_modules must stay a subset of its target_modules, so neither is condensed.
+    if isinstance(wanted, (list, set, tuple)) and len(wanted) >= CONDENSE_FROM and config.peft_type != "IA3":
+        condensed = condense_targets(wanted, (name for name, _ in bare_modules(model) if name))
+        if len(condensed) < len(wanted):
+            changes["target_modules"] = condensed
+    return config.copy(**changes)
+
+
+def condense_targets(targets: Iterable[str], module_names: Iterable[str]) -> set[str]:
+    """The fewest, shortest suffixes that name the same modules.
+
+    Args:
+        targets: names or suffixes of names.
+        module_names: all module names of the model; those that a target names are left out here.
+
+    Raises:
+        CheckpointError: a target is empty.
+    """
+    wanted = set(targets)
+    if "" in wanted:
+        raise CheckpointError("target_modules has an empty name")
+    endings = tuple(f".{name}" for name in wanted)
+    others = (name for name in module_names if name not in wanted and not name.endswith(endings))
+    taken = {suffix for name in others for suffix in _suffixes(name)}
+    chosen: set[str] = set()
+    for suffixes in sorted(_suffixes(name) for name in wanted):
+        if not chosen.isdisjoint(suffixes):
+            continue
+        shortest = next((suffix for suffix in suffixes if suffix not in taken), None)
+        if shortest is not None:
+            chosen.add(shortest)
+    return chosen or wanted
+
+
+def _suffixes(name: str) -> list[str]:
+    """``a.b.c`` -> ``c``, ``b.c``, ``a.b.c``."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it, always the same for the same value."""
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, enum.Enum):
+        return value.value
+    return str(value) if isinstance(value, PurePath) else value

@@ -1,0 +1,259 @@
+"""A saved adapter as a whole: config, tensors and card of one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft.checkpoint import card as model_card
+from nbpeft.checkpoint.atomic import NewFile, replace_files, staged
+from nbpeft.checkpoint.config_format import config_text, parse_config
+from nbpeft.checkpoint.identity import Fingerprint
+from nbpeft.checkpoint.source import CONFIG_NAME, Source
+from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata, read_tensors, storable, write_tensors
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.errors import CheckpointError, CorruptCheckpointError
+
+CARD_NAME = "README.md"
+_READS = 3
+"""How often a pair is read that another process replaces meanwhile."""
+_CONFIG_DIGEST = "nbpeft.config_sha256"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a saved adapter holds.
+
+    Attributes:
+        config: its config.
+        tensors: key in the file -> tensor, on the device asked for.
+        metadata: what the file says about itself; the fingerprint of the base is in it.
+        folder: where the files lie (a folder of the cache for one of the hub).
+        unknown_fields: names of config fields that this version does not know and left out.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    folder: Path
+    unknown_fields: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WrittenFiles:
+    """What was written.
+
+    Attributes:
+        paths: the files, tensors first; a README that needed no change is not among them.
+        byte_count: bytes of all of them.
+    """
+
+    paths: tuple[Path, ...]
+    byte_count: int
+
+
+def read_config(
+    source: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **hub: Any,
+) -> AdapterConfig:
+    """The config of a saved adapter.
+
+    Args:
+        source: a folder, or the id of a repository on the hub.
+        subfolder: a folder inside it.
+        revision: branch, tag or commit on the hub.
+        cache_dir: where downloads are kept.
+        token: access token for the hub.
+        local_files_only: never ask the hub, only its cache.
+        **hub: what else ``huggingface_hub.hf_hub_download`` takes.
+
+    Raises:
+        CheckpointNotFoundError: there is no ``adapter_config.json``.
+        CorruptCheckpointError: it cannot be read.
+        UnknownMethodError: it names a method that is not registered.
+    """
+    options = dict(
+        revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only or None, **hub
+    )
+    place = Source.of(source, subfolder, options)
+    path = place.config_file()
+    config, unknown = parse_config(_config_text_of(path, None), str(path))
+    _tell_unknown(unknown, path)
+    return config
+
+
+def read_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    device: str | torch.device = "cpu",
+    **hub: Any,
+) -> Checkpoint:
+    """A saved adapter, config and tensors, from a folder or the hub.
+
+    Args:
+        source: a folder, or the id of a repository on the hub.
+        subfolder: a folder inside it.
+        device: where the tensors go.
+        **hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only`` and what else
+            ``huggingface_hub.hf_hub_download`` takes.
+
+    Raises:
+        CheckpointNotFoundError: files are missing.
+        CorruptCheckpointError: a file is truncated, altered or something else.
+        UnknownMethodError: the config names a method that is not registered.
+    """
+    options = {name: value for name, value in hub.items() if not (name == "local_files_only" and not value)}
+    place = Source.of(source, subfolder, options)
+    path = place.config_file()
+    weights_path = place.weights_file(path)
+    for _ in range(_READS):
+        version = weights_path.stat().st_mtime_ns
+        tensors, metadata = read_tensors(weights_path, device)
+        text = _config_text_of(path, metadata)
+        if weights_path.stat().st_mtime_ns == version:
+            break
+    config, unknown = parse_config(text, str(path))
+    _tell_unknown(unknown, path)
+    return Checkpoint(config, tensors, metadata, weights_path.parent, tuple(sorted(unknown)))
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str],
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    fingerprint: Fingerprint | None = None,
+    card: str | None = None,
+    write_card: bool = True,
+) -> WrittenFiles:
+    """Saves an adapter into a folder so that PEFT can load it. All files or none; no network.
+
+    Args:
+        folder: made if need be; other files in it stay.
+        config: the adapter's config (see ``config_to_save``).
+        tensors: key in the file -> tensor.
+        fingerprint: of the base model, kept in the tensors' metadata.
+        card: text of the README, or None to make one, or to bring one that is there up to date.
+        write_card: whether to write a README at all.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there is as it was.
+        ConfigError: a field of the config cannot be saved.
+    """
+    folder = Path(os.path.expanduser(os.fspath(folder)))
+    if not tensors:
+        raise CheckpointError(f"there are no tensors to save to {folder}")
+    text = config_text(config, inference_mode=True)
+    ready = storable(tensors)
+    metadata = {_CONFIG_DIGEST: _digest(text), **(fingerprint.to_metadata() if fingerprint else {})}
+    files = [NewFile(WEIGHTS_NAME, lambda path: write_tensors(path, ready, metadata))]
+    if _text_or_none(folder / CONFIG_NAME) != text:
+        files.append(NewFile.of_text(CONFIG_NAME, text))
+    if write_card:
+        files += _card_file(folder / CARD_NAME, config, card)
+    byte_count = sum(tensor.numel() * tensor.element_size() for tensor in ready.values()) + len(text)
+    replace_files(folder, files, byte_count=byte_count)
+    names = [WEIGHTS_NAME, CONFIG_NAME, *(file.name for file in files if file.name == CARD_NAME)]
+    paths = tuple(folder / name for name in names)
+    return WrittenFiles(paths, sum(path.stat().st_size for path in paths))
+
+
+def write_config(config: AdapterConfig, folder: str | os.PathLike[str]) -> Path:
+    """Writes ``adapter_config.json`` alone, atomically.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there is as it was.
+    """
+    target = Path(os.path.expanduser(os.fspath(folder)))
+    return replace_files(target, [NewFile.of_text(CONFIG_NAME, config_text(config))])[0]
+
+
+class FolderStore:
+    """``AdapterConfig.from_pretrained`` and ``save_pretrained``."""
+
+    def read(self, source: str, **options: Any) -> AdapterConfig:
+        """See ``read_config``."""
+        return read_config(source, **options)
+
+    def write(self, config: AdapterConfig, folder: str, **options: Any) -> None:
+        """See ``write_config``; ``auto_mapping_dict`` replaces the config's ``auto_mapping``."""
+        auto_mapping = options.pop("auto_mapping_dict", None)
+        if options:
+            raise CheckpointError(f"unknown option {next(iter(options))!r} for saving a config")
+        write_config(config.copy(auto_mapping=auto_mapping) if auto_mapping is not None else config, folder)
+
+
+def _card_file(path: Path, config: AdapterConfig, card: str | None) -> list[NewFile]:
+    """The README to write; none where it would not change or cannot be understood."""
+    present = _text_or_none(path)
+    if present is None and path.exists():
+        return []
+    text = card if card is not None else model_card.card_text(config, present)
+    return [] if text == present else [NewFile.of_text(path.name, text)]
+
+
+def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
+    """The config that belongs to the tensors beside it.
+
+    Normally the file's text. When a write died after the tensors were in place and before the
+    config was, the config it had staged.
+
+    Args:
+        path: the config file.
+        metadata: of the tensors, or None to read it if needed.
+    """
+    text = _text(path)
+    waiting = list(staged(path.parent, CONFIG_NAME))
+    if not waiting:
+        return text
+    if metadata is None:
+        weights = path.parent / WEIGHTS_NAME
+        metadata = read_metadata(weights) if weights.is_file() else {}
+    wanted = metadata.get(_CONFIG_DIGEST)
+    if wanted is None or wanted == _digest(text):
+        return text
+    return next((staged_text for staged_text in map(_text, waiting) if _digest(staged_text) == wanted), text)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise CorruptCheckpointError(f"{path} is not a text file", path=str(path)) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=str(path)) from None
+
+
+def _text_or_none(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _tell_unknown(unknown: Mapping[str, Any], path: Path) -> None:
+    """Warns of fields that are left out, unless they say nothing (None, False, empty)."""
+    speaking = sorted(name for name, value in unknown.items() if value)
+    if speaking:
+        warnings.warn(
+            f"{path}: left out the fields {', '.join(speaking)}, which this version does not know", stacklevel=3
+        )

@@ -1,0 +1,123 @@
+"""Reads and writes the file with the tensors. Nothing is ever unpickled but plain tensors."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nbpeft.errors import CheckpointError, CorruptCheckpointError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+LEGACY_WEIGHTS_NAME = "adapter_model.bin"
+
+_DIRECT_DEVICES = frozenset({"cpu", "cuda"})
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the file needs them: detached, contiguous, none sharing memory with another.
+
+    Raises:
+        CheckpointError: a tensor has no data (it lies on the meta device).
+    """
+    seen: set[tuple[str, int]] = set()
+    result: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach()
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{key} has no data (meta device): load or offload the model's weights first", key=key
+            )
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+        memory = (str(tensor.device), tensor.untyped_storage().data_ptr())
+        if memory in seen:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        elif not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        seen.add(memory)
+        result[key] = tensor
+    return result
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file with the permissions any new file would get."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(dict(tensors), str(path), metadata={"format": "pt", **metadata})
+    path.chmod(mode & 0o7777)
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file, safetensors or PEFT's old ``.bin``.
+
+    The tensors own their memory: the file may be replaced while they are in use.
+
+    Raises:
+        CorruptCheckpointError: the file is truncated, altered or something else.
+    """
+    if path.suffix == ".bin":
+        return _read_legacy(path, device), {}
+    target = torch.device(device)
+    direct = str(device) if target.type in _DIRECT_DEVICES else "cpu"
+    try:
+        metadata, tensors = _read_owned(path) if direct == "cpu" else _read_mapped(path, direct)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _corrupt(path, error) from None
+    if direct == "cpu" and target.type != "cpu":
+        tensors = {key: tensor.to(target) for key, tensor in tensors.items()}
+    return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone; empty for a ``.bin``.
+
+    Raises:
+        CorruptCheckpointError: the file is truncated, altered or something else.
+    """
+    if path.suffix == ".bin":
+        return {}
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _corrupt(path, error) from None
+
+
+def _read_owned(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    # Read, not mapped: when another program shortens a mapped file, the process dies.
+    try:
+        file: Any = safetensors.safe_open(str(path), framework="pt", backend="pread")
+    except TypeError:  # safetensors before 0.8 can only map
+        return read_metadata(path), safetensors.torch.load(path.read_bytes())
+    with file:
+        return file.metadata() or {}, file.get_tensors()
+
+
+def _read_mapped(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safetensors.safe_open(str(path), framework="pt", device=device) as file:
+        keys = file.keys()
+        return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
+
+
+def _read_legacy(path: Path, device: str | torch.device) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise _corrupt(path, error) from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CorruptCheckpointError(f"{path} does not hold a dictionary of tensors", path=str(path))
+    return tensors
+
+
+def _corrupt(path: Path, error: Exception) -> CorruptCheckpointError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return CorruptCheckpointError(
+        f"{path} cannot be read: it is truncated, altered or no adapter file ({reason})", path=str(path)
+    )

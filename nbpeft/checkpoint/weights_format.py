@@ -1,0 +1,260 @@
+"""Between the engine's tensors and the keys of PEFT's files.
+
+    AdapterWeights.adapters[path][param]   base_model.model.<path>.<spelling of param>
+    AdapterWeights.copies[path][param]     base_model.model.<path>.<param>
+    AdapterWeights.base[name]              base_model.model.<name>, with ``base_layer`` behind the
+                                           path of an adapted layer, ``original_module`` behind a copied one
+
+Keys are looked up whole: no name is searched for inside another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nbpeft.checkpoint.spelling import BASE_LAYER, ORIGINAL_MODULE, PREFIX, spelling_of
+from nbpeft.engine.adapter import AdapterWeights
+from nbpeft.errors import BaseMismatchError, CheckpointError
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Mapping[str, Shape]]
+Rename = Callable[[str], str]
+Slot = tuple[str, str, str]
+"""(kind, path, parameter): where a tensor goes in AdapterWeights."""
+
+_WRAPPER_SEGMENTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a model can take from a file.
+
+    Attributes:
+        adapters: path of an adapted module -> parameter -> shape.
+        copies: path of a module trained as a whole -> parameter or buffer -> shape.
+        base: name of a trained base parameter -> shape.
+        optional: name of a base parameter that a file may bring but need not (embeddings of a
+            resized vocabulary) -> shape.
+    """
+
+    adapters: Shapes = field(default_factory=dict)
+    copies: Shapes = field(default_factory=dict)
+    base: Mapping[str, Shape] = field(default_factory=dict)
+    optional: Mapping[str, Shape] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was found in a file.
+
+    Attributes:
+        weights: the tensors that fit, the file's own objects.
+        missing: keys that were expected and are not there.
+        unexpected: keys of the file that nothing takes.
+        mismatched: keys left out because of their shape (only when that was allowed).
+    """
+
+    weights: AdapterWeights
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str] = field(default_factory=list)
+
+
+def to_file(weights: AdapterWeights, *, peft_type: str = "LORA") -> dict[str, Tensor]:
+    """The tensors under the keys of a file. References, not copies.
+
+    Args:
+        weights: the tensors of one adapter.
+        peft_type: the ``peft_type`` of its config; decides how parameters are spelled.
+    """
+    spelling = spelling_of(peft_type)
+    tensors: dict[str, Tensor] = {}
+    for path, parameters in weights.adapters.items():
+        place = PREFIX + _wrapped(path, weights.adapters, weights.copies)
+        for name, tensor in parameters.items():
+            tensors[f"{place}.{spelling.get(name, name)}"] = tensor
+    for path, parameters in weights.copies.items():
+        for name, tensor in parameters.items():
+            tensors[f"{PREFIX}{path}.{name}"] = tensor
+    for name, tensor in weights.base.items():
+        tensors[PREFIX + _wrapped(name, weights.adapters, weights.copies)] = tensor
+    return tensors
+
+
+def from_file(
+    tensors: Mapping[str, Tensor],
+    expected: Expected,
+    *,
+    peft_type: str = "LORA",
+    key_mapping: Mapping[str, str] | None = None,
+    rename: Rename | None = None,
+    ignore_mismatched: bool = False,
+) -> Loaded:
+    """Sorts the tensors of a file into the places a model has for them.
+
+    Keys may lack the ``base_model.model.`` in front or carry the marks of a compiled or
+    sharded model.
+
+    Args:
+        tensors: key in the file -> tensor.
+        expected: what the model can take.
+        peft_type: the ``peft_type`` of the config; decides how parameters are spelled.
+        key_mapping: regular expression -> replacement, tried in order on each key without its
+            prefix; the first that matches is applied.
+        rename: another name to try for a key (without prefix) that nothing takes.
+        ignore_mismatched: leave tensors of another shape out instead of refusing the file.
+
+    Raises:
+        CheckpointError: nothing in the file fits.
+        BaseMismatchError: keys fit, but shapes do not.
+    """
+    slots = _slots(expected, peft_type)
+    found: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    mapped = _mapper(key_mapping)
+    for key, tensor in tensors.items():
+        fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
+        if fitting is None or fitting in found:
+            unexpected.append(key)
+        else:
+            found[fitting] = tensor
+    if not found and slots:
+        raise _nothing_fits(tensors, slots, key_mapping)
+    weights, mismatched = _sorted_in(found, slots)
+    if mismatched and not ignore_mismatched:
+        raise _mismatch(mismatched)
+    optional = {_wrapped(name, expected.adapters, expected.copies) for name in expected.optional}
+    missing = [PREFIX + key for key in slots if key not in found and key not in optional]
+    return Loaded(weights, missing, unexpected, [PREFIX + key for key, _, _ in mismatched])
+
+
+def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
+    """Key without prefix -> where its tensor goes and the shape it must have."""
+    spelling = spelling_of(peft_type)
+    slots: dict[str, tuple[Slot, Shape]] = {}
+    for path, parameters in expected.adapters.items():
+        place = _wrapped(path, expected.adapters, expected.copies)
+        for name, shape in parameters.items():
+            slots[f"{place}.{spelling.get(name, name)}"] = ("adapters", path, name), shape
+    for path, parameters in expected.copies.items():
+        for name, shape in parameters.items():
+            slots[f"{path}.{name}"] = ("copies", path, name), shape
+    for names in (expected.optional, expected.base):
+        for name, shape in names.items():
+            slots[_wrapped(name, expected.adapters, expected.copies)] = ("base", "", name), shape
+    return slots
+
+
+def _sorted_in(
+    found: Mapping[str, Tensor], slots: Mapping[str, tuple[Slot, Shape]]
+) -> tuple[AdapterWeights, list[tuple[str, Shape, Shape]]]:
+    """The tensors in their places, and (key, shape in the file, shape expected) of those that do not fit."""
+    weights = AdapterWeights()
+    mismatched: list[tuple[str, Shape, Shape]] = []
+    for key, tensor in found.items():
+        (kind, path, name), shape = slots[key]
+        if tuple(tensor.shape) != tuple(shape):
+            mismatched.append((key, tuple(tensor.shape), tuple(shape)))
+        elif kind == "base":
+            weights.base[name] = tensor
+        else:
+            places = weights.adapters if kind == "adapters" else weights.copies
+            places.setdefault(path, {})[name] = tensor
+    return weights, mismatched
+
+
+def _wrapped(name: str, adapters: Iterable[str], copies: Iterable[str]) -> str:
+    """A name in the bare model as it reads inside adapted and copied modules. Both need fast ``in``."""
+    start = name.find(".")
+    result = ""
+    taken = 0
+    while start != -1:
+        parent = name[:start]
+        if parent in adapters:
+            result, taken = f"{result}{name[taken:start]}.{BASE_LAYER}", start
+        elif parent in copies:
+            result, taken = f"{result}{name[taken:start]}.{ORIGINAL_MODULE}", start
+        start = name.find(".", start + 1)
+    return result + name[taken:] if taken else name
+
+
+def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
+    """The names a key of a file may stand for, likeliest first."""
+    bare = mapped(key.removeprefix(PREFIX))
+    yield bare
+    if key.startswith("base_model."):
+        yield mapped(key)
+        yield mapped(key.removeprefix("base_model."))
+    for segment in _WRAPPER_SEGMENTS:
+        bare = bare.replace(f".{segment}", ".").removeprefix(segment)
+    bare = bare.removeprefix(PREFIX)
+    yield bare
+    if rename is not None:
+        yield rename(bare)
+
+
+def _mapper(key_mapping: Mapping[str, str] | None) -> Rename:
+    if not key_mapping:
+        return lambda key: key
+    try:
+        compiled = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
+    except re.error as error:
+        raise CheckpointError(f"key_mapping has a bad regular expression {error.pattern!r}: {error.msg}") from None
+
+    def apply(key: str) -> str:
+        for pattern, replacement in compiled:
+            renamed, count = pattern.subn(replacement, key)
+            if count:
+                return renamed
+        return key
+
+    return apply
+
+
+def _nothing_fits(
+    tensors: Mapping[str, Tensor], slots: Mapping[str, object], key_mapping: Mapping[str, str] | None
+) -> CheckpointError:
+    if not tensors:
+        return CheckpointError("the checkpoint holds no tensors at all", found=[], expected=list(slots))
+    found, wanted = list(tensors), [PREFIX + key for key in slots]
+    hint = None if key_mapping else _nesting_hint(tensors, slots)
+    return CheckpointError(
+        f"nothing in the checkpoint fits this model: it has {_few(found)}; expected {_few(wanted)}."
+        + (f" It would fit with key_mapping={hint!r}." if hint else ""),
+        found=found,
+        expected=wanted,
+        key_mapping=hint,
+    )
+
+
+def _nesting_hint(tensors: Mapping[str, object], slots: Mapping[str, object]) -> dict[str, str] | None:
+    """A ``key_mapping`` that adds or drops leading segments so that keys fit, if one does."""
+    key = next(iter(tensors)).removeprefix(PREFIX)
+    parts = key.split(".")
+    for dropped in range(1, len(parts) - 1):
+        if ".".join(parts[dropped:]) in slots:
+            return {f"^{re.escape('.'.join(parts[:dropped]))}\\.": ""}
+    for dropped in range(len(parts) - 1):
+        tail = "." + ".".join(parts[dropped:])
+        wanted = next((name for name in slots if name.endswith(tail)), None)
+        if wanted is not None:
+            pattern = f"^{re.escape('.'.join(parts[:dropped]))}\\." if dropped else "^"
+            return {pattern: wanted[: len(wanted) - len(tail) + 1]}
+    return None
+
+
+def _mismatch(mismatched: list[tuple[str, Shape, Shape]]) -> BaseMismatchError:
+    lines = [f"{key} is {found}, expected {wanted}" for key, found, wanted in mismatched]
+    return BaseMismatchError(
+        f"{len(lines)} tensors of the checkpoint do not fit the base model and the config: {_few(lines)}",
+        mismatched=mismatched,
+    )
+
+
+def _few(items: list[str], count: int = 3) -> str:
+    more = len(items) - count
+    return ", ".join(items[:count]) + (f" (+ {more} more)" if more > 0 else "")
