@@ -37,7 +37,8 @@ def build(
     plan: InjectionPlan,
     switch: Switch,
     weights: AdapterWeights | None,
-    dtype: torch.dtype | None,
+    *,
+    half: bool = False,
 ) -> Parts:
     """Creates the adapters and copies of a plan.
 
@@ -47,8 +48,8 @@ def build(
         switch: what new wrappers read.
         weights: loaded tensors to bind instead of initialising; for a path or parameter that
             is not in them the usual init is used.
-        dtype: of new adapter parameters; None: float32 on half and quantized bases, else the
-            base's.
+        half: keep adapters in the base's dtype also where that is a half one; otherwise they
+            are float32 there, which training needs.
     """
     sites: dict[int, list[Site]] = {}
     wanted = {target.path for target in plan.targets} | set(plan.copies)
@@ -59,15 +60,11 @@ def build(
             by_path[site.path] = site
     adapter_class = method_of(plan.config).adapter_class
     parts = Parts([], [])
-    built: set[int] = set()
     for target in plan.targets:
         site = by_path[target.path]
-        if id(site.module) in built:
-            continue
-        built.add(id(site.module))
         layer = site.wrapper if isinstance(site.wrapper, AdaptedLayer) else _wrap(site, switch)
         given = None if weights is None else weights.adapters.get(target.path)
-        adapter = _create(adapter_class, plan, target.path, layer, given, dtype)
+        adapter = _create(adapter_class, plan, target.path, layer, given, half)
         adapter.training = layer.training
         parts.adapters.append((sites[id(site.module)], layer, adapter))
     for path in plan.copies:
@@ -89,11 +86,11 @@ def _create(
     path: str,
     layer: AdaptedLayer,
     given: Mapping[str, Tensor] | None,
-    dtype: torch.dtype | None,
+    half: bool,
 ) -> Adapter:
-    if dtype is None:
-        base_dtype = layer.base.dtype
-        dtype = torch.float32 if base_dtype in _HALF or not base_dtype.is_floating_point else base_dtype
+    dtype = layer.base.dtype
+    if dtype in _HALF and not half:
+        dtype = torch.float32
     shapes = adapter_class.parameter_shapes(plan.config, path, layer.base_layer, layer.host)
     if given is None or set(shapes) - set(given):
         adapter = adapter_class.create(plan.config, path, layer.base, None, dtype)

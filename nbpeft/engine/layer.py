@@ -208,7 +208,7 @@ class AdaptedLayer(nn.Module):
 
 
 def _has(adapter: nn.Module, name: str) -> bool:
-    return name in adapter._parameters or name in adapter.__dict__ and not name.startswith("_") and name != "training"
+    return name in adapter._parameters or (name in adapter.__dict__ and not name.startswith("_") and name != "training")
 
 
 class _WeightView:

@@ -51,6 +51,8 @@ class AdapterManager:
         copies: path -> module with copies trained as a whole.
         alive: False once the adapters were unloaded; every command then refuses.
         revision: grows with every change.
+        frozen: adapters that do not train even while active.
+        owner: token of the one handle that may use the manager.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,6 +72,7 @@ class AdapterManager:
         self._biases = BaseBiases(model)
         self._was_trainable: list[nn.Parameter] = []
         self._subscribers: list[Callable[[], Callable[[], None] | None]] = []
+        self.owner = object()
 
     @classmethod
     def of(cls, model: nn.Module) -> AdapterManager | None:
@@ -78,12 +81,11 @@ class AdapterManager:
         return manager if isinstance(manager, AdapterManager) else None
 
     @classmethod
-    def attach(cls, model: nn.Module) -> AdapterManager:
-        """The manager of a base model, made if there is none."""
-        manager = cls.of(model)
-        if manager is None:
-            manager = model.__dict__[_ATTRIBUTE] = cls(model)
-        return manager
+    def attach(cls, model: nn.Module, manager: AdapterManager | None = None) -> AdapterManager:
+        """Makes a manager findable by ``of``; without one, the model's own or a new one."""
+        found = manager or cls.of(model) or cls(model)
+        model.__dict__[_ATTRIBUTE] = found
+        return found
 
     # What there is
 
@@ -180,7 +182,7 @@ class AdapterManager:
         weights: AdapterWeights | None = None,
         *,
         trainable: bool = True,
-        dtype: torch.dtype | None = None,
+        half: bool = False,
         allow_missing: bool = True,
         replace: bool = False,
     ) -> InjectionPlan:
@@ -191,7 +193,7 @@ class AdapterManager:
             config: its config, or a plan made of it.
             weights: loaded tensors to bind instead of initialising.
             trainable: whether it trains while it is active.
-            dtype: of its parameters; None: float32 on half and quantized bases.
+            half: keep its parameters in the base's dtype also where that is a half one.
             allow_missing: warn about targets that match nothing instead of refusing.
             replace: take the place of an adapter of the same name, which stays active if it was.
 
@@ -206,7 +208,7 @@ class AdapterManager:
         self._require_unmerged("adding an adapter")
         made = config if isinstance(config, InjectionPlan) else self.plan(config, allow_missing=allow_missing)
         self._biases.check(name, made.biases)
-        parts = build(self.model, made, self.switch, weights, dtype)
+        parts = build(self.model, made, self.switch, weights, half=half)
         with self.switch.exclusive():
             if not self.configs:
                 self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -221,7 +223,7 @@ class AdapterManager:
             if not self._selected and len(self.configs) == 1:
                 self._selected = (name,)
             self._refresh(self.names if len(self.configs) == 1 else (name,))
-        self._changed()
+        self.changed()
         return made
 
     def remove(self, name: str) -> None:
@@ -243,7 +245,7 @@ class AdapterManager:
             if was_active and not self._selected:
                 self._selected = self.names[:1]
             self._refresh(self._selected)
-        self._changed()
+        self.changed()
 
     def _forget(self, name: str) -> None:
         self._parameters.pop(name, None)
@@ -271,7 +273,7 @@ class AdapterManager:
                 self.frozen = (self.frozen - {old}) | {new}
             self._selected = tuple(new if name == old else name for name in self._selected)
             self._refresh(())
-        self._changed()
+        self.changed()
 
     def copy(self, name: str, new: str) -> None:
         """Makes a second, independent adapter with the same config and weights."""
@@ -289,8 +291,8 @@ class AdapterManager:
                 for path, named in weights.copies.items()
             },
         )
-        dtype = next((value.dtype for named in twin.adapters.values() for value in named.values()), None)
-        self.add(new, self.configs[name], twin, trainable=name not in self.frozen, dtype=dtype)
+        dtypes = {value.dtype for named in twin.adapters.values() for value in named.values()}
+        self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
         self.set_scale(new, self.scale(name))
 
     def _holders(self) -> list[dict[str, Any]]:
@@ -321,9 +323,8 @@ class AdapterManager:
             self.frozen = self.frozen - set(chosen) if trainable else self.frozen | set(chosen)
         changed = set(self._selected) ^ set(chosen) if trainable is None else set(self._selected) | set(chosen)
         self._selected = chosen
-        self._enabled = True
         self._refresh(changed)
-        self._changed()
+        self.changed()
 
     def enable(self) -> None:
         """Lets the selected adapters act again."""
@@ -340,7 +341,7 @@ class AdapterManager:
             self.unmerge()
         self._enabled = enabled
         self._publish_active()
-        self._changed()
+        self.changed()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -359,6 +360,7 @@ class AdapterManager:
         """Other active adapters inside the block; afterwards everything is as it was."""
         was, enabled = self._selected, self._enabled
         self.activate(names)
+        self._set_enabled(True)
         try:
             yield
         finally:
@@ -377,27 +379,27 @@ class AdapterManager:
             raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
         self._scales[name] = float(scale)
         self._publish_active()
-        self._changed()
+        self.changed()
 
     def freeze(self, name: str) -> None:
         """Stops an adapter from training, active or not."""
         self.require(name)
         self.frozen.add(name)
         self._refresh((name,))
-        self._changed()
+        self.changed()
 
     def unfreeze(self, name: str) -> None:
         """Lets an adapter train whenever it is active."""
         self.require(name)
         self.frozen.discard(name)
         self._refresh((name,))
-        self._changed()
+        self.changed()
 
     def set_requires_grad(self, name: str, requires_grad: bool) -> None:
         """Sets whether gradients reach an adapter's tensors now, whatever is active."""
         for parameter in self.parameters(name):
             parameter.requires_grad_(requires_grad)
-        self._changed()
+        self.changed()
 
     def _refresh(self, changed: Sequence[str] | set[str] | tuple[str, ...]) -> None:
         """Brings ``requires_grad`` of some adapters and the shared switch up to date."""
@@ -436,7 +438,7 @@ class AdapterManager:
             merge_layers(self.layers, chosen, [self.scale(name) for name in chosen], keep_snapshot=True)
             self._merged = chosen
             self._publish_active()
-        self._changed()
+        self.changed()
 
     def unmerge(self) -> None:
         """Puts the frozen weights back, bit for bit."""
@@ -448,7 +450,7 @@ class AdapterManager:
             unmerge_layers(list(self.layers.values()))
             self._merged = ()
             self._publish_active()
-        self._changed()
+        self.changed()
 
     def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
         """Takes all adapters out for good and returns the bare base model.
@@ -474,7 +476,7 @@ class AdapterManager:
             elif not merge:
                 unmerge_layers(list(self.layers.values()))
             self._dismantle(chosen)
-        self._changed()
+        self.changed()
         return self.model
 
     def _dismantle(self, merged: Sequence[str]) -> None:
@@ -510,7 +512,8 @@ class AdapterManager:
 
         return stop
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Tells subscribers that something changed; for code that wrote tensors itself."""
         self.revision += 1
         for reference in list(self._subscribers):
             callback = reference()

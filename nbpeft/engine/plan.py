@@ -239,10 +239,12 @@ def _match(
     targets: list[Target] = []
     excluded: list[str] = []
     inside = tuple(f"{path}." for path in copies)
+    seen: set[int] = set()
     for site in sites:
         path = site.path
-        if not matcher.matches(path):
+        if not matcher.matches(path) or id(site.module) in seen:
             continue
+        seen.add(id(site.module))
         if matcher.excluded(path) or path in copies or (inside and path.startswith(inside)):
             excluded.append(path)
             continue

@@ -23,6 +23,9 @@ class StoredWeight:
     can_merge: bool = True
     merge_refusal: str = ""
 
+    def prepare(self, module: nn.Module) -> None:
+        """Called on every module of a model that gets its first adapter. Idempotent; most need nothing."""
+
     def tensors(self, module: nn.Module) -> list[Tensor]:
         """All tensors that the weight is stored in, with its quantization constants."""
         return [plain(module.weight)]

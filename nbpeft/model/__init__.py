@@ -1,0 +1,59 @@
+"""PEFT's face over the engine and the files: the names its users know."""
+
+from nbpeft.engine.adapter import AdapterConfig as PeftConfig
+from nbpeft.engine.adapter import TaskType
+from nbpeft.engine.lora_config import LoraConfig, LoraRuntimeConfig
+from nbpeft.model.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from nbpeft.model.peft_model import PeftModel
+from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from nbpeft.model.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftType,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from nbpeft.model.tensors import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+__all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "LayerStatus",
+    "LoraConfig",
+    "LoraRuntimeConfig",
+    "ModelStatus",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "set_peft_model_state_dict",
+]

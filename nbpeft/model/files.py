@@ -1,0 +1,281 @@
+"""Loading and saving adapters of a manager: between the engine and the checkpoint package."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.manager import AdapterManager, check_name
+from nbpeft.engine.plan import InjectionPlan, walk
+from nbpeft.errors import AdapterError, AdapterExistsError, MergeError
+
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+_HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
+_ROOT_ADAPTER = "default"
+
+
+class LoadResult(NamedTuple):
+    """What did not match while loading."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass
+class Loading:
+    """How to load one adapter.
+
+    Attributes:
+        name: name to give it.
+        trainable: whether it trains while active.
+        config: replaces the saved config.
+        half: keep it in a half-precision base's dtype.
+        key_mapping: regular expressions that rename keys of the file.
+        options: PEFT's further keywords: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
+    """
+
+    name: str
+    trainable: bool = False
+    config: AdapterConfig | None = None
+    half: bool = False
+    key_mapping: Mapping[str, str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """A copy of a config that names its base model."""
+    name = model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return config.copy(base_model_name_or_path=name or config.base_model_name_or_path)
+
+
+def load(
+    manager: AdapterManager, source: str | os.PathLike[str], loading: Loading, *, replace: bool = False
+) -> LoadResult:
+    """Puts a saved adapter on a manager's model; all or nothing.
+
+    Args:
+        manager: of the base model.
+        source: a folder or a hub id.
+        loading: how.
+        replace: let it take the place of one with the same name.
+
+    Raises:
+        AdapterExistsError: the name is taken.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+    """
+    manager.check_alive()
+    check_name(loading.name)
+    if loading.name in manager.configs and not replace:
+        raise AdapterExistsError(
+            f"the base model already carries an adapter {loading.name!r}: give this one another adapter_name, "
+            "or use load_adapter() on the model that has it to replace it"
+        )
+    if manager.merged:
+        raise MergeError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before loading an adapter")
+    hub = {key: value for key, value in loading.options.items() if key in _HUB_OPTIONS and value is not None}
+    saved = checkpoint.read_checkpoint(str(source), device=_device(manager, loading), **hub)
+    config = (loading.config or saved.config).copy(inference_mode=not loading.trainable)
+    note = checkpoint.compare(saved.metadata, manager.model)
+    plan = manager.plan(config)
+    loaded = checkpoint.from_file(
+        saved.tensors,
+        expected(manager.model, plan),
+        peft_type=str(config.peft_type),
+        key_mapping=loading.key_mapping,
+        ignore_mismatched=bool(loading.options.get("ignore_mismatched_sizes", False)),
+    )
+    _tell(source, loaded, note)
+    embeddings = {name: loaded.weights.base.pop(name) for name in list(loaded.weights.base) if name not in plan.biases}
+    manager.add(loading.name, plan, loaded.weights, trainable=loading.trainable, half=loading.half, replace=replace)
+    _copy_into_base(manager.model, embeddings)
+    return LoadResult(loaded.missing, loaded.unexpected)
+
+
+def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
+    """What a file must hold for a plan."""
+    modules = {site.path: site.module for site in walk(model)} if plan.copies or plan.biases else {}
+    copies = {
+        path: {name: tuple(tensor.shape) for name, tensor in modules[path].state_dict().items()} for path in plan.copies
+    }
+    base = {name: tuple(modules[name.rpartition(".")[0]].bias.shape) for name in plan.biases}  # type: ignore[union-attr]
+    embeddings = {name: tuple(tensor.shape) for name, tensor in embedding_weights(model).items()}
+    return checkpoint.Expected(
+        adapters={target.path: target.shapes for target in plan.targets},
+        copies=copies,
+        base=base,
+        optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
+    )
+
+
+def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Names in the bare model -> weights of the input and output embeddings, where it has any."""
+    wanted: set[int] = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if module is not None:
+            wanted.update(id(child) for child in module.modules())
+    if not wanted:
+        return {}
+    return {
+        f"{site.path}.weight": weight
+        for site in walk(model)
+        if (id(site.module) in wanted or id(site.wrapper) in wanted)
+        and isinstance(weight := site.module._parameters.get("weight"), Tensor)
+    }
+
+
+def _copy_into_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    if tensors:
+        present = embedding_weights(model)
+        for name, tensor in tensors.items():
+            present[name].data.copy_(tensor)
+
+
+def _device(manager: AdapterManager, loading: Loading) -> str:
+    """Where to read to: the device asked for, or the base model's when it is on one only."""
+    asked = loading.options.get("torch_device")
+    if asked is not None:
+        return str(asked)
+    devices = {str(parameter.device) for parameter in manager.model.parameters()}
+    return devices.pop() if len(devices) == 1 and devices != {"meta"} else "cpu"
+
+
+def _tell(source: object, loaded: checkpoint.Loaded, note: str | None) -> None:
+    for what, keys in (("are missing from", loaded.missing), ("in the file fit nothing:", loaded.unexpected)):
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            place = f" {source}" if what.endswith("from") else ""
+            warnings.warn(f"{len(keys)} adapter keys {what}{place} {shown}", stacklevel=5)
+    if loaded.mismatched:
+        warnings.warn(f"{len(loaded.mismatched)} tensors of another shape were left out", stacklevel=5)
+    if note is not None and not note.startswith("the adapter does not say"):
+        warnings.warn(note, stacklevel=5)
+
+
+def save(
+    manager: AdapterManager,
+    folder: str | os.PathLike[str],
+    *,
+    names: Sequence[str] | None = None,
+    embeddings: str | bool = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+    flat: bool = False,
+) -> dict[str, checkpoint.WrittenFiles]:
+    """Saves adapters.
+
+    Args:
+        manager: has them.
+        folder: ``default`` goes into it, others into subfolders.
+        names: which ones; all if None.
+        embeddings: also save the embeddings; "auto" decides from the model.
+        state_dict: take tensors from here, under the names they have in the handle.
+        flat: put the one adapter named into the folder itself, whatever its name.
+
+    Returns:
+        Adapter name -> what was written.
+    """
+    chosen = list(manager.names if names is None else names)
+    manager.require(*chosen)
+    print_ = None if manager.merged else checkpoint.fingerprint(manager.model)
+    written = {}
+    for name in chosen:
+        target = Path(folder) if name == _ROOT_ADAPTER or flat else Path(folder) / name
+        paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
+        config = checkpoint.config_to_save(manager.configs[name], manager.model, targets=paths)
+        tensors = file_tensors(manager, name, embeddings=embeddings, state_dict=state_dict)
+        written[name] = checkpoint.write_checkpoint(
+            target, config, tensors, fingerprint=print_, write_card=target == Path(folder)
+        )
+    return written
+
+
+def file_tensors(
+    manager: AdapterManager,
+    name: str,
+    *,
+    embeddings: str | bool = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under the keys of a file."""
+    weights = manager.weights(name)
+    if state_dict is not None:
+        weights = _picked(weights, name, state_dict)
+    if embeddings is True or (embeddings == "auto" and _wants_embeddings(manager, name)):
+        present = embedding_weights(manager.model)
+        weights.base.update(
+            {key: value for key, value in present.items() if key.rpartition(".")[0] not in weights.copies}
+        )
+    config = manager.configs[name]
+    tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
+    return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]) -> AdapterWeights:
+    """The same tensors out of a state dict that was gathered from elsewhere."""
+
+    def find(key: str) -> Tensor:
+        for prefix in ("base_model.model.", ""):
+            if prefix + key in state_dict:
+                return state_dict[prefix + key]
+        raise AdapterError(f"the state dict has no {key!r} of adapter {name!r}")
+
+    return AdapterWeights(
+        {path: {k: find(f"{path}.adapters.{name}.{k}") for k in named} for path, named in weights.adapters.items()},
+        {
+            path: {k: find(f"{path}.modules_to_save.{name}.{k}") for k in named}
+            for path, named in weights.copies.items()
+        },
+        dict(weights.base),
+    )
+
+
+def _wants_embeddings(manager: AdapterManager, name: str) -> bool:
+    targeted = {path.rpartition(".")[2] for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    return bool(targeted & set(_EMBEDDING_NAMES)) or _vocabulary_resized(manager.model)
+
+
+def _vocabulary_resized(model: nn.Module) -> bool:
+    """Whether the vocabulary differs from the one in the folder the base was loaded from.
+
+    A base from the hub is not asked for: saving never goes to the network.
+    """
+    config = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None)
+    source = Path(str(getattr(config, "_name_or_path", "") or "")) / "config.json"
+    if size is None or not source.is_file():
+        return False
+    try:
+        return bool(json.loads(source.read_text(encoding="utf-8")).get("vocab_size", size) != size)
+    except (OSError, ValueError):
+        return False
+
+
+def push(manager: AdapterManager, repo_id: str, **kwargs: Any) -> Any:
+    """Saves all adapters into a temporary folder and uploads it."""
+    manager.check_alive()
+    with tempfile.TemporaryDirectory() as folder:
+        save(manager, folder)
+        return checkpoint.push(folder, repo_id, **kwargs)
+
+
+def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
+    """Writes or updates the README of a saved adapter."""
+    manager.check_alive()
+    path = Path(folder) / "README.md"
+    present = path.read_text(encoding="utf-8") if path.exists() else None
+    config = next(iter(manager.configs.values()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(checkpoint.card_text(config, present), encoding="utf-8")

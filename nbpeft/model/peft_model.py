@@ -1,0 +1,387 @@
+"""PeftModel: the handle on a base model with adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.manager import BASE_NAME, AdapterManager
+from nbpeft.engine.switch import Active, Rows
+from nbpeft.errors import AdapterError, StaleModelError
+from nbpeft.model import files
+from nbpeft.model.counting import parameter_counts
+from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from nbpeft.model.tuner import AdapterTuner
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters. Names and signatures are PEFT 0.21's.
+
+    The base model is changed in place and has one handle: a second one made on the same base
+    takes it over, and the first then says so instead of sharing state silently. Attributes the
+    handle lacks are the base model's.
+
+    Args:
+        model: the base model.
+        peft_config: config of the first adapter.
+        adapter_name: its name.
+        autocast_adapter_dtype: keep adapters in float32 on a half-precision base.
+        low_cpu_mem_usage: accepted for PEFT's sake; nothing is ever initialised twice here.
+    """
+
+    base_model: AdapterTuner
+    _hf_peft_config_loaded = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        manager = AdapterManager.of(model) or AdapterManager(model)
+        config = files.with_base_name(self._complete(peft_config), model)
+        replace = adapter_name in manager.configs
+        manager.add(
+            adapter_name,
+            config,
+            trainable=not config.inference_mode,
+            half=not autocast_adapter_dtype,
+            replace=replace,
+        )
+        AdapterManager.attach(model, manager)
+        if manager.active != (adapter_name,):
+            manager.activate(adapter_name)
+        self._take(model, manager)
+
+    def _take(self, model: nn.Module, manager: AdapterManager) -> None:
+        """Becomes the one handle of a base model."""
+        self.base_model = AdapterTuner(model, manager)
+        self.__dict__["manager"] = manager
+        self.__dict__["_token"] = manager.owner = object()
+        self.training = model.training
+        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+
+    @classmethod
+    def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
+        """A handle on a model whose manager already has adapters."""
+        handle = cls.__new__(cls)
+        nn.Module.__init__(handle)
+        AdapterManager.attach(model, manager)
+        handle._take(model, manager)
+        return handle
+
+    manager: AdapterManager
+    _token: object
+
+    def _complete(self, config: AdapterConfig) -> AdapterConfig:
+        """The config with what a task adds to it; nothing here."""
+        return config
+
+    def _check_live(self) -> None:
+        self.manager.check_alive()
+        if self.manager.owner is not self._token:
+            raise StaleModelError(
+                "this handle is dead: another PeftModel was made on the same base model and took it over; "
+                "use that one, or load the base model again"
+            )
+
+    # What there is
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """Adapter name -> config."""
+        return self.manager.configs
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or a list where several are active."""
+        active = self.manager.active
+        return active[0] if len(active) == 1 else list(active)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.manager.active)
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        """Config of the (first) active adapter."""
+        return self.manager.configs[self.manager.active[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter acts."""
+        return bool(self.manager.active) and self.manager.enabled
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of modules that adapters train as a whole."""
+        names = {
+            name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
+        }
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """dtype of the base model."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the wrappers still in it."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters; a packed 4-bit weight counts what it stands for."""
+        return parameter_counts(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the trainable and all parameters and their share in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """One record for each adapted layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """One record for the whole model."""
+        return get_model_status(self)
+
+    # Running
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward, with the active adapters.
+
+        Args:
+            *args: handed to the base model.
+            adapter_names: for each row of the batch the adapter that serves it, ``"__base__"``
+                for none; evaluation only.
+            **kwargs: handed to the base model.
+        """
+        if torch.compiler.is_compiling() and adapter_names is None:
+            return self.base_model.model(*args, **kwargs)
+        self._check_live()
+        with self.manager.switch.call(self._rows(adapter_names)):
+            return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``; a switch made meanwhile acts from the next call on."""
+        self._check_live()
+        with self.manager.switch.call(self._rows(adapter_names)):
+            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _rows(self, adapter_names: Sequence[str] | None) -> Active | None:
+        if adapter_names is None:
+            return None
+        if self.training:
+            raise AdapterError("adapter_names is for inference: call model.eval() first")
+        if self.manager.merged:
+            raise AdapterError(f"adapter_names needs unmerged weights, but {self.manager.merged[0]!r} is merged")
+        if isinstance(adapter_names, str):
+            raise AdapterError("adapter_names must be a list with one name for each row of the batch")
+        names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
+        self.manager.require(*names)
+        order = {name: position for position, name in enumerate(names)}
+        return Active(rows=Rows(names, tuple(order.get(name, -1) for name in adapter_names)))
+
+    # Managing
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Puts another adapter into the model; it does not become active."""
+        self._check_live()
+        config = files.with_base_name(self._complete(peft_config), self.get_base_model())
+        self.manager.add(adapter_name, config, trainable=not config.inference_mode, half=not autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activates one adapter or several and makes them trainable, or frozen for inference."""
+        self._check_live()
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether gradients reach adapters, whatever is active."""
+        self._check_live()
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out."""
+        self._check_live()
+        self.manager.remove(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone inside the block; afterwards everything is as it was."""
+        self._check_live()
+        with self.manager.disabled():
+            yield
+
+    @contextmanager
+    def use(self, adapter_names: str | Sequence[str]) -> Iterator[None]:
+        """Other active adapters inside the block; afterwards everything is as it was."""
+        self._check_live()
+        with self.manager.use(adapter_names):
+            yield
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds adapters (default: the active ones) into the base weights."""
+        self._check_live()
+        self.base_model.merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Puts the frozen weights back, bit for bit."""
+        self._check_live()
+        self.base_model.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merges for good and returns the base model without any wrapper; this handle is then dead."""
+        self._check_live()
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Returns the base model as it was, without any wrapper; this handle is then dead."""
+        self._check_live()
+        return self.base_model.unload()
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Puts a saved adapter on a base model.
+
+        Args:
+            model: the base model; changed in place.
+            model_id: a folder or a hub id.
+            adapter_name: name to give it.
+            is_trainable: whether to train it further; otherwise it is frozen.
+            config: use this config instead of the saved one.
+            autocast_adapter_dtype: keep it in float32 on a half-precision base.
+            ephemeral_gpu_offload: accepted for PEFT's sake.
+            low_cpu_mem_usage: accepted for PEFT's sake; loading never initialises first.
+            key_mapping: regular expressions that rename keys of the file.
+            **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
+
+        Raises:
+            AdapterExistsError: the base already carries an adapter of that name.
+            CheckpointError: the checkpoint cannot be read or does not fit.
+        """
+        from nbpeft.model.tasks import class_for
+
+        known = AdapterManager.of(model)
+        manager = known or AdapterManager(model)
+        loading = files.Loading(adapter_name, is_trainable, config, not autocast_adapter_dtype, key_mapping, kwargs)
+        files.load(manager, model_id, loading)
+        if manager.active != (adapter_name,):
+            manager.activate(adapter_name)
+        chosen = class_for(manager.configs[adapter_name]) if cls is PeftModel else cls
+        handle = chosen.over(model, manager)
+        handle.eval() if not is_trainable else handle.train(model.training)
+        return handle
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> files.LoadResult:
+        """Loads a saved adapter beside the others; it does not become active.
+
+        An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
+        """
+        self._check_live()
+        loading = files.Loading(adapter_name, is_trainable, None, not autocast_adapter_dtype, key_mapping, kwargs)
+        result = files.load(self.manager, model_id, loading, replace=True)
+        if not is_trainable:
+            self.eval()
+        return result
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves adapters: ``default`` into the folder itself, any other into a folder of its name.
+
+        Args:
+            save_directory: made if need be.
+            safe_serialization: must be True; pickles are not written.
+            selected_adapters: which ones; all if None.
+            save_embedding_layers: also save the embeddings; "auto": where an adapter targets
+                them or the vocabulary was resized.
+            is_main_process: other processes write nothing.
+            state_dict: take the tensors from here (as gathered from a sharded model).
+            **kwargs: accepted for PEFT's sake.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there is as it was.
+        """
+        self._check_live()
+        if not is_main_process:
+            return
+        if not safe_serialization:
+            raise AdapterError("safe_serialization=False is not supported: adapters are saved as safetensors only")
+        files.save(
+            self.manager,
+            save_directory,
+            names=selected_adapters,
+            embeddings=save_embedding_layers,
+            state_dict=state_dict,
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Saves the adapters and uploads them to a repository on the hub."""
+        self._check_live()
+        return files.push(self.manager, repo_id, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Writes or updates the README of a saved adapter."""
+        files.write_card(self.manager, output_dir)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+        return getattr(self.base_model, name)

@@ -1,0 +1,240 @@
+"""The task classes of PEFT, and the two ways in: ``get_peft_model`` and ``inject_adapter_in_model``."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.model.peft_model import PeftModel
+from nbpeft.model.tensors import set_peft_model_state_dict
+
+
+class PeftType(str, enum.Enum):
+    """Values of ``peft_type`` in config files, for the methods there are."""
+
+    LORA = "LORA"
+
+
+class _TaskModel(PeftModel):
+    """A handle whose forward names the usual inputs, so that a Trainer knows which columns to keep."""
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    """Names of heads that start random and so are trained and saved along."""
+
+    def _complete(self, config: AdapterConfig) -> AdapterConfig:
+        if not self.heads or not hasattr(config, "modules_to_save"):
+            return config
+        names = dict.fromkeys([*(config.modules_to_save or ()), *self.heads])
+        return config.copy(modules_to_save=list(names))
+
+    def _run(self, args: tuple[Any, ...], named: Mapping[str, Any], kwargs: dict[str, Any]) -> Any:
+        given = {name: value for name, value in named.items() if value is not None}
+        return super().forward(*args, **given, **kwargs)
+
+
+class PeftModelForCausalLM(_TaskModel):
+    """A causal language model with adapters."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        return self._run((), _named(locals()), kwargs)
+
+
+class PeftModelForSeq2SeqLM(_TaskModel):
+    """A sequence-to-sequence language model with adapters."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        return self._run((), _named(locals()), kwargs)
+
+
+class _Encoder(_TaskModel):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        return self._run((), _named(locals()), kwargs)
+
+
+class PeftModelForSequenceClassification(_Encoder):
+    """A sequence classifier with adapters; its head is trained and saved along."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(_Encoder):
+    """A token classifier with adapters; its head is trained and saved along."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(_TaskModel):
+    """An extractive question answering model with adapters; its head is trained and saved along."""
+
+    heads = ("qa_outputs",)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        return self._run((), _named(locals()), kwargs)
+
+
+class PeftModelForFeatureExtraction(_TaskModel):
+    """A feature extractor with adapters."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with the active adapters."""
+        return self._run((), _named(locals()), kwargs)
+
+
+_CLASSES: dict[TaskType, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in ("self", "kwargs", "__class__")}
+
+
+def class_for(config: AdapterConfig) -> type[PeftModel]:
+    """The handle class of a config's task."""
+    return PeftModel if config.task_type is None else _CLASSES[TaskType(config.task_type)]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The base model behind a handle or a compiled model; the model itself otherwise."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdapterConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Puts a new adapter on a model and returns the handle. The model is changed in place.
+
+    Done again under the same name it reconfigures that adapter: it starts anew with the new
+    config, and nothing is wrapped twice.
+
+    Args:
+        model: the base model, or a handle on one.
+        peft_config: config of the adapter.
+        adapter_name: its name.
+        mixed: accepted for PEFT's sake; adapters of different methods always go together here.
+        autocast_adapter_dtype: keep the adapter in float32 on a half-precision base.
+        revision: of the base model, for the saved config.
+        low_cpu_mem_usage: accepted for PEFT's sake.
+
+    Raises:
+        TargetError: the config does not fit the model, which is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"get_peft_model needs a torch model, not a {type(model).__name__}")
+    if not isinstance(peft_config, AdapterConfig):
+        raise ConfigError(f"get_peft_model needs a config such as LoraConfig, not a {type(peft_config).__name__}")
+    base = bare(model)
+    known = AdapterManager.of(base)
+    if known is not None and known.configs and not isinstance(model, PeftModel):
+        warnings.warn(
+            f"the model already carries {', '.join(map(repr, known.names))}: "
+            + (f"{adapter_name!r} is reconfigured" if adapter_name in known.configs else f"{adapter_name!r} is added")
+            + "; an older handle on it is dead now",
+            stacklevel=2,
+        )
+    config = peft_config.copy(revision=revision) if revision is not None else peft_config
+    return class_for(config)(base, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: AdapterConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Puts an adapter on a model without a handle and returns the model itself.
+
+    Args:
+        peft_config: config of the adapter.
+        model: the base model; changed in place.
+        adapter_name: its name.
+        low_cpu_mem_usage: accepted for PEFT's sake.
+        state_dict: tensors under the keys of a file to start from.
+    """
+    manager = AdapterManager.of(model) or AdapterManager(model)
+    manager.add(adapter_name, peft_config, trainable=not peft_config.inference_mode)
+    AdapterManager.attach(model, manager)
+    if manager.active != (adapter_name,):
+        manager.activate(adapter_name)
+    if state_dict is not None:
+        set_peft_model_state_dict(model, state_dict, adapter_name)
+    return model

@@ -1,0 +1,115 @@
+"""State dicts of adapters under the keys of PEFT's files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import AdapterError
+from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
+
+
+def manager_of(model: nn.Module) -> AdapterManager:
+    """The manager behind a handle or an adapted base model.
+
+    Raises:
+        AdapterError: the model carries no adapters.
+    """
+    manager = getattr(model, "manager", None)
+    if isinstance(manager, AdapterManager):
+        return manager
+    found = AdapterManager.of(getattr(model, "_orig_mod", model))
+    if found is None:
+        raise AdapterError(f"this {type(model).__name__} carries no adapters; use get_peft_model first")
+    return found
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under the keys of its file.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        state_dict: take the tensors from here instead of from the model.
+        adapter_name: which adapter.
+        unwrap_compiled: accepted for PEFT's sake; a compiled model is always unwrapped.
+        save_embedding_layers: also the embeddings; "auto" decides from the model.
+
+    Returns:
+        References to the tensors, detached.
+    """
+    return file_tensors(manager_of(model), adapter_name, embeddings=save_embedding_layers, state_dict=state_dict)
+
+
+@torch.no_grad()
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Copies tensors under the keys of a file into an adapter that is on the model.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        peft_model_state_dict: key -> tensor.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave tensors of another shape out instead of refusing.
+        low_cpu_mem_usage: accepted for PEFT's sake.
+
+    Raises:
+        CheckpointError: nothing fits.
+        BaseMismatchError: shapes do not fit.
+    """
+    manager = manager_of(model)
+    weights = manager.weights(adapter_name)
+    present = {key: value for key, value in embedding_weights(manager.model).items()}
+    wanted = checkpoint.Expected(
+        adapters={path: _shapes(named) for path, named in weights.adapters.items()},
+        copies={path: _shapes(named) for path, named in weights.copies.items()},
+        base=_shapes(weights.base),
+        optional=_shapes({key: v for key, v in present.items() if key.rpartition(".")[0] not in weights.copies}),
+    )
+    loaded = checkpoint.from_file(
+        peft_model_state_dict,
+        wanted,
+        peft_type=str(manager.configs[adapter_name].peft_type),
+        ignore_mismatched=ignore_mismatched_sizes,
+    )
+    with manager.switch.exclusive():
+        for own, new in ((weights.adapters, loaded.weights.adapters), (weights.copies, loaded.weights.copies)):
+            for path, named in new.items():
+                for key, value in named.items():
+                    own[path][key].copy_(value)
+        for key, value in loaded.weights.base.items():
+            weights.base.get(key, present.get(key)).copy_(value)  # type: ignore[union-attr]
+    manager.changed()
+    return LoadResult(loaded.missing, loaded.unexpected)
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, from a folder or the hub, under the keys of the file."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return checkpoint.read_checkpoint(str(model_id), device=device, **hub).tensors
+
+
+def _shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in named.items()}

@@ -1,0 +1,99 @@
+"""``PeftModel.base_model``: what PEFT puts between the handle and the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.manager import AdapterManager
+
+
+class AdapterTuner(nn.Module):
+    """Holds the base model as ``.model``, which gives state dict keys PEFT's prefix.
+
+    Attributes the tuner lacks are the base model's.
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, manager: AdapterManager) -> None:
+        super().__init__()
+        self.model = model
+        self.__dict__["manager"] = manager
+        self.training = model.training
+
+    manager: AdapterManager
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Adapter name -> config."""
+        return self.manager.configs
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.manager.active)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.manager.active)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, with the active adapters."""
+        return self.model(*args, **kwargs)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activates one adapter or several and makes them trainable, or frozen for inference."""
+        self.manager.activate(adapter_name, trainable=not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether gradients reach adapters, whatever is active."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.manager.set_requires_grad(name, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Lets the active adapters act."""
+        self.manager.enable()
+
+    def disable_adapter_layers(self) -> None:
+        """Lets the base model act alone."""
+        self.manager.disable()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out."""
+        self.manager.remove(adapter_name)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds adapters (default: the active ones) into the base weights."""
+        self.manager.merge(adapter_names, safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Puts the frozen weights back, bit for bit."""
+        self.manager.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merges for good and returns the base model without any wrapper.
+
+        Args:
+            progressbar: accepted for PEFT's sake; merging is too fast to need one.
+            safe_merge: refuse if a merged weight would not be finite.
+            adapter_names: what to merge; the active adapters if None.
+        """
+        return self.manager.unload(merge=True, names=adapter_names, safe=safe_merge)
+
+    def unload(self) -> nn.Module:
+        """Returns the base model as it was, without any wrapper."""
+        return self.manager.unload(merge=False)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in self.__dict__.get("_modules", {}):
+                raise
+        return getattr(self.model, name)
