@@ -86,7 +86,8 @@ def test_every_file_registers_exactly_one(folder: str) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < MOST_FILE_LINES
+    line_count = len(text.splitlines())
+    assert line_count < MOST_FILE_LINES
     long = {name: lines for name, lines in body_lengths(ast.parse(text)) if lines >= MOST_BODY_LINES}
     assert not long
 
@@ -186,7 +187,7 @@ def test_every_contract_has_a_violation_here() -> None:
 @pytest.mark.parametrize("contract", VIOLATIONS)
 def test_a_violated_contract_is_caught(contract: str, package_copy: Path) -> None:
     file, statement, complaint = VIOLATIONS[contract]
-    assert lint_imports(package_copy, contract)[0] == 0
+    assert complaint not in lint_imports(package_copy, contract)[1]
     with (package_copy / "nbpeft" / file).open("a", encoding="utf-8") as source:
         source.write(f"\n{statement}\n")
     status, output = lint_imports(package_copy, contract)
