@@ -1,1 +1,57 @@
+"""Training of adapters: Trainer integration, tracking of people's own loops, data, optimizers.
 
+Knows no notebook. Names are resolved when they are first used, so that tracking a loop does not
+import transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nbpeft.training.callback import RunCallback
+    from nbpeft.training.control import RunControl
+    from nbpeft.training.data import Collator, prepare_data
+    from nbpeft.training.fit import train
+    from nbpeft.training.optimizers import create_loraplus_optimizer
+    from nbpeft.training.prepare import prepare_model_for_kbit_training
+    from nbpeft.training.result import TrainResult
+    from nbpeft.training.run import Run, track
+    from nbpeft.training.trainer import Trainer, adapter_trainer
+
+__all__ = [
+    "Collator",
+    "Run",
+    "RunCallback",
+    "RunControl",
+    "TrainResult",
+    "Trainer",
+    "adapter_trainer",
+    "create_loraplus_optimizer",
+    "prepare_data",
+    "prepare_model_for_kbit_training",
+    "track",
+    "train",
+]
+
+_HOMES = {
+    "Collator": "data",
+    "Run": "run",
+    "RunCallback": "callback",
+    "RunControl": "control",
+    "TrainResult": "result",
+    "Trainer": "trainer",
+    "adapter_trainer": "trainer",
+    "create_loraplus_optimizer": "optimizers",
+    "prepare_data": "data",
+    "prepare_model_for_kbit_training": "prepare",
+    "track": "run",
+    "train": "fit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

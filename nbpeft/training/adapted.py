@@ -1,0 +1,41 @@
+"""What training asks of a model with adapters, whatever wraps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether ``model`` carries named adapters and can save them apart from its base."""
+    return isinstance(getattr(model, "peft_config", None), dict) and callable(getattr(model, "get_base_model", None))
+
+
+def base_of(model: Any) -> nn.Module:
+    """The base model below the adapters, or ``model`` itself."""
+    base: nn.Module = model.get_base_model() if is_adapted(model) else model
+    return base
+
+
+def active_names(model: Any) -> tuple[str, ...]:
+    """Names of the active adapters; empty for a model without."""
+    if not is_adapted(model):
+        return ()
+    names = model.active_adapters
+    return tuple(names() if callable(names) else names)
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything that is trained."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def module_path(parameter_name: str) -> str:
+    """The module of the base model that a trained parameter belongs to, without wrappers."""
+    path = parameter_name.removeprefix("base_model.model.")
+    for mark in (".adapters.", ".modules_to_save.", ".lora_"):
+        if mark in path:
+            return path.split(mark)[0]
+    return path.rpartition(".")[0] or path

@@ -1,0 +1,117 @@
+"""Connects a transformers Trainer to a run: it feeds the run and obeys its Stop and Pause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from nbpeft.training.run import Run, StopRun
+
+
+class RunCallback(TrainerCallback):
+    """Add it to any Trainer: ``trainer.add_callback(RunCallback(run))``.
+
+    Stop ends training after the step it is in, skips the evaluation that would follow, and
+    writes a checkpoint where the Trainer writes checkpoints at all.
+
+    Args:
+        run: The run to feed. Outside a ``with run:`` block it is finished at the end of training.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def saw(self, inputs: Mapping[str, Any]) -> None:
+        """Counts the input tokens of a batch, without waiting for the device."""
+        tokens = count_tokens(inputs)
+        if tokens is not None:
+            self.run.record(0, tokens=tokens)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tells the run how many steps there will be."""
+        self.run.begin(total_steps=state.max_steps if state.max_steps > 0 else None, step=state.global_step)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Obeys Stop and Pause between the batches of one optimizer step."""
+        self._obey(args, control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes the step, then obeys Stop and Pause."""
+        self.run.record(state.global_step, epoch=state.epoch)
+        self._obey(args, control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Notes what the Trainer has logged."""
+        if logs and "loss" in logs:
+            self.run.record(
+                state.global_step,
+                loss=float(logs["loss"]),
+                learning_rate=logs.get("learning_rate"),
+                epoch=state.epoch,
+            )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Notes a loss on held-out data."""
+        if metrics and "eval_loss" in metrics:
+            self.run.evaluated(metrics["eval_loss"], state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Obeys Pause during an evaluation, and Stop where the run can end it at once."""
+        if self.run.checkpoint() and self.run.entered:
+            raise StopRun(self.run)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After Stop, no evaluation is begun."""
+        if self.run.control.stop_requested:
+            control.should_evaluate = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finishes a run that no block finishes."""
+        if self.run.entered:
+            return
+        if self.run.cut_short:
+            self.run.finish("stopped", self.run.stop_message())
+        else:
+            self.run.finish("finished")
+
+    def _obey(self, args: TrainingArguments, control: TrainerControl) -> None:
+        if self.run.checkpoint():
+            control.should_training_stop = True
+            control.should_evaluate = False
+            control.should_save = control.should_save or str(getattr(args.save_strategy, "value", "no")) == "steps"
+
+
+def count_tokens(inputs: Mapping[str, Any]) -> int | Tensor | None:
+    """Input tokens of a batch: unmasked ones where there is a mask; None without tokens."""
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    if isinstance(mask, Tensor):
+        return mask.detach().ne(0).sum()
+    return tokens.numel() if isinstance(tokens, Tensor) else None

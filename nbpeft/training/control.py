@@ -1,0 +1,97 @@
+"""Stop and Pause for a running training, asked for from anywhere, obeyed between steps."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+
+
+class RunControl:
+    """What a front end asks of a run.
+
+    Requests may come from any thread. The training loop obeys them in :meth:`checkpoint`, so
+    that no step is cut in half.
+
+    Attributes:
+        poll: Called at each checkpoint and, while paused, every ``poll_interval`` seconds. A
+            front end whose clicks do not arrive while a cell runs delivers them here. A
+            function that fails is dropped with a warning: training goes on.
+        reason: Why a stop was asked for, in the words of who asked.
+    """
+
+    poll_interval = 0.05
+
+    def __init__(self) -> None:
+        self.poll: Callable[[], None] | None = None
+        self.reason = ""
+        self._changed = threading.Condition()
+        self._stop = False
+        self._paused = False
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the run shall end after the step it is in."""
+        return self._stop
+
+    @property
+    def paused(self) -> bool:
+        """Whether the run shall wait before its next step."""
+        return self._paused and not self._stop
+
+    def request_stop(self, reason: str = "") -> None:
+        """Asks the run to end after the step it is in; ends a pause too."""
+        with self._changed:
+            if not self._stop:
+                self._stop, self.reason = True, reason
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """Asks the run to wait before its next step."""
+        self._set_paused(True)
+
+    def resume(self) -> None:
+        """Lets a waiting run go on."""
+        self._set_paused(False)
+
+    def toggle_pause(self) -> None:
+        """Pauses a run that goes on, resumes one that waits."""
+        with self._changed:
+            self._set_paused(not self._paused)
+
+    def checkpoint(self, on_wait: Callable[[], None] | None = None) -> bool:
+        """Called by the training loop between steps; blocks while paused.
+
+        Args:
+            on_wait: Called once, before the first wait of this call.
+
+        Returns:
+            Whether the loop shall end.
+        """
+        self._deliver()
+        if self.paused and on_wait is not None:
+            on_wait()
+        while self.paused:
+            with self._changed:
+                if self.paused:
+                    self._changed.wait(self.poll_interval)
+            self._deliver()
+        return self._stop
+
+    def _set_paused(self, paused: bool) -> None:
+        with self._changed:
+            self._paused = paused
+            self._changed.notify_all()
+
+    def _deliver(self) -> None:
+        if self.poll is None:
+            return
+        try:
+            self.poll()
+        except Exception as error:
+            self.poll = None
+            warnings.warn(
+                f"The buttons of this run do not answer any more ({type(error).__name__}: {error}); "
+                "interrupting the kernel still stops it.",
+                stacklevel=2,
+            )

@@ -1,0 +1,194 @@
+"""``train(model, data)``: one call that a notebook cell makes."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from nbpeft.errors import TrainingError
+from nbpeft.state import TrainState
+from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
+from nbpeft.training.arguments import build_arguments, split_arguments
+from nbpeft.training.callback import RunCallback
+from nbpeft.training.control import RunControl
+from nbpeft.training.data import Collator, Rows, prepare_data
+from nbpeft.training.frames import release_frames
+from nbpeft.training.learning_check import explain_failure, is_out_of_memory, why_no_gradient
+from nbpeft.training.result import TrainResult
+from nbpeft.training.run import Run
+from nbpeft.training.trainer import Trainer, adapter_trainer
+
+
+def train(
+    model: nn.Module,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    control: RunControl | None = None,
+    publish: Callable[[TrainState], None] | None = None,
+    run_factory: Callable[..., Run] = Run,
+    trainer_class: type[Any] = Trainer,
+    arguments_class: type[TrainingArguments] = TrainingArguments,
+    **arguments: Any,
+) -> TrainResult:
+    """Trains the active adapters of ``model``.
+
+    Stop, Pause and KeyboardInterrupt are obeyed: a stopped training returns its result like any
+    other, and the model keeps what it learned.
+
+    Args:
+        model: A model with adapters.
+        data: Rows to learn; see :mod:`nbpeft.training.data` for their forms.
+        eval_data: Rows to measure on, in the same forms.
+        tokenizer: Needed unless the rows are tokenised.
+        max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
+        control: Where Stop and Pause are asked for.
+        publish: Called with each new state of the run.
+        run_factory: Makes the run, called like :class:`Run`.
+        trainer_class: A Trainer class of another library to use.
+        arguments_class: The arguments class that belongs to it.
+        **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
+            options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
+            With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
+
+    Raises:
+        ConfigError: an argument is unknown or impossible.
+        TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
+    """
+    _can_train(model)
+    trainer_class = adapter_trainer(trainer_class)
+    fields, options = split_arguments(arguments, trainer_class, arguments_class)
+    rows = _rows(model, data, tokenizer, max_length)
+    eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
+    options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | options
+    with tempfile.TemporaryDirectory(prefix="nbpeft-", ignore_cleanup_errors=True) as folder:
+        settings = build_arguments(fields, arguments_class, folder=folder, evaluates=eval_rows is not None)
+        options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
+        run = run_factory(model, None, control=control, publish=publish)
+        run.note("; ".join(part.notes for part in (rows, eval_rows) if isinstance(part, Rows) and part.notes))
+        failure: Exception | None = None
+        try:
+            metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
+        except Exception as error:
+            failure = _translated(error, model, settings)
+            if failure is error:
+                raise
+    if failure is not None:  # raised out here, the new error does not hold the frames of the old one
+        raise failure
+    return _result(run, metrics, fields.get("output_dir"))
+
+
+def _can_train(model: nn.Module) -> None:
+    if not is_adapted(model):
+        raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
+    if next(trainable(model), None) is None:
+        names = ", ".join(map(repr, active_names(model))) or "none"
+        raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
+
+
+def _rows(model: nn.Module, data: Any, tokenizer: Any, max_length: int | None) -> Any:
+    encoder_decoder = bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
+    return prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder)
+
+
+def _collator(model: nn.Module, tokenizer: Any) -> Collator:
+    base: Any = base_of(model)
+    config = getattr(base, "config", None)
+    decoder = not getattr(config, "is_encoder_decoder", False)
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    candidates = [
+        getattr(owner, name, None) for owner in (tokenizer, config) for name in ("pad_token_id", "eos_token_id")
+    ]
+    pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
+    return Collator(pad_token_id=pad, copy_labels=decoder and head is not None)
+
+
+def _fit(
+    trainer_class: type[Any], model: nn.Module, run: Run, options: dict[str, Any], *, keep: bool
+) -> dict[str, float]:
+    """Runs a Trainer, and takes everything of it off the model again."""
+    trainer: Any = None
+    metrics: dict[str, float] = {}
+    try:
+        with _as_before(model):
+            with run:
+                trainer = trainer_class(model=model, **options)
+                trainer.remove_callback(PrinterCallback)
+                trainer.add_callback(RunCallback(run))
+                output = trainer.train(resume_from_checkpoint=options["args"].resume_from_checkpoint)
+                metrics = {name: float(value) for name, value in output.metrics.items()}
+            if keep and trainer is not None:
+                trainer.save_model()
+        return metrics
+    finally:
+        if trainer is not None:
+            trainer.accelerator.free_memory()
+            for owner in (trainer, trainer.callback_handler):
+                owner.model = owner.optimizer = owner.lr_scheduler = None
+            trainer.model_wrapped = None
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward."""
+    base: Any = base_of(model)
+    was_training = model.training
+    config = getattr(base, "config", None)
+    cache = getattr(config, "use_cache", None)
+    checkpoints = bool(getattr(base, "is_activation_checkpointing", False))
+    cast = {"forward", "_original_forward"} - vars(model).keys()
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        if config is not None:
+            config.use_cache = cache
+        if not checkpoints and getattr(base, "is_activation_checkpointing", False):
+            base.activation_checkpointing_disable()
+        for name in cast:
+            vars(model).pop(name, None)
+
+
+def _translated(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:
+    """The error to raise: one line for what is known, with the memory given back; else itself."""
+    if not is_out_of_memory(error):
+        lost = "does not require grad" in str(error) and isinstance(error, RuntimeError)
+        return TrainingError(explain_failure(error, model)) if lost and why_no_gradient(model) else error
+    release_frames(error, everything=True)
+    size = settings.per_device_train_batch_size
+    message = f"{explain_failure(error, model)[:-1]} (batch size now: {size})."
+    error.__traceback__ = error.__context__ = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return TrainingError(message, batch_size=size)
+
+
+def _result(run: Run, metrics: dict[str, float], folder: str | None) -> TrainResult:
+    state = run.state
+    return TrainResult(
+        status="stopped" if state.status == "stopped" else "finished",
+        adapter=state.adapter,
+        steps=state.step,
+        total_steps=state.total_steps,
+        loss=state.smoothed_loss,
+        eval_loss=state.eval_loss,
+        seconds=state.elapsed,
+        token_count=run.token_count,
+        tokens_per_second=state.tokens_per_second,
+        output_dir=folder,
+        message=state.message,
+        metrics=metrics,
+        state=state,
+    )

@@ -1,0 +1,214 @@
+"""Does the adapter learn? Asked at the first steps, answered in one line with the remedy.
+
+Training that cannot learn looks like training that learns slowly. What is looked at:
+
+    before the first step    is anything trainable; is a new head frozen, and so never saved
+    after the first step     did gradients reach the adapted modules, and were they finite
+    after some steps         did any trained weight change
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nbpeft.training.adapted import base_of, is_adapted, module_path, trainable
+
+PATIENCE = 10
+"""Steps after which the weights must have changed; a warm-up may spend the first at rate zero."""
+
+_SAMPLE = 64
+_REMEDY_CHECKPOINTING = (
+    "gradient checkpointing with use_reentrant=True cuts the graph off because the embeddings are frozen; "
+    "call model.enable_input_require_grads(), or use use_reentrant=False"
+)
+
+
+class LearningCheck:
+    """Watches the first steps of a run.
+
+    Args:
+        model: The model in training.
+        adapter: What the messages call that which is trained.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str) -> None:
+        self._model: nn.Module | None = model
+        self._subject = f"adapter {adapter!r}" if adapter else "the model"
+        named = dict(trainable(model))
+        self._paths = {name: module_path(name) for name in named}
+        self._parameters = named
+        self._before = {name: _sample(parameter) for name, parameter in named.items()}
+        self._largest: dict[str, Tensor] = {}
+        self._hooks = [self._watch(name, parameter) for name, parameter in named.items()]
+        self._gradients_checked = False
+
+    def before(self) -> str:
+        """The message before the first step, or the empty string."""
+        if self._model is None:
+            return ""
+        if not self._paths:
+            self.close()
+            return f"Nothing is trainable: {self._subject} is frozen. Unfreeze it, or activate one that is trainable."
+        return frozen_head(self._model)
+
+    def after_step(self, steps: int, *, last: bool = False) -> str:
+        """The message after ``steps`` optimizer steps, or the empty string.
+
+        Args:
+            steps: Steps done in this run.
+            last: Whether no further step follows.
+        """
+        message = ""
+        if self._model is None:
+            return message
+        # A loop may report a step before its backward pass: then nothing has arrived at step 1.
+        if not self._gradients_checked and (self._largest or steps > 1 or last):
+            self._gradients_checked = True
+            message = self._judge_gradients()
+            self._release_hooks()
+        if steps >= PATIENCE or last:
+            message = message or self._judge_weights(steps)
+            self.close()
+        return message
+
+    def close(self) -> None:
+        """Lets go of the model and takes all hooks off it."""
+        self._release_hooks()
+        self._model = None
+        self._before, self._parameters = {}, {}
+
+    def _watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
+        def note(parameter: Tensor) -> None:
+            if parameter.grad is not None and name not in self._largest:
+                self._largest[name] = parameter.grad.detach().abs().amax().float()
+
+        register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
+        return register(note)
+
+    def _release_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._largest = [], {}
+
+    def _judge_gradients(self) -> str:
+        assert self._model is not None
+        modules = set(self._paths.values())
+        reached = {self._paths[name] for name in self._largest}
+        missed = sorted(modules - reached)
+        if missed:
+            why = (
+                why_no_gradient(self._model)
+                or "are these modules used in the forward pass, and is the loss computed from it?"
+            )
+            who = f"none of the {len(modules)}" if not reached else f"{len(missed)} of {len(modules)}"
+            verb = "was" if not reached else "were not"
+            where = f" ({', '.join(missed[:3])}{', …' if len(missed) > 3 else ''})"
+            return f"Of {self._subject}, {who} trained modules {verb} reached by a gradient{where}: {why}."
+        largest = torch.stack([value.to("cpu") for value in self._largest.values()])
+        if bool(largest.isnan().any()) or bool(largest.isinf().any()):
+            return f"The first gradients of {self._subject} are not finite: try bf16 instead of fp16, or a lower rate."
+        if not bool(largest.any()):
+            return f"All first gradients of {self._subject} are zero: is there a label that is not -100?"
+        return ""
+
+    def _judge_weights(self, steps: int) -> str:
+        if any(bool((_sample(self._parameters[name]) != before).any()) for name, before in self._before.items()):
+            return ""
+        return (
+            f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: is the learning "
+            "rate zero, or was the optimizer made before the adapter?"
+        )
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Some elements spread over a parameter, copied. (at most 64,)."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].clone()
+
+
+def why_no_gradient(model: nn.Module) -> str:
+    """The known reason why gradients do not arrive, or the empty string."""
+    base = base_of(model)
+    reentrant = False
+    for module in base.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and getattr(module, "gradient_checkpointing", False):
+            reentrant = reentrant or bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    if reentrant and not _inputs_require_grad(base):
+        return _REMEDY_CHECKPOINTING
+    return ""
+
+
+def _inputs_require_grad(base: Any) -> bool:
+    if getattr(base, "_require_grads_hook", None) is not None:
+        return True
+    try:
+        embeddings = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    return embeddings is not None and any(parameter.requires_grad for parameter in embeddings.parameters())
+
+
+def frozen_head(model: nn.Module) -> str:
+    """What to do about a newly initialised head that stays random and is not saved, or ``""``.
+
+    A head is new when the checkpoint was written by a model of another class.
+    """
+    base: Any = base_of(model)
+    written_by = getattr(getattr(base, "config", None), "architectures", None)
+    if not is_adapted(model) or not written_by or type(base).__name__ in written_by:
+        return ""
+    for name in _head_names(base):
+        if any(".modules_to_save." in f".{path}." for path, _ in trainable(getattr(base, name))):
+            continue
+        return (
+            f"The head {name!r} was initialised anew (the checkpoint holds a {written_by[0]}) and is not saved "
+            f"with the adapter: set modules_to_save=[{name!r}] in its config."
+        )
+    return ""
+
+
+def _head_names(base: Any) -> list[str]:
+    """Children of a task model that lie outside its backbone and hold weights of their own."""
+    backbone = getattr(base, getattr(base, "base_model_prefix", ""), None)
+    if backbone is None or backbone is base:
+        return []
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    return [
+        name
+        for name, child in base.named_children()
+        if child is not backbone and any(id(parameter) not in inside for parameter in child.parameters())
+    ]
+
+
+def explain_failure(error: BaseException, model: nn.Module | None) -> str:
+    """One line about an exception that ended a run, with the remedy where it is known."""
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    if is_out_of_memory(error):
+        return f"Out of memory: {OUT_OF_MEMORY_REMEDY}."
+    if model is not None and "does not require grad" in line:
+        why = why_no_gradient(model) or "nothing that is trainable took part in the loss"
+        return f"No gradient reaches the adapter: {why}."
+    return line
+
+
+OUT_OF_MEMORY_REMEDY = (
+    "lower the batch size (and raise gradient_accumulation_steps by as much), shorten the rows (max_length), "
+    "switch on activation checkpointing, or lower the rank"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host ran out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    )

@@ -1,0 +1,180 @@
+"""Makes a quantized base model ready for training adapters on it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.errors import ConfigError, did_you_mean
+
+logger = logging.getLogger("nbpeft.training")
+
+Upcast = Literal["norms", "peft", "none"]
+_UPCASTS = ("norms", "peft", "none")
+_HALF = (torch.float16, torch.bfloat16)
+_KEEPS_DTYPES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+"""Kinds of quantization for which PEFT casts nothing."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What :func:`prepare_model` did."""
+
+    frozen_count: int
+    """Parameters (numbers, not tensors) that were frozen."""
+    upcast_count: int
+    """Tensors turned into float32."""
+    extra_bytes: int
+    """Memory that cost."""
+    gradient_checkpointing: bool
+    inputs_require_grad: bool
+
+    def __str__(self) -> str:
+        parts = ["base frozen"]
+        if self.upcast_count:
+            parts.append(f"{self.upcast_count} tensors in float32 (+{self.extra_bytes / 2**20:,.1f} MiB)")
+        if self.gradient_checkpointing:
+            parts.append("gradient checkpointing on")
+        return ", ".join(parts)
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+    *,
+    upcast: Upcast = "norms",
+) -> Any:
+    """Freezes a base model and prepares it for training adapters. Returns the model.
+
+    Norms compute in float32 and hand on the dtype they were given; embeddings and head stay as
+    they are. ``upcast="peft"`` turns everything that is not quantized into float32, as PEFT does;
+    for a model with a large vocabulary that costs gigabytes, and a warning says how many.
+
+    Args:
+        model: A transformers model, quantized or not.
+        use_gradient_checkpointing: Whether a quantized model recomputes activations.
+        gradient_checkpointing_kwargs: For ``torch.utils.checkpoint``; ``use_reentrant`` is False
+            unless given.
+        auto_clear_cache: Whether to give cached device memory back after casting.
+        upcast: ``"norms"``, ``"peft"`` or ``"none"``.
+
+    Raises:
+        ConfigError: ``upcast`` is none of these.
+    """
+    done = prepare_model(
+        model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache, upcast=upcast
+    )
+    if upcast == "peft" and done.extra_bytes:
+        warnings.warn(
+            f"upcast='peft' turned {done.upcast_count} tensors into float32: {done.extra_bytes / 2**20:,.1f} MiB more. "
+            "The default, upcast='norms', trains as well without.",
+            stacklevel=2,
+        )
+    logger.info("prepared for training: %s", done)
+    return model
+
+
+def prepare_model(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+    *,
+    upcast: Upcast = "norms",
+) -> Preparation:
+    """As :func:`prepare_model_for_kbit_training`, and tells what was done."""
+    if upcast not in _UPCASTS:
+        raise ConfigError(
+            f"upcast={upcast!r} is not one of {', '.join(_UPCASTS)}.{did_you_mean(str(upcast), _UPCASTS)}"
+        )
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    cast = 0, 0
+    if upcast == "peft" and _method(model) not in _KEEPS_DTYPES:
+        cast = _to_float32(parameters)
+    elif upcast == "norms":
+        cast = _upcast_norms(model)
+    if auto_clear_cache and cast[0] and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    checkpointing = use_gradient_checkpointing and is_quantized(model)
+    inputs = False
+    if checkpointing:
+        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        inputs = bool(options["use_reentrant"])
+        if inputs:
+            _let_inputs_require_grad(model)
+        _enable_checkpointing(model, options)
+    return Preparation(sum(parameter.numel() for parameter in parameters), *cast, checkpointing, inputs)
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether weights of the model are stored quantized. A model read from GGUF is dense."""
+    flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "hqq_quantized")
+    return any(bool(getattr(model, flag, False)) for flag in flags) or _method(model) not in ("", "gguf")
+
+
+def _method(model: Any) -> str:
+    method = getattr(model, "quantization_method", None)
+    return str(getattr(method, "value", method or ""))
+
+
+def _to_float32(parameters: list[nn.Parameter]) -> tuple[int, int]:
+    count = size = 0
+    for parameter in parameters:
+        if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit":
+            size += parameter.numel() * (4 - parameter.element_size())
+            parameter.data = parameter.data.to(torch.float32)
+            count += 1
+    return count, size
+
+
+def _upcast_norms(model: nn.Module) -> tuple[int, int]:
+    count = size = 0
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        halves = [parameter for parameter in own if parameter.dtype in _HALF]
+        if "norm" not in type(module).__name__.lower() or not halves or any(part.ndim != 1 for part in own):
+            continue
+        module.register_forward_pre_hook(functools.partial(_compute_in_float32))
+        module.register_forward_hook(functools.partial(_give_back, halves[0].dtype))
+        cast = _to_float32(halves)
+        count, size = count + cast[0], size + cast[1]
+    return count, size
+
+
+def _compute_in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value for value in inputs)
+
+
+def _give_back(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) and output.dtype == torch.float32 else output
+
+
+def _let_inputs_require_grad(model: Any) -> None:
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    else:
+        model.get_input_embeddings().register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    elif "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable()

@@ -1,0 +1,68 @@
+"""What a training leaves behind, for the output of a cell."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nbpeft.state import TrainState
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended. Holds numbers only, so it may stay in ``Out``."""
+
+    status: Literal["finished", "stopped"]
+    adapter: str
+    steps: int
+    total_steps: int | None
+    loss: float | None
+    """Smoothed loss at the end."""
+    eval_loss: float | None
+    seconds: float
+    """Time spent training and evaluating, without pauses."""
+    token_count: int
+    tokens_per_second: float | None
+    output_dir: str | None
+    """Folder with the adapter and its checkpoints, or None where nothing was asked to be kept."""
+    message: str = ""
+    metrics: dict[str, float] = field(default_factory=dict, repr=False)
+    """What the Trainer reports about the whole run."""
+    state: TrainState | None = field(default=None, repr=False)
+    """The run's last state, with its curves."""
+
+    def __str__(self) -> str:
+        return " · ".join(self._parts())
+
+    def __repr__(self) -> str:
+        return f"TrainResult({self})"
+
+    def _repr_html_(self) -> str:
+        head, *rest = (html.escape(part) for part in self._parts())
+        return f"<div><b>{head}</b>{''.join(f' · {part}' for part in rest)}</div>"
+
+    def _parts(self) -> list[str]:
+        steps = (
+            f"{self.steps:,}" if self.total_steps in (None, self.steps) else f"{self.steps:,} of {self.total_steps:,}"
+        )
+        parts = [f"{self.adapter or 'model'} {self.status}", f"{steps} steps", _duration(self.seconds)]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4g}")
+        if self.eval_loss is not None:
+            parts.append(f"eval loss {self.eval_loss:.4g}")
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        if self.output_dir is not None:
+            parts.append(f"saved in {self.output_dir}")
+        if self.message and self.status != "stopped":
+            parts.append(self.message)
+        return parts
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,425 @@
+"""One training run as a front end sees it: counts, curves and speed, fed by any loop.
+
+    loop ── run.step(loss) ──> Run ── publish(TrainState), a few times a second ──> panels
+      ^                         |
+      └──── StopRun ────────────┴── control.checkpoint() <── Stop and Pause buttons
+
+Feeding a run costs no device synchronisation: losses stay tensors until the next publication.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.errors import TrainingError
+from nbpeft.state import MemoryState, TrainState, TrainStatus
+from nbpeft.training.adapted import active_names
+from nbpeft.training.control import RunControl
+from nbpeft.training.frames import release_frames
+from nbpeft.training.history import History, Smoothed
+from nbpeft.training.learning_check import LearningCheck, explain_failure
+
+Number = float | Tensor
+
+
+class StopRun(BaseException):  # not an Exception: a loop's ``except Exception`` must not swallow it
+    """Ends a tracked block after Stop was clicked; the block's ``with`` swallows it."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("the run was stopped")
+        self.run = run
+
+
+class Run:
+    """One training run.
+
+    Feed it from your own loop::
+
+        with track(model, total_steps=len(loader)) as run:
+            for batch in loader:
+                loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step(loss, tokens=batch["input_ids"].numel())
+
+    Stop and KeyboardInterrupt end the block: the model keeps what it learned, the code after the
+    block goes on, and ``run.state.status`` is ``"stopped"``. Other exceptions pass through.
+
+    Args:
+        model: The model in training; held weakly.
+        total_steps: Optimizer steps planned, or None where that is not known.
+        adapter: Name shown; the active adapters by default.
+        control: Where Stop and Pause are asked for; a new one by default.
+        publish: Called with each new state from the training thread, at most once every
+            ``interval`` seconds, and always with the last one.
+        clock: Seconds, growing.
+        memory: Measures memory for the states, at most every ``memory_interval`` seconds.
+
+    Attributes:
+        entered: Whether the run is inside its ``with`` block.
+    """
+
+    interval = 0.2
+    memory_interval = 2.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int | None,
+        *,
+        adapter: str | None = None,
+        control: RunControl | None = None,
+        publish: Callable[[TrainState], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        memory: Callable[[], MemoryState | None] | None = None,
+    ) -> None:
+        self.control = control if control is not None else RunControl()
+        self.run_id = uuid.uuid4().hex[:8]
+        self.adapter = ", ".join(active_names(model)) if adapter is None else adapter
+        self.total_steps = total_steps
+        self._model = weakref.ref(model)
+        self._publish_to = publish
+        self._clock = clock
+        self._memory = memory
+        self._lock = threading.RLock()
+        self.entered = False
+        self._display_failed = False
+        self._status: TrainStatus = "starting"
+        self._message = ""
+        self._check: LearningCheck | None = None
+        self._step = 0
+        self._first_step = 0
+        self._epoch: float | None = None
+        self._learning_rate: float | None = None
+        self._loss: float | None = None
+        self._smoothed = Smoothed()
+        self._history = History()
+        self._eval_history = History()
+        self._evaluated: tuple[int, float] | None = None
+        self._pending: list[tuple[int, Number]] = []
+        self._tokens: Number = 0
+        self._token_count = 0.0
+        self._memory_state: MemoryState | None = None
+        self._memory_at = float("-inf")
+        self._started: float | None = None
+        self._waited = 0.0
+        self._ended: float | None = None
+        self._published_at = float("-inf")
+        self._marks: deque[tuple[float, int, float]] = deque(maxlen=60)
+
+    # What the loop calls
+
+    def begin(self, *, total_steps: int | None = None, step: int = 0) -> None:
+        """Starts the clock; ``with run:`` does it too.
+
+        Args:
+            total_steps: Steps planned, once they are known.
+            step: Steps done before, in a run that is resumed.
+        """
+        with self._lock:
+            if total_steps is not None:
+                self.total_steps = total_steps
+            if step:
+                self._step = self._first_step = step
+                self._marks.clear()
+            if self._status != "starting":
+                return
+            self._status = "running"
+            self._started = self._clock()
+            model = self._model()
+            if model is not None:
+                self._check = LearningCheck(model, self.adapter)
+                self._warn(self._check.before())
+        self.publish(force=True)
+
+    def step(
+        self,
+        loss: Number | None = None,
+        *,
+        learning_rate: float | None = None,
+        tokens: Number | None = None,
+        epoch: float | None = None,
+    ) -> None:
+        """Notes one optimizer step, and obeys Stop and Pause. Call it after the step.
+
+        Args:
+            loss: The step's loss, a number or a tensor with one element.
+            learning_rate: As used in the step.
+            tokens: Input tokens of the step, for the speed shown.
+            epoch: Passes over the data so far.
+
+        Raises:
+            TrainingError: the run is not in a ``with`` block.
+        """
+        if not self.entered:
+            raise TrainingError("A run is fed inside its block: `with track(model) as run:` and then run.step(loss=…).")
+        self.record(self._step + 1, loss=loss, learning_rate=learning_rate, tokens=tokens, epoch=epoch)
+        if self.checkpoint():
+            raise StopRun(self)
+
+    def evaluated(self, loss: Number, step: int | None = None) -> None:
+        """Notes a loss on held-out data.
+
+        Args:
+            loss: A number or a tensor with one element.
+            step: When it was measured; now by default.
+        """
+        with self._lock:
+            self._evaluated = (self._step if step is None else step, float(loss))
+            self._eval_history.add(*self._evaluated)
+        self.publish()
+
+    def record(
+        self,
+        step: int,
+        *,
+        loss: Number | None = None,
+        learning_rate: float | None = None,
+        tokens: Number | None = None,
+        epoch: float | None = None,
+    ) -> None:
+        """Notes what is known about ``step``; never raises, never waits.
+
+        May be called several times a step, as the parts become known.
+        """
+        with self._lock:
+            advanced, self._step = step > self._step, max(step, self._step)
+            if loss is not None:
+                self._pending.append((step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
+            if tokens is not None:
+                self._tokens = self._tokens + (tokens.detach() if isinstance(tokens, Tensor) else tokens)
+            self._epoch = self._epoch if epoch is None else epoch
+            self._learning_rate = self._learning_rate if learning_rate is None else learning_rate
+            if advanced and self._check is not None:
+                done = self._step - self._first_step
+                last = self.total_steps is not None and self._step >= self.total_steps
+                self._warn(self._check.after_step(done, last=last))
+        self.publish()
+
+    def note(self, message: str) -> None:
+        """Sets the line shown with the run; an empty one changes nothing."""
+        with self._lock:
+            self._message = message or self._message
+
+    def checkpoint(self) -> bool:
+        """Waits while paused. Returns whether the loop shall end."""
+        before = self._clock()
+        waited = False
+
+        def on_wait() -> None:
+            nonlocal waited
+            waited = True
+            self.publish(force=True)
+
+        stop = self.control.checkpoint(on_wait)
+        if waited:
+            with self._lock:
+                self._waited += self._clock() - before
+                self._marks.clear()
+            self.publish(force=True)
+        return stop
+
+    def finish(self, status: TrainStatus, message: str = "") -> None:
+        """Ends the run and publishes its last state. Only the first call counts.
+
+        Args:
+            status: ``"finished"``, ``"stopped"`` or ``"failed"``.
+            message: One line for a person; a warning noted before stays when it is empty.
+        """
+        with self._lock:
+            if self._ended is not None:
+                return
+            self._ended = self._clock()
+            if self._check is not None:
+                if status == "finished" and self._step > self._first_step:
+                    self._warn(self._check.after_step(self._step - self._first_step, last=True))
+                self._check.close()
+                self._check = None
+            self._status = status
+            self._message = message or self._message
+            self._memory_at = float("-inf")
+        self.publish(force=True)
+
+    def __enter__(self) -> Self:
+        self.entered = True
+        self.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.entered = False
+        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, StopRun) and error.run is self)
+        if stopped or (error is None and self.cut_short):
+            if error is not None:
+                release_frames(error)
+            self.finish("stopped", self.stop_message())
+        elif error is None:
+            self.finish("finished")
+        else:
+            release_frames(error)
+            self.finish("failed", explain_failure(error, self._model()))
+        return stopped
+
+    # What a front end reads
+
+    @property
+    def state(self) -> TrainState:
+        """The run now. Any thread may ask."""
+        with self._lock:
+            self._take_in()
+            return self._build()
+
+    def publish(self, *, force: bool = False) -> None:
+        """Hands the state to ``publish``, unless that was done less than ``interval`` ago."""
+        with self._lock:
+            now = self._clock()
+            if not force and now - self._published_at < self.interval:
+                return
+            self._published_at = now
+            self._take_in()
+            self._marks.append((self._elapsed(), self._step, self._token_count))
+            self._measure_memory(now)
+            state = self._build()
+        if self._publish_to is None:
+            return
+        try:
+            self._publish_to(state)
+        except Exception as error:  # a panel that cannot draw must not end a training
+            self._warn_once(f"The display of this run fails ({type(error).__name__}: {error}); training goes on.")
+
+    def stop_message(self) -> str:
+        """``stopped at step 12``, with the reason where one was given."""
+        reason = f": {self.control.reason}" if self.control.reason else ""
+        note = f" · {self._message}" if self._message else ""
+        return f"stopped at step {self._step}{reason}{note}"
+
+    @property
+    def token_count(self) -> int:
+        """Input tokens seen so far."""
+        with self._lock:
+            self._take_in()
+            return int(self._token_count)
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether the run ends, or has ended, before its last step because somebody asked for it."""
+        return self.control.stop_requested and (self.total_steps is None or self._step < self.total_steps)
+
+    # Inside
+
+    def _elapsed(self) -> float:
+        if self._started is None:
+            return 0.0
+        return (self._clock() if self._ended is None else self._ended) - self._started - self._waited
+
+    def _take_in(self) -> None:
+        """Turns pending tensors into numbers: the only place that waits for a device."""
+        pending, self._pending = self._pending, []
+        for step, value in zip((step for step, _ in pending), _numbers([loss for _, loss in pending]), strict=True):
+            self._loss = value
+            self._smoothed.add(value)
+            self._history.add(step, value)
+            if value != value and "NaN" not in self._message:
+                self._warn(f"The loss is NaN since step {step}: try a lower learning rate, or look at the labels.")
+        tokens, self._tokens = self._tokens, 0
+        self._token_count += float(tokens)
+
+    def _measure_memory(self, now: float) -> None:
+        if self._memory is not None and now - self._memory_at >= self.memory_interval:
+            self._memory_at = now
+            self._memory_state = self._memory()
+
+    def _speed(self) -> tuple[float | None, float | None]:
+        """Seconds per step and tokens per second over the last marks."""
+        marks = self._marks
+        if self._ended is not None and self._started is not None:
+            first, last = (0.0, self._first_step, 0.0), (self._elapsed(), self._step, self._token_count)
+        elif len(marks) >= 2:
+            first, last = marks[0], (self._elapsed(), self._step, self._token_count)
+        else:
+            return None, None
+        seconds, steps, tokens = (after - before for before, after in zip(first, last, strict=True))
+        return (seconds / steps if steps else None, tokens / seconds if seconds and tokens else None)
+
+    def _build(self) -> TrainState:
+        status = self._status
+        if status == "running" and self.control.stop_requested:
+            status = "stopping"
+        elif status == "running" and self.control.paused:
+            status = "paused"
+        pace, tokens_per_second = self._speed()
+        remaining = None
+        if pace is not None and self.total_steps is not None and self._ended is None:
+            remaining = max(0.0, (self.total_steps - self._step) * pace)
+        return TrainState(
+            run_id=self.run_id,
+            adapter=self.adapter,
+            status=status,
+            step=self._step,
+            total_steps=self.total_steps,
+            epoch=self._epoch,
+            loss=self._loss,
+            smoothed_loss=self._smoothed.value,
+            eval_loss=self._evaluated[1] if self._evaluated else None,
+            eval_step=self._evaluated[0] if self._evaluated else None,
+            learning_rate=self._learning_rate,
+            tokens_per_second=tokens_per_second,
+            elapsed=self._elapsed(),
+            remaining=remaining,
+            history=self._history.points(),
+            eval_history=self._eval_history.points(),
+            memory=self._memory_state,
+            message=self._message,
+        )
+
+    def _warn(self, message: str) -> None:
+        if message:
+            self._message = message
+            warnings.warn(message, stacklevel=3)
+
+    def _warn_once(self, message: str) -> None:
+        if not self._display_failed:
+            self._display_failed = True
+            warnings.warn(message, stacklevel=3)
+
+
+def _numbers(values: list[Number]) -> list[float]:
+    """Values as floats, with one transfer for all tensors of a device."""
+    tensors = [value.reshape(()).float() for value in values if isinstance(value, Tensor)]
+    if len({tensor.device for tensor in tensors}) == 1:
+        moved = iter(torch.stack(tensors).tolist())
+        return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+    return [float(value) for value in values]
+
+
+def track(
+    model: nn.Module,
+    total_steps: int | None = None,
+    *,
+    publish: Callable[[TrainState], None] | None = None,
+    control: RunControl | None = None,
+    **options: Any,
+) -> Run:
+    """A run for your own training loop; see :class:`Run` for how to feed it.
+
+    Args:
+        model: The model in training.
+        total_steps: Optimizer steps planned, or None where that is not known.
+        publish: Called with each new state.
+        control: Where Stop and Pause are asked for.
+        **options: Further arguments of :class:`Run`.
+    """
+    return Run(model, total_steps, publish=publish, control=control, **options)
