@@ -7,8 +7,9 @@ error the activations of the failed step stay on the device until the next error
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch
 
@@ -24,7 +25,7 @@ def release_frames(error: BaseException, *, everything: bool = False) -> None:
         step: TracebackType | None = link.__traceback__
         while step is not None:
             frame = step.tb_frame
-            if id(frame) not in seen and (everything or _holds_tensor(frame.f_locals)):
+            if id(frame) not in seen and (everything or _holds_tensor(frame)):
                 seen.add(id(frame))
                 with contextlib.suppress(RuntimeError):  # the frame is still executing
                     frame.clear()
@@ -42,8 +43,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         pending += [other for other in (link.__cause__, link.__context__) if other is not None]
 
 
-def _holds_tensor(local_variables: Mapping[str, object]) -> bool:
-    return any(_is_heavy(value, depth=2) for value in local_variables.values())
+def _holds_tensor(frame: FrameType) -> bool:
+    # Reading frame.f_locals would make a dictionary of the variables that outlives frame.clear().
+    return any(_is_heavy(value, depth=2) for value in gc.get_referents(frame))
 
 
 def _is_heavy(value: object, depth: int) -> bool:

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from nbpeft.training.control import RunControl
+
+
+def test_goes_on_until_stop_is_asked_for():
+    control = RunControl()
+    assert control.checkpoint() is False
+    control.request_stop("enough")
+    control.request_stop("second click")
+    assert control.checkpoint() is True
+    assert control.stop_requested and control.reason == "enough"
+
+
+def test_pause_blocks_until_another_thread_resumes():
+    control = RunControl()
+    control.pause()
+    waiting = threading.Event()
+    passed = threading.Event()
+
+    def loop():
+        control.checkpoint(on_wait=waiting.set)
+        passed.set()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    assert waiting.wait(5)
+    assert not passed.wait(0.15)
+    control.resume()
+    assert passed.wait(5)
+    thread.join(5)
+
+
+def test_stop_ends_a_pause():
+    control = RunControl()
+    control.pause()
+    threading.Timer(0.05, control.request_stop).start()
+    assert control.checkpoint() is True
+    assert not control.paused
+
+
+def test_toggle_pause():
+    control = RunControl()
+    control.toggle_pause()
+    assert control.paused
+    control.toggle_pause()
+    assert not control.paused
+
+
+def test_poll_delivers_clicks_also_while_paused():
+    control = RunControl()
+    calls = []
+
+    def poll():
+        calls.append(control.paused)
+        if len(calls) == 1:
+            control.pause()
+        if len(calls) == 4:
+            control.resume()
+
+    control.poll = poll
+    assert control.checkpoint() is False
+    assert calls == [False, True, True, True]
+
+
+def test_a_failing_poll_is_dropped_with_a_warning():
+    control = RunControl()
+
+    def poll():
+        raise OSError("socket closed")
+
+    control.poll = poll
+    with pytest.warns(UserWarning, match="buttons of this run"):
+        assert control.checkpoint() is False
+    assert control.poll is None
+
+
+def test_interrupt_in_poll_passes_through():
+    control = RunControl()
+
+    def poll():
+        raise KeyboardInterrupt
+
+    control.poll = poll
+    with pytest.raises(KeyboardInterrupt):
+        control.checkpoint()

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbpeft.training.history import History, Smoothed
+
+
+def test_short_runs_keep_every_point():
+    history = History(buckets=10)
+    for step in range(1, 9):
+        history.add(step, float(step))
+    assert history.points() == tuple((step, float(step)) for step in range(1, 9))
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=400),
+    st.integers(1, 7),
+)
+def test_bounded_ordered_and_extremes_survive(values, stride):
+    history = History(buckets=16)
+    given_points = [((index + 1) * stride, value) for index, value in enumerate(values)]
+    for step, value in given_points:
+        history.add(step, value)
+    points = history.points()
+    assert len(points) <= 32
+    assert list(points) == sorted(points, key=lambda point: point[0])
+    assert set(points) <= set(given_points)
+    assert max(value for _, value in points) == max(values)
+    assert min(value for _, value in points) == min(values)
+
+
+def test_values_that_are_not_finite_are_left_out():
+    history, smoothed = History(), Smoothed()
+    for value in (1.0, math.nan, math.inf, 3.0):
+        history.add(1 if value == 1.0 else 2, value)
+        smoothed.add(value)
+    assert history.points() == ((1, 1.0), (2, 3.0))
+    assert 1.0 < smoothed.value < 3.0
+
+
+def test_smoothing_starts_at_the_first_value():
+    smoothed = Smoothed(0.9)
+    assert smoothed.value is None
+    smoothed.add(5.0)
+    assert math.isclose(smoothed.value, 5.0)
+    for _ in range(200):
+        smoothed.add(1.0)
+    assert math.isclose(smoothed.value, 1.0, rel_tol=1e-6)
