@@ -119,7 +119,8 @@ def from_file(
     for key, tensor in tensors.items():
         fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
         if fitting is None or fitting in found:
-            unexpected.append(key)
+            if not _is_repeated(key, found):
+                unexpected.append(key)
         else:
             found[fitting] = tensor
     if not found and slots:
@@ -186,15 +187,20 @@ def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
     """The names a key of a file may stand for, likeliest first."""
     bare = mapped(key.removeprefix(PREFIX))
     yield bare
-    if key.startswith("base_model."):
+    if key.startswith(PREFIX):
         yield mapped(key)
-        yield mapped(key.removeprefix("base_model."))
     for segment in _WRAPPER_SEGMENTS:
         bare = bare.replace(f".{segment}", ".").removeprefix(segment)
     bare = bare.removeprefix(PREFIX)
     yield bare
     if rename is not None:
         yield rename(bare)
+
+
+def _is_repeated(key: str, found: Mapping[str, Tensor]) -> bool:
+    """With ``bias="all"`` PEFT writes the bias of a copied module twice, once under this key."""
+    path, marked, name = key.rpartition(".modules_to_save.")
+    return bool(marked) and f"{path.removeprefix(PREFIX)}.{name}" in found
 
 
 def _mapper(key_mapping: Mapping[str, str] | None) -> Rename:

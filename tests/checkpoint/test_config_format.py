@@ -1,0 +1,150 @@
+"""``adapter_config.json`` against what peft writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft.tuners.tuners_utils import _find_minimal_target_modules
+from torch import nn
+
+from nbpeft.checkpoint import condense_targets, config_text, config_to_save, parse_config
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.errors import ConfigError, CorruptCheckpointError, UnknownMethodError
+from tests.checkpoint.tiny import llama
+
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["v_proj", "q_proj"], "task_type": "CAUSAL_LM"},
+    {"target_modules": r".*\.q_proj", "use_dora": True, "use_rslora": True, "bias": "lora_only"},
+    {"target_modules": ["q_proj"], "rank_pattern": {"layers.0.q_proj": 4}, "alpha_pattern": {"q_proj": 2}},
+    {"target_modules": ["q_proj"], "exclude_modules": ["b", "a"], "modules_to_save": ["score"], "lora_bias": True},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers", "revision": "main"},
+]
+
+
+def as_sets(text: str) -> dict[str, Any]:
+    fields = json.loads(text)
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=range(len(FIELDS)))
+def test_equals_what_peft_writes(fields: dict[str, Any], tmp_path: Path) -> None:
+    peft.LoraConfig(**fields).save_pretrained(str(tmp_path))
+    theirs = (tmp_path / "adapter_config.json").read_text()
+    ours = config_text(LoraConfig(**fields))
+    assert as_sets(ours) == as_sets(theirs)
+    assert list(json.loads(ours)) == list(json.loads(theirs)), "the order of the fields"
+    assert ours.splitlines()[1].startswith("  "), "two spaces"
+    assert peft.LoraConfig.from_pretrained(str(tmp_path)).r == json.loads(ours)["r"]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=range(len(FIELDS)))
+def test_round_trip(fields: dict[str, Any]) -> None:
+    text = config_text(LoraConfig(**fields))
+    config, unknown = parse_config(text)
+    assert isinstance(config, LoraConfig)
+    assert unknown == {}
+    assert config_text(config) == text
+
+
+def test_inference_mode_and_version() -> None:
+    config = LoraConfig(peft_version="0.9.0")
+    fields = json.loads(config_text(config, inference_mode=True))
+    assert fields["inference_mode"] is True
+    assert fields["peft_version"] == "0.9.0"
+    assert "runtime_config" not in fields
+
+
+def test_sets_come_out_sorted() -> None:
+    config = LoraConfig().copy(target_modules={"c", "a", "b"})
+    assert json.loads(config_text(config))["target_modules"] == ["a", "b", "c"]
+
+
+def test_unknown_fields_are_kept_out() -> None:
+    text = json.dumps({"peft_type": "LORA", "r": 4, "brand_new": {"x": 1}, "runtime_config": {}})
+    config, unknown = parse_config(text)
+    assert isinstance(config, LoraConfig)
+    assert config.r == 4
+    assert unknown == {"brand_new": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("{", CorruptCheckpointError, "not valid JSON"),
+        ("[]", CorruptCheckpointError, "peft_type"),
+        ('{"r": 8}', CorruptCheckpointError, "peft_type"),
+        ('{"peft_type": "LORRA"}', UnknownMethodError, "Did you mean 'LORA'"),
+        ('{"peft_type": "LORA", "r": -1}', ConfigError, "here.json: r must be"),
+    ],
+)
+def test_bad_texts(text: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        parse_config(text, "here.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_is_no_json() -> None:
+    with pytest.raises(ConfigError, match="rank_pattern"):
+        config_text(LoraConfig().copy(rank_pattern={"a": object()}))
+
+
+def test_auto_mapping_and_base_name_like_peft(tmp_path: Path) -> None:
+    model = llama()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(str(tmp_path))
+    saved = config_to_save(LoraConfig(target_modules=["q_proj"]), llama())
+    theirs = as_sets((tmp_path / "adapter_config.json").read_text())
+    assert as_sets(config_text(saved, inference_mode=True)) == theirs
+    assert theirs["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+    named = llama()
+    named.name_or_path = "someone/tiny"
+    assert config_to_save(LoraConfig(task_type="CAUSAL_LM"), named).base_model_name_or_path == "someone/tiny"
+    assert config_to_save(LoraConfig(task_type="CAUSAL_LM"), named).auto_mapping is None
+
+
+def test_all_linear_is_written_out_and_condensed_like_peft(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=4)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.save_pretrained(str(tmp_path))
+    theirs = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    bare = llama(num_hidden_layers=4)
+    targets = [name for name, module in bare.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    assert len(targets) >= 20
+    for wanted in ("all-linear", targets):
+        config = LoraConfig(target_modules=wanted, task_type="CAUSAL_LM")
+        saved = config_to_save(config, bare, targets=targets)
+        assert isinstance(saved, LoraConfig)
+        assert sorted(saved.target_modules or []) == sorted(theirs)
+        assert config.target_modules == wanted, "the caller's config stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("targets", "others"),
+    [
+        ([f"enc.{i}.q" for i in range(30)], [f"dec.{i}.k" for i in range(30)]),
+        ([f"enc.{i}.q" for i in range(30)], [f"dec.{i}.q" for i in range(30)]),
+        ([f"enc.{i}.q" for i in range(30)] + ["q", "x.q"], ["a.b"]),
+        ([f"b.{i}.{n}" for i in range(12) for n in "qk"], [f"b.{i}.{n}" for i in range(12, 20) for n in "qk"]),
+        (["a.b", "x.a.b", "b"], ["c.b2", "d.a"]),
+        (["a.b", "x.a.b"], ["z.b", "b"]),
+    ],
+)
+def test_condensed_like_peft(targets: list[str], others: list[str]) -> None:
+    endings = tuple(f".{name}" for name in targets)
+    left = [name for name in others if name not in targets and not name.endswith(endings)]
+    assert condense_targets(targets, [*others, *targets]) == _find_minimal_target_modules(targets, left)
+
+
+def test_the_public_class_reads_and_writes(tmp_path: Path) -> None:
+    LoraConfig(r=5, target_modules=["q_proj"]).save_pretrained(str(tmp_path / "new"))
+    assert not json.loads((tmp_path / "new" / "adapter_config.json").read_text())["inference_mode"]
+    config = AdapterConfig.from_pretrained(str(tmp_path / "new"))
+    assert isinstance(config, LoraConfig)
+    assert config.r == 5
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "new")).r == 5
