@@ -1,0 +1,231 @@
+"""bitsandbytes 4-bit weights (NF4, FP4, with or without double quantization), on CPU and accelerators.
+
+A weight is stored in one of three layouts, and ``dequantize`` reads them all:
+
+    plain      two codes a byte, row-major; per-block constants in ``quant_state.absmax``
+    packed     on CPUs with AVX512-BF16 the first forward in eval mode re-packs the codes in blocks of 32 rows,
+               rounds the constants to bfloat16 and transposes them
+    half-plain ``state_dict()`` of a packed module brings the codes back but leaves the constants transposed
+
+The library's packed forward has no gradient for its input and its forward on the half-plain layout
+is wrong; ``prepare`` hangs a hook on the module that goes back to the plain layout where it matters.
+
+References: QLoRA, https://arxiv.org/abs/2305.14314; layouts as in bitsandbytes 0.45 to 0.50.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.registry import register_backend
+from nbpeft.engine.storage import StoredWeight, loaded, plain
+
+PACKED_ROWS = 32
+NESTED_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Snapshot4bit:
+    """The codes and a private copy of the quantization state, both on the CPU."""
+
+    data: Tensor
+    state: Any
+
+
+@register_backend
+class Bnb4bit(StoredWeight):
+    """``bitsandbytes.nn.Linear4bit`` and ``Embedding4bit``."""
+
+    name = "bnb4bit"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether it is one of the library's 4-bit layers, quantized or not yet."""
+        return isinstance(module, loaded("bitsandbytes.nn", "Linear4bit", "Embedding4bit"))
+
+    def prepare(self, module: nn.Module) -> None:
+        """Makes forward and gradients right whatever was run before, on CPUs that re-pack. Idempotent."""
+        hooks = module._forward_pre_hooks.values()
+        if getattr(module, "support_avx512bf16_for_cpu", False) and _keep_plain not in hooks:
+            module.register_forward_pre_hook(_keep_plain)
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """Codes, constants and code tables."""
+        state = _state(module)
+        if state is None:
+            return [plain(module.weight)]
+        parts = [plain(module.weight), state.absmax, state.code]
+        if state.nested:
+            parts += [state.offset, state.state2.absmax, state.state2.code]
+        return parts
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype that was quantized."""
+        state = _state(module)
+        return plain(module.weight).dtype if state is None else _original_dtype(state)
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """(out, in), right in every layout; a new tensor unless the module is not quantized yet."""
+        state = _state(module)
+        data = plain(module.weight)
+        if state is None:
+            return data
+        rows, columns = state.shape
+        if getattr(state, "packing_format_for_cpu", False):
+            data = _unpacked(data, rows, columns)
+        return _decoded(data, _constants(state), state, self.dtype(module))
+
+    def store(self, module: nn.Module, weight: Tensor) -> None:
+        """Quantizes with the module's own settings, in the plain layout.
+
+        The constants are the least-squares fit for the codes that bitsandbytes chooses, so the
+        error is at most that of quantizing by the largest element of each block.
+        """
+        old = _state(module)
+        if old is None:
+            with torch.no_grad():
+                plain(module.weight).copy_(weight)
+            return
+        weight = weight.detach().to(self.device(module))
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            weight = weight.float()
+        storage = getattr(module.weight, "quant_storage", torch.uint8)
+        data, state = _quantized(weight.contiguous(), old, nested=_nested(module), storage=storage)
+        state.dtype = _original_dtype(old)
+        _bind(module, data, state)
+
+    def snapshot(self, module: nn.Module) -> Snapshot4bit:
+        """Codes and state in the layout they have now."""
+        state = copy.deepcopy(_state(module))
+        if state is not None:
+            state.to("cpu")
+        return Snapshot4bit(plain(module.weight).to("cpu", copy=True), state)
+
+    def restore(self, module: nn.Module, snapshot: Snapshot4bit) -> None:
+        """Puts codes and state back in the layout they had; a later forward re-packs them as it needs."""
+        if snapshot.state is None:
+            with torch.no_grad():
+                plain(module.weight).copy_(snapshot.data)
+            return
+        state = copy.deepcopy(snapshot.state)
+        state.to(self.device(module))
+        _bind(module, snapshot.data.to(self.device(module), copy=True), state)
+
+
+def _state(module: nn.Module) -> Any:
+    """The quantization state, or None before the weight is quantized. FSDP leaves it on the module only."""
+    state = getattr(module.weight, "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
+
+
+def _keep_plain(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Forward pre-hook: the plain layout where the input needs a gradient or the layout is half-plain."""
+    state = _state(module)
+    if state is None or not hasattr(state, "packing_format_for_cpu"):
+        return
+    if not state.packing_format_for_cpu:
+        if state.absmax.dim() == 2:
+            state.absmax = _constants(state)
+    elif torch.is_grad_enabled() and arguments and arguments[0].requires_grad:
+        data = _unpacked(plain(module.weight), *state.shape)
+        storage = getattr(state, "original_storage_type", torch.uint8)
+        # bfloat16 is what they were rounded to: half the bytes of float32, and packing again loses nothing.
+        state.absmax = _constants(state).bfloat16()
+        state.dtype = state.original_dtype
+        state.packing_format_for_cpu = False
+        _bind(module, data.view(-1).view(storage).view(-1, 1), state)
+
+
+def _original_dtype(state: Any) -> torch.dtype:
+    packed = getattr(state, "packing_format_for_cpu", False)
+    dtype: torch.dtype = state.original_dtype if packed else state.dtype
+    return dtype
+
+
+def _nested(module: nn.Module) -> bool:
+    """Whether the constants are to be quantized; re-packing forgets it in the state, not on the parameter."""
+    setting = getattr(module.weight, "compress_statistics", None)
+    return bool(_state(module).nested if setting is None else setting)
+
+
+def _constants(state: Any) -> Tensor:
+    """The largest magnitude of every block in row-major order, float32, (blocks,)."""
+    absmax: Tensor = state.absmax
+    if state.nested:
+        inner = state.state2
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype
+        )
+        absmax = absmax + state.offset
+    elif absmax.dim() == 2:
+        absmax = absmax.t()
+    return absmax.reshape(-1).float()
+
+
+def _decoded(data: Tensor, constants: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """Codes times constants, shaped and blocked as ``state`` says."""
+    kernel = torch.ops.bitsandbytes.dequantize_4bit.default
+    odd = state.shape[-1] % 2 != 0
+    # Rows of odd length make the CPU kernel compile a slow substitute; as one flat row they are even.
+    shape = (2 * data.numel() * data.element_size(),) if odd else state.shape
+    weight: Tensor = kernel(data, constants, state.blocksize, state.quant_type, shape, dtype)
+    return weight.reshape(-1)[: state.shape.numel()].view(state.shape) if odd else weight
+
+
+def _unpacked(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """Codes of the packed layout, two a byte in row-major order, (rows * columns / 2, 1) uint8.
+
+    A packed byte of block b, column pair k and lane j = 2 n + p holds the codes of rows n (low half)
+    and 16 + n (high half) in column 2 k + p.
+    """
+    half = PACKED_ROWS // 2
+    lanes = packed.view(torch.uint8).view(rows // PACKED_ROWS, columns // 2, half, 2)
+    even, odd = lanes[..., 0], lanes[..., 1]
+    plain = torch.empty((rows // PACKED_ROWS, 2, half, columns // 2), dtype=torch.uint8, device=packed.device)
+    plain[:, 0] = (((even & 0x0F) << 4) | (odd & 0x0F)).transpose(1, 2)
+    plain[:, 1] = ((even & 0xF0) | (odd >> 4)).transpose(1, 2)
+    return plain.view(-1, 1)
+
+
+def _quantized(weight: Tensor, like: Any, *, nested: bool, storage: torch.dtype) -> tuple[Tensor, Any]:
+    """Codes and state for a weight, with the block size and type of ``like``."""
+    functional = sys.modules["bitsandbytes"].functional
+    data, state = functional.quantize_4bit(
+        weight, blocksize=like.blocksize, compress_statistics=False, quant_type=like.quant_type, quant_storage=storage
+    )
+    state.absmax = _fitted(weight, data, state)
+    if nested:
+        offset = state.absmax.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - offset, blocksize=NESTED_BLOCK)
+        state.offset = offset
+        state.nested = True
+    return data, state
+
+
+def _fitted(weight: Tensor, data: Tensor, state: Any) -> Tensor:
+    """For each block the constant that brings its codes nearest to the weight, (blocks,) float32."""
+    unit = _decoded(data, torch.ones_like(state.absmax), state, torch.float32)
+    blocks, size = state.absmax.numel(), state.blocksize
+    missing = blocks * size - unit.numel()
+    codes, values = (
+        nn.functional.pad(part.reshape(-1), (0, missing)).view(blocks, size) for part in (unit, weight.float())
+    )
+    length = codes.square().sum(1)
+    fitted: Tensor = torch.where(length > 0, (codes * values).sum(1) / length, state.absmax)
+    return fitted
+
+
+def _bind(module: nn.Module, data: Tensor, state: Any) -> None:
+    """Makes codes and state the module's, keeping the parameter object."""
+    parameter: Any = module.weight
+    parameter.data = data
+    if hasattr(parameter, "quant_storage"):
+        parameter.quant_state = state
+        parameter.bnb_quantized = True
+    if hasattr(module, "quant_state"):
+        module.quant_state = state

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from nbpeft.engine.backends.bnb4bit import Bnb4bit
+from nbpeft.engine.registry import resolve_backend
+
+bnb = pytest.importorskip("bitsandbytes")
+backend = Bnb4bit()
+
+REPACKS = bool(bnb.functional.has_avx512bf16())
+"""Whether this processor makes the library change the layout in the first eval forward."""
+
+
+def backend_name(layer):
+    found = resolve_backend(layer)
+    return None if found is None else found.name
+
+
+def quantized(
+    out_features=64, in_features=128, *, bias=False, quant_type="nf4", double=False, storage=torch.uint8,
+    dtype=torch.float32, compute=None, seed=0,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    dense = nn.Linear(in_features, out_features, bias=bias)
+    layer = bnb.nn.Linear4bit(
+        in_features, out_features, bias=bias, compute_dtype=compute or dtype, compress_statistics=double,
+        quant_type=quant_type, quant_storage=storage,
+    )  # fmt: skip
+    weight = dense.weight.detach().to(dtype)
+    layer.weight = bnb.nn.Params4bit(
+        weight.clone(), requires_grad=False, compress_statistics=double, quant_type=quant_type,
+        quant_storage=storage, module=layer,
+    )  # fmt: skip
+    if bias:
+        layer.bias = nn.Parameter(dense.bias.detach().to(dtype), requires_grad=False)
+    return layer.to("cpu"), weight
+
+
+def inputs(layer, dtype=torch.float32, rows=5):
+    torch.manual_seed(1)
+    return torch.randn(rows, layer.in_features, dtype=dtype)
+
+
+def evaluate(layer, x):
+    with torch.no_grad():
+        return layer.eval()(x)
+
+
+def is_packed(layer):
+    return getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
+def error(weight, reference):
+    weight, reference = weight.detach().float(), reference.detach().float()
+    return float((weight - reference).norm() / reference.norm())
+
+
+SETTINGS = [
+    pytest.param(
+        quant_type, double, storage, dtype, id=f"{quant_type}-{double}-{storage}-{dtype}".replace("torch.", "")
+    )
+    for quant_type, double, storage, dtype in [
+        ("nf4", False, torch.uint8, torch.float32),
+        ("nf4", True, torch.uint8, torch.bfloat16),
+        ("nf4", True, torch.bfloat16, torch.float16),
+        ("fp4", False, torch.float16, torch.bfloat16),
+        ("fp4", True, torch.uint8, torch.float32),
+        ("nf4", False, torch.float32, torch.bfloat16),
+    ]
+]
+
+
+@pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_dequantize_before_any_forward(quant_type, double, storage, dtype, bias):
+    layer, weight = quantized(bias=bias, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
+    assert backend_name(layer) == "bnb4bit"
+    found = backend.dequantize(layer)
+    assert torch.equal(found, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+    assert found.shape == weight.shape
+    assert found.dtype == backend.dtype(layer) == dtype
+    assert error(found, weight) < (0.11 if quant_type == "nf4" else 0.16)
+    assert backend.device(layer) == torch.device("cpu")
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
+def test_dequantize_after_eval_forward_is_what_the_forward_used(quant_type, double, storage, dtype):
+    layer, weight = quantized(64, 192, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
+    before = backend.dequantize(layer)
+    x = inputs(layer, dtype)
+    output = evaluate(layer, x)
+    assert is_packed(layer) == REPACKS
+    after = backend.dequantize(layer)
+    assert after.dtype == dtype == backend.dtype(layer)
+    # The library rounds the constants to bfloat16 when it re-packs: 8 bits of mantissa.
+    assert error(after, before) < 0.004
+    assert error(output, x.float() @ after.float().t()) < 0.01
+    assert error(after, weight) < (0.11 if quant_type == "nf4" else 0.16)
+
+
+@pytest.mark.skipif(not REPACKS, reason="this processor keeps the plain layout")
+def test_peft_reads_garbage_after_a_forward_and_this_does_not():
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    layer, weight = quantized()
+    evaluate(layer, inputs(layer))
+    assert error(dequantize_bnb_weight(layer.weight, layer.weight.quant_state), weight) > 1.0
+    assert error(backend.dequantize(layer), weight) < 0.11
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_dequantize_after_state_dict_of_a_packed_module(double):
+    layer, weight = quantized(double=double)
+    evaluate(layer, inputs(layer))
+    layer.state_dict()
+    assert not is_packed(layer)
+    assert error(backend.dequantize(layer), weight) < 0.12
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 65), (33, 64), (32, 96), (1, 64), (64, 1), (31, 33), (4, 128)])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_odd_sizes(shape, double, quant_type):
+    layer, weight = quantized(*shape, double=double, quant_type=quant_type)
+    reference = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    found = backend.dequantize(layer)
+    assert torch.allclose(found, reference, atol=1e-6)
+    snapshot = backend.snapshot(layer)
+    backend.store(layer, weight * 2)
+    assert error(backend.dequantize(layer), weight * 2) < 0.2
+    backend.restore(layer, snapshot)
+    assert torch.equal(backend.dequantize(layer), found)
+    x = inputs(layer).requires_grad_()
+    layer.train()(x).sum().backward()
+    assert torch.allclose(x.grad, found.sum(0).expand_as(x), atol=1e-4)
+
+
+@pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
+@pytest.mark.parametrize("forward_first", [False, True])
+def test_store_then_forward(quant_type, double, storage, dtype, forward_first):
+    layer, weight = quantized(bias=True, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
+    x = inputs(layer, dtype)
+    if forward_first:
+        evaluate(layer, x)
+    identity = id(layer.weight)
+    new = weight.float() + 0.05 * torch.randn(weight.shape)
+    backend.store(layer, new)
+    assert id(layer.weight) == identity
+    assert layer.weight.quant_state is layer.quant_state
+    assert not is_packed(layer)
+    assert layer.weight.dtype == storage
+    assert layer.weight.quant_state.nested == double
+    stored = backend.dequantize(layer)
+    assert stored.dtype == dtype
+    assert error(stored, new) < (0.11 if quant_type == "nf4" else 0.16)
+    expected = x.float() @ stored.float().t() + layer.bias.float()
+    assert error(evaluate(layer, x), expected) < 0.02
+    assert error(layer.train()(x), expected) < 0.02
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_store_of_dequantize_changes_nearly_nothing(double, quant_type):
+    layer, _ = quantized(double=double, quant_type=quant_type)
+    before = backend.dequantize(layer)
+    backend.store(layer, before)
+    once = backend.dequantize(layer)
+    assert error(once, before) < (0.02 if double else 1e-6)
+    backend.store(layer, once)
+    assert error(backend.dequantize(layer), before) < (0.02 if double else 1e-6)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_store_is_at_least_as_near_as_the_library(double, quant_type, dtype):
+    layer, weight = quantized(double=double, quant_type=quant_type, dtype=dtype)
+    new = weight.float() + 0.02 * torch.randn(weight.shape)
+    backend.store(layer, new)
+    library = bnb.nn.Params4bit(new.clone(), compress_statistics=double, quant_type=quant_type).to("cpu")
+    theirs = bnb.functional.dequantize_4bit(library.data, library.quant_state)
+    assert error(backend.dequantize(layer), new) < error(theirs, new)
+
+
+@pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
+@pytest.mark.parametrize("forward_before", [False, True])
+@pytest.mark.parametrize("forward_between", [False, True])
+def test_restore_is_bit_equal(quant_type, double, storage, dtype, forward_before, forward_between):
+    layer, _ = quantized(bias=True, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
+    x = inputs(layer, dtype)
+    twin = copy.deepcopy(layer)
+    expected_output = evaluate(twin, x)
+    if forward_before:
+        evaluate(layer, x)
+    weight, codes = backend.dequantize(layer), layer.weight.data.clone()
+    snapshot = backend.snapshot(layer)
+    for _ in range(2):
+        backend.store(layer, weight.float() * 1.5 + 0.1)
+        if forward_between:
+            assert not torch.equal(evaluate(layer, x), expected_output)
+        backend.restore(layer, snapshot)
+        assert torch.equal(layer.weight.data.view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(backend.dequantize(layer), weight)
+        assert torch.equal(evaluate(layer, x), expected_output)
+
+
+def test_restore_after_only_forwards_between():
+    layer, _ = quantized()
+    x = inputs(layer)
+    weight = backend.dequantize(layer)
+    snapshot = backend.snapshot(layer)
+    output = evaluate(layer, x)
+    backend.restore(layer, snapshot)
+    assert not is_packed(layer)
+    assert torch.equal(backend.dequantize(layer), weight)
+    assert torch.equal(evaluate(layer, x), output)
+
+
+@pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_prepared_module_has_gradients_after_an_eval_forward(quant_type, double, storage, dtype, bias):
+    layer, _ = quantized(bias=bias, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
+    backend.prepare(layer)
+    backend.prepare(layer)
+    assert len(layer._forward_pre_hooks) <= 1
+    x = inputs(layer, dtype)
+    for _ in range(3):
+        output = evaluate(layer, x)
+        assert is_packed(layer) == REPACKS
+        weight = backend.dequantize(layer)
+        y = x.clone().requires_grad_()
+        trained = layer.train()(y)
+        trained.sum().backward()
+        assert not is_packed(layer)
+        assert error(y.grad, weight.sum(0).expand_as(y)) < 0.01
+        assert error(trained, output) < 0.02
+        assert torch.equal(backend.dequantize(layer), weight)
+        assert layer.weight.dtype == storage
+    twin = copy.deepcopy(layer)
+    assert torch.equal(evaluate(twin, x), evaluate(layer, x))
+    new = weight * 2
+    backend.store(layer, new)
+    assert layer.weight.quant_state.nested == double
+    assert error(backend.dequantize(layer), new) < 0.02
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_prepared_module_is_right_after_state_dict(double):
+    layer, _ = quantized(double=double)
+    backend.prepare(layer)
+    x = inputs(layer)
+    output = evaluate(layer, x)
+    layer.state_dict()
+    assert error(layer.train()(x), output) < 0.02
+    assert error(evaluate(layer, x), output) < 0.02
+
+
+@pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
+def test_byte_count(quant_type, double, storage, dtype):
+    layer, _ = quantized(128, 192, quant_type=quant_type, double=double, storage=storage, dtype=dtype)
+    codes, blocks, table = 128 * 192 // 2, 128 * 192 // 64, 16 * 4
+    nested = -(-blocks // 256) * 4 + 256 * 4 + 4
+    assert backend.byte_count(layer) == codes + table + (blocks + nested if double else 4 * blocks)
+
+
+def test_a_layer_that_is_not_quantized_yet():
+    layer = bnb.nn.Linear4bit(8, 4, bias=False, quant_type="nf4")
+    weight = layer.weight.detach().clone()
+    assert torch.equal(backend.dequantize(layer), weight)
+    snapshot = backend.snapshot(layer)
+    backend.store(layer, weight + 1)
+    assert torch.equal(backend.dequantize(layer), weight + 1)
+    backend.restore(layer, snapshot)
+    assert torch.equal(backend.dequantize(layer), weight)
+    assert backend.byte_count(layer) == 8 * 4 * 4
+
+
+def test_embedding():
+    torch.manual_seed(0)
+    dense = nn.Embedding(20, 64)
+    layer = bnb.nn.EmbeddingNF4(20, 64)
+    layer.load_state_dict(dense.state_dict())
+    layer = layer.to("cpu")
+    assert backend_name(layer) == "bnb4bit"
+    weight = backend.dequantize(layer)
+    tokens = torch.tensor([0, 3, 19])
+    assert torch.allclose(layer(tokens), weight[tokens])
+    backend.store(layer, dense.weight * 2)
+    assert torch.allclose(layer(tokens), backend.dequantize(layer)[tokens])
+
+
+def test_matching_imports_nothing():
+    code = (
+        "import sys, torch; from nbpeft.engine.backends.bnb4bit import Bnb4bit;"
+        "from nbpeft.engine.backends.bnb8bit import Bnb8bit; layer = torch.nn.Linear(2, 2);"
+        "assert not Bnb4bit().matches(layer) and not Bnb8bit().matches(layer);"
+        "assert 'bitsandbytes' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
