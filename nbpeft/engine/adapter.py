@@ -238,7 +238,15 @@ class Host(Protocol):
         ...
 
     def product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """B A as a canonical weight."""
+        """B A as a canonical weight.
+
+        Raises:
+            MergeError: it is none, see ``product_refusal``.
+        """
+        ...
+
+    def product_refusal(self, module: nn.Module) -> str:
+        """Why B A is not a weight of this layer, so that it can neither be merged nor normalised; else empty."""
         ...
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:

@@ -163,6 +163,9 @@ class AdaptedLayer(nn.Module):
         present = [name for name in names if name in self.adapters._modules]
         if present and not self.backend.can_merge:
             raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.merge_refusal}")
+        refusal = self.host.product_refusal(self.base_layer) if present else ""
+        if refusal:
+            raise MergeError(f"{', '.join(map(repr, present))} cannot be merged into {refusal}")
         for name in present:
             if self.base.bias is None and self.adapter(name).delta_bias(self.base) is not None:
                 raise MergeError(f"adapter {name!r} has a bias (lora_bias=True) but the base layer has none to take it")

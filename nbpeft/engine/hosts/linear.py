@@ -46,5 +46,8 @@ class Linear:
     def product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return lora_B @ lora_A
 
+    def product_refusal(self, module: nn.Module) -> str:
+        return ""
+
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
         return vector

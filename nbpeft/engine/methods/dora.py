@@ -22,6 +22,7 @@ from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.lowrank import new_factors, seeded_dropout
 from nbpeft.engine.registry import register
+from nbpeft.errors import ConfigError
 
 MAGNITUDE = "magnitude"
 
@@ -53,6 +54,9 @@ class DoRA(Adapter):
     def parameter_shapes(
         cls, config: LoraConfig, path: str, module: nn.Module, host: Host
     ) -> dict[str, tuple[int, ...]]:
+        refusal = host.product_refusal(module)
+        if refusal:
+            raise ConfigError(f"{path}: DoRA cannot norm {refusal}; exclude it or use use_dora=False", path=path)
         shapes = dict(zip(host.factor_names, host.factor_shapes(module, config.rank_at(path)), strict=True))
         out_features = host.features(module)[1]
         shapes[MAGNITUDE] = tuple(host.per_channel(module, torch.empty(out_features, device="meta")).shape)

@@ -18,6 +18,7 @@ from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.lowrank import new_factors
 from nbpeft.engine.registry import register
+from nbpeft.errors import ConfigError
 
 _MERGE_ROWS = 256
 """Rows of a weight merged at a time, which bounds the extra memory of a merge."""
@@ -45,6 +46,8 @@ class LoRA(Adapter):
     ) -> dict[str, tuple[int, ...]]:
         shapes = dict(zip(host.factor_names, host.factor_shapes(module, config.rank_at(path)), strict=True))
         if config.lora_bias:
+            if host.zero_factor == 0:
+                raise ConfigError(f"{path}: lora_bias=True does not work on an {host.name}; exclude it", path=path)
             shapes[f"{host.factor_names[1]}_bias"] = (host.features(module)[1],)
         return shapes
 
