@@ -320,7 +320,13 @@ class Adapter(nn.Module):
 
     @classmethod
     def create(
-        cls, config: Any, path: str, base: Base, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
+        cls,
+        config: Any,
+        path: str,
+        base: Base,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        dtype: torch.dtype,
     ) -> Self:
         """Builds the adapter for the layer at ``path``.
 
@@ -328,6 +334,7 @@ class Adapter(nn.Module):
             config: the method's own config.
             path: where the layer is in the model; patterns are matched against it.
             base: the layer.
+            shapes: what ``parameter_shapes`` gave for it.
             tensors: loaded parameters to bind as they are, or None to initialise.
             dtype: dtype of new parameters.
         """

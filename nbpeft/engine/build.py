@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.plan import InjectionPlan, Site, resolve_parts, walk
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.plan import InjectionPlan, Site, Target, walk
+from nbpeft.engine.registry import backend_named, host_named, method_of
 from nbpeft.engine.switch import Switch
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -62,9 +62,9 @@ def build(
     parts = Parts([], [])
     for target in plan.targets:
         site = by_path[target.path]
-        layer = site.wrapper if isinstance(site.wrapper, AdaptedLayer) else _wrap(site, switch)
+        layer = site.wrapper if isinstance(site.wrapper, AdaptedLayer) else _wrap(site, target, switch)
         given = None if weights is None else weights.adapters.get(target.path)
-        adapter = _create(adapter_class, plan, target.path, layer, given, half)
+        adapter = _create(adapter_class, plan, target, layer, given, half)
         adapter.training = layer.training
         parts.adapters.append((sites[id(site.module)], layer, adapter))
     for path in plan.copies:
@@ -75,15 +75,14 @@ def build(
     return parts
 
 
-def _wrap(site: Site, switch: Switch) -> AdaptedLayer:
-    host, backend = resolve_parts(site)
-    return AdaptedLayer(site.module, host, backend, switch)
+def _wrap(site: Site, target: Target, switch: Switch) -> AdaptedLayer:
+    return AdaptedLayer(site.module, host_named(target.host), backend_named(target.backend), switch)
 
 
 def _create(
     adapter_class: type[Adapter],
     plan: InjectionPlan,
-    path: str,
+    target: Target,
     layer: AdaptedLayer,
     given: Mapping[str, Tensor] | None,
     half: bool,
@@ -91,14 +90,14 @@ def _create(
     dtype = layer.base.dtype
     if dtype in _HALF and not half:
         dtype = torch.float32
-    shapes = adapter_class.parameter_shapes(plan.config, path, layer.base_layer, layer.host)
+    path, shapes = target.path, target.shapes
     if given is None or set(shapes) - set(given):
-        adapter = adapter_class.create(plan.config, path, layer.base, None, dtype)
+        adapter = adapter_class.create(plan.config, path, layer.base, shapes, None, dtype)
         for name, tensor in (given or {}).items():
             adapter._parameters[name] = nn.Parameter(tensor.to(device=layer.base.device, dtype=dtype))
         return adapter
     tensors = {name: given[name].to(device=layer.base.device, dtype=dtype) for name in shapes}
-    return adapter_class.create(plan.config, path, layer.base, tensors, dtype)
+    return adapter_class.create(plan.config, path, layer.base, shapes, tensors, dtype)
 
 
 def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.Module:

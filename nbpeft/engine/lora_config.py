@@ -152,7 +152,7 @@ class LoraConfig(AdapterConfig):
 
     def alpha_at(self, path: str) -> float:
         """The alpha at a module path, ``alpha_pattern`` included."""
-        return self._alpha_table().get(path, self.lora_alpha)
+        return float(self._alpha_table().get(path, self.lora_alpha))
 
     def scaling_at(self, path: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""

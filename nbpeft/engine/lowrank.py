@@ -113,7 +113,8 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B = ctx.saved_tensors
-        dtype, need_x, need_A, need_B = ctx.dtype, *ctx.needs_input_grad[:3]
+        dtype: torch.dtype = ctx.dtype
+        need_x, need_A, need_B = ctx.needs_input_grad[:3]
         with torch.autocast(x.device.type, enabled=False):
             gradient = gradients[0].reshape(-1, lora_B.shape[0]).to(dtype)
             mask = keep_mask(x.shape, ctx.probability, ctx.seed, x.device, dtype) if ctx.probability else None

@@ -266,9 +266,9 @@ class AdapterManager:
                     holder.update(items)
             self.configs = {new if name == old else name: config for name, config in self.configs.items()}
             self._biases.rename(old, new)
-            for mapping in (self._scales, self._parameters):
-                if old in mapping:
-                    mapping[new] = mapping.pop(old)  # type: ignore[attr-defined]
+            self._parameters.pop(old, None)
+            if old in self._scales:
+                self._scales[new] = self._scales.pop(old)
             if old in self.frozen:
                 self.frozen = (self.frozen - {old}) | {new}
             self._selected = tuple(new if name == old else name for name in self._selected)
@@ -503,7 +503,7 @@ class AdapterManager:
         """Calls back after every change; bound methods are held weakly. Returns how to stop."""
         bound = getattr(callback, "__self__", None) is not None
         reference: Callable[[], Callable[[], None] | None]
-        reference = weakref.WeakMethod(callback) if bound else (lambda: callback)  # type: ignore[arg-type]
+        reference = weakref.WeakMethod(callback) if bound else (lambda: callback)
         self._subscribers.append(reference)
 
         def stop() -> None:

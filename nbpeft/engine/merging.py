@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.errors import MergeError
@@ -62,8 +64,9 @@ def lossy_note(layers: Mapping[str, AdaptedLayer]) -> None:
         )
 
 
-def chosen_copy(module: CopiedModule, names: Sequence[str]) -> object:
+def chosen_copy(module: CopiedModule, names: Sequence[str]) -> nn.Module:
     """The copy that stays when adapters are merged for good, or the original."""
     copies = module.modules_to_save._modules
     having = [name for name in names if name in copies]
-    return copies[having[-1]] if having else module.original_module
+    last = copies[having[-1]] if having else None
+    return module.original_module if last is None else last

@@ -304,7 +304,6 @@ def _biases(model: nn.Module, config: AdapterConfig, targets: list[Target]) -> t
     wanted = {target.path for target in targets}
     names: list[str] = []
     for path, module in [("", model), *((site.path, site.module) for site in walk(model))]:
-        if isinstance(module._parameters.get("bias"), nn.Parameter):
-            if kind == "all" or path in wanted:
-                names.append(f"{path}.bias" if path else "bias")
+        if isinstance(module._parameters.get("bias"), nn.Parameter) and (kind == "all" or path in wanted):
+            names.append(f"{path}.bias" if path else "bias")
     return tuple(names)

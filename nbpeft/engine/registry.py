@@ -145,6 +145,16 @@ def resolve_backend(module: nn.Module) -> Backend | None:
     return next((backend for backend in _backends if backend.matches(module)), None)
 
 
+def host_named(name: str) -> Host:
+    """The host of a name that ``resolve_host`` gave."""
+    return next(host for host in _hosts if host.name == name)
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of a name that ``resolve_backend`` gave."""
+    return next(backend for backend in _backends if backend.name == name)
+
+
 def _insert(ranked: list[Any], new: _Ranked) -> None:
     ranked[:] = [old for old in ranked if type(old).__qualname__ != type(new).__qualname__]
     ranked.append(new)

@@ -18,7 +18,8 @@ ALL_LINEAR = "all-linear"
 
 _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
     ("q_proj", "v_proj"): (
-        "bart gemma gemma2 gemma3 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 smollm3 stablelm"
+        "bart gemma gemma2 gemma3 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 "
+        "smollm3 stablelm"
     ),
     ("q_proj", "v_proj", "fc1", "fc2"): "phi",
     ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",

@@ -107,7 +107,8 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
     copies = {
         path: {name: tuple(tensor.shape) for name, tensor in modules[path].state_dict().items()} for path in plan.copies
     }
-    base = {name: tuple(modules[name.rpartition(".")[0]].bias.shape) for name in plan.biases}  # type: ignore[union-attr]
+    biases = {name: modules[name.rpartition(".")[0]]._parameters["bias"] for name in plan.biases}
+    base = {name: tuple(bias.shape) for name, bias in biases.items() if bias is not None}
     embeddings = {name: tuple(tensor.shape) for name, tensor in embedding_weights(model).items()}
     return checkpoint.Expected(
         adapters={target.path: target.shapes for target in plan.targets},

@@ -68,8 +68,7 @@ class PeftModel(nn.Module):
         self.__dict__["manager"] = manager
         self.__dict__["_token"] = manager.owner = object()
         self.training = model.training
-        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+        _let_checkpointing_learn(model)
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
@@ -385,3 +384,11 @@ class PeftModel(nn.Module):
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.base_model, name)
+
+
+def _let_checkpointing_learn(model: nn.Module) -> None:
+    """Reentrant checkpointing gives no gradient where no input needs one, as with frozen embeddings."""
+    enable = getattr(model, "enable_input_require_grads", None)
+    active = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
+    if active and callable(enable):
+        enable()

@@ -42,7 +42,7 @@ class _TaskModel(PeftModel):
 class PeftModelForCausalLM(_TaskModel):
     """A causal language model with adapters."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -60,7 +60,7 @@ class PeftModelForCausalLM(_TaskModel):
 class PeftModelForSeq2SeqLM(_TaskModel):
     """A sequence-to-sequence language model with adapters."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -79,7 +79,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
 
 
 class _Encoder(_TaskModel):
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -111,7 +111,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
 
     heads = ("qa_outputs",)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -132,7 +132,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
 class PeftModelForFeatureExtraction(_TaskModel):
     """A feature extractor with adapters."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -64,9 +64,14 @@ class DoRA(Adapter):
 
     @classmethod
     def create(
-        cls, config: LoraConfig, path: str, base: Base, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
+        cls,
+        config: LoraConfig,
+        path: str,
+        base: Base,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        dtype: torch.dtype,
     ) -> Self:
-        shapes = cls.parameter_shapes(config, path, base.module, base.host)
         given = tensors
         if given is None:
             given = new_factors(shapes, base, config.init_lora_weights, config.rank_at(path), dtype)
@@ -115,12 +120,14 @@ class DoRA(Adapter):
             if bool(lost.any()):
                 summed = rows[lost].to(dtype) + flat_B[lost] @ flat_A
                 total[lost] = summed.square().sum(1)
-        return total.clamp_min(0).sqrt()
+        norm: Tensor = total.clamp_min(0).sqrt()
+        return norm
 
     def _exact_norm(self, weight: Tensor, base: Base, dtype: torch.dtype) -> Tensor:
         lora_A, lora_B = (factor.detach().to(dtype) for factor in self.factors)
         summed = weight.to(dtype) + base.host.product(base.module, lora_A, lora_B) * self.scaling
-        return summed.reshape(summed.shape[0], -1).norm(dim=1)
+        norm: Tensor = summed.reshape(summed.shape[0], -1).norm(dim=1)
+        return norm
 
     def _square(self, rows: Tensor, base: Base, dtype: torch.dtype) -> Tensor:
         """``||W||²`` per row, kept as long as the weight is the same."""

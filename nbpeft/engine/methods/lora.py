@@ -53,10 +53,15 @@ class LoRA(Adapter):
 
     @classmethod
     def create(
-        cls, config: LoraConfig, path: str, base: Base, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
+        cls,
+        config: LoraConfig,
+        path: str,
+        base: Base,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        dtype: torch.dtype,
     ) -> Self:
         if tensors is None:
-            shapes = cls.parameter_shapes(config, path, base.module, base.host)
             tensors = new_factors(shapes, base, config.init_lora_weights, config.rank_at(path), dtype)
         parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
         return cls(parameters, base.host, config.scaling_at(path), float(config.lora_dropout))
