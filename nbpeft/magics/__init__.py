@@ -1,1 +1,53 @@
+"""The notebook's commands: ``%load_ext nbpeft`` registers them, ``%unload_ext nbpeft`` leaves nothing behind."""
 
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_NAMES = ("lora", "lora_train")
+_CLASS = "NbpeftMagics"
+
+_installed: dict[int, Any] = {}
+
+
+def load(shell: Any) -> None:
+    """Registers magics and completion with an IPython shell; a stale instance goes first."""
+    from traitlets import TraitError
+    from traitlets.config import Config
+
+    from nbpeft.magics.lora import CELLS, VERBS, NbpeftMagics, vocabulary
+    from nbpeft.magics.matcher import Completion, install
+
+    unload(shell)
+    try:
+        magics = NbpeftMagics(shell)
+    except TraitError as error:  # a bad value in the configuration must not take the magics away
+        print(f"nbpeft: the configuration is left aside: {error}", file=sys.stderr)
+        _drop_configurables(shell)
+        magics = NbpeftMagics(shell, parent=None, config=Config())
+    shell.register_magics(magics)
+    if magics not in shell.configurables:
+        shell.configurables.append(magics)
+    _installed[id(shell)] = (magics, install(shell, Completion(VERBS, CELLS, vocabulary(magics))))
+
+
+def unload(shell: Any) -> None:
+    """Takes everything off a shell; adapters stay in their models."""
+    magics, remove_completion = _installed.pop(id(shell), (None, None))
+    if remove_completion is not None:
+        remove_completion()
+    if magics is not None:
+        from nbpeft.session import close_session
+
+        magics.close()
+        close_session()
+    for kind in ("line", "cell"):
+        for name in _NAMES:
+            shell.magics_manager.magics[kind].pop(name, None)
+    shell.magics_manager.registry.pop(_CLASS, None)
+    _drop_configurables(shell)
+
+
+def _drop_configurables(shell: Any) -> None:
+    shell.configurables[:] = [item for item in shell.configurables if type(item).__name__ != _CLASS]

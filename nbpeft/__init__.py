@@ -1,0 +1,235 @@
+"""nbpeft: parameter-efficient fine-tuning in Jupyter.
+
+In a notebook ``%load_ext nbpeft`` brings ``%%lora``, ``%lora`` and ``%%lora_train``. In Python the
+names below are those of PEFT. Nothing heavy is imported before one of them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "nbpeft.model": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+        "LayerStatus",
+        "LoraConfig",
+        "LoraRuntimeConfig",
+        "ModelStatus",
+        "PeftConfig",
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "PeftType",
+        "TaskType",
+        "get_layer_status",
+        "get_model_status",
+        "get_peft_model",
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "load_peft_weights",
+        "set_peft_model_state_dict",
+    ),
+    "nbpeft.training": (
+        "Run",
+        "RunCallback",
+        "RunControl",
+        "TrainResult",
+        "Trainer",
+        "adapter_trainer",
+        "create_loraplus_optimizer",
+        "prepare_model_for_kbit_training",
+        "train",
+    ),
+    "nbpeft.session": ("Session", "session", "track"),
+    "nbpeft.state": ("AdapterState", "MemoryState", "ModelState", "SessionState", "TrainState"),
+    "nbpeft.errors": (
+        "AdapterError",
+        "AdapterExistsError",
+        "BaseMismatchError",
+        "BusyError",
+        "CellError",
+        "CheckpointError",
+        "CheckpointNotFoundError",
+        "ConfigError",
+        "CorruptCheckpointError",
+        "HotSwapError",
+        "MergeError",
+        "NbpeftError",
+        "StaleModelError",
+        "TargetError",
+        "TrainingError",
+        "UnknownAdapterError",
+        "UnknownMethodError",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from nbpeft.errors import (
+        AdapterError,
+        AdapterExistsError,
+        BaseMismatchError,
+        BusyError,
+        CellError,
+        CheckpointError,
+        CheckpointNotFoundError,
+        ConfigError,
+        CorruptCheckpointError,
+        HotSwapError,
+        MergeError,
+        NbpeftError,
+        StaleModelError,
+        TargetError,
+        TrainingError,
+        UnknownAdapterError,
+        UnknownMethodError,
+    )
+    from nbpeft.model import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+        LayerStatus,
+        LoraConfig,
+        LoraRuntimeConfig,
+        ModelStatus,
+        PeftConfig,
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        PeftType,
+        TaskType,
+        get_layer_status,
+        get_model_status,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
+    from nbpeft.session import Session, session, track
+    from nbpeft.state import AdapterState, MemoryState, ModelState, SessionState, TrainState
+    from nbpeft.training import (
+        Run,
+        RunCallback,
+        RunControl,
+        Trainer,
+        TrainResult,
+        adapter_trainer,
+        create_loraplus_optimizer,
+        prepare_model_for_kbit_training,
+        train,
+    )
+
+__all__ = [
+    "AdapterError",
+    "AdapterExistsError",
+    "AdapterState",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "BaseMismatchError",
+    "BusyError",
+    "CellError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "CorruptCheckpointError",
+    "HotSwapError",
+    "LayerStatus",
+    "LoraConfig",
+    "LoraRuntimeConfig",
+    "MemoryState",
+    "MergeError",
+    "ModelState",
+    "ModelStatus",
+    "NbpeftError",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "Run",
+    "RunCallback",
+    "RunControl",
+    "Session",
+    "SessionState",
+    "StaleModelError",
+    "TargetError",
+    "TaskType",
+    "TrainResult",
+    "TrainState",
+    "Trainer",
+    "TrainingError",
+    "UnknownAdapterError",
+    "UnknownMethodError",
+    "__version__",
+    "adapter_trainer",
+    "create_loraplus_optimizer",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "session",
+    "set_peft_model_state_dict",
+    "track",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext nbpeft``."""
+    from nbpeft.magics import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """``%unload_ext nbpeft``: leaves nothing behind; adapters stay in their models."""
+    from nbpeft.magics import unload
+
+    unload(shell)

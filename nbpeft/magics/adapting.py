@@ -1,0 +1,46 @@
+"""What ``%%lora`` and ``%lora add`` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from nbpeft.magics.desk import Desk
+from nbpeft.magics.parse import argument
+
+ADAPT_OPTIONS = (
+    argument(
+        "--name", "-n", metavar="NAME", default=None, completes="adapter", help="name of the adapter (default: default)"
+    ),
+    argument("--dry-run", action="store_true", help="only show what would be adapted, counts and memory"),
+    argument("--allow-missing", action="store_true", help="go on where a target matches nothing"),
+    argument("--frozen", action="store_true", help="apply it without training it"),
+)
+
+
+def adapt(desk: Desk, options: argparse.Namespace, fields: Mapping[str, Any]) -> object:
+    """Adapts the model in a variable, or shows what that would do.
+
+    Args:
+        desk: the notebook.
+        options: the parsed line: ``target`` and ``ADAPT_OPTIONS``.
+        fields: fields of the config.
+    """
+    variable = options.target
+    model = desk.module(variable)
+    desk.session.adopt(desk.namespace)
+    name = options.name or "default"
+    if options.dry_run:
+        return desk.session.preview(model, fields, name=name, variable=variable)
+    result = desk.session.add(
+        model,
+        fields,
+        name=name,
+        variable=variable,
+        allow_missing=options.allow_missing,
+        trainable=not options.frozen,
+    )
+    desk.bind(variable, result.model)
+    result.let_go()
+    return result

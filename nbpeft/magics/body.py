@@ -1,0 +1,186 @@
+"""Cell bodies: keyword assignments of Python, one a line, evaluated in the notebook's namespace."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nbpeft.errors import CellError, did_you_mean
+from nbpeft.magics.scan import Word, reference
+
+_KINDS = {
+    ast.Import: "an import",
+    ast.ImportFrom: "an import",
+    ast.FunctionDef: "a function",
+    ast.ClassDef: "a class",
+    ast.For: "a loop",
+    ast.While: "a loop",
+    ast.If: "a condition",
+    ast.With: "a with block",
+    ast.AugAssign: "a changed value",
+    ast.Delete: "a del",
+}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One ``name = expression`` of a body.
+
+    Attributes:
+        name: the field.
+        value: the expression, not evaluated.
+        line: 1-based line in the body.
+        column: 0-based column of the name.
+    """
+
+    name: str
+    value: ast.expr
+    line: int
+    column: int
+
+
+def parse_body(source: str) -> tuple[Assignment, ...]:
+    """The assignments of a cell body, in order; an empty tuple for comments only.
+
+    Raises:
+        CellError: the body is not Python, or something other than plain assignments; carries
+            the line and the column.
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise _syntax_error(error) from None
+    assignments: dict[str, Assignment] = {}
+    for statement in tree.body:
+        found = _assignment(statement, source)
+        earlier = assignments.get(found.name)
+        if earlier is not None:
+            message = f"{found.name} is set twice, in line {earlier.line} and in line {found.line}"
+            raise CellError(message, line=found.line, column=found.column)
+        assignments[found.name] = found
+    return tuple(assignments.values())
+
+
+def evaluate(assignments: Iterable[Assignment], namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """Field values. A line may use variables of the notebook and fields above it.
+
+    Raises:
+        CellError: an expression fails; carries its line.
+    """
+    scope = dict(namespace)
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        value = evaluate_expression(assignment.value, scope, line=assignment.line)
+        scope[assignment.name] = values[assignment.name] = value
+    return values
+
+
+def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: int | None = None) -> Any:
+    """One expression, with every failure told in a line.
+
+    Raises:
+        CellError: the expression fails.
+    """
+    code = compile(ast.Expression(expression), "<nbpeft>", "eval")
+    failure = ""
+    try:
+        return eval(code, scope)
+    except NameError as error:
+        name = getattr(error, "name", None) or ""
+        names = [word for word in scope if not word.startswith("_")]
+        failure = f"name {name!r} is not defined.{did_you_mean(name, names)}" if name else str(error)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    raise CellError(failure, line=line, column=expression.col_offset if line is not None else None)
+
+
+def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The one-line form of a body: ``r=8 target_modules=q_proj,v_proj``.
+
+    A value is a Python literal where it reads as one, a list where it holds commas, and text
+    otherwise; ``{name}`` or ``$name`` as the whole value is the notebook's variable.
+
+    Raises:
+        CellError: a word is not ``name=value``, a field comes twice, or a variable is not there.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.text.partition("=")
+        if not equals or not name.isidentifier():
+            raise CellError(f"expected name=value, got {word.text!r}", column=word.start)
+        if name in values:
+            raise CellError(f"{name} is set twice", column=word.start)
+        variable = reference(text)
+        values[name] = _literal(text) if variable is None else look_up(variable, namespace, column=word.start)
+    return values
+
+
+def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = None) -> Any:
+    """A variable of the notebook.
+
+    Raises:
+        CellError: it is not defined.
+    """
+    if name not in namespace:
+        near = did_you_mean(name, [word for word in namespace if not word.startswith("_")])
+        raise CellError(f"name {name!r} is not defined.{near}", column=column)
+    return namespace[name]
+
+
+def excerpt(source: str, error: CellError) -> str:
+    """The line of a body that an error points at, with a caret; empty without a position."""
+    lines = source.splitlines()
+    if error.line is None or not 1 <= error.line <= len(lines):
+        return ""
+    text = lines[error.line - 1].rstrip()
+    column = min(max(error.column or 0, 0), len(text))
+    return f"    {text}\n    {' ' * column}^"
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return [part.strip() for part in text.split(",") if part.strip()] if "," in text else text
+
+
+def _assignment(statement: ast.stmt, source: str) -> Assignment:
+    line, column = statement.lineno, statement.col_offset
+    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+        name = statement.target.id
+        if statement.value is None:
+            given = ast.unparse(statement.annotation)
+            raise CellError(f"expected '{name} = {given}', not '{name}: {given}'", line=line, column=column + len(name))
+        return Assignment(name, statement.value, line, column)
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target = statement.targets[0]
+        if isinstance(target, ast.Name):
+            _refuse_comma(statement, source)
+            return Assignment(target.id, statement.value, line, column)
+        raise CellError(f"expected 'field = value', not an assignment to '{ast.unparse(target)}'", line=line, column=0)
+    what = _KINDS.get(type(statement), "a call" if _is_call(statement) else "an expression")
+    raise CellError(f"only lines like 'field = value' can stand here, not {what}", line=line, column=column)
+
+
+def _is_call(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+
+
+def _refuse_comma(statement: ast.Assign, source: str) -> None:
+    """A line copied out of a call ends with a comma, which would make its value a tuple."""
+    value = statement.value
+    if not isinstance(value, ast.Tuple) or len(value.elts) != 1:
+        return
+    text = ast.get_source_segment(source, value) or ""
+    if not text.startswith("("):
+        line = value.end_lineno or statement.lineno
+        raise CellError("take the comma at the end of the line away", line=line, column=(value.end_col_offset or 1) - 1)
+
+
+def _syntax_error(error: SyntaxError | ValueError) -> CellError:
+    if not isinstance(error, SyntaxError):
+        return CellError(f"the cell is not Python: {error}")
+    column = None if error.offset is None else max(error.offset - 1, 0)
+    return CellError(error.msg, line=error.lineno, column=column)

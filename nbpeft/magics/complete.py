@@ -1,0 +1,181 @@
+"""Completion of magics: which words may stand where the cursor is. Pure; knows no IPython."""
+
+from __future__ import annotations
+
+import ast
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nbpeft.errors import CellError
+from nbpeft.magics.parse import Argument, Verb
+from nbpeft.magics.scan import Word, scan
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """What may stand at the cursor.
+
+    Attributes:
+        fragment: what is typed of it already.
+        words: whole words that begin with the fragment.
+        closed: whether nothing else can stand there.
+    """
+
+    fragment: str
+    words: tuple[str, ...]
+    closed: bool = True
+
+
+Source = Callable[[], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Where words come from; each is asked only when it is needed.
+
+    Attributes:
+        models: variables that hold models.
+        adapters: adapters of the models.
+        variables: other variables of the notebook.
+        fields: kind of fields (``config``, ``training``) -> their names.
+    """
+
+    models: Source = tuple
+    adapters: Source = tuple
+    variables: Source = tuple
+    fields: Mapping[str, Source] = field(default_factory=dict)
+
+
+def complete_line(before: str, verbs: Mapping[str, Verb], vocabulary: Vocabulary) -> Suggestions:
+    """Suggestions in ``VERB ARGUMENTS…``.
+
+    Args:
+        before: the line up to the cursor, without the magic's name and the space behind it.
+        verbs: the verbs of the magic.
+        vocabulary: where names come from.
+    """
+    words, fragment = split(before)
+    if not words:
+        return choose(fragment, verbs)
+    verb = verbs.get(words[0].text)
+    if verb is None:
+        return Suggestions(fragment, ())
+    return complete_arguments(verb, words[1:], fragment, vocabulary)
+
+
+def complete_arguments(verb: Verb, words: Sequence[Word], fragment: str, vocabulary: Vocabulary) -> Suggestions:
+    """Suggestions among the arguments of a verb, ``words`` being the finished ones."""
+    option = _option(verb, words[-1].text) if words else None
+    if option is not None and option.takes_value:
+        return _values(option, fragment, vocabulary)
+    if fragment.startswith("-"):
+        flags = [flag for item in verb.arguments for flag in item.flags if flag.startswith("--")]
+        return choose(fragment, [*flags, "--help"])
+    place = _place(verb, words)
+    if place is None:
+        return _field_words(verb, fragment, vocabulary)
+    values = _values(place, fragment, vocabulary)
+    if place.completes == "adapter":
+        given = {word.text for word in words}
+        values = Suggestions(fragment, tuple(word for word in values.words if word not in given))
+    return values
+
+
+def complete_body(source: str, line: int, column: int, names: Source) -> Suggestions | None:
+    """Fields at the start of a line of a cell body; None where anything of Python may stand.
+
+    Args:
+        source: the body.
+        line: 0-based line of the cursor in it.
+        column: of the cursor.
+        names: the fields.
+    """
+    lines = source.split("\n")
+    typed = lines[line][:column] if line < len(lines) else ""
+    match = re.fullmatch(r"([^\W\d]\w*)?", typed)
+    if match is None or _inside_expression(lines[:line]):
+        return None
+    taken = {match.group(1) for text in lines[:line] + lines[line + 1 :] if (match := re.match(r"(\w+)\s*=", text))}
+    found = choose(typed, [name for name in names() if name not in taken])
+    return Suggestions(typed, tuple(f"{name} = " for name in found.words), closed=bool(found.words))
+
+
+def split(before: str) -> tuple[list[Word], str]:
+    """The finished words and what is typed of the next."""
+    try:
+        words = scan(before)
+    except CellError:
+        at = max(before.rfind(" "), before.rfind("\t")) + 1
+        return split(before[:at])[0] if before[:at] != before else [], before[at:].lstrip("\"'")
+    if not words or (before and before[-1].isspace()):
+        return words, ""
+    return words[:-1], before[words[-1].start :]
+
+
+def choose(fragment: str, names: Iterable[str]) -> Suggestions:
+    """The names that begin with the fragment."""
+    return Suggestions(fragment, tuple(name for name in dict.fromkeys(names) if name.startswith(fragment)))
+
+
+def paths(fragment: str) -> Suggestions:
+    """Files and folders that begin with the fragment; folders first, with a slash."""
+    home = os.path.expanduser(fragment)
+    found = sorted(glob.glob(glob.escape(home) + "*"), key=lambda path: (not os.path.isdir(path), path))
+    words = [fragment + path[len(home) :] + ("/" if os.path.isdir(path) else "") for path in found]
+    return Suggestions(fragment, tuple(f'"{word}"' if " " in word else word for word in words))
+
+
+def _values(item: Argument, fragment: str, vocabulary: Vocabulary) -> Suggestions:
+    if item.completes == "path":
+        return paths(fragment)
+    if item.options.get("choices"):
+        return choose(fragment, [str(choice) for choice in item.options["choices"]])
+    sources: dict[str, Source] = {
+        "model": vocabulary.models,
+        "adapter": vocabulary.adapters,
+        "variable": vocabulary.variables,
+    }
+    return choose(fragment, sources.get(item.completes, tuple)())
+
+
+def _option(verb: Verb, word: str) -> Argument | None:
+    return next((item for item in verb.arguments if not item.positional and word in item.flags), None)
+
+
+def _place(verb: Verb, words: Sequence[Word]) -> Argument | None:
+    """The positional argument that comes next."""
+    given, skip = 0, False
+    for word in words:
+        option = _option(verb, word.text)
+        if skip:
+            skip = False
+        elif option is not None:
+            skip = option.takes_value
+        elif not word.text.startswith("-") and not (verb.fields and "=" in word.text):
+            given += 1
+    places = [item for item in verb.arguments if item.positional]
+    for place in places:
+        if place.many or given == 0:
+            return place
+        given -= 1
+    return None
+
+
+def _field_words(verb: Verb, fragment: str, vocabulary: Vocabulary) -> Suggestions:
+    names = vocabulary.fields.get(verb.fields)
+    if names is None or "=" in fragment:
+        return Suggestions(fragment, ())
+    return choose(fragment, [f"{name}=" for name in names()])
+
+
+def _inside_expression(lines: Sequence[str]) -> bool:
+    """Whether the lines above leave a bracket or a string open."""
+    text = "\n".join(lines)
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        return "never closed" in str(error.msg) or "unterminated" in str(error.msg) or "EOF" in str(error.msg)
+    return False

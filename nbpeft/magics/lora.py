@@ -1,0 +1,182 @@
+"""The magics: parse, call the session, hand the result to IPython. No other decision is taken here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from IPython.core import magic
+from IPython.core.error import UsageError
+from traitlets import Enum
+
+from nbpeft.errors import CellError, NbpeftError
+from nbpeft.magics.adapting import ADAPT_OPTIONS, adapt
+from nbpeft.magics.body import evaluate, excerpt, parse_body, parse_fields
+from nbpeft.magics.complete import Vocabulary
+from nbpeft.magics.desk import Desk
+from nbpeft.magics.help import HelpText, main_help, verb_help
+from nbpeft.magics.panels import show_run, status_of
+from nbpeft.magics.parse import Request, Verb, argument, parse_line, parse_verb
+from nbpeft.magics.registry import verbs
+from nbpeft.magics.scan import scan
+from nbpeft.magics.training import TRAIN_OPTIONS, train
+from nbpeft.session import Session, session
+
+# Typed Any: their own types fit plain functions, not methods. The first one came with IPython 8.12.
+_silenceable: Any = getattr(magic, "output_can_be_silenced", lambda function: function)
+_as_typed: Any = magic.no_var_expand
+_line_or_cell: Any = magic.line_cell_magic
+
+_MODEL = argument("target", metavar="MODEL", completes="model", help="variable that holds the model")
+
+LORA_CELL = Verb(
+    "lora",
+    "Configure an adapter and apply it to a model. The cell's lines are fields of the config, name = value.",
+    lambda options, desk: None,
+    (_MODEL, *ADAPT_OPTIONS),
+    fields="config",
+    example="%%lora model --name sql\n  r = 16\n  target_modules = 'all-linear'",
+)
+TRAIN_CELL = Verb(
+    "lora_train",
+    "Train the active adapters of a model. The cell's lines are fields of TrainingArguments, name = value.",
+    train,
+    (_MODEL, *TRAIN_OPTIONS),
+    fields="training",
+    example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\n  num_train_epochs = 1",
+)
+CELLS = {"lora": LORA_CELL, "lora_train": TRAIN_CELL}
+VERBS = verbs()
+
+
+@magic.magics_class
+class NbpeftMagics(magic.Magics):
+    """``%lora``, ``%%lora`` and ``%%lora_train``."""
+
+    ui = Enum(
+        ["auto", "widgets", "html", "text"],
+        "auto",
+        help="How panels are shown: widgets, html, text, or whatever works (auto).",
+    ).tag(config=True)
+
+    shell: Any
+
+    def __init__(self, shell: Any, **options: Any) -> None:
+        super().__init__(shell, **options)
+        self.session: Session = session()
+        self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
+
+    def close(self) -> None:
+        """Takes the magics off the session."""
+        self._unsubscribe()
+
+    @property
+    def desk(self) -> Desk:
+        """The notebook as it is now."""
+        return Desk(self.shell.user_ns, self.session, self.ui, self.shell)
+
+    @_silenceable
+    @_as_typed
+    @_line_or_cell("lora")
+    def lora(self, line: str, cell: str | None = None) -> object:
+        """Adapters."""
+        return self._answer(cell, lambda: self._lora(line, cell))
+
+    @_silenceable
+    @_as_typed
+    @_line_or_cell("lora_train")
+    def lora_train(self, line: str, cell: str | None = None) -> object:
+        """Training."""
+        return self._answer(cell, lambda: self._lora_train(line, cell))
+
+    lora.__doc__ = main_help(LORA_CELL, VERBS)
+    lora_train.__doc__ = verb_help(TRAIN_CELL, "%%lora_train")
+
+    def _lora(self, line: str, cell: str | None) -> object:
+        desk = self.desk
+        if cell is not None:
+            request = self._cell_request(LORA_CELL, line)
+            return HelpText(self.lora.__doc__) if request.help else adapt(desk, request.options, _body(cell, desk))
+        request_or_none = parse_line(line, VERBS, desk.namespace)
+        if request_or_none is None:
+            self.session.adopt(desk.namespace)
+            return status_of(self.session)
+        if request_or_none.help:
+            return HelpText(verb_help(request_or_none.verb, f"%lora {request_or_none.verb.name}"))
+        return request_or_none.verb.run(request_or_none.options, desk)
+
+    def _lora_train(self, line: str, cell: str | None) -> object:
+        desk = self.desk
+        request = self._cell_request(TRAIN_CELL, line)
+        if request.help:
+            return HelpText(self.lora_train.__doc__)
+        fields = parse_fields(request.options.fields, desk.namespace)
+        request.options.fields = fields if cell is None else {**fields, **_body(cell, desk)}
+        return train(request.options, desk)
+
+    def _cell_request(self, verb: Verb, line: str) -> Request:
+        return parse_verb(verb, f"%%{verb.name}", scan(line), self.shell.user_ns)
+
+    def _answer(self, cell: str | None, act: Callable[[], object]) -> object:
+        """Runs a command; a person's mistake becomes one line, anything else keeps its traceback.
+
+        The error of the command is left behind before the new one is raised, because its frames
+        hold the model.
+
+        Raises:
+            UsageError: the mistake, in one line (and the line of the cell it is in).
+        """
+        try:
+            return act()
+        except NbpeftError as error:
+            message = _message(error, cell)
+            traceback.clear_frames(error.__traceback__)
+        raise UsageError(message)
+
+    def _run_starts(self, run: Any, model_name: str) -> None:
+        show_run(self.desk, run, model_name)
+
+
+def vocabulary(magics: NbpeftMagics) -> Vocabulary:
+    """Where completion finds names. Asks nothing before it is needed."""
+
+    def variables() -> list[str]:
+        hidden = magics.shell.user_ns_hidden
+        return [name for name in magics.shell.user_ns if not name.startswith("_") and name not in hidden]
+
+    def adapters() -> list[str]:
+        magics.session.adopt(magics.shell.user_ns)
+        return [item.name for model in magics.session.state.models for item in model.adapters]
+
+    return Vocabulary(
+        models=lambda: magics.desk.model_names(),
+        adapters=adapters,
+        variables=variables,
+        fields={"config": magics.session.config_fields, "training": magics.session.training_fields},
+    )
+
+
+def _body(cell: str, desk: Desk) -> Mapping[str, Any]:
+    return evaluate(parse_body(cell), desk.namespace)
+
+
+def _message(error: NbpeftError, cell: str | None) -> str:
+    """One line, and for an error in a cell body the line it is in with a caret."""
+    located = error if isinstance(error, CellError) else _locate(error, cell)
+    text = " ".join(str(error).split())
+    if cell is None or located is None or located.line is None:
+        return text
+    return f"line {located.line}: {text}\n{excerpt(cell, located)}"
+
+
+def _locate(error: NbpeftError, cell: str | None) -> CellError | None:
+    """Where in a body the field is set that an error is about."""
+    name = error.details.get("field", error.details.get("name"))
+    if cell is None or not isinstance(name, str):
+        return None
+    try:
+        found = next((item for item in parse_body(cell) if item.name == name), None)
+    except CellError:
+        return None
+    return None if found is None else CellError(str(error), line=found.line, column=found.column)

@@ -1,0 +1,118 @@
+"""Hooks completion into IPython: its v2 matchers, or the old hook where there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nbpeft.magics.complete import Suggestions, Vocabulary, complete_arguments, complete_body, complete_line, split
+from nbpeft.magics.parse import Verb
+
+IDENTIFIER = "nbpeft.magics"
+
+_OUTCOMES: dict[str, Any] = {"completions": [], "suppress": False}
+
+
+class Completion:
+    """Suggestions for all magics of the extension.
+
+    Args:
+        verbs: verbs of ``%lora``.
+        cells: cell magic -> the verb whose arguments its line takes.
+        vocabulary: where names come from.
+    """
+
+    def __init__(self, verbs: Mapping[str, Verb], cells: Mapping[str, Verb], vocabulary: Vocabulary) -> None:
+        self.verbs = verbs
+        self.cells = cells
+        self.vocabulary = vocabulary
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What lines begin with, for the old hook."""
+        return ("%lora", *(f"%{name}" for name in self.cells if name != "lora"), *(f"%%{name}" for name in self.cells))
+
+    def suggest(self, text: str, line: int, column: int) -> Suggestions | None:
+        """Suggestions at a place in a cell, or None where the cell is none of ours.
+
+        Args:
+            text: the whole cell.
+            line: 0-based line of the cursor.
+            column: of the cursor.
+        """
+        lines = text.split("\n")
+        head = lines[0].lstrip() if lines else ""
+        if head.startswith("%%"):
+            name, _, rest = head[2:].partition(" ")
+            verb = self.cells.get(name)
+            if verb is None:
+                return None
+            if line == 0:
+                before = lines[0][:column].lstrip()[2 + len(name) :]
+                return self._arguments(verb, before) if before[:1].isspace() else None
+            names = self.vocabulary.fields.get(verb.fields)
+            return None if names is None else complete_body("\n".join(lines[1:]), line - 1, column, names)
+        before = lines[line][:column].lstrip() if line < len(lines) else ""
+        name, space, rest = before[1:].partition(" ")
+        if not before.startswith("%") or not space:
+            return None
+        if name == "lora":
+            return complete_line(rest, self.verbs, self.vocabulary)
+        return self._arguments(self.cells[name], f" {rest}") if name in self.cells else None
+
+    def _arguments(self, verb: Verb, before: str) -> Suggestions:
+        words, fragment = split(before)
+        return complete_arguments(verb, words, fragment, self.vocabulary)
+
+
+def install(shell: Any, completion: Completion) -> Callable[[], None]:
+    """Registers the completion with a shell; returns how to take it off again."""
+    matchers = getattr(shell.Completer, "custom_matchers", None)
+    matcher = _matcher(completion) if matchers is not None else None
+    if matchers is None or matcher is None:
+        return _install_hook(shell, completion)
+    matchers.append(matcher)
+
+    def remove() -> None:
+        matchers[:] = [item for item in matchers if item is not matcher]
+
+    return remove
+
+
+def _matcher(completion: Completion) -> Any:
+    try:
+        from IPython.core.completer import SimpleCompletion, context_matcher
+    except ImportError:  # IPython before 8.6
+        return None
+
+    @context_matcher(identifier=IDENTIFIER)
+    def nbpeft_matcher(context: Any) -> Any:
+        found = completion.suggest(context.full_text, context.cursor_line, len(context.line_with_cursor))
+        if found is None or not (found.words or found.closed):
+            return _OUTCOMES
+        return {
+            "completions": [SimpleCompletion(text=word, type="magic") for word in found.words],
+            "suppress": found.closed,
+            "ordered": True,
+            "matched_fragment": found.fragment,
+        }
+
+    return nbpeft_matcher
+
+
+def _install_hook(shell: Any, completion: Completion) -> Callable[[], None]:
+    def complete(_shell: Any, event: Any) -> list[str]:
+        text = event.text_until_cursor
+        found = completion.suggest(text, 0, len(text))
+        return [] if found is None else list(found.words)
+
+    for key in completion.keys:
+        shell.set_hook("complete_command", complete, str_key=key)
+
+    def remove() -> None:
+        dispatcher = shell.strdispatchers.get("complete_command")
+        for key in completion.keys:
+            if dispatcher is not None:
+                dispatcher.strs.pop(key, None)
+
+    return remove

@@ -1,0 +1,202 @@
+"""Text -> request. Pure: knows neither IPython nor a model.
+
+A magic has verbs (``%lora use``); a verb has arguments. ``parse_line`` finds the verb and reads
+its arguments; every mistake is a ``CellError`` of one line with the nearest valid word.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from nbpeft.errors import CellError, did_you_mean
+from nbpeft.magics.scan import Word, reference, scan
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a verb, as argparse takes it.
+
+    Attributes:
+        flags: ``("names",)`` or ``("--name", "-n")``.
+        options: keywords of ``add_argument``.
+        completes: what its value is, for completion: ``adapter``, ``model``, ``variable``,
+            ``path``, ``name`` (a new one), or empty.
+    """
+
+    flags: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    completes: str = ""
+
+    @property
+    def positional(self) -> bool:
+        """Whether it is given by its place."""
+        return not self.flags[0].startswith("-")
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether a word follows it."""
+        return self.options.get("action") not in ("store_true", "store_false")
+
+    @property
+    def many(self) -> bool:
+        """Whether it takes several words."""
+        return self.options.get("nargs") in ("+", "*")
+
+
+def argument(*flags: str, completes: str = "", **options: Any) -> Argument:
+    """An ``Argument``, written as for ``add_argument``."""
+    return Argument(flags, options, completes)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command of a magic.
+
+    Attributes:
+        name: the word behind ``%lora``.
+        summary: one line for the help.
+        run: does it; gets the parsed options and the desk, returns a result to show.
+        arguments: what it takes.
+        fields: which fields ``name=value`` words may set: ``config``, ``training`` or none.
+        example: shown in the help.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[argparse.Namespace, Any], object]
+    arguments: tuple[Argument, ...] = ()
+    fields: str = ""
+    example: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a line asks for.
+
+    Attributes:
+        verb: the command.
+        options: its arguments; ``options.fields`` holds the ``name=value`` words.
+        help: whether only its help is wanted.
+    """
+
+    verb: Verb
+    options: argparse.Namespace
+    help: bool = False
+
+
+class LineParser(argparse.ArgumentParser):
+    """An argparse parser that neither prints nor exits."""
+
+    def __init__(self, prog: str, description: str, arguments: Iterable[Argument], *, epilog: str = "") -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog or None,
+            add_help=False,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.arguments = tuple(arguments)
+        for item in self.arguments:
+            self.add_argument(*item.flags, **item.options)
+
+    def error(self, message: str) -> NoReturn:
+        """Turns argparse's complaint into one line.
+
+        Raises:
+            CellError: always.
+        """
+        raise CellError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parses words.
+
+        Raises:
+            CellError: a word is not known, missing or impossible.
+        """
+        options, unknown = self.parse_known_args(list(words))
+        if not unknown:
+            return options
+        first = unknown[0]
+        if first.startswith("-"):
+            known = [flag for item in self.arguments for flag in item.flags if flag.startswith("--")]
+            raise CellError(f"{self.prog} has no option {first}.{did_you_mean(first.split('=')[0], known)}")
+        raise CellError(f"{self.prog}: {first!r} is one word too many; see {self.prog} --help")
+
+
+def parser_of(verb: Verb, prog: str) -> LineParser:
+    """The parser of a verb; ``prog`` is how the line begins, e.g. ``%lora use``."""
+    description = verb.summary + ("\n\nField words: name=value, as in the cell form." if verb.fields else "")
+    return LineParser(prog, description, verb.arguments, epilog=verb.example and f"example:\n  {verb.example}")
+
+
+def parse_verb(verb: Verb, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
+    """Reads the arguments of one verb.
+
+    Args:
+        verb: the command.
+        prog: how the line begins.
+        words: the words behind it.
+        namespace: variables of the notebook, for ``{name}`` and ``$name``.
+
+    Raises:
+        CellError: the words cannot be read.
+    """
+    if any(word.text in ("-h", "--help") and not word.quoted for word in words):
+        return Request(verb, argparse.Namespace(), help=True)
+    fields = [word for word in words if verb.fields and _is_field(word)]
+    rest = [expand(word, namespace) for word in words if word not in fields]
+    options = parser_of(verb, prog).read(rest)
+    options.fields = fields
+    return Request(verb, options)
+
+
+def parse_line(
+    line: str, verbs: Mapping[str, Verb], namespace: Mapping[str, Any], *, magic: str = "%lora"
+) -> Request | None:
+    """Finds the verb of a line and reads its arguments.
+
+    Returns:
+        None for an empty line.
+
+    Raises:
+        CellError: there is no such verb, or its arguments cannot be read.
+    """
+    words = scan(line)
+    if not words:
+        return None
+    name = words[0].text
+    if name not in verbs:
+        message = f"{magic} has no command {name!r}.{did_you_mean(name, verbs)}"
+        raise CellError(message if message.endswith("?") else f"{message} It has: {', '.join(verbs)}")
+    return parse_verb(verbs[name], f"{magic} {name}", words[1:], namespace)
+
+
+def expand(word: Word, namespace: Mapping[str, Any]) -> str:
+    """The word, or the variable's value where the whole word (or option value) is ``{name}`` or ``$name``.
+
+    Raises:
+        CellError: the variable is not there, or is no text, number or path.
+    """
+    head, text = "", word.text
+    if word.text.startswith("--") and "=" in word.text:
+        head, _, text = word.text.partition("=")
+        head += "="
+    name = None if word.quoted else reference(text)
+    if name is None:
+        return word.text
+    if name not in namespace:
+        near = did_you_mean(name, [key for key in namespace if not key.startswith("_")])
+        raise CellError(f"name {name!r} is not defined.{near}", column=word.start)
+    value = namespace[name]
+    if isinstance(value, str | int | float) or hasattr(value, "__fspath__"):
+        return head + str(value)
+    raise CellError(f"{text} is a {type(value).__name__}, not text, a number or a path", column=word.start)
+
+
+def _is_field(word: Word) -> bool:
+    name, equals, _ = word.text.partition("=")
+    return bool(equals) and name.isidentifier() and not word.quoted

@@ -1,0 +1,49 @@
+"""Merging adapters into the base weights and taking them off."""
+
+from __future__ import annotations
+
+import argparse
+
+from nbpeft.magics.desk import Desk
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import ON_MODEL, verb
+
+_SAFE = argument("--safe", action="store_true", help="refuse where a merged weight would not be finite")
+
+
+@verb(
+    "merge",
+    "Add adapters to the base weights, so that they cost nothing when the model runs.",
+    argument("names", nargs="*", metavar="NAME", completes="adapter", help="the active ones if left out"),
+    _SAFE,
+    ON_MODEL,
+    example="%lora merge sql",
+)
+def merge(options: argparse.Namespace, desk: Desk) -> object:
+    """Merges adapters."""
+    return desk.session.merge(options.names or None, model=desk.chosen(options.model), safe=options.safe)
+
+
+@verb("unmerge", "Put the base weights back, bit for bit.", ON_MODEL)
+def unmerge(options: argparse.Namespace, desk: Desk) -> object:
+    """Unmerges adapters."""
+    return desk.session.unmerge(model=desk.chosen(options.model))
+
+
+@verb(
+    "unload",
+    "Take all adapters off: the variable holds the base model again.",
+    argument("--merge", action="store_true", help="add the active adapters to the base weights first"),
+    _SAFE,
+    ON_MODEL,
+    example="%lora unload",
+)
+def unload(options: argparse.Namespace, desk: Desk) -> object:
+    """Unloads; no variable, output or traceback holds the adapters afterwards."""
+    model = desk.chosen(options.model)
+    handle = desk.session.model(model) if model is None or isinstance(model, str) else model
+    result = desk.session.unload(merge=options.merge, model=handle, safe=options.safe)
+    desk.replace(handle, result.base)
+    result.let_go()
+    desk.forget(handle)
+    return result

@@ -1,0 +1,118 @@
+"""The commands that choose what acts, train or stays in the base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nbpeft.session.base import SessionBase
+from nbpeft.session.results import Done, Holder, UnloadResult
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    ModelLike = nn.Module | str | None
+    Names = str | Sequence[str]
+
+
+class ActingCommands(SessionBase):
+    """Switching, scaling, freezing, merging and unloading."""
+
+    def use(self, names: Names, *, model: ModelLike = None) -> Done:
+        """Switches to one adapter, or to several whose deltas add up.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+        """
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        entry = self._book.get(model)
+        with self._command(f"switching to {', '.join(chosen)}") as notes:
+            entry.manager.require(*chosen)
+            entry.manager.activate(list(chosen))
+            if not entry.manager.enabled:
+                entry.manager.enable()
+            self._book.enter(entry.name, entry.model)
+            return self._done(entry, f"{entry.name} uses {', '.join(map(repr, chosen))}", notes)
+
+    def off(self, *, model: ModelLike = None) -> Done:
+        """Lets only the base model act, until ``on`` or ``use``."""
+        entry = self._book.get(model)
+        with self._command("switching adapters off") as notes:
+            entry.manager.disable()
+            return self._done(entry, f"adapters of {entry.name} are off; %lora on brings them back", notes)
+
+    def on(self, *, model: ModelLike = None) -> Done:
+        """Lets the selected adapters act again."""
+        entry = self._book.get(model)
+        with self._command("switching adapters on") as notes:
+            entry.manager.enable()
+            return self._done(entry, f"adapters of {entry.name} are on: {', '.join(entry.manager.active)}", notes)
+
+    def set_scale(self, name: str, scale: float, *, model: ModelLike = None) -> Done:
+        """Sets the factor on an adapter's delta; 1 is how it was trained.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+        """
+        entry = self._book.get(model)
+        with self._command(f"scaling {name!r}") as notes:
+            entry.manager.set_scale(name, scale)
+            return self._done(entry, f"{name!r} acts with a factor of {scale:g}", notes)
+
+    def freeze(self, name: str, *, model: ModelLike = None) -> Done:
+        """Keeps an adapter from training."""
+        entry = self._book.get(model)
+        with self._command(f"freezing {name!r}") as notes:
+            entry.manager.freeze(name)
+            return self._done(entry, f"froze {name!r}", notes)
+
+    def unfreeze(self, name: str, *, model: ModelLike = None) -> Done:
+        """Lets an adapter train while it is active."""
+        entry = self._book.get(model)
+        with self._command(f"unfreezing {name!r}") as notes:
+            entry.manager.unfreeze(name)
+            return self._done(entry, f"{name!r} trains while it is active", notes)
+
+    # The base weights
+
+    def merge(self, names: Names | None = None, *, model: ModelLike = None, safe: bool = False) -> Done:
+        """Adds adapters to the base weights, so that they cost nothing when the model runs.
+
+        Args:
+            names: None: the active ones.
+            model: an adapted model.
+            safe: refuse where a merged weight would not be finite.
+
+        Raises:
+            MergeError: the weights cannot be merged into, or are merged already.
+        """
+        chosen = None if names is None else [names] if isinstance(names, str) else list(names)
+        entry = self._book.get(model)
+        with self._command("merging", slow=True) as notes:
+            entry.manager.merge(chosen, safe=safe)
+            return self._done(entry, f"merged {', '.join(map(repr, entry.manager.merged))} into {entry.name}", notes)
+
+    def unmerge(self, *, model: ModelLike = None) -> Done:
+        """Puts the base weights back, bit for bit."""
+        entry = self._book.get(model)
+        with self._command("unmerging", slow=True) as notes:
+            merged = entry.manager.merged
+            if not merged:
+                return self._done(entry, f"nothing is merged into {entry.name}; nothing changed", notes)
+            entry.manager.unmerge()
+            return self._done(entry, f"unmerged {', '.join(map(repr, merged))}: the base weights are back", notes)
+
+    def unload(self, *, merge: bool = False, model: ModelLike = None, safe: bool = False) -> UnloadResult:
+        """Takes all adapters off and forgets the model; its handles are dead afterwards.
+
+        Args:
+            merge: add the active adapters to the base weights first.
+            model: an adapted model.
+            safe: with ``merge``, refuse where a merged weight would not be finite.
+        """
+        entry = self._book.get(model)
+        with self._command("unloading", slow=True) as notes:
+            names = entry.manager.names
+            base = entry.manager.unload(merge=merge, safe=safe)
+            self._book.leave(entry)
+            return UnloadResult(Holder(base), entry.name, names, merge, tuple(notes))

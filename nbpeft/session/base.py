@@ -1,0 +1,185 @@
+"""What every command of a session rests on: the lock, the models, and publishing their state."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+from nbpeft.session.book import Entry, ModelBook
+from nbpeft.session.handles import handle_over, is_handle, is_live
+from nbpeft.session.lock import CommandLock, Subscribers
+from nbpeft.session.results import Done
+from nbpeft.state import SessionState
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_NOTES = 20
+_SILENT = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
+"""Warnings for programmers; they go their usual way and are no notes."""
+
+
+class SessionBase:
+    """State, subscribers and the command protocol; the commands are in the subclass."""
+
+    def __init__(self) -> None:
+        self.lock = CommandLock()
+        self._subscribers = Subscribers()
+        self._book = ModelBook(self._model_changed)
+        self._notes: deque[str] = deque(maxlen=_NOTES)
+        self._revision = 0
+        self._stale = False
+        self._last = SessionState()
+
+    # State
+
+    @property
+    def state(self) -> SessionState:
+        """The state now; while another thread runs a command, the last one published."""
+        with self.lock.glance() as free:
+            if not free:
+                return SessionState(
+                    self._last.models, self._last.current, self.lock.busy, self._last.revision, self._last.notes
+                )
+            current = self._book.current
+            self._last = SessionState(
+                models=tuple(entry.state() for entry in self._book.entries()),
+                current=current.name if current is not None else None,
+                busy=self.lock.busy,
+                revision=self._revision,
+                notes=tuple(self._notes),
+            )
+            return self._last
+
+    def subscribe(self, callback: Callable[[SessionState], object]) -> Callable[[], None]:
+        """Calls back with every new state, until the returned function is called.
+
+        Bound methods are held weakly. What a callback raises becomes a note of the state and
+        breaks nothing.
+        """
+        return self._subscribers.add(callback)
+
+    def refresh(self) -> SessionState:
+        """Counts parameters anew (after ``requires_grad`` or parameters were changed by hand) and publishes."""
+        for entry in self._book.entries():
+            entry.recount()
+        self._publish()
+        return self.state
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the models."""
+        return tuple(entry.name for entry in self._book.entries())
+
+    def watch(self, model: nn.Module, *, name: str | None = None) -> str:
+        """Takes up a model that was adapted without the session; returns its name here.
+
+        Raises:
+            AdapterError: it carries no adapters.
+        """
+        entry = self._entry_of(model, name)
+        entry = entry if entry is not None else self._book.get(model)
+        self._publish()
+        return entry.name
+
+    def adopt(self, variables: Mapping[str, object]) -> None:
+        """Takes up the adapted models among variables that it does not know yet.
+
+        A model that was forgotten under a name keeps the newest variable's name. Cheap, and
+        imports nothing: without ``nbpeft.model`` nothing can be adapted.
+        """
+        if "nbpeft.model" not in sys.modules:
+            return
+        new = False
+        for name, value in list(variables.items()):
+            if not name.startswith("_") and is_handle(value):
+                handle: Any = value
+                if is_live(handle) and self._book.find(handle) is None:
+                    self._book.enter(name, handle)
+                    new = True
+        if new:
+            self._publish()
+
+    def close(self) -> None:
+        """Forgets models and subscribers; the adapters stay in their models."""
+        self._book.clear()
+        self._subscribers.clear()
+
+    # For commands
+
+    @contextmanager
+    def _command(self, words: str, *, slow: bool = False, gather: bool = True) -> Iterator[list[str]]:
+        """Runs one command: takes the lock, gathers warnings as notes, publishes once at the end.
+
+        Args:
+            words: what is done, for ``busy``.
+            slow: publish at the start as well, so that panels show what is running.
+            gather: turn user warnings into notes.
+
+        Raises:
+            BusyError: another thread runs a command.
+        """
+        try:
+            with self.lock.command(words):
+                self._stale = self._stale or slow
+                if slow:
+                    self._tell()
+                notes: list[str] = []
+                with _gathered(notes) if gather else nullcontext():
+                    yield notes
+        finally:
+            if self.lock.depth == 0 and self._stale:
+                self._publish()
+
+    def _entry_of(self, model: object, variable: str | None = None) -> Entry | None:
+        """The entry of a model, made where the model is adapted already; None for a bare model."""
+        if model is None or isinstance(model, str):
+            return self._book.get(model)
+        entry = self._book.find(model)
+        if entry is None:
+            handle: Any = model if is_handle(model) else handle_over(cast("nn.Module", model))
+            if handle is not None:
+                handle._check_live()
+                entry = self._book.enter(variable, handle)
+        return entry
+
+    def _done(self, entry: Entry, line: str, notes: list[str]) -> Done:
+        return Done(line, entry.state(), tuple(notes))
+
+    def _model_changed(self) -> None:
+        """A manager changed: publish now, or once at the end of the running command."""
+        self._stale = True
+        if self.lock.depth == 0:
+            self._publish()
+
+    def _publish(self) -> None:
+        self._stale = False
+        self._tell()
+
+    def _tell(self) -> None:
+        self._revision += 1
+        for failure in self._subscribers.tell(self.state):
+            if failure not in self._notes:
+                self._notes.append(failure)
+
+
+@contextmanager
+def _gathered(notes: list[str]) -> Iterator[None]:
+    """Collects user warnings as notes, each once; other warnings go their usual way."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            recorded = list(caught)
+    for item in recorded:
+        if issubclass(item.category, _SILENT):
+            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+            continue
+        text = " ".join(str(item.message).split())
+        if text not in notes:
+            notes.append(text)

@@ -1,0 +1,84 @@
+"""From the fields a person writes to a config, and whether two configs mean the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from nbpeft.engine.adapter import AdapterConfig
+
+_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+"""Fields that say where a config comes from and not what it does."""
+
+
+def config_class(peft_type: str = "LORA") -> type[AdapterConfig]:
+    """The config class of a method.
+
+    Raises:
+        UnknownMethodError: no registered method has that ``peft_type``.
+    """
+    import nbpeft.engine  # registers the methods
+    from nbpeft.engine.registry import config_class_of
+
+    del nbpeft
+    return config_class_of(str(getattr(peft_type, "value", peft_type)).upper())
+
+
+def field_names(peft_type: str = "LORA") -> tuple[str, ...]:
+    """The fields that a cell may set for a method, ``peft_type`` included."""
+    return tuple(item.name for item in dataclasses.fields(config_class(peft_type)) if item.init)
+
+
+def build_config(config: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
+    """A config as it is, or one made of fields.
+
+    Args:
+        config: a config, or fields by name; ``peft_type`` among them chooses the method,
+            LoRA without it.
+
+    Raises:
+        ConfigError: a field is unknown (the message names near ones) or its value impossible;
+            ``details["field"]`` names the field.
+        UnknownMethodError: ``peft_type`` is not a known method.
+    """
+    if not isinstance(config, Mapping):
+        return config
+    fields = dict(config)
+    cls = config_class(fields.get("peft_type") or "LORA")
+    known = field_names(fields.pop("peft_type", None) or "LORA")
+    for name in fields:
+        if name not in known:
+            raise ConfigError(
+                f"{cls.__name__} has no field {name!r}.{did_you_mean(name, known)}", field=name, known=known
+            )
+    try:
+        return cls(**fields)
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{cls.__name__}: {error}") from None
+
+
+def meaning(config: AdapterConfig) -> dict[str, Any]:
+    """What a config does, comparable: without bookkeeping fields, collections as sorted lists."""
+    return {name: _plain(value) for name, value in config.to_dict().items() if name not in _BOOKKEEPING}
+
+
+def label_of(config: AdapterConfig) -> str:
+    """How a person calls the method of a config: ``LoRA``, ``DoRA``, ``rsLoRA``."""
+    import nbpeft.engine
+    from nbpeft.engine.registry import method_of
+
+    del nbpeft
+    label = method_of(config).label
+    return f"rs{label}" if getattr(config, "use_rslora", False) else label
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return sorted((_plain(item) for item in value), key=repr)
+    return getattr(value, "value", value)

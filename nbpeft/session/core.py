@@ -1,0 +1,66 @@
+"""Session: the one shared state of a notebook or a script. Commands in, ``SessionState`` out."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from nbpeft.session.acting import ActingCommands
+from nbpeft.session.adapters import AdapterCommands
+from nbpeft.session.configs import field_names
+from nbpeft.session.runs import Runs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nbpeft.model import PeftModel
+    from nbpeft.session.doctor import DoctorReport
+    from nbpeft.state import MemoryState
+
+    ModelLike = nn.Module | str | None
+
+
+class Session(AdapterCommands, ActingCommands, Runs):
+    """Commands on the adapted models of a notebook or a script.
+
+    A model is known by the name of its variable and held weakly. Every command that takes
+    ``model`` accepts that name, the model itself, or None for the current model. A command that
+    fails leaves model, session and disk as they were; one that another thread runs meanwhile
+    makes it raise ``BusyError`` at once.
+    """
+
+    def model(self, name: str | None = None) -> PeftModel:
+        """The adapted model of that name, the current one for None.
+
+        Raises:
+            AdapterError: there is none; the message names those there are.
+        """
+        return self._book.get(name).model
+
+    def base(self, model: ModelLike = None) -> nn.Module:
+        """The base model under the adapters."""
+        return self._book.get(model).manager.model
+
+    def memory(self, model: ModelLike = None) -> MemoryState:
+        """Measures what a model uses; the state of the session carries it from then on."""
+        from nbpeft.memory import measure
+
+        entry = self._book.get(model)
+        entry.memory = measure(entry.model)
+        self._publish()
+        return entry.memory
+
+    def config_fields(self, peft_type: str = "LORA") -> tuple[str, ...]:
+        """Fields of a method's config, for completion; none while torch is not imported, so that asking is cheap."""
+        return field_names(peft_type) if "torch" in sys.modules else ()
+
+    def training_fields(self) -> tuple[str, ...]:
+        """Fields of ``TrainingArguments``, for completion; none while transformers is not imported."""
+        transformers = sys.modules.get("transformers.training_args")
+        return tuple(transformers.TrainingArguments.__dataclass_fields__) if transformers is not None else ()
+
+    def doctor(self) -> DoctorReport:
+        """What is installed, what is wrong with it, and what to install."""
+        from nbpeft.session.doctor import examine
+
+        return examine()

@@ -1,0 +1,153 @@
+"""What is installed, what is wrong with it, and what to install. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from html import escape
+
+from nbpeft.session import render
+from nbpeft.session.results import Result
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        found: its version or state, or the empty string when it is not there.
+        problem: what is wrong, or the empty string.
+        remedy: what to do about it.
+        optional: whether everything else works without it.
+    """
+
+    name: str
+    found: str
+    problem: str = ""
+    remedy: str = ""
+    optional: bool = False
+
+
+@dataclass(frozen=True, repr=False)
+class DoctorReport(Result):
+    """What is installed and what is wrong with it."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def problems(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.problem)
+
+    def with_checks(self, *more: Check) -> DoctorReport:
+        """The report with more lines."""
+        return DoctorReport((*self.checks, *more))
+
+    def __str__(self) -> str:
+        rows = [(check.name, check.found or "not installed", _advice(check)) for check in self.checks]
+        bad = len(self.problems)
+        verdict = f"{render.plural(bad, 'problem')} found" if bad else "everything is in order"
+        return f"nbpeft doctor: {verdict}\n{render.columns(rows)}"
+
+    def _html(self) -> str:
+        rows = [
+            (
+                escape(check.name),
+                escape(check.found or "not installed"),
+                render.bad(_advice(check)) if check.problem and not check.optional else render.dim(_advice(check)),
+            )
+            for check in self.checks
+        ]
+        bad = len(self.problems)
+        verdict = f"{render.plural(bad, 'problem')} found" if bad else "everything is in order"
+        return render.card(f"nbpeft doctor · {verdict}", render.table(("What", "Found", "Remark"), rows))
+
+
+@dataclass(frozen=True)
+class _Need:
+    package: str
+    minimum: str
+    optional: str = ""
+    """What is missing without it; empty where it is needed."""
+
+
+_NEEDS = (
+    _Need("torch", "2.6"),
+    _Need("transformers", "5.0"),
+    _Need("safetensors", "0.4.3"),
+    _Need("accelerate", "1.0", optional="training with transformers' Trainer"),
+    _Need("bitsandbytes", "0.45", optional="4-bit and 8-bit models"),
+    _Need("ipython", "7.34"),
+    _Need("ipykernel", "5.5", optional="notebooks"),
+    _Need("ipywidgets", "7.7", optional="panels with buttons; results stay HTML and text"),
+)
+
+
+def version_of(package: str) -> str:
+    """The installed version, or the empty string. The package is not imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def older(version: str, minimum: str) -> bool:
+    """Whether a version is below another, by the numbers at their start."""
+    return _numbers(version) < _numbers(minimum)
+
+
+def install(package: str) -> str:
+    """The command that installs a package into this very Python."""
+    return (
+        f"{sys.executable} -m pip install -U {package!r}" if " " not in sys.executable else f"pip install -U {package}"
+    )
+
+
+def examine() -> DoctorReport:
+    """Looks at the installation."""
+    checks = [Check("python", f"{platform.python_version()} · {sys.executable}", *_python_problem())]
+    checks.append(Check("nbpeft", version_of("nbpeft") or "not installed as a package", optional=True))
+    checks.extend(_check(need) for need in _NEEDS)
+    checks.append(_accelerator())
+    return DoctorReport(tuple(checks))
+
+
+def _check(need: _Need) -> Check:
+    found = version_of(need.package)
+    if not found:
+        without = f"needed for {need.optional}" if need.optional else "needed"
+        return Check(need.package, "", without, install(need.package), optional=bool(need.optional))
+    if older(found, need.minimum):
+        return Check(need.package, found, f"older than {need.minimum}", install(need.package))
+    return Check(need.package, found)
+
+
+def _python_problem() -> tuple[str, str]:
+    return ("older than 3.11", "use Python 3.11 or newer") if sys.version_info < (3, 11) else ("", "")
+
+
+def _accelerator() -> Check:
+    """What torch computes on, if it is imported already."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "cuda"):
+        return Check("device", "not looked at: torch is not imported yet", optional=True)
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return Check("device", f"{torch.cuda.get_device_name()}, {render.size(free)} free of {render.size(total)}")
+    if torch.backends.mps.is_available():
+        return Check("device", "mps")
+    return Check("device", "cpu")
+
+
+def _advice(check: Check) -> str:
+    return f"{check.problem}: {check.remedy}" if check.problem and check.remedy else check.problem
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()

@@ -1,0 +1,49 @@
+"""Handles on adapted models: which one is alive, and a new one where the last was dropped."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nbpeft.model import PeftModel
+
+
+def is_handle(thing: object) -> bool:
+    """Whether something is an adapted model. Imports nothing."""
+    models = sys.modules.get("nbpeft.model")
+    return models is not None and isinstance(thing, models.PeftModel)
+
+
+def is_live(handle: PeftModel) -> bool:
+    """Whether a handle still speaks for its base model."""
+    manager: Any = handle.manager
+    return bool(manager.alive) and getattr(manager, "owner", None) is handle.__dict__.get("_token")
+
+
+def handle_over(base: nn.Module) -> PeftModel | None:
+    """A handle on a base model that carries adapters although no variable holds one; None for a bare one."""
+    engine = sys.modules.get("nbpeft.engine.manager")
+    manager = engine.AdapterManager.of(base) if engine is not None else None
+    if manager is None or not manager.alive or not manager.names:
+        return None
+    from nbpeft.model.tasks import class_for
+
+    first = (manager.active or manager.names)[0]
+    cls: type[PeftModel] = class_for(manager.configs[first])
+    return cls.over(base, manager)
+
+
+def reviver(base: nn.Module) -> Callable[[], PeftModel | None]:
+    """A function that makes a handle anew as long as the base model lives."""
+    reference = weakref.ref(base)
+
+    def revive() -> PeftModel | None:
+        found = reference()
+        return None if found is None else handle_over(found)
+
+    return revive

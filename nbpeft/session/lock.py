@@ -1,0 +1,133 @@
+"""One command at a time, and subscribers that cannot break a command."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nbpeft.errors import BusyError
+
+Callback = Callable[..., object]
+
+
+class CommandLock:
+    """A lock that one thread may take again and that others never wait for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._running: list[str] = []
+        self._claims: dict[str, tuple[int, str, weakref.ref[object]]] = {}
+
+    @property
+    def busy(self) -> str:
+        """What is running, in words, or the empty string."""
+        running = list(self._running) or [words for _, words, owner in self._claims.values() if owner() is not None]
+        return running[0] if running else ""
+
+    def claim(self, key: str, words: str, owner: object) -> None:
+        """Keeps commands of other threads out while a loop of the user's runs.
+
+        Args:
+            key: what ``release`` is called with.
+            words: what runs.
+            owner: held weakly; the claim ends with it at the latest.
+        """
+        self._claims[key] = (threading.get_ident(), words, weakref.ref(owner))
+
+    def release(self, key: str) -> None:
+        """Ends a claim."""
+        self._claims.pop(key, None)
+
+    @property
+    def depth(self) -> int:
+        """How many commands are nested at the moment."""
+        return len(self._running)
+
+    @contextmanager
+    def command(self, words: str) -> Iterator[None]:
+        """Holds the lock.
+
+        Args:
+            words: what the command does, e.g. ``merging 'sql'``; other threads are told.
+
+        Raises:
+            BusyError: another thread runs a command.
+        """
+        if not self._lock.acquire(blocking=False):
+            running = self.busy or "another command"
+            raise _busy(running)
+        try:
+            self._check_claims()
+        except BusyError:
+            self._lock.release()
+            raise
+        self._running.append(words)
+        try:
+            yield
+        finally:
+            self._running.pop()
+            self._lock.release()
+
+    def _check_claims(self) -> None:
+        me = threading.get_ident()
+        for key, (thread, words, owner) in list(self._claims.items()):
+            if owner() is None:
+                self._claims.pop(key, None)
+            elif thread != me:
+                raise _busy(words)
+
+    @contextmanager
+    def glance(self) -> Iterator[bool]:
+        """Takes the lock if it is free for this thread; gives whether it was."""
+        free = self._lock.acquire(blocking=False)
+        try:
+            yield free
+        finally:
+            if free:
+                self._lock.release()
+
+
+def _busy(running: str) -> BusyError:
+    return BusyError(f"busy: {running}; try again when it has finished", running=running)
+
+
+class Subscribers:
+    """Callbacks that are told of events; bound methods are held weakly."""
+
+    def __init__(self) -> None:
+        self._references: list[Callable[[], Callback | None]] = []
+
+    def add(self, callback: Callback) -> Callable[[], None]:
+        """Adds a callback and returns the function that removes it again."""
+        reference: Callable[[], Callback | None]
+        reference = weakref.WeakMethod(callback) if inspect.ismethod(callback) else (lambda: callback)
+        self._references.append(reference)
+
+        def remove() -> None:
+            if reference in self._references:
+                self._references.remove(reference)
+
+        return remove
+
+    def tell(self, *event: object) -> list[str]:
+        """Calls every callback; returns one line for each that failed."""
+        failures = []
+        for reference in list(self._references):
+            callback = reference()
+            if callback is None:
+                if reference in self._references:
+                    self._references.remove(reference)
+                continue
+            try:
+                callback(*event)
+            except Exception as error:
+                name = getattr(callback, "__qualname__", repr(callback))
+                failures.append(f"a subscriber failed: {name}: {type(error).__name__}: {error}")
+        return failures
+
+    def clear(self) -> None:
+        """Forgets all callbacks."""
+        self._references.clear()

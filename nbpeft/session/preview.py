@@ -1,0 +1,172 @@
+"""What ``add`` would do, counted and shown before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.session import render
+from nbpeft.session.describe import with_notes
+from nbpeft.session.results import Result
+
+if TYPE_CHECKING:
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.plan import Target
+
+_ADAMW_BYTES = 2
+"""Moments that AdamW keeps, each as large as the parameter."""
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """Targets of one kind in a preview.
+
+    Attributes:
+        target: last segment of their paths.
+        module_count: how many modules.
+        shapes: distinct ``out × in``.
+        ranks: distinct ranks.
+        parameter_count: of the new adapter on them.
+        backend: how their weights are stored.
+    """
+
+    target: str
+    module_count: int
+    shapes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    parameter_count: int
+    backend: str
+
+
+@dataclass(frozen=True, repr=False)
+class Preview(Result):
+    """What ``add`` would do; nothing was touched.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        name: the adapter.
+        method: how a person calls the method.
+        rows: the targets, by last path segment.
+        copies: modules that would be trained as a whole.
+        excluded_count: modules that the config excludes.
+        missing: target patterns that match nothing.
+        parameter_count: of the new adapter.
+        base_count: parameters of the model as it is.
+        byte_count: of the new adapter.
+        training_bytes: gradients and AdamW's two moments for it.
+        replaces: whether an adapter of that name would be reconfigured.
+    """
+
+    model_name: str
+    name: str
+    method: str
+    rows: tuple[PreviewRow, ...]
+    copies: tuple[str, ...]
+    excluded_count: int
+    missing: tuple[str, ...]
+    parameter_count: int
+    base_count: int
+    byte_count: int
+    training_bytes: int
+    replaces: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def module_count(self) -> int:
+        """Modules that would be adapted."""
+        return sum(row.module_count for row in self.rows)
+
+    def __str__(self) -> str:
+        where = ", ".join(row.target for row in self.rows)
+        line = (
+            f"dry run: {self.method} {self.name!r} would {'reconfigure' if self.replaces else 'adapt'} "
+            f"{render.plural(self.module_count, 'module')} of {self.model_name} ({where}); "
+            f"{render.count(self.parameter_count)} parameters, {render.size(self.byte_count)}; "
+            "nothing was changed"
+        )
+        return with_notes(line, self._all_notes())
+
+    def _all_notes(self) -> tuple[str, ...]:
+        missing = (f"nothing matches {render.names(self.missing)}",) if self.missing else ()
+        return (*missing, *self.notes)
+
+    def _html(self) -> str:
+        rows = [
+            (
+                escape(row.target),
+                render.count(row.module_count),
+                escape(", ".join(row.shapes)),
+                ", ".join(str(rank) for rank in row.ranks) or "–",
+                render.count(row.parameter_count),
+                escape(row.backend),
+            )
+            for row in self.rows
+        ]
+        whole = f"whole modules: {', '.join(self.copies)}" if self.copies else ""
+        excluded = f"{render.plural(self.excluded_count, 'module')} excluded" if self.excluded_count else ""
+        total = (
+            f"{render.count(self.parameter_count)} parameters on {render.count(self.base_count)} "
+            f"({render.share(self.parameter_count, self.base_count)}); {render.size(self.byte_count)} for the adapter, "
+            f"{render.size(self.training_bytes)} more for gradients and AdamW while training"
+        )
+        return render.card(
+            f"{self.name} · dry run, nothing was changed",
+            render.table(("Target", "Modules", "out × in", "Rank", "Parameters", "Stored"), rows, right=(1, 3, 4)),
+            render.line(render.dim(total)),
+            *(render.line(render.dim(text)) for text in (whole, excluded) if text),
+            render.notes(self._all_notes()),
+            aside=f"{self.model_name} · {self.method}",
+        )
+
+
+def preview_of(
+    base: Any, config: AdapterConfig, *, name: str, model_name: str, replaces: bool, notes: list[str]
+) -> Preview:
+    """Plans a config on a model and counts; the model is not touched.
+
+    Args:
+        base: the base model.
+        config: of the adapter to come.
+        name: of the adapter to come.
+        model_name: what the model is called.
+        replaces: whether an adapter of that name is there.
+        notes: put into the preview.
+    """
+    from nbpeft.engine.plan import plan
+
+    made = plan(base, config, allow_missing=True)
+    byte_count = made.byte_count()
+    return Preview(
+        model_name=model_name,
+        name=name,
+        method=made.method,
+        rows=_rows(made.targets, made.config),
+        copies=tuple(made.copies),
+        excluded_count=len(made.excluded),
+        missing=made.missing,
+        parameter_count=made.parameter_count,
+        base_count=sum(parameter.numel() for parameter in base.parameters()),
+        byte_count=byte_count,
+        training_bytes=byte_count * (1 + _ADAMW_BYTES),
+        replaces=replaces,
+        notes=tuple(note for note in notes if not made.missing or "match" not in note),
+    )
+
+
+def _rows(targets: tuple[Target, ...], config: Any) -> tuple[PreviewRow, ...]:
+    """Targets by last path segment, in model order."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.path.rpartition(".")[2], []).append(target)
+    return tuple(
+        PreviewRow(
+            target=segment,
+            module_count=len(group),
+            shapes=tuple(dict.fromkeys(f"{item.out_features} × {item.in_features}" for item in group)),
+            ranks=tuple(sorted({config.rank_at(item.path) for item in group})) if hasattr(config, "rank_at") else (),
+            parameter_count=sum(item.parameter_count for item in group),
+            backend=", ".join(dict.fromkeys(item.backend for item in group)),
+        )
+        for segment, group in groups.items()
+    )

@@ -1,0 +1,176 @@
+"""From an adapted model to the frozen ``ModelState`` that panels draw.
+
+What costs a walk over the model is kept until its adapters change; flags are read anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.session.configs import label_of
+from nbpeft.state import AdapterState, MemoryState, ModelState, TrainState
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.manager import AdapterManager
+
+
+@dataclass(frozen=True)
+class _AdapterFacts:
+    """What of an adapter does not change while its config stays."""
+
+    config: AdapterConfig
+    label: str
+    module_count: int
+    targets: tuple[str, ...]
+    parameter_count: int
+    byte_count: int
+
+
+@dataclass(frozen=True)
+class _ModelFacts:
+    """What of a model does not change while its adapters stay."""
+
+    parameter_count: int
+    base_trainable: int
+    """Trainable parameters that belong to no adapter."""
+    quantization: str
+
+
+class Snapshots:
+    """Builds the states of one model, keeping what did not change."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[str, _AdapterFacts] = {}
+        self._model: _ModelFacts | None = None
+        self._built: ModelState | None = None
+        self._revision = -1
+
+    def forget(self) -> None:
+        """Counts everything anew next time."""
+        self._adapters.clear()
+        self._model = None
+        self._built = None
+
+    def build(
+        self, name: str, manager: AdapterManager, *, memory: MemoryState | None, training: TrainState | None
+    ) -> ModelState:
+        """The state of a model now.
+
+        Args:
+            name: what the model is called.
+            manager: its adapters.
+            memory: to carry along.
+            training: to carry along.
+        """
+        built, (dtype, device) = self._built, _kind(manager.model)
+        if built is not None and self._revision == manager.revision and (built.dtype, built.device) == (dtype, device):
+            if built.memory is memory and built.training is training and built.name == name:
+                return built
+        elif built is not None and (built.dtype, built.device) != (dtype, device):
+            self.forget()
+        self._revision = manager.revision
+        self._built = self._fresh(name, manager, memory, training, dtype, device)
+        return self._built
+
+    def _fresh(
+        self,
+        name: str,
+        manager: AdapterManager,
+        memory: MemoryState | None,
+        training: TrainState | None,
+        dtype: str,
+        device: str,
+    ) -> ModelState:
+        changed = self._update_adapters(manager)
+        adapters = tuple(self._adapter(adapter, manager) for adapter in manager.names)
+        adapted = sum(item.parameter_count for item in adapters if item.trainable)
+        if changed or self._model is None:
+            self._model = _count(manager, adapted)
+        return ModelState(
+            name=name,
+            class_name=type(manager.model).__name__,
+            dtype=dtype,
+            device=device,
+            parameter_count=self._model.parameter_count,
+            trainable_count=self._model.base_trainable + adapted,
+            adapters=adapters,
+            active=manager.active if manager.enabled else (),
+            enabled=manager.enabled,
+            merged=manager.merged,
+            memory=memory,
+            training=training,
+            quantization=self._model.quantization,
+        )
+
+    def _update_adapters(self, manager: AdapterManager) -> bool:
+        """Takes facts of new and changed adapters up; says whether there were any."""
+        old = self._adapters
+        self._adapters = {
+            name: old[name] if name in old and old[name].config is config else _facts(name, config, manager)
+            for name, config in manager.configs.items()
+        }
+        return len(old) != len(self._adapters) or any(
+            old.get(name) is not facts for name, facts in self._adapters.items()
+        )
+
+    def _adapter(self, name: str, manager: AdapterManager) -> AdapterState:
+        facts = self._adapters[name]
+        config: Any = facts.config
+        return AdapterState(
+            name=name,
+            method=facts.label,
+            rank=int(getattr(config, "r", 0)),
+            alpha=float(getattr(config, "lora_alpha", 0.0)),
+            mixed_ranks=bool(getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None)),
+            module_count=facts.module_count,
+            targets=facts.targets,
+            parameter_count=facts.parameter_count,
+            byte_count=facts.byte_count,
+            trainable=any(parameter.requires_grad for parameter in manager.parameters(name)),
+            active=manager.enabled and name in manager.active,
+            merged=name in manager.merged,
+            scale=manager.scale(name),
+        )
+
+
+def _facts(name: str, config: AdapterConfig, manager: AdapterManager) -> _AdapterFacts:
+    paths = [path for path, layer in manager.layers.items() if name in layer.adapters]
+    paths += [path for path, module in manager.copies.items() if name in module.modules_to_save]
+    parameters = manager.parameters(name)
+    return _AdapterFacts(
+        config=config,
+        label=label_of(config),
+        module_count=len(paths),
+        targets=tuple(sorted({path.rpartition(".")[2] for path in paths})),
+        parameter_count=sum(parameter.numel() for parameter in parameters),
+        byte_count=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+    )
+
+
+def _count(manager: AdapterManager, adapted: int) -> _ModelFacts:
+    total = trained = 0
+    for parameter in manager.model.parameters():
+        size = parameter.numel()
+        if type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point():
+            size *= 2 * parameter.element_size()
+        total += size
+        trained += size if parameter.requires_grad else 0
+    backends = sorted({layer.backend.name for layer in manager.layers.values()} - {"dense"})
+    return _ModelFacts(total, trained - adapted, ", ".join(backends))
+
+
+def _kind(model: nn.Module) -> tuple[str, str]:
+    """dtype and device of a model, read at its first floating parameter."""
+    first = None
+    for parameter in model.parameters():
+        first = first if first is not None else parameter
+        if parameter.is_floating_point():
+            first = parameter
+            break
+    if first is None:
+        return "–", "–"
+    return str(first.dtype).removeprefix("torch."), str(first.device)
