@@ -340,7 +340,11 @@ class Run:
     def _measure_memory(self, now: float) -> None:
         if self._memory is not None and now - self._memory_at >= self.memory_interval:
             self._memory_at = now
-            self._memory_state = self._memory()
+            try:
+                self._memory_state = self._memory()
+            except Exception as error:  # nor must a measurement
+                self._memory = None
+                self._warn_once(f"Memory cannot be measured ({type(error).__name__}: {error}); training goes on.")
 
     def _speed(self) -> tuple[float | None, float | None]:
         """Seconds per step and tokens per second over the last marks."""

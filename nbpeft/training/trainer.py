@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils.generic import can_return_loss, find_labels
 
-from nbpeft.errors import CheckpointNotFoundError
-from nbpeft.training.adapted import active_names, base_of, is_adapted
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError
+from nbpeft.model import load_peft_weights, set_peft_model_state_dict
+from nbpeft.training.adapted import base_of, is_adapted
 from nbpeft.training.callback import RunCallback
 
 _find_labels: Callable[[type], list[str]] = find_labels
@@ -47,8 +47,7 @@ class AdapterTrainerMixin:
     _signature_columns: list[str] | None
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        with _declared_trainable(model):
-            super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         if not is_adapted(self.model):
             return
         base = base_of(self.model)
@@ -129,12 +128,14 @@ class Trainer(AdapterTrainerMixin, transformers.Trainer):  # type: ignore[misc]
 
 
 def load_adapters(model: Any, folder: Path) -> None:
-    """Reads the weights of all adapters that a checkpoint folder holds into ``model``.
+    """Copies the weights of all adapters that a checkpoint folder holds into ``model``, in place.
 
-    Which adapters are active, and which are trainable, stays as it is.
+    Which adapters are active and which are trainable stays as it is, and an optimizer that
+    holds their parameters goes on holding them.
 
     Raises:
         CheckpointNotFoundError: the folder holds none of the model's adapters.
+        CheckpointError: an adapter in it is not the one in the model.
     """
     names = tuple(model.peft_config)
     sources = {name: source for name in names if (source := _source(folder, name, names)) is not None}
@@ -144,13 +145,14 @@ def load_adapters(model: Any, folder: Path) -> None:
             f"{_WEIGHT_FILES[0]} in it, or in a subfolder named like the adapter.",
             folder=str(folder),
         )
-    active = active_names(model)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, source in sources.items():
-        model.load_adapter(str(source), name, is_trainable=any(f".{name}." in f".{path}." for path in trained))
-    model.set_adapter(list(active) if len(active) > 1 else active[0])
-    for path, parameter in model.named_parameters():
-        parameter.requires_grad_(path in trained)
+        result = set_peft_model_state_dict(model, load_peft_weights(source, device="cpu"), name)
+        if result.missing_keys:
+            raise CheckpointError(
+                f"{source} lacks {len(result.missing_keys)} tensors of adapter {name!r}, "
+                f"{result.missing_keys[0]} among them: was its config changed since?",
+                missing=result.missing_keys,
+            )
 
 
 def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
@@ -158,21 +160,3 @@ def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:
     if len(names) == 1:
         places.append(folder)
     return next((place for place in places if any((place / file).is_file() for file in _WEIGHT_FILES)), None)
-
-
-@contextmanager
-def _declared_trainable(model: Any) -> Iterator[None]:
-    """Tells the Trainer that a quantized base has adapters, as transformers' own adapters do.
-
-    The Trainer refuses a quantized model unless it comes from ``peft`` or carries this mark. It
-    also refuses what only calls itself quantized: a model read from a GGUF file is dense.
-    """
-    mark = "_hf_peft_config_loaded"
-    if not is_adapted(model) or not getattr(model, "is_quantized", False) or mark in vars(model):
-        yield
-        return
-    setattr(model, mark, True)
-    try:
-        yield
-    finally:
-        delattr(model, mark)

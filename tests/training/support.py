@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import peft
+from nbpeft.model import LoraConfig, get_peft_model
 
 torch.set_num_threads(1)
 VOCABULARY = 97
@@ -30,7 +30,7 @@ def tiny_base(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) 
 def adapt(base: Any, name: str = "default", **config: Any) -> Any:
     torch.manual_seed(1)
     settings = {"target_modules": ["q_proj", "v_proj"], "r": 4}
-    return peft.get_peft_model(base, peft.LoraConfig(**(settings | config)), adapter_name=name)
+    return get_peft_model(base, LoraConfig(**(settings | config)), adapter_name=name)
 
 
 def tiny_model(seed: int = 0, **config: Any) -> Any:
@@ -56,5 +56,3 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
-
-
