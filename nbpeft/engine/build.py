@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +113,22 @@ def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.M
         for name, tensor in (weights or {}).items():
             own[name].copy_(tensor)
     return twin
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Holds the cyclic garbage collector back while thousands of modules are made.
+
+    Nothing made here is garbage, but the allocations alone would trigger full collections, which
+    cost more than the work itself once torch and transformers are loaded.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def commit(name: str, parts: Parts, layers: dict[str, AdaptedLayer], copies: dict[str, CopiedModule]) -> None:

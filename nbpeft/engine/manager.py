@@ -19,7 +19,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.biases import BaseBiases
-from nbpeft.engine.build import build, commit, drop, replace_modules
+from nbpeft.engine.build import build, collection_paused, commit, drop, replace_modules
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge, chosen_copy, lossy_note, merge_layers, unmerge_layers
@@ -206,9 +206,10 @@ class AdapterManager:
         if name in self.configs and not replace:
             raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
         self._require_unmerged("adding an adapter")
-        made = config if isinstance(config, InjectionPlan) else self.plan(config, allow_missing=allow_missing)
-        self._biases.check(name, made.biases)
-        parts = build(self.model, made, self.switch, weights, half=half)
+        with collection_paused():
+            made = config if isinstance(config, InjectionPlan) else self.plan(config, allow_missing=allow_missing)
+            self._biases.check(name, made.biases)
+            parts = build(self.model, made, self.switch, weights, half=half)
         with self.switch.exclusive():
             if not self.configs:
                 self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
