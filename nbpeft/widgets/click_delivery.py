@@ -1,0 +1,225 @@
+"""Clicks that arrive while a cell runs.
+
+A click travels as a ``comm_msg`` on the kernel's shell channel, where it waits behind the running
+cell: always with ipykernel 5 and 6 and with 7.4, and with 7.0-7.3 unless the front end sends
+comms over subshells. So, while somebody listens, the raw messages are looked at on their way
+and handed on unchanged:
+
+    ipykernel >= 7   in the thread that receives shell messages; it is alive while a cell runs
+    ipykernel 5, 6   in ``Delivery.poll()``, which the running loop calls: it takes waiting messages off
+                     the socket and puts them into the kernel's own queue, in order
+    anything else    not at all: ``deliver_clicks`` returns None, and interrupting the kernel still works
+
+Every message is delivered a second time, by the kernel itself, when the cell is done: whoever
+listens here must not act on both. All of this is private API of ipykernel, so it is looked for
+before it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Listener = Callable[[], None]
+
+_INSTALL_TIMEOUT = 2.0
+_FIFO_PRIORITY = 10
+"""Priority of ordinary shell messages in ipykernel 5's queue."""
+
+
+class Delivery:
+    """Clicks of some widgets reach their listeners until ``close``.
+
+    Args:
+        tap: Where the messages are looked at.
+        listeners: What to call for a click, by comm id; called in any thread.
+    """
+
+    def __init__(self, tap: _Tap, listeners: Mapping[str, Listener]) -> None:
+        self._tap: _Tap | None = tap
+        self._comm_ids = tuple(listeners)
+        tap.listeners.update(listeners)
+
+    def poll(self) -> None:
+        """Looks at messages that wait; the running loop calls it often. Cheap."""
+        if self._tap is not None:
+            self._tap.poll()
+
+    def close(self) -> None:
+        """Ends the delivery. May be called twice."""
+        tap, self._tap = self._tap, None
+        if tap is None:
+            return
+        for comm_id in self._comm_ids:
+            tap.listeners.pop(comm_id, None)
+        if not tap.listeners:
+            _release(tap)
+
+
+def deliver_clicks(listeners: Mapping[str, Listener]) -> Delivery | None:
+    """Calls listeners for clicks while a cell runs.
+
+    Args:
+        listeners: What to call for a click, by the comm id of its button. It must only note that
+            there was a click: it may run in the kernel's message thread.
+
+    Returns:
+        The delivery, or None where this kernel is not known.
+    """
+    kernel = running_kernel()
+    if kernel is None:
+        return None
+    try:
+        tap = _tap_of(kernel)
+    except Exception:  # a kernel that only looks like one we know: interrupting it still works
+        return None
+    return Delivery(tap, listeners) if tap is not None else None
+
+
+def running_kernel() -> Any:
+    """The ipykernel this code runs in, or None."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return None
+    return getattr(get_ipython(), "kernel", None)
+
+
+class _Tap:
+    """Looks at the shell messages of one kernel."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.listeners: dict[str, Listener] = {}
+
+    def poll(self) -> None:
+        """Looks at messages that wait, where no thread does."""
+
+    def remove(self) -> None:
+        """Leaves the kernel as it was."""
+
+    def look(self, frames: list[Any]) -> None:
+        """Calls the listener if these frames are a click. Never fails, changes nothing."""
+        try:
+            session = self.kernel.session
+            _, parts = session.feed_identities(frames, copy=False)
+            # Without content the message counts as peeked at: its signature is not used up.
+            message = session.deserialize(parts, content=False, copy=False)
+            if message["header"]["msg_type"] != "comm_msg":
+                return
+            content = session.unpack(message["content"])
+            listener = self.listeners.get(content.get("comm_id"))
+            if listener is not None and _is_click(content.get("data")):
+                listener()
+        except Exception:
+            return
+
+
+class _ThreadTap(_Tap):
+    """ipykernel >= 7: looks in the thread of the shell channel."""
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(kernel)
+        self._thread = kernel.shell_channel_thread
+        self._forward = kernel.shell_channel_thread_main
+        self._receive_with(self._look_and_forward)
+
+    async def _look_and_forward(self, frames: list[Any]) -> None:
+        self.look(frames)
+        await self._forward(frames)
+
+    def remove(self) -> None:
+        self._receive_with(self._forward)
+
+    def _receive_with(self, receive: Callable[..., Any]) -> None:
+        """Sets who receives shell messages, in the thread that does.
+
+        Raises:
+            TimeoutError: the thread does not answer.
+        """
+        done = threading.Event()
+
+        def change() -> None:
+            self.kernel.shell_stream.on_recv(receive, copy=False)
+            done.set()
+
+        self._thread.io_loop.add_callback(change)
+        if not done.wait(_INSTALL_TIMEOUT):
+            raise TimeoutError("the kernel's shell thread does not answer")
+
+
+class _QueueTap(_Tap):
+    """ipykernel 5 and 6: moves waiting messages from the socket into the kernel's queue."""
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(kernel)
+        self._stream = getattr(kernel, "shell_stream", None) or kernel.shell_streams[0]
+        # 5.x: schedule_dispatch(priority, dispatch, stream, frames); 6.x: (dispatch, frames)
+        self._with_priority = "priority" in inspect.signature(kernel.schedule_dispatch).parameters
+
+    def poll(self) -> None:
+        import zmq
+
+        if threading.current_thread() is not threading.main_thread():
+            return  # the socket belongs to the main thread
+        while True:
+            try:
+                frames = self._stream.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                self.look(frames)
+            finally:
+                self._queue(frames)
+
+    def _queue(self, frames: list[Any]) -> None:
+        kernel = self.kernel
+        if self._with_priority:
+            kernel.schedule_dispatch(_FIFO_PRIORITY, kernel.dispatch_shell, self._stream, frames)
+        else:
+            kernel.schedule_dispatch(kernel.dispatch_shell, frames)
+
+
+_lock = threading.Lock()
+_current: _Tap | None = None
+"""The tap in place: several runs share it."""
+
+
+def _tap_of(kernel: Any) -> _Tap | None:
+    global _current
+    with _lock:
+        if _current is None or _current.kernel is not kernel:
+            _current = _make_tap(kernel)
+        return _current
+
+
+def _make_tap(kernel: Any) -> _Tap | None:
+    thread = getattr(kernel, "shell_channel_thread", None)
+    if thread is not None:
+        known = hasattr(thread, "io_loop") and hasattr(kernel, "shell_channel_thread_main")
+        return _ThreadTap(kernel) if known and threading.current_thread() is not thread else None
+    if hasattr(kernel, "shell_channel_thread"):
+        return None  # ipykernel 7 without its thread: the main loop receives, and it is busy
+    return _QueueTap(kernel) if hasattr(kernel, "schedule_dispatch") else None
+
+
+def _release(tap: _Tap) -> None:
+    global _current
+    with _lock:
+        if tap.listeners:
+            return
+        if _current is tap:
+            _current = None
+        try:
+            tap.remove()
+        except Exception:  # it hands messages on unchanged, so it may stay
+            return
+
+
+def _is_click(data: Any) -> bool:
+    if not isinstance(data, dict) or data.get("method") != "custom":
+        return False
+    content = data.get("content")
+    return isinstance(content, dict) and content.get("event") == "click"

@@ -1,0 +1,135 @@
+"""Stop and Pause buttons of one run. They work while the cell runs, and vanish with the run."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.widgets.click_delivery import Delivery, deliver_clicks
+from nbpeft.widgets.environment import WIDGET_VIEW
+from nbpeft.widgets.lifetime import close_tree, view_of, weakly
+
+if TYPE_CHECKING:
+    from nbpeft.training import RunControl
+
+
+class RunButtons:
+    """Shows the buttons and hands clicks on to the run's control until ``close``.
+
+    A click is noted once: from the raw message where the kernel lets us look, otherwise from
+    the widget's handler. The same click comes again, through the handler, when the cell is done; the
+    widgets stay alive for it (unseen), so that the kernel does not complain about an unknown
+    comm, and it does nothing.
+
+    Args:
+        control: Where Stop and Pause are asked for.
+    """
+
+    def __init__(self, control: RunControl) -> None:
+        import ipywidgets
+
+        self._control = control
+        self._lock = threading.Lock()
+        self._seen = self._handled = 0
+        self._ended = False
+        self._shown: tuple[bool, bool] = (False, False)
+        button = {"layout": ipywidgets.Layout(width="96px", height="26px", margin="4px 8px 4px 0")}
+        self.pause = ipywidgets.Button(description="Pause", icon="pause", tooltip="Wait after this step", **button)
+        self.stop = ipywidgets.Button(
+            description="Stop", icon="stop", tooltip="End the run after this step and keep what was learned", **button
+        )
+        self.box = ipywidgets.HBox([self.pause, self.stop])
+        self.stop.on_click(weakly(self._clicked, "stop"))
+        self.pause.on_click(weakly(self._clicked, "pause"))
+        self._delivery = self._listen()
+        self._previous_poll = control.poll
+        control.poll = self._poll
+        self._display: Any = None
+
+    def show(self) -> None:
+        """Displays the buttons in the running cell."""
+        from IPython.display import display
+
+        bundle = {WIDGET_VIEW: view_of(self.box), "text/plain": "Pause, Stop"}
+        self._display = display(bundle, raw=True, display_id=True)
+
+    def sync(self) -> None:
+        """Lets the buttons say what was asked for. Called by the training thread."""
+        if self._ended:
+            return
+        wanted = (self._control.paused, self._control.stop_requested)
+        if wanted == self._shown:
+            return
+        self._shown = wanted
+        paused, stopping = wanted
+        self.pause.description, self.pause.icon = ("Resume", "play") if paused else ("Pause", "pause")
+        self.stop.disabled = self.pause.disabled = stopping
+
+    def close(self) -> None:
+        """Takes the buttons away. May be called twice."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._control.poll == self._poll:
+            self._control.poll = self._previous_poll
+        if self._delivery is not None:
+            self._delivery.close()
+        if self._display is not None:
+            self._display.update({"text/html": "", "text/plain": ""}, raw=True)
+        with self._lock:
+            waiting = self._seen > self._handled
+        if waiting:
+            _waiting.add(self)
+        else:
+            self._free()
+
+    def _listen(self) -> Delivery | None:
+        listeners: dict[str, Any] = {}
+        for button, listener in ((self.stop, self._peeked_stop), (self.pause, self._peeked_pause)):
+            comm_id = getattr(button.comm, "comm_id", None)
+            if comm_id is None:
+                return None
+            listeners[comm_id] = listener
+        return deliver_clicks(listeners)
+
+    def _peeked_stop(self) -> None:
+        self._peeked("stop")
+
+    def _peeked_pause(self) -> None:
+        self._peeked("pause")
+
+    def _peeked(self, which: str) -> None:
+        with self._lock:
+            self._seen += 1
+        self._ask(which)
+
+    def _clicked(self, which: str) -> None:
+        if self._delivery is None:
+            self._ask(which)
+            return
+        with self._lock:
+            self._handled += 1
+            last = self._ended and self._handled >= self._seen
+        if last:
+            self._free()
+
+    def _ask(self, which: str) -> None:
+        if self._ended:
+            return
+        if which == "stop":
+            self._control.request_stop()
+        else:
+            self._control.toggle_pause()
+
+    def _poll(self) -> None:
+        if self._delivery is not None:
+            self._delivery.poll()
+        self.sync()
+
+    def _free(self) -> None:
+        _waiting.discard(self)
+        close_tree(self.box)
+
+
+_waiting: set[RunButtons] = set()
+"""Buttons of ended runs whose clicks the kernel has yet to deliver; held here, as handlers are weak."""

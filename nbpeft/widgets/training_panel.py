@@ -1,0 +1,185 @@
+"""The live view of a training run.
+
+    state   HTML pushed into one output, at most five times a second: it is saved with the notebook
+    chart   SVG while the run goes on, an image in the last state
+    clicks  Stop and Pause in an output of their own, which is emptied when the run ends
+
+A widget in the output would leave "Error displaying widget" when the notebook is opened again.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from nbpeft.state import SessionState, TrainState
+from nbpeft.widgets import views
+from nbpeft.widgets.environment import Ui, shown_as, widgets_hint
+from nbpeft.widgets.run_buttons import RunButtons
+
+if TYPE_CHECKING:
+    from nbpeft.session import Session
+    from nbpeft.training import Run
+
+INTERRUPT_HINT = "Interrupting the kernel ends the run after this step; what it learned stays."
+_INTERVAL = 0.15
+"""Least seconds between two updates; a run publishes every 0.2 s, and must not lose every other."""
+
+
+def show_run(run: Run, session: Session, model_name: str, *, ui: Ui = "auto") -> RunView:
+    """Shows a run in the running cell until it ends. Register it with ``session.on_run``.
+
+    Args:
+        run: A run that starts.
+        session: Publishes the run's states.
+        model_name: The run's model in the session.
+        ui: How to show it; by default the richest that works here.
+    """
+    key = (id(session), model_name)
+    stale = _live.get(key)
+    if stale is not None:
+        stale.close()
+    view = RunView(run, session, model_name, ui=ui)
+    _live[key] = view
+    view.start()
+    return view
+
+
+class RunView:
+    """Draws the states of one run until it has ended. Made by ``show_run``."""
+
+    def __init__(self, run: Run, session: Session, model_name: str, *, ui: Ui = "auto") -> None:
+        self._run: Run | None = run
+        self._run_id = run.run_id
+        self._session = session
+        self._model_name = model_name
+        self._shown_as = shown_as(ui)
+        self._lock = threading.RLock()
+        self._drawn: TrainState | None = None
+        self._drawn_at = float("-inf")
+        self._output: _HtmlOutput | _TextOutput | None = None
+        self._buttons: RunButtons | None = None
+        self._unsubscribe: Any = None
+
+    def start(self) -> None:
+        """Shows the first state and follows the session."""
+        run = self._run
+        if run is None:
+            return
+        text = self._shown_as == "text"
+        hint = "" if self._shown_as != "html" else " ".join(part for part in (INTERRUPT_HINT, widgets_hint()) if part)
+        self._output = _TextOutput() if text else _HtmlOutput(self._model_name, hint)
+        self.draw(run.state)
+        if self._run is not None and self._shown_as == "widgets":
+            self._buttons = RunButtons(run.control)
+            self._buttons.show()
+        if self._run is not None:
+            self._unsubscribe = self._session.subscribe(self._published)
+
+    def draw(self, train: TrainState) -> None:
+        """Draws a state, unless the last one is too new; a change of status is always drawn."""
+        with self._lock:
+            if self._output is None:
+                return
+            ended = train.status in views.ENDED
+            now = time.monotonic()
+            before = self._drawn
+            changed = before is None or before.status != train.status
+            if train == before or not (changed or ended or now - self._drawn_at >= _INTERVAL):
+                return
+            self._drawn, self._drawn_at = train, now
+            self._output.draw(train)
+            if self._buttons is not None:
+                self._buttons.sync()
+            if ended:
+                self._end(train)
+
+    def close(self) -> None:
+        """Stops following the run; the last state drawn stays."""
+        with self._lock:
+            if self._unsubscribe is not None:
+                self._unsubscribe()
+            if self._buttons is not None:
+                self._buttons.close()
+            self._unsubscribe = self._buttons = self._output = self._run = None
+            key = (id(self._session), self._model_name)
+            if _live.get(key) is self:
+                del _live[key]
+
+    def _published(self, state: SessionState) -> None:
+        run = self._run
+        if run is None:
+            return
+        model = state.model(self._model_name)
+        train = model.training if model is not None else None
+        # The session knows no state of a run on a model that carries no adapters: ask the run.
+        self.draw(train if train is not None and train.run_id == self._run_id else run.state)
+
+    def _end(self, train: TrainState) -> None:
+        if isinstance(self._output, _HtmlOutput):
+            _again_after_cell(self._output, train)
+        self.close()
+
+
+class _HtmlOutput:
+    """One display that is updated."""
+
+    def __init__(self, model_name: str, hint: str) -> None:
+        self._model_name = model_name
+        self._hint = hint
+        self._handle: Any = None
+
+    def draw(self, train: TrainState) -> None:
+        from IPython.display import display
+
+        hint = self._hint if train.status not in views.ENDED else ""
+        bundle = {
+            "text/html": views.training_card(train, model_name=self._model_name, hint=hint),
+            "text/plain": views.training_text(train),
+        }
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+
+
+class _TextOutput:
+    """One line in a terminal that is written over; a line now and then where output is a file."""
+
+    seconds = 10.0
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stdout
+        self._width = 0
+        self._written_at = float("-inf")
+
+    def draw(self, train: TrainState) -> None:
+        line, ended = views.training_text(train), train.status in views.ENDED
+        if self._stream.isatty():
+            self._stream.write(f"\r{line:<{self._width}}" + ("\n" if ended else ""))
+            self._width = len(line)
+        elif ended or time.monotonic() - self._written_at >= self.seconds:
+            self._stream.write(f"{line}\n")
+            self._written_at = time.monotonic()
+        self._stream.flush()
+
+
+def _again_after_cell(output: _HtmlOutput, train: TrainState) -> None:
+    """Sends the last state once more when the cell is done: a flood of output may have swallowed it."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def again(*_: object) -> None:
+        shell.events.unregister("post_run_cell", again)
+        output.draw(train)
+
+    shell.events.register("post_run_cell", again)
+
+
+_live: dict[tuple[int, str], RunView] = {}
+"""Views of runs that go on, by session and model: sessions hold their subscribers weakly."""
