@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ class StoredWeight:
         """All tensors that the weight is stored in, with its quantization constants."""
         return [plain(module.weight)]
 
+    def label(self, module: nn.Module) -> str:
+        """What a person calls the way it is stored: ``bf16``, ``nf4``, ``int8``."""
+        return short_name(self.tensors(module)[0].dtype)
+
     def device(self, module: nn.Module) -> torch.device:
         """Where the weight lies."""
         return self.tensors(module)[0].device
@@ -45,7 +49,16 @@ def plain(weight: Any) -> Tensor:
     return tensor
 
 
-def distinct_storages(tensors: Sequence[Tensor]) -> dict[int, int]:
+_SHORT = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """``fp32``, ``bf16``, ``int8``."""
+    name = str(dtype).removeprefix("torch.")
+    return _SHORT.get(dtype, name.replace("float", "fp"))
+
+
+def distinct_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address of each storage on a real device -> its size in bytes. Meta tensors have none."""
     storages: dict[int, int] = {}
     for tensor in tensors:

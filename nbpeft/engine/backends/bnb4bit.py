@@ -64,6 +64,13 @@ class Bnb4bit(StoredWeight):
             parts += [state.offset, state.state2.absmax, state.state2.code]
         return parts
 
+    def label(self, module: nn.Module) -> str:
+        """``nf4`` or ``fp4``, and whether the constants are quantized too."""
+        state = _state(module)
+        if state is None:
+            return super().label(module)
+        return f"{state.quant_type}{' double' if state.nested else ''}"
+
     def dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype that was quantized."""
         state = _state(module)

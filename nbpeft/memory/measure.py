@@ -1,0 +1,221 @@
+"""What is used now, and by which part of a model and its training."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
+from nbpeft.memory.devices import device_memory, join, mark_peak, peak
+from nbpeft.memory.saved import SavedTensors
+from nbpeft.state import MemoryPart, MemoryState
+
+MAX_AGE = 5.0
+"""Seconds after which a walk of the model is done again, whatever its revision says."""
+
+
+@dataclass
+class _Walk:
+    """What a walk of the model found; numbers and weak references only."""
+
+    made: float
+    key: tuple[Any, ...]
+    kinds: Counter[str] = field(default_factory=Counter)
+    adapter_bytes: int = 0
+    adapter_names: tuple[str, ...] = ()
+    storages: set[int] = field(default_factory=set)
+    trainable: list[weakref.ref[nn.Parameter]] = field(default_factory=list)
+    devices: tuple[torch.device, ...] = ()
+
+
+class Meter:
+    """Measures one model again and again, cheaply enough for a panel that updates twice a second.
+
+    Weights are walked once and again when adapters change, when the model moves, or after five
+    seconds; gradients and optimizer state are read each time. The model is held weakly.
+
+    Args:
+        model: a base model or a handle on one; with or without adapters.
+        optimizer: whose state to count.
+        saved: a running count of the activations kept for backward.
+        cache: an object that holds a KV cache.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any = None, *, saved: SavedTensors | None = None, cache: Any = None
+    ) -> None:
+        manager = _manager(model)
+        self._model = weakref.ref(model if manager is None else manager.model)
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self.saved = saved
+        self.cache = cache
+        self._walk: _Walk | None = None
+        self._optimizer_bytes: tuple[float, int, int] = (float("-inf"), -1, 0)
+
+    def mark(self) -> None:
+        """Starts counting the peak anew."""
+        for device in self._current_walk().devices:
+            mark_peak(device)
+
+    def read(self) -> MemoryState:
+        """What is used at this moment; parts of size 0 that were not asked for are left out."""
+        walk = self._current_walk()
+        parts = [MemoryPart("base weights", walk.kinds.total(), _by_kind(walk.kinds))]
+        parts.append(MemoryPart("adapters", walk.adapter_bytes, ", ".join(walk.adapter_names)))
+        parts.append(MemoryPart("gradients", _gradient_bytes(walk.trainable)))
+        parts.append(MemoryPart("optimizer", self._state_bytes(walk)))
+        if self.saved is not None:
+            parts.append(MemoryPart("activations", self.saved.byte_count, f"peak {_size(self.saved.peak)}"))
+        if self.cache is not None:
+            parts.append(MemoryPart("KV cache", sum(distinct_storages(tensors_in(self.cache)).values())))
+        memory = join(map(device_memory, walk.devices))
+        if memory.used is not None:
+            rest = memory.used - sum(part.byte_count for part in parts)
+            parts.append(MemoryPart("other", max(rest, 0), _what_else(walk.devices)))
+        peaks = [peak(device) for device in walk.devices]
+        return MemoryState(
+            device=", ".join(map(str, walk.devices)) or "meta",
+            parts=tuple(parts),
+            device_total=memory.total,
+            device_free=memory.free,
+            peak=None if not peaks or None in peaks else sum(value for value in peaks if value is not None),
+        )
+
+    def _current_walk(self) -> _Walk:
+        model = self._model()
+        if model is None:
+            return _Walk(time.monotonic(), ())
+        key = _key(model)
+        now = time.monotonic()
+        if self._walk is None or self._walk.key != key or now - self._walk.made > MAX_AGE:
+            self._walk = _walk(model, key, now)
+        return self._walk
+
+    def _state_bytes(self, walk: _Walk) -> int:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            return 0
+        made, size, byte_count = self._optimizer_bytes
+        if size != len(optimizer.state) or time.monotonic() - made > MAX_AGE:
+            storages = distinct_storages(tensors_in(dict(optimizer.state)))
+            byte_count = sum(value for address, value in storages.items() if address not in walk.storages)
+            self._optimizer_bytes = (time.monotonic(), len(optimizer.state), byte_count)
+        return byte_count
+
+
+def measure(
+    model: nn.Module, optimizer: Any = None, *, saved: SavedTensors | None = None, cache: Any = None
+) -> MemoryState:
+    """What a model, its adapters and its training take now; see ``Meter`` for the arguments."""
+    return Meter(model, optimizer, saved=saved, cache=cache).read()
+
+
+def weights_by_kind(model: nn.Module) -> dict[str, int]:
+    """Bytes of the base weights by the way they are stored (``bf16``, ``nf4 double``), largest first."""
+    manager = _manager(model)
+    base = model if manager is None else manager.model
+    return dict(_walk(base, (), 0.0).kinds.most_common())
+
+
+def _manager(model: nn.Module) -> AdapterManager | None:
+    found = AdapterManager.of(model)
+    if found is None:
+        handle = model.__dict__.get("manager")
+        found = handle if isinstance(handle, AdapterManager) else None
+    return found
+
+
+def _key(model: nn.Module) -> tuple[Any, ...]:
+    """Changes when adapters do, and when the model moves as a whole."""
+    manager = AdapterManager.of(model)
+    first = next(model.parameters(), None)
+    place = None if first is None else (first.device, first.dtype, first.data_ptr() if not first.is_meta else 0)
+    return (None if manager is None else manager.revision, place)
+
+
+def _walk(model: nn.Module, key: tuple[Any, ...], now: float) -> _Walk:
+    walk = _Walk(now, key)
+    devices: Counter[torch.device] = Counter()
+    manager = AdapterManager.of(model)
+    if manager is not None and manager.alive:
+        walk.adapter_names = manager.names
+        for name in manager.names:
+            weights = manager.weights(name)
+            for named in (*weights.adapters.values(), *weights.copies.values()):
+                walk.adapter_bytes += _count(walk, named.values(), devices)
+    for label, tensors in _base_tensors(model):
+        walk.kinds[label] += _count(walk, tensors, devices)
+    walk.kinds += Counter()
+    walk.trainable = [weakref.ref(p) for p in model.parameters() if p.requires_grad or p.grad is not None]
+    walk.devices = tuple(device for device, _ in devices.most_common())
+    return walk
+
+
+def _count(walk: _Walk, tensors: Iterable[Tensor], devices: Counter[torch.device]) -> int:
+    """Bytes of the storages that were not counted before."""
+    total = 0
+    for tensor in tensors:
+        for address, byte_count in distinct_storages([tensor]).items():
+            if address not in walk.storages:
+                walk.storages.add(address)
+                devices[tensor.device] += byte_count
+                total += byte_count
+    return total
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    """Label and tensors of every weight; quantized ones with their constants."""
+    for module in model.modules():
+        backend: Any = resolve_backend(module) if "weight" in module._parameters or not module._modules else None
+        if isinstance(backend, StoredWeight) and backend.name != "dense":
+            yield backend.label(module), backend.tensors(module)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield short_name(tensor.dtype), [tensor.detach()]
+
+
+def _gradient_bytes(parameters: Iterable[weakref.ref[nn.Parameter]]) -> int:
+    gradients = (parameter.grad for reference in parameters if (parameter := reference()) is not None)
+    return sum(distinct_storages(gradient for gradient in gradients if gradient is not None).values())
+
+
+def tensors_in(value: Any, _depth: int = 6) -> Iterator[Tensor]:
+    """All tensors in nested containers and plain objects, such as a KV cache or an optimizer's state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif _depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, _depth - 1)
+    elif _depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item, _depth - 1)
+    elif _depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        yield from tensors_in(vars(value), _depth - 1)
+
+
+def _by_kind(kinds: Counter[str]) -> str:
+    return ", ".join(f"{kind} {_size(byte_count)}" for kind, byte_count in kinds.most_common())
+
+
+def _what_else(devices: tuple[torch.device, ...]) -> str:
+    if all(device.type == "cpu" for device in devices):
+        return "Python, libraries, data and temporary tensors"
+    return "activations, data and temporary tensors"
+
+
+def _size(byte_count: int) -> str:
+    value = float(byte_count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

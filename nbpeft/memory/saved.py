@@ -1,0 +1,102 @@
+"""Counts the tensors that autograd keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class SavedTensors:
+    """Context manager that counts what forward passes inside it save for backward.
+
+    Each storage counts once however many operations keep it; parameters and buffers of
+    ``model`` do not count, nor does what is freed again (by backward, or with its graph).
+
+    Attributes:
+        byte_count: bytes kept now.
+        peak: most bytes kept at any time.
+
+    Example:
+        with SavedTensors(model) as saved:
+            loss = model(**batch).loss
+        saved.byte_count
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._excluded = set() if model is None else {_key(t) for t in _held(model)}
+        self._holders: dict[Any, int] = {}
+        self.byte_count = 0
+        self.peak = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def __enter__(self) -> Self:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        key = _key(tensor)
+        if key in self._excluded:
+            return tensor
+        held = self._holders.get(key, 0)
+        if not held:
+            self.byte_count += storage_bytes(tensor)
+            self.peak = max(self.peak, self.byte_count)
+        self._holders[key] = held + 1
+        return _Kept(tensor, self, key)
+
+    def _release(self, key: Any, byte_count: int) -> None:
+        held = self._holders.get(key, 0) - 1
+        if held > 0:
+            self._holders[key] = held
+        else:
+            self._holders.pop(key, None)
+            self.byte_count -= byte_count
+
+
+class _Kept:
+    """Stands for one saved tensor in the graph; tells the counter when the graph lets it go."""
+
+    __slots__ = ("counter", "key", "tensor")
+
+    def __init__(self, tensor: Tensor, counter: SavedTensors, key: Any) -> None:
+        self.tensor = tensor
+        self.counter = counter
+        self.key = key
+
+    def __del__(self) -> None:
+        self.counter._release(self.key, storage_bytes(self.tensor))
+
+
+def _unpack(kept: Any) -> Tensor:
+    tensor: Tensor = kept.tensor if isinstance(kept, _Kept) else kept
+    return tensor
+
+
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's storage, on the meta device those it would have."""
+    try:
+        return tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return tensor.numel() * tensor.element_size()
+
+
+def _key(tensor: Tensor) -> Any:
+    """The same for all views of one storage, while that lives; meta storages have no address."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
+
+
+def _held(model: nn.Module) -> Iterable[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from nbpeft.memory import devices
+from nbpeft.memory.devices import DeviceMemory, device_memory, join, mark_peak, peak
+
+CPU = torch.device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def test_host_memory_is_plausible():
+    memory = device_memory(CPU)
+    assert memory.total is not None and memory.total > 2**28
+    if memory.free is not None:
+        assert 0 < memory.free < memory.total
+    if memory.used is not None:
+        assert 2**24 < memory.used < memory.total
+
+
+@linux
+def test_used_follows_allocations():
+    before = device_memory(CPU).used
+    block = torch.ones(2**24)
+    after = device_memory(CPU).used
+    assert before is not None and after is not None
+    assert abs(after - before - block.nbytes) < 2**23
+
+
+@linux
+def test_peak_since_a_mark():
+    mark_peak(CPU)
+    start = peak(CPU)
+    block = torch.ones(2**25)
+    size = block.nbytes
+    del block
+    high = peak(CPU)
+    mark_peak(CPU)
+    low = peak(CPU)
+    assert start is not None and high is not None and low is not None
+    assert high - start > 0.9 * size
+    assert high - low > 0.9 * size
+
+
+@linux
+def test_a_container_limit_counts(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(f"{2**28}\n")
+    (tmp_path / "memory.current").write_text(f"{2**27}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {2**26}\n")
+    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    memory = device_memory(CPU)
+    assert memory.total == 2**28
+    assert memory.free == 2**28 - 2**27 + 2**26
+    (tmp_path / "memory.max").write_text("max\n")
+    unlimited = device_memory(CPU).total
+    assert unlimited is not None and unlimited > 2**28
+
+
+def test_without_proc(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "_PROC", tmp_path)
+    memory = device_memory(CPU)
+    assert memory.total is None or memory.total > 2**28
+    value = peak(CPU)
+    assert value is None or value > 2**20
+
+
+def test_join():
+    assert join([DeviceMemory(3, 2, 1), DeviceMemory(30, 20, 10)]) == DeviceMemory(33, 22, 11)
+    assert join([DeviceMemory(3, 2, None), DeviceMemory(30, 20, 10)]) == DeviceMemory(33, 22, None)
+    assert join([]) == DeviceMemory(None, None, None)
+
+
+def test_meta_device():
+    assert device_memory(torch.device("meta")) == DeviceMemory(None, None, None)
+    assert peak(torch.device("meta")) is None

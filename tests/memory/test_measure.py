@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.memory import Meter, SavedTensors, measure, weights_by_kind
+
+
+def llama(**changes):
+    settings: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+
+def adapted(model, name="sql", **options):
+    manager = AdapterManager.attach(model)
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]} | options
+    manager.add(name, LoraConfig(**settings))
+    return manager
+
+
+def parts(state):
+    return {part.name: part.byte_count for part in state.parts}
+
+
+def batch():
+    return {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+
+
+def buffers(model):
+    return sum(buffer.nbytes for buffer in model.buffers())
+
+
+def test_base_weights_and_tied_ones_once():
+    tied = llama(tie_word_embeddings=True)
+    loose = llama(tie_word_embeddings=False)
+    assert parts(measure(loose))["base weights"] - parts(measure(tied))["base weights"] == 64 * 32 * 4
+    expected = sum(parameter.nbytes for parameter in tied.parameters()) + buffers(tied)
+    assert parts(measure(tied))["base weights"] == expected
+
+
+def test_adapters_gradients_and_optimizer():
+    model = llama()
+    base = parts(measure(model))["base weights"]
+    manager = adapted(model)
+    adapted(model, "chat", r=2)
+    count = {name: sum(p.numel() for p in manager.parameters(name)) for name in ("sql", "chat")}
+    optimizer = torch.optim.AdamW(manager.parameters("sql"))
+    state = measure(model, optimizer)
+    assert parts(state) | {"other": 0} == {
+        "base weights": base, "adapters": 4 * sum(count.values()), "gradients": 0, "optimizer": 0, "other": 0,
+    }  # fmt: skip
+    assert state.parts[1].detail == "sql, chat"
+    model(**batch()).loss.backward()
+    optimizer.step()
+    found = parts(measure(model, optimizer))
+    assert found["base weights"] == base
+    assert found["gradients"] == 4 * count["sql"]
+    # AdamW keeps two moments and one float step a parameter.
+    assert found["optimizer"] == 8 * count["sql"] + 4 * len(manager.parameters("sql"))
+    optimizer.zero_grad()
+    assert parts(measure(model, optimizer))["gradients"] == 0
+
+
+def test_trained_copies_are_adapters():
+    model = llama(tie_word_embeddings=False)
+    base = parts(measure(model))["base weights"]
+    adapted(model, modules_to_save=["lm_head"])
+    found = parts(measure(model))
+    assert found["base weights"] == base
+    assert found["adapters"] == 4 * (64 * 32 + 2 * 4 * (32 + 32 + 32 + 16))
+
+
+def test_full_training_counts_all_gradients():
+    model = llama()
+    model(**batch()).loss.backward()
+    assert parts(measure(model))["gradients"] == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_kinds():
+    model = llama().to(torch.bfloat16)
+    model.lm_head.float()
+    kinds = weights_by_kind(model)
+    assert set(kinds) == {"bf16", "fp32"}
+    assert sum(kinds.values()) == parts(measure(model))["base weights"]
+    assert "bf16" in measure(model).parts[0].detail
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_quantized_weights_count_with_their_constants(double, adapters):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(
+        bnb.nn.Linear4bit(128, 64, bias=True, quant_type="nf4", compress_statistics=double),
+        bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False),
+    ).to("cpu")
+    if adapters:
+        adapted(model, target_modules=["0"])
+    blocks = 128 * 64 // 64
+    four_bit = 128 * 64 // 2 + 16 * 4 + (blocks + 4 + 256 * 4 + 4 if double else blocks * 4)
+    label = "nf4 double" if double else "nf4"
+    assert weights_by_kind(model) == {label: four_bit, "int8": 64 * 32 + 32 * 4, "fp32": 64 * 4}
+
+
+def test_activations():
+    model = llama()
+    adapted(model)
+    with SavedTensors(model) as saved:
+        loss = model(**batch()).loss
+    assert parts(measure(model, saved=saved))["activations"] == saved.byte_count > 0
+    loss.backward()
+    assert parts(measure(model, saved=saved))["activations"] == 0
+
+
+def test_key_value_cache():
+    model = llama()
+    cache = DynamicCache(config=model.config)
+    for layer in range(2):
+        cache.update(torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 6, 8), layer)
+    assert parts(measure(model, cache=cache))["KV cache"] == 2 * 2 * (2 * 2 * 6 * 8) * 4
+
+
+def test_meta_model_takes_nothing():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama().config)
+    assert parts(measure(model)) == {"base weights": 0, "adapters": 0, "gradients": 0, "optimizer": 0}
+
+
+def test_parts_and_other_make_up_the_process():
+    state = measure(llama())
+    assert state.device == "cpu"
+    if any(part.name == "other" for part in state.parts):
+        assert sum(part.byte_count for part in state.parts) > 2**26
+    assert state.device_total is not None
+
+
+def test_a_meter_sees_changes_and_keeps_nothing_alive():
+    model = llama()
+    meter = Meter(model)
+    before = parts(meter.read())
+    assert before["adapters"] == 0
+    manager = adapted(model)
+    assert parts(meter.read())["adapters"] > 0
+    reference = weakref.ref(manager.layers["model.layers.0.self_attn.q_proj"].adapter("sql").lora_A)
+    manager.remove("sql")
+    gc.collect()
+    assert reference() is None
+    assert parts(meter.read())["adapters"] == 0
+    gone = weakref.ref(model)
+    del model, manager
+    gc.collect()
+    assert gone() is None
+    assert parts(meter.read())["base weights"] == 0
+
+
+@pytest.mark.slow
+def test_reading_costs_less_than_a_hundredth_of_a_step_at_two_hertz():
+    model = llama(num_hidden_layers=30, hidden_size=64, intermediate_size=96)
+    manager = adapted(model, target_modules="all-linear", task_type="CAUSAL_LM")
+    optimizer = torch.optim.AdamW(manager.parameters("sql"))
+    model(**batch()).loss.backward()
+    optimizer.step()
+    meter = Meter(model, optimizer)
+    meter.read()
+    started = time.perf_counter()
+    for _ in range(20):
+        meter.read()
+    seconds = (time.perf_counter() - started) / 20
+    assert 2 * seconds < 0.01
