@@ -31,6 +31,7 @@ _IMPLIED = {"notebook": {"notebook"}, "test": {"test", "notebook"}}
 _OFFLINE = re.compile(
     r"NewConnectionError|Failed to establish a new connection|NameResolutionError|Temporary failure in name"
     r"|Name or service not known|getaddrinfo failed|Network is unreachable|ProxyError|ConnectTimeout|Read timed out"
+    r"|from versions: none\)"
 )
 _ERROR_LINE = re.compile(r"\s*(ERROR|\w*Error)\b.*: \S")
 
