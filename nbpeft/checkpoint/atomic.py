@@ -69,9 +69,7 @@ def replace_files(folder: Path, files: Sequence[NewFile], *, byte_count: int = 0
             file.write(staging / file.name)
             _flush(staging / file.name)
         _flush_folder(staging)
-        _move_all(staging, folder, [file.name for file in files])
-        for parent in [folder, *(path.parent for path in made)]:
-            _flush_folder(parent)
+        _move_all(staging, folder, [file.name for file in files], flushed=[folder, *(path.parent for path in made)])
     except BaseException as error:
         _discard(staging)
         for path in reversed(made):
@@ -97,8 +95,8 @@ def staged(folder: Path, name: str) -> Iterator[Path]:
             yield path
 
 
-def _move_all(staging: Path, folder: Path, names: Sequence[str]) -> None:
-    """Moves files into place; on an error moves back what was there."""
+def _move_all(staging: Path, folder: Path, names: Sequence[str], flushed: Sequence[Path]) -> None:
+    """Moves files into place and flushes the folders; on an error moves back what was there."""
     for name in names:
         if (folder / name).exists():
             _keep(folder / name, staging / f"{_OLD}{name}")
@@ -107,6 +105,8 @@ def _move_all(staging: Path, folder: Path, names: Sequence[str]) -> None:
         for name in names:
             os.replace(staging / name, folder / name)
             moved.append(name)
+        for path in flushed:
+            _flush_folder(path)
     except BaseException:
         for name in reversed(moved):
             old = staging / f"{_OLD}{name}"
@@ -196,8 +196,9 @@ def _translated(error: Exception, folder: Path, byte_count: int) -> CheckpointEr
 
 
 def _no_space(folder: Path, byte_count: int) -> str:
+    place = next(path for path in (folder, *folder.parents) if path.exists())
     free = ""
     with contextlib.suppress(OSError):
-        free = f", {shutil.disk_usage(folder).free / 1e6:.1f} MB are free"
-    needed = f": {byte_count / 1e6:.1f} MB are needed{free}" if byte_count else ""
+        free = f", {shutil.disk_usage(place).free / 1e6:.4g} MB are free"
+    needed = f": {byte_count / 1e6:.4g} MB are needed{free}" if byte_count else ""
     return f"no space left on the disk for {folder}{needed}; nothing was changed"

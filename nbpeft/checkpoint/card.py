@@ -33,6 +33,8 @@ _CARD_FIELDS = (
     "target_modules",
     "modules_to_save",
 )
+_SETTINGS_BEGIN = "<!-- settings: kept up to date by nbpeft -->"
+_SETTINGS_END = "<!-- end of settings -->"
 _OTHER_TYPE = re.compile(r"[\d.+-]+|true|false|null|yes|no|on|off", re.IGNORECASE)
 _PLAIN_SCALAR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:+ -]*")
 
@@ -51,6 +53,7 @@ def card_text(config: AdapterConfig, present: str | None = None, *, tags: Sequen
         own.append(f"base_model:adapter:{base}")
     newline = "\r\n" if present and "\r\n" in present else "\n"
     front, body = _split(present.replace("\r\n", "\n")) if present is not None else ([], _body(config))
+    body = _with_settings(body, config)
     entries = _entries(front)
     if base:
         _put(entries, "base_model", [f"base_model: {_scalar(base)}"])
@@ -144,10 +147,7 @@ def _scalar(text: str) -> str:
 
 
 def _body(config: AdapterConfig) -> str:
-    fields = config.to_dict()
     base = _hub_id(config.base_model_name_or_path)
-    rows = [f"| `{name}` | `{json.dumps(fields[name], default=_listed)}` |" for name in _CARD_FIELDS if name in fields]
-    settings = ["## Settings", "", "| field | value |", "|---|---|", *rows, ""] if rows else []
     return "\n".join(
         [
             "",
@@ -155,7 +155,11 @@ def _body(config: AdapterConfig) -> str:
             "",
             f"A {method_of(config).label} adapter" + (f" for `{base}`." if base else "."),
             "",
-            *settings,
+            "## Settings",
+            "",
+            _SETTINGS_BEGIN,
+            _SETTINGS_END,
+            "",
             "## Use",
             "",
             "```python",
@@ -170,6 +174,17 @@ def _body(config: AdapterConfig) -> str:
             "",
         ]
     )
+
+
+def _with_settings(body: str, config: AdapterConfig) -> str:
+    """The text with its table of settings brought up to date, where it has one of ours."""
+    before, begin, rest = body.partition(_SETTINGS_BEGIN)
+    _, end, after = rest.partition(_SETTINGS_END)
+    if not end:
+        return body
+    fields = config.to_dict()
+    rows = [f"| `{name}` | `{json.dumps(fields[name], default=_listed)}` |" for name in _CARD_FIELDS if name in fields]
+    return f"{before}{begin}\n" + "\n".join(["| field | value |", "|---|---|", *rows]) + f"\n{end}{after}"
 
 
 def _listed(value: object) -> object:

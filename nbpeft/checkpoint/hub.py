@@ -141,6 +141,6 @@ def _translating(call: Callable[[], Result], repo_id: str, filename: str, revisi
         raise CheckpointNotFoundError(
             f"{repo_id!r} is not a folder here and cannot be the name of a repository on the hub", repo_id=repo_id
         ) from None
-    except (OSError, getattr(errors, "HTTPError", OSError)) as error:
+    except (OSError, ValueError, getattr(errors, "HTTPError", OSError)) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"the hub did not serve {repo_id!r}{what}: {line}", repo_id=repo_id) from error

@@ -79,13 +79,13 @@ class Source:
                 raise absent from None
 
     def _is_local(self) -> bool:
-        """Whether the name can only mean a folder: then the network is left alone."""
+        """Whether the name can only mean a folder (an id reads ``user/name``): then the network is left alone."""
         return (
             os.path.exists(self.name)
             or os.path.isabs(self.name)
             or self.name.startswith((".", "~"))
             or "\\" in self.name
-            or self.name.count("/") > 1
+            or self.name.count("/") != 1
         )
 
     def _absent(self, what: str) -> CheckpointNotFoundError:
@@ -93,7 +93,8 @@ class Source:
         if not folder.exists():
             siblings = os.listdir(folder.parent) if folder.parent.is_dir() else []
             hint = did_you_mean(folder.name, siblings)
-            return CheckpointNotFoundError(f"there is no folder {folder}.{hint}", path=str(folder))
+            bare = ", and an id on the hub reads user/name" if os.sep not in self.name and "/" not in self.name else ""
+            return CheckpointNotFoundError(f"there is no folder {folder}{bare}.{hint}", path=str(folder))
         if not folder.is_dir():
             return CheckpointNotFoundError(f"{folder} is a file, not a folder with {what}", path=str(folder))
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))

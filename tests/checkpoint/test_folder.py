@@ -254,7 +254,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointNotFoundError, match="is a file"):
         read_checkpoint(tmp_path / "file")
-    with pytest.raises(CheckpointError, match="unknown option 'revison'.*Did you mean 'revision'"):
+    with pytest.raises(CheckpointError, match=r"unknown option 'revison'.*Did you mean 'revision'"):
         read_config(tmp_path, revison="main")
 
 

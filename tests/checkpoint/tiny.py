@@ -58,23 +58,24 @@ def expected_by_peft(adapted: peft.PeftModel, bias: str = "none") -> Expected:
     """What peft's own model consists of, in the engine's words."""
     names = {"lora_A": "weight", "lora_B": "weight", "lora_magnitude_vector": "weight"}
     ours = {"lora_magnitude_vector": "magnitude"}
+    model = adapted.get_base_model()
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     copies: dict[str, dict[str, tuple[int, ...]]] = {}
-    for path, module in adapted.base_model.model.named_modules():
+    for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             shapes = adapters.setdefault(path, {})
             for name in ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B"):
                 held = getattr(module, name)
                 if "default" not in held:
                     continue
-                tensor = getattr(held["default"], "weight") if name in names else held["default"]
+                tensor = held["default"].weight if name in names else held["default"]
                 shapes[ours.get(name, name)] = tuple(tensor.shape)
                 if getattr(held["default"], "bias", None) is not None and name == "lora_B":
                     shapes["lora_B_bias"] = tuple(held["default"].bias.shape)
         elif isinstance(module, ModulesToSaveWrapper):
             copies[path] = shapes_of(module.modules_to_save["default"].state_dict())
     base: dict[str, tuple[int, ...]] = {}
-    for name, parameter in adapted.base_model.model.named_parameters():
+    for name, parameter in model.named_parameters():
         plain = name.replace("base_layer.", "").replace("original_module.", "")
         owned = ".lora_B." in name or ".modules_to_save." in name
         if plain.endswith(".bias") and not owned and (bias == "all" or (bias == "lora_only" and plain != name)):

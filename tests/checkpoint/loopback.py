@@ -1,0 +1,139 @@
+"""A hub small enough to live in a test: repositories in memory, served on the loopback."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c" * 40
+
+
+class Hub:
+    """What the hub holds and what it was asked.
+
+    Attributes:
+        files: repository -> path -> content.
+        asked: method and path of each request.
+        gated: repositories that need access.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.asked: list[str] = []
+        self.gated: set[str] = set()
+        self.tokens: set[str] = set()
+        self.broken = False
+        self.endpoint = ""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Says nothing."""
+
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def reply_json(self, value: Any) -> None:
+        self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def note(self) -> str:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.asked.append(f"{self.command} {path}")
+        if token := self.headers.get("Authorization"):
+            self.hub.tokens.add(token.removeprefix("Bearer "))
+        return path
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.note()
+        if self.hub.broken:
+            return self.reply(503)
+        if "/resolve/" not in path:
+            return self.reply(404)
+        repo, _, rest = path.lstrip("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        if repo in self.hub.gated:
+            return self.reply(403, X_Error_Code="GatedRepo")
+        if repo not in self.hub.files:
+            return self.reply(404, X_Error_Code="RepoNotFound")
+        if revision not in ("main", COMMIT):
+            return self.reply(404, X_Error_Code="RevisionNotFound")
+        content = self.hub.files[repo].get(name)
+        if content is None:
+            return self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        etag = hashlib.sha1(content).hexdigest()
+        return self.reply(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def do_POST(self) -> None:
+        path, body = self.note(), self.body()
+        if self.hub.broken:
+            return self.reply(503)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = asked["name"] if not asked.get("organization") else f"{asked['organization']}/{asked['name']}"
+            self.hub.files.setdefault(name, {})
+            return self.reply_json({"url": f"{self.hub.endpoint}/{name}", "name": name})
+        if path == "/api/validate-yaml":
+            return self.reply_json({"errors": [], "warnings": []})
+        repo = "/".join(path.split("/")[3:5])
+        if "/preupload/" in path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self.reply_json({"files": files})
+        if "/commit/" in path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    value = entry["value"]
+                    self.hub.files[repo][value["path"]] = base64.b64decode(value["content"])
+            return self.reply_json(
+                {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{COMMIT}"}
+            )
+        return self.reply(404)
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A hub that answers while the block runs."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,176 @@
+"""Adapters on the hub: a stand-in on the loopback, and the cache on disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from nbpeft.checkpoint import push, read_checkpoint, read_config, write_checkpoint
+from nbpeft.checkpoint.atomic import STAGING_PREFIX
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError
+from tests.checkpoint.loopback import COMMIT, Hub, serving
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def options(hub: Hub, tmp_path: Path) -> dict[str, Any]:
+    return {"endpoint": hub.endpoint, "cache_dir": str(tmp_path / "cache")}
+
+
+def saved(folder: Path, rank: int = 2, value: float = 1.0) -> dict[str, bytes]:
+    tensors = {"base_model.model.q.lora_A.weight": torch.full((rank, 4), value)}
+    write_checkpoint(folder, LoraConfig(r=rank, target_modules=["q"]), tensors)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def rank_of(config: object) -> int:
+    assert isinstance(config, LoraConfig)
+    return config.r
+
+
+def test_reads_from_the_hub_and_then_from_the_cache(hub: Hub, options: dict[str, Any], tmp_path: Path) -> None:
+    hub.files["me/sql"] = saved(tmp_path / "adapter", rank=3)
+    checkpoint = read_checkpoint("me/sql", token="hf_secret", **options)
+    assert rank_of(checkpoint.config) == 3
+    assert checkpoint.folder.name == COMMIT
+    assert hub.tokens == {"hf_secret"}
+    assert any(f"/resolve/{COMMIT}/adapter_model.safetensors" in asked for asked in hub.asked), "the config's commit"
+    assert not any("README" in asked for asked in hub.asked)
+
+    hub.asked.clear()
+    again = read_checkpoint("me/sql", local_files_only=True, **options)
+    assert torch.equal(*(c.tensors["base_model.model.q.lora_A.weight"] for c in (checkpoint, again)))
+    assert rank_of(read_config("me/sql", local_files_only=True, **options)) == 3
+    assert hub.asked == []
+
+
+def test_subfolder_revision_and_legacy_weights(hub: Hub, options: dict[str, Any], tmp_path: Path) -> None:
+    files = saved(tmp_path / "adapter", rank=5)
+    torch.save({"base_model.model.q.lora_A.weight": torch.ones(5, 4)}, tmp_path / "old.bin")
+    hub.files["me/many"] = {
+        "sql/adapter_config.json": files["adapter_config.json"],
+        "sql/adapter_model.bin": (tmp_path / "old.bin").read_bytes(),
+    }
+    checkpoint = read_checkpoint("me/many", subfolder="sql", revision=COMMIT, **options)
+    assert rank_of(checkpoint.config) == 5
+    assert checkpoint.tensors["base_model.model.q.lora_A.weight"].sum() == 20
+
+
+@pytest.mark.parametrize(
+    ("repo", "extra", "words"),
+    [
+        ("me/nothing", {}, "neither a folder here nor a repository"),
+        ("me/sql", {"revision": "v9"}, "has no revision 'v9'"),
+        ("me/sql", {"subfolder": "x"}, r"has no x/adapter_config\.json"),
+        ("me/only-config", {}, r"has no adapter_model\.safetensors"),
+        ("me/not a name!", {}, "cannot be the name of a repository"),
+        ("sql", {}, "there is no folder sql, and an id on the hub reads user/name"),
+        ("me/other", {"local_files_only": True}, "not in the cache"),
+    ],
+)
+def test_what_is_not_there(
+    repo: str, extra: dict[str, Any], words: str, hub: Hub, options: dict[str, Any], tmp_path: Path
+) -> None:
+    hub.files["me/sql"] = files = saved(tmp_path / "adapter")
+    hub.files["me/only-config"] = {"adapter_config.json": files["adapter_config.json"]}
+    with pytest.raises(CheckpointNotFoundError, match=words) as caught:
+        read_checkpoint(repo, **extra, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_gated_unreachable_and_offline(hub: Hub, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.gated.add("me/gated")
+    with pytest.raises(CheckpointError, match="gated"):
+        read_config("me/gated", **options)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointNotFoundError, match="must not or cannot be reached"):
+        read_config("me/sql", **options)
+
+
+def test_a_hub_that_is_not_there(hub: Hub, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # The client waits between its attempts.
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    options["endpoint"] = "http://127.0.0.1:9"
+    with pytest.raises(CheckpointNotFoundError, match="must not or cannot be reached"):
+        read_config("me/sql", **options)
+
+
+def test_a_path_never_asks_the_hub(hub: Hub, options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "empty", tmp_path / "absent", "./absent", "a/b/c", "~/absent", "absent"):
+        with pytest.raises(CheckpointNotFoundError):
+            read_checkpoint(source, **options)
+    assert hub.asked == []
+
+
+def test_saving_never_asks_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    config = LoraConfig(target_modules=["embed_tokens"], base_model_name_or_path="me/base")
+    write_checkpoint(tmp_path, config, {"a": torch.zeros(2)})
+    assert hub.asked == []
+
+
+def test_push_and_read_back(hub: Hub, options: dict[str, Any], tmp_path: Path) -> None:
+    files = saved(tmp_path / "adapter", rank=7)
+    litter = tmp_path / "adapter" / f"{STAGING_PREFIX}dead"
+    litter.mkdir()
+    (litter / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "optimizer.pt").write_text("x")
+    url = push(tmp_path / "adapter", "me/new", token="hf_t", endpoint=hub.endpoint, ignore_patterns="*.pt")
+    assert url == f"{hub.endpoint}/me/new/commit/{COMMIT}"
+    assert {name: hub.files["me/new"][name] for name in files} == files
+    assert hub.files["me/new"].keys() == files.keys()
+    assert hub.tokens == {"hf_t"}
+    assert rank_of(read_checkpoint("me/new", **options).config) == 7
+
+
+def test_push_that_cannot_be(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no folder"):
+        push(tmp_path / "absent", "me/new", endpoint=hub.endpoint)
+    saved(tmp_path / "adapter")
+    with pytest.raises(CheckpointNotFoundError, match="cannot be the name"):
+        push(tmp_path / "adapter", "me/not a name!", endpoint=hub.endpoint)
+    hub.broken = True
+    with pytest.raises(CheckpointError, match="the hub did not serve 'me/new'") as caught:
+        push(tmp_path / "adapter", "me/new", endpoint=hub.endpoint)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_environments_endpoint_and_cache(hub: Hub, tmp_path: Path) -> None:
+    hub.files["me/sql"] = saved(tmp_path / "adapter", rank=6)
+    code = "from nbpeft.checkpoint import read_checkpoint; print(read_checkpoint('me/sql').config.r)"
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "6", done.stderr
+    assert list((tmp_path / "home" / "hub").glob("models--me--sql/snapshots/*/adapter_model.safetensors"))
+
+
+def test_reading_a_folder_does_not_import_the_hubs_client(tmp_path: Path) -> None:
+    saved(tmp_path)
+    code = (
+        "import sys; from nbpeft.checkpoint import read_checkpoint; "
+        f"read_checkpoint({str(tmp_path)!r}, local_files_only=True); print('huggingface_hub' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,0 +1,154 @@
+"""Fingerprints of base models: what changes them and what does not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from nbpeft.checkpoint import Fingerprint, compare, fingerprint
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import BaseMismatchError
+from tests.checkpoint.tiny import gpt2, llama
+
+
+def test_adapters_do_not_change_it() -> None:
+    model = llama()
+    bare = fingerprint(model)
+    manager = AdapterManager.attach(model)
+    manager.add("default", LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
+    manager.add("other", LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False))
+    assert fingerprint(model) == bare
+    assert compare(bare.to_metadata(), model) is None
+    manager.merge(["other"])
+    assert fingerprint(model) != bare
+    manager.unmerge()
+    assert fingerprint(model) == bare
+
+
+def test_metadata_and_back() -> None:
+    print_ = fingerprint(llama())
+    metadata = print_.to_metadata()
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert Fingerprint.from_metadata({**metadata, "format": "pt"}) == print_
+    assert Fingerprint.from_metadata({}) is None
+    assert Fingerprint.from_metadata({**metadata, "nbpeft.base.shapes": "[1"}) is None
+    assert Fingerprint.from_metadata({**metadata, "nbpeft.base.shapes": "7"}) is None
+
+
+def test_no_fingerprint_gives_a_note() -> None:
+    note = compare({"format": "pt"}, llama())
+    assert note is not None
+    assert "does not say which base model" in note
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_weights_in_another_dtype(dtype: torch.dtype) -> None:
+    saved = fingerprint(llama()).to_metadata()
+    assert compare(saved, cast(llama(), dtype)) is None
+    other = compare(saved, cast(llama(seed=1), dtype))
+    # float16 is rounded otherwise than bfloat16, so its values cannot be compared.
+    assert (other is None) == (dtype is torch.float16)
+
+
+def test_tied_weights_and_memory_layout_do_not_matter() -> None:
+    model = llama(tie_word_embeddings=True)
+    saved = fingerprint(model)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    assert not weight.is_contiguous()
+    assert fingerprint(model) == saved
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    assert fingerprint(model) == saved
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: llama(seed=1), "other weights of the same shapes"),
+        (lambda: llama(vocab_size=72), "differ in the weights of 64 x 32, 72 x 32"),
+        (lambda: llama(num_hidden_layers=3), "differ in the weights of 32 x 32, 64 x 32"),
+    ],
+)
+def test_another_base_gives_a_note(other: Callable[[], nn.Module], words: str) -> None:
+    note = compare(fingerprint(llama()).to_metadata(), other())
+    assert note is not None
+    assert words in note
+    assert "\n" not in note
+
+
+def test_another_revision_is_noticed_by_a_small_change_of_one_matrix() -> None:
+    model = llama()
+    saved = fingerprint(model).to_metadata()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.05)
+    note = compare(saved, model)
+    assert note is not None
+    assert "another revision" in note
+
+
+def test_the_backbone_alone_is_told_apart() -> None:
+    saved = fingerprint(llama()).to_metadata()
+    sizes = LlamaConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=64)
+    note = compare(saved, LlamaModel(sizes))
+    assert note is not None
+    assert "LlamaForCausalLM" in note
+    assert "LlamaModel" in note
+
+
+def test_no_shape_in_common_is_refused() -> None:
+    saved = fingerprint(llama()).to_metadata()
+    small = LlamaForCausalLM(
+        LlamaConfig(hidden_size=48, num_hidden_layers=1, intermediate_size=80, num_attention_heads=4, vocab_size=100)
+    )
+    with pytest.raises(BaseMismatchError, match="trained on another base model: LlamaForCausalLM") as caught:
+        compare(saved, small)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value.details["saved"], Fingerprint)
+
+
+class Quantized(nn.Linear):
+    """A linear layer whose weight is packed, as bitsandbytes packs it to 4 bits."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def test_a_quantized_base_keeps_its_shapes() -> None:
+    model, quantized = llama(), llama()
+    for layer in quantized.model.layers:
+        layer.self_attn.q_proj = Quantized(layer.self_attn.q_proj)
+    packed = fingerprint(quantized)
+    assert packed.dtype == "quantized"
+    assert packed.weights == ""
+    assert packed.shapes == fingerprint(model).shapes
+    assert compare(packed.to_metadata(), model) is None
+    assert compare(fingerprint(model).to_metadata(), quantized) is None
+
+
+def test_meta_and_empty_models() -> None:
+    with torch.device("meta"):
+        model = llama()
+    print_ = fingerprint(model)
+    assert print_.weights == ""
+    assert print_.shapes == fingerprint(llama()).shapes
+    assert fingerprint(nn.ReLU()) == Fingerprint("ReLU", {}, "none", "")
+
+
+def test_conv1d_and_cost() -> None:
+    model = gpt2()
+    first = fingerprint(model)
+    start = time.perf_counter()
+    assert fingerprint(model) == first
+    assert time.perf_counter() - start < 1.0
