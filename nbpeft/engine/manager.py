@@ -21,6 +21,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import build, collection_paused, commit, drop, replace_modules
 from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.hotswap import adapter_tensors
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge, chosen_copy, lossy_note, merge_layers, unmerge_layers
 from nbpeft.engine.plan import InjectionPlan, plan
@@ -136,8 +137,7 @@ class AdapterManager:
         weights = AdapterWeights()
         for path, layer in self.layers.items():
             if name in layer.adapters._modules:
-                named = layer.adapter(name)._parameters.items()
-                weights.adapters[path] = {key: value for key, value in named if value is not None}
+                weights.adapters[path] = adapter_tensors(layer.adapter(name), self.configs[name], path, layer)
         for path, module in self.copies.items():
             if name in module.modules_to_save._modules:
                 weights.copies[path] = dict(module.modules_to_save[name].state_dict(keep_vars=True))

@@ -180,7 +180,7 @@ def _stamp(tensor: Tensor, *, deep: bool = False) -> Any:
     """
     if tensor.is_inference():
         return None
-    total = float(tensor.sum()) + float(tensor.view(-1)[0]) if deep and tensor.device.type == "cpu" else 0.0
+    total = float(tensor.sum()) + float(tensor[(0,) * tensor.ndim]) if deep and tensor.device.type == "cpu" else 0.0
     return tensor.data_ptr(), tensor._version, total
 
 

@@ -1,0 +1,188 @@
+"""Writes a new adapter into a slot, lets the caller validate it, or puts the old one back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights
+from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.hotswap.writes import Writes, set_scaling
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.registry import method_of
+from nbpeft.engine.switch import Switch
+from nbpeft.errors import HotSwapError
+
+_SLOT_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "bias",
+    "lora_bias",
+)
+"""Fields that say what a slot consists of: a swap does not change it."""
+
+
+class Manager(Protocol):
+    """What swapping needs of the adapters' manager."""
+
+    configs: dict[str, AdapterConfig]
+    layers: dict[str, AdaptedLayer]
+    copies: dict[str, CopiedModule]
+    switch: Switch
+
+    @property
+    def active(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def enabled(self) -> bool: ...  # noqa: D102
+
+    @property
+    def merged(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def require(self, *names: str) -> None: ...  # noqa: D102
+
+    def weights(self, name: str) -> AdapterWeights: ...  # noqa: D102
+
+    def use(self, names: str | Sequence[str]) -> AbstractContextManager[None]: ...  # noqa: D102
+
+    def changed(self) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What a swap did.
+
+    Attributes:
+        name: the slot.
+        layers: how many layers took new tensors.
+        zeroed: paths of the slot's layers that the new adapter does not have; they add nothing now.
+        reset: paths of modules trained as a whole that went back to the base model's.
+    """
+
+    name: str
+    layers: int
+    zeroed: tuple[str, ...]
+    reset: tuple[str, ...]
+
+    def __str__(self) -> str:
+        zeroed = f", {len(self.zeroed)} without new tensors add nothing" if self.zeroed else ""
+        return f"swapped {self.name!r}: {self.layers} layers{zeroed}"
+
+
+def swap(
+    manager: Manager,
+    name: str,
+    config: AdapterConfig,
+    weights: AdapterWeights,
+    *,
+    grow: bool = False,
+    validate: Callable[[], object] | None = None,
+) -> Swapped:
+    """Puts another adapter's tensors in the place of a loaded one, which keeps its name.
+
+    The slot's config becomes the new adapter's, but for what it targets.
+
+    Args:
+        manager: the model's adapters.
+        name: the slot.
+        config: config of the new adapter.
+        weights: its tensors. Layers of the slot that they leave out add nothing afterwards;
+            modules trained as a whole that they leave out go back to the base model's.
+        grow: give a slot that is too small for the new rank larger tensors; a compiled model
+            then compiles again.
+        validate: called when the new adapter is in place and alone active, before any other
+            thread sees it; if it returns False or raises, the old one is put back, bit for bit.
+
+    Raises:
+        HotSwapError: the new adapter cannot take the slot, or ``validate`` refused it. The
+            slot is as it was.
+        UnknownAdapterError: there is no such slot.
+    """
+    manager.require(name)
+    _check(manager, name, config, validate)
+    slot_config = manager.configs[name]
+    new_config = config.copy(**{key: getattr(slot_config, key) for key in _SLOT_FIELDS if hasattr(slot_config, key)})
+    layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    copies = {path: module for path, module in manager.copies.items() if name in module.modules_to_save._modules}
+    writes = Writes(name, new_config, grow=grow)
+    writes.collect_layers(layers, weights.adapters)
+    writes.collect_copies(copies, weights.copies)
+    writes.collect_biases(manager.weights(name).base, weights.base)
+    with manager.switch.exclusive():
+        undo = None if validate is None else _backup(manager, name)
+        writes.write()
+        manager.configs[name] = new_config
+        if validate is not None and undo is not None:
+            _validated(manager, name, validate, undo)
+    manager.changed()
+    return Swapped(name, len(weights.adapters), tuple(writes.zeroed), tuple(writes.reset))
+
+
+def _check(manager: Manager, name: str, config: AdapterConfig, validate: object) -> None:
+    if name in manager.merged:
+        raise HotSwapError(f"adapter {name!r} is merged into the base weights: unmerge before swapping it", name=name)
+    if validate is not None and manager.merged:
+        raise HotSwapError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before a swap is validated")
+    old_label, new_label = method_of(manager.configs[name]).label, method_of(config).label
+    if old_label != new_label:
+        raise HotSwapError(
+            f"adapter {name!r} is {old_label} and cannot be swapped for {new_label}; load that under another name",
+            name=name,
+        )
+
+
+def _backup(manager: Manager, name: str) -> Callable[[], None]:
+    """How to put the slot back as it is now, bit for bit."""
+    adapters = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters._modules]
+    tensors: list[Tensor] = [p for adapter in adapters for p in adapter._parameters.values() if p is not None]
+    for module in manager.copies.values():
+        if name in module.modules_to_save._modules:
+            tensors.extend(module.modules_to_save[name].state_dict(keep_vars=True).values())
+    tensors.extend(manager.weights(name).base.values())
+    storages = [tensor.detach() for tensor in tensors]
+    values = [storage.clone() for storage in storages]
+    settings = [_settings(adapter) for adapter in adapters]
+    config = manager.configs[name]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for tensor, storage in zip(tensors, storages, strict=True):
+            if tensor.shape != storage.shape:  # the swap put a larger one in its place
+                tensor.data = storage
+        torch._foreach_copy_(storages, values)
+        for adapter, setting in zip(adapters, settings, strict=True):
+            set_scaling(adapter, setting["scaling"])
+            adapter.__dict__.pop("padded", None)
+            adapter.__dict__.update({key: value for key, value in setting.items() if key != "scaling"})
+        manager.configs[name] = config
+
+    return undo
+
+
+def _settings(adapter: Adapter) -> dict[str, float]:
+    settings = {"scaling": float(adapter.scaling)}
+    settings.update({key: adapter.__dict__[key] for key in ("dropout", "padded") if key in adapter.__dict__})
+    return settings
+
+
+def _validated(manager: Manager, name: str, validate: Callable[[], object], undo: Callable[[], None]) -> None:
+    alone = manager.active == (name,) and manager.enabled
+    try:
+        with nullcontext() if alone else manager.use(name):
+            verdict = validate()
+    except BaseException as error:
+        undo()
+        if not isinstance(error, Exception):
+            raise
+        raise HotSwapError(f"validating the new adapter failed ({error}); {name!r} is as before") from error
+    if verdict is not None and not verdict:
+        undo()
+        raise HotSwapError(f"the new adapter did not pass its validation; {name!r} is as before", name=name)

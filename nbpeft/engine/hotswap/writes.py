@@ -1,0 +1,203 @@
+"""Checks a new adapter against a slot and works out all that will be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter
+from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.hotswap.padding import channel_groups, factor_names, larger_factors, put_larger, used_part
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.errors import ConfigError, HotSwapError
+
+
+class Writes:
+    """Everything one swap writes; collecting it changes nothing.
+
+    Args:
+        name: the slot, for messages.
+        config: config of the new adapter, with the slot's targets.
+        grow: whether a slot too small for the new rank gets larger tensors.
+
+    Attributes:
+        zeroed: paths of the slot's layers for which there are no new tensors.
+        reset: paths of the slot's modules trained as a whole for which there are none.
+    """
+
+    def __init__(self, name: str, config: Any, *, grow: bool) -> None:
+        self.name = name
+        self.config = config
+        self.grow = grow
+        self.zeroed: list[str] = []
+        self.reset: list[str] = []
+        self._targets: list[Tensor] = []
+        self._sources: list[Tensor] = []
+        self._zeros: list[Tensor] = []
+        self._larger: list[tuple[nn.Parameter, Tensor]] = []
+        self._adapters: list[tuple[str, Adapter]] = []
+        self._padded: list[Adapter] = []
+        self._neutral_magnitudes: list[tuple[Adapter, AdaptedLayer]] = []
+
+    def collect_layers(self, slot: Mapping[str, AdaptedLayer], given: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The adapters' own tensors.
+
+        Raises:
+            HotSwapError: the slot lacks layers, or a tensor does not fit.
+        """
+        strangers = [path for path in given if path not in slot]
+        if strangers:
+            raise HotSwapError(
+                f"unexpected keys: the new adapter has {len(strangers)} layers that {self.name!r} does not have "
+                f"({_listed(strangers)}); load it under another name",
+                unexpected=tuple(strangers),
+            )
+        for path, layer in slot.items():
+            adapter = layer.adapter(self.name)
+            self._adapters.append((path, adapter))
+            if path in given:
+                shapes = self._checked_shapes(path, layer, adapter, given[path])
+                self._collect_adapter(path, layer, adapter, shapes, given[path])
+                continue
+            self.zeroed.append(path)
+            self._zeros.extend(p.detach() for p in adapter._parameters.values() if p is not None)
+            if hasattr(adapter, "row_norm"):
+                self._neutral_magnitudes.append((adapter, layer))
+
+    def _checked_shapes(
+        self, path: str, layer: AdaptedLayer, adapter: Adapter, given: Mapping[str, Tensor]
+    ) -> dict[str, tuple[int, ...]]:
+        try:
+            shapes = type(adapter).parameter_shapes(self.config, path, layer.base_layer, layer.host)
+        except ConfigError as error:
+            raise HotSwapError(f"{path}: {error}", path=path) from None
+        strangers = sorted(given.keys() - shapes.keys())
+        if strangers:
+            raise HotSwapError(f"unexpected keys at {path}: {_listed(strangers)}; the slot has {_listed(shapes)}")
+        missing = sorted(key for key in shapes.keys() - given.keys() if not key.endswith("_bias"))
+        if missing:
+            raise HotSwapError(f"{path}: the new adapter lacks {_listed(missing)}")
+        for key, tensor in given.items():
+            if tuple(tensor.shape) != tuple(shapes[key]):
+                raise HotSwapError(
+                    f"{path}.{key} has shape {tuple(tensor.shape)}, expected {tuple(shapes[key])}: "
+                    "the adapter belongs to another base model, or its config to another adapter",
+                    path=path,
+                )
+        return shapes
+
+    def _collect_adapter(
+        self,
+        path: str,
+        layer: AdaptedLayer,
+        adapter: Adapter,
+        shapes: Mapping[str, tuple[int, ...]],
+        given: Mapping[str, Tensor],
+    ) -> None:
+        larger: dict[nn.Parameter, Tensor] = {}
+        factors = factor_names(adapter)
+        if factors:
+            rank, room = shapes[factors[0]][0], adapter.get_parameter(factors[0]).shape[0]
+            if rank > room and not self.grow:
+                raise HotSwapError(
+                    f"{path}: rank {rank} does not fit a slot of rank {room}; prepare the model for "
+                    f"target_rank={rank} or more before it is compiled",
+                    path=path,
+                    rank=rank,
+                )
+            if rank > room:
+                larger = dict(larger_factors(layer, adapter, rank))
+                self._larger.extend(larger.items())
+            elif rank < room:
+                self._padded.append(adapter)
+        for key, shape in shapes.items():
+            parameter = adapter.get_parameter(key)
+            # What is larger is filled first and takes the parameter's place afterwards.
+            home = larger.get(parameter, parameter.detach())
+            if key not in given:
+                self._zeros.append(home)
+                continue
+            used, rest = used_part(adapter, key, home, shape, channel_groups(layer))
+            self._zeros.extend(rest)
+            self._put(used, given[key].detach().reshape(used.shape))
+
+    def _put(self, target: Tensor, source: Tensor) -> None:
+        self._targets.append(target)
+        self._sources.append(source)
+
+    def collect_copies(self, slot: Mapping[str, CopiedModule], given: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The modules trained as a whole; those without new tensors go back to the base model's.
+
+        Raises:
+            HotSwapError: they are not the slot's, or their tensors differ.
+        """
+        strangers = [path for path in given if path not in slot]
+        if strangers:
+            raise HotSwapError(
+                f"the new adapter trained {_listed(strangers)} as a whole (modules_to_save) and {self.name!r} did not",
+                unexpected=tuple(strangers),
+            )
+        for path, module in slot.items():
+            source: Mapping[str, Tensor] = given.get(path, {})
+            if path not in given:
+                self.reset.append(path)
+                source = module.original_module.state_dict(keep_vars=True)
+            own = module.modules_to_save[self.name].state_dict(keep_vars=True)
+            self._collect_equal(f"{path}.", own, source)
+
+    def collect_biases(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+        """The base biases trained along.
+
+        Raises:
+            HotSwapError: the slot and the new adapter trained different ones.
+        """
+        self._collect_equal("", own, given)
+
+    def _collect_equal(self, prefix: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+        differing = sorted(own.keys() ^ given.keys())
+        if differing:
+            where = prefix.rstrip(".") or "trained base biases"
+            raise HotSwapError(f"{where}: {_listed(differing)} not in both the new adapter and {self.name!r}")
+        for key, tensor in own.items():
+            if tensor.shape != given[key].shape:
+                raise HotSwapError(
+                    f"{prefix}{key} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}: "
+                    "the adapter belongs to another base model"
+                )
+            self._put(tensor.detach(), given[key].detach())
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Writes all of it."""
+        if self._zeros:
+            torch._foreach_zero_(self._zeros)
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._sources)
+        put_larger(self._larger)
+        for adapter in self._padded:
+            adapter.__dict__["padded"] = True
+        for path, adapter in self._adapters:
+            if hasattr(self.config, "scaling_at"):
+                set_scaling(adapter, self.config.scaling_at(path))
+            if adapter.__dict__.get("dropout", self.config.lora_dropout) != self.config.lora_dropout:
+                adapter.__dict__["dropout"] = float(self.config.lora_dropout)
+        for adapter, layer in self._neutral_magnitudes:
+            magnitude = adapter.get_parameter("magnitude").detach()
+            norm: Any = adapter.row_norm
+            magnitude.copy_(norm(layer.base).view(magnitude.shape))
+
+
+def set_scaling(adapter: Adapter, scaling: float) -> None:
+    """Changes an adapter's scaling, in place where it is a tensor."""
+    if isinstance(adapter.scaling, Tensor):
+        adapter.scaling.fill_(scaling)
+    elif adapter.scaling != scaling:
+        adapter.scaling = float(scaling)
+
+
+def _listed(names: Sequence[str] | Mapping[str, object], most: int = 4) -> str:
+    shown = list(names)
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -1,0 +1,472 @@
+"""Hot-swapping: equal to loading afresh, in place, all or nothing, without compiling again."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from nbpeft.engine.adapter import AdapterWeights
+from nbpeft.engine.hotswap import prepare_for_hotswap, swap
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import ConfigError, HotSwapError, UnknownAdapterError
+
+TARGETS = ["embed", "conv", "grouped", "first", "turned"]
+
+
+class Zoo(nn.Module):
+    """Every kind of layer in a row, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 8)
+        self.conv = nn.Conv1d(8, 6, 3, padding=1)
+        self.grouped = nn.Conv1d(6, 6, 3, padding=1, groups=2)
+        self.first = nn.Linear(6, 10)
+        self.turned = Conv1D(7, 10)
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.grouped(self.conv(self.embed(ids).transpose(1, 2))).transpose(1, 2)
+        output: Tensor = self.head(torch.tanh(self.turned(torch.relu(self.first(hidden)))))
+        return output
+
+
+IDS = torch.arange(12).view(2, 6) % 13
+
+
+def fresh(config: LoraConfig, weights: AdapterWeights | None = None, *, name: str = "default") -> Any:
+    """A zoo, always the same, with one adapter."""
+    torch.manual_seed(0)
+    model = Zoo().eval()
+    AdapterManager.attach(model).add(name, config, weights)
+    return model
+
+
+def manager_of(model: nn.Module) -> AdapterManager:
+    manager = AdapterManager.of(model)
+    assert manager is not None
+    return manager
+
+
+def trained(config: LoraConfig, seed: int = 1) -> AdapterWeights:
+    """Weights of an adapter as training would leave them: nothing at zero, magnitudes moved."""
+    weights = manager_of(fresh(config)).weights("default")
+    generator = torch.Generator().manual_seed(seed)
+    for named in (*weights.adapters.values(), *weights.copies.values(), weights.base):
+        for key, tensor in named.items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            named[key] = tensor.detach() * (1 + 0.3 * noise) if key == "magnitude" else 0.5 * noise
+    return weights
+
+
+def config_of(rank: int, **options: Any) -> LoraConfig:
+    settings: dict[str, Any] = {"lora_alpha": rank + 3, "target_modules": TARGETS, **options}
+    return LoraConfig(r=rank, **settings)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+PLAIN = [target for target in TARGETS if target != "grouped"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "rank-pattern": {"rank_pattern": {"first": 2, "embed": 6}, "alpha_pattern": {"turned": 31.0}},
+    "dora": {"use_dora": True, "target_modules": PLAIN},
+    "lora-bias": {"lora_bias": True, "target_modules": ["conv", "grouped", "first", "turned"]},
+    "modules-to-save": {"modules_to_save": ["head"]},
+    "trained-biases": {"bias": "lora_only"},
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("rank", [2, 4, 8])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_loading_afresh(variant: str, rank: int, prepared: bool) -> None:
+    options = VARIANTS[variant]
+    old, new = config_of(4, **options), config_of(rank, **options)
+    weights = trained(new)
+    expected = fresh(new, weights)(IDS)
+    model = fresh(old, trained(old, seed=2))
+    manager = manager_of(model)
+    before = model(IDS)
+    if prepared:
+        prepare_for_hotswap(manager, 8)
+        torch.testing.assert_close(model(IDS), before, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    result = swap(manager, "default", new, weights, grow=not prepared)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    assert (result.layers, result.zeroed) == (len(weights.adapters), ())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_config_follows_and_what_is_saved_loads_equal(variant: str) -> None:
+    options = VARIANTS[variant]
+    old, new = config_of(8, **options), config_of(2, lora_dropout=0.25, **options)
+    weights = trained(new)
+    model = fresh(old, trained(old, seed=2))
+    manager = manager_of(model)
+    prepare_for_hotswap(manager, 16)
+    swap(manager, "default", new, weights)
+    saved_config: Any = manager.configs["default"]
+    assert (saved_config.r, saved_config.lora_alpha, saved_config.lora_dropout) == (2, 5, 0.25)
+    saved = manager.weights("default")
+    for path, named in weights.adapters.items():
+        assert saved.adapters[path].keys() == named.keys()
+        assert all(torch.equal(saved.adapters[path][key], tensor) for key, tensor in named.items())
+    torch.testing.assert_close(fresh(saved_config, saved)(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+
+
+def test_merging_after_a_swap_keeps_the_output() -> None:
+    options: dict[str, Any] = {"target_modules": PLAIN}
+    model = fresh(config_of(4, **options))
+    manager = manager_of(model)
+    prepare_for_hotswap(manager, 8)
+    swap(manager, "default", config_of(2, **options), trained(config_of(2, **options)))
+    before = model(IDS)
+    manager.merge()
+    torch.testing.assert_close(model(IDS), before, rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_stay_where_they_are_and_train_on() -> None:
+    model = fresh(config_of(4))
+    manager = manager_of(model)
+    parameters = manager.parameters("default")
+    prepare_for_hotswap(manager, 8)
+    places = [(id(parameter), parameter.data_ptr()) for parameter in manager.parameters("default")]
+    assert [place for place, _ in places] == [id(parameter) for parameter in parameters]
+    for rank, seed in ((2, 1), (8, 2), (4, 3)):
+        swap(manager, "default", config_of(rank), trained(config_of(rank), seed))
+        assert places == [(id(parameter), parameter.data_ptr()) for parameter in manager.parameters("default")]
+    model(IDS).square().sum().backward()
+    optimizer = torch.optim.AdamW(manager.parameters("default"), lr=1e-2)
+    optimizer.step()
+    padded = model.first.adapters["default"]
+    assert torch.count_nonzero(padded.lora_A[4:]) == torch.count_nonzero(padded.lora_B[:, 4:]) == 0
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_layers_the_new_adapter_lacks_add_nothing(variant: str) -> None:
+    options = VARIANTS[variant]
+    model = fresh(config_of(4, **options), trained(config_of(4, **options), seed=2))
+    manager = manager_of(model)
+    fewer = {**options, "target_modules": ["first", "embed"]}
+    new = config_of(2, **fewer)
+    weights = trained(new)
+    result = swap(manager, "default", new, weights)
+    assert set(result.zeroed) == set(options.get("target_modules", TARGETS)) - {"first", "embed"}
+    expected = fresh(new, weights)(IDS)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    kept: Any = manager.configs["default"]
+    again = fresh(kept, manager.weights("default"))
+    torch.testing.assert_close(again(IDS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_the_new_adapter_did_not_train_goes_back_to_the_base() -> None:
+    with_head = config_of(4, modules_to_save=["head"])
+    model = fresh(with_head, trained(with_head, seed=2))
+    new = config_of(4)
+    weights = trained(new)
+    result = swap(manager_of(model), "default", new, weights)
+    assert result.reset == ("head",)
+    torch.testing.assert_close(model(IDS), fresh(new, weights)(IDS), rtol=1e-5, atol=1e-5)
+
+
+def test_other_adapters_stay_bit_equal() -> None:
+    """One name that contains the other, and one that is part of every parameter's name."""
+    model = fresh(config_of(4), trained(config_of(4)))
+    manager = manager_of(model)
+    for position, name in enumerate(("default2", "lora", "a")):
+        manager.add(name, config_of(4), trained(config_of(4), seed=5 + position))
+    others = {key: tensor for key, tensor in tensors_of(model).items() if ".adapters.default." not in key}
+    prepare_for_hotswap(manager)
+    swap(manager, "default", config_of(2), trained(config_of(2), seed=3))
+    after = model.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in others.items())
+    assert vars(manager.configs["default2"])["r"] == 4
+
+
+REFUSED: dict[str, tuple[Callable[[], tuple[LoraConfig, AdapterWeights]], str]] = {}
+
+
+def refused(message: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    def keep(make: Callable[[], Any]) -> Callable[[], Any]:
+        REFUSED[make.__name__] = (make, message)
+        return make
+
+    return keep
+
+
+@refused("rank 8 does not fit a slot of rank 4; prepare the model for target_rank=8")
+def larger_rank() -> Any:
+    return config_of(8), trained(config_of(8))
+
+
+@refused("is LoRA and cannot be swapped for DoRA")
+def another_method() -> Any:
+    config = config_of(4, use_dora=True, target_modules=PLAIN)
+    return config, trained(config)
+
+
+@refused("unexpected keys: the new adapter has 1 layers that 'default' does not have .head.")
+def more_layers() -> Any:
+    config = config_of(4, target_modules=[*TARGETS, "head"])
+    return config, trained(config)
+
+
+@refused(r"turned.lora_A has shape \(4, 12\), expected \(4, 10\): the adapter belongs to another base model")
+def another_width() -> Any:
+    weights = trained(config_of(4))
+    weights.adapters["turned"]["lora_A"] = torch.randn(4, 12)
+    return config_of(4), weights
+
+
+@refused(r"first.lora_B has shape \(10, 4\), expected \(10, 2\)")
+def config_of_another() -> Any:
+    weights = trained(config_of(4))
+    weights.adapters["first"]["lora_A"] = torch.randn(2, 6)
+    return config_of(4, rank_pattern={"first": 2}), weights
+
+
+@refused("first: the new adapter lacks lora_B")
+def half_a_layer() -> Any:
+    weights = trained(config_of(4))
+    del weights.adapters["first"]["lora_B"]
+    return config_of(4), weights
+
+
+@refused("unexpected keys at conv: lora_B_bias; the slot has lora_A, lora_B")
+def a_bias_of_B() -> Any:
+    options = VARIANTS["lora-bias"]
+    return config_of(4, **options), trained(config_of(4, **options))
+
+
+@refused(r"trained head as a whole \(modules_to_save\) and 'default' did not")
+def a_trained_head() -> Any:
+    config = config_of(4, modules_to_save=["head"])
+    return config, trained(config)
+
+
+@refused("trained base biases: conv.bias")
+def trained_biases() -> Any:
+    config = config_of(4, bias="lora_only")
+    return config, trained(config)
+
+
+@refused("grouped: a Conv1d with 2 groups cannot take rank 3")
+def rank_of_groups() -> Any:
+    weights = trained(config_of(3, target_modules=PLAIN))
+    weights.adapters["grouped"] = trained(config_of(4)).adapters["grouped"]
+    return config_of(3), weights
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_everything_is_checked_before_the_first_byte(case: str) -> None:
+    make, message = REFUSED[case]
+    config, weights = make()
+    model = fresh(config_of(4), trained(config_of(4), seed=9))
+    manager = manager_of(model)
+    before, revision, kept = tensors_of(model), manager.revision, manager.configs["default"]
+    with pytest.raises(HotSwapError, match=message) as caught:
+        swap(manager, "default", config, weights)
+    assert "\n" not in str(caught.value)
+    assert_untouched(model, before)
+    assert manager.revision == revision and manager.configs["default"] is kept
+
+
+def test_what_state_refuses() -> None:
+    model = fresh(config_of(4, target_modules=PLAIN))
+    manager = manager_of(model)
+    weights = trained(config_of(4, target_modules=PLAIN))
+    with pytest.raises(UnknownAdapterError, match=r"'defalt' not found.*Did you mean 'default'"):
+        swap(manager, "defalt", config_of(4), weights)
+    manager.merge()
+    with pytest.raises(HotSwapError, match="merged into the base weights: unmerge"):
+        swap(manager, "default", config_of(4, target_modules=PLAIN), weights)
+    with pytest.raises(HotSwapError, match="load the first adapter before preparing"):
+        prepare_for_hotswap(AdapterManager(Zoo()), 8)
+    with pytest.raises(HotSwapError, match="embed has rank 4, more than target_rank=2"):
+        prepare_for_hotswap(manager, 2)
+    with pytest.raises(ConfigError, match="2 groups cannot take rank 7"):
+        prepare_for_hotswap(manager_of(fresh(config_of(4))), 7)
+
+
+def fails() -> bool:
+    raise ValueError("the answers are worse")
+
+
+@pytest.mark.parametrize("verdict", [lambda: False, lambda: torch.tensor(False), fails])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", [2, 16])
+def test_a_refused_adapter_leaves_the_old_one_bit_equal(variant: str, rank: int, verdict: Callable[[], object]) -> None:
+    options = VARIANTS[variant]
+    old, new = config_of(8, **options), config_of(rank, lora_dropout=0.1, **options)
+    model = fresh(old, trained(old, seed=2))
+    manager = manager_of(model)
+    before, output, kept = tensors_of(model), model(IDS), manager.configs["default"]
+    weights = trained(new)
+    seen: list[Tensor] = []
+
+    def validate() -> object:
+        seen.append(model(IDS))
+        return verdict()
+
+    with pytest.raises(HotSwapError, match="'default' is as before"):
+        swap(manager, "default", new, weights, grow=True, validate=validate)
+    if not options.get("bias"):
+        torch.testing.assert_close(seen[0], fresh(new, weights)(IDS), rtol=1e-5, atol=1e-5)
+    assert_untouched(model, before)
+    assert torch.equal(model(IDS), output)
+    assert manager.configs["default"] is kept and manager.weights("default").adapters.keys() == weights.adapters.keys()
+
+
+def test_validation_sees_the_new_adapter_alone_and_others_wait() -> None:
+    model = fresh(config_of(4), trained(config_of(4)))
+    manager = manager_of(model)
+    manager.add("other", config_of(4), trained(config_of(4), seed=5))
+    manager.activate("other")
+    new, weights = config_of(4), trained(config_of(4), seed=3)
+    expected, other = fresh(new, weights)(IDS), model(IDS)
+    elsewhere: list[Tensor] = []
+
+    def call() -> None:
+        with manager.switch.call():
+            elsewhere.append(model(IDS))
+
+    thread = threading.Thread(target=call)
+
+    def validate() -> bool:
+        thread.start()
+        thread.join(0.2)
+        assert not elsewhere
+        return torch.allclose(model(IDS), expected, atol=1e-5)
+
+    swap(manager, "default", new, weights, validate=validate)
+    thread.join()
+    assert manager.active == ("other",)
+    assert torch.equal(elsewhere[0], other)
+
+
+def test_a_swap_waits_for_a_running_call() -> None:
+    model = fresh(config_of(4), trained(config_of(4)))
+    manager = manager_of(model)
+    before = model(IDS)
+    done = threading.Event()
+
+    def work() -> None:
+        swap(manager, "default", config_of(4), trained(config_of(4), seed=3))
+        done.set()
+
+    with manager.switch.call():
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert not done.wait(0.2)
+        assert torch.equal(model(IDS), before)
+    thread.join()
+    assert done.is_set() and not torch.allclose(model(IDS), before)
+
+
+def test_subscribers_hear_of_a_swap() -> None:
+    model = fresh(config_of(4))
+    manager = manager_of(model)
+    heard: list[int] = []
+    manager.subscribe(lambda: heard.append(manager.revision))
+    swap(manager, "default", config_of(4), trained(config_of(4)))
+    prepare_for_hotswap(manager, 8)
+    assert len(heard) == 2
+
+
+@pytest.fixture
+def no_recompiles() -> Iterator[Callable[[], int]]:
+    """Counts graphs compiled since the last call."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def compiled() -> int:
+        frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch._dynamo.utils.counters.clear()
+        return int(frames)
+
+    yield compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("variant", ["lora", "rank-pattern", "dora", "lora-bias", "modules-to-save"])
+def test_compiled_models_do_not_compile_again(variant: str, no_recompiles: Callable[[], int]) -> None:
+    options = VARIANTS[variant]
+    old = config_of(8, **options)
+    model = fresh(old, trained(old)).eval()
+    manager = manager_of(model)
+    prepare_for_hotswap(manager, 64)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(IDS)
+        assert no_recompiles() == 1
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for seed, rank in enumerate([4, 64, 8, 32, 16, 6]):
+                new = config_of(rank, lora_alpha=rank * (seed + 1) / 3, **options)
+                weights = trained(new, seed)
+                swap(manager, "default", new, weights)
+                torch.testing.assert_close(compiled(IDS), fresh(new, weights)(IDS), rtol=1e-4, atol=1e-4)
+    assert no_recompiles() == 0
+
+
+@pytest.mark.slow
+def test_fifty_swaps_in_a_compiled_language_model(no_recompiles: Callable[[], int]) -> None:
+    """Inductor, dynamic batch and length, ranks 4 to 64: compiled once, each output as loaded afresh."""
+    shape = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    model, plain = LlamaForCausalLM(shape).eval(), LlamaForCausalLM(shape).eval()
+    plain.load_state_dict(model.state_dict())
+
+    def config(rank: int, alpha: float) -> LoraConfig:
+        return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=False)
+
+    manager, eager = AdapterManager.attach(model), AdapterManager.attach(plain)
+    manager.add("default", config(4, 8.0))
+    prepare_for_hotswap(manager, 64)
+    compiled = torch.compile(model, dynamic=True)
+    shapes = [(2, 7), (3, 9), (5, 4)]
+    with torch.no_grad():
+        for batch, length in shapes:
+            compiled(torch.zeros(batch, length, dtype=torch.long), use_cache=False)
+        no_recompiles()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for count in range(50):
+                rank = [4, 8, 16, 24, 32, 48, 64][count % 7]
+                new = config(rank, 2.0 + count)
+                eager.add("default", new, replace=True)
+                swap(manager, "default", new, eager.weights("default"))
+                ids = torch.randint(64, shapes[count % 3])
+                found = compiled(ids, use_cache=False).logits
+                torch.testing.assert_close(found, plain(ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
+    assert no_recompiles() == 0
+
+
+def test_scalings_follow_every_rule() -> None:
+    model = fresh(config_of(8))
+    manager = manager_of(model)
+    prepare_for_hotswap(manager)
+    new = config_of(
+        4, lora_alpha=6, use_rslora=True, rank_pattern={"first": 8}, alpha_pattern={"turned": 10, "first": 2}
+    )
+    swap(manager, "default", new, trained(new))
+    scalings = {path: float(layer.adapter("default").scaling) for path, layer in manager.layers.items()}
+    expected = dict.fromkeys(TARGETS, 6 / 2) | {"first": 2 / math.sqrt(8), "turned": 10 / 2}
+    assert scalings == pytest.approx(expected)
