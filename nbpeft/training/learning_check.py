@@ -71,8 +71,9 @@ class LearningCheck:
             self._gradients_checked = True
             message = self._judge_gradients()
             self._release_hooks()
-        if steps >= PATIENCE or last:
-            message = message or self._judge_weights(steps)
+        if not message and (steps >= PATIENCE or last):
+            message = self._judge_weights(steps)
+        if message or steps >= PATIENCE or last:
             self.close()
         return message
 
@@ -111,7 +112,10 @@ class LearningCheck:
             return f"Of {self._subject}, {who} trained modules {verb} reached by a gradient{where}: {why}."
         largest = torch.stack([value.to("cpu") for value in self._largest.values()])
         if bool(largest.isnan().any()) or bool(largest.isinf().any()):
-            return f"The first gradients of {self._subject} are not finite: try bf16 instead of fp16, or a lower rate."
+            return (
+                f"The first gradients of {self._subject} are not finite: is there a label that is not -100, "
+                "and would bf16 do instead of fp16?"
+            )
         if not bool(largest.any()):
             return f"All first gradients of {self._subject} are zero: is there a label that is not -100?"
         return ""
@@ -145,13 +149,14 @@ def why_no_gradient(model: nn.Module) -> str:
 
 
 def _inputs_require_grad(base: Any) -> bool:
-    if getattr(base, "_require_grads_hook", None) is not None:
-        return True
     try:
         embeddings = base.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return False
-    return embeddings is not None and any(parameter.requires_grad for parameter in embeddings.parameters())
+    if embeddings is None:
+        return False
+    hooked = any("require_grad" in getattr(hook, "__name__", "") for hook in embeddings._forward_hooks.values())
+    return hooked or any(parameter.requires_grad for parameter in embeddings.parameters())
 
 
 def frozen_head(model: nn.Module) -> str:

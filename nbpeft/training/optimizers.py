@@ -36,7 +36,7 @@ def create_loraplus_optimizer(
     in_norms = {
         id(parameter)
         for module in model.modules()
-        if "norm" in type(module).__name__.lower()
+        if isinstance(module, nn.LayerNorm)
         for parameter in module.parameters(recurse=False)
     }
     for name, parameter in trainable(model):

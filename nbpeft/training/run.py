@@ -209,9 +209,9 @@ class Run:
         self.publish()
 
     def note(self, message: str) -> None:
-        """Sets the line shown with the run; an empty one changes nothing."""
+        """Adds to the line shown with the run."""
         with self._lock:
-            self._message = message or self._message
+            self._message = " · ".join(part for part in (self._message, message) if part)
 
     def checkpoint(self) -> bool:
         """Waits while paused. Returns whether the loop shall end."""
@@ -391,7 +391,7 @@ class Run:
 
     def _warn(self, message: str) -> None:
         if message:
-            self._message = message
+            self.note(message)
             warnings.warn(message, stacklevel=3)
 
     def _warn_once(self, message: str) -> None:

@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+
+import datasets
+import pytest
+import torch
+import transformers
+
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.model import PeftModel
+from nbpeft.training import RunControl, TrainResult, train
+from tests.training.support import adapt, tiny_base, tiny_model, token_rows, weights
+
+QUICK = {"per_device_train_batch_size": 8, "max_steps": 5}
+
+
+class At(transformers.TrainerCallback):
+    """Does something at the beginning of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def test_a_cell_trains_and_gets_a_result(capsys):
+    model, states = tiny_model(), []
+    before = weights(model)
+    rows = token_rows(16)
+    result = train(model, rows, token_rows(4, seed=3), num_train_epochs=2, publish=states.append, learning_rate=1e-2)
+    assert isinstance(result, TrainResult)
+    assert (result.status, result.adapter, result.steps, result.total_steps) == ("finished", "default", 4, 4)
+    assert result.token_count == 2 * sum(len(row["input_ids"]) for row in rows)
+    assert result.eval_loss == result.state.eval_history[-1][1] and len(result.state.eval_history) == 2
+    assert states[0].status == "running" and states[-1] == result.state and result.message == ""
+    assert str(result).startswith("default finished · 4 steps · ") and "<b>default finished</b>" in result._repr_html_()
+    assert any(not torch.equal(before[name], value) for name, value in weights(model).items())
+    assert capsys.readouterr().out == ""
+
+
+def test_the_model_is_left_as_it_was_found():
+    model = tiny_model().eval()
+    model.get_base_model().config.use_cache = True
+    train(model, token_rows(), bf16=True, activation_checkpointing=True, **QUICK)
+    assert not model.training and model.config.use_cache is True
+    assert "forward" not in vars(model) and "_original_forward" not in vars(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.get_base_model().is_activation_checkpointing
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    model.train()
+    train(model, token_rows(), **QUICK)
+    assert model.training
+
+
+def test_nothing_is_kept_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = train(tiny_model(), token_rows(), **QUICK)
+    assert list(tmp_path.iterdir()) == [] and result.output_dir is None
+    model = tiny_model()
+    result = train(model, token_rows(), output_dir="out", save_strategy="steps", save_steps=5, **QUICK)
+    assert result.output_dir == "out" and result.token_count > 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "checkpoint-5" / "optimizer.pt").is_file()
+    twin = PeftModel.from_pretrained(tiny_base(), str(tmp_path / "out"), is_trainable=True)
+    assert all(torch.equal(value, weights(twin)[name]) for name, value in weights(model).items())
+    more = train(twin, token_rows(), output_dir="out", resume_from_checkpoint=True, **(QUICK | {"max_steps": 7}))
+    assert more.steps == 7 and [step for step, _ in more.state.history] == [6, 7]
+
+
+def test_the_trainer_is_not_kept_alive():
+    model, trainers = tiny_model(), []
+
+    class Spy(transformers.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(weakref.ref(self))
+
+        def create_optimizer(self, model=None):
+            optimizer = super().create_optimizer(model)
+            trainers.append(weakref.ref(optimizer))
+            return optimizer
+
+    train(model, token_rows(), trainer_class=Spy, **QUICK)
+    gc.collect()
+    assert len(trainers) == 2 and [reference() for reference in trainers] == [None, None]
+    handle = weakref.ref(model)
+    del model
+    gc.collect()
+    assert handle() is None
+
+
+def test_stop_from_another_thread():
+    model, control = tiny_model(), RunControl()
+    before = weights(model)
+    threading.Timer(0.5, control.request_stop, ["enough"]).start()
+    result = train(model, token_rows(), token_rows(4), control=control, max_steps=100_000, learning_rate=1e-2)
+    assert result.status == "stopped" and 0 < result.steps < 100_000
+    assert result.state.message == f"stopped at step {result.steps}: enough"
+    assert str(result).startswith(f"default stopped · {result.steps:,} of 100,000 steps")
+    assert any(not torch.equal(before[name], value) for name, value in weights(model).items())
+    again = train(model, token_rows(), **QUICK)
+    assert again.status == "finished"
+
+
+def test_pause_and_resume():
+    control, states, model = RunControl(), [], tiny_model()
+    pausing = At(2, control.pause)
+
+    def resume():
+        while not any(state.status == "paused" for state in states):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        control.resume()
+
+    thread = threading.Thread(target=resume)
+    thread.start()
+    result = train(model, token_rows(), control=control, publish=states.append, callbacks=[pausing], **QUICK)
+    thread.join(5)
+    assert result.status == "finished" and result.steps == 5
+    paused = [state for state in states if state.status == "paused"]
+    assert [state.step for state in paused] == [3]
+
+
+def test_stop_between_the_batches_of_a_step():
+    control, seen = RunControl(), []
+
+    class Count(transformers.TrainerCallback):
+        def on_substep_end(self, args, state, control_, **kwargs):
+            seen.append(state.global_step)
+            if len(seen) == 3:
+                control.request_stop()
+
+    result = train(
+        tiny_model(),
+        token_rows(64),
+        control=control,
+        callbacks=[Count()],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=8,
+    )
+    assert (result.status, result.steps, len(seen)) == ("stopped", 0, 3)
+
+
+def test_stop_during_an_evaluation_ends_it():
+    control, model = RunControl(), tiny_model()
+    batches = []
+
+    class Click(transformers.TrainerCallback):
+        def on_prediction_step(self, args, state, control_, **kwargs):
+            batches.append(1)
+            control.request_stop()
+
+    result = train(
+        model,
+        token_rows(),
+        token_rows(32),
+        control=control,
+        callbacks=[Click()],
+        eval_steps=1,
+        per_device_eval_batch_size=1,
+        **QUICK,
+    )
+    assert result.status == "stopped" and result.steps == 1 and len(batches) == 1
+
+
+def test_keyboard_interrupt_is_a_stop():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    model = tiny_model()
+    result = train(model, token_rows(), callbacks=[At(3, interrupt)], **QUICK)
+    assert result.status == "stopped" and result.steps == 3
+    assert result.state.message == "stopped at step 3"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_interrupted_with_a_folder_still_saves_the_adapter(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    train(tiny_model(), token_rows(), callbacks=[At(3, interrupt)], output_dir=str(tmp_path), **QUICK)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_other_errors_pass_through_and_the_model_stays_usable():
+    def fail():
+        raise ZeroDivisionError("in a callback")
+
+    model, states = tiny_model(), []
+    with pytest.raises(ZeroDivisionError):
+        train(model, token_rows(), callbacks=[At(2, fail)], publish=states.append, **QUICK)
+    assert states[-1].status == "failed" and states[-1].message == "ZeroDivisionError: in a callback"
+    assert train(model, token_rows(), **QUICK).status == "finished"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_change_and_lets_go(error):
+    kept = []
+
+    class Hungry(transformers.Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            activations = torch.zeros(1000)
+            kept.append(weakref.ref(activations))
+            super().compute_loss(model, inputs, *args, **kwargs).backward()
+            raise error
+
+    model, states = tiny_model(), []
+    with pytest.raises(TrainingError, match="lower the batch size") as caught:
+        train(model, token_rows(), trainer_class=Hungry, publish=states.append, **QUICK)
+    assert "\n" not in str(caught.value) and "batch size now: 8" in str(caught.value)
+    assert caught.value.__context__ is None and kept[0]() is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert states[-1].status == "failed" and states[-1].message.startswith("Out of memory")
+    assert train(model, token_rows(), **QUICK).status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("lr", "learning_rate"),
+        ("epochs", "num_train_epochs"),
+        ("batch_size", "per_device_train_batch_size"),
+        ("learning_rat", "learning_rate"),
+        ("max_step", "max_steps"),
+        ("callback", "callbacks"),
+        ("evaluation_strategy", "eval_strategy"),
+    ],
+)
+def test_unknown_arguments_name_the_near_ones(wrong, right):
+    with pytest.raises(ConfigError, match=f"{wrong!r} is not a field of TrainingArguments.*{right}"):
+        train(tiny_model(), token_rows(), **{wrong: 1})
+
+
+def test_impossible_arguments_are_one_line():
+    with pytest.raises(ConfigError, match="not possible") as caught:
+        train(tiny_model(), token_rows(), lr_scheduler_type="nonsense")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="say where with output_dir"):
+        train(tiny_model(), token_rows(), save_strategy="steps")
+    with pytest.raises(ConfigError, match="pass eval_data"):
+        train(tiny_model(), token_rows(), load_best_model_at_end=True)
+
+
+def test_models_that_cannot_train_are_refused_at_once():
+    with pytest.raises(TrainingError, match="has no adapters"):
+        train(tiny_base(), token_rows())
+    model = tiny_model()
+    model.manager.freeze("default")
+    with pytest.raises(TrainingError, match=r"Nothing is trainable .active adapters: 'default'"):
+        train(model, token_rows())
+
+
+def test_best_model_with_one_argument():
+    model = tiny_model()
+    result = train(
+        model, token_rows(), token_rows(4), load_best_model_at_end=True, eval_steps=1, learning_rate=1e-2, **QUICK
+    )
+    assert [step for step, _ in result.state.eval_history] == [1, 2, 3, 4, 5]
+    best = min(loss for _, loss in result.state.eval_history)
+    with pytest.warns(UserWarning, match="No weight of adapter 'default' has changed in 1 step"):
+        fresh = train(model, token_rows(), token_rows(4), max_steps=1, learning_rate=0.0)
+    assert "is the learning rate zero" in fresh.message
+    assert fresh.eval_loss == pytest.approx(best, rel=1e-5)
+
+
+def test_a_bf16_base_keeps_its_dtype_and_learns():
+    model = adapt(tiny_base(dtype=torch.bfloat16))
+    result = train(model, token_rows(), learning_rate=3e-2, per_device_train_batch_size=32, max_steps=30)
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
+    assert {value.dtype for value in weights(model).values()} == {torch.float32}
+    assert result.state.history[-1][1] < result.state.history[0][1] - 0.1
+
+
+def test_only_the_active_adapter_changes():
+    from nbpeft.model import LoraConfig
+
+    model = tiny_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    other = {name: part.detach().clone() for name, part in model.named_parameters() if ".adapters.other." in name}
+    assert train(model, token_rows(), **QUICK).adapter == "default"
+    parameters = dict(model.named_parameters())
+    assert other and all(torch.equal(parameters[name], value) for name, value in other.items())
+
+
+def test_a_dataset_with_further_columns():
+    rows = datasets.Dataset.from_list([row | {"source": "web"} for row in token_rows()])
+    assert train(tiny_model(), rows, **QUICK).steps == 5
+
+
+def test_a_classifier_trains_its_head():
+    from nbpeft.model import LoraConfig, get_peft_model
+
+    config = tiny_base().config
+    config.num_labels, config.pad_token_id = 3, 0
+    base = transformers.LlamaForSequenceClassification(config)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    rows = [row | {"label": index % 3} for index, row in enumerate(token_rows(24))]
+    before = weights(model)
+    result = train(model, rows, learning_rate=1e-2, per_device_train_batch_size=8, max_steps=10)
+    assert result.message == ""
+    assert any("score" in name and not torch.equal(before[name], now) for name, now in weights(model).items())
+
+
+def test_reentrant_checkpointing_over_frozen_embeddings_names_the_remedy():
+    model = tiny_model()
+    base = model.get_base_model()
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    base.disable_input_require_grads()
+    with pytest.raises(TrainingError, match="enable_input_require_grads"):
+        train(model, token_rows(), **QUICK)
+    model.enable_input_require_grads()
+    assert train(model, token_rows(), **QUICK).message == ""

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import peft
+import peft.optimizers
+import pytest
+import torch
+
+from nbpeft.errors import TrainingError
+from nbpeft.training import create_loraplus_optimizer, train
+from tests.training.support import adapt, tiny_base, tiny_model, token_rows
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "lora_bias": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    ],
+)
+def test_groups_and_rates_are_those_of_peft(settings):
+    options = {"lr": 1e-3, "loraplus_lr_ratio": 16, "loraplus_weight_decay": 0.1, "loraplus_lr_embedding": 5e-6}
+    model = adapt(tiny_base(), **{"r": 8, **settings})
+    ours = create_loraplus_optimizer(model, torch.optim.AdamW, betas=(0.8, 0.9), **options)
+    theirs = peft.optimizers.create_loraplus_optimizer(
+        peft.get_peft_model(tiny_base(), peft.LoraConfig(**settings)), torch.optim.AdamW, betas=(0.8, 0.9), **options
+    )
+    for one, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert (one["lr"], one["weight_decay"], one["betas"]) == (other["lr"], other["weight_decay"], other["betas"])
+        assert sorted(part.shape for part in one["params"]) == sorted(part.shape for part in other["params"])
+
+
+def test_b_learns_faster():
+    model = tiny_model()
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=8)
+    names = {id(part): name for name, part in model.named_parameters()}
+    rates = {
+        names[id(part)].rpartition(".")[2]: group["lr"] for group in optimizer.param_groups for part in group["params"]
+    }
+    assert rates == {"lora_A": 1e-3, "lora_B": 8e-3}
+
+
+def test_it_goes_into_a_training():
+    model = tiny_model()
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    assert train(model, token_rows(), optimizers=(optimizer, None), max_steps=3).message == ""
+
+
+def test_nothing_to_train():
+    model = tiny_model()
+    model.manager.freeze("default")
+    with pytest.raises(TrainingError, match="Nothing is trainable"):
+        create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
