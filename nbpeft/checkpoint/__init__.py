@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from nbpeft.checkpoint.card import card_text
 from nbpeft.checkpoint.config_format import condense_targets, config_text, config_to_save, parse_config
-from nbpeft.checkpoint.expectation import expected_of
 from nbpeft.checkpoint.folder import (
     Checkpoint,
     FolderStore,
@@ -19,8 +18,9 @@ from nbpeft.checkpoint.folder import (
 )
 from nbpeft.checkpoint.hub import push
 from nbpeft.checkpoint.identity import Fingerprint, compare, fingerprint
+from nbpeft.checkpoint.renames import renames_of
 from nbpeft.checkpoint.spelling import add_spelling
-from nbpeft.checkpoint.weights_format import Expected, Loaded, from_file, to_file
+from nbpeft.checkpoint.weights_format import Expected, Loaded, from_file, remapped, to_file
 from nbpeft.engine.adapter import AdapterConfig
 
 __all__ = [
@@ -35,13 +35,14 @@ __all__ = [
     "condense_targets",
     "config_text",
     "config_to_save",
-    "expected_of",
     "fingerprint",
     "from_file",
     "parse_config",
     "push",
     "read_checkpoint",
     "read_config",
+    "remapped",
+    "renames_of",
     "to_file",
     "write_checkpoint",
     "write_config",

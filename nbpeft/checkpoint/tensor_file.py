@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -16,6 +16,9 @@ from nbpeft.errors import CheckpointError, CorruptCheckpointError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"
+
+_READ_AT_ONCE = 2**30
+"""Files of more bytes are copied tensor by tensor: slower, but never twice in memory."""
 
 _DIRECT_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -92,12 +95,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_owned(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     # Read, not mapped: when another program shortens a mapped file, the process dies.
-    try:
-        file: Any = safetensors.safe_open(str(path), framework="pt", backend="pread")
-    except TypeError:  # safetensors before 0.8 can only map
-        return read_metadata(path), safetensors.torch.load(path.read_bytes())
-    with file:
-        return file.metadata() or {}, file.get_tensors()
+    if path.stat().st_size > _READ_AT_ONCE:
+        metadata, tensors = _read_mapped(path, "cpu")
+        return metadata, {key: tensor.clone() for key, tensor in tensors.items()}
+    data = path.read_bytes()
+    tensors = safetensors.torch.load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {}), tensors
 
 
 def _read_mapped(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:

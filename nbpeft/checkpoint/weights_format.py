@@ -115,7 +115,7 @@ def from_file(
     slots = _slots(expected, peft_type)
     found: dict[str, Tensor] = {}
     unexpected: list[str] = []
-    mapped = _mapper(key_mapping)
+    mapped = by_patterns(key_mapping)
     for key, tensor in tensors.items():
         fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
         if fitting is None or fitting in found:
@@ -203,22 +203,34 @@ def _is_repeated(key: str, found: Mapping[str, Tensor]) -> bool:
     return bool(marked) and f"{path.removeprefix(PREFIX)}.{name}" in found
 
 
-def _mapper(key_mapping: Mapping[str, str] | None) -> Rename:
-    if not key_mapping:
-        return lambda key: key
+def by_patterns(patterns: Mapping[str, str] | None) -> Rename:
+    """Applies the first regular expression that matches a key, as PEFT's ``key_mapping`` does.
+
+    Raises:
+        CheckpointError: an expression cannot be read.
+    """
     try:
-        compiled = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
+        compiled = [(re.compile(pattern), replacement) for pattern, replacement in (patterns or {}).items()]
     except re.error as error:
         raise CheckpointError(f"key_mapping has a bad regular expression {error.pattern!r}: {error.msg}") from None
 
-    def apply(key: str) -> str:
+    def rename(key: str) -> str:
         for pattern, replacement in compiled:
             renamed, count = pattern.subn(replacement, key)
             if count:
                 return renamed
         return key
 
-    return apply
+    return rename
+
+
+def remapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """The tensors of a file with ``key_mapping`` applied to their keys, prefix left out."""
+    rename = by_patterns(key_mapping)
+    return {
+        PREFIX + rename(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else rename(key): tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def _nothing_fits(

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nbpeft.checkpoint import (
+    Expected,
     compare,
     config_to_save,
-    expected_of,
     fingerprint,
     from_file,
     read_checkpoint,
@@ -29,7 +29,7 @@ from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import plan
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from tests.checkpoint.tiny import gpt2, llama, saved_by_peft
+from tests.checkpoint.tiny import gpt2, llama, saved_by_peft, shapes_of
 
 TOKENS = torch.arange(12).reshape(2, 6)
 
@@ -48,7 +48,13 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 def loaded_by_us(model: nn.Module, folder: Path) -> AdapterManager:
     checkpoint = read_checkpoint(folder)
     made = plan(model, checkpoint.config)
-    loaded = from_file(checkpoint.tensors, expected_of(made, model))
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = Expected(
+        adapters={target.path: target.shapes for target in made.targets},
+        copies={path: shapes_of(model.get_submodule(path).state_dict()) for path in made.copies},
+        base={name: parameters[name] for name in made.biases},
+    )
+    loaded = from_file(checkpoint.tensors, expected)
     assert loaded.missing == []
     assert loaded.unexpected == []
     manager = AdapterManager.attach(model)
