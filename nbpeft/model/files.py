@@ -92,6 +92,7 @@ def load(
         expected(manager.model, plan),
         peft_type=str(config.peft_type),
         key_mapping=loading.key_mapping,
+        rename=checkpoint.renames_of(manager.model),
         ignore_mismatched=bool(loading.options.get("ignore_mismatched_sizes", False)),
     )
     _tell(source, loaded, note)

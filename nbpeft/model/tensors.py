@@ -108,7 +108,7 @@ def load_peft_weights(
     """The tensors of a saved adapter, from a folder or the hub, under the keys of the file."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return checkpoint.read_checkpoint(str(model_id), device=device, **hub).tensors
+    return checkpoint.remapped(checkpoint.read_checkpoint(str(model_id), device=device, **hub).tensors, key_mapping)
 
 
 def _shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
