@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -352,6 +352,24 @@ class Adapter(nn.Module):
             A tensor shaped like ``base_output`` in the adapter's or the autocast dtype.
         """
         raise NotImplementedError
+
+    @classmethod
+    def mixed(
+        cls, adapters: Sequence[Self | None], scales: Sequence[float], base: Base, kept: dict[Any, Any]
+    ) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """One pass for a batch whose rows are served by several adapters of this method.
+
+        Args:
+            adapters: what may serve a row; None where the layer lacks the adapter.
+            scales: factor on each one's delta.
+            base: the layer.
+            kept: a place for what is prepared once for many calls.
+
+        Returns:
+            A function of the input (batch, …) and an index (batch,) into ``adapters`` (-1: none)
+            that gives the delta to add, or None where rows have to be served adapter by adapter.
+        """
+        return None
 
     def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
         """What to ADD to the canonical weight, which is the frozen base's. Same shape."""

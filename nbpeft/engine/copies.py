@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.layer import AdapterDict
-from nbpeft.engine.switch import Switch
+from nbpeft.engine.switch import Rows, Switch
 from nbpeft.errors import AdapterError
 
 
@@ -58,18 +58,15 @@ class CopiedModule(nn.Module):
             return self.chosen()(*args, **kwargs)
         return self._mixed(active.rows, *args, **kwargs)
 
-    def _mixed(self, rows: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def _mixed(self, rows: Rows, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A batch whose rows are served by different copies; the first argument is the batch."""
-        import torch
-
-        index = torch.tensor(rows.index, dtype=torch.long, device=x.device)
         result = self.original_module(x, *args, **kwargs)
-        for position, name in enumerate(rows.names):
-            copy = self.modules_to_save._modules.get(name)
-            chosen = (index == position).nonzero().flatten()
-            if copy is not None and len(chosen):
-                result = result.clone()
-                result[chosen] = copy(x[chosen], *args, **kwargs).to(result.dtype)
+        present = [name for name in rows.names if name in self.modules_to_save._modules]
+        result = result.clone() if present else result
+        for name in present:
+            chosen = rows.rows_of(name, x.shape[0], x.device)
+            if len(chosen):
+                result[chosen] = self.modules_to_save[name](x[chosen], *args, **kwargs).to(result.dtype)
         return result
 
     def __getattr__(self, name: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Backend, Base, Host
-from nbpeft.engine.switch import Switch
+from nbpeft.engine.switch import Rows, Switch
 from nbpeft.errors import MergeError
 
 
@@ -95,17 +95,27 @@ class AdaptedLayer(nn.Module):
             total = total.to(output.device)
         return (output + total).to(output.dtype)
 
-    def _mixed(self, x: Tensor, output: Tensor, rows: Any) -> Tensor:
+    def _mixed(self, x: Tensor, output: Tensor, rows: Rows) -> Tensor:
         """A batch whose rows are served by different adapters."""
-        present = [name for name in rows.names if name in self.adapters._modules]
+        adapters = self.adapters._modules
+        present = [name for name in rows.names if name in adapters]
         if not present:
             return output
-        index = torch.tensor(rows.index, dtype=torch.long, device=output.device)
+        batch = output.shape[0]
+        kinds = {type(self.adapter(name)) for name in present}
+        if len(kinds) == 1:
+            kept = rows.cache.setdefault(id(self), {})
+            found: list[Any] = [adapters.get(name) for name in rows.names]
+            served = kinds.pop().mixed(found, rows.scales, self.base, kept)
+            if served is not None:
+                mixed: Tensor = output + served(x, rows.expanded(batch, x.device))
+                return mixed.to(output.dtype)
         result = output.clone()
         for name in present:
-            chosen = (index == rows.names.index(name)).nonzero().flatten()
-            delta = self.adapters._modules[name](x[chosen], output[chosen], self.base)
-            result[chosen] = (output[chosen] + delta).to(output.dtype)
+            chosen = rows.rows_of(name, batch, output.device)
+            if len(chosen):
+                delta = self.adapter(name)(x[chosen], output[chosen], self.base) * rows.scales[rows.names.index(name)]
+                result[chosen] = (output[chosen] + delta).to(output.dtype)
         return result
 
     def adapter(self, name: str) -> Adapter:

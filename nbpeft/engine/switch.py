@@ -11,13 +11,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbpeft.errors import BusyError
+from nbpeft.errors import AdapterError, BusyError
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,42 @@ class Rows:
 
     Attributes:
         names: distinct adapter names, without the base.
-        index: (batch,) int64, position in ``names``, or -1 for the base alone.
+        index: for each row the position in ``names``, or -1 for the base alone.
+        scales: factor on each adapter's delta.
+        cache: what layers prepare once for the call this assignment belongs to.
     """
 
     names: tuple[str, ...]
     index: tuple[int, ...]
+    scales: tuple[float, ...]
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def expanded(self, batch: int, device: torch.device) -> Tensor:
+        """``index`` as int64 (batch,), each row repeated where the batch holds beams or tokens.
+
+        Raises:
+            AdapterError: the batch is no multiple of the rows.
+        """
+        key = (batch, device)
+        found = self.cache.get(key)
+        if found is None:
+            repeats, rest = divmod(batch, len(self.index))
+            if rest:
+                raise AdapterError(
+                    f"adapter_names has {len(self.index)} names for {batch} rows: give one name for each row"
+                )
+            index = torch.tensor(self.index, dtype=torch.long, device=device)
+            found = self.cache[key] = index.repeat_interleave(repeats)
+        return found  # type: ignore[no-any-return]
+
+    def rows_of(self, name: str, batch: int, device: torch.device) -> Tensor:
+        """Row numbers, int64, that an adapter serves."""
+        key = (name, batch, device)
+        found = self.cache.get(key)
+        if found is None:
+            found = (self.expanded(batch, device) == self.names.index(name)).nonzero().flatten()
+            self.cache[key] = found
+        return found  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -142,8 +173,3 @@ class Switch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.live = state["live"]
         self._start()
-
-
-def row_index(rows: Rows, device: torch.device) -> Tensor:
-    """``rows.index`` as an int64 tensor (batch,)."""
-    return torch.tensor(rows.index, dtype=torch.long, device=device)

@@ -172,16 +172,19 @@ class PeftModel(nn.Module):
         if torch.compiler.is_compiling() and adapter_names is None:
             return self.base_model.model(*args, **kwargs)
         self._check_live()
-        with self.manager.switch.call(self._rows(adapter_names)):
+        with self.manager.switch.call(self._rows(adapter_names, args, kwargs)):
             return self.base_model.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate``; a switch made meanwhile acts from the next call on."""
         self._check_live()
-        with self.manager.switch.call(self._rows(adapter_names)):
+        with self.manager.switch.call(self._rows(adapter_names, args, kwargs)):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _rows(self, adapter_names: Sequence[str] | None) -> Active | None:
+    def _rows(
+        self, adapter_names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Active | None:
+        """The assignment of a mixed batch, or None for the live one."""
         if adapter_names is None:
             return None
         if self.training:
@@ -190,10 +193,16 @@ class PeftModel(nn.Module):
             raise AdapterError(f"adapter_names needs unmerged weights, but {self.manager.merged[0]!r} is merged")
         if isinstance(adapter_names, str):
             raise AdapterError("adapter_names must be a list with one name for each row of the batch")
+        inputs = next((value for value in (*args[:1], *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if inputs is not None and len(inputs) != len(adapter_names):
+            raise AdapterError(
+                f"adapter_names has {len(adapter_names)} names for {len(inputs)} rows: give one name for each row"
+            )
         names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
         self.manager.require(*names)
         order = {name: position for position, name in enumerate(names)}
-        return Active(rows=Rows(names, tuple(order.get(name, -1) for name in adapter_names)))
+        index = tuple(order.get(name, -1) for name in adapter_names)
+        return Active(rows=Rows(names, index, tuple(self.manager.scale(name) for name in names)))
 
     # Managing
 

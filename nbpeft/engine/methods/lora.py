@@ -8,15 +8,15 @@ W and b stay frozen; A starts random and B at zero, so training starts at the ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
 from nbpeft.engine.lora_config import LoraConfig
-from nbpeft.engine.lowrank import new_factors
+from nbpeft.engine.lowrank import FactorBank, new_factors
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
 
@@ -85,6 +85,24 @@ class LoRA(Adapter):
         if bias is None:
             return delta
         return delta + base.host.per_channel(base.module, bias * self.scaling).to(delta.dtype)
+
+    @classmethod
+    def mixed(
+        cls, adapters: Sequence[Self | None], scales: Sequence[float], base: Base, kept: dict[Any, Any]
+    ) -> Callable[[Tensor, Tensor], Tensor] | None:
+        if base.host.name not in ("linear", "conv1d"):
+            return None
+        if any(adapter is not None and adapter.output_bias is not None for adapter in adapters):
+            return None
+        bank: FactorBank | None = kept.get("bank")
+        if bank is None:
+            entries = [
+                None if adapter is None else (*adapter.factors, float(adapter.scaling) * scale)
+                for adapter, scale in zip(adapters, scales, strict=True)
+            ]
+            with torch.no_grad():
+                bank = kept["bank"] = FactorBank(entries)
+        return bank.delta
 
     def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
         lora_A, lora_B = (factor.detach() for factor in self.factors)
