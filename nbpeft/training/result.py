@@ -26,11 +26,11 @@ class TrainResult:
     tokens_per_second: float | None
     output_dir: str | None
     """Folder with the adapter and its checkpoints, or None where nothing was asked to be kept."""
+    state: TrainState = field(repr=False)
+    """The run's last state, with its curves."""
     message: str = ""
     metrics: dict[str, float] = field(default_factory=dict, repr=False)
     """What the Trainer reports about the whole run."""
-    state: TrainState | None = field(default=None, repr=False)
-    """The run's last state, with its curves."""
 
     def __str__(self) -> str:
         return " · ".join(self._parts())

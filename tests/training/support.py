@@ -13,9 +13,9 @@ torch.set_num_threads(1)
 VOCABULARY = 97
 
 
-def tiny_base(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> LlamaForCausalLM:
+def tiny_base(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     torch.manual_seed(seed)
-    settings = {
+    settings: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "intermediate_size": 64,
@@ -24,12 +24,13 @@ def tiny_base(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) 
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 64,
     }
-    return LlamaForCausalLM(LlamaConfig(**(settings | config))).to(dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+    return model.to(dtype)
 
 
 def adapt(base: Any, name: str = "default", **config: Any) -> Any:
     torch.manual_seed(1)
-    settings = {"target_modules": ["q_proj", "v_proj"], "r": 4}
+    settings: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "r": 4}
     return get_peft_model(base, LoraConfig(**(settings | config)), adapter_name=name)
 
 

@@ -44,6 +44,7 @@ class Slow:
     """A tokenizer without offsets."""
 
     is_fast = False
+    chat_template: str | None = CHATML
 
     def __init__(self, inner):
         self._inner = inner

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 import weakref
+from typing import Any
 
 import datasets
 import pytest
@@ -12,10 +13,11 @@ import transformers
 
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model import PeftModel
+from nbpeft.state import TrainState
 from nbpeft.training import RunControl, TrainResult, train
 from tests.training.support import adapt, tiny_base, tiny_model, token_rows, weights
 
-QUICK = {"per_device_train_batch_size": 8, "max_steps": 5}
+QUICK: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 5}
 
 
 class At(transformers.TrainerCallback):
@@ -30,7 +32,8 @@ class At(transformers.TrainerCallback):
 
 
 def test_a_cell_trains_and_gets_a_result(capsys):
-    model, states = tiny_model(), []
+    model = tiny_model()
+    states: list[TrainState] = []
     before = weights(model)
     rows = token_rows(16)
     result = train(model, rows, token_rows(4, seed=3), num_train_epochs=2, publish=states.append, learning_rate=1e-2)
@@ -74,7 +77,8 @@ def test_nothing_is_kept_unless_asked_for(tmp_path, monkeypatch):
 
 
 def test_the_trainer_is_not_kept_alive():
-    model, trainers = tiny_model(), []
+    model = tiny_model()
+    trainers: list[weakref.ref[Any]] = []
 
     class Spy(transformers.Trainer):
         def __init__(self, *args, **kwargs):
@@ -109,7 +113,8 @@ def test_stop_from_another_thread():
 
 
 def test_pause_and_resume():
-    control, states, model = RunControl(), [], tiny_model()
+    control, model = RunControl(), tiny_model()
+    states: list[TrainState] = []
     pausing = At(2, control.pause)
 
     def resume():
@@ -128,18 +133,18 @@ def test_pause_and_resume():
 
 
 def test_stop_between_the_batches_of_a_step():
-    control, seen = RunControl(), []
+    clicks, seen = RunControl(), []
 
     class Count(transformers.TrainerCallback):
-        def on_substep_end(self, args, state, control_, **kwargs):
+        def on_substep_end(self, args, state, control, **kwargs):
             seen.append(state.global_step)
             if len(seen) == 3:
-                control.request_stop()
+                clicks.request_stop()
 
     result = train(
         tiny_model(),
         token_rows(64),
-        control=control,
+        control=clicks,
         callbacks=[Count()],
         per_device_train_batch_size=2,
         gradient_accumulation_steps=8,
@@ -148,19 +153,19 @@ def test_stop_between_the_batches_of_a_step():
 
 
 def test_stop_during_an_evaluation_ends_it():
-    control, model = RunControl(), tiny_model()
+    clicks, model = RunControl(), tiny_model()
     batches = []
 
     class Click(transformers.TrainerCallback):
-        def on_prediction_step(self, args, state, control_, **kwargs):
+        def on_prediction_step(self, args, state, control, **kwargs):
             batches.append(1)
-            control.request_stop()
+            clicks.request_stop()
 
     result = train(
         model,
         token_rows(),
         token_rows(32),
-        control=control,
+        control=clicks,
         callbacks=[Click()],
         eval_steps=1,
         per_device_eval_batch_size=1,
@@ -192,7 +197,8 @@ def test_other_errors_pass_through_and_the_model_stays_usable():
     def fail():
         raise ZeroDivisionError("in a callback")
 
-    model, states = tiny_model(), []
+    model = tiny_model()
+    states: list[TrainState] = []
     with pytest.raises(ZeroDivisionError):
         train(model, token_rows(), callbacks=[At(2, fail)], publish=states.append, **QUICK)
     assert states[-1].status == "failed" and states[-1].message == "ZeroDivisionError: in a callback"
@@ -214,10 +220,12 @@ def test_out_of_memory_says_what_to_change_and_lets_go(error):
         def compute_loss(self, model, inputs, *args, **kwargs):
             activations = torch.zeros(1000)
             kept.append(weakref.ref(activations))
-            super().compute_loss(model, inputs, *args, **kwargs).backward()
+            loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+            loss.backward()
             raise error
 
-    model, states = tiny_model(), []
+    model = tiny_model()
+    states: list[TrainState] = []
     with pytest.raises(TrainingError, match="lower the batch size") as caught:
         train(model, token_rows(), trainer_class=Hungry, publish=states.append, **QUICK)
     assert "\n" not in str(caught.value) and "batch size now: 8" in str(caught.value)
@@ -241,7 +249,7 @@ def test_out_of_memory_says_what_to_change_and_lets_go(error):
 )
 def test_unknown_arguments_name_the_near_ones(wrong, right):
     with pytest.raises(ConfigError, match=f"{wrong!r} is not a field of TrainingArguments.*{right}"):
-        train(tiny_model(), token_rows(), **{wrong: 1})
+        train(tiny_model(), token_rows(), **dict[str, Any]({wrong: 1}))
 
 
 def test_impossible_arguments_are_one_line():

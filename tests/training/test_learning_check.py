@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from nbpeft.model import LoraConfig, get_peft_model
+from nbpeft.state import TrainState
 from nbpeft.training import track
 from nbpeft.training.learning_check import frozen_head, why_no_gradient
 from tests.training.support import adapt, tiny_base, tiny_model, token_rows
@@ -93,7 +94,7 @@ def test_reentrant_checkpointing_alone_fails_with_the_remedy_in_the_state():
     base = model.get_base_model()
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     base.disable_input_require_grads()
-    states = []
+    states: list[TrainState] = []
     with (
         pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
         pytest.raises(RuntimeError, match="does not require grad"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nbpeft.errors import TrainingError
-from nbpeft.state import MemoryState
+from nbpeft.state import MemoryState, TrainState
 from nbpeft.training.control import RunControl
 from nbpeft.training.run import Run, track
 from tests.training.support import Clock
@@ -35,7 +35,8 @@ class Loop:
 
 
 def test_a_loop_from_start_to_end():
-    loop, states = Loop(), []
+    loop = Loop()
+    states: list[TrainState] = []
     with track(loop.model, total_steps=5, publish=states.append) as run:
         for step in range(5):
             run.step(loop.one(), learning_rate=0.1, tokens=6, epoch=(step + 1) / 5)
@@ -43,14 +44,15 @@ def test_a_loop_from_start_to_end():
     assert (state.status, state.step, state.total_steps) == ("finished", 5, 5)
     assert state.epoch == 1.0 and state.learning_rate == 0.1
     assert [step for step, _ in state.history] == [1, 2, 3, 4, 5]
-    assert state.history[-1][1] == state.loss < state.history[0][1]
-    assert state.message == "" and run.token_count == 30 and state.tokens_per_second > 0
+    assert state.history[-1][1] == state.loss and state.loss < state.history[0][1]
+    assert state.message == "" and run.token_count == 30 and state.tokens_per_second
     assert states[0].status == "running" and states[-1] == state
     json.dumps(asdict(state))
 
 
 def test_publishing_is_throttled_and_the_last_state_always_arrives():
-    loop, states, clock = Loop(), [], Clock()
+    loop, clock = Loop(), Clock()
+    states: list[TrainState] = []
     with track(loop.model, 100, publish=states.append, clock=clock) as run:
         for _ in range(100):
             clock.advance(0.01)
@@ -76,7 +78,12 @@ def test_losses_stay_tensors_until_they_are_published(monkeypatch):
     loop, clock = Loop(), Clock()
     transfers = []
     to_list = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(1) or to_list(self))
+
+    def counted(self):
+        transfers.append(1)
+        return to_list(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
     with track(loop.model, 50, clock=clock) as run:
         for _ in range(50):
             run.step(loop.one())
@@ -121,7 +128,8 @@ def test_stop_asked_for_in_the_last_step_is_a_finished_run():
 
 
 def test_pause_and_resume_do_not_count_as_time():
-    loop, clock, states, control = Loop(), Clock(), [], RunControl()
+    loop, clock, control = Loop(), Clock(), RunControl()
+    states: list[TrainState] = []
     pauses = iter([False, False, True])
 
     def poll():
@@ -143,11 +151,12 @@ def test_pause_and_resume_do_not_count_as_time():
 def test_status_says_stopping_before_the_step_ends():
     loop = Loop()
     with track(loop.model, 10) as run:
-        assert run.state.status == "running"
+        seen = [run.state.status]
         run.control.pause()
-        assert run.state.status == "paused"
+        seen.append(run.state.status)
         run.control.request_stop()
-        assert run.state.status == "stopping"
+        seen.append(run.state.status)
+    assert seen == ["running", "paused", "stopping"]
 
 
 def test_keyboard_interrupt_ends_the_block():
@@ -263,4 +272,4 @@ def test_memory_is_measured_now_and_then():
             clock.advance(0.1)
             run.step(loop.one())
     assert 5 <= len(count) <= 8
-    assert run.state.memory.device == "cpu"
+    assert run.state.memory == MemoryState("cpu", (), None, None)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import peft
@@ -18,7 +19,7 @@ from tests.training.support import adapt, tiny_base, tiny_model, token_rows, wei
 
 
 def arguments(folder: Path, **fields):
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
         "max_steps": 6,
