@@ -1,0 +1,283 @@
+"""The two commands of a fresh machine, and the environment they make."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(folder: str, name: str) -> ModuleType:
+    """A script of the project as a module, its folder on the path while it is loaded."""
+    path = ROOT / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "notebooks"))
+    return module
+
+
+environment = script("notebooks", "environment")
+execute = script("notebooks", "execute")
+notebook_run = script("notebooks", "run")
+tests_run = script("tests", "run")
+
+
+@pytest.mark.parametrize("path", ["notebooks/environment.py", "notebooks/run.py", "tests/run.py"])
+def test_an_old_python_can_parse_what_tells_it_that_it_is_old(path: str) -> None:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 8))
+    top_imports = {
+        (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert top_imports <= {*sys.stdlib_module_names, "environment", "collections.abc", "xml.etree.ElementTree"}
+
+
+def test_an_old_python_is_told_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 9, 2, "final", 0))
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match=r"needs Python 3\.11 or newer, and this is Python 3\.9\.2"):
+        environment.require_python()
+
+
+class FakeInstaller:
+    """Stands for pip: notes what it was asked to install."""
+
+    def __init__(self) -> None:
+        self.installed: list[str] = []
+        self.fails = False
+
+    def __call__(self, venv: Path, command: Sequence[str]) -> None:
+        self.installed.append(command[-1])
+        if self.fails:
+            raise environment.SetupError("no network")
+
+
+@pytest.fixture
+def installer(monkeypatch: pytest.MonkeyPatch) -> FakeInstaller:
+    fake = FakeInstaller()
+    monkeypatch.setattr(environment, "_install", fake)
+    monkeypatch.setattr(environment, "_pip_command", lambda venv: ["pip"])
+    return fake
+
+
+def test_the_environment_is_made_once_and_found_again(installer: FakeInstaller, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    python = environment.ensure("notebook", venv)
+    assert python.exists()
+    assert installer.installed == [".[notebook]", *environment.MODEL_PACKAGES]
+    environment.ensure("notebook", venv)
+    assert len(installer.installed) == 2
+    environment.ensure("test", venv)
+    assert installer.installed[2] == ".[test]"
+    environment.ensure("notebook", venv)
+    assert len(installer.installed) == 4
+
+
+def test_an_interrupted_setup_is_taken_up_again(installer: FakeInstaller, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    environment.ensure("test", venv)
+    environment._stamp_path(venv).unlink()
+    installer.fails = True
+    with pytest.raises(environment.SetupError):
+        environment.ensure("test", venv)
+    installer.fails = False
+    before = len(installer.installed)
+    environment.ensure("test", venv)
+    assert len(installer.installed) == before + 2
+    environment.venv_python(venv).unlink()
+    assert environment.ensure("test", venv).exists()
+
+
+def test_other_dependencies_are_installed_and_other_lint_rules_are_not(
+    installer: FakeInstaller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (project / "pyproject.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(environment, "ROOT", project)
+    first = environment._fingerprint("3.11")
+    (project / "pyproject.toml").write_text(text.replace("max-complexity = 12", "max-complexity = 13"))
+    assert environment._fingerprint("3.11") == first
+    (project / "pyproject.toml").write_text(text.replace('"rich>=13"', '"rich>=12"'))
+    assert environment._fingerprint("3.11") != first
+    (project / "pyproject.toml").write_text(text)
+    assert environment._fingerprint("3.12") != first
+
+
+def test_packages_that_were_cut_off_are_forgotten(tmp_path: Path) -> None:
+    library = tmp_path / ("Lib/site-packages" if sys.platform == "win32" else "lib/python3.11/site-packages")
+    for name, complete in (("whole-1.dist-info", True), ("half-1.dist-info", False), ("~olf", False)):
+        (library / name).mkdir(parents=True)
+        if complete:
+            (library / name / "RECORD").touch()
+    environment._drop_half_installed(tmp_path)
+    assert [path.name for path in library.iterdir()] == ["whole-1.dist-info"]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("WARNING: Retrying: NewConnectionError", "index cannot be reached"),
+        ("ERROR: No matching distribution found for x (from versions: none)", "index cannot be reached"),
+        ("noise\n  OSError: Readme file does not exist: README.md", "Readme file does not exist"),
+    ],
+)
+def test_a_failed_installation_says_why(said: str, message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", f"print({said!r}); raise SystemExit(1)"]
+    with pytest.raises(environment.SetupError, match=message):
+        environment._install(tmp_path, command)
+    assert said in (tmp_path / "nbpeft-setup.log").read_text(encoding="utf-8")
+
+
+def test_a_notebook_is_found_by_name_number_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("01_first", "02_second", "02_second_more"):
+        (tmp_path / f"{name}.ipynb").touch()
+    monkeypatch.setattr(notebook_run, "NOTEBOOKS", tmp_path)
+    find = notebook_run.find
+    assert find("02").name == "02_second.ipynb"
+    assert find("02_second_more").name == "02_second_more.ipynb"
+    assert find(str(tmp_path / "01_first.ipynb")).name == "01_first.ipynb"
+    assert find("03") is None
+
+
+def notebook_of(*cells: tuple[str, bool]) -> nbformat.NotebookNode:
+    notebook = nbformat.v4.new_notebook()
+    for source, tagged in cells:
+        cell = nbformat.v4.new_code_cell(source)
+        if tagged:
+            cell.metadata["tags"] = ["summary"]
+        notebook.cells.append(cell)
+    return notebook
+
+
+@pytest.mark.slow
+def test_a_notebook_is_executed_and_its_summary_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "small.ipynb"
+    nbformat.write(notebook_of(("loss = 0.25", False), ("print(f'final loss: {loss}')", True)), path)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert run_execute(path, out) == 0
+    printed = capsys.readouterr().out
+    assert "final loss  0.25" in printed
+    assert "[2/2] print" in printed
+    assert "final loss: 0.25" in (out / "small.html").read_text(encoding="utf-8")
+    assert nbformat.read(out / "small.ipynb", as_version=4).cells[1].outputs[0].text == "final loss: 0.25\n"
+
+
+@pytest.mark.slow
+def test_a_notebook_that_fails_is_saved_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "small.ipynb"
+    nbformat.write(notebook_of(("print('one: 1')", False), ("1 / 0", False)), path)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert run_execute(path, out) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert nbformat.read(out / "small.ipynb", as_version=4).cells[0].outputs[0].text == "one: 1\n"
+
+
+def run_execute(path: Path, out: Path) -> int:
+    before = sys.argv
+    sys.argv = ["execute.py", str(path), str(out)]
+    try:
+        return execute.main()
+    finally:
+        sys.argv = before
+
+
+def test_key_values_are_taken_from_text_and_results_alone() -> None:
+    cell = nbformat.v4.new_code_cell("")
+    cell.outputs = [
+        nbformat.v4.new_output("stream", text="final loss: \x1b[1m0.25\x1b[0m\nno pair here\nhttps://x.y: no\n"),
+        nbformat.v4.new_output("execute_result", data={"text/plain": "trainable: 1.2 %"}),
+        nbformat.v4.new_output("error", ename="E", evalue="v", traceback=["a: b"]),
+    ]
+    assert execute.key_values(cell) == [("final loss", "0.25"), ("trainable", "1.2 %")]
+
+
+def chosen(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    options, rest = tests_run.parse()
+    return [part.title for part in tests_run.chosen_parts(options, rest, None)]
+
+
+def test_options_choose_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    lint = ["ruff check", "ruff format", "mypy", "import contracts"]
+    assert chosen(monkeypatch=monkeypatch) == [*lint, "quick tests", "slow tests"]
+    assert chosen("--only", "lint", monkeypatch=monkeypatch) == lint
+    assert chosen("--only", "slow", monkeypatch=monkeypatch) == ["slow tests"]
+    assert chosen("-k", "merge", monkeypatch=monkeypatch) == ["quick tests", "slow tests"]
+    assert chosen("--only", "unit", "-x", monkeypatch=monkeypatch) == ["quick tests"]
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Callable[..., object]:
+    def make(status: int, **counts: int) -> object:
+        made = tests_run.Part("tests", [], "do this", report=tmp_path / "report.xml")
+        made.status, made.counts = status, counts
+        return made
+
+    return make
+
+
+def test_the_end_tells_the_counts_and_the_truth(
+    part: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tests_run.conclude([part(0, passed=3, failed=0, skipped=1), part(0, passed=2, failed=0, skipped=0)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "5 passed, 0 failed, 1 skipped"
+    assert tests_run.conclude([part(1, passed=3, failed=1, skipped=0), part(5)]) == 1
+    assert "tests failed: do this." in capsys.readouterr().out
+    assert tests_run.conclude([part(5), part(5)]) == 1
+    assert "No test ran" in capsys.readouterr().out
+
+
+def test_counts_come_from_pytests_report(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    suite = '<testsuites><testsuite tests="9" failures="2" errors="1" skipped="3"/></testsuites>'
+    report.write_text(suite, encoding="utf-8")
+    assert tests_run.read_counts(report) == {"passed": 3, "failed": 3, "skipped": 3}
+
+
+def test_a_part_runs_in_the_environment_and_its_status_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = "import os, sys; sys.exit(3 if os.environ['GIVEN'] == 'yes' and 'PYTHONPATH' not in os.environ else 0)"
+    made = tests_run.Part("part", ["-c", code], "do this", variables={"GIVEN": "yes"})
+    tests_run.run(made, Path(sys.executable))
+    assert made.status == 3
+    assert made.failed
+
+
+def test_the_browser_named_in_the_environment_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser = tmp_path / "browser"
+    browser.touch(mode=0o755)
+    monkeypatch.setenv("CHROMIUM", str(browser))
+    assert tests_run.browser_here(Path(sys.executable)) == str(browser)
+
+
+def test_the_stamp_is_written_whole(tmp_path: Path) -> None:
+    environment._write_stamp(tmp_path, {"extras": ["test"]})
+    assert json.loads(environment._stamp_path(tmp_path).read_text()) == {"extras": ["test"]}
+    environment._stamp_path(tmp_path).write_text('{"extras": [')
+    assert environment._read_stamp(tmp_path) == {}
+
+
+def test_the_ci_script_runs_the_tests_and_hides_nothing() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
+    assert lines[-1].startswith("python3 tests/run.py")
