@@ -14,23 +14,19 @@ import time
 import uuid
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nbpeft.errors import TrainingError
 from nbpeft.state import MemoryState, TrainState, TrainStatus
 from nbpeft.training.adapted import active_names
 from nbpeft.training.control import RunControl
 from nbpeft.training.frames import release_frames
-from nbpeft.training.history import History, Smoothed
 from nbpeft.training.learning_check import LearningCheck, explain_failure
-
-Number = float | Tensor
+from nbpeft.training.record import Number, Record
 
 
 class StopRun(BaseException):  # not an Exception: a loop's ``except Exception`` must not swallow it
@@ -99,25 +95,13 @@ class Run:
         self._status: TrainStatus = "starting"
         self._message = ""
         self._check: LearningCheck | None = None
-        self._step = 0
-        self._first_step = 0
-        self._epoch: float | None = None
-        self._learning_rate: float | None = None
-        self._loss: float | None = None
-        self._smoothed = Smoothed()
-        self._history = History()
-        self._eval_history = History()
-        self._evaluated: tuple[int, float] | None = None
-        self._pending: list[tuple[int, Number]] = []
-        self._tokens: Number = 0
-        self._token_count = 0.0
+        self._record = Record()
         self._memory_state: MemoryState | None = None
         self._memory_at = float("-inf")
         self._started: float | None = None
         self._waited = 0.0
         self._ended: float | None = None
         self._published_at = float("-inf")
-        self._marks: deque[tuple[float, int, float]] = deque(maxlen=60)
 
     # What the loop calls
 
@@ -132,8 +116,7 @@ class Run:
             if total_steps is not None:
                 self.total_steps = total_steps
             if step:
-                self._step = self._first_step = step
-                self._marks.clear()
+                self._record.resume(step)
             if self._status != "starting":
                 return
             self._status = "running"
@@ -165,7 +148,7 @@ class Run:
         """
         if not self.entered:
             raise TrainingError("A run is fed inside its block: `with track(model) as run:` and then run.step(loss=…).")
-        self.record(self._step + 1, loss=loss, learning_rate=learning_rate, tokens=tokens, epoch=epoch)
+        self.record(self._record.step + 1, loss=loss, learning_rate=learning_rate, tokens=tokens, epoch=epoch)
         if self.checkpoint():
             raise StopRun(self)
 
@@ -177,8 +160,7 @@ class Run:
             step: When it was measured; now by default.
         """
         with self._lock:
-            self._evaluated = (self._step if step is None else step, float(loss))
-            self._eval_history.add(*self._evaluated)
+            self._record.add_evaluation(self._record.step if step is None else step, float(loss))
         self.publish()
 
     def record(
@@ -195,17 +177,10 @@ class Run:
         May be called several times a step, as the parts become known.
         """
         with self._lock:
-            advanced, self._step = step > self._step, max(step, self._step)
-            if loss is not None:
-                self._pending.append((step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
-            if tokens is not None:
-                self._tokens = self._tokens + (tokens.detach() if isinstance(tokens, Tensor) else tokens)
-            self._epoch = self._epoch if epoch is None else epoch
-            self._learning_rate = self._learning_rate if learning_rate is None else learning_rate
+            advanced = self._record.add(step, loss, learning_rate, tokens, epoch)
             if advanced and self._check is not None:
-                done = self._step - self._first_step
-                last = self.total_steps is not None and self._step >= self.total_steps
-                self._warn(self._check.after_step(done, last=last))
+                last = self.total_steps is not None and self._record.step >= self.total_steps
+                self._warn(self._check.after_step(self._steps_done, last=last))
         self.publish()
 
     def note(self, message: str) -> None:
@@ -227,7 +202,7 @@ class Run:
         if waited:
             with self._lock:
                 self._waited += self._clock() - before
-                self._marks.clear()
+                self._record.forget_pace()
             self.publish(force=True)
         return stop
 
@@ -243,8 +218,8 @@ class Run:
                 return
             self._ended = self._clock()
             if self._check is not None:
-                if status == "finished" and self._step > self._first_step:
-                    self._warn(self._check.after_step(self._step - self._first_step, last=True))
+                if status == "finished" and self._steps_done:
+                    self._warn(self._check.after_step(self._steps_done, last=True))
                 self._check.close()
                 self._check = None
             self._status = status
@@ -290,7 +265,7 @@ class Run:
                 return
             self._published_at = now
             self._take_in()
-            self._marks.append((self._elapsed(), self._step, self._token_count))
+            self._record.mark(self._elapsed())
             self._measure_memory(now)
             state = self._build()
         if self._publish_to is None:
@@ -304,21 +279,25 @@ class Run:
         """``stopped at step 12``, with the reason where one was given."""
         reason = f": {self.control.reason}" if self.control.reason else ""
         note = f" · {self._message}" if self._message else ""
-        return f"stopped at step {self._step}{reason}{note}"
+        return f"stopped at step {self._record.step}{reason}{note}"
 
     @property
     def token_count(self) -> int:
         """Input tokens seen so far."""
         with self._lock:
             self._take_in()
-            return int(self._token_count)
+            return int(self._record.token_count)
 
     @property
     def cut_short(self) -> bool:
         """Whether the run ends, or has ended, before its last step because somebody asked for it."""
-        return self.control.stop_requested and (self.total_steps is None or self._step < self.total_steps)
+        return self.control.stop_requested and (self.total_steps is None or self._record.step < self.total_steps)
 
     # Inside
+
+    @property
+    def _steps_done(self) -> int:
+        return self._record.step - self._record.first_step
 
     def _elapsed(self) -> float:
         if self._started is None:
@@ -326,16 +305,9 @@ class Run:
         return (self._clock() if self._ended is None else self._ended) - self._started - self._waited
 
     def _take_in(self) -> None:
-        """Turns pending tensors into numbers: the only place that waits for a device."""
-        pending, self._pending = self._pending, []
-        for step, value in zip((step for step, _ in pending), _numbers([loss for _, loss in pending]), strict=True):
-            self._loss = value
-            self._smoothed.add(value)
-            self._history.add(step, value)
-            if value != value and "NaN" not in self._message:
-                self._warn(f"The loss is NaN since step {step}: try a lower learning rate, or look at the labels.")
-        tokens, self._tokens = self._tokens, 0
-        self._token_count += float(tokens)
+        lost = self._record.take_in()
+        if lost is not None and "NaN" not in self._message:
+            self._warn(f"The loss is NaN since step {lost}: try a lower learning rate, or look at the labels.")
 
     def _measure_memory(self, now: float) -> None:
         if self._memory is not None and now - self._memory_at >= self.memory_interval:
@@ -346,45 +318,34 @@ class Run:
                 self._memory = None
                 self._warn_once(f"Memory cannot be measured ({type(error).__name__}: {error}); training goes on.")
 
-    def _speed(self) -> tuple[float | None, float | None]:
-        """Seconds per step and tokens per second over the last marks."""
-        marks = self._marks
-        if self._ended is not None and self._started is not None:
-            first, last = (0.0, self._first_step, 0.0), (self._elapsed(), self._step, self._token_count)
-        elif len(marks) >= 2:
-            first, last = marks[0], (self._elapsed(), self._step, self._token_count)
-        else:
-            return None, None
-        seconds, steps, tokens = (after - before for before, after in zip(first, last, strict=True))
-        return (seconds / steps if steps else None, tokens / seconds if seconds and tokens else None)
-
     def _build(self) -> TrainState:
         status = self._status
         if status == "running" and self.control.stop_requested:
             status = "stopping"
         elif status == "running" and self.control.paused:
             status = "paused"
-        pace, tokens_per_second = self._speed()
+        record, elapsed = self._record, self._elapsed()
+        pace, tokens_per_second = record.pace(elapsed, overall=self._ended is not None)
         remaining = None
         if pace is not None and self.total_steps is not None and self._ended is None:
-            remaining = max(0.0, (self.total_steps - self._step) * pace)
+            remaining = max(0.0, (self.total_steps - record.step) * pace)
         return TrainState(
             run_id=self.run_id,
             adapter=self.adapter,
             status=status,
-            step=self._step,
+            step=record.step,
             total_steps=self.total_steps,
-            epoch=self._epoch,
-            loss=self._loss,
-            smoothed_loss=self._smoothed.value,
-            eval_loss=self._evaluated[1] if self._evaluated else None,
-            eval_step=self._evaluated[0] if self._evaluated else None,
-            learning_rate=self._learning_rate,
+            epoch=record.epoch,
+            loss=record.loss,
+            smoothed_loss=record.smoothed.value,
+            eval_loss=record.evaluated[1] if record.evaluated else None,
+            eval_step=record.evaluated[0] if record.evaluated else None,
+            learning_rate=record.learning_rate,
             tokens_per_second=tokens_per_second,
-            elapsed=self._elapsed(),
+            elapsed=elapsed,
             remaining=remaining,
-            history=self._history.points(),
-            eval_history=self._eval_history.points(),
+            history=record.history.points(),
+            eval_history=record.eval_history.points(),
             memory=self._memory_state,
             message=self._message,
         )
@@ -398,15 +359,6 @@ class Run:
         if not self._display_failed:
             self._display_failed = True
             warnings.warn(message, stacklevel=3)
-
-
-def _numbers(values: list[Number]) -> list[float]:
-    """Values as floats, with one transfer for all tensors of a device."""
-    tensors = [value.reshape(()).float() for value in values if isinstance(value, Tensor)]
-    if len({tensor.device for tensor in tensors}) == 1:
-        moved = iter(torch.stack(tensors).tolist())
-        return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
-    return [float(value) for value in values]
 
 
 def track(

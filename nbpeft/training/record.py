@@ -1,0 +1,103 @@
+"""What a run has told about itself: steps, losses, tokens, and the speed that follows."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from nbpeft.training.history import History, Smoothed
+
+Number = float | Tensor
+
+
+class Record:
+    """The numbers of one run.
+
+    Losses and token counts may be tensors; they are turned into numbers together, in
+    ``take_in``, which is the only place that waits for a device.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.first_step = 0
+        """Steps done before this run, where it was resumed."""
+        self.epoch: float | None = None
+        self.learning_rate: float | None = None
+        self.loss: float | None = None
+        self.token_count = 0.0
+        self.evaluated: tuple[int, float] | None = None
+        self.smoothed = Smoothed()
+        self.history = History()
+        self.eval_history = History()
+        self._pending: list[tuple[int, Number]] = []
+        self._pending_tokens: Number = 0
+        self._marks: deque[tuple[float, int, float]] = deque(maxlen=60)
+
+    def resume(self, step: int) -> None:
+        """Starts counting at a step that was done before."""
+        self.step = self.first_step = step
+        self.forget_pace()
+
+    def add(
+        self,
+        step: int,
+        loss: Number | None,
+        learning_rate: float | None,
+        tokens: Number | None,
+        epoch: float | None,
+    ) -> bool:
+        """Notes what is known about a step. Returns whether it is a new one."""
+        advanced, self.step = step > self.step, max(step, self.step)
+        if loss is not None:
+            self._pending.append((step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
+        if tokens is not None:
+            self._pending_tokens = self._pending_tokens + (tokens.detach() if isinstance(tokens, Tensor) else tokens)
+        self.epoch = self.epoch if epoch is None else epoch
+        self.learning_rate = self.learning_rate if learning_rate is None else learning_rate
+        return advanced
+
+    def add_evaluation(self, step: int, loss: float) -> None:
+        """Notes a loss on held-out data."""
+        self.evaluated = (step, loss)
+        self.eval_history.add(step, loss)
+
+    def take_in(self) -> int | None:
+        """Turns what is pending into numbers. Returns the first new step whose loss is NaN."""
+        pending, self._pending = self._pending, []
+        lost = None
+        for (step, _), value in zip(pending, _numbers([loss for _, loss in pending]), strict=True):
+            self.loss = value
+            self.smoothed.add(value)
+            self.history.add(step, value)
+            if lost is None and value != value:
+                lost = step
+        tokens, self._pending_tokens = self._pending_tokens, 0
+        self.token_count += float(tokens)
+        return lost
+
+    def mark(self, elapsed: float) -> None:
+        """Remembers where the run is now, to tell its pace later."""
+        self._marks.append((elapsed, self.step, self.token_count))
+
+    def forget_pace(self) -> None:
+        """After a pause, what was before says nothing about the pace."""
+        self._marks.clear()
+
+    def pace(self, elapsed: float, *, overall: bool) -> tuple[float | None, float | None]:
+        """Seconds per step and tokens per second, lately or over the whole run; None: not known."""
+        if not overall and not self._marks:
+            return None, None
+        first = (0.0, self.first_step, 0.0) if overall else self._marks[0]
+        seconds, steps, tokens = elapsed - first[0], self.step - first[1], self.token_count - first[2]
+        return (seconds / steps if steps else None, tokens / seconds if seconds and tokens else None)
+
+
+def _numbers(values: list[Number]) -> list[float]:
+    """Values as floats, with one transfer for all tensors of a device."""
+    tensors = [value.reshape(()).float() for value in values if isinstance(value, Tensor)]
+    if len({tensor.device for tensor in tensors}) == 1:
+        moved = iter(torch.stack(tensors).tolist())
+        return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+    return [float(value) for value in values]
