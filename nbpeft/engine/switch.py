@@ -52,7 +52,7 @@ class Rows:
                 )
             index = torch.tensor(self.index, dtype=torch.long, device=device)
             found = self.cache[key] = index.repeat_interleave(repeats)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def rows_of(self, name: str, batch: int, device: torch.device) -> Tensor:
         """Row numbers, int64, that an adapter serves."""
@@ -61,7 +61,7 @@ class Rows:
         if found is None:
             found = (self.expanded(batch, device) == self.names.index(name)).nonzero().flatten()
             self.cache[key] = found
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 @dataclass(frozen=True)
