@@ -27,6 +27,13 @@ def active_names(model: Any) -> tuple[str, ...]:
     return tuple(names() if callable(names) else names)
 
 
+def trained_names(model: Any) -> tuple[str, ...]:
+    """Names of the active adapters that train; all active ones where none does."""
+    names = active_names(model)
+    frozen = getattr(getattr(model, "manager", None), "frozen", ())
+    return tuple(name for name in names if name not in frozen) or names
+
+
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and parameter of everything that is trained."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -79,6 +79,7 @@ def build_arguments(
         "learning_rate": 2e-4,
         "logging_strategy": "steps",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",

@@ -91,6 +91,12 @@ def train(
 def _can_train(model: nn.Module) -> None:
     if not is_adapted(model):
         raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
+    manager: Any = getattr(model, "manager", None)
+    if getattr(manager, "merged", ()):
+        names = ", ".join(map(repr, manager.merged))
+        raise TrainingError(f"Merged adapters cannot be trained ({names}): unmerge first.")
+    if not getattr(manager, "enabled", True):
+        raise TrainingError("The adapters are off, so that nothing would be learned: enable them first.")
     if next(trainable(model), None) is None:
         names = ", ".join(map(repr, active_names(model))) or "none"
         raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
@@ -132,6 +138,9 @@ def _fit(
         return metrics
     finally:
         if trainer is not None:
+            noise = getattr(trainer, "neftune_hook_handle", None)  # an interrupted Trainer leaves it on
+            if noise is not None:
+                noise.remove()
             trainer.accelerator.free_memory()
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None

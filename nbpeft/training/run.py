@@ -22,7 +22,7 @@ from torch import nn
 
 from nbpeft.errors import TrainingError
 from nbpeft.state import MemoryState, TrainState, TrainStatus
-from nbpeft.training.adapted import active_names
+from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
 from nbpeft.training.frames import release_frames
 from nbpeft.training.learning_check import LearningCheck, explain_failure
@@ -83,7 +83,7 @@ class Run:
     ) -> None:
         self.control = control if control is not None else RunControl()
         self.run_id = uuid.uuid4().hex[:8]
-        self.adapter = ", ".join(active_names(model)) if adapter is None else adapter
+        self.adapter = ", ".join(trained_names(model)) if adapter is None else adapter
         self.total_steps = total_steps
         self._model = weakref.ref(model)
         self._publish_to = publish

@@ -271,6 +271,48 @@ def test_models_that_cannot_train_are_refused_at_once():
         train(model, token_rows())
 
 
+def test_adapters_that_do_not_act_are_refused():
+    model = tiny_model()
+    model.merge_adapter()
+    with pytest.raises(TrainingError, match=r"Merged adapters cannot be trained \('default'\)"):
+        train(model, token_rows())
+    model.unmerge_adapter()
+    with model.disable_adapter(), pytest.raises(TrainingError, match="adapters are off"):
+        train(model, token_rows())
+
+
+def test_the_run_is_named_after_what_trains():
+    from nbpeft.model import LoraConfig
+
+    model = tiny_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.manager.activate(["default", "other"])
+    model.manager.freeze("other")
+    assert train(model, token_rows(), **QUICK).adapter == "default"
+    model.manager.unfreeze("other")
+    assert train(model, token_rows(), **QUICK).adapter == "default, other"
+
+
+def test_a_loss_that_is_nan_is_said():
+    class Lost(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss: Any = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 3 else loss
+
+    with pytest.warns(UserWarning, match="The loss is NaN since step 4"):
+        result = train(tiny_model(), token_rows(), trainer_class=Lost, **QUICK)
+    assert "NaN since step 4" in str(result)
+
+
+def test_an_interrupted_run_leaves_no_noise_on_the_embeddings():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    model = tiny_model()
+    train(model, token_rows(), callbacks=[At(2, interrupt)], neftune_noise_alpha=5.0, **QUICK)
+    assert not model.get_input_embeddings()._forward_hooks
+
+
 def test_best_model_with_one_argument():
     model = tiny_model()
     result = train(
