@@ -12,6 +12,8 @@ from nbpeft.model.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from nbpeft.model.combining import Combined, CombinedLayerLoss
+from nbpeft.model.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tasks import (
@@ -35,6 +37,8 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "Combined",
+    "CombinedLayerLoss",
     "LayerStatus",
     "LoraConfig",
     "LoraRuntimeConfig",
@@ -53,7 +57,10 @@ __all__ = [
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "prepare_model_for_compiled_hotswap",
     "set_peft_model_state_dict",
 ]

@@ -20,7 +20,7 @@ from nbpeft.engine.plan import InjectionPlan, walk
 from nbpeft.errors import AdapterError, AdapterExistsError, MergeError
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
-_HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
+HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
 _ROOT_ADAPTER = "default"
 
 
@@ -82,7 +82,7 @@ def load(
         )
     if manager.merged:
         raise MergeError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before loading an adapter")
-    hub = {key: value for key, value in loading.options.items() if key in _HUB_OPTIONS and value is not None}
+    hub = {key: value for key, value in loading.options.items() if key in HUB_OPTIONS and value is not None}
     saved = checkpoint.read_checkpoint(str(source), device=_device(manager, loading), **hub)
     config = (loading.config or saved.config).copy(inference_mode=not loading.trainable)
     note = checkpoint.compare(saved.metadata, manager.model)

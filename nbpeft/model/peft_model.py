@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import BASE_NAME, AdapterManager
 from nbpeft.engine.switch import Active, Rows
 from nbpeft.errors import AdapterError, StaleModelError
@@ -36,7 +36,19 @@ class PeftModel(nn.Module):
     """
 
     base_model: AdapterTuner
+    task: ClassVar[TaskType | None] = None
     _hf_peft_config_loaded = True
+    _by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "task" in cls.__dict__ and cls.task is not None:
+            PeftModel._by_task.setdefault(cls.task, cls)
+
+    @staticmethod
+    def for_task(config: AdapterConfig) -> type[PeftModel]:
+        """The handle class of a config's task."""
+        return PeftModel if config.task_type is None else PeftModel._by_task[TaskType(config.task_type)]
 
     def __init__(
         self,
@@ -303,15 +315,13 @@ class PeftModel(nn.Module):
             AdapterExistsError: the base already carries an adapter of that name.
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
-        from nbpeft.model.tasks import class_for
-
         known = AdapterManager.of(model)
         manager = known or AdapterManager(model)
         loading = files.Loading(adapter_name, is_trainable, config, not autocast_adapter_dtype, key_mapping, kwargs)
         files.load(manager, model_id, loading)
         if manager.active != (adapter_name,):
             manager.activate(adapter_name)
-        chosen = class_for(manager.configs[adapter_name]) if cls is PeftModel else cls
+        chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
         handle = chosen.over(model, manager)
         handle.eval() if not is_trainable else handle.train(model.training)
         return handle

@@ -9,6 +9,7 @@ from torch import nn
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import method_of
 from nbpeft.model.counting import parameter_counts
+from nbpeft.model.tensors import manager_of
 
 
 @dataclass
@@ -46,8 +47,6 @@ class ModelStatus:
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """One record for each adapted layer of a handle or an adapted base model."""
-    from nbpeft.model.tensors import manager_of
-
     manager = manager_of(model)
     return [_layer(manager, path) for path in manager.layers]
 
@@ -70,8 +69,6 @@ def _layer(manager: AdapterManager, path: str) -> LayerStatus:
 
 def get_model_status(model: nn.Module) -> ModelStatus:
     """One record for a handle or an adapted base model."""
-    from nbpeft.model.tensors import manager_of
-
     manager = manager_of(model)
     trainable, total = parameter_counts(model)
     parameters = {name: manager.parameters(name) for name in manager.names}

@@ -42,6 +42,8 @@ class _TaskModel(PeftModel):
 class PeftModelForCausalLM(_TaskModel):
     """A causal language model with adapters."""
 
+    task = TaskType.CAUSAL_LM
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -59,6 +61,8 @@ class PeftModelForCausalLM(_TaskModel):
 
 class PeftModelForSeq2SeqLM(_TaskModel):
     """A sequence-to-sequence language model with adapters."""
+
+    task = TaskType.SEQ_2_SEQ_LM
 
     def forward(  # type: ignore[override]
         self,
@@ -97,18 +101,21 @@ class _Encoder(_TaskModel):
 class PeftModelForSequenceClassification(_Encoder):
     """A sequence classifier with adapters; its head is trained and saved along."""
 
+    task = TaskType.SEQ_CLS
     heads = ("classifier", "score")
 
 
 class PeftModelForTokenClassification(_Encoder):
     """A token classifier with adapters; its head is trained and saved along."""
 
+    task = TaskType.TOKEN_CLS
     heads = ("classifier", "score")
 
 
 class PeftModelForQuestionAnswering(_TaskModel):
     """An extractive question answering model with adapters; its head is trained and saved along."""
 
+    task = TaskType.QUESTION_ANS
     heads = ("qa_outputs",)
 
     def forward(  # type: ignore[override]
@@ -132,6 +139,8 @@ class PeftModelForQuestionAnswering(_TaskModel):
 class PeftModelForFeatureExtraction(_TaskModel):
     """A feature extractor with adapters."""
 
+    task = TaskType.FEATURE_EXTRACTION
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -146,23 +155,8 @@ class PeftModelForFeatureExtraction(_TaskModel):
         return self._run((), _named(locals()), kwargs)
 
 
-_CLASSES: dict[TaskType, type[PeftModel]] = {
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
-
-
 def _named(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("self", "kwargs", "__class__")}
-
-
-def class_for(config: AdapterConfig) -> type[PeftModel]:
-    """The handle class of a config's task."""
-    return PeftModel if config.task_type is None else _CLASSES[TaskType(config.task_type)]
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -211,7 +205,7 @@ def get_peft_model(
             stacklevel=2,
         )
     config = peft_config.copy(revision=revision) if revision is not None else peft_config
-    return class_for(config)(base, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    return PeftModel.for_task(config)(base, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def inject_adapter_in_model(

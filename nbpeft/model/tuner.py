@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft.engine.combine import Recipe
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.model.combining import Combined, combine_adapters
 
 
 class AdapterTuner(nn.Module):
@@ -65,6 +67,33 @@ class AdapterTuner(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter out."""
         self.manager.remove(adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> Combined:
+        """Makes a new adapter of a weighted combination of others; it starts frozen and inactive.
+
+        Types of PEFT's name give PEFT's numbers under the same seed, but with the right scaling for
+        rsLoRA and a rank for each layer where a pattern asks for it. ``exact`` is the weighted sum
+        of the true deltas, DoRA's included. See ``nbpeft.engine.combine.Recipe`` for the rest.
+
+        Returns:
+            What was made and how much of the true weighted delta was lost, layer by layer.
+        """
+        recipe = Recipe(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        return combine_adapters(self.manager, list(adapters), list(weights), adapter_name, recipe)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Folds adapters (default: the active ones) into the base weights."""

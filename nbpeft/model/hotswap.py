@@ -1,0 +1,236 @@
+"""Hot-swapping saved adapters, under PEFT's names."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.hotswap import Swapped, prepare_for_hotswap, swap
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.registry import method_of
+from nbpeft.errors import ConfigError, HotSwapError, did_you_mean
+from nbpeft.model.files import HUB_OPTIONS, embedding_weights
+from nbpeft.model.tensors import manager_of
+
+_CHECKS = ("error", "warn", "ignore")
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    torch_device: str | None = None,
+    *,
+    validate: Callable[[nn.Module], object] | None = None,
+    **kwargs: Any,
+) -> Swapped:
+    """Puts a saved adapter in the place of one that is on the model, which keeps its name.
+
+    Everything is checked before the first byte is copied. Tensors are overwritten in place, so a
+    compiled model that was prepared with ``prepare_model_for_compiled_hotswap`` goes on without
+    compiling again. A slot of a model that is not compiled grows if the new rank needs it.
+
+    Args:
+        model: a PeftModel, compiled or not, or an adapted base model.
+        model_name_or_path: a folder or a hub id.
+        adapter_name: what to replace.
+        torch_device: where to read the file to; the CPU if None.
+        validate: called with the model once the new adapter is in place and alone active; if it
+            returns False or raises, the old adapter is put back, bit for bit.
+        **kwargs: ``config`` to use instead of the saved one, ``key_mapping``, and hub options:
+            ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
+
+    Raises:
+        HotSwapError: the adapter cannot take the slot, or was refused by ``validate``.
+        CheckpointError: the checkpoint cannot be read or belongs to another base.
+    """
+    manager = manager_of(model)
+    manager.require(adapter_name)
+    hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
+    saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
+    note = checkpoint.compare(saved.metadata, manager.model)
+    config = kwargs.get("config") or saved.config
+    swapped = _swap(model, manager, adapter_name, config, saved.tensors, kwargs.get("key_mapping"), validate)
+    if note is not None and not note.startswith("the adapter does not say"):
+        warnings.warn(note, stacklevel=2)
+    return swapped
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: AdapterConfig,
+    parameter_prefix: str = "lora_",
+    *,
+    validate: Callable[[nn.Module], object] | None = None,
+) -> Swapped:
+    """As ``hotswap_adapter``, with tensors that are in memory.
+
+    Args:
+        model: a PeftModel, compiled or not, or an adapted base model.
+        state_dict: tensors under the keys of a file, or of a PEFT model, which have the adapter's
+            name behind the parameter's.
+        adapter_name: what to replace.
+        config: config of the new adapter.
+        parameter_prefix: accepted for PEFT's sake; keys are matched whole.
+        validate: see ``hotswap_adapter``.
+    """
+    manager = manager_of(model)
+    manager.require(adapter_name)
+    plain = {_without_name(key, adapter_name): tensor for key, tensor in state_dict.items()}
+    return _swap(model, manager, adapter_name, config, plain, None, validate)
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: AdapterConfig | Mapping[str, AdapterConfig] | None = None,
+    check_compiled: str = "error",
+) -> None:
+    """Makes a model ready to be compiled and then hot-swapped without compiling again.
+
+    Call it after the first adapter is loaded and before ``torch.compile``. Outputs stay equal.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        target_rank: the largest rank to come; factors are padded with zeros to it. None: they stay.
+        config: configs to set to the target rank too, with an alpha that keeps every scaling.
+            Not needed here: saving writes the true rank, without the padding.
+        check_compiled: what to do if the model is compiled already: "error", "warn" or "ignore".
+
+    Raises:
+        HotSwapError: the model is compiled already, has no adapter, or one of larger rank.
+        ConfigError: ``check_compiled`` is none of the three, or a layer cannot take the rank.
+    """
+    if check_compiled not in _CHECKS:
+        raise ConfigError(
+            f"check_compiled must be one of {', '.join(map(repr, _CHECKS))}, not {check_compiled!r}."
+            + did_you_mean(str(check_compiled), _CHECKS)
+        )
+    if _compiled(model) and check_compiled != "ignore":
+        problem = "call prepare_model_for_compiled_hotswap before compiling the model"
+        if check_compiled == "error":
+            raise HotSwapError(problem)
+        warnings.warn(f"{problem}: it will compile again", stacklevel=2)
+    found = AdapterManager.of(getattr(model, "_orig_mod", model)) or getattr(model, "manager", None)
+    if not isinstance(found, AdapterManager):
+        raise HotSwapError("the model has no adapter layers: load the first adapter before preparing for hot-swapping")
+    prepare_for_hotswap(found, target_rank)
+    if target_rank is None or config is None:
+        return
+    given = config.values() if isinstance(config, Mapping) else [config]
+    names = {id(own): name for name, own in found.configs.items()}
+    for one in given:
+        name = names.get(id(one))
+        paths = [] if name is None else [path for path, layer in found.layers.items() if name in layer.adapters]
+        _at_rank(one, target_rank, paths)
+
+
+def _at_rank(config: Any, rank: int, paths: list[str]) -> None:
+    """Sets a config to one rank for all layers and keeps the scaling of each."""
+    factor = math.sqrt(rank) if config.use_rslora else rank
+    scalings = {path: config.scaling_at(path) for path in paths}
+    usual = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    others = {path: scaling * factor for path, scaling in scalings.items() if scaling != usual}
+    config.r, config.lora_alpha, config.rank_pattern = rank, usual * factor, {}
+    config.alpha_pattern = dict(sorted(others.items(), key=lambda item: -len(item[0])))
+
+
+def _swap(
+    model: nn.Module,
+    manager: AdapterManager,
+    name: str,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    key_mapping: Mapping[str, str] | None,
+    validate: Callable[[nn.Module], object] | None,
+) -> Swapped:
+    loaded = checkpoint.from_file(
+        tensors, _expected(manager, name, config), peft_type=str(config.peft_type), key_mapping=key_mapping
+    )
+    if loaded.unexpected:
+        shown = ", ".join(loaded.unexpected[:3])
+        more = f" and {len(loaded.unexpected) - 3} more" if len(loaded.unexpected) > 3 else ""
+        raise HotSwapError(
+            f"unexpected keys found: the slot {name!r} has no place for {shown}{more}; "
+            "load the adapter under another name",
+            unexpected=tuple(loaded.unexpected),
+        )
+    _leave_embeddings_out(manager, name, loaded.weights)
+    check = None if validate is None else lambda: validate(model)
+    return swap(manager, name, config, loaded.weights, grow=not _compiled(model), validate=check)
+
+
+def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Expected:
+    """What a file with this config may hold for a slot.
+
+    Raises:
+        HotSwapError: the config is of another method, or its rank impossible for a layer.
+    """
+    label, slot_label = method_of(config).label, method_of(manager.configs[name]).label
+    if label != slot_label:
+        raise HotSwapError(
+            f"adapter {name!r} is {slot_label} and cannot be swapped for {label}; load that under another name",
+            name=name,
+        )
+    adapters: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, layer in manager.layers.items():
+        if name in layer.adapters._modules:
+            kind = type(layer.adapter(name))
+            try:
+                adapters[path] = kind.parameter_shapes(config, path, layer.base_layer, layer.host)
+            except ConfigError as error:
+                raise HotSwapError(str(error)) from None
+    weights = manager.weights(name)
+    embeddings = embedding_weights(manager.model)
+    return checkpoint.Expected(
+        adapters=adapters,
+        copies={path: _shapes(named) for path, named in weights.copies.items()},
+        base=_shapes(weights.base),
+        optional=_shapes({key: v for key, v in embeddings.items() if key.rpartition(".")[0] not in weights.copies}),
+    )
+
+
+def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:
+    """Embeddings in the file that are the base's own need no swap; others cannot be swapped."""
+    own = manager.weights(name).base
+    present = embedding_weights(manager.model)
+    for key in [key for key in weights.base if key not in own]:
+        if not torch.equal(weights.base[key].to(present[key]), present[key]):
+            raise HotSwapError(f"the new adapter brings its own {key}, which every adapter shares; load it instead")
+        del weights.base[key]
+
+
+def _without_name(key: str, name: str) -> str:
+    """``path.lora_A.default.weight`` -> ``path.lora_A.weight``, ``path.lora_embedding_A.default`` -> without."""
+    parts = key.removeprefix("_orig_mod.").split(".")
+    for position in (-1, -2):
+        if len(parts) > 2 and parts[position] == name and parts[position - 1].startswith("lora_"):
+            del parts[position]
+            break
+    else:
+        for position in range(len(parts) - 1):
+            if parts[position : position + 2] == ["modules_to_save", name]:
+                del parts[position : position + 2]
+                break
+    if parts[-2:] == ["lora_magnitude_vector", "weight"]:
+        del parts[-1]
+    return ".".join(parts)
+
+
+def _compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or bool(getattr(model, "_compiled_call_impl", None))
+
+
+def _shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in named.items()}

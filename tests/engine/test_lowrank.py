@@ -1,0 +1,144 @@
+"""The low-rank function: gradients, what it keeps, and where it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nbpeft.engine.adapter import Dropout
+from nbpeft.engine.lowrank import FactorBank, keep_mask, keep_scale, low_rank_linear, seeded_dropout
+
+NONE = Dropout(0.0, False)
+
+
+def factors(rank: int = 3, inputs: int = 8, outputs: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(4, 5, inputs), (rank, inputs), (outputs, rank)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def plain(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return F.linear(F.linear(x.to(lora_A.dtype), lora_A), lora_B) * scaling
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_gradcheck(probability: float) -> None:
+    x, lora_A, lora_B = factors()
+
+    def run(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return low_rank_linear(*inputs, 1.7, Dropout(probability, True))
+
+    assert torch.autograd.gradcheck(run, (x, lora_A, lora_B))
+
+
+def test_second_derivatives() -> None:
+    x, lora_A, lora_B = factors(rank=2, inputs=3, outputs=2)
+    assert torch.autograd.gradgradcheck(lambda *inputs: low_rank_linear(*inputs, 0.5, NONE), (x, lora_A, lora_B))
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_plain_composition(base_dtype: torch.dtype) -> None:
+    x, lora_A, lora_B = factors(dtype=torch.float32)
+    x = x.detach().to(base_dtype).requires_grad_()
+    results = []
+    for function in (lambda: low_rank_linear(x, lora_A, lora_B, 2.0, NONE), lambda: plain(x, lora_A, lora_B, 2.0)):
+        results.append(torch.autograd.grad(function().square().sum(), (x, lora_A, lora_B)))
+    for own, composed in zip(*results, strict=True):
+        assert own.dtype == composed.dtype
+        assert torch.allclose(own, composed, rtol=1e-5, atol=1e-5)
+
+
+def test_keeps_only_the_input_for_backward() -> None:
+    x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    lora_A, lora_B = torch.randn(4, 32, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+    kept: set[int] = set()
+    own = {t.untyped_storage().data_ptr() for t in (x, lora_A, lora_B)}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(0.5, True))
+    assert kept <= own
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_draws_the_same_mask_again(reentrant: bool) -> None:
+    x, lora_A, lora_B = factors(dtype=torch.float32)
+    dropout = Dropout(0.4, True)
+
+    def gradients(run: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(11)
+        return torch.autograd.grad(run().square().sum(), (x, lora_A, lora_B))
+
+    direct = gradients(lambda: low_rank_linear(x, lora_A, lora_B, 2.0, dropout))
+    if reentrant:
+        for tensor in (x, lora_A, lora_B):
+            tensor.grad = None
+        torch.manual_seed(11)
+        checkpoint(
+            lambda i: low_rank_linear(i, lora_A, lora_B, 2.0, dropout), x, use_reentrant=True
+        ).square().sum().backward()
+        again = tuple(t.grad for t in (x, lora_A, lora_B))
+    else:
+        again = gradients(
+            lambda: checkpoint(lambda i: low_rank_linear(i, lora_A, lora_B, 2.0, dropout), x, use_reentrant=False)
+        )
+    assert all(torch.equal(first, second) for first, second in zip(direct, again, strict=True))
+
+
+def test_autocast_computes_in_its_dtype_in_both_directions() -> None:
+    x, lora_A, lora_B = factors(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = low_rank_linear(x, lora_A, lora_B, 2.0, NONE)
+        composed = plain(x, lora_A, lora_B, 2.0)
+    assert own.dtype == composed.dtype == torch.bfloat16
+    assert torch.allclose(own, composed, rtol=2e-2, atol=5e-2)
+    gradients = torch.autograd.grad(own.float().sum(), (x, lora_A, lora_B))
+    assert [gradient.dtype for gradient in gradients] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
+def test_the_mask_keeps_the_right_share_everywhere(probability: float) -> None:
+    mask = keep_mask(torch.Size([500, 401]), probability, 7, torch.device("cpu"), torch.float32)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(mask.mean()) - (1 - probability)) < 5 * (probability * (1 - probability) / mask.numel()) ** 0.5
+    for lane in range(4):
+        assert abs(float(mask.view(-1)[lane::4].mean()) - (1 - probability)) < 0.01
+    assert keep_scale(probability) == pytest.approx(1 / (1 - probability), rel=1e-4)
+
+
+def test_different_calls_draw_different_masks_and_a_seed_the_same() -> None:
+    x = torch.ones(50, 40)
+    dropout = Dropout(0.5, True)
+    torch.manual_seed(1)
+    first, second = seeded_dropout(x, dropout), seeded_dropout(x, dropout)
+    torch.manual_seed(1)
+    assert torch.equal(first, seeded_dropout(x, dropout)) and not torch.equal(first, second)
+    assert seeded_dropout(x, Dropout(0.5, False)) is x
+
+
+def test_everything_dropped_gives_zero() -> None:
+    x, lora_A, lora_B = factors(dtype=torch.float32)
+    assert not low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(1.0, True)).any()
+
+
+def test_a_bank_serves_each_row_with_its_own_factors() -> None:
+    x = torch.randn(5, 3, 8)
+    pairs = [(torch.randn(rank, 8), torch.randn(6, rank), scaling) for rank, scaling in ((2, 0.5), (4, 3.0))]
+    bank = FactorBank([pairs[0], None, pairs[1]])
+    index = torch.tensor([2, 0, -1, 1, 2])
+    delta = bank.delta(x, index)
+    for row, place in enumerate(index.tolist()):
+        if place in (-1, 1):
+            assert not delta[row].any()
+        else:
+            lora_A, lora_B, scaling = pairs[0 if place == 0 else 1]
+            assert torch.allclose(delta[row], plain(x[row], lora_A, lora_B, scaling), atol=1e-5)

@@ -1,0 +1,95 @@
+"""Switching: what a running call sees, and who waits for whom."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+
+from nbpeft.engine.switch import NOTHING, Active, Rows, Switch
+from nbpeft.errors import AdapterError, BusyError
+
+
+def test_a_running_call_keeps_what_it_started_with() -> None:
+    switch = Switch()
+    switch.live = Active(("a",), (1.0,))
+    seen = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with switch.call():
+            seen.append(switch.current().names)
+            started.set()
+            go_on.wait(5)
+            with switch.call():
+                seen.append(switch.current().names)
+        seen.append(switch.current().names)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    started.wait(5)
+    switch.live = Active(("b",), (1.0,))
+    assert switch.current().names == ("b",)
+    go_on.set()
+    thread.join(5)
+    assert seen == [("a",), ("a",), ("b",)]
+
+
+def test_changes_wait_for_calls_and_calls_for_changes() -> None:
+    switch = Switch()
+    order: list[str] = []
+    inside = threading.Event()
+
+    def call() -> None:
+        with switch.call():
+            inside.set()
+            time.sleep(0.05)
+            order.append("call")
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    inside.wait(5)
+    with switch.exclusive():
+        order.append("change")
+        late = threading.Thread(target=lambda: [switch.call().__enter__(), order.append("late")])
+        late.start()
+        time.sleep(0.05)
+        order.append("changed")
+    late.join(5)
+    thread.join(5)
+    assert order == ["call", "change", "changed", "late"]
+
+
+def test_a_change_from_inside_a_call_is_refused_instead_of_waiting_for_ever() -> None:
+    switch = Switch()
+    with switch.call(), pytest.raises(BusyError, match="inside a call"), switch.exclusive():
+        pass
+
+
+def test_the_thread_that_changes_may_call() -> None:
+    switch = Switch()
+    with switch.exclusive(), switch.exclusive(), switch.call():
+        assert switch.current() is NOTHING
+
+
+def test_copies_have_their_own_gate() -> None:
+    switch = Switch()
+    switch.live = Active(("a",), (1.0,))
+    for twin in (copy.deepcopy(switch), pickle.loads(pickle.dumps(switch))):
+        assert twin.live == switch.live
+        with switch.exclusive(), twin.call():
+            assert twin.current().names == ("a",)
+
+
+def test_rows_are_repeated_for_beams_and_must_fit() -> None:
+    rows = Rows(("a", "b"), (0, -1, 1), (1.0, 1.0))
+    device = torch.device("cpu")
+    assert rows.expanded(6, device).tolist() == [0, 0, -1, -1, 1, 1]
+    assert rows.rows_of("b", 6, device).tolist() == [4, 5]
+    assert rows.expanded(6, device) is rows.expanded(6, device)
+    with pytest.raises(AdapterError, match="3 names for 4 rows"):
+        rows.expanded(4, device)

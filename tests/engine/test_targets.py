@@ -1,0 +1,76 @@
+"""Which module paths a config means."""
+
+from __future__ import annotations
+
+import pytest
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+from nbpeft.engine.targets import Matcher, default_targets, no_match
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_defaults_are_those_of_peft(model_type: str) -> None:
+    expected = DEFAULTS[model_type]
+    found = default_targets(model_type)
+    assert found == expected if isinstance(expected, str) else set(found or ()) == set(expected)
+
+
+def test_unknown_architectures_have_no_default() -> None:
+    assert default_targets("nothing") is None and default_targets(None) is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "path", "expected"),
+    [
+        (["q"], "q", True),
+        (["q"], "layers.0.q", True),
+        (["q"], "layers.0.aq", False),
+        (["q"], "q.inner", False),
+        (["attn.q"], "layers.0.attn.q", True),
+        (["attn.q"], "layers.0.battn.q", False),
+        (r".*\.(q|v)", "layers.0.v", True),
+        (r".*\.(q|v)", "layers.0.vv", False),
+        (r"q", "layers.q", False),
+        ([], "q", False),
+    ],
+)
+def test_names_are_whole_segments_and_patterns_whole_paths(targets: object, path: str, expected: bool) -> None:
+    assert Matcher(targets).matches(path) is expected  # type: ignore[arg-type]
+
+
+def test_exclusion_by_name_and_by_pattern() -> None:
+    assert Matcher(["q"], ["layers.1.q"]).excluded("model.layers.1.q")
+    assert not Matcher(["q"], ["layers.1.q"]).excluded("model.layers.11.q")
+    assert Matcher(["q"], r".*\.1\..*").excluded("model.layers.1.q")
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "path", "expected"),
+    [
+        (1, None, "model.layers.1.q", True),
+        ([0, 2], None, "model.layers.1.q", False),
+        ([1], "layers", "model.layers.1.q", True),
+        ([1], ["h", "layers"], "model.layers.1.q", True),
+        ([1], "h", "model.layers.1.q", False),
+        ([1], None, "model.layers.1.experts.3.q", True),
+        ([3], None, "model.layers.1.experts.3.q", False),
+        ([0], "layers", "layers.0.q", True),
+        ([0], None, "q", True),
+    ],
+)
+def test_layers_to_transform(layers: object, pattern: object, path: str, expected: bool) -> None:
+    matcher = Matcher(["q"], None, layers, pattern)  # type: ignore[arg-type]
+    assert matcher.matches(path) is expected
+
+
+def test_missing_targets_are_known_after_all_paths() -> None:
+    matcher = Matcher(["q", "nope", "attn.v"])
+    for path in ("a.q", "a.attn.v", "b.k"):
+        matcher.matches(path)
+    assert matcher.missing() == ("nope",)
+
+
+def test_the_error_names_near_targets_and_what_there_is() -> None:
+    error = no_match(["q_porj", "xyz"], ["m.0.q_proj", "m.1.v_proj"])
+    assert "'q_porj' is near 'q_proj'" in str(error) and "The model has: q_proj, v_proj" in str(error)
+    assert error.details["missing"] == ("q_porj", "xyz")
