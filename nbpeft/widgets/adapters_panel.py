@@ -173,7 +173,9 @@ class _Parts:
         self._empty = parts.html()
         self._totals = parts.html()
         self._memory = parts.html()
-        self._refresh = parts.small_button("measure memory", "Measure again", "112px", weakly(command, "memory"))
+        self._refresh = parts.small_button(
+            "measure memory", "Measure what the model uses now", "auto", weakly(command, "memory")
+        )
         self.message = parts.Message()
         style = parts.html(f"<style>{styles.PANEL_CSS}</style>", display="none")
         foot = ipywidgets.HBox(

@@ -18,8 +18,8 @@ from nbpeft.widgets import styles
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 868, 172
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 10, 38
+WIDTH, HEIGHT = 900, 172
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 8, 10, 38
 _SMOOTHING = 0.9
 
 
@@ -76,7 +76,9 @@ def smooth(points: Sequence[Point], weight: float = _SMOOTHING) -> list[Point]:
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round values from at or below ``low`` to at or above ``high``, about ``most`` of them."""
-    span = (high - low) or abs(high) or 1.0
+    span, largest = high - low, max(abs(low), abs(high))
+    if span <= largest * 1e-9 or span < 1e-300:  # nothing to tell apart
+        span = largest if largest > 1e-300 else 1.0
     raw = span / max(1, most - 1)
     unit = 10.0 ** math.floor(math.log10(raw))
     step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * (1 - 1e-9))
@@ -99,7 +101,7 @@ def loss_chart(train: TrainState, palette: Palette = THEME) -> str:
         curve[-1] = (curve[-1][0], train.smoothed_loss)
     parts = [frame.draw(palette)]
     if len(raw) > 1:
-        parts.append(_path(frame.place(decimate(raw)), palette.line, "1", ".35"))
+        parts.append(_path(frame.place(decimate(raw)), palette.line, "1", ".45"))
         parts.append(_path(frame.place(decimate(curve)), palette.line, "2", "1"))
     elif raw:
         parts.append(_dots(frame.place(raw), palette.line))
@@ -196,7 +198,10 @@ def _label(tick: float, all_ticks: Sequence[float]) -> str:
     decimals = max(0, -math.floor(math.log10(step)))
     if not math.isclose(step, round(step, decimals), rel_tol=1e-6):
         decimals += 1
-    return f"{tick:,.{decimals}f}" if decimals <= 4 else f"{tick:.1e}"
+    if decimals <= 6:
+        return f"{tick:,.{decimals}f}"
+    largest = max(abs(value) for value in all_ticks)
+    return f"{tick:.{max(1, math.ceil(math.log10(largest / step)))}e}"
 
 
 def _path(points: Sequence[Point], colour: str, width: str, opacity: str) -> str:

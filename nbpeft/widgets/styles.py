@@ -20,13 +20,16 @@ WARN = "var(--jp-warn-color0, #b26a00)"
 SERIES = ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#b279a2", "#54a24b", "#9d755d", "#bab0ac")
 """Colours of parts of a whole, readable on light and dark."""
 
+ELSEWHERE = "rgba(128,128,128,.55)"
+"""Colour of memory that others use."""
+
 EVAL = SERIES[1]
 """Colour of evaluation losses."""
 
 FONT = "font:13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);font-variant-numeric:tabular-nums"
 
 PANEL_CSS = f"""
-.nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; max-width: 900px;
+.nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; max-width: 930px;
   box-sizing: border-box; overflow: visible; }}
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
 .nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}

@@ -9,6 +9,7 @@ A widget in the output would leave "Error displaying widget" when the notebook i
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -158,6 +159,10 @@ class _TextOutput:
     def draw(self, train: TrainState) -> None:
         line, ended = views.training_text(train), train.status in views.ENDED
         if self._stream.isatty():
+            columns = shutil.get_terminal_size().columns - 1
+            line = (
+                line if len(line) <= columns else line[: columns - 1] + "…"
+            )  # a line that wraps cannot be written over
             self._stream.write(f"\r{line:<{self._width}}" + ("\n" if ended else ""))
             self._width = len(line)
         elif ended or time.monotonic() - self._written_at >= self.seconds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from html import escape
 
@@ -127,10 +128,10 @@ def adapter_row(adapter: AdapterState) -> str:
         (escape(adapter.name), "font-weight:600" if adapter.active else ""),
         (escape(adapter.method), ""),
         (rank_alpha(adapter), ""),
-        (escape(modules(adapter)), ""),
+        (f'<span title="{escape(" ".join(adapter.targets))}">{escape(modules(adapter))}</span>', ""),
         (render.count(adapter.parameter_count), ""),
         (render.size(adapter.byte_count), ""),
-        (escape(condition(adapter)), dimmed),
+        (escape(condition(dataclasses.replace(adapter, active=False))), dimmed),  # the row's colour tells what acts
     )
     cells = (_cell(text, align, style) for (text, style), (_, align) in zip(contents, _HEADS, strict=True))
     return _row("".join(cells))
@@ -142,8 +143,13 @@ def rank_alpha(adapter: AdapterState) -> str:
 
 
 def modules(adapter: AdapterState) -> str:
-    """``60 · q_proj v_proj``."""
-    return f"{adapter.module_count} · {' '.join(adapter.targets)}"
+    """``60 · q_proj v_proj``, ``210 · down_proj + 6``."""
+    if not adapter.targets:
+        return str(adapter.module_count)
+    first, *rest = adapter.targets
+    if len(rest) > 1:
+        return f"{adapter.module_count} · {first} + {len(rest)}"
+    return f"{adapter.module_count} · {' '.join((first, *rest))}"
 
 
 def _row(cells: str) -> str:
@@ -175,22 +181,33 @@ def model_text(model: ModelState | None, name: str | None = None) -> str:
 def memory_bar(memory: MemoryState) -> str:
     """Parts of the memory as one bar with its legend, and what is free on the device."""
     used = sum(part.byte_count for part in memory.parts)
-    whole = max(memory.device_total or 0, used) or 1
-    if memory.device_total is not None and used < memory.device_total / 20:
-        whole = used or 1  # parts of a large device would be too thin to see
-    pieces, legend = [], []
-    for number, part in enumerate(memory.parts):
-        colour = styles.SERIES[number % len(styles.SERIES)]
-        hint = escape(f"{part.name} {render.size(part.byte_count)}" + (f": {part.detail}" if part.detail else ""))
-        width = f"{100 * part.byte_count / whole:.2f}%"
-        pieces.append(f'<div title="{hint}" style="width:{width};height:14px;background:{colour}"></div>')
-        legend.append(f"<span>{_swatch(colour)}{escape(part.name)} {render.size(part.byte_count)}</span>")
-    legend.append(render.dim(_free(memory)))
+    parts = [
+        (styles.SERIES[place % len(styles.SERIES)], part.name, part.byte_count, part.detail)
+        for place, part in enumerate(memory.parts)
+    ]
+    whole = used or 1
+    # On a large device the parts would be too thin to see: there they fill the bar.
+    if memory.device_total is not None and used >= memory.device_total / 20:
+        whole = max(memory.device_total, used)
+        elsewhere = whole - used - (memory.device_free or 0)
+        if memory.device_free is not None and elsewhere > whole / 200:
+            parts.append((styles.ELSEWHERE, "elsewhere", elsewhere, "other programs and the system"))
+    pieces = "".join(
+        f'<div title="{escape(_part(name, size, detail))}" '
+        f'style="width:{100 * size / whole:.2f}%;height:14px;background:{colour}"></div>'
+        for colour, name, size, detail in parts
+    )
+    legend = "".join(f"<span>{_swatch(colour)}{escape(_part(name, size))}</span>" for colour, name, size, _ in parts)
     return (
         f'<div style="display:flex;height:14px;border-radius:3px;overflow:hidden;margin:8px 0 6px;'
-        f'background:{styles.FILL}">{"".join(pieces)}</div>'
-        f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px">{" ".join(legend)}</div>'
+        f'background:{styles.FILL}">{pieces}</div>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px">'
+        f"{legend}{render.dim(_free(memory))}</div>"
     )
+
+
+def _part(name: str, byte_count: int, detail: str = "") -> str:
+    return f"{name} {render.size(byte_count)}" + (f": {detail}" if detail else "")
 
 
 def memory_text(memory: MemoryState) -> str:
@@ -209,7 +226,7 @@ def _free(memory: MemoryState) -> str:
 def _swatch(colour: str) -> str:
     return (
         f'<span style="display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px;'
-        f'background:{colour}">&#8203;</span>'
+        f'background:{colour}"></span>'
     )
 
 

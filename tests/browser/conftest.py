@@ -1,0 +1,99 @@
+"""One server an application and one browser for all tests; a page and a kernel for each."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from tests.browser.harness import Browser, JupyterServer, NotebookPage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+Opener = Callable[..., NotebookPage]
+
+
+@pytest.fixture(scope="session")
+def notebook_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="session")
+def server_of(notebook_folder: Path) -> Iterator[Callable[[Any], JupyterServer]]:
+    """Starts a server for an application, once."""
+    started: dict[str, JupyterServer] = {}
+    with ExitStack() as stack:
+
+        def start(app: Any) -> JupyterServer:
+            if app not in started:
+                variables = {"PYTHONPATH": str(ROOT)}
+                started[app] = stack.enter_context(JupyterServer(notebook_folder, app, variables=variables))
+            return started[app]
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str) -> Iterator[Browser]:
+    with Browser(chromium) as started:
+        yield started
+
+
+@pytest.fixture(params=["lab", "notebook"])
+def app(request: pytest.FixtureRequest) -> str:
+    """JupyterLab and Notebook 7."""
+    return str(request.param)
+
+
+@pytest.fixture
+def pictures() -> Path:
+    """Where screenshots are kept."""
+    folder = Path(os.environ.get("NBPEFT_ARTIFACTS", ROOT / "artifacts")) / "browser"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def open_notebook(
+    request: pytest.FixtureRequest,
+    app: str,
+    server_of: Callable[[Any], JupyterServer],
+    browser: Browser,
+    notebook_folder: Path,
+    pictures: Path,
+) -> Iterator[Opener]:
+    """Opens a notebook made of the given cells, or of a file."""
+    pages: list[NotebookPage] = []
+    name = re.sub(r"\W+", "-", request.node.name).strip("-")
+
+    def open_cells(*cells: str, source: Path | None = None) -> NotebookPage:
+        path = notebook_folder / f"{name}-{len(pages)}.ipynb"
+        if source is not None:
+            path.write_text(source.read_text())
+        else:
+            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            nbformat.write(notebook, path)
+        pages.append(browser.open(server_of(app), path.name))
+        return pages[-1]
+
+    yield open_cells
+    failed = getattr(request.node, "failed_call", False)
+    for number, page in enumerate(pages):
+        if failed:
+            print("screenshot:", page.screenshot(pictures / f"FAILED-{name}-{number}.png"))
+        page.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.when == "call":
+        item.failed_call = report.failed  # type: ignore[attr-defined]
+    return report

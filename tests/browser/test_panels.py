@@ -1,0 +1,147 @@
+"""The panels in a real browser, with a session and a run that compute nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Opener
+
+pytestmark = pytest.mark.browser
+
+SET_UP = """\
+from nbpeft.widgets import AdaptersPanel, show_run
+from tests.widgets.fakes import FakeSession, simulate
+
+session = FakeSession()
+session.started.append(lambda run, name: show_run(run, session, name))
+"""
+PANEL = "AdaptersPanel(session, 'model')"
+ACTS = "print('acts:', ', '.join(session.state.model('model').active) or 'base')"
+RUN = "done = simulate(session, steps=600, seconds=0.05)\nprint('ended at', done.state.step, done.state.status)"
+SHORT_RUN = "done = simulate(session, steps=40, seconds=0.02)\nprint('ended at', done.state.step, done.state.status)"
+
+
+def step_shown(page, cell: int) -> int:
+    found = re.search(r"(\d+) / \d+", page.output_text(cell))
+    assert found, page.output_text(cell)
+    return int(found[1])
+
+
+def test_a_click_switches_the_adapter(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(SET_UP, PANEL, ACTS)
+    page.run_all()
+    assert "acts: orders" in page.output_text(2)
+    page.click("sql", cell=1)
+    expect(page.output(1).locator(".nbpeft-row.nbpeft-on")).to_contain_text("sql")
+    page.run_cell(2)
+    assert "acts: sql" in page.output_text(2)
+    page.click("base", cell=1)
+    expect(page.output(1).locator(".nbpeft-row.nbpeft-on")).to_have_count(0)
+    page.run_cell(2)
+    assert "acts: base" in page.output_text(2)
+    page.click("orders", cell=1)
+    page.click("measure memory", cell=1)
+    page.wait_for("optimizer 37.0 MB", cell=1)
+    for theme in ("light", "dark"):
+        page.theme(theme)
+        page.screenshot(pictures / f"panel-{app}-{theme}.png")
+    page.theme("light")
+
+
+def test_save_asks_for_a_folder_and_delete_asks_back(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(SET_UP, PANEL, "print(session.commands)")
+    page.run_all()
+    page.click("save", cell=1)
+    field = page.output(1).locator("input[type=text]")
+    expect(field).to_have_value("adapters/orders")
+    field.fill("kept/orders")
+    page.screenshot(pictures / f"panel-save-{app}.png")
+    page.click("Save", cell=1)
+    page.wait_for("saved 'orders' to kept/orders", cell=1)
+    row = page.output(1).locator(".nbpeft-row").filter(has_text="pirate")
+    row.get_by_role("button", name="delete", exact=True).click()
+    page.screenshot(pictures / f"panel-delete-{app}.png")
+    row.get_by_role("button", name="keep").click()
+    row.get_by_role("button", name="delete", exact=True).click()
+    row.get_by_role("button", name="Delete?").click()
+    page.wait_for("deleted 'pirate'", cell=1)
+    expect(page.button("pirate", cell=1)).to_have_count(0)
+    page.run_cell(2)
+    assert "[('save', 'orders', 'kept/orders'), ('delete', 'pirate')]" in page.output_text(2)
+
+
+def test_errors_stay_in_the_panel_until_dismissed(open_notebook: Opener) -> None:
+    page = open_notebook(SET_UP, PANEL, "session.error = RuntimeError('no room <b>left</b>')")
+    page.run_all()
+    page.click("sql", cell=1)
+    page.wait_for("RuntimeError: no room <b>left</b>", cell=1)
+    page.click("✕", cell=1)
+    expect(page.output(1).get_by_text("RuntimeError")).to_have_count(0)
+
+
+def test_stop_ends_the_run_and_not_the_next(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(SET_UP, RUN, SHORT_RUN)
+    page.run_cell(0)
+    page.start_all()
+    page.wait_for("loss (smoothed)", cell=1)
+    page.wait_for(re.compile(r"^[1-9]\d / 600$"), cell=1)
+    page.screenshot(pictures / f"run-live-{app}.png")
+    page.click("Stop", cell=1)
+    page.wait_for(re.compile(r"ended at \d+ stopped"), cell=1, timeout=5)
+    page.wait_idle()
+    page.check()
+    assert "ended at 40 finished" in page.output_text(2)
+    expect(page.button("Stop")).to_have_count(0)
+
+
+def test_pause_waits_and_resume_goes_on(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(SET_UP, RUN)
+    page.run_cell(0)
+    page.start_cell(1)
+    page.wait_for(re.compile(r"^[1-9]\d? / 600$"), cell=1)
+    page.click("Pause", cell=1)
+    page.wait_for("paused · model", cell=1, timeout=5)
+    expect(page.button("Resume", cell=1)).to_be_visible()
+    before = step_shown(page, 1)
+    page.page.wait_for_timeout(600)
+    assert step_shown(page, 1) == before
+    page.screenshot(pictures / f"run-paused-{app}.png")
+    page.click("Resume", cell=1)
+    page.wait_for("running · model", cell=1, timeout=5)
+    page.page.wait_for_timeout(600)
+    assert step_shown(page, 1) > before
+    page.click("Stop", cell=1)
+    page.wait_for("ended at", cell=1, timeout=5)
+    page.wait_idle()
+
+
+def test_interrupting_the_kernel_ends_the_run_gracefully(open_notebook: Opener) -> None:
+    page = open_notebook(SET_UP, RUN)
+    page.run_cell(0)
+    page.start_cell(1)
+    page.wait_for(re.compile(r"^[1-9]\d? / 600$"), cell=1)
+    page.interrupt()
+    page.wait_for(re.compile(r"ended at \d+ stopped"), cell=1, timeout=5)
+    page.wait_idle()
+    page.check()
+
+
+def test_a_saved_notebook_shows_the_last_picture(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(SET_UP, SHORT_RUN)
+    page.run_all()
+    saved = page.save()
+    assert "widget-view" not in str(saved)
+    page.reopen()
+    image = page.output(1).locator("img[src^='data:image/svg+xml']")
+    expect(image).to_be_visible()
+    assert image.evaluate("image => image.naturalWidth") > 0
+    page.check()
+    assert "finished" in page.output_text(1)
+    for theme in ("light", "dark"):
+        page.theme(theme)
+        page.screenshot(pictures / f"run-reopened-{app}-{theme}.png")
+    page.theme("light")

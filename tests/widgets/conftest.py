@@ -1,0 +1,34 @@
+"""Widgets without a front end: outputs are recorded, and every widget has to be closed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import IPython.display
+import pytest
+
+from tests.widgets.support import Output, live_widgets
+
+
+@pytest.fixture
+def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Output]:
+    """What is displayed, in order; each output keeps all that was shown in its place."""
+    shown: list[Output] = []
+
+    def display(bundle: dict[str, Any], *, raw: bool, display_id: bool) -> Output:
+        assert raw and display_id
+        shown.append(Output(bundle))
+        return shown[-1]
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    return shown
+
+
+@pytest.fixture
+def no_widget_stays() -> Iterator[None]:
+    """Fails where a test leaves widgets behind."""
+    before = set(live_widgets())
+    yield
+    left = [type(widget).__name__ for key, widget in live_widgets().items() if key not in before]
+    assert left == []

@@ -1,0 +1,271 @@
+"""A session and a run without a model: the states are real, nothing is computed. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from inspect import ismethod
+from types import SimpleNamespace
+from typing import Any
+
+from nbpeft.errors import BusyError, UnknownAdapterError
+from nbpeft.state import AdapterState, MemoryPart, MemoryState, ModelState, SessionState, TrainState
+from nbpeft.training.control import RunControl
+from nbpeft.widgets.charts import smooth
+
+INTERVAL = 0.2
+
+
+def adapter(name: str = "orders", **changes: Any) -> AdapterState:
+    """An adapter's state."""
+    plain = AdapterState(
+        name=name,
+        method="LoRA",
+        rank=16,
+        alpha=32.0,
+        mixed_ranks=False,
+        module_count=210,
+        targets=("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
+        parameter_count=4_884_480,
+        byte_count=19_537_920,
+        trainable=True,
+        active=False,
+        merged=False,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+ADAPTERS = (
+    adapter("orders", active=True),
+    adapter(
+        "pirate",
+        method="DoRA",
+        rank=8,
+        alpha=16.0,
+        module_count=60,
+        targets=("q_proj", "v_proj"),
+        parameter_count=506_880,
+        byte_count=2_027_520,
+        trainable=False,
+    ),
+    adapter(
+        "sql",
+        rank=8,
+        alpha=8.0,
+        module_count=60,
+        targets=("q_proj", "v_proj"),
+        parameter_count=460_800,
+        byte_count=1_843_200,
+        trainable=False,
+        mixed_ranks=True,
+    ),
+)
+MEMORY = MemoryState(
+    device="cpu",
+    parts=(
+        MemoryPart("base weights", 269_000_000),
+        MemoryPart("adapters", 22_000_000),
+        MemoryPart("gradients", 19_000_000),
+        MemoryPart("optimizer", 37_000_000, "two moments a parameter"),
+        MemoryPart("activations", 104_000_000),
+    ),
+    device_total=582_000_000,
+    device_free=131_000_000,
+)
+
+
+def model(name: str = "model", adapters: Sequence[AdapterState] = ADAPTERS, **changes: Any) -> ModelState:
+    """A model's state."""
+    plain = ModelState(
+        name=name,
+        class_name="LlamaForCausalLM",
+        dtype="bfloat16",
+        device="cpu",
+        parameter_count=140_366_688,
+        trainable_count=sum(item.parameter_count for item in adapters if item.trainable),
+        adapters=tuple(adapters),
+        active=tuple(item.name for item in adapters if item.active),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def train_state(step: int = 25, total: int | None = 40, **changes: Any) -> TrainState:
+    """A run's state, its loss falling as it does."""
+    history = tuple((number, loss_at(number)) for number in range(1, step + 1))
+    plain = TrainState(
+        run_id="run",
+        adapter="orders",
+        status="running",
+        step=step,
+        total_steps=total,
+        epoch=0.625,
+        loss=history[-1][1] if history else None,
+        smoothed_loss=smooth(history)[-1][1] if history else None,
+        eval_loss=0.102 if step >= 20 else None,
+        eval_step=20 if step >= 20 else None,
+        learning_rate=7.1e-4,
+        tokens_per_second=241.3,
+        elapsed=51.0,
+        remaining=31.0,
+        history=history,
+        eval_history=tuple((number, loss_at(number) + 0.05) for number in (10, 20) if number <= step),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def loss_at(step: int) -> float:
+    """A loss that falls and jitters."""
+    return 2.3 * math.exp(-step / 8) + 0.06 + 0.12 * math.exp(-step / 12) * math.sin(step * 2.1)
+
+
+class FakeSession:
+    """Takes the commands of a panel and publishes states, like ``nbpeft.session.Session``."""
+
+    def __init__(self, *models: ModelState) -> None:
+        self.models = {item.name: item for item in models or (model(),)}
+        self.commands: list[tuple[Any, ...]] = []
+        self.error: BaseException | None = None
+        self.busy = ""
+        self.revision = 0
+        self.started: list[Callable[[FakeRun, str], object]] = []
+        self._subscribers: list[Callable[[], Callable[[SessionState], object] | None]] = []
+
+    @property
+    def state(self) -> SessionState:
+        """The state now."""
+        return SessionState(tuple(self.models.values()), next(iter(self.models), None), self.busy, self.revision)
+
+    @property
+    def subscriber_count(self) -> int:
+        """Subscribers that are still alive."""
+        return sum(reference() is not None for reference in self._subscribers)
+
+    def subscribe(self, callback: Callable[[SessionState], object]) -> Callable[[], None]:
+        """Bound methods are held weakly."""
+        reference: Any = weakref.WeakMethod(callback) if ismethod(callback) else (lambda: callback)
+        self._subscribers.append(reference)
+        return lambda: self._subscribers.remove(reference) if reference in self._subscribers else None
+
+    def publish(self) -> None:
+        """Tells the subscribers."""
+        self.revision += 1
+        for reference in list(self._subscribers):
+            callback = reference()
+            if callback is not None:
+                callback(self.state)
+
+    def change(self, name: str, **changes: Any) -> None:
+        """Changes a model's state and publishes."""
+        self.models[name] = dataclasses.replace(self.models[name], **changes)
+        self.publish()
+
+    def use(self, names: str | Sequence[str], *, model: str) -> Any:
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        self._take("use", *chosen)
+        for name in chosen:
+            self._require(name, model)
+        adapters = [dataclasses.replace(item, active=item.name in chosen) for item in self.models[model].adapters]
+        self.change(model, adapters=tuple(adapters), active=chosen, enabled=True)
+        return SimpleNamespace(notes=())
+
+    def off(self, *, model: str) -> Any:
+        self._take("off")
+        self.change(model, active=(), enabled=False)
+        return SimpleNamespace(notes=())
+
+    def save(self, folder: str, *, name: str, model: str) -> str:
+        self._take("save", name, folder)
+        self._require(name, model)
+        return f"saved {name!r} to {folder}, 19.5 MB"
+
+    def delete(self, name: str, *, model: str) -> str:
+        self._take("delete", name)
+        self._require(name, model)
+        kept = tuple(item for item in self.models[model].adapters if item.name != name)
+        active = tuple(item for item in self.models[model].active if item != name)
+        self.change(model, adapters=kept, active=active)
+        return f"deleted {name!r}"
+
+    def memory(self, model: str) -> MemoryState:
+        self._take("memory")
+        self.change(model, memory=MEMORY)
+        return MEMORY
+
+    def _take(self, *command: Any) -> None:
+        self.commands.append(command)
+        if self.busy:
+            raise BusyError(f"busy: {self.busy}; try again when it has finished")
+        if self.error is not None:
+            raise self.error
+
+    def _require(self, name: str, model: str) -> None:
+        if name not in [item.name for item in self.models[model].adapters]:
+            raise UnknownAdapterError(f"There is no adapter {name!r}.")
+
+
+class FakeRun:
+    """A run that only counts steps, with the control that a real one has."""
+
+    def __init__(self, session: FakeSession, total_steps: int | None = 40, model_name: str = "model") -> None:
+        self.control = RunControl()
+        self.run_id = f"run{id(self)}"
+        self._session = session
+        self._model_name = model_name
+        self._published_at = float("-inf")
+        self._lock = threading.RLock()
+        self._state = train_state(0, total_steps, run_id=self.run_id, remaining=None, elapsed=0.0)
+
+    @property
+    def state(self) -> TrainState:
+        """The run now."""
+        status = self._state.status
+        if status == "running":
+            status = "stopping" if self.control.stop_requested else "paused" if self.control.paused else status
+        return dataclasses.replace(self._state, status=status)
+
+    def __enter__(self) -> FakeRun:
+        for callback in self._session.started:
+            callback(self, self._model_name)
+        self._publish()
+        return self
+
+    def step(self) -> bool:
+        """Counts a step; whether to stop."""
+        number = self._state.step + 1
+        made = train_state(number, self._state.total_steps, run_id=self.run_id)
+        total = self._state.total_steps
+        remaining = (total - number) * 0.05 if total else None
+        self._state = dataclasses.replace(made, elapsed=number * 0.05, remaining=remaining)
+        if time.monotonic() - self._published_at >= INTERVAL:
+            self._publish()
+        stop = self.control.checkpoint(on_wait=self._publish)
+        return stop
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        stopped = self.control.stop_requested or isinstance(error, KeyboardInterrupt)
+        status: Any = "stopped" if stopped else "failed" if error is not None else "finished"
+        message = f"stopped at step {self._state.step}" if stopped else str(error or "")
+        self._state = dataclasses.replace(self._state, status=status, message=message, remaining=None)
+        self._publish()
+        return isinstance(error, KeyboardInterrupt)
+
+    def _publish(self) -> None:
+        self._published_at = time.monotonic()
+        if self._model_name in self._session.models:
+            self._session.change(self._model_name, training=self.state)
+        else:
+            self._session.publish()
+
+
+def simulate(session: FakeSession, steps: int = 40, seconds: float = 0.05, model_name: str = "model") -> FakeRun:
+    """Runs a loop that sleeps, until its end or until it is stopped."""
+    with FakeRun(session, steps, model_name) as run:
+        for _ in range(steps):
+            time.sleep(seconds)
+            if run.step():
+                break
+    return run

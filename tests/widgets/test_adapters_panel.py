@@ -1,0 +1,288 @@
+"""The adapters panel: states in, commands out, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import ipywidgets
+import pytest
+
+from nbpeft.errors import AdapterError
+from nbpeft.widgets import AdaptersPanel, adapters_panel
+from nbpeft.widgets.environment import WIDGET_VIEW
+from tests.widgets.fakes import MEMORY, FakeSession, adapter, model
+from tests.widgets.support import live_widgets
+
+pytestmark = pytest.mark.usefixtures("no_widget_stays")
+
+
+@pytest.fixture
+def session() -> FakeSession:
+    return FakeSession()
+
+
+@pytest.fixture
+def panel(session: Any) -> Any:
+    made = AdaptersPanel(session, "model", ui="widgets")
+    assert made.widget is not None
+    yield made
+    made.close()
+
+
+def walk(widget: Any) -> list[Any]:
+    """A widget and all below it that is shown."""
+    if widget.layout.display == "none":
+        return []
+    return [widget, *(found for child in getattr(widget, "children", ()) for found in walk(child))]
+
+
+def button(panel: AdaptersPanel, label: str, nth: int = 0) -> Any:
+    found = [part for part in walk(panel.widget) if isinstance(part, ipywidgets.Button) and part.description == label]
+    assert len(found) > nth, [part.description for part in walk(panel.widget) if isinstance(part, ipywidgets.Button)]
+    return found[nth]
+
+
+def labels(panel: AdaptersPanel) -> list[str]:
+    return [part.description for part in walk(panel.widget) if isinstance(part, ipywidgets.Button)]
+
+
+def text(panel: AdaptersPanel) -> str:
+    return "\n".join(part.value for part in walk(panel.widget) if isinstance(part, ipywidgets.HTML))
+
+
+def marked(panel: AdaptersPanel) -> list[str]:
+    return [
+        part.description
+        for part in walk(panel.widget)
+        if isinstance(part, ipywidgets.Button) and "nbpeft-on" in part._dom_classes
+    ]
+
+
+def test_it_shows_adapters_and_marks_the_active_one(panel: AdaptersPanel) -> None:
+    assert labels(panel)[:4] == ["base", "orders", "pirate", "sql"]
+    assert marked(panel) == ["orders"]
+    assert "4,884,480" in text(panel)
+
+
+def test_a_click_asks_the_session_and_the_state_moves_the_mark(panel: AdaptersPanel, session: Any) -> None:
+    button(panel, "sql").click()
+    assert session.commands == [("use", "sql")]
+    assert marked(panel) == ["sql"]
+    button(panel, "base").click()
+    assert session.commands[-1] == ("off",)
+    assert marked(panel) == ["base"]
+
+
+def test_it_never_changes_itself(panel: AdaptersPanel, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "use", lambda names, model: None)
+    button(panel, "sql").click()
+    assert marked(panel) == ["orders"]
+
+
+def test_several_active_adapters_are_all_marked(panel: AdaptersPanel, session: Any) -> None:
+    session.use(["orders", "sql"], model="model")
+    assert marked(panel) == ["orders", "sql"]
+
+
+def test_delete_asks_back(panel: AdaptersPanel, session: Any) -> None:
+    button(panel, "delete", 1).click()
+    assert session.commands == []
+    button(panel, "keep").click()
+    assert session.commands == []
+    button(panel, "delete", 1).click()
+    button(panel, "Delete?").click()
+    assert session.commands == [("delete", "pirate")]
+    assert labels(panel)[:3] == ["base", "orders", "sql"]
+    assert "deleted &#x27;pirate&#x27;" in text(panel)
+
+
+def test_a_double_click_on_delete_deletes_nothing(panel: AdaptersPanel, session: Any) -> None:
+    once = button(panel, "delete")
+    once.click()
+    once.click()
+    assert session.commands == []
+    assert "Delete?" not in labels(panel)
+
+
+def test_save_asks_for_a_folder(panel: AdaptersPanel, session: Any) -> None:
+    before = len(live_widgets())
+    button(panel, "save", 2).click()
+    (field,) = (part for part in walk(panel.widget) if isinstance(part, ipywidgets.Text))
+    assert field.value == "adapters/sql"
+    field.value = " kept/sql "
+    button(panel, "Save").click()
+    assert session.commands == [("save", "sql", "kept/sql")]
+    assert "saved &#x27;sql&#x27; to kept/sql" in text(panel)
+    assert len(live_widgets()) == before
+    button(panel, "save").click()
+    button(panel, "cancel").click()
+    assert len(live_widgets()) == before
+
+
+def test_save_without_a_folder_says_so(panel: AdaptersPanel, session: Any) -> None:
+    button(panel, "save").click()
+    next(part for part in walk(panel.widget) if isinstance(part, ipywidgets.Text)).value = "  "
+    button(panel, "Save").click()
+    assert session.commands == []
+    assert "Give a folder" in text(panel)
+
+
+def test_memory_is_measured_on_request(panel: AdaptersPanel) -> None:
+    assert "optimizer" not in text(panel)
+    button(panel, "measure memory").click()
+    assert "optimizer 37.0 MB" in text(panel)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(AdapterError("no <room> left"), "no &lt;room&gt; left"), (ZeroDivisionError("half"), "ZeroDivisionError: half")],
+)
+def test_errors_are_shown_and_dismissed(panel: AdaptersPanel, session: Any, error: Exception, words: str) -> None:
+    session.error = error
+    button(panel, "sql").click()
+    assert words in text(panel)
+    assert "--jp-error-color1" in text(panel)
+    button(panel, "✕").click()
+    assert words not in text(panel)
+
+
+def test_the_next_success_clears_an_error(panel: AdaptersPanel, session: Any) -> None:
+    session.error = AdapterError("no")
+    button(panel, "sql").click()
+    session.error = None
+    button(panel, "pirate").click()
+    assert "✕" not in labels(panel)
+
+
+def test_a_busy_session_is_said_to_be_busy(panel: AdaptersPanel, session: Any) -> None:
+    session.busy = "training orders"
+    session.publish()
+    assert "training orders …" in text(panel)
+    button(panel, "sql").click()
+    assert "busy: training orders" in text(panel)
+    assert "--jp-error-color1" not in text(panel)
+    session.busy = ""
+    session.publish()
+    assert "training orders …" not in text(panel)
+
+
+def test_only_what_changed_is_sent(panel: AdaptersPanel, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, Any]] = []
+
+    def send_state(self: Any, key: Any = None) -> None:
+        sent.append((type(self).__name__, key))
+
+    monkeypatch.setattr(ipywidgets.Widget, "send_state", send_state)
+    session.publish()
+    assert sent == []
+    session.change("model", memory=MEMORY)
+    assert {name for name, _ in sent} == {"HTML"}
+    assert len(sent) == 1
+
+
+def test_rows_that_stay_keep_their_widgets(panel: AdaptersPanel, session: Any) -> None:
+    before = button(panel, "orders")
+    session.change("model", adapters=(*session.models["model"].adapters, adapter("new")))
+    assert button(panel, "orders") is before
+    assert "new" in labels(panel)
+
+
+def test_older_states_are_not_drawn(panel: AdaptersPanel, session: Any) -> None:
+    old = session.state
+    session.use("sql", model="model")
+    panel._published(old)
+    assert marked(panel) == ["sql"]
+
+
+def test_a_model_without_adapters_and_one_that_is_gone(panel: AdaptersPanel, session: Any) -> None:
+    session.change("model", adapters=(), active=())
+    assert "No adapters yet" in text(panel)
+    assert labels(panel) == []
+    del session.models["model"]
+    session.publish()
+    assert "There is no model" in text(panel)
+    session.models["model"] = model()
+    session.publish()
+    assert marked(panel) == ["orders"]
+
+
+def test_handlers_may_run_in_other_threads(panel: AdaptersPanel, session: Any) -> None:
+    def click() -> None:
+        for name in ("sql", "pirate", "base"):
+            button(panel, name).click()
+
+    threads = [threading.Thread(target=click) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(session.commands) == 12
+    session.use("sql", model="model")
+    assert marked(panel) == ["sql"]
+
+
+def test_the_bundle_has_a_view_a_snapshot_and_a_line(panel: AdaptersPanel) -> None:
+    bundle = panel._repr_mimebundle_()
+    assert bundle[WIDGET_VIEW]["model_id"] == panel.widget.model_id
+    assert "<table" in bundle["text/html"]
+    assert "<style" not in bundle["text/html"]
+    assert "\n" not in bundle["text/plain"]
+
+
+def test_without_widgets_it_is_html_or_text(session: Any) -> None:
+    assert set(AdaptersPanel(session, "model", ui="html")._repr_mimebundle_()) == {"text/plain", "text/html"}
+    assert set(AdaptersPanel(session, "model", ui="text")._repr_mimebundle_()) == {"text/plain"}
+    assert set(AdaptersPanel(session, "model")._repr_mimebundle_()) == {"text/plain"}  # no kernel
+    assert repr(AdaptersPanel(session)).startswith("model · LlamaForCausalLM: orders* (LoRA)")
+    assert session.subscriber_count == 0
+
+
+def test_one_panel_a_model(session: Any) -> None:
+    first = AdaptersPanel(session, "model", ui="widgets")
+    root = first.widget
+    second = AdaptersPanel(session, "model", ui="widgets")
+    assert root.comm is not None
+    assert second.widget is not root
+    assert root.comm is None
+    assert WIDGET_VIEW not in first._repr_mimebundle_()
+    second.close()
+
+
+def test_panels_of_two_models_live_side_by_side() -> None:
+    session: Any = FakeSession(model("a"), model("b"))
+    panels = [AdaptersPanel(session, name, ui="widgets") for name in ("a", "b")]
+    roots = [panel.widget for panel in panels]
+    assert all(root.comm is not None for root in roots)
+    button(panels[1], "sql").click()
+    assert marked(panels[0]) == ["orders"]
+    assert marked(panels[1]) == ["sql"]
+    for panel in panels:
+        panel.close()
+
+
+def test_closing_frees_everything(session: Any) -> None:
+    before = len(live_widgets())
+    panel = AdaptersPanel(session, "model", ui="widgets")
+    button(panel, "save").click()
+    button(panel, "delete", 1).click()
+    assert len(live_widgets()) > before
+    panel.close()
+    panel.close()
+    assert len(live_widgets()) == before
+    assert session.subscriber_count == 0
+    assert (id(session), "model") not in adapters_panel._open
+    gone = weakref.ref(panel)
+    del panel
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_panel_that_was_only_made_costs_nothing(session: Any) -> None:
+    before = len(live_widgets())
+    panel = AdaptersPanel(session, "model", ui="widgets")
+    assert len(live_widgets()) == before
+    assert session.subscriber_count == 0
+    panel.close()

@@ -1,0 +1,258 @@
+"""The live view of a run: few updates, the last one always, and buttons that vanish."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from nbpeft.widgets import environment, run_buttons, show_run, training_panel, views
+from nbpeft.widgets.environment import WIDGET_VIEW
+from nbpeft.widgets.training_panel import RunView
+from tests.widgets.fakes import FakeRun, FakeSession, model, simulate, train_state
+from tests.widgets.support import Output
+
+pytestmark = pytest.mark.usefixtures("no_widget_stays")
+
+
+@pytest.fixture
+def session() -> FakeSession:
+    return FakeSession()
+
+
+def fake_run(session: Any) -> Any:
+    """A run that the type checker takes for a real one."""
+    return FakeRun(session)
+
+
+def shown(session: Any, ui: Any = "html") -> None:
+    session.started.append(lambda run, name: show_run(run, session, name, ui=ui))
+
+
+def test_a_run_is_one_output_that_ends_with_an_image(session: Any, outputs: list[Output]) -> None:
+    shown(session)
+    simulate(session, steps=5, seconds=0)
+    (output,) = outputs
+    assert "<svg" in output.bundles[0]["text/html"]
+    assert "<img" in output.last["text/html"]
+    assert "5 / 5" in output.last["text/html"]
+    assert output.last["text/plain"].startswith("training orders finished: step 5/5")
+    assert training_panel._live == {}
+
+
+def test_updates_are_few(session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch) -> None:
+    view = RunView(fake_run(session), session, "model", ui="html")
+    now = [100.0]
+    monkeypatch.setattr(training_panel.time, "monotonic", lambda: now[0])
+    view.start()
+    for step in range(1, 101):
+        now[0] += 0.01
+        view.draw(train_state(step, 200))
+    assert 5 <= len(outputs[0].bundles) <= 8
+    view.close()
+
+
+def test_a_change_of_status_is_drawn_at_once(session: Any, outputs: list[Output]) -> None:
+    view = RunView(fake_run(session), session, "model", ui="html")
+    view.start()
+    for status in ("running", "paused", "stopping"):
+        view.draw(train_state(1, status=status))
+        assert status in outputs[0].last["text/html"]
+    view.close()
+
+
+def test_equal_states_are_drawn_once(session: Any, outputs: list[Output]) -> None:
+    view = RunView(fake_run(session), session, "model", ui="html")
+    view.start()
+    session.publish()
+    session.publish()
+    assert len(outputs[0].bundles) == 1
+    view.close()
+
+
+def test_the_buttons_vanish_with_the_run(session: Any, outputs: list[Output]) -> None:
+    shown(session, "widgets")
+    simulate(session, steps=3, seconds=0)
+    card, buttons = outputs
+    assert WIDGET_VIEW in buttons.bundles[0]
+    assert buttons.last == {"text/html": "", "text/plain": ""}
+    assert WIDGET_VIEW not in str(card.bundles)
+
+
+def run_in_thread(session: Any, steps: int) -> tuple[FakeRun, threading.Thread]:
+    run = FakeRun(session, steps)
+
+    def loop() -> None:
+        with run:
+            while not run.step() and run.state.step < steps:
+                time.sleep(0.005)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    return run, thread
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_buttons_pause_resume_and_stop(session: Any, outputs: list[Output]) -> None:
+    shown(session, "widgets")
+    run, thread = run_in_thread(session, 10_000)
+    wait_until(lambda: training_panel._live and next(iter(training_panel._live.values()))._buttons)
+    buttons = next(iter(training_panel._live.values()))._buttons
+    assert buttons is not None
+    buttons.pause.click()
+    wait_until(lambda: buttons.pause.description == "Resume")
+    assert run.state.status == "paused"
+    assert "paused" in outputs[0].last["text/html"]
+    before = run.state.step
+    buttons.pause.click()
+    wait_until(lambda: run.state.step > before)
+    assert buttons.pause.description == "Pause"
+    buttons.stop.click()
+    thread.join(5)
+    assert run.state.status == "stopped"
+    assert run.control.poll is None
+
+
+def test_a_click_that_comes_again_after_the_run_does_nothing(
+    session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listeners: dict[str, Any] = {}
+
+    class Delivery:
+        def poll(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    def deliver(found: dict[str, Any]) -> Delivery:
+        listeners.update(found)
+        return Delivery()
+
+    monkeypatch.setattr(run_buttons, "deliver_clicks", deliver)
+    run = FakeRun(session)
+    buttons = run_buttons.RunButtons(run.control)
+    buttons.show()
+    listeners[buttons.stop.comm.comm_id]()
+    assert run.control.stop_requested
+    buttons.close()
+    assert buttons.stop.comm is not None  # lives on, unseen, for the kernel's own delivery
+    assert outputs[0].last["text/html"] == ""
+    following = FakeRun(session)
+    others = run_buttons.RunButtons(following.control)
+    buttons.stop.click()
+    assert not following.control.stop_requested
+    assert buttons.stop.comm is None
+    others.close()
+    assert run_buttons._waiting == set()
+
+
+def test_a_new_run_takes_the_place_of_one_that_never_ended(session: Any, outputs: list[Output]) -> None:
+    first = show_run(fake_run(session), session, "model", ui="widgets")
+    second = show_run(fake_run(session), session, "model", ui="widgets")
+    assert outputs[1].last["text/html"] == ""
+    assert first._output is None
+    second.close()
+
+
+def test_a_run_on_a_model_the_session_does_not_carry(outputs: list[Output]) -> None:
+    session: Any = FakeSession(model("other"))
+    shown(session)
+    with FakeRun(session, 4, "model") as run:
+        run.step()
+        run._publish()
+    assert "1 / 4" in outputs[0].last["text/html"]
+    assert "finished" in outputs[0].last["text/html"]
+
+
+def test_a_failed_run_keeps_its_picture(session: Any, outputs: list[Output]) -> None:
+    shown(session)
+    with pytest.raises(ZeroDivisionError), FakeRun(session, 4) as run:
+        run.step()
+        raise ZeroDivisionError("half")
+    assert "failed" in outputs[0].last["text/html"]
+    assert "half" in outputs[0].last["text/html"]
+
+
+def test_without_ipywidgets_it_says_how_to_stop(
+    session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "has_ipywidgets", lambda: False)
+    monkeypatch.setattr(environment, "running_kernel", lambda: object())
+    shown(session, "auto")
+    simulate(session, steps=2, seconds=0)
+    (output,) = outputs
+    assert "Interrupting the kernel" in output.bundles[0]["text/html"]
+    assert "pip install ipywidgets" in output.bundles[0]["text/html"]
+    assert "Interrupting" not in output.last["text/html"]
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal, or not.
+
+    Args:
+        terminal: Whether it is one.
+    """
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_in_a_terminal_it_is_a_line(session: Any, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    stream = Terminal(terminal)
+    monkeypatch.setattr("sys.stdout", stream)
+    shown(session, "auto")
+    simulate(session, steps=3, seconds=0)
+    written = stream.getvalue()
+    assert written.endswith("\n")
+    assert "finished: step 3/3" in written
+    assert written.count("\n") == (1 if terminal else 2)
+    assert ("\r" in written) is terminal
+
+
+def test_a_line_in_a_terminal_leaves_nothing_of_a_longer_one_and_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal(True)
+    output = training_panel._TextOutput(stream)
+    output.draw(train_state(25, 40))
+    output.draw(train_state(25, 40, eval_loss=None, tokens_per_second=None))
+    first, second = stream.getvalue().split("\r")[1:]
+    assert len(first) == len(second) < 60
+    assert "…" in first
+
+
+def test_the_last_state_is_sent_again_when_the_cell_is_done(session: Any, outputs: list[Output]) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    try:
+        shown(session)
+        simulate(session, steps=2, seconds=0)
+        count = len(outputs[0].bundles)
+        shell.run_cell("1;", store_history=False)
+        assert len(outputs[0].bundles) == count + 1
+        assert outputs[0].last["text/html"] == outputs[0].bundles[-2]["text/html"]
+        shell.run_cell("1;", store_history=False)
+        assert len(outputs[0].bundles) == count + 1
+    finally:
+        InteractiveShell.clear_instance()
+
+
+def test_ended_states_are_those_of_the_state_module() -> None:
+    from typing import get_args
+
+    from nbpeft.state import TrainStatus
+
+    assert set(views.ENDED) < set(get_args(TrainStatus))
