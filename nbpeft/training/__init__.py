@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nbpeft.training.control import RunControl
     from nbpeft.training.data import Collator, prepare_data
     from nbpeft.training.fit import train
+    from nbpeft.training.lorafa import LoraFAOptimizer, create_lorafa_optimizer
     from nbpeft.training.optimizers import create_loraplus_optimizer
     from nbpeft.training.prepare import prepare_model_for_kbit_training
     from nbpeft.training.result import TrainResult
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Collator",
+    "LoraFAOptimizer",
     "Run",
     "RunCallback",
     "RunControl",
     "TrainResult",
     "Trainer",
     "adapter_trainer",
+    "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "prepare_data",
     "prepare_model_for_kbit_training",
@@ -37,12 +40,14 @@ __all__ = [
 
 _HOMES = {
     "Collator": "data",
+    "LoraFAOptimizer": "lorafa",
     "Run": "run",
     "RunCallback": "callback",
     "RunControl": "control",
     "TrainResult": "result",
     "Trainer": "trainer",
     "adapter_trainer": "trainer",
+    "create_lorafa_optimizer": "lorafa",
     "create_loraplus_optimizer": "optimizers",
     "prepare_data": "data",
     "prepare_model_for_kbit_training": "prepare",

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import peft.optimizers
+import pytest
+import torch
+
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.training import create_lorafa_optimizer, train
+from tests.training.support import adapt, tiny_base, tiny_model, token_rows
+
+TOKENS = torch.tensor([row["input_ids"][:4] for row in token_rows(8)])
+
+
+def backward(model):
+    loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    return loss.item()
+
+
+def steps(model, optimizer, count):
+    losses = []
+    for _ in range(count):
+        losses.append(backward(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_learns_as_with_peft(tmp_path, config):
+    ours = tiny_model(lora_alpha=8, **config)
+    ours.save_pretrained(str(tmp_path))
+    theirs = peft.PeftModel.from_pretrained(tiny_base(), tmp_path, is_trainable=True)
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lr": 1e-2, "weight_decay": 0.1}
+    expected = steps(theirs, peft.optimizers.create_lorafa_optimizer(theirs, **options), 6)
+    found = steps(ours, create_lorafa_optimizer(ours, **options), 6)
+    # PEFT projects the gradients in bfloat16.
+    assert found == pytest.approx(expected, rel=2e-3)
+    assert found[-1] < found[0] - 0.01
+
+
+def test_a_is_frozen_and_the_projection_is_that_of_the_paper():
+    model = tiny_model(lora_alpha=8)
+    parameters = dict(model.named_parameters())
+    before = {name: part.detach().clone() for name, part in parameters.items() if "lora_A" in name}
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    backward(model)
+    for name, lora_B in parameters.items():
+        if name.endswith(".lora_B"):
+            lora_A = parameters[name.replace(".lora_B", ".lora_A")].double()
+            expected = lora_B.grad.double() @ torch.linalg.inv(lora_A @ lora_A.T) / 2.0**2
+            torch.testing.assert_close(optimizer.projected(lora_B).double(), expected, rtol=1e-4, atol=1e-9)
+    steps(model, optimizer, 3)
+    assert all(torch.equal(parameters[name], value) for name, value in before.items())
+    assert not any(parameters[name].requires_grad for name in before)
+
+
+def test_the_inverse_is_computed_once_and_again_when_a_changes(monkeypatch):
+    model, calls = tiny_model(), []
+    pinv = torch.linalg.pinv
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return pinv(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "pinv", counted)
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    steps(model, optimizer, 4)
+    assert len(calls) == 4, "two layers with two targets"
+    with torch.no_grad():
+        next(part for name, part in model.named_parameters() if "lora_A" in name).mul_(2)
+    steps(model, optimizer, 2)
+    assert len(calls) == 5
+
+
+def test_a_dora_magnitude_is_trained_as_it_is():
+    model = tiny_model(use_dora=True)
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    losses = steps(model, optimizer, 6)
+    assert losses[-1] < losses[0] - 0.01
+    magnitudes = [part for name, part in model.named_parameters() if name.endswith("magnitude")]
+    backward(model)
+    assert magnitudes and all(torch.equal(optimizer.projected(part), part.grad) for part in magnitudes)
+
+
+def test_it_goes_into_a_training_and_its_state_can_be_loaded():
+    model = tiny_model()
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    result = train(model, token_rows(), optimizers=(optimizer, None), max_steps=12)
+    assert result.message == "" and result.state.history[-1][1] < result.state.history[0][1]
+    again = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state[again.param_groups[0]["params"][0]]["step"] == 12
+
+
+def test_impossible_requests():
+    model = adapt(tiny_base())
+    with pytest.raises(ConfigError, match="not what the config of 'default' says"):
+        create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2, use_rslora=True)
+    with pytest.warns(FutureWarning, match="config says it"):
+        create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2, use_rslora=False)
+    model.manager.freeze("default")
+    with pytest.raises(TrainingError, match="No trainable lora_B"):
+        create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    with pytest.raises(ConfigError, match="must not be negative"):
+        create_lorafa_optimizer(tiny_model(), r=4, lora_alpha=8, lr=-1.0)
