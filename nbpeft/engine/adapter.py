@@ -38,9 +38,13 @@ class TaskType(str, enum.Enum):
 class ConfigStore(Protocol):
     """Reads and writes configs on disk or a hub; the checkpoint package provides it."""
 
-    def read(self, source: str, **options: Any) -> AdapterConfig: ...
+    def read(self, source: str, **options: Any) -> AdapterConfig:
+        """Reads the config of a saved adapter."""
+        ...
 
-    def write(self, config: AdapterConfig, folder: str, **options: Any) -> None: ...
+    def write(self, config: AdapterConfig, folder: str, **options: Any) -> None:
+        """Writes a config into a folder."""
+        ...
 
 
 @dataclass
@@ -272,23 +276,28 @@ class Base:
 
     @property
     def in_features(self) -> int:
+        """Features of the input."""
         return self.host.features(self.module)[0]
 
     @property
     def out_features(self) -> int:
+        """Features of the output."""
         return self.host.features(self.module)[1]
 
     @property
     def bias(self) -> Tensor | None:
+        """The layer's own bias, (out,), or None."""
         bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
     @property
     def device(self) -> torch.device:
+        """Where the weight lies."""
         return self.backend.device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The floating dtype the weight stands for."""
         return self.backend.dtype(self.module)
 
     def weight(self) -> Tensor:

@@ -7,10 +7,8 @@ only for the adapters whose trainability changes.
 
 from __future__ import annotations
 
-import copy
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,62 +16,22 @@ import torch
 from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
-from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import build, collection_paused, commit, drop, replace_modules
-from nbpeft.engine.copies import CopiedModule
-from nbpeft.engine.hotswap import adapter_tensors
-from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.holder import AdapterHolder, check_name
 from nbpeft.engine.merging import check_merge, chosen_copy, lossy_note, merge_layers, unmerge_layers
 from nbpeft.engine.plan import InjectionPlan, plan
-from nbpeft.engine.switch import NOTHING, Active, Switch
+from nbpeft.engine.switch import NOTHING, Active
 from nbpeft.errors import (
     AdapterError,
     AdapterExistsError,
     MergeError,
-    StaleModelError,
-    UnknownAdapterError,
-    did_you_mean,
 )
-
-BASE_NAME = "__base__"
-"""Name of the base model in a mixed batch."""
 
 _ATTRIBUTE = "_nbpeft_manager"
 
 
-class AdapterManager:
-    """The adapters of one base model.
-
-    Attributes:
-        model: the base model.
-        switch: what acts now; read by all wrappers.
-        configs: adapter name -> its config, targets resolved.
-        layers: path -> adapted layer.
-        copies: path -> module with copies trained as a whole.
-        alive: False once the adapters were unloaded; every command then refuses.
-        revision: grows with every change.
-        frozen: adapters that do not train even while active.
-        owner: token of the one handle that may use the manager.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.switch = Switch()
-        self.configs: dict[str, AdapterConfig] = {}
-        self.layers: dict[str, AdaptedLayer] = {}
-        self.copies: dict[str, CopiedModule] = {}
-        self.alive = True
-        self.revision = 0
-        self.frozen: set[str] = set()
-        self._selected: tuple[str, ...] = ()
-        self._enabled = True
-        self._scales: dict[str, float] = {}
-        self._merged: tuple[str, ...] = ()
-        self._parameters: dict[str, list[nn.Parameter]] = {}
-        self._biases = BaseBiases(model)
-        self._was_trainable: list[nn.Parameter] = []
-        self._subscribers: list[Callable[[], Callable[[], None] | None]] = []
-        self.owner = object()
+class AdapterManager(AdapterHolder):
+    """The adapters of one base model and every command on them."""
 
     @classmethod
     def of(cls, model: nn.Module) -> AdapterManager | None:
@@ -87,87 +45,6 @@ class AdapterManager:
         found = manager or cls.of(model) or cls(model)
         model.__dict__[_ATTRIBUTE] = found
         return found
-
-    # What there is
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All adapters, oldest first."""
-        return tuple(self.configs)
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """Selected adapters; they act unless disabled."""
-        return self._selected
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the selected adapters act."""
-        return self._enabled
-
-    @property
-    def merged(self) -> tuple[str, ...]:
-        """Adapters whose deltas are in the base weights now."""
-        return self._merged
-
-    def scale(self, name: str) -> float:
-        """Factor on an adapter's delta; 1 unless set."""
-        return self._scales.get(name, 1.0)
-
-    def parameters(self, name: str) -> list[nn.Parameter]:
-        """All trainable tensors of an adapter, copies and trained base biases included."""
-        self.require(name)
-        cached = self._parameters.get(name)
-        if cached is None:
-            adapters = [layer.adapters._modules.get(name) for layer in self.layers.values()]
-            copies = [module.modules_to_save._modules.get(name) for module in self.copies.values()]
-            cached = [
-                p for adapter in adapters if adapter is not None for p in adapter._parameters.values() if p is not None
-            ]
-            for trained in copies:
-                if trained is not None:
-                    cached.extend(p for p in trained.parameters() if p.is_floating_point())
-            cached.extend(self._biases.of(name).values())
-            self._parameters[name] = cached
-        return cached
-
-    def weights(self, name: str) -> AdapterWeights:
-        """References to the tensors of an adapter."""
-        self.require(name)
-        weights = AdapterWeights()
-        for path, layer in self.layers.items():
-            if name in layer.adapters._modules:
-                weights.adapters[path] = adapter_tensors(layer.adapter(name), self.configs[name], path, layer)
-        for path, module in self.copies.items():
-            if name in module.modules_to_save._modules:
-                weights.copies[path] = dict(module.modules_to_save[name].state_dict(keep_vars=True))
-        weights.base = dict(self._biases.of(name))
-        return weights
-
-    def require(self, *names: str) -> None:
-        """Raises unless the manager is alive and has all the names.
-
-        Raises:
-            StaleModelError: the adapters were unloaded.
-            UnknownAdapterError: there is no such adapter.
-        """
-        self.check_alive()
-        for name in names:
-            if name not in self.configs:
-                have = ", ".join(map(repr, self.configs)) or "none"
-                raise UnknownAdapterError(
-                    f"Adapter {name!r} not found; the model has: {have}." + did_you_mean(str(name), self.configs),
-                    name=name,
-                    available=self.names,
-                )
-
-    def check_alive(self) -> None:
-        """Raises StaleModelError once the adapters were unloaded."""
-        if not self.alive:
-            raise StaleModelError(
-                "this handle is dead: its adapters were merged into the base model or unloaded; "
-                "use the model that merge_and_unload() or unload() returned"
-            )
 
     # Adding and removing
 
@@ -497,43 +374,3 @@ class AdapterManager:
     def _require_unmerged(self, what: str) -> None:
         if self._merged:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
-
-    # Telling others
-
-    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back after every change; bound methods are held weakly. Returns how to stop."""
-        bound = getattr(callback, "__self__", None) is not None
-        reference: Callable[[], Callable[[], None] | None]
-        reference = weakref.WeakMethod(callback) if bound else (lambda: callback)
-        self._subscribers.append(reference)
-
-        def stop() -> None:
-            if reference in self._subscribers:
-                self._subscribers.remove(reference)
-
-        return stop
-
-    def changed(self) -> None:
-        """Tells subscribers that something changed; for code that wrote tensors itself."""
-        self.revision += 1
-        for reference in list(self._subscribers):
-            callback = reference()
-            if callback is None:
-                self._subscribers.remove(reference)
-            else:
-                callback()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_subscribers": [], "_parameters": {}}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterManager:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
-        return twin
-
-
-def check_name(name: object) -> None:
-    """Raises AdapterError for a name that cannot be a key, a folder or part of a parameter name."""
-    if not isinstance(name, str) or not name.strip() or name == BASE_NAME or any(c in name for c in "./\\\0\n"):
-        raise AdapterError(f"{name!r} cannot name an adapter: use a non-empty text without dots and slashes", name=name)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
-from nbpeft.engine.manager import AdapterManager, check_name
+from nbpeft.engine.holder import check_name
+from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, walk
 from nbpeft.errors import AdapterError, AdapterExistsError, MergeError
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
-from nbpeft.engine.manager import BASE_NAME, AdapterManager
-from nbpeft.engine.switch import Active, Rows
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.switch import Active
 from nbpeft.errors import AdapterError, StaleModelError
 from nbpeft.model import files
 from nbpeft.model.counting import parameter_counts
+from nbpeft.model.rows import assigned_rows
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tuner import AdapterTuner
 
@@ -201,20 +202,7 @@ class PeftModel(nn.Module):
             return None
         if self.training:
             raise AdapterError("adapter_names is for inference: call model.eval() first")
-        if self.manager.merged:
-            raise AdapterError(f"adapter_names needs unmerged weights, but {self.manager.merged[0]!r} is merged")
-        if isinstance(adapter_names, str):
-            raise AdapterError("adapter_names must be a list with one name for each row of the batch")
-        inputs = next((value for value in (*args[:1], *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        if inputs is not None and len(inputs) != len(adapter_names):
-            raise AdapterError(
-                f"adapter_names has {len(adapter_names)} names for {len(inputs)} rows: give one name for each row"
-            )
-        names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
-        self.manager.require(*names)
-        order = {name: position for position, name in enumerate(names)}
-        index = tuple(order.get(name, -1) for name in adapter_names)
-        return Active(rows=Rows(names, index, tuple(self.manager.scale(name) for name in names)))
+        return assigned_rows(self.manager, adapter_names, (*args[:1], *kwargs.values()))
 
     # Managing
 
@@ -356,6 +344,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -368,6 +357,7 @@ class PeftModel(nn.Module):
             save_embedding_layers: also save the embeddings; "auto": where an adapter targets
                 them or the vocabulary was resized.
             is_main_process: other processes write nothing.
+            path_initial_model_for_weight_conversion: must be None; no init here changes the base.
             state_dict: take the tensors from here (as gathered from a sharded model).
             **kwargs: accepted for PEFT's sake.
 
@@ -379,6 +369,8 @@ class PeftModel(nn.Module):
             return
         if not safe_serialization:
             raise AdapterError("safe_serialization=False is not supported: adapters are saved as safetensors only")
+        if path_initial_model_for_weight_conversion is not None:
+            raise AdapterError("path_initial_model_for_weight_conversion is not implemented: no init changes the base")
         files.save(
             self.manager,
             save_directory,
