@@ -33,6 +33,7 @@ class Size:
         adapters: adapters on the model where their number matters.
         small: features of those many modules.
         wide: features of the single layers (d).
+        wide_layers: how many such layers are merged.
         tokens: rows of input of a training step.
         few_tokens: the same where the layer's own work would hide the adapter's.
         sequence: tokens that go through the language model's layers.
@@ -45,6 +46,7 @@ class Size:
     adapters: int = 16
     small: int = 32
     wide: int = 2048
+    wide_layers: int = 4
     tokens: int = 256
     few_tokens: int = 16
     sequence: int = 128
@@ -59,6 +61,7 @@ TOY = Size(
     adapters=3,
     small=8,
     wide=32,
+    wide_layers=2,
     tokens=8,
     few_tokens=4,
     sequence=6,
@@ -77,7 +80,8 @@ class Row:
         kind: whether a measure returns seconds or bytes.
         target: the most that ours / rival may be; or the most that ours may be, if ``absolute``.
         prepare: (library name, size) -> a measure, with all that is not to be counted done.
-        floor: size -> a measure of the work without any adapter, which is taken off both sides.
+        floor: size -> a measure of the work without any adapter, which is taken off both sides. What
+            is left is small beside the noise, so such a row takes the least of its samples.
         rival: what ours is compared with, the name that ``prepare`` gets.
         absolute: whether the target is in seconds or bytes and not a ratio.
         repeats: how often it is measured; bytes are exact and need one.
@@ -129,7 +133,7 @@ def rows(only: Iterable[str] = ()) -> list[Row]:
 
 
 def measure(row: Row, size: Size = FULL) -> Result:
-    """Measures both sides in turn and takes the median of each.
+    """Measures both sides in turn and takes the median of each (with a floor: the least).
 
     A failure of ours is a result (its ``problem``), so that one row does not stop the table; a
     failure of the rival is a mistake of the benchmark and is raised.
@@ -146,8 +150,9 @@ def measure(row: Row, size: Size = FULL) -> Result:
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         samples = sample(measures, max(1, round(row.repeats * size.repeats)), warm_up=size.repeats > 0)
-    middle = {name: statistics.median(values) for name, values in samples.items()}
-    return Result(row, middle.get(OURS, math.nan), middle[row.rival], middle.get("floor", 0.0), samples, problem)
+    typical = min if row.floor else statistics.median
+    value = {name: typical(values) for name, values in samples.items()}
+    return Result(row, value.get(OURS, math.nan), value[row.rival], value.get("floor", 0.0), samples, problem)
 
 
 def sample(measures: dict[str, Measure], repeats: int, *, warm_up: bool) -> dict[str, list[float]]:

@@ -35,10 +35,10 @@ class Chain(nn.Module):
         return self.blocks(x)
 
 
-def layer(width: int, dtype: torch.dtype = torch.float32) -> Chain:
-    """A model of one layer with random weights that are no parameters to train."""
+def layers(width: int, dtype: torch.dtype = torch.float32, count: int = 1) -> Chain:
+    """A model of one or more layers with random weights that are not to be trained."""
     torch.manual_seed(0)
-    model = Chain(1, width)
+    model = Chain(count, width)
     for weight in (parameter for parameter in model.parameters() if parameter.ndim == 2):
         nn.init.normal_(weight, std=width**-0.5)
     return model.to(dtype).requires_grad_(False)

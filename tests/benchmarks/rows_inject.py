@@ -53,5 +53,5 @@ def patterns(name: str, size: Size) -> Measure:
 ROWS = [
     Row("inject", "inject LoRA, 1,001 Linear", "seconds", 0.15, first),
     Row("inject-nth", "inject a 5th adapter, 1,001 Linear", "seconds", 0.15, another, repeats=3),
-    Row("inject-patterns", "inject with 1,001 rank patterns", "seconds", 0.01, patterns, repeats=1),
+    Row("inject-patterns", "inject with 1,001 rank patterns", "seconds", 0.02, patterns, repeats=1),
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.benchmarks.harness import Measure, Row, Size, timed
-from tests.benchmarks.models import adapted, layer
+from tests.benchmarks.models import adapted, layers
 
 
 def step(model: nn.Module, tokens: int, width: int, dtype: torch.dtype) -> Measure:
@@ -27,7 +27,7 @@ def lora(dropout: float) -> Callable[[str, Size], Measure]:
     """A LoRA step in bf16."""
 
     def prepare(name: str, size: Size) -> Measure:
-        model = adapted(name, layer(size.wide, torch.bfloat16), lora_dropout=dropout)
+        model = adapted(name, layers(size.wide, torch.bfloat16), lora_dropout=dropout)
         return step(model, size.tokens, size.wide, torch.bfloat16)
 
     return prepare
@@ -35,14 +35,14 @@ def lora(dropout: float) -> Callable[[str, Size], Measure]:
 
 def frozen(size: Size) -> Measure:
     """The same layer without an adapter."""
-    return step(layer(size.wide, torch.bfloat16), size.tokens, size.wide, torch.bfloat16)
+    return step(layers(size.wide, torch.bfloat16), size.tokens, size.wide, torch.bfloat16)
 
 
 def few_tokens(**fields: Any) -> Callable[[str, Size], Measure]:
     """A step in fp32 on few tokens."""
 
     def prepare(name: str, size: Size) -> Measure:
-        return step(adapted(name, layer(size.wide), **fields), size.few_tokens, size.wide, torch.float32)
+        return step(adapted(name, layers(size.wide), **fields), size.few_tokens, size.wide, torch.float32)
 
     return prepare
 
