@@ -6,10 +6,11 @@ import ast
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nbpeft.errors import CellError, near
 from nbpeft.magics.body import evaluate_expression, look_up
+from nbpeft.magics.parse import kind_of
 from nbpeft.magics.scan import reference
 from nbpeft.session import Session
 
@@ -27,13 +28,8 @@ class Desk:
 
     namespace: MutableMapping[str, Any]
     session: Session
-    ui: str = "auto"
+    ui: Literal["auto", "widgets", "html", "text"] = "auto"
     shell: Any = None
-
-    @property
-    def interactive(self) -> bool:
-        """Whether a kernel with a front end runs the shell."""
-        return hasattr(self.shell, "kernel")
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted ones first. Imports nothing."""
@@ -55,9 +51,7 @@ class Desk:
             raise CellError(f"no variable is called {text!r}.{self._models_instead(text)}")
         value = self.namespace[text]
         if not is_module(value):
-            kind = type(value).__name__
-            article = "an" if kind[:1].lower() in "aeiou" else "a"
-            raise CellError(f"{text!r} is {article} {kind}, not a model.{self._models_instead(text)}")
+            raise CellError(f"{text!r} is {kind_of(value)}, not a model.{self._models_instead(text)}")
         return value
 
     def only_model(self, what: str) -> str:

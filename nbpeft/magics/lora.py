@@ -54,7 +54,7 @@ VERBS = verbs()
 class NbpeftMagics(magic.Magics):
     """``%lora``, ``%%lora`` and ``%%lora_train``."""
 
-    ui = Enum(
+    ui: Any = Enum(
         ["auto", "widgets", "html", "text"],
         "auto",
         help="How panels are shown: widgets, html, text, or whatever works (auto).",
@@ -74,7 +74,7 @@ class NbpeftMagics(magic.Magics):
     @property
     def desk(self) -> Desk:
         """The notebook as it is now."""
-        return Desk(self.shell.user_ns, self.session, self.ui, self.shell)
+        return Desk(self.shell.user_ns, self.session, ui=self.ui, shell=self.shell)
 
     @_silenceable
     @_as_typed

@@ -194,7 +194,13 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     value = namespace[name]
     if isinstance(value, str | int | float) or hasattr(value, "__fspath__"):
         return head + str(value)
-    raise CellError(f"{text} is a {type(value).__name__}, not text, a number or a path", column=word.start)
+    raise CellError(f"{text} is {kind_of(value)}, not text, a number or a path", column=word.start)
+
+
+def kind_of(value: object) -> str:
+    """What a value is, with its article: ``an int``."""
+    kind = type(value).__name__
+    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 
 
 def _is_field(word: Word) -> bool:

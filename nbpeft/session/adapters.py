@@ -11,7 +11,7 @@ from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
 from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.files import adapter_name_of, folder_hint, save_adapters
-from nbpeft.session.handles import reviver
+from nbpeft.session.handles import reviver, uncompiled
 from nbpeft.session.preview import Preview, preview_of
 from nbpeft.session.results import AddResult, Done, Holder, LoadResult, SaveResult
 from nbpeft.state import AdapterState, ModelState
@@ -59,7 +59,7 @@ class AdapterCommands(SessionBase):
             if entry is not None and name in entry.manager.configs:
                 return self._reconfigure(entry, name, made, allow_missing, trainable, notes)
             if entry is None:
-                handle, plan = _adapt(model, made, name, allow_missing)
+                handle, plan = _adapt(uncompiled(model), made, name, allow_missing)
                 entry = self._book.enter(variable, handle)
                 self._stale = True
             else:
@@ -81,7 +81,7 @@ class AdapterCommands(SessionBase):
         made = build_config(config)
         with self._command("planning") as notes:
             entry = self._entry_of(model, variable)
-            base = entry.manager.model if entry is not None else model
+            base = entry.manager.model if entry is not None else uncompiled(model)
             title = entry.name if entry is not None else variable or "model"
             replaces = entry is not None and name in entry.manager.configs
             return preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
@@ -114,7 +114,7 @@ class AdapterCommands(SessionBase):
         with self._command(f"loading {chosen!r}", slow=True) as notes, folder_hint(place):
             entry = self._entry_of(model, variable)
             if entry is None:
-                bare: Any = model
+                bare = uncompiled(model)
                 loaded = PeftModel.from_pretrained(bare, place, adapter_name=chosen, is_trainable=trainable)
                 entry = self._book.enter(variable, loaded)
             else:

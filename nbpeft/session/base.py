@@ -7,10 +7,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from nbpeft.session.book import Entry, ModelBook
-from nbpeft.session.handles import handle_over, is_handle, is_live
+from nbpeft.session.handles import handle_over, is_handle, is_live, uncompiled
 from nbpeft.session.lock import CommandLock, Subscribers
 from nbpeft.session.results import Done
 from nbpeft.state import SessionState
@@ -135,13 +135,14 @@ class SessionBase:
             if self.lock.depth == 0 and self._stale:
                 self._publish()
 
-    def _entry_of(self, model: object, variable: str | None = None) -> Entry | None:
+    def _entry_of(self, model: Any, variable: str | None = None) -> Entry | None:
         """The entry of a model, made where the model is adapted already; None for a bare model."""
         if model is None or isinstance(model, str):
             return self._book.get(model)
+        model = uncompiled(model)
         entry = self._book.find(model)
         if entry is None:
-            handle: Any = model if is_handle(model) else handle_over(cast("nn.Module", model))
+            handle: Any = model if is_handle(model) else handle_over(model)
             if handle is not None:
                 handle._check_live()
                 entry = self._book.enter(variable, handle)
@@ -169,17 +170,21 @@ class SessionBase:
 
 @contextmanager
 def _gathered(notes: list[str]) -> Iterator[None]:
-    """Collects user warnings as notes, each once; other warnings go their usual way."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield
-        finally:
-            recorded = list(caught)
-    for item in recorded:
-        if issubclass(item.category, _SILENT):
-            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
-            continue
-        text = " ".join(str(item.message).split())
-        if text not in notes:
+    """Turns user warnings into notes as they come, each once; other warnings go their usual way."""
+    others: list[tuple[Any, ...]] = []
+
+    def take(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+    ) -> None:
+        text = " ".join(str(message).split())
+        if issubclass(category, _SILENT):
+            others.append((message, category, filename, lineno))
+        elif text not in notes:
             notes.append(text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = take
+        yield
+    for item in others:
+        warnings.warn_explicit(*item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 """Fields that say where a config comes from and not what it does."""
+
+_NAME_FIELDS = ("target_modules", "exclude_modules")
+_ONE_NAME = re.compile(r"[\w.]+")
 
 
 def config_class(peft_type: str = "LORA") -> type[AdapterConfig]:
@@ -38,7 +42,8 @@ def build_config(config: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
 
     Args:
         config: a config, or fields by name; ``peft_type`` among them chooses the method,
-            LoRA without it.
+            LoRA without it. Among fields, targets that are one plain name mean that name, not a
+            pattern.
 
     Raises:
         ConfigError: a field is unknown (the message names near ones) or its value impossible;
@@ -47,7 +52,7 @@ def build_config(config: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
     """
     if not isinstance(config, Mapping):
         return config
-    fields = dict(config)
+    fields = {name: _as_names(value) if name in _NAME_FIELDS else value for name, value in config.items()}
     cls = config_class(fields.get("peft_type") or "LORA")
     known = field_names(fields.pop("peft_type", None) or "LORA")
     for name in fields:
@@ -74,6 +79,11 @@ def label_of(config: AdapterConfig) -> str:
     del nbpeft
     label = method_of(config).label
     return f"rs{label}" if getattr(config, "use_rslora", False) else label
+
+
+def _as_names(value: Any) -> Any:
+    """A single name as a list of it: as a string it would be a pattern for a module's whole path."""
+    return [value] if isinstance(value, str) and _ONE_NAME.fullmatch(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -39,7 +39,8 @@ class Session(AdapterCommands, ActingCommands, Runs):
 
     def base(self, model: ModelLike = None) -> nn.Module:
         """The base model under the adapters."""
-        return self._book.get(model).manager.model
+        base: nn.Module = self._book.get(model).manager.model
+        return base
 
     def memory(self, model: ModelLike = None) -> MemoryState:
         """Measures what a model uses; the state of the session carries it from then on."""

@@ -19,6 +19,11 @@ def is_handle(thing: object) -> bool:
     return models is not None and isinstance(thing, models.PeftModel)
 
 
+def uncompiled(model: Any) -> Any:
+    """The model behind ``torch.compile``, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def is_live(handle: PeftModel) -> bool:
     """Whether a handle still speaks for its base model."""
     manager: Any = handle.manager
@@ -31,11 +36,10 @@ def handle_over(base: nn.Module) -> PeftModel | None:
     manager = engine.AdapterManager.of(base) if engine is not None else None
     if manager is None or not manager.alive or not manager.names:
         return None
-    from nbpeft.model.tasks import class_for
+    from nbpeft.model import PeftModel
 
     first = (manager.active or manager.names)[0]
-    cls: type[PeftModel] = class_for(manager.configs[first])
-    return cls.over(base, manager)
+    return PeftModel.for_task(manager.configs[first]).over(base, manager)
 
 
 def reviver(base: nn.Module) -> Callable[[], PeftModel | None]:

@@ -1,0 +1,76 @@
+"""A real IPython shell that a test writes cells into, and a tiny model for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from traitlets.config import Config
+
+from nbpeft.session import Session, session
+
+
+@dataclass
+class Outcome:
+    """What running a cell gave."""
+
+    value: Any
+    error: BaseException | None
+    printed: str
+    complained: str
+
+    @property
+    def line(self) -> str:
+        """The one line a person sees for a mistake; fails the test unless it was one."""
+        assert type(self.error) is UsageError, f"expected a UsageError, got {self.error!r}"
+        assert "Traceback" not in self.printed + self.complained
+        return str(self.error)
+
+
+class Notebook:
+    """A shell with the extension loaded."""
+
+    def __init__(self, **settings: Any) -> None:
+        InteractiveShell.clear_instance()
+        config = Config({"HistoryManager": {"enabled": False}, **settings})
+        self.shell = InteractiveShell.instance(config=config)
+        self.run("%load_ext nbpeft")
+
+    def run(self, cell: str) -> Outcome:
+        with capture_output() as captured:
+            result = self.shell.run_cell(cell, store_history=True)
+        error = result.error_in_exec or result.error_before_exec
+        return Outcome(result.result, error, captured.stdout, captured.stderr)
+
+    def do(self, cell: str) -> Any:
+        """Runs a cell that must work, and gives its value."""
+        outcome = self.run(cell)
+        assert outcome.error is None, outcome.error
+        return outcome.value
+
+    def __getitem__(self, name: str) -> Any:
+        return self.shell.user_ns[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.shell.user_ns[name] = value
+
+    @property
+    def session(self) -> Session:
+        return session()
+
+    def complete(self, text: str, cursor: int | None = None) -> list[str]:
+        """What the kernel would offer at the cursor, in order."""
+        from IPython.core.completer import provisionalcompleter
+
+        with provisionalcompleter():
+            return [
+                item.text for item in self.shell.Completer.completions(text, len(text) if cursor is None else cursor)
+            ]
+
+    def close(self) -> None:
+        self.run("%unload_ext nbpeft")
+        self.shell.reset(new_session=False)
+        InteractiveShell.clear_instance()

@@ -1,0 +1,165 @@
+"""Loading and unloading the extension, its configuration, and completion through the shell."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from nbpeft.magics.matcher import IDENTIFIER
+from nbpeft.session import session
+from tests.magics.notebook import Notebook
+
+HOOKS = ("%lora", "%%lora", "%lora_train", "%%lora_train")
+
+
+def traces(shell: InteractiveShell) -> list[str]:
+    """Everything of the extension that a shell still knows."""
+    magics = [name for kind in shell.magics_manager.magics.values() for name in kind if name.startswith("lora")]
+    matchers = [getattr(item, "matcher_identifier", "") for item in shell.Completer.custom_matchers]
+    hooks = shell.strdispatchers.get("complete_command")
+    return [
+        *magics,
+        *(name for name in shell.magics_manager.registry if "Nbpeft" in name),
+        *(type(item).__name__ for item in shell.configurables if "Nbpeft" in type(item).__name__),
+        *(name for name in matchers if name == IDENTIFIER),
+        *(key for key in HOOKS if hooks is not None and key in hooks.strs),
+        *(str(item) for callbacks in shell.events.callbacks.values() for item in callbacks if "nbpeft" in repr(item)),
+    ]
+
+
+def test_unloading_leaves_nothing_behind(bare: Notebook) -> None:
+    before = session()
+    watchers = before._run_watchers
+    assert len(traces(bare.shell)) == 7
+    bare.do("%unload_ext nbpeft")
+    assert traces(bare.shell) == []
+    assert watchers._references == []
+    assert session() is not before
+
+
+def test_loading_twice_is_loading_once(bare: Notebook) -> None:
+    once = traces(bare.shell)
+    bare.do("%load_ext nbpeft")
+    assert traces(bare.shell) == once
+    bare.do("%reload_ext nbpeft")
+    assert traces(bare.shell) == once
+
+
+def test_adapters_survive_a_reload(adapted: Notebook) -> None:
+    adapted.do("%reload_ext nbpeft")
+    assert "sql" in str(adapted.do("%lora"))
+    adapted.do("%lora use chat")
+    assert adapted["model"].active_adapters == ["chat"]
+
+
+def test_the_display_can_be_configured(bare: Notebook) -> None:
+    bare.do("%config NbpeftMagics.ui = 'html'")
+    assert bare.shell.magics_manager.registry["NbpeftMagics"].ui == "html"
+
+
+def test_a_bad_configuration_does_not_take_the_magics_away() -> None:
+    notebook = Notebook(NbpeftMagics={"ui": "hologram"})
+    try:
+        assert "no adapted model yet" in str(notebook.do("%lora"))
+        assert notebook.shell.magics_manager.registry["NbpeftMagics"].ui == "auto"
+        assert len(traces(notebook.shell)) == 7
+    finally:
+        notebook.close()
+
+
+@pytest.mark.parametrize(("magic", "option"), [("%lora?", "--dry-run"), ("%%lora_train?", "--data")])
+def test_help_is_the_docstring(bare: Notebook, magic: str, option: str) -> None:
+    text = bare.run(magic).printed
+    assert "usage: %%lora" in text
+    assert option in text
+
+
+def test_braces_and_quotes_reach_the_parser(notebook: Notebook) -> None:
+    notebook.do(r"%lora add model --name 'my adapter' target_modules=.*\.self_attn\.(q|v)_pro{1}j")
+    config = notebook["model"].peft_config["my adapter"]
+    assert config.target_modules == r".*\.self_attn\.(q|v)_pro{1}j"
+
+
+def test_a_variable_as_a_whole_argument(notebook: Notebook) -> None:
+    notebook["who"] = "sql"
+    notebook.do("%lora add model --name {who} target_modules=q_proj")
+    assert list(notebook["model"].peft_config) == ["sql"]
+    assert "name 'nobody' is not defined" in notebook.run("%lora use {nobody}").line
+
+
+class TestCompletion:
+    def test_verbs_come_first_and_alone(self, bare: Notebook) -> None:
+        assert sorted(bare.complete("%lora un")) == ["unfreeze", "unload", "unmerge"]
+
+    def test_adapters(self, adapted: Notebook) -> None:
+        assert adapted.complete("%lora use ") == ["chat", "sql"]
+        assert adapted.complete("x = 1\n%lora use s") == ["sql"]
+
+    def test_models(self, adapted: Notebook) -> None:
+        adapted["mode"] = "not a model"
+        assert adapted.complete("%%lora mo") == ["model"]
+
+    def test_fields_in_the_body(self, adapted: Notebook) -> None:
+        assert adapted.complete("%%lora model\nlora_a") == ["lora_alpha = "]
+        assert "r = " in adapted.complete("%%lora model\n")
+
+    def test_python_in_the_body(self, adapted: Notebook) -> None:
+        adapted["my_rank_of_choice"] = 4
+        assert "my_rank_of_choice" in adapted.complete("%%lora model\nr = my_ran")
+
+    def test_training_arguments(self, adapted: Notebook) -> None:
+        adapted.do("from transformers import TrainingArguments")
+        assert "num_train_epochs = " in adapted.complete("%%lora_train model --data d\nnum_tr")
+
+    def test_paths(self, adapted: Notebook, tmp_path: Path) -> None:
+        (tmp_path / "adapters").mkdir()
+        assert adapted.complete(f"%lora load {tmp_path}/ad") == [f"{tmp_path}/adapters/"]
+
+    def test_the_old_hook(self, adapted: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What IPython 7 has: no matchers of the second kind."""
+        adapted.do("%unload_ext nbpeft")
+        monkeypatch.setattr("nbpeft.magics.matcher._matcher", lambda completion: None)
+        adapted.do("%load_ext nbpeft")
+        _, matches = adapted.shell.complete("c", "%lora use c", 11)
+        assert matches == ["chat"]
+        adapted.do("%unload_ext nbpeft")
+        assert traces(adapted.shell) == []
+
+    def test_completing_imports_nothing(self) -> None:
+        code = (
+            "import sys\n"
+            "from IPython.core.interactiveshell import InteractiveShell\n"
+            "shell = InteractiveShell.instance()\n"
+            "shell.run_line_magic('load_ext', 'nbpeft')\n"
+            "for text in ('%lora use ', '%%lora ', '%%lora model\\nr', '%%lora_train model --data '):\n"
+            "    shell.complete('', text, len(text))\n"
+            "shell.run_line_magic('lora', '')\n"
+            "shell.run_line_magic('lora', 'doctor')\n"
+            "print(sorted({'torch', 'transformers', 'bitsandbytes', 'ipywidgets'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+def test_loading_takes_no_time() -> None:
+    """The target is 0.15 s on a quiet machine; a busy one gets three times that."""
+    code = (
+        "import time\n"
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "shell = InteractiveShell.instance()\n"
+        "start = time.process_time()\n"
+        "shell.run_line_magic('load_ext', 'nbpeft')\n"
+        "print(time.process_time() - start)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(5)
+    ]
+    assert statistics.median(seconds) <= 0.45

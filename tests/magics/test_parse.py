@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbpeft.errors import CellError
+from nbpeft.magics.lora import CELLS, VERBS
+from nbpeft.magics.parse import Request, parse_line, parse_verb
+from nbpeft.magics.scan import scan
+
+
+def parsed(line: str, **namespace: Any) -> Request:
+    request = parse_line(line, VERBS, namespace)
+    assert request is not None
+    return request
+
+
+def test_the_verbs_of_the_design_are_there() -> None:
+    wanted = ["add", "use", "off", "on", "load", "save", "delete", "merge", "unmerge", "unload", "panel", "doctor"]
+    assert set(wanted) <= set(VERBS)
+
+
+def test_every_verb_tells_what_it_does() -> None:
+    for verb in VERBS.values():
+        assert verb.summary.endswith(".")
+        assert "\n" not in verb.summary
+        assert all(item.options.get("help") for item in verb.arguments)
+
+
+def test_no_line_is_no_request() -> None:
+    assert parse_line("   ", VERBS, {}) is None
+
+
+def test_a_verb_and_its_arguments() -> None:
+    request = parsed("use sql chat --model m")
+    assert request.verb.name == "use"
+    assert (request.options.names, request.options.model) == (["sql", "chat"], "m")
+
+
+def test_field_words_may_stand_anywhere() -> None:
+    request = parsed("add r=8 model --name sql target_modules=q_proj --dry-run")
+    assert (request.options.target, request.options.name, request.options.dry_run) == ("model", "sql", True)
+    assert [word.text for word in request.options.fields] == ["r=8", "target_modules=q_proj"]
+
+
+def test_a_path_with_an_equals_sign_is_a_path() -> None:
+    assert parsed("load runs/lr=2 --name x").options.path == "runs/lr=2"
+
+
+def test_variables_stand_for_whole_words() -> None:
+    request = parsed("load {folder} --name=$name", folder=Path("a/b"), name="sql")
+    assert (request.options.path, request.options.name) == (str(Path("a/b")), "sql")
+
+
+def test_a_negative_factor_is_a_number() -> None:
+    assert parsed("scale sql -0.5").options.factor == -0.5
+
+
+def test_help_can_be_asked_for_without_arguments() -> None:
+    assert parsed("load --help").help
+    assert parsed("load -h").help
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("uze sql", "%lora has no command 'uze'. Did you mean 'use'"),
+        ("xyzzy", "%lora has no command 'xyzzy'. It has: "),
+        ("use", "%lora use: the following arguments are required: NAME"),
+        ("use a --modle m", "%lora use has no option --modle. Did you mean '--model'?"),
+        ("use a --mod m", "%lora use has no option --mod. Did you mean '--model'?"),
+        ("rename a b c", "%lora rename: 'c' is one word too many"),
+        ("scale a much", "argument FACTOR: invalid float value: 'much'"),
+        ("load {fodler}", "name 'fodler' is not defined. Did you mean 'folder'"),
+        ("load {folder} --name {model}", "{model} is an object, not text, a number or a path"),
+        ("load 'a", "a quote is not closed"),
+        ("off now", "'now' is one word too many"),
+        ("use a --model", "argument --model/-m: expected one argument"),
+    ],
+)
+def test_a_mistake_is_one_line(line: str, message: str) -> None:
+    with pytest.raises(CellError) as caught:
+        parse_line(line, VERBS, {"folder": "x", "model": object()})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_printed_for_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CellError):
+        parse_line("use", VERBS, {})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_line_of_a_training_cell() -> None:
+    line = 'model --data ds["train"] --eval ds["test"] --tokenizer tok num_train_epochs=1'
+    options = parse_verb(CELLS["lora_train"], "%%lora_train", scan(line), {}).options
+    assert (options.target, options.data, options.eval_data) == ("model", 'ds["train"]', 'ds["test"]')
+    assert [word.text for word in options.fields] == ["num_train_epochs=1"]

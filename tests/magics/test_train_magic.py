@@ -1,0 +1,120 @@
+"""``%%lora_train`` in a real shell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.state import SessionState
+from nbpeft.training import Run
+from tests.magics.notebook import Notebook
+from tests.magics.test_cells import fingerprint
+
+CELL = """%%lora_train model --data rows --eval held_out
+max_steps = 3
+per_device_train_batch_size = 2
+learning_rate = 0.05"""
+
+
+def some_rows(count: int) -> list[dict[str, list[int]]]:
+    return [{"input_ids": [1 + (step + start) % 7 for step in range(6)]} for start in range(count)]
+
+
+@pytest.fixture
+def ready(adapted: Notebook) -> Any:
+    adapted["rows"] = some_rows(8)
+    adapted["held_out"] = some_rows(2)
+    return adapted
+
+
+def test_a_cell_trains_the_active_adapter(ready: Notebook) -> None:
+    before = {name: p.detach().clone() for name, p in ready["model"].named_parameters()}
+    result = ready.do(CELL)
+    assert (result.status, result.steps, result.adapter) == ("finished", 3, "sql")
+    assert result.eval_loss is not None
+    changed = {name for name, p in ready["model"].named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all(".adapters.sql." in name for name in changed)
+
+
+def test_an_adapter_can_be_chosen(ready: Notebook) -> None:
+    result = ready.do("%lora_train model --data rows --adapter chat max_steps=1")
+    assert result.adapter == "chat"
+    assert ready["model"].active_adapters == ["chat"]
+
+
+def test_data_can_be_an_expression(ready: Notebook) -> None:
+    ready["split"] = {"train part": some_rows(4)}
+    assert ready.do('%lora_train model --data split["train part"] max_steps=1').steps == 1
+
+
+def test_the_session_tells_how_it_goes(ready: Notebook) -> None:
+    seen: list[SessionState] = []
+    started: list[tuple[Run, str]] = []
+    ready.session.subscribe(seen.append)
+    ready.session.on_run(lambda run, name: started.append((run, name)))
+    ready.do(CELL)
+    states = [model.training for state in seen if (model := state.model("model")) is not None and model.training]
+    assert [name for _, name in started] == ["model"]
+    assert states[0].status == "running"
+    assert states[-1].status == "finished"
+    assert states[-1].memory is not None
+    assert seen[0].busy == "training sql"
+    assert ready.session.state.busy == ""
+    assert ready.session.control("model") is None
+
+
+def test_stop_from_elsewhere(ready: Notebook) -> None:
+    ready.session.on_run(lambda run, name: ready.session.control(name).request_stop("enough"))  # type: ignore[union-attr]
+    result = ready.do(CELL)
+    assert result.status == "stopped"
+    assert "enough" in result.message
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("%%lora_train model\nmax_steps = 1", "the following arguments are required: --data"),
+        ("%%lora_train model --data rowz\nmax_steps = 1", "name 'rowz' is not defined. Did you mean 'rows'"),
+        ("%%lora_train modle --data rows\nmax_steps = 1", "no variable is called 'modle'. Did you mean 'model'?"),
+        ("%%lora_train model --data rows\nmax_step = 1", "line 1: 'max_step' is not a field of TrainingArguments."),
+        ("%%lora_train model --data rows\nlr = 1", "Did you mean 'learning_rate'?"),
+        ("%%lora_train model --data rows\ndata = 1", "data is given in the magic's line"),
+        ("%%lora_train model --data rows[9]['x']\nmax_steps = 1", "IndexError"),
+        ("%%lora_train model --data rows[\nmax_steps = 1", "--data: 'rows[' is no expression"),
+        ("%%lora_train model --data rows --adapter nope\nmax_steps = 1", "'nope' not found"),
+        ("%%lora_train bare --data rows\nmax_steps = 1", "no adapters"),
+        ("%%lora_train model --data number\nmax_steps = 1", ""),
+        ("%%lora_train model --data rows\neval_strategy = 'sometimes'", ""),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(ready: Notebook, cell: str, message: str) -> None:
+    ready["bare"] = torch.nn.Linear(2, 2)
+    ready["number"] = 3
+    before, state = fingerprint(ready["model"]), ready.session.state.models
+    assert message in ready.run(cell).line
+    assert fingerprint(ready["model"]) == before
+    assert ready.session.state.models == state
+
+
+def test_an_adapter_that_is_frozen_cannot_train(ready: Notebook) -> None:
+    ready.do("%lora freeze sql")
+    assert "Nothing is trainable" in ready.run(CELL).line
+
+
+def test_tracking_a_loop(ready: Notebook) -> None:
+    ready.do(
+        "import torch, nbpeft\n"
+        "optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)\n"
+        "with nbpeft.track(model, total_steps=2) as run:\n"
+        "    for row in rows[:2]:\n"
+        "        ids = torch.tensor([row['input_ids']])\n"
+        "        loss = model(input_ids=ids, labels=ids).loss\n"
+        "        loss.backward(); optimizer.step(); optimizer.zero_grad()\n"
+        "        run.step(loss)\n"
+    )
+    training = ready.session.state.models[0].training
+    assert training is not None
+    assert (training.status, training.step, training.adapter) == ("finished", 2, "sql")

@@ -1,0 +1,354 @@
+"""Every verb of ``%lora`` in a real shell, and the mistakes people make with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from nbpeft.model import PeftModel
+from nbpeft.session import Result
+from tests.magics.notebook import Notebook
+from tests.magics.test_cells import fingerprint
+
+INPUT = {"input_ids": torch.arange(8).reshape(2, 4)}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**INPUT).logits
+    return found
+
+
+def train_a_little(model: Any) -> None:
+    """Gives every adapter weights that change the output."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+
+
+@pytest.fixture
+def trained(adapted: Notebook) -> Notebook:
+    train_a_little(adapted["model"])
+    return adapted
+
+
+def test_use_switches(trained: Notebook) -> None:
+    sql = logits(trained["model"])
+    assert str(trained.do("%lora use chat")) == "model uses 'chat'"
+    assert trained["model"].active_adapters == ["chat"]
+    assert not torch.equal(logits(trained["model"]), sql)
+    trained.do("%lora use sql")
+    assert torch.equal(logits(trained["model"]), sql)
+
+
+def test_use_takes_several(trained: Notebook) -> None:
+    trained.do("%lora use sql chat")
+    assert trained["model"].active_adapters == ["sql", "chat"]
+
+
+def test_use_ends_off(trained: Notebook) -> None:
+    trained.do("%lora off")
+    trained.do("%lora use chat")
+    assert trained["model"].manager.enabled
+
+
+def test_off_and_on(trained: Notebook) -> None:
+    model = trained["model"]
+    before = logits(model)
+    trained.do("%lora off")
+    assert "off: only the base model acts" in str(trained.do("%lora"))
+    with model.disable_adapter():
+        base = logits(model)
+    assert torch.equal(logits(model), base)
+    assert not torch.equal(base, before)
+    trained.do("%lora on")
+    assert torch.equal(logits(model), before)
+
+
+def test_scale(trained: Notebook) -> None:
+    trained.do("%lora scale sql 0")
+    scaled = logits(trained["model"])
+    trained.do("%lora off")
+    assert torch.allclose(scaled, logits(trained["model"]))
+    assert "× 0" in str(trained.do("%lora on")) or "× 0" in str(trained.do("%lora"))
+
+
+def test_merge_and_unmerge(trained: Notebook) -> None:
+    model, before = trained["model"], logits(trained["model"])
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert "merged 'sql'" in str(trained.do("%lora merge"))
+    assert torch.allclose(logits(model), before, atol=1e-5)
+    assert "merged" in str(trained.do("%lora"))
+    trained.do("%lora unmerge")
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert "nothing is merged" in str(trained.do("%lora unmerge"))
+
+
+def test_delete_rename_copy(trained: Notebook) -> None:
+    model, before = trained["model"], logits(trained["model"])
+    trained.do("%lora copy sql twin")
+    trained.do("%lora use twin")
+    assert torch.equal(logits(model), before)
+    trained.do("%lora rename twin other")
+    assert list(model.peft_config) == ["chat", "sql", "other"]
+    trained.do("%lora delete other")
+    assert list(model.peft_config) == ["chat", "sql"]
+
+
+def test_a_renamed_adapter_keeps_its_spec(trained: Notebook) -> None:
+    trained.do("%lora rename sql query")
+    again = trained.do("%%lora model --name query\nr = 4\ntarget_modules = ['q_proj', 'v_proj']")
+    assert again.unchanged
+
+
+def test_freeze_and_unfreeze(adapted: Notebook) -> None:
+    model = adapted["model"]
+    adapted.do("%lora freeze sql")
+    assert not any(p.requires_grad for p in model.parameters())
+    adapted.do("%lora unfreeze sql")
+    assert sum(p.requires_grad for p in model.parameters()) == 8
+
+
+def test_unload_gives_the_base_back(trained: Notebook) -> None:
+    model = trained["model"]
+    base = model.get_base_model()
+    trained.do("%lora off")
+    before = logits(model)
+    result = trained.do("%lora unload")
+    assert trained["model"] is base
+    assert type(base) is LlamaForCausalLM
+    assert torch.equal(logits(base), before)
+    assert not any("lora_" in name for name, _ in base.named_parameters())
+    assert "model is the base model again" in str(result)
+    assert "no adapted model yet" in str(trained.do("%lora"))
+
+
+def test_unload_with_merge_keeps_what_was_learned(trained: Notebook) -> None:
+    before = logits(trained["model"])
+    trained.do("%lora unload --merge")
+    assert torch.allclose(logits(trained["model"]), before, atol=1e-5)
+
+
+def test_a_round_trip_through_a_folder(trained: Notebook, tmp_path: Path) -> None:
+    before = logits(trained["model"])
+    saved = trained.do(f"%lora save {tmp_path}/sql --name sql")
+    assert {path.name for path in (tmp_path / "sql").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert saved.saved[0].byte_count == sum(path.stat().st_size for path in (tmp_path / "sql").iterdir())
+    trained.do("%lora unload")
+    result = trained.do(f"%lora load {tmp_path}/sql")
+    assert isinstance(trained["model"], PeftModel)
+    assert result.adapter.name == "sql"
+    assert torch.equal(logits(trained["model"]), before)
+    assert not any(p.requires_grad for p in trained["model"].parameters())
+
+
+def test_loading_to_train_on(trained: Notebook, tmp_path: Path) -> None:
+    trained.do(f"%lora save {tmp_path}/sql --name sql")
+    trained.do("%lora unload")
+    trained.do(f"%lora load {tmp_path}/sql --name more --train")
+    assert sum(p.requires_grad for p in trained["model"].parameters()) == 8
+
+
+def test_all_adapters_are_saved_as_peft_does(trained: Notebook, tmp_path: Path) -> None:
+    trained.do(f"%lora save {tmp_path}")
+    assert (tmp_path / "sql" / "adapter_config.json").is_file()
+    assert (tmp_path / "chat" / "adapter_config.json").is_file()
+    line = trained.run(f"%lora load {tmp_path} --name x").line
+    assert f"did you mean {tmp_path}/chat or {tmp_path}/sql?" in line
+
+
+def test_the_state_lists_adapters(trained: Notebook) -> None:
+    text = str(trained.do("%lora"))
+    assert "model · LlamaForCausalLM · active: sql" in text
+    assert "sql   LoRA  r=4 alpha=8" in text
+    html = trained.do("%lora")._repr_html_()
+    assert "<table" in html
+    assert "chat" in html
+
+
+def test_the_state_in_a_notebook_is_escaped(notebook: Notebook) -> None:
+    notebook.do("%lora add model --name <b>x&y target_modules=q_proj")
+    html = notebook.do("%lora")._repr_html_()
+    assert "<b>x&y" not in html
+    assert "&lt;b&gt;x&amp;y" in html
+
+
+def test_memory(adapted: Notebook) -> None:
+    report = adapted.do("%lora memory")
+    model = adapted["model"]
+    parts = {part.name: part.byte_count for part in report.memory.parts}
+    assert parts["adapters"] == sum(p.numel() * 4 for n, p in model.named_parameters() if "lora_" in n)
+    assert "adapters" in report._repr_html_()
+
+
+def test_doctor_knows_the_shell(bare: Notebook) -> None:
+    text = str(bare.do("%lora doctor"))
+    assert "ipywidgets" in text
+    assert "front end     a terminal" in text
+    assert sys.executable in text
+
+
+def test_a_panel_without_a_front_end_is_text(adapted: Notebook) -> None:
+    assert "model · LlamaForCausalLM" in str(adapted.do("%lora panel"))
+
+
+@pytest.mark.parametrize("verb", ["use", "load", "scale", "unload"])
+def test_help_of_a_verb(bare: Notebook, verb: str) -> None:
+    assert repr(bare.do(f"%lora {verb} --help")).startswith(f"usage: %lora {verb}")
+
+
+def test_results_can_be_kept_and_silenced(adapted: Notebook) -> None:
+    adapted.do("answer = %lora use chat")
+    assert isinstance(adapted["answer"], Result)
+    assert "model uses" not in adapted.run("%lora use sql;").printed
+
+
+def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: Path) -> None:
+    lines = ["use sql", "off", "on", "scale sql 1", "merge", "unmerge", "copy sql b", "rename b c", "delete c"]
+    lines += ["freeze sql", "unfreeze sql", f"save {tmp_path}/a", "unload"]
+    for line in lines:
+        result = trained.do(f"%lora {line}")
+        assert "\n" not in str(result)
+        assert repr(result) == str(result)
+        assert result._repr_html_().startswith("<div")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("uze sql", "%lora has no command 'uze'. Did you mean 'use'"),
+        ("use sqll", "'sqll' not found; the model has: 'chat', 'sql'. Did you mean 'sql'?"),
+        ("use sql sqll", "'sqll' not found"),
+        ("use", "the following arguments are required: NAME"),
+        ("use sql --model modl", "no variable is called 'modl'. Did you mean 'model'?"),
+        ("delete nope", "'nope' not found"),
+        ("rename sql chat", "there is an adapter 'chat' already"),
+        ("rename sql a.b", "a.b"),
+        ("copy sql chat", "there is an adapter 'chat' already"),
+        ("scale nope 1", "'nope' not found"),
+        ("merge nope", "'nope' not found"),
+        ("load /no/such/folder", "/no/such/folder"),
+        ("save {folder} --name nope", "'nope' not found"),
+        ("save ''", "needs a folder"),
+        ("load {folder} --name sql", "has an adapter 'sql' already"),
+        ("freeze nope", "'nope' not found"),
+        ("panel nope", "no variable is called 'nope'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(trained: Notebook, tmp_path: Path, line: str, message: str) -> None:
+    trained["folder"] = tmp_path / "sql"
+    trained.session.save(tmp_path / "sql", name="sql")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before, state = fingerprint(trained["model"]), trained.session.state.models
+    assert message in trained.run(f"%lora {line}").line
+    assert fingerprint(trained["model"]) == before
+    assert trained.session.state.models == state
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize("line", ["use a", "off", "merge", "unload", "panel", "save x", "memory"])
+def test_without_an_adapted_model(notebook: Notebook, line: str) -> None:
+    assert "no model carries adapters yet" in notebook.run(f"%lora {line}").line
+    if line != "panel":
+        assert "no model carries adapters yet" in notebook.run(f"%lora {line} --model model").line
+
+
+def test_a_bare_model_beside_an_adapted_one(adapted: Notebook) -> None:
+    adapted["second"] = torch.nn.Linear(2, 2)
+    assert "this model carries no adapters; there is: model" in adapted.run("%lora off --model second").line
+
+
+def test_loading_without_any_model(bare: Notebook, tmp_path: Path) -> None:
+    assert "needs a model, and no variable holds one" in bare.run(f"%lora load {tmp_path}").line
+
+
+def test_loading_with_two_bare_models(notebook: Notebook, tmp_path: Path) -> None:
+    notebook["second"] = notebook["model"].model
+    assert "say which model: model, second" in notebook.run(f"%lora load {tmp_path}").line
+
+
+def test_changes_while_merged_are_refused(trained: Notebook) -> None:
+    trained.do("%lora merge")
+    for line in ("delete chat", "add model --name x target_modules=q_proj", "merge chat"):
+        assert "unmerge" in trained.run(f"%lora {line}").line
+
+
+class TestDamagedCheckpoints:
+    """What cannot be loaded, and that nothing changes when it is tried."""
+
+    @pytest.fixture
+    def saved(self, trained: Notebook, tmp_path: Path) -> Path:
+        trained.do(f"%lora save {tmp_path}/good --name sql")
+        return tmp_path / "good"
+
+    @staticmethod
+    def refused(notebook: Notebook, folder: Path) -> str:
+        before, state = fingerprint(notebook["model"]), notebook.session.state.models
+        line = notebook.run(f"%lora load {folder} --name loaded").line
+        assert "\n" not in line
+        assert fingerprint(notebook["model"]) == before
+        assert notebook.session.state.models == state
+        return line
+
+    def test_truncated(self, trained: Notebook, saved: Path) -> None:
+        path = saved / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        assert "adapter_model.safetensors" in self.refused(trained, saved)
+
+    def test_tampered_header(self, trained: Notebook, saved: Path) -> None:
+        path = saved / "adapter_model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[8:24] = b"\xff" * 16
+        path.write_bytes(content)
+        assert "adapter_model.safetensors" in self.refused(trained, saved)
+
+    def test_empty(self, trained: Notebook, saved: Path) -> None:
+        (saved / "adapter_model.safetensors").write_bytes(b"")
+        self.refused(trained, saved)
+
+    def test_config_that_is_no_json(self, trained: Notebook, saved: Path) -> None:
+        (saved / "adapter_config.json").write_text("{")
+        assert "adapter_config.json" in self.refused(trained, saved)
+
+    def test_unknown_method(self, trained: Notebook, saved: Path) -> None:
+        path = saved / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "LORRA"}))
+        assert "LORRA" in self.refused(trained, saved)
+
+    def test_another_base(self, trained: Notebook, saved: Path) -> None:
+        from tests.training.support import tiny_base
+
+        trained["model"] = tiny_base(hidden_size=64)
+        trained.do("%lora add model --name sql target_modules=q_proj")
+        self.refused(trained, saved)
+
+    def test_another_base_that_is_bare(self, trained: Notebook, saved: Path) -> None:
+        from tests.training.support import tiny_base
+
+        other = tiny_base(hidden_size=64)
+        trained["other"] = other
+        assert trained.run(f"%lora load {saved} --name loaded --model other").line
+        assert trained["other"] is other
+        assert type(other.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+        assert trained.session.names == ("model",)
+
+    def test_no_files(self, trained: Notebook, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        self.refused(trained, tmp_path / "empty")
+
+
+def test_a_full_disk(trained: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    assert "no space left" in trained.run(f"%lora save {tmp_path}/x --name sql").line
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+
+from nbpeft.magics.front_end import front_end_checks
+from nbpeft.session import doctor
+
+
+@pytest.mark.parametrize(
+    ("version", "minimum", "older"),
+    [("2.5.1+cu121", "2.6", True), ("2.6.0.dev1", "2.6", False), ("2.13", "2.6", False), ("7.7", "7.7", False)],
+)
+def test_versions_compare_by_number(version: str, minimum: str, older: bool) -> None:
+    assert doctor.older(version, minimum) is older
+
+
+def installed(versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> doctor.DoctorReport:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        found = versions.get(name, real(name))
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    return doctor.examine()
+
+
+def test_what_is_missing_is_said_with_the_command_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = installed({"bitsandbytes": None, "torch": "2.1.0"}, monkeypatch)
+    by_name = {check.name: check for check in report.problems}
+    assert set(by_name) == {"bitsandbytes", "torch"}
+    assert "4-bit" in by_name["bitsandbytes"].problem
+    assert "pip install -U" in by_name["bitsandbytes"].remedy
+    assert "bitsandbytes" in by_name["bitsandbytes"].remedy
+    assert by_name["torch"].problem == "older than 2.6"
+    assert "2 problems found" in str(report)
+    assert "older than 2.6" in report._repr_html_()
+
+
+class Kernel:
+    """A shell that a kernel runs, as far as the checks look."""
+
+    kernel = object()
+
+
+def test_widgets_of_another_major_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed({"ipywidgets": "7.7.1", "jupyterlab_widgets": "3.0.1"}, monkeypatch)
+    problem = next(check for check in front_end_checks(Kernel()) if check.problem)
+    assert "does not go with ipywidgets 7.7.1" in problem.problem
+
+
+def test_no_widgets_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed({"ipywidgets": None}, monkeypatch)
+    (problem,) = (check for check in front_end_checks(Kernel()) if check.problem)
+    assert problem.optional
+    assert problem.remedy.endswith("install -U ipywidgets") or "'ipywidgets'" in problem.remedy

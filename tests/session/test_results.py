@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from nbpeft.session import Done, StatusReport, render
+from nbpeft.session.describe import model_card
+from nbpeft.state import AdapterState, ModelState, SessionState
+
+ADAPTER = AdapterState("sql", "LoRA", 8, 16.0, False, 4, ("q_proj",), 1234567, 4938268, True, True, False)
+MODEL = ModelState("model", "Llama", "bfloat16", "cpu", 10_000_000, 1234567, (ADAPTER,), ("sql",))
+
+
+@pytest.mark.parametrize(
+    ("byte_count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_949, "999.9 kB"),
+        (999_950, "1.0 MB"),
+        (18_600_000, "18.6 MB"),
+        (None, "–"),
+    ],
+)
+def test_sizes(byte_count: int | None, text: str) -> None:
+    assert render.size(byte_count) == text
+
+
+def test_names_are_cut_when_there_are_many() -> None:
+    assert render.names(["a", "b", "c"], limit=2) == "'a', 'b' and 1 more"
+
+
+@pytest.mark.parametrize("field", ["name", "method", "targets"])
+def test_text_of_users_is_escaped(field: str) -> None:
+    evil = "<script>x</script>"
+    change: dict[str, Any] = {field: (evil,) if field == "targets" else evil}
+    adapter = dataclasses.replace(ADAPTER, **change)
+    model = dataclasses.replace(MODEL, name=evil, class_name=evil, adapters=(adapter,), active=(evil,))
+    for html in (model_card(model), Done(evil, model, (evil,))._repr_html_()):
+        assert "<script>" not in html
+        assert "&lt;script&gt;" in html
+
+
+def test_colours_come_from_the_theme() -> None:
+    html = model_card(MODEL)
+    assert "var(--jp-ui-font-color1" in html
+    assert "<style" not in html
+
+
+def test_the_report_of_nothing() -> None:
+    assert "no adapted model yet" in str(StatusReport(SessionState()))
+
+
+def test_a_busy_session_says_so() -> None:
+    assert "busy: training sql" in str(StatusReport(SessionState((MODEL,), "model", "training sql")))
+
+
+def test_merged_off_and_scaled() -> None:
+    assert "merged: sql" in str(StatusReport(SessionState((dataclasses.replace(MODEL, merged=("sql",)),))))
+    assert "off: only the base" in str(StatusReport(SessionState((dataclasses.replace(MODEL, enabled=False),))))
+    scaled = dataclasses.replace(MODEL, adapters=(dataclasses.replace(ADAPTER, scale=0.5),))
+    assert "× 0.5" in str(StatusReport(SessionState((scaled,))))
