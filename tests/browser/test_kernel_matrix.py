@@ -1,0 +1,208 @@
+"""Stop and Pause reach a running cell on every kernel, without a browser: clicks as raw messages."""
+
+from __future__ import annotations
+
+import queue
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.browser.kernels import COLAB, STACKS, Stack, interpreter_of, running_kernel
+
+pytestmark = pytest.mark.slow
+
+SET_UP = """\
+from fakes import FakeSession, simulate
+from nbpeft.widgets import AdaptersPanel, show_run, training_panel
+from nbpeft.widgets.run_buttons import _waiting
+session = FakeSession()
+
+def show(run, name):
+    view = show_run(run, session, name)
+    print('IDS', view._buttons.stop.comm.comm_id, view._buttons.pause.comm.comm_id, flush=True)
+
+session.started.append(show)
+"""
+RUN = "run = simulate(session, steps={steps}, seconds=0.02); print('ENDED', run.state.step, run.state.status)"
+VERSIONS = """\
+import sys, ipykernel, IPython, ipywidgets
+print('VERSIONS', ipykernel.__version__, IPython.__version__, ipywidgets.__version__, 'torch' in sys.modules)
+"""
+
+
+class Notebook:
+    """Runs cells in a kernel and collects what they send.
+
+    Args:
+        client: A blocking client of the kernel.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.text = ""
+        self.messages: list[dict[str, Any]] = []
+        self._idle: set[str] = set()
+
+    def start(self, code: str) -> str:
+        """Sends a cell; returns the request's id."""
+        request: str = self.client.execute(code)
+        return request
+
+    def run(self, code: str) -> str:
+        """Runs a cell; returns what it printed."""
+        before = len(self.text)
+        self.wait_for_end(self.start(code))
+        return self.text[before:]
+
+    def click(self, comm_id: str) -> None:
+        """A click, as a front end sends it."""
+        content = {"comm_id": comm_id, "data": {"method": "custom", "content": {"event": "click"}}}
+        self.client.shell_channel.send(self.client.session.msg("comm_msg", content))
+
+    def wait_for_end(self, request: str) -> None:
+        self.wait(lambda: request in self._idle)
+
+    def wait_for_text(self, pattern: str) -> re.Match[str]:
+        self.wait(lambda: re.search(pattern, self.text))
+        found = re.search(pattern, self.text)
+        assert found
+        return found
+
+    def wait(self, condition: Callable[[], Any], seconds: float = 30) -> None:
+        """Takes messages in until something is true."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.text
+            try:
+                self._take(self.client.get_iopub_msg(timeout=0.2))
+            except queue.Empty:
+                continue
+
+    def cards(self) -> list[str]:
+        """The HTML of the run's displays, as they were sent."""
+        return [
+            message["content"]["data"]["text/html"]
+            for message in self.messages
+            if "text/html" in message["content"].get("data", {})
+        ]
+
+    def _take(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+        kind, content = message["msg_type"], message["content"]
+        if kind == "stream":
+            self.text += content["text"]
+        elif kind == "error":
+            raise AssertionError("\n".join(content["traceback"]))
+        elif kind == "status" and content["execution_state"] == "idle":
+            self._idle.add(message["parent_header"].get("msg_id", ""))
+
+
+@pytest.fixture(scope="module", params=STACKS, ids=lambda stack: stack.name)
+def stack(request: pytest.FixtureRequest) -> Stack:
+    made: Stack = request.param
+    return made
+
+
+@pytest.fixture(scope="module")
+def kernel(stack: Stack) -> Iterator[Notebook]:
+    try:
+        interpreter = interpreter_of(stack)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"{stack.name} cannot be installed:\n{error.stderr[-2000:]}", pytrace=False)
+    with running_kernel(interpreter) as client:
+        notebook = Notebook(client)
+        notebook.run(SET_UP)
+        yield notebook
+
+
+@pytest.fixture
+def notebook(kernel: Notebook) -> Notebook:
+    kernel.text = ""
+    kernel.messages.clear()
+    return kernel
+
+
+def start_run(notebook: Notebook, steps: int = 3000) -> tuple[str, str, str]:
+    """Starts a run; returns its request and the comm ids of Stop and Pause."""
+    notebook.text = ""
+    request = notebook.start(RUN.format(steps=steps))
+    found = notebook.wait_for_text(r"IDS (\S+) (\S+)\n")
+    time.sleep(0.3)
+    return request, found[1], found[2]
+
+
+def test_the_versions_are_those_asked_for_and_torch_is_not_needed(notebook: Notebook, stack: Stack) -> None:
+    kernel, ipython, widgets, torch = notebook.run(VERSIONS).split()[1:]
+    assert kernel == stack.ipykernel
+    assert (stack.generation is COLAB) == ipython.startswith("7.") == widgets.startswith("7.")
+    assert torch == "False"
+
+
+def test_stop_ends_the_run_and_neither_the_next_cell_nor_the_next_run(notebook: Notebook) -> None:
+    request, stop, _ = start_run(notebook)
+    following = notebook.start(RUN.format(steps=15))
+    notebook.click(stop)
+    notebook.click(stop)
+    clicked = time.monotonic()
+    notebook.wait_for_end(request)
+    assert time.monotonic() - clicked < 2
+    assert re.search(r"ENDED \d+ stopped", notebook.text)
+    notebook.wait_for_end(following)
+    assert "ENDED 15 finished" in notebook.text
+    notebook.run("pass")
+    assert notebook.run("print('WAITING', len(_waiting), len(training_panel._live))").split()[-2:] == ["0", "0"]
+    assert "No such comm" not in notebook.text
+
+
+def test_pause_waits_until_it_is_resumed(notebook: Notebook) -> None:
+    request, stop, pause = start_run(notebook)
+    notebook.click(pause)
+    notebook.wait(lambda: any("paused · model" in card for card in notebook.cards()), seconds=5)
+    count = len(notebook.cards())
+    with pytest.raises(AssertionError):
+        notebook.wait(lambda: len(notebook.cards()) > count, seconds=0.8)
+    notebook.click(pause)
+    notebook.wait(lambda: len(notebook.cards()) > count + 1, seconds=5)
+    assert "running · model" in notebook.cards()[-1]
+    notebook.click(pause)
+    notebook.wait(lambda: "paused · model" in notebook.cards()[-1], seconds=5)
+    notebook.click(stop)
+    notebook.wait_for_end(request)
+    assert re.search(r"ENDED \d+ stopped", notebook.text)
+
+
+def test_an_interrupt_is_as_graceful_as_stop(notebook: Notebook, kernel: Notebook) -> None:
+    request, _, _ = start_run(notebook)
+    kernel.client.parent.interrupt_kernel()
+    notebook.wait_for_end(request)
+    assert re.search(r"ENDED \d+ stopped", notebook.text)
+    assert notebook.run("print('GOES ON')").endswith("GOES ON\n")
+
+
+def test_the_buttons_leave_no_widget(notebook: Notebook) -> None:
+    count = (
+        "import ipywidgets.widgets.widget as module\n"
+        "print('WIDGETS', len(getattr(module, '_instances', None) or module.Widget.widgets))"
+    )
+    before = notebook.run(count)
+    notebook.run(RUN.format(steps=3))
+    assert notebook.run(count) == before
+
+
+def test_the_panel_is_a_widget_with_a_snapshot_and_clicks_reach_the_session(notebook: Notebook) -> None:
+    notebook.run("panel = AdaptersPanel(session, 'model'); panel")
+    (shown,) = (
+        message["content"]["data"]
+        for message in notebook.messages
+        if message["msg_type"] in ("execute_result", "display_data")
+    )
+    assert set(shown) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
+    button = "panel._parts._choices._buttons['sql']"
+    comm_id = notebook.run(f"print({button}.comm.comm_id)").strip()
+    notebook.click(comm_id)
+    notebook.wait(lambda: notebook.run("print('ACTIVE', *session.state.model('model').active)") == "ACTIVE sql\n")
+    notebook.run("panel.close(); session.use('orders', model='model')")
