@@ -89,9 +89,7 @@ def _create(
     given: Mapping[str, Tensor] | None,
     half: bool,
 ) -> Adapter:
-    dtype = layer.base.dtype
-    if dtype in _HALF and not half:
-        dtype = torch.float32
+    dtype = adapter_dtype(layer.base.dtype, half=half)
     path, shapes = target.path, target.shapes
     if given is None or set(shapes) - set(given):
         adapter = adapter_class.create(plan.config, path, layer.base, shapes, None, dtype)
@@ -100,6 +98,11 @@ def _create(
         return adapter
     tensors = {name: given[name].to(device=layer.base.device, dtype=dtype) for name in shapes}
     return adapter_class.create(plan.config, path, layer.base, shapes, tensors, dtype)
+
+
+def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:
+    """dtype of an adapter's parameters on a layer whose weight stands for dtype ``base``."""
+    return torch.float32 if base in _HALF and not half else base
 
 
 def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.Module:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.biases import BaseBiases
@@ -19,6 +20,19 @@ from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, di
 
 BASE_NAME = "__base__"
 """Name of the base model in a mixed batch."""
+
+
+class Supplier(Protocol):
+    """Brings adapters that are kept elsewhere onto the model."""
+
+    def supply(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
+        """Has those of the adapters that it knows on the model, all together, until the block ends.
+
+        Args:
+            names: adapters.
+            switching: the block makes them the active ones, so the active ones may go for them.
+        """
+        ...
 
 
 class AdapterHolder:
@@ -34,6 +48,7 @@ class AdapterHolder:
         revision: grows with every change.
         frozen: adapters that do not train even while active.
         owner: token of the one handle that may use the manager.
+        supplier: where adapters come from that are named and not on the model, if anywhere.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,6 +69,7 @@ class AdapterHolder:
         self._was_trainable: list[nn.Parameter] = []
         self._subscribers: list[Callable[[], Callable[[], None] | None]] = []
         self.owner = object()
+        self.supplier: Supplier | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,8 +122,16 @@ class AdapterHolder:
         for path, module in self.copies.items():
             if name in module.modules_to_save._modules:
                 weights.copies[path] = dict(module.modules_to_save[name].state_dict(keep_vars=True))
-        weights.base = dict(self._biases.of(name))
+        weights.base = self.base_biases(name)
         return weights
+
+    def base_biases(self, name: str) -> dict[str, Tensor]:
+        """Name in the bare base model -> bias that an adapter trains along."""
+        return dict(self._biases.of(name))
+
+    def supplied(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
+        """Holds adapters on the model while the block runs; see ``Supplier``. Without one it does nothing."""
+        return nullcontext() if self.supplier is None else self.supplier.supply(names, switching=switching)
 
     def require(self, *names: str) -> None:
         """Raises unless the manager is alive and has all the names.
@@ -158,7 +182,7 @@ class AdapterHolder:
                 callback()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_subscribers": [], "_parameters": {}}
+        return {**self.__dict__, "_subscribers": [], "_parameters": {}, "supplier": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))

@@ -62,6 +62,7 @@ class AdapterManager(AdapterHolder):
         half: bool = False,
         allow_missing: bool = True,
         replace: bool = False,
+        select: bool = True,
     ) -> InjectionPlan:
         """Puts a new adapter into the model; the first one becomes active.
 
@@ -73,6 +74,7 @@ class AdapterManager(AdapterHolder):
             half: keep its parameters in the base's dtype also where that is a half one.
             allow_missing: warn about targets that match nothing instead of refusing.
             replace: take the place of an adapter of the same name, which stays active if it was.
+            select: whether it becomes active if it is the only one.
 
         Raises:
             AdapterExistsError: the name is taken.
@@ -98,7 +100,7 @@ class AdapterManager(AdapterHolder):
             self.configs[name] = made.config
             self._biases.start(name, made.biases, None if weights is None else weights.base)
             (self.frozen.discard if trainable else self.frozen.add)(name)
-            if not self._selected and len(self.configs) == 1:
+            if select and not self._selected and len(self.configs) == 1:
                 self._selected = (name,)
             self._refresh(self.names if len(self.configs) == 1 else (name,))
         self.changed()
@@ -191,18 +193,22 @@ class AdapterManager(AdapterHolder):
             UnknownAdapterError: there is no such adapter.
         """
         chosen = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        with self.supplied(chosen, switching=True):
+            self._activate(chosen, trainable)
+        self.changed()
+
+    def _activate(self, chosen: tuple[str, ...], trainable: bool | None) -> None:
         self.require(*chosen)
         if not chosen:
             raise AdapterError("no adapter named to activate; use disable() for the base model alone")
         if self._merged and chosen != self._merged:
-            warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=3)
+            warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
             self.unmerge()
         if trainable is not None:
             self.frozen = self.frozen - set(chosen) if trainable else self.frozen | set(chosen)
         changed = set(self._selected) ^ set(chosen) if trainable is None else set(self._selected) | set(chosen)
         self._selected = chosen
         self._refresh(changed)
-        self.changed()
 
     def enable(self) -> None:
         """Lets the selected adapters act again."""

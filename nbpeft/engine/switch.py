@@ -9,7 +9,7 @@ tensors or modules wait until no call runs (``exclusive``).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,18 +109,20 @@ class Switch:
         return self.live if pinned is None else pinned
 
     @contextmanager
-    def call(self, active: Active | None = None) -> Iterator[None]:
+    def call(self, active: Active | Callable[[], Active] | None = None) -> Iterator[None]:
         """One call of the model: pins what acts, for this thread, until it ends.
 
         Args:
-            active: act with this instead of the live value (a mixed batch).
+            active: act with this instead of the live value (a mixed batch); a function is asked
+                once no command can change the adapters any more.
         """
         local = self._local
         outer: Active | None = getattr(local, "pinned", None)
         if outer is None:
             self._enter()
-        local.pinned = active if active is not None else (outer or self.live)
         try:
+            chosen = active() if callable(active) else active
+            local.pinned = chosen if chosen is not None else (outer or self.live)
             yield
         finally:
             local.pinned = outer

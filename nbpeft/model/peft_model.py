@@ -12,11 +12,11 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.switch import Active
 from nbpeft.errors import AdapterError, StaleModelError
 from nbpeft.model import files
 from nbpeft.model.counting import parameter_counts
-from nbpeft.model.rows import assigned_rows
+from nbpeft.model.gguf import forget_gguf
+from nbpeft.model.rows import serving
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tuner import AdapterTuner
 
@@ -81,6 +81,7 @@ class PeftModel(nn.Module):
         self.__dict__["manager"] = manager
         self.__dict__["_token"] = manager.owner = object()
         self.training = model.training
+        forget_gguf(model)
         _let_checkpointing_learn(model)
 
     @classmethod
@@ -185,24 +186,14 @@ class PeftModel(nn.Module):
         if torch.compiler.is_compiling() and adapter_names is None:
             return self.base_model.model(*args, **kwargs)
         self._check_live()
-        with self.manager.switch.call(self._rows(adapter_names, args, kwargs)):
+        with serving(self, adapter_names, (*args[:1], *kwargs.values())):
             return self.base_model.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate``; a switch made meanwhile acts from the next call on."""
         self._check_live()
-        with self.manager.switch.call(self._rows(adapter_names, args, kwargs)):
+        with serving(self, adapter_names, (*args[:1], *kwargs.values())):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
-
-    def _rows(
-        self, adapter_names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Active | None:
-        """The assignment of a mixed batch, or None for the live one."""
-        if adapter_names is None:
-            return None
-        if self.training:
-            raise AdapterError("adapter_names is for inference: call model.eval() first")
-        return assigned_rows(self.manager, adapter_names, (*args[:1], *kwargs.values()))
 
     # Managing
 

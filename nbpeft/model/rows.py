@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 from torch import Tensor
 
@@ -10,6 +12,38 @@ from nbpeft.engine.holder import BASE_NAME
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.switch import Active, Rows
 from nbpeft.errors import AdapterError
+
+
+class Handle(Protocol):
+    """What a call needs of the handle it is made on."""
+
+    manager: AdapterManager
+    training: bool
+
+
+@contextmanager
+def serving(handle: Handle, adapter_names: Sequence[str] | None, inputs: Iterable[object]) -> Iterator[None]:
+    """One call of a model, with the active adapters or with one for each row.
+
+    Args:
+        handle: on the model.
+        adapter_names: one name for each row, or None.
+        inputs: arguments of the call.
+
+    Raises:
+        AdapterError: the names do not fit, or the model trains.
+    """
+    manager = handle.manager
+    if adapter_names is None:
+        with manager.switch.call():
+            yield
+        return
+    if handle.training:
+        raise AdapterError("adapter_names is for inference: call model.eval() first")
+    names = [] if isinstance(adapter_names, str) else list(adapter_names)
+    # Rows are assigned inside the call: before it, another thread may still take an adapter out.
+    with manager.supplied(names), manager.switch.call(lambda: assigned_rows(manager, adapter_names, inputs)):
+        yield
 
 
 def assigned_rows(manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object]) -> Active:
