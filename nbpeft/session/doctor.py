@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from html import escape
@@ -101,11 +101,9 @@ def older(version: str, minimum: str) -> bool:
     return _numbers(version) < _numbers(minimum)
 
 
-def install(package: str) -> str:
-    """The command that installs a package into this very Python."""
-    return (
-        f"{sys.executable} -m pip install -U {package!r}" if " " not in sys.executable else f"pip install -U {package}"
-    )
+def install(packages: str) -> str:
+    """The command that installs packages (names with spaces between) into this very Python."""
+    return f"{shlex.quote(sys.executable)} -m pip install -U {packages}"
 
 
 def examine() -> DoctorReport:

@@ -57,4 +57,4 @@ def test_no_widgets_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     installed({"ipywidgets": None}, monkeypatch)
     (problem,) = (check for check in front_end_checks(Kernel()) if check.problem)
     assert problem.optional
-    assert problem.remedy.endswith("install -U ipywidgets") or "'ipywidgets'" in problem.remedy
+    assert problem.remedy.endswith("-m pip install -U ipywidgets")
