@@ -95,7 +95,7 @@ def test_activity_and_trainability() -> None:
 def test_unknown_names_are_answered_with_near_ones() -> None:
     model = adapted(name="orders")
     for call in (model.set_adapter, model.delete_adapter):
-        with pytest.raises(UnknownAdapterError, match="'order' not found.*Did you mean 'orders'"):
+        with pytest.raises(UnknownAdapterError, match=r"'order' not found.*Did you mean 'orders'"):
             call("order")
     with pytest.raises(ValueError, match="there is an adapter 'orders' already"):
         model.add_adapter("orders", config())

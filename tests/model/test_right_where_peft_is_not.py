@@ -27,7 +27,7 @@ from tests.model.support import adapted, classifier, config, llama, logits, same
 def test_1_failed_injection_changes_nothing() -> None:
     base = llama()
     before = state(base)
-    with pytest.raises(TargetError, match="input_layernorm.*cannot be adapted"):
+    with pytest.raises(TargetError, match=r"input_layernorm.*cannot be adapted"):
         get_peft_model(base, config(target_modules=["q_proj", "input_layernorm"]))
     assert same_state(before, state(base))
     assert all(p.requires_grad for p in base.parameters())
@@ -61,9 +61,9 @@ def test_3_a_second_from_pretrained_does_not_overwrite_the_first(tmp_path: Path)
 
 
 def test_4_a_missing_target_is_told_with_near_names() -> None:
-    with pytest.warns(UserWarning, match="'v_porj'.*v_proj"):
+    with pytest.warns(UserWarning, match=r"'v_porj'.*v_proj"):
         get_peft_model(llama(), config(target_modules=["q_proj", "v_porj"]))
-    with pytest.raises(TargetError, match="'q_porj'.*Did you mean 'q_proj'"):
+    with pytest.raises(TargetError, match=r"'q_porj'.*Did you mean 'q_proj'"):
         get_peft_model(llama(), config(target_modules=["q_porj"]))
 
 
