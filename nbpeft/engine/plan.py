@@ -20,7 +20,14 @@ from nbpeft.engine.adapter import AdapterConfig, Backend, Host, TaskType
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
-from nbpeft.engine.targets import ALL_LINEAR, Matcher, default_targets, matches_segment_names, no_match
+from nbpeft.engine.targets import (
+    ALL_LINEAR,
+    Matcher,
+    default_targets,
+    matches_segment_names,
+    no_match,
+    no_pattern_match,
+)
 from nbpeft.errors import TargetError
 
 _CLASSIFIER_HEADS = ("score", "classifier")
@@ -287,6 +294,8 @@ def adaptable_paths(sites: list[Site]) -> list[str]:
 
 def _nothing_matches(matcher: Matcher, excluded: list[str], sites: list[Site]) -> TargetError:
     missing = matcher.missing()
+    if missing and isinstance(matcher.targets, str):
+        return no_pattern_match(matcher.targets, adaptable_paths(sites))
     if missing and not excluded:
         return no_match(missing, adaptable_paths(sites))
     if excluded:

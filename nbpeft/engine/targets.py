@@ -120,19 +120,37 @@ def matches_segment_names(path: str, names: Iterable[str]) -> bool:
 
 
 def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "target_modules") -> TargetError:
-    """The error for patterns that match nothing, with what the model does have."""
+    """The error for names that match nothing, with what the model does have."""
     last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
-    quoted = ", ".join(repr(name) for name in missing)
     hints = {name: near(name, last_names) for name in missing}
     hint = did_you_mean(missing[0], last_names) if len(missing) == 1 else _hints(hints)
-    have = ", ".join(last_names[:12]) + (", …" if len(last_names) > 12 else "")
+    verb = "matches" if len(missing) == 1 else "match"
     return TargetError(
-        f"{what} {quoted} match{'es' if len(missing) == 1 else ''} no module of the model."
-        f"{hint} The model has: {have or 'no layer that can be adapted'}",
+        f"{what} {', '.join(map(repr, missing))} {verb} no module of the model.{hint} {_has(last_names)}",
         missing=tuple(missing),
         near=hints,
         available=tuple(last_names),
     )
+
+
+def no_pattern_match(pattern: str, available: Iterable[str]) -> TargetError:
+    """The error for a pattern that matches no path: most often a name was meant."""
+    last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
+    if pattern in last_names:
+        hint = f"for every module of that name use target_modules=[{pattern!r}]."
+    else:
+        hint = f"for names use a list.{did_you_mean(pattern, last_names)}"
+    return TargetError(
+        f"target_modules {pattern!r} is a pattern for whole paths and matches none: {hint} {_has(last_names)}",
+        missing=(pattern,),
+        near={pattern: near(pattern, last_names)},
+        available=tuple(last_names),
+    )
+
+
+def _has(last_names: Sequence[str]) -> str:
+    have = ", ".join(last_names[:12]) + (", …" if len(last_names) > 12 else "")
+    return f"The model has: {have or 'no layer that can be adapted'}"
 
 
 def _hints(hints: dict[str, list[str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-from nbpeft.engine.targets import Matcher, default_targets, no_match
+from nbpeft.engine.targets import Matcher, default_targets, no_match, no_pattern_match
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
@@ -74,3 +74,8 @@ def test_the_error_names_near_targets_and_what_there_is() -> None:
     error = no_match(["q_porj", "xyz"], ["m.0.q_proj", "m.1.v_proj"])
     assert "'q_porj' is near 'q_proj'" in str(error) and "The model has: q_proj, v_proj" in str(error)
     assert error.details["missing"] == ("q_porj", "xyz")
+
+
+def test_a_name_given_as_a_pattern_is_explained() -> None:
+    assert "use target_modules=['q_proj']" in str(no_pattern_match("q_proj", ["m.0.q_proj"]))
+    assert "Did you mean 'q_proj'" in str(no_pattern_match("q_porj", ["m.0.q_proj"]))
