@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
 from nbpeft.memory.devices import device_memory, join, mark_peak, peak
-from nbpeft.memory.saved import SavedTensors
+from nbpeft.memory.saved import SavedTensors, tensors_in
+from nbpeft.memory.words import size_text
 from nbpeft.state import MemoryPart, MemoryState
 
 MAX_AGE = 5.0
@@ -74,7 +75,7 @@ class Meter:
         parts.append(MemoryPart("gradients", _gradient_bytes(walk.trainable)))
         parts.append(MemoryPart("optimizer", self._state_bytes(walk)))
         if self.saved is not None:
-            parts.append(MemoryPart("activations", self.saved.byte_count, f"peak {_size(self.saved.peak)}"))
+            parts.append(MemoryPart("activations", self.saved.byte_count, f"peak {size_text(self.saved.peak)}"))
         if self.cache is not None:
             parts.append(MemoryPart("KV cache", sum(distinct_storages(tensors_in(self.cache)).values())))
         memory = join(map(device_memory, walk.devices))
@@ -188,34 +189,11 @@ def _gradient_bytes(parameters: Iterable[weakref.ref[nn.Parameter]]) -> int:
     return sum(distinct_storages(gradient for gradient in gradients if gradient is not None).values())
 
 
-def tensors_in(value: Any, _depth: int = 6) -> Iterator[Tensor]:
-    """All tensors in nested containers and plain objects, such as a KV cache or an optimizer's state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif _depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, _depth - 1)
-    elif _depth and isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item, _depth - 1)
-    elif _depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        yield from tensors_in(vars(value), _depth - 1)
-
-
 def _by_kind(kinds: Counter[str]) -> str:
-    return ", ".join(f"{kind} {_size(byte_count)}" for kind, byte_count in kinds.most_common())
+    return ", ".join(f"{kind} {size_text(byte_count)}" for kind, byte_count in kinds.most_common())
 
 
 def _what_else(devices: tuple[torch.device, ...]) -> str:
     if all(device.type == "cpu" for device in devices):
         return "Python, libraries, data and temporary tensors"
     return "activations, data and temporary tensors"
-
-
-def _size(byte_count: int) -> str:
-    value = float(byte_count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -100,3 +100,17 @@ def _key(tensor: Tensor) -> Any:
 def _held(model: nn.Module) -> Iterable[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
+
+
+def tensors_in(value: Any, _depth: int = 6) -> Iterator[Tensor]:
+    """All tensors in nested containers and plain objects, such as a KV cache or an optimizer's state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif _depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, _depth - 1)
+    elif _depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item, _depth - 1)
+    elif _depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        yield from tensors_in(vars(value), _depth - 1)

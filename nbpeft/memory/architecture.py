@@ -1,0 +1,157 @@
+"""From a model or a config to models on fake tensors, whole or with fewer layers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import ConfigError
+
+_AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of model, without weights.
+
+    Attributes:
+        config: its transformers config.
+        model_class: the class to build, or None for transformers' automatic choice.
+        auto_class: name of the automatic class.
+    """
+
+    config: Any
+    model_class: type[nn.Module] | None
+    auto_class: str
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers, or 0 where it cannot be varied."""
+        config = self.config
+        nested = any(hasattr(config, name) for name in ("text_config", "vision_config", "audio_config"))
+        count = getattr(config, "num_hidden_layers", None)
+        if nested or getattr(config, "is_encoder_decoder", False) or not isinstance(count, int):
+            return 0
+        return count
+
+    def build(self, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+        """The model, on whatever kind of tensors the surrounding context makes.
+
+        Args:
+            dtype: dtype of its weights.
+            layers: how many layers; all of them for None.
+        """
+        import transformers
+
+        config = copy.deepcopy(self.config) if layers is None else _with_layers(self.config, self.layer_count, layers)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        if self.model_class is not None:
+            maker: Any = self.model_class
+            model: nn.Module = maker._from_config(config, dtype=dtype)
+        else:
+            model = getattr(transformers, self.auto_class).from_config(config, dtype=dtype)
+        return model
+
+    def identity(self) -> str:
+        """Equal for architectures that need the same memory."""
+        name = self.auto_class if self.model_class is None else self.model_class.__qualname__
+        return name + json.dumps(self.config.to_dict(), sort_keys=True, default=str)
+
+    def batch(self, batch_size: int, sequence_length: int, *, labels: bool) -> dict[str, Tensor]:
+        """Inputs of a training or inference step, of the surrounding context's kind of tensors."""
+        tokens = torch.zeros((batch_size, sequence_length), dtype=torch.long)
+        inputs = {"input_ids": tokens}
+        if getattr(self.config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = tokens.clone()
+        if labels and self.auto_class == "AutoModelForQuestionAnswering":
+            inputs |= {name: torch.zeros(batch_size, dtype=torch.long) for name in ("start_positions", "end_positions")}
+        elif labels and self.auto_class == "AutoModelForSequenceClassification":
+            inputs["labels"] = torch.zeros(batch_size, dtype=torch.long)
+        elif labels and self.auto_class != "AutoModel":
+            inputs["labels"] = tokens.clone()
+        return inputs
+
+
+def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) -> Architecture:
+    """The architecture of a model (with or without adapters), a transformers config, or a folder or hub id.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if isinstance(model_or_config, nn.Module):
+        return _of_model(model_or_config)
+    config = _loaded_config(model_or_config) if isinstance(model_or_config, str) else model_or_config
+    if not hasattr(config, "model_type"):
+        raise ConfigError(
+            f"cannot forecast for a {type(config).__name__}; give a transformers model, its config, or where to find it"
+        )
+    task = (
+        TaskType.CAUSAL_LM if adapter_config is None or adapter_config.task_type is None else adapter_config.task_type
+    )
+    name = _AUTO_CLASSES[TaskType(task)]
+    if getattr(config, "is_encoder_decoder", False) and name == "AutoModelForCausalLM":
+        name = "AutoModelForSeq2SeqLM"
+    return Architecture(config, None, name)
+
+
+def _of_model(model: nn.Module) -> Architecture:
+    handle = model.__dict__.get("manager")
+    base = handle.model if isinstance(handle, AdapterManager) else model
+    config = getattr(base, "config", None)
+    if not hasattr(config, "model_type") or not hasattr(type(base), "_from_config"):
+        raise ConfigError(
+            f"cannot forecast for a {type(base).__name__}: it is not a transformers model, so its inputs are not known"
+        )
+    kinds = {name.removeprefix("Auto").removeprefix("Model"): name for name in _AUTO_CLASSES.values()}
+    found = (name for ending, name in kinds.items() if ending and type(base).__name__.endswith(ending))
+    automatic = next(found, "AutoModelForCausalLM" if "LMHead" in type(base).__name__ else "AutoModel")
+    if type(base).__name__.endswith("ForConditionalGeneration"):
+        automatic = "AutoModelForSeq2SeqLM"
+    return Architecture(config, type(base), automatic)
+
+
+def _loaded_config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read the config of {source!r}: {str(error).splitlines()[0]}", source=source
+        ) from None
+
+
+def _with_layers(config: Any, have: int, wanted: int) -> Any:
+    """A copy of a config with fewer layers; lists with one entry a layer are cut too."""
+    values = copy.deepcopy(config)
+    for name, value in list(vars(values).items()):
+        if isinstance(value, list) and len(value) == have and name != "architectures":
+            setattr(values, name, value[:wanted])
+    values.num_hidden_layers = wanted
+    return values
+
+
+def layers_are_alike(model: nn.Module, count: int) -> bool:
+    """Whether a model has one list of ``count`` layers whose parameters all have the same shapes."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            shapes = {
+                tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()) for layer in module
+            }
+            return len(shapes) == 1
+    return False

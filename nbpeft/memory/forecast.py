@@ -1,0 +1,248 @@
+"""Will it fit? What a training run or a generation will need, before it runs."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.errors import ConfigError
+from nbpeft.memory.architecture import architecture_of
+from nbpeft.memory.devices import device_memory
+from nbpeft.memory.optimizers import kind_of, state_bytes
+from nbpeft.memory.simulate import Setting, step_peak, weights_of
+from nbpeft.memory.standin import check_kind
+from nbpeft.memory.words import size_text
+from nbpeft.state import MemoryPart
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_WORTH_SAYING = 0.01
+"""Suggestions that save less than this share of the peak are left out."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One change and what it brings.
+
+    Attributes:
+        change: what to change, e.g. ``batch_size 8 -> 4``.
+        saved_bytes: how much lower the peak gets.
+        peak_bytes: the peak then.
+        cost: what it costs, in words.
+        fits: whether it fits the device then; None without a device.
+    """
+
+    change: str
+    saved_bytes: int
+    peak_bytes: int
+    cost: str = ""
+    fits: bool | None = None
+
+    def __str__(self) -> str:
+        cost = f" and {self.cost}" if self.cost else ""
+        fit = {True: "; then it fits", False: "", None: ""}[self.fits]
+        return f"{self.change} saves {size_text(self.saved_bytes)}{cost}{fit}"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a step will need at its peak.
+
+    Attributes:
+        parts: the peak, part by part; they add up to ``peak_bytes``.
+        device_bytes: what the device has, or None.
+    """
+
+    parts: tuple[MemoryPart, ...]
+    device_bytes: int | None
+    setting: Setting = field(repr=False)
+    optimizer: str = "adamw"
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes needed at any time of a step."""
+        return sum(part.byte_count for part in self.parts)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has that much; None if no device was given."""
+        return None if self.device_bytes is None else self.peak_bytes <= self.device_bytes
+
+    @cached_property
+    def suggestions(self) -> tuple[Suggestion, ...]:
+        """Changes that lower the peak, each alone; those that make it fit first, then the largest."""
+        found = []
+        for change, cost, setting, optimizer in _changes(self.setting, self.optimizer):
+            peak = _forecast(setting, optimizer, self.device_bytes)
+            saved = self.peak_bytes - peak.peak_bytes
+            if saved > _WORTH_SAYING * self.peak_bytes:
+                found.append(Suggestion(change, saved, peak.peak_bytes, cost, peak.fits))
+        return tuple(sorted(found, key=lambda one: (not one.fits, -one.saved_bytes)))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part.name} {size_text(part.byte_count)}" for part in self.parts if part.byte_count)
+        verdict = ""
+        if self.device_bytes is not None:
+            verdict = f"; {'fits' if self.fits else 'does not fit'} {size_text(self.device_bytes)}"
+        return f"peak {size_text(self.peak_bytes)} ({parts}){verdict}"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(part.name)}</td><td style='text-align:right'>{size_text(part.byte_count)}</td>"
+            f"<td>{html.escape(part.detail)}</td></tr>"
+            for part in self.parts
+        )
+        return f"<div>{html.escape(str(self))}<table>{rows}</table></div>"
+
+
+def forecast(
+    model_or_config: Any,
+    adapter_config: AdapterConfig | None = None,
+    *,
+    batch_size: int = 1,
+    sequence_length: int = 512,
+    dtype: torch.dtype | str | None = None,
+    quantization: str | None = None,
+    double_quant: bool = True,
+    gradient_checkpointing: bool = False,
+    optimizer: str = "adamw",
+    training: bool = True,
+    device: int | str | torch.device | None = None,
+) -> Forecast:
+    """Says what a run will need, from shapes alone; no weight is loaded.
+
+    The step is run on fake tensors with two and three layers of the model, which gives what every
+    further layer adds; weights, adapters and optimizer state are exact. Scratch space inside
+    single kernels, a CUDA context (0.3-0.6 GB) and fragmentation come on top.
+
+    Args:
+        model_or_config: a transformers model, its config, a folder, or a hub id.
+        adapter_config: the adapter to train or to run with; None for the model alone (all of it
+            trains then).
+        batch_size: sequences in a step.
+        sequence_length: tokens of each; in inference prompt and answer together.
+        dtype: of weights and activations; by default the model's.
+        quantization: how linear layers are stored: ``"nf4"``, ``"fp4"``, ``"int8"`` or None.
+        double_quant: whether 4-bit constants are quantized too.
+        gradient_checkpointing: keep layer inputs only, compute the rest again in backward.
+        optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
+        training: forward, backward and optimizer; else reading a prompt into a cache.
+        device: what it should fit: bytes, ``"16GB"``, or a device of this machine.
+
+    Raises:
+        ConfigError: a value is impossible or the model cannot run without data.
+        TargetError: the adapter does not fit the model.
+    """
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+    kind_of(optimizer)
+    architecture = architecture_of(model_or_config, adapter_config)
+    setting = Setting(
+        architecture=architecture,
+        adapter_config=adapter_config,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        dtype=_dtype(dtype, architecture.config),
+        quantization=check_kind(quantization),
+        double_quant=double_quant,
+        gradient_checkpointing=gradient_checkpointing,
+        training=training,
+    )
+    return _forecast(setting, optimizer, device_bytes(device))
+
+
+def _forecast(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
+    weights = weights_of(setting)
+    step = step_peak(setting)
+    base = sum(weights.kinds.values())
+    kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
+    parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes)]
+    if not setting.training:
+        parts += [MemoryPart("KV cache", step.result), MemoryPart("temporary", step.total - step.result)]
+        return Forecast(tuple(parts), limit, setting, optimizer)
+    states = state_bytes(optimizer, weights.trained)
+    gradients = sum(_bytes(shape, item) for shape, item in weights.trained)
+    parts.append(MemoryPart("optimizer", states, "paged: may go to the host" if kind_of(optimizer)[1] else optimizer))
+    largest = max((_bytes(shape, item) for shape, item in weights.trained), default=0)
+    if gradients + 2 * largest > step.total:
+        parts += [MemoryPart("gradients", gradients), MemoryPart("temporary", 2 * largest, "optimizer step")]
+    else:
+        rest = step.total - step.saved - step.gradients
+        parts += [
+            MemoryPart("gradients", step.gradients),
+            MemoryPart("activations", step.saved, "kept for backward"),
+            MemoryPart("temporary", rest, "logits, loss and single layers at the peak"),
+        ]
+    return Forecast(tuple(parts), limit, setting, optimizer)
+
+
+def _bytes(shape: tuple[int, ...], item: int) -> int:
+    return torch.Size(shape).numel() * item
+
+
+def _changes(setting: Setting, optimizer: str) -> Iterator[tuple[str, str, Setting, str]]:
+    """(what, cost, setting, optimizer) of each change worth trying."""
+    if setting.training and not setting.gradient_checkpointing:
+        changed = setting.with_changes(gradient_checkpointing=True)
+        yield "gradient_checkpointing=True", "costs about a third more time", changed, optimizer
+    if setting.dtype == torch.float32:
+        yield "dtype float32 -> bfloat16", "rounds weights", setting.with_changes(dtype=torch.bfloat16), optimizer
+    for kind in ("nf4", "int8"):
+        if setting.quantization is None and (setting.adapter_config is not None or not setting.training):
+            yield f"quantization={kind!r}", "rounds weights", setting.with_changes(quantization=kind), optimizer
+    if setting.quantization == "int8":
+        yield "quantization int8 -> nf4", "rounds weights more", setting.with_changes(quantization="nf4"), optimizer
+    if setting.batch_size > 1:
+        half = setting.batch_size // 2
+        cost = "keeps its effect with gradient_accumulation_steps doubled" if setting.training else ""
+        yield f"batch_size {setting.batch_size} -> {half}", cost, setting.with_changes(batch_size=half), optimizer
+    if setting.sequence_length > 64:
+        half = setting.sequence_length // 2
+        changed = setting.with_changes(sequence_length=half)
+        yield f"sequence_length {setting.sequence_length} -> {half}", "cuts longer texts", changed, optimizer
+    rank = getattr(setting.adapter_config, "r", None)
+    if setting.adapter_config is not None and isinstance(rank, int) and rank > 4 and not _per_module(setting):
+        less = max(rank // 4, 4)
+        changed = setting.with_changes(adapter_config=setting.adapter_config.copy(r=less))
+        yield f"r {rank} -> {less}", "learns less detail", changed, optimizer
+    if setting.training and kind_of(optimizer)[0] == "adamw":
+        yield f"optimizer {optimizer} -> adamw_8bit", "needs bitsandbytes", setting, "adamw_8bit"
+
+
+def _per_module(setting: Setting) -> bool:
+    return bool(getattr(setting.adapter_config, "rank_pattern", None))
+
+
+def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
+    if dtype is None:
+        dtype = getattr(config, "dtype", None) or torch.float32
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype {dtype!r} is not a floating dtype such as 'bfloat16'", dtype=dtype)
+    return found
+
+
+def device_bytes(device: int | str | torch.device | None) -> int | None:
+    """Bytes of a device given as a number, a size such as ``16GB``, or a device of this machine.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if device is None or (isinstance(device, int) and not isinstance(device, bool)):
+        return device
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmg]?i?b?)\s*", str(device), re.IGNORECASE)
+    if match is not None:
+        unit = match[2].upper()
+        unit = unit if unit in _UNITS else f"{unit}B"
+        return int(float(match[1]) * _UNITS[unit])
+    try:
+        return device_memory(torch.device(device)).total
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} is neither a size such as '16GB' nor a device here") from error

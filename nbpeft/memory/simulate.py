@@ -1,0 +1,220 @@
+"""What a step takes: exact for weights and adapters, simulated on fake tensors for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.plan import InjectionPlan, plan
+from nbpeft.engine.storage import short_name
+from nbpeft.errors import ConfigError, TargetError
+from nbpeft.memory.architecture import Architecture, layers_are_alike
+from nbpeft.memory.saved import tensors_in
+from nbpeft.memory.standin import put_standins, quantizable, quantized_bytes
+from nbpeft.memory.timeline import Peak, fake_tensors, record
+
+_HALF = (torch.float16, torch.bfloat16)
+_FEW = (2, 3)
+"""Numbers of layers that are simulated; what the others need follows, for each adds the same."""
+
+Trained = tuple[tuple[tuple[int, ...], int], ...]
+"""(shape, bytes an element) of each trained tensor."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that decides what a step needs."""
+
+    architecture: Architecture
+    adapter_config: AdapterConfig | None
+    batch_size: int
+    sequence_length: int
+    dtype: torch.dtype
+    quantization: str | None
+    double_quant: bool
+    gradient_checkpointing: bool
+    training: bool
+
+    def with_changes(self, **changes: Any) -> Setting:
+        """The same with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def key(self, *, step: bool) -> str:
+        """Equal for settings with the same weights or, with ``step``, the same step."""
+        adapter = None if self.adapter_config is None else self.adapter_config.to_dict()
+        fields: list[Any] = [
+            self.architecture.identity(),
+            adapter,
+            str(self.dtype),
+            self.quantization,
+            self.double_quant,
+        ]
+        if step:
+            fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training]
+        return json.dumps(fields, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What lies in memory before a step.
+
+    Attributes:
+        kinds: bytes of base weights and buffers by the way they are stored.
+        trained: the adapter's tensors, or all parameters without an adapter.
+        adapter_bytes: bytes of the adapter; 0 without one.
+        alike: whether all layers are of the same shape.
+    """
+
+    kinds: dict[str, int]
+    trained: Trained
+    adapter_bytes: int
+    alike: bool
+
+
+_weights: dict[str, Weights] = {}
+_steps: dict[str, Peak] = {}
+_LIMIT = 512
+
+
+def weights_of(setting: Setting) -> Weights:
+    """Bytes of weights and adapters, from their shapes alone; kept for the next question.
+
+    Raises:
+        TargetError: the adapter does not fit the model.
+    """
+    key = setting.key(step=False)
+    if key not in _weights:
+        _trim(_weights)
+        _weights[key] = _count_weights(setting)
+    return _weights[key]
+
+
+def _count_weights(setting: Setting) -> Weights:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = setting.architecture.build(setting.dtype)
+    kinds: Counter[str] = Counter()
+    skipped: set[int] = set()
+    if setting.quantization is not None:
+        double = setting.double_quant and setting.quantization != "int8"
+        for _, _, layer in quantizable(model):
+            weight: Any = layer.weight
+            rows, columns = weight.shape
+            skipped.add(id(weight))
+            label = setting.quantization + (" double" if double else "")
+            kinds[label] += quantized_bytes(rows, columns, setting.quantization, double=double)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in skipped:
+            kinds[short_name(tensor.dtype)] += tensor.nbytes
+    alike = layers_are_alike(model, setting.architecture.layer_count)
+    if setting.adapter_config is None:
+        trained: Trained = tuple((tuple(p.shape), p.element_size()) for p in model.parameters())
+        return Weights(dict(kinds), trained, 0, alike)
+    trained = _adapter_tensors(model, plan(model, setting.adapter_config), setting.dtype)
+    return Weights(dict(kinds), trained, sum(math.prod(shape) * item for shape, item in trained), alike)
+
+
+def _adapter_tensors(model: nn.Module, injection: InjectionPlan, dtype: torch.dtype) -> Trained:
+    item = 4 if dtype in _HALF else dtype.itemsize
+    trained = [(shape, item) for target in injection.targets for shape in target.shapes.values()]
+    for path in injection.copies:
+        trained += [(tuple(p.shape), p.element_size()) for p in model.get_submodule(path).parameters()]
+    return tuple(trained)
+
+
+def step_peak(setting: Setting) -> Peak:
+    """The peak of one step beyond weights and optimizer state.
+
+    Raises:
+        ConfigError: the model cannot run without data.
+    """
+    key = setting.key(step=True)
+    if key not in _steps:
+        _trim(_steps)
+        _steps[key] = _extrapolated(setting)
+    return _steps[key]
+
+
+def _extrapolated(setting: Setting) -> Peak:
+    count = setting.architecture.layer_count
+    if count > max(_FEW) and weights_of(setting).alike:
+        try:
+            low, high = (_run(setting, layers) for layers in _FEW)
+        except TargetError:
+            return _run(setting, None)
+        further = (count - _FEW[0]) / (_FEW[1] - _FEW[0])
+        values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
+        return Peak(*(round(a + (b - a) * further) for a, b in values))
+    return _run(setting, None)
+
+
+def _run(setting: Setting, layers: int | None) -> Peak:
+    with fake_tensors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = setting.architecture.build(setting.dtype, layers)
+        if setting.adapter_config is not None:
+            AdapterManager.attach(model).add("forecast", setting.adapter_config, allow_missing=False)
+        else:
+            model.requires_grad_(setting.training)
+        if setting.quantization is not None:
+            put_standins(
+                model,
+                setting.quantization,
+                double=setting.double_quant,
+                checkpointed=setting.gradient_checkpointing and setting.training,
+            )
+        model.train(setting.training)
+        if setting.gradient_checkpointing and setting.training:
+            _checkpoint(model)
+        try:
+            return record(model, lambda: _train_step(model, setting) if setting.training else _prefill(model, setting))
+        except TargetError:
+            raise
+        except Exception as error:
+            kind = type(model).__name__
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"cannot forecast {kind}: it does not run without data ({reason})", model=kind) from error
+
+
+def _checkpoint(model: nn.Module) -> None:
+    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _train_step(model: nn.Module, setting: Setting) -> None:
+    batch = setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True)
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        loss = next(tensors_in(dict(output))).sum()
+    del output
+    loss.backward()
+
+
+def _prefill(model: nn.Module, setting: Setting) -> Any:
+    batch: dict[str, Any] = dict(setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=False))
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        batch["logits_to_keep"] = 1
+    with torch.no_grad():
+        output = model(**batch)
+    return next((value for value in dict(output).values() if not isinstance(value, torch.Tensor)), None)
+
+
+def _trim(cache: dict[str, Any]) -> None:
+    while len(cache) >= _LIMIT:
+        cache.pop(next(iter(cache)))

@@ -1,0 +1,152 @@
+"""Runs a step on fake tensors and records what would be allocated, operation by operation.
+
+Fake tensors have shapes, dtypes and a device but no data, so a step of a model of any size runs
+in a fraction of a second and every operation still takes the path it takes on real ones. What is
+counted is the life of each storage, from the operation that returns it until nothing refers to
+it: the same as the allocator sees, but for scratch space inside a single kernel.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nbpeft.memory.saved import SavedTensors, tensors_in
+
+_ONE: dict[torch.dtype, Any] = {torch.bool: True, torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a step at which most is allocated, beyond what was there before it.
+
+    Attributes:
+        total: all bytes at that moment.
+        saved: of these, kept for backward.
+        gradients: of these, gradients of parameters.
+        result: bytes of the tensors that the step's result still holds at its end.
+    """
+
+    total: int
+    saved: int
+    gradients: int
+    result: int = 0
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Inside it, new tensors are fake: shapes without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), _Numbers():
+        yield
+
+
+class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers code that reads a number from a tensor: nothing exceptional is there, all tokens count.
+
+    ``any(…)`` reads as False, other truths as True, numbers (seeds, lengths) as one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False if getattr(args[0], "_asks_for_any", False) else _ONE.get(args[0].dtype, 1)
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.any:
+            result._asks_for_any = True
+        return result
+
+
+def record(model: nn.Module, step: Callable[[], Any]) -> Peak:
+    """Runs ``step`` and finds its peak.
+
+    Args:
+        model: the fake model the step runs; its parameters and buffers count as there before.
+        step: forward, or forward and backward.
+    """
+    before = [*model.parameters(), *model.buffers()]
+    with SavedTensors(model) as saved, _gradients(model) as gradients, _Allocations(before, saved, gradients) as record:
+        result = step()
+        held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(result)}
+    del result
+    return Peak(record.peak, record.saved_at_peak, record.gradients_at_peak, sum(held.values()))
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every storage that an operation returns until it is freed."""
+
+    def __init__(self, before: Iterable[Tensor], saved: SavedTensors, gradients: list[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.saved_at_peak = self.gradients_at_peak = 0
+        self._saved = saved
+        self._gradients = gradients
+        self._known = {tensor.untyped_storage()._cdata for tensor in before}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._follow(result, _promoted_bytes(args, result) if func.overloadpacket in _ARITHMETIC else 0)
+        elif isinstance(result, (tuple, list)):
+            for item in result:
+                if isinstance(item, Tensor):
+                    self._follow(item)
+        return result
+
+    def _follow(self, tensor: Tensor, scratch: int = 0) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        byte_count = storage.nbytes()
+        self._known.add(key)
+        self.now += byte_count
+        weakref.finalize(storage, self._freed, key, byte_count)
+        if self.now + scratch > self.peak:
+            self.peak = self.now + scratch
+            self.saved_at_peak = self._saved.byte_count
+            self.gradients_at_peak = sum(self._gradients)
+
+    def _freed(self, key: int, byte_count: int) -> None:
+        self._known.discard(key)
+        self.now -= byte_count
+
+
+_ARITHMETIC = frozenset(getattr(torch.ops.aten, name) for name in ("add", "sub", "mul", "div"))
+
+
+def _promoted_bytes(args: tuple[Any, ...], result: Tensor) -> int:
+    """Bytes of the copies that a CPU makes of inputs of another dtype than the result's."""
+    others = (arg for arg in args if isinstance(arg, Tensor) and arg.dtype != result.dtype and arg.dim())
+    return sum(other.numel() * result.element_size() for other in others)
+
+
+@contextmanager
+def _gradients(model: nn.Module) -> Iterator[list[int]]:
+    """Collects the bytes of each parameter's gradient as backward finishes it."""
+    sizes: list[int] = []
+
+    def finished(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            sizes.append(parameter.grad.nbytes)
+
+    parameters: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(finished) for parameter in parameters]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()

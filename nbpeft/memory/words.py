@@ -1,0 +1,13 @@
+"""Sizes in words."""
+
+from __future__ import annotations
+
+
+def size_text(byte_count: float) -> str:
+    """``512 B``, ``68.2 MB``, ``1.25 GB``; decimal units."""
+    value = float(byte_count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -1,0 +1,132 @@
+"""The peak of a real step, as torch's allocator saw it: what forecasts are compared with."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.memory import measure
+from nbpeft.memory.architecture import Architecture
+from nbpeft.memory.standin import quantizable
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+)  # fmt: skip
+SHAPES: dict[str, Any] = {
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
+    "gemma": GemmaConfig(**SMALL, head_dim=32),
+    "gpt2": GPT2Config(
+        vocab_size=2048, n_embd=128, n_layer=5, n_head=4, n_positions=2048, bos_token_id=0, eos_token_id=1
+    ),
+}  # fmt: skip
+
+
+def real_model(architecture: Architecture, dtype: torch.dtype, quantization: str | None, double: bool) -> nn.Module:
+    """The model with random weights, its linear layers quantized by bitsandbytes."""
+    torch.manual_seed(0)
+    model = architecture.build(dtype)
+    if quantization is not None:
+        for parent, attribute, layer in quantizable(model):
+            setattr(parent, attribute, _quantized(layer, quantization, double, dtype))
+    return model
+
+
+def _quantized(layer: Any, kind: str, double: bool, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes
+
+    bnb: Any = bitsandbytes
+    weight = layer.weight.detach()
+    if type(layer).__name__ == "Conv1D":
+        weight = weight.t().contiguous()
+    rows, columns = weight.shape
+    bias = layer.bias is not None
+    new: Any
+    if kind == "int8":
+        new = bnb.nn.Linear8bitLt(columns, rows, bias=bias, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    else:
+        new = bnb.nn.Linear4bit(
+            columns, rows, bias=bias, compute_dtype=dtype, quant_type=kind, compress_statistics=double
+        )
+        new.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type=kind, compress_statistics=double, module=new
+        )
+    if bias:
+        new.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return new.to("cpu")
+
+
+def allocated_peak(step: Callable[[], Any]) -> int:
+    """Most bytes torch allocated at any time of a step, beyond those before it."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def real_peak(
+    architecture: Architecture,
+    adapter: AdapterConfig,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    double_quant: bool = True,
+    gradient_checkpointing: bool = False,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
+    training: bool = True,
+) -> int:
+    """Weights, adapter, optimizer state and the peak of the second step of a real run."""
+    model: Any = real_model(architecture, dtype, quantization, double_quant)
+    manager = AdapterManager.attach(model)
+    manager.add("one", adapter)
+    if not training:
+        model.eval()
+        inputs = architecture.batch(batch_size, sequence_length, labels=False) | {"logits_to_keep": 1}
+
+        def prefill() -> Any:
+            with torch.no_grad():
+                return model(**inputs)
+
+        prefill()
+        return _standing(model, None) + allocated_peak(prefill)
+    model.train()
+    if gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    chosen = optimizer(manager.parameters("one"))
+    batch = architecture.batch(batch_size, sequence_length, labels=True)
+
+    def step(inputs: dict[str, Any]) -> None:
+        chosen.zero_grad()
+        model(**inputs).loss.backward()
+        chosen.step()
+
+    step(architecture.batch(1, 8, labels=True))
+    chosen.zero_grad()
+    return _standing(model, chosen) + allocated_peak(lambda: step(batch))
+
+
+def _standing(model: nn.Module, optimizer: Any) -> int:
+    names = ("base weights", "adapters", "optimizer")
+    return sum(part.byte_count for part in measure(model, optimizer).parts if part.name in names)

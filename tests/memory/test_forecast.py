@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, T5Config
+
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import ConfigError, TargetError
+from nbpeft.memory import forecast, measure
+from nbpeft.memory.forecast import device_bytes
+from nbpeft.memory.optimizers import OPTIMIZERS, state_bytes
+from nbpeft.memory.simulate import _run
+from nbpeft.memory.standin import quantized_bytes
+
+CONFIG = LlamaConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def lora(**options):
+    settings: dict[str, Any] = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    return LoraConfig(**settings)
+
+
+def parts(found):
+    return {part.name: part.byte_count for part in found.parts}
+
+
+def test_weights_and_adapters_are_exact():
+    adapter = lora(modules_to_save=["lm_head"])
+    found = parts(forecast(CONFIG, adapter))
+    model = LlamaForCausalLM(CONFIG)
+    AdapterManager.attach(model).add("one", adapter)
+    real = {part.name: part.byte_count for part in measure(model).parts}
+    assert found["base weights"] == real["base weights"]
+    assert found["adapters"] == real["adapters"]
+
+
+def test_parts_add_up():
+    for training in (True, False):
+        found = forecast(CONFIG, lora(), training=training, batch_size=2)
+        assert found.peak_bytes == sum(part.byte_count for part in found.parts)
+        assert all(part.byte_count >= 0 for part in found.parts)
+
+
+def test_few_layers_tell_what_many_take():
+    for changes in ({}, {"gradient_checkpointing": True}, {"training": False}, {"quantization": "nf4"}):
+        found = forecast(CONFIG, lora(lora_dropout=0.1), batch_size=2, sequence_length=48, **changes)
+        whole = _run(found.setting, None)
+        step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
+        assert step - parts(found).get("optimizer", 0) == whole.total
+
+
+def test_from_a_model_with_adapters_and_a_handle():
+    model = LlamaForCausalLM(CONFIG)
+    expected = forecast(CONFIG, lora()).peak_bytes
+    assert forecast(model, lora()).peak_bytes == expected
+    AdapterManager.attach(model).add("one", lora(r=2))
+    handle = nn.Module()
+    handle.__dict__["manager"] = AdapterManager.of(model)
+    assert forecast(handle, lora()).peak_bytes == expected
+    assert next(model.parameters()).device.type == "cpu"
+
+
+def test_other_heads_and_encoder_decoders():
+    config = copy.deepcopy(CONFIG)
+    config.pad_token_id = 0
+    classifier = LlamaForSequenceClassification(config)
+    assert parts(forecast(classifier, lora(task_type="SEQ_CLS")))["activations"] > 0
+    t5 = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=128)
+    found = forecast(t5, LoraConfig(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    assert parts(found)["activations"] > 0
+
+
+def test_directions():
+    plain = forecast(CONFIG, lora(), batch_size=4, sequence_length=128)
+    same: dict[str, Any] = {"batch_size": 4, "sequence_length": 128}
+    assert forecast(CONFIG, lora(), gradient_checkpointing=True, **same).peak_bytes < plain.peak_bytes
+    assert forecast(CONFIG, lora(), quantization="nf4", **same).peak_bytes < plain.peak_bytes
+    assert forecast(CONFIG, lora(), dtype="bfloat16", **same).peak_bytes < plain.peak_bytes
+    assert forecast(CONFIG, lora(r=64), **same).peak_bytes > plain.peak_bytes
+    assert forecast(CONFIG, lora(), training=False, **same).peak_bytes < plain.peak_bytes
+    assert forecast(CONFIG, None, **same).peak_bytes > plain.peak_bytes
+
+
+def test_a_model_far_larger_than_this_machine():
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    found = forecast(config, lora(r=16), dtype="bfloat16", quantization="nf4", gradient_checkpointing=True)
+    weights = parts(found)["base weights"]
+    linear = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    assert 0 < weights - linear * 0.5158 - 2 * 2 * 128256 * 8192 < 1e8
+    assert weights < found.peak_bytes < 1.3 * weights
+
+
+def test_suggestions_make_it_fit():
+    found = forecast(CONFIG, lora(), batch_size=8, sequence_length=128, device="20MB")
+    assert found.fits is False
+    assert "does not fit 20.0 MB" in str(found)
+    suggestions = found.suggestions
+    assert {one.change.split("=")[0].split(" ")[0] for one in suggestions} >= {
+        "gradient_checkpointing", "batch_size", "sequence_length", "dtype",
+    }  # fmt: skip
+    for one in suggestions:
+        assert one.saved_bytes > 0
+        assert one.peak_bytes == found.peak_bytes - one.saved_bytes
+        assert one.fits == (one.peak_bytes <= 20_000_000)
+        assert str(one).startswith(one.change)
+    best = next(one for one in suggestions if one.change == "batch_size 8 -> 4")
+    assert best.peak_bytes == forecast(CONFIG, lora(), batch_size=4, sequence_length=128).peak_bytes
+    assert "<table" in found._repr_html_()
+
+
+def test_quantized_bytes_are_those_of_the_library():
+    bnb: Any = pytest.importorskip("bitsandbytes")
+    for double in (False, True):
+        layer = bnb.nn.Linear4bit(192, 80, bias=False, quant_type="nf4", compress_statistics=double).to("cpu")
+        real = sum({part.byte_count for part in measure(nn.Sequential(layer)).parts if part.name == "base weights"})
+        assert quantized_bytes(80, 192, "nf4", double=double) == real
+    layer = bnb.nn.Linear8bitLt(192, 80, bias=False, has_fp16_weights=False).to("cpu")
+    real = next(part.byte_count for part in measure(nn.Sequential(layer)).parts)
+    assert quantized_bytes(80, 192, "int8", double=False) == real
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        ("rmsprop", torch.optim.RMSprop),
+        ("adagrad", torch.optim.Adagrad),
+        ("sgd_momentum", lambda parameters: torch.optim.SGD(parameters, momentum=0.9)),
+    ],
+)
+def test_optimizer_state(name, make):
+    layer = nn.Linear(32, 16)
+    optimizer = make(layer.parameters())
+    layer(torch.randn(2, 32)).sum().backward()
+    optimizer.step()
+    real = next(part.byte_count for part in measure(layer, optimizer).parts if part.name == "optimizer")
+    assert state_bytes(name, [((16, 32), 4), ((16,), 4)]) == real
+    assert name in OPTIMIZERS
+
+
+def test_names_of_training_arguments():
+    for name in ("adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "adafactor"):
+        assert forecast(CONFIG, lora(), optimizer=name).peak_bytes > 0
+
+
+def test_sizes():
+    assert device_bytes("16GB") == 16 * 10**9
+    assert device_bytes("1.5 GiB") == int(1.5 * 2**30)
+    assert device_bytes("800m") == 8 * 10**8
+    assert device_bytes(5) == 5
+    assert device_bytes(None) is None
+    total = device_bytes("cpu")
+    assert total is not None and total > 2**28
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantization": "nf5"}, "nf4"),
+        ({"optimizer": "adamv"}, "Did you mean 'adam' or 'adamw'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"sequence_length": 1.5}, "sequence_length is 1.5"),
+        ({"dtype": "int8"}, "floating dtype"),
+        ({"device": "big"}, "16GB"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        forecast(CONFIG, lora(), **arguments)
+
+
+def test_what_cannot_be_forecast():
+    with pytest.raises(ConfigError, match="Linear"):
+        forecast(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="dict"):
+        forecast({})
+    with pytest.raises(TargetError, match="q_prj"):
+        forecast(CONFIG, lora(target_modules=["q_prj"]))

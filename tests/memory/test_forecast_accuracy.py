@@ -1,0 +1,76 @@
+"""Forecasts against the allocator, over model shapes, dtypes, quantizations and settings."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.memory import forecast
+from nbpeft.memory.architecture import architecture_of
+from tests.memory.reality import SHAPES, real_peak
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "sgd_momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
+}
+
+
+def combinations(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Every shape with every dtype and quantization, the other settings drawn at random."""
+    draw = random.Random(seed)
+    kinds = list(itertools.product(SHAPES, (torch.float32, torch.bfloat16), (None, "nf4", "fp4", "int8")))
+    return [
+        {
+            "shape": shape,
+            "dtype": dtype,
+            "quantization": quantization,
+            "batch_size": draw.choice([1, 2, 4]),
+            "sequence_length": draw.choice([48, 96, 160]),
+            "gradient_checkpointing": draw.random() < 0.4,
+            "r": draw.choice([2, 8, 32]),
+            "lora_dropout": draw.choice([0.0, 0.1]),
+            "use_dora": draw.random() < 0.15,
+            "optimizer": draw.choice(list(OPTIMIZERS)),
+            "training": draw.random() < 0.85,
+        }
+        for shape, dtype, quantization in itertools.islice(itertools.cycle(kinds), count)
+    ]
+
+
+def compare(case: dict[str, Any]) -> tuple[int, int]:
+    """(forecast, measured) peak bytes of one combination."""
+    adapter = LoraConfig(
+        r=case["r"], lora_dropout=case["lora_dropout"], use_dora=case["use_dora"], target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    names = ("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "training")
+    settings = {name: case[name] for name in names}
+    config = SHAPES[case["shape"]]
+    foreseen = forecast(config, adapter, optimizer=case["optimizer"], **settings).peak_bytes
+    measured = real_peak(architecture_of(config, adapter), adapter, optimizer=OPTIMIZERS[case["optimizer"]], **settings)
+    return foreseen, measured
+
+
+def errors_of(cases: list[dict[str, Any]]) -> list[float]:
+    return [abs(foreseen - measured) / measured for foreseen, measured in map(compare, cases)]
+
+
+@pytest.mark.parametrize(
+    "case", combinations(40, seed=1)[::7], ids=lambda case: f"{case['shape']}-{case['quantization']}"
+)
+def test_a_few(case):
+    assert errors_of([case])[0] < 0.1
+
+
+@pytest.mark.slow
+def test_eighty_combinations():
+    errors = errors_of(combinations(80))
+    assert statistics.median(errors) <= 0.03
+    assert max(errors) <= 0.10
