@@ -152,14 +152,24 @@ def _extrapolated(setting: Setting) -> Peak:
         try:
             low, high = (_run(setting, layers) for layers in _FEW)
         except TargetError:
-            return _run(setting, None)
-        further = (count - _FEW[0]) / (_FEW[1] - _FEW[0])
-        values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
-        return Peak(*(round(a + (b - a) * further) for a, b in values))
-    return _run(setting, None)
+            return _largest(_run(setting, None))
+        # In between, backward frees one layer after another: the peak is at one of its ends.
+        return _largest([_further(low[end], high[end], count) for end in (0, -1)])
+    return _largest(_run(setting, None))
 
 
-def _run(setting: Setting, layers: int | None) -> Peak:
+def _further(low: Peak, high: Peak, count: int) -> Peak:
+    steps = (count - _FEW[0]) / (_FEW[1] - _FEW[0])
+    values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
+    return Peak(*(round(a + (b - a) * steps) for a, b in values))
+
+
+def _largest(peaks: list[Peak]) -> Peak:
+    return max(peaks, key=lambda peak: peak.total)
+
+
+def _run(setting: Setting, layers: int | None) -> list[Peak]:
+    phases = 1 if layers is None or not setting.training else layers
     with fake_tensors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = setting.architecture.build(setting.dtype, layers)
@@ -178,7 +188,8 @@ def _run(setting: Setting, layers: int | None) -> Peak:
         if setting.gradient_checkpointing and setting.training:
             _checkpoint(model)
         try:
-            return record(model, lambda: _train_step(model, setting) if setting.training else _prefill(model, setting))
+            step = _train_step if setting.training else _prefill
+            return record(model, lambda: step(model, setting), phases)
         except TargetError:
             raise
         except Exception as error:

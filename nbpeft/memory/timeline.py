@@ -8,6 +8,7 @@ it: the same as the allocator sees, but for scratch space inside a single kernel
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,29 +70,38 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def record(model: nn.Module, step: Callable[[], Any]) -> Peak:
-    """Runs ``step`` and finds its peak.
+def record(model: nn.Module, step: Callable[[], Any], phases: int = 1) -> list[Peak]:
+    """Runs ``step`` and finds its peak, phase by phase.
 
     Args:
         model: the fake model the step runs; its parameters and buffers count as there before.
         step: forward, or forward and backward.
+        phases: in how many parts of equally many finished gradients to look; with one a layer
+            the first is forward, loss and the last layer's backward, the last one the first
+            layer's.
     """
     before = [*model.parameters(), *model.buffers()]
-    with SavedTensors(model) as saved, _gradients(model) as gradients, _Allocations(before, saved, gradients) as record:
-        result = step()
-        held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(result)}
-    del result
-    return Peak(record.peak, record.saved_at_peak, record.gradients_at_peak, sum(held.values()))
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    with SavedTensors(model) as saved, _gradients(model) as gradients:
+        allocations = _Allocations(before, saved, gradients, trained, phases)
+        with allocations:
+            result = step()
+            held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(result)}
+    return [dataclasses.replace(peak, result=sum(held.values())) for peak in allocations.peaks]
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that an operation returns until it is freed."""
 
-    def __init__(self, before: Iterable[Tensor], saved: SavedTensors, gradients: list[int]) -> None:
+    def __init__(
+        self, before: Iterable[Tensor], saved: SavedTensors, gradients: list[int], trained: int, phases: int
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = self.saved_at_peak = self.gradients_at_peak = 0
+        self.now = 0
+        self.peaks = [Peak(0, 0, 0)] * phases
         self._saved = saved
         self._gradients = gradients
+        self._trained = max(trained, 1)
         self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(
@@ -115,10 +125,9 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.add(key)
         self.now += byte_count
         weakref.finalize(storage, self._freed, key, byte_count)
-        if self.now + scratch > self.peak:
-            self.peak = self.now + scratch
-            self.saved_at_peak = self._saved.byte_count
-            self.gradients_at_peak = sum(self._gradients)
+        phase = min(len(self._gradients) * len(self.peaks) // self._trained, len(self.peaks) - 1)
+        if self.now + scratch > self.peaks[phase].total:
+            self.peaks[phase] = Peak(self.now + scratch, self._saved.byte_count, sum(self._gradients))
 
     def _freed(self, key: int, byte_count: int) -> None:
         self._known.discard(key)
