@@ -174,7 +174,7 @@ class _Parts:
         self._totals = parts.html()
         self._memory = parts.html()
         self._refresh = parts.small_button(
-            "measure memory", "Measure what the model uses now", "auto", weakly(command, "memory")
+            "measure memory", "Measure what the model uses now", "108px", weakly(command, "memory")
         )
         self.message = parts.Message()
         style = parts.html(f"<style>{styles.PANEL_CSS}</style>", display="none")

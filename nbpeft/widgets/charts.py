@@ -22,6 +22,9 @@ WIDTH, HEIGHT = 900, 172
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 8, 10, 38
 _SMOOTHING = 0.9
 
+ENDED = ("finished", "stopped", "failed")
+"""Statuses after which nothing comes any more."""
+
 
 @dataclass(frozen=True)
 class Palette:
@@ -95,7 +98,8 @@ def loss_chart(train: TrainState, palette: Palette = THEME) -> str:
     """
     raw = _finite(train.history)
     evaluated = _finite(train.eval_history)
-    frame = _Frame.around(raw, evaluated, train.total_steps or train.step)
+    planned = 0 if train.status in ENDED else train.total_steps or 0
+    frame = _Frame.around(raw, evaluated, max(train.step, planned))
     curve = smooth(raw)
     if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
         curve[-1] = (curve[-1][0], train.smoothed_loss)

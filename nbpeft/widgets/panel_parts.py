@@ -189,7 +189,7 @@ class Message:
 
     def __init__(self) -> None:
         self._text = html(flex="1 1 auto")
-        self._dismiss = small_button("✕", "Dismiss", "26px", weakly(self.clear))
+        self._dismiss = small_button("✕", "Dismiss", "22px", weakly(self.clear))
         self._dismiss.add_class("nbpeft-bare")
         self.box = ipywidgets.HBox(
             [self._text, self._dismiss],

@@ -29,24 +29,36 @@ EVAL = SERIES[1]
 FONT = "font:13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);font-variant-numeric:tabular-nums"
 
 PANEL_CSS = f"""
-.nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; max-width: 930px;
-  box-sizing: border-box; overflow: visible; }}
+.nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: 100%; max-width: 930px;
+  box-sizing: border-box; overflow: visible; container-type: inline-size; }}
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
 .nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
 .nbpeft-panel .jupyter-button {{ font-size: 12px; box-shadow: none; outline-offset: -2px; }}
-.nbpeft-choices {{ flex-wrap: wrap; }}
+.nbpeft-choices {{ flex-wrap: wrap; overflow: visible; padding-left: 1px; }}
 .nbpeft-choices .jupyter-button {{ width: auto; height: 28px; line-height: 26px; margin: 0 0 4px -1px; padding: 0 14px;
   border: 1px solid {BORDER}; background: transparent; color: {TEXT}; font-size: 13px; }}
-.nbpeft-choices .jupyter-button:first-child {{ margin-left: 0; border-radius: 4px 0 0 4px; }}
+.nbpeft-choices .jupyter-button:first-child {{ border-radius: 4px 0 0 4px; }}
 .nbpeft-choices .jupyter-button:last-child {{ border-radius: 0 4px 4px 0; }}
 .nbpeft-choices .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
 .nbpeft-choices .jupyter-button.nbpeft-on, .nbpeft-choices .jupyter-button.nbpeft-on:hover:enabled {{
   background: {ACCENT}; border-color: {ACCENT}; color: {ON_ACCENT}; text-shadow: 0 0 .6px currentColor; }}
-.nbpeft-row {{ border-bottom: 1px solid {BORDER}; align-items: center; min-height: 30px; }}
+.nbpeft-row {{ border-bottom: 1px solid {BORDER}; align-items: center; min-height: 30px; overflow: visible; }}
 .nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
-.nbpeft-panel .nbpeft-small {{ height: 20px; line-height: 18px; padding: 0 8px; margin: 0 0 0 4px; width: auto;
+.nbpeft-grid {{ display: grid; align-items: center; grid-template-columns: minmax(0, 1.5fr) minmax(0, .8fr)
+  minmax(0, .9fr) minmax(0, 1.9fr) minmax(0, 1.2fr) minmax(0, .9fr) minmax(0, 1.1fr); }}
+.nbpeft-grid > div {{ padding: 4px 8px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
+.nbpeft-grid > .nbpeft-number {{ text-align: right; }}
+@container (max-width: 660px) {{
+  .nbpeft-grid {{ grid-template-columns: minmax(0, 1.7fr) minmax(0, .9fr) minmax(0, 1.2fr) minmax(0, 1.1fr); }}
+  .nbpeft-grid > .nbpeft-extra {{ display: none; }}
+}}
+@container (max-width: 460px) {{
+  .nbpeft-grid {{ grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }}
+  .nbpeft-grid > div:nth-child(3), .nbpeft-grid > div:nth-child(7) {{ display: none; }}
+}}
+.nbpeft-panel .nbpeft-small {{ height: 20px; line-height: 18px; padding: 0 3px; margin: 0 0 0 4px; flex: 0 0 auto;
   border: 1px solid {BORDER}; border-radius: 3px; background: {FILL}; color: {TEXT}; }}
 .nbpeft-panel .nbpeft-danger {{ background: {ERROR}; border-color: {ERROR}; color: #fff; }}
-.nbpeft-panel .nbpeft-bare {{ border-color: transparent; background: transparent; color: {DIM}; }}
+.nbpeft-panel .nbpeft-bare {{ border-color: transparent; background: transparent; color: {DIM}; text-overflow: clip; }}
 """
 """Style sheet of the interactive panel, whose widgets never reach a notebook that is not trusted."""

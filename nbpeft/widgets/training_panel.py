@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from nbpeft.state import SessionState, TrainState
 from nbpeft.widgets import views
+from nbpeft.widgets.charts import ENDED
 from nbpeft.widgets.environment import Ui, shown_as, widgets_hint
 from nbpeft.widgets.run_buttons import RunButtons
 
@@ -84,7 +85,7 @@ class RunView:
         with self._lock:
             if self._output is None:
                 return
-            ended = train.status in views.ENDED
+            ended = train.status in ENDED
             now = time.monotonic()
             before = self._drawn
             changed = before is None or before.status != train.status
@@ -135,7 +136,7 @@ class _HtmlOutput:
     def draw(self, train: TrainState) -> None:
         from IPython.display import display
 
-        hint = self._hint if train.status not in views.ENDED else ""
+        hint = self._hint if train.status not in ENDED else ""
         bundle = {
             "text/html": views.training_card(train, model_name=self._model_name, hint=hint),
             "text/plain": views.training_text(train),
@@ -157,7 +158,7 @@ class _TextOutput:
         self._written_at = float("-inf")
 
     def draw(self, train: TrainState) -> None:
-        line, ended = views.training_text(train), train.status in views.ENDED
+        line, ended = views.training_text(train), train.status in ENDED
         if self._stream.isatty():
             columns = shutil.get_terminal_size().columns - 1
             line = (

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from html import escape
 
 from nbpeft.session import render
 from nbpeft.session.describe import adapter_table, condition
 from nbpeft.state import AdapterState, MemoryState, ModelState, TrainState
 from nbpeft.widgets import styles
-from nbpeft.widgets.charts import loss_chart, loss_image
+from nbpeft.widgets.charts import ENDED, loss_chart, loss_image
 
-ENDED = ("finished", "stopped", "failed")
 NONE = "–"
 
-ROW_COLUMNS = (
-    "minmax(0,1.5fr) minmax(0,.8fr) minmax(0,.9fr) minmax(0,1.9fr) minmax(0,1.2fr) minmax(0,.9fr) minmax(0,1.1fr)"
-)
-"""Grid columns of the interactive panel's rows, equal in each row."""
-
-_HEADS = (
+_COLUMNS = (
     ("Adapter", ""),
-    ("Method", ""),
-    ("r / α", "right"),
-    ("Adapted modules", ""),
-    ("Parameters", "right"),
-    ("Size", "right"),
+    ("Method", "nbpeft-extra"),
+    ("r / α", "nbpeft-number"),
+    ("Adapted modules", "nbpeft-extra"),
+    ("Parameters", "nbpeft-number"),
+    ("Size", "nbpeft-number nbpeft-extra"),
     ("State", ""),
 )
+"""Columns of the interactive panel and their CSS classes; its style sheet lays them out."""
 
 
 # Models
@@ -117,24 +113,27 @@ def panel_note(text: str) -> str:
 
 def row_head() -> str:
     """Column titles of the interactive panel."""
-    cells = "".join(_cell(escape(title), align, f"color:{styles.DIM}") for title, align in _HEADS)
-    return _row(cells)
+    return _row([(escape(title), f"color:{styles.DIM}") for title, _ in _COLUMNS])
 
 
 def adapter_row(adapter: AdapterState) -> str:
     """One adapter as a row of the interactive panel."""
-    dimmed = "" if adapter.trainable else f"color:{styles.DIM}"
-    contents = (
-        (escape(adapter.name), "font-weight:600" if adapter.active else ""),
-        (escape(adapter.method), ""),
-        (rank_alpha(adapter), ""),
-        (f'<span title="{escape(" ".join(adapter.targets))}">{escape(modules(adapter))}</span>', ""),
-        (render.count(adapter.parameter_count), ""),
-        (render.size(adapter.byte_count), ""),
-        (escape(condition(dataclasses.replace(adapter, active=False))), dimmed),  # the row's colour tells what acts
+    name, kinds = escape(adapter.name), escape(" ".join(adapter.targets))
+    return _row(
+        [
+            (f'<span title="{name}">{name}</span>', "font-weight:600" if adapter.active else ""),
+            (escape(adapter.method), ""),
+            (rank_alpha(adapter), ""),
+            (f'<span title="{kinds}">{escape(modules(adapter))}</span>', ""),
+            (render.count(adapter.parameter_count), ""),
+            (render.size(adapter.byte_count), ""),
+            # That it is active is told by the row's colour.
+            (
+                escape(condition(dataclasses.replace(adapter, active=False))),
+                "" if adapter.trainable else f"color:{styles.DIM}",
+            ),
+        ]
     )
-    cells = (_cell(text, align, style) for (text, style), (_, align) in zip(contents, _HEADS, strict=True))
-    return _row("".join(cells))
 
 
 def rank_alpha(adapter: AdapterState) -> str:
@@ -152,16 +151,12 @@ def modules(adapter: AdapterState) -> str:
     return f"{adapter.module_count} · {' '.join((first, *rest))}"
 
 
-def _row(cells: str) -> str:
-    return f'<div style="display:grid;grid-template-columns:{ROW_COLUMNS};align-items:center">{cells}</div>'
-
-
-def _cell(content: str, align: str, style: str) -> str:
-    place = "text-align:right;" if align else ""
-    return (
-        f'<div style="padding:4px 8px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;{place}{style}">'
-        f"{content}</div>"
+def _row(cells: Sequence[tuple[str, str]]) -> str:
+    drawn = (
+        f'<div class="{kind}" style="{style}">{content}</div>'
+        for (content, style), (_, kind) in zip(cells, _COLUMNS, strict=True)
     )
+    return f'<div class="nbpeft-grid">{"".join(drawn)}</div>'
 
 
 def model_text(model: ModelState | None, name: str | None = None) -> str:
@@ -200,7 +195,7 @@ def memory_bar(memory: MemoryState) -> str:
     legend = "".join(f"<span>{_swatch(colour)}{escape(_part(name, size))}</span>" for colour, name, size, _ in parts)
     return (
         f'<div style="display:flex;height:14px;border-radius:3px;overflow:hidden;margin:8px 0 6px;'
-        f'background:{styles.FILL}">{pieces}</div>'
+        f'{_background(styles.FILL)}">{pieces}</div>'
         f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px">'
         f"{legend}{render.dim(_free(memory))}</div>"
     )
@@ -226,8 +221,14 @@ def _free(memory: MemoryState) -> str:
 def _swatch(colour: str) -> str:
     return (
         f'<span style="display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px;'
-        f'background:{colour}"></span>'
+        f'{_background(colour)}"></span>'
     )
+
+
+def _background(colour: str) -> str:
+    """A background that stays coloured where ``var(…)`` is dropped."""
+    plain = {styles.ACCENT: "#1976d2", styles.ERROR: "#d32f2f", styles.FILL: "#9e9e9e"}.get(colour)
+    return f"background:{plain};background:{colour}" if plain else f"background:{colour}"
 
 
 # Training
@@ -349,11 +350,9 @@ def _figures(train: TrainState) -> str:
 def _progress(train: TrainState) -> str:
     done = min(1.0, train.step / train.total_steps) if train.total_steps else float(train.status == "finished")
     colour = styles.ERROR if train.status == "failed" else styles.ACCENT
-    fallback = "#d32f2f" if train.status == "failed" else "#1976d2"
     return (
-        f'<div style="height:6px;border-radius:3px;overflow:hidden;margin:6px 0 10px;background:#9e9e9e;'
-        f'background:{styles.FILL}"><div style="width:{100 * done:.1f}%;height:6px;background:{fallback};'
-        f'background:{colour}"></div></div>'
+        f'<div style="height:6px;border-radius:3px;overflow:hidden;margin:6px 0 10px;{_background(styles.FILL)}">'
+        f'<div style="width:{100 * done:.1f}%;height:6px;{_background(colour)}"></div></div>'
     )
 
 

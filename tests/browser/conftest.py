@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,20 @@ def open_notebook(
     notebook_folder: Path,
     pictures: Path,
 ) -> Iterator[Opener]:
-    """Opens a notebook made of the given cells, or of a file."""
+    """Opens a notebook made of the given cells and of outputs already in the file, or a copy of a file."""
     pages: list[NotebookPage] = []
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
 
-    def open_cells(*cells: str, source: Path | None = None) -> NotebookPage:
+    def open_cells(*cells: str, source: Path | None = None, shown: Sequence[dict[str, str]] = ()) -> NotebookPage:
         path = notebook_folder / f"{name}-{len(pages)}.ipynb"
         if source is not None:
             path.write_text(source.read_text())
         else:
             notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
             notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            for bundle in shown:
+                output = nbformat.v4.new_output("display_data", data=bundle)
+                notebook.cells.append(nbformat.v4.new_code_cell("pass", execution_count=1, outputs=[output]))
             nbformat.write(notebook, path)
         pages.append(browser.open(server_of(app), path.name))
         return pages[-1]

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from nbpeft.widgets import views
+from nbpeft.widgets.adapters_panel import AGAIN
 from tests.browser.conftest import Opener
+from tests.widgets.fakes import MEMORY, model, train_state
 
 pytestmark = pytest.mark.browser
 
@@ -145,3 +148,43 @@ def test_a_saved_notebook_shows_the_last_picture(open_notebook: Opener, pictures
         page.theme(theme)
         page.screenshot(pictures / f"run-reopened-{app}-{theme}.png")
     page.theme("light")
+
+
+def test_a_notebook_that_is_not_trusted_shows_the_snapshots(open_notebook: Opener, pictures: Path, app: str) -> None:
+    final = train_state(40, status="stopped", message="stopped at step 40", remaining=None)
+    cards = (views.training_card(final, model_name="model"), views.model_card(model(memory=MEMORY), hint=AGAIN))
+    page = open_notebook(shown=[{"text/html": card, "text/plain": "hidden"} for card in cards])
+    page.wait_for("stopped at step 40", cell=0)
+    image = page.output(0).locator("img")
+    expect(image).to_be_visible()
+    assert image.evaluate("image => image.naturalWidth") > 0
+    page.wait_for("optimizer 37.0 MB", cell=1)
+    assert "hidden" not in page.output_text(0) + page.output_text(1)
+    coloured = (
+        page.output(0)
+        .locator("div[style*='background']")
+        .evaluate_all("parts => parts.map(part => getComputedStyle(part).backgroundColor)")
+    )
+    assert "rgb(25, 118, 210)" in coloured
+    page.screenshot(pictures / f"not-trusted-{app}.png")
+
+
+def test_many_adapters_and_long_names_stay_in_the_panel(open_notebook: Opener, pictures: Path, app: str) -> None:
+    names = [f"adapter_{number}" for number in range(14)] + ["a_very_long_adapter_name_that_somebody_typed_in"]
+    session = (
+        "from tests.widgets.fakes import adapter, model\n"
+        f"session = FakeSession(model('model', [adapter(name) for name in {names!r}], memory=None))"
+    )
+    page = open_notebook(f"{SET_UP}\n{session}", PANEL)
+    page.page.set_viewport_size({"width": 900, "height": 900})
+    page.run_all()
+    expect(page.button(names[-1], cell=1)).to_be_visible()
+    panel = page.output(1).locator(".nbpeft-panel")
+    assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth + 1")
+    lefts = (
+        page.output(1)
+        .get_by_role("button", name="save", exact=True)
+        .evaluate_all("buttons => buttons.map(button => button.getBoundingClientRect().left)")
+    )
+    assert len(set(lefts)) == 1
+    page.screenshot(pictures / f"panel-many-{app}.png")

@@ -118,3 +118,11 @@ def test_the_image_is_a_picture_of_its_own() -> None:
 
 def test_a_step_beyond_the_total_stays_in_the_picture() -> None:
     assert "50" in texts(charts.loss_chart(train_state(50, 40)))
+
+
+def test_a_run_that_ended_early_fills_the_picture() -> None:
+    running, stopped = (
+        texts(charts.loss_chart(train_state(30, 600, status=status))) for status in ("running", "stopped")
+    )
+    assert "600" in running
+    assert "600" not in stopped and "30" in stopped

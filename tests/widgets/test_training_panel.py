@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nbpeft.widgets import environment, run_buttons, show_run, training_panel, views
+from nbpeft.widgets import charts, environment, run_buttons, show_run, training_panel, views
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.training_panel import RunView
 from tests.widgets.fakes import FakeRun, FakeSession, model, simulate, train_state
@@ -255,4 +255,4 @@ def test_ended_states_are_those_of_the_state_module() -> None:
 
     from nbpeft.state import TrainStatus
 
-    assert set(views.ENDED) < set(get_args(TrainStatus))
+    assert set(charts.ENDED) < set(get_args(TrainStatus))

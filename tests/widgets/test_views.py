@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
 
 from nbpeft.state import MemoryPart, MemoryState
-from nbpeft.widgets import views
+from nbpeft.widgets import styles, views
 from tests.widgets.fakes import ADAPTERS, MEMORY, adapter, model, train_state
 
 EVIL = '<script>alert("x")</script>\' onerror="y"'
@@ -99,10 +100,20 @@ def test_mixed_ranks_have_a_star() -> None:
 
 
 def test_rows_and_their_head_have_the_same_columns() -> None:
-    columns = f"grid-template-columns:{views.ROW_COLUMNS}"
-    assert columns in views.row_head()
-    assert columns in views.adapter_row(ADAPTERS[0])
-    assert views.row_head().count("padding:4px 8px") == views.adapter_row(ADAPTERS[0]).count("padding:4px 8px") == 7
+    head, row = (
+        re.findall(r'<div class="([^"]*)"', html) for html in (views.row_head(), views.adapter_row(ADAPTERS[0]))
+    )
+    assert head == row
+    assert len(head) == 8
+    named = {name for kinds in head for name in kinds.split()}
+    assert all(f".{name}" in styles.PANEL_CSS for name in named)
+
+
+def test_colours_that_an_untrusted_notebook_drops_have_a_plain_one_before() -> None:
+    html = views.training_card(train_state(status="finished")) + views.memory_bar(MEMORY)
+    for style in re.findall(r'style="([^"]*)"', html):
+        backgrounds = re.findall(r"background:([^;]*)", style)
+        assert not backgrounds or "var(" not in backgrounds[0]
 
 
 def test_the_memory_bar_fills_what_is_used_and_leaves_what_is_free() -> None:
