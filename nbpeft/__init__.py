@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "nbpeft.model": (
+        "AdapterPool",
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
         "AutoPeftModelForFeatureExtraction",
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
         UnknownMethodError,
     )
     from nbpeft.model import (
+        AdapterPool,
         AutoPeftModel,
         AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction,
@@ -151,6 +153,7 @@ __all__ = [
     "AdapterError",
     "AdapterExistsError",
     "AdapterState",
+    "AdapterPool",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

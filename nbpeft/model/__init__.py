@@ -15,6 +15,8 @@ from nbpeft.model.auto import (
 from nbpeft.model.combining import Combined, CombinedLayerLoss
 from nbpeft.model.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from nbpeft.model.peft_model import PeftModel
+from nbpeft.model.pool import AdapterPool
+from nbpeft.model.pool_residents import PoolStatistics
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tasks import (
     PeftModelForCausalLM,
@@ -30,6 +32,7 @@ from nbpeft.model.tasks import (
 from nbpeft.model.tensors import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 __all__ = [
+    "AdapterPool",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -52,6 +55,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PoolStatistics",
     "TaskType",
     "get_layer_status",
     "get_model_status",

@@ -1,0 +1,525 @@
+"""A pool of more adapters than fit: outputs as alone, bounds to the byte, nothing taken from a running call."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nbpeft import checkpoint
+from nbpeft.engine.hotswap import swap
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import (
+    AdapterError,
+    AdapterExistsError,
+    BusyError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    MergeError,
+    StaleModelError,
+    UnknownAdapterError,
+)
+from nbpeft.model import PeftModel, get_peft_model_state_dict
+from nbpeft.model.pool import AdapterPool
+from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
+
+BYTES = 2 * (4 * 32 + 32 * 4 + 4 * 32 + 16 * 4) * 4
+"""q_proj and v_proj of two layers at rank 4, float32."""
+MB = 10**6
+
+
+def save(folder: Path, seed: int, make: Callable[[], Any] = llama, **changes: Any) -> Path:
+    """An adapter whose every tensor is drawn from a seed."""
+    model = adapted(make(), **changes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.manager.parameters("default"):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: save(root / name, seed) for seed, name in enumerate("abcdef")}
+
+
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, Path]) -> dict[str, Tensor]:
+    """What each adapter gives when it is loaded by itself."""
+    outputs = {name: logits(PeftModel.from_pretrained(llama(), folder)) for name, folder in folders.items()}
+    return {**outputs, "__base__": logits(llama())}
+
+
+def pool_of(folders: dict[str, Path], room: float = 2, host: float = 100, **options: Any) -> AdapterPool:
+    return AdapterPool(llama(), room * BYTES / MB, host_limit_mb=host * BYTES / MB, adapters=dict(folders), **options)
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def device_bytes(pool: AdapterPool) -> int:
+    """Counted anew from the model itself."""
+    adapters = [adapter for layer in pool.manager.layers.values() for adapter in layer.adapters.children()]
+    copies = [copied for module in pool.manager.copies.values() for copied in module.modules_to_save.children()]
+    return sum(tensor.nbytes for module in (*adapters, *copies) for tensor in module.state_dict().values())
+
+
+def test_every_adapter_answers_as_alone_within_the_bound(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    pool = pool_of(folders)
+    near(logits(pool.model), alone["__base__"])
+    for name in "abcdefafbecd":
+        pool.set_adapter(name)
+        near(logits(pool.model), alone[name])
+        assert pool.manager.active == (name,)
+        assert device_bytes(pool) == pool.statistics.device_bytes <= 2 * BYTES
+    statistics = pool.statistics
+    assert (statistics.hits, statistics.misses, statistics.evictions) == (1, 11, 9)
+    assert (statistics.reads, statistics.host_hits, statistics.read_bytes) == (6, 5, 6 * BYTES)
+    assert statistics.swaps == statistics.evictions, "adapters of equal structure take over each other's tensors"
+    assert pool.resident == ("c", "d") and set(pool.on_host) == set("abef")
+    assert statistics.host_bytes == 4 * BYTES
+    assert "2 of 6 adapters resident (0.0 of 0.0 MB)" in str(statistics) and str(statistics) in repr(pool)
+
+
+def test_the_handle_alone_will_do(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    model = adapted(name="own")
+    own = logits(model)
+    pool = AdapterPool(model, BYTES / MB, adapters=folders)
+    assert pool.model is model
+    model.set_adapter("c", inference_mode=True)
+    near(logits(model), alone["c"])
+    with model.use("d"):
+        near(logits(model), alone["d"])
+    near(logits(model), alone["c"])
+    model.set_adapter("own")
+    near(logits(model), own)
+    assert "own" in model.peft_config, "what was there before is never pushed out"
+
+
+def test_mixed_batches(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    pool = pool_of(folders, room=3)
+    ids = tokens(rows=2)
+    for names in (["a", "b"], ["c", "__base__"], ["d", "e"], ["a", "a"]):
+        found = pool.model(input_ids=ids, adapter_names=names).logits
+        for row, name in enumerate(names):
+            near(found[row], alone[name][row])
+        assert pool.manager.active == (), "naming rows selects nothing"
+        near(logits(pool.model), alone["__base__"])
+    text = pool.model.generate(input_ids=ids, adapter_names=["f", "b"], max_new_tokens=4, do_sample=False)
+    for row, name in enumerate("fb"):
+        single = PeftModel.from_pretrained(llama(), folders[name])
+        assert torch.equal(text[row], single.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[row])
+
+
+def test_inference_mode_leaves_tensors_that_can_be_overwritten(
+    folders: dict[str, Path], alone: dict[str, Tensor]
+) -> None:
+    pool = pool_of(folders, room=1)
+    with torch.inference_mode():
+        for name in "ab":
+            near(pool.model(input_ids=tokens(), adapter_names=[name] * 2).logits, alone[name])
+    for name in "ca":
+        pool.set_adapter(name)
+        near(logits(pool.model), alone[name])
+
+
+def test_what_cannot_fit_together_changes_nothing(folders: dict[str, Path]) -> None:
+    pool = pool_of(folders)
+    pool.load(["a", "b"])
+    before, resident, revision = state(pool.manager.model), pool.resident, pool.manager.revision
+    message = r"'c', 'd', 'e' take 0\.011 MB and do not fit into the pool's 0\.007 MB"
+    with pytest.raises(AdapterError, match=message):
+        pool.load(["c", "d", "e"])
+    with pytest.raises(AdapterError, match=message):
+        pool.model(input_ids=tokens(rows=3), adapter_names=["c", "d", "e"])
+    pool.pin("a")
+    with pytest.raises(AdapterError, match=r"'c', 'd' take .* beside 'a' \(pinned\)"):
+        pool.set_adapter(["c", "d"])
+    assert same_state(before, state(pool.manager.model))
+    assert (pool.resident, pool.manager.revision) == (("b", "a"), revision) and set(resident) == {"a", "b"}
+
+
+def test_pinned_and_active_adapters_stay(folders: dict[str, Path]) -> None:
+    pool = pool_of({name: folders[name] for name in "abcd"}, room=3)
+    pool.register("e", folders["e"], pinned=True)
+    pool.set_adapter("a")
+    for name in "bcdbcd":
+        pool.load(name)
+        assert {"e", "a"} <= set(pool.resident)
+    assert pool.pinned == ("e",)
+    pool.unpin("e")
+    pool.load(["b", "c"])
+    assert set(pool.resident) == {"a", "b", "c"}
+
+
+def test_an_adapter_that_was_trained_stays(folders: dict[str, Path]) -> None:
+    pool = pool_of(folders, room=1)
+    pool.model.set_adapter("a")
+    pool.model(input_ids=tokens(), labels=tokens()).loss.backward()
+    pool.model.set_adapter("b")
+    assert all(parameter.grad is None for parameter in pool.manager.parameters("b"))
+    assert pool.manager.frozen == set()
+    with torch.no_grad():
+        pool.manager.parameters("b")[0].add_(1.0)
+    with pytest.raises(AdapterError, match=r"beside 'b' \(changed since it was loaded\)"):
+        pool.set_adapter("c")
+
+
+def test_scales_and_freezing_survive_being_pushed_out(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    pool = pool_of(folders, room=1)
+    pool.set_adapter("a")
+    pool.manager.set_scale("a", 0.0)
+    pool.set_adapter("b")
+    near(logits(pool.model), alone["b"])
+    pool.set_adapter("a")
+    near(logits(pool.model), alone["__base__"])
+    assert pool.manager.frozen == {"a"} and not any(p.requires_grad for p in pool.manager.parameters("a"))
+
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "rank": {"r": 8, "use_rslora": True},
+    "targets": {"target_modules": ["down_proj", "embed_tokens"]},
+    "dora": {"use_dora": True, "lora_alpha": 3},
+    "bias": {"lora_bias": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+    "plain": {},
+}
+
+
+def test_different_structures_share_a_pool(tmp_path: Path) -> None:
+    for seed, (name, changes) in enumerate(STRUCTURES.items()):
+        save(tmp_path / name, seed, **changes)
+    pool = AdapterPool(llama(), 0.02, adapters={name: tmp_path / name for name in STRUCTURES})
+    for name in [*STRUCTURES, *reversed(STRUCTURES)]:
+        pool.set_adapter(name)
+        near(logits(pool.model), logits(PeftModel.from_pretrained(llama(), tmp_path / name)))
+        assert device_bytes(pool) == pool.statistics.device_bytes <= pool.statistics.device_limit
+        assert set(pool.manager.configs) == set(pool.resident)
+
+
+def test_trained_heads_and_half_precision(tmp_path: Path) -> None:
+    for seed, name in enumerate("abc"):
+        save(tmp_path / name, seed, classifier, task_type="SEQ_CLS")
+    pool = AdapterPool(classifier().bfloat16(), 0.005, adapters={name: tmp_path / name for name in "abc"})
+    small = AdapterPool(
+        classifier().bfloat16(),
+        0.005,
+        adapters={name: tmp_path / name for name in "abc"},
+        autocast_adapter_dtype=False,
+    )
+    head = 3 * 32 * 2
+    for name in "abca":
+        for one, size in ((pool, BYTES + head), (small, BYTES // 2 + head)):
+            one.set_adapter(name)
+            half = one is small
+            expected = PeftModel.from_pretrained(
+                classifier().bfloat16(), tmp_path / name, autocast_adapter_dtype=not half
+            )
+            assert torch.equal(logits(one.model), logits(expected))
+            assert one.statistics.device_bytes == device_bytes(one) == size * len(one.resident)
+
+
+def test_host_memory_has_its_own_bound(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    pool = pool_of(folders, room=1, host=2)
+    for name in "abcdef":
+        pool.load(name)
+        assert pool.statistics.host_bytes <= 2 * BYTES
+    assert pool.on_host == ("d", "e")
+    none = pool_of(folders, room=1, host=0)
+    for name in "abab":
+        none.set_adapter(name)
+        near(logits(none.model), alone[name])
+    assert (none.on_host, none.statistics.reads) == ((), 4)
+
+
+def test_prefetch_reads_in_the_background(
+    folders: dict[str, Path], alone: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of(folders)
+    revision = pool.manager.revision
+    readers: list[str] = []
+    read = checkpoint.read_checkpoint
+
+    def spy(*args: Any, **options: Any) -> Any:
+        readers.append(threading.current_thread().name)
+        return read(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", spy)
+    pool.prefetch(["a", "b", "a"], wait=True)
+    assert pool.manager.revision == revision and pool.resident == () and pool.on_host == ("b", "a")
+    assert len(readers) == 2 and all(name.startswith("adapter-pool") for name in readers)
+    pool.set_adapter("b")
+    near(logits(pool.model), alone["b"])
+    assert pool.statistics.reads == 2 and pool.statistics.host_hits == 1
+    pool.register("lost", folders["a"].parent / "nowhere")
+    pool.prefetch("lost")
+    with pytest.raises(CheckpointNotFoundError, match="there is no folder"):
+        pool.prefetch("lost", wait=True)
+    with pytest.raises(CheckpointNotFoundError, match="there is no folder"):
+        pool.set_adapter("lost")
+    assert pool.manager.active == ("b",)
+
+
+def test_an_adapter_two_threads_ask_for_is_read_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of(folders)
+    read, started = checkpoint.read_checkpoint, threading.Event()
+
+    def slow(*args: Any, **options: Any) -> Any:
+        started.set()
+        time.sleep(0.1)
+        return read(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", slow)
+    pool.prefetch("a")
+    assert started.wait(5)
+    pool.load("a")
+    assert pool.statistics.reads == 1 and pool.resident == ("a",) and pool.on_host == ()
+
+
+def test_a_miss_that_fails_half_way_puts_everything_back(
+    folders: dict[str, Path], alone: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = save(tmp_path, 9, target_modules=["o_proj"])
+    pool = pool_of(folders, room=2.4, host=0)
+    pool.register("other", other)
+    pool.set_adapter(["a", "b"])
+    both = logits(pool.model)
+    add = AdapterManager.add
+
+    def failing(manager: AdapterManager, name: str, *args: Any, **options: Any) -> Any:
+        if name == "other":
+            raise MemoryError("no more")
+        return add(manager, name, *args, **options)
+
+    monkeypatch.setattr(AdapterManager, "add", failing)
+    with pytest.raises(MemoryError):
+        pool.set_adapter(["c", "other"])
+    assert set(pool.resident) == set(pool.manager.names) == {"a", "b"} and pool.manager.active == ("a", "b")
+    near(logits(pool.model), both)
+    monkeypatch.undo()
+    pool.set_adapter(["c", "other"])
+    assert pool.resident == ("c", "other")
+    pool.set_adapter("a")
+    near(logits(pool.model), alone["a"])
+
+
+def test_files_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    pool = pool_of(folders)
+    pool.load("a")
+    before = state(pool.manager.model)
+    pool.register("wide", save(tmp_path / "wide", 1, lambda: llama(hidden_size=64)))
+    pool.register("gpt", save(tmp_path / "gpt", 1, gpt2, target_modules=["c_attn"]))
+    pool.register("biases", save(tmp_path / "biases", 1, bias="all"))
+    broken = save(tmp_path / "broken", 1)
+    saved = checkpoint.read_checkpoint(broken)
+    first = next(iter(saved.tensors))
+    tensors = {key: tensor for key, tensor in saved.tensors.items() if key != first}
+    checkpoint.write_checkpoint(broken, saved.config, tensors)
+    pool.register("broken", broken)
+    with pytest.raises(CheckpointError, match="64"):
+        pool.load(["b", "wide"])
+    with pytest.raises(ValueError, match="c_attn"):
+        pool.load("gpt")
+    with pytest.raises(AdapterError, match=r"'biases' trained base biases \(bias='all'\)"):
+        pool.load("biases")
+    with pytest.raises(CheckpointError, match=r"'broken' in .* lacks .*_proj\.lora_"):
+        pool.load("broken")
+    assert same_state(before, state(pool.manager.model)) and pool.resident == ("a",)
+
+
+def test_an_adapter_of_another_base_is_told_of(folders: dict[str, Path], tmp_path: Path) -> None:
+    stranger = save(tmp_path, 1, lambda: llama(seed=7))
+    pool = pool_of(folders)
+    pool.register("stranger", stranger)
+    with pytest.warns(UserWarning, match="stranger: the adapter was trained on other weights"):
+        pool.load("stranger")
+
+
+def test_names(folders: dict[str, Path]) -> None:
+    pool = AdapterPool(adapted(name="own"), BYTES / MB, adapters=folders)
+    assert pool.names == tuple("abcdef") and len(pool) == 6 and "a" in pool and "own" not in pool
+    for name, where in (("a", "pool"), ("own", "model")):
+        with pytest.raises(AdapterExistsError, match=f"the {where} has an adapter '{name}' already"):
+            pool.register(name, folders["a"])
+    with pytest.raises(AdapterError, match="cannot name an adapter"):
+        pool.register("__base__", folders["a"])
+    with pytest.raises(AdapterError, match=r"unknown option 'revison'\. Did you mean 'revision'"):
+        pool.register("new", folders["a"], revison="main")
+    for command in (pool.load, pool.pin, pool.unpin, pool.prefetch, pool.unregister):
+        with pytest.raises(UnknownAdapterError, match="the pool has no adapter 'x'"):
+            command("x")
+    with pytest.raises(UnknownAdapterError, match="'x' not found"):
+        pool.set_adapter("x")
+    with pytest.raises(CheckpointNotFoundError):
+        pool.register("pinned", "./nowhere", pinned=True)
+    assert "pinned" not in pool
+    pool.load("a")
+    pool.unregister("a")
+    assert pool.manager.names == ("own",) and "a" not in pool
+    with pytest.raises(AdapterError, match="limit_mb > 0"):
+        AdapterPool(llama(), 0)
+
+
+def test_what_others_do_to_the_model_is_noticed(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    pool = pool_of(folders, room=3)
+    pool.load(["a", "b", "c"])
+    pool.manager.remove("a")
+    pool.manager.rename("b", "mine")
+    weights = pool.manager.weights("mine")
+    swap(pool.manager, "c", pool.manager.configs["c"], weights)
+    assert pool.resident == () and pool.statistics.device_bytes == 0
+    pool.set_adapter(["a", "b"])
+    near(logits(pool.model.base_model), logits(pool.model))
+    with pytest.raises(AdapterExistsError, match="another adapter 'c' now, which is not the pool's"):
+        pool.load("c")
+    pool.set_adapter("b")
+    near(logits(pool.model), alone["b"])
+
+
+def test_the_ends_of_a_pool(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    model = adapted(name="own")
+    with AdapterPool(model, BYTES / MB, adapters=folders) as pool:
+        pool.set_adapter("a")
+        pool.prefetch("b", wait=True)
+        with pytest.raises(AdapterError, match="has an adapter pool already"):
+            AdapterPool(model, 1)
+        twin = copy.deepcopy(model)
+    with pytest.raises(UnknownAdapterError):
+        twin.set_adapter("b")
+    near(logits(twin), alone["a"])
+    assert pool.on_host == ()
+    near(logits(model), alone["a"])
+    with pytest.raises(AdapterError, match="pool is closed"):
+        pool.load("b")
+    again = AdapterPool(model, BYTES / MB)
+    again.register("b", folders["b"])
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="unmerge"):
+        again.load("b")
+    model.unmerge_adapter()
+    model.unload()
+    with pytest.raises(StaleModelError):
+        again.load("b")
+
+
+def test_a_running_call_keeps_its_adapters(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    """Neither the active adapter of a call nor those of its rows are touched before it ends."""
+    pool = pool_of(folders, room=1)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def pause(*_: Any) -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    layer: Any = pool.manager.model
+    handle = layer.model.layers[0].register_forward_pre_hook(pause)
+    for options in ({"adapter_names": ["a", "a"]}, {}):
+        if not options:
+            pool.set_adapter("a")
+        found: list[Tensor] = []
+        inside.clear()
+        go_on.clear()
+
+        def call(options: dict[str, Any] = options, found: list[Tensor] = found) -> None:
+            with torch.no_grad():
+                found.append(pool.model(input_ids=tokens(), **options).logits)
+
+        first = threading.Thread(target=call)
+        first.start()
+        assert inside.wait(10)
+        second = threading.Thread(target=pool.set_adapter, args=("b",))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive() and pool.resident == ("a",)
+        go_on.set()
+        first.join(10)
+        second.join(10)
+        near(found[0], alone["a"])
+        assert pool.resident == ("b",) and pool.manager.active == ("b",)
+        pool.load("b")
+    handle.remove()
+
+
+def test_a_thread_that_holds_what_is_in_its_own_way_is_told(folders: dict[str, Path]) -> None:
+    pool = pool_of(folders, room=1)
+    with pool.hold("a"):
+        with pytest.raises(AdapterError, match=r"'b' take .* beside 'a' \(in use\)"):
+            pool.load("b")
+        with pytest.raises(BusyError, match="in use by a running call"):
+            pool.unregister("a")
+    pool.load("b")
+    with pool.manager.switch.call(), pytest.raises(BusyError, match="inside a call"):
+        pool.load("a")
+
+
+def test_many_threads_at_once(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    pool = pool_of(folders, room=3, host=2)
+    problems: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            with torch.no_grad():
+                for _ in range(30):
+                    names = ["abcdef"[int(torch.randint(6, (), generator=generator))] for _ in range(2)]
+                    if seed == 0:
+                        pool.set_adapter(names[0])
+                        pool.prefetch(names[1])
+                        continue
+                    found = pool.model(input_ids=tokens(), adapter_names=names).logits
+                    for row, name in enumerate(names):
+                        near(found[row], alone[name][row])
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not problems and not any(thread.is_alive() for thread in threads)
+    assert device_bytes(pool) == pool.statistics.device_bytes <= 3 * BYTES
+    assert pool.statistics.host_bytes <= 2 * BYTES
+    pool.close()
+
+
+def test_a_thousand_adapters(tmp_path: Path) -> None:
+    """A thousand folders, room for twenty: requests with favourites, each answered as alone."""
+    donor = adapted()
+    donor.save_pretrained(tmp_path)
+    settings = (tmp_path / "adapter_config.json").read_bytes()
+    expected, sample = {}, {0, 7, 333, 999}
+    folders = {}
+    for number in range(1000):
+        with torch.no_grad():
+            for parameter in donor.manager.parameters("default"):
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+        folder = folders[f"user{number}"] = tmp_path / str(number)
+        folder.mkdir()
+        safetensors.torch.save_file(get_peft_model_state_dict(donor), folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_bytes(settings)
+        if number in sample:
+            expected[f"user{number}"] = logits(donor)
+    pool = pool_of(folders, room=20, host=50)
+    generator = torch.Generator().manual_seed(0)
+    favourites = (torch.rand(400, generator=generator) ** 4 * 1000).long().tolist()
+    for first, second in zip(favourites[::2], favourites[1::2], strict=True):
+        with pool.hold([f"user{first}", f"user{second}"]):
+            assert len(pool.resident) <= 20
+    for name, output in expected.items():
+        near(pool.model(input_ids=tokens(), adapter_names=[name] * 2).logits, output)
+    statistics = pool.statistics
+    assert statistics.registered == 1000 and statistics.resident == 20 and statistics.on_host == 50
+    assert device_bytes(pool) == statistics.device_bytes == 20 * BYTES
+    assert 0.1 < statistics.hit_rate < 1 and statistics.reads < statistics.misses
+    assert statistics.evictions == statistics.swaps == statistics.misses - 20
