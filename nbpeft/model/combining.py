@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.combine import Combination, Factors, Recipe, combine, combined_config, skip_initial_draws
+from nbpeft.engine.holder import check_name
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.manager import AdapterManager, check_name
+from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import AdapterError, AdapterExistsError
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.build import collection_paused
 from nbpeft.engine.hotswap import Swapped, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import method_of
@@ -55,8 +56,9 @@ def hotswap_adapter(
     manager = manager_of(model)
     manager.require(adapter_name)
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
-    saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
-    note = checkpoint.compare(saved.metadata, manager.model)
+    with collection_paused():
+        saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
+        note = checkpoint.compare(saved.metadata, manager.model)
     config = kwargs.get("config") or saved.config
     swapped = _swap(model, manager, adapter_name, config, saved.tensors, kwargs.get("key_mapping"), validate)
     if note is not None and not note.startswith("the adapter does not say"):
@@ -186,26 +188,31 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, layer in manager.layers.items():
         if name in layer.adapters._modules:
-            kind = type(layer.adapter(name))
+            kind: Any = type(layer.adapters._modules[name])
             try:
-                adapters[path] = kind.parameter_shapes(config, path, layer.base_layer, layer.host)
+                adapters[path] = kind.parameter_shapes(config, path, layer.base.module, layer.host)
             except ConfigError as error:
                 raise HotSwapError(str(error)) from None
-    weights = manager.weights(name)
+    copies = {
+        path: _shapes(trained.state_dict())
+        for path, module in manager.copies.items()
+        if (trained := module.modules_to_save._modules.get(name)) is not None
+    }
     embeddings = embedding_weights(manager.model)
     return checkpoint.Expected(
         adapters=adapters,
-        copies={path: _shapes(named) for path, named in weights.copies.items()},
-        base=_shapes(weights.base),
-        optional=_shapes({key: v for key, v in embeddings.items() if key.rpartition(".")[0] not in weights.copies}),
+        copies=copies,
+        base=_shapes(manager.base_biases(name)),
+        optional=_shapes({key: value for key, value in embeddings.items() if key.rpartition(".")[0] not in copies}),
     )
 
 
 def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:
     """Embeddings in the file that are the base's own need no swap; others cannot be swapped."""
-    own = manager.weights(name).base
-    present = embedding_weights(manager.model)
-    for key in [key for key in weights.base if key not in own]:
+    own = manager.base_biases(name)
+    brought = [key for key in weights.base if key not in own]
+    present = embedding_weights(manager.model) if brought else {}
+    for key in brought:
         if not torch.equal(weights.base[key].to(present[key]), present[key]):
             raise HotSwapError(f"the new adapter brings its own {key}, which every adapter shares; load it instead")
         del weights.base[key]

@@ -37,7 +37,7 @@ def _prune(tensor: Tensor, density: float, *, random: bool) -> Tensor:
         return kept.div_(density)
     flat = tensor.abs().reshape(-1)
     mask = torch.zeros_like(flat)
-    mask[torch.topk(flat, k=int(density * flat.numel())).indices] = 1
+    mask.index_fill_(0, torch.topk(flat, k=int(density * flat.numel()), sorted=False).indices, 1)
     return tensor * mask.reshape(tensor.shape)
 
 

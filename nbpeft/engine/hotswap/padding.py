@@ -81,9 +81,9 @@ def adapter_tensors(adapter: Adapter, config: Any, path: str, layer: AdaptedLaye
     tensors: dict[str, Tensor] = {key: value for key, value in adapter._parameters.items() if value is not None}
     if not adapter.__dict__.get("padded"):
         return tensors
-    shapes = type(adapter).parameter_shapes(config, path, layer.base_layer, layer.host)
+    shapes = type(adapter).parameter_shapes(config, path, layer.base.module, layer.host)
     for key, tensor in tensors.items():
-        used, _ = used_part(adapter, key, tensor, shapes[key], channel_groups(layer))
+        used, _ = used_part(adapter, key, tensor, shapes[key], layer)
         tensors[key] = used.reshape(shapes[key])
     return tensors
 
@@ -94,24 +94,21 @@ def factor_names(adapter: Adapter) -> tuple[str, ...]:
     return names
 
 
-def channel_groups(layer: AdaptedLayer) -> int:
-    """Groups of the layer's channels; 1 but for grouped convolutions."""
-    groups = getattr(layer.base_layer, "groups", 1)
-    return groups if isinstance(groups, int) else 1
-
-
 def used_part(
-    adapter: Adapter, key: str, tensor: Tensor, shape: Sequence[int], groups: int
+    adapter: Adapter, key: str, tensor: Tensor, shape: Sequence[int], layer: AdaptedLayer
 ) -> tuple[Tensor, list[Tensor]]:
     """Views of the part of a factor that an adapter of some shape uses, and of the rest.
 
     A grouped convolution's A has one block of rows for each group, and each is padded.
     """
+    if tensor.shape == shape:
+        return tensor, []
     names = factor_names(adapter)
-    if tuple(tensor.shape) == tuple(shape) or key not in names[:2]:
+    if key not in names:
         return tensor, []
     if key == names[1]:
         return tensor[:, : shape[1]], [tensor[:, shape[1] :]]
+    groups = getattr(layer.base.module, "groups", 1)
     if groups == 1:
         return tensor[: shape[0]], [tensor[shape[0] :]]
     blocks = tensor.view(groups, tensor.shape[0] // groups, *tensor.shape[1:])
@@ -120,11 +117,11 @@ def used_part(
 
 def larger_factors(layer: AdaptedLayer, adapter: Adapter, rank: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The factors' parameters and their values padded with zeros to a rank."""
-    shapes = layer.host.factor_shapes(layer.base_layer, rank)
+    shapes = layer.host.factor_shapes(layer.base.module, rank)
     for key, shape in zip(factor_names(adapter), shapes, strict=True):
         parameter = adapter.get_parameter(key)
         larger = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-        used, _ = used_part(adapter, key, larger, tuple(parameter.shape), channel_groups(layer))
+        used, _ = used_part(adapter, key, larger, tuple(parameter.shape), layer)
         used.copy_(parameter.detach().reshape(used.shape))
         yield parameter, larger
 

@@ -49,7 +49,7 @@ class Manager(Protocol):
 
     def require(self, *names: str) -> None: ...  # noqa: D102
 
-    def weights(self, name: str) -> AdapterWeights: ...  # noqa: D102
+    def base_biases(self, name: str) -> dict[str, Tensor]: ...  # noqa: D102
 
     def use(self, names: str | Sequence[str]) -> AbstractContextManager[None]: ...  # noqa: D102
 
@@ -115,7 +115,7 @@ def swap(
     writes = Writes(name, new_config, grow=grow)
     writes.collect_layers(layers, weights.adapters)
     writes.collect_copies(copies, weights.copies)
-    writes.collect_biases(manager.weights(name).base, weights.base)
+    writes.collect_biases(manager.base_biases(name), weights.base)
     with manager.switch.exclusive():
         undo = None if validate is None else _backup(manager, name)
         writes.write()
@@ -146,7 +146,7 @@ def _backup(manager: Manager, name: str) -> Callable[[], None]:
     for module in manager.copies.values():
         if name in module.modules_to_save._modules:
             tensors.extend(module.modules_to_save[name].state_dict(keep_vars=True).values())
-    tensors.extend(manager.weights(name).base.values())
+    tensors.extend(manager.base_biases(name).values())
     storages = [tensor.detach() for tensor in tensors]
     values = [storage.clone() for storage in storages]
     settings = [_settings(adapter) for adapter in adapters]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.copies import CopiedModule
-from nbpeft.engine.hotswap.padding import channel_groups, factor_names, larger_factors, put_larger, used_part
+from nbpeft.engine.hotswap.padding import factor_names, larger_factors, put_larger, used_part
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.errors import ConfigError, HotSwapError
 
@@ -56,7 +56,7 @@ class Writes:
                 unexpected=tuple(strangers),
             )
         for path, layer in slot.items():
-            adapter = layer.adapter(self.name)
+            adapter: Any = layer.adapters._modules[self.name]
             self._adapters.append((path, adapter))
             if path in given:
                 shapes = self._checked_shapes(path, layer, adapter, given[path])
@@ -71,23 +71,28 @@ class Writes:
         self, path: str, layer: AdaptedLayer, adapter: Adapter, given: Mapping[str, Tensor]
     ) -> dict[str, tuple[int, ...]]:
         try:
-            shapes = type(adapter).parameter_shapes(self.config, path, layer.base_layer, layer.host)
+            shapes = type(adapter).parameter_shapes(self.config, path, layer.base.module, layer.host)
         except ConfigError as error:
             raise HotSwapError(f"{path}: {error}", path=path) from None
-        strangers = sorted(given.keys() - shapes.keys())
-        if strangers:
-            raise HotSwapError(f"unexpected keys at {path}: {_listed(strangers)}; the slot has {_listed(shapes)}")
-        missing = sorted(key for key in shapes.keys() - given.keys() if not key.endswith("_bias"))
-        if missing:
-            raise HotSwapError(f"{path}: the new adapter lacks {_listed(missing)}")
+        if given.keys() != shapes.keys():
+            self._check_keys(path, given, shapes)
         for key, tensor in given.items():
-            if tuple(tensor.shape) != tuple(shapes[key]):
+            if tensor.shape != shapes[key]:
                 raise HotSwapError(
                     f"{path}.{key} has shape {tuple(tensor.shape)}, expected {tuple(shapes[key])}: "
                     "the adapter belongs to another base model, or its config to another adapter",
                     path=path,
                 )
         return shapes
+
+    @staticmethod
+    def _check_keys(path: str, given: Mapping[str, Tensor], shapes: Mapping[str, object]) -> None:
+        strangers = sorted(given.keys() - shapes.keys())
+        if strangers:
+            raise HotSwapError(f"unexpected keys at {path}: {_listed(strangers)}; the slot has {_listed(shapes)}")
+        missing = sorted(key for key in shapes.keys() - given.keys() if not key.endswith("_bias"))
+        if missing:
+            raise HotSwapError(f"{path}: the new adapter lacks {_listed(missing)}")
 
     def _collect_adapter(
         self,
@@ -98,9 +103,10 @@ class Writes:
         given: Mapping[str, Tensor],
     ) -> None:
         larger: dict[nn.Parameter, Tensor] = {}
+        parameters: dict[str, Any] = adapter._parameters
         factors = factor_names(adapter)
         if factors:
-            rank, room = shapes[factors[0]][0], adapter.get_parameter(factors[0]).shape[0]
+            rank, room = shapes[factors[0]][0], parameters[factors[0]].shape[0]
             if rank > room and not self.grow:
                 raise HotSwapError(
                     f"{path}: rank {rank} does not fit a slot of rank {room}; prepare the model for "
@@ -114,15 +120,16 @@ class Writes:
             elif rank < room:
                 self._padded.append(adapter)
         for key, shape in shapes.items():
-            parameter = adapter.get_parameter(key)
+            parameter = parameters[key]
             # What is larger is filled first and takes the parameter's place afterwards.
-            home = larger.get(parameter, parameter.detach())
+            home = larger[parameter] if larger and parameter in larger else parameter.detach()
             if key not in given:
                 self._zeros.append(home)
                 continue
-            used, rest = used_part(adapter, key, home, shape, channel_groups(layer))
+            used, rest = used_part(adapter, key, home, shape, layer)
             self._zeros.extend(rest)
-            self._put(used, given[key].detach().reshape(used.shape))
+            source = given[key].detach()
+            self._put(used, source if source.shape == used.shape else source.reshape(used.shape))
 
     def _put(self, target: Tensor, source: Tensor) -> None:
         self._targets.append(target)
@@ -179,23 +186,29 @@ class Writes:
         put_larger(self._larger)
         for adapter in self._padded:
             adapter.__dict__["padded"] = True
-        for path, adapter in self._adapters:
-            if hasattr(self.config, "scaling_at"):
-                set_scaling(adapter, self.config.scaling_at(path))
-            if adapter.__dict__.get("dropout", self.config.lora_dropout) != self.config.lora_dropout:
-                adapter.__dict__["dropout"] = float(self.config.lora_dropout)
+        self._write_settings()
         for adapter, layer in self._neutral_magnitudes:
             magnitude = adapter.get_parameter("magnitude").detach()
             norm: Any = adapter.row_norm
             magnitude.copy_(norm(layer.base).view(magnitude.shape))
 
+    def _write_settings(self) -> None:
+        scaling_at = getattr(self.config, "scaling_at", None)
+        dropout = getattr(self.config, "lora_dropout", None)
+        for path, adapter in self._adapters:
+            if scaling_at is not None:
+                set_scaling(adapter, scaling_at(path))
+            if adapter.__dict__.get("dropout", dropout) != dropout:
+                adapter.__dict__["dropout"] = dropout
+
 
 def set_scaling(adapter: Adapter, scaling: float) -> None:
     """Changes an adapter's scaling, in place where it is a tensor."""
-    if isinstance(adapter.scaling, Tensor):
-        adapter.scaling.fill_(scaling)
-    elif adapter.scaling != scaling:
-        adapter.scaling = float(scaling)
+    held = adapter.scaling
+    if isinstance(held, float | int):
+        adapter.__dict__["scaling"] = float(scaling)
+    else:
+        held.fill_(scaling)
 
 
 def _listed(names: Sequence[str] | Mapping[str, object], most: int = 4) -> str:
