@@ -152,8 +152,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "AdapterExistsError",
-    "AdapterState",
     "AdapterPool",
+    "AdapterState",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

@@ -102,6 +102,7 @@ class Reader:
     def __init__(self, manager: AdapterManager, *, half: bool) -> None:
         self._manager = manager
         self._half = half
+        self._rename = checkpoint.renames_of(manager.model)
         self._lock = threading.Lock()
         self._layouts: OrderedDict[str, _Layout] = OrderedDict()
         self._notes: dict[str, str | None] = {}
@@ -122,7 +123,7 @@ class Reader:
             saved.tensors,
             layout.expected,
             peft_type=str(config.peft_type),
-            rename=checkpoint.renames_of(self._manager.model),
+            rename=self._rename,
         )
         for what, keys in (("lacks", loaded.missing), ("has what the model has no place for:", loaded.unexpected)):
             if keys:
