@@ -58,7 +58,7 @@ def smollm2_layers(hidden: int, dtype: torch.dtype, count: int = 4) -> nn.Module
         vocab_size=64,
         use_cache=False,
     )
-    return LlamaModel(config).requires_grad_(False).to(dtype=dtype)  # type: ignore[call-arg]
+    return LlamaModel(config).requires_grad_(False).to(dtype=dtype)
 
 
 def adapted(name: str, model: nn.Module, **fields: Any) -> Any:
