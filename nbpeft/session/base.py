@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.logs import collapsed
 from nbpeft.session.book import Entry, ModelBook
 from nbpeft.session.handles import handle_over, is_handle, is_live, uncompiled
 from nbpeft.session.lock import CommandLock, Subscribers
@@ -129,7 +130,7 @@ class SessionBase:
                 if slow:
                     self._tell()
                 notes: list[str] = []
-                with _gathered(notes) if gather else nullcontext():
+                with collapsed(), _gathered(notes) if gather else nullcontext():
                     yield notes
         finally:
             if self.lock.depth == 0 and self._stale:
