@@ -28,7 +28,9 @@ from nbpeft.session.results import (
 )
 
 if TYPE_CHECKING:
-    from nbpeft.training import Run
+    # For the annotations of those who meet runs only through a session.
+    from nbpeft.training import Run as Run
+    from nbpeft.training import RunControl as RunControl
 
 __all__ = [
     "AddResult",

@@ -10,7 +10,7 @@ from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.lifetime import close_tree, view_of, weakly
 
 if TYPE_CHECKING:
-    from nbpeft.training import RunControl
+    from nbpeft.session import RunControl
 
 
 class RunButtons:

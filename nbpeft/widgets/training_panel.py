@@ -23,7 +23,7 @@ from nbpeft.widgets.run_buttons import RunButtons
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
-    from nbpeft.training import Run
+    from nbpeft.session import Run
 
 INTERRUPT_HINT = "Interrupting the kernel ends the run after this step; what it learned stays."
 _INTERVAL = 0.15
@@ -189,3 +189,9 @@ def _again_after_cell(output: _HtmlOutput, train: TrainState) -> None:
 
 _live: dict[tuple[int, str], RunView] = {}
 """Views of runs that go on, by session and model: sessions hold their subscribers weakly."""
+
+
+def close_views() -> None:
+    """Closes all live views; their last states stay."""
+    for view in list(_live.values()):
+        view.close()
