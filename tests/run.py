@@ -93,9 +93,10 @@ def chosen_parts(arguments: argparse.Namespace, pytest_arguments: list[str], bro
 
 def lint_parts() -> list[Part]:
     """Linters, types and import contracts."""
+    python = environment.venv_python().relative_to(environment.ROOT)
     return [
-        Part("ruff check", ["-m", "ruff", "check", "."], "python -m ruff check --fix . repairs most of them"),
-        Part("ruff format", ["-m", "ruff", "format", "--check", "."], "python -m ruff format . rewrites the files"),
+        Part("ruff check", ["-m", "ruff", "check", "."], f"{python} -m ruff check --fix . repairs most of it"),
+        Part("ruff format", ["-m", "ruff", "format", "--check", "."], f"{python} -m ruff format . rewrites the files"),
         Part("mypy", ["-m", "mypy"], "each line above names the file, the line and what is wrong"),
         Part(
             "import contracts",
@@ -117,14 +118,14 @@ def test_parts(pytest_arguments: list[str], browser: str | None, no_browser: boo
         Part(
             "quick tests",
             ["-m", "pytest", "-m", "not slow and not browser", "-n", workers, "--dist", "worksteal", *pytest_arguments],
-            "--only unit --lf runs those that failed",
+            "python3 tests/run.py --only unit --lf runs only those that failed",
             quick,
             {**offline, **single_thread},
         ),
         Part(
             "slow tests",
             ["-m", "pytest", "-m", slow_marks, "--durations=10", *pytest_arguments],
-            "--only slow --lf runs those that failed",
+            "python3 tests/run.py --only slow --lf runs only those that failed",
             slow,
             {**offline, **({"CHROMIUM": browser} if browser else {})},
         ),
