@@ -1,0 +1,226 @@
+"""Answers of several adapters side by side."""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.errors import AdapterError, NbpeftError, UnknownAdapterError
+from nbpeft.model.blending import blended
+from nbpeft.session import Session
+from nbpeft.session.answering import Batch
+from nbpeft.session.compared import Answer, Column, CompareResult
+from tests.session.adapted import alone, everything, logits, same
+from tests.session.letters import END, Letters
+from tests.training.support import tiny_base
+
+PROMPTS = ["Ana needs 12 chairs", "Hi"]
+
+
+@pytest.fixture
+def model(two_adapters: Any) -> Any:
+    return two_adapters
+
+
+def test_all_adapters_and_the_base_answer_in_one_generation(
+    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    generate = model.generate
+
+    def counted(**options: Any) -> Any:
+        calls.append(options)
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", counted)
+    result = session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=10)
+    monkeypatch.undo()
+    assert len(calls) == 1
+    assert calls[0]["adapter_names"] == ["__base__", "__base__", "pirate", "pirate", "orders", "orders"]
+    assert result.status == "finished"
+    assert list(result.answers) == ["base", "pirate", "orders"]
+    for name, texts in result.answers.items():
+        expected = [alone(model, prompt, None if name == "base" else name) for prompt in PROMPTS]
+        assert list(texts) == expected
+    assert len({texts for texts in result.answers.values()}) == 3
+
+
+def test_comparing_changes_nothing(session: Session, model: Any) -> None:
+    model.train()
+    model.get_base_model().model.layers[0].eval()
+    session.set_scale("orders", 0.5)
+    before = everything(model)
+    session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=3, blends=[{"orders": 1, "pirate": -1}])
+    assert same(everything(model), before)
+
+
+def test_a_blend_answers_what_its_exact_combination_answers(session: Session, model: Any) -> None:
+    weights = {"orders": 0.7, "pirate": -0.4}
+    blend = session.compare(PROMPTS, adapters=[], blends=[weights], tokenizer=Letters(), max_new_tokens=10)
+    assert list(blend.answers) == ["base", "orders + pirate (0.7 / -0.4)"]
+    assert blend.passes == 2
+    session.combine(weights, as_name="both")
+    assert blend.columns[1].answers == session.compare(PROMPTS, adapters=["both"], max_new_tokens=10).columns[1].answers
+    with blended(model.manager, weights):
+        mixed = logits(model)
+    session.use("both")
+    assert torch.allclose(logits(model), mixed, atol=1e-5)
+
+
+def test_a_blend_counts_scales_and_leaves_zeros_out(session: Session, model: Any) -> None:
+    session.use("pirate")
+    pirate = logits(model)
+    session.set_scale("orders", 3.0)
+    with blended(model.manager, {"orders": 0.0, "pirate": 1.0}):
+        assert torch.equal(logits(model), pirate)
+    with blended(model.manager, {"orders": 1.0}):
+        tripled = logits(model)
+    session.use("orders")
+    assert torch.equal(logits(model), tripled)
+    session.off()
+    base = logits(model)
+    session.on()
+    with blended(model.manager, {"orders": 0.0}):
+        assert torch.equal(logits(model), base)
+
+
+def test_answers_are_reported_while_they_come(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbpeft.session.answering.INTERVAL", 0.0)
+    seen: list[CompareResult] = []
+    result = session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=6, on_text=seen.append)
+    assert [item.status for item in seen] == ["running"] * len(seen)
+    counts = [item.token_count for item in seen]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] > counts[1] > 0
+    for early in seen:
+        for column, final in zip(early.columns, result.columns, strict=True):
+            for answer, whole in zip(column.answers, final.answers, strict=True):
+                assert whole.text.startswith(answer.text)
+
+
+def test_it_can_be_stopped_and_interrupted(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = iter([False, False, True])
+    result = session.compare("Hi", tokenizer=Letters(), max_new_tokens=30, should_stop=lambda: next(asked))
+    assert result.status == "stopped"
+    assert {answer.token_count for column in result.columns for answer in column.answers} <= {0, 1, 2, 3}
+    assert "stopped" in str(result)
+
+    monkeypatch.setattr("nbpeft.session.answering.INTERVAL", 0.0)
+
+    def interrupt(partial: CompareResult) -> None:
+        if partial.token_count:
+            raise KeyboardInterrupt
+
+    before = everything(model.train())
+    assert session.compare("Hi", max_new_tokens=30, on_text=interrupt).status == "stopped"
+    assert same(everything(model), before)
+    assert session.state.busy == ""
+
+
+def test_an_answer_ends_at_the_end_token() -> None:
+    batch = Batch(("Hi",), ((1,),), Letters(), 95, frozenset({END}))
+    words = [ord(letter) - 32 for letter in "yes"]
+    assert batch.answer([*words, END, 4, 4], 10) == Answer("yes", 3, ended=True)
+    assert batch.answer(words, 3) == Answer("yes", 3, cut=True)
+    assert batch.answer(words, 10) == Answer("yes", 3)
+
+
+def test_plain_prompts_go_through_the_chat_template(session: Session, model: Any) -> None:
+    base = model.get_base_model()
+    chat, plain = Letters("template"), Letters()
+    assert Batch.of(["Hi"], chat, base).token_ids == (tuple(plain("<Hi>")["input_ids"]),)
+    assert Batch.of(["Hi"], chat, base, chat=False).token_ids == (tuple(plain("Hi")["input_ids"]),)
+    assert Batch.of(["Hi"], plain, base).token_ids == (tuple(plain("Hi")["input_ids"]),)
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    batch = Batch.of([talk], chat, base)
+    assert batch.token_ids == (tuple(plain("<Be kind.><Hi>")["input_ids"]),)
+    assert batch.prompts == ("Hi",)
+    with pytest.raises(AdapterError, match="no chat template"):
+        Batch.of([talk], plain, base)
+
+
+def test_the_tokenizer_is_remembered_with_the_model(session: Session, model: Any) -> None:
+    with pytest.raises(AdapterError, match="tokenizer is needed"):
+        session.compare("Hi")
+    tokenizer = Letters()
+    session.compare("Hi", tokenizer=tokenizer, max_new_tokens=1)
+    assert session.compare("Hi", max_new_tokens=1).status == "finished"
+    gone = weakref.ref(tokenizer)
+    other = Session()
+    handle = other.add(tiny_base(), {"r": 2, "target_modules": ["q_proj"]}).model
+    other.compare("Hi", tokenizer=tokenizer, max_new_tokens=1)
+    session.unload()
+    del tokenizer, handle, model
+    session._tokenizers._of.clear()
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"adapters": ["order"]}, UnknownAdapterError, "Did you mean 'orders'"),
+        ({"blends": [{"pirat": 1}]}, UnknownAdapterError, "Did you mean 'pirate'"),
+        ({"adapters": [], "include_base": False}, AdapterError, "nothing to compare"),
+        ({"prompts": []}, AdapterError, "no prompt"),
+        ({"prompts": "  "}, AdapterError, "a prompt is empty"),
+        ({"max_new_tokens": 0}, AdapterError, "at least 1"),
+        ({"tokenizer": "gpt2"}, AdapterError, "expected a tokenizer"),
+        ({"prompts": "\x7f\x85"}, AdapterError, "does not belong to this model"),
+        ({"blends": [{"orders": float("nan")}]}, AdapterError, "finite"),
+    ],
+)
+def test_mistakes_in_comparing(
+    session: Session, model: Any, options: dict[str, Any], error: type[NbpeftError], words: str
+) -> None:
+    before = everything(model)
+    given: dict[str, Any] = {"prompts": "Hi", "tokenizer": Letters(), "max_new_tokens": 2, **options}
+    with pytest.raises(error, match=words) as raised:
+        session.compare(**given)
+    assert "\n" not in str(raised.value)
+    assert same(everything(model), before)
+
+
+def test_merged_weights_are_not_compared(session: Session, model: Any) -> None:
+    session.merge()
+    with pytest.raises(AdapterError, match="unmerge"):
+        session.compare("Hi", tokenizer=Letters())
+
+
+# What comparing shows
+
+
+def shown(*texts: str, **options: Any) -> CompareResult:
+    columns = tuple(Column(title, (), (Answer(text),)) for title, text in zip("abcdef", texts, strict=False))
+    return CompareResult("model", ("<prompt>",), columns, 1.94, **options)
+
+
+def marks(html: str) -> list[str]:
+    return re.findall(r'<span style="background:[^"]*">(.*?)</span>', html)
+
+
+def test_words_that_differ_are_marked() -> None:
+    html = shown("count: 12 <chairs>", "count: 13 <chairs>", "count: 12 <chairs>")._repr_html_()
+    assert marks(html) == ["13"]
+    assert "same as a" in html
+    assert "&lt;prompt&gt;" in html and "&lt;chairs&gt;" in html and "<chairs>" not in html
+    assert "one batched pass · 1.9 s" in html
+    assert marks(shown("count: 12", "count: 13").html(against="b")) == ["12"]
+
+
+def test_an_answer_that_has_nothing_in_common_is_not_marked_all_over() -> None:
+    html = shown("I am happy to help you with chairs", "{'name': 'Ana'}")._repr_html_()
+    assert marks(html) == []
+    assert "differs throughout" in html
+
+
+def test_nothing_is_marked_while_answers_come() -> None:
+    assert marks(shown("count: 12", "count: 13", status="running")._repr_html_()) == []
+
+
+def test_as_text_titles_stand_in_a_column() -> None:
+    assert str(shown("one\ntwo", "three")) == "<prompt>\n  a  one\n     two\n  b  three\none batched pass · 1.9 s"
