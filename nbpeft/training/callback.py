@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, distributed
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -81,7 +82,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Obeys Pause during an evaluation, and Stop where the run can end it at once."""
-        if self.run.checkpoint() and self.run.entered:
+        if self.run.checkpoint() and self.run.entered and not _several_processes():
             raise StopRun(self.run)
 
     def on_epoch_end(
@@ -103,10 +104,26 @@ class RunCallback(TrainerCallback):
             self.run.finish("finished")
 
     def _obey(self, args: TrainingArguments, control: TrainerControl) -> None:
-        if self.run.checkpoint():
+        if any_process(self.run.checkpoint(), args.device):
             control.should_training_stop = True
             control.should_evaluate = False
             control.should_save = control.should_save or str(getattr(args.save_strategy, "value", "no")) == "steps"
+
+
+def any_process(asked: bool, device: torch.device) -> bool:
+    """Whether any process of a distributed run asks for something; every process must call it.
+
+    Processes that end at different steps would wait for each other for ever.
+    """
+    if not _several_processes():
+        return asked
+    flag = torch.tensor([int(asked)], device=device)
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def count_tokens(inputs: Mapping[str, Any]) -> int | Tensor | None:

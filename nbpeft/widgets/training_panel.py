@@ -22,8 +22,7 @@ from nbpeft.widgets.environment import Ui, shown_as, widgets_hint
 from nbpeft.widgets.run_buttons import RunButtons
 
 if TYPE_CHECKING:
-    from nbpeft.session import Session
-    from nbpeft.session import Run
+    from nbpeft.session import Run, Session
 
 INTERRUPT_HINT = "Interrupting the kernel ends the run after this step; what it learned stays."
 _INTERVAL = 0.15

@@ -1,0 +1,38 @@
+"""Training on two processes: the same adapter in both, and Stop in one ends both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.two_processes import own_loop
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter_and_stop_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/training/two_processes.py"), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["loop"] == pytest.approx(second["loop"], abs=1e-9)
+    assert first["loop"] == pytest.approx(own_loop(0, 1), abs=1e-5)
+    assert first["trainer"]["steps"] == second["trainer"]["steps"] == 5
+    assert first["trainer"]["weights"] == pytest.approx(second["trainer"]["weights"], abs=1e-9)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
