@@ -49,6 +49,23 @@ def plain(weight: Any) -> Tensor:
     return tensor
 
 
+def inner_tensors(weight: Any) -> list[Tensor]:
+    """The plain tensors that a wrapping tensor subclass stores; the tensor itself if it wraps none."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [plain(weight)]
+    names, _ = weight.__tensor_flatten__()
+    return [tensor for name in names for tensor in inner_tensors(getattr(weight, name))]
+
+
+def moved_copy(weight: Any, device: torch.device | str) -> Any:
+    """A copy of a wrapping tensor subclass on a device, bit for bit."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return plain(weight).to(device, copy=True)
+    names, context = weight.__tensor_flatten__()
+    parts = {name: moved_copy(getattr(weight, name), device) for name in names}
+    return type(weight).__tensor_unflatten__(parts, context, weight.size(), weight.stride())
+
+
 _SHORT = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}
 
 

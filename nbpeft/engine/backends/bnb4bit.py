@@ -49,9 +49,17 @@ class Bnb4bit(StoredWeight):
         return isinstance(module, loaded("bitsandbytes.nn", "Linear4bit", "Embedding4bit"))
 
     def prepare(self, module: nn.Module) -> None:
-        """Makes forward and gradients right whatever was run before, on CPUs that re-pack. Idempotent."""
-        hooks = module._forward_pre_hooks.values()
-        if getattr(module, "support_avx512bf16_for_cpu", False) and _keep_plain not in hooks:
+        """Makes forward and gradients right whatever was run before, on CPUs that re-pack. Idempotent.
+
+        Shapes that the library cannot re-pack (it would fail in the first forward) stay plain.
+        """
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            return
+        state: Any = _state(module)
+        if state is not None and (state.shape[0] % PACKED_ROWS or state.shape[-1] % state.blocksize):
+            switched: Any = module
+            switched.support_avx512bf16_for_cpu = False
+        elif _keep_plain not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_keep_plain)
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
