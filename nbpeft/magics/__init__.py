@@ -41,6 +41,9 @@ def unload(shell: Any) -> None:
         from nbpeft.session import close_session
 
         magics.close()
+        widgets = sys.modules.get("nbpeft.widgets")
+        if widgets is not None:
+            widgets.close_all()
         close_session()
     for kind in ("line", "cell"):
         for name in _NAMES:

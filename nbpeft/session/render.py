@@ -130,7 +130,7 @@ def table(
         cells = "".join(cell("td", column, content, first if column == 0 else "") for column, content in enumerate(row))
         lines.append(f'<tr style="background:transparent">{cells}</tr>')
     return (
-        '<table style="border-collapse:collapse;width:100%;margin-top:8px;font-size:13px">'
+        '<table style="border-collapse:collapse;table-layout:auto;width:100%;margin-top:8px;font-size:13px">'
         f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     )
 

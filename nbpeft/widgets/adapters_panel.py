@@ -174,7 +174,7 @@ class _Parts:
         self._totals = parts.html()
         self._memory = parts.html()
         self._refresh = parts.small_button(
-            "measure memory", "Measure what the model uses now", "108px", weakly(command, "memory")
+            "measure memory", "Measure what the model uses now", "116px", weakly(command, "memory")
         )
         self.message = parts.Message()
         style = parts.html(f"<style>{styles.PANEL_CSS}</style>", display="none")
@@ -211,3 +211,9 @@ def _notes(result: Any) -> str:
 
 _open: dict[tuple[int, str | None], AdaptersPanel] = {}
 """The panels that are shown, by session and model; handlers hold them weakly, so they are held here."""
+
+
+def close_panels() -> None:
+    """Closes all panels."""
+    for panel in list(_open.values()):
+        panel.close()

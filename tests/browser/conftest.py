@@ -12,9 +12,12 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.browser.harness import Browser, JupyterServer, NotebookPage
+from tests.browser.harness import Browser, NotebookPage
+from tests.browser.server import JupyterServer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+FAILED = pytest.StashKey[bool]()
 
 Opener = Callable[..., NotebookPage]
 
@@ -87,7 +90,7 @@ def open_notebook(
         return pages[-1]
 
     yield open_cells
-    failed = getattr(request.node, "failed_call", False)
+    failed = request.node.stash.get(FAILED, False)
     for number, page in enumerate(pages):
         if failed:
             print("screenshot:", page.screenshot(pictures / f"FAILED-{name}-{number}.png"))
@@ -98,5 +101,5 @@ def open_notebook(
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.when == "call":
-        item.failed_call = report.failed  # type: ignore[attr-defined]
+        item.stash[FAILED] = report.failed
     return report

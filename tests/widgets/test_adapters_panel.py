@@ -11,10 +11,10 @@ import ipywidgets
 import pytest
 
 from nbpeft.errors import AdapterError
-from nbpeft.widgets import AdaptersPanel, adapters_panel
+from nbpeft.widgets import AdaptersPanel, adapters_panel, close_all, show_run
 from nbpeft.widgets.environment import WIDGET_VIEW
-from tests.widgets.fakes import MEMORY, FakeSession, adapter, model
-from tests.widgets.support import live_widgets
+from tests.widgets.fakes import MEMORY, FakeRun, FakeSession, adapter, model
+from tests.widgets.support import Output, live_widgets
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -286,3 +286,16 @@ def test_a_panel_that_was_only_made_costs_nothing(session: Any) -> None:
     assert len(live_widgets()) == before
     assert session.subscriber_count == 0
     panel.close()
+
+
+def test_all_that_is_shown_can_be_closed_at_once(session: Any, outputs: list[Output]) -> None:
+    before = len(live_widgets())
+    panel = AdaptersPanel(session, "model", ui="widgets")
+    assert panel.widget is not None
+    run: Any = FakeRun(session)
+    show_run(run, session, "model", ui="widgets")
+    assert len(live_widgets()) > before
+    close_all()
+    assert len(live_widgets()) == before
+    assert session.subscriber_count == 0
+    assert outputs[1].last["text/html"] == ""
