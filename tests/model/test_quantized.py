@@ -1,0 +1,187 @@
+"""Quantizing a base model while loading and in memory: same layers, same numbers, fewer bytes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.model.quantization import quantization
+from nbpeft.model.quantized import load_quantized, quantize_model
+from nbpeft.model.stored import stored_parts
+from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state
+
+bnb = pytest.importorskip("bitsandbytes")
+KINDS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}
+
+
+def quantized_paths(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules() if isinstance(module, tuple(KINDS.values()))}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_in_memory_as_transformers_does_it_while_loading(make: Any, bits: int, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    loaded = load_quantized(tmp_path, bits=bits, compute_dtype="float32")
+    model = quantize_model(make(), bits=bits)
+    assert quantized_paths(model) == quantized_paths(loaded)
+    assert all(isinstance(model.get_submodule(path), KINDS[bits]) for path in quantized_paths(model))
+    assert torch.equal(logits(model), logits(loaded))
+    error = (logits(model) - logits(make())).norm() / logits(make()).norm()
+    assert error < (0.2 if bits == 4 else 0.02)
+
+
+def test_what_is_quantized_and_what_stays() -> None:
+    model = quantize_model(llama(attention_bias=True))
+    assert {path.rpartition(".")[2] for path in quantized_paths(model)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert type(model.lm_head) is nn.Linear
+    dense = llama(attention_bias=True)
+    for path in quantized_paths(model):
+        old, new = dense.get_submodule(path).bias, model.get_submodule(path).bias
+        assert old is new is None or torch.equal(old, new)
+    assert not any(p.requires_grad for path in quantized_paths(model) for p in model.get_submodule(path).parameters())
+
+
+def test_tied_weights_and_the_heads_of_task_models_stay() -> None:
+    tied = quantize_model(gpt2())
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    assert "score" not in quantized_paths(quantize_model(classifier()))
+    skipped = quantize_model(llama(), skip_modules=["down_proj", "model.layers.0.self_attn.q_proj"])
+    paths = quantized_paths(skipped)
+    assert not any(path.endswith("down_proj") for path in paths)
+    assert "model.layers.0.self_attn.q_proj" not in paths and "model.layers.1.self_attn.q_proj" in paths
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saved_and_loaded_again_with_transformers(bits: int, tmp_path: Path) -> None:
+    model = quantize_model(llama(), bits=bits, skip_modules=["down_proj"])
+    model.save_pretrained(tmp_path)  # before a forward, which may round the constants of 4-bit weights
+    again = type(model).from_pretrained(tmp_path)
+    assert quantized_paths(again) == quantized_paths(model)
+    assert torch.equal(logits(again.train()), logits(model.train()))
+
+
+def test_shapes_that_bitsandbytes_cannot_repack_run_in_eval_mode(tmp_path: Path) -> None:
+    llama(hidden_size=40, num_attention_heads=4, num_key_value_heads=1, intermediate_size=72).save_pretrained(tmp_path)
+    model = load_quantized(tmp_path, compute_dtype="float32").eval()
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_a_gguf_file_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(place: str, **options: Any) -> Any:
+            asked.append((place, options.get("gguf_file")))
+            assert "quantization_config" not in options
+            return llama().to(options["dtype"])
+
+    model = load_quantized(tmp_path / "tiny.gguf", model_class=Loader, compute_dtype="bf16")
+    assert asked == [(str(tmp_path), "tiny.gguf")]
+    assert model.is_loaded_in_4bit and len(quantized_paths(model)) == 14
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_bytes_by_part() -> None:
+    big = llama(hidden_size=256, intermediate_size=512, tie_word_embeddings=True).to(torch.bfloat16)
+    dense = {part.name: part for part in stored_parts(big)}
+    assert "head" not in dense and dense["embedding"].share == 1.0
+    parts = {part.name: part for part in stored_parts(quantize_model(big))}
+    layers = parts["quantized layers"]
+    assert layers.module_count == 14 and layers.kinds == ("nf4 double",)
+    assert layers.bfloat16_bytes == 2 * 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+    assert layers.share <= 0.27
+    assert parts["embedding"] == dense["embedding"]
+    eight = {part.name: part for part in stored_parts(quantize_model(llama(hidden_size=256), bits=8))}
+    assert 0.5 < eight["quantized layers"].share < 0.53
+
+
+def test_adapters_do_not_count() -> None:
+    model = quantize_model(llama())
+    before = stored_parts(model)
+    assert stored_parts(adapted(model)) == before
+
+
+def test_double_quantization_takes_less() -> None:
+    sizes = [
+        stored_parts(quantize_model(llama(hidden_size=256), double_quant=double))[0].byte_count
+        for double in (True, False)
+    ]
+    assert sizes[0] < 0.98 * sizes[1]
+
+
+def test_storage_and_compute_dtypes() -> None:
+    layer = (
+        quantize_model(llama(), quant_storage="bfloat16", compute_dtype=torch.float32, quant_type="fp4")
+        .model.layers[0]
+        .self_attn.q_proj
+    )
+    assert layer.weight.dtype == torch.bfloat16 and layer.compute_dtype == torch.float32
+    assert layer.weight.quant_state.quant_type == "fp4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 3}, "bits is 3; expected 4 or 8"),
+        ({"quant_type": "nf5"}, "quant_type is 'nf5'; expected 'nf4' or 'fp4'. Did you mean 'nf4'"),
+        ({"compute_dtype": "bfloat"}, "compute_dtype is 'bfloat'; .*Did you mean 'bfloat16'"),
+        ({"compute_dtype": torch.int8}, "compute_dtype is torch.int8"),
+        ({"quant_storage": "int4"}, "quant_storage is 'int4'"),
+        ({"double_quant": "yes"}, "double_quant is 'yes'"),
+    ],
+)
+def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        quantization(**settings)
+    assert "\n" not in str(caught.value) and caught.value.details["field"] == next(iter(settings))
+
+
+def test_refusals_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = llama()
+    before = state(base)
+    adapted(base)
+    with pytest.raises(ConfigError, match="carries adapters"):
+        quantize_model(base)
+    twice = quantize_model(copy.deepcopy(llama()))
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize_model(twice)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ConfigError, match="meta device"):
+        quantize_model(empty)
+    with pytest.raises(ConfigError, match="no linear layer"):
+        quantize_model(nn.Embedding(3, 4))
+    plain = llama()
+    calls = []
+
+    def fails_late(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 5:
+            raise RuntimeError("out of memory")
+        return real(*args, **options)
+
+    real = bnb.nn.Params4bit
+    monkeypatch.setattr(bnb.nn, "Params4bit", fails_late)
+    with pytest.raises(RuntimeError):
+        quantize_model(plain)
+    assert same_state(state(plain), before) and not quantized_paths(plain)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no model could be loaded") as caught:
+        load_quantized(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="no class 'AutoModelForPoetry'"):
+        load_quantized(tmp_path, model_class="AutoModelForPoetry")
+    with pytest.raises(ConfigError, match="leave it out"):
+        load_quantized(tmp_path, quantization_config={})
