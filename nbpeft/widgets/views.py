@@ -227,7 +227,7 @@ def _swatch(colour: str) -> str:
 
 def _background(colour: str) -> str:
     """A background that stays coloured where ``var(…)`` is dropped."""
-    plain = {styles.ACCENT: "#1976d2", styles.ERROR: "#d32f2f", styles.FILL: "#9e9e9e"}.get(colour)
+    plain = {styles.ACCENT: "#1976d2", styles.ERROR: "#d32f2f", styles.FILL: "#d0d0d0"}.get(colour)
     return f"background:{plain};background:{colour}" if plain else f"background:{colour}"
 
 
