@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.errors import MergeError
+
 
 class StoredWeight:
     """Base class of backends; see ``nbpeft.engine.adapter.Backend`` for the contract.
@@ -41,6 +43,60 @@ class StoredWeight:
     def byte_count(self, module: nn.Module) -> int:
         """Bytes of all tensors, each storage once."""
         return sum(distinct_storages(self.tensors(module)).values())
+
+
+class ReadOnlyWeight(StoredWeight):
+    """Base of backends whose library can compute with a weight but not store another one.
+
+    The weight is read by sending the identity through the layer, which is right whatever the
+    layout and the kernel. A subclass gives ``name``, ``matches`` and ``merge_refusal``.
+    """
+
+    can_merge = False
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """All parameters and buffers of the layer but its bias."""
+        held = {**module._parameters, **module._buffers}
+        return [plain(tensor) for name, tensor in held.items() if tensor is not None and name != "bias"]
+
+    def label(self, module: nn.Module) -> str:
+        """The name of the backend."""
+        return self.name
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype of the scales, else float16."""
+        floating = (t.dtype for t in self.tensors(module) if t.is_floating_point() and t.element_size() > 1)
+        return next(floating, torch.float16)
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """(out, in), a new tensor, as exact as the layer's own products."""
+        holder = next((held for held in (module._parameters, module._buffers) if held.get("bias") is not None), None)
+        bias = None if holder is None else holder["bias"]
+        layer: Any = module
+        unit = torch.eye(layer.in_features, dtype=self.dtype(module), device=self.device(module))
+        try:
+            if holder is not None:
+                holder["bias"] = None
+            with torch.no_grad():
+                product: Tensor = module(unit[None])
+        finally:
+            if holder is not None:
+                holder["bias"] = bias  # type: ignore[assignment]
+        return product[0].t().contiguous()
+
+    def store(self, module: nn.Module, weight: Tensor) -> None:
+        """Always refuses.
+
+        Raises:
+            MergeError: the library cannot quantize a weight on its own.
+        """
+        raise MergeError(f"a {self.name} weight cannot be written: {self.merge_refusal}", backend=self.name)
+
+    def snapshot(self, module: nn.Module) -> None:
+        """Nothing: ``store`` changes nothing."""
+
+    def restore(self, module: nn.Module, snapshot: None) -> None:
+        """Does nothing."""
 
 
 def plain(weight: Any) -> Tensor:

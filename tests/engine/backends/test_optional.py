@@ -193,3 +193,63 @@ def test_fp8(block_size):
     before = copy.deepcopy(found)
     backend.store(layer, found)
     assert error(backend.dequantize(layer), before) < 0.02
+
+
+def test_aqlm_is_read_before_and_after_a_forward():
+    inference: Any = library("aqlm.inference")
+    utils: Any = library("aqlm.utils")
+    torch.manual_seed(0)
+    layer: Any = inference.QuantizedLinear(64, 32, 8, 1, 2, 8, bias=True, dtype=torch.float32)
+    layer.codebooks.data.normal_()
+    layer.scales.data.uniform_(0.5, 1)
+    layer.codes.data.random_(-128, 127)
+    layer.bias.data.normal_()
+    layer.requires_grad_(False)
+    expected = utils._dequantize_weight(utils.unpack_int_data(layer.codes, 8), layer.codebooks, layer.scales)
+    backend: Any = resolve_backend(layer)
+    assert backend.name == "aqlm"
+    assert error(backend.dequantize(layer), expected) < 1e-6
+    library("numba")
+    layer(torch.randn(1, 64))
+    assert layer.codes.shape[:2] == (8, 32)
+    assert error(backend.dequantize(layer), expected) < 1e-6
+    with pytest.raises(MergeError, match="codebooks"):
+        backend.store(layer, expected)
+
+
+def test_awq_is_known_and_cannot_be_merged_into():
+    gemm: Any = library("awq.modules.linear.gemm")
+    layer = gemm.WQLinear_GEMM(4, 64, 128, 64, True, "cpu")
+    backend: Any = resolve_backend(layer)
+    assert backend.name == "awq"
+    assert backend.dtype(layer) == torch.float16
+    assert backend.byte_count(layer) == 128 * 64 // 2 + 2 * 64 // 2 + 2 * 64 * 2
+    manager = AdapterManager.attach(nn.Sequential(layer))
+    manager.add("one", LoraConfig(r=4, target_modules=["0"]))
+    with pytest.raises(MergeError, match="calibration"):
+        manager.merge()
+    assert manager.merged == ()
+
+
+class Packed(nn.Linear):
+    """A layer as compressed-tensors leaves it: a scheme, packed codes, and a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 8)
+        self.quantization_scheme = object()
+        self.weight_packed = nn.Parameter(torch.randint(-8, 8, (8, 16), dtype=torch.int8), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.rand(8, 1), requires_grad=False)
+        del self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight_packed * self.weight_scale, self.bias)
+
+
+def test_a_compressed_layer_is_read_through_its_own_forward():
+    layer = Packed()
+    backend: Any = resolve_backend(layer)
+    assert backend.name == "compressed-tensors"
+    assert torch.allclose(backend.dequantize(layer), layer.weight_packed * layer.weight_scale)
+    assert backend.byte_count(layer) == 8 * 16 + 8 * 4
+    with pytest.raises(MergeError, match="decompressed"):
+        backend.store(layer, torch.zeros(8, 16))

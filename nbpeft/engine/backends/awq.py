@@ -1,0 +1,27 @@
+"""AWQ layers of autoawq: 4-bit codes with zeros and scales by group.
+
+Written to their interface: the CPU path of autoawq 0.2.7 does not run, so reading the weight
+needs its GPU kernels.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nbpeft.engine.registry import register_backend
+from nbpeft.engine.storage import ReadOnlyWeight
+
+
+@register_backend
+class Awq(ReadOnlyWeight):
+    """``awq.modules.linear.WQLinear_*``."""
+
+    name = "awq"
+    merge_refusal = (
+        "quantizing needs calibration data; keep the adapter unmerged, or merge into a full-precision copy of the base"
+    )
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether it is one of autoawq's linear layers, for whichever kernel."""
+        kind = type(module)
+        return kind.__module__.startswith("awq.") and kind.__name__.startswith("WQLinear")

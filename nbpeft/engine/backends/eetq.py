@@ -1,0 +1,23 @@
+"""EETQ layers: int8 weights in a GPU kernel's own layout. Written to its interface, not run."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nbpeft.engine.registry import register_backend
+from nbpeft.engine.storage import ReadOnlyWeight, loaded
+
+
+@register_backend
+class Eetq(ReadOnlyWeight):
+    """``EetqLinear`` of eetq and of transformers."""
+
+    name = "eetq"
+    merge_refusal = (
+        "its layout belongs to a GPU kernel; keep the adapter unmerged, or merge into a full-precision copy of the base"
+    )
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether it is an EETQ linear layer."""
+        known = loaded("eetq", "EetqLinear") + loaded("transformers.integrations.eetq", "EetqLinear")
+        return isinstance(module, known)

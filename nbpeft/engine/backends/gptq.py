@@ -1,0 +1,24 @@
+"""GPTQ layers of gptqmodel (which also runs AWQ checkpoints) and auto_gptq. Written to their interface, not run."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nbpeft.engine.registry import register_backend
+from nbpeft.engine.storage import ReadOnlyWeight, loaded
+
+
+@register_backend
+class Gptq(ReadOnlyWeight):
+    """Every quantized linear layer of the two libraries."""
+
+    name = "gptq"
+    merge_refusal = (
+        "quantizing needs calibration data; keep the adapter unmerged, or merge into a full-precision copy of the base"
+    )
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the layer's class derives from gptqmodel's, or comes from auto_gptq."""
+        if isinstance(module, loaded("gptqmodel.nn_modules.qlinear", "BaseQuantLinear")):
+            return True
+        return type(module).__module__.startswith("auto_gptq.") and hasattr(module, "qweight")
