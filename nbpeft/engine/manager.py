@@ -91,7 +91,7 @@ class AdapterManager(AdapterHolder):
             parts = build(self.model, made, self.switch, weights, half=half)
         with self.switch.exclusive():
             if not self.configs:
-                self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
+                self._was_trainable += [p for p in self.model.parameters() if p.requires_grad]
                 self.model.requires_grad_(False)
             if name in self.configs:
                 self._forget(name)
