@@ -15,7 +15,8 @@ from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.plan import InjectionPlan, Site, Target, walk
-from nbpeft.engine.registry import backend_named, host_named, method_of
+from nbpeft.engine.registry import backend_named, backends, host_named, method_of
+from nbpeft.engine.storage import StoredWeight
 from nbpeft.engine.switch import Switch
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -181,3 +182,16 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[attribute] = replacements[id(child)]
+
+
+def prepare_storage(model: nn.Module) -> None:
+    """Lets backends see to every quantized layer of a model, adapted or not.
+
+    Gradients pass through layers without adapters too. Done before anything else runs.
+    """
+    idle = StoredWeight.prepare
+    willing = [backend for backend in backends() if getattr(type(backend), "prepare", idle) is not idle]
+    for module in model.modules():
+        for backend in willing:
+            if module._parameters and backend.matches(module):
+                backend.prepare(module)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Dropout
-from nbpeft.engine.lowrank import compute_dtype, draw_seed, keep_mask, keep_scale
+from nbpeft.engine.lowrank import add_delta, compute_dtype, draw_seed, keep_mask, keep_scale
 from nbpeft.errors import ConfigError, MergeError
 
 
@@ -52,6 +52,19 @@ class Convolution:
         )
 
     def low_rank(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        dropout: Dropout,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        delta = self._low_rank(module, x, lora_A, lora_B, scaling, dropout)
+        return delta if onto is None else add_delta(onto, delta)
+
+    def _low_rank(
         self, module: nn.Module, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout: Dropout
     ) -> Tensor:
         if x.device != lora_A.device:

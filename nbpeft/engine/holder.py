@@ -64,7 +64,7 @@ class AdapterHolder:
         self._enabled = True
         self._scales: dict[str, float] = {}
         self._merged: tuple[str, ...] = ()
-        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._slots: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         self._biases = BaseBiases(model)
         self._was_trainable: list[nn.Parameter] = []
         self._subscribers: list[Callable[[], Callable[[], None] | None]] = []
@@ -98,19 +98,26 @@ class AdapterHolder:
     def parameters(self, name: str) -> list[nn.Parameter]:
         """All trainable tensors of an adapter, copies and trained base biases included."""
         self.require(name)
-        cached = self._parameters.get(name)
-        if cached is None:
-            adapters = [layer.adapters._modules.get(name) for layer in self.layers.values()]
-            copies = [module.modules_to_save._modules.get(name) for module in self.copies.values()]
-            cached = [
-                p for adapter in adapters if adapter is not None for p in adapter._parameters.values() if p is not None
-            ]
-            for trained in copies:
-                if trained is not None:
-                    cached.extend(p for p in trained.parameters() if p.is_floating_point())
-            cached.extend(self._biases.of(name).values())
-            self._parameters[name] = cached
-        return cached
+        slots = self._slots.get(name)
+        if slots is None:
+            slots = self._slots[name] = self._find_slots(name)
+        # Looked up each time: sharding and moves put other tensors into the same places.
+        found = [parameters[key] for parameters, key in slots]
+        return [*(parameter for parameter in found if parameter is not None), *self._biases.of(name).values()]
+
+    def _find_slots(self, name: str) -> list[tuple[dict[str, nn.Parameter | None], str]]:
+        """Where an adapter's tensors hang: (parameters of a module, key)."""
+        owners = [layer.adapters._modules.get(name) for layer in self.layers.values()]
+        for copied in self.copies.values():
+            trained = copied.modules_to_save._modules.get(name)
+            owners.extend(trained.modules() if trained is not None else ())
+        return [
+            (owner._parameters, key)
+            for owner in owners
+            if owner is not None
+            for key, parameter in owner._parameters.items()
+            if parameter is not None and parameter.is_floating_point()
+        ]
 
     def weights(self, name: str) -> AdapterWeights:
         """References to the tensors of an adapter."""
@@ -182,7 +189,7 @@ class AdapterHolder:
                 callback()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_subscribers": [], "_parameters": {}, "supplier": None}
+        return {**self.__dict__, "_subscribers": [], "_slots": {}, "supplier": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))

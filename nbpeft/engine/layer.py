@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Backend, Base, Host
+from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.switch import Rows, Switch
 from nbpeft.errors import MergeError
 
@@ -81,6 +82,13 @@ class AdaptedLayer(nn.Module):
             return self._mixed(x, output, active.rows)
         total: Tensor | None = None
         adapters = self.adapters._modules
+        if len(active.names) == 1 and active.scales[0] == 1.0:
+            alone = adapters.get(active.names[0])
+            if alone is None:
+                return output
+            if alone.adds_itself:
+                whole: Tensor = alone(x, output, self.base, True)
+                return whole
         for name, scale in zip(active.names, active.scales, strict=True):
             adapter = adapters.get(name)
             if adapter is None:
@@ -93,7 +101,7 @@ class AdaptedLayer(nn.Module):
             return output
         if total.device != output.device:
             total = total.to(output.device)
-        return (output + total).to(output.dtype)
+        return add_delta(output, total)
 
     def _mixed(self, x: Tensor, output: Tensor, rows: Rows) -> Tensor:
         """A batch whose rows are served by different adapters."""
@@ -108,14 +116,13 @@ class AdaptedLayer(nn.Module):
             found: list[Any] = [adapters.get(name) for name in rows.names]
             served = kinds.pop().mixed(found, rows.scales, self.base, kept)
             if served is not None:
-                mixed: Tensor = output + served(x, rows.expanded(batch, x.device))
-                return mixed.to(output.dtype)
+                return add_delta(output, served(x, rows.expanded(batch, x.device)))
         result = output.clone()
         for name in present:
             chosen = rows.rows_of(name, batch, output.device)
             if len(chosen):
                 delta = self.adapter(name)(x[chosen], output[chosen], self.base) * rows.scales[rows.names.index(name)]
-                result[chosen] = (output[chosen] + delta).to(output.dtype)
+                result[chosen] = add_delta(output[chosen], delta)
         return result
 
     def adapter(self, name: str) -> Adapter:
@@ -133,7 +140,7 @@ class AdaptedLayer(nn.Module):
             adapter = self.adapter(name)
             if not all(bool(torch.isfinite(parameter).all()) for parameter in adapter.parameters()):
                 return False
-        return self._finite_sum(names)
+        return self._finite_sum([name for name in names if name in self.adapters._modules])
 
     def _finite_sum(self, names: Sequence[str]) -> bool:
         weight = self.base.weight().clone()

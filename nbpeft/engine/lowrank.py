@@ -4,9 +4,10 @@
 
 Composed from ordinary operations, autograd would keep a copy of ``x`` in the adapter's dtype, a
 dropped copy, the dropout mask and the hidden product: several times the size of ``x`` in every
-layer. ``x`` itself is in memory anyway (q, k and v share it), so backward casts, drops and
-projects again. The mask is drawn from a seed; the seed comes from the CPU generator inside
-forward, which activation checkpointing restores, so a recomputation draws the same mask.
+layer. ``x`` itself is in memory anyway (q, k and v share it), so backward casts and drops again,
+and only the thin product of A is kept beside it. The mask is drawn from a seed; the seed comes
+from the CPU generator inside forward, which activation checkpointing restores, so a recomputation
+draws the same mask.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """scaling * B(A(dropout(x))) that keeps x, A and B."""
+    """scaling * B(A(dropout(x))), plus ``onto`` where given; keeps x, A, B and the thin product of A.
+
+    One wide buffer serves each direction: fresh memory costs a CPU more than the arithmetic does.
+    """
 
     @staticmethod
     def forward(
@@ -98,54 +102,113 @@ class _LowRank(torch.autograd.Function):
         x: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
+        onto: Tensor | None,
         scaling: float | Tensor,
         probability: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x, lora_A, lora_B)
         ctx.scaling, ctx.probability, ctx.dtype = scaling, probability, dtype
         ctx.seed = draw_seed() if probability else 0
         with torch.autocast(x.device.type, enabled=False):
-            flat, factor = _dropped_input(x, ctx)
-            hidden = flat @ lora_A.to(dtype).T
-            return ((hidden * factor) @ lora_B.to(dtype).T).view(*x.shape[:-1], lora_B.shape[0])
+            out_features = lora_B.shape[0]
+            buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability)
+            flat = _dropped_input(x, ctx, buffer)
+            hidden = (flat @ lora_A.to(dtype).T) * _factor(ctx)
+            ctx.save_for_backward(x, lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None)
+            shape = (*x.shape[:-1], out_features)
+            if onto is None:
+                return (hidden @ lora_B.to(dtype).T).view(shape)
+            total = torch.mm(hidden, lora_B.to(dtype).T, out=_part(buffer, hidden.shape[0], out_features))
+            return total.view(shape).add_(onto).to(onto.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, gradients[0])
+        x, lora_A, lora_B, hidden = ctx.saved_tensors
         dtype: torch.dtype = ctx.dtype
-        need_x, need_A, need_B = ctx.needs_input_grad[:3]
+        need_x, need_A, need_B, need_onto = ctx.needs_input_grad[:4]
         with torch.autocast(x.device.type, enabled=False):
-            gradient = gradients[0].reshape(-1, lora_B.shape[0]).to(dtype)
-            mask = keep_mask(x.shape, ctx.probability, ctx.seed, x.device, dtype) if ctx.probability else None
-            flat, factor = _dropped_input(x, ctx, mask)
-            hidden_gradient = (gradient @ lora_B.to(dtype)) * factor
+            rows = gradients[0].reshape(-1, lora_B.shape[0])
+            buffer = _buffer(x, max(x.shape[-1], lora_B.shape[0]), dtype, ctx.probability)
+            if rows.dtype != dtype:
+                room = _part(buffer, *rows.shape)
+                rows = rows.to(dtype) if room is None else room.copy_(rows)
             grad_x = grad_A = grad_B = None
             if need_B:
-                hidden = (flat @ lora_A.to(dtype).T) * factor
-                grad_B = (gradient.T @ hidden).to(lora_B.dtype)
+                # Twice as fast as the product the other way round, which is tall and thin.
+                grad_B = (hidden.T @ rows).T.to(lora_B.dtype)
+            if need_A or need_x:
+                hidden_gradient = (rows @ lora_B.to(dtype)) * _factor(ctx)
+            mask = _mask(x, ctx)
             if need_A:
-                grad_A = (hidden_gradient.T @ flat).to(lora_A.dtype)
+                grad_A = (hidden_gradient.T @ _dropped_input(x, ctx, buffer, mask)).to(lora_A.dtype)
             if need_x:
-                grad_x = (hidden_gradient @ lora_A.to(dtype)).view(x.shape)
-                grad_x = (grad_x if mask is None else grad_x * mask).to(x.dtype)
-        return grad_x, grad_A, grad_B, None, None, None
+                wide = torch.mm(hidden_gradient, lora_A.to(dtype), out=_part(buffer, rows.shape[0], x.shape[-1]))
+                wide = wide.view(x.shape)
+                grad_x = (wide if mask is None else wide.mul_(mask)).to(x.dtype)
+        return grad_x, grad_A, grad_B, gradients[0] if need_onto else None, None, None, None
 
 
-def _dropped_input(x: Tensor, ctx: Any, mask: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
-    """``x`` as (tokens, in) in the compute dtype, dropped, and the factor still to apply."""
-    cast = x.to(ctx.dtype)
-    factor = ctx.scaling
+def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as functions of the inputs, for derivatives of higher order."""
+    x, lora_A, lora_B, _ = ctx.saved_tensors
+    with torch.autocast(x.device.type, enabled=False):
+        mask = _mask(x, ctx)
+        cast = x.to(ctx.dtype)
+        flat = (cast if mask is None else cast * mask).reshape(-1, x.shape[-1])
+        down, up, factor = lora_A.to(ctx.dtype), lora_B.to(ctx.dtype), _factor(ctx)
+        rows = gradient.reshape(-1, lora_B.shape[0]).to(ctx.dtype)
+        hidden_gradient = (rows @ up) * factor
+        grad_x = (hidden_gradient @ down).view(x.shape)
+        grad_x = grad_x if mask is None else grad_x * mask
+        grad_A, grad_B = hidden_gradient.T @ flat, rows.T @ ((flat @ down.T) * factor)
+    onto = gradient if ctx.needs_input_grad[3] else None
+    return grad_x.to(x.dtype), grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), onto, None, None, None
+
+
+def _buffer(x: Tensor, width: int, dtype: torch.dtype, probability: float) -> Tensor | None:
+    """Room for (tokens, width) values in the compute dtype, where a cast or dropped copy is needed."""
+    if x.dtype == dtype and not probability:
+        return None
+    return torch.empty(x.numel() // x.shape[-1] * width, dtype=dtype, device=x.device)
+
+
+def _part(buffer: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    return None if buffer is None else buffer[: rows * columns].view(rows, columns)
+
+
+def _mask(x: Tensor, ctx: Any) -> Tensor | None:
+    return keep_mask(x.shape, ctx.probability, ctx.seed, x.device, x.dtype) if ctx.probability else None
+
+
+def _factor(ctx: Any) -> float | Tensor:
+    """The scaling, with what dropout asks for."""
+    scaling: float | Tensor = ctx.scaling
+    return scaling * keep_scale(ctx.probability) if ctx.probability else scaling
+
+
+def _dropped_input(x: Tensor, ctx: Any, buffer: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """``x`` as (tokens, in) in the compute dtype, with zeros where it is dropped."""
+    flat = x.reshape(-1, x.shape[-1])
+    if buffer is None:
+        return flat
+    part = buffer[: flat.numel()].view(flat.shape).copy_(flat)
     if ctx.probability:
-        if mask is None:
-            mask = keep_mask(x.shape, ctx.probability, ctx.seed, x.device, ctx.dtype)
-        cast = cast * mask
-        factor = factor * keep_scale(ctx.probability)
-    return cast.reshape(-1, x.shape[-1]), factor
+        mask = _mask(x, ctx) if mask is None else mask
+        part.mul_(mask.view(flat.shape))  # type: ignore[union-attr]
+    return part
 
 
-def low_rank_linear(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout: Dropout) -> Tensor:
-    """``scaling * B(A(dropout(x)))`` for a linear layer.
+def low_rank_linear(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    dropout: Dropout,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """``scaling * B(A(dropout(x)))`` for a linear layer, added to ``onto`` where that is given.
 
     Args:
         x: (..., in), any floating dtype.
@@ -153,9 +216,11 @@ def low_rank_linear(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | 
         lora_B: (out, r).
         scaling: a number, or a 0-d tensor where hot-swapping may change it.
         dropout: dropout of the input.
+        onto: (..., out), what to add it to.
 
     Returns:
-        (..., out) in the autocast dtype where autocast is on, else in the factors' dtype.
+        (..., out) in the dtype of ``onto``; without that, in the autocast dtype where autocast is
+        on, else in the factors' dtype.
     """
     if x.device != lora_A.device:
         x = x.to(lora_A.device)
@@ -164,11 +229,40 @@ def low_rank_linear(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | 
     if torch.compiler.is_compiling() or probability >= 1.0:
         # The compiler's partitioner decides by itself what to keep and what to recompute.
         dropped = F.dropout(x.to(lora_A.dtype), probability) if probability else x.to(lora_A.dtype)
-        return F.linear(F.linear(dropped, lora_A), lora_B) * scaling
-    if not probability and not torch.is_grad_enabled():
-        hidden = F.linear(x.to(dtype), lora_A.to(dtype))
-        return F.linear(hidden * scaling, lora_B.to(dtype))
-    return _LowRank.apply(x, lora_A, lora_B, scaling, probability, dtype)  # type: ignore[no-any-return, no-untyped-call]
+        delta = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
+        return delta if onto is None else add_delta(onto, delta)
+    if onto is not None and (onto.device != x.device or torch.promote_types(onto.dtype, dtype) != dtype):
+        return add_delta(onto, low_rank_linear(x, lora_A, lora_B, scaling, dropout).to(onto.device))
+    return _LowRank.apply(x, lora_A, lora_B, onto, scaling, probability, dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _AddDelta(torch.autograd.Function):
+    """output + delta in the output's dtype, where the two differ."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, delta: Tensor) -> Tensor:
+        ctx.dtypes = output.dtype, delta.dtype
+        wide = torch.promote_types(output.dtype, delta.dtype)
+        total = output.to(wide) if output.dtype != wide else output.clone()
+        return total.add_(delta).to(output.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        of_output, of_delta = ctx.dtypes
+        return gradients[0].to(of_output), gradients[0].to(of_delta)
+
+
+def add_delta(output: Tensor, delta: Tensor) -> Tensor:
+    """``output + delta`` in the output's dtype, summed in the wider of the two.
+
+    Adding tensors of two dtypes at once is many times slower on a CPU than casting one of them
+    first, and autograd would cast the gradient of the output up and down again.
+    """
+    if output.dtype == delta.dtype:
+        return output + delta
+    if torch.compiler.is_compiling():
+        return (output + delta).to(output.dtype)
+    return _AddDelta.apply(output, delta)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class FactorBank:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
-from nbpeft.engine.build import build, collection_paused, commit, drop, replace_modules
+from nbpeft.engine.build import build, collection_paused, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.holder import AdapterHolder, check_name
 from nbpeft.engine.merging import check_merge, chosen_copy, lossy_note, merge_layers, unmerge_layers
 from nbpeft.engine.plan import InjectionPlan, plan
@@ -96,6 +96,8 @@ class AdapterManager(AdapterHolder):
             if name in self.configs:
                 self._forget(name)
                 drop(self.model, name, self.layers, self.copies, keep=parts)
+            if not self.configs:
+                prepare_storage(self.model)
             commit(name, parts, self.layers, self.copies)
             self.configs[name] = made.config
             self._biases.start(name, made.biases, None if weights is None else weights.base)
@@ -128,7 +130,7 @@ class AdapterManager(AdapterHolder):
         self.changed()
 
     def _forget(self, name: str) -> None:
-        self._parameters.pop(name, None)
+        self._slots.pop(name, None)
         self._biases.stop(name)
 
     def rename(self, old: str, new: str) -> None:
@@ -146,7 +148,7 @@ class AdapterManager(AdapterHolder):
                     holder.update(items)
             self.configs = {new if name == old else name: config for name, config in self.configs.items()}
             self._biases.rename(old, new)
-            self._parameters.pop(old, None)
+            self._slots.pop(old, None)
             if old in self._scales:
                 self._scales[new] = self._scales.pop(old)
             if old in self.frozen:
@@ -372,7 +374,7 @@ class AdapterManager(AdapterHolder):
         for parameter in self._was_trainable:
             parameter.requires_grad_(True)
         self.alive = False
-        self.layers, self.copies, self.configs, self._parameters = {}, {}, {}, {}
+        self.layers, self.copies, self.configs, self._slots = {}, {}, {}, {}
         self._was_trainable, self._selected, self._merged = [], (), ()
         self.switch.live = NOTHING
         self.model.__dict__.pop(_ATTRIBUTE, None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nbpeft.engine.adapter import Dropout
-from nbpeft.engine.lowrank import FactorBank, keep_mask, keep_scale, low_rank_linear, seeded_dropout
+from nbpeft.engine.lowrank import FactorBank, add_delta, keep_mask, keep_scale, low_rank_linear, seeded_dropout
 
 NONE = Dropout(0.0, False)
 
@@ -54,19 +54,40 @@ def test_gradients_are_those_of_the_plain_composition(base_dtype: torch.dtype) -
         assert torch.allclose(own, composed, rtol=1e-5, atol=1e-5)
 
 
-def test_keeps_only_the_input_for_backward() -> None:
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_keeps_the_input_and_a_thin_product_for_backward(probability: float) -> None:
     x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
     lora_A, lora_B = torch.randn(4, 32, requires_grad=True), torch.randn(16, 4, requires_grad=True)
-    kept: set[int] = set()
+    onto = torch.randn(64, 16, dtype=torch.bfloat16)
+    kept: dict[int, int] = {}
     own = {t.untyped_storage().data_ptr() for t in (x, lora_A, lora_B)}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.add(tensor.untyped_storage().data_ptr())
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(0.5, True))
-    assert kept <= own
+        low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(probability, True), onto)
+    assert sum(size for pointer, size in kept.items() if pointer not in own) == 64 * 4 * 4
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 6), (6, 8)])
+def test_added_onto_an_output_is_the_sum(probability: float, dtype: torch.dtype, inputs: int, outputs: int) -> None:
+    x, lora_A, lora_B = factors(inputs=inputs, outputs=outputs, dtype=torch.float32)
+    x = x.detach().to(dtype).requires_grad_()
+    onto = torch.randn(4, 5, outputs, dtype=dtype, requires_grad=True)
+    results = []
+    for whole in (True, False):
+        torch.manual_seed(6)
+        delta = low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(probability, True), onto if whole else None)
+        total = delta if whole else add_delta(onto, delta)
+        results.append([total, *torch.autograd.grad(total.float().square().sum(), (x, lora_A, lora_B, onto))])
+    for whole_part, part in zip(*results, strict=True):
+        assert whole_part.dtype == part.dtype
+        assert torch.allclose(whole_part, part, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -148,3 +148,16 @@ def test_quantized_merge_is_as_close_as_peft(quantized: Any, tmp_path: Path) -> 
     ours = nbpeft.PeftModel.from_pretrained(quantized(), tmp_path).merge_and_unload().train()
     their_error, own_error = (float((logits(model) - expected).norm()) for model in (theirs, ours))
     assert own_error <= their_error * 1.01 + 1e-6
+
+
+def test_training_after_an_evaluation_still_learns(quantized: Any) -> None:
+    model = nbpeft.get_peft_model(quantized(), nbpeft.LoraConfig(**settings(target_modules=["q_proj"])))
+    ids = tokens()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    expected = [p.grad.clone() for p in model.manager.parameters("default") if p.grad is not None]
+    model.zero_grad()
+    logits(model.eval())
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    again = [p.grad for p in model.manager.parameters("default") if p.grad is not None]
+    assert len(expected) == len(again) == 4
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for one, other in zip(expected, again, strict=True))

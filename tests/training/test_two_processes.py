@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.two_processes import own_loop
+from tests.training.two_processes import own_loop, sharded_loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +30,8 @@ def test_two_processes_train_one_adapter_and_stop_together(tmp_path: Path) -> No
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["loop"] == pytest.approx(second["loop"], abs=1e-9)
     assert first["loop"] == pytest.approx(own_loop(0, 1), abs=1e-5)
+    for sharded, use_dora in zip(first["sharded"], (False, True), strict=True):
+        assert sharded == pytest.approx(sharded_loop(use_dora), abs=1e-5)
     assert first["trainer"]["steps"] == second["trainer"]["steps"] == 5
     assert first["trainer"]["weights"] == pytest.approx(second["trainer"]["weights"], abs=1e-9)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {

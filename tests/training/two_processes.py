@@ -36,6 +36,28 @@ def own_loop(rank: int, world: int) -> dict[str, Any]:
     return {name: tensor.double().sum().item() for name, tensor in weights(model).items()}
 
 
+def sharded_loop(use_dora: bool) -> list[float]:
+    """Losses of a loop whose decoder layers are sharded over the processes."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = tiny_model(use_dora=use_dora)
+    if distributed.is_initialized():
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (distributed.get_world_size(),))
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        assert any(isinstance(parameter, DTensor) for parameter in model.manager.parameters("default"))
+    optimizer = torch.optim.SGD(model.manager.parameters("default"), lr=0.5)
+    losses = []
+    for batch in batches():
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 def trainer(rank: int, folder: Path) -> dict[str, Any]:
     """A Trainer in both processes; the second one is asked to stop."""
     from transformers import TrainingArguments
@@ -73,7 +95,11 @@ def main() -> None:
     folder = Path(sys.argv[1])
     distributed.init_process_group("gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    result = {"loop": own_loop(rank, world), "trainer": trainer(rank, folder)}
+    result = {
+        "loop": own_loop(rank, world),
+        "sharded": [sharded_loop(use_dora) for use_dora in (False, True)],
+        "trainer": trainer(rank, folder),
+    }
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     distributed.barrier()
     distributed.destroy_process_group()

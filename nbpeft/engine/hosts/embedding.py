@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Dropout
-from nbpeft.engine.lowrank import compute_dtype
+from nbpeft.engine.lowrank import add_delta, compute_dtype
 from nbpeft.engine.registry import register_host
 from nbpeft.errors import ConfigError
 
@@ -43,11 +43,19 @@ class Embedding:
         return (rank, vocabulary), (features, rank)
 
     def low_rank(
-        self, module: nn.Module, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout: Dropout
+        self,
+        module: nn.Module,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        dropout: Dropout,
+        onto: Tensor | None = None,
     ) -> Tensor:
         dtype = compute_dtype(x, lora_A)
         hidden = self._look_up(module, x.to(lora_A.device), lora_A.T).to(dtype)
-        return F.linear(hidden * scaling, lora_B.to(dtype)) * self._scale(module, dtype)
+        delta = F.linear(hidden * scaling, lora_B.to(dtype)) * self._scale(module, dtype)
+        return delta if onto is None else add_delta(onto, delta)
 
     def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         return self._look_up(module, x, weight.T) * self._scale(module, weight.dtype)

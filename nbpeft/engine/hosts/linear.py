@@ -36,9 +36,16 @@ class Linear:
         return (rank, in_features), (out_features, rank)
 
     def low_rank(
-        self, module: nn.Module, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout: Dropout
+        self,
+        module: nn.Module,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        dropout: Dropout,
+        onto: Tensor | None = None,
     ) -> Tensor:
-        return low_rank_linear(x, lora_A, lora_B, scaling, dropout)
+        return low_rank_linear(x, lora_A, lora_B, scaling, dropout, onto)
 
     def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)

@@ -58,22 +58,28 @@ class Writes:
         for path, layer in slot.items():
             adapter: Any = layer.adapters._modules[self.name]
             self._adapters.append((path, adapter))
+            shapes = self._shapes_at(path, layer, adapter)
             if path in given:
-                shapes = self._checked_shapes(path, layer, adapter, given[path])
+                self._check_shapes(path, shapes, given[path])
                 self._collect_adapter(path, layer, adapter, shapes, given[path])
                 continue
             self.zeroed.append(path)
-            self._zeros.extend(p.detach() for p in adapter._parameters.values() if p is not None)
+            # It gets the new rank too: what is saved afterwards has to fit the new config.
+            self._collect_adapter(path, layer, adapter, shapes, {})
             if hasattr(adapter, "row_norm"):
+                if layer.merged:
+                    raise HotSwapError(
+                        f"the new adapter lacks {path}, where {layer.merged[0]!r} is merged: unmerge first"
+                    )
                 self._neutral_magnitudes.append((adapter, layer))
 
-    def _checked_shapes(
-        self, path: str, layer: AdaptedLayer, adapter: Adapter, given: Mapping[str, Tensor]
-    ) -> dict[str, tuple[int, ...]]:
+    def _shapes_at(self, path: str, layer: AdaptedLayer, adapter: Adapter) -> dict[str, tuple[int, ...]]:
         try:
-            shapes = type(adapter).parameter_shapes(self.config, path, layer.base.module, layer.host)
+            return type(adapter).parameter_shapes(self.config, path, layer.base.module, layer.host)
         except ConfigError as error:
             raise HotSwapError(f"{path}: {error}", path=path) from None
+
+    def _check_shapes(self, path: str, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
         if given.keys() != shapes.keys():
             self._check_keys(path, given, shapes)
         for key, tensor in given.items():
@@ -83,7 +89,6 @@ class Writes:
                     "the adapter belongs to another base model, or its config to another adapter",
                     path=path,
                 )
-        return shapes
 
     @staticmethod
     def _check_keys(path: str, given: Mapping[str, Tensor], shapes: Mapping[str, object]) -> None:

@@ -9,14 +9,14 @@ W and b stay frozen; A starts random and B at zero, so training starts at the ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
 from nbpeft.engine.lora_config import LoraConfig
-from nbpeft.engine.lowrank import FactorBank, new_factors
+from nbpeft.engine.lowrank import FactorBank, add_delta, new_factors
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
 
@@ -32,6 +32,8 @@ class LoRA(Adapter):
         scaling: s; a 0-d tensor once the model is prepared for compiled hot-swapping.
         dropout: probability on the adapter's input.
     """
+
+    adds_itself: ClassVar[bool] = True
 
     def __init__(self, tensors: Mapping[str, nn.Parameter], host: Host, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -77,14 +79,16 @@ class LoRA(Adapter):
         """The bias of B, (out,), where ``lora_bias`` asked for one."""
         return self._parameters.get(f"{self.factor_names[1]}_bias")
 
-    def forward(self, x: Tensor, base_output: Tensor, base: Base) -> Tensor:
+    def forward(self, x: Tensor, base_output: Tensor, base: Base, whole: bool = False) -> Tensor:
         lora_A, lora_B = self.factors
         dropout = Dropout(self.dropout, self.training)
-        delta = base.host.low_rank(base.module, x, lora_A, lora_B, self.scaling, dropout)
         bias = self.output_bias
+        onto = base_output if whole and bias is None else None
+        delta = base.host.low_rank(base.module, x, lora_A, lora_B, self.scaling, dropout, onto)
         if bias is None:
             return delta
-        return delta + base.host.per_channel(base.module, bias * self.scaling).to(delta.dtype)
+        delta = delta + base.host.per_channel(base.module, bias * self.scaling).to(delta.dtype)
+        return add_delta(base_output, delta) if whole else delta
 
     @classmethod
     def mixed(
