@@ -1,0 +1,421 @@
+"""Any sequence of commands keeps: output = base + sum of the active deltas, and nothing else changes.
+
+The adapters' tensors are made and tracked by the test, the output computed from them in float64.
+``NBPEFT_MACHINE_STEPS`` sets the number of steps (2,000), ``NBPEFT_MACHINE_SEED`` draws other
+sequences than the usual, which are always the same; a failing one is printed as a program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from nbpeft.engine.hotswap import prepare_for_hotswap, swap
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, HotSwapError, MergeError
+from nbpeft.model import PeftModel, hotswap_adapter
+from tests.state_machine_model import (
+    BASE,
+    IDS,
+    PATHS,
+    Expectation,
+    Net,
+    Part,
+    Recipe,
+    Tracked,
+    base_parameters,
+    canonical,
+    check_combined,
+    check_equal,
+    factor_names,
+    live_tensors,
+    read_combined,
+)
+
+STEPS = int(os.environ.get("NBPEFT_MACHINE_STEPS", "2000"))
+SEED = os.environ.get("NBPEFT_MACHINE_SEED")
+LENGTH = 50
+NAMES = ("a", "ab", "default", "keys", "lora")
+EQUAL_RANKS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+ON_DELTAS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+
+recipes = st.builds(
+    Recipe,
+    targets=st.sampled_from([PATHS, ("first",), ("embed", "turned"), ("first", "turned")]),
+    rank=st.integers(1, 5),
+    alpha=st.integers(1, 8),
+    dora=st.booleans(),
+    rslora=st.booleans(),
+    head=st.sampled_from([False, False, True]),
+    seed=st.integers(0, 1000),
+)
+scales = st.sampled_from([1.0, 0.5, -0.75, 2.0, 0.0])
+steps_taken = itertools.count()
+
+
+class AdapterMachine(RuleBasedStateMachine):
+    """Commands on one model, and what the test expects of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = live_tensors()
+        self.folder = tempfile.TemporaryDirectory()
+        self.saved: dict[Path, Tracked] = {}
+        self.numbers = itertools.count()
+        model = Net()
+        self.handle: Any = PeftModel.over(model, AdapterManager.attach(model))
+        self.manager: AdapterManager = self.handle.manager
+        self.expected = Expectation()
+
+    # Choices
+
+    def pick(self, data: st.DataObject, label: str = "name") -> str:
+        return data.draw(st.sampled_from(sorted(self.expected.adapters)), label=label)
+
+    def pick_some(self, data: st.DataObject, names: list[str] | None = None) -> list[str]:
+        choice = sorted(self.expected.adapters) if names is None else names
+        return data.draw(st.lists(st.sampled_from(choice), min_size=1, max_size=3, unique=True), label="names")
+
+    @property
+    def adapters(self) -> dict[str, Tracked]:
+        return self.expected.adapters
+
+    def put(self, name: str, tracked: Tracked, *, scale: float = 1.0) -> None:
+        """What the engine does with a new adapter; one that is replaced keeps its scale."""
+        known = self.adapters.get(name)
+        tracked.scale = scale if known is None else known.scale
+        self.adapters[name] = tracked
+        if not self.expected.selected and len(self.adapters) == 1:
+            self.expected.selected = (name,)
+
+    # Commands
+
+    @initialize(recipe=recipes)
+    def start(self, recipe: Recipe) -> None:
+        self.manager.add("a", recipe.config(), recipe.tracked().weights())
+        self.put("a", recipe.tracked())
+
+    @rule(name=st.sampled_from(NAMES), recipe=recipes, replace=st.booleans())
+    def add(self, name: str, recipe: Recipe, replace: bool) -> None:
+        tracked = recipe.tracked()
+        arguments: Any = (name, recipe.config(), tracked.weights())
+        if name in self.adapters and not replace:
+            with pytest.raises(AdapterExistsError):
+                self.manager.add(*arguments)
+        elif self.expected.merged:
+            with pytest.raises(MergeError):
+                self.manager.add(*arguments, replace=replace)
+        else:
+            self.manager.add(*arguments, replace=replace)
+            self.put(name, tracked)
+
+    @rule(data=st.data())
+    def activate(self, data: st.DataObject) -> None:
+        names = self.pick_some(data) if self.adapters else []
+        if not names:
+            with pytest.raises(AdapterError):
+                self.manager.activate(names)
+            return
+        self.manager.activate(names)
+        if self.expected.merged != tuple(names):
+            self.expected.merged = ()
+        self.expected.selected = tuple(names)
+
+    @rule(enabled=st.booleans())
+    def enable(self, enabled: bool) -> None:
+        (self.manager.enable if enabled else self.manager.disable)()
+        self.expected.enabled = enabled
+        if not enabled:
+            self.expected.merged = ()
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), scale=scales)
+    def set_scale(self, data: st.DataObject, scale: float) -> None:
+        name = self.pick(data)
+        if name in self.expected.merged:
+            with pytest.raises(MergeError):
+                self.manager.set_scale(name, scale)
+        else:
+            self.manager.set_scale(name, scale)
+            self.adapters[name].scale = scale
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), frozen=st.booleans())
+    def freeze(self, data: st.DataObject, frozen: bool) -> None:
+        name = self.pick(data)
+        (self.manager.freeze if frozen else self.manager.unfreeze)(name)
+        self.adapters[name].frozen = frozen
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), safe=st.booleans())
+    def merge(self, data: st.DataObject, safe: bool) -> None:
+        names = self.pick_some(data)
+        merged = self.expected.merged
+        if merged and not set(names) <= set(merged):
+            with pytest.raises(MergeError):
+                self.manager.merge(names, safe=safe)
+            return
+        self.manager.merge(names, safe=safe)
+        self.expected.merged = merged or tuple(names)
+
+    @rule()
+    def unmerge(self) -> None:
+        self.manager.unmerge()
+        self.expected.merged = ()
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), new=st.sampled_from(NAMES), copied=st.booleans())
+    def rename_or_copy(self, data: st.DataObject, new: str, copied: bool) -> None:
+        old = self.pick(data)
+        command = self.manager.copy if copied else self.manager.rename
+        if new in self.adapters:
+            with pytest.raises(AdapterExistsError):
+                command(old, new)
+        elif self.expected.merged:
+            with pytest.raises(MergeError):
+                command(old, new)
+        elif copied:
+            command(old, new)
+            self.put(new, self.adapters[old].clone(), scale=self.adapters[old].scale)
+        else:
+            command(old, new)
+            self.expected.adapters = {new if name == old else name: it for name, it in self.adapters.items()}
+            self.expected.selected = tuple(new if name == old else name for name in self.expected.selected)
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        name = self.pick(data)
+        if self.expected.merged:
+            with pytest.raises(MergeError):
+                self.manager.remove(name)
+            return
+        self.manager.remove(name)
+        del self.adapters[name]
+        left = tuple(other for other in self.expected.selected if other != name)
+        fell_back = name in self.expected.selected and not left
+        self.expected.selected = tuple(self.adapters)[:1] if fell_back else left
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data())
+    def save(self, data: st.DataObject) -> None:
+        name = self.pick(data)
+        folder = Path(self.folder.name) / str(next(self.numbers))
+        self.handle.save_pretrained(folder, selected_adapters=[name])
+        self.saved[folder if name == "default" else folder / name] = self.adapters[name].clone(scale=1.0, frozen=True)
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), name=st.sampled_from(NAMES))
+    def load(self, data: st.DataObject, name: str) -> None:
+        folder = data.draw(st.sampled_from(sorted(self.saved)), label="folder")
+        if self.expected.merged:
+            with pytest.raises(MergeError):
+                self.handle.load_adapter(folder, name)
+            return
+        self.handle.load_adapter(folder, name)
+        self.put(name, self.saved[folder].clone())
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), recipe=recipes)
+    def swap(self, data: st.DataObject, recipe: Recipe) -> None:
+        """From tensors; often the new adapter lacks layers of the slot."""
+        name = self.pick(data)
+        new = recipe.tracked()
+        if self.refuses_swap(name, new):
+            with pytest.raises(HotSwapError):
+                swap(self.manager, name, recipe.config(), new.weights(), grow=True)
+        else:
+            swap(self.manager, name, recipe.config(), new.weights(), grow=True)
+            self.swapped(name, new)
+
+    @precondition(lambda self: self.adapters and self.saved)
+    @rule(data=st.data())
+    def swap_from_file(self, data: st.DataObject) -> None:
+        name = self.pick(data)
+        folder = data.draw(st.sampled_from(sorted(self.saved)), label="folder")
+        new = self.saved[folder].clone()
+        if self.refuses_swap(name, new):
+            with pytest.raises(HotSwapError):
+                hotswap_adapter(self.handle, folder, name)
+        else:
+            hotswap_adapter(self.handle, folder, name)
+            self.swapped(name, new)
+
+    def refuses_swap(self, name: str, new: Tracked) -> bool:
+        slot = self.adapters[name]
+        return (
+            name in self.expected.merged
+            or new.dora != slot.dora
+            or not set(new.parts) <= set(slot.parts)
+            or (new.head is not None and slot.head is None)
+            or (slot.dora and bool(self.merged_paths & (set(slot.parts) - set(new.parts))))
+        )
+
+    @property
+    def merged_paths(self) -> set[str]:
+        return {path for merged in self.expected.merged for path in self.adapters[merged].parts}
+
+    def swapped(self, name: str, new: Tracked) -> None:
+        slot = self.adapters[name]
+        now = self.manager.weights(name).adapters
+        parts = {}
+        for path in slot.parts:
+            if path in new.parts:
+                parts[path] = new.parts[path]
+                continue
+            lora_A, lora_B = (now[path][key].detach().clone() for key in factor_names(path))
+            assert not lora_A.any() and not lora_B.any()
+            parts[path] = Part(lora_A, lora_B, 1.0)
+            if slot.dora:
+                norm = canonical(path).norm(dim=1)
+                parts[path].magnitude = now[path]["magnitude"].detach().clone()
+                torch.testing.assert_close(now[path]["magnitude"].detach(), norm, rtol=1e-9, atol=1e-9)
+        head = slot.head
+        if head is not None:
+            head = new.head or {key: BASE[f"head.{key}"] for key in ("weight", "bias")}
+        self.adapters[name] = Tracked(parts, head, slot.dora, slot.scale, slot.frozen)
+
+    @precondition(lambda self: self.adapters)
+    @rule(room=st.integers(1, 9))
+    def prepare(self, room: int) -> None:
+        """Pads every slot, which changes nothing that can be seen."""
+        ranks = [part.lora_A.shape[0] for it in self.adapters.values() for part in it.parts.values()]
+        if room >= max(ranks):
+            try:
+                prepare_for_hotswap(self.manager, room)
+            except HotSwapError as error:
+                # A slot may have more room than its adapter uses.
+                assert "more than target_rank" in str(error)
+
+    @precondition(lambda self: any(not it.dora for it in self.adapters.values()))
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from(["exact", "cat", *EQUAL_RANKS, *ON_DELTAS]),
+        weights=st.lists(st.sampled_from([1.0, 0.5, -0.5, 1.5]), min_size=3, max_size=3),
+        new=st.sampled_from(NAMES),
+    )
+    def combine(self, data: st.DataObject, kind: str, weights: list[float], new: str) -> None:
+        names = self.pick_some(data, sorted(name for name, it in self.adapters.items() if not it.dora))
+        weights = weights[: len(names)]
+        arguments: Any = {
+            "adapters": names,
+            "weights": weights,
+            "adapter_name": new,
+            "combination_type": kind,
+            "density": None if kind in ("exact", "cat", "linear", "svd") else 0.7,
+        }
+        heads = [name for name in names if self.adapters[name].head is not None]
+        refusal = self.refuses_combining(names, kind, new, heads)
+        if refusal is not None:
+            with pytest.raises(refusal):
+                self.handle.base_model.add_weighted_adapter(**arguments)
+            return
+        made = self.handle.base_model.add_weighted_adapter(**arguments)
+        tracked = read_combined(self.manager, new, made)
+        if heads:
+            tracked.head = self.adapters[heads[0]].clone().head
+        check_combined(
+            [(self.adapters[name], weight) for name, weight in zip(names, weights, strict=True)], kind, tracked, made
+        )
+        self.put(new, tracked)
+
+    def refuses_combining(self, names: list[str], kind: str, new: str, heads: list[str]) -> Any:
+        if new in self.adapters:
+            return AdapterExistsError
+        if len(heads) > 1:
+            return AdapterError
+        ranks = {part.lora_A.shape[0] for name in names for part in self.adapters[name].parts.values()}
+        if kind in EQUAL_RANKS and len(ranks) > 1:
+            return (AdapterError, ConfigError)
+        return MergeError if self.expected.merged else None
+
+    # What always holds
+
+    @invariant()
+    def output_is_base_and_active_deltas(self) -> None:
+        next(steps_taken)
+        model = self.manager.model
+        if len(self.expected.heads) > 1:
+            with pytest.raises(AdapterError, match="only one of them can be active"):
+                self.handle(IDS)
+            return
+        with torch.no_grad():
+            found = self.handle(IDS)
+            torch.testing.assert_close(found, self.expected.output(), rtol=1e-6, atol=1e-6)
+            with self.manager.switch.call():
+                assert torch.equal(model(IDS), found)
+
+    @invariant()
+    def nothing_else_changed(self) -> None:
+        manager, expected = self.manager, self.expected
+        assert manager.names == tuple(expected.adapters)
+        assert (manager.active, manager.enabled, manager.merged) == (
+            expected.selected,
+            expected.enabled,
+            expected.merged,
+        )
+        for name, tracked in expected.adapters.items():
+            assert manager.scale(name) == tracked.scale
+            check_equal(manager.weights(name).adapters, tracked.weights().adapters)
+            check_equal(manager.weights(name).copies, tracked.weights().copies)
+            trains = name in expected.selected and not tracked.frozen
+            assert {parameter.requires_grad for parameter in manager.parameters(name)} == {trains}
+        self.base_is_frozen()
+
+    def base_is_frozen(self) -> None:
+        parameters = base_parameters(self.manager.model)
+        assert parameters.keys() == BASE.keys()
+        for name, parameter in parameters.items():
+            assert not parameter.requires_grad
+            if name.removesuffix(".weight") not in self.merged_paths:
+                assert torch.equal(parameter.detach(), BASE[name]), name
+
+    def teardown(self) -> None:
+        model = self.manager.unload(merge=False)
+        state = model.state_dict()
+        assert state.keys() == BASE.keys() and all(torch.equal(state[name], BASE[name]) for name in BASE)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        self.folder.cleanup()
+        del model, state
+        self.handle = self.manager = self.expected = None  # type: ignore[assignment]
+        self.saved = {}
+        if sys.exc_info()[0] is None:
+            # A failure keeps its frames and the tensors in them.
+            assert live_tensors() == self.before, "tensors are left behind"
+
+
+def test_any_sequence_of_commands() -> None:
+    chosen = settings(
+        max_examples=max(1, STEPS // LENGTH),
+        stateful_step_count=LENGTH,
+        deadline=None,
+        derandomize=SEED is None,
+        database=None,
+        print_blob=True,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate] if SEED is None else [Phase.generate, Phase.shrink],
+    )
+    machine: Any = AdapterMachine if SEED is None else seed(int(SEED))(AdapterMachine)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="adapters are merged|Already unmerged|All adapters are already")
+        run_state_machine_as_test(machine, settings=chosen)
+    assert next(steps_taken) >= STEPS // 2
