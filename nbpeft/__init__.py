@@ -57,6 +57,7 @@ _HOMES = {
         "prepare_model_for_kbit_training",
         "train",
     ),
+    "nbpeft.memory": ("Forecast", "forecast"),
     "nbpeft.session": ("Session", "session", "track"),
     "nbpeft.state": ("AdapterState", "MemoryState", "ModelState", "SessionState", "TrainState"),
     "nbpeft.errors": (
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
         UnknownAdapterError,
         UnknownMethodError,
     )
+    from nbpeft.memory import Forecast, forecast
     from nbpeft.model import (
         AdapterPool,
         AutoPeftModel,
@@ -168,6 +170,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ConfigError",
     "CorruptCheckpointError",
+    "Forecast",
     "HotSwapError",
     "LayerStatus",
     "LoraConfig",
@@ -203,6 +206,7 @@ __all__ = [
     "__version__",
     "adapter_trainer",
     "create_loraplus_optimizer",
+    "forecast",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
