@@ -68,20 +68,16 @@ def complete_line(before: str, verbs: Mapping[str, Verb], vocabulary: Vocabulary
 
 def complete_arguments(verb: Verb, words: Sequence[Word], fragment: str, vocabulary: Vocabulary) -> Suggestions:
     """Suggestions among the arguments of a verb, ``words`` being the finished ones."""
-    option = _option(verb, words[-1].text) if words else None
-    if option is not None and option.takes_value:
-        return _values(option, fragment, vocabulary)
+    option = _open_option(verb, words, fragment)
+    if option is not None:
+        return _left(option, _values(option, fragment, vocabulary), words)
     if fragment.startswith("-"):
         flags = [flag for item in verb.arguments for flag in item.flags if flag.startswith("--")]
         return choose(fragment, [*flags, "--help"])
     place = _place(verb, words)
     if place is None:
         return _field_words(verb, fragment, vocabulary)
-    values = _values(place, fragment, vocabulary)
-    if place.completes == "adapter":
-        given = {word.text for word in words}
-        values = Suggestions(fragment, tuple(word for word in values.words if word not in given))
-    return values
+    return _left(place, _values(place, fragment, vocabulary), words)
 
 
 def complete_body(source: str, line: int, column: int, names: Source) -> Suggestions | None:
@@ -137,8 +133,27 @@ def _values(item: Argument, fragment: str, vocabulary: Vocabulary) -> Suggestion
         "model": vocabulary.models,
         "adapter": vocabulary.adapters,
         "variable": vocabulary.variables,
+        "weight": lambda: [f"{name}=" for name in vocabulary.adapters()],
     }
-    return choose(fragment, sources.get(item.completes, tuple)())
+    return choose(fragment, [*item.words, *sources.get(item.completes, tuple)()])
+
+
+def _left(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggestions:
+    """Without the adapters that are named already."""
+    if item.completes not in ("adapter", "weight"):
+        return values
+    given = {word.text.partition("=")[0] for word in words}
+    return Suggestions(values.fragment, tuple(word for word in values.words if word.rstrip("=") not in given))
+
+
+def _open_option(verb: Verb, words: Sequence[Word], fragment: str) -> Argument | None:
+    """The option whose value comes next: the last word, or one before it that takes several."""
+    for place in range(len(words) - 1, -1, -1):
+        option = _option(verb, words[place].text)
+        if option is not None:
+            last = place == len(words) - 1
+            return option if option.takes_value and (last or (option.many and not fragment.startswith("-"))) else None
+    return None
 
 
 def _option(verb: Verb, word: str) -> Argument | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nbpeft.magics.comparing import tokenizer_source
 from nbpeft.magics.desk import Desk
 from nbpeft.session import Session, StatusReport
 
@@ -21,7 +22,7 @@ def adapters_panel(desk: Desk, name: str | None) -> object:
     desk.session.model(name)
     from nbpeft.widgets import AdaptersPanel
 
-    return AdaptersPanel(desk.session, name, ui=desk.ui)
+    return AdaptersPanel(desk.session, name, ui=desk.ui, tokenizer=tokenizer_source(desk))
 
 
 def show_run(desk: Desk, run: Any, model_name: str) -> None:

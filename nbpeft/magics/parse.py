@@ -22,13 +22,15 @@ class Argument:
     Attributes:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
-        completes: what its value is, for completion: ``adapter``, ``model``, ``variable``,
-            ``path``, ``name`` (a new one), or empty.
+        completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``model``,
+            ``variable``, ``path``, ``name`` (a new one), or empty.
+        words: further values to complete.
     """
 
     flags: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     completes: str = ""
+    words: tuple[str, ...] = ()
 
     @property
     def positional(self) -> bool:
@@ -46,9 +48,9 @@ class Argument:
         return self.options.get("nargs") in ("+", "*")
 
 
-def argument(*flags: str, completes: str = "", **options: Any) -> Argument:
+def argument(*flags: str, completes: str = "", words: tuple[str, ...] = (), **options: Any) -> Argument:
     """An ``Argument``, written as for ``add_argument``."""
-    return Argument(flags, options, completes)
+    return Argument(flags, options, completes, words)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.parse import argument
+from nbpeft.magics.tokenizers import usual_tokenizer
 
 TRAIN_OPTIONS = (
     argument(
@@ -27,8 +28,6 @@ TRAIN_OPTIONS = (
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
 )
 
-_TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
-
 
 def train(options: argparse.Namespace, desk: Desk) -> object:
     """Trains; ``options.fields`` are the training arguments.
@@ -41,7 +40,7 @@ def train(options: argparse.Namespace, desk: Desk) -> object:
     arguments: dict[str, Any] = dict(options.fields)
     data = desk.value(options.data, "--data")
     eval_data = None if options.eval_data is None else desk.value(options.eval_data, "--eval")
-    tokenizer = desk.value(options.tokenizer, "--tokenizer") if options.tokenizer else _usual_tokenizer(desk)
+    tokenizer = desk.value(options.tokenizer, "--tokenizer") if options.tokenizer else usual_tokenizer(desk)
     for name in ("data", "eval_data", "model", "tokenizer", "control", "publish", "run_factory"):
         if name in arguments:
             raise CellError(f"{name} is given in the magic's line, not in the cell")
@@ -52,11 +51,3 @@ def train(options: argparse.Namespace, desk: Desk) -> object:
     if options.adapter is not None:
         desk.session.use(options.adapter, model=model)
     return desk.session.train(model, data, eval_data, tokenizer=tokenizer, **arguments)
-
-
-def _usual_tokenizer(desk: Desk) -> Any:
-    """A tokenizer in a variable of a usual name, so that it need not be named."""
-    for name in _TOKENIZER_NAMES:
-        if callable(found := desk.namespace.get(name)) and hasattr(found, "decode"):
-            return found
-    return None

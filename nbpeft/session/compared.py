@@ -105,8 +105,13 @@ class CompareResult(Result):
         """
         return render.card(title, self.body(against), render.notes(self.notes), aside=self.aside)
 
-    def body(self, against: str | None = None) -> str:
-        """The prompts and answers without a frame."""
+    def body(self, against: str | None = None, *, asked: str = "") -> str:
+        """The prompts and answers without a frame.
+
+        Args:
+            against: title of the column that differences are marked against; the first if left out.
+            asked: a prompt that can be read beside them already.
+        """
         titles = [column.title for column in self.columns]
         place = titles.index(against) if against in titles else 0
         blocks = []
@@ -119,7 +124,8 @@ class CompareResult(Result):
                 bodies.append(body)
                 asides.append(aside)
             words = f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{render.dim(prompt)}</span>'
-            blocks.append(render.line(words) + side_by_side.columns(titles, bodies, asides))
+            head = render.line(words) if prompt != asked else ""
+            blocks.append(head + side_by_side.columns(titles, bodies, asides))
         return "".join(blocks)
 
     def _html(self) -> str:

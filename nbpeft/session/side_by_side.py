@@ -14,6 +14,8 @@ MARK = "rgba(114,183,178,.38)"
 MONO = "var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace)"
 
 _PIECES = re.compile(r"\s+|\w+|[^\w\s]")
+_MOST_IN_A_ROW = 4
+_LEAST_WIDTH = 165
 _UNLIKE = 0.3
 """Share of common words under which marking each difference would mark everything."""
 
@@ -29,11 +31,25 @@ def marked(text: str, reference: str) -> tuple[str, str]:
     new, old = _PIECES.findall(text), _PIECES.findall(reference)
     if _likeness(new, old) < _UNLIKE:
         return escape(text), "differs throughout" if text and reference else ""
-    parts = []
-    for kind, _, _, start, end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+    return "".join(_mark(piece) if changed else escape(piece) for changed, piece in _runs(new, old)), ""
+
+
+def _runs(new: Sequence[str], old: Sequence[str]) -> list[tuple[bool, str]]:
+    """Stretches of the new text and whether each is a change.
+
+    One word alone between two changes counts with them: marks that small are hard to read.
+    """
+    codes = [code for code in SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if code[3] < code[4]]
+    runs: list[tuple[bool, str]] = []
+    for place, (kind, _, _, start, end) in enumerate(codes):
+        beside = codes[max(place - 1, 0)], codes[min(place + 1, len(codes) - 1)]
+        changed = kind != "equal" or (end - start == 1 and all(code[0] != "equal" for code in beside))
         piece = "".join(new[start:end])
-        parts.append(_mark(piece) if kind in ("insert", "replace") else escape(piece))
-    return "".join(parts), ""
+        if runs and runs[-1][0] == changed:
+            runs[-1] = (changed, runs[-1][1] + piece)
+        else:
+            runs.append((changed, piece))
+    return runs
 
 
 def columns(titles: Sequence[str], bodies: Sequence[str], asides: Sequence[str] = ()) -> str:
@@ -45,11 +61,14 @@ def columns(titles: Sequence[str], bodies: Sequence[str], asides: Sequence[str] 
         asides: plain text on the right of each title.
     """
     notes = list(asides) or [""] * len(titles)
+    rows = -(-len(titles) // _MOST_IN_A_ROW)
+    across = -(-len(titles) // max(rows, 1))
     boxes = "".join(_box(*box) for box in zip(titles, bodies, notes, strict=True))
     # The first display is for notebooks that are not trusted, whose sanitizer drops the second.
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:10px;display:grid;'
-        f'grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));margin-top:8px">{boxes}</div>'
+        f"grid-template-columns:repeat(auto-fit,minmax(max(min(100%,{_LEAST_WIDTH}px),"
+        f'(100% - {10 * (across - 1)}px)/{max(across, 1)}),1fr));margin-top:8px">{boxes}</div>'
     )
 
 
@@ -72,7 +91,7 @@ def _box(title: str, body: str, aside: str) -> str:
     )
     return (
         f'<div style="border:1px solid #9e9e9e;border:1px solid {BORDER};border-radius:4px;padding:6px 8px;'
-        f'flex:1 1 230px;min-width:0;min-height:64px;box-sizing:border-box">{head}'
+        f'flex:1 1 {_LEAST_WIDTH}px;min-width:0;min-height:64px;box-sizing:border-box">{head}'
         f'<div style="font-family:monospace;font-family:{MONO};font-size:12px;line-height:1.4;white-space:pre-wrap;'
         f'overflow-wrap:anywhere;max-height:340px;overflow:auto">{body}</div></div>'
     )

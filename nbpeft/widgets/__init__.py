@@ -2,6 +2,9 @@
 
     show_run(run, session, model_name)     a training run, live, with Stop and Pause
     AdaptersPanel(session, model_name)     the adapters of a model, to switch, save and delete
+    ComparePanel(session, model_name)      a prompt, and what base model and adapters answer, side by side
+    BlendPanel(session, model_name)        a slider an adapter, and what the blend answers
+    LiveAnswers()                          answers while a cell runs
     close_all()                            closes what is shown, e.g. when the extension is unloaded
     views                                  states as HTML and text, for everything else
 
@@ -11,12 +14,17 @@ Importing this imports neither torch nor ipywidgets.
 from __future__ import annotations
 
 from nbpeft.widgets.adapters_panel import AdaptersPanel, close_panels
+from nbpeft.widgets.blend_panel import BlendPanel
+from nbpeft.widgets.compare_panel import ComparePanel
+from nbpeft.widgets.live_answers import LiveAnswers
+from nbpeft.widgets.panel import close_answer_panels
 from nbpeft.widgets.training_panel import RunView, close_views, show_run
 
-__all__ = ["AdaptersPanel", "RunView", "close_all", "show_run"]
+__all__ = ["AdaptersPanel", "BlendPanel", "ComparePanel", "LiveAnswers", "RunView", "close_all", "show_run"]
 
 
 def close_all() -> None:
     """Closes every panel and live view of this process; runs go on."""
     close_views()
     close_panels()
+    close_answer_panels()

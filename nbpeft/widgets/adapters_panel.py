@@ -36,10 +36,15 @@ class AdaptersPanel:
         session: Takes the commands, publishes the states.
         model_name: A model of the session; the current one by default.
         ui: How to show it; by default the richest that works here.
+        tokenizer: For the compare and the blend panel that open below: a tokenizer, or a function that
+            gives one; by default the one that the session was given last.
     """
 
-    def __init__(self, session: Session, model_name: str | None = None, *, ui: Ui = "auto") -> None:
+    def __init__(
+        self, session: Session, model_name: str | None = None, *, ui: Ui = "auto", tokenizer: Any = None
+    ) -> None:
         self._session = session
+        self._tokenizer = tokenizer
         self._name = model_name if model_name is not None else session.state.current
         self._ui: Ui = ui
         self._lock = threading.RLock()
@@ -78,6 +83,7 @@ class AdaptersPanel:
         if unsubscribe is not None:
             unsubscribe()
         if parts is not None:
+            parts.drawer.close()
             close_tree(parts.root)
 
     def __repr__(self) -> str:
@@ -103,7 +109,7 @@ class AdaptersPanel:
         if before is not None:
             before.close()
         self._closed = False
-        self._parts = _Parts(self._command)
+        self._parts = _Parts(self._command, self._session, self._name, self._tokenizer)
         _open[key] = self
         self._revision = -1
         self._unsubscribe = self._session.subscribe(self._published)
@@ -162,10 +168,13 @@ class AdaptersPanel:
 class _Parts:
     """The widgets of a panel."""
 
-    def __init__(self, command: Callable[..., None]) -> None:
+    def __init__(self, command: Callable[..., None], session: Session, name: str | None, tokenizer: Any) -> None:
         import ipywidgets
 
         from nbpeft.widgets import panel_parts as parts
+        from nbpeft.widgets.drawer import Drawer
+
+        self.drawer = Drawer(session, name, tokenizer)
 
         self._head = parts.html()
         self._choices = parts.Choices(command)
@@ -178,13 +187,13 @@ class _Parts:
         )
         self.message = parts.Message()
         style = parts.html(f"<style>{styles.PANEL_CSS}</style>", display="none")
+        buttons = ipywidgets.HBox([self._refresh, self.drawer.buttons], layout=ipywidgets.Layout(flex="0 0 auto"))
         foot = ipywidgets.HBox(
-            [self._totals, self._refresh],
+            [self._totals, buttons],
             layout=ipywidgets.Layout(justify_content="space-between", align_items="flex-end"),
         )
-        self.root = ipywidgets.VBox(
-            [style, self._head, self._choices.box, self._rows.box, self._empty, foot, self._memory, self.message.box]
-        )
+        below = [foot, self._memory, self.message.box, self.drawer.slot]
+        self.root = ipywidgets.VBox([style, self._head, self._choices.box, self._rows.box, self._empty, *below])
         self.root.add_class("nbpeft-panel")
 
     def draw(self, model: ModelState | None, name: str | None, busy: str) -> None:
@@ -201,7 +210,8 @@ class _Parts:
         self._choices.draw(model)
         self._rows.draw(model)
         visible = None if model.adapters else "none"
-        self._choices.box.layout.display = self._refresh.layout.display = visible
+        for part in (self._choices.box, self._refresh, self.drawer.buttons):
+            part.layout.display = visible
 
 
 def _notes(result: Any) -> str:

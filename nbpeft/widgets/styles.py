@@ -58,6 +58,7 @@ PANEL_CSS = f"""
 }}
 .nbpeft-panel .nbpeft-small {{ height: 20px; line-height: 18px; padding: 0 3px; margin: 0 0 0 4px; flex: 0 0 auto;
   border: 1px solid {BORDER}; border-radius: 3px; background: {FILL}; color: {TEXT}; }}
+.nbpeft-panel .jupyter-button.nbpeft-small.nbpeft-on {{ border-color: {ACCENT}; color: {ACCENT}; }}
 .nbpeft-panel .nbpeft-danger {{ background: {ERROR}; border-color: {ERROR}; color: #fff; }}
 .nbpeft-panel .nbpeft-bare {{ border-color: transparent; background: transparent; color: {DIM}; text-overflow: clip; }}
 """

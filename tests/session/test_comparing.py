@@ -210,6 +210,8 @@ def test_words_that_differ_are_marked() -> None:
     assert "&lt;prompt&gt;" in html and "&lt;chairs&gt;" in html and "<chairs>" not in html
     assert "one batched pass · 1.9 s" in html
     assert marks(shown("count: 12", "count: 13").html(against="b")) == ["12"]
+    assert marks(shown('"count": 12}', '"count": "12, arr"}')._repr_html_()) == ["&quot;12, arr&quot;"]
+    assert marks(shown("one, two-and-three, four", "one, two-three, four")._repr_html_()) == []
 
 
 def test_an_answer_that_has_nothing_in_common_is_not_marked_all_over() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from nbpeft.errors import CellError, did_you_mean
+from nbpeft.magics.comparing import PANELS, comparing_panel
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.front_end import front_end_checks
 from nbpeft.magics.panels import adapters_panel
@@ -14,14 +16,23 @@ from nbpeft.session import MemoryReport
 
 @verb(
     "panel",
-    "Show the adapters with buttons to switch, save and delete them.",
+    "Show the adapters with buttons to switch, save and delete them; or the panel that compares or blends them.",
+    argument("kind", nargs="?", metavar="PANEL", words=PANELS, completes="model", help=f"one of {', '.join(PANELS)}"),
     argument("name", nargs="?", metavar="MODEL", completes="model", help="the current one if left out"),
+    example="%lora panel compare",
 )
 def panel(options: argparse.Namespace, desk: Desk) -> object:
-    """Shows the adapters panel."""
-    model = desk.chosen(options.name)
-    name = model if isinstance(model, str) else None if model is None else desk.session.watch(model, name=options.name)
-    return adapters_panel(desk, name)
+    """Shows a panel; the word is left out for the adapters, as in ``%lora panel model``."""
+    kind, variable = options.kind or PANELS[0], options.name
+    if kind not in PANELS:
+        if variable is not None:
+            raise CellError(
+                f"%lora panel has no panel {kind!r}.{did_you_mean(kind, PANELS)} It has: {', '.join(PANELS)}"
+            )
+        kind, variable = PANELS[0], kind
+    model = desk.chosen(variable)
+    name = model if isinstance(model, str) else None if model is None else desk.session.watch(model, name=variable)
+    return adapters_panel(desk, name) if kind == PANELS[0] else comparing_panel(desk, kind, name)
 
 
 @verb("memory", "Measure what a model uses, by part.", ON_MODEL)

@@ -1,0 +1,192 @@
+"""Combining adapters, comparing their answers, and swapping one for another in place."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from nbpeft.errors import CellError
+from nbpeft.magics.comparing import comparing_panel, shown_live
+from nbpeft.magics.desk import Desk, is_module
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import ON_MODEL, verb
+from nbpeft.magics.tokenizers import TOKENIZER, chosen_tokenizer
+
+TYPES = (
+    "exact",
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+)
+"""Ways to combine; named here so that completion imports no torch."""
+
+_WEIGHTS = argument(
+    "weights", nargs="+", metavar="NAME=WEIGHT", completes="weight", help="NAME alone weighs 1; - subtracts"
+)
+
+
+@verb(
+    "combine",
+    "Make a new adapter of a weighted sum of others, and say what of it was lost. "
+    "The default, exact, is the true sum of what the adapters add (cut to --rank by a truncated SVD). "
+    "The other types are PEFT's: linear mixes one adapter's A with the other's B and can be far from the sum.",
+    _WEIGHTS,
+    argument("--as", dest="as_name", required=True, metavar="NAME", help="name of the new adapter"),
+    argument("--type", default="exact", metavar="TYPE", words=TYPES, help=f"one of {', '.join(TYPES)}"),
+    argument("--rank", type=int, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
+    argument("--density", type=float, metavar="SHARE", help="share of the entries that ties, dare and prune keep"),
+    argument("--sign", metavar="METHOD", default="total", choices=("total", "frequency"), help="how ties elects signs"),
+    argument("--seed", type=int, metavar="N", help="of the entries that dare drops"),
+    argument("--replace", action="store_true", help="replace an adapter of that name"),
+    ON_MODEL,
+    example="%lora combine orders=0.7 pirate=0.3 --as both",
+)
+def combine(options: argparse.Namespace, desk: Desk) -> object:
+    """Combines adapters."""
+    return desk.session.combine(
+        read_weights(options.weights, "%lora combine"),
+        as_name=options.as_name,
+        type=options.type,
+        rank=options.rank,
+        density=options.density,
+        majority_sign=options.sign,
+        seed=options.seed,
+        replace=options.replace,
+        model=desk.chosen(options.model),
+    )
+
+
+@verb(
+    "compare",
+    "Let all adapters and the base model answer the same prompt, side by side, in one batched pass.",
+    argument("prompt", nargs="?", metavar="PROMPT", help="in quotes"),
+    argument("--prompts", metavar="LIST", completes="variable", help="a variable or expression with several prompts"),
+    argument("--adapters", "-a", nargs="+", metavar="NAME", completes="adapter", help="only these adapters"),
+    argument(
+        "--blend",
+        nargs="+",
+        action="append",
+        metavar="NAME=WEIGHT",
+        completes="weight",
+        help="a weighted sum as one more column; may be given again",
+    ),
+    argument("--tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)"),
+    argument("--no-base", action="store_true", help="leave the base model out"),
+    argument("--raw", action="store_true", help="leave the tokenizer's chat template aside"),
+    argument("--panel", action="store_true", help="show a panel with a box for the prompt"),
+    TOKENIZER,
+    ON_MODEL,
+    example='%lora compare "Order: Ana from Lima needs 12 chairs." --blend orders=0.7 pirate=0.3',
+)
+def compare(options: argparse.Namespace, desk: Desk) -> object:
+    """Compares answers, or shows the panel for it."""
+    model = desk.chosen(options.model)
+    if options.panel:
+        name = model if model is None or isinstance(model, str) else desk.session.watch(model, name=options.model)
+        return comparing_panel(desk, "compare", name, prompt=options.prompt or "", max_new_tokens=options.tokens)
+    prompts: Any = _prompts(options, desk)
+    blends = [read_weights(words, "--blend") for words in options.blend or ()]
+    with shown_live(desk) as show:
+        return desk.session.compare(
+            prompts,
+            adapters=options.adapters,
+            blends=blends,
+            include_base=not options.no_base,
+            max_new_tokens=options.tokens,
+            tokenizer=chosen_tokenizer(desk, options.tokenizer),
+            chat=False if options.raw else None,
+            on_text=show,
+            model=model,
+        )
+
+
+@verb(
+    "swap",
+    "Put a saved adapter in the place of one on the model, checked first and without compiling anew.",
+    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub"),
+    argument("--into", "-i", metavar="NAME", completes="adapter", help="which to replace; the active one if left out"),
+    argument("--check", metavar="PROMPT", help="answer this before and after; numbers that are not finite undo it"),
+    argument(
+        "--validate",
+        metavar="FUNCTION",
+        completes="variable",
+        help="called with the model; False or an exception undoes the swap",
+    ),
+    argument("--tokens", type=int, default=32, metavar="N", help="longest answer to --check (default: 32)"),
+    TOKENIZER,
+    ON_MODEL,
+    example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
+)
+def swap(options: argparse.Namespace, desk: Desk) -> object:
+    """Swaps an adapter."""
+    validate = None if options.validate is None else desk.value(options.validate, "--validate")
+    if validate is not None and not callable(validate):
+        raise CellError(f"--validate: {options.validate!r} is no function")
+    model = desk.chosen(options.model)
+    return desk.session.swap(
+        options.path,
+        into=options.into,
+        validate=validate,
+        check_prompt=options.check,
+        max_new_tokens=options.tokens,
+        tokenizer=None if options.check is None else chosen_tokenizer(desk, options.tokenizer),
+        model=_compiled_over(model, desk),
+    )
+
+
+def read_weights(words: Sequence[str], what: str) -> dict[str, float]:
+    """``a=0.7 b`` as ``{"a": 0.7, "b": 1.0}``.
+
+    Raises:
+        CellError: a word is no ``name=number``, or names an adapter again.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.rpartition("=") if "=" in word else (word, "", "1")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise CellError(f"{what}: {word!r} is no name=weight, e.g. {name or 'orders'}=0.7")
+        if name in weights:
+            raise CellError(f"{what}: {name!r} is given twice")
+        weights[name] = weight
+    return weights
+
+
+def _prompts(options: argparse.Namespace, desk: Desk) -> Any:
+    if (options.prompt is None) == (options.prompts is None):
+        raise CellError('%lora compare needs a prompt in quotes: %lora compare "…" (or --prompts LIST, or --panel)')
+    if options.prompts is None:
+        return options.prompt
+    found = desk.value(options.prompts, "--prompts")
+    if isinstance(found, str):
+        return found
+    try:
+        return list(found)
+    except TypeError:
+        raise CellError(f"--prompts: {options.prompts!r} is no list of prompts") from None
+
+
+def _compiled_over(model: Any, desk: Desk) -> Any:
+    """The compiled form of a model where a variable holds one, so that the swap keeps what is compiled."""
+    name = model if isinstance(model, str) else None
+    if model is not None and name is None:
+        return model
+    handle = desk.session.model(name)
+    inner = (handle, handle.get_base_model())
+    for key, value in list(desk.namespace.items()):
+        if not key.startswith("_") and is_module(value) and getattr(value, "_orig_mod", None) in inner:
+            return value
+    return model

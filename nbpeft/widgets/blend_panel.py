@@ -1,0 +1,196 @@
+"""Blend: a slider for each adapter and the answer of their weighted sum, which follows the sliders.
+
+    slider ──> a moment's wait ──> worker thread ──> session.compare(blends=…) ──> one HTML widget
+
+The exact sum is heard without a new adapter: every adapter runs with its own factor, for this answer
+alone. What has to be computed first (TIES, DARE) is answered by the button, and saved by the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nbpeft.errors import NbpeftError
+from nbpeft.session import render
+from nbpeft.session.compared import Column, CompareResult
+from nbpeft.state import ModelState
+from nbpeft.widgets import views
+from nbpeft.widgets.environment import Ui
+from nbpeft.widgets.panel import AnswerPanel
+from nbpeft.widgets.worker import Stopped
+
+if TYPE_CHECKING:
+    from nbpeft.session import Session
+    from nbpeft.widgets.blend_parts import BlendParts
+
+EXACT = "exact"
+DEBOUNCE = 0.35
+"""Seconds that the sliders rest before an answer begins."""
+
+AT_ZERO = "Every slider is at 0: move one."
+SEED = 0
+"""Of what DARE drops: the adapter that is saved is the one that was heard."""
+
+
+class BlendPanel(AnswerPanel):
+    """A slider an adapter, the answer of the blend beside the base model's, and a way to keep it.
+
+    Args:
+        session: Takes the commands, publishes the states.
+        model_name: A model of the session; the current one by default.
+        ui: How to show it; by default the richest that works here.
+        tokenizer: A tokenizer, or a function that gives one; by default the one given last.
+        prompt: To begin with.
+        max_new_tokens: Longest answer to begin with.
+    """
+
+    kind: ClassVar[str] = "blend"
+
+    def __init__(
+        self,
+        session: Session,
+        model_name: str | None = None,
+        *,
+        ui: Ui = "auto",
+        tokenizer: Any = None,
+        prompt: str = "",
+        max_new_tokens: int = 48,
+    ) -> None:
+        super().__init__(session, model_name, ui=ui, tokenizer=tokenizer)
+        self._prompt, self._tokens = prompt, max_new_tokens
+        self._result: CompareResult | None = None
+        self._base: tuple[tuple[str, int], Column] | None = None
+
+    @property
+    def result(self) -> CompareResult | None:
+        """The last answers."""
+        return self._result
+
+    def _build(self) -> Any:
+        from nbpeft.widgets.blend_parts import BlendParts
+
+        return BlendParts(self._command, self._prompt, self._tokens)
+
+    def _text(self) -> str:
+        if self._result is None:
+            return f"blend {self._name}: no answer yet."
+        return f"blend {self._name}: {self._result.columns[-1].title}; {self._result.aside}."
+
+    def _card(self, hint: str) -> str:
+        model = self._model()
+        if model is None:
+            return render.card("blend", render.line(render.dim(views.missing_model(self._name))), hint)
+        if self._result is None:
+            names = ", ".join(item.name for item in model.adapters) or "none"
+            return render.card("blend", render.line(render.dim(f"No answer yet. Adapters: {names}.")), hint)
+        return render.card("blend", self._result.body(), hint, aside=self._result.aside)
+
+    def _draw(self, model: ModelState | None, missing: str) -> None:
+        if model is None:
+            self._base = None
+        if self._parts is not None:
+            self._parts.draw(model, missing)
+
+    # Commands
+
+    def _run(self, *command: Any) -> str:
+        parts: BlendParts | None = self._parts
+        if parts is None:
+            return ""
+        what = command[0]
+        if what == "moved":
+            return self._moved(parts)
+        if what == "run":
+            self._ask(parts, delay=0.0)
+        elif what == "stop":
+            self._worker.stop()
+        elif what == "save":
+            return self._save(parts)
+        return ""
+
+    def _moved(self, parts: BlendParts) -> str:
+        """A slider or a setting moved: the exact sum is answered anew, others wait for the button."""
+        if not parts.question.prompt:
+            return ""
+        if not parts.weights:
+            self._worker.stop()
+            return AT_ZERO
+        if parts.type == EXACT:
+            self._ask(parts, delay=DEBOUNCE)
+            return ""
+        self._worker.stop()
+        return f"Answer computes {parts.type} for these weights; only the exact sum follows the sliders."
+
+    def _ask(self, parts: BlendParts, *, delay: float) -> None:
+        prompt, tokens, weights = parts.question.prompt, parts.tokens, parts.weights
+        if not prompt:
+            raise NbpeftError("Write a prompt first.")
+        if self._model() is None:
+            raise NbpeftError(views.missing_model(self._name))
+        _require(weights)
+        self._prompt = prompt
+        known = self._base is not None and self._base[0] == (prompt, tokens)
+        options: dict[str, Any] = {
+            "include_base": not known,
+            "max_new_tokens": tokens,
+            "tokenizer": self._source(),
+            "model": self._name,
+        }
+        kind, density = parts.type, parts.density
+        parts.question.running(True)
+        parts.frame.head("answering …", running=True)
+        if kind == EXACT:
+            options.update(adapters=[], blends=[weights])
+            self._worker.submit(lambda stopped: self._answer(self._session.compare, (prompt,), options, stopped), delay)
+        else:
+            options.update(type=kind, density=density, seed=SEED)
+            trial = self._session.try_combination
+            self._worker.submit(lambda stopped: self._answer(trial, (weights, prompt), options, stopped), delay)
+
+    def _answer(self, ask: Any, arguments: tuple[Any, ...], options: dict[str, Any], stopped: Stopped) -> None:
+        """The worker's part."""
+        key = (self._prompt, options["max_new_tokens"])
+
+        def act() -> str:
+            try:
+                result = ask(*arguments, on_text=self._answered, should_stop=stopped, **options)
+                if options["include_base"] and result.status == "finished":
+                    self._base = (key, result.columns[0])
+                if not self._worker.waiting:
+                    self._answered(result)
+                return " ".join(result.notes)
+            finally:
+                self._ended()
+
+        self._guarded(act)
+
+    def _answered(self, result: CompareResult) -> None:
+        if len(result.columns) == 1 and self._base is not None:
+            result = dataclasses.replace(result, columns=(self._base[1], *result.columns))
+        self._result = result
+        with self._lock:
+            if self._parts is not None:
+                self._parts.show(result)
+
+    def _ended(self) -> None:
+        with self._lock:
+            if self._parts is not None and not self._worker.waiting:
+                self._parts.question.running(False)
+                self._parts.frame.head("" if self._result is None else self._result.aside)
+
+    def _save(self, parts: BlendParts) -> str:
+        name, weights = parts.name, parts.weights
+        if not name:
+            raise NbpeftError("Give the new adapter a name.")
+        _require(weights)
+        options: dict[str, Any] = {"rank": parts.rank} if parts.type == EXACT else {"density": parts.density}
+        self._worker.stop()
+        self._worker.wait(5.0)
+        made = self._session.combine(weights, as_name=name, type=parts.type, seed=SEED, model=self._name, **options)
+        return str(made)
+
+
+def _require(weights: dict[str, float]) -> None:
+    if not weights:
+        raise NbpeftError(AT_ZERO)

@@ -1,0 +1,185 @@
+"""Widgets of the blend panel."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import ipywidgets
+
+from nbpeft.errors import NbpeftError
+from nbpeft.session.compared import CompareResult
+from nbpeft.state import ModelState
+from nbpeft.widgets import views
+from nbpeft.widgets.answer_parts import Frame, Question, action_button, field_layout, pair
+from nbpeft.widgets.lifetime import close_tree, weakly
+from nbpeft.widgets.panel_parts import Command, html
+
+TYPES = (
+    ("exact sum", "exact"),
+    ("TIES", "ties"),
+    ("TIES on deltas", "ties_svd"),
+    ("DARE", "dare_linear"),
+    ("DARE on deltas", "dare_linear_svd"),
+    ("DARE + TIES", "dare_ties"),
+    ("DARE + TIES on deltas", "dare_ties_svd"),
+)
+LOW, HIGH, STEP = -1.0, 1.5, 0.05
+
+
+class Slider:
+    """The weight of one adapter.
+
+    Args:
+        name: The adapter.
+        value: To begin with.
+        command: Called with ``moved``.
+    """
+
+    def __init__(self, name: str, value: float, command: Command) -> None:
+        self._label = html(
+            f'<span title="{escape(name)}" style="white-space:nowrap;overflow:hidden;text-overflow:ellipsis;'
+            f'display:block">{escape(name)}</span>',
+            flex="0 0 130px",
+            width="130px",
+        )
+        self._slider = ipywidgets.FloatSlider(
+            value=min(max(value, LOW), HIGH),
+            min=LOW,
+            max=HIGH,
+            step=STEP,
+            readout_format=".2f",
+            layout=ipywidgets.Layout(flex="1 1 auto", width="auto", margin="0"),
+        )
+        self._slider.observe(weakly(command, "moved"), names="value")
+        self.box = ipywidgets.HBox(
+            [self._label, self._slider], layout=ipywidgets.Layout(width="100%", align_items="center")
+        )
+
+    @property
+    def weight(self) -> float:
+        """Where it stands."""
+        return round(float(self._slider.value), 4)
+
+
+class BlendParts:
+    """The widgets of the panel.
+
+    Args:
+        command: Called with ``moved``, ``run``, ``stop`` or ``save``.
+        prompt: To begin with.
+        tokens: Longest answer to begin with.
+    """
+
+    def __init__(self, command: Command, prompt: str, tokens: int) -> None:
+        self._command = command
+        self._sliders: dict[str, Slider] = {}
+        self.question = Question(command, prompt, "Answer")
+        self._rows = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%"))
+        self._settings = self._make_settings(command, tokens)
+        self._save = self._make_save(command)
+        self.frame = Frame("blend", self.question.box, self._rows, self._settings)
+        children = list(self.frame.root.children)
+        self.frame.root.children = (*children[:-1], self._save, children[-1])
+        self.root, self.message = self.frame.root, self.frame.message
+
+    def _make_settings(self, command: Command, tokens: int) -> Any:
+        self._type = ipywidgets.Dropdown(options=TYPES, value="exact", layout=field_layout("170px"))
+        self._type.observe(weakly(self._type_chosen), names="value")
+        self._density = ipywidgets.BoundedFloatText(
+            value=0.5, min=0.05, max=1.0, step=0.05, layout=field_layout("66px")
+        )
+        self._density.observe(weakly(command, "moved"), names="value")
+        self._tokens = ipywidgets.BoundedIntText(value=tokens, min=1, max=4096, step=16, layout=field_layout("76px"))
+        self._density_pair = pair("density", self._density)
+        self._density_pair.layout.display = "none"
+        box = ipywidgets.HBox(
+            [pair("combined by", self._type), self._density_pair, pair("tokens", self._tokens)],
+            layout=ipywidgets.Layout(width="100%", margin="6px 0 0 0"),
+        )
+        box.add_class("nbpeft-settings")
+        return box
+
+    def _make_save(self, command: Command) -> Any:
+        self._name = ipywidgets.Text(value="blend", placeholder="name", layout=field_layout("150px"))
+        self._rank = ipywidgets.Text(value="", placeholder="all", layout=field_layout("52px"))
+        self._rank_pair = pair("rank", self._rank)
+        button = action_button("Save as adapter", "Make an adapter of this blend", "124px", weakly(command, "save"))
+        box = ipywidgets.HBox(
+            [pair("name", self._name), self._rank_pair, button],
+            layout=ipywidgets.Layout(width="100%", margin="10px 0 0 0"),
+        )
+        box.add_class("nbpeft-settings")
+        return box
+
+    # What the widgets say
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Adapter -> weight, those at 0 left out."""
+        return {name: slider.weight for name, slider in self._sliders.items() if slider.weight}
+
+    @property
+    def type(self) -> str:
+        """How to combine."""
+        return str(self._type.value)
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that TIES and DARE keep."""
+        return float(self._density.value)
+
+    @property
+    def tokens(self) -> int:
+        """Longest answer."""
+        return int(self._tokens.value)
+
+    @property
+    def name(self) -> str:
+        """Of the new adapter."""
+        return str(self._name.value).strip()
+
+    @property
+    def rank(self) -> int | None:
+        """Of the new adapter; None: as large as it takes.
+
+        Raises:
+            NbpeftError: it is no number.
+        """
+        text = str(self._rank.value).strip()
+        if text in ("", "all"):
+            return None
+        if not text.isdecimal() or int(text) == 0:
+            raise NbpeftError(f"The rank is {text!r}, expected a whole number, or nothing to lose nothing.")
+        return int(text)
+
+    # What they show
+
+    def draw(self, model: ModelState | None, missing: str) -> None:
+        """A slider for each adapter; those that stayed keep their place."""
+        names = [item.name for item in model.adapters] if model is not None else []
+        if names != list(self._sliders):
+            old, first = self._sliders, not self._sliders
+            acts = model.active if model is not None else ()
+            self._sliders = {
+                name: old.get(name) or Slider(name, float(first and name in acts), self._command) for name in names
+            }
+            self._rows.children = tuple(slider.box for slider in self._sliders.values())
+            for name in old.keys() - self._sliders.keys():
+                close_tree(old[name].box)
+        if missing:
+            self.frame.answers.value = views.panel_note(missing)
+        elif not names:
+            self.frame.answers.value = views.panel_note("No adapters to blend yet.")
+
+    def show(self, result: CompareResult) -> None:
+        """Shows the answers."""
+        running = result.status == "running"
+        self.frame.head("answering …" if running else result.aside, running=running)
+        self.frame.answers.value = result.body(asked=self.question.prompt)
+
+    def _type_chosen(self) -> None:
+        exact = self.type == "exact"
+        self._density_pair.layout.display = "none" if exact else None
+        self._rank_pair.layout.display = None if exact else "none"
+        self._command("moved")

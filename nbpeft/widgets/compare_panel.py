@@ -1,0 +1,196 @@
+"""Compare: a prompt, and what the base model and the adapters answer, side by side while it comes.
+
+click ──> worker thread ──> session.compare ── answers so far ──> one HTML widget
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nbpeft.errors import NbpeftError
+from nbpeft.session import render
+from nbpeft.session.compared import BASE, CompareResult
+from nbpeft.state import ModelState
+from nbpeft.widgets import views
+from nbpeft.widgets.environment import Ui
+from nbpeft.widgets.lifetime import weakly
+from nbpeft.widgets.panel import AnswerPanel
+from nbpeft.widgets.worker import Stopped
+
+if TYPE_CHECKING:
+    from nbpeft.session import Session
+
+NOTHING_YET = "No answers yet."
+
+
+class ComparePanel(AnswerPanel):
+    """A prompt box, the adapters as columns, and the words marked in which answers differ.
+
+    Args:
+        session: Takes the commands, publishes the states.
+        model_name: A model of the session; the current one by default.
+        ui: How to show it; by default the richest that works here.
+        tokenizer: A tokenizer, or a function that gives one; by default the one given last.
+        prompt: To begin with.
+        max_new_tokens: Longest answer to begin with.
+    """
+
+    kind: ClassVar[str] = "compare"
+
+    def __init__(
+        self,
+        session: Session,
+        model_name: str | None = None,
+        *,
+        ui: Ui = "auto",
+        tokenizer: Any = None,
+        prompt: str = "",
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__(session, model_name, ui=ui, tokenizer=tokenizer)
+        self._prompt, self._tokens = prompt, max_new_tokens
+        self._left_out: set[str] = set()
+        self._result: CompareResult | None = None
+
+    @property
+    def result(self) -> CompareResult | None:
+        """The last answers."""
+        return self._result
+
+    def _build(self) -> Any:
+        return _Parts(self._command, self._prompt, self._tokens)
+
+    def _text(self) -> str:
+        if self._result is None:
+            return f"compare {self._name}: {NOTHING_YET}"
+        titles = ", ".join(column.title for column in self._result.columns)
+        return f"compare {self._name}: {titles}; {self._result.aside}."
+
+    def _card(self, hint: str) -> str:
+        if self._result is None:
+            model = self._model()
+            names = ", ".join(item.name for item in model.adapters) if model is not None else ""
+            words = f"{NOTHING_YET} Adapters: {names}." if names else views.missing_model(self._name)
+            return render.card("compare", render.line(render.dim(words)), hint, aside=self._name or "")
+        return render.card("compare", self._result.body(), hint, aside=self._result.aside)
+
+    def _run(self, *command: Any) -> str:
+        parts = self._parts
+        if parts is None:
+            return ""
+        what = command[0]
+        if what == "pick":
+            self._left_out ^= {command[1]}
+            self._draw(self._model(), "")
+        elif what == "stop":
+            self._worker.stop()
+        elif what == "against":
+            self._show()
+        elif what == "run":
+            self._ask(parts)
+        return ""
+
+    def _ask(self, parts: _Parts) -> None:
+        model = self._model()
+        if model is None:
+            raise NbpeftError(views.missing_model(self._name))
+        prompt, tokens = parts.question.prompt, parts.tokens
+        if not prompt:
+            raise NbpeftError("Write a prompt first.")
+        names = [item.name for item in model.adapters if item.name not in self._left_out]
+        options: dict[str, Any] = {
+            "adapters": names,
+            "include_base": BASE not in self._left_out,
+            "max_new_tokens": tokens,
+            "tokenizer": self._source(),
+        }
+        self._prompt = prompt
+        self._running(True)
+        self._worker.submit(lambda stopped: self._answer(prompt, options, stopped))
+
+    def _answer(self, prompt: str, options: dict[str, Any], stopped: Stopped) -> None:
+        """The worker's part."""
+
+        def act() -> str:
+            try:
+                result = self._session.compare(
+                    prompt, model=self._name, on_text=self._answered, should_stop=stopped, **options
+                )
+                self._answered(result)
+                return " ".join(result.notes)
+            finally:
+                self._running(False)
+
+        self._guarded(act)
+
+    def _answered(self, result: CompareResult) -> None:
+        self._result = result
+        self._show()
+
+    def _running(self, running: bool) -> None:
+        with self._lock:
+            if self._parts is None:
+                return
+            self._parts.question.running(running)
+            if running:
+                self._parts.frame.head("answering …", running=True)
+            else:
+                self._show()
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._parts is not None and self._result is not None:
+                self._parts.show(self._result)
+
+    def _draw(self, model: ModelState | None, missing: str) -> None:
+        if self._parts is not None:
+            self._parts.draw(model, missing, self._left_out)
+
+
+class _Parts:
+    """The widgets of the panel."""
+
+    def __init__(self, command: Any, prompt: str, tokens: int) -> None:
+        import ipywidgets
+
+        from nbpeft.widgets import answer_parts as parts
+
+        self.question = parts.Question(command, prompt, "Compare")
+        self._picks = parts.Picks(command)
+        self._tokens = ipywidgets.BoundedIntText(
+            value=tokens, min=1, max=4096, step=16, layout=parts.field_layout("76px")
+        )
+        self._against = ipywidgets.Dropdown(options=[BASE], value=BASE, layout=parts.field_layout("130px"))
+        self._against.observe(weakly(command, "against"), names="value")
+        self._marks = parts.pair("marked against", self._against)
+        self._settings = ipywidgets.HBox(
+            [self._picks.box, parts.pair("tokens", self._tokens), self._marks],
+            layout=ipywidgets.Layout(width="100%"),
+        )
+        self._settings.add_class("nbpeft-settings")
+        self.frame = parts.Frame("compare", self.question.box, self._settings)
+        self.root, self.message = self.frame.root, self.frame.message
+
+    @property
+    def tokens(self) -> int:
+        """Longest answer."""
+        return int(self._tokens.value)
+
+    def draw(self, model: ModelState | None, missing: str, left_out: set[str]) -> None:
+        """Shows which columns there are."""
+        names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
+        self._picks.draw(names, [name for name in names if name not in left_out])
+        if missing:
+            self.frame.answers.value = views.panel_note(missing)
+
+    def show(self, result: CompareResult) -> None:
+        """Shows answers, marked against the chosen column."""
+        titles = [column.title for column in result.columns]
+        if list(self._against.options) != titles:
+            chosen = self._against.value
+            self._against.options = titles
+            self._against.value = chosen if chosen in titles else titles[0]
+        self._marks.layout.display = None if len(titles) > 2 else "none"
+        running = result.status == "running"
+        self.frame.head("answering …" if running else result.aside, running=running)
+        self.frame.answers.value = result.body(self._against.value, asked=self.question.prompt)

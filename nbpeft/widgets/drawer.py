@@ -1,0 +1,69 @@
+"""The buttons of the adapters panel that open the compare and the blend panel below it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+
+from nbpeft.widgets.blend_panel import BlendPanel
+from nbpeft.widgets.compare_panel import ComparePanel
+from nbpeft.widgets.lifetime import weakly
+from nbpeft.widgets.panel_parts import mark, small_button
+
+if TYPE_CHECKING:
+    from nbpeft.session import Session
+    from nbpeft.widgets.panel import AnswerPanel
+
+_KINDS: dict[str, tuple[type[AnswerPanel], str]] = {
+    "compare": (ComparePanel, "Let the base model and the adapters answer the same prompt"),
+    "blend": (BlendPanel, "Mix adapters with sliders and hear what they answer"),
+}
+
+
+class Drawer:
+    """Two buttons, and a place below that holds at most one of the panels.
+
+    Args:
+        session: Of the panel.
+        model_name: Of the panel.
+        tokenizer: A tokenizer, or a function that gives one.
+    """
+
+    def __init__(self, session: Session, model_name: str | None, tokenizer: Any) -> None:
+        self._session, self._name, self._tokenizer = session, model_name, tokenizer
+        self._panel: AnswerPanel | None = None
+        self._buttons = {
+            kind: small_button(kind, words, "62px", weakly(self._toggle, kind)) for kind, (_, words) in _KINDS.items()
+        }
+        self.buttons = ipywidgets.HBox(list(self._buttons.values()), layout=ipywidgets.Layout(flex="0 0 auto"))
+        self.slot = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%", overflow="visible"))
+
+    @property
+    def panel(self) -> AnswerPanel | None:
+        """The panel that is open."""
+        return self._panel
+
+    def close(self) -> None:
+        """Closes the panel that is open."""
+        panel, self._panel = self._panel, None
+        self.slot.children = ()
+        if panel is not None:
+            panel.close()
+        self._mark()
+
+    def _toggle(self, kind: str) -> None:
+        # One that is shown elsewhere by now was closed here: the button brings it back.
+        shown = self._panel is not None and self._panel.kind == kind and not self._panel.closed
+        self.close()
+        if shown:
+            return
+        self._panel = _KINDS[kind][0](self._session, self._name, ui="widgets", tokenizer=self._tokenizer)
+        root = self._panel.widget
+        root.add_class("nbpeft-inner")
+        self.slot.children = (root,)
+        self._mark()
+
+    def _mark(self) -> None:
+        for kind, button in self._buttons.items():
+            mark(button, "nbpeft-on", self._panel is not None and self._panel.kind == kind)

@@ -1,0 +1,42 @@
+"""Answers while a cell runs: HTML pushed into one output, which is emptied when the result stands below it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.widgets.environment import Ui, shown_as
+
+if TYPE_CHECKING:
+    from nbpeft.session.compared import CompareResult
+
+HINT = "Interrupting the kernel keeps the answers so far."
+
+
+class LiveAnswers:
+    """Draws the answers so far in the running cell.
+
+    Args:
+        ui: How to show them; as text they are not shown before they stand.
+    """
+
+    def __init__(self, *, ui: Ui = "auto") -> None:
+        self._silent = shown_as(ui) == "text"
+        self._output: Any = None
+
+    def draw(self, result: CompareResult) -> None:
+        """Shows the answers so far."""
+        if self._silent:
+            return
+        bundle = {"text/html": result.html(), "text/plain": f"{HINT}"}
+        if self._output is None:
+            from IPython.display import display
+
+            self._output = display(bundle, raw=True, display_id=True)
+        else:
+            self._output.update(bundle, raw=True)
+
+    def close(self) -> None:
+        """Takes them away again."""
+        output, self._output = self._output, None
+        if output is not None:
+            output.update({"text/html": "", "text/plain": ""}, raw=True)

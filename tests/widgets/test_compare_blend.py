@@ -1,0 +1,363 @@
+"""The compare and the blend panel: answers come while they come, the session decides, nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import ipywidgets
+import pytest
+
+from nbpeft.errors import AdapterError, BusyError
+from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel, LiveAnswers, close_all, panel
+from nbpeft.widgets.blend_panel import DEBOUNCE
+from nbpeft.widgets.environment import WIDGET_VIEW
+from nbpeft.widgets.worker import Worker
+from tests.widgets.answering import ANSWERS, BLENDED, TOKENIZER, AnsweringSession
+from tests.widgets.support import Output, live_widgets
+from tests.widgets.test_adapters_panel import walk
+
+pytestmark = pytest.mark.usefixtures("no_widget_stays")
+
+PROMPT = "Order: Ana from Lima needs 12 chairs."
+
+
+@pytest.fixture
+def session() -> AnsweringSession:
+    return AnsweringSession()
+
+
+@pytest.fixture
+def compare(session: Any) -> Iterator[ComparePanel]:
+    made = ComparePanel(session, "model", ui="widgets", tokenizer=TOKENIZER, prompt=PROMPT)
+    assert made.widget is not None
+    yield made
+    made.close()
+    assert made.wait()
+
+
+@pytest.fixture
+def blend(session: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[BlendPanel]:
+    monkeypatch.setattr("nbpeft.widgets.blend_panel.DEBOUNCE", 0.05)
+    made = BlendPanel(session, "model", ui="widgets", prompt=PROMPT)
+    assert made.widget is not None
+    yield made
+    made.close()
+    assert made.wait()
+
+
+def parts(shown: Any, kind: type) -> list[Any]:
+    return [part for part in walk(shown.widget) if isinstance(part, kind)]
+
+
+def button(shown: Any, label: str) -> Any:
+    found = [part for part in parts(shown, ipywidgets.Button) if part.description == label]
+    assert found, [part.description for part in parts(shown, ipywidgets.Button)]
+    return found[0]
+
+
+def labels(shown: Any) -> list[str]:
+    return [part.description for part in parts(shown, ipywidgets.Button)]
+
+
+def text(shown: Any) -> str:
+    return "\n".join(part.value for part in parts(shown, ipywidgets.HTML))
+
+
+def slider(shown: Any, place: int) -> Any:
+    return parts(shown, ipywidgets.FloatSlider)[place]
+
+
+def press(shown: Any, label: str) -> None:
+    button(shown, label).click()
+    assert shown.wait(10)
+
+
+# Compare
+
+
+def test_the_base_and_all_adapters_answer(compare: ComparePanel, session: AnsweringSession) -> None:
+    press(compare, "Compare")
+    assert session.commands == [("compare", PROMPT, ("orders", "pirate", "sql"), True)]
+    shown = text(compare)
+    assert "chairs for her ship!" in shown and "differs throughout" in shown
+    assert "one batched pass" in shown
+    assert compare.result is not None and list(compare.result.answers) == ["base", "orders", "pirate", "sql"]
+    assert "Stop" not in labels(compare)
+
+
+def test_columns_can_be_left_out(compare: ComparePanel, session: AnsweringSession) -> None:
+    button(compare, "sql").click()
+    button(compare, "base").click()
+    session.publish()
+    marked = [part.description for part in parts(compare, ipywidgets.Button) if "nbpeft-on" in part._dom_classes]
+    assert marked == ["orders", "pirate"]
+    press(compare, "Compare")
+    assert session.commands == [("compare", PROMPT, ("orders", "pirate"), False)]
+    button(compare, "sql").click()
+    press(compare, "Compare")
+    assert session.commands[-1] == ("compare", PROMPT, ("orders", "pirate", "sql"), False)
+
+
+def test_answers_come_from_a_thread_and_can_be_stopped(compare: ComparePanel, session: AnsweringSession) -> None:
+    session.go.clear()
+    button(compare, "Compare").click()
+    assert "Stop" in labels(compare) and "Compare" not in labels(compare)
+    assert "answering …" in text(compare)
+    button(compare, "Stop").click()
+    session.go.set()
+    assert compare.wait(10)
+    assert session.threads == ["nbpeft-answers"]
+    assert compare.result is not None and compare.result.status == "stopped"
+    assert "stopped" in text(compare)
+    assert "Compare" in labels(compare)
+
+
+def test_words_are_marked_against_the_chosen_column(compare: ComparePanel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ANSWERS, "pirate", BLENDED)
+    press(compare, "Compare")
+    (against,) = parts(compare, ipywidgets.Dropdown)
+    assert (against.value, list(against.options)) == ("base", ["base", "orders", "pirate", "sql"])
+    assert "background:rgba(114" not in text(compare)
+    against.value = "orders"
+    assert 'border-radius:2px">&quot;12, arr&quot;</span>' in text(compare)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AdapterError("a tokenizer is <needed>"), "a tokenizer is &lt;needed&gt;"),
+        (RuntimeError("no room"), "RuntimeError: no room"),
+        (BusyError("busy: training"), "busy: training"),
+    ],
+)
+def test_errors_are_shown_in_the_panel(
+    compare: ComparePanel, session: AnsweringSession, error: Exception, words: str
+) -> None:
+    session.error = error
+    press(compare, "Compare")
+    assert words in text(compare)
+    assert "Compare" in labels(compare)
+    session.error = None
+    press(compare, "Compare")
+    assert words not in text(compare)
+
+
+def test_no_prompt_is_said_and_asks_nothing(compare: ComparePanel, session: AnsweringSession) -> None:
+    parts(compare, ipywidgets.Textarea)[0].value = "  "
+    press(compare, "Compare")
+    assert "Write a prompt first." in text(compare)
+    assert session.commands == []
+
+
+def test_new_adapters_become_columns(compare: ComparePanel, session: AnsweringSession) -> None:
+    session.combine({"orders": 1}, as_name="new", type="exact", seed=0, model="model")
+    assert "new" in labels(compare)
+    session.delete("pirate", model="model")
+    assert "pirate" not in labels(compare)
+
+
+def test_a_model_that_is_gone_is_said(compare: ComparePanel, session: AnsweringSession) -> None:
+    session.models.clear()
+    session.publish()
+    assert "There is no model &#x27;model&#x27; any more" in text(compare)
+    press(compare, "Compare")
+    assert session.commands == []
+
+
+# Blend
+
+
+def test_sliders_begin_with_what_acts(blend: BlendPanel) -> None:
+    assert [part.value for part in parts(blend, ipywidgets.FloatSlider)] == [1.0, 0.0, 0.0]
+
+
+def test_the_exact_sum_follows_the_sliders_without_a_new_adapter(blend: BlendPanel, session: AnsweringSession) -> None:
+    for value in (0.2, 0.3, 0.4):
+        slider(blend, 1).value = value
+    assert blend.wait(10)
+    assert session.commands == [("compare", PROMPT, (), True, {"orders": 1.0, "pirate": 0.4})]
+    slider(blend, 0).value = 0.6
+    assert blend.wait(10)
+    assert session.commands[1:] == [("compare", PROMPT, (), False, {"orders": 0.6, "pirate": 0.4})]
+    assert blend.result is not None
+    assert list(blend.result.answers) == ["base", "orders + pirate (0.6 / 0.4)"]
+    assert "I am happy to help you" in text(blend)
+    parts(blend, ipywidgets.Textarea)[0].value = "Another"
+    press(blend, "Answer")
+    assert session.commands[-1] == ("compare", "Another", (), True, {"orders": 0.6, "pirate": 0.4})
+
+
+def test_a_move_stops_the_answer_that_runs(blend: BlendPanel, session: AnsweringSession) -> None:
+    session.go.clear()
+    button(blend, "Answer").click()
+    while not session.threads:
+        time.sleep(0.01)
+    slider(blend, 1).value = 0.5
+    session.go.set()
+    assert blend.wait(10)
+    assert len(session.commands) == 2
+    assert blend.result is not None and blend.result.status == "finished"
+    assert blend.result.columns[-1].title == "orders + pirate (1 / 0.5)"
+
+
+def test_ties_waits_for_the_button(blend: BlendPanel, session: AnsweringSession) -> None:
+    (kind,) = parts(blend, ipywidgets.Dropdown)
+    kind.value = "ties"
+    slider(blend, 1).value = 0.5
+    assert blend.wait(10)
+    assert session.commands == []
+    assert "only the exact sum follows the sliders" in text(blend)
+    press(blend, "Answer")
+    assert session.commands == [("try", PROMPT, {"orders": 1.0, "pirate": 0.5}, "ties", 0.5, True)]
+
+
+def test_a_blend_is_saved_as_an_adapter(blend: BlendPanel, session: AnsweringSession) -> None:
+    slider(blend, 1).value = 0.5
+    assert blend.wait(10)
+    name, rank = parts(blend, ipywidgets.Text)
+    name.value, rank.value = " both ", "8"
+    button(blend, "Save as adapter").click()
+    assert session.commands[-1] == ("combine", {"orders": 1.0, "pirate": 0.5}, "both", "exact", {"rank": 8})
+    assert "made &#x27;both&#x27;" in text(blend)
+    assert [part.value for part in parts(blend, ipywidgets.FloatSlider)] == [1.0, 0.5, 0.0, 0.0]
+    button(blend, "Save as adapter").click()
+    assert "has an adapter &#x27;both&#x27; already" in text(blend)
+    parts(blend, ipywidgets.Dropdown)[0].value = "dare_ties"
+    parts(blend, ipywidgets.BoundedFloatText)[0].value = 0.3
+    name.value = "d"
+    button(blend, "Save as adapter").click()
+    assert session.commands[-1][1:] == ({"orders": 1.0, "pirate": 0.5}, "d", "dare_ties", {"density": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "words"), [("", "", "a name"), ("x", "many", "whole number"), ("x", "0", "rank")]
+)
+def test_what_cannot_be_saved_is_said(
+    blend: BlendPanel, session: AnsweringSession, name: str, rank: str, words: str
+) -> None:
+    fields = parts(blend, ipywidgets.Text)
+    fields[0].value, fields[1].value = name, rank
+    button(blend, "Save as adapter").click()
+    assert words in text(blend)
+    assert session.commands == []
+
+
+def test_all_at_zero_asks_nothing(blend: BlendPanel, session: AnsweringSession) -> None:
+    slider(blend, 0).value = 0
+    press(blend, "Answer")
+    button(blend, "Save as adapter").click()
+    assert "Every slider is at 0" in text(blend)
+    assert session.commands == []
+
+
+def test_the_wait_is_long_enough_for_a_hand() -> None:
+    assert 0.2 <= DEBOUNCE <= 1
+
+
+# Showing, closing
+
+
+@pytest.mark.parametrize("kind", [ComparePanel, BlendPanel])
+def test_the_bundle_has_a_view_a_snapshot_and_a_line(session: Any, kind: type[Any]) -> None:
+    made = kind(session, "model", ui="widgets", prompt=PROMPT)
+    bundle = made._repr_mimebundle_()
+    assert bundle[WIDGET_VIEW]["model_id"] == made.widget.model_id
+    assert "Run the cell again for buttons." in bundle["text/plain"] and "\n" not in bundle["text/plain"]
+    assert "orders" in bundle["text/html"]
+    press(made, "Compare" if kind is ComparePanel else "Answer")
+    assert "chairs" in made._repr_mimebundle_()["text/html"]
+    made.close()
+    bundle = made._repr_mimebundle_()
+    assert WIDGET_VIEW not in bundle and "chairs" in bundle["text/html"]
+    assert set(kind(session, "model", ui="text")._repr_mimebundle_()) == {"text/plain"}
+    assert set(kind(session, "model", ui="html")._repr_mimebundle_()) == {"text/plain", "text/html"}
+
+
+@pytest.mark.parametrize("kind", [ComparePanel, BlendPanel])
+def test_a_new_panel_closes_the_one_before(session: Any, kind: type[Any]) -> None:
+    first, second = kind(session, "model", ui="widgets"), kind(session, "model", ui="widgets")
+    assert first.widget is not None and second.widget is not None
+    assert first.closed and not second.closed
+    close_all()
+    assert second.closed and not panel._open
+    assert session.subscriber_count == 0
+
+
+@pytest.mark.parametrize("kind", [ComparePanel, BlendPanel])
+def test_a_closed_panel_is_free(session: Any, kind: type[Any]) -> None:
+    made = kind(session, "model", ui="widgets", prompt=PROMPT)
+    session.go.clear()
+    button(made, "Compare" if kind is ComparePanel else "Answer").click()
+    made.close()
+    made.close()
+    session.go.set()
+    assert made.wait(10)
+    gone = weakref.ref(made)
+    del made
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_adapters_panel_opens_them_below(session: Any) -> None:
+    shown = AdaptersPanel(session, "model", ui="widgets", tokenizer=TOKENIZER)
+    before = len(parts(shown, ipywidgets.Widget))
+    count = len(live_widgets())
+    button(shown, "compare").click()
+    assert len(parts(shown, ipywidgets.Textarea)) == 1 and "Compare" in labels(shown)
+    button(shown, "blend").click()
+    assert "Answer" in labels(shown) and "Compare" not in labels(shown)
+    elsewhere = BlendPanel(session, "model", ui="widgets")
+    assert elsewhere.widget is not None
+    button(shown, "blend").click()
+    assert elsewhere.closed and "Answer" in labels(shown)
+    button(shown, "blend").click()
+    assert len(parts(shown, ipywidgets.Widget)) == before
+    assert len(live_widgets()) == count
+    button(shown, "compare").click()
+    shown.close()
+    assert not panel._open
+
+
+# Live answers, worker
+
+
+def test_live_answers_are_one_output_that_empties_itself(session: AnsweringSession, outputs: list[Output]) -> None:
+    live = LiveAnswers(ui="html")
+    options: dict[str, Any] = {"adapters": ["orders"], "max_new_tokens": 9, "tokenizer": None}
+    session.compare(PROMPT, model="model", on_text=live.draw, should_stop=lambda: False, **options)
+    (output,) = outputs
+    assert len(output.bundles) == 10
+    assert "Ana" in output.last["text/html"]
+    live.close()
+    assert output.last == {"text/html": "", "text/plain": ""}
+    silent = LiveAnswers(ui="text")
+    session.compare(PROMPT, model="model", on_text=silent.draw, should_stop=lambda: False, **options)
+    silent.close()
+    assert len(outputs) == 1
+
+
+def test_the_worker_does_the_newest_job() -> None:
+    worker, done, started, go = Worker(), [], threading.Event(), threading.Event()
+
+    def first(stopped: Any) -> None:
+        started.set()
+        go.wait(10)
+        done.append(("first", stopped()))
+
+    worker.submit(first)
+    assert started.wait(10)
+    worker.submit(lambda stopped: done.append(("second", stopped())))
+    worker.submit(lambda stopped: done.append(("third", stopped())))
+    assert worker.waiting
+    go.set()
+    assert worker.wait(10)
+    assert done == [("first", True), ("third", False)]
+    worker.submit(lambda stopped: done.append(("late", stopped())), delay=30)
+    worker.stop()
+    assert worker.wait(5)
+    assert len(done) == 2
