@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-_NAMES = ("lora", "lora_train")
+_NAMES = ("lora", "lora_train", "qlora")
 _CLASS = "NbpeftMagics"
 
 _installed: dict[int, Any] = {}

@@ -18,6 +18,7 @@ from nbpeft.magics.desk import Desk
 from nbpeft.magics.help import HelpText, main_help, verb_help
 from nbpeft.magics.panels import show_run, status_of
 from nbpeft.magics.parse import Request, Verb, argument, parse_line, parse_verb
+from nbpeft.magics.quantizing import OWN_FIELDS, QLORA_OPTIONS, qlora
 from nbpeft.magics.registry import verbs
 from nbpeft.magics.scan import scan
 from nbpeft.magics.training import TRAIN_OPTIONS, train
@@ -46,13 +47,22 @@ TRAIN_CELL = Verb(
     fields="training",
     example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\n  num_train_epochs = 1",
 )
-CELLS = {"lora": LORA_CELL, "lora_train": TRAIN_CELL}
+QLORA_CELL = Verb(
+    "qlora",
+    "Load a model quantized (or quantize one in memory), prepare it for training, and put an adapter on it. "
+    "The cell's lines are fields of the quantization and of the config, name = value.",
+    qlora,
+    QLORA_OPTIONS,
+    fields="qlora",
+    example="%%qlora HuggingFaceTB/SmolLM2-135M-Instruct --as model --name sql\n  bits = 4\n  r = 16",
+)
+CELLS = {"lora": LORA_CELL, "lora_train": TRAIN_CELL, "qlora": QLORA_CELL}
 VERBS = verbs()
 
 
 @magic.magics_class
 class NbpeftMagics(magic.Magics):
-    """``%lora``, ``%%lora`` and ``%%lora_train``."""
+    """``%lora``, ``%%lora``, ``%%qlora`` and ``%%lora_train``."""
 
     ui: Any = Enum(
         ["auto", "widgets", "html", "text"],
@@ -88,9 +98,17 @@ class NbpeftMagics(magic.Magics):
     @_line_or_cell("lora_train")
     def lora_train(self, line: str, cell: str | None = None) -> object:
         """Training."""
-        return self._answer(cell, lambda: self._lora_train(line, cell))
+        return self._answer(cell, lambda: self._with_fields(TRAIN_CELL, line, cell))
+
+    @_silenceable
+    @_as_typed
+    @_line_or_cell("qlora")
+    def qlora(self, line: str, cell: str | None = None) -> object:
+        """Quantized models."""
+        return self._answer(cell, lambda: self._with_fields(QLORA_CELL, line, cell))
 
     lora.__doc__ = main_help(LORA_CELL, VERBS)
+    qlora.__doc__ = verb_help(QLORA_CELL, "%%qlora")
     lora_train.__doc__ = verb_help(TRAIN_CELL, "%%lora_train")
 
     def _lora(self, line: str, cell: str | None) -> object:
@@ -106,14 +124,15 @@ class NbpeftMagics(magic.Magics):
             return HelpText(verb_help(request_or_none.verb, f"%lora {request_or_none.verb.name}"))
         return request_or_none.verb.run(request_or_none.options, desk)
 
-    def _lora_train(self, line: str, cell: str | None) -> object:
+    def _with_fields(self, verb: Verb, line: str, cell: str | None) -> object:
+        """Runs a cell magic whose fields stand in its body, or in its line, or in both."""
         desk = self.desk
-        request = self._cell_request(TRAIN_CELL, line)
+        request = self._cell_request(verb, line)
         if request.help:
-            return HelpText(self.lora_train.__doc__)
+            return HelpText(verb_help(verb, f"%%{verb.name}"))
         fields = parse_fields(request.options.fields, desk.namespace)
         request.options.fields = fields if cell is None else {**fields, **_body(cell, desk)}
-        return train(request.options, desk)
+        return verb.run(request.options, desk)
 
     def _cell_request(self, verb: Verb, line: str) -> Request:
         return parse_verb(verb, f"%%{verb.name}", scan(line), self.shell.user_ns)
@@ -153,7 +172,11 @@ def vocabulary(magics: NbpeftMagics) -> Vocabulary:
         models=lambda: magics.desk.model_names(),
         adapters=adapters,
         variables=variables,
-        fields={"config": magics.session.config_fields, "training": magics.session.training_fields},
+        fields={
+            "config": magics.session.config_fields,
+            "training": magics.session.training_fields,
+            "qlora": lambda: [*OWN_FIELDS, *magics.session.config_fields()],
+        },
     )
 
 

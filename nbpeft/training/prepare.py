@@ -92,10 +92,7 @@ def prepare_model(
     upcast: Upcast = "norms",
 ) -> Preparation:
     """As :func:`prepare_model_for_kbit_training`, and tells what was done."""
-    if upcast not in _UPCASTS:
-        raise ConfigError(
-            f"upcast={upcast!r} is not one of {', '.join(_UPCASTS)}.{did_you_mean(str(upcast), _UPCASTS)}"
-        )
+    check_upcast(upcast)
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -113,8 +110,24 @@ def prepare_model(
         inputs = bool(options["use_reentrant"])
         if inputs:
             _let_inputs_require_grad(model)
-        _enable_checkpointing(model, options)
+        enable_checkpointing(model, options)
     return Preparation(sum(parameter.numel() for parameter in parameters), *cast, checkpointing, inputs)
+
+
+def check_upcast(upcast: str) -> None:
+    """Refuses a value that ``prepare_model`` does not know.
+
+    Raises:
+        ConfigError: ``upcast`` is not ``"norms"``, ``"peft"`` or ``"none"``.
+    """
+    if upcast not in _UPCASTS:
+        near = did_you_mean(str(upcast), _UPCASTS)
+        raise ConfigError(f"upcast={upcast!r} is not one of {', '.join(_UPCASTS)}.{near}", field="upcast")
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Lets a model recompute activations in the backward pass, without reentry unless asked for."""
+    _enable_checkpointing(model, {"use_reentrant": False} | (options or {}))
 
 
 def is_quantized(model: Any) -> bool:

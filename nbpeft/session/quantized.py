@@ -1,0 +1,138 @@
+"""What quantizing, preparing and adapting a model gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from nbpeft.session import render
+from nbpeft.session.describe import adapter_table, describe, trainable, with_notes
+from nbpeft.session.results import AddResult, _HoldingResult
+
+if TYPE_CHECKING:
+    from nbpeft.model import PeftModel
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """What one part of the base weights takes.
+
+    Attributes:
+        name: ``quantized layers``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
+        module_count: modules that hold its weights.
+        byte_count: what it takes now.
+        before: what it took before, or None where it was never loaded otherwise.
+        bfloat16_bytes: what it would take in bfloat16.
+        kinds: how it is stored.
+    """
+
+    name: str
+    module_count: int
+    byte_count: int
+    before: int | None
+    bfloat16_bytes: int
+    kinds: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Bytes as a share of those in bfloat16."""
+        return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class QloraResult(_HoldingResult):
+    """A quantized model was prepared and carries an adapter.
+
+    Attributes:
+        added: what applying the adapter gave.
+        source: where the model came from, in words.
+        quantized: whether this command quantized it; else it was so already.
+        parts: the base weights, part by part.
+        prepared: what was prepared for training, in words; empty where it was so already.
+        prepare_bytes: memory that preparing cost.
+        seconds: how long loading and quantizing took.
+    """
+
+    added: AddResult
+    source: str
+    quantized: bool
+    parts: tuple[PartSize, ...]
+    prepared: str
+    prepare_bytes: int
+    seconds: float
+
+    @property
+    def model(self) -> PeftModel:
+        """The adapted model.
+
+        Raises:
+            AdapterError: the result was shown or let go, and nothing else holds the model.
+        """
+        found: PeftModel = self.holder.get("model")
+        return found
+
+    @property
+    def byte_count(self) -> int:
+        """What the base weights take."""
+        return sum(part.byte_count for part in self.parts)
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        """What the base weights would take in bfloat16."""
+        return sum(part.bfloat16_bytes for part in self.parts)
+
+    def let_go(self) -> None:
+        """Keeps the model no longer alive."""
+        self.added.let_go()
+        super().let_go()
+
+    def __str__(self) -> str:
+        layers = next((part for part in self.parts if part.name == "quantized layers"), None)
+        stored = ""
+        if layers is not None:
+            stored = (
+                f"{render.plural(layers.module_count, 'layer')} in {', '.join(layers.kinds)}: "
+                f"{render.size(layers.byte_count)}, {layers.share:.3f} of bfloat16; "
+            )
+        rest = self.byte_count - (layers.byte_count if layers is not None else 0)
+        did = "quantized" if self.quantized else "already quantized"
+        line = f"{did} {self.source}: {stored}the rest {render.size(rest)}"
+        if self.prepared:
+            line += f"; {self.prepared}"
+        line += (
+            f"; {self._what()} {self.added.adapter.name!r} on {self.added.model_name}: {describe(self.added.adapter)}"
+        )
+        return with_notes(line, self.added.notes)
+
+    def _what(self) -> str:
+        return "unchanged" if self.added.unchanged else "reconfigured" if self.added.reconfigured else "added"
+
+    def _html(self) -> str:
+        measured = all(part.before is not None for part in self.parts)
+        rows = [self._row(part, measured) for part in self.parts]
+        before = sum(part.before or 0 for part in self.parts)
+        total = PartSize("base weights", 0, self.byte_count, before, self.bfloat16_bytes, ())
+        head = ["Part", "Modules", "Stored", *(["Before"] if measured else []), "In bfloat16", "Now", "Share"]
+        took = f"{self.seconds:.1f} s" if self.quantized else "no weight was touched"
+        return render.card(
+            f"{self.added.adapter.name} · {self._what()} on a {'newly ' if self.quantized else ''}quantized model",
+            render.table(head, [*rows, self._row(total, measured)], right=(1, *range(3, len(head)))),
+            render.line(render.dim("; ".join(text for text in (self.prepared, took) if text))),
+            adapter_table((self.added.adapter,)),
+            render.line(render.dim(trainable(self.added.state))),
+            render.notes(self.added.notes),
+            aside=f"{self.added.model_name} · {self.added.state.class_name}",
+        )
+
+    @staticmethod
+    def _row(part: PartSize, measured: bool) -> tuple[str, ...]:
+        return (
+            escape(part.name),
+            render.count(part.module_count) if part.module_count else "",
+            escape(", ".join(part.kinds)),
+            *((render.size(part.before),) if measured else ()),
+            render.size(part.bfloat16_bytes),
+            render.size(part.byte_count),
+            f"{part.share:.3f}",
+        )

@@ -1,0 +1,226 @@
+"""The command that quantizes a model, prepares it for training and puts an adapter on it."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import ConfigError
+from nbpeft.session.adapters import AdapterCommands
+from nbpeft.session.configs import build_config
+from nbpeft.session.handles import uncompiled
+from nbpeft.session.quantized import PartSize, QloraResult
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.model.stored import StoredPart
+    from nbpeft.session.book import Entry
+    from nbpeft.training.prepare import Preparation
+
+    ConfigLike = AdapterConfig | Mapping[str, Any]
+
+DEFAULTS = {"bits": 4, "quant_type": "nf4", "double_quant": True}
+"""What is not given, for quantizing."""
+
+QUANTIZATION_FIELDS = ("bits", "quant_type", "double_quant", "compute_dtype", "quant_storage")
+LOADING_FIELDS = (
+    "gguf_file",
+    "device_map",
+    "model_class",
+    "dtype",
+    "revision",
+    "subfolder",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "trust_remote_code",
+    "attn_implementation",
+    "max_memory",
+)
+PREPARING_FIELDS = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "upcast")
+
+
+class QuantizingCommands(AdapterCommands):
+    """QLoRA in one command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._origins: weakref.WeakKeyDictionary[Any, _Origin] = weakref.WeakKeyDictionary()
+
+    def qlora(
+        self,
+        source: nn.Module | str | os.PathLike[str],
+        config: ConfigLike,
+        *,
+        name: str = "default",
+        variable: str | None = None,
+        allow_missing: bool = False,
+        bits: int | None = None,
+        quant_type: str | None = None,
+        double_quant: bool | None = None,
+        compute_dtype: Any = None,
+        quant_storage: Any = None,
+        gradient_checkpointing: bool = True,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        upcast: Any = "norms",
+        **loading: Any,
+    ) -> QloraResult:
+        """Loads a model quantized (or quantizes one in memory), prepares it, and adds an adapter.
+
+        Run again with the same source and quantization it only reconfigures the adapter.
+
+        Args:
+            source: a folder, a hub id, a ``.gguf`` file, or a loaded model, which is quantized in place.
+            config: a config, or its fields.
+            name: the adapter.
+            variable: what to call the model.
+            allow_missing: go on where a target matches nothing, as long as others match.
+            bits: 4 or 8; 4 if left out.
+            quant_type: ``"nf4"`` (if left out) or ``"fp4"``.
+            double_quant: whether the constants of 4-bit blocks are quantized too; they are if left out.
+            compute_dtype: what 4-bit layers compute in; see ``nbpeft.model.quantization``.
+            quant_storage: dtype that holds the 4-bit codes.
+            gradient_checkpointing: whether training recomputes activations.
+            gradient_checkpointing_kwargs: e.g. ``{"use_reentrant": True}``.
+            upcast: what becomes float32: ``"norms"``, ``"peft"`` or ``"none"``.
+            **loading: ``gguf_file``, ``device_map``, ``model_class`` and what else ``from_pretrained`` takes.
+
+        Raises:
+            ConfigError: a field is unknown or impossible, or the model is quantized otherwise already.
+            TargetError: the targets do not match the model.
+            CheckpointNotFoundError: there is no model at ``source``.
+        """
+        from nbpeft.model.quantization import quantization
+        from nbpeft.training.prepare import check_upcast
+
+        made = build_config(config)
+        given = {
+            "bits": bits,
+            "quant_type": quant_type,
+            "double_quant": double_quant,
+            "compute_dtype": compute_dtype,
+            "quant_storage": quant_storage,
+        }
+        settings = {field: value for field, value in given.items() if value is not None}
+        quantization(**settings)  # what is impossible is refused before anything is loaded
+        check_upcast(upcast)
+        with self._command(f"quantizing for {name!r}", slow=True):
+            started = time.monotonic()
+            if isinstance(source, str | os.PathLike):
+                variable = variable or "model"
+                found = self._loaded(os.fspath(source), settings, loading, variable)
+            elif loading:
+                raise ConfigError(f"{next(iter(loading))!r} is for loading, and this model is loaded already")
+            else:
+                found = self._in_memory(source, made, settings, allow_missing)
+            seconds = time.monotonic() - started
+            done = self._prepared(found.base, gradient_checkpointing, gradient_checkpointing_kwargs, upcast)
+            added = self.add(found.base, made, name=name, variable=variable, allow_missing=allow_missing)
+            self._origins.setdefault(found.base, found.origin)
+            return QloraResult(
+                holder=added.holder,
+                added=added,
+                source=os.fspath(source) if isinstance(source, str | os.PathLike) else type(found.base).__name__,
+                quantized=found.now,
+                parts=_parts(found),
+                prepared=str(done) if done is not None else "",
+                prepare_bytes=done.extra_bytes if done is not None else 0,
+                seconds=seconds,
+            )
+
+    def _loaded(self, source: str, settings: dict[str, Any], loading: dict[str, Any], variable: str) -> _Found:
+        """The model of a source: the one that this variable holds already, or loaded now."""
+        from nbpeft.model.quantized import load_quantized
+
+        origin = _Origin(source, settings, loading)
+        entry = next((entry for entry in self._book.entries() if entry.name == variable), None)
+        if entry is not None and self._origins.get(entry.manager.model) == origin:
+            return _Found(entry.manager.model, origin, now=False)
+        return _Found(load_quantized(source, **settings, **loading), origin, now=True)
+
+    def _in_memory(self, source: Any, config: AdapterConfig, settings: dict[str, Any], allow_missing: bool) -> _Found:
+        """The base model, quantized now unless it was so."""
+        from nbpeft.engine.plan import plan
+        from nbpeft.model.quantized import quantize_model
+        from nbpeft.model.stored import stored_parts
+
+        entry: Entry | None = self._entry_of(source)
+        base: Any = entry.manager.model if entry is not None else uncompiled(source)
+        before, origin = stored_parts(base), _Origin(None, settings, {})
+        if any(part.name == "quantized layers" for part in before):
+            known = self._origins.get(base)
+            have = known.settings if known is not None else {}
+            if known is not None and any(
+                have.get(field, DEFAULTS.get(field)) != value for field, value in settings.items()
+            ):
+                words = ", ".join(f"{field} = {value}" for field, value in (DEFAULTS | have).items())
+                raise ConfigError(f"the model is quantized already with {words}; load it anew to change that")
+            return _Found(base, origin, now=False)
+        plan(base, config, allow_missing=allow_missing)  # refuses before a weight is rounded
+        quantize_model(base, **settings)
+        return _Found(base, origin, now=True, before=before)
+
+    def _prepared(
+        self, base: Any, checkpointing: bool, options: dict[str, Any] | None, upcast: Any
+    ) -> Preparation | None:
+        """Prepares a model that carries no adapter yet; for others only switches checkpointing."""
+        from nbpeft.engine.manager import AdapterManager
+        from nbpeft.training.prepare import enable_checkpointing, prepare_model
+
+        if AdapterManager.of(base) is None and base not in self._origins:
+            return prepare_model(base, checkpointing, options, upcast=upcast)
+        now = bool(getattr(base, "is_activation_checkpointing", False))
+        if checkpointing and not now:
+            enable_checkpointing(base, options)
+        elif now and not checkpointing:
+            base.activation_checkpointing_disable()
+        return None
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a model came from and how it was quantized."""
+
+    source: str | None
+    settings: dict[str, Any]
+    loading: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A quantized base model.
+
+    Attributes:
+        base: the model.
+        origin: where it came from.
+        now: whether it was quantized by this command.
+        before: its parts before, where it was in memory.
+    """
+
+    base: Any
+    origin: _Origin
+    now: bool
+    before: tuple[StoredPart, ...] | None = None
+
+
+def _parts(found: _Found) -> tuple[PartSize, ...]:
+    """The parts now, beside what the same weights took before."""
+    from nbpeft.model.stored import stored_parts
+
+    now = stored_parts(found.base)
+    old = {part.name: part.byte_count for part in found.before or ()}
+    if found.before is not None:
+        # What is quantized now was among the other layers; the rest of those stayed.
+        stayed = sum(part.byte_count for part in now if part.name == "other layers")
+        old["quantized layers"] = old.get("other layers", 0) - stayed
+        old["other layers"] = stayed
+    return tuple(
+        PartSize(part.name, part.module_count, part.byte_count, old.get(part.name), part.bfloat16_bytes, part.kinds)
+        for part in now
+    )

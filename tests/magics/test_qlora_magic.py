@@ -1,0 +1,141 @@
+"""``%%qlora`` in a real shell: quantize, prepare, adapt, train, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.session.quantized import QloraResult
+from tests.magics.notebook import Notebook
+from tests.training.support import tiny_base
+
+bnb = pytest.importorskip("bitsandbytes")
+
+CELL = """%%qlora {source} {line}
+bits = 4
+compute_dtype = "float32"
+r = 4
+target_modules = "all-linear"
+"""
+
+
+def cell(source: str, line: str = "", body: str = "") -> str:
+    return CELL.format(source=source, line=line) + body
+
+
+def quantized_layers(model: Any) -> int:
+    return sum(isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for module in model.modules())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_base(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_model_in_memory_is_quantized_prepared_and_adapted(notebook: Notebook) -> None:
+    base = notebook["model"]
+    result: QloraResult = notebook.do(cell("model", "--name sql"))
+    assert isinstance(result, QloraResult) and result.quantized
+    model = notebook["model"]
+    assert model.get_base_model() is base and model.active_adapters == ["sql"]
+    assert quantized_layers(model) == 14 and base.is_activation_checkpointing
+    parts = {part.name: part for part in result.parts}
+    assert parts["quantized layers"].before == 2 * parts["quantized layers"].bfloat16_bytes
+    assert parts["embedding"].before == parts["embedding"].byte_count
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".adapters.sql." in name for name in trained)
+    state = notebook.session.state.models[0]
+    assert (state.name, state.quantization) == ("model", "bnb4bit")
+
+
+def test_a_folder_is_loaded_quantized_into_a_variable(bare: Notebook, folder: Path) -> None:
+    result = bare.do(cell(str(folder), "--as tiny --name sql", "dtype = 'bfloat16'\n"))
+    assert quantized_layers(bare["tiny"]) == 14 and "model" not in bare.shell.user_ns
+    assert result.parts[0].before is None
+    assert "14 layers in nf4 double" in str(result) and "added 'sql' on tiny" in str(result)
+    html = result._repr_html_()
+    assert "quantized layers" in html and "embedding" in html and "tensors in float32" in html
+    assert "Traceback" not in html
+
+
+def test_again_it_only_reconfigures(bare: Notebook, folder: Path) -> None:
+    bare["place"] = str(folder)
+    bare.do(cell("$place", "--name sql"))
+    base = bare["model"].get_base_model()
+    again = bare.do(cell("$place", "--name sql").replace("r = 4", "r = 2"))
+    assert bare["model"].get_base_model() is base
+    assert not again.quantized and again.added.reconfigured and again.added.adapter.rank == 2
+    second = bare.do(cell("model", "--name chat", "gradient_checkpointing = False\n"))
+    assert not second.quantized and not base.is_activation_checkpointing
+    assert set(bare["model"].peft_config) == {"sql", "chat"}
+    other = bare.do(cell("$place", "--name sql").replace("bits = 4", "bits = 8"))
+    assert other.quantized and bare["model"].get_base_model() is not base
+
+
+def test_trains_and_is_saved(bare: Notebook, folder: Path, tmp_path: Path) -> None:
+    bare.do(cell(str(folder), "--name sql", "gradient_checkpointing = True\nlora_dropout = 0.1\n"))
+    bare["rows"] = [{"input_ids": [1 + (step + start) % 7 for step in range(6)]} for start in range(8)]
+    result = bare.do(
+        "%%lora_train model --data rows\nmax_steps = 4\nlearning_rate = 0.01\nper_device_train_batch_size = 4"
+    )
+    assert result.status == "finished" and result.steps == 4
+    bare.do(f"%lora save {tmp_path / 'adapter'}")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    bare.do("%lora merge")
+    bare.do("%lora unmerge")
+
+
+def test_flooding_warnings_become_one_line(bare: Notebook, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bare.do(cell(str(folder), "--name sql").replace("bits = 4", "bits = 8"))
+    bare["rows"] = [{"input_ids": [1, 2, 3, 4]}] * 4
+    caplog.clear()
+    bare.do("%lora_train model --data rows max_steps=2 per_device_train_batch_size=2")
+    lines = [record.getMessage() for record in caplog.records if "MatMul8bitLt" in record.getMessage()]
+    assert len(lines) <= 1
+    assert all("times)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (cell("model").replace("bits = 4", "bits = 5"), "line 1: bits is 5; expected 4 or 8"),
+        (cell("model", "", "quant_typ = 'nf4'\n"), "%%qlora has no field 'quant_typ'. Did you mean 'quant_type'"),
+        (cell("model", "", "lora_alph = 3\n"), "Did you mean 'lora_alpha'"),
+        (cell("model", "", "gguf_file = 'x'\n"), "'gguf_file' is for loading"),
+        (cell("model", "", "upcast = 'all'\n"), "upcast='all' is not one of"),
+        (cell("modle"), "no variable is called 'modle', and no folder. Did you mean 'model'?"),
+        (cell("place"), "write $place for what it holds"),
+        (cell("./nowhere"), "no model could be loaded from './nowhere'"),
+        (cell("model", "--as 'a b'"), "--as takes the name of a variable"),
+        (cell("model", "--nam x"), "has no option --nam"),
+        (cell("model").replace('"all-linear"', '["nothing"]'), "nothing"),
+        ("%%qlora\nr = 4", "required: SOURCE"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(notebook: Notebook, text: str, message: str) -> None:
+    notebook["place"] = "somewhere"
+    base = notebook["model"]
+    assert message in notebook.run(text).line
+    assert notebook["model"] is base and not quantized_layers(base)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert notebook.session.state.models == ()
+
+
+def test_other_settings_need_a_new_model(notebook: Notebook) -> None:
+    notebook.do(cell("model", "--name sql"))
+    line = notebook.run(cell("model", "--name sql").replace("bits = 4", "bits = 8")).line
+    assert "quantized already with bits = 4" in line
+    assert notebook["model"].active_adapters == ["sql"]
+
+
+def test_help_and_completion(notebook: Notebook) -> None:
+    assert "--as MODEL" in str(notebook.do("%qlora --help"))
+    body = "%%qlora model\nquant"
+    assert {"quant_type = ", "quant_storage = "} <= set(notebook.complete(body))
+    assert "r = " in notebook.complete("%%qlora model\nr")
+    assert notebook.complete("%%qlora mod") == ["model"]
+    assert "--as" in notebook.complete("%%qlora model --")
