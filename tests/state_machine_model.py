@@ -15,11 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, MergeError
 from nbpeft.model import LoraConfig
 
 IDS = torch.tensor([[1, 4, 9, 2], [0, 10, 3, 5]])
 PATHS = ("embed", "first", "turned")
 SIZES = {"embed": (11, 6), "first": (6, 8), "turned": (8, 5)}
+EQUAL_RANKS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+ON_DELTAS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 
 
 class Net(nn.Module):
@@ -218,6 +221,38 @@ def check_combined(sources: list[tuple[Tracked, float]], kind: str, result: Trac
         elif kind in ("exact", "svd"):
             tail = torch.linalg.svdvals(wanted)[layer.rank :]
             assert abs(lost - float(tail.norm() / wanted.norm())) < 1e-5
+
+
+def after_swap(slot: Tracked, new: Tracked, now: AdapterWeights) -> Tracked:
+    """What a slot holds after a swap: where the new adapter lacks layers or the head, nothing is added."""
+    parts = dict(new.parts)
+    for path in slot.parts:
+        if path in parts:
+            continue
+        lora_A, lora_B = (now.adapters[path][key].detach().clone() for key in factor_names(path))
+        assert not lora_A.any() and not lora_B.any()
+        parts[path] = Part(lora_A, lora_B, 1.0)
+        if slot.dora:
+            parts[path].magnitude = now.adapters[path]["magnitude"].detach().clone()
+            norm = canonical(path).norm(dim=1)
+            torch.testing.assert_close(parts[path].magnitude, norm, rtol=1e-9, atol=1e-9)
+    base = {key: BASE[f"head.{key}"] for key in ("weight", "bias")}
+    head = None if slot.head is None else new.head or base
+    return Tracked({path: parts[path] for path in slot.parts}, head, slot.dora, slot.scale, slot.frozen)
+
+
+def refuses_combining(expected: Expectation, names: list[str], kind: str, new: str) -> Any:
+    """The errors that combining has to raise, if any."""
+    sources = [expected.adapters[name] for name in names]
+    if new in expected.adapters:
+        return AdapterExistsError
+    if sum(source.head is not None for source in sources) > 1:
+        return AdapterError
+    for path in PATHS:
+        ranks = {source.parts[path].lora_A.shape[0] for source in sources if path in source.parts}
+        if kind in EQUAL_RANKS and len(ranks) > 1:
+            return ConfigError
+    return MergeError if expected.merged else None
 
 
 def live_tensors() -> tuple[int, int]:

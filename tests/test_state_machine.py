@@ -30,33 +30,31 @@ from hypothesis.stateful import (
 
 from nbpeft.engine.hotswap import prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, HotSwapError, MergeError
+from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, HotSwapError, MergeError
 from nbpeft.model import PeftModel, hotswap_adapter
 from tests.state_machine_model import (
     BASE,
+    EQUAL_RANKS,
     IDS,
+    ON_DELTAS,
     PATHS,
     Expectation,
     Net,
-    Part,
     Recipe,
     Tracked,
+    after_swap,
     base_parameters,
-    canonical,
     check_combined,
     check_equal,
-    factor_names,
     live_tensors,
     read_combined,
+    refuses_combining,
 )
 
 STEPS = int(os.environ.get("NBPEFT_MACHINE_STEPS", "2000"))
 SEED = os.environ.get("NBPEFT_MACHINE_SEED")
 LENGTH = 50
 NAMES = ("a", "ab", "default", "keys", "lora")
-EQUAL_RANKS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-ON_DELTAS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
-
 recipes = st.builds(
     Recipe,
     targets=st.sampled_from([PATHS, ("first",), ("embed", "turned"), ("first", "turned")]),
@@ -253,7 +251,8 @@ class AdapterMachine(RuleBasedStateMachine):
         folder = data.draw(st.sampled_from(sorted(self.saved)), label="folder")
         new = self.saved[folder].clone()
         if self.refuses_swap(name, new):
-            with pytest.raises(HotSwapError):
+            # A file of which no layer fits is refused as such.
+            with pytest.raises((HotSwapError, CheckpointError)):
                 hotswap_adapter(self.handle, folder, name)
         else:
             hotswap_adapter(self.handle, folder, name)
@@ -274,24 +273,7 @@ class AdapterMachine(RuleBasedStateMachine):
         return {path for merged in self.expected.merged for path in self.adapters[merged].parts}
 
     def swapped(self, name: str, new: Tracked) -> None:
-        slot = self.adapters[name]
-        now = self.manager.weights(name).adapters
-        parts = {}
-        for path in slot.parts:
-            if path in new.parts:
-                parts[path] = new.parts[path]
-                continue
-            lora_A, lora_B = (now[path][key].detach().clone() for key in factor_names(path))
-            assert not lora_A.any() and not lora_B.any()
-            parts[path] = Part(lora_A, lora_B, 1.0)
-            if slot.dora:
-                norm = canonical(path).norm(dim=1)
-                parts[path].magnitude = now[path]["magnitude"].detach().clone()
-                torch.testing.assert_close(now[path]["magnitude"].detach(), norm, rtol=1e-9, atol=1e-9)
-        head = slot.head
-        if head is not None:
-            head = new.head or {key: BASE[f"head.{key}"] for key in ("weight", "bias")}
-        self.adapters[name] = Tracked(parts, head, slot.dora, slot.scale, slot.frozen)
+        self.adapters[name] = after_swap(self.adapters[name], new, self.manager.weights(name))
 
     @precondition(lambda self: self.adapters)
     @rule(room=st.integers(1, 9))
@@ -323,7 +305,7 @@ class AdapterMachine(RuleBasedStateMachine):
             "density": None if kind in ("exact", "cat", "linear", "svd") else 0.7,
         }
         heads = [name for name in names if self.adapters[name].head is not None]
-        refusal = self.refuses_combining(names, kind, new, heads)
+        refusal = refuses_combining(self.expected, names, kind, new)
         if refusal is not None:
             with pytest.raises(refusal):
                 self.handle.base_model.add_weighted_adapter(**arguments)
@@ -336,16 +318,6 @@ class AdapterMachine(RuleBasedStateMachine):
             [(self.adapters[name], weight) for name, weight in zip(names, weights, strict=True)], kind, tracked, made
         )
         self.put(new, tracked)
-
-    def refuses_combining(self, names: list[str], kind: str, new: str, heads: list[str]) -> Any:
-        if new in self.adapters:
-            return AdapterExistsError
-        if len(heads) > 1:
-            return AdapterError
-        ranks = {part.lora_A.shape[0] for name in names for part in self.adapters[name].parts.values()}
-        if kind in EQUAL_RANKS and len(ranks) > 1:
-            return (AdapterError, ConfigError)
-        return MergeError if self.expected.merged else None
 
     # What always holds
 
@@ -402,9 +374,11 @@ class AdapterMachine(RuleBasedStateMachine):
             assert live_tensors() == self.before, "tensors are left behind"
 
 
-def test_any_sequence_of_commands() -> None:
+@pytest.mark.parametrize("steps", [200, pytest.param(STEPS, marks=pytest.mark.slow)])
+def test_any_sequence_of_commands(steps: int) -> None:
+    before = next(steps_taken)
     chosen = settings(
-        max_examples=max(1, STEPS // LENGTH),
+        max_examples=max(1, steps // LENGTH),
         stateful_step_count=LENGTH,
         deadline=None,
         derandomize=SEED is None,
@@ -412,10 +386,10 @@ def test_any_sequence_of_commands() -> None:
         print_blob=True,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate] if SEED is None else [Phase.generate, Phase.shrink],
+        phases=[Phase.generate],
     )
     machine: Any = AdapterMachine if SEED is None else seed(int(SEED))(AdapterMachine)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="adapters are merged|Already unmerged|All adapters are already")
         run_state_machine_as_test(machine, settings=chosen)
-    assert next(steps_taken) >= STEPS // 2
+    assert next(steps_taken) - before >= steps // 2
