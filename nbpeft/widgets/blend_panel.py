@@ -17,7 +17,7 @@ from nbpeft.session.compared import Column, CompareResult
 from nbpeft.state import ModelState
 from nbpeft.widgets import views
 from nbpeft.widgets.environment import Ui
-from nbpeft.widgets.panel import AnswerPanel
+from nbpeft.widgets.panel import AnswerPanel, told
 from nbpeft.widgets.worker import Stopped
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class BlendPanel(AnswerPanel):
         prompt: str = "",
         max_new_tokens: int = 48,
     ) -> None:
-        super().__init__(session, model_name, ui=ui, tokenizer=tokenizer)
-        self._prompt, self._tokens = prompt, max_new_tokens
+        super().__init__(session, model_name, ui=ui, tokenizer=tokenizer, prompt=prompt)
+        self._tokens = max_new_tokens
         self._result: CompareResult | None = None
         self._base: tuple[tuple[str, int], Column] | None = None
 
@@ -104,7 +104,7 @@ class BlendPanel(AnswerPanel):
         if what == "run":
             self._ask(parts, delay=0.0)
         elif what == "stop":
-            self._worker.stop()
+            self._halt()
         elif what == "save":
             return self._save(parts)
         return ""
@@ -114,12 +114,12 @@ class BlendPanel(AnswerPanel):
         if not parts.question.prompt:
             return ""
         if not parts.weights:
-            self._worker.stop()
+            self._halt()
             return AT_ZERO
         if parts.type == EXACT:
             self._ask(parts, delay=DEBOUNCE)
             return ""
-        self._worker.stop()
+        self._halt()
         return f"Answer computes {parts.type} for these weights; only the exact sum follows the sliders."
 
     def _ask(self, parts: BlendParts, *, delay: float) -> None:
@@ -177,7 +177,7 @@ class BlendPanel(AnswerPanel):
         with self._lock:
             if self._parts is not None and not self._worker.waiting:
                 self._parts.question.running(False)
-                self._parts.frame.head("" if self._result is None else self._result.aside)
+                self._parts.frame.head(told(self._result))
 
     def _save(self, parts: BlendParts) -> str:
         name, weights = parts.name, parts.weights
@@ -185,7 +185,7 @@ class BlendPanel(AnswerPanel):
             raise NbpeftError("Give the new adapter a name.")
         _require(weights)
         options: dict[str, Any] = {"rank": parts.rank} if parts.type == EXACT else {"density": parts.density}
-        self._worker.stop()
+        self._halt()
         self._worker.wait(5.0)
         made = self._session.combine(weights, as_name=name, type=parts.type, seed=SEED, model=self._name, **options)
         return str(made)

@@ -14,7 +14,7 @@ from nbpeft.state import ModelState
 from nbpeft.widgets import views
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.lifetime import weakly
-from nbpeft.widgets.panel import AnswerPanel
+from nbpeft.widgets.panel import AnswerPanel, told
 from nbpeft.widgets.worker import Stopped
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class ComparePanel(AnswerPanel):
         prompt: str = "",
         max_new_tokens: int = 64,
     ) -> None:
-        super().__init__(session, model_name, ui=ui, tokenizer=tokenizer)
-        self._prompt, self._tokens = prompt, max_new_tokens
+        super().__init__(session, model_name, ui=ui, tokenizer=tokenizer, prompt=prompt)
+        self._tokens = max_new_tokens
         self._left_out: set[str] = set()
         self._result: CompareResult | None = None
 
@@ -83,7 +83,7 @@ class ComparePanel(AnswerPanel):
             self._left_out ^= {command[1]}
             self._draw(self._model(), "")
         elif what == "stop":
-            self._worker.stop()
+            self._halt()
         elif what == "against":
             self._show()
         elif what == "run":
@@ -105,7 +105,8 @@ class ComparePanel(AnswerPanel):
             "tokenizer": self._source(),
         }
         self._prompt = prompt
-        self._running(True)
+        parts.question.running(True)
+        parts.frame.head("answering …", running=True)
         self._worker.submit(lambda stopped: self._answer(prompt, options, stopped))
 
     def _answer(self, prompt: str, options: dict[str, Any], stopped: Stopped) -> None:
@@ -119,7 +120,7 @@ class ComparePanel(AnswerPanel):
                 self._answered(result)
                 return " ".join(result.notes)
             finally:
-                self._running(False)
+                self._ended()
 
         self._guarded(act)
 
@@ -127,15 +128,11 @@ class ComparePanel(AnswerPanel):
         self._result = result
         self._show()
 
-    def _running(self, running: bool) -> None:
+    def _ended(self) -> None:
         with self._lock:
-            if self._parts is None:
-                return
-            self._parts.question.running(running)
-            if running:
-                self._parts.frame.head("answering …", running=True)
-            else:
-                self._show()
+            if self._parts is not None:
+                self._parts.question.running(False)
+                self._parts.frame.head(told(self._result))
 
     def _show(self) -> None:
         with self._lock:

@@ -55,10 +55,12 @@ class Drawer:
     def _toggle(self, kind: str) -> None:
         # One that is shown elsewhere by now was closed here: the button brings it back.
         shown = self._panel is not None and self._panel.kind == kind and not self._panel.closed
+        prompt = self._panel.prompt if self._panel is not None else ""
         self.close()
         if shown:
             return
-        self._panel = _KINDS[kind][0](self._session, self._name, ui="widgets", tokenizer=self._tokenizer)
+        make = _KINDS[kind][0]
+        self._panel = make(self._session, self._name, ui="widgets", tokenizer=self._tokenizer, prompt=prompt)
         root = self._panel.widget
         root.add_class("nbpeft-inner")
         self.slot.children = (root,)

@@ -17,6 +17,7 @@ from nbpeft.widgets.worker import Worker
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
+    from nbpeft.session.compared import CompareResult
 
 AGAIN = "Run the cell again for buttons."
 
@@ -37,6 +38,7 @@ class AnswerPanel:
         ui: How to show it; by default the richest that works here.
         tokenizer: A tokenizer, or a function that gives one when a prompt is read; by default the
             one that the session was given last.
+        prompt: To begin with.
     """
 
     kind: ClassVar[str]
@@ -48,8 +50,10 @@ class AnswerPanel:
         *,
         ui: Ui = "auto",
         tokenizer: Any = None,
+        prompt: str = "",
     ) -> None:
         self._session = session
+        self._prompt = prompt
         self._name = model_name if model_name is not None else session.state.current
         self._ui: Ui = ui
         self._source: TokenizerSource = (
@@ -66,6 +70,12 @@ class AnswerPanel:
     def model_name(self) -> str | None:
         """The model shown."""
         return self._name
+
+    @property
+    def prompt(self) -> str:
+        """What stands in the prompt box, or was asked last."""
+        with self._lock:
+            return str(self._parts.question.prompt) if self._parts is not None else self._prompt
 
     @property
     def closed(self) -> bool:
@@ -118,7 +128,7 @@ class AnswerPanel:
     # For subclasses
 
     def _build(self) -> Any:
-        """The widgets, with ``root`` and ``message``."""
+        """The widgets, with ``root``, ``message`` and ``question``."""
         raise NotImplementedError
 
     def _text(self) -> str:
@@ -135,6 +145,15 @@ class AnswerPanel:
     def _run(self, *command: Any) -> str:
         """Does what a widget asks for; returns what to say about it."""
         raise NotImplementedError
+
+    def _ended(self) -> None:
+        """Shows that no answer is on its way any more."""
+        raise NotImplementedError
+
+    def _halt(self) -> None:
+        """Ends the answer that is on its way, which keeps what there is of it."""
+        if self._worker.stop():
+            self._ended()
 
     def _command(self, *command: Any) -> None:
         """What widgets call; handlers may run in another thread."""
@@ -186,6 +205,11 @@ class AnswerPanel:
     def _draw(self, model: ModelState | None, missing: str) -> None:
         """Shows a state; ``missing`` says what to do where the model is gone."""
         raise NotImplementedError
+
+
+def told(result: CompareResult | None) -> str:
+    """What stands beside the title once no answer is on its way; an answer that failed says it below."""
+    return "" if result is None or result.status == "running" else result.aside
 
 
 _open: dict[tuple[int, str | None, str], AnswerPanel] = {}

@@ -45,13 +45,18 @@ class Worker:
                 self._thread.start()
             self._condition.notify_all()
 
-    def stop(self) -> None:
-        """Drops the job that waits and asks the one that runs to stop; does not wait for it."""
+    def stop(self) -> bool:
+        """Drops the job that waits and asks the one that runs to stop; does not wait for it.
+
+        Returns:
+            Whether none runs: then no job will tell that it has ended.
+        """
         with self._condition:
             self._waiting = None
             if self._stop is not None:
                 self._stop.set()
             self._condition.notify_all()
+            return self._stop is None
 
     def wait(self, timeout: float = 30.0) -> bool:
         """Waits until nothing is left to do; says whether that came about."""

@@ -77,6 +77,14 @@ def press(shown: Any, label: str) -> None:
     assert shown.wait(10)
 
 
+def begun(session: AnsweringSession) -> None:
+    """Waits until the worker answers."""
+    deadline = time.monotonic() + 10
+    while not session.threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert session.threads
+
+
 # Compare
 
 
@@ -108,6 +116,7 @@ def test_answers_come_from_a_thread_and_can_be_stopped(compare: ComparePanel, se
     button(compare, "Compare").click()
     assert "Stop" in labels(compare) and "Compare" not in labels(compare)
     assert "answering …" in text(compare)
+    begun(session)
     button(compare, "Stop").click()
     session.go.set()
     assert compare.wait(10)
@@ -115,6 +124,14 @@ def test_answers_come_from_a_thread_and_can_be_stopped(compare: ComparePanel, se
     assert compare.result is not None and compare.result.status == "stopped"
     assert "stopped" in text(compare)
     assert "Compare" in labels(compare)
+
+
+def test_an_answer_that_has_not_begun_can_be_stopped(blend: BlendPanel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbpeft.widgets.blend_panel.DEBOUNCE", 30.0)
+    slider(blend, 1).value = 0.5
+    assert "answering …" in text(blend)
+    press(blend, "Stop")
+    assert "Answer" in labels(blend) and "answering" not in text(blend)
 
 
 def test_words_are_marked_against_the_chosen_column(compare: ComparePanel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +212,7 @@ def test_the_exact_sum_follows_the_sliders_without_a_new_adapter(blend: BlendPan
 def test_a_move_stops_the_answer_that_runs(blend: BlendPanel, session: AnsweringSession) -> None:
     session.go.clear()
     button(blend, "Answer").click()
-    while not session.threads:
-        time.sleep(0.01)
+    begun(session)
     slider(blend, 1).value = 0.5
     session.go.set()
     assert blend.wait(10)
@@ -309,8 +325,10 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     count = len(live_widgets())
     button(shown, "compare").click()
     assert len(parts(shown, ipywidgets.Textarea)) == 1 and "Compare" in labels(shown)
+    parts(shown, ipywidgets.Textarea)[0].value = PROMPT
     button(shown, "blend").click()
     assert "Answer" in labels(shown) and "Compare" not in labels(shown)
+    assert parts(shown, ipywidgets.Textarea)[0].value == PROMPT
     elsewhere = BlendPanel(session, "model", ui="widgets")
     assert elsewhere.widget is not None
     button(shown, "blend").click()

@@ -1,0 +1,100 @@
+"""Compare and blend in a real browser: with a tiny model behind them, and with answers worth a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Opener
+
+pytestmark = pytest.mark.browser
+
+MODEL = """\
+%load_ext nbpeft
+import torch
+from tests.session.adapted import randomize
+from tests.session.letters import Letters
+from tests.training.support import tiny_base
+model, tokenizer = tiny_base(), Letters()
+%lora add model --name pirate r=4 target_modules=q_proj,v_proj
+%lora add model --name orders r=2 target_modules=q_proj,up_proj
+randomize(model, 'pirate', 1)
+randomize(model, 'orders', 2)
+"""
+STATE = "print('adapters:', *(item.name for item in nbpeft.session().state.models[0].adapters))"
+BOOK = """\
+from nbpeft.widgets import BlendPanel, ComparePanel
+from tests.widgets.answering import ANSWERS, BLENDED, AnsweringSession
+ANSWERS['strict'] = BLENDED
+session = AnsweringSession(pause=0.05)
+session.combine({'orders': 1}, as_name='strict', type='exact', seed=0, model='model')
+asked = 'Order: Ana from Lima needs 12 chairs.'
+"""
+
+
+def test_compare_and_blend_from_the_adapters_panel(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(
+        MODEL, "%lora panel", '%lora compare "Ana needs chairs" --tokens 12', f"import nbpeft\n{STATE}"
+    )
+    page.run_all()
+    assert "one batched pass" in page.output_text(2)
+    panel = page.output(1)
+
+    page.click("compare", cell=1)
+    panel.locator("textarea").fill("Ana needs 12 chairs")
+    panel.locator("input[type=number]").fill("20")
+    panel.locator("input[type=number]").press("Tab")
+    page.click("Compare", cell=1)
+    page.wait_for("one batched pass", cell=1)
+    expect(page.button("Stop", cell=1)).to_be_hidden()
+    page.screenshot(pictures / f"compare-real-{app}.png")
+
+    page.click("blend", cell=1)
+    expect(page.button("Answer", cell=1)).to_be_visible()
+    expect(panel.locator("textarea")).to_have_value("Ana needs 12 chairs")
+    weight = panel.locator(".widget-readout").first
+    weight.fill("0.3")
+    weight.press("Enter")
+    page.wait_for("pirate + orders (0.3 / 1)", cell=1)
+    page.wait_for("pass", cell=1)
+    page.click("Save as adapter", cell=1)
+    page.wait_for("nothing lost", cell=1)
+    page.screenshot(pictures / f"blend-real-{app}.png")
+    page.run_cell(3)
+    assert "adapters: pirate orders blend" in page.output_text(3)
+    expect(panel.locator(".nbpeft-row").filter(has_text="blend")).to_have_count(1)
+    saved = page.save()
+    comparison = str(saved["cells"][2]["outputs"])
+    assert "widget-view" not in comparison and "Ana needs chairs" in comparison
+    page.check()
+
+
+def test_words_that_differ_are_marked(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(
+        BOOK,
+        "ComparePanel(session, 'model', prompt=asked)",
+        "BlendPanel(session, 'model', prompt=asked)",
+        "session.error = RuntimeError('no room <b>left</b>')",
+    )
+    for cell in range(3):
+        page.run_cell(cell)
+    page.click("sql", cell=1)
+    page.click("Compare", cell=1)
+    page.wait_for("answering …", cell=1)
+    expect(page.button("Stop", cell=1)).to_be_visible()
+    page.wait_for("one batched pass", cell=1)
+    page.output(1).locator("select").select_option("orders")
+    page.wait_for('"12, arr"', cell=1)
+    page.click("Answer", cell=2)
+    page.wait_for("one batched pass", cell=2)
+    for theme in ("light", "dark"):
+        page.theme(theme)
+        page.screenshot(pictures / f"compare-blend-{app}-{theme}.png")
+    page.theme("light")
+    page.run_cell(3)
+    page.click("Compare", cell=1)
+    page.wait_for("RuntimeError: no room <b>left</b>", cell=1)
+    page.click("✕", cell=1)
+    expect(page.output(1).get_by_text("RuntimeError")).to_have_count(0)
