@@ -5,6 +5,7 @@ Importing it gives ``AdapterConfig.from_pretrained`` and ``save_pretrained`` the
 
 from __future__ import annotations
 
+from nbpeft.checkpoint.atomic import NewFile
 from nbpeft.checkpoint.card import card_text
 from nbpeft.checkpoint.config_format import condense_targets, config_text, config_to_save, parse_config
 from nbpeft.checkpoint.folder import (
@@ -18,6 +19,7 @@ from nbpeft.checkpoint.folder import (
 )
 from nbpeft.checkpoint.hub import push
 from nbpeft.checkpoint.identity import Fingerprint, compare, fingerprint
+from nbpeft.checkpoint.model_files import ModelFolder, TensorSpec, copied, in_shards, other_files, write_model
 from nbpeft.checkpoint.renames import renames_of
 from nbpeft.checkpoint.spelling import add_spelling
 from nbpeft.checkpoint.weights_format import Expected, Loaded, from_file, remapped, to_file
@@ -28,6 +30,9 @@ __all__ = [
     "Expected",
     "Fingerprint",
     "Loaded",
+    "ModelFolder",
+    "NewFile",
+    "TensorSpec",
     "WrittenFiles",
     "add_spelling",
     "card_text",
@@ -35,8 +40,11 @@ __all__ = [
     "condense_targets",
     "config_text",
     "config_to_save",
+    "copied",
     "fingerprint",
     "from_file",
+    "in_shards",
+    "other_files",
     "parse_config",
     "push",
     "read_checkpoint",
@@ -46,6 +54,7 @@ __all__ = [
     "to_file",
     "write_checkpoint",
     "write_config",
+    "write_model",
 ]
 
 AdapterConfig.store = FolderStore()

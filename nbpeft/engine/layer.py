@@ -188,14 +188,7 @@ class AdaptedLayer(nn.Module):
                 raise MergeError(f"adapter {name!r} has a bias (lora_bias=True) but the base layer has none to take it")
 
     def _add_deltas(self, weight: Tensor, names: Sequence[str], scales: Sequence[float]) -> None:
-        adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
-        if len(adapters) == 1 or all(adapter.weight_free for adapter, _ in adapters):
-            for adapter, scale in adapters:
-                adapter.add_to_(weight, self.base, scale)
-            return
-        frozen = weight.clone()
-        for adapter, scale in adapters:
-            weight.add_(adapter.delta_weight(frozen, self.base), alpha=scale)
+        add_deltas(weight, self.base, [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)])
 
     def _take_snapshot(self) -> tuple[Any, Tensor | None]:
         bias = self.base.bias
@@ -225,6 +218,23 @@ class AdaptedLayer(nn.Module):
         if by_name:
             return {key: _WeightView(value) if isinstance(value, Tensor) else value for key, value in by_name.items()}
         return getattr(modules["base_layer"], name)
+
+
+def add_deltas(weight: Tensor, base: Base, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Adds the deltas of adapters, each taken against the frozen weight, to a canonical weight in place.
+
+    Args:
+        weight: the frozen weight, canonical; becomes the merged one.
+        base: the layer it belongs to.
+        adapters: (adapter, factor on its delta).
+    """
+    if len(adapters) == 1 or all(adapter.weight_free for adapter, _ in adapters):
+        for adapter, scale in adapters:
+            adapter.add_to_(weight, base, scale)
+        return
+    frozen = weight.clone()
+    for adapter, scale in adapters:
+        weight.add_(adapter.delta_weight(frozen, base), alpha=scale)
 
 
 def _has(adapter: nn.Module, name: str) -> bool:

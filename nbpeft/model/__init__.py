@@ -13,10 +13,12 @@ from nbpeft.model.auto import (
     AutoPeftModelForTokenClassification,
 )
 from nbpeft.model.combining import Combined, CombinedLayerLoss
+from nbpeft.model.full_precision import MergedFolder, merge_errors, merge_to_folder
 from nbpeft.model.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.pool import AdapterPool
 from nbpeft.model.pool_residents import PoolStatistics
+from nbpeft.model.quantized import load_quantized, quantize_model
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tasks import (
     PeftModelForCausalLM,
@@ -45,6 +47,7 @@ __all__ = [
     "LayerStatus",
     "LoraConfig",
     "LoraRuntimeConfig",
+    "MergedFolder",
     "ModelStatus",
     "PeftConfig",
     "PeftModel",
@@ -65,6 +68,10 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "load_quantized",
+    "merge_errors",
+    "merge_to_folder",
     "prepare_model_for_compiled_hotswap",
+    "quantize_model",
     "set_peft_model_state_dict",
 ]

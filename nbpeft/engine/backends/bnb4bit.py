@@ -28,6 +28,8 @@ from nbpeft.engine.storage import StoredWeight, loaded, plain
 
 PACKED_ROWS = 32
 NESTED_BLOCK = 256
+_FITTED_BLOCKS = 1024
+"""Blocks that are fitted at a time, so that fitting takes little memory beside a weight."""
 
 
 @dataclass(frozen=True)
@@ -224,15 +226,25 @@ def _quantized(weight: Tensor, like: Any, *, nested: bool, storage: torch.dtype)
 
 def _fitted(weight: Tensor, data: Tensor, state: Any) -> Tensor:
     """For each block the constant that brings its codes nearest to the weight, (blocks,) float32."""
-    unit = _decoded(data, torch.ones_like(state.absmax), state, torch.float32)
-    blocks, size = state.absmax.numel(), state.blocksize
-    missing = blocks * size - unit.numel()
-    codes, values = (
-        nn.functional.pad(part.reshape(-1), (0, missing)).view(blocks, size) for part in (unit, weight.float())
-    )
-    length = codes.square().sum(1)
-    fitted: Tensor = torch.where(length > 0, (codes * values).sum(1) / length, state.absmax)
+    flat, codes = weight.reshape(-1), data.view(torch.uint8).view(-1)
+    size = state.blocksize
+    fitted: Tensor = state.absmax.clone()
+    for first in range(0, fitted.numel(), _FITTED_BLOCKS):
+        constants = fitted[first : first + _FITTED_BLOCKS]
+        values = _in_blocks(flat[first * size : (first + _FITTED_BLOCKS) * size].float(), size)
+        part = codes[first * size // 2 : (first + constants.numel()) * size // 2]
+        unit = torch.ops.bitsandbytes.dequantize_4bit.default(
+            part, torch.ones_like(constants), size, state.quant_type, (2 * part.numel(),), torch.float32
+        )
+        unit = _in_blocks(unit.view(-1)[: weight.numel() - first * size], size)
+        length = unit.square().sum(1)
+        torch.where(length > 0, values.mul_(unit).sum(1) / length, constants, out=constants)
     return fitted
+
+
+def _in_blocks(values: Tensor, size: int) -> Tensor:
+    """(blocks, size); the last one filled with zeros."""
+    return nn.functional.pad(values, (0, -values.numel() % size)).view(-1, size)
 
 
 def _bind(module: nn.Module, data: Tensor, state: Any) -> None:
