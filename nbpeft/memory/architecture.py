@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import ConfigError
+from nbpeft.memory.threads import in_main_thread
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -60,8 +61,10 @@ class Architecture:
         config = copy.deepcopy(self.config) if layers is None else _with_layers(self.config, self.layer_count, layers)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
+        maker: Any = self.model_class or _class_of(getattr(transformers, self.auto_class), config)
+        if not in_main_thread() and maker is not None:
+            return _built_aside(maker, config, dtype)
         if self.model_class is not None:
-            maker: Any = self.model_class
             model: nn.Module = maker._from_config(config, dtype=dtype)
         else:
             model = getattr(transformers, self.auto_class).from_config(config, dtype=dtype)
@@ -123,6 +126,23 @@ def _of_model(model: nn.Module) -> Architecture:
     if type(base).__name__.endswith("ForConditionalGeneration"):
         automatic = "AutoModelForSeq2SeqLM"
     return Architecture(config, type(base), automatic)
+
+
+def _class_of(automatic: Any, config: Any) -> Any:
+    """The class that transformers' automatic choice comes to; None where only it can tell."""
+    if type(config) not in automatic._model_mapping:
+        return None
+    found = automatic._model_mapping[type(config)]
+    return found if isinstance(found, type) else None
+
+
+def _built_aside(maker: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model, without torch's default dtype being changed for a moment, which is one for all threads."""
+    config.dtype = dtype
+    model: nn.Module = maker(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _loaded_config(source: str) -> Any:

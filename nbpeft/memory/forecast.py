@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,38 +16,19 @@ from nbpeft.errors import ConfigError
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.devices import device_memory
 from nbpeft.memory.optimizers import kind_of, state_bytes
-from nbpeft.memory.simulate import Setting, step_peak, weights_of
+from nbpeft.memory.simulate import Setting, Weights, step_peak, weights_of
 from nbpeft.memory.standin import check_kind
+from nbpeft.memory.suggest import Suggestion, suggest
+from nbpeft.memory.surface import Surface, known_surface, point_of
+from nbpeft.memory.timeline import Peak
 from nbpeft.memory.words import size_text
 from nbpeft.state import MemoryPart
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_WORTH_SAYING = 0.01
-"""Suggestions that save less than this share of the peak are left out."""
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """One change and what it brings.
-
-    Attributes:
-        change: what to change, e.g. ``batch_size 8 -> 4``.
-        saved_bytes: how much lower the peak gets.
-        peak_bytes: the peak then.
-        cost: what it costs, in words.
-        fits: whether it fits the device then; None without a device.
-    """
-
-    change: str
-    saved_bytes: int
-    peak_bytes: int
-    cost: str = ""
-    fits: bool | None = None
-
-    def __str__(self) -> str:
-        cost = f" and {self.cost}" if self.cost else ""
-        fit = {True: "; then it fits", False: "", None: ""}[self.fits]
-        return f"{self.change} saves {size_text(self.saved_bytes)}{cost}{fit}"
+Solve = Callable[[Setting, str, "int | None"], "Forecast | None"]
+"""Gives the forecast of another setting, optimizer and device; None where it cannot tell yet."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +44,7 @@ class Forecast:
     device_bytes: int | None
     setting: Setting = field(repr=False)
     optimizer: str = "adamw"
+    solve: Solve = field(default=lambda setting, optimizer, limit: solved(setting, optimizer, limit), repr=False)
 
     @property
     def peak_bytes(self) -> int:
@@ -76,14 +58,8 @@ class Forecast:
 
     @cached_property
     def suggestions(self) -> tuple[Suggestion, ...]:
-        """Changes that lower the peak, each alone; those that make it fit first, then the largest."""
-        found = []
-        for change, cost, setting, optimizer in _changes(self.setting, self.optimizer):
-            peak = _forecast(setting, optimizer, self.device_bytes)
-            saved = self.peak_bytes - peak.peak_bytes
-            if saved > _WORTH_SAYING * self.peak_bytes:
-                found.append(Suggestion(change, saved, peak.peak_bytes, cost, peak.fits))
-        return tuple(sorted(found, key=lambda one: (not one.fits, -one.saved_bytes)))
+        """Changes that lower the peak; those that make it fit first, then those that save most."""
+        return suggest(self)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part.name} {size_text(part.byte_count)}" for part in self.parts if part.byte_count)
@@ -155,12 +131,30 @@ def forecast(
         gradient_checkpointing=gradient_checkpointing,
         training=training,
     )
-    return _forecast(setting, optimizer, device_bytes(device))
+    return simulated(setting, optimizer, device_bytes(device))
 
 
-def _forecast(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
-    weights = weights_of(setting)
-    step = step_peak(setting)
+def simulated(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
+    """A forecast from running the step on fake tensors."""
+    return assemble(setting, optimizer, limit, weights_of(setting), step_peak(setting))
+
+
+def surveyed(surface: Surface, setting: Setting, optimizer: str, limit: int | None) -> Forecast:
+    """A forecast from a surface, at once."""
+    point = point_of(setting)
+    return assemble(setting, optimizer, limit, surface.weights_at(point.rank), surface.peak(point))
+
+
+def solved(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
+    """A forecast from a surface where there is one, else from running the step."""
+    surface = known_surface(setting)
+    if surface is None:
+        return simulated(setting, optimizer, limit)
+    return surveyed(surface, setting, optimizer, limit)
+
+
+def assemble(setting: Setting, optimizer: str, limit: int | None, weights: Weights, step: Peak) -> Forecast:
+    """A forecast from what lies in memory before a step and the step's own peak."""
     base = sum(weights.kinds.values())
     kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
     parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes)]
@@ -185,39 +179,6 @@ def _forecast(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
 
 def _bytes(shape: tuple[int, ...], item: int) -> int:
     return torch.Size(shape).numel() * item
-
-
-def _changes(setting: Setting, optimizer: str) -> Iterator[tuple[str, str, Setting, str]]:
-    """(what, cost, setting, optimizer) of each change worth trying."""
-    if setting.training and not setting.gradient_checkpointing:
-        changed = setting.with_changes(gradient_checkpointing=True)
-        yield "gradient_checkpointing=True", "costs about a third more time", changed, optimizer
-    if setting.dtype == torch.float32:
-        yield "dtype float32 -> bfloat16", "rounds weights", setting.with_changes(dtype=torch.bfloat16), optimizer
-    for kind in ("nf4", "int8"):
-        if setting.quantization is None and (setting.adapter_config is not None or not setting.training):
-            yield f"quantization={kind!r}", "rounds weights", setting.with_changes(quantization=kind), optimizer
-    if setting.quantization == "int8":
-        yield "quantization int8 -> nf4", "rounds weights more", setting.with_changes(quantization="nf4"), optimizer
-    if setting.batch_size > 1:
-        half = setting.batch_size // 2
-        cost = "keeps its effect with gradient_accumulation_steps doubled" if setting.training else ""
-        yield f"batch_size {setting.batch_size} -> {half}", cost, setting.with_changes(batch_size=half), optimizer
-    if setting.sequence_length > 64:
-        half = setting.sequence_length // 2
-        changed = setting.with_changes(sequence_length=half)
-        yield f"sequence_length {setting.sequence_length} -> {half}", "cuts longer texts", changed, optimizer
-    rank = getattr(setting.adapter_config, "r", None)
-    if setting.adapter_config is not None and isinstance(rank, int) and rank > 4 and not _per_module(setting):
-        less = max(rank // 4, 4)
-        changed = setting.with_changes(adapter_config=setting.adapter_config.copy(r=less))
-        yield f"r {rank} -> {less}", "learns less detail", changed, optimizer
-    if setting.training and kind_of(optimizer)[0] == "adamw":
-        yield f"optimizer {optimizer} -> adamw_8bit", "needs bitsandbytes", setting, "adamw_8bit"
-
-
-def _per_module(setting: Setting) -> bool:
-    return bool(getattr(setting.adapter_config, "rank_pattern", None))
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:

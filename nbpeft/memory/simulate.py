@@ -6,10 +6,10 @@ import dataclasses
 import inspect
 import json
 import math
-import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,11 +22,15 @@ from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory.architecture import Architecture, layers_are_alike
 from nbpeft.memory.saved import tensors_in
 from nbpeft.memory.standin import put_standins, quantizable, quantized_bytes
+from nbpeft.memory.threads import in_main_thread, quiet
 from nbpeft.memory.timeline import Peak, fake_tensors, record
 
 _HALF = (torch.float16, torch.bfloat16)
-_FEW = (2, 3)
+FEW = (2, 3)
 """Numbers of layers that are simulated; what the others need follows, for each adds the same."""
+
+T = TypeVar("T")
+Look = Callable[[nn.Module, Callable[[], Any], int], T]
 
 Trained = tuple[tuple[tuple[int, ...], int], ...]
 """(shape, bytes an element) of each trained tensor."""
@@ -101,8 +105,7 @@ def weights_of(setting: Setting) -> Weights:
 
 
 def _count_weights(setting: Setting) -> Weights:
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.device("meta"), quiet():
         model = setting.architecture.build(setting.dtype)
     kinds: Counter[str] = Counter()
     skipped: set[int] = set()
@@ -148,48 +151,45 @@ def step_peak(setting: Setting) -> Peak:
 
 def _extrapolated(setting: Setting) -> Peak:
     count = setting.architecture.layer_count
-    if count > max(_FEW) and weights_of(setting).alike:
+    if count > max(FEW) and weights_of(setting).alike:
         try:
-            low, high = (_run(setting, layers) for layers in _FEW)
+            low, high = (run_step(setting, layers, record) for layers in FEW)
         except TargetError:
-            return _largest(_run(setting, None))
+            return largest(run_step(setting, None, record))
         # In between, backward frees one layer after another: the peak is at one of its ends.
-        return _largest([_further(low[end], high[end], count) for end in (0, -1)])
-    return _largest(_run(setting, None))
+        return largest([further(low[end], high[end], count) for end in (0, -1)])
+    return largest(run_step(setting, None, record))
 
 
-def _further(low: Peak, high: Peak, count: int) -> Peak:
-    steps = (count - _FEW[0]) / (_FEW[1] - _FEW[0])
+def further(low: Peak, high: Peak, count: int) -> Peak:
+    """What ``count`` layers take, from what two and three take."""
+    steps = (count - FEW[0]) / (FEW[1] - FEW[0])
     values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
     return Peak(*(round(a + (b - a) * steps) for a, b in values))
 
 
-def _largest(peaks: list[Peak]) -> Peak:
+def largest(peaks: list[Peak]) -> Peak:
+    """The highest."""
     return max(peaks, key=lambda peak: peak.total)
 
 
-def _run(setting: Setting, layers: int | None) -> list[Peak]:
+def run_step(setting: Setting, layers: int | None, look: Look[T]) -> T:
+    """Runs a step of a model on fake tensors while ``look`` looks on.
+
+    Args:
+        setting: what to run.
+        layers: with so many layers; all for None.
+        look: called with the model, the step, and the number of phases to tell apart.
+
+    Raises:
+        ConfigError: the model cannot run without data.
+    """
     phases = 1 if layers is None or not setting.training else layers
-    with fake_tensors(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = setting.architecture.build(setting.dtype, layers)
-        if setting.adapter_config is not None:
-            AdapterManager.attach(model).add("forecast", setting.adapter_config, allow_missing=False)
-        else:
-            model.requires_grad_(setting.training)
-        if setting.quantization is not None:
-            put_standins(
-                model,
-                setting.quantization,
-                double=setting.double_quant,
-                checkpointed=setting.gradient_checkpointing and setting.training,
-            )
-        model.train(setting.training)
-        if setting.gradient_checkpointing and setting.training:
-            _checkpoint(model)
+    with fake_tensors(), quiet():
+        model = _prepared(setting, layers)
         try:
             step = _train_step if setting.training else _prefill
-            return record(model, lambda: step(model, setting), phases)
+            return look(model, lambda: step(model, setting), phases)
         except TargetError:
             raise
         except Exception as error:
@@ -198,13 +198,31 @@ def _run(setting: Setting, layers: int | None) -> list[Peak]:
             raise ConfigError(f"cannot forecast {kind}: it does not run without data ({reason})", model=kind) from error
 
 
+def _prepared(setting: Setting, layers: int | None) -> nn.Module:
+    model = setting.architecture.build(setting.dtype, layers)
+    if setting.adapter_config is not None:
+        AdapterManager.attach(model).add("forecast", setting.adapter_config, allow_missing=False)
+    else:
+        model.requires_grad_(setting.training)
+    checkpointed = setting.gradient_checkpointing and setting.training
+    if setting.quantization is not None:
+        put_standins(model, setting.quantization, double=setting.double_quant, checkpointed=checkpointed)
+    model.train(setting.training)
+    if checkpointed:
+        _checkpoint(model)
+    return model
+
+
 def _checkpoint(model: nn.Module) -> None:
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the latter until transformers 6
+    enable: Any = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     if enable is None:
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config: Any = model.config
+    config.use_cache = False  # as transformers does by itself, with a warning
+    # Elsewhere the main thread may draw random numbers meanwhile; there is one generator for all.
+    options = {"use_reentrant": False, "preserve_rng_state": in_main_thread()}
+    enable(options)
 
 
 def _train_step(model: nn.Module, setting: Setting) -> None:

@@ -82,15 +82,16 @@ def record(model: nn.Module, step: Callable[[], Any], phases: int = 1) -> list[P
     """
     before = [*model.parameters(), *model.buffers()]
     trained = sum(parameter.requires_grad for parameter in model.parameters())
-    with SavedTensors(model) as saved, _gradients(model) as gradients:
-        allocations = _Allocations(before, saved, gradients, trained, phases)
+    gradients: list[int] = []
+    with SavedTensors(model) as saved, finished_gradients(model, gradients.append):
+        allocations = Allocations(before, saved, gradients, trained, phases)
         with allocations:
             result = step()
             held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(result)}
     return [dataclasses.replace(peak, result=sum(held.values())) for peak in allocations.peaks]
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that an operation returns until it is freed."""
 
     def __init__(
@@ -125,13 +126,22 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.add(key)
         self.now += byte_count
         weakref.finalize(storage, self._freed, key, byte_count)
-        phase = min(len(self._gradients) * len(self.peaks) // self._trained, len(self.peaks) - 1)
+        self._risen(key, byte_count, scratch)
+        phase = phase_of(len(self._gradients), self._trained, len(self.peaks))
         if self.now + scratch > self.peaks[phase].total:
             self.peaks[phase] = Peak(self.now + scratch, self._saved.byte_count, sum(self._gradients))
+
+    def _risen(self, key: int, byte_count: int, scratch: int) -> None:
+        """For subclasses: a storage was made; ``scratch`` is what its operation needs besides, for itself."""
 
     def _freed(self, key: int, byte_count: int) -> None:
         self._known.discard(key)
         self.now -= byte_count
+
+
+def phase_of(finished: int, trained: int, phases: int) -> int:
+    """The phase of a step in which so many of the gradients are finished."""
+    return min(finished * phases // max(trained, 1), phases - 1)
 
 
 _ARITHMETIC = frozenset(getattr(torch.ops.aten, name) for name in ("add", "sub", "mul", "div"))
@@ -144,18 +154,17 @@ def _promoted_bytes(args: tuple[Any, ...], result: Tensor) -> int:
 
 
 @contextmanager
-def _gradients(model: nn.Module) -> Iterator[list[int]]:
-    """Collects the bytes of each parameter's gradient as backward finishes it."""
-    sizes: list[int] = []
+def finished_gradients(model: nn.Module, tell: Callable[[int], object]) -> Iterator[None]:
+    """Tells the bytes of each parameter's gradient as backward finishes it."""
 
     def finished(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            sizes.append(parameter.grad.nbytes)
+            tell(parameter.grad.nbytes)
 
     parameters: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(finished) for parameter in parameters]
     try:
-        yield sizes
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,8 +14,9 @@ from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory import forecast, measure
 from nbpeft.memory.forecast import device_bytes
 from nbpeft.memory.optimizers import OPTIMIZERS, state_bytes
-from nbpeft.memory.simulate import _run
+from nbpeft.memory.simulate import run_step
 from nbpeft.memory.standin import quantized_bytes
+from nbpeft.memory.timeline import record
 
 CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
@@ -52,7 +53,7 @@ def test_parts_add_up():
 def test_few_layers_tell_what_many_take():
     for changes in ({}, {"gradient_checkpointing": True}, {"training": False}, {"quantization": "nf4"}):
         found = forecast(CONFIG, lora(lora_dropout=0.1), batch_size=2, sequence_length=48, **changes)
-        (whole,) = _run(found.setting, None)
+        (whole,) = run_step(found.setting, None, record)
         step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
         assert step - parts(found).get("optimizer", 0) == whole.total
 
@@ -61,7 +62,7 @@ def test_the_end_of_backward_can_be_the_peak():
     config = copy.deepcopy(CONFIG)
     config.num_hidden_layers = 12
     found = forecast(config, lora(r=64), batch_size=1, sequence_length=8, gradient_checkpointing=True, optimizer="sgd")
-    (whole,) = _run(found.setting, None)
+    (whole,) = run_step(found.setting, None, record)
     assert parts(found)["gradients"] > 0.8 * parts(found)["adapters"]
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
     assert abs(step - whole.total) < 0.02 * found.peak_bytes
@@ -124,8 +125,19 @@ def test_suggestions_make_it_fit():
         assert one.peak_bytes == found.peak_bytes - one.saved_bytes
         assert one.fits == (one.peak_bytes <= 20_000_000)
         assert str(one).startswith(one.change)
-    best = next(one for one in suggestions if one.change == "batch_size 8 -> 4")
-    assert best.peak_bytes == forecast(CONFIG, lora(), batch_size=4, sequence_length=128).peak_bytes
+    best = next(one for one in suggestions if one.change.startswith("batch_size 8 -> "))
+    size = int(best.change.rpartition(" ")[2])
+    assert best.peak_bytes == forecast(CONFIG, lora(), batch_size=size, sequence_length=128).peak_bytes
+    assert forecast(CONFIG, lora(), batch_size=size + 1, sequence_length=128, device="20MB").fits is False
+
+
+def test_changes_together_where_none_is_enough():
+    found = forecast(CONFIG, lora(r=4), batch_size=8, sequence_length=256, device="2.6MB")
+    assert not any(one.fits for one in found.suggestions[1:])
+    together = found.suggestions[0]
+    assert together.fits
+    assert together.change.startswith("gradient_checkpointing=True, dtype float32 -> bfloat16, batch_size 8 -> ")
+    assert forecast(CONFIG, lora(r=4), device="300kB").suggestions[0].fits is False
     assert "<table" in found._repr_html_()
 
 
