@@ -13,6 +13,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.session.combined import CombineResult, SwapResult
+from nbpeft.session.compared import CompareResult
 from nbpeft.session.core import Session
 from nbpeft.session.preview import Preview, PreviewRow
 from nbpeft.session.results import (
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AddResult",
+    "CombineResult",
+    "CompareResult",
     "Done",
     "LoadResult",
     "MemoryReport",
@@ -44,6 +48,7 @@ __all__ = [
     "SavedAdapter",
     "Session",
     "StatusReport",
+    "SwapResult",
     "UnloadResult",
     "close_session",
     "session",
