@@ -302,7 +302,7 @@ def _other_files(plan: _Plan, tokenizer: Any, scratch: Path, dtype: str) -> list
     generation: Any = getattr(model, "generation_config", None)
     if "generation_config.json" not in files and hasattr(generation, "to_json_string"):
         files["generation_config.json"] = NewFile.of_text("generation_config.json", generation.to_json_string())
-    if tokenizer is not None:
+    if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(str(scratch))
         files.update((path.name, checkpoint.copied(path)) for path in sorted(scratch.iterdir()) if path.is_file())
     return list(files.values())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nbpeft.errors import ConfigError
 from nbpeft.session.base import SessionBase
+from nbpeft.session.merged import MergedCopy, requantizing_note, write_copy
 from nbpeft.session.results import Done, Holder, UnloadResult
 
 if TYPE_CHECKING:
@@ -75,21 +78,39 @@ class ActingCommands(SessionBase):
 
     # The base weights
 
-    def merge(self, names: Names | None = None, *, model: ModelLike = None, safe: bool = False) -> Done:
+    def merge(
+        self,
+        names: Names | None = None,
+        *,
+        model: ModelLike = None,
+        safe: bool = False,
+        to: str | os.PathLike[str] | None = None,
+        **copying: Any,
+    ) -> Done | MergedCopy:
         """Adds adapters to the base weights, so that they cost nothing when the model runs.
 
         Args:
             names: None: the active ones.
             model: an adapted model.
             safe: refuse where a merged weight would not be finite.
+            to: write a merged copy in full precision into this folder, and leave the model as it is.
+            **copying: with ``to``: ``base``, ``dtype``, ``tokenizer`` and ``max_shard_bytes`` of
+                ``nbpeft.merge_to_folder``.
 
         Raises:
             MergeError: the weights cannot be merged into, or are merged already.
+            CheckpointError: the folder cannot be written, or holds a model.
         """
         chosen = None if names is None else [names] if isinstance(names, str) else list(names)
         entry = self._book.get(model)
+        if to is None and copying:
+            raise ConfigError(f"{next(iter(copying))!r} goes with a folder to merge into: to=…")
         with self._command("merging", slow=True) as notes:
+            if to is not None:
+                return write_copy(entry.manager, entry.name, os.fspath(to), chosen, notes, safe=safe, **copying)
+            note = requantizing_note(entry.manager, chosen)
             entry.manager.merge(chosen, safe=safe)
+            notes += [note] if note else []
             return self._done(entry, f"merged {', '.join(map(repr, entry.manager.merged))} into {entry.name}", notes)
 
     def unmerge(self, *, model: ModelLike = None) -> Done:

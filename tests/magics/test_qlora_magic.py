@@ -139,3 +139,28 @@ def test_help_and_completion(notebook: Notebook) -> None:
     assert "r = " in notebook.complete("%%qlora model\nr")
     assert notebook.complete("%%qlora mod") == ["model"]
     assert "--as" in notebook.complete("%%qlora model --")
+
+
+def test_merging_into_a_copy(notebook: Notebook, tmp_path: Path) -> None:
+    notebook.do(cell("model", "--name sql"))
+    model = notebook["model"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    out = tmp_path / "merged"
+    result = notebook.do(f"%lora merge sql --to {out} --dtype float32")
+    assert "quantized again" in str(result) and "float32" in str(result) and str(out) in str(result)
+    assert "this copy" in result._repr_html_() and "q_proj" in result._repr_html_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    from transformers import AutoModelForCausalLM
+
+    copy = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.allclose(copy(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=2e-3)
+    assert "holds weights already" in notebook.run(f"%lora merge --to {out}").line
+    assert "--dtype goes with --to DIR" in notebook.run("%lora merge --dtype float32").line
+    assert "--base goes with --to DIR" in notebook.run(f"%lora merge --base {out}").line
+    assert "dtype is 'int4'" in notebook.run(f"%lora merge --to {tmp_path / 'b'} --dtype int4").line
+    merged = notebook.do("%lora merge")
+    assert any("quantized again" in note and "--to DIR" in note for note in merged.notes)
+    assert "unmerge first" in notebook.run(f"%lora merge --to {tmp_path / 'b'}").line
+    notebook.do("%lora unmerge")

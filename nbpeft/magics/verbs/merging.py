@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from nbpeft.errors import CellError
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import ON_MODEL, verb
+from nbpeft.magics.tokenizers import TOKENIZER, chosen_tokenizer
 
+FLOATS = ("bfloat16", "float16", "float32")
 _SAFE = argument("--safe", action="store_true", help="refuse where a merged weight would not be finite")
 
 
@@ -16,12 +19,25 @@ _SAFE = argument("--safe", action="store_true", help="refuse where a merged weig
     "Add adapters to the base weights, so that they cost nothing when the model runs.",
     argument("names", nargs="*", metavar="NAME", completes="adapter", help="the active ones if left out"),
     _SAFE,
+    argument(
+        "--to", metavar="DIR", completes="path", help="write a merged copy in full precision; the model stays as it is"
+    ),
+    argument("--dtype", metavar="DTYPE", words=FLOATS, help="with --to: of its weights; the model's if left out"),
+    argument("--base", metavar="DIR", completes="path", help="with --to: add to the original weights in this folder"),
+    TOKENIZER,
     ON_MODEL,
-    example="%lora merge sql",
+    example="%lora merge sql --to merged/sql",
 )
 def merge(options: argparse.Namespace, desk: Desk) -> object:
-    """Merges adapters."""
-    return desk.session.merge(options.names or None, model=desk.chosen(options.model), safe=options.safe)
+    """Merges adapters into the model, or into a copy of it on disk."""
+    given = {name: value for name in ("dtype", "base") if (value := getattr(options, name)) is not None}
+    if options.to is None:
+        if given or options.tokenizer is not None:
+            raise CellError(f"%lora merge: --{next(iter(given), 'tokenizer')} goes with --to DIR")
+    elif (tokenizer := chosen_tokenizer(desk, options.tokenizer)) is not None:
+        given["tokenizer"] = tokenizer
+    model = desk.chosen(options.model)
+    return desk.session.merge(options.names or None, model=model, safe=options.safe, to=options.to, **given)
 
 
 @verb("unmerge", "Put the base weights back, bit for bit.", ON_MODEL)
