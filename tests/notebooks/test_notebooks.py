@@ -1,0 +1,109 @@
+"""The notebooks, executed in a kernel as a reader would: in full, and twice in one kernel."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+
+MEASURE = """
+import gc as _gc
+_gc.collect()
+import torch as _torch
+print("live", sum(_t.untyped_storage().nbytes() for _t in {
+    _t.untyped_storage().data_ptr(): _t for _t in _gc.get_objects() if isinstance(_t, _torch.Tensor)
+}.values()))
+"""
+
+
+def execute(notebook: Any, folder: Path, **environment: str) -> Any:
+    """Runs a notebook in its own kernel; environment variables shorten it."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        client = NotebookClient(
+            notebook,
+            timeout=1800,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
+            store_widget_state=False,
+        )
+        client.execute()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return notebook
+
+
+def printed(notebook: Any) -> str:
+    """Everything the cells wrote to standard output."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+def summary(notebook: Any) -> dict[str, str]:
+    """The ``key: value`` lines of the cell tagged ``summary``."""
+    cell = next(cell for cell in notebook.cells if "summary" in cell.metadata.get("tags", ()))
+    lines = "".join(output.text for output in cell.outputs).splitlines()
+    return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+
+def percent(value: str) -> float:
+    return float(value.rstrip("%"))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One working folder, so that notebook 03 finds what notebook 01 saved."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+def test_01_teaches_what_the_base_model_cannot_do(shared: Path) -> None:
+    found = summary(execute(nbformat.read(NOTEBOOKS / "01_lora_finetuning.ipynb", 4), shared))
+    assert percent(found["score base"]) < 20
+    assert percent(found["score adapter"]) >= 80
+    assert found["score adapter"] == found["score adapter loaded"] == found["score adapter merged"]
+    size = float(found["adapter on disk"].removesuffix(" MB"))
+    assert 0.5 < size < 10
+
+
+def test_03_answers_alike_with_the_adapter_merged_and_shipped(shared: Path) -> None:
+    found = summary(execute(nbformat.read(NOTEBOOKS / "03_adapter_inference.ipynb", 4), shared))
+    assert percent(found["score base"]) < 20
+    assert percent(found["score adapter"]) >= 75
+    same, total = map(int, found["same answers after merging"].split(" of "))
+    assert same == total
+    assert found["same answers after shipping"] == f"{total} of {total}"
+
+
+def test_01_twice_in_one_kernel_keeps_no_memory(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOKS / "01_lora_finetuning.ipynb", 4)
+    once = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    measure = nbformat.v4.new_code_cell(MEASURE)
+    notebook.cells = [*once, measure, *[cell.copy() for cell in once], measure.copy()]
+    for index, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{index}"
+    execute(notebook, tmp_path, NBPEFT_STEPS="2", NBPEFT_TEST_ORDERS="4")
+    first, second = (int(value) for value in re.findall(r"^live (\d+)$", printed(notebook), re.MULTILINE))
+    assert second <= first * 1.02 + 1e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_notebooks_hold_results_and_no_widget_state(name: str) -> None:
+    notebook = nbformat.read(NOTEBOOKS / name, 4)
+    assert "widgets" not in notebook.metadata
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert outputs, "run it and keep the outputs: readers see them before they run anything"
+    assert not any(output.output_type == "error" for output in outputs)
+    text = nbformat.writes(notebook)
+    assert not re.search(r"/(root|work|tmp|home)/", text)
