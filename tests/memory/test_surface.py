@@ -50,7 +50,7 @@ def test_other_sizes_come_out_as_simulated(shape, settings, options):
 
 def test_a_model_with_layers_of_two_kinds():
     config = copy.deepcopy(SHAPES["llama"])
-    setting = forecast(config, lora(target_modules=["q_proj", "o_proj"], layers_to_transform=[4])).setting
+    setting = forecast(config, lora(target_modules=["q_proj", "o_proj"], layers_to_transform=[3])).setting
     surface = surface_of(setting)
     assert surface is not None and len(surface.traces) == 1
     for point in POINTS:
