@@ -21,13 +21,18 @@ class RunCallback(TrainerCallback):
 
     Args:
         run: The run to feed. Outside a ``with run:`` block it is finished at the end of training.
+
+    Attributes:
+        batch_shape: rows and tokens a row of the last batch; None before the first one.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.batch_shape: tuple[int, int] | None = None
 
     def saw(self, inputs: Mapping[str, Any]) -> None:
         """Counts the input tokens of a batch, without waiting for the device."""
+        self.batch_shape = shape_of(inputs)
         tokens = count_tokens(inputs)
         if tokens is not None:
             self.run.record(0, tokens=tokens)
@@ -108,6 +113,15 @@ class RunCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_evaluate = False
             control.should_save = control.should_save or str(getattr(args.save_strategy, "value", "no")) == "steps"
+
+
+def shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and tokens a row of a batch, or None where it has none."""
+    for name in ("input_ids", "inputs_embeds", "input_values"):
+        tensor = inputs.get(name)
+        if isinstance(tensor, Tensor) and tensor.ndim >= 2:
+            return int(tensor.shape[0]), int(tensor.shape[1])
+    return None
 
 
 def any_process(asked: bool, device: torch.device) -> bool:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from nbpeft.errors import TrainingError
+from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
 from nbpeft.training.data import Collator, Rows, prepare_data
-from nbpeft.training.frames import release_frames
 from nbpeft.training.learning_check import explain_failure, is_out_of_memory, why_no_gradient
+from nbpeft.training.out_of_memory import free_memory, shortage
 from nbpeft.training.result import TrainResult
 from nbpeft.training.run import Run
 from nbpeft.training.trainer import Trainer, adapter_trainer
@@ -81,10 +79,10 @@ def train(
             metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
         except Exception as error:
             failure = _translated(error, model, settings)
-            if failure is error:
+            if failure is error and not isinstance(error, NbpeftError):
                 raise
     if failure is not None:  # raised out here, the new error does not hold the frames of the old one
-        raise failure
+        raise failure.with_traceback(None)
     return _result(run, metrics, fields.get("output_dir"))
 
 
@@ -130,9 +128,9 @@ def _fit(
             with run:
                 trainer = trainer_class(model=model, **options)
                 trainer.remove_callback(PrinterCallback)
-                trainer.add_callback(RunCallback(run))
-                output = trainer.train(resume_from_checkpoint=options["args"].resume_from_checkpoint)
-                metrics = {name: float(value) for name, value in output.metrics.items()}
+                callback = RunCallback(run)
+                trainer.add_callback(callback)
+                metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:
                 trainer.save_model()
         return metrics
@@ -145,6 +143,25 @@ def _fit(
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None
             trainer.model_wrapped = None
+
+
+def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
+    """Trains, and turns running out of memory into one line."""
+    try:
+        output = trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+        return {name: float(value) for name, value in output.metrics.items()}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = shortage(
+            error,
+            model,
+            settings,
+            callback.batch_shape,
+            optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
+            step=callback.run.state.step,
+        )
+    raise failure  # out here it does not hold the frames of the old one
 
 
 @contextmanager
@@ -171,17 +188,13 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 def _translated(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:
     """The error to raise: one line for what is known, with the memory given back; else itself."""
+    if isinstance(error, NbpeftError):
+        free_memory()
+        return error
     if not is_out_of_memory(error):
         lost = "does not require grad" in str(error) and isinstance(error, RuntimeError)
         return TrainingError(explain_failure(error, model)) if lost and why_no_gradient(model) else error
-    release_frames(error, everything=True)
-    size = settings.per_device_train_batch_size
-    message = f"{explain_failure(error, model)[:-1]} (batch size now: {size})."
-    error.__traceback__ = error.__context__ = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return TrainingError(message, batch_size=size)
+    return shortage(error, model, settings, None, optimizer=None, step=0)
 
 
 def _result(run: Run, metrics: dict[str, float], folder: str | None) -> TrainResult:

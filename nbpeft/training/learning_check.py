@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nbpeft.errors import NbpeftError
 from nbpeft.training.adapted import base_of, is_adapted, module_path, trainable
 
 PATIENCE = 10
@@ -193,6 +194,8 @@ def _head_names(base: Any) -> list[str]:
 
 def explain_failure(error: BaseException, model: nn.Module | None) -> str:
     """One line about an exception that ended a run, with the remedy where it is known."""
+    if isinstance(error, NbpeftError):
+        return str(error)
     text = str(error).strip().splitlines()
     line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     if is_out_of_memory(error):

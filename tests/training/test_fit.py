@@ -226,9 +226,9 @@ def test_out_of_memory_says_what_to_change_and_lets_go(error):
 
     model = tiny_model()
     states: list[TrainState] = []
-    with pytest.raises(TrainingError, match="lower the batch size") as caught:
+    with pytest.raises(TrainingError, match="per_device_train_batch_size 8 -> 4 saves") as caught:
         train(model, token_rows(), trainer_class=Hungry, publish=states.append, **QUICK)
-    assert "\n" not in str(caught.value) and "batch size now: 8" in str(caught.value)
+    assert "\n" not in str(caught.value) and "at batch size 8" in str(caught.value)
     assert caught.value.__context__ is None and kept[0]() is None
     assert all(parameter.grad is None for parameter in model.parameters())
     assert states[-1].status == "failed" and states[-1].message.startswith("Out of memory")

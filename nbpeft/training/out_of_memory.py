@@ -1,0 +1,196 @@
+"""Out of memory: which part grew, what to change and by how much, in one line."""
+
+from __future__ import annotations
+
+import gc
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbpeft.errors import NbpeftError, TrainingError
+from nbpeft.memory import Forecast, forecast, measure
+from nbpeft.memory.devices import device_memory
+from nbpeft.memory.words import size_text
+from nbpeft.model.stored import stored_parts
+from nbpeft.state import MemoryPart, MemoryState
+from nbpeft.training.adapted import active_names, base_of
+from nbpeft.training.frames import release_frames
+from nbpeft.training.learning_check import OUT_OF_MEMORY_REMEDY
+
+_FIXED = ("base weights", "adapters")
+_SHOWN = 4
+_NAMES = {
+    "batch_size": "per_device_train_batch_size",
+    "sequence_length": "max_length",
+    "optimizer": "optim",
+}
+"""How training arguments call what a forecast names."""
+_FORESEEN = {
+    "activations": "activations kept for backward need",
+    "temporary": "logits and other temporary tensors need",
+    "optimizer": "the optimizer's state needs",
+    "gradients": "gradients need",
+    "KV cache": "the KV cache needs",
+}
+_MEASURED = {
+    "other": "activations and temporary tensors took",
+    "optimizer": "the optimizer's state took",
+    "gradients": "gradients took",
+}
+_OPTIMIZER_STEP = "the optimizer's step"
+_HELPS_OPTIMIZER = ("optimizer", "r ", "quantization", "dtype")
+"""How changes begin that also help where no activation is left."""
+
+
+def shortage(
+    error: Exception, model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, optimizer: Any, step: int
+) -> TrainingError:
+    """The error to raise for one that ran out of memory; lets go of what the failed step held.
+
+    Args:
+        error: what was raised.
+        model: in training; loses its gradients, keeps its weights.
+        settings: the ``TrainingArguments``.
+        batch: rows and tokens a row of the batch it failed on, or None.
+        optimizer: the optimizer, if there is one.
+        step: optimizer steps done.
+
+    Returns:
+        A TrainingError of one line; its details hold ``batch_size``, ``parts``, ``suggestions``,
+        ``measured`` and ``stage``.
+    """
+    stage = _stage(error.__traceback__)
+    measured = measure(model, optimizer)
+    release_frames(error, everything=True)
+    error.__traceback__ = error.__context__ = None
+    model.zero_grad(set_to_none=True)
+    free_memory()
+    expected = _expected(model, settings, batch, training=stage != "evaluation")
+    size = settings.per_device_eval_batch_size if stage == "evaluation" else settings.per_device_train_batch_size
+    where = f"in {stage} after {step} step{'' if step == 1 else 's'}"
+    how = f"at batch size {size}" + (f" and {batch[1]} tokens a row" if batch is not None else "")
+    parts = expected.parts if expected is not None else measured.parts
+    changes = _changes(expected, stage, size)
+    return TrainingError(
+        f"Out of memory {where}, {how}: {_who(parts, measured, stage, expected is not None)}. To change: {changes}.",
+        batch_size=size,
+        stage=stage,
+        parts={part.name: part.byte_count for part in parts},
+        measured=measured,
+        suggestions=expected.suggestions if expected is not None else (),
+    )
+
+
+def free_memory() -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _stage(trace: TracebackType | None) -> str:
+    """What was being done, from the functions the error went through."""
+    stage = "forward"
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = code.co_filename.replace("\\", "/")
+        if code.co_name in ("evaluation_loop", "prediction_step"):
+            return "evaluation"
+        if "/torch/optim/" in place or "/bitsandbytes/optim/" in place:
+            return _OPTIMIZER_STEP
+        if "/torch/autograd/" in place or code.co_name == "backward":
+            stage = "backward"
+        trace = trace.tb_next
+    return stage
+
+
+def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool) -> Forecast | None:
+    """What the step needs in whole, by forecast; None where that cannot be told."""
+    base: Any = base_of(model)
+    names = active_names(model)
+    configs = getattr(model, "peft_config", {})
+    if batch is None or not names or names[0] not in configs:
+        return None
+    kinds = {kind for part in stored_parts(base) if part.name == "quantized layers" for kind in part.kinds}
+    kind = next((name for name in ("nf4", "fp4", "int8") if any(item.startswith(name) for item in kinds)), None)
+    if kinds and kind is None:
+        return None
+    optim = str(getattr(settings.optim, "value", settings.optim))
+    checkpoints = bool(getattr(base, "is_activation_checkpointing", False) or settings.gradient_checkpointing)
+    try:
+        return forecast(
+            base,
+            configs[names[0]],
+            batch_size=batch[0],
+            sequence_length=batch[1],
+            dtype=_dtype(base),
+            quantization=kind,
+            double_quant=any("double" in item for item in kinds),
+            gradient_checkpointing=checkpoints,
+            optimizer=optim,
+            training=training,
+            device=_limit(base),
+        )
+    except (NbpeftError, RuntimeError, ValueError, TypeError, AttributeError):
+        return None  # a model or an optimizer that cannot be foreseen: what was measured has to do
+
+
+def _dtype(base: Any) -> torch.dtype:
+    floats = [parameter for parameter in base.parameters() if parameter.is_floating_point()]
+    return max(floats, key=lambda parameter: parameter.numel()).dtype if floats else torch.float32
+
+
+def _limit(base: nn.Module) -> int | None:
+    """What the accelerator has for this process; a host's memory is shared and its limit not known."""
+    device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
+    if device.type in ("cpu", "meta"):
+        return None
+    memory = device_memory(device)
+    return None if memory.free is None or memory.used is None else memory.free + memory.used
+
+
+def _who(parts: tuple[MemoryPart, ...], measured: MemoryState, stage: str, foreseen: bool) -> str:
+    """``activations need 4.2 GB of 5.6 GB (base weights …)``."""
+    sizes = {part.name: part.byte_count for part in parts if part.byte_count}
+    grown = {name: size for name, size in sizes.items() if name not in _FIXED}
+    if stage == _OPTIMIZER_STEP and sizes.get("optimizer"):
+        grown = {"optimizer": sizes["optimizer"]}
+    if not grown:
+        return f"the model alone takes {size_text(sum(sizes.values()))}"
+    name = max(grown, key=lambda part: grown[part])
+    size = grown[name]
+    others = ", ".join(f"{other} {size_text(sizes[other])}" for other in sizes if other != name)
+    words = (_FORESEEN if foreseen else _MEASURED).get(name, f"{name}:")
+    device = ""
+    if foreseen and measured.device_total is not None and not measured.device.startswith("cpu"):
+        device = f" on a device of {size_text(measured.device_total)}"
+    return f"{words} {size_text(size)} of {size_text(sum(sizes.values()))}{device} (the rest: {others})"
+
+
+def _changes(expected: Forecast | None, stage: str, size: int) -> str:
+    """What to change and what that saves."""
+    if stage == "evaluation":
+        return (
+            f"per_device_eval_batch_size {size} -> {max(size // 2, 1)}, which halves what it takes"
+            if size > 1
+            else ("shorten the rows (max_length)")
+        )
+    if expected is None or not expected.suggestions:
+        return OUT_OF_MEMORY_REMEDY
+    words = []
+    helpful = [
+        one for one in expected.suggestions if stage != _OPTIMIZER_STEP or one.change.startswith(_HELPS_OPTIMIZER)
+    ]
+    for one in helpful[:_SHOWN]:
+        change = ", ".join(_renamed(part) for part in one.change.split(", "))
+        cost = f" ({one.cost})" if one.cost else ""
+        fits = ", then it fits" if one.fits else ""
+        words.append(f"{change} saves {size_text(one.saved_bytes)}{fits}{cost}")
+    return "; ".join(words) or OUT_OF_MEMORY_REMEDY
+
+
+def _renamed(change: str) -> str:
+    name, _, rest = change.partition(" ")
+    return f"{_NAMES.get(name, name)} {rest}".strip()
