@@ -5,7 +5,7 @@ bitsandbytes and transformers log the same warning for every layer and every ste
 
     MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization (210 times)
 
-Nothing is lost: each distinct warning is told, errors and everything of other libraries pass at
+Nothing is lost but ``IDLE_TALK``: each distinct warning is told, errors and everything of other libraries pass at
 once, and in a block that runs long a warning is told after ten seconds and counted on.
 """
 
@@ -20,6 +20,10 @@ from contextlib import contextmanager
 LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
 HOLD_SECONDS = 10.0
 """How long a warning is held back at most, given that another one follows."""
+
+IDLE_TALK = ("Failed to load CPU gemm_4bit_forward",)
+"""Beginnings of warnings that are dropped: an optional kernel of bitsandbytes is not installed,
+which it says on import, also where nothing is quantized."""
 
 _MARK = "_nbpeft_counted"
 _TOLD = "_nbpeft_told"
@@ -53,6 +57,8 @@ class RepeatFilter(logging.Filter):
             return True
         if record.name.partition(".")[0] not in self._libraries:
             return True
+        if record.getMessage().startswith(IDLE_TALK):
+            return False
         if not hasattr(record, _MARK):  # several handlers ask about the same record
             setattr(record, _MARK, True)
             self._count(record)

@@ -95,3 +95,10 @@ def test_a_long_block_does_not_hold_a_warning_back_for_long(shown: io.StringIO) 
         warn("bitsandbytes", "again")
     repeats.flush()
     assert shown.getvalue() == "again (3 times)\nagain (500 more times)\n"
+
+
+def test_talk_about_an_optional_kernel_is_dropped(shown: io.StringIO) -> None:
+    with collapsed():
+        warn("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: %s", "none")
+        warn("bitsandbytes.backends.cpu.ops", "something else")
+    assert shown.getvalue() == "something else\n"

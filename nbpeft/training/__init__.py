@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.logs import collapsed
+
 if TYPE_CHECKING:
     from nbpeft.training.callback import RunCallback
     from nbpeft.training.control import RunControl
@@ -58,5 +60,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        # transformers' Trainer imports bitsandbytes, which says on import what it does without.
+        with collapsed():
+            return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
