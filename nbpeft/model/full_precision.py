@@ -191,24 +191,25 @@ class _Merger:
         return self._weight(path, layer, value, own, spec.dtype)
 
     def _weight(self, path: str, layer: LayerDelta, value: Tensor, own: bool, dtype: torch.dtype) -> Tensor:
-        exact = value.to(torch.float32, copy=not own)
-        del value
-        exact = exact.t().contiguous() if layer.turned else exact
+        value = value.t().contiguous() if layer.turned else value
+        exact = value.to(torch.float32, copy=self._measure or not own)
         layer.add_to_(exact)
         if self._safe and not bool(torch.isfinite(exact).all()):
             raise MergeError(f"the merged weight of {path} is not finite; nothing was written", path=path)
         stored = exact.to(dtype)
         if self._measure:
-            self._note(path, layer, stored, exact)
+            delta_norm = relative_error(value, exact) * float(exact.norm())
+            del value
+            self._note(path, layer, stored, exact, delta_norm)
         return stored.t().contiguous() if layer.turned else stored
 
-    def _note(self, path: str, layer: LayerDelta, stored: Tensor, exact: Tensor) -> None:
+    def _note(self, path: str, layer: LayerDelta, stored: Tensor, exact: Tensor, delta_norm: float) -> None:
         if not self._live and layer.quantized:  # the adapter was trained on the quantized weight
             del exact
             exact = layer.base.backend.dequantize(layer.base.module).to(torch.float32, copy=True)
             layer.add_to_(exact)
         again = requantized_error(layer, exact)
-        self.errors[path] = LayerError(path, relative_error(stored, exact), again, float(exact.norm()))
+        self.errors[path] = LayerError(path, relative_error(stored, exact), again, float(exact.norm()), delta_norm)
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,22 @@ class LayerError:
         full_precision: for the copy in full precision.
         requantized: for the weight quantized again; None for a layer that is not quantized.
         norm: of the exact weight.
+        delta_norm: of what the adapters add to it.
     """
 
     path: str
     full_precision: float
     requantized: float | None
     norm: float
+    delta_norm: float
 
 
 @dataclass(frozen=True)
 class MergeErrors:
     """The error of each choice, by layer and in total.
+
+    An error small beside the weight can be large beside what the adapter adds: quantized again,
+    an element that moves less than half a step of its grid falls back to where it was.
 
     Attributes:
         layers: one entry a layer, in model order.
@@ -55,14 +60,22 @@ class MergeErrors:
         found = [(layer.requantized, layer.norm) for layer in self.layers if layer.requantized is not None]
         return _total(found) if found else None
 
+    def of_delta(self, error: float) -> float:
+        """A total error over the norm of what the adapters add, instead of over the weights'."""
+        added = math.hypot(*(layer.delta_norm for layer in self.layers))
+        return error * math.hypot(*(layer.norm for layer in self.layers)) / added if added else 0.0
+
     def worst(self) -> LayerError | None:
         """The layer that suffers most from quantizing again (or from rounding, where none is quantized)."""
         return max(self.layers, key=lambda layer: (layer.requantized or 0.0, layer.full_precision), default=None)
 
     def __str__(self) -> str:
-        full = f"in {self.dtype} {self.full_precision:.2g}"
-        again = "" if self.requantized is None else f"quantized again {self.requantized:.2g}, "
-        return f"relative error of the merged weights: {again}{full}"
+        ways = [] if self.requantized is None else [("quantized again", self.requantized)]
+        told = [
+            f"{way} {error:.2g} ({100 * self.of_delta(error):.2g} % of what the adapter adds)"
+            for way, error in [*ways, (f"in {self.dtype}", self.full_precision)]
+        ]
+        return f"relative error of the merged weights: {', '.join(told)}"
 
 
 @torch.no_grad()

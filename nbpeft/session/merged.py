@@ -49,11 +49,14 @@ class MergedCopy(Result):
         )
         return with_notes(line, self.notes)
 
+    def _both(self, error: float) -> tuple[str, str]:
+        return f"{error:.2e}", f"{100 * self.errors.of_delta(error):.2g} %"
+
     def _html(self) -> str:
         requantized = self.errors.requantized
-        ways = [("this copy", self.dtype, f"{self.errors.full_precision:.2e}")]
+        ways = [("this copy", self.dtype, *self._both(self.errors.full_precision))]
         if requantized is not None:
-            ways.append(("into the quantized weights (%lora merge)", "quantized again", f"{requantized:.2e}"))
+            ways.append(("into the quantized weights (%lora merge)", "quantized again", *self._both(requantized)))
         layers = sorted(self.errors.layers, key=lambda item: -(item.requantized or item.full_precision))[:_SHOWN]
         rows = [
             (
@@ -67,7 +70,7 @@ class MergedCopy(Result):
         return render.card(
             f"{', '.join(self.names)} · merged into a copy",
             render.line(render.dim(f"{self.folder}: {self.dtype}, {render.size(self.byte_count)} in {files}")),
-            render.table(("Way to merge", "Weights", "Relative error"), ways, right=(2,)),
+            render.table(("Way to merge", "Weights", "Relative error", "Of what the adapter adds"), ways, right=(2, 3)),
             render.table(
                 (f"Layers that suffer most, of {len(self.errors.layers)}", "Copy", "Quantized again"),
                 rows,

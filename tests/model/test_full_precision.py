@@ -111,6 +111,19 @@ def test_the_errors_are_those_that_merging_makes() -> None:
     error = float((layer.base.weight() - exact).norm() / exact.norm())
     assert told.layers[3].requantized == pytest.approx(error, rel=1e-4)
     assert told.worst() in told.layers
+    delta = layer.adapter("default").delta_weight(exact, layer.base)
+    assert told.layers[3].delta_norm == pytest.approx(float(delta.norm()), rel=1e-4)
+    assert told.of_delta(told.full_precision) > told.full_precision
+
+
+def test_a_small_delta_is_lost_when_it_is_quantized_again() -> None:
+    model = adapted(quantize_model(llama(hidden_size=64)), target_modules="all-linear")
+    with torch.no_grad():
+        for parameter in model.manager.parameters("default"):
+            parameter.copy_(torch.randn_like(parameter) * 1e-4)
+    told = merge_errors(model, dtype="float32")
+    assert told.requantized is not None and told.requantized < 1e-3, "hardly seen beside the weight"
+    assert told.of_delta(told.requantized) > 0.8 > 1e-2 > told.of_delta(told.full_precision)
 
 
 def test_requantizing_is_no_worse_than_peft() -> None:

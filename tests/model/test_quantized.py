@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.model import PeftModel
 from nbpeft.model.quantization import quantization
 from nbpeft.model.quantized import load_quantized, quantize_model
 from nbpeft.model.stored import stored_parts
@@ -185,3 +186,18 @@ def test_nothing_there(tmp_path: Path) -> None:
         load_quantized(tmp_path, model_class="AutoModelForPoetry")
     with pytest.raises(ConfigError, match="leave it out"):
         load_quantized(tmp_path, quantization_config={})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
+def test_an_adapter_goes_to_peft_on_the_same_quantized_base_and_back(bits: int, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = quantize_model(llama(hidden_size=64), bits=bits)
+    ours = adapted(copy.deepcopy(base), target_modules="all-linear")
+    wanted = logits(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    assert torch.allclose(logits(theirs), wanted, atol=1e-5)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
+    assert torch.allclose(logits(again), wanted, atol=1e-6)

