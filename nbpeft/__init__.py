@@ -106,7 +106,7 @@ if TYPE_CHECKING:
         UnknownAdapterError,
         UnknownMethodError,
     )
-    from nbpeft.memory import Forecast, forecast
+    from nbpeft.memory.forecast import Forecast, forecast
     from nbpeft.model import (
         AdapterPool,
         AutoPeftModel,

@@ -6,14 +6,17 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from nbpeft.errors import CellError
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.parse import argument
+from nbpeft.magics.planning import SIZES, settings_of
 
 ADAPT_OPTIONS = (
     argument(
         "--name", "-n", metavar="NAME", default=None, completes="adapter", help="name of the adapter (default: default)"
     ),
     argument("--dry-run", action="store_true", help="only show what would be adapted, counts and memory"),
+    *SIZES,
     argument("--allow-missing", action="store_true", help="go on where a target matches nothing"),
     argument("--frozen", action="store_true", help="apply it without training it"),
 )
@@ -31,8 +34,11 @@ def adapt(desk: Desk, options: argparse.Namespace, fields: Mapping[str, Any]) ->
     model = desk.module(variable)
     desk.session.adopt(desk.namespace)
     name = options.name or "default"
+    sizes = settings_of(options)
     if options.dry_run:
-        return desk.session.preview(model, fields, name=name, variable=variable)
+        return desk.session.preview(model, fields, name=name, variable=variable, **sizes)
+    if sizes:
+        raise CellError("--batch, --seq and --device say what --dry-run forecasts; they mean nothing without it")
     result = desk.session.add(
         model,
         fields,

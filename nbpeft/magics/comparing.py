@@ -9,7 +9,7 @@ from typing import Any
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.tokenizers import usual_tokenizer
 
-PANELS = ("adapters", "compare", "blend")
+PANELS = ("adapters", "compare", "blend", "plan")
 """What ``%lora panel`` shows; the first one without a word."""
 
 

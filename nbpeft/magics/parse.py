@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from nbpeft.errors import CellError, did_you_mean
+from nbpeft.errors import CellError, did_you_mean, near
 from nbpeft.magics.scan import Word, reference, scan
 
 
@@ -124,8 +124,10 @@ class LineParser(argparse.ArgumentParser):
             return options
         first = unknown[0]
         if first.startswith("-"):
-            known = [flag for item in self.arguments for flag in item.flags if flag.startswith("--")]
-            raise CellError(f"{self.prog} has no option {first}.{did_you_mean(first.split('=')[0], known)}")
+            # Without their dashes, which all have in common.
+            known = [flag[2:] for item in self.arguments for flag in item.flags if flag.startswith("--")]
+            close = " or ".join(f"'--{name}'" for name in near(first.split("=")[0].lstrip("-"), known))
+            raise CellError(f"{self.prog} has no option {first}.{f' Did you mean {close}?' if close else ''}")
         raise CellError(f"{self.prog}: {first!r} is one word too many; see {self.prog} --help")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,12 +149,18 @@ def _built_aside(maker: Any, config: Any, dtype: torch.dtype) -> nn.Module:
 def _loaded_config(source: str) -> Any:
     from transformers import AutoConfig
 
+    if source.startswith(("/", "./", "../", "~")) and not os.path.exists(os.path.expanduser(source)):
+        raise ConfigError(f"there is no folder {source!r}", source=source)
+    source = os.path.expanduser(source)
+    folder, name = os.path.split(source)
+    place: dict[str, Any] = {"pretrained_model_name_or_path": source}
+    if name.endswith(".gguf"):
+        place = {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(**place, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot read the config of {source!r}: {str(error).splitlines()[0]}", source=source
-        ) from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"cannot read the config of {source!r}: {reason.rstrip('.')}", source=source) from None
 
 
 def _with_layers(config: Any, have: int, wanted: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import ConfigError
-from nbpeft.memory.architecture import architecture_of
+from nbpeft.memory.architecture import Architecture, architecture_of
 from nbpeft.memory.devices import device_memory
 from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.simulate import Setting, Weights, step_peak, weights_of
@@ -115,12 +116,44 @@ def forecast(
         ConfigError: a value is impossible or the model cannot run without data.
         TargetError: the adapter does not fit the model.
     """
+    setting = setting_of(
+        architecture_of(model_or_config, adapter_config),
+        adapter_config,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        dtype=dtype,
+        quantization=quantization,
+        double_quant=double_quant,
+        gradient_checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
+        training=training,
+    )
+    return simulated(setting, optimizer, device_bytes(device))
+
+
+def setting_of(
+    architecture: Architecture,
+    adapter_config: AdapterConfig | None,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    dtype: torch.dtype | str | None,
+    quantization: str | None,
+    gradient_checkpointing: bool,
+    optimizer: str,
+    training: bool,
+    double_quant: bool = True,
+) -> Setting:
+    """The setting of a forecast, its values checked; see ``forecast``.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     kind_of(optimizer)
-    architecture = architecture_of(model_or_config, adapter_config)
-    setting = Setting(
+    return Setting(
         architecture=architecture,
         adapter_config=adapter_config,
         batch_size=batch_size,
@@ -131,7 +164,6 @@ def forecast(
         gradient_checkpointing=gradient_checkpointing,
         training=training,
     )
-    return simulated(setting, optimizer, device_bytes(device))
 
 
 def simulated(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
@@ -139,10 +171,13 @@ def simulated(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
     return assemble(setting, optimizer, limit, weights_of(setting), step_peak(setting))
 
 
-def surveyed(surface: Surface, setting: Setting, optimizer: str, limit: int | None) -> Forecast:
+def surveyed(
+    surface: Surface, setting: Setting, optimizer: str, limit: int | None, solve: Solve | None = None
+) -> Forecast:
     """A forecast from a surface, at once."""
     point = point_of(setting)
-    return assemble(setting, optimizer, limit, surface.weights_at(point.rank), surface.peak(point))
+    found = assemble(setting, optimizer, limit, surface.weights_at(point.rank), surface.peak(point))
+    return found if solve is None else dataclasses.replace(found, solve=solve)
 
 
 def solved(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
@@ -151,6 +186,12 @@ def solved(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
     if surface is None:
         return simulated(setting, optimizer, limit)
     return surveyed(surface, setting, optimizer, limit)
+
+
+def at_once(setting: Setting, optimizer: str, limit: int | None) -> Forecast | None:
+    """A forecast from a surface where there is one, else None; the same for its suggestions."""
+    surface = known_surface(setting)
+    return None if surface is None else surveyed(surface, setting, optimizer, limit, solve=at_once)
 
 
 def assemble(setting: Setting, optimizer: str, limit: int | None, weights: Weights, step: Peak) -> Forecast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
@@ -13,13 +13,38 @@ from nbpeft.memory.simulate import Setting
 from nbpeft.memory.surface import has_rank, surface_of
 from nbpeft.memory.words import size_text
 
-if TYPE_CHECKING:
-    from nbpeft.memory.forecast import Forecast
-
 _WORTH_SAYING = 0.01
 """Suggestions that save less than this share of the peak are left out."""
 _LENGTHS = 64
 """Lengths are suggested in steps of this."""
+
+
+class Foreseen(Protocol):
+    """What is read of a forecast."""
+
+    @property
+    def setting(self) -> Setting:
+        """What it is for."""
+
+    @property
+    def optimizer(self) -> str:
+        """Name of the optimizer."""
+
+    @property
+    def device_bytes(self) -> int | None:
+        """What the device has."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes needed."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has that much."""
+
+    @property
+    def solve(self) -> Callable[[Setting, str, int | None], Any]:
+        """Gives the forecast of another setting; None where it cannot tell yet."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +73,25 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Change:
-    """One change of a setting."""
+    """One change of a setting.
+
+    Attributes:
+        words: what to change.
+        cost: what it costs, in words.
+        fields: fields of the setting and their new values; ``optimizer`` among them.
+    """
 
     words: str
     cost: str
-    setting: Setting
-    optimizer: str
+    fields: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What is changed."""
+        return next(iter(self.fields))
 
 
-def suggest(forecast: Forecast) -> tuple[Suggestion, ...]:
+def suggest(forecast: Foreseen) -> tuple[Suggestion, ...]:
     """Changes that lower the peak, each alone, those that make it fit first; where none does, several together."""
     found = [_as_suggestion(forecast, [change]) for change in _changes(forecast)]
     worth = [one for one in found if one is not None and one.saved_bytes > _WORTH_SAYING * forecast.peak_bytes]
@@ -67,9 +102,10 @@ def suggest(forecast: Forecast) -> tuple[Suggestion, ...]:
     return tuple(worth)
 
 
-def _as_suggestion(forecast: Forecast, changes: list[Change]) -> Suggestion | None:
-    last = changes[-1]
-    then = forecast.solve(last.setting, last.optimizer, forecast.device_bytes)
+def _as_suggestion(forecast: Foreseen, changes: list[Change]) -> Suggestion | None:
+    fields = {name: value for change in changes for name, value in change.fields.items()}
+    optimizer = fields.pop("optimizer", forecast.optimizer)
+    then = forecast.solve(forecast.setting.with_changes(**fields), optimizer, forecast.device_bytes)
     if then is None:
         return None
     cost = changes[0].cost if len(changes) == 1 else ""
@@ -77,58 +113,52 @@ def _as_suggestion(forecast: Forecast, changes: list[Change]) -> Suggestion | No
     return Suggestion(words, forecast.peak_bytes - then.peak_bytes, then.peak_bytes, cost, then.fits)
 
 
-def _changes(forecast: Forecast) -> Iterator[Change]:
-    setting, optimizer = forecast.setting, forecast.optimizer
-    yield from _switches(setting, optimizer)
+def _changes(forecast: Foreseen) -> Iterator[Change]:
+    setting = forecast.setting
+    yield from _switches(setting, forecast.optimizer)
     fits = _fitting(forecast)
     if setting.batch_size > 1:
-        less = _most(1, setting.batch_size // 2, setting.batch_size, 1, lambda n: fits(batch_size=n))
-        yield _batch(setting, optimizer, less)
+        size = setting.batch_size
+        yield _batch(setting, _most(1, size // 2, size, 1, lambda n: fits(batch_size=n)))
     if setting.sequence_length > _LENGTHS:
-        half, top = setting.sequence_length // 2, setting.sequence_length
-        less = _most(_LENGTHS, half, top, _LENGTHS, lambda n: fits(sequence_length=n))
-        yield _length(setting, optimizer, less)
+        top = setting.sequence_length
+        yield _length(setting, _most(_LENGTHS, top // 2, top, _LENGTHS, lambda n: fits(sequence_length=n)))
     rank = getattr(setting.adapter_config, "r", None)
     if setting.adapter_config is not None and has_rank(setting) and isinstance(rank, int) and rank > 4:
         less = max(rank // 4, 4)
-        changed = setting.with_changes(adapter_config=setting.adapter_config.copy(r=less))
-        yield Change(f"r {rank} -> {less}", "learns less detail", changed, optimizer)
+        changed = setting.adapter_config.copy(r=less)
+        yield Change(f"r {rank} -> {less}", "learns less detail", {"adapter_config": changed})
 
 
 def _switches(setting: Setting, optimizer: str) -> Iterator[Change]:
     """What is on or off, or stored in another way."""
     if setting.training and not setting.gradient_checkpointing:
-        changed = setting.with_changes(gradient_checkpointing=True)
-        yield Change("gradient_checkpointing=True", "costs about a third more time", changed, optimizer)
+        yield Change("gradient_checkpointing=True", "costs about a third more time", {"gradient_checkpointing": True})
     if setting.dtype == torch.float32:
-        changed = setting.with_changes(dtype=torch.bfloat16)
-        yield Change("dtype float32 -> bfloat16", "rounds weights", changed, optimizer)
+        yield Change("dtype float32 -> bfloat16", "rounds weights", {"dtype": torch.bfloat16})
     for kind in ("nf4", "int8"):
         if setting.quantization is None and (setting.adapter_config is not None or not setting.training):
-            changed = setting.with_changes(quantization=kind)
-            yield Change(f"quantization={kind!r}", "rounds weights", changed, optimizer)
+            yield Change(f"quantization={kind!r}", "rounds weights", {"quantization": kind})
     if setting.quantization == "int8":
-        changed = setting.with_changes(quantization="nf4")
-        yield Change("quantization int8 -> nf4", "rounds weights more", changed, optimizer)
+        yield Change("quantization int8 -> nf4", "rounds weights more", {"quantization": "nf4"})
     if setting.training and kind_of(optimizer)[0] == "adamw":
-        yield Change(f"optimizer {optimizer} -> adamw_8bit", "needs bitsandbytes", setting, "adamw_8bit")
+        yield Change(f"optimizer {optimizer} -> adamw_8bit", "needs bitsandbytes", {"optimizer": "adamw_8bit"})
 
 
-def _batch(setting: Setting, optimizer: str, less: int) -> Change:
+def _batch(setting: Setting, less: int) -> Change:
     cost = ""
     if setting.training:
         times = -(-setting.batch_size // less)
         cost = f"keeps its effect with gradient_accumulation_steps times {times}"
-    words = f"batch_size {setting.batch_size} -> {less}"
-    return Change(words, cost, setting.with_changes(batch_size=less), optimizer)
+    return Change(f"batch_size {setting.batch_size} -> {less}", cost, {"batch_size": less})
 
 
-def _length(setting: Setting, optimizer: str, less: int) -> Change:
+def _length(setting: Setting, less: int) -> Change:
     words = f"sequence_length {setting.sequence_length} -> {less}"
-    return Change(words, "cuts longer texts", setting.with_changes(sequence_length=less), optimizer)
+    return Change(words, "cuts longer texts", {"sequence_length": less})
 
 
-def _fitting(forecast: Forecast) -> Callable[..., bool]:
+def _fitting(forecast: Foreseen) -> Callable[..., bool]:
     """Says whether a setting with changed fields fits; always no where nothing is wanted or asking takes long."""
     if forecast.fits is not False or surface_of(forecast.setting) is None:
         return lambda **changes: False
@@ -151,42 +181,43 @@ def _most(least: int, otherwise: int, top: int, step: int, fits: Callable[[int],
     return low * step
 
 
-def _together(forecast: Forecast) -> Suggestion | None:
-    """Changes one after the other, what costs least first, until it fits; None where it never does."""
-    setting, optimizer = forecast.setting, forecast.optimizer
-    made: list[Change] = []
-    while True:
-        change = next(_next_changes(setting, optimizer), None)
-        if change is None:
+def _together(forecast: Foreseen) -> Suggestion | None:
+    """Changes one after the other, what costs least first, until it fits; None where it never does.
+
+    What turns out not to be needed is left out again.
+    """
+    made: dict[str, Change] = {}
+    for change in _ladder(forecast.setting, forecast.optimizer):
+        made[change.name] = change
+        found = _as_suggestion(forecast, list(made.values()))
+        if found is None:
             return None
-        made = [old for old in made if old.words.split(" ")[0] != change.words.split(" ")[0]] + [change]
-        setting, optimizer = change.setting, change.optimizer
-        found = _as_suggestion(forecast, made)
-        if found is None or found.fits:
-            return _renamed(found, forecast, setting)
-
-
-def _next_changes(setting: Setting, optimizer: str) -> Iterator[Change]:
-    for change in _switches(setting, optimizer):
-        if change.words.startswith(("gradient_checkpointing", "dtype")):
-            yield change
-    if setting.batch_size > 1:
-        yield _batch(setting, optimizer, setting.batch_size // 2)
-    for change in _switches(setting, optimizer):
-        if "nf4" in change.words or change.words.startswith("optimizer"):
-            yield change
-    if setting.sequence_length > _LENGTHS:
-        yield _length(setting, optimizer, max(setting.sequence_length // 2, _LENGTHS))
-
-
-def _renamed(found: Suggestion | None, forecast: Forecast, setting: Setting) -> Suggestion | None:
-    """With the first and the last value of what was halved several times."""
-    if found is None:
+        if found.fits:
+            break
+    else:
         return None
-    words = []
-    for change in found.change.split(", "):
-        name = change.split(" ")[0]
-        if name in ("batch_size", "sequence_length"):
-            change = f"{name} {getattr(forecast.setting, name)} -> {getattr(setting, name)}"
-        words.append(change)
-    return Suggestion(", ".join(words), found.saved_bytes, found.peak_bytes, "", found.fits)
+    for name in [name for name in made if len(made) > 1]:
+        fewer = [change for other, change in made.items() if other != name]
+        without = _as_suggestion(forecast, fewer) if fewer else None
+        if without is not None and without.fits:
+            del made[name]
+            found = without
+    return found
+
+
+def _ladder(setting: Setting, optimizer: str) -> Iterator[Change]:
+    """Changes in the order of what they cost; a later one of the same name goes further."""
+    switches = {change.name: change for change in reversed(list(_switches(setting, optimizer)))}
+    for name in ("gradient_checkpointing", "dtype"):
+        if name in switches:
+            yield switches[name]
+    batch, length = setting.batch_size, setting.sequence_length
+    while batch > 1:
+        batch //= 2
+        yield _batch(setting, batch)
+    for name in ("quantization", "optimizer"):
+        if name in switches:
+            yield switches[name]
+    while length > _LENGTHS:
+        length = max(length // 2, _LENGTHS)
+        yield _length(setting, length)

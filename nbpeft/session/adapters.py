@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from nbpeft.session.book import Entry
 from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.files import adapter_name_of, folder_hint, save_adapters
 from nbpeft.session.handles import reviver, uncompiled
+from nbpeft.session.planning import foreseen
 from nbpeft.session.preview import Preview, preview_of
 from nbpeft.session.results import AddResult, Done, Holder, LoadResult, SaveResult
 from nbpeft.state import AdapterState, ModelState
@@ -70,9 +72,22 @@ class AdapterCommands(SessionBase):
             return self._added(entry, name, notes, plan=plan)
 
     def preview(
-        self, model: ModelLike, config: ConfigLike, *, name: str = "default", variable: str | None = None
+        self,
+        model: ModelLike,
+        config: ConfigLike,
+        *,
+        name: str = "default",
+        variable: str | None = None,
+        **settings: Any,
     ) -> Preview:
-        """What ``add`` would do. Changes nothing, and does not take a bare model up.
+        """What ``add`` would do, and what training would need. Changes nothing, does not take a bare model up.
+
+        Args:
+            model: a bare or an adapted model.
+            config: of the adapter to come, or its fields.
+            name: of the adapter to come.
+            variable: what to call a model that is new here.
+            **settings: of the memory forecast, as for ``plan_memory``.
 
         Raises:
             ConfigError: a field is unknown or impossible.
@@ -84,7 +99,8 @@ class AdapterCommands(SessionBase):
             base = entry.manager.model if entry is not None else uncompiled(model)
             title = entry.name if entry is not None else variable or "model"
             replaces = entry is not None and name in entry.manager.configs
-            return preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
+            preview = preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
+            return dataclasses.replace(preview, memory=foreseen(base, made, title, settings))
 
     def load(
         self,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft.session import render
 from nbpeft.session.describe import with_notes
+from nbpeft.session.planned import PlanResult
 from nbpeft.session.results import Result
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Preview(Result):
         byte_count: of the new adapter.
         training_bytes: gradients and AdamW's two moments for it.
         replaces: whether an adapter of that name would be reconfigured.
+        memory: what training would need, or why that cannot be told.
     """
 
     model_name: str
@@ -71,6 +73,7 @@ class Preview(Result):
     training_bytes: int
     replaces: bool = False
     notes: tuple[str, ...] = ()
+    memory: PlanResult | str = ""
 
     @property
     def module_count(self) -> int:
@@ -85,7 +88,10 @@ class Preview(Result):
             f"{render.count(self.parameter_count)} parameters, {render.size(self.byte_count)}; "
             "nothing was changed"
         )
-        return with_notes(line, self._all_notes())
+        line = with_notes(line, self._all_notes())
+        if isinstance(self.memory, PlanResult):
+            return f"{line}\nforecast: {self.memory}"
+        return f"{line}\nno forecast: {self.memory}" if self.memory else line
 
     def _all_notes(self) -> tuple[str, ...]:
         missing = (f"nothing matches {render.names(self.missing)}",) if self.missing else ()
@@ -116,8 +122,16 @@ class Preview(Result):
             render.line(render.dim(total)),
             *(render.line(render.dim(text)) for text in (whole, excluded) if text),
             render.notes(self._all_notes()),
+            self._forecast(),
             aside=f"{self.model_name} · {self.method}",
         )
+
+    def _forecast(self) -> str:
+        if isinstance(self.memory, PlanResult):
+            told = f"training, {self.memory.settings}"
+            assumed = f" ({'; '.join(self.memory.notes)})" if self.memory.notes else ""
+            return render.line(render.bold("memory"), render.dim(told + assumed)) + self.memory.body(settings=False)
+        return render.line(render.dim(f"no forecast of memory: {self.memory}")) if self.memory else ""
 
 
 def preview_of(

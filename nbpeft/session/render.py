@@ -72,6 +72,11 @@ def bad(text: str) -> str:
     return f'<span style="color:{_ERROR}">{escape(text)}</span>'
 
 
+def warning(text: str) -> str:
+    """Text that says that something may go wrong."""
+    return f'<span style="color:{_WARN}">{escape(text)}</span>'
+
+
 def card(title: str, *blocks: str, aside: str = "") -> str:
     """A bordered card.
 

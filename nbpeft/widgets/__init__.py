@@ -5,6 +5,7 @@
     ComparePanel(session, model_name)      a prompt, and what base model and adapters answer, side by side
     BlendPanel(session, model_name)        a slider an adapter, and what the blend answers
     LiveAnswers()                          answers while a cell runs
+    PlanPanel(planner)                     sliders, and what a run with them would need
     close_all()                            closes what is shown, e.g. when the extension is unloaded
     views                                  states as HTML and text, for everything else
 
@@ -18,9 +19,19 @@ from nbpeft.widgets.blend_panel import BlendPanel
 from nbpeft.widgets.compare_panel import ComparePanel
 from nbpeft.widgets.live_answers import LiveAnswers
 from nbpeft.widgets.panel import close_answer_panels
+from nbpeft.widgets.plan_panel import PlanPanel, close_plan_panels
 from nbpeft.widgets.training_panel import RunView, close_views, show_run
 
-__all__ = ["AdaptersPanel", "BlendPanel", "ComparePanel", "LiveAnswers", "RunView", "close_all", "show_run"]
+__all__ = [
+    "AdaptersPanel",
+    "BlendPanel",
+    "ComparePanel",
+    "LiveAnswers",
+    "PlanPanel",
+    "RunView",
+    "close_all",
+    "show_run",
+]
 
 
 def close_all() -> None:
@@ -28,3 +39,4 @@ def close_all() -> None:
     close_views()
     close_panels()
     close_answer_panels()
+    close_plan_panels()

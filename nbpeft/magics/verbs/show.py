@@ -10,13 +10,14 @@ from nbpeft.magics.desk import Desk
 from nbpeft.magics.front_end import front_end_checks
 from nbpeft.magics.panels import adapters_panel
 from nbpeft.magics.parse import argument
+from nbpeft.magics.planning import plan_panel
 from nbpeft.magics.registry import ON_MODEL, verb
 from nbpeft.session import MemoryReport
 
 
 @verb(
     "panel",
-    "Show the adapters with buttons to switch, save and delete them; or the panel that compares or blends them.",
+    "Show the adapters with buttons to switch, save and delete them; or compare, blend, or plan memory.",
     argument("kind", nargs="?", metavar="PANEL", words=PANELS, completes="model", help=f"one of {', '.join(PANELS)}"),
     argument("name", nargs="?", metavar="MODEL", completes="model", help="the current one if left out"),
     example="%lora panel compare",
@@ -24,6 +25,8 @@ from nbpeft.session import MemoryReport
 def panel(options: argparse.Namespace, desk: Desk) -> object:
     """Shows a panel; the word is left out for the adapters, as in ``%lora panel model``."""
     kind, variable = options.kind or PANELS[0], options.name
+    if kind == "plan":
+        return plan_panel(desk, variable, None, {})
     if kind not in PANELS:
         if variable is not None:
             raise CellError(

@@ -1,0 +1,102 @@
+"""Options of a memory forecast, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from nbpeft.errors import CellError, did_you_mean
+from nbpeft.magics.desk import Desk, is_module
+from nbpeft.magics.parse import Argument, argument
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
+"""Named here so that completion imports no torch."""
+
+SIZES: tuple[Argument, ...] = (
+    argument("--batch", type=int, metavar="N", help="sequences in a step (default: 4)"),
+    argument("--seq", type=int, metavar="N", help="tokens of each (default: 1024)"),
+    argument("--device", metavar="SIZE", words=("cpu", "cuda"), help="16GB, cuda:0, … (default: this machine's)"),
+)
+SETTINGS: tuple[Argument, ...] = (
+    *SIZES,
+    argument("--dtype", metavar="DTYPE", words=tuple(DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
+    argument("--quant", metavar="KIND", words=QUANTIZATIONS, help="none, nf4, fp4, int8 (default: as it is)"),
+    argument("--checkpointing", action="store_true", help="compute layers again in backward"),
+    argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
+    argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
+)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as keywords of ``Session.plan_memory``; what was left out is left out.
+
+    Raises:
+        CellError: a number is not positive, or a word is not known.
+    """
+    given = vars(options)
+    found: dict[str, Any] = {}
+    for option, name in (("batch", "batch_size"), ("seq", "sequence_length")):
+        value = given.get(option)
+        if value is not None and value < 1:
+            raise CellError(f"--{option} is {value}, expected a whole number of at least 1")
+        if value is not None:
+            found[name] = value
+    for option in ("device", "optimizer"):
+        if given.get(option) is not None:
+            found[option] = given[option]
+    if given.get("dtype") is not None:
+        found["dtype"] = DTYPES.get(given["dtype"], given["dtype"])
+        if found["dtype"] not in DTYPES.values():
+            raise CellError(f"--dtype {given['dtype']!r} is not one of {', '.join(DTYPES)}")
+    if given.get("quant") is not None:
+        if given["quant"] not in QUANTIZATIONS:
+            near = did_you_mean(given["quant"], QUANTIZATIONS)
+            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(QUANTIZATIONS)}.{near}")
+        found["quantization"] = None if given["quant"] == "none" else given["quant"]
+    if given.get("checkpointing"):
+        found["gradient_checkpointing"] = True
+    if given.get("inference"):
+        found["training"] = False
+    return found
+
+
+def source_of(name: str | None, desk: Desk) -> tuple[Any, str]:
+    """What to plan for: a model or config in a variable, or a folder or hub id; and what to call it.
+
+    Raises:
+        CellError: a variable holds something else.
+    """
+    desk.session.adopt(desk.namespace)
+    if name is None:
+        if desk.session.names:
+            return None, desk.session.state.current or desk.session.names[-1]
+        name = desk.only_model("%lora plan")
+    if name in desk.namespace:
+        value = desk.namespace[name]
+        if isinstance(value, str):
+            return value, value
+        if not is_module(value) and not hasattr(value, "model_type"):
+            return desk.module(name), name
+        return value, name
+    close = did_you_mean(name, desk.model_names())
+    if close and "/" not in name and not os.path.exists(name):  # a slip of the pen need not go to the hub
+        raise CellError(f"no variable is called {name!r}.{close}")
+    return name, name
+
+
+def no_such_source(name: str, desk: Desk, reason: str) -> CellError:
+    """What to say where a word is neither a variable nor a place."""
+    if "/" in name or "." in name:
+        return CellError(reason)
+    return CellError(f"no variable is called {name!r}, and as a repository: {reason}")
+
+
+def plan_panel(desk: Desk, name: str | None, config: Any, settings: dict[str, Any]) -> object:
+    """The panel with sliders."""
+    from nbpeft.widgets import PlanPanel
+
+    source, title = source_of(name, desk)
+    return PlanPanel(desk.session.memory_planner(source, config, variable=title, **settings), ui=desk.ui)

@@ -1,0 +1,325 @@
+"""The commands that say whether a run will fit, before it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import NbpeftError
+from nbpeft.session.base import SessionBase
+from nbpeft.session.configs import build_config, label_of
+from nbpeft.session.handles import uncompiled
+from nbpeft.session.planned import PlanChange, PlanResult, PlanSettings, Room
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.memory.forecast import Forecast
+    from nbpeft.memory.simulate import Setting
+
+    ModelLike = nn.Module | str | None
+    ConfigLike = AdapterConfig | Mapping[str, Any]
+
+AS_IT_IS = "as it is"
+"""Stored as the model is, or as its config says."""
+BATCH_SIZE, SEQUENCE_LENGTH = 4, 1024
+"""What is assumed where nothing is said."""
+_USUAL: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+_CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
+
+
+class PlanningCommands(SessionBase):
+    """Forecasts of memory."""
+
+    def plan_memory(self, model: ModelLike = None, config: ConfigLike | None = None, **settings: Any) -> PlanResult:
+        """What a run will need, by part, and whether a device has it; nothing is loaded or changed.
+
+        Args:
+            model: a model (its name here, or itself), a transformers config, or the folder or hub
+                id of one; only its config is read.
+            config: the adapter, or its fields; by default the model's active adapter, or LoRA of
+                rank 16 on all linear layers.
+            **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
+                ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
+                ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, a torch device, by default
+                this machine's), ``suggest=False`` to leave out what would make it fit.
+
+        Raises:
+            ConfigError: a value is impossible, or the model cannot run without data.
+            TargetError: the adapter does not fit the model.
+        """
+        suggest = settings.pop("suggest", True)
+        return self.memory_planner(model, config, **settings).exact(suggest=suggest)
+
+    def memory_planner(
+        self, model: ModelLike = None, config: ConfigLike | None = None, *, variable: str | None = None, **settings: Any
+    ) -> MemoryPlanner:
+        """The same for settings that are changed again and again; see ``plan_memory``."""
+        source, name, entry = self._planned(model)
+        adapter = build_config(_USUAL if config is None else config)
+        if config is None and entry is not None and entry.manager.names:
+            manager = entry.manager
+            adapter = manager.configs[(manager.active or manager.names)[0]]
+        return MemoryPlanner(source, adapter, name=variable or name, **settings)
+
+    def _planned(self, model: Any) -> tuple[Any, str, Any]:
+        """What to forecast for, its name, and its entry where it is a model with adapters."""
+        if model is None or (isinstance(model, str) and model in self.names):
+            entry: Any = self._book.get(model)
+            return entry.manager.model, entry.name, entry
+        if isinstance(model, str):
+            return model, model, None
+        entry = self._book.find(uncompiled(model))
+        name = entry.name if entry is not None else type(model).__name__
+        base = uncompiled(model) if entry is None else entry.manager.model
+        return base, name, entry
+
+
+class MemoryPlanner:
+    """Forecasts for one model and many settings; knows the model's shapes and holds no weights.
+
+    Args:
+        source: a model, a config, a folder or a hub id.
+        adapter: what is trained.
+        name: of the model.
+        batch_size: as in ``Session.plan_memory``, like the others.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        adapter: AdapterConfig,
+        *,
+        name: str,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        quantization: str | None = AS_IT_IS,
+        gradient_checkpointing: bool | None = None,
+        optimizer: str = "adamw",
+        training: bool = True,
+        device: Any = None,
+    ) -> None:
+        from nbpeft.memory.forecast import setting_of
+
+        found = _Found(source, adapter)
+        if gradient_checkpointing is None:
+            gradient_checkpointing = found.checkpointing
+        length = sequence_length or min(SEQUENCE_LENGTH, found.longest)
+        assumed = [f"batch {BATCH_SIZE}"] if batch_size is None else []
+        assumed += [f"length {length}"] if sequence_length is None else []
+        self.assumed = f"{' and '.join(assumed)} {'is' if len(assumed) == 1 else 'are'} assumed" if assumed else ""
+        self.setting: Setting = setting_of(
+            found.architecture,
+            adapter,
+            batch_size=BATCH_SIZE if batch_size is None else batch_size,
+            sequence_length=length if sequence_length is None else sequence_length,
+            dtype=dtype or found.dtype,
+            quantization=found.quantization if quantization == AS_IT_IS else quantization,
+            gradient_checkpointing=gradient_checkpointing,
+            optimizer=optimizer,
+            training=training,
+        )
+        self.optimizer = optimizer
+        self.room = _room(device, source)
+        graphics = self.room.name.startswith("cuda") or (device is not None and self.room.free is None)
+        self.notes = tuple(note for note in (found.note, _CUDA_NOTE if graphics else "") if note)
+        self.name = name
+        self.class_name = found.class_name
+        self.method = label_of(adapter)
+
+    @property
+    def settings(self) -> PlanSettings:
+        """The settings that were asked for."""
+        return self._settings(self.setting, self.optimizer)
+
+    def exact(self, settings: PlanSettings | None = None, *, suggest: bool = True) -> PlanResult:
+        """The plan from running a step on fake tensors; takes about a second, suggestions some more."""
+        from nbpeft.memory.forecast import solved
+
+        setting, optimizer = self._setting(settings)
+        found = solved(setting, optimizer, self.room.total)
+        assert found is not None
+        result = self._result(found, found.suggestions if suggest else ())
+        if settings is None and self.assumed:
+            return dataclasses.replace(result, notes=(self.assumed, *result.notes))
+        return result
+
+    def at_once(self, settings: PlanSettings) -> PlanResult | None:
+        """The plan in a few milliseconds; None where it was not prepared.
+
+        Changes are those that can be told at once, too.
+        """
+        from nbpeft.memory.forecast import at_once
+
+        setting, optimizer = self._setting(settings)
+        found = at_once(setting, optimizer, self.room.total)
+        return None if found is None else self._result(found, found.suggestions)
+
+    def prepare(self, settings: PlanSettings) -> bool:
+        """Prepares answers for these settings at any batch size, length, rank and optimizer, in a second or two.
+
+        Returns:
+            False where this model can only be simulated, setting by setting.
+
+        May be called in another thread.
+        """
+        from nbpeft.memory.surface import surface_of
+
+        return surface_of(self._setting(settings)[0]) is not None
+
+    def neighbours(self, settings: PlanSettings) -> list[PlanSettings]:
+        """The same with other ways to store and other switches, those first that differ in one only."""
+        dtypes = dict.fromkeys((settings.dtype, "bfloat16", "float32"))
+        kinds = dict.fromkeys((settings.quantization, None, "nf4", "int8"))
+        again = (settings.gradient_checkpointing, not settings.gradient_checkpointing)[: 2 if settings.training else 1]
+        found = [
+            dataclasses.replace(settings, gradient_checkpointing=checkpointing, quantization=kind, dtype=dtype)
+            for dtype, kind, checkpointing in itertools.product(dtypes, kinds, again)
+        ]
+
+        def distance(other: PlanSettings) -> int:
+            pairs = (
+                (other.dtype, settings.dtype),
+                (other.quantization, settings.quantization),
+                (other.gradient_checkpointing, settings.gradient_checkpointing),
+            )
+            return sum(one != two for one, two in pairs)
+
+        return sorted(found, key=distance)[1:]
+
+    def _setting(self, settings: PlanSettings | None) -> tuple[Setting, str]:
+        if settings is None:
+            return self.setting, self.optimizer
+        import torch
+
+        from nbpeft.memory.surface import at
+        from nbpeft.memory.trace import Point
+
+        rank = settings.rank if settings.rank is not None else 1
+        setting = at(self.setting, Point(settings.batch_size, settings.sequence_length, rank))
+        changed = setting.with_changes(
+            dtype=getattr(torch, settings.dtype),
+            quantization=settings.quantization,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            training=settings.training,
+        )
+        return changed, settings.optimizer
+
+    def _settings(self, setting: Setting, optimizer: str) -> PlanSettings:
+        from nbpeft.memory.surface import has_rank
+
+        return PlanSettings(
+            setting.batch_size,
+            setting.sequence_length,
+            getattr(setting.adapter_config, "r", None) if has_rank(setting) else None,
+            str(setting.dtype).removeprefix("torch."),
+            setting.quantization,
+            setting.gradient_checkpointing,
+            optimizer,
+            setting.training,
+        )
+
+    def _result(self, found: Forecast, suggestions: Any) -> PlanResult:
+        changes = tuple(
+            PlanChange(one.change, one.saved_bytes, one.peak_bytes, one.cost, one.fits) for one in suggestions
+        )
+        settings = self._settings(found.setting, found.optimizer)
+        adapter = self.method if settings.rank is None else f"{self.method} r={settings.rank}"
+        return PlanResult(self.name, self.class_name, adapter, settings, found.parts, self.room, changes, self.notes)
+
+
+class _Found:
+    """What a model or a config says about itself."""
+
+    def __init__(self, source: Any, adapter: AdapterConfig) -> None:
+        from nbpeft.memory.architecture import architecture_of
+
+        self.architecture = architecture_of(source, adapter)
+        config = self.architecture.config
+        self.note = ""
+        self.longest = int(getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
+        names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter until transformers 6
+        self.checkpointing = bool(next((getattr(source, name) for name in names if hasattr(type(source), name)), False))
+        self.dtype: Any = None
+        self.quantization: str | None = None
+        kind = self.architecture.model_class
+        self.class_name = kind.__name__ if kind is not None else next(iter(config.architectures or ()), "")
+        if kind is not None:
+            self._look_at(source)
+        else:
+            self._read(getattr(config, "quantization_config", None))
+
+    def _look_at(self, model: Any) -> None:
+        """How a loaded model is stored."""
+        from nbpeft.memory import weights_by_kind
+
+        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        for kind in weights_by_kind(model):
+            label = kind.split(" ")[0]
+            if self.quantization is None and label in ("nf4", "fp4", "int8"):
+                self.quantization = label
+            elif self.dtype is None and label in names:
+                self.dtype = names[label]
+
+    def _read(self, stored: Any) -> None:
+        """How a repository says that its weights are stored."""
+        if stored is None:
+            return
+        values = stored if isinstance(stored, Mapping) else stored.to_dict()
+        if values.get("load_in_8bit"):
+            self.quantization = "int8"
+        elif values.get("load_in_4bit"):
+            self.quantization = str(values.get("bnb_4bit_quant_type") or "fp4")
+        else:
+            self.quantization = "nf4"
+            self.note = f"weights stored by {values.get('quant_method', 'another library')} are counted as nf4"
+
+
+def _room(device: Any, source: Any) -> Room:
+    """The device to fit, by default that of the model, or this machine's best one."""
+    import torch
+
+    from nbpeft.memory.devices import device_memory
+    from nbpeft.memory.forecast import device_bytes
+    from nbpeft.session import render
+
+    placed = next((parameter.device for parameter in _parameters(source)), None)
+    if device is None:
+        device = placed if placed is not None and placed.type != "meta" else _best_device()
+    try:
+        there = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        there = None
+    if there is None or there.type == "meta":
+        total = device_bytes(device)
+        return Room(render.size(total), total)
+    device_bytes(there)
+    memory = device_memory(there)
+    held = sum(parameter.nbytes for parameter in _parameters(source)) if placed == there else 0
+    name = "this machine (CPU)" if there.type == "cpu" else f"{there} of this machine"
+    return Room(name, memory.total, memory.free, held)
+
+
+def _parameters(source: Any) -> Iterator[Any]:
+    return iter(source.parameters()) if hasattr(source, "parameters") else iter(())
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def foreseen(source: Any, config: AdapterConfig, name: str, settings: Mapping[str, Any]) -> PlanResult | str:
+    """The plan for a model and an adapter, without suggestions, or why there can be none."""
+    try:
+        return MemoryPlanner(source, config, name=name, **settings).exact(suggest=False)
+    except NbpeftError as error:
+        return str(error)

@@ -1,0 +1,160 @@
+"""``%lora plan`` and the forecast of a dry run in a real shell."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from nbpeft.memory import forecast
+from nbpeft.session.planned import PlanResult
+from nbpeft.widgets import PlanPanel
+from tests.magics.notebook import Notebook
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A folder with nothing but a config of seven billion parameters."""
+    LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        max_position_embeddings=2048, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    ).save_pretrained(tmp_path)  # fmt: skip
+    return str(tmp_path)
+
+
+def test_a_folder_with_a_config_is_enough(bare: Notebook, folder: str) -> None:
+    plan = bare.do(f"%lora plan {folder} --batch 2 --seq 512 --device 16GB --rank 8 --targets q_proj,v_proj")
+    assert isinstance(plan, PlanResult)
+    assert (plan.settings.batch_size, plan.settings.sequence_length, plan.settings.rank) == (2, 512, 8)
+    assert plan.settings.dtype == "bfloat16" and plan.adapter == "LoRA r=8"
+    sizes = {part.name: part.byte_count for part in plan.parts}
+    assert 13.4e9 < sizes["base weights"] < 13.6e9
+    assert sizes["adapters"] == 32 * 2 * 2 * 4096 * 8 * 4
+    assert plan.fits is False and plan.excess == plan.peak_bytes - 16_000_000_000
+    assert sum(over for _, over in plan.exceeding) == plan.excess
+    assert plan.changes[0].fits
+    assert "does not fit 16.0 GB" in str(plan) and "then it fits" in str(plan)
+    page = plan._repr_html_()
+    assert "no room for" in page and "background:#4c78a8" in page and escape(plan.changes[0].change) in page
+
+
+def test_it_is_the_forecast_of_the_python_form(bare: Notebook, folder: str) -> None:
+    plan = bare.do(
+        f"%lora plan {folder} --batch 3 --seq 256 --device 24GiB --quant nf4 --checkpointing --dtype bf16 "
+        "--optimizer paged_adamw_8bit r=4"
+    )
+    from nbpeft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    found = forecast(
+        folder, adapter, batch_size=3, sequence_length=256, dtype="bfloat16", quantization="nf4",
+        gradient_checkpointing=True, optimizer="paged_adamw_8bit", device="24GiB",
+    )  # fmt: skip
+    assert plan.peak_bytes == found.peak_bytes and plan.parts == found.parts
+    assert plan.fits and plan.room.total == 24 * 2**30
+    assert "to spare" in plan.verdict and not plan.exceeding
+
+
+def test_a_variable_is_planned_with_its_adapter_on_this_machine(adapted: Notebook) -> None:
+    plan = adapted.do("%lora plan model --seq 32")
+    assert (plan.model_name, plan.adapter, plan.settings.batch_size) == ("model", "LoRA r=4", 4)
+    assert plan.notes == ("batch 4 is assumed",)
+    assert plan.room.name == "this machine (CPU)" and plan.room.held > 0
+    assert plan.fits and plan.fits_now
+    assert adapted.do("%lora plan --seq 32").peak_bytes == plan.peak_bytes
+    assert adapted.do("%lora plan --seq 32 --inference").peak_bytes < plan.peak_bytes
+    assert "KV cache" in str(adapted.do("%lora plan --seq 32 --inference"))
+
+
+def test_a_bare_model_and_a_config_in_a_variable(notebook: Notebook) -> None:
+    bare_model = notebook.do("%lora plan model --seq 32 --batch 1")
+    notebook["config"] = notebook["model"].config
+    assert notebook.do("%lora plan config --seq 32 --batch 1").peak_bytes == bare_model.peak_bytes
+    notebook["rows"] = 3
+    assert "not a model" in notebook.run("%lora plan rows").line
+
+
+def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: Path) -> None:
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=256, dtype="bfloat16")
+    config.save_pretrained(tmp_path / "plain")
+    kinds = {
+        "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        "gptq": {"quant_method": "gptq", "bits": 4},
+    }
+    plain = bare.do(f"%lora plan {tmp_path}/plain --seq 32 --device 1GB --quant nf4")
+    for name, stored in kinds.items():
+        config.quantization_config = stored
+        config.save_pretrained(tmp_path / name)
+        plan = bare.do(f"%lora plan {tmp_path}/{name} --seq 32 --device 1GB")
+        assert plan.settings.quantization == ("int8" if name == "int8" else "nf4")
+        assert (plan.peak_bytes == plain.peak_bytes) == (name != "int8")
+        assert ("gptq" in str(plan.notes)) == (name == "gptq")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("modle", "no variable is called 'modle'. Did you mean 'model'?"),
+        ("/nowhere/at/all", "there is no folder '/nowhere/at/all'"),
+        ("model --batch 0", "--batch is 0"),
+        ("model --seq -1", "--seq is -1"),
+        ("model --quant nf5", "Did you mean 'nf4'?"),
+        ("model --dtype int8", "--dtype 'int8' is not one of bf16, fp16, fp32"),
+        ("model --optimizer adamv", "Did you mean 'adam'"),
+        ("model --device big", "neither a size such as '16GB' nor a device here"),
+        ("model --targets q_prj", "Did you mean 'q_proj'"),
+        ("model --rank 0", "0"),
+        ("model --batchs 2", "Did you mean '--batch'"),
+        ("model rr=2", "has no field 'rr'"),
+    ],
+)
+def test_mistakes_are_one_line(notebook: Notebook, line: str, words: str) -> None:
+    found = notebook.run(f"%lora plan {line}").line
+    assert words in found and "\n" not in found
+
+
+def test_without_a_model(bare: Notebook) -> None:
+    assert "needs a model" in bare.run("%lora plan").line
+
+
+def test_a_dry_run_forecasts(notebook: Notebook) -> None:
+    cell = "%%lora model --name sql --dry-run{}\nr = 4\ntarget_modules = 'all-linear'"
+    preview = notebook.do(cell.format(""))
+    assert isinstance(preview.memory, PlanResult)
+    assert re.search(r"forecast: model \(batch 4, length \d+, rank 4, .*are assumed", str(preview))
+    assert "are assumed" in preview._repr_html_() and "peak " in preview._repr_html_()
+    small = notebook.do(cell.format(" --batch 1 --seq 16 --device 1MB"))
+    assert small.memory.peak_bytes < preview.memory.peak_bytes
+    assert "assumed" not in str(small)
+    assert small.memory.fits is (small.memory.peak_bytes <= 10**6)
+    assert notebook["model"].__class__.__name__ == "LlamaForCausalLM"
+
+
+def test_sizes_without_a_dry_run_are_a_mistake(notebook: Notebook) -> None:
+    assert "--dry-run" in notebook.run("%lora add model --batch 2 r=4 target_modules=q_proj").line
+
+
+def test_a_dry_run_of_what_cannot_be_forecast_says_why(bare: Notebook) -> None:
+    bare.do("import torch\nnet = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))")
+    preview = bare.do("%lora add net --dry-run target_modules=['0']")
+    assert "no forecast: cannot forecast for a Sequential" in str(preview)
+    assert "no forecast of memory" in preview._repr_html_()
+
+
+def test_the_panel_from_both_commands(notebook: Notebook, folder: str) -> None:
+    panel = notebook.do("%lora plan model --batch 2 --seq 32 --panel")
+    assert isinstance(panel, PlanPanel) and panel.result.settings.sequence_length == 32
+    other = notebook.do("%lora panel plan model")
+    assert isinstance(other, PlanPanel)
+    assert "peak" in repr(other)
+
+
+def test_completion(notebook: Notebook) -> None:
+    assert "plan" in notebook.complete("%lora pl")
+    assert "model" in notebook.complete("%lora plan mo")
+    assert "nf4" in notebook.complete("%lora plan model --quant ")
+    assert "plan" in notebook.complete("%lora panel ")

@@ -1,0 +1,137 @@
+"""Plans: what fits, what exceeds, and planners that answer at once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.session import Session
+from nbpeft.session.planned import PlanChange, PlanResult, PlanSettings, Room
+from nbpeft.state import MemoryPart
+
+CONFIG = LlamaConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512,
+)  # fmt: skip
+FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
+SETTINGS = PlanSettings(4, 1024, 16, "bfloat16", "nf4", True, "adamw")
+
+
+def plan(*sizes: int, room: Room, **more: Any) -> PlanResult:
+    names = ("base weights", "adapters", "optimizer", "activations")
+    parts = tuple(MemoryPart(name, size) for name, size in zip(names, sizes, strict=False))
+    return PlanResult("model", "Llama", "LoRA r=16", SETTINGS, parts, room, **more)
+
+
+def test_what_exceeds() -> None:
+    found = plan(600, 100, 100, 400, room=Room("1 kB", 1000))
+    assert (found.peak_bytes, found.fits, found.excess) == (1200, False, 200)
+    assert found.exceeding == (("activations", 200),)
+    assert plan(600, 100, 100, 400, room=Room("x", 650)).exceeding == (
+        ("adapters", 50), ("optimizer", 100), ("activations", 400),
+    )  # fmt: skip
+    assert plan(600, 100, 100, 400, room=Room("x", 1200)).exceeding == ()
+    assert plan(600, room=Room("nowhere")).fits is None
+
+
+def test_what_is_free_now_counts_with_what_the_model_holds() -> None:
+    sizes = (600, 100, 100, 400)
+    assert plan(*sizes, room=Room("cpu", 4000, 700, held=600)).fits_now is True
+    scarce = plan(*sizes, room=Room("this machine (CPU)", 4000, 500, held=600))
+    assert scarce.fits and scarce.fits_now is False
+    assert "would fit 4.0 kB of this machine (CPU), but 500 B are free now and 600 B more are needed" in str(scarce)
+
+
+def test_words_and_page() -> None:
+    changes = (PlanChange("batch_size 4 -> 2", 300, 900, "x < y", True), PlanChange("r 16 -> 4", 50, 1150, "", False))
+    found = plan(600, 100, 100, 400, room=Room("1.0 kB", 1000), changes=changes, notes=("<note>",))
+    lines = str(found).split("\n")
+    assert lines[0] == (
+        "model (batch 4, length 1024, rank 16, nf4 + bfloat16, gradient checkpointing, adamw): peak 1.2 kB "
+        "(base weights 600 B, adapters 100 B, optimizer 100 B, activations 400 B); does not fit 1.0 kB: 200 B too much "
+        "[note: <note>]"
+    )
+    assert lines[1:] == [
+        "  no room for: activations (200 B)",
+        "  batch_size 4 -> 2 saves 300 B and x < y; then it fits",
+        "  r 16 -> 4 saves 50 B",
+    ]
+    page = found._repr_html_()
+    assert "x &lt; y" in page and "&lt;note&gt;" in page and "<note>" not in page
+    assert "too much still" in page and "width:83.33%" in page  # the device ends at 1000 of 1200
+    hopeless = plan(600, 100, 100, 400, room=Room("x", 1000), changes=changes[1:])
+    assert "no change of these settings makes it fit" in str(hopeless)
+    fits = plan(600, 100, 100, 400, room=Room("x", 2000), changes=changes)
+    assert "then it fits" not in str(fits) and "too much still" not in fits._repr_html_()
+
+
+def test_plans_of_a_session(tmp_path: Any) -> None:
+    session = Session()
+    model = LlamaForCausalLM(CONFIG)
+    sizes: dict[str, Any] = {"sequence_length": 64, "batch_size": 2, "device": "1GB", "suggest": False}
+    with pytest.raises(AdapterError):
+        session.plan_memory()
+    revision = session.state.revision
+    bare = session.plan_memory(model, FIELDS, **sizes)
+    assert bare.model_name == "LlamaForCausalLM" and bare.settings.rank == 4 and not bare.notes[1:]
+    assert session.state.revision == revision and not session.names
+    added = session.add(model, FIELDS, name="sql", variable="model")
+    assert session.plan_memory(**sizes).parts == bare.parts
+    assert session.plan_memory(added.model, **sizes).parts == bare.parts
+    assert session.plan_memory("model", **sizes).model_name == "model"
+    CONFIG.save_pretrained(tmp_path)
+    assert session.plan_memory(str(tmp_path), FIELDS, **sizes).parts == bare.parts
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        session.plan_memory(model, FIELDS, batch_size=0)
+
+
+def test_a_model_is_planned_as_it_is() -> None:
+    model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    found = Session().plan_memory(model, FIELDS, suggest=False)
+    assert found.settings.dtype == "bfloat16" and found.settings.gradient_checkpointing
+    assert found.settings.sequence_length == 512
+    assert found.notes == ("batch 4 and length 512 are assumed",)
+
+
+def test_a_quantized_model_is_planned_as_it_is() -> None:
+    pytest.importorskip("bitsandbytes")
+    from nbpeft.model.quantized import quantize_model
+
+    model = LlamaForCausalLM(copy.deepcopy(CONFIG)).to(torch.bfloat16)
+    quantize_model(model, bits=4)
+    found = Session().plan_memory(model, FIELDS, suggest=False, sequence_length=64)
+    assert found.settings.quantization == "nf4"
+
+
+def test_a_planner_answers_at_once_when_prepared() -> None:
+    planner = Session().memory_planner(CONFIG, FIELDS, batch_size=2, sequence_length=48, device="20MB")
+    settings = dataclasses.replace(planner.settings, batch_size=3, sequence_length=80, rank=2)
+    config = LlamaConfig(**(CONFIG.to_dict() | {"intermediate_size": 144}))
+    other = Session().memory_planner(config, FIELDS, batch_size=2, sequence_length=48, device="20MB")
+    assert other.at_once(settings) is None
+    assert other.prepare(settings)
+    found = other.at_once(settings)
+    assert found is not None
+    session = Session()
+    exact = session.plan_memory(config, FIELDS | {"r": 2}, batch_size=3, sequence_length=80, device="20MB")
+    assert abs(found.peak_bytes - exact.peak_bytes) < 0.01 * exact.peak_bytes
+    assert found.settings == settings and found.adapter == "LoRA r=2"
+    assert found.notes == ("a CUDA context and fragmentation take about 0.5 to 1 GB more",)
+
+
+def test_neighbours_differ_in_one_thing_first() -> None:
+    planner = Session().memory_planner(CONFIG, FIELDS)
+    settings = planner.settings
+    found = planner.neighbours(settings)
+    assert settings not in found and len(found) == len(set(found)) == 2 * 3 * 2 - 1
+    assert dataclasses.replace(settings, gradient_checkpointing=True) in found[:4]
+    assert dataclasses.replace(settings, quantization="nf4") in found[:4]
+    last = found[-1]
+    assert last.gradient_checkpointing and last.quantization and last.dtype != settings.dtype
