@@ -23,7 +23,6 @@ from nbpeft import checkpoint
 from nbpeft.checkpoint import NewFile, TensorSpec
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError, ConfigError, MergeError
-from nbpeft.model.merge_errors import LayerError, MergeErrors, relative_error, requantized_error
 from nbpeft.model.merge_parts import (
     Deltas,
     FolderWeights,
@@ -37,6 +36,7 @@ from nbpeft.model.merge_parts import (
     skeleton_of,
 )
 from nbpeft.model.quantization import FLOATS, dtype_of
+from nbpeft.model.rounding import LayerError, MergeErrors, relative_error, requantized_error
 
 SHARD_BYTES = 5_000_000_000
 _GOES_ALONG = (
