@@ -16,6 +16,7 @@ def load(shell: Any) -> None:
     from traitlets import TraitError
     from traitlets.config import Config
 
+    from nbpeft.magics import cell_logs
     from nbpeft.magics.lora import CELLS, VERBS, NbpeftMagics, vocabulary
     from nbpeft.magics.matcher import Completion, install
 
@@ -29,14 +30,15 @@ def load(shell: Any) -> None:
     shell.register_magics(magics)
     if magics not in shell.configurables:
         shell.configurables.append(magics)
-    _installed[id(shell)] = (magics, install(shell, Completion(VERBS, CELLS, vocabulary(magics))))
+    removers = (install(shell, Completion(VERBS, CELLS, vocabulary(magics))), cell_logs.install(shell))
+    _installed[id(shell)] = (magics, removers)
 
 
 def unload(shell: Any) -> None:
     """Takes everything off a shell; adapters stay in their models."""
-    magics, remove_completion = _installed.pop(id(shell), (None, None))
-    if remove_completion is not None:
-        remove_completion()
+    magics, removers = _installed.pop(id(shell), (None, ()))
+    for remove in removers:
+        remove()
     if magics is not None:
         from nbpeft.session import close_session
 

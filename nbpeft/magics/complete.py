@@ -127,6 +127,9 @@ def paths(fragment: str) -> Suggestions:
 def _values(item: Argument, fragment: str, vocabulary: Vocabulary) -> Suggestions:
     if item.completes == "path":
         return paths(fragment)
+    if item.completes == "source":
+        found = paths(fragment) if fragment else Suggestions(fragment, ())
+        return Suggestions(fragment, choose(fragment, vocabulary.models()).words + found.words)
     if item.options.get("choices"):
         return choose(fragment, [str(choice) for choice in item.options["choices"]])
     sources: dict[str, Source] = {

@@ -20,7 +20,7 @@ QLORA_OPTIONS = (
     argument(
         "target",
         metavar="SOURCE",
-        completes="model",
+        completes="source",
         help="folder, hub id, .gguf file, or variable with a loaded model",
     ),
     argument("--as", dest="variable", metavar="MODEL", completes="model", help="variable to hold the model"),

@@ -14,12 +14,12 @@ from nbpeft.magics.matcher import IDENTIFIER
 from nbpeft.session import session
 from tests.magics.notebook import Notebook
 
-HOOKS = ("%lora", "%%lora", "%lora_train", "%%lora_train")
+HOOKS = ("%lora", "%%lora", "%lora_train", "%%lora_train", "%qlora", "%%qlora")
 
 
 def traces(shell: InteractiveShell) -> list[str]:
     """Everything of the extension that a shell still knows."""
-    magics = [name for kind in shell.magics_manager.magics.values() for name in kind if name.startswith("lora")]
+    magics = [name for kind in shell.magics_manager.magics.values() for name in kind if "lora" in name]
     matchers = [getattr(item, "matcher_identifier", "") for item in shell.Completer.custom_matchers]
     hooks = shell.strdispatchers.get("complete_command")
     return [
@@ -28,14 +28,19 @@ def traces(shell: InteractiveShell) -> list[str]:
         *(type(item).__name__ for item in shell.configurables if "Nbpeft" in type(item).__name__),
         *(name for name in matchers if name == IDENTIFIER),
         *(key for key in HOOKS if hooks is not None and key in hooks.strs),
-        *(str(item) for callbacks in shell.events.callbacks.values() for item in callbacks if "nbpeft" in repr(item)),
+        *(
+            item.__qualname__
+            for callbacks in shell.events.callbacks.values()
+            for item in callbacks
+            if "nbpeft" in repr(item)
+        ),
     ]
 
 
 def test_unloading_leaves_nothing_behind(bare: Notebook) -> None:
     before = session()
     watchers = before._run_watchers
-    assert len(traces(bare.shell)) == 7
+    assert len(traces(bare.shell)) == 11
     bare.do("%unload_ext nbpeft")
     assert traces(bare.shell) == []
     assert watchers._references == []
@@ -67,7 +72,7 @@ def test_a_bad_configuration_does_not_take_the_magics_away() -> None:
     try:
         assert "no adapted model yet" in str(notebook.do("%lora"))
         assert notebook.shell.magics_manager.registry["NbpeftMagics"].ui == "auto"
-        assert len(traces(notebook.shell)) == 7
+        assert len(traces(notebook.shell)) == 11
     finally:
         notebook.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,22 @@ def test_other_settings_need_a_new_model(notebook: Notebook) -> None:
     assert notebook["model"].active_adapters == ["sql"]
 
 
-def test_help_and_completion(notebook: Notebook) -> None:
+def test_a_cell_of_ones_own_floods_no_more(notebook: Notebook, caplog: pytest.LogCaptureFixture) -> None:
+    notebook["log"] = logging.getLogger("bitsandbytes.autograd")
+    caplog.clear()
+    notebook.do("for _ in range(50): log.warning('inputs will be cast')")
+    assert [record.getMessage() for record in caplog.records] == ["inputs will be cast (50 times)"]
+    with pytest.raises(AssertionError):
+        notebook.do("log.warning('once')\n1 / 0")
+    assert [record.getMessage() for record in caplog.records][1:] == ["once"]
+    notebook.run("%unload_ext nbpeft")
+    notebook.do("for _ in range(3): log.warning('again')")
+    assert len(caplog.records) == 5
+
+
+def test_help_and_completion(notebook: Notebook, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    assert f"{tmp_path}/models/" in notebook.complete(f"%%qlora {tmp_path}/mo")
     assert "--as MODEL" in str(notebook.do("%qlora --help"))
     body = "%%qlora model\nquant"
     assert {"quant_type = ", "quant_storage = "} <= set(notebook.complete(body))
