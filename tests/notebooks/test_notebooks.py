@@ -98,28 +98,6 @@ def test_01_twice_in_one_kernel_keeps_no_memory(tmp_path: Path) -> None:
     assert second <= first * 1.02 + 1e6
 
 
-def test_04_mixes_switches_and_combines_adapters(tmp_path: Path) -> None:
-    notebook = nbformat.read(NOTEBOOKS / "04_many_adapters.ipynb", 4)
-    found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="4", NBPEFT_TEST_ORDERS="4"))
-    same, total = map(int, found["mixed rows as alone"].split(" of "))
-    assert same == total == 12
-    assert float(found["largest difference of logits"]) < 1e-3
-    assert found["same answers after loading"] == "12 of 12"
-    assert found["adapters"] == "orders, filters, dates"
-    assert (tmp_path / "adapters" / "tasks" / "dates" / "adapter_model.safetensors").is_file()
-
-
-def test_05_swaps_without_compiling_again(tmp_path: Path) -> None:
-    notebook = nbformat.read(NOTEBOOKS / "05_hot_swapping.ipynb", 4)
-    found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="4", NBPEFT_TEST_ORDERS="4"))
-    assert found["recompiles"] == "0"
-    same, total = map(int, found["same next tokens as eager loads"].split(" of "))
-    assert same == total == int(found["swaps"])
-    assert float(found["largest difference of logits"]) < 1e-2
-    assert found["score filters swapped in"] == found["score filters"]
-    assert found["bad adapter refused"] == found["put back bit for bit"] == "True"
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_notebooks_hold_results_and_no_widget_state(name: str) -> None:
     notebook = nbformat.read(NOTEBOOKS / name, 4)
