@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class Architecture:
             model = getattr(transformers, self.auto_class).from_config(config, dtype=dtype)
         return model
 
+    @cached_property
     def identity(self) -> str:
         """Equal for architectures that need the same memory."""
         name = self.auto_class if self.model_class is None else self.model_class.__qualname__

@@ -58,7 +58,7 @@ class Setting:
         """Equal for settings with the same weights or, with ``step``, the same step."""
         adapter = None if self.adapter_config is None else self.adapter_config.to_dict()
         fields: list[Any] = [
-            self.architecture.identity(),
+            self.architecture.identity,
             adapter,
             str(self.dtype),
             self.quantization,

@@ -191,7 +191,7 @@ class PlanResult(Result):
         return render.card(
             f"memory plan · {self.model_name}",
             self.body(),
-            render.notes(self.notes),
+            "".join(render.line(render.dim(note)) for note in self.notes),
             aside=" · ".join(text for text in (self.class_name, self.adapter) if text),
         )
 
@@ -265,18 +265,14 @@ class PlanResult(Result):
         if not self.changes:
             return ""
         wanting = self.fits is False
-        rows = [
-            (
-                escape(change.change),
-                render.size(change.saved_bytes),
-                render.size(change.peak_bytes),
-                *((render.accent("fits") if change.fits else render.dim("too much still"),) if wanting else ()),
-                render.dim(change.cost),
-            )
-            for change in self.changes[:_SHOWN]
-        ]
-        titles = ("Change", "Saves", "Peak then", *(("Then",) if wanting else ()), "But it")
-        return render.table(titles, rows, right=(1, 2))
+        rows = []
+        for change in self.changes[:_SHOWN]:
+            cost = f'<div style="font-size:12px">{render.dim(change.cost)}</div>' if change.cost else ""
+            sizes = [_unbroken(render.size(count)) for count in (change.saved_bytes, change.peak_bytes)]
+            then = render.accent("fits") if change.fits else render.dim("still too much")
+            rows.append((escape(change.change) + cost, *sizes, *((_unbroken(then),) if wanting else ())))
+        titles = ("Change", "Saves", "Peak\u00a0then", *(("Then",) if wanting else ()))
+        return f'<div style="overflow-x:auto">{render.table(titles, rows, right=(1, 2))}</div>'
 
     def with_changes(self, changes: tuple[PlanChange, ...]) -> PlanResult:
         """The same with other changes shown."""
@@ -285,3 +281,7 @@ class PlanResult(Result):
 
 def _words(part: MemoryPart) -> str:
     return f"{part.name} {render.size(part.byte_count)}" + (f": {part.detail}" if part.detail else "")
+
+
+def _unbroken(text: str) -> str:
+    return f'<span style="white-space:nowrap">{text}</span>'

@@ -101,7 +101,7 @@ class PlanPanel:
     def _card(self, hint: str) -> str:
         result = self._result
         aside = " · ".join(text for text in (result.class_name, result.adapter) if text)
-        told = render.notes(result.notes) + (render.line(render.dim(hint)) if hint else "")
+        told = "".join(render.line(render.dim(note)) for note in (*result.notes, hint) if note)
         return render.card(self._title, result.body(), told, aside=aside)
 
     @property

@@ -63,7 +63,7 @@ class PlanParts:
         self._batch = Steps("batch", BATCHES, settings.batch_size, command)
         self._length = Steps("sequence length", LENGTHS, settings.sequence_length, command)
         self._rank = None if settings.rank is None else Steps("rank", RANKS, settings.rank, command)
-        self._dtype = _choice([(name, name) for name in DTYPES], settings.dtype, "100px", command)
+        self._dtype = _choice([(name, name) for name in DTYPES], settings.dtype, "112px", command)
         self._kind = _choice(QUANTIZATIONS, settings.quantization or "", "122px", command)
         self._optimizer = _choice([(name, name) for name in OPTIMIZERS], settings.optimizer, "150px", command)
         self._again = ipywidgets.Checkbox(

@@ -1,0 +1,50 @@
+"""The plan panel in a real browser: sliders answer, switches come when they are computed."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Opener
+
+pytestmark = pytest.mark.browser
+
+CONFIG = """\
+from transformers import LlamaConfig
+
+config = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, max_position_embeddings=8192, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+)
+%load_ext nbpeft
+"""
+PLAN = "%lora plan config --batch 4 --seq 1024 --device 16GB"
+
+
+def test_sliders_say_whether_it_fits(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(CONFIG, PLAN, f"{PLAN} --quant nf4 --checkpointing --panel")
+    page.run_all()
+    page.wait_for(re.compile("does not fit 16.0 GB"), cell=1)
+    panel = page.output(2)
+    expect(panel.get_by_text(re.compile("^fits 16.0 GB"))).to_be_visible()
+    page.wait_for("optimizer adamw -> adamw_8bit", cell=2, timeout=30)  # suggestions come when it is prepared
+    page.screenshot(pictures / f"plan-{app}.png")
+    track = panel.locator(".noUi-target").nth(1)
+    size = track.bounding_box()
+    assert size is not None
+    begin = time.perf_counter()
+    track.click(position={"x": 0.8 * size["width"], "y": size["height"] / 2})
+    expect(panel.get_by_text(re.compile("^does not fit 16.0 GB"))).to_be_visible(timeout=2000)
+    assert time.perf_counter() - begin < 2
+    expect(panel.get_by_text("no room for")).to_be_visible()
+    panel.locator("select").nth(2).select_option("sgd")
+    expect(panel.get_by_text("optimizer 0 B")).to_have_count(0)
+    panel.locator("input[type=checkbox]").click()
+    expect(panel.get_by_text("gradient_checkpointing=True").first).to_be_visible(timeout=30000)
+    page.theme("dark") if app == "lab" else None
+    page.screenshot(pictures / f"plan-moved-{app}.png")
+    page.check()
