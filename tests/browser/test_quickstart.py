@@ -43,7 +43,7 @@ def test_quickstart(open_notebook: Opener, pictures: Path, app: str, tmp_path: P
 
     def answer() -> str:
         page.run_cell(cells["answer"])
-        return page.output_text(cells["answer"])
+        return re.sub(r"^\[\d+\]:\s*", "", page.output_text(cells["answer"]))
 
     page.click("base", cell=cells["panel"])
     base = answer()
@@ -54,6 +54,8 @@ def test_quickstart(open_notebook: Opener, pictures: Path, app: str, tmp_path: P
     assert answer() == base
     page.click("orders", cell=cells["panel"])
     page.screenshot(pictures / f"quickstart-{app}.png")
+    for name in ("panel", "train"):
+        page.output(cells[name]).screenshot(path=pictures / f"quickstart-{name}-{app}.png")
 
     page.run_cell(cells["longer"])
     page.start_cell(cells["train"])
