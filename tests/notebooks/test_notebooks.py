@@ -21,7 +21,7 @@ import gc as _gc
 _gc.collect()
 import torch as _torch
 print("live", sum(_t.untyped_storage().nbytes() for _t in {
-    _t.untyped_storage().data_ptr(): _t for _t in _gc.get_objects() if isinstance(_t, _torch.Tensor)
+    _t.untyped_storage().data_ptr(): _t for _t in _gc.get_objects() if issubclass(type(_t), _torch.Tensor)
 }.values()))
 """
 
