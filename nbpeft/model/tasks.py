@@ -34,15 +34,13 @@ class _TaskModel(PeftModel):
         names = dict.fromkeys([*(config.modules_to_save or ()), *self.heads])
         return config.copy(modules_to_save=list(names))
 
-    def _run(self, args: tuple[Any, ...], named: Mapping[str, Any], kwargs: dict[str, Any]) -> Any:
+    def _run(self, named: Mapping[str, Any], kwargs: dict[str, Any]) -> Any:
         given = {name: value for name, value in named.items() if value is not None}
-        return super().forward(*args, **given, **kwargs)
+        return super().forward(**given, **kwargs)
 
 
-class PeftModelForCausalLM(_TaskModel):
-    """A causal language model with adapters."""
-
-    task = TaskType.CAUSAL_LM
+class _SingleStack(_TaskModel):
+    """A model of one stack of layers, with labels."""
 
     def forward(  # type: ignore[override]
         self,
@@ -56,7 +54,13 @@ class PeftModelForCausalLM(_TaskModel):
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with the active adapters."""
-        return self._run((), _named(locals()), kwargs)
+        return self._run(_named(locals()), kwargs)
+
+
+class PeftModelForCausalLM(_SingleStack):
+    """A causal language model with adapters."""
+
+    task = TaskType.CAUSAL_LM
 
 
 class PeftModelForSeq2SeqLM(_TaskModel):
@@ -79,33 +83,17 @@ class PeftModelForSeq2SeqLM(_TaskModel):
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with the active adapters."""
-        return self._run((), _named(locals()), kwargs)
+        return self._run(_named(locals()), kwargs)
 
 
-class _Encoder(_TaskModel):
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base model's forward, with the active adapters."""
-        return self._run((), _named(locals()), kwargs)
-
-
-class PeftModelForSequenceClassification(_Encoder):
+class PeftModelForSequenceClassification(_SingleStack):
     """A sequence classifier with adapters; its head is trained and saved along."""
 
     task = TaskType.SEQ_CLS
     heads = ("classifier", "score")
 
 
-class PeftModelForTokenClassification(_Encoder):
+class PeftModelForTokenClassification(_SingleStack):
     """A token classifier with adapters; its head is trained and saved along."""
 
     task = TaskType.TOKEN_CLS
@@ -133,7 +121,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with the active adapters."""
-        return self._run((), _named(locals()), kwargs)
+        return self._run(_named(locals()), kwargs)
 
 
 class PeftModelForFeatureExtraction(_TaskModel):
@@ -152,7 +140,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with the active adapters."""
-        return self._run((), _named(locals()), kwargs)
+        return self._run(_named(locals()), kwargs)
 
 
 def _named(values: dict[str, Any]) -> dict[str, Any]:
