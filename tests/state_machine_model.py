@@ -262,4 +262,10 @@ def live_tensors() -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    found = [tensor for tensor in found if holds_memory(tensor)]
     return len(found), sum(tensor.nbytes for tensor in found)
+
+
+def holds_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has bytes of its own; those that torch.compile traced with have symbols for sizes."""
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.device.type != "meta"
