@@ -371,7 +371,9 @@ class AdapterMachine(RuleBasedStateMachine):
         self.saved = {}
         if sys.exc_info()[0] is None:
             # A failure keeps its frames and the tensors in them.
-            assert live_tensors() == self.before, "tensors are left behind"
+            # Fewer than before is what another test left and the collector found meanwhile.
+            left = [now - then for now, then in zip(live_tensors(), self.before, strict=True)]
+            assert max(left) <= 0, f"{left[0]} tensors with {left[1]} bytes are left behind"
 
 
 @pytest.mark.parametrize("steps", [200, pytest.param(STEPS, marks=pytest.mark.slow)])
