@@ -13,7 +13,7 @@ draws the same mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -263,57 +263,6 @@ def add_delta(output: Tensor, delta: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return (output + delta).to(output.dtype)
     return _AddDelta.apply(output, delta)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class FactorBank:
-    """The factors of several adapters, stacked, so that a mixed batch is two batched products.
-
-    Ranks are padded with zeros to the largest; one more all-zero entry, the last, serves rows
-    without an adapter.
-
-    Args:
-        factors: (A (r, in), B (out, r), scaling) of each adapter, or None where there is none.
-    """
-
-    def __init__(self, factors: Sequence[tuple[Tensor, Tensor, float] | None]) -> None:
-        present = [entry for entry in factors if entry is not None]
-        rank = max(lora_A.shape[0] for lora_A, _, _ in present)
-        first_A, first_B, _ = present[0]
-        count = len(factors) + 1
-        self.down = first_A.new_zeros(count, rank, first_A.shape[1])
-        self.up = first_B.new_zeros(count, rank, first_B.shape[0])
-        for place, entry in enumerate(factors):
-            if entry is not None:
-                lora_A, lora_B, scaling = entry
-                self.down[place, : lora_A.shape[0]] = lora_A
-                torch.mul(lora_B.T, scaling, out=self.up[place, : lora_B.shape[1]])
-        self._gathered: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def delta(self, x: Tensor, index: Tensor) -> Tensor:
-        """B A x for each row with its own adapter.
-
-        Args:
-            x: (batch, …, in).
-            index: (batch,) int64, -1 for none; the same tensor object in every call of a generation.
-
-        Returns:
-            (batch, …, out).
-        """
-        down, up = self._gather(index)
-        dtype = compute_dtype(x, down)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1]).to(dtype)
-        delta = (rows @ down.to(dtype).transpose(1, 2)) @ up.to(dtype)
-        return delta.view(*x.shape[:-1], up.shape[-1])
-
-    def _gather(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors for each row; kept for the next call where that costs no more than the bank."""
-        if self._gathered is not None and self._gathered[0] is index:
-            return self._gathered[1], self._gathered[2]
-        places = index.remainder(self.down.shape[0])
-        down, up = self.down[places], self.up[places]
-        if index.shape[0] <= 2 * self.down.shape[0]:
-            self._gathered = (index, down, up)
-        return down, up
 
 
 def new_factors(

@@ -36,6 +36,8 @@ class Size:
         wide_layers: how many such layers are merged.
         tokens: rows of input of a training step.
         few_tokens: the same where the layer's own work would hide the adapter's.
+        batch_adapters: adapters that serve one batch.
+        batch: rows of that batch.
         sequence: tokens that go through the language model's layers.
         hidden: hidden size of that language model.
         repeats: factor on the rows' repeats; 0 means once and no warm-up.
@@ -49,6 +51,8 @@ class Size:
     wide_layers: int = 4
     tokens: int = 256
     few_tokens: int = 16
+    batch_adapters: int = 32
+    batch: int = 32
     sequence: int = 128
     hidden: int = 576
     repeats: float = 1.0
@@ -64,6 +68,8 @@ TOY = Size(
     wide_layers=2,
     tokens=8,
     few_tokens=4,
+    batch_adapters=3,
+    batch=4,
     sequence=6,
     hidden=36,
     repeats=0,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nbpeft.engine.adapter import Dropout
-from nbpeft.engine.lowrank import FactorBank, add_delta, keep_mask, keep_scale, low_rank_linear, seeded_dropout
+from nbpeft.engine.lowrank import add_delta, keep_mask, keep_scale, low_rank_linear, seeded_dropout
 
 NONE = Dropout(0.0, False)
 
@@ -149,17 +149,3 @@ def test_different_calls_draw_different_masks_and_a_seed_the_same() -> None:
 def test_everything_dropped_gives_zero() -> None:
     x, lora_A, lora_B = factors(dtype=torch.float32)
     assert not low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(1.0, True)).any()
-
-
-def test_a_bank_serves_each_row_with_its_own_factors() -> None:
-    x = torch.randn(5, 3, 8)
-    pairs = [(torch.randn(rank, 8), torch.randn(6, rank), scaling) for rank, scaling in ((2, 0.5), (4, 3.0))]
-    bank = FactorBank([pairs[0], None, pairs[1]])
-    index = torch.tensor([2, 0, -1, 1, 2])
-    delta = bank.delta(x, index)
-    for row, place in enumerate(index.tolist()):
-        if place in (-1, 1):
-            assert not delta[row].any()
-        else:
-            lora_A, lora_B, scaling = pairs[0 if place == 0 else 1]
-            assert torch.allclose(delta[row], plain(x[row], lora_A, lora_B, scaling), atol=1e-5)

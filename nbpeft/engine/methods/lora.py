@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
 from nbpeft.engine.lora_config import LoraConfig
-from nbpeft.engine.lowrank import FactorBank, add_delta, new_factors
+from nbpeft.engine.lowrank import add_delta, new_factors
+from nbpeft.engine.mixed import factor_rows
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
 
@@ -98,15 +99,14 @@ class LoRA(Adapter):
             return None
         if any(adapter is not None and adapter.output_bias is not None for adapter in adapters):
             return None
-        bank: FactorBank | None = kept.get("bank")
-        if bank is None:
+        if "served" not in kept:
             entries = [
                 None if adapter is None else (*adapter.factors, float(adapter.scaling) * scale)
                 for adapter, scale in zip(adapters, scales, strict=True)
             ]
             with torch.no_grad():
-                bank = kept["bank"] = FactorBank(entries)
-        return bank.delta
+                kept["served"] = factor_rows(entries, base.device)
+        return kept["served"]  # type: ignore[no-any-return]
 
     def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
         lora_A, lora_B = (factor.detach() for factor in self.factors)
