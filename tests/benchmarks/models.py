@@ -61,6 +61,16 @@ def smollm2_layers(hidden: int, dtype: torch.dtype, count: int = 4) -> nn.Module
     return LlamaModel(config).requires_grad_(False).to(dtype=dtype)
 
 
+def with_adapters(name: str, model: nn.Module, count: int, **fields: Any) -> Any:
+    """The model with ``count`` LoRA adapters of one library, called a0, a1, ..."""
+    source = library(name)
+    settings: dict[str, Any] = {"target_modules": ["proj"], **fields}
+    wrapped = source.get_peft_model(model, source.LoraConfig(**settings), adapter_name="a0")
+    for number in range(1, count):
+        wrapped.add_adapter(f"a{number}", source.LoraConfig(**settings))
+    return wrapped
+
+
 def adapted(name: str, model: nn.Module, **fields: Any) -> Any:
     """The model with a LoRA adapter of one library, ready to train; B is not zero, as after some steps."""
     source = library(name)

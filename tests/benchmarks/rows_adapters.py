@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.harness import PEFT, Measure, Row, Size, library, timed
-from tests.benchmarks.models import Chain, adapted
+from tests.benchmarks.models import Chain, adapted, with_adapters
 
 
 def saved_by_peft(size: Size, folder: Path) -> Path:
@@ -42,27 +43,35 @@ def another(name: str, size: Size) -> Measure:
     return measure
 
 
-def many(name: str, size: Size) -> tuple[Any, list[str]]:
-    """A model with many adapters, and their names."""
-    source = library(name)
-    settings: dict[str, Any] = {"r": 4, "target_modules": ["proj"]}
-    model = source.get_peft_model(Chain(size.modules, size.small), source.LoraConfig(**settings), adapter_name="a0")
-    names = [f"a{number}" for number in range(size.adapters)]
-    for adapter in names[1:]:
-        model.add_adapter(adapter, source.LoraConfig(**settings))
-    return model, names
+def one_more(name: str, size: Size) -> Measure:
+    """``load_adapter`` beside ``adapters`` that are there."""
+    folder = tempfile.TemporaryDirectory()
+    saved = str(saved_by_peft(size, Path(folder.name)))
+    model = with_adapters(name, Chain(size.file_modules, 16 * size.small), size.adapters, r=8)
+
+    def measure(kept: object = folder) -> float:
+        seconds = timed(lambda: model.load_adapter(saved, adapter_name="last"))
+        model.delete_adapter("last")
+        return seconds
+
+    return measure
+
+
+def many(name: str, size: Size) -> Any:
+    """A model with many adapters."""
+    return with_adapters(name, Chain(size.modules, size.small), size.adapters, r=4)
 
 
 def switch(name: str, size: Size) -> Measure:
     """``set_adapter`` to the next one."""
-    model, names = many(name, size)
-    turn = iter(range(10**9))
-    return lambda: timed(lambda: model.set_adapter(names[next(turn) % len(names)]))
+    model = many(name, size)
+    turn = itertools.count()
+    return lambda: timed(lambda: model.set_adapter(f"a{next(turn) % size.adapters}"))
 
 
 def disable(name: str, size: Size) -> Measure:
     """Into ``disable_adapter()`` and out again."""
-    model, _ = many(name, size)
+    model = many(name, size)
 
     def once() -> None:
         with model.disable_adapter():

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.harness import PEFT, Measure, Row, Size, library, timed
-from tests.benchmarks.models import Chain
+from tests.benchmarks.harness import PEFT, Measure, Row, Size, timed
+from tests.benchmarks.models import Chain, with_adapters
 from tests.benchmarks.rows_adapters import saved_by_peft
 
 
-def combined(name: str, size: Size, kind: str, **options: Any) -> Measure:
-    """Seconds of ``add_weighted_adapter`` of two adapters on one wide layer."""
-    source = library(name)
-    settings: dict[str, Any] = {"r": 16, "target_modules": ["proj"], "init_lora_weights": False}
-    model = source.get_peft_model(Chain(1, size.wide), source.LoraConfig(**settings), adapter_name="one")
-    model.add_adapter("two", source.LoraConfig(**settings))
+def combined(name: str, size: Size, count: int, **options: Any) -> Measure:
+    """Seconds of ``add_weighted_adapter`` of ``count`` adapters on one wide layer."""
+    model = with_adapters(name, Chain(1, size.wide), count, r=16, init_lora_weights=False)
+    names = [f"a{number}" for number in range(count)]
+    weights = [0.7, 0.3, *[0.1] * count][:count]
 
     def measure() -> float:
-        seconds = timed(
-            lambda: model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "mix", combination_type=kind, **options)
-        )
+        seconds = timed(lambda: model.add_weighted_adapter(names, weights, "mix", **options))
         model.delete_adapter("mix")
         return seconds
 
@@ -31,25 +29,35 @@ def combined(name: str, size: Size, kind: str, **options: Any) -> Measure:
 
 
 def by_svd(name: str, size: Size) -> Measure:
-    """The best rank-r factors of the weighted sum."""
-    return combined(name, size, "svd")
+    """The best rank-r factors of the weighted sum of two."""
+    return combined(name, size, 2, combination_type="svd")
+
+
+def all_by_svd(name: str, size: Size) -> Measure:
+    """The same of all ``adapters``."""
+    return combined(name, size, size.adapters, combination_type="svd", svd_rank=16)
 
 
 def by_ties(name: str, size: Size) -> Measure:
-    """TIES on the factors."""
-    return combined(name, size, "ties", density=0.5)
+    """TIES on the factors of two."""
+    return combined(name, size, 2, combination_type="ties", density=0.5)
 
 
 def swapped(name: str, size: Size) -> Measure:
-    """``hotswap_adapter`` from a file."""
+    """``hotswap_adapter`` from a file, into the only adapter."""
+    return swapped_beside(name, dataclasses.replace(size, adapters=1))
+
+
+def swapped_beside(name: str, size: Size) -> Measure:
+    """``hotswap_adapter`` from a file, into one of ``adapters``."""
     folder = tempfile.TemporaryDirectory()
     saved = str(saved_by_peft(size, Path(folder.name)))
-    model = library(name).PeftModel.from_pretrained(Chain(size.file_modules, 16 * size.small), saved)
+    model = with_adapters(name, Chain(size.file_modules, 16 * size.small), size.adapters, r=8)
     home = "peft.utils.hotswap" if name == PEFT else name
     swap: Callable[..., object] = importlib.import_module(home).hotswap_adapter
 
     def measure(kept: object = folder) -> float:
-        return timed(lambda: swap(model, saved, "default", torch_device="cpu"))
+        return timed(lambda: swap(model, saved, "a0", torch_device="cpu"))
 
     return measure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.benchmarks.harness import Measure, Row, Size, library, timed
-from tests.benchmarks.models import Chain
+from tests.benchmarks.models import Chain, with_adapters
 
 EARLIER = 4
 
@@ -34,6 +34,19 @@ def another(name: str, size: Size) -> Measure:
             model.add_adapter(f"adapter{number}", config(name))
         settings = config(name)
         return timed(lambda: model.add_adapter("last", settings))
+
+    return measure
+
+
+def one_more(name: str, size: Size) -> Measure:
+    """``add_adapter`` beside ``adapters`` that are there."""
+    model = with_adapters(name, Chain(size.modules, 2 * size.small), size.adapters, r=8)
+    settings = config(name)
+
+    def measure() -> float:
+        seconds = timed(lambda: model.add_adapter("last", settings))
+        model.delete_adapter("last")
+        return seconds
 
     return measure
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.harness import Measure, Row, Size, library, timed
-from tests.benchmarks.models import layers
+from tests.benchmarks.harness import Measure, Row, Size, timed
+from tests.benchmarks.models import layers, with_adapters
 
 _STEPS = 32
 
@@ -32,14 +32,9 @@ class Decoder(nn.Module):
 
 def served(name: str, size: Size) -> tuple[Any, Tensor, dict[str, list[str]]]:
     """A model with ``size.batch_adapters`` adapters, a batch, and the name of each row's adapter."""
-    source = library(name)
-    settings: dict[str, Any] = {"r": 16, "target_modules": ["proj"], "init_lora_weights": False}
-    names = [f"a{number}" for number in range(size.batch_adapters)]
-    model = source.get_peft_model(Decoder(size), source.LoraConfig(**settings), adapter_name=names[0])
-    for adapter in names[1:]:
-        model.add_adapter(adapter, source.LoraConfig(**settings))
+    model = with_adapters(name, Decoder(size), size.batch_adapters, r=16, init_lora_weights=False)
     x = torch.randn(size.batch, 1, size.wide)
-    return model.eval(), x, {"adapter_names": [names[row % len(names)] for row in range(size.batch)]}
+    return model.eval(), x, {"adapter_names": [f"a{row % size.batch_adapters}" for row in range(size.batch)]}
 
 
 def decode(name: str, size: Size) -> Measure:
