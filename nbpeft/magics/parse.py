@@ -7,12 +7,13 @@ its arguments; every mistake is a ``CellError`` of one line with the nearest val
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near
-from nbpeft.magics.scan import Word, reference, scan
+from nbpeft.magics.scan import Word, folder, reference, scan
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def parse_line(
 
 
 def expand(word: Word, namespace: Mapping[str, Any]) -> str:
-    """The word, or the variable's value where the whole word (or option value) is ``{name}`` or ``$name``.
+    """The word, with the variable's value where the word (or option value, or its first folder) names one.
 
     Raises:
         CellError: the variable is not there, or is no text, number or path.
@@ -189,16 +190,29 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     if word.text.startswith("--") and "=" in word.text:
         head, _, text = word.text.partition("=")
         head += "="
-    name = None if word.quoted else reference(text)
-    if name is None:
+    whole = reference(text)
+    found = None if word.quoted else folder(text) if whole is None else (whole, "")
+    if found is None:
         return word.text
+    name, rest = found
     if name not in namespace:
         near = did_you_mean(name, [key for key in namespace if not key.startswith("_")])
         raise CellError(f"name {name!r} is not defined.{near}", column=word.start)
     value = namespace[name]
     if isinstance(value, str | int | float) or hasattr(value, "__fspath__"):
-        return head + str(value)
+        return head + str(value) + rest if head else Verbatim(f"{value}{rest}")
     raise CellError(f"{text} is {kind_of(value)}, not text, a number or a path", column=word.start)
+
+
+class Verbatim(str):
+    """Text from a variable, in which a backslash means itself."""
+
+
+def prompt_text(text: str) -> str:
+    r"""A prompt as typed: ``\n``, ``\t`` and ``\\`` are a line break, a tab and a backslash."""
+    if isinstance(text, Verbatim):
+        return str(text)
+    return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
 
 
 def kind_of(value: object) -> str:

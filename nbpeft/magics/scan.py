@@ -3,7 +3,8 @@
 Spaces part words, except inside quotes and brackets. Quotes around a word (or around the value of
 ``--option=``) are taken off; quotes inside a word stay, so ``ds["train"]`` and ``targets=["q", "v"]``
 need nothing special. A backslash is an ordinary character. ``{name}`` or ``$name`` is a variable
-of the notebook only where it is the whole word, or the whole value after ``=``.
+of the notebook only where it is the whole word, or the whole value after ``=``, or where a path
+begins with it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ def reference(text: str) -> str | None:
     """``name`` for ``{name}`` and ``$name``, None for anything else."""
     match = _REFERENCE.fullmatch(text)
     return (match.group(1) or match.group(2)) if match else None
+
+
+def folder(text: str) -> tuple[str, str] | None:
+    """``("name", "/rest")`` for a path that begins with a variable, None for anything else."""
+    match = _REFERENCE.match(text)
+    if match is None or text[match.end() : match.end() + 1] not in ("/", "\\"):
+        return None
+    return match.group(1) or match.group(2), text[match.end() :]
 
 
 def scan(line: str) -> list[Word]:

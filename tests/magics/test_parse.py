@@ -54,6 +54,21 @@ def test_variables_stand_for_whole_words() -> None:
     assert (request.options.path, request.options.name) == (str(Path("a/b")), "sql")
 
 
+def test_a_path_may_begin_with_a_variable() -> None:
+    assert parsed("load $folder/sql --name x", folder=Path("a/b")).options.path == f"{Path('a/b')}/sql"
+    assert parsed("load {folder}/sql --name x", folder="a").options.path == "a/sql"
+    assert parsed("load '$folder/sql' --name x", folder="a").options.path == "$folder/sql"
+    with pytest.raises(CellError, match=r"name 'foldr' is not defined\. Did you mean 'folder'"):
+        parsed("load $foldr/sql --name x", folder="a")
+
+
+def test_a_prompt_in_quotes_has_line_breaks_and_one_in_a_variable_is_taken_as_it_is() -> None:
+    assert parsed(r'compare "one\n\ttwo \\n"').options.prompt == "one\n\ttwo \\n"
+    assert parsed(r'swap a --check "one\ntwo"').options.check == "one\ntwo"
+    assert parsed("compare $text", text=r"print('\n')").options.prompt == r"print('\n')"
+    assert parsed(r"load C:\new --name x").options.path == r"C:\new"
+
+
 def test_a_negative_factor_is_a_number() -> None:
     assert parsed("scale sql -0.5").options.factor == -0.5
 

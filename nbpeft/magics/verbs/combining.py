@@ -10,7 +10,7 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.comparing import comparing_panel, shown_live
 from nbpeft.magics.desk import Desk, is_module
-from nbpeft.magics.parse import argument
+from nbpeft.magics.parse import argument, prompt_text
 from nbpeft.magics.registry import ON_MODEL, verb
 from nbpeft.magics.tokenizers import TOKENIZER, chosen_tokenizer
 
@@ -69,7 +69,7 @@ def combine(options: argparse.Namespace, desk: Desk) -> object:
 @verb(
     "compare",
     "Let all adapters and the base model answer the same prompt, side by side, in one batched pass.",
-    argument("prompt", nargs="?", metavar="PROMPT", help="in quotes"),
+    argument("prompt", nargs="?", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
     argument("--prompts", metavar="LIST", completes="variable", help="a variable or expression with several prompts"),
     argument("--adapters", "-a", nargs="+", metavar="NAME", completes="adapter", help="only these adapters"),
     argument(
@@ -115,7 +115,12 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
     "Put a saved adapter in the place of one on the model, checked first and without compiling anew.",
     argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub"),
     argument("--into", "-i", metavar="NAME", completes="adapter", help="which to replace; the active one if left out"),
-    argument("--check", metavar="PROMPT", help="answer this before and after; numbers that are not finite undo it"),
+    argument(
+        "--check",
+        type=prompt_text,
+        metavar="PROMPT",
+        help="answer this before and after; numbers that are not finite undo it",
+    ),
     argument(
         "--validate",
         metavar="FUNCTION",
