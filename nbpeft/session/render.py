@@ -101,6 +101,11 @@ def line(*parts: str) -> str:
     return f'<div style="margin-top:6px">{" ".join(part for part in parts if part)}</div>'
 
 
+def note(text: str) -> str:
+    """A faint line of HTML; nothing for the empty string."""
+    return line(dim(text)) if text else ""
+
+
 def notes(items: Sequence[str]) -> str:
     """Notes under a result, one a line."""
     return "".join(f'<div style="margin-top:6px;color:{_WARN}">note: {escape(item)}</div>' for item in items)

@@ -14,12 +14,12 @@ Importing this imports neither torch nor ipywidgets.
 
 from __future__ import annotations
 
-from nbpeft.widgets.adapters_panel import AdaptersPanel, close_panels
+from nbpeft.widgets.adapters_panel import AdaptersPanel
 from nbpeft.widgets.blend_panel import BlendPanel
 from nbpeft.widgets.compare_panel import ComparePanel
 from nbpeft.widgets.live_answers import LiveAnswers
-from nbpeft.widgets.panel import close_answer_panels
-from nbpeft.widgets.plan_panel import PlanPanel, close_plan_panels
+from nbpeft.widgets.panel import close_panels
+from nbpeft.widgets.plan_panel import PlanPanel
 from nbpeft.widgets.training_panel import RunView, close_views, show_run
 
 __all__ = [
@@ -38,5 +38,3 @@ def close_all() -> None:
     """Closes every panel and live view of this process; runs go on."""
     close_views()
     close_panels()
-    close_answer_panels()
-    close_plan_panels()

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nbpeft.errors import NbpeftError
 from nbpeft.session import render
 from nbpeft.session.compared import Column, CompareResult
-from nbpeft.state import ModelState
+from nbpeft.state import SessionState
 from nbpeft.widgets import views
-from nbpeft.widgets.environment import Ui
-from nbpeft.widgets.panel import AnswerPanel, told
+from nbpeft.widgets.answer_panel import AnswerPanel
 from nbpeft.widgets.worker import Stopped
 
 if TYPE_CHECKING:
-    from nbpeft.session import Session
     from nbpeft.widgets.blend_parts import BlendParts
 
 EXACT = "exact"
@@ -47,25 +45,9 @@ class BlendPanel(AnswerPanel):
 
     kind: ClassVar[str] = "blend"
 
-    def __init__(
-        self,
-        session: Session,
-        model_name: str | None = None,
-        *,
-        ui: Ui = "auto",
-        tokenizer: Any = None,
-        prompt: str = "",
-        max_new_tokens: int = 48,
-    ) -> None:
-        super().__init__(session, model_name, ui=ui, tokenizer=tokenizer, prompt=prompt)
-        self._tokens = max_new_tokens
-        self._result: CompareResult | None = None
+    def __init__(self, *arguments: Any, max_new_tokens: int = 48, **options: Any) -> None:
+        super().__init__(*arguments, max_new_tokens=max_new_tokens, **options)
         self._base: tuple[tuple[str, int], Column] | None = None
-
-    @property
-    def result(self) -> CompareResult | None:
-        """The last answers."""
-        return self._result
 
     def _build(self) -> Any:
         from nbpeft.widgets.blend_parts import BlendParts
@@ -80,17 +62,19 @@ class BlendPanel(AnswerPanel):
     def _card(self, hint: str) -> str:
         model = self._model()
         if model is None:
-            return render.card("blend", render.line(render.dim(views.missing_model(self._name))), hint)
+            return render.card("blend", render.line(render.dim(views.missing_model(self._name))), render.note(hint))
         if self._result is None:
             names = ", ".join(item.name for item in model.adapters) or "none"
-            return render.card("blend", render.line(render.dim(f"No answer yet. Adapters: {names}.")), hint)
-        return render.card("blend", self._result.body(), hint, aside=self._result.aside)
+            return render.card(
+                "blend", render.line(render.dim(f"No answer yet. Adapters: {names}.")), render.note(hint)
+            )
+        return render.card("blend", self._result.body(), render.note(hint), aside=self._result.aside)
 
-    def _draw(self, model: ModelState | None, missing: str) -> None:
+    def _draw(self, state: SessionState) -> None:
+        model = state.model(self._name)
         if model is None:
             self._base = None
-        if self._parts is not None:
-            self._parts.draw(model, missing)
+        self._parts.draw(model, views.missing_model(self._name) if model is None else "")
 
     # Commands
 
@@ -123,13 +107,9 @@ class BlendPanel(AnswerPanel):
         return f"Answer computes {parts.type} for these weights; only the exact sum follows the sliders."
 
     def _ask(self, parts: BlendParts, *, delay: float) -> None:
-        prompt, tokens, weights = parts.question.prompt, parts.tokens, parts.weights
-        if not prompt:
-            raise NbpeftError("Write a prompt first.")
-        if self._model() is None:
-            raise NbpeftError(views.missing_model(self._name))
+        prompt, _ = self._asked()
+        tokens, weights = parts.tokens, parts.weights
         _require(weights)
-        self._prompt = prompt
         known = self._base is not None and self._base[0] == (prompt, tokens)
         options: dict[str, Any] = {
             "include_base": not known,
@@ -138,8 +118,7 @@ class BlendPanel(AnswerPanel):
             "model": self._name,
         }
         kind, density = parts.type, parts.density
-        parts.question.running(True)
-        parts.frame.head("answering …", running=True)
+        self._begin()
         if kind == EXACT:
             options.update(adapters=[], blends=[weights])
             self._worker.submit(lambda stopped: self._answer(self._session.compare, (prompt,), options, stopped), delay)
@@ -172,12 +151,6 @@ class BlendPanel(AnswerPanel):
         with self._lock:
             if self._parts is not None:
                 self._parts.show(result)
-
-    def _ended(self) -> None:
-        with self._lock:
-            if self._parts is not None and not self._worker.waiting:
-                self._parts.question.running(False)
-                self._parts.frame.head(told(self._result))
 
     def _save(self, parts: BlendParts) -> str:
         name, weights = parts.name, parts.weights

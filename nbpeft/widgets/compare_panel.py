@@ -5,20 +5,15 @@ click ──> worker thread ──> session.compare ── answers so far ──
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from nbpeft.errors import NbpeftError
 from nbpeft.session import render
 from nbpeft.session.compared import BASE, CompareResult
-from nbpeft.state import ModelState
+from nbpeft.state import ModelState, SessionState
 from nbpeft.widgets import views
-from nbpeft.widgets.environment import Ui
+from nbpeft.widgets.answer_panel import AnswerPanel
 from nbpeft.widgets.lifetime import weakly
-from nbpeft.widgets.panel import AnswerPanel, told
 from nbpeft.widgets.worker import Stopped
-
-if TYPE_CHECKING:
-    from nbpeft.session import Session
 
 NOTHING_YET = "No answers yet."
 
@@ -37,25 +32,9 @@ class ComparePanel(AnswerPanel):
 
     kind: ClassVar[str] = "compare"
 
-    def __init__(
-        self,
-        session: Session,
-        model_name: str | None = None,
-        *,
-        ui: Ui = "auto",
-        tokenizer: Any = None,
-        prompt: str = "",
-        max_new_tokens: int = 64,
-    ) -> None:
-        super().__init__(session, model_name, ui=ui, tokenizer=tokenizer, prompt=prompt)
-        self._tokens = max_new_tokens
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._left_out: set[str] = set()
-        self._result: CompareResult | None = None
-
-    @property
-    def result(self) -> CompareResult | None:
-        """The last answers."""
-        return self._result
 
     def _build(self) -> Any:
         return _Parts(self._command, self._prompt, self._tokens)
@@ -71,8 +50,8 @@ class ComparePanel(AnswerPanel):
             model = self._model()
             names = ", ".join(item.name for item in model.adapters) if model is not None else ""
             words = f"{NOTHING_YET} Adapters: {names}." if names else views.missing_model(self._name)
-            return render.card("compare", render.line(render.dim(words)), hint, aside=self._name or "")
-        return render.card("compare", self._result.body(), hint, aside=self._result.aside)
+            return render.card("compare", render.line(render.dim(words)), render.note(hint), aside=self._name or "")
+        return render.card("compare", self._result.body(), render.note(hint), aside=self._result.aside)
 
     def _run(self, *command: Any) -> str:
         parts = self._parts
@@ -81,7 +60,7 @@ class ComparePanel(AnswerPanel):
         what = command[0]
         if what == "pick":
             self._left_out ^= {command[1]}
-            self._draw(self._model(), "")
+            self._draw(self._session.state)
         elif what == "stop":
             self._halt()
         elif what == "against":
@@ -91,22 +70,15 @@ class ComparePanel(AnswerPanel):
         return ""
 
     def _ask(self, parts: _Parts) -> None:
-        model = self._model()
-        if model is None:
-            raise NbpeftError(views.missing_model(self._name))
-        prompt, tokens = parts.question.prompt, parts.tokens
-        if not prompt:
-            raise NbpeftError("Write a prompt first.")
+        prompt, model = self._asked()
         names = [item.name for item in model.adapters if item.name not in self._left_out]
         options: dict[str, Any] = {
             "adapters": names,
             "include_base": BASE not in self._left_out,
-            "max_new_tokens": tokens,
+            "max_new_tokens": parts.tokens,
             "tokenizer": self._source(),
         }
-        self._prompt = prompt
-        parts.question.running(True)
-        parts.frame.head("answering …", running=True)
+        self._begin()
         self._worker.submit(lambda stopped: self._answer(prompt, options, stopped))
 
     def _answer(self, prompt: str, options: dict[str, Any], stopped: Stopped) -> None:
@@ -128,20 +100,13 @@ class ComparePanel(AnswerPanel):
         self._result = result
         self._show()
 
-    def _ended(self) -> None:
-        with self._lock:
-            if self._parts is not None:
-                self._parts.question.running(False)
-                self._parts.frame.head(told(self._result))
-
     def _show(self) -> None:
         with self._lock:
             if self._parts is not None and self._result is not None:
                 self._parts.show(self._result)
 
-    def _draw(self, model: ModelState | None, missing: str) -> None:
-        if self._parts is not None:
-            self._parts.draw(model, missing, self._left_out)
+    def _draw(self, state: SessionState) -> None:
+        self._parts.draw(state.model(self._name), self._name, self._left_out)
 
 
 class _Parts:
@@ -173,12 +138,12 @@ class _Parts:
         """Longest answer."""
         return int(self._tokens.value)
 
-    def draw(self, model: ModelState | None, missing: str, left_out: set[str]) -> None:
+    def draw(self, model: ModelState | None, name: str | None, left_out: set[str]) -> None:
         """Shows which columns there are."""
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
         self._picks.draw(names, [name for name in names if name not in left_out])
-        if missing:
-            self.frame.answers.value = views.panel_note(missing)
+        if model is None:
+            self.frame.answers.value = views.panel_note(views.missing_model(name))
 
     def show(self, result: CompareResult) -> None:
         """Shows answers, marked against the chosen column."""

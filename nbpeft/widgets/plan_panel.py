@@ -6,29 +6,21 @@ slider ──> planner.at_once(settings) ──> the card, in milliseconds
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.errors import NbpeftError
 from nbpeft.session import render
 from nbpeft.session.planned import PlanResult, PlanSettings
 from nbpeft.widgets import styles
-from nbpeft.widgets.environment import WIDGET_VIEW, Ui, shown_as
-from nbpeft.widgets.lifetime import close_tree, view_of
+from nbpeft.widgets.environment import Ui
+from nbpeft.widgets.panel import Panel
 from nbpeft.widgets.worker import Stopped, Worker
 
 if TYPE_CHECKING:
     from nbpeft.session.planning import MemoryPlanner
-    from nbpeft.widgets.plan_parts import PlanParts
-
-AGAIN = "Run the cell again for sliders."
 
 
-class PlanPanel:
+class PlanPanel(Panel):
     """Sliders and choices, and what a run with them would need.
-
-    It shows itself as the last value of a cell. There is one panel for a model: showing a new one
-    closes the one before. Without a kernel or without ipywidgets it is a card, or a line of text.
 
     Args:
         planner: Answers.
@@ -36,14 +28,13 @@ class PlanPanel:
         prefetch: Whether to prepare the settings that are likely to come next.
     """
 
+    kind: ClassVar[str] = "plan"
+
     def __init__(self, planner: MemoryPlanner, *, ui: Ui = "auto", prefetch: bool = True) -> None:
+        super().__init__(ui)
         self._planner = planner
-        self._ui: Ui = ui
         self._prefetch = prefetch
-        self._lock = threading.RLock()
         self._worker = Worker()
-        self._parts: PlanParts | None = None
-        self._closed = False
         self._result = planner.exact(suggest=False)
 
     @property
@@ -51,52 +42,36 @@ class PlanPanel:
         """The last plan."""
         return self._result
 
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed since it was shown last."""
-        return self._closed
-
-    @property
-    def widget(self) -> Any:
-        """The root widget, to be placed among other widgets; made on first use.
-
-        Raises:
-            ModuleNotFoundError: ipywidgets is not installed.
-        """
-        with self._lock:
-            if self._parts is None:
-                self._open()
-            assert self._parts is not None
-            return self._parts.root
-
     def close(self) -> None:
-        """Frees the widgets. May be called twice."""
+        """Stops preparing and frees the widgets. May be called twice."""
         self._worker.stop()
-        with self._lock:
-            self._closed = True
-            parts, self._parts = self._parts, None
-            if _open.get(self._planner.name) is self:
-                del _open[self._planner.name]
-        if parts is not None:
-            close_tree(parts.root)
-            parts.free()
+        super().close()
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Waits until nothing is being prepared; says whether that came about."""
         return self._worker.wait(timeout)
 
-    def __repr__(self) -> str:
-        return str(self._result)
+    @property
+    def _key(self) -> str:
+        return self._planner.name
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        shown = "html" if self._closed else shown_as(self._ui)
-        bundle: dict[str, Any] = {"text/plain": str(self._result)}
-        if shown != "text":
-            bundle["text/html"] = self._card(AGAIN if shown == "widgets" else "")
-        if shown == "widgets":
-            bundle["text/plain"] += f"\n{AGAIN}"
-            bundle[WIDGET_VIEW] = view_of(self.widget)
-        return bundle
+    def _build(self) -> Any:
+        from nbpeft.widgets.plan_parts import PlanParts
+
+        return PlanParts(self._command, self._title, self._result.settings)
+
+    def _opened(self) -> None:
+        self._parts.show(self._result, current=True)
+        self._prepare(self._result.settings)
+
+    def _release(self, parts: Any) -> None:
+        parts.free()
+
+    def _failed(self) -> None:
+        self._parts.show(self._result, current=True)
+
+    def _text(self) -> str:
+        return str(self._result)
 
     def _card(self, hint: str) -> str:
         result = self._result
@@ -108,28 +83,17 @@ class PlanPanel:
     def _title(self) -> str:
         return f"memory plan · {self._planner.name}"
 
-    def _open(self) -> None:
-        from nbpeft.widgets.plan_parts import PlanParts
-
-        before = _open.get(self._planner.name)
-        if before is not None and before is not self:
-            before.close()
-        self._closed = False
-        self._parts = PlanParts(self._command, self._title, self._result.settings)
-        _open[self._planner.name] = self
-        self._parts.show(self._result, current=True)
-        self._prepare(self._result.settings)
-
     def _command(self, *command: Any) -> None:
         """What widgets call; handlers may run in another thread."""
         with self._lock:
             if self._parts is not None:
                 self._guarded(self._moved)
 
-    def _moved(self) -> None:
+    def _moved(self) -> str:
+        """Answers the settings that the sliders show, now or as soon as they are prepared."""
         parts = self._parts
         if parts is None:
-            return
+            return ""
         settings = parts.settings
         found = self._planner.at_once(settings)
         if found is None:
@@ -137,17 +101,18 @@ class PlanPanel:
             self._prepare(settings)
         else:
             self._draw(found)
+        return ""
 
     def _draw(self, found: PlanResult) -> None:
         self._result = found
         if self._parts is not None:
             self._parts.show(found, current=True)
-            self._parts.tell("", styles.DIM)
+            self._say("", styles.DIM)
 
     def _prepare(self, settings: PlanSettings) -> None:
         self._worker.submit(lambda stopped: self._guarded(lambda: self._prepared(settings, stopped)))
 
-    def _prepared(self, settings: PlanSettings, stopped: Stopped) -> None:
+    def _prepared(self, settings: PlanSettings, stopped: Stopped) -> str:
         """The worker's part."""
         quick = self._planner.prepare(settings)
         found = self._planner.at_once(settings) if quick else self._planner.exact(settings, suggest=False)
@@ -159,12 +124,13 @@ class PlanPanel:
                 self._moved()
         for other in self._planner.neighbours(settings) if quick and self._prefetch else ():
             if stopped() or self._closed:
-                return
+                return ""
             self._planner.prepare(other)
             with self._lock:
                 # Prepared settings turn into suggestions.
                 if self._parts is not None and not stopped():
                     self._moved_if_settled()
+        return ""
 
     def _moved_if_settled(self) -> None:
         parts = self._parts
@@ -172,27 +138,3 @@ class PlanPanel:
             found = self._planner.at_once(parts.settings)
             if found is not None and found != self._result:
                 self._draw(found)
-
-    def _guarded(self, act: Any) -> None:
-        """Does something; what goes wrong is shown in the panel, where it would be lost in a log."""
-        try:
-            act()
-            return
-        except NbpeftError as error:
-            words = str(error)
-        except Exception as error:
-            words = f"{type(error).__name__}: {error}"
-        with self._lock:
-            if self._parts is not None:
-                self._parts.show(self._result, current=True)
-                self._parts.tell(words, styles.ERROR)
-
-
-_open: dict[str, PlanPanel] = {}
-"""The panels that are shown, by model; handlers hold them weakly, so they are held here."""
-
-
-def close_plan_panels() -> None:
-    """Closes all of them."""
-    for panel in list(_open.values()):
-        panel.close()

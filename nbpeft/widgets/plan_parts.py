@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 from typing import Any
 
 import ipywidgets
@@ -109,13 +108,6 @@ class PlanParts:
         notes = "".join(render.line(render.dim(note)) for note in result.notes)
         faint = "" if current else "opacity:.45"
         self.frame.answers.value = f'<div style="{faint}">{result.body(settings=False)}{notes}</div>'
-
-    def tell(self, words: str, colour: str) -> None:
-        """Shows a message; none for the empty string."""
-        if words:
-            self.message.show(f'<span style="color:{colour}">{escape(words)}</span>')
-        else:
-            self.message.clear()
 
     def free(self) -> None:
         """Closes widgets that are not shown."""

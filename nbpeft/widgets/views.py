@@ -64,7 +64,7 @@ def model_card(model: ModelState | None, name: str | None = None, *, hint: str =
         adapter_table(model.adapters) if model.adapters else render.line(render.dim(no_adapters(model))),
         totals(model),
         memory_bar(model.memory) if model.memory is not None else "",
-        render.line(render.dim(hint)) if hint else "",
+        render.note(hint),
         aside=model_summary(model),
     )
 

@@ -16,7 +16,7 @@ from tests.benchmarks.harness import FULL, OURS, PEFT, Measure, Result, Row, Siz
 
 Axis = Literal["adapters", "modules"]
 COUNTS: dict[Axis, tuple[int, ...]] = {"adapters": (1, 4, 16, 64, 256), "modules": (16, 64, 256, 1001)}
-_FIXED = dataclasses.replace(FULL, adapters=4, modules=64, file_modules=64, wide=512, wide_layers=1, batch=256)
+_FIXED = dataclasses.replace(FULL, adapters=4, modules=16, file_modules=16, wide=512, wide_layers=1, batch=256)
 """What stays when the other number grows; small layers, so that the library's own share shows."""
 
 

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import expect
 
 from nbpeft.widgets import views
-from nbpeft.widgets.adapters_panel import AGAIN
+from nbpeft.widgets.panel import AGAIN
 from tests.browser.conftest import Opener
 from tests.widgets.fakes import MEMORY, model, train_state
 

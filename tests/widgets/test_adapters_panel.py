@@ -11,7 +11,8 @@ import ipywidgets
 import pytest
 
 from nbpeft.errors import AdapterError
-from nbpeft.widgets import AdaptersPanel, adapters_panel, close_all, show_run
+from nbpeft.widgets import AdaptersPanel, close_all, show_run
+from nbpeft.widgets import panel as panel_module
 from nbpeft.widgets.environment import WIDGET_VIEW
 from tests.widgets.fakes import MEMORY, FakeRun, FakeSession, adapter, model
 from tests.widgets.support import Output, live_widgets
@@ -273,7 +274,7 @@ def test_closing_frees_everything(session: Any) -> None:
     panel.close()
     assert len(live_widgets()) == before
     assert session.subscriber_count == 0
-    assert (id(session), "model") not in adapters_panel._open
+    assert ("adapters", (id(session), "model")) not in panel_module._open
     gone = weakref.ref(panel)
     del panel
     gc.collect()

@@ -1,0 +1,105 @@
+"""What the panels share that let adapters answer: a prompt, and a worker thread that asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import NbpeftError
+from nbpeft.state import ModelState
+from nbpeft.widgets import views
+from nbpeft.widgets.environment import Ui
+from nbpeft.widgets.panel import SessionPanel
+from nbpeft.widgets.worker import Worker
+
+if TYPE_CHECKING:
+    from nbpeft.session import Session
+    from nbpeft.session.compared import CompareResult
+
+TokenizerSource = Callable[[], Any]
+"""Called when a prompt is read; gives the tokenizer, or None."""
+
+
+class AnswerPanel(SessionPanel):
+    """A panel whose answers come from a worker thread, so that the kernel stays free meanwhile.
+
+    Args:
+        session: Takes the commands, publishes the states.
+        model_name: A model of the session; the current one by default.
+        ui: How to show it; by default the richest that works here.
+        tokenizer: A tokenizer, or a function that gives one when a prompt is read; by default the
+            one that the session was given last.
+        prompt: To begin with.
+        max_new_tokens: Longest answer to begin with.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model_name: str | None = None,
+        *,
+        ui: Ui = "auto",
+        tokenizer: Any = None,
+        prompt: str = "",
+        max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__(session, model_name, ui)
+        self._prompt = prompt
+        self._tokens = max_new_tokens
+        self._source: TokenizerSource = (
+            tokenizer if callable(tokenizer) and not hasattr(tokenizer, "decode") else (lambda: tokenizer)
+        )
+        self._worker = Worker()
+        self._result: CompareResult | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What stands in the prompt box, or was asked last."""
+        with self._lock:
+            return str(self._parts.question.prompt) if self._parts is not None else self._prompt
+
+    @property
+    def result(self) -> CompareResult | None:
+        """The last answers."""
+        return self._result
+
+    def close(self) -> None:
+        """Stops answering, frees the widgets and stops following the session. May be called twice."""
+        self._worker.stop()
+        super().close()
+
+    def wait(self, timeout: float = 30.0) -> bool:
+        """Waits until no answer is on its way; says whether that came about."""
+        return self._worker.wait(timeout)
+
+    def _asked(self) -> tuple[str, ModelState]:
+        """The prompt in the box and the model that is to answer it.
+
+        Raises:
+            NbpeftError: one of them is missing.
+        """
+        prompt, model = self.prompt, self._model()
+        if not prompt:
+            raise NbpeftError("Write a prompt first.")
+        if model is None:
+            raise NbpeftError(views.missing_model(self._name))
+        self._prompt = prompt
+        return prompt, model
+
+    def _begin(self) -> None:
+        """Shows that an answer is on its way."""
+        self._parts.question.running(True)
+        self._parts.frame.head("answering …", running=True)
+
+    def _ended(self) -> None:
+        """Shows that no answer is on its way any more; one that failed is told below."""
+        with self._lock:
+            if self._parts is not None and not self._worker.waiting:
+                result = self._result
+                self._parts.question.running(False)
+                self._parts.frame.head("" if result is None or result.status == "running" else result.aside)
+
+    def _halt(self) -> None:
+        """Ends the answer that is on its way, which keeps what there is of it."""
+        if self._worker.stop():
+            self._ended()
