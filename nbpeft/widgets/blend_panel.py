@@ -62,12 +62,10 @@ class BlendPanel(AnswerPanel):
     def _card(self, hint: str) -> str:
         model = self._model()
         if model is None:
-            return render.card("blend", render.line(render.dim(views.missing_model(self._name))), render.note(hint))
+            return render.card("blend", render.note(views.missing_model(self._name)), render.note(hint))
         if self._result is None:
             names = ", ".join(item.name for item in model.adapters) or "none"
-            return render.card(
-                "blend", render.line(render.dim(f"No answer yet. Adapters: {names}.")), render.note(hint)
-            )
+            return render.card("blend", render.note(f"No answer yet. Adapters: {names}."), render.note(hint))
         return render.card("blend", self._result.body(), render.note(hint), aside=self._result.aside)
 
     def _draw(self, state: SessionState) -> None:

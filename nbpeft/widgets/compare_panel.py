@@ -50,7 +50,7 @@ class ComparePanel(AnswerPanel):
             model = self._model()
             names = ", ".join(item.name for item in model.adapters) if model is not None else ""
             words = f"{NOTHING_YET} Adapters: {names}." if names else views.missing_model(self._name)
-            return render.card("compare", render.line(render.dim(words)), render.note(hint), aside=self._name or "")
+            return render.card("compare", render.note(words), render.note(hint), aside=self._name or "")
         return render.card("compare", self._result.body(), render.note(hint), aside=self._result.aside)
 
     def _run(self, *command: Any) -> str:

@@ -13,7 +13,7 @@ from nbpeft.widgets.panel_parts import mark, small_button
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
-    from nbpeft.widgets.panel import AnswerPanel
+    from nbpeft.widgets.answer_panel import AnswerPanel
 
 _KINDS: dict[str, tuple[type[AnswerPanel], str]] = {
     "compare": (ComparePanel, "Let the base model and the adapters answer the same prompt"),
