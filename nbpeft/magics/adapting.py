@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from nbpeft.errors import CellError
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.parse import argument
-from nbpeft.magics.planning import SIZES, settings_of
+from nbpeft.magics.planning import SIZES, settings_of, without_dry_run
 
 ADAPT_OPTIONS = (
     argument(
@@ -38,7 +37,7 @@ def adapt(desk: Desk, options: argparse.Namespace, fields: Mapping[str, Any]) ->
     if options.dry_run:
         return desk.session.preview(model, fields, name=name, variable=variable, **sizes)
     if sizes:
-        raise CellError("--batch, --seq and --device say what --dry-run forecasts; they mean nothing without it")
+        raise without_dry_run()
     result = desk.session.add(
         model,
         fields,

@@ -63,6 +63,11 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def without_dry_run() -> CellError:
+    """What to say where sizes are given and nothing is forecast."""
+    return CellError("--batch, --seq and --device say what --dry-run forecasts; they mean nothing without it")
+
+
 def source_of(name: str | None, desk: Desk) -> tuple[Any, str]:
     """What to plan for: a model or config in a variable, or a folder or hub id; and what to call it.
 

@@ -10,8 +10,9 @@ from typing import Any
 from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.desk import Desk, is_module
 from nbpeft.magics.parse import argument
+from nbpeft.magics.planning import SIZES, settings_of, without_dry_run
 from nbpeft.session.configs import field_names
-from nbpeft.session.quantizing import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
+from nbpeft.session.quantizing_preview import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
 
 OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
 """Fields that are not the adapter's."""
@@ -32,12 +33,16 @@ QLORA_OPTIONS = (
         completes="adapter",
         help="name of the adapter (default: default)",
     ),
+    argument(
+        "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and memory"
+    ),
+    *SIZES,
     argument("--allow-missing", action="store_true", help="go on where a target matches nothing"),
 )
 
 
 def qlora(options: argparse.Namespace, desk: Desk) -> object:
-    """Quantizes, prepares and adapts; ``options.fields`` are those of both kinds.
+    """Quantizes, prepares and adapts, or shows what that would do; ``options.fields`` are those of both kinds.
 
     Raises:
         CellError: the line is wrong.
@@ -46,6 +51,11 @@ def qlora(options: argparse.Namespace, desk: Desk) -> object:
     desk.session.adopt(desk.namespace)
     source, variable = _source(options, desk)
     own, config = _sorted(options.fields)
+    sizes = settings_of(options)
+    if options.dry_run:
+        return desk.session.preview_qlora(source, config, name=options.name, variable=variable, **sizes, **own)
+    if sizes:
+        raise without_dry_run()
     result = desk.session.qlora(
         source, config, name=options.name, variable=variable, allow_missing=options.allow_missing, **own
     )

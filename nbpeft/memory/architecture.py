@@ -94,11 +94,13 @@ class Architecture:
 
 
 def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) -> Architecture:
-    """The architecture of a model (with or without adapters), a transformers config, or a folder or hub id.
+    """The architecture of a model (with or without adapters), a transformers config, a folder or hub id, or itself.
 
     Raises:
         ConfigError: it is none of these.
     """
+    if isinstance(model_or_config, Architecture):
+        return model_or_config
     if isinstance(model_or_config, nn.Module):
         return _of_model(model_or_config)
     config = _loaded_config(model_or_config) if isinstance(model_or_config, str) else model_or_config

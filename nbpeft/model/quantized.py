@@ -73,7 +73,7 @@ def load_quantized(
     )
     if "quantization_config" in from_pretrained:
         raise ConfigError("quantization_config is made from bits, quant_type, …; leave it out")
-    place, file = _place(source, gguf_file)
+    place, file = place_of(source, gguf_file)
     chosen = model_class or "AutoModelForCausalLM"
     loader = getattr(importlib.import_module("transformers"), chosen, None) if isinstance(chosen, str) else chosen
     if loader is None:
@@ -132,13 +132,60 @@ def quantize_model(
         compute_dtype=compute_dtype if compute_dtype is not None or first is None else first.dtype,
         quant_storage=quant_storage,
     )
+    check_quantizable(model)
+    with collapsed():
+        return _quantize(model, settings, skip=skip_modules, own=False)
+
+
+def check_quantizable(model: nn.Module) -> None:
+    """Refuses a model that ``quantize_model`` cannot take.
+
+    Raises:
+        ConfigError: it has adapters, or is quantized already.
+    """
     manager = AdapterManager.of(model) or model.__dict__.get("manager")
     if isinstance(manager, AdapterManager) and manager.alive and manager.names:
         raise ConfigError("the model carries adapters; quantize it first and add them then")
     if any(is_quantized_layer(module) for module in model.modules()):
         raise ConfigError("the model is quantized already")
-    with collapsed():
-        return _quantize(model, settings, skip=skip_modules, own=False)
+
+
+def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Paths of the layers to quantize, and of linear layers that stay. Works on meta tensors, too.
+
+    Args:
+        model: a model that is not quantized.
+        skip: further layers that stay, by path or by a whole part of it.
+
+    Raises:
+        ConfigError: there is nothing to quantize.
+    """
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            uses[id(weight)] = uses.get(id(weight), 0) + 1
+    head = _head(model)
+    chosen, stay = [], []
+    for path, module in model.named_modules():
+        if not path or not _is_linear(module):
+            continue
+        named = any(path == name or f".{name}." in f".{path}." for name in skip)
+        if named or module is head or uses[id(module.weight)] > 1 or not module.weight.is_floating_point():
+            stay.append(path)
+        else:
+            chosen.append(path)
+    if not chosen:
+        raise ConfigError(f"{type(model).__name__} has no linear layer to quantize")
+    return chosen, stay
+
+
+def place_of(source: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
+    """Folder or hub id, and the GGUF file in it."""
+    text = os.path.expanduser(os.fspath(source))
+    if gguf_file is None and text.endswith(".gguf"):
+        return os.path.dirname(text) or ".", os.path.basename(text)
+    return text, gguf_file
 
 
 def _library() -> Any:
@@ -147,14 +194,6 @@ def _library() -> Any:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise ConfigError(f"quantizing needs bitsandbytes ({error}): pip install bitsandbytes") from None
-
-
-def _place(source: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
-    """Folder or hub id, and the GGUF file in it."""
-    text = os.path.expanduser(os.fspath(source))
-    if gguf_file is None and text.endswith(".gguf"):
-        return os.path.dirname(text) or ".", os.path.basename(text)
-    return text, gguf_file
 
 
 def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
@@ -172,9 +211,10 @@ def _quantize(
     model: nn.Module, settings: Any, *, own: bool, skip: Sequence[str] = (), device: torch.device | None = None
 ) -> nn.Module:
     """Replaces layers; with ``own`` one after the other, which frees each old weight at once."""
-    paths, stay = _choose(model, skip)
-    if not paths:
-        raise ConfigError(f"{type(model).__name__} has no linear layer to quantize")
+    paths, stay = layers_to_quantize(model, skip)
+    for path in paths:
+        if model.get_submodule(path).weight.is_meta:
+            raise ConfigError(f"{path} has no weights (meta device): load the model before quantizing it")
     library = _library()
     made: list[tuple[str, nn.Module]] = []
     with torch.no_grad():
@@ -191,29 +231,6 @@ def _quantize(
     _tell_transformers(model, settings, stay)
     _prepare(model)
     return model
-
-
-def _choose(model: nn.Module, skip: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Paths of the layers to quantize, and of linear layers that stay."""
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            uses[id(weight)] = uses.get(id(weight), 0) + 1
-    head = _head(model)
-    chosen, stay = [], []
-    for path, module in model.named_modules():
-        if not path or not _is_linear(module):
-            continue
-        weight = module.weight
-        if weight.is_meta:
-            raise ConfigError(f"{path} has no weights (meta device): load the model before quantizing it")
-        named = any(path == name or f".{name}." in f".{path}." for name in skip)
-        if named or module is head or uses[id(weight)] > 1 or not weight.is_floating_point():
-            stay.append(path)
-        else:
-            chosen.append(path)
-    return chosen, stay
 
 
 def _head(model: Any) -> nn.Module | None:

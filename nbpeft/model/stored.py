@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
+from nbpeft.memory.standin import quantized_bytes
 
 BFLOAT16_BYTES = 2
 PARTS = ("quantized layers", "embedding", "head", "other layers", "norms and biases")
@@ -58,24 +59,80 @@ def stored_parts(model: nn.Module) -> tuple[StoredPart, ...]:
     """
     manager = model.__dict__.get("manager")
     base: Any = manager.model if isinstance(manager, AdapterManager) else model
-    special = {id(module): name for name, module in _ends(base)}
+    counted: list[_Entry] = []
+    seen: set[int] = set()
+    for part, label, tensors, numbers, _ in _weights(base):
+        size = _new_bytes(distinct_storages(tensors), seen)
+        if size:
+            counted.append((part, label, size, numbers))
+    return _summed(counted)
+
+
+def foreseen_parts(
+    model: nn.Module, paths: Iterable[str] = (), *, kind: str = "", double: bool = False, raised: Iterable[Tensor] = ()
+) -> tuple[StoredPart, ...]:
+    """What ``stored_parts`` will say once layers are quantized and tensors raised to float32.
+
+    Works on meta tensors, too; the model is not changed.
+
+    Args:
+        model: a base model without adapters.
+        paths: the linear layers that will be quantized.
+        kind: ``nf4``, ``fp4`` or ``int8``.
+        double: whether their constants will be quantized, too.
+        raised: what will be float32.
+    """
+    wide = {id(tensor) for tensor in raised}
+    chosen = {id(model.get_submodule(path).weight) for path in paths}
+    counted: list[_Entry] = []
+    seen: set[int] = set()
+    for part, label, tensors, numbers, module in _weights(model):
+        first = tensors[0]
+        size = _new_bytes({id(first): first.nbytes} if first.is_meta else distinct_storages(tensors), seen)
+        if not size:
+            continue
+        if id(first) in chosen:
+            rows, columns = first.shape if isinstance(module, nn.Linear) else reversed(first.shape)
+            size = quantized_bytes(rows, columns, kind, double=double)
+            counted.append(("quantized layers", f"{kind} double" if double else kind, size, numbers))
+        elif id(first) in wide:
+            counted.append((part, short_name(torch.float32), 4 * numbers, numbers))
+        else:
+            counted.append((part, label, size, numbers))
+    return _summed(counted)
+
+
+_Entry = tuple[str, str, int, int]
+"""Part, how it is stored, its bytes, and how many numbers it stands for."""
+
+
+def _new_bytes(storages: dict[int, int], seen: set[int]) -> int:
+    """Bytes of the storages that were not seen before."""
+    size = sum(count for key, count in storages.items() if key not in seen)
+    seen.update(storages)
+    return size
+
+
+def _summed(entries: Iterable[_Entry]) -> tuple[StoredPart, ...]:
     counts: dict[str, list[int]] = {name: [0, 0, 0] for name in PARTS}
     kinds: dict[str, dict[str, None]] = {name: {} for name in PARTS}
-    seen: set[int] = set()
-    for module in _plain_modules(base):
-        for part, label, tensors, numbers in _weights_of(module, special.get(id(module))):
-            storages = {key: size for key, size in distinct_storages(tensors).items() if key not in seen}
-            if not storages:
-                continue
-            seen.update(storages)
-            for place, value in enumerate((1, sum(storages.values()), BFLOAT16_BYTES * numbers)):
-                counts[part][place] += value
-            kinds[part][label] = None
+    for part, label, size, numbers in entries:
+        for place, value in enumerate((1, size, BFLOAT16_BYTES * numbers)):
+            counts[part][place] += value
+        kinds[part][label] = None
     return tuple(
         StoredPart(name, modules, size, dense, tuple(kinds[name]))
         for name, (modules, size, dense) in counts.items()
         if modules
     )
+
+
+def _weights(base: nn.Module) -> Iterator[tuple[str, str, list[Tensor], int, nn.Module]]:
+    """(part, label, tensors, how many numbers they stand for, module) of every weight of a base model."""
+    special = {id(module): name for name, module in _ends(base)}
+    for module in _plain_modules(base):
+        for entry in _weights_of(module, special.get(id(module))):
+            yield *entry, module
 
 
 def _ends(base: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -45,7 +45,7 @@ class PlanningCommands(SessionBase):
                 rank 16 on all linear layers.
             **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
                 ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
-                ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, a torch device, by default
+                ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, a torch device, by default
                 this machine's), ``suggest=False`` to leave out what would make it fit.
 
         Raises:
@@ -103,6 +103,7 @@ class MemoryPlanner:
         optimizer: str = "adamw",
         training: bool = True,
         device: Any = None,
+        double_quant: bool | None = None,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
@@ -123,6 +124,7 @@ class MemoryPlanner:
             gradient_checkpointing=gradient_checkpointing,
             optimizer=optimizer,
             training=training,
+            double_quant=found.double_quant if double_quant is None else double_quant,
         )
         self.optimizer = optimizer
         self.room = _room(device, source)
@@ -247,9 +249,10 @@ class _Found:
         self.checkpointing = bool(next((getattr(source, name) for name in names if hasattr(type(source), name)), False))
         self.dtype: Any = None
         self.quantization: str | None = None
+        self.double_quant = True
         kind = self.architecture.model_class
         self.class_name = kind.__name__ if kind is not None else next(iter(config.architectures or ()), "")
-        if kind is not None:
+        if hasattr(source, "parameters"):
             self._look_at(source)
         else:
             self._read(getattr(config, "quantization_config", None))
@@ -263,6 +266,7 @@ class _Found:
             label = kind.split(" ")[0]
             if self.quantization is None and label in ("nf4", "fp4", "int8"):
                 self.quantization = label
+                self.double_quant = kind.endswith(" double") or label == "int8"
             elif self.dtype is None and label in names:
                 self.dtype = names[label]
 

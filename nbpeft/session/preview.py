@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -81,23 +82,36 @@ class Preview(Result):
         return sum(row.module_count for row in self.rows)
 
     def __str__(self) -> str:
-        where = ", ".join(row.target for row in self.rows)
-        line = (
-            f"dry run: {self.method} {self.name!r} would {'reconfigure' if self.replaces else 'adapt'} "
-            f"{render.plural(self.module_count, 'module')} of {self.model_name} ({where}); "
-            f"{render.count(self.parameter_count)} parameters, {render.size(self.byte_count)}; "
-            "nothing was changed"
-        )
-        line = with_notes(line, self._all_notes())
-        if isinstance(self.memory, PlanResult):
-            return f"{line}\nforecast: {self.memory}"
-        return f"{line}\nno forecast: {self.memory}" if self.memory else line
+        line = with_notes(f"dry run: {self.what()}; nothing was changed", self.all_notes())
+        return line + self.forecast_text()
 
-    def _all_notes(self) -> tuple[str, ...]:
+    def what(self) -> str:
+        """What would be adapted, in words."""
+        where = ", ".join(row.target for row in self.rows)
+        return (
+            f"{self.method} {self.name!r} would {'reconfigure' if self.replaces else 'adapt'} "
+            f"{render.plural(self.module_count, 'module')} of {self.model_name} ({where}); "
+            f"{render.count(self.parameter_count)} parameters, {render.size(self.byte_count)}"
+        )
+
+    def forecast_text(self) -> str:
+        """The forecast as further lines."""
+        if isinstance(self.memory, PlanResult):
+            return f"\nforecast: {self.memory}"
+        return f"\nno forecast: {self.memory}" if self.memory else ""
+
+    def all_notes(self) -> tuple[str, ...]:
+        """Notes, and what matches nothing."""
         missing = (f"nothing matches {render.names(self.missing)}",) if self.missing else ()
         return (*missing, *self.notes)
 
     def _html(self) -> str:
+        return render.card(
+            f"{self.name} · dry run, nothing was changed", self.body(), aside=f"{self.model_name} · {self.method}"
+        )
+
+    def body(self) -> str:
+        """The preview as HTML without its card."""
         rows = [
             (
                 escape(row.target),
@@ -116,15 +130,14 @@ class Preview(Result):
             f"({render.share(self.parameter_count, self.base_count)}); {render.size(self.byte_count)} for the adapter, "
             f"{render.size(self.training_bytes)} more for gradients and AdamW while training"
         )
-        return render.card(
-            f"{self.name} · dry run, nothing was changed",
+        blocks = (
             render.table(("Target", "Modules", "out × in", "Rank", "Parameters", "Stored"), rows, right=(1, 3, 4)),
             render.line(render.dim(total)),
             *(render.line(render.dim(text)) for text in (whole, excluded) if text),
-            render.notes(self._all_notes()),
+            render.notes(self.all_notes()),
             self._forecast(),
-            aside=f"{self.model_name} · {self.method}",
         )
+        return "".join(blocks)
 
     def _forecast(self) -> str:
         if isinstance(self.memory, PlanResult):
@@ -135,7 +148,14 @@ class Preview(Result):
 
 
 def preview_of(
-    base: Any, config: AdapterConfig, *, name: str, model_name: str, replaces: bool, notes: list[str]
+    base: Any,
+    config: AdapterConfig,
+    *,
+    name: str,
+    model_name: str,
+    replaces: bool,
+    notes: list[str],
+    stored: Mapping[str, str] | None = None,
 ) -> Preview:
     """Plans a config on a model and counts; the model is not touched.
 
@@ -146,6 +166,7 @@ def preview_of(
         model_name: what the model is called.
         replaces: whether an adapter of that name is there.
         notes: put into the preview.
+        stored: how targets will be stored by then, by path, where that is not how they are now.
     """
     from nbpeft.engine.plan import plan
 
@@ -155,7 +176,7 @@ def preview_of(
         model_name=model_name,
         name=name,
         method=made.method,
-        rows=_rows(made.targets, made.config),
+        rows=_rows(made.targets, made.config, stored or {}),
         copies=tuple(made.copies),
         excluded_count=len(made.excluded),
         missing=made.missing,
@@ -168,7 +189,7 @@ def preview_of(
     )
 
 
-def _rows(targets: tuple[Target, ...], config: Any) -> tuple[PreviewRow, ...]:
+def _rows(targets: tuple[Target, ...], config: Any, stored: Mapping[str, str]) -> tuple[PreviewRow, ...]:
     """Targets by last path segment, in model order."""
     groups: dict[str, list[Target]] = {}
     for target in targets:
@@ -180,7 +201,7 @@ def _rows(targets: tuple[Target, ...], config: Any) -> tuple[PreviewRow, ...]:
             shapes=tuple(dict.fromkeys(f"{item.out_features} × {item.in_features}" for item in group)),
             ranks=tuple(sorted({config.rank_at(item.path) for item in group})) if hasattr(config, "rank_at") else (),
             parameter_count=sum(item.parameter_count for item in group),
-            backend=", ".join(dict.fromkeys(item.backend for item in group)),
+            backend=", ".join(dict.fromkeys(stored.get(item.path, item.backend) for item in group)),
         )
         for segment, group in groups.items()
     )

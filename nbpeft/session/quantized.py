@@ -88,16 +88,8 @@ class QloraResult(_HoldingResult):
         super().let_go()
 
     def __str__(self) -> str:
-        layers = next((part for part in self.parts if part.name == "quantized layers"), None)
-        stored = ""
-        if layers is not None:
-            stored = (
-                f"{render.plural(layers.module_count, 'layer')} in {', '.join(layers.kinds)}: "
-                f"{render.size(layers.byte_count)}, {layers.share:.3f} of bfloat16; "
-            )
-        rest = self.byte_count - (layers.byte_count if layers is not None else 0)
         did = "quantized" if self.quantized else "already quantized"
-        line = f"{did} {self.source}: {stored}the rest {render.size(rest)}"
+        line = f"{did} {self.source}: {stored_words(self.parts)}"
         if self.prepared:
             line += f"; {self.prepared}"
         line += (
@@ -109,15 +101,10 @@ class QloraResult(_HoldingResult):
         return "unchanged" if self.added.unchanged else "reconfigured" if self.added.reconfigured else "added"
 
     def _html(self) -> str:
-        measured = all(part.before is not None for part in self.parts)
-        rows = [self._row(part, measured) for part in self.parts]
-        before = sum(part.before or 0 for part in self.parts)
-        total = PartSize("base weights", 0, self.byte_count, before, self.bfloat16_bytes, ())
-        head = ["Part", "Modules", "Stored", *(["Before"] if measured else []), "In bfloat16", "Now", "Share"]
         took = f"{self.seconds:.1f} s" if self.quantized else "no weight was touched"
         return render.card(
             f"{self.added.adapter.name} · {self._what()} on a {'newly ' if self.quantized else ''}quantized model",
-            render.table(head, [*rows, self._row(total, measured)], right=(1, *range(3, len(head)))),
+            part_table(self.parts),
             render.line(render.dim("; ".join(text for text in (self.prepared, took) if text))),
             adapter_table((self.added.adapter,)),
             render.line(render.dim(trainable(self.added.state))),
@@ -125,14 +112,37 @@ class QloraResult(_HoldingResult):
             aside=f"{self.added.model_name} · {self.added.state.class_name}",
         )
 
-    @staticmethod
-    def _row(part: PartSize, measured: bool) -> tuple[str, ...]:
-        return (
-            escape(part.name),
-            render.count(part.module_count) if part.module_count else "",
-            escape(", ".join(part.kinds)),
-            *((render.size(part.before),) if measured else ()),
-            render.size(part.bfloat16_bytes),
-            render.size(part.byte_count),
-            f"{part.share:.3f}",
-        )
+
+def stored_words(parts: tuple[PartSize, ...]) -> str:
+    """``210 layers in nf4 double: 55.1 MB, 0.259 of bfloat16; the rest 113.3 MB``."""
+    layers = next((part for part in parts if part.name == "quantized layers"), None)
+    rest = f"the rest {render.size(sum(part.byte_count for part in parts if part is not layers))}"
+    if layers is None:
+        return rest
+    return (
+        f"{render.plural(layers.module_count, 'layer')} in {', '.join(layers.kinds)}: "
+        f"{render.size(layers.byte_count)}, {layers.share:.3f} of bfloat16; {rest}"
+    )
+
+
+def part_table(parts: tuple[PartSize, ...]) -> str:
+    """The parts as a table, with a last row for all of them."""
+    measured = all(part.before is not None for part in parts)
+    now, before, dense = (
+        sum(sizes) for sizes in zip(*((p.byte_count, p.before or 0, p.bfloat16_bytes) for p in parts), strict=True)
+    )
+    total = PartSize("base weights", 0, now, before, dense, ())
+    head = ["Part", "Modules", "Stored", *(["Before"] if measured else []), "In bfloat16", "Now", "Share"]
+    return render.table(head, [_row(part, measured) for part in (*parts, total)], right=(1, *range(3, len(head))))
+
+
+def _row(part: PartSize, measured: bool) -> tuple[str, ...]:
+    return (
+        escape(part.name),
+        render.count(part.module_count) if part.module_count else "",
+        escape(", ".join(part.kinds)),
+        *((render.size(part.before),) if measured else ()),
+        render.size(part.bfloat16_bytes),
+        render.size(part.byte_count),
+        f"{part.share:.3f}",
+    )

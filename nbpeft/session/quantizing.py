@@ -13,7 +13,16 @@ from nbpeft.errors import ConfigError
 from nbpeft.session.adapters import AdapterCommands
 from nbpeft.session.configs import build_config
 from nbpeft.session.handles import uncompiled
-from nbpeft.session.quantized import PartSize, QloraResult
+from nbpeft.session.quantized import QloraResult
+from nbpeft.session.quantizing_preview import (
+    DEFAULTS,
+    QloraPreview,
+    asked_for,
+    foreseen_qlora,
+    part_sizes,
+    skeleton_of,
+    source_words,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,26 +33,6 @@ if TYPE_CHECKING:
     from nbpeft.training.prepare import Preparation
 
     ConfigLike = AdapterConfig | Mapping[str, Any]
-
-DEFAULTS = {"bits": 4, "quant_type": "nf4", "double_quant": True}
-"""What is not given, for quantizing."""
-
-QUANTIZATION_FIELDS = ("bits", "quant_type", "double_quant", "compute_dtype", "quant_storage")
-LOADING_FIELDS = (
-    "gguf_file",
-    "device_map",
-    "model_class",
-    "dtype",
-    "revision",
-    "subfolder",
-    "cache_dir",
-    "token",
-    "local_files_only",
-    "trust_remote_code",
-    "attn_implementation",
-    "max_memory",
-)
-PREPARING_FIELDS = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "upcast")
 
 
 class QuantizingCommands(AdapterCommands):
@@ -96,28 +85,26 @@ class QuantizingCommands(AdapterCommands):
             TargetError: the targets do not match the model.
             CheckpointNotFoundError: there is no model at ``source``.
         """
-        from nbpeft.model.quantization import quantization
-        from nbpeft.training.prepare import check_upcast
+        from nbpeft.model.stored import stored_parts
 
-        made = build_config(config)
         given = {
             "bits": bits,
             "quant_type": quant_type,
             "double_quant": double_quant,
             "compute_dtype": compute_dtype,
             "quant_storage": quant_storage,
+            "upcast": upcast,
+            "gradient_checkpointing": gradient_checkpointing,
         }
-        settings = {field: value for field, value in given.items() if value is not None}
-        quantization(**settings)  # what is impossible is refused before anything is loaded
-        check_upcast(upcast)
+        asked = asked_for(build_config(config), given | loading)  # what is impossible is refused before loading
+        made, settings = asked.config, asked.settings
         with self._command(f"quantizing for {name!r}", slow=True):
             started = time.monotonic()
             if isinstance(source, str | os.PathLike):
                 variable = variable or "model"
                 found = self._loaded(os.fspath(source), settings, loading, variable)
-            elif loading:
-                raise ConfigError(f"{next(iter(loading))!r} is for loading, and this model is loaded already")
             else:
+                _refuse_loading(loading)
                 found = self._in_memory(source, made, settings, allow_missing)
             seconds = time.monotonic() - started
             done = self._prepared(found.base, gradient_checkpointing, gradient_checkpointing_kwargs, upcast)
@@ -126,23 +113,95 @@ class QuantizingCommands(AdapterCommands):
             return QloraResult(
                 holder=added.holder,
                 added=added,
-                source=os.fspath(source) if isinstance(source, str | os.PathLike) else type(found.base).__name__,
+                source=source_words(source, loading) if found.origin.source else type(found.base).__name__,
                 quantized=found.now,
-                parts=_parts(found),
+                parts=part_sizes(stored_parts(found.base), found.before),
                 prepared=str(done) if done is not None else "",
                 prepare_bytes=done.extra_bytes if done is not None else 0,
                 seconds=seconds,
             )
+
+    def preview_qlora(
+        self,
+        source: nn.Module | str | os.PathLike[str],
+        config: ConfigLike,
+        *,
+        name: str = "default",
+        variable: str | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        device: Any = None,
+        **how: Any,
+    ) -> QloraPreview:
+        """What ``qlora`` would load, quantize and adapt, and what training would need; nothing is touched.
+
+        Of a folder, a hub id or a GGUF file only the config is read.
+
+        Args:
+            source: as for ``qlora``.
+            config: of the adapter to come, or its fields.
+            name: of the adapter to come.
+            variable: what to call the model.
+            batch_size: for the forecast of memory, like the next two; see ``plan_memory``.
+            sequence_length: tokens of each row.
+            device: where it should fit.
+            **how: quantization, preparation and loading, as for ``qlora``.
+
+        Raises:
+            ConfigError: a field is unknown or impossible, or the model cannot be quantized.
+            TargetError: the targets do not match the model.
+            CheckpointNotFoundError: there is no model at ``source``.
+        """
+        from nbpeft.engine.manager import AdapterManager
+
+        asked = asked_for(build_config(config), how)
+        sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "device": device}
+        with self._command("planning") as notes:
+            bare = None
+            if isinstance(source, str | os.PathLike):
+                place, variable = os.fspath(source), variable or "model"
+                base = self._present(_Origin(place, asked.settings, asked.loading), variable)
+                bare = skeleton_of(place, asked) if base is None else None
+                words = source_words(place, asked.loading)
+            else:
+                _refuse_loading(asked.loading)
+                base = self._base_of(source)
+                self._refuse_other_settings(base, asked.settings)
+                words = type(base).__name__
+            entry = self._entry_of(base) if bare is None else None
+            return foreseen_qlora(
+                base if bare is None else bare.model,
+                bare,
+                asked,
+                source=words,
+                name=name,
+                model_name=variable or (entry.name if entry is not None else "model"),
+                replaces=entry is not None and name in entry.manager.configs,
+                fresh=bare is not None or (AdapterManager.of(base) is None and base not in self._origins),
+                sizes={size: value for size, value in sizes.items() if value is not None},
+                notes=notes,
+            )
+
+    def _present(self, origin: _Origin, variable: str) -> Any:
+        """The base model that a variable holds, if it came from there and was quantized like that."""
+        entry = next((entry for entry in self._book.entries() if entry.name == variable), None)
+        same = entry is not None and self._origins.get(entry.manager.model) == origin
+        return entry.manager.model if entry is not None and same else None
 
     def _loaded(self, source: str, settings: dict[str, Any], loading: dict[str, Any], variable: str) -> _Found:
         """The model of a source: the one that this variable holds already, or loaded now."""
         from nbpeft.model.quantized import load_quantized
 
         origin = _Origin(source, settings, loading)
-        entry = next((entry for entry in self._book.entries() if entry.name == variable), None)
-        if entry is not None and self._origins.get(entry.manager.model) == origin:
-            return _Found(entry.manager.model, origin, now=False)
+        present = self._present(origin, variable)
+        if present is not None:
+            return _Found(present, origin, now=False)
         return _Found(load_quantized(source, **settings, **loading), origin, now=True)
+
+    def _base_of(self, source: Any) -> Any:
+        """The base model below a model in memory."""
+        entry: Entry | None = self._entry_of(source)
+        return entry.manager.model if entry is not None else uncompiled(source)
 
     def _in_memory(self, source: Any, config: AdapterConfig, settings: dict[str, Any], allow_missing: bool) -> _Found:
         """The base model, quantized now unless it was so."""
@@ -150,21 +209,21 @@ class QuantizingCommands(AdapterCommands):
         from nbpeft.model.quantized import quantize_model
         from nbpeft.model.stored import stored_parts
 
-        entry: Entry | None = self._entry_of(source)
-        base: Any = entry.manager.model if entry is not None else uncompiled(source)
+        base = self._base_of(source)
         before, origin = stored_parts(base), _Origin(None, settings, {})
         if any(part.name == "quantized layers" for part in before):
-            known = self._origins.get(base)
-            have = known.settings if known is not None else {}
-            if known is not None and any(
-                have.get(field, DEFAULTS.get(field)) != value for field, value in settings.items()
-            ):
-                words = ", ".join(f"{field} = {value}" for field, value in (DEFAULTS | have).items())
-                raise ConfigError(f"the model is quantized already with {words}; load it anew to change that")
+            self._refuse_other_settings(base, settings)
             return _Found(base, origin, now=False)
         plan(base, config, allow_missing=allow_missing)  # refuses before a weight is rounded
         quantize_model(base, **settings)
         return _Found(base, origin, now=True, before=before)
+
+    def _refuse_other_settings(self, base: Any, settings: dict[str, Any]) -> None:
+        known = self._origins.get(base)
+        have = DEFAULTS | known.settings if known is not None else {}
+        if known is not None and any(have.get(field) != value for field, value in settings.items()):
+            words = ", ".join(f"{field} = {value}" for field, value in have.items())
+            raise ConfigError(f"the model is quantized already with {words}; load it anew to change that")
 
     def _prepared(
         self, base: Any, checkpointing: bool, options: dict[str, Any] | None, upcast: Any
@@ -209,18 +268,6 @@ class _Found:
     before: tuple[StoredPart, ...] | None = None
 
 
-def _parts(found: _Found) -> tuple[PartSize, ...]:
-    """The parts now, beside what the same weights took before."""
-    from nbpeft.model.stored import stored_parts
-
-    now = stored_parts(found.base)
-    old = {part.name: part.byte_count for part in found.before or ()}
-    if found.before is not None:
-        # What is quantized now was among the other layers; the rest of those stayed.
-        stayed = sum(part.byte_count for part in now if part.name == "other layers")
-        old["quantized layers"] = old.get("other layers", 0) - stayed
-        old["other layers"] = stayed
-    return tuple(
-        PartSize(part.name, part.module_count, part.byte_count, old.get(part.name), part.bfloat16_bytes, part.kinds)
-        for part in now
-    )
+def _refuse_loading(loading: Mapping[str, Any]) -> None:
+    if loading:
+        raise ConfigError(f"{next(iter(loading))!r} is for loading, and this model is loaded already")

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,11 +97,9 @@ def prepare_model(
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False)
-    cast = 0, 0
-    if upcast == "peft" and _method(model) not in _KEEPS_DTYPES:
-        cast = _to_float32(parameters)
-    elif upcast == "norms":
-        cast = _upcast_norms(model)
+    if upcast == "norms":
+        _let_norms_compute_in_float32(model)
+    cast = _to_float32(becoming_float32(model, upcast))
     if auto_clear_cache and cast[0] and torch.cuda.is_available():
         torch.cuda.empty_cache()
     checkpointing = use_gradient_checkpointing and is_quantized(model)
@@ -125,6 +124,19 @@ def check_upcast(upcast: str) -> None:
         raise ConfigError(f"upcast={upcast!r} is not one of {', '.join(_UPCASTS)}.{near}", field="upcast")
 
 
+def becoming_float32(model: nn.Module, upcast: Upcast) -> list[nn.Parameter]:
+    """The parameters that ``prepare_model`` turns into float32; nothing is changed."""
+    if upcast == "norms":
+        return [parameter for _, halves in _norms(model) for parameter in halves]
+    if upcast != "peft" or _method(model) in _KEEPS_DTYPES:
+        return []
+    return [
+        parameter
+        for parameter in model.parameters()
+        if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit"
+    ]
+
+
 def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
     """Lets a model recompute activations in the backward pass, without reentry unless asked for."""
     _enable_checkpointing(model, {"use_reentrant": False} | (options or {}))
@@ -142,27 +154,27 @@ def _method(model: Any) -> str:
 
 
 def _to_float32(parameters: list[nn.Parameter]) -> tuple[int, int]:
-    count = size = 0
+    """How many there were, and the bytes that costs."""
+    size = 0
     for parameter in parameters:
-        if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit":
-            size += parameter.numel() * (4 - parameter.element_size())
-            parameter.data = parameter.data.to(torch.float32)
-            count += 1
-    return count, size
+        size += parameter.numel() * (4 - parameter.element_size())
+        parameter.data = parameter.data.to(torch.float32)
+    return len(parameters), size
 
 
-def _upcast_norms(model: nn.Module) -> tuple[int, int]:
-    count = size = 0
+def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Norms with weights in half precision, and these weights."""
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         halves = [parameter for parameter in own if parameter.dtype in _HALF]
-        if "norm" not in type(module).__name__.lower() or not halves or any(part.ndim != 1 for part in own):
-            continue
+        if "norm" in type(module).__name__.lower() and halves and all(part.ndim == 1 for part in own):
+            yield module, halves
+
+
+def _let_norms_compute_in_float32(model: nn.Module) -> None:
+    for module, halves in _norms(model):
         module.register_forward_pre_hook(functools.partial(_compute_in_float32))
         module.register_forward_hook(functools.partial(_give_back, halves[0].dtype))
-        cast = _to_float32(halves)
-        count, size = count + cast[0], size + cast[1]
-    return count, size
 
 
 def _compute_in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

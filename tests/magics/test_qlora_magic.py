@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from nbpeft.session.planned import PlanResult
 from nbpeft.session.quantized import QloraResult
+from nbpeft.session.quantizing_preview import QloraPreview
 from tests.magics.notebook import Notebook
 from tests.training.support import tiny_base
 
@@ -100,27 +102,107 @@ def test_flooding_warnings_become_one_line(bare: Notebook, folder: Path, caplog:
     assert all("times)" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (cell("model").replace("bits = 4", "bits = 5"), "line 1: bits is 5; expected 4 or 8"),
-        (cell("model", "", "quant_typ = 'nf4'\n"), "%%qlora has no field 'quant_typ'. Did you mean 'quant_type'"),
-        (cell("model", "", "lora_alph = 3\n"), "Did you mean 'lora_alpha'"),
-        (cell("model", "", "gguf_file = 'x'\n"), "'gguf_file' is for loading"),
-        (cell("model", "", "upcast = 'all'\n"), "upcast='all' is not one of"),
-        (cell("modle"), "no variable is called 'modle', and no folder. Did you mean 'model'?"),
-        (cell("place"), "write $place for what it holds"),
-        (cell("./nowhere"), "no model could be loaded from './nowhere'"),
-        (cell("model", "--as 'a b'"), "--as takes the name of a variable"),
-        (cell("model", "--nam x"), "has no option --nam"),
-        (cell("model").replace('"all-linear"', '["nothing"]'), "nothing"),
-        ("%%qlora\nr = 4", "required: SOURCE"),
-    ],
-)
-def test_a_mistake_is_one_line_and_changes_nothing(notebook: Notebook, text: str, message: str) -> None:
+DRY_RUNS = [
+    "dtype = 'bfloat16'\n",
+    "dtype = 'bfloat16'\ndouble_quant = False\nquant_type = 'fp4'\n",
+    "dtype = 'bfloat16'\nupcast = 'peft'\ngradient_checkpointing = False\n",
+    "upcast = 'none'\n",
+]
+
+
+@pytest.mark.parametrize("body", [*DRY_RUNS, "bits = 8\n", "bits = 8\ndtype = 'bfloat16'\n"])
+def test_a_dry_run_of_a_folder_foretells_what_is_then_done(bare: Notebook, folder: Path, body: str) -> None:
+    text = cell(str(folder), "--name sql{}", body)
+    text = text.replace("bits = 4\n", "") if "bits" in body else text
+    preview = bare.do(text.format(" --dry-run --batch 2 --seq 16 --device 1GB"))
+    assert isinstance(preview, QloraPreview) and preview.action == "load and quantize"
+    assert "model" not in bare.shell.user_ns and bare.session.state.models == ()
+    result = bare.do(text.format(""))
+    assert preview.parts == result.parts and preview.byte_count == result.byte_count
+    assert preview.prepared == result.prepared
+    assert preview.adapter.parameter_count == result.added.adapter.parameter_count
+    assert {row.backend for row in preview.adapter.rows} == {result.added.state.quantization}
+    plan = preview.adapter.memory
+    assert isinstance(plan, PlanResult) and plan.fits and plan.settings.batch_size == 2
+    assert plan.settings.gradient_checkpointing is ("gradient_checkpointing = False" not in body)
+    if "upcast" not in body:  # a forecast knows nothing of it
+        assert sum(part.byte_count for part in plan.parts if part.name == "base weights") == pytest.approx(
+            preview.byte_count, rel=0.02
+        )
+
+
+@pytest.mark.parametrize("body", DRY_RUNS[1:])
+def test_a_dry_run_of_a_model_in_memory_touches_nothing(notebook: Notebook, body: str) -> None:
+    base, body = notebook["model"], body.replace("dtype = 'bfloat16'\n", "")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    preview = notebook.do(cell("model", "--dry-run", body))
+    assert notebook["model"] is base and quantized_layers(base) == 0 and notebook.session.state.models == ()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    result = notebook.do(cell("model", "", body))
+    assert preview.parts == result.parts
+    assert "Before" in preview._repr_html_() and "would quantize LlamaForCausalLM" in str(preview)
+
+
+def test_a_dry_run_of_what_is_quantized_says_so(bare: Notebook, folder: Path) -> None:
+    done = bare.do(cell(str(folder), "--name sql"))
+    again = bare.do(cell(str(folder), "--name sql --dry-run").replace("r = 4", "r = 2"))
+    assert again.action == "" and again.parts == done.parts and again.prepared == ""
+    assert "base is quantized already: 14 layers in nf4 double" in str(again)
+    assert "would reconfigure" in str(again) and bare["model"].peft_config["sql"].r == 4
+    other = bare.do(cell(str(folder), "--dry-run").replace("bits = 4", "bits = 8"))
+    assert other.action == "load and quantize" and "int8" in str(other)
+    line = bare.run(cell("model", "--dry-run").replace("bits = 4", "bits = 8")).line
+    assert "quantized already with bits = 4" in line
+
+
+def test_a_dry_run_tells_the_memory_and_what_would_fit(bare: Notebook, folder: Path) -> None:
+    preview = bare.do(cell(str(folder), "--dry-run --batch 8 --seq 64 --device 300KB"))
+    text, page = str(preview), preview._repr_html_()
+    assert text.startswith("dry run: would load and quantize base: 14 layers in nf4 double")
+    assert "does not fit 300.0 kB" in text and "nf4 + float32" in text
+    assert "quantized layers" in page and "embedding" in page and "bnb4bit" in page and "no room for" in page
+    assert "--dry-run" in bare.run(cell(str(folder), "--batch 2")).line
+
+
+def test_a_dry_run_of_a_task_model(bare: Notebook, folder: Path) -> None:
+    body = "model_class = 'AutoModelForSequenceClassification'\ndtype = 'auto'\ntask_type = 'SEQ_CLS'\n"
+    preview = bare.do(cell(str(folder), "--dry-run --seq 16", body))
+    result = bare.do(cell(str(folder), "", body))
+    assert preview.parts == result.parts
+    assert preview.adapter.module_count == len(result.added.plan.targets) == 14
+
+
+def test_what_is_stored_quantized_stays_so(bare: Notebook, tmp_path: Path) -> None:
+    config = tiny_base().config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path / "gptq")
+    assert "stored by gptq and stay so" in str(bare.do(cell(str(tmp_path / "gptq"), "--dry-run")))
+
+
+MISTAKES = [
+    (cell("model").replace("bits = 4", "bits = 5"), "line 1: bits is 5; expected 4 or 8"),
+    (cell("model", "", "quant_typ = 'nf4'\n"), "%%qlora has no field 'quant_typ'. Did you mean 'quant_type'"),
+    (cell("model", "", "lora_alph = 3\n"), "Did you mean 'lora_alpha'"),
+    (cell("model", "", "gguf_file = 'x'\n"), "'gguf_file' is for loading"),
+    (cell("model", "", "upcast = 'all'\n"), "upcast='all' is not one of"),
+    (cell("modle"), "no variable is called 'modle', and no folder. Did you mean 'model'?"),
+    (cell("place"), "write $place for what it holds"),
+    (cell("./nowhere"), "no model could be loaded from './nowhere'"),
+    (cell("model", "--as 'a b'"), "--as takes the name of a variable"),
+    (cell("model", "--nam x"), "has no option --nam"),
+    (cell("model").replace('"all-linear"', '["nothing"]'), "nothing"),
+    ("%%qlora\nr = 4", "required: SOURCE"),
+]
+
+
+@pytest.mark.parametrize("dry", ["", " --dry-run"])
+@pytest.mark.parametrize(("text", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_changes_nothing(notebook: Notebook, text: str, message: str, dry: str) -> None:
     notebook["place"] = "somewhere"
     base = notebook["model"]
-    assert message in notebook.run(text).line
+    head, _, body = text.partition("\n")
+    assert message in notebook.run(f"{head}{dry}\n{body}").line
     assert notebook["model"] is base and not quantized_layers(base)
     assert all(parameter.requires_grad for parameter in base.parameters())
     assert notebook.session.state.models == ()
