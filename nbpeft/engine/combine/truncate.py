@@ -49,7 +49,7 @@ class Loss:
 
 
 def measure_loss(true_B: Tensor, true_A: Tensor, kept_B: Tensor, kept_A: Tensor) -> Loss:
-    """The loss of kept factors, through Gram matrices: no delta is built.
+    """The loss of kept factors, through Gram matrices: no delta is built where it is larger than its factors.
 
     Args:
         true_B: (groups, out / groups, R / groups), as ``factors.stack`` gives it.
@@ -60,9 +60,16 @@ def measure_loss(true_B: Tensor, true_A: Tensor, kept_B: Tensor, kept_A: Tensor)
     # In float32 the difference of Gram products drowns in rounding below 3e-4; in float64 below 1e-8.
     wide = torch.float32 if true_B.device.type == "mps" else torch.float64
     true_B, true_A, kept_B, kept_A = (tensor.to(wide) for tensor in (true_B, true_A, kept_B, kept_A))
+    if not _thin(true_B, true_A):
+        true_B, true_A = true_B @ true_A, torch.eye(true_A.shape[-1], dtype=wide, device=true_A.device)
     true, kept = _inner(true_B, true_A, true_B, true_A), _inner(kept_B, kept_A, kept_B, kept_A)
     overlap = _inner(true_B, true_A, kept_B, kept_A)
     return Loss(true, kept, max(true - 2 * overlap + kept, 0.0), overlap)
+
+
+def _thin(wide_B: Tensor, wide_A: Tensor) -> bool:
+    """Whether the factors are smaller than their product: many adapters together are not."""
+    return wide_A.shape[-2] < min(wide_B.shape[-2], wide_A.shape[-1])
 
 
 def _inner(left_B: Tensor, left_A: Tensor, right_B: Tensor, right_A: Tensor) -> float:
@@ -82,6 +89,8 @@ def truncate_factors(wide_B: Tensor, wide_A: Tensor, rank: int, recipe: Recipe) 
         B (groups, out, k), singular values included, and A (groups, k, in) with orthonormal rows,
         k = min(rank, R, out, in).
     """
+    if not _thin(wide_B, wide_A):
+        return truncate_delta(wide_B @ wide_A, rank, recipe)
     left, left_core = torch.linalg.qr(wide_B)
     right, right_core = torch.linalg.qr(wide_A.mT)
     rotate_left, values, rotate_right = _svd(left_core @ right_core.mT, recipe, full=False)
