@@ -55,6 +55,23 @@ class MemoryState:
 
 
 @dataclass(frozen=True)
+class LayerLoss:
+    """What combining lost on one layer.
+
+    Attributes:
+        path: where the layer is.
+        rank: rank of the result.
+        relative_error: distance to the true weighted delta over its norm.
+        energy_kept: share of the true delta's energy that lies along the result.
+    """
+
+    path: str
+    rank: int
+    relative_error: float
+    energy_kept: float
+
+
+@dataclass(frozen=True)
 class TrainState:
     """A training run at one moment.
 

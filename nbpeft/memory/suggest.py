@@ -65,10 +65,14 @@ class Suggestion:
     cost: str = ""
     fits: bool | None = None
 
-    def __str__(self) -> str:
+    @property
+    def words(self) -> str:
+        """What it saves and costs, without whether it fits."""
         cost = f" and {self.cost}" if self.cost else ""
-        fit = {True: "; then it fits", False: "", None: ""}[self.fits]
-        return f"{self.change} saves {size_text(self.saved_bytes)}{cost}{fit}"
+        return f"{self.change} saves {size_text(self.saved_bytes)}{cost}"
+
+    def __str__(self) -> str:
+        return f"{self.words}; then it fits" if self.fits else self.words
 
 
 @dataclass(frozen=True)

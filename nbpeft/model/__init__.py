@@ -12,7 +12,7 @@ from nbpeft.model.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from nbpeft.model.combining import Combined, CombinedLayerLoss
+from nbpeft.model.combining import Combined
 from nbpeft.model.full_precision import MergedFolder, merge_errors, merge_to_folder
 from nbpeft.model.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from nbpeft.model.peft_model import PeftModel
@@ -43,7 +43,6 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "Combined",
-    "CombinedLayerLoss",
     "LayerStatus",
     "LoraConfig",
     "LoraRuntimeConfig",

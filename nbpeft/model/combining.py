@@ -16,23 +16,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import AdapterError, AdapterExistsError
-
-
-@dataclass(frozen=True)
-class CombinedLayerLoss:
-    """What combining lost on one layer.
-
-    Attributes:
-        path: where the layer is.
-        rank: rank of the result.
-        relative_error: distance to the true weighted delta over its norm.
-        energy_kept: share of the true delta's energy that lies along the result.
-    """
-
-    path: str
-    rank: int
-    relative_error: float
-    energy_kept: float
+from nbpeft.state import LayerLoss
 
 
 @dataclass(frozen=True)
@@ -53,10 +37,10 @@ class Combined:
     rank: int
     relative_error: float
     energy_kept: float
-    layers: tuple[CombinedLayerLoss, ...]
+    layers: tuple[LayerLoss, ...]
 
     @property
-    def worst(self) -> CombinedLayerLoss:
+    def worst(self) -> LayerLoss:
         """The layer with the largest relative error."""
         return max(self.layers, key=lambda layer: layer.relative_error)
 
@@ -106,7 +90,7 @@ def combine_adapters(
     manager.add(name, plan, AdapterWeights(named, copies), trainable=False, half=half)
     _set_magnitudes(manager, name, combination)
     losses = tuple(
-        CombinedLayerLoss(path, layer.rank, layer.relative_error, layer.energy_kept)
+        LayerLoss(path, layer.rank, layer.relative_error, layer.energy_kept)
         for path, layer in combination.layers.items()
     )
     kind, rank = combination.recipe.combination_type, max(loss.rank for loss in losses)

@@ -8,27 +8,10 @@ from html import escape
 from nbpeft.session import render, side_by_side
 from nbpeft.session.describe import acting, adapter_table, describe, with_notes
 from nbpeft.session.results import Result
-from nbpeft.state import AdapterState, ModelState
+from nbpeft.state import AdapterState, LayerLoss, ModelState
 
 _LOST = 1e-4
 """Relative error from which on something counts as lost: rounding stays below it."""
-
-
-@dataclass(frozen=True)
-class LayerLoss:
-    """What combining lost on one layer.
-
-    Attributes:
-        path: where the layer is.
-        rank: rank of the result.
-        relative_error: distance to the true weighted delta over its norm.
-        energy_kept: share of the true delta's energy that lies along the result.
-    """
-
-    path: str
-    rank: int
-    relative_error: float
-    energy_kept: float
 
 
 @dataclass(frozen=True, repr=False)

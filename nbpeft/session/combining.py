@@ -13,7 +13,7 @@ from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you
 from nbpeft.session.answering import Asked, Batch, check_finite, evaluating, first_answer
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
-from nbpeft.session.combined import CombineResult, LayerLoss, SwapResult
+from nbpeft.session.combined import CombineResult, SwapResult
 from nbpeft.session.files import folder_hint
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.tokenizers import Tokenizers
@@ -104,9 +104,7 @@ class CombiningCommands(SessionBase):
                 combined.rank,
                 combined.relative_error,
                 combined.energy_kept,
-                tuple(
-                    LayerLoss(item.path, item.rank, item.relative_error, item.energy_kept) for item in combined.layers
-                ),
+                combined.layers,
                 state,
                 remade,
                 tuple(notes),

@@ -6,11 +6,15 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING
 
 from nbpeft.session import render
 from nbpeft.session.describe import with_notes
 from nbpeft.session.results import Result
 from nbpeft.state import MemoryPart
+
+if TYPE_CHECKING:
+    from nbpeft.memory.suggest import Suggestion
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2")
 """Of parts, readable on light and dark."""
@@ -56,29 +60,6 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
-class PlanChange:
-    """A change, or several together, and what it brings.
-
-    Attributes:
-        change: what to change.
-        saved_bytes: how much lower the peak gets.
-        peak_bytes: the peak then.
-        cost: what it costs, in words.
-        fits: whether it fits the device then; None without a device.
-    """
-
-    change: str
-    saved_bytes: int
-    peak_bytes: int
-    cost: str = ""
-    fits: bool | None = None
-
-    def __str__(self) -> str:
-        cost = f" and {self.cost}" if self.cost else ""
-        return f"{self.change} saves {render.size(self.saved_bytes)}{cost}"
-
-
-@dataclass(frozen=True)
 class Room:
     """Where it should fit.
 
@@ -115,7 +96,7 @@ class PlanResult(Result):
     settings: PlanSettings
     parts: tuple[MemoryPart, ...]
     room: Room
-    changes: tuple[PlanChange, ...] = ()
+    changes: tuple[Suggestion, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -176,7 +157,7 @@ class PlanResult(Result):
         if self.exceeding:
             lines.append(f"  no room for: {self._exceeding()}")
         for change in self.changes[:_SHOWN]:
-            lines.append(f"  {change}{'; then it fits' if change.fits and self.fits is False else ''}")
+            lines.append(f"  {change.words}{'; then it fits' if change.fits and self.fits is False else ''}")
         if self.changes and self.fits is False and not any(change.fits for change in self.changes):
             lines.append("  no change of these settings makes it fit")
         lines[0] = with_notes(lines[0], self.notes)
@@ -274,7 +255,7 @@ class PlanResult(Result):
         titles = ("Change", "Saves", "Peak\u00a0then", *(("Then",) if wanting else ()))
         return f'<div style="overflow-x:auto">{render.table(titles, rows, right=(1, 2))}</div>'
 
-    def with_changes(self, changes: tuple[PlanChange, ...]) -> PlanResult:
+    def with_changes(self, changes: tuple[Suggestion, ...]) -> PlanResult:
         """The same with other changes shown."""
         return dataclasses.replace(self, changes=changes)
 

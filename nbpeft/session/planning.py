@@ -11,7 +11,7 @@ from nbpeft.errors import NbpeftError
 from nbpeft.session.base import SessionBase
 from nbpeft.session.configs import build_config, label_of
 from nbpeft.session.handles import uncompiled
-from nbpeft.session.planned import PlanChange, PlanResult, PlanSettings, Room
+from nbpeft.session.planned import PlanResult, PlanSettings, Room
 
 if TYPE_CHECKING:
     import torch
@@ -227,12 +227,11 @@ class MemoryPlanner:
         )
 
     def _result(self, found: Forecast, suggestions: Any) -> PlanResult:
-        changes = tuple(
-            PlanChange(one.change, one.saved_bytes, one.peak_bytes, one.cost, one.fits) for one in suggestions
-        )
         settings = self._settings(found.setting, found.optimizer)
         adapter = self.method if settings.rank is None else f"{self.method} r={settings.rank}"
-        return PlanResult(self.name, self.class_name, adapter, settings, found.parts, self.room, changes, self.notes)
+        return PlanResult(
+            self.name, self.class_name, adapter, settings, found.parts, self.room, tuple(suggestions), self.notes
+        )
 
 
 class _Found:

@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.memory.suggest import Suggestion
 from nbpeft.session import Session
-from nbpeft.session.planned import PlanChange, PlanResult, PlanSettings, Room
+from nbpeft.session.planned import PlanResult, PlanSettings, Room
 from nbpeft.state import MemoryPart
 
 CONFIG = LlamaConfig(
@@ -49,7 +50,7 @@ def test_what_is_free_now_counts_with_what_the_model_holds() -> None:
 
 
 def test_words_and_page() -> None:
-    changes = (PlanChange("batch_size 4 -> 2", 300, 900, "x < y", True), PlanChange("r 16 -> 4", 50, 1150, "", False))
+    changes = (Suggestion("batch_size 4 -> 2", 300, 900, "x < y", True), Suggestion("r 16 -> 4", 50, 1150, "", False))
     found = plan(600, 100, 100, 400, room=Room("1.0 kB", 1000), changes=changes, notes=("<note>",))
     lines = str(found).split("\n")
     assert lines[0] == (
