@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
+from nbpeft.engine.adapter import Base, Dropout, Host
+from nbpeft.engine.factored import FactoredAdapter
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.lowrank import new_factors, seeded_dropout
 from nbpeft.engine.registry import register
@@ -31,22 +32,13 @@ _CANCELLATION = 1e-2
 
 
 @register(LoraConfig, peft_type="LORA", label="DoRA", applies=lambda config: config.use_dora)
-class DoRA(Adapter):
-    """A DoRA adapter on one layer.
-
-    Attributes:
-        scaling: s; a 0-d tensor once the model is prepared for compiled hot-swapping.
-        dropout: probability on the adapter's input.
-    """
+class DoRA(FactoredAdapter):
+    """A DoRA adapter on one layer."""
 
     weight_free: ClassVar[bool] = False
 
     def __init__(self, tensors: Mapping[str, nn.Parameter], host: Host, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self._parameters.update(tensors)
-        self.factor_names = host.factor_names
-        self.scaling = scaling
-        self.dropout = dropout
+        super().__init__(tensors, host, scaling, dropout)
         self._weight_square: tuple[Any, Tensor] | None = None
         self._norm: tuple[Any, Tensor] | None = None
 
@@ -82,12 +74,6 @@ class DoRA(Adapter):
             adapter._parameters[MAGNITUDE] = nn.Parameter(norm.to(dtype).view(shapes[MAGNITUDE]))
         return adapter
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        name_A, name_B = self.factor_names
-        return self._parameters[name_A], self._parameters[name_B]  # type: ignore[return-value]
-
     @torch.no_grad()
     def row_norm(self, base: Base) -> Tensor:
         """``||W + s B A||`` per output channel, (out,), in at least float32, detached.
@@ -95,7 +81,7 @@ class DoRA(Adapter):
         Outside training and compiled code the last norm is kept until a factor or the weight
         changes.
         """
-        lora_A, lora_B = (factor.detach() for factor in self.factors)
+        lora_A, lora_B = self.detached_factors
         if torch.compiler.is_compiling() or self.training:
             return self._compute_norm(lora_A, lora_B, base)
         stamp = (_stamp(lora_A, deep=True), _stamp(lora_B, deep=True), _weight_stamp(base), float(self.scaling))
@@ -156,7 +142,7 @@ class DoRA(Adapter):
         return scale * (plain + low) - plain
 
     def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
-        lora_A, lora_B = (factor.detach() for factor in self.factors)
+        lora_A, lora_B = self.detached_factors
         magnitude = self._parameters[MAGNITUDE]
         assert magnitude is not None
         whole = weight.to(lora_A.dtype)
@@ -167,10 +153,6 @@ class DoRA(Adapter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_weight_square": None, "_norm": None}
-
-    def extra_repr(self) -> str:
-        lora_A, _ = self.factors
-        return f"rank={lora_A.shape[0]}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"
 
 
 def _stamp(tensor: Tensor, *, deep: bool = False) -> Any:

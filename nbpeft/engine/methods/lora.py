@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, Base, Dropout, Host
+from nbpeft.engine.adapter import Base, Dropout, Host
+from nbpeft.engine.factored import FactoredAdapter
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.lowrank import add_delta, new_factors
 from nbpeft.engine.mixed import factor_rows
@@ -26,22 +27,10 @@ _MERGE_ROWS = 256
 
 
 @register(LoraConfig, peft_type="LORA", label="LoRA", applies=lambda config: not config.use_dora)
-class LoRA(Adapter):
-    """A LoRA adapter on one layer.
-
-    Attributes:
-        scaling: s; a 0-d tensor once the model is prepared for compiled hot-swapping.
-        dropout: probability on the adapter's input.
-    """
+class LoRA(FactoredAdapter):
+    """A LoRA adapter on one layer."""
 
     adds_itself: ClassVar[bool] = True
-
-    def __init__(self, tensors: Mapping[str, nn.Parameter], host: Host, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self._parameters.update(tensors)
-        self.factor_names = host.factor_names
-        self.scaling = scaling
-        self.dropout = dropout
 
     @classmethod
     def parameter_shapes(
@@ -68,12 +57,6 @@ class LoRA(Adapter):
             tensors = new_factors(shapes, base, config.init_lora_weights, config.rank_at(path), dtype)
         parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
         return cls(parameters, base.host, config.scaling_at(path), float(config.lora_dropout))
-
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        name_A, name_B = self.factor_names
-        return self._parameters[name_A], self._parameters[name_B]  # type: ignore[return-value]
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -109,7 +92,7 @@ class LoRA(Adapter):
         return kept["served"]  # type: ignore[no-any-return]
 
     def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
-        lora_A, lora_B = (factor.detach() for factor in self.factors)
+        lora_A, lora_B = self.detached_factors
         return base.host.product(base.module, lora_A, lora_B) * self.scaling
 
     def delta_bias(self, base: Base) -> Tensor | None:
@@ -117,7 +100,7 @@ class LoRA(Adapter):
         return None if bias is None else bias.detach() * self.scaling
 
     def add_to_(self, weight: Tensor, base: Base, scale: float) -> None:
-        lora_A, lora_B = (factor.detach() for factor in self.factors)
+        lora_A, lora_B = self.detached_factors
         if weight.ndim != 2 or lora_B.shape[0] != weight.shape[0]:
             super().add_to_(weight, base, scale)
             return
@@ -128,7 +111,3 @@ class LoRA(Adapter):
         for start in range(0, weight.shape[0], _MERGE_ROWS):
             rows = slice(start, start + _MERGE_ROWS)
             weight[rows] += (lora_B[rows] @ lora_A) * factor
-
-    def extra_repr(self) -> str:
-        lora_A, _ = self.factors
-        return f"rank={lora_A.shape[0]}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"
