@@ -118,6 +118,7 @@ class CombiningCommands(SessionBase):
         validate: Callable[[nn.Module], object] | None = None,
         check_prompt: str | None = None,
         tokenizer: Any = None,
+        chat: bool | None = None,
         max_new_tokens: int = 32,
         model: ModelLike = None,
     ) -> SwapResult:
@@ -134,6 +135,7 @@ class CombiningCommands(SessionBase):
             check_prompt: is answered before and after; an adapter whose weights or output
                 are not finite is refused as by ``validate``.
             tokenizer: for ``check_prompt``; the one given before if left out.
+            chat: put ``check_prompt`` into the tokenizer's chat template; None: where it has one.
             max_new_tokens: length of the answers to ``check_prompt``.
             model: an adapted model; give the compiled one where it is compiled.
 
@@ -152,7 +154,8 @@ class CombiningCommands(SessionBase):
         check = None
         if check_prompt is not None:
             found = self._tokenizers.choose(entry.manager.model, tokenizer)
-            check = _PromptCheck(entry, name, Batch.of([check_prompt], found, entry.manager.model), max_new_tokens)
+            batch = Batch.of([check_prompt], found, entry.manager.model, chat=chat)
+            check = _PromptCheck(entry, name, batch, max_new_tokens)
         with self._command(f"swapping {name!r}", slow=True) as notes, folder_hint(place), evaluating(entry.model):
             before = check.answer([name]) if check is not None else ""
             started = time.perf_counter()

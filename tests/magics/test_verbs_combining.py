@@ -157,6 +157,16 @@ def test_swap_puts_another_in_place(trained: Notebook, saved: Path) -> None:
     assert result.before != result.after
 
 
+def test_swap_can_leave_the_template_aside(trained: Notebook, saved: Path) -> None:
+    trained["tok"] = Letters("template")
+    trained.do(f"%lora swap {saved} --into sql")
+    chat = trained.do(f'%lora swap {saved} --into sql --check "Hi" --tokens 6').after
+    raw = trained.do(f'%lora swap {saved} --into sql --check "Hi" --tokens 6 --raw').after
+    wanted = session().compare("Hi", adapters=["sql"], max_new_tokens=6, tokenizer=Letters(), chat=False)
+    assert (raw,) == wanted.answers["sql"]
+    assert raw != chat
+
+
 def test_swap_asks_the_function(trained: Notebook, saved: Path) -> None:
     before = logits(trained["model"])
     trained.do("def check(model):\n    return False")

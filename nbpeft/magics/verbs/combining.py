@@ -128,6 +128,7 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
         help="called with the model; False or an exception undoes the swap",
     ),
     argument("--tokens", type=int, default=32, metavar="N", help="longest answer to --check (default: 32)"),
+    argument("--raw", action="store_true", help="leave the tokenizer's chat template aside"),
     TOKENIZER,
     ON_MODEL,
     example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
@@ -145,6 +146,7 @@ def swap(options: argparse.Namespace, desk: Desk) -> object:
         check_prompt=options.check,
         max_new_tokens=options.tokens,
         tokenizer=None if options.check is None else chosen_tokenizer(desk, options.tokenizer),
+        chat=False if options.raw else None,
         model=_compiled_over(model, desk),
     )
 
