@@ -99,6 +99,8 @@ class Host(Protocol):
     """Names of the two low-rank factors, e.g. ``("lora_A", "lora_B")``."""
     zero_factor: int
     """Which factor starts at zero under the usual init: 1 (B), or 0 (A, for lookups)."""
+    multiplies: bool
+    """Whether its low-rank product is two matrix products of the input's last dimension."""
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is of this kind (quantized versions included)."""

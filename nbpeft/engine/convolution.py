@@ -27,6 +27,7 @@ class Convolution:
     priority = 20
     factor_names = ("lora_A", "lora_B")
     zero_factor = 1
+    multiplies = False
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.dimensions - 1])

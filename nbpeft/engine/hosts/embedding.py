@@ -24,6 +24,7 @@ class Embedding:
     priority = 20
     factor_names = ("lora_embedding_A", "lora_embedding_B")
     zero_factor = 0
+    multiplies = False
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding)

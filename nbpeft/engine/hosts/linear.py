@@ -18,6 +18,7 @@ class Linear:
     priority = 0
     factor_names = ("lora_A", "lora_B")
     zero_factor = 1
+    multiplies = True
 
     def matches(self, module: nn.Module) -> bool:
         if isinstance(module, nn.Linear):

@@ -78,7 +78,7 @@ class LoRA(FactoredAdapter):
     def mixed(
         cls, adapters: Sequence[Self | None], scales: Sequence[float], base: Base, kept: dict[Any, Any]
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
-        if base.host.name not in ("linear", "conv1d"):
+        if not base.host.multiplies:
             return None
         if any(adapter is not None and adapter.output_bias is not None for adapter in adapters):
             return None
