@@ -198,7 +198,7 @@ def explain_failure(error: BaseException, model: nn.Module | None) -> str:
         return str(error)
     text = str(error).strip().splitlines()
     line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    if is_out_of_memory(error):
+    if is_out_of_memory(error):  # and no model to measure
         return f"Out of memory: {OUT_OF_MEMORY_REMEDY}."
     if model is not None and "does not require grad" in line:
         why = why_no_gradient(model) or "nothing that is trainable took part in the loss"

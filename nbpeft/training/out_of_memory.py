@@ -83,6 +83,20 @@ def shortage(
     )
 
 
+def shortage_in_loop(error: BaseException, model: nn.Module) -> str:
+    """The line for a loop of one's own, whose batch nobody knows: the part that had grown when it failed.
+
+    Args:
+        error: what was raised, with its traceback still on it.
+        model: in training.
+    """
+    stage = _stage(error.__traceback__)
+    measured = measure(model)
+    return (
+        f"Out of memory in {stage}: {_who(measured.parts, measured, stage, False)}. To change: {OUT_OF_MEMORY_REMEDY}."
+    )
+
+
 def free_memory() -> None:
     """Gives back what nobody holds any more."""
     gc.collect()

@@ -20,12 +20,13 @@ from typing import Any, Self
 
 from torch import nn
 
-from nbpeft.errors import TrainingError
+from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.state import MemoryState, TrainState, TrainStatus
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
 from nbpeft.training.frames import release_frames
-from nbpeft.training.learning_check import LearningCheck, explain_failure
+from nbpeft.training.learning_check import LearningCheck, explain_failure, is_out_of_memory
+from nbpeft.training.out_of_memory import shortage_in_loop
 from nbpeft.training.record import Number, Record
 
 
@@ -244,9 +245,16 @@ class Run:
         elif error is None:
             self.finish("finished")
         else:
+            words = self._explained(error)
             release_frames(error)
-            self.finish("failed", explain_failure(error, self._model()))
+            self.finish("failed", words)
         return stopped
+
+    def _explained(self, error: BaseException) -> str:
+        model = self._model()
+        if model is not None and not isinstance(error, NbpeftError) and is_out_of_memory(error):
+            return shortage_in_loop(error, model)
+        return explain_failure(error, model)
 
     # What a front end reads
 

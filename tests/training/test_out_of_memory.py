@@ -13,7 +13,7 @@ from nbpeft.errors import TrainingError
 from nbpeft.memory import forecast
 from nbpeft.model.quantized import quantize_model
 from nbpeft.state import TrainState
-from nbpeft.training import train
+from nbpeft.training import track, train
 from tests.model.allocations import Allocations
 from tests.training.support import adapt, tiny_base, weights
 
@@ -151,3 +151,18 @@ def test_a_model_that_cannot_be_foreseen_is_measured() -> None:
         train(model, rows(4), publish=states.append, per_device_train_batch_size=4, **QUICK)
     assert "took" in str(caught.value) and caught.value.details["suggestions"] == ()
     assert states[-1].status == "failed"
+
+
+def test_a_loop_of_ones_own_is_told_what_had_grown(model: Any) -> None:
+    batch = torch.randint(90, (16, LENGTH))
+    run = track(model, total_steps=2)
+    with (
+        Allocations((needed(model, 16) + needed(model, 8)) // 2),
+        pytest.raises(RuntimeError, match="memory"),
+        run,
+    ):
+        model(input_ids=batch, labels=batch).loss.backward()
+    told = run.state.message
+    assert run.state.status == "failed" and "\n" not in told
+    assert told.startswith("Out of memory in ") and "activations and temporary tensors took" in told
+    assert "base weights" in told and "lower the batch size" in told
