@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Backend, Base, Host
+from nbpeft.engine.layer_face import LayerFace, by_name
 from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.switch import Rows, Switch
 from nbpeft.errors import MergeError
@@ -24,7 +25,7 @@ class AdapterDict(nn.ModuleDict):
         return iter(self._modules)
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(LayerFace):
     """A frozen layer and its named adapters.
 
     The output is the base layer's plus the deltas of the active adapters, each taken against the
@@ -212,12 +213,8 @@ class AdaptedLayer(nn.Module):
             modules = self.__dict__.get("_modules")
             if not modules or "base_layer" not in modules or name.startswith("__"):
                 raise
-        by_name = {
-            key: getattr(adapter, name) for key, adapter in modules["adapters"]._modules.items() if _has(adapter, name)
-        }
-        if by_name:
-            return {key: _WeightView(value) if isinstance(value, Tensor) else value for key, value in by_name.items()}
-        return getattr(modules["base_layer"], name)
+        found = by_name(modules["adapters"]._modules, name)
+        return getattr(modules["base_layer"], name) if found is None else found
 
 
 def add_deltas(weight: Tensor, base: Base, adapters: Sequence[tuple[Adapter, float]]) -> None:
@@ -235,16 +232,3 @@ def add_deltas(weight: Tensor, base: Base, adapters: Sequence[tuple[Adapter, flo
     frozen = weight.clone()
     for adapter, scale in adapters:
         weight.add_(adapter.delta_weight(frozen, base), alpha=scale)
-
-
-def _has(adapter: nn.Module, name: str) -> bool:
-    return name in adapter._parameters or (name in adapter.__dict__ and not name.startswith("_") and name != "training")
-
-
-class _WeightView:
-    """A parameter in PEFT's spelling: ``layer.lora_A["default"].weight``."""
-
-    __slots__ = ("weight",)
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight

@@ -169,7 +169,9 @@ def _backup(manager: Manager, name: str) -> Callable[[], None]:
 
 def _settings(adapter: Adapter) -> dict[str, float]:
     settings = {"scaling": float(adapter.scaling)}
-    settings.update({key: adapter.__dict__[key] for key in ("dropout", "padded") if key in adapter.__dict__})
+    settings.update(
+        {key: adapter.__dict__[key] for key in ("dropout", "padded", "trained_scaling") if key in adapter.__dict__}
+    )
     return settings
 
 

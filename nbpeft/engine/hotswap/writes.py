@@ -12,6 +12,7 @@ from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.hotswap.padding import factor_names, larger_factors, put_larger, used_part
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.layer_face import forget_scaling, write_scaling
 from nbpeft.errors import ConfigError, HotSwapError
 
 
@@ -208,12 +209,9 @@ class Writes:
 
 
 def set_scaling(adapter: Adapter, scaling: float) -> None:
-    """Changes an adapter's scaling, in place where it is a tensor."""
-    held = adapter.scaling
-    if isinstance(held, float | int):
-        adapter.__dict__["scaling"] = float(scaling)
-    else:
-        held.fill_(scaling)
+    """Gives an adapter a new trained scaling, in place where it is a tensor."""
+    write_scaling(adapter, scaling)
+    forget_scaling(adapter)
 
 
 def _listed(names: Sequence[str] | Mapping[str, object], most: int = 4) -> str:

@@ -1,0 +1,247 @@
+"""An adapted layer as users of PEFT know it: attributes by adapter name that read and write the adapters.
+
+layer.scaling["default"] = 2.0        layer.lora_A["default"].weight        layer.set_scale("default", 0.5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter
+from nbpeft.engine.base import Base
+from nbpeft.engine.switch import Switch
+from nbpeft.errors import UnknownAdapterError, did_you_mean
+
+_WHOLE = ("lora_embedding_A", "lora_embedding_B")
+"""Parameters that PEFT keeps as they are; it keeps the others inside a module, as its ``weight``."""
+
+_RENAMED = {"lora_magnitude_vector": "magnitude"}
+
+_TRAINED_SCALING = "trained_scaling"
+
+
+class ByName(MutableMapping[str, Any]):
+    """One attribute of the adapters of a layer, by adapter name; also ``view.default`` for ``view["default"]``."""
+
+    def __init__(
+        self, adapters: dict[str, Any], read: Callable[[Any], Any], write: Callable[[Any, Any], None] | None = None
+    ) -> None:
+        self.__dict__.update(_adapters=adapters, _read=read, _write=write)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.__dict__["_read"](self.__dict__["_adapters"][name])
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        write = self.__dict__["_write"]
+        if write is None:
+            raise TypeError("this attribute of an adapter cannot be set; write its weight in place")
+        write(self.__dict__["_adapters"][name], value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("use delete_adapter() to take an adapter out")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.__dict__["_adapters"]))
+
+    def __len__(self) -> int:
+        return len(self.__dict__["_adapters"])
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_adapters"]:
+            return self[name]
+        raise AttributeError(f"no adapter {name!r} here; there are {', '.join(map(repr, self)) or 'none'}")
+
+    def copy(self) -> dict[str, Any]:
+        """A dictionary of what it holds now."""
+        return dict(self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class FactorView:
+    """A parameter in PEFT's spelling: ``layer.lora_A["default"].weight``; ``bias`` is that of ``lora_bias``."""
+
+    __slots__ = ("_adapter", "_name")
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        self._adapter = adapter
+        self._name = name
+
+    @property
+    def weight(self) -> Any:
+        """The parameter itself."""
+        return self._adapter._parameters[self._name]
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        _set_parameter(self._adapter, self._name, value)
+
+    @property
+    def bias(self) -> Any:
+        """The bias behind the parameter, or None."""
+        return self._adapter._parameters.get(f"{self._name}_bias")
+
+    @bias.setter
+    def bias(self, value: Tensor) -> None:
+        _set_parameter(self._adapter, f"{self._name}_bias", value)
+
+    def __repr__(self) -> str:
+        return f"{self._name}: {tuple(self.weight.shape)}"
+
+
+class DropoutView:
+    """An adapter's dropout in PEFT's spelling: ``layer.lora_dropout["default"].p``."""
+
+    __slots__ = ("_adapter",)
+
+    def __init__(self, adapter: Any) -> None:
+        self._adapter = adapter
+
+    @property
+    def p(self) -> float:
+        """The probability."""
+        return float(self._adapter.dropout)
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self._adapter.dropout = float(value)
+
+    def __repr__(self) -> str:
+        return f"Dropout(p={self.p:g})"
+
+
+def _set_parameter(adapter: Adapter, name: str, value: Tensor) -> None:
+    held = adapter._parameters.get(name)
+    if held is None or value.shape != held.shape:
+        wanted = "nothing" if held is None else str(tuple(held.shape))
+        raise ValueError(f"{name} must have shape {wanted}, not {tuple(value.shape)}")
+    adapter._parameters[name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+
+def write_scaling(adapter: Any, scaling: float | Tensor) -> None:
+    """Changes an adapter's scaling, in place where it is held as a tensor; its trained one stays known."""
+    held = adapter.scaling
+    adapter.__dict__.setdefault(_TRAINED_SCALING, float(held))
+    if isinstance(held, Tensor):
+        held.fill_(float(scaling))
+    else:
+        adapter.__dict__["scaling"] = float(scaling)
+
+
+def trained_scaling(adapter: Any) -> float:
+    """The scaling its config asks for, whatever was written since."""
+    return float(adapter.__dict__.get(_TRAINED_SCALING, adapter.scaling))
+
+
+def forget_scaling(adapter: Any) -> None:
+    """Takes the present scaling for the trained one, as after a swap."""
+    adapter.__dict__.pop(_TRAINED_SCALING, None)
+
+
+class LayerFace(nn.Module):
+    """PEFT's attributes and methods of one adapted layer; ``AdaptedLayer`` is one."""
+
+    base: Base
+    switch: Switch
+    merged: tuple[str, ...]
+
+    def _named(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.__dict__["_modules"]["adapters"]._modules
+        return found
+
+    @property
+    def scaling(self) -> ByName:
+        """Adapter name -> factor on its product; writing it changes how strongly the adapter acts here."""
+        scaled = {name: adapter for name, adapter in self._named().items() if hasattr(adapter, "scaling")}
+        return ByName(scaled, lambda adapter: adapter.scaling, write_scaling)
+
+    @scaling.setter
+    def scaling(self, values: MutableMapping[str, Any]) -> None:
+        own = self.scaling
+        for name, value in values.items():
+            own[name] = value
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets an adapter's scaling here to ``scale`` times its trained one; nothing for one that is not here."""
+        found = self._named().get(adapter)
+        if found is not None:
+            write_scaling(found, trained_scaling(found) * scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scalings of the active adapters here."""
+        for adapter in self._acting():
+            write_scaling(adapter, float(adapter.scaling) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scalings of the active adapters here; without a factor they are the trained ones again."""
+        for adapter in self._acting():
+            write_scaling(adapter, trained_scaling(adapter) if scale is None else float(adapter.scaling) / scale)
+
+    def _acting(self) -> list[Any]:
+        adapters = self._named()
+        return [adapters[name] for name in self.active_adapters if name in adapters]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that act now."""
+        return list(self.switch.current().names)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into this layer."""
+        return list(self.merged)
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer."""
+        layer: nn.Module = self.__dict__["_modules"]["base_layer"]
+        return layer
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging an adapter would add to the weight, in the orientation of the stored one, detached.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter on this layer.
+        """
+        found = self._named().get(adapter)
+        if found is None:
+            have = ", ".join(map(repr, self._named()))
+            raise UnknownAdapterError(
+                f"no adapter {adapter!r} on this layer; there is: {have}." + did_you_mean(adapter, self._named())
+            )
+        delta: Tensor = found.delta_weight(self.base.weight(), self.base)
+        return self.base.host.canonical(self.base.module, delta).detach()
+
+
+def by_name(adapters: dict[str, Any], name: str) -> ByName | None:
+    """An attribute that some adapters of a layer have, in PEFT's spelling; None if none of them has it.
+
+    Args:
+        adapters: adapter name -> adapter.
+        name: ``lora_A``, ``lora_magnitude_vector``, ``r``, ``lora_dropout``, or any attribute of an adapter.
+    """
+    own = _RENAMED.get(name, name)
+    if own == "r":
+        return _having(adapters, "factor_names", lambda adapter: int(adapter.factors[0].shape[0]))
+    if own == "lora_dropout":
+        return _having(adapters, "dropout", DropoutView)
+    found = {key: adapter for key, adapter in adapters.items() if own in adapter._parameters}
+    if found:
+        if own in _WHOLE:
+            return ByName(
+                found, lambda adapter: adapter._parameters[own], lambda a, value: _set_parameter(a, own, value)
+            )
+        return ByName(found, lambda adapter: FactorView(adapter, own))
+    if own.startswith("_") or own == "training":
+        return None
+    return _having(adapters, own, lambda adapter: adapter.__dict__[own], lambda a, value: setattr(a, own, value))
+
+
+def _having(
+    adapters: dict[str, Any], name: str, read: Callable[[Any], Any], write: Callable[[Any, Any], None] | None = None
+) -> ByName | None:
+    found = {key: adapter for key, adapter in adapters.items() if name in adapter.__dict__}
+    return ByName(found, read, write) if found else None

@@ -1,0 +1,160 @@
+"""PEFT's attributes of one adapted layer: read, written, and with peft's own numbers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.hotswap import prepare_for_hotswap
+from nbpeft.errors import UnknownAdapterError
+from nbpeft.model import LoraConfig, get_peft_model
+
+SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"], "init_lora_weights": False}
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(self.table(ids))
+
+
+def pair(**changes: Any) -> tuple[Any, Any]:
+    """The same adapter here and in peft."""
+    torch.manual_seed(0)
+    base = Small().eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**{**SETTINGS, **changes})).eval()
+    ours = get_peft_model(base, LoraConfig(**{**SETTINGS, **changes})).eval()
+    theirs_layers, ours_layers = layers(theirs), layers(ours)
+    for path, layer in ours_layers.items():
+        for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            if hasattr(layer, name):
+                getattr(layer, name)["default"].weight.data.copy_(getattr(theirs_layers[path], name)["default"].weight)
+    return ours, theirs
+
+
+def layers(model: Any) -> dict[str, Any]:
+    wanted = ("inner.0", "inner.2", "table")
+    found = {path: model.get_base_model().get_submodule(path) for path in wanted}
+    return {path: layer for path, layer in found.items() if hasattr(layer, "base_layer")}
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(torch.arange(11).view(1, 11))
+
+
+def scale_everywhere(model: Any, method: str, *arguments: Any) -> None:
+    for layer in layers(model).values():
+        getattr(layer, method)(*arguments)
+
+
+def test_scalings_that_are_written_act() -> None:
+    ours, theirs = pair()
+    before = output(ours)
+    for model in (ours, theirs):
+        for layer in layers(model).values():
+            layer.scaling["default"] = 0.5
+    assert not torch.allclose(output(ours), before)
+    torch.testing.assert_close(output(ours), output(theirs))
+    for model in (ours, theirs):
+        for layer in layers(model).values():
+            layer.scaling = {"default": 2.0}
+    torch.testing.assert_close(output(ours), before)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"0": 3}}])
+def test_layers_scale_and_unscale_as_in_peft(changes: dict[str, Any]) -> None:
+    ours, theirs = pair(**changes)
+    steps: list[tuple[Any, ...]] = [
+        ("scale_layer", 2),
+        ("scale_layer", 0.7),
+        ("unscale_layer", 2),
+        ("set_scale", "default", 3),
+        ("set_scale", "nobody", 9),
+        ("unscale_layer", None),
+    ]
+    for step in steps:
+        for model in (ours, theirs):
+            scale_everywhere(model, *step)
+        for path, layer in layers(ours).items():
+            assert layer.scaling["default"] == pytest.approx(layers(theirs)[path].scaling["default"]), step
+        torch.testing.assert_close(output(ours), output(theirs))
+
+
+def test_only_active_adapters_are_scaled() -> None:
+    ours, _ = pair()
+    ours.add_adapter("other", LoraConfig(**SETTINGS))
+    scale_everywhere(ours, "scale_layer", 2)
+    assert layers(ours)["inner.0"].scaling.copy() == {"default": 4.0, "other": 2.0}
+    assert layers(ours)["inner.0"].active_adapters == ["default"]
+
+
+def test_a_scaling_held_as_a_tensor_is_written_in_place() -> None:
+    ours, _ = pair()
+    prepare_for_hotswap(ours.manager, 6)
+    held = layers(ours)["inner.0"].scaling["default"]
+    scale_everywhere(ours, "set_scale", "default", 3)
+    assert held is layers(ours)["inner.0"].scaling["default"] and float(held) == 6.0
+    scale_everywhere(ours, "unscale_layer")
+    assert float(held) == 2.0
+
+
+def test_factors_are_read_and_replaced_by_name() -> None:
+    ours, theirs = pair(target_modules=["0", "table"], lora_dropout=0.25)
+    for path, layer in layers(ours).items():
+        other = layers(theirs)[path]
+        assert layer.r["default"] == other.r["default"] == 4
+        assert "default" in layer.scaling and list(layer.scaling) == ["default"]
+        assert layer.get_base_layer() is layer.base_layer
+    table = layers(ours)["table"]
+    assert table.lora_embedding_A["default"].shape == (4, 11) == layers(theirs)["table"].lora_embedding_A.default.shape
+    assert isinstance(table.lora_embedding_B.default, nn.Parameter)
+    linear = layers(ours)["inner.0"]
+    assert linear.lora_A.default.weight.shape == (4, 6) and linear.lora_B["default"].bias is None
+    linear.lora_B["default"].weight = torch.zeros(8, 4)
+    assert not linear.adapters["default"].lora_B.any() and linear.lora_B["default"].weight.requires_grad
+    with pytest.raises(ValueError, match="must have shape"):
+        linear.lora_B["default"].weight = torch.zeros(7, 4)
+    assert linear.lora_dropout["default"].p == layers(theirs)["inner.0"].lora_dropout["default"].p == 0.25
+    linear.lora_dropout["default"].p = 0.5
+    assert linear.adapters["default"].dropout == 0.5
+
+
+def test_the_bias_of_lora_bias_is_found() -> None:
+    ours, theirs = pair(lora_bias=True)
+    ours_bias, theirs_bias = (layers(model)["inner.0"].lora_B["default"].bias for model in (ours, theirs))
+    assert ours_bias.shape == theirs_bias.shape == (8,)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_delta_weights(use_dora: bool) -> None:
+    ours, theirs = pair(use_dora=use_dora)
+    layer, other = layers(ours)["inner.0"], layers(theirs)["inner.0"]
+    before = layer.base_layer.weight.detach().clone()
+    delta = layer.get_delta_weight("default")
+    ours.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight - before, delta)
+    assert layer.merged_adapters == ["default"]
+    if use_dora:
+        assert layer.lora_magnitude_vector["default"].weight.shape == (8,)
+    else:
+        torch.testing.assert_close(delta, other.get_delta_weight("default").detach())
+    with pytest.raises(UnknownAdapterError, match="Did you mean 'default'"):
+        layer.get_delta_weight("defualt")
+
+
+def test_attributes_that_nobody_has_are_missing() -> None:
+    layer = layers(pair()[0])["inner.0"]
+    assert not hasattr(layer, "lora_magnitude_vector") and not hasattr(layer, "lora_embedding_A")
+    assert not hasattr(layer, "nonsense") and not hasattr(layer.scaling, "nonsense")
+    with pytest.raises(TypeError, match="delete_adapter"):
+        del layer.scaling["default"]
