@@ -1,8 +1,31 @@
-"""A model read from a GGUF file: plain weights under a flag that says otherwise."""
+"""Models read from GGUF files: plain weights under a flag that says otherwise, and a bar that heeds nobody."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from torch import nn
+
+
+@contextmanager
+def obedient_progress() -> Iterator[None]:
+    """Inside it, transformers' progress bar for GGUF files obeys ``disable_progress_bar`` as its others do.
+
+    It is made by tqdm directly, and in a notebook it is a widget, which a saved notebook cannot show.
+    """
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    plain = getattr(reader, "tqdm", None)
+    if plain is None:
+        yield
+        return
+    reader.tqdm = importlib.import_module("transformers.utils.logging").tqdm
+    try:
+        yield
+    finally:
+        reader.tqdm = plain
 
 
 def forget_gguf(model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 from nbpeft.logs import collapsed
-from nbpeft.model.gguf import forget_gguf
+from nbpeft.model.gguf import forget_gguf, obedient_progress
 from nbpeft.model.quantization import FLOATS, dtype_of, quantization, usual_device, usual_dtype
 from nbpeft.model.stored import is_quantized_layer
 
@@ -90,7 +90,8 @@ def load_quantized(
                 model = _from_pretrained(loader, place, {**options, "quantization_config": settings})
                 _prepare(model)
                 return model
-            model = _from_pretrained(loader, place, {**options, "gguf_file": file})
+            with obedient_progress():
+                model = _from_pretrained(loader, place, {**options, "gguf_file": file})
             forget_gguf(model)
             target = None if device_map is not None else usual_device()
             return _quantize(model, settings, device=target, own=True)

@@ -65,6 +65,11 @@ class MergeErrors:
         added = math.hypot(*(layer.delta_norm for layer in self.layers))
         return error * math.hypot(*(layer.norm for layer in self.layers)) / added if added else 0.0
 
+    def delta_words(self, error: float) -> str:
+        """``of_delta`` for a person: ``7.1 %``, ``112 %``."""
+        percent = 100 * self.of_delta(error)
+        return f"{percent:.2g} %" if percent < 99.5 else f"{percent:,.0f} %"
+
     def worst(self) -> LayerError | None:
         """The layer that suffers most from quantizing again (or from rounding, where none is quantized)."""
         return max(self.layers, key=lambda layer: (layer.requantized or 0.0, layer.full_precision), default=None)
@@ -72,7 +77,7 @@ class MergeErrors:
     def __str__(self) -> str:
         ways = [] if self.requantized is None else [("quantized again", self.requantized)]
         told = [
-            f"{way} {error:.2g} ({100 * self.of_delta(error):.2g} % of what the adapter adds)"
+            f"{way} {error:.2g} ({self.delta_words(error)} of what the adapter adds)"
             for way, error in [*ways, (f"in {self.dtype}", self.full_precision)]
         ]
         return f"relative error of the merged weights: {', '.join(told)}"

@@ -50,7 +50,7 @@ class MergedCopy(Result):
         return with_notes(line, self.notes)
 
     def _both(self, error: float) -> tuple[str, str]:
-        return f"{error:.2e}", f"{100 * self.errors.of_delta(error):.2g} %"
+        return f"{error:.2e}", self.errors.delta_words(error)
 
     def _html(self) -> str:
         requantized = self.errors.requantized

@@ -12,6 +12,7 @@ from torch import nn
 
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 from nbpeft.model import PeftModel
+from nbpeft.model.gguf import obedient_progress
 from nbpeft.model.quantization import quantization
 from nbpeft.model.quantized import load_quantized, quantize_model
 from nbpeft.model.stored import stored_parts
@@ -201,3 +202,20 @@ def test_an_adapter_goes_to_peft_on_the_same_quantized_base_and_back(bits: int, 
     theirs.save_pretrained(str(tmp_path / "theirs"))
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
     assert torch.allclose(logits(again), wanted, atol=1e-6)
+
+
+def test_the_progress_bar_of_gguf_files_obeys() -> None:
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    plain: Any = reader.tqdm
+    logging.disable_progress_bar()
+    try:
+        with obedient_progress():
+            bar: Any = reader.tqdm([1, 2])
+            assert type(bar).__name__ == "EmptyTqdm" and list(bar) == [1, 2]
+            logging.enable_progress_bar()
+            assert isinstance(reader.tqdm([1], disable=True), plain)
+    finally:
+        logging.enable_progress_bar()
+    assert reader.tqdm is plain
