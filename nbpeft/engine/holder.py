@@ -25,6 +25,15 @@ BASE_NAME = "__base__"
 class Supplier(Protocol):
     """Brings adapters that are kept elsewhere onto the model."""
 
+    @property
+    def waiting_count(self) -> int:
+        """How many adapters it knows that are not on the model now."""
+        ...
+
+    def knows(self, name: str) -> bool:
+        """Whether it can bring that adapter."""
+        ...
+
     def supply(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
         """Has those of the adapters that it knows on the model, all together, until the block ends.
 
@@ -156,6 +165,11 @@ class AdapterHolder:
                     name=name,
                     available=self.names,
                 )
+
+    def require_reachable(self, *names: str) -> None:
+        """As ``require``, where an adapter that the supplier can bring counts as there."""
+        supplier = self.supplier
+        self.require(*(name for name in names if supplier is None or not supplier.knows(name)))
 
     def check_alive(self) -> None:
         """Raises StaleModelError once the adapters were unloaded."""

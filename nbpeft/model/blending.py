@@ -30,8 +30,9 @@ def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[N
     if manager.merged:
         raise AdapterError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before blending")
     names = tuple(name for name, weight in weights.items() if weight)
-    manager.require(*weights)
+    manager.require_reachable(*weights)
     with manager.supplied(names):
+        manager.require(*names)
         scales = tuple(weights[name] * manager.scale(name) for name in names)
         with manager.switch.call(Active(names, scales) if names else NOTHING):
             yield

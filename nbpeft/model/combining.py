@@ -74,10 +74,18 @@ def combine_adapters(
         AdapterError: they cannot be combined.
         ConfigError: the recipe does not work on their ranks.
     """
-    manager.require(*adapters)
+    manager.require_reachable(*adapters)
     check_name(name)
     if name in manager.configs:
         raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
+    with manager.supplied(adapters):
+        return _combined(manager, adapters, weights, name, recipe)
+
+
+def _combined(
+    manager: AdapterManager, adapters: Sequence[str], weights: Sequence[float], name: str, recipe: Recipe
+) -> Combined:
+    manager.require(*adapters)
     copies = _only_copies(manager, adapters)
     layers = _factors(manager, adapters)
     configs: list[Any] = [manager.configs[adapter] for adapter in adapters]

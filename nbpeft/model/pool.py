@@ -105,6 +105,16 @@ class AdapterPool:
         return self._host.names
 
     @property
+    def waiting_count(self) -> int:
+        """How many registered adapters are not on the model."""
+        with self._lock:
+            return len(self._places) - len(self._residents.names)
+
+    def knows(self, name: str) -> bool:
+        """Whether an adapter is registered."""
+        return name in self._places
+
+    @property
     def pinned(self) -> tuple[str, ...]:
         """Adapters that stay resident."""
         return tuple(name for name in self._places if name in self._residents.pinned)

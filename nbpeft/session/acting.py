@@ -30,7 +30,6 @@ class ActingCommands(SessionBase):
         chosen = (names,) if isinstance(names, str) else tuple(names)
         entry = self._book.get(model)
         with self._command(f"switching to {', '.join(chosen)}") as notes:
-            entry.manager.require(*chosen)
             entry.manager.activate(list(chosen))
             if not entry.manager.enabled:
                 entry.manager.enable()

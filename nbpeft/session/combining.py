@@ -86,7 +86,7 @@ class CombiningCommands(SessionBase):
         """
         recipe = recipe_of(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
         entry = self._book.get(model)
-        entry.manager.require(*weights)
+        entry.manager.require_reachable(*weights)
         if not weights:
             raise AdapterError("no adapters to combine: name at least one")
         with self._command(f"combining {', '.join(weights)}", slow=True) as notes, seeded(seed):

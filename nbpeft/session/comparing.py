@@ -73,7 +73,7 @@ class ComparingCommands(CombiningCommands):
         if manager.merged:
             raise AdapterError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before comparing")
         names = manager.names if adapters is None else tuple(dict.fromkeys(adapters))
-        manager.require(*names, *(name for weights in blends for name in weights))
+        manager.require_reachable(*names, *(name for weights in blends for name in weights))
         columns = _columns(names, blends, include_base)
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         batch = Batch.of(asked, self._tokenizers.choose(manager.model, tokenizer), manager.model, chat=chat)

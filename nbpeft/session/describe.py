@@ -38,6 +38,11 @@ def acting(model: ModelState) -> str:
     return f"active: {', '.join(model.active)}" if model.active else "no adapter is active"
 
 
+def waiting(model: ModelState) -> str:
+    """How many adapters its pool has besides those on it; empty where there are none."""
+    return f"{model.waiting_count:,} more in the pool" if model.waiting_count else ""
+
+
 def condition(adapter: AdapterState) -> str:
     """``active, trainable``."""
     words = ["merged"] if adapter.merged else (["active"] if adapter.active else [])
@@ -72,6 +77,7 @@ def model_card(model: ModelState) -> str:
     return render.card(
         f"{model.name} · {model.class_name}",
         adapter_table(model.adapters) if model.adapters else render.line(render.dim("no adapters")),
+        render.note(waiting(model)),
         render.line(render.dim(f"{acting(model)}; {trainable(model)}")),
         aside=f"{render.count(model.parameter_count)} parameters · {model.dtype}{stored} · {model.device}",
     )

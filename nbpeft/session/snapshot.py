@@ -68,7 +68,8 @@ class Snapshots:
         """
         built, (dtype, device) = self._built, _kind(manager.model)
         if built is not None and self._revision == manager.revision and (built.dtype, built.device) == (dtype, device):
-            if built.memory is memory and built.training is training and built.name == name:
+            same = built.name == name and built.waiting_count == _waiting(manager)
+            if same and built.memory is memory and built.training is training:
                 return built
         elif built is not None and (built.dtype, built.device) != (dtype, device):
             self.forget()
@@ -104,6 +105,7 @@ class Snapshots:
             memory=memory,
             training=training,
             quantization=self._model.quantization,
+            waiting_count=_waiting(manager),
         )
 
     def _update_adapters(self, manager: AdapterManager) -> bool:
@@ -149,6 +151,11 @@ def _facts(name: str, config: AdapterConfig, manager: AdapterManager) -> _Adapte
         parameter_count=sum(parameter.numel() for parameter in parameters),
         byte_count=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     )
+
+
+def _waiting(manager: AdapterManager) -> int:
+    """Adapters of the model's pool that are not on it."""
+    return 0 if manager.supplier is None else manager.supplier.waiting_count
 
 
 def _count(manager: AdapterManager, adapted: int) -> _ModelFacts:

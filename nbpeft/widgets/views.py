@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from nbpeft.session import render
-from nbpeft.session.describe import adapter_table, condition
+from nbpeft.session.describe import adapter_table, condition, waiting
 from nbpeft.state import AdapterState, MemoryState, ModelState, TrainState
 from nbpeft.widgets import styles
 from nbpeft.widgets.charts import ENDED, loss_chart, loss_image
@@ -83,10 +83,11 @@ def missing_model(name: str | None) -> str:
 
 def totals(model: ModelState) -> str:
     """How much of the model trains."""
+    pool = render.note(waiting(model))
     return (
         f'<div style="margin-top:10px"><b style="font-weight:600;color:{styles.STRONG}">'
         f"{render.count(model.trainable_count)}</b> trainable of {render.count(model.parameter_count)} "
-        f"{render.dim(f'({render.share(model.trainable_count, model.parameter_count)})')}</div>"
+        f"{render.dim(f'({render.share(model.trainable_count, model.parameter_count)})')}</div>{pool}"
     )
 
 
@@ -164,8 +165,9 @@ def model_text(model: ModelState | None, name: str | None = None) -> str:
     if model is None:
         return missing_model(name)
     adapters = ", ".join(f"{item.name}{'*' if item.active else ''} ({item.method})" for item in model.adapters)
+    pool = f" and {waiting(model)}" if model.waiting_count else ""
     return (
-        f"{model_title(model)}: {adapters or 'no adapters'}; {render.count(model.trainable_count)} trainable of "
+        f"{model_title(model)}: {adapters or 'no adapters'}{pool}; {render.count(model.trainable_count)} trainable of "
         f"{render.count(model.parameter_count)} ({render.share(model.trainable_count, model.parameter_count)})"
     )
 
