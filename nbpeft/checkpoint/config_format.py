@@ -14,11 +14,8 @@ from torch import nn
 import nbpeft.engine.methods  # noqa: F401  (registers the methods)
 from nbpeft.checkpoint.bare import bare_modules
 from nbpeft.engine import registry
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter import PEFT_VERSION, AdapterConfig
 from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError
-
-PEFT_VERSION = "0.21.2"
-"""The version of PEFT whose files these are."""
 
 CONDENSE_FROM = 20
 """As many target names as this are condensed to suffixes, as PEFT does."""
@@ -62,7 +59,17 @@ def parse_config(text: str, where: str = "adapter_config.json") -> tuple[Adapter
         raise CorruptCheckpointError(f"{where} is not valid JSON: {error}", path=where) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
         raise CorruptCheckpointError(f"{where} has no 'peft_type': it is not the config of an adapter", path=where)
-    config_class = registry.config_class_of(fields["peft_type"])
+    return config_of(fields, where)
+
+
+def config_of(fields: Mapping[str, Any], where: str) -> tuple[AdapterConfig, dict[str, Any]]:
+    """The config that the fields of a file mean, and the fields this version does not know.
+
+    Raises:
+        UnknownMethodError: ``peft_type`` is not registered.
+        ConfigError: a field has an impossible value.
+    """
+    config_class = registry.config_class_of(str(getattr(fields["peft_type"], "value", fields["peft_type"])))
     known = {field.name: field for field in dataclasses.fields(config_class)}
     unknown = {name: value for name, value in fields.items() if name not in known and name not in _RUNTIME_FIELDS}
     given = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nbpeft.checkpoint import card as model_card
 from nbpeft.checkpoint.atomic import NewFile, replace_files, staged
-from nbpeft.checkpoint.config_format import config_text, parse_config
+from nbpeft.checkpoint.config_format import config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
 from nbpeft.checkpoint.source import CONFIG_NAME, Source
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata, read_tensors, storable, write_tensors
@@ -190,6 +190,12 @@ class FolderStore:
         """See ``read_config``."""
         return read_config(source, **options)
 
+    def make(self, fields: dict[str, Any]) -> AdapterConfig:
+        """See ``config_of``; warns of fields that are not known."""
+        config, unknown = config_of(fields, "the config")
+        _tell_unknown(unknown, "the config")
+        return config
+
     def write(self, config: AdapterConfig, folder: str, **options: Any) -> None:
         """See ``write_config``; ``auto_mapping_dict`` replaces the config's ``auto_mapping``."""
         auto_mapping = options.pop("auto_mapping_dict", None)
@@ -250,7 +256,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _tell_unknown(unknown: Mapping[str, Any], path: Path) -> None:
+def _tell_unknown(unknown: Mapping[str, Any], path: Path | str) -> None:
     """Warns of fields that are left out, unless they say nothing (None, False, empty)."""
     speaking = sorted(name for name, value in unknown.items() if value)
     if speaking:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from nbpeft.engine.base import Backend, Base, Dropout, Host
 from nbpeft.errors import ConfigError, did_you_mean
 
-__all__ = ["Adapter", "AdapterConfig", "AdapterWeights", "Backend", "Base", "Dropout", "Host", "TaskType"]
+__all__ = ["Adapter", "AdapterConfig", "AdapterWeights", "Backend", "Base", "Dropout", "Host", "PeftType", "TaskType"]
 
 
 class TaskType(str, enum.Enum):
@@ -38,8 +40,25 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class PeftType(str, enum.Enum):
+    """Values of ``peft_type`` in config files, for the methods that come along."""
+
+    LORA = "LORA"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose fields and files these are."""
+
+
 class ConfigStore(Protocol):
     """Reads and writes configs on disk or a hub; the checkpoint package provides it."""
+
+    def make(self, fields: dict[str, Any]) -> AdapterConfig:
+        """The config that fields, as a file holds them, mean."""
+        ...
 
     def read(self, source: str, **options: Any) -> AdapterConfig:
         """Reads the config of a saved adapter."""
@@ -59,7 +78,7 @@ class AdapterConfig:
     """
 
     task_type: TaskType | str | None = field(default=None)
-    peft_type: str | None = field(default=None)
+    peft_type: PeftType | str | None = field(default=None)
     auto_mapping: dict[str, Any] | None = field(default=None)
     peft_version: str | None = field(default=None)
     base_model_name_or_path: str | None = field(default=None)
@@ -69,6 +88,7 @@ class AdapterConfig:
     store: ClassVar[ConfigStore | None] = None
 
     def __post_init__(self) -> None:
+        self.peft_version = self.peft_version or PEFT_VERSION
         if self.task_type is None:
             return
         names = [task.value for task in TaskType]
@@ -112,6 +132,21 @@ class AdapterConfig:
             UnknownMethodError: the file names a method that is not registered.
         """
         return _store(cls).read(pretrained_model_name_or_path, subfolder=subfolder, **options)
+
+    @classmethod
+    def from_peft_type(cls, **fields: Any) -> AdapterConfig:
+        """A config of the method that ``peft_type`` names; without one, of this class.
+
+        Fields that are not known are left out, with a warning.
+        """
+        return _store(cls).make(fields) if fields.get("peft_type") is not None else cls(**fields)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The fields of a config file, as it holds them."""
+        with open(path_json_file, encoding="utf-8") as file:
+            fields: dict[str, Any] = json.load(file)
+        return {name: value for name, value in fields.items() if name != "runtime_config"}
 
     def save_pretrained(self, save_directory: str, **options: Any) -> None:
         """Writes ``adapter_config.json`` into a folder, atomically."""

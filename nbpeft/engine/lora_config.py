@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.errors import ConfigError, did_you_mean
 
 INITS = ("gaussian",)
@@ -92,7 +92,7 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "LORA"
+        self.peft_type = PeftType.LORA
         self._check_numbers()
         self._check_choices()
         self._check_targets()
@@ -196,6 +196,16 @@ class PatternTable:
             if pattern.match(path):
                 best = order
         return default if best == len(self._values) else self._values[best]
+
+    def unused(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Patterns that match none of the paths, whether or not an earlier one comes before them."""
+        if not self._values:
+            return ()
+        known = list(paths)
+        endings = {suffix for path in known for suffix in suffixes(path)}
+        used = {order for pattern, order in self._plain.items() if pattern in endings}
+        used.update(order for order, pattern in self._regular if any(pattern.match(path) for path in known))
+        return tuple(pattern for order, pattern in enumerate(self.patterns) if order not in used)
 
 
 def suffixes(path: str) -> Iterable[str]:

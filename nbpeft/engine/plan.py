@@ -20,6 +20,7 @@ from nbpeft.engine.adapter import AdapterConfig, Backend, Host, TaskType
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
+from nbpeft.engine.remarks import remark
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
@@ -31,6 +32,8 @@ from nbpeft.engine.targets import (
 from nbpeft.errors import TargetError
 
 _CLASSIFIER_HEADS = ("score", "classifier")
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True)
     sites = list(walk(model))
     resolved = _resolve_targets(model, config, sites)
     names = list(getattr(resolved, "modules_to_save", None) or ())
-    copies = _copies(sites, names)
+    copies = _copies(sites, names, strict=not allow_missing)
     matcher = Matcher(
         getattr(resolved, "target_modules", None) or (),
         getattr(resolved, "exclude_modules", None),
@@ -173,9 +176,15 @@ def plan(model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True)
         if not allow_missing:
             raise problem
         warnings.warn(str(problem), stacklevel=3)
+    remark(resolved, _modules_at(sites, targets), strict=not allow_missing)
     return InjectionPlan(
         method.label, resolved, tuple(targets), copies, _biases(model, resolved, targets), tuple(excluded), missing
     )
+
+
+def _modules_at(sites: list[Site], targets: list[Target]) -> list[tuple[str, nn.Module]]:
+    wanted = {target.path for target in targets}
+    return [(site.path, site.module) for site in sites if site.path in wanted]
 
 
 def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> AdapterConfig:
@@ -220,7 +229,7 @@ def _base_of(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, CopiedModule) else module
 
 
-def _copies(sites: list[Site], names: list[str]) -> dict[str, int]:
+def _copies(sites: list[Site], names: list[str], *, strict: bool) -> dict[str, int]:
     if not names:
         return {}
     found = {
@@ -230,14 +239,27 @@ def _copies(sites: list[Site], names: list[str]) -> dict[str, int]:
     }
     missing = [name for name in names if not any(matches_segment_names(path, [name]) for path in found)]
     if missing and not (found and set(missing) <= set(_CLASSIFIER_HEADS)):
-        raise no_match(missing, [site.path for site in sites], what="modules_to_save")
+        problem = no_match(missing, [site.path for site in sites], what="modules_to_save")
+        if strict or not found:
+            raise problem
+        warnings.warn(str(problem), stacklevel=4)
     for site in sites:
-        if site.path in found and isinstance(site.wrapper, AdaptedLayer):
-            raise TargetError(
-                f"{site.path} carries adapters already and cannot be trained as a whole (modules_to_save)"
-            )
+        if site.path in found:
+            _check_copy(site)
     inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
     return {path: count for path, count in found.items() if path not in inner}
+
+
+def _check_copy(site: Site) -> None:
+    """Raises TargetError where a module cannot be trained as a whole."""
+    if isinstance(site.wrapper, AdaptedLayer):
+        raise TargetError(f"{site.path} carries adapters already and cannot be trained as a whole (modules_to_save)")
+    if isinstance(site.module, _CONTAINERS):
+        raise TargetError(
+            f"{site.path} is a {type(site.module).__name__}, which holds modules but has no forward of its own; "
+            "name the modules inside it in modules_to_save",
+            path=site.path,
+        )
 
 
 def _match(

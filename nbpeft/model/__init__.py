@@ -1,7 +1,7 @@
 """PEFT's face over the engine and the files: the names its users know."""
 
 from nbpeft.engine.adapter import AdapterConfig as PeftConfig
-from nbpeft.engine.adapter import TaskType
+from nbpeft.engine.adapter import PeftType, TaskType
 from nbpeft.engine.lora_config import LoraConfig, LoraRuntimeConfig
 from nbpeft.model.auto import (
     AutoPeftModel,
@@ -27,7 +27,6 @@ from nbpeft.model.tasks import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
-    PeftType,
     get_peft_model,
     inject_adapter_in_model,
 )

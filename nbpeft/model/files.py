@@ -56,7 +56,10 @@ class Loading:
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """A copy of a config that names its base model."""
     name = model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return config.copy(base_model_name_or_path=name or config.base_model_name_or_path)
+    given = config.base_model_name_or_path
+    if name and given not in (None, name):
+        warnings.warn(f"base_model_name_or_path of the config was renamed from {given!r} to {name!r}", stacklevel=5)
+    return config.copy(base_model_name_or_path=name or given)
 
 
 def load(

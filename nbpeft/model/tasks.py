@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,12 +13,6 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.tensors import set_peft_model_state_dict
-
-
-class PeftType(str, enum.Enum):
-    """Values of ``peft_type`` in config files, for the methods there are."""
-
-    LORA = "LORA"
 
 
 class _TaskModel(PeftModel):
@@ -192,7 +185,14 @@ def get_peft_model(
             + "; an older handle on it is dead now",
             stacklevel=2,
         )
-    config = peft_config.copy(revision=revision) if revision is not None else peft_config
+    config = peft_config
+    if revision is not None:
+        if config.revision not in (None, revision):
+            warnings.warn(
+                f"the config has revision {config.revision!r} of the base model already; {revision!r} takes its place",
+                stacklevel=2,
+            )
+        config = config.copy(revision=revision)
     return PeftModel.for_task(config)(base, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 

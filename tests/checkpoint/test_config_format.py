@@ -148,3 +148,23 @@ def test_the_public_class_reads_and_writes(tmp_path: Path) -> None:
     assert isinstance(config, LoraConfig)
     assert config.r == 5
     assert peft.PeftConfig.from_pretrained(str(tmp_path / "new")).r == 5
+
+
+def test_fields_make_a_config_of_their_method(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="left out the fields later_field"):
+        config = AdapterConfig.from_peft_type(peft_type="LORA", r=3, later_field=7)
+    assert isinstance(config, LoraConfig) and config.r == 3
+    assert LoraConfig.from_peft_type(r=5) == LoraConfig(r=5)
+    with pytest.raises(UnknownMethodError, match="LORB"):
+        AdapterConfig.from_peft_type(peft_type="LORB")
+    config.save_pretrained(str(tmp_path))
+    fields = LoraConfig.from_json_file(tmp_path / "adapter_config.json")
+    assert fields == peft.LoraConfig.from_json_file(str(tmp_path / "adapter_config.json"))
+    assert AdapterConfig.from_peft_type(**fields) == config
+
+
+def test_type_and_version_are_those_of_peft() -> None:
+    ours, theirs = LoraConfig(), peft.LoraConfig()
+    assert ours.peft_type == theirs.peft_type == ours.peft_type.value == "LORA"
+    assert f"{ours.peft_type}" == "LORA" and ours.peft_version == theirs.peft_version
+    assert parse_config(config_text(ours))[0].to_dict() == ours.to_dict()

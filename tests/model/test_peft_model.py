@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +354,17 @@ def test_compiled_whole_in_one_graph() -> None:
         assert torch.allclose(compiled(x), model(x), atol=1e-5)
         compiled(x).sum().backward()
         assert all(p.grad is not None for p in model.manager.parameters("default"))
+
+
+def test_names_of_the_base_that_are_overridden_are_told() -> None:
+    base = llama()
+    base.config._name_or_path = base.name_or_path = "here/tiny"
+    with pytest.warns(UserWarning, match="renamed from 'elsewhere' to 'here/tiny'"):
+        model = get_peft_model(base, config(base_model_name_or_path="elsewhere"))
+    assert model.peft_config["default"].base_model_name_or_path == "here/tiny"
+    with pytest.warns(UserWarning, match="has revision 'v1' of the base model already; 'v2' takes its place"):
+        model = get_peft_model(llama(), config(revision="v1"), revision="v2")
+    assert model.peft_config["default"].revision == "v2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(llama(), config(base_model_name_or_path="kept", revision="v1"), revision="v1")

@@ -1,0 +1,61 @@
+"""What is odd about a config on a model, though it can be carried out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.lora_config import PatternTable
+from nbpeft.errors import TargetError, did_you_mean
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def unmatched_patterns(config: Any, paths: Sequence[str]) -> str:
+    """Names the keys of ``rank_pattern`` and ``alpha_pattern`` that match none of the adapted modules; else empty."""
+    last_names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    parts = []
+    for name in _PATTERNS:
+        unused = PatternTable(getattr(config, name, None) or {}).unused(paths)
+        if unused:
+            hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
+            parts.append(
+                f"{name} {', '.join(map(repr, unused))} did not match any targeted module and "
+                f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
+            )
+    return " ".join(parts)
+
+
+def without_bias(config: Any, modules: Sequence[tuple[str, nn.Module]]) -> str:
+    """Says where ``lora_bias`` finds no bias that merging could add to; else empty."""
+    if not getattr(config, "lora_bias", False):
+        return ""
+    bare = [path for path, module in modules if getattr(module, "bias", None) is None]
+    if not bare:
+        return ""
+    more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+    return f"lora_bias=True, but {bare[0]}{more} have no bias of their own: the adapter cannot be merged there"
+
+
+def remark(config: Any, modules: Sequence[tuple[str, nn.Module]], *, strict: bool) -> None:
+    """Warns of what is odd.
+
+    Args:
+        config: the config.
+        modules: path and module of everything it adapts.
+        strict: refuse patterns that match nothing instead.
+
+    Raises:
+        TargetError: a pattern matches nothing, if strict.
+    """
+    unmatched = unmatched_patterns(config, [path for path, _ in modules])
+    if unmatched and strict:
+        raise TargetError(unmatched)
+    if unmatched:
+        warnings.warn(unmatched, RuntimeWarning, stacklevel=4)
+    biasless = without_bias(config, modules)
+    if biasless:
+        warnings.warn(biasless, stacklevel=4)

@@ -1,0 +1,92 @@
+"""What a plan warns of or refuses: patterns and names that do nothing, layers without a bias, containers."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import peft
+import pytest
+from torch import nn
+
+from nbpeft.engine.lora_config import PatternTable
+from nbpeft.engine.plan import plan
+from nbpeft.errors import TargetError
+from nbpeft.model import LoraConfig, get_peft_model
+
+
+class Model(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4, bias=bias)
+        self.second = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        self.named = nn.ModuleDict({"a": nn.Linear(4, 4)})
+        self.numbers = nn.ParameterList([])
+
+
+def settings(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"target_modules": ["first", "second"], **changes})
+
+
+PATTERNS: list[tuple[dict[str, int], tuple[str, ...]]] = [
+    ({"first": 2}, ()),
+    ({"firts": 2}, ("firts",)),
+    ({"irst": 2, "first": 3}, ("irst",)),
+    ({"first": 2, "model.first": 3}, ("model.first",)),
+    ({"(first|second)": 2, "second": 3}, ()),
+    ({r"layers\.\d+\.first": 2, r"fir[a-z]t": 3}, (r"layers\.\d+\.first",)),
+    ({"blocks.0": 2}, ("blocks.0",)),
+]
+
+
+@pytest.mark.parametrize(("patterns", "unused"), PATTERNS)
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_match_nothing_are_named(name: str, patterns: dict[str, int], unused: tuple[str, ...]) -> None:
+    assert PatternTable(patterns).unused(["first", "second"]) == unused
+    with warnings.catch_warnings(record=True) as theirs:
+        warnings.simplefilter("always")
+        peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["first", "second"], **{name: patterns}))
+    assert [str(entry.message).count(repr(key)) for entry in theirs for key in unused] == [1] * len(unused)
+    if not unused:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plan(Model(), settings(**{name: patterns}), allow_missing=False)
+        return
+    message = re.escape(f"{name} {', '.join(map(repr, unused))} did not match any targeted module")
+    with pytest.warns(RuntimeWarning, match=message):
+        plan(Model(), settings(**{name: patterns}))
+    with pytest.raises(TargetError, match=message):
+        plan(Model(), settings(**{name: patterns}), allow_missing=False)
+
+
+def test_the_near_name_is_told() -> None:
+    with pytest.warns(RuntimeWarning, match="Did you mean 'first'"):
+        plan(Model(), settings(rank_pattern={"firts": 2}))
+
+
+def test_a_bias_that_cannot_be_merged_is_told_before() -> None:
+    with pytest.warns(UserWarning, match="first have no bias of their own: the adapter cannot be merged"):
+        model = get_peft_model(Model(bias=False), settings(lora_bias=True))
+    assert model.manager.names == ("default",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(Model(), settings(lora_bias=True))
+
+
+def test_one_of_several_modules_to_save_may_be_missing() -> None:
+    with pytest.warns(UserWarning, match=r"modules_to_save 'secnd' matches no module.* Did you mean 'second'"):
+        made = plan(Model(), settings(target_modules=["first"], modules_to_save=["second", "secnd"]))
+    assert list(made.copies) == ["second"]
+    for names, allow_missing in ((["secnd"], True), (["second", "secnd"], False)):
+        with pytest.raises(TargetError, match="modules_to_save 'secnd' matches no module"):
+            plan(Model(), settings(target_modules=["first"], modules_to_save=names), allow_missing=allow_missing)
+
+
+@pytest.mark.parametrize("name", ["blocks", "named", "numbers"])
+def test_a_container_cannot_be_trained_as_a_whole(name: str) -> None:
+    model = Model()
+    with pytest.raises(TargetError, match=f"{name} is a .*name the modules inside it"):
+        get_peft_model(model, settings(modules_to_save=[name]))
+    assert type(model.first) is nn.Linear
