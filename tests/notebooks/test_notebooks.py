@@ -116,6 +116,9 @@ def test_02_forecasts_saves_reloads_and_merges(tmp_path: Path) -> None:
     )
     assert 0 < copied < rounded
     assert found["training"].endswith("for 2 steps")
+    shown = [cell.outputs[-1].data["text/plain"] for cell in notebook.cells if cell.source.startswith("%%qlora")]
+    dry, done = (re.findall(r"210 layers in nf4 double: .*?; the rest .*?;", text) for text in shown)
+    assert dry == done and len(done) == 1, "what the dry run foretold"
     assert (tmp_path / "adapters" / "orders-4bit" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "merged-orders-4bit" / "tokenizer.json").is_file()
     told = printed(notebook)
