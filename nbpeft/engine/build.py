@@ -138,13 +138,11 @@ def collection_paused() -> Iterator[None]:
 def commit(name: str, parts: Parts, layers: dict[str, AdaptedLayer], copies: dict[str, CopiedModule]) -> None:
     """Hangs built parts into the model; only assignments, nothing here can fail half-way."""
     for sites, layer, adapter in parts.adapters:
-        layer.base_layer.requires_grad_(False)
         layer.adapters[name] = adapter
         for site in sites:
             site.parent._modules[site.attribute] = layer
         layers[sites[0].path] = layer
     for sites, module, trained in parts.copies:
-        module.original_module.requires_grad_(False)
         module.modules_to_save[name] = trained
         for site in sites:
             site.parent._modules[site.attribute] = module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.engine.layer import AdapterDict
 from nbpeft.engine.switch import Rows, Switch
@@ -61,6 +61,11 @@ class CopiedModule(nn.Module):
     def _mixed(self, rows: Rows, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A batch whose rows are served by different copies; the first argument is the batch."""
         result = self.original_module(x, *args, **kwargs)
+        if not (isinstance(result, Tensor) and isinstance(x, Tensor)):
+            raise AdapterError(
+                f"adapter_names cannot serve a {type(self.original_module).__name__} trained as a whole: "
+                "its input and output are not single tensors; give each adapter a batch of its own"
+            )
         present = [name for name in rows.names if name in self.modules_to_save._modules]
         result = result.clone() if present else result
         for name in present:

@@ -20,37 +20,58 @@ _WHOLE = ("lora_embedding_A", "lora_embedding_B")
 
 _RENAMED = {"lora_magnitude_vector": "magnitude"}
 
+_BEHIND = {"r": "factor_names", "lora_dropout": "dropout"}
+"""Names of PEFT that say of an adapter what another attribute of it tells."""
+
 _TRAINED_SCALING = "trained_scaling"
 
 
 class ByName(MutableMapping[str, Any]):
-    """One attribute of the adapters of a layer, by adapter name; also ``view.default`` for ``view["default"]``."""
+    """One attribute of the adapters of a layer, by adapter name; also ``view.default`` for ``view["default"]``.
+
+    Args:
+        adapters: the layer's adapters by name, looked up anew each time.
+        attribute: those that have it are in the view.
+        read: its value.
+        write: sets it; without this it cannot be set.
+    """
 
     def __init__(
-        self, adapters: dict[str, Any], read: Callable[[Any], Any], write: Callable[[Any, Any], None] | None = None
+        self,
+        adapters: dict[str, Any],
+        attribute: str,
+        read: Callable[[Any], Any],
+        write: Callable[[Any, Any], None] | None = None,
     ) -> None:
-        self.__dict__.update(_adapters=adapters, _read=read, _write=write)
+        self.__dict__.update(_adapters=adapters, _attribute=attribute, _read=read, _write=write)
+
+    def _adapter(self, name: str) -> Any:
+        adapter = self.__dict__["_adapters"][name]
+        if not _has(adapter, self.__dict__["_attribute"]):
+            raise KeyError(name)
+        return adapter
 
     def __getitem__(self, name: str) -> Any:
-        return self.__dict__["_read"](self.__dict__["_adapters"][name])
+        return self.__dict__["_read"](self._adapter(name))
 
     def __setitem__(self, name: str, value: Any) -> None:
         write = self.__dict__["_write"]
         if write is None:
             raise TypeError("this attribute of an adapter cannot be set; write its weight in place")
-        write(self.__dict__["_adapters"][name], value)
+        write(self._adapter(name), value)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("use delete_adapter() to take an adapter out")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self.__dict__["_adapters"]))
+        attribute = self.__dict__["_attribute"]
+        return iter([name for name, adapter in self.__dict__["_adapters"].items() if _has(adapter, attribute)])
 
     def __len__(self) -> int:
-        return len(self.__dict__["_adapters"])
+        return sum(1 for _ in self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__["_adapters"]:
+        if name in self:
             return self[name]
         raise AttributeError(f"no adapter {name!r} here; there are {', '.join(map(repr, self)) or 'none'}")
 
@@ -156,8 +177,7 @@ class LayerFace(nn.Module):
     @property
     def scaling(self) -> ByName:
         """Adapter name -> factor on its product; writing it changes how strongly the adapter acts here."""
-        scaled = {name: adapter for name, adapter in self._named().items() if hasattr(adapter, "scaling")}
-        return ByName(scaled, lambda adapter: adapter.scaling, write_scaling)
+        return ByName(self._named(), "scaling", lambda adapter: adapter.scaling, write_scaling)
 
     @scaling.setter
     def scaling(self, values: MutableMapping[str, Any]) -> None:
@@ -224,24 +244,22 @@ def by_name(adapters: dict[str, Any], name: str) -> ByName | None:
         name: ``lora_A``, ``lora_magnitude_vector``, ``r``, ``lora_dropout``, or any attribute of an adapter.
     """
     own = _RENAMED.get(name, name)
-    if own == "r":
-        return _having(adapters, "factor_names", lambda adapter: int(adapter.factors[0].shape[0]))
-    if own == "lora_dropout":
-        return _having(adapters, "dropout", DropoutView)
-    found = {key: adapter for key, adapter in adapters.items() if own in adapter._parameters}
-    if found:
-        if own in _WHOLE:
-            return ByName(
-                found, lambda adapter: adapter._parameters[own], lambda a, value: _set_parameter(a, own, value)
-            )
-        return ByName(found, lambda adapter: FactorView(adapter, own))
     if own.startswith("_") or own == "training":
         return None
-    return _having(adapters, own, lambda adapter: adapter.__dict__[own], lambda a, value: setattr(a, own, value))
+    attribute = _BEHIND.get(own, own)
+    having = [adapter for adapter in adapters.values() if _has(adapter, attribute)]
+    if not having:
+        return None
+    if own == "r":
+        return ByName(adapters, attribute, lambda adapter: int(adapter.factors[0].shape[0]))
+    if own == "lora_dropout":
+        return ByName(adapters, attribute, DropoutView)
+    if own not in having[0]._parameters:
+        return ByName(adapters, own, lambda adapter: adapter.__dict__[own], lambda a, value: setattr(a, own, value))
+    if own in _WHOLE:
+        return ByName(adapters, own, lambda a: a._parameters[own], lambda a, value: _set_parameter(a, own, value))
+    return ByName(adapters, own, lambda adapter: FactorView(adapter, own))
 
 
-def _having(
-    adapters: dict[str, Any], name: str, read: Callable[[Any], Any], write: Callable[[Any, Any], None] | None = None
-) -> ByName | None:
-    found = {key: adapter for key, adapter in adapters.items() if name in adapter.__dict__}
-    return ByName(found, read, write) if found else None
+def _has(adapter: nn.Module, attribute: str) -> bool:
+    return attribute in adapter._parameters or attribute in adapter.__dict__

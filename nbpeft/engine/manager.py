@@ -18,7 +18,15 @@ from torch import nn
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import build, collection_paused, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.holder import AdapterHolder, check_name
-from nbpeft.engine.merging import check_merge, chosen_copy, lossy_note, merge_layers, unmerge_layers
+from nbpeft.engine.merging import (
+    check_merge,
+    check_together,
+    chosen_copy,
+    lossy_note,
+    merge_besides,
+    merge_layers,
+    unmerge_layers,
+)
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.switch import NOTHING, Active
 from nbpeft.errors import (
@@ -203,6 +211,7 @@ class AdapterManager(AdapterHolder):
         self.require(*chosen)
         if not chosen:
             raise AdapterError("no adapter named to activate; use disable() for the base model alone")
+        check_together(self.copies, chosen)
         if self._merged and chosen != self._merged:
             warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
             self.unmerge()
@@ -305,24 +314,24 @@ class AdapterManager(AdapterHolder):
     def merge(self, names: Sequence[str] | None = None, *, safe: bool = False) -> None:
         """Folds the deltas of adapters (default: the active ones) into the base weights.
 
-        Until ``unmerge`` they alone act, at no cost in forward. A copy of the frozen weights is
-        kept on the CPU.
+        Until ``unmerge`` they alone act, at no cost in forward, with those merged before. A copy of
+        the frozen weights is kept on the CPU.
 
         Raises:
             MergeError: a weight cannot be merged into, or would not be finite (``safe``).
+            AdapterError: two of them each trained a copy of one module.
         """
         chosen = tuple(self._selected if names is None else ([names] if isinstance(names, str) else names))
         self.require(*chosen)
-        if self._merged:
-            if set(chosen) <= set(self._merged):
-                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-                return
-            self._require_unmerged("merging others")
-        check_merge(self.layers, chosen, safe=safe)
+        together = tuple(dict.fromkeys((*self._merged, *chosen)))
+        if self._merged and together == self._merged:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+            return
+        check_together(self.copies, together)
         lossy_note(self.layers)
         with self.switch.exclusive():
-            merge_layers(self.layers, chosen, [self.scale(name) for name in chosen], keep_snapshot=True)
-            self._merged = chosen
+            merge_besides(self.layers, self._merged, together, self.scale, safe=safe)
+            self._merged = together
             self._publish_active()
         self.changed()
 

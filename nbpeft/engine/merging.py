@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.errors import MergeError
+from nbpeft.errors import AdapterError, MergeError
 
 
 def check_merge(layers: Mapping[str, AdaptedLayer], names: Sequence[str], *, safe: bool) -> None:
@@ -46,6 +46,49 @@ def merge_layers(
         if keep_snapshot:
             unmerge_layers(done)
         raise
+
+
+def merge_besides(
+    layers: Mapping[str, AdaptedLayer],
+    merged: Sequence[str],
+    together: Sequence[str],
+    scale: Callable[[str], float],
+    *,
+    safe: bool,
+) -> None:
+    """Merges adapters where some of them may be merged already; if that fails, those still are.
+
+    Each delta is taken against the frozen weights, so those come back first.
+
+    Args:
+        layers: path -> adapted layer.
+        merged: adapters that are merged now.
+        together: adapters to be merged afterwards, those among them.
+        scale: factor on an adapter's delta.
+        safe: refuse weights that would not be finite.
+
+    Raises:
+        MergeError: they cannot be merged.
+    """
+    unmerge_layers(list(layers.values()))
+    try:
+        check_merge(layers, together, safe=safe)
+        merge_layers(layers, together, [scale(name) for name in together], keep_snapshot=True)
+    except BaseException:
+        merge_layers(layers, merged, [scale(name) for name in merged], keep_snapshot=True)
+        raise
+
+
+def check_together(copies: Mapping[str, CopiedModule], names: Sequence[str]) -> None:
+    """Raises AdapterError if two of the adapters each trained a copy of one module."""
+    for path, module in copies.items():
+        having = [name for name in names if name in module.modules_to_save._modules]
+        if len(having) > 1:
+            raise AdapterError(
+                f"adapters {' and '.join(map(repr, having))} each trained their own copy of {path}; "
+                "only one of them can be active",
+                path=path,
+            )
 
 
 def unmerge_layers(layers: Sequence[AdaptedLayer]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nbpeft.engine.holder import BASE_NAME
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.switch import Active, Rows
+from nbpeft.engine.switch import NOTHING, Active, Rows
 from nbpeft.errors import AdapterError
 
 
@@ -27,7 +27,7 @@ def serving(handle: Handle, adapter_names: Sequence[str] | None, inputs: Iterabl
 
     Args:
         handle: on the model.
-        adapter_names: one name for each row, or None.
+        adapter_names: one name for each row, or None. While adapters are disabled the base serves all.
         inputs: arguments of the call.
 
     Raises:
@@ -68,6 +68,8 @@ def assigned_rows(manager: AdapterManager, adapter_names: Sequence[str], inputs:
         )
     names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
     manager.require(*names)
+    if not manager.enabled:
+        return NOTHING
     order = {name: position for position, name in enumerate(names)}
     index = tuple(order.get(name, -1) for name in adapter_names)
     return Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
