@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self
 
@@ -168,8 +169,11 @@ class AdapterHolder:
 
     def require_reachable(self, *names: str) -> None:
         """As ``require``, where an adapter that the supplier can bring counts as there."""
-        supplier = self.supplier
-        self.require(*(name for name in names if supplier is None or not supplier.knows(name)))
+        self.require(*(name for name in names if not self.reachable(name)))
+
+    def reachable(self, name: str) -> bool:
+        """Whether an adapter is on the model or the supplier can bring it."""
+        return name in self.configs or (self.supplier is not None and self.supplier.knows(name))
 
     def check_alive(self) -> None:
         """Raises StaleModelError once the adapters were unloaded."""
@@ -216,3 +220,37 @@ def check_name(name: object) -> None:
     """Raises AdapterError for a name that cannot be a key, a folder or part of a parameter name."""
     if not isinstance(name, str) or not name.strip() or name == BASE_NAME or any(c in name for c in "./\\\0\n"):
         raise AdapterError(f"{name!r} cannot name an adapter: use a non-empty text without dots and slashes", name=name)
+
+
+def names_in(names: object) -> tuple[str, ...]:
+    """One name or several as a tuple, each once.
+
+    Raises:
+        AdapterError: they are neither.
+    """
+    if isinstance(names, str):
+        return (names,)
+    try:
+        return tuple(dict.fromkeys(names))  # type: ignore[call-overload]
+    except TypeError:
+        raise AdapterError(f"expected the name of an adapter or a list of names, not {names!r:.60}") from None
+
+
+def check_scale(name: str, scale: Any) -> float:
+    """The factor on an adapter's delta as a float.
+
+    Raises:
+        AdapterError: it is no finite number.
+    """
+    try:
+        factor = float(scale)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise AdapterError(f"the scale of adapter {name!r} must be a finite number, not {scale!r:.60}", name=name)
+    return factor
+
+
+def cloned(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copies of tensors, by path and parameter, without history."""
+    return {path: {key: value.detach().clone() for key, value in named.items()} for path, named in tensors.items()}

@@ -17,7 +17,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import build, collection_paused, commit, drop, prepare_storage, replace_modules
-from nbpeft.engine.holder import AdapterHolder, check_name
+from nbpeft.engine.holder import AdapterHolder, check_name, check_scale, cloned, names_in
 from nbpeft.engine.merging import (
     check_merge,
     check_together,
@@ -171,16 +171,7 @@ class AdapterManager(AdapterHolder):
         weights = self.weights(name)
         if weights.base:
             raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
-        twin = AdapterWeights(
-            {
-                path: {key: value.detach().clone() for key, value in named.items()}
-                for path, named in weights.adapters.items()
-            },
-            {
-                path: {key: value.detach().clone() for key, value in named.items()}
-                for path, named in weights.copies.items()
-            },
-        )
+        twin = AdapterWeights(cloned(weights.adapters), cloned(weights.copies))
         dtypes = {value.dtype for named in twin.adapters.values() for value in named.values()}
         self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
         self.set_scale(new, self.scale(name))
@@ -202,7 +193,7 @@ class AdapterManager(AdapterHolder):
         Raises:
             UnknownAdapterError: there is no such adapter.
         """
-        chosen = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        chosen = names_in(names)
         with self.supplied(chosen, switching=True):
             self._activate(chosen, trainable)
         self.changed()
@@ -253,26 +244,39 @@ class AdapterManager(AdapterHolder):
     @contextmanager
     def use(self, names: str | Sequence[str]) -> Iterator[None]:
         """Other active adapters inside the block; afterwards everything is as it was."""
-        was, enabled = self._selected, self._enabled
+        was, enabled, merged = self._selected, self._enabled, self._merged
         self.activate(names)
         self._set_enabled(True)
         try:
             yield
         finally:
-            if was:
-                self.activate(was)
-            self._set_enabled(enabled)
+            self._activate_again(was)
+            if self._enabled is not enabled:
+                self._set_enabled(enabled)
+            if merged and not self._merged:
+                self.merge([name for name in merged if name in self.configs])
+
+    def _activate_again(self, names: tuple[str, ...]) -> None:
+        """Activates those that are still there; none where none were active before."""
+        left = tuple(name for name in names if self.reachable(name))
+        if left:
+            self.activate(left)
+        elif not names:
+            before, self._selected = self._selected, ()
+            self._refresh(before)
 
     def set_scale(self, name: str, scale: float) -> None:
         """Sets the factor on an adapter's delta (1 is the trained strength).
 
         Raises:
+            AdapterError: it is no finite number.
             MergeError: the adapter is merged at another scale.
         """
         self.require(name)
+        factor = check_scale(name, scale)
         if name in self._merged:
             raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
-        self._scales[name] = float(scale)
+        self._scales[name] = factor
         self._publish_active()
         self.changed()
 
@@ -321,7 +325,7 @@ class AdapterManager(AdapterHolder):
             MergeError: a weight cannot be merged into, or would not be finite (``safe``).
             AdapterError: two of them each trained a copy of one module.
         """
-        chosen = tuple(self._selected if names is None else ([names] if isinstance(names, str) else names))
+        chosen = self._selected if names is None else names_in(names)
         self.require(*chosen)
         together = tuple(dict.fromkeys((*self._merged, *chosen)))
         if self._merged and together == self._merged:
@@ -358,7 +362,7 @@ class AdapterManager(AdapterHolder):
         self.check_alive()
         chosen: tuple[str, ...] = ()
         if merge:
-            chosen = tuple(self._selected if names is None else ([names] if isinstance(names, str) else names))
+            chosen = self._selected if names is None else names_in(names)
             self.require(*chosen)
             if self._merged and set(self._merged) != set(chosen):
                 self.unmerge()
