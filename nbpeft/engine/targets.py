@@ -91,14 +91,11 @@ class Matcher:
             if found:
                 self.seen.add(str(self.targets))
             return found
-        if path in self._target_names:
-            self.seen.add(path)
-            return True
         hits = [suffix for suffix in suffixes(path) if suffix in self._target_names]
         if not hits:
             return False
         self.seen.update(hits)
-        return not self._indices or self._layer_index(path) in self._indices
+        return path in self._target_names or not self._indices or self._layer_index(path) in self._indices
 
     def _layer_index(self, path: str) -> int | None:
         for pattern in self._index_patterns:

@@ -70,6 +70,14 @@ def test_missing_targets_are_known_after_all_paths() -> None:
     assert matcher.missing() == ("nope",)
 
 
+def test_a_name_is_seen_on_a_path_that_is_named_whole_as_well() -> None:
+    matcher = Matcher(["q", "layers.0.q"])
+    assert matcher.matches("layers.0.q")
+    assert matcher.missing() == ()
+    limited = Matcher(["q", "layers.0.q"], layers=[1])
+    assert limited.matches("layers.0.q") and not limited.matches("layers.2.q")
+
+
 def test_the_error_names_near_targets_and_what_there_is() -> None:
     error = no_match(["q_porj", "xyz"], ["m.0.q_proj", "m.1.v_proj"])
     assert "'q_porj' is near 'q_proj'" in str(error) and "The model has: q_proj, v_proj" in str(error)
