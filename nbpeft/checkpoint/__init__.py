@@ -22,7 +22,15 @@ from nbpeft.checkpoint.identity import Fingerprint, compare, fingerprint
 from nbpeft.checkpoint.model_files import ModelFolder, TensorSpec, copied, in_shards, other_files, write_model
 from nbpeft.checkpoint.renames import renames_of
 from nbpeft.checkpoint.spelling import add_spelling
-from nbpeft.checkpoint.weights_format import Expected, Loaded, from_file, remapped, to_file
+from nbpeft.checkpoint.weights_format import (
+    Expected,
+    Loaded,
+    adapted_paths,
+    from_file,
+    remapped,
+    to_file,
+    without_prefix,
+)
 from nbpeft.engine.adapter import AdapterConfig
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "NewFile",
     "TensorSpec",
     "WrittenFiles",
+    "adapted_paths",
     "add_spelling",
     "card_text",
     "compare",
@@ -52,6 +61,7 @@ __all__ = [
     "remapped",
     "renames_of",
     "to_file",
+    "without_prefix",
     "write_checkpoint",
     "write_config",
     "write_model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,7 @@ def write_checkpoint(
     fingerprint: Fingerprint | None = None,
     card: str | None = None,
     write_card: bool = True,
+    tags: Sequence[str] = (),
 ) -> WrittenFiles:
     """Saves an adapter into a folder so that PEFT can load it. All files or none; no network.
 
@@ -150,6 +151,7 @@ def write_checkpoint(
         fingerprint: of the base model, kept in the tensors' metadata.
         card: text of the README, or None to make one, or to bring one that is there up to date.
         write_card: whether to write a README at all.
+        tags: tags of the README besides those that follow from the config.
 
     Raises:
         CheckpointError: it cannot be written; what was there is as it was.
@@ -165,7 +167,7 @@ def write_checkpoint(
     if _text_or_none(folder / CONFIG_NAME) != text:
         files.append(NewFile.of_text(CONFIG_NAME, text))
     if write_card:
-        files += _card_file(folder / CARD_NAME, config, card)
+        files += _card_file(folder / CARD_NAME, config, card, tags)
     byte_count = sum(tensor.numel() * tensor.element_size() for tensor in ready.values()) + len(text)
     replace_files(folder, files, byte_count=byte_count)
     names = [WEIGHTS_NAME, CONFIG_NAME, *(file.name for file in files if file.name == CARD_NAME)]
@@ -204,12 +206,12 @@ class FolderStore:
         write_config(config.copy(auto_mapping=auto_mapping) if auto_mapping is not None else config, folder)
 
 
-def _card_file(path: Path, config: AdapterConfig, card: str | None) -> list[NewFile]:
+def _card_file(path: Path, config: AdapterConfig, card: str | None, tags: Sequence[str]) -> list[NewFile]:
     """The README to write; none where it would not change or cannot be understood."""
     present = _text_or_none(path)
     if present is None and path.exists():
         return []
-    text = card if card is not None else model_card.card_text(config, present)
+    text = card if card is not None else model_card.card_text(config, present, tags=tags)
     return [] if text == present else [NewFile.of_text(path.name, text)]
 
 

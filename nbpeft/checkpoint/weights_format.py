@@ -233,6 +233,27 @@ def remapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | Non
     }
 
 
+def without_prefix(key: str) -> str:
+    """A key as it is for a model that has no handle."""
+    return key.removeprefix(PREFIX)
+
+
+def adapted_paths(keys: Iterable[str]) -> tuple[str, ...]:
+    """Paths of the modules that the keys of a LoRA file adapt, in their order, once each.
+
+    Keys may be those of a file, or of a model with or without a handle.
+    """
+    paths: dict[str, None] = {}
+    for key in keys:
+        bare = key
+        for segment in _WRAPPER_SEGMENTS:
+            bare = bare.replace(f".{segment}", ".").removeprefix(segment)
+        path, marked, _ = bare.removeprefix(PREFIX).rpartition(".lora_")
+        if marked:
+            paths[path] = None
+    return tuple(paths)
+
+
 def _nothing_fits(
     tensors: Mapping[str, Tensor], slots: Mapping[str, object], key_mapping: Mapping[str, str] | None
 ) -> CheckpointError:

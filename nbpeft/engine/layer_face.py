@@ -215,6 +215,16 @@ class LayerFace(nn.Module):
         """Names of the adapters that are merged into this layer."""
         return list(self.merged)
 
+    @property
+    def in_features(self) -> int:
+        """Features, channels or ids of the input."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Features or channels of the output."""
+        return self.base.out_features
+
     def get_base_layer(self) -> nn.Module:
         """The frozen layer."""
         layer: nn.Module = self.__dict__["_modules"]["base_layer"]

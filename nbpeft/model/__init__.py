@@ -12,8 +12,17 @@ from nbpeft.model.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from nbpeft.model.base_state import get_base_model_state_dict, set_base_model_state_dict
 from nbpeft.model.combining import Combined
 from nbpeft.model.full_precision import MergedFolder, merge_errors, merge_to_folder
+from nbpeft.model.helpers import (
+    check_if_peft_model,
+    disable_input_dtype_casting,
+    rescale_adapter_scale,
+    update_forward_signature,
+    update_generate_signature,
+    update_signature,
+)
 from nbpeft.model.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.pool import AdapterPool
@@ -58,6 +67,9 @@ __all__ = [
     "PeftType",
     "PoolStatistics",
     "TaskType",
+    "check_if_peft_model",
+    "disable_input_dtype_casting",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
@@ -71,5 +83,10 @@ __all__ = [
     "merge_to_folder",
     "prepare_model_for_compiled_hotswap",
     "quantize_model",
+    "rescale_adapter_scale",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "update_forward_signature",
+    "update_generate_signature",
+    "update_signature",
 ]

@@ -203,9 +203,21 @@ def save(
         config = checkpoint.config_to_save(manager.configs[name], manager.model, targets=paths)
         tensors = file_tensors(manager, name, embeddings=embeddings, state_dict=state_dict)
         written[name] = checkpoint.write_checkpoint(
-            target, config, tensors, fingerprint=print_, write_card=target == Path(folder)
+            target,
+            config,
+            tensors,
+            fingerprint=print_,
+            write_card=target == Path(folder),
+            tags=_card_tags(manager.model),
         )
     return written
+
+
+def _card_tags(model: nn.Module) -> list[str]:
+    """What the base model says of itself, and its library."""
+    tags = [tag for tag in getattr(model, "model_tags", None) or () if isinstance(tag, str)]
+    of_transformers = getattr(getattr(model, "config", None), "model_type", None) is not None
+    return [*tags, *(["transformers"] if of_transformers else [])]
 
 
 def file_tensors(
@@ -284,4 +296,4 @@ def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
     present = path.read_text(encoding="utf-8") if path.exists() else None
     config = next(iter(manager.configs.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(checkpoint.card_text(config, present), encoding="utf-8")
+    path.write_text(checkpoint.card_text(config, present, tags=_card_tags(manager.model)), encoding="utf-8")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.engine.plan import InjectionPlan
+from nbpeft.errors import AdapterError, ConfigError, TargetError
 from nbpeft.model.peft_model import PeftModel
-from nbpeft.model.tensors import set_peft_model_state_dict
 
 
 class _TaskModel(PeftModel):
@@ -210,13 +211,38 @@ def inject_adapter_in_model(
         model: the base model; changed in place.
         adapter_name: its name.
         low_cpu_mem_usage: accepted for PEFT's sake.
-        state_dict: tensors under the keys of a file to start from.
+        state_dict: its keys, those of a file, say which modules to adapt, instead of the config's
+            ``target_modules``; its values are not used, see ``set_peft_model_state_dict``.
+
+    Raises:
+        TargetError: the config, or no key, fits the model, which is as it was.
     """
     manager = AdapterManager.of(model) or AdapterManager(model)
-    manager.add(adapter_name, peft_config, trainable=not peft_config.inference_mode)
+    plan = manager.plan(peft_config) if state_dict is None else _plan_for_keys(manager, peft_config, state_dict)
+    manager.add(adapter_name, plan, trainable=not peft_config.inference_mode)
     AdapterManager.attach(model, manager)
     if manager.active != (adapter_name,):
         manager.activate(adapter_name)
-    if state_dict is not None:
-        set_peft_model_state_dict(model, state_dict, adapter_name)
     return model
+
+
+def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:
+    """A plan for the modules that keys name; warns where the config means others."""
+    paths = checkpoint.adapted_paths(keys)
+    if not paths:
+        raise TargetError("the state_dict has no key of an adapter (…lora_A.weight) that says which modules to adapt")
+    everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    made = manager.plan(config.copy(target_modules=list(paths), **everywhere))
+    try:
+        meant = set(manager.plan(config).paths)
+    except TargetError:
+        meant = set()
+    differing = meant ^ set(made.paths)
+    if meant and differing:
+        shown = ", ".join(sorted(differing)[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+        warnings.warn(
+            f"the state_dict and the config mean different modules ({shown}): those of the state_dict are adapted",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return made

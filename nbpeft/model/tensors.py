@@ -47,9 +47,14 @@ def get_peft_model_state_dict(
         save_embedding_layers: also the embeddings; "auto" decides from the model.
 
     Returns:
-        References to the tensors, detached.
+        References to the tensors, detached. Keys are those of a file for a handle; for a base model
+        adapted without one they lack the ``base_model.model.`` in front, as in PEFT.
     """
-    return file_tensors(manager_of(model), adapter_name, embeddings=save_embedding_layers, state_dict=state_dict)
+    manager = manager_of(model)
+    tensors = file_tensors(manager, adapter_name, embeddings=save_embedding_layers, state_dict=state_dict)
+    if getattr(model, "_orig_mod", model) is manager.model:
+        return {checkpoint.without_prefix(key): tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 @torch.no_grad()

@@ -35,7 +35,10 @@ TOKENS = torch.arange(12).reshape(2, 6)
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}),
-    "rank patterns": (llama, {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.q_proj": 2}}),
+    "rank patterns": (
+        llama,
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+    ),
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "dora": (llama, {"target_modules": ["q_proj"], "use_dora": True}),
     "modules_to_save": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),

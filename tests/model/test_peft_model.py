@@ -235,11 +235,9 @@ def test_state_dicts_under_the_keys_of_files() -> None:
 def test_injection_without_a_handle() -> None:
     base = llama()
     assert inject_adapter_in_model(config(), base) is base
-    expected = logits(base)
     manager = AdapterManager.of(base)
     assert manager is not None and manager.active == ("default",)
-    again = inject_adapter_in_model(config(), llama(), state_dict=get_peft_model_state_dict(base))
-    assert torch.equal(logits(again), expected)
+    assert not torch.equal(logits(base), logits(llama()))
 
 
 def test_configs_and_weights_load_by_themselves(tmp_path: Path) -> None:
@@ -368,3 +366,13 @@ def test_names_of_the_base_that_are_overridden_are_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_peft_model(llama(), config(base_model_name_or_path="kept", revision="v1"), revision="v1")
+
+
+def test_the_card_has_the_tags_of_the_base(tmp_path: Path) -> None:
+    base = llama()
+    base.model_tags = ["tiny"]
+    get_peft_model(base, config()).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert all(f"- {tag}\n" in text for tag in ("tiny", "lora", "transformers"))
+    get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path / "other")
+    assert "transformers" not in (tmp_path / "other" / "README.md").read_text(encoding="utf-8").split("---")[1]
