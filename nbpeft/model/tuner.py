@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from nbpeft.engine.combine import Recipe
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import AdapterError
 from nbpeft.model.combining import Combined, combine_adapters
 
 
@@ -93,6 +94,9 @@ class AdapterTuner(nn.Module):
         recipe = Recipe(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
         )
+        for what, given in (("adapters", adapters), ("weights", weights)):
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise AdapterError(f"{what} must be a list, one entry for each adapter, not {given!r:.60}")
         return combine_adapters(self.manager, list(adapters), list(weights), adapter_name, recipe)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nbpeft.engine.combine import Recipe, combine, combined_config
+from nbpeft.engine.combine import COMBINATION_TYPES, Recipe, combine, combined_config
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.errors import AdapterError, ConfigError
 from tests.engine.test_combine import random_factors
@@ -34,6 +34,9 @@ def test_a_path_at_the_end_of_another_keeps_its_own_rank() -> None:
         (lambda: Recipe("svd", svd_rank=0), "svd_rank must be a positive integer"),
         (lambda: Recipe("svd", svd_clamp=2.0), "svd_clamp is a quantile"),
         (lambda: Recipe("ties", density=0.5, majority_sign_method="freqency"), "Did you mean 'frequency'"),
+        (lambda: Recipe("svd", svd_rank=True), "svd_rank must be a positive integer"),
+        (lambda: Recipe("svd", svd_clamp="most"), "svd_clamp is a quantile.*not 'most'"),  # type: ignore[arg-type]
+        (lambda: Recipe("ties", density="half"), "density must be >= 0.*not 'half'"),  # type: ignore[arg-type]
         (lambda: Recipe("svd", svd_driver="gesv"), "svd_driver 'gesv' is unknown"),
     ],
 )
@@ -53,6 +56,9 @@ def test_wrong_inputs_are_refused() -> None:
         combine(layers, [], [], Recipe())
     with pytest.raises(AdapterError, match="weight of adapter 'b' is nan"):
         combine(layers, ["a", "b"], [1, math.nan], Recipe())
+    for wrong in ("1", None):
+        with pytest.raises(AdapterError, match=f"weight of adapter 'b' is {wrong!r}, expected a finite number"):
+            combine(layers, ["a", "b"], [1, wrong], Recipe())  # type: ignore[list-item]
     with pytest.raises(AdapterError, match="none of the adapters z has low-rank factors"):
         combine(layers, ["z"], [1], Recipe())
     with pytest.raises(ConfigError, match="svd_driver='gesvd' works on CUDA only"):
@@ -90,3 +96,13 @@ def test_no_delta_is_built() -> None:
     with LargestTensor() as largest:
         combine({"x": parts}, ["a", "b"], [0.5, 0.5], Recipe("svd"))
     assert largest.count <= 512 * 32
+
+
+@pytest.mark.parametrize("name", COMBINATION_TYPES)
+def test_an_adapter_with_numbers_that_are_not_finite_is_named(name: str) -> None:
+    broken = random_factors(4, (8, 8), seed=2)
+    broken.lora_B[0, 0] = math.nan
+    layers = {"m.q": {"a": random_factors(4, (8, 8), seed=1), "b": broken}}
+    recipe = Recipe(name, density=0.5 if Recipe(name, density=0.5).prunes else None)
+    with pytest.raises(AdapterError, match=r"adapter 'b' holds numbers at m\.q that are not finite"):
+        combine(layers, ["a", "b"], [0.5, 0.5], recipe)

@@ -111,7 +111,8 @@ def combine(
         The combined factors, each with scaling 1, and what was lost.
 
     Raises:
-        AdapterError: the weights do not fit the adapters, or no layer has any of them.
+        AdapterError: the weights do not fit the adapters, no layer has any of them, or one holds
+            numbers that are not finite.
         ConfigError: the recipe does not work on these ranks or layers.
     """
     check_weights(adapters, weights)
@@ -130,7 +131,7 @@ def combine(
         parts = [layers[path][name] for name in names]
         rank = parts[0].rank if recipe.on_factors else chosen
         _check_layer(path, names, parts, rank, recipe)
-        combined[path] = _combine_layer(parts, weight_pairs[path], rank, recipe)
+        combined[path] = _combined_finite(path, names, parts, weight_pairs[path], rank, recipe)
     return Combination(combined, chosen, recipe)
 
 
@@ -170,6 +171,27 @@ def _check_layer(path: str, names: Sequence[str], parts: Sequence[Factors], rank
             path=path,
             rank=rank,
         )
+
+
+def _combined_finite(
+    path: str, names: Sequence[str], parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe
+) -> CombinedLayer:
+    """One layer's combination; says which adapter is broken where there is none."""
+    try:
+        layer = _combine_layer(parts, weights, rank, recipe)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        layer = None
+    if layer is not None and math.isfinite(layer.loss.true):
+        return layer
+    broken = [
+        name
+        for name, part in zip(names, parts, strict=True)
+        if not all(
+            bool(torch.isfinite(tensor).all()) for tensor in (part.lora_A, part.lora_B, part.gain) if tensor is not None
+        )
+    ]
+    whose = f"adapter {broken[0]!r} holds" if broken else f"{', '.join(map(repr, names))} give"
+    raise AdapterError(f"{whose} numbers at {path} that are not finite: they cannot be combined", path=path)
 
 
 def _combine_layer(parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe) -> CombinedLayer:

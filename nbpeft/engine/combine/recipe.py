@@ -53,9 +53,9 @@ class Recipe:
         _check_choice("majority_sign_method", self.majority_sign_method, SIGN_METHODS)
         if self.svd_driver is not None:
             _check_choice("svd_driver", self.svd_driver, SVD_DRIVERS)
-        if self.svd_rank is not None and not (isinstance(self.svd_rank, int) and self.svd_rank > 0):
+        if self.svd_rank is not None and (type(self.svd_rank) is not int or self.svd_rank < 1):
             raise ConfigError(f"svd_rank must be a positive integer, not {self.svd_rank!r}", svd_rank=self.svd_rank)
-        if self.svd_clamp is not None and not 0 < self.svd_clamp <= 1:
+        if self.svd_clamp is not None and not (_is_number(self.svd_clamp) and 0 < self.svd_clamp <= 1):
             raise ConfigError(f"svd_clamp is a quantile in (0, 1], not {self.svd_clamp!r}", svd_clamp=self.svd_clamp)
         if self.prunes:
             _check_density(name, self.density, random=self.draws)
@@ -107,8 +107,18 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
             weights=tuple(weights),
         )
     for name, weight in zip(adapters, weights, strict=True):
-        if not math.isfinite(weight):
-            raise AdapterError(f"the weight of adapter {name!r} is {weight}, expected a finite number", adapter=name)
+        if not _is_number(weight) or not math.isfinite(weight):
+            shown = weight if _is_number(weight) else repr(weight)
+            raise AdapterError(f"the weight of adapter {name!r} is {shown}, expected a finite number", adapter=name)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value can be compared with numbers; a tensor of one entry can."""
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, str | bytes)
 
 
 def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
@@ -125,6 +135,6 @@ def _check_density(name: str, density: float | None, *, random: bool) -> None:
             f"combination_type {name!r} needs density: the share of entries to keep, e.g. density=0.5",
             combination_type=name,
         )
-    if not density >= 0 or (random and density == 0):
+    if not _is_number(density) or not density >= 0 or (random and density == 0):
         bound = "> 0" if random else ">= 0"
         raise ConfigError(f"density must be {bound} for {name!r}, not {density!r}", density=density)
