@@ -127,11 +127,7 @@ def _changes(forecast: Foreseen) -> Iterator[Change]:
     if setting.sequence_length > _LENGTHS:
         top = setting.sequence_length
         yield _length(setting, _most(_LENGTHS, top // 2, top, _LENGTHS, lambda n: fits(sequence_length=n)))
-    rank = getattr(setting.adapter_config, "r", None)
-    if setting.adapter_config is not None and has_rank(setting) and isinstance(rank, int) and rank > 4:
-        less = max(rank // 4, 4)
-        changed = setting.adapter_config.copy(r=less)
-        yield Change(f"r {rank} -> {less}", "learns less detail", {"adapter_config": changed})
+    yield from _rank(setting)
 
 
 def _switches(setting: Setting, optimizer: str) -> Iterator[Change]:
@@ -160,6 +156,15 @@ def _batch(setting: Setting, less: int) -> Change:
 def _length(setting: Setting, less: int) -> Change:
     words = f"sequence_length {setting.sequence_length} -> {less}"
     return Change(words, "cuts longer texts", {"sequence_length": less})
+
+
+def _rank(setting: Setting) -> Iterator[Change]:
+    """A quarter of the rank, where there is more than 4 of it."""
+    rank = getattr(setting.adapter_config, "r", None)
+    if setting.adapter_config is not None and has_rank(setting) and isinstance(rank, int) and rank > 4:
+        less = max(rank // 4, 4)
+        changed = setting.adapter_config.copy(r=less)
+        yield Change(f"r {rank} -> {less}", "learns less detail", {"adapter_config": changed})
 
 
 def _fitting(forecast: Foreseen) -> Callable[..., bool]:
@@ -206,7 +211,29 @@ def _together(forecast: Foreseen) -> Suggestion | None:
         if without is not None and without.fits:
             del made[name]
             found = without
+    if surface_of(forecast.setting) is not None:
+        found = _eased(forecast, made) or found
     return found
+
+
+def _eased(forecast: Foreseen, made: dict[str, Change]) -> Suggestion | None:
+    """The same changes with the rows as many and as long as still fit; halving went too far."""
+    setting = forecast.setting
+    ways: tuple[tuple[str, int, Callable[[Setting, int], Change]], ...] = (
+        ("sequence_length", _LENGTHS, _length),
+        ("batch_size", 1, _batch),
+    )
+    for name, step, build in ways:
+        if name not in made:
+            continue
+
+        def fits(value: int, name: str = name, build: Callable[[Setting, int], Change] = build) -> bool:
+            tried = _as_suggestion(forecast, list({**made, name: build(setting, value)}.values()))
+            return tried is not None and tried.fits is True
+
+        reached = made[name].fields[name]
+        made[name] = build(setting, _most(reached, reached, getattr(setting, name), step, fits))
+    return _as_suggestion(forecast, list(made.values()))
 
 
 def _ladder(setting: Setting, optimizer: str) -> Iterator[Change]:
@@ -222,6 +249,7 @@ def _ladder(setting: Setting, optimizer: str) -> Iterator[Change]:
     for name in ("quantization", "optimizer"):
         if name in switches:
             yield switches[name]
+    yield from _rank(setting)
     while length > _LENGTHS:
         length = max(length // 2, _LENGTHS)
         yield _length(setting, length)

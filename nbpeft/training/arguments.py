@@ -100,12 +100,22 @@ def build_arguments(
     keeps = str(getattr(fields.get("save_strategy", "no"), "value", fields.get("save_strategy", "no"))) != "no"
     if keeps and "output_dir" not in fields and not fields.get("load_best_model_at_end"):
         raise ConfigError(f"save_strategy={fields['save_strategy']!r} writes checkpoints: say where with output_dir=…")
-    values.update(fields)
+    values.update(_current_names(fields, arguments_class))
     known = {field.name for field in dataclasses.fields(arguments_class) if field.init}
     try:
         return arguments_class(**{name: value for name, value in values.items() if name in known})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"These training arguments are not possible: {str(error).splitlines()[0]}") from error
+
+
+def _current_names(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> dict[str, Any]:
+    """Fields under the names that this transformers wants: 5.24 renamed checkpointing and warns of the old name."""
+    known = {field.name for field in dataclasses.fields(arguments_class)}
+    renamed = {}
+    for name, value in fields.items():
+        newer = name.replace("gradient_checkpointing", "activation_checkpointing")
+        renamed[newer if newer in known else name] = value
+    return renamed
 
 
 def _has_accelerator() -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -129,6 +130,31 @@ def test_suggestions_make_it_fit():
     size = int(best.change.rpartition(" ")[2])
     assert best.peak_bytes == forecast(CONFIG, lora(), batch_size=size, sequence_length=128).peak_bytes
     assert forecast(CONFIG, lora(), batch_size=size + 1, sequence_length=128, device="20MB").fits is False
+
+
+def test_changes_together_go_no_further_than_they_must():
+    asked: dict[str, Any] = {"batch_size": 4, "sequence_length": 1024, "dtype": "float32"}
+    less: dict[str, Any] = {
+        "batch_size": 1,
+        "sequence_length": 320,
+        "dtype": "bfloat16",
+        "gradient_checkpointing": True,
+    }
+    limit = forecast(CONFIG, lora(r=4), **less).peak_bytes
+    together = forecast(CONFIG, lora(r=4), device=limit, **asked).suggestions[0]
+    assert together.fits and together.peak_bytes <= limit
+    lengths = re.search(r"sequence_length 1024 -> (\d+)", together.change)
+    assert lengths is not None, together.change
+    reached: dict[str, Any] = {
+        "batch_size": 1 if "batch_size 4 -> 1" in together.change else 4,
+        "dtype": "bfloat16" if "bfloat16" in together.change else "float32",
+        "gradient_checkpointing": "gradient_checkpointing" in together.change,
+        "quantization": "nf4" if "nf4" in together.change else None,
+        "optimizer": "adamw_8bit" if "adamw_8bit" in together.change else "adamw",
+    }
+    exact = forecast(CONFIG, lora(r=4), sequence_length=int(lengths[1]), **reached)
+    longer = forecast(CONFIG, lora(r=4), sequence_length=int(lengths[1]) + 64, **reached)
+    assert exact.peak_bytes == together.peak_bytes and longer.peak_bytes > limit
 
 
 def test_changes_together_where_none_is_enough():
