@@ -40,27 +40,52 @@ def serving(handle: Handle, adapter_names: Sequence[str] | None, inputs: Iterabl
         return
     if handle.training:
         raise AdapterError("adapter_names is for inference: call model.eval() first")
-    names = [] if isinstance(adapter_names, str) else list(adapter_names)
-    # Rows are assigned inside the call: before it, another thread may still take an adapter out.
-    with manager.supplied(names), manager.switch.call(lambda: assigned_rows(manager, adapter_names, inputs)):
+    with serving_rows(manager, adapter_names, inputs):
         yield
 
 
-def assigned_rows(manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object]) -> Active:
+@contextmanager
+def serving_rows(
+    manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object], *, disabled_too: bool = False
+) -> Iterator[None]:
+    """One call, or several, with an adapter for each row.
+
+    Args:
+        manager: has the adapters.
+        adapter_names: one name for each row.
+        inputs: arguments of the call.
+        disabled_too: let them act even while adapters are disabled.
+
+    Raises:
+        AdapterError: the names do not fit.
+    """
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
+        raise AdapterError("adapter_names must be a list with one name for each row of the batch")
+    names = list(adapter_names)
+    # Rows are assigned inside the call: before it, another thread may still take an adapter out.
+    with (
+        manager.supplied(names),
+        manager.switch.call(lambda: assigned_rows(manager, names, inputs, disabled_too=disabled_too)),
+    ):
+        yield
+
+
+def assigned_rows(
+    manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object], *, disabled_too: bool = False
+) -> Active:
     """What acts in a call whose rows are served by different adapters.
 
     Args:
         manager: has the adapters.
         adapter_names: one name for each row, ``"__base__"`` for none.
         inputs: arguments of the call; the first tensor among them tells the number of rows.
+        disabled_too: let them act even while adapters are disabled.
 
     Raises:
         AdapterError: a name is unknown, their number is wrong, or weights are merged.
     """
     if manager.merged:
         raise AdapterError(f"adapter_names needs unmerged weights, but {manager.merged[0]!r} is merged")
-    if isinstance(adapter_names, str):
-        raise AdapterError("adapter_names must be a list with one name for each row of the batch")
     batch = next((value for value in inputs if isinstance(value, Tensor)), None)
     if batch is not None and len(batch) != len(adapter_names):
         raise AdapterError(
@@ -68,7 +93,7 @@ def assigned_rows(manager: AdapterManager, adapter_names: Sequence[str], inputs:
         )
     names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
     manager.require(*names)
-    if not manager.enabled:
+    if not manager.enabled and not disabled_too:
         return NOTHING
     order = {name: position for position, name in enumerate(names)}
     index = tuple(order.get(name, -1) for name in adapter_names)

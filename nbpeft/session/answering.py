@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,8 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     Raises:
         AdapterError: the model cannot generate text.
     """
+    from nbpeft.model.rows import serving_rows
+
     base: Any = model.manager.model
     if not hasattr(base, "generate"):
         raise AdapterError(f"a {type(base).__name__} answers no prompts: it has no generate()")
@@ -173,8 +175,11 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     stream = _Stream(batch, asked, repeats * len(batch.prompts))
     if options.get("num_beams", 1) == 1:
         options["streamer"] = stream
+    # The adapters that are asked answer also while they are switched off.
+    rows = nullcontext() if names is None else serving_rows(model.manager, names, inputs.values(), disabled_too=True)
     try:
-        tokens = model.generate(**inputs, adapter_names=names, **options)
+        with rows:
+            tokens = model.generate(**inputs, **options)  # type: ignore[arg-type]
     except (_StopAnswering, KeyboardInterrupt):
         return stream.answers(), False
     made = tokens[:, inputs["input_ids"].shape[1] :].tolist()

@@ -30,18 +30,18 @@ def model(two_adapters: Any) -> Any:
 def test_all_adapters_and_the_base_answer_in_one_generation(
     session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[dict[str, Any]] = []
+    calls: list[Any] = []
     generate = model.generate
 
     def counted(**options: Any) -> Any:
-        calls.append(options)
+        calls.append(model.manager.switch.current().rows)
         return generate(**options)
 
     monkeypatch.setattr(model, "generate", counted)
     result = session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=10)
     monkeypatch.undo()
     assert len(calls) == 1
-    assert calls[0]["adapter_names"] == ["__base__", "__base__", "pirate", "pirate", "orders", "orders"]
+    assert (calls[0].names, calls[0].index) == (("pirate", "orders"), (-1, -1, 0, 0, 1, 1))
     assert result.status == "finished"
     assert list(result.answers) == ["base", "pirate", "orders"]
     for name, texts in result.answers.items():
@@ -87,6 +87,14 @@ def test_a_blend_counts_scales_and_leaves_zeros_out(session: Session, model: Any
     session.on()
     with blended(model.manager, {"orders": 0.0}):
         assert torch.equal(logits(model), base)
+
+
+def test_adapters_that_are_switched_off_answer_when_they_are_asked(session: Session, model: Any) -> None:
+    asked = session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=10)
+    assert len(set(asked.answers.values())) == 3
+    session.off()
+    assert session.compare(PROMPTS, max_new_tokens=10).answers == asked.answers
+    assert not model.manager.enabled
 
 
 def test_answers_are_reported_while_they_come(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
