@@ -67,7 +67,9 @@ class CopiedModule(nn.Module):
                 "its input and output are not single tensors; give each adapter a batch of its own"
             )
         present = [name for name in rows.names if name in self.modules_to_save._modules]
-        result = result.clone() if present else result
+        if not present:
+            return result
+        x, result = rows.spread(x), rows.spread(result).clone()
         for name in present:
             chosen = rows.rows_of(name, x.shape[0], x.device)
             if len(chosen):

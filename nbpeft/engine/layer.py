@@ -110,6 +110,7 @@ class AdaptedLayer(LayerFace):
         present = [name for name in rows.names if name in adapters]
         if not present:
             return output
+        x, output = rows.spread(x), rows.spread(output)
         batch = output.shape[0]
         kinds = {type(self.adapter(name)) for name in present}
         if len(kinds) == 1:

@@ -54,6 +54,11 @@ class Rows:
             found = self.cache[key] = index.repeat_interleave(repeats)
         return found
 
+    def spread(self, values: Tensor) -> Tensor:
+        """One row that serves the whole batch (positions) once for each row; anything else as it is."""
+        count = len(self.index)
+        return values.expand(count, *values.shape[1:]) if values.shape[0] == 1 < count else values
+
     def rows_of(self, name: str, batch: int, device: torch.device) -> Tensor:
         """Row numbers, int64, that an adapter serves."""
         key = (name, batch, device)
