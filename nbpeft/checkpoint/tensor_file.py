@@ -6,13 +6,14 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from nbpeft.errors import CheckpointError, CorruptCheckpointError
+from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"
@@ -63,11 +64,12 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[s
     The tensors own their memory: the file may be replaced while they are in use.
 
     Raises:
+        ConfigError: there is no such device.
         CorruptCheckpointError: the file is truncated, altered or something else.
     """
+    target = _device(device)
     if path.suffix == ".bin":
         return _read_legacy(path, device), {}
-    target = torch.device(device)
     direct = str(device) if target.type in _DIRECT_DEVICES else "cpu"
     try:
         metadata, tensors = _read_owned(path) if direct == "cpu" else _read_mapped(path, direct)
@@ -91,6 +93,17 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise _corrupt(path, error) from None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError):
+        target = None
+    library: Any = None if target is None else getattr(torch, target.type, None)
+    if target is None or (hasattr(library, "is_available") and not library.is_available()):
+        raise ConfigError(f"there is no device {str(device)!r} here to read an adapter to", device=str(device))
+    return target
 
 
 def _read_owned(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

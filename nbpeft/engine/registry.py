@@ -112,9 +112,10 @@ def method_of(config: AdapterConfig) -> Method:
     for method in _methods if any(m.config_class is type(config) for m in _methods) else methods():
         if method.config_class is type(config) and method.applies(config):
             return method
+    known, name = sorted({m.config_class.__name__ for m in _methods}), type(config).__name__
+    whose = f" of {type(config).__module__.split('.')[0]}" if name in known else ""
     raise UnknownMethodError(
-        f"{type(config).__name__} is not the config of a known method; known: "
-        + ", ".join(sorted({m.config_class.__name__ for m in _methods})),
+        f"{name}{whose} is not the config of a known method; known: {', '.join(known)}",
         config=type(config).__name__,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import warnings
@@ -51,10 +52,12 @@ def hotswap_adapter(
 
     Raises:
         HotSwapError: the adapter cannot take the slot, or was refused by ``validate``.
+        ConfigError: a keyword is misspelt.
         CheckpointError: the checkpoint cannot be read or belongs to another base.
     """
     manager = manager_of(model)
     manager.require(adapter_name)
+    _refuse_misspelt(kwargs)
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
     with collection_paused():
         saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
@@ -89,6 +92,8 @@ def hotswap_adapter_from_state_dict(
     """
     manager = manager_of(model)
     manager.require(adapter_name)
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
     plain = {_without_name(key, adapter_name): tensor for key, tensor in state_dict.items()}
     return _swap(model, manager, adapter_name, config, plain, None, validate)
 
@@ -113,8 +118,15 @@ def prepare_model_for_compiled_hotswap(
 
     Raises:
         HotSwapError: the model is compiled already, has no adapter, or one of larger rank.
-        ConfigError: ``check_compiled`` is none of the three, or a layer cannot take the rank.
+        ConfigError: ``check_compiled`` is none of the three, ``target_rank`` or ``config`` of
+            another kind, or a layer cannot take the rank.
     """
+    if target_rank is not None and (type(target_rank) is not int or target_rank < 1):
+        raise ConfigError(f"target_rank must be a positive whole number, not {target_rank!r}")
+    given = [] if config is None else list(config.values()) if isinstance(config, Mapping) else [config]
+    for one in given:
+        if not hasattr(one, "use_rslora"):
+            raise ConfigError(f"config must be a LoraConfig, or a dictionary of them by name, not {one!r:.60}")
     if check_compiled not in _CHECKS:
         raise ConfigError(
             f"check_compiled must be one of {', '.join(map(repr, _CHECKS))}, not {check_compiled!r}."
@@ -129,14 +141,22 @@ def prepare_model_for_compiled_hotswap(
     if not isinstance(found, AdapterManager):
         raise HotSwapError("the model has no adapter layers: load the first adapter before preparing for hot-swapping")
     prepare_for_hotswap(found, target_rank)
-    if target_rank is None or config is None:
+    if target_rank is None:
         return
-    given = config.values() if isinstance(config, Mapping) else [config]
     names = {id(own): name for name, own in found.configs.items()}
     for one in given:
         name = names.get(id(one))
         paths = [] if name is None else [path for path, layer in found.layers.items() if name in layer.adapters]
         _at_rank(one, target_rank, paths)
+
+
+def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
+    """Unknown keywords are passed over, as in PEFT; but not one that was meant to be ``validate``."""
+    known = (*HUB_OPTIONS, "config", "key_mapping", "torch_device", "validate")
+    for name in keywords:
+        close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
+        if close:
+            raise ConfigError(f"hotswap_adapter has no argument {name!r}. Did you mean {close[0]!r}?", field=name)
 
 
 def _at_rank(config: Any, rank: int, paths: list[str]) -> None:

@@ -12,7 +12,13 @@ import torch
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
 from torch import nn
 
-from nbpeft.errors import BaseMismatchError, ConfigError, HotSwapError, UnknownAdapterError
+from nbpeft.errors import (
+    BaseMismatchError,
+    ConfigError,
+    HotSwapError,
+    UnknownAdapterError,
+    UnknownMethodError,
+)
 from nbpeft.model import (
     PeftModel,
     get_peft_model_state_dict,
@@ -141,6 +147,43 @@ def test_validation_puts_the_old_adapter_back(tmp_path: Path) -> None:
     assert same_state(before, state(model)) and torch.equal(logits(model), output)
     hotswap_adapter(model, source, "default", validate=lambda candidate: True)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("verdict", ["vector", "lines"])
+def test_a_validation_that_cannot_be_judged_puts_it_back_too(verdict: str, tmp_path: Path) -> None:
+    source, model = saved(tmp_path), adapted()
+    before = state(model)
+
+    def judge(candidate: nn.Module) -> object:
+        if verdict == "lines":
+            raise RuntimeError("first line\nsecond line")
+        return torch.tensor([True, False])
+
+    with pytest.raises(HotSwapError, match=r"validating the new adapter failed \(.*'default' is as before") as caught:
+        hotswap_adapter(model, source, "default", validate=judge)
+    assert "\n" not in str(caught.value)
+    assert same_state(before, state(model))
+
+
+def test_wrong_arguments_are_told_in_one_line_before_anything_happens(tmp_path: Path) -> None:
+    source, model = saved(tmp_path), adapted()
+    before, own = state(model), model.peft_config["default"]
+    tensors = get_peft_model_state_dict(model)
+    with pytest.raises(ConfigError, match=r"has no argument 'validat'\. Did you mean 'validate'"):
+        hotswap_adapter(model, source, "default", validat=lambda candidate: False)
+    with pytest.raises(ConfigError, match="there is no device 'nowhere' here"):
+        hotswap_adapter(model, source, "default", torch_device="nowhere")
+    for wrong in (None, dict.fromkeys(tensors, 3), {key: tensor.numpy() for key, tensor in tensors.items()}):
+        with pytest.raises(HotSwapError, match="state_dict must hold tensors"):
+            hotswap_adapter_from_state_dict(model, wrong, "default", own)  # type: ignore[arg-type]
+    with pytest.raises(UnknownMethodError, match="LoraConfig of peft is not the config of a known method"):
+        hotswap_adapter_from_state_dict(model, tensors, "default", peft.LoraConfig())  # type: ignore[arg-type]
+    for rank in ("8", 8.0, True, 0):
+        with pytest.raises(ConfigError, match="target_rank must be a positive whole number"):
+            prepare_model_for_compiled_hotswap(model, target_rank=rank)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="config must be a LoraConfig"):
+        prepare_model_for_compiled_hotswap(model, target_rank=8, config="default")  # type: ignore[arg-type]
+    assert same_state(before, state(model)) and model.peft_config["default"] is own
 
 
 def test_compiled_models_need_room_and_then_never_compile_again(tmp_path: Path) -> None:

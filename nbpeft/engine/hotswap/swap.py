@@ -129,6 +129,11 @@ def swap(
 def _check(manager: Manager, name: str, config: AdapterConfig, validate: object) -> None:
     if name in manager.merged:
         raise HotSwapError(f"adapter {name!r} is merged into the base weights: unmerge before swapping it", name=name)
+    for owner, which in ((manager.configs[name], f"adapter {name!r}"), (config, "the new adapter")):
+        if getattr(owner, "trainable_token_indices", None):
+            raise HotSwapError(
+                f"{which} trains rows of embeddings (trainable_token_indices): load one beside the other"
+            )
     if validate is not None and manager.merged:
         raise HotSwapError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before a swap is validated")
     old_label, new_label = method_of(manager.configs[name]).label, method_of(config).label
@@ -180,11 +185,14 @@ def _validated(manager: Manager, name: str, validate: Callable[[], object], undo
     try:
         with nullcontext() if alone else manager.use(name):
             verdict = validate()
+        # In here, because asking a tensor with many entries for its truth fails.
+        accepted = verdict is None or bool(verdict)
     except BaseException as error:
         undo()
         if not isinstance(error, Exception):
             raise
-        raise HotSwapError(f"validating the new adapter failed ({error}); {name!r} is as before") from error
-    if verdict is not None and not verdict:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise HotSwapError(f"validating the new adapter failed ({reason}); {name!r} is as before") from error
+    if not accepted:
         undo()
         raise HotSwapError(f"the new adapter did not pass its validation; {name!r} is as before", name=name)
