@@ -72,6 +72,32 @@ class LayerLoss:
 
 
 @dataclass(frozen=True)
+class LayerChange:
+    """How far an adapter moves one layer.
+
+    Attributes:
+        path: where the layer is.
+        delta_norm: Frobenius norm of what it adds to the weight.
+        weight_norm: that of the frozen weight.
+        directions: singular directions that hold 90 % of the delta's energy; None where not counted.
+        rank: of the adapter there; None for a module trained as a whole.
+    """
+
+    path: str
+    delta_norm: float
+    weight_norm: float
+    directions: int | None
+    rank: int | None
+
+    @property
+    def relative(self) -> float:
+        """The delta's norm as a share of the weight's; infinite where only the weight is zero."""
+        if self.weight_norm > 0:
+            return self.delta_norm / self.weight_norm
+        return float("inf") if self.delta_norm > 0 else 0.0
+
+
+@dataclass(frozen=True)
 class TrainState:
     """A training run at one moment.
 

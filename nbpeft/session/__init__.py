@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.session.combined import CombineResult, SwapResult
 from nbpeft.session.compared import CompareResult
 from nbpeft.session.core import Session
+from nbpeft.session.inspected import InspectResult
 from nbpeft.session.preview import Preview, PreviewRow
 from nbpeft.session.results import (
     AddResult,
@@ -39,6 +40,7 @@ __all__ = [
     "CombineResult",
     "CompareResult",
     "Done",
+    "InspectResult",
     "LoadResult",
     "MemoryReport",
     "Preview",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nbpeft.session.acting import ActingCommands
 from nbpeft.session.comparing import ComparingCommands
 from nbpeft.session.configs import field_names
+from nbpeft.session.inspecting import InspectingCommands
 from nbpeft.session.planning import PlanningCommands
 from nbpeft.session.quantizing import QuantizingCommands
 from nbpeft.session.runs import Runs
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     ModelLike = nn.Module | str | None
 
 
-class Session(QuantizingCommands, ActingCommands, ComparingCommands, PlanningCommands, Runs):
+class Session(QuantizingCommands, ActingCommands, ComparingCommands, InspectingCommands, PlanningCommands, Runs):
     """Commands on the adapted models of a notebook or a script.
 
     A model is known by the name of its variable and held weakly. Every command that takes

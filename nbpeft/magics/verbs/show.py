@@ -38,6 +38,18 @@ def panel(options: argparse.Namespace, desk: Desk) -> object:
     return adapters_panel(desk, name) if kind == PANELS[0] else comparing_panel(desk, kind, name)
 
 
+@verb(
+    "inspect",
+    "Show where an adapter changed the model: how far it moves each layer's weight.",
+    argument("name", nargs="?", metavar="NAME", completes="adapter", help="the active one if left out"),
+    ON_MODEL,
+    example="%lora inspect orders",
+)
+def inspect(options: argparse.Namespace, desk: Desk) -> object:
+    """Inspects an adapter."""
+    return desk.session.inspect(options.name, model=desk.chosen(options.model))
+
+
 @verb("memory", "Measure what a model uses, by part.", ON_MODEL)
 def memory(options: argparse.Namespace, desk: Desk) -> object:
     """Measures memory."""

@@ -1,0 +1,87 @@
+"""Where an adapter changed a model, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.factored import FactoredAdapter
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.errors import AdapterError
+from nbpeft.state import LayerChange
+
+_ENERGY = 0.9
+"""Share of ‖Δ‖² that ``directions`` counts singular values for."""
+
+
+@torch.no_grad()
+def inspect_adapter(manager: AdapterManager, name: str) -> tuple[LayerChange, ...]:
+    """How far an adapter moves the weight of each layer, in Frobenius norms.
+
+    The factor that the adapter acts with counts. Modules trained as a whole are compared with the
+    frozen originals. Nothing is changed; of an adapter with plain factors no delta is built.
+
+    Args:
+        manager: has the adapter.
+        name: which one.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterError: weights are merged, so that the frozen ones cannot be seen.
+    """
+    manager.require_reachable(name)
+    with manager.supplied([name]):
+        manager.require(name)
+        if manager.merged:
+            raise AdapterError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before inspecting")
+        return (*_layers(manager, name), *_copies(manager, name))
+
+
+def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
+    scale = abs(manager.scale(name))
+    for path, layer in manager.layers.items():
+        if name in layer.adapters._modules:
+            weight = layer.base.weight()
+            norm, directions = _delta(layer, name, weight)
+            rank = getattr(layer.adapter(name), "factors", (None,))[0]
+            size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))
+            yield LayerChange(path, scale * norm, size, directions, None if rank is None else rank.shape[0])
+
+
+def _delta(layer: AdaptedLayer, name: str, weight: Tensor) -> tuple[float, int | None]:
+    """The norm of an adapter's delta, and how many directions hold most of it."""
+    adapter = layer.adapter(name)
+    if isinstance(adapter, FactoredAdapter) and adapter.weight_free and weight.ndim == 2:
+        lora_A, lora_B = (factor.to(_wide(factor)) for factor in adapter.detached_factors)
+        core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
+        energies = torch.linalg.svdvals(core * float(adapter.scaling)).square()
+        total = float(energies.sum())
+        reached = energies.cumsum(0) >= _ENERGY * total
+        return total**0.5, (int(reached.int().argmax()) + 1 if total > 0 else 0)
+    delta = adapter.delta_weight(weight, layer.base)
+    return float(torch.linalg.vector_norm(delta, dtype=_wide(delta))), None
+
+
+def _copies(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
+    for path, module in manager.copies.items():
+        copied = module.modules_to_save._modules.get(name)
+        if copied is not None:
+            yield LayerChange(path, *_distance(copied, module.original_module), None, None)
+
+
+def _distance(copied: nn.Module, original: nn.Module) -> tuple[float, float]:
+    changed = frozen = 0.0
+    before = dict(original.named_parameters())
+    for path, parameter in copied.named_parameters():
+        plain = before[path].to(_wide(parameter))
+        frozen += float(plain.square().sum())
+        changed += float((parameter.to(plain.dtype) - plain).square().sum())
+    return changed**0.5, frozen**0.5
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype to sum in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
