@@ -12,6 +12,7 @@ holding anybody up; the model changes only between calls, behind its switch.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ class AdapterPool:
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        if limit_mb <= 0 or host_limit_mb < 0:
+        if not (_is_finite(limit_mb) and _is_finite(host_limit_mb) and limit_mb > 0 and host_limit_mb >= 0):
             raise AdapterError(f"a pool needs limit_mb > 0 and host_limit_mb >= 0, not {limit_mb} and {host_limit_mb}")
         self.manager, self._handle = _manager_and_handle(model)
         if self.manager.supplier is not None:
@@ -75,9 +76,9 @@ class AdapterPool:
         self._ahead: ThreadPoolExecutor | None = None
         self._hits = self._misses = 0
         self._closed = False
-        self.manager.supplier = self
         for name, source in (adapters or {}).items():
             self.register(name, source)
+        self.manager.supplier = self
 
     # What there is
 
@@ -161,10 +162,13 @@ class AdapterPool:
             **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
 
         Raises:
+            AdapterError: the name is none or the source no place.
             AdapterExistsError: the name is taken, in the pool or on the model.
         """
         self._check_open()
         check_name(name)
+        if not isinstance(source, str | os.PathLike):
+            raise AdapterError(f"adapter {name!r} needs a folder or a hub id, not {source!r:.60}", name=name)
         unknown = [key for key in hub if key not in HUB_OPTIONS]
         if unknown:
             raise AdapterError(f"unknown option {unknown[0]!r}." + did_you_mean(unknown[0], HUB_OPTIONS))
@@ -368,3 +372,7 @@ def _manager_and_handle(model: nn.Module | AdapterManager) -> tuple[AdapterManag
     if isinstance(model, PeftModel):
         return model.manager, model
     return AdapterManager.attach(model), None
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,21 @@ def test_what_others_do_to_the_model_is_noticed(folders: dict[str, Path], alone:
         pool.load("c")
     pool.set_adapter("b")
     near(logits(pool.model), alone["b"])
+
+
+@pytest.mark.parametrize("limits", [(0, 1), (1, -1), ("1", 1), (math.nan, 1), (1, math.inf), (None, 1)])
+def test_impossible_limits_are_refused(limits: Any) -> None:
+    with pytest.raises(AdapterError, match="a pool needs limit_mb > 0 and host_limit_mb >= 0"):
+        AdapterPool(llama(), limits[0], host_limit_mb=limits[1])
+
+
+def test_a_pool_that_cannot_be_made_leaves_room_for_another(folders: dict[str, Path]) -> None:
+    model = adapted(name="own")
+    for adapters in ({"a": folders["a"], "no.name": folders["b"]}, {"a": folders["a"], "b": None}):
+        with pytest.raises(AdapterError, match="cannot name an adapter|'b' needs a folder or a hub id, not None"):
+            AdapterPool(model, 1, adapters=adapters)  # type: ignore[arg-type]
+    with AdapterPool(model, 1, adapters={"a": folders["a"]}) as pool:
+        pool.set_adapter("a")
 
 
 def test_the_ends_of_a_pool(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
