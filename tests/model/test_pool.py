@@ -316,7 +316,7 @@ def test_impossible_limits_are_refused(limits: Any) -> None:
 def test_a_pool_that_cannot_be_made_leaves_room_for_another(folders: dict[str, Path]) -> None:
     model = adapted(name="own")
     for adapters in ({"a": folders["a"], "no.name": folders["b"]}, {"a": folders["a"], "b": None}):
-        with pytest.raises(AdapterError, match="cannot name an adapter|'b' needs a folder or a hub id, not None"):
+        with pytest.raises(AdapterError, match=r"cannot name an adapter|'b' needs a folder or a hub id, not None"):
             AdapterPool(model, 1, adapters=adapters)  # type: ignore[arg-type]
     with AdapterPool(model, 1, adapters={"a": folders["a"]}) as pool:
         pool.set_adapter("a")
