@@ -98,6 +98,30 @@ def test_01_twice_in_one_kernel_keeps_no_memory(tmp_path: Path) -> None:
     assert second <= first * 1.02 + 1e6
 
 
+def test_04_mixes_switches_and_combines_adapters(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOKS / "04_many_adapters.ipynb", 4)
+    found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="4", NBPEFT_TEST_ORDERS="4"))
+    assert found["mixed rows as alone"] == found["same answers after loading"] == "12 of 12"
+    assert 0 <= float(found["largest difference of numbers"]) < 1e-3
+    assert found["adapters"] == "orders, filters, dates, both"
+    assert {name for name in found if name.startswith("score ties")} == {"score ties, orders", "score ties, dates"}
+    for task in ("orders", "filters", "dates"):
+        assert (tmp_path / "adapters" / "tasks" / task / "adapter_model.safetensors").is_file()
+
+
+def test_05_swaps_without_compiling_again(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOKS / "05_hot_swapping.ipynb", 4)
+    found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="4", NBPEFT_TEST_ORDERS="4"))
+    assert found["swaps"] == "12"
+    assert found["same score as when loaded"] == "12 of 12"
+    assert 0 <= float(found["largest difference of numbers"]) < 1e-2
+    assert found["bad adapters refused"] == "2 of 2"
+    assert found["bit for bit as before"] == "True"
+    if found["compiled"] == "yes":
+        assert found["recompilations"] == "0"
+        assert int(found["recompilations then"]) > 0, "the counter counts nothing"
+
+
 def test_02_learns_on_a_base_in_4_bits(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOKS / "02_qlora_training.ipynb", 4)
     last = next(i for i, cell in enumerate(notebook.cells) if "score" in cell.metadata.get("tags", ()))
