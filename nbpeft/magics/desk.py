@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nbpeft.errors import CellError, near
@@ -13,6 +13,27 @@ from nbpeft.magics.body import evaluate_expression, look_up
 from nbpeft.magics.parse import kind_of
 from nbpeft.magics.scan import reference
 from nbpeft.session import Session
+
+
+@dataclass(frozen=True)
+class TrainingCell:
+    """What a training cell said, kept without the objects of the notebook.
+
+    Attributes:
+        data: expression of the rows.
+        eval_data: expression of the rows to evaluate on.
+        tokenizer: expression, where one was given.
+        max_length: tokens a row is cut to.
+        arguments: fields whose values can be written down.
+        left_out: the other fields.
+    """
+
+    data: str
+    eval_data: str | None
+    tokenizer: str | None
+    max_length: int | None
+    arguments: dict[str, Any]
+    left_out: tuple[str, ...]
 
 
 @dataclass
@@ -24,12 +45,14 @@ class Desk:
         session: where commands go.
         ui: how panels are shown: ``auto``, ``widgets``, ``html`` or ``text``.
         shell: the IPython shell, or None outside one.
+        trained: model variable -> the last cell that trained it.
     """
 
     namespace: MutableMapping[str, Any]
     session: Session
     ui: Literal["auto", "widgets", "html", "text"] = "auto"
     shell: Any = None
+    trained: dict[str, TrainingCell] = field(default_factory=dict)
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted ones first. Imports nothing."""

@@ -75,6 +75,7 @@ class NbpeftMagics(magic.Magics):
     def __init__(self, shell: Any, **options: Any) -> None:
         super().__init__(shell, **options)
         self.session: Session = session()
+        self._trained: dict[str, Any] = {}
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
 
     def close(self) -> None:
@@ -84,7 +85,7 @@ class NbpeftMagics(magic.Magics):
     @property
     def desk(self) -> Desk:
         """The notebook as it is now."""
-        return Desk(self.shell.user_ns, self.session, ui=self.ui, shell=self.shell)
+        return Desk(self.shell.user_ns, self.session, ui=self.ui, shell=self.shell, trained=self._trained)
 
     @_silenceable
     @_as_typed

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from nbpeft.errors import CellError
-from nbpeft.magics.desk import Desk
+from nbpeft.magics.desk import Desk, TrainingCell
 from nbpeft.magics.parse import argument
 from nbpeft.magics.tokenizers import usual_tokenizer
 
@@ -50,4 +50,40 @@ def train(options: argparse.Namespace, desk: Desk) -> object:
         arguments["trainer_class"] = desk.value(options.trainer, "--trainer")
     if options.adapter is not None:
         desk.session.use(options.adapter, model=model)
+    _keep(options, desk)
     return desk.session.train(model, data, eval_data, tokenizer=tokenizer, **arguments)
+
+
+def _keep(options: argparse.Namespace, desk: Desk) -> None:
+    """Remembers what the cell said, for ``%lora export``."""
+    fields = dict(options.fields)
+    left_out = [*desk.session.unwritable(fields), *(["--trainer"] if options.trainer is not None else [])]
+    kept = {name: value for name, value in fields.items() if name not in left_out}
+    expressions = (options.data, options.eval_data, options.tokenizer)
+    desk.trained[options.target] = TrainingCell(*expressions, options.max_length, kept, tuple(left_out))
+
+
+def export(options: argparse.Namespace, desk: Desk) -> object:
+    """Writes the last training of a model as a script.
+
+    Raises:
+        CellError: no cell trained it, or one of its fields cannot be written down.
+    """
+    desk.session.adopt(desk.namespace)
+    target = str(options.model or next(reversed(desk.trained), ""))
+    cell = desk.trained.get(target)
+    if cell is None:
+        what = f"{target!r} was not trained" if options.model else "nothing was trained"
+        raise CellError(f"{what} by a %%lora_train cell in this notebook, so there is nothing to export yet")
+    if cell.left_out:
+        raise CellError(f"{', '.join(cell.left_out)}: objects of the notebook cannot be written into a script")
+    return desk.session.export(
+        options.path,
+        desk.value(cell.data, "--data"),
+        None if cell.eval_data is None else desk.value(cell.eval_data, "--eval"),
+        tokenizer=desk.value(cell.tokenizer, "--tokenizer") if cell.tokenizer else usual_tokenizer(desk),
+        base=options.base,
+        model=desk.module(target),
+        max_length=cell.max_length,
+        **cell.arguments,
+    )

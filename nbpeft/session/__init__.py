@@ -21,6 +21,7 @@ from nbpeft.session.preview import Preview, PreviewRow
 from nbpeft.session.results import (
     AddResult,
     Done,
+    ExportResult,
     LoadResult,
     MemoryReport,
     Result,
@@ -40,6 +41,7 @@ __all__ = [
     "CombineResult",
     "CompareResult",
     "Done",
+    "ExportResult",
     "InspectResult",
     "LoadResult",
     "MemoryReport",

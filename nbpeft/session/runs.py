@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
 from nbpeft.session.lock import Subscribers
+from nbpeft.session.results import ExportResult
 from nbpeft.state import MemoryState, TrainState
 
 if TYPE_CHECKING:
@@ -87,6 +88,46 @@ class Runs(SessionBase):
                 return made[0]
 
             return train(trained, data, eval_data, tokenizer=tokenizer, run_factory=make, **arguments)
+
+    def export(
+        self,
+        path: str,
+        data: Any,
+        eval_data: Any = None,
+        *,
+        tokenizer: Any = None,
+        base: str | None = None,
+        model: nn.Module | str | None = None,
+        **arguments: Any,
+    ) -> ExportResult:
+        """Writes a script that trains an adapter like the active one on the same rows, for ``accelerate launch``.
+
+        Args:
+            path: of the script; the tokenised rows go beside it.
+            data: as for ``train``.
+            eval_data: as for ``train``.
+            tokenizer: as for ``train``.
+            base: where the script finds the base model; by default where this one came from.
+            model: an adapted model.
+            **arguments: as for ``train``.
+
+        Raises:
+            ConfigError: an argument cannot be written into a script.
+            TrainingError: it is not known how to load the base model, or the data cannot be read.
+        """
+        from nbpeft.training import export_script
+
+        entry = self._book.get(model)
+        with self._command(f"exporting to {path}", slow=True) as notes:
+            files = export_script(entry.model, path, data, eval_data, tokenizer=tokenizer, base=base, **arguments)
+            data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
+            return ExportResult(str(files.script), files.adapter, data_files, tuple(notes))
+
+    def unwritable(self, arguments: Mapping[str, Any]) -> list[str]:
+        """Names of training arguments that ``export`` cannot write into a script."""
+        from nbpeft.training.script import unwritable
+
+        return unwritable(arguments)
 
     def control(self, model: str | None = None) -> RunControl | None:
         """Stop and Pause of the run on a model, or None while none runs."""

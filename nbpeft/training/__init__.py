@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nbpeft.training.prepare import prepare_model_for_kbit_training
     from nbpeft.training.result import TrainResult
     from nbpeft.training.run import Run, track
+    from nbpeft.training.script import export_script
     from nbpeft.training.trainer import Trainer, adapter_trainer
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "adapter_trainer",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "export_script",
     "prepare_data",
     "prepare_model_for_kbit_training",
     "track",
@@ -51,6 +53,7 @@ _HOMES = {
     "adapter_trainer": "trainer",
     "create_lorafa_optimizer": "lorafa",
     "create_loraplus_optimizer": "optimizers",
+    "export_script": "script",
     "prepare_data": "data",
     "prepare_model_for_kbit_training": "prepare",
     "track": "run",

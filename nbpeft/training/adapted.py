@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -32,6 +33,12 @@ def trained_names(model: Any) -> tuple[str, ...]:
     names = active_names(model)
     frozen = getattr(getattr(model, "manager", None), "frozen", ())
     return tuple(name for name in names if name not in frozen) or names
+
+
+def main_dtype(base: nn.Module) -> torch.dtype:
+    """The dtype of the largest floating parameter."""
+    floats = [parameter for parameter in base.parameters() if parameter.is_floating_point()]
+    return max(floats, key=lambda parameter: parameter.numel()).dtype if floats else torch.float32
 
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

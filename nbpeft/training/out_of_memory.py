@@ -15,7 +15,7 @@ from nbpeft.memory.devices import device_memory
 from nbpeft.memory.words import size_text
 from nbpeft.model.stored import stored_parts
 from nbpeft.state import MemoryPart, MemoryState
-from nbpeft.training.adapted import active_names, base_of
+from nbpeft.training.adapted import active_names, base_of, main_dtype
 from nbpeft.training.frames import release_frames
 from nbpeft.training.learning_check import OUT_OF_MEMORY_REMEDY
 
@@ -139,7 +139,7 @@ def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *,
             configs[names[0]],
             batch_size=batch[0],
             sequence_length=batch[1],
-            dtype=_dtype(base),
+            dtype=main_dtype(base),
             quantization=kind,
             double_quant=any("double" in item for item in kinds),
             gradient_checkpointing=checkpoints,
@@ -149,11 +149,6 @@ def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *,
         )
     except (NbpeftError, RuntimeError, ValueError, TypeError, AttributeError):
         return None  # a model or an optimizer that cannot be foreseen: what was measured has to do
-
-
-def _dtype(base: Any) -> torch.dtype:
-    floats = [parameter for parameter in base.parameters() if parameter.is_floating_point()]
-    return max(floats, key=lambda parameter: parameter.numel()).dtype if floats else torch.float32
 
 
 def _limit(base: nn.Module) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,3 +119,23 @@ def test_tracking_a_loop(ready: Notebook) -> None:
     training = ready.session.state.models[0].training
     assert training is not None
     assert (training.status, training.step, training.adapter) == ("finished", 2, "sql")
+
+
+def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    told = ready.run(f"%lora export {script}").line
+    assert told == "nothing was trained by a %%lora_train cell in this notebook, so there is nothing to export yet"
+    ready.do(CELL)
+    assert "does not say where it came from" in ready.run(f"%lora export {script}").line
+    assert not script.exists()
+    result = ready.do(f"%lora export {script} --base {tmp_path}")
+    assert str(result).startswith(f"wrote {script}, which trains 'sql' anew, and 8 rows in {tmp_path}/train_data.jsonl")
+    text = script.read_text()
+    assert "'max_steps': 3" in text and "'learning_rate': 0.05" in text and "train_eval.jsonl" in text
+
+
+def test_an_object_of_the_notebook_cannot_be_exported(ready: Notebook, tmp_path: Path) -> None:
+    ready["mine"] = [object()]
+    ready.run("%%lora_train model --data rows\nmax_steps = 1\ncallbacks = mine")
+    told = ready.run(f"%lora export {tmp_path}/train.py").line
+    assert told == "callbacks: objects of the notebook cannot be written into a script"

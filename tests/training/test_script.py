@@ -1,0 +1,120 @@
+"""A training as a script: what it says, and that it trains the same, on one process and on two."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from nbpeft.model.quantized import quantize_model
+from nbpeft.training import export_script, train
+from tests.training.support import adapt, tiny_base, token_rows
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS: dict[str, Any] = {"max_steps": 3, "learning_rate": 0.05, "per_device_train_batch_size": 2, "seed": 7}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_base().save_pretrained(tmp_path / "base")
+    return tmp_path
+
+
+def loaded(folder: Path, **config: Any) -> Any:
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    return adapt(base, "sql", **config)
+
+
+def constants(script: Path) -> dict[str, Any]:
+    """The assignments at the top of a script."""
+    body = ast.parse(script.read_text()).body
+    found = {node.targets[0].id: node.value for node in body if isinstance(node, ast.Assign)}  # type: ignore[attr-defined]
+    return {name: ast.literal_eval(value) for name, value in found.items() if name != "HERE"}
+
+
+def test_it_says_what_the_notebook_said(folder: Path) -> None:
+    model = loaded(folder, lora_dropout=0.1, use_dora=True)
+    rows = token_rows(6)
+    files = export_script(model, folder / "train.py", rows, rows[:2], lr_scheduler_type="constant", **ARGUMENTS)
+    found = constants(files.script)
+    assert found["CONFIG"].pop("target_modules") == ["q_proj", "v_proj"]
+    assert found["CONFIG"] == {"r": 4, "lora_dropout": 0.1, "use_dora": True}
+    assert found["ARGUMENTS"] == {"output_dir": "train_output", "lr_scheduler_type": "constant", **ARGUMENTS}
+    assert found["BASE"] == str((folder / "base").resolve())
+    assert [path.name for path in files.data] == ["train_data.jsonl", "train_eval.jsonl"]
+    assert [json.loads(line)["input_ids"] for line in files.data[0].read_text().splitlines()] == [
+        row["input_ids"] for row in rows
+    ]
+    assert files.row_counts == (6, 2)
+    assert 'dtype="float32"' in files.script.read_text()
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_quantized_base_is_loaded_quantized(folder: Path, double: bool) -> None:
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = adapt(quantize_model(base, quant_type="fp4", double_quant=double))
+    text = export_script(model, folder / "train.py", token_rows(2)).script.read_text()
+    assert f"bits=4, quant_type='fp4', double_quant={double}, compute_dtype=" in text
+    assert "prepare_model_for_kbit_training(nbpeft.load_quantized(BASE, model_class='LlamaForCausalLM'" in text
+
+
+def test_a_gguf_file_is_named(folder: Path) -> None:
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "tiny.gguf").touch()
+    text = export_script(loaded(folder), folder / "t.py", token_rows(2), base=str(folder / "gguf")).script.read_text()
+    assert "gguf_file='tiny.gguf'" in text
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(folder: Path) -> None:
+    model, before = loaded(folder), sorted(folder.iterdir())
+    with pytest.raises(ConfigError, match="callbacks: objects of the notebook cannot be written"):
+        export_script(model, folder / "train.py", token_rows(2), callbacks=[object()])
+    with pytest.raises(ConfigError, match="a script's name ends in \\.py, not 'train'"):
+        export_script(model, folder / "train", token_rows(2))
+    with pytest.raises(TrainingError, match="does not say where it came from"):
+        export_script(adapt(tiny_base()), folder / "train.py", token_rows(2))
+    with pytest.raises(TrainingError, match="need a tokenizer"):
+        export_script(model, folder / "train.py", [{"text": "a"}])
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_it_trains_the_same(folder: Path, processes: int) -> None:
+    rows = token_rows(12)
+    model = loaded(folder, init_lora_weights=False)
+    files = export_script(model, folder / "train.py", rows, **ARGUMENTS)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), str(files.script)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sql finished · 3 steps") == 1, done.stdout
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    trained = PeftModel.from_pretrained(base, folder / "train_output" / "sql", adapter_name="sql")
+    assert trained.peft_config["sql"].r == 4
+    assert any(bool(part.any()) for name, part in trained.named_parameters() if name.endswith("lora_B"))
+    if processes == 1:
+        base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        transformers.set_seed(ARGUMENTS["seed"])
+        here = get_peft_model(base, LoraConfig(**constants(files.script)["CONFIG"]), adapter_name="sql")
+        train(here.train(), rows, **ARGUMENTS)
+        expected = {name: part for name, part in here.named_parameters() if "lora" in name}
+        assert all(torch.allclose(part, trained.get_parameter(name)) for name, part in expected.items())
