@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import ConfigError
 from nbpeft.memory.threads import in_main_thread
 
@@ -97,8 +99,10 @@ def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) 
     """The architecture of a model (with or without adapters), a transformers config, a folder or hub id, or itself.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is none of these, or the adapter's config is none.
     """
+    if adapter_config is not None and not isinstance(adapter_config, AdapterConfig):
+        raise ConfigError(f"the adapter must be given as a config such as LoraConfig, not {adapter_config!r:.60}")
     if isinstance(model_or_config, Architecture):
         return model_or_config
     if isinstance(model_or_config, nn.Module):
@@ -118,6 +122,7 @@ def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) 
 
 
 def _of_model(model: nn.Module) -> Architecture:
+    model = getattr(model, "_orig_mod", model)  # of one that is compiled
     handle = model.__dict__.get("manager")
     base = handle.model if isinstance(handle, AdapterManager) else model
     config = getattr(base, "config", None)
@@ -186,3 +191,17 @@ def layers_are_alike(model: nn.Module, count: int) -> bool:
             }
             return len(shapes) == 1
     return False
+
+
+def adapters_are_alike(injection: InjectionPlan, count: int) -> bool:
+    """Whether an adapter is the same on each of ``count`` layers; what lies outside of layers does not matter."""
+    layers: dict[int, set[tuple[str, object]]] = {}
+    shapes: dict[str, object] = {target.path: tuple(target.shapes.items()) for target in injection.targets}
+    for path, shape in (*shapes.items(), *((path, None) for path in injection.copies)):
+        number = re.search(r"(?<=\.)\d+(?=\.)", path)
+        if number is not None:
+            place = f"{path[: number.start()]}*{path[number.end() :]}"
+            layers.setdefault(int(number.group()), set()).add((place, shape))
+    if not layers:
+        return True
+    return set(layers) == set(range(count)) and len({frozenset(found) for found in layers.values()}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import re
@@ -19,6 +20,7 @@ from nbpeft.memory.devices import device_memory
 from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.simulate import Setting, Weights, step_peak, weights_of
 from nbpeft.memory.standin import check_kind
+from nbpeft.memory.storing import stored_as
 from nbpeft.memory.suggest import Suggestion, suggest
 from nbpeft.memory.surface import Surface, known_surface, point_of
 from nbpeft.memory.timeline import Peak
@@ -105,7 +107,8 @@ def forecast(
         batch_size: sequences in a step.
         sequence_length: tokens of each; in inference prompt and answer together.
         dtype: of weights and activations; by default the model's.
-        quantization: how linear layers are stored: ``"nf4"``, ``"fp4"``, ``"int8"`` or None.
+        quantization: how linear layers are stored: ``"nf4"``, ``"fp4"`` or ``"int8"``. None: as they are
+            in the model, or as its config says.
         double_quant: whether 4-bit constants are quantized too.
         gradient_checkpointing: keep layer inputs only, compute the rest again in backward.
         optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
@@ -116,8 +119,12 @@ def forecast(
         ConfigError: a value is impossible or the model cannot run without data.
         TargetError: the adapter does not fit the model.
     """
+    architecture = architecture_of(model_or_config, adapter_config)
+    if quantization is None:
+        stored = stored_as(model_or_config, architecture.config)
+        quantization, double_quant = stored.quantization, stored.double_quant if stored.quantization else double_quant
     setting = setting_of(
-        architecture_of(model_or_config, adapter_config),
+        architecture,
         adapter_config,
         batch_size=batch_size,
         sequence_length=sequence_length,
@@ -150,8 +157,12 @@ def setting_of(
         ConfigError: a value is impossible.
     """
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+    switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
+    for name, switch in switches.items():
+        if not isinstance(switch, bool):
+            raise ConfigError(f"{name} is {switch!r}; expected True or False")
     kind_of(optimizer)
     return Setting(
         architecture=architecture,
@@ -237,14 +248,16 @@ def device_bytes(device: int | str | torch.device | None) -> int | None:
     Raises:
         ConfigError: it is neither.
     """
-    if device is None or (isinstance(device, int) and not isinstance(device, bool)):
-        return device
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmg]?i?b?)\s*", str(device), re.IGNORECASE)
+    if device is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmg]?i?b?)\s*", str(device), re.IGNORECASE)
+    size = 0
     if match is not None:
         unit = match[2].upper()
-        unit = unit if unit in _UNITS else f"{unit}B"
-        return int(float(match[1]) * _UNITS[unit])
-    try:
-        return device_memory(torch.device(device)).total
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} is neither a size such as '16GB' nor a device here") from error
+        size = int(float(match[1]) * _UNITS[unit if unit in _UNITS else f"{unit}B"])
+    elif isinstance(device, str | torch.device):
+        with contextlib.suppress(RuntimeError, AssertionError):
+            return device_memory(torch.device(device)).total
+    if size < 1:
+        raise ConfigError(f"device {device!r} is neither a size such as '16GB' nor a device here")
+    return size

@@ -70,7 +70,7 @@ def kind_of(optimizer: str) -> tuple[str, bool]:
     Raises:
         ConfigError: the name is not known.
     """
-    name = optimizer.lower()
+    name = optimizer.lower() if isinstance(optimizer, str) else repr(optimizer)
     paged = name.startswith("paged_")
     name = name.removeprefix("paged_").removesuffix("_32bit") if paged else name
     name = _ALIASES.get(name, name)

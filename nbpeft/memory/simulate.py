@@ -19,7 +19,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
-from nbpeft.memory.architecture import Architecture, layers_are_alike
+from nbpeft.memory.architecture import Architecture, adapters_are_alike, layers_are_alike
 from nbpeft.memory.saved import tensors_in
 from nbpeft.memory.standin import put_standins, quantizable, quantized_bytes
 from nbpeft.memory.threads import in_main_thread, quiet
@@ -77,7 +77,7 @@ class Weights:
         kinds: bytes of base weights and buffers by the way they are stored.
         trained: the adapter's tensors, or all parameters without an adapter.
         adapter_bytes: bytes of the adapter; 0 without one.
-        alike: whether all layers are of the same shape.
+        alike: whether all layers are of the same shape and have the same adapter.
     """
 
     kinds: dict[str, int]
@@ -124,7 +124,9 @@ def _count_weights(setting: Setting) -> Weights:
     if setting.adapter_config is None:
         trained: Trained = tuple((tuple(p.shape), p.element_size()) for p in model.parameters())
         return Weights(dict(kinds), trained, 0, alike)
-    trained = _adapter_tensors(model, plan(model, setting.adapter_config), setting.dtype)
+    injection = plan(model, setting.adapter_config)
+    alike = alike and adapters_are_alike(injection, setting.architecture.layer_count)
+    trained = _adapter_tensors(model, injection, setting.dtype)
     return Weights(dict(kinds), trained, sum(math.prod(shape) * item for shape, item in trained), alike)
 
 
@@ -194,8 +196,16 @@ def run_step(setting: Setting, layers: int | None, look: Look[T]) -> T:
             raise
         except Exception as error:
             kind = type(model).__name__
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = _too_long(setting) or (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(f"cannot forecast {kind}: it does not run without data ({reason})", model=kind) from error
+
+
+def _too_long(setting: Setting) -> str:
+    """That the model has fewer positions than the sequence is long, if so."""
+    positions = getattr(setting.architecture.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or setting.sequence_length <= positions:
+        return ""
+    return f"sequence_length {setting.sequence_length} is more than its {positions} positions"
 
 
 def _prepared(setting: Setting, layers: int | None) -> nn.Module:

@@ -42,7 +42,7 @@ def check_kind(kind: str | None) -> str | None:
     if kind is not None and kind not in QUANTIZATIONS:
         raise ConfigError(
             f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)} or None."
-            + did_you_mean(kind, QUANTIZATIONS),
+            + did_you_mean(str(kind), QUANTIZATIONS),
             quantization=kind,
         )
     return kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -15,10 +16,19 @@ def in_main_thread() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings inside it; in another thread than the main one it does nothing, for filters are one for all."""
+    """No warnings inside it, and no tracebacks that torch logs of operations on fake tensors that fail.
+
+    In another thread than the main one it does nothing, for filters are one for all.
+    """
     if not in_main_thread():
         yield
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

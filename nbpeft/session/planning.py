@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import NbpeftError
+from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
 from nbpeft.session.base import SessionBase
 from nbpeft.session.configs import build_config, label_of
 from nbpeft.session.handles import uncompiled
@@ -29,6 +29,10 @@ AS_IT_IS = "as it is"
 BATCH_SIZE, SEQUENCE_LENGTH = 4, 1024
 """What is assumed where nothing is said."""
 _USUAL: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+_SETTINGS = (
+    *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
+    *("optimizer", "training", "device", "variable"),
+)
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 
 
@@ -53,6 +57,10 @@ class PlanningCommands(SessionBase):
             TargetError: the adapter does not fit the model.
         """
         suggest = settings.pop("suggest", True)
+        for name in settings:
+            if name not in _SETTINGS:
+                known = (*_SETTINGS, "suggest")
+                raise ConfigError(f"plan_memory has no setting {name!r}.{did_you_mean(name, known)}", field=name)
         return self.memory_planner(model, config, **settings).exact(suggest=suggest)
 
     def memory_planner(
@@ -239,48 +247,26 @@ class _Found:
 
     def __init__(self, source: Any, adapter: AdapterConfig) -> None:
         from nbpeft.memory.architecture import architecture_of
+        from nbpeft.memory.storing import stored_as
 
         self.architecture = architecture_of(source, adapter)
         config = self.architecture.config
-        self.note = ""
         self.longest = int(getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
         names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter until transformers 6
         self.checkpointing = bool(next((getattr(source, name) for name in names if hasattr(type(source), name)), False))
-        self.dtype: Any = None
-        self.quantization: str | None = None
-        self.double_quant = True
+        self.dtype = _dtype_of(source) if hasattr(source, "parameters") else None
+        stored = stored_as(source, config)
+        self.quantization, self.double_quant, self.note = stored.quantization, stored.double_quant, stored.note
         kind = self.architecture.model_class
         self.class_name = kind.__name__ if kind is not None else next(iter(config.architectures or ()), "")
-        if hasattr(source, "parameters"):
-            self._look_at(source)
-        else:
-            self._read(getattr(config, "quantization_config", None))
 
-    def _look_at(self, model: Any) -> None:
-        """How a loaded model is stored."""
-        from nbpeft.memory import weights_by_kind
 
-        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-        for kind in weights_by_kind(model):
-            label = kind.split(" ")[0]
-            if self.quantization is None and label in ("nf4", "fp4", "int8"):
-                self.quantization = label
-                self.double_quant = kind.endswith(" double") or label == "int8"
-            elif self.dtype is None and label in names:
-                self.dtype = names[label]
+def _dtype_of(model: Any) -> str | None:
+    """The dtype of most weights that are not quantized."""
+    from nbpeft.memory import weights_by_kind
 
-    def _read(self, stored: Any) -> None:
-        """How a repository says that its weights are stored."""
-        if stored is None:
-            return
-        values = stored if isinstance(stored, Mapping) else stored.to_dict()
-        if values.get("load_in_8bit"):
-            self.quantization = "int8"
-        elif values.get("load_in_4bit"):
-            self.quantization = str(values.get("bnb_4bit_quant_type") or "fp4")
-        else:
-            self.quantization = "nf4"
-            self.note = f"weights stored by {values.get('quant_method', 'another library')} are counted as nf4"
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    return next((names[label] for kind in weights_by_kind(model) if (label := kind.split(" ")[0]) in names), None)
 
 
 def _room(device: Any, source: Any) -> Room:

@@ -81,7 +81,12 @@ def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: 
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=256, dtype="bfloat16")
     config.save_pretrained(tmp_path / "plain")
     kinds = {
-        "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "nf4": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        },
         "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
         "gptq": {"quant_method": "gptq", "bits": 4},
     }

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, T5Config
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, T5Config
 
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
@@ -18,6 +18,7 @@ from nbpeft.memory.optimizers import OPTIMIZERS, state_bytes
 from nbpeft.memory.simulate import run_step
 from nbpeft.memory.standin import quantized_bytes
 from nbpeft.memory.timeline import record
+from nbpeft.model import quantize_model
 
 CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
@@ -57,6 +58,15 @@ def test_few_layers_tell_what_many_take():
         (whole,) = run_step(found.setting, None, record)
         step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
         assert step - parts(found).get("optimizer", 0) == whole.total
+
+
+@pytest.mark.parametrize("layers", [[0, 5], [1, 3, 5], [0, 1, 2]])
+def test_an_adapter_on_some_layers_is_counted_on_those(layers):
+    adapter = lora(target_modules=["q_proj", "down_proj"], layers_to_transform=layers, lora_dropout=0.1)
+    found = forecast(CONFIG, adapter, batch_size=2, sequence_length=48)
+    (whole,) = run_step(found.setting, None, record)
+    step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
+    assert step == whole.total
 
 
 def test_the_end_of_backward_can_be_the_peak():
@@ -222,6 +232,16 @@ def test_sizes():
         ({"sequence_length": 1.5}, "sequence_length is 1.5"),
         ({"dtype": "int8"}, "floating dtype"),
         ({"device": "big"}, "16GB"),
+        ({"device": "1.5.3GB"}, "16GB"),
+        ({"device": -5}, "16GB"),
+        ({"device": 0}, "16GB"),
+        ({"device": True}, "16GB"),
+        ({"device": object()}, "16GB"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"quantization": 4}, "quantization 4 is not one of"),
+        ({"optimizer": None}, "optimizer None is not one of"),
+        ({"training": "no"}, "training is 'no'; expected True or False"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1"),
     ],
 )
 def test_errors(arguments, message):
@@ -236,3 +256,27 @@ def test_what_cannot_be_forecast():
         forecast({})
     with pytest.raises(TargetError, match="q_prj"):
         forecast(CONFIG, lora(target_modules=["q_prj"]))
+    for adapter in ({"r": 8}, "lora", 3):
+        with pytest.raises(ConfigError, match="the adapter must be given as a config"):
+            forecast(CONFIG, adapter)
+
+
+def test_too_many_tokens_for_the_positions_of_the_model(caplog):
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+    config.max_position_embeddings = 16
+    adapter = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(ConfigError, match="sequence_length 32 is more than its 16 positions"):
+        forecast(config, adapter, sequence_length=32)
+    assert not caplog.records
+    assert forecast(config, adapter, sequence_length=16).peak_bytes > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"quant_type": "fp4", "double_quant": False}, {"bits": 8}])
+def test_a_quantized_model_and_its_config_are_foreseen_as_they_are_stored(settings):
+    model = quantize_model(LlamaForCausalLM(CONFIG), **settings)
+    kind = "int8" if settings.get("bits") == 8 else settings.get("quant_type", "nf4")
+    wanted = forecast(CONFIG, lora(), quantization=kind, double_quant=settings.get("double_quant", True))
+    for source in (model, model.config, torch.compile(model, backend="eager")):
+        assert parts(forecast(source, lora())) == parts(wanted)
+    stored = next(part.byte_count for part in measure(model).parts if part.name == "base weights")
+    assert abs(parts(wanted)["base weights"] - stored) < 0.01 * stored
