@@ -108,6 +108,9 @@ class Asked:
         options: further arguments of ``generate``.
         report: called with the answers so far, one for each row.
         should_stop: asked at each token.
+
+    Raises:
+        AdapterError: ``max_new_tokens`` is no number of at least 1.
     """
 
     rows: Sequence[str] | None
@@ -115,6 +118,10 @@ class Asked:
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[list[Answer]], object] | None = None
     should_stop: Callable[[], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise AdapterError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
 
 
 class _StopAnswering(Exception):

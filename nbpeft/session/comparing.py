@@ -65,8 +65,7 @@ class ComparingCommands(CombiningCommands):
             UnknownAdapterError: there is no such adapter.
             AdapterError: adapters are merged, there is no tokenizer, or nothing to compare.
         """
-        if max_new_tokens < 1:
-            raise AdapterError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        how = Asked(None, max_new_tokens, generation, None, should_stop)
         entry = self._entry_of(model)
         entry = entry if entry is not None else self._book.get(model)
         manager = entry.manager
@@ -78,7 +77,6 @@ class ComparingCommands(CombiningCommands):
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         batch = Batch.of(asked, self._tokenizers.choose(manager.model, tokenizer), manager.model, chat=chat)
         with self._command("comparing", slow=True) as notes, evaluating(entry.model):
-            how = Asked(None, max_new_tokens, generation, None, should_stop)
             return dataclasses.replace(_Comparison(entry, batch, columns, on_text).run(how), notes=tuple(notes))
 
     def try_combination(

@@ -243,3 +243,19 @@ def test_a_cell_run_again_after_a_swap_reconfigures(session: Session, model: Any
     assert session.add(model, fields, name="orders").unchanged
     session.swap(saved, into="orders")
     assert session.add(model, fields, name="orders").reconfigured
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "8", None])
+def test_an_impossible_length_is_told_before_anything_happens(
+    session: Session, model: Any, tmp_path: Path, tokens: Any
+) -> None:
+    session.save(tmp_path, name="orders")
+    before = everything(model)
+    for ask in (
+        lambda: session.swap(tmp_path, into="orders", check_prompt="Hi", tokenizer=Letters(), max_new_tokens=tokens),
+        lambda: session.compare("Hi", tokenizer=Letters(), max_new_tokens=tokens),
+        lambda: session.try_combination({"orders": 1.0}, "Hi", tokenizer=Letters(), max_new_tokens=tokens),
+    ):
+        with pytest.raises(AdapterError, match=f"max_new_tokens must be at least 1, not {tokens!r}"):
+            ask()
+    assert same(everything(model), before)
