@@ -6,6 +6,7 @@ A cell tagged ``summary`` that prints ``key: value`` lines gives the summary at 
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import sys
 import time
@@ -19,6 +20,7 @@ from nbclient.exceptions import CellControlSignal, DeadKernelError
 from nbconvert import HTMLExporter
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _KEY_VALUE = re.compile(r"^\s*([\w][\w %/().,→-]{0,60}?)\s*: +(\S.*)$")
 
 
@@ -36,7 +38,7 @@ def main() -> int:
     executed = arguments.out / arguments.notebook.name
     nbformat.write(notebook, executed)
     page = executed.with_suffix(".html")
-    html, _ = HTMLExporter(template_name="lab", embed_images=True).from_notebook_node(notebook)
+    html, _ = HTMLExporter(template_name="lab", embed_images=True).from_notebook_node(without_widgets(notebook))
     page.write_text(html, encoding="utf-8")
     print()
     if error is None:
@@ -79,6 +81,16 @@ def execute(notebook: Any, folder: Path, timeout: int) -> str | None:
     except (CellControlSignal, DeadKernelError) as error:
         return str(error)
     return None
+
+
+def without_widgets(notebook: Any) -> Any:
+    """A copy in which what has a static form besides its widgets shows that; a page has no kernel for them."""
+    page = copy.deepcopy(notebook)
+    for cell in page.cells:
+        for output in cell.get("outputs", ()):
+            if "text/html" in output.get("data", ()):
+                output["data"].pop(_WIDGET_VIEW, None)
+    return page
 
 
 def summary(notebook: Any) -> list[tuple[str, str]]:

@@ -85,7 +85,8 @@ def text_rows(titles: Sequence[str], texts: Sequence[str]) -> str:
 
 def _box(title: str, body: str, aside: str) -> str:
     head = (
-        '<div style="display:flex;justify-content:space-between;gap:8px;align-items:baseline;margin-bottom:4px">'
+        '<div style="display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 8px;align-items:baseline;'
+        'margin-bottom:4px">'
         f'<span style="font-weight:600;font-size:12px;overflow-wrap:anywhere">{escape(title)}</span>'
         f'<span style="font-size:11px;white-space:nowrap">{render.dim(aside) if aside else ""}</span></div>'
     )

@@ -93,6 +93,27 @@ class Question:
         self._stop.layout.display = None if running else "none"
 
 
+class PromptForm:
+    """Whether the prompt goes into the tokenizer's chat template or to the model as it is.
+
+    Args:
+        command: Called with ``form`` when it changes.
+        raw: Whether it begins as it is.
+    """
+
+    def __init__(self, command: Command, raw: bool) -> None:
+        self._form = ipywidgets.Dropdown(
+            options=[("as a chat message", False), ("as it is", True)], value=raw, layout=field_layout("150px")
+        )
+        self._form.observe(weakly(command, "form"), names="value")
+        self.box = pair("prompt sent", self._form)
+
+    @property
+    def chat(self) -> bool | None:
+        """For ``session.compare``: False leaves the template aside, None takes it where there is one."""
+        return False if self._form.value else None
+
+
 class Picks:
     """A row of buttons that are on or off: which columns there are.
 

@@ -41,18 +41,19 @@ class BlendPanel(AnswerPanel):
         tokenizer: A tokenizer, or a function that gives one; by default the one given last.
         prompt: To begin with.
         max_new_tokens: Longest answer to begin with.
+        raw: Whether the prompt begins as it is, outside the tokenizer's chat template.
     """
 
     kind: ClassVar[str] = "blend"
 
     def __init__(self, *arguments: Any, max_new_tokens: int = 48, **options: Any) -> None:
         super().__init__(*arguments, max_new_tokens=max_new_tokens, **options)
-        self._base: tuple[tuple[str, int], Column] | None = None
+        self._base: tuple[tuple[str, int, bool | None], Column] | None = None
 
     def _build(self) -> Any:
         from nbpeft.widgets.blend_parts import BlendParts
 
-        return BlendParts(self._command, self._prompt, self._tokens)
+        return BlendParts(self._command, self._prompt, self._tokens, self._raw)
 
     def _text(self) -> str:
         if self._result is None:
@@ -81,7 +82,7 @@ class BlendPanel(AnswerPanel):
         if parts is None:
             return ""
         what = command[0]
-        if what == "moved":
+        if what in ("moved", "form"):
             return self._moved(parts)
         if what == "run":
             self._ask(parts, delay=0.0)
@@ -108,10 +109,11 @@ class BlendPanel(AnswerPanel):
         prompt, _ = self._asked()
         tokens, weights = parts.tokens, parts.weights
         _require(weights)
-        known = self._base is not None and self._base[0] == (prompt, tokens)
+        known = self._base is not None and self._base[0] == (prompt, tokens, parts.form.chat)
         options: dict[str, Any] = {
             "include_base": not known,
             "max_new_tokens": tokens,
+            "chat": parts.form.chat,
             "tokenizer": self._source(),
             "model": self._name,
         }
@@ -127,7 +129,7 @@ class BlendPanel(AnswerPanel):
 
     def _answer(self, ask: Any, arguments: tuple[Any, ...], options: dict[str, Any], stopped: Stopped) -> None:
         """The worker's part."""
-        key = (self._prompt, options["max_new_tokens"])
+        key = (self._prompt, options["max_new_tokens"], options["chat"])
 
         def act() -> str:
             try:

@@ -11,7 +11,7 @@ from nbpeft.errors import NbpeftError
 from nbpeft.session.compared import CompareResult
 from nbpeft.state import ModelState
 from nbpeft.widgets import views
-from nbpeft.widgets.answer_parts import Frame, Question, action_button, field_layout, pair
+from nbpeft.widgets.answer_parts import Frame, PromptForm, Question, action_button, field_layout, pair
 from nbpeft.widgets.lifetime import close_tree, weakly
 from nbpeft.widgets.panel_parts import Command, html
 
@@ -69,13 +69,15 @@ class BlendParts:
         command: Called with ``moved``, ``run``, ``stop`` or ``save``.
         prompt: To begin with.
         tokens: Longest answer to begin with.
+        raw: Whether the prompt begins as it is.
     """
 
-    def __init__(self, command: Command, prompt: str, tokens: int) -> None:
+    def __init__(self, command: Command, prompt: str, tokens: int, raw: bool) -> None:
         self._command = command
         self._sliders: dict[str, Slider] = {}
         self.question = Question(command, prompt, "Answer")
         self._rows = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%"))
+        self.form = PromptForm(command, raw)
         self._settings = self._make_settings(command, tokens)
         self._save = self._make_save(command)
         self.frame = Frame("blend", self.question.box, self._rows, self._settings)
@@ -94,7 +96,7 @@ class BlendParts:
         self._density_pair = pair("density", self._density)
         self._density_pair.layout.display = "none"
         box = ipywidgets.HBox(
-            [pair("combined by", self._type), self._density_pair, pair("tokens", self._tokens)],
+            [pair("combined by", self._type), self._density_pair, pair("tokens", self._tokens), self.form.box],
             layout=ipywidgets.Layout(width="100%", margin="6px 0 0 0"),
         )
         box.add_class("nbpeft-settings")

@@ -28,6 +28,7 @@ class ComparePanel(AnswerPanel):
         tokenizer: A tokenizer, or a function that gives one; by default the one given last.
         prompt: To begin with.
         max_new_tokens: Longest answer to begin with.
+        raw: Whether the prompt begins as it is, outside the tokenizer's chat template.
     """
 
     kind: ClassVar[str] = "compare"
@@ -37,7 +38,7 @@ class ComparePanel(AnswerPanel):
         self._left_out: set[str] = set()
 
     def _build(self) -> Any:
-        return _Parts(self._command, self._prompt, self._tokens)
+        return _Parts(self._command, self._prompt, self._tokens, self._raw)
 
     def _text(self) -> str:
         if self._result is None:
@@ -76,6 +77,7 @@ class ComparePanel(AnswerPanel):
             "adapters": names,
             "include_base": BASE not in self._left_out,
             "max_new_tokens": parts.tokens,
+            "chat": parts.form.chat,
             "tokenizer": self._source(),
         }
         self._begin()
@@ -112,7 +114,7 @@ class ComparePanel(AnswerPanel):
 class _Parts:
     """The widgets of the panel."""
 
-    def __init__(self, command: Any, prompt: str, tokens: int) -> None:
+    def __init__(self, command: Any, prompt: str, tokens: int, raw: bool) -> None:
         import ipywidgets
 
         from nbpeft.widgets import answer_parts as parts
@@ -122,11 +124,12 @@ class _Parts:
         self._tokens = ipywidgets.BoundedIntText(
             value=tokens, min=1, max=4096, step=16, layout=parts.field_layout("76px")
         )
+        self.form = parts.PromptForm(command, raw)
         self._against = ipywidgets.Dropdown(options=[BASE], value=BASE, layout=parts.field_layout("130px"))
         self._against.observe(weakly(command, "against"), names="value")
         self._marks = parts.pair("marked against", self._against)
         self._settings = ipywidgets.HBox(
-            [self._picks.box, parts.pair("tokens", self._tokens), self._marks],
+            [self._picks.box, parts.pair("tokens", self._tokens), self.form.box, self._marks],
             layout=ipywidgets.Layout(width="100%"),
         )
         self._settings.add_class("nbpeft-settings")

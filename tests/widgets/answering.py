@@ -33,6 +33,7 @@ class AnsweringSession(FakeSession):
         super().__init__()
         self.pause = pause
         self.threads: list[str] = []
+        self.chats: list[bool | None] = []
         self.go = threading.Event()
         self.go.set()
 
@@ -45,10 +46,12 @@ class AnsweringSession(FakeSession):
         include_base: bool = True,
         blends: Sequence[Mapping[str, float]] = (),
         max_new_tokens: int,
+        chat: bool | None = None,
         tokenizer: Any,
         on_text: Callable[[CompareResult], object],
         should_stop: Callable[[], bool],
     ) -> CompareResult:
+        self.chats.append(chat)
         self._take("compare", prompt, tuple(adapters), include_base, *(dict(weights) for weights in blends))
         texts = {BASE: ANSWERS[BASE]} if include_base else {}
         texts |= {name: ANSWERS.get(name, f"I am {name}") for name in adapters}
@@ -66,10 +69,12 @@ class AnsweringSession(FakeSession):
         include_base: bool,
         model: str,
         max_new_tokens: int,
+        chat: bool | None = None,
         tokenizer: Any,
         on_text: Callable[[CompareResult], object],
         should_stop: Callable[[], bool],
     ) -> CompareResult:
+        self.chats.append(chat)
         self._take("try", prompt, dict(weights), type, density, include_base)
         texts = {BASE: ANSWERS[BASE]} if include_base else {}
         texts[f"{type}: {blend_title(tuple(weights.items()))}"] = BLENDED

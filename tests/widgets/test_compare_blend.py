@@ -68,6 +68,16 @@ def text(shown: Any) -> str:
     return "\n".join(part.value for part in parts(shown, ipywidgets.HTML))
 
 
+def dropdown(shown: Any, value: Any) -> Any:
+    (found,) = [part for part in parts(shown, ipywidgets.Dropdown) if part.value == value]
+    return found
+
+
+def prompt_form(shown: Any) -> Any:
+    (found,) = [part for part in parts(shown, ipywidgets.Dropdown) if "as it is" in str(part.options)]
+    return found
+
+
 def slider(shown: Any, place: int) -> Any:
     return parts(shown, ipywidgets.FloatSlider)[place]
 
@@ -96,6 +106,28 @@ def test_the_base_and_all_adapters_answer(compare: ComparePanel, session: Answer
     assert "one batched pass" in shown
     assert compare.result is not None and list(compare.result.answers) == ["base", "orders", "pirate", "sql"]
     assert "Stop" not in labels(compare)
+
+
+def test_the_prompt_can_be_sent_without_the_chat_template(compare: ComparePanel, session: AnsweringSession) -> None:
+    press(compare, "Compare")
+    prompt_form(compare).value = True
+    press(compare, "Compare")
+    assert session.chats == [None, False]
+
+
+def test_the_form_of_the_prompt_is_answered_anew(blend: BlendPanel, session: AnsweringSession) -> None:
+    press(blend, "Answer")
+    prompt_form(blend).value = True
+    assert blend.wait(10)
+    assert session.chats == [None, False]
+    assert session.commands[-1][3] is True, "the base model answers anew, too"
+
+
+@pytest.mark.parametrize("kind", [ComparePanel, BlendPanel])
+def test_a_panel_may_begin_with_the_plain_prompt(session: Any, kind: type[Any]) -> None:
+    made = kind(session, "model", ui="widgets", raw=True)
+    assert prompt_form(made).value is True
+    made.close()
 
 
 def test_columns_can_be_left_out(compare: ComparePanel, session: AnsweringSession) -> None:
@@ -137,7 +169,7 @@ def test_an_answer_that_has_not_begun_can_be_stopped(blend: BlendPanel, monkeypa
 def test_words_are_marked_against_the_chosen_column(compare: ComparePanel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ANSWERS, "pirate", BLENDED)
     press(compare, "Compare")
-    (against,) = parts(compare, ipywidgets.Dropdown)
+    against = dropdown(compare, "base")
     assert (against.value, list(against.options)) == ("base", ["base", "orders", "pirate", "sql"])
     assert "background:rgba(114" not in text(compare)
     against.value = "orders"
@@ -222,7 +254,7 @@ def test_a_move_stops_the_answer_that_runs(blend: BlendPanel, session: Answering
 
 
 def test_ties_waits_for_the_button(blend: BlendPanel, session: AnsweringSession) -> None:
-    (kind,) = parts(blend, ipywidgets.Dropdown)
+    kind = dropdown(blend, "exact")
     kind.value = "ties"
     slider(blend, 1).value = 0.5
     assert blend.wait(10)

@@ -93,7 +93,8 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
     model = desk.chosen(options.model)
     if options.panel:
         name = model if model is None or isinstance(model, str) else desk.session.watch(model, name=options.model)
-        return comparing_panel(desk, "compare", name, prompt=options.prompt or "", max_new_tokens=options.tokens)
+        begin = {"prompt": options.prompt or "", "max_new_tokens": options.tokens, "raw": options.raw}
+        return comparing_panel(desk, "compare", name, **begin)
     prompts: Any = _prompts(options, desk)
     blends = [read_weights(words, "--blend") for words in options.blend or ()]
     with shown_live(desk) as show:
