@@ -159,7 +159,7 @@ class AdapterHolder:
         """
         self.check_alive()
         for name in names:
-            if name not in self.configs:
+            if not isinstance(name, str) or name not in self.configs:
                 have = ", ".join(map(repr, self.configs)) or "none"
                 raise UnknownAdapterError(
                     f"Adapter {name!r} not found; the model has: {have}." + did_you_mean(str(name), self.configs),

@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import ConfigError
+from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.session.base import SessionBase
+from nbpeft.session.checks import names_of, place_of
 from nbpeft.session.merged import MergedCopy, requantizing_note, write_copy
 from nbpeft.session.results import Done, Holder, UnloadResult
 
@@ -27,7 +28,7 @@ class ActingCommands(SessionBase):
         Raises:
             UnknownAdapterError: there is no such adapter.
         """
-        chosen = (names,) if isinstance(names, str) else tuple(names)
+        chosen = names_of(names)
         entry = self._book.get(model)
         with self._command(f"switching to {', '.join(chosen)}") as notes:
             entry.manager.activate(list(chosen))
@@ -100,13 +101,18 @@ class ActingCommands(SessionBase):
             MergeError: the weights cannot be merged into, or are merged already.
             CheckpointError: the folder cannot be written, or holds a model.
         """
-        chosen = None if names is None else [names] if isinstance(names, str) else list(names)
+        chosen = None if names is None else list(names_of(names))
+        folder = None if to is None else place_of(to, "merge")
         entry = self._book.get(model)
+        if not (entry.manager.active if chosen is None else chosen):
+            raise AdapterError(
+                f"nothing to merge into {entry.name}: no adapter is {'active' if chosen is None else 'named'}"
+            )
         if to is None and copying:
             raise ConfigError(f"{next(iter(copying))!r} goes with a folder to merge into: to=…")
         with self._command("merging", slow=True) as notes:
-            if to is not None:
-                return write_copy(entry.manager, entry.name, os.fspath(to), chosen, notes, safe=safe, **copying)
+            if folder is not None:
+                return write_copy(entry.manager, entry.name, folder, chosen, notes, safe=safe, **copying)
             note = requantizing_note(entry.manager, chosen)
             entry.manager.merge(chosen, safe=safe)
             notes += [note] if note else []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import AdapterError, AdapterExistsError, UnknownAdapterError
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
+from nbpeft.session.checks import place_of
 from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.files import adapter_name_of, folder_hint, save_adapters
 from nbpeft.session.handles import reviver, uncompiled
@@ -126,7 +127,8 @@ class AdapterCommands(SessionBase):
         """
         from nbpeft.model import PeftModel
 
-        place, chosen = os.fspath(source), name or adapter_name_of(source)
+        place = place_of(source, "load")
+        chosen = name or adapter_name_of(place)
         with self._command(f"loading {chosen!r}", slow=True) as notes, folder_hint(place):
             entry = self._entry_of(model, variable)
             if entry is None:
@@ -153,13 +155,14 @@ class AdapterCommands(SessionBase):
             UnknownAdapterError: there is no such adapter.
             CheckpointError: the folder cannot be written.
         """
+        place = place_of(folder, "save")
         entry = self._book.get(model)
         names = (name,) if name is not None else entry.manager.names
         entry.manager.require(*names)
         if not names:
             raise AdapterError(f"{entry.name} has no adapter to save")
         with self._command(f"saving {', '.join(names)}", slow=True) as notes:
-            saved = save_adapters(entry.model, os.fspath(folder), names)
+            saved = save_adapters(entry.model, place, names)
             return SaveResult(entry.name, saved, tuple(notes))
 
     def delete(self, name: str, *, model: ModelLike = None) -> Done:

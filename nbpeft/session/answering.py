@@ -165,7 +165,7 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
         interrupt ended it early.
 
     Raises:
-        AdapterError: the model cannot generate text.
+        AdapterError: the model cannot generate text, or not with these options.
     """
     from nbpeft.model.rows import serving_rows
 
@@ -189,6 +189,11 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
             tokens = model.generate(**inputs, **options)  # type: ignore[arg-type]
     except (_StopAnswering, KeyboardInterrupt):
         return stream.answers(), False
+    except ValueError as error:
+        if not asked.options:
+            raise
+        reason = " ".join(str(error).split())
+        raise AdapterError(f"generate does not take {', '.join(asked.options)}: {reason:.200}") from error
     made = tokens[:, inputs["input_ids"].shape[1] :].tolist()
     return [batch.answer(row, asked.max_new_tokens) for row in made], True
 

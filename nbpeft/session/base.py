@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.errors import AdapterError
 from nbpeft.logs import collapsed
 from nbpeft.session.book import Entry, ModelBook
-from nbpeft.session.handles import handle_over, is_handle, is_live, uncompiled
+from nbpeft.session.handles import handle_over, is_handle, is_live, is_module, uncompiled
 from nbpeft.session.lock import CommandLock, Subscribers
 from nbpeft.session.results import Done
 from nbpeft.state import SessionState
@@ -141,6 +142,8 @@ class SessionBase:
         if model is None or isinstance(model, str):
             return self._book.get(model)
         model = uncompiled(model)
+        if not is_module(model):
+            raise AdapterError(f"expected a model, or the name of one, not {model!r:.60}")
         entry = self._book.find(model)
         if entry is None:
             handle: Any = model if is_handle(model) else handle_over(model)

@@ -13,6 +13,7 @@ from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you
 from nbpeft.session.answering import Asked, Batch, check_finite, evaluating, first_answer
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
+from nbpeft.session.checks import place_of, weights_of
 from nbpeft.session.combined import CombineResult, SwapResult
 from nbpeft.session.files import folder_hint
 from nbpeft.session.handles import uncompiled
@@ -85,6 +86,7 @@ class CombiningCommands(SessionBase):
             ConfigError: an option is impossible or means nothing for this type.
         """
         recipe = recipe_of(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
+        weights = weights_of(weights)
         entry = self._book.get(model)
         entry.manager.require_reachable(*weights)
         if not weights:
@@ -146,7 +148,7 @@ class CombiningCommands(SessionBase):
         """
         from nbpeft.model import hotswap_adapter
 
-        entry, place = self._entry_of(model), os.fspath(path)
+        entry, place = self._entry_of(model), place_of(path, "swap")
         entry = entry if entry is not None else self._book.get(model)
         name = into if into is not None else _only_active(entry)
         entry.manager.require(name)
@@ -276,7 +278,7 @@ def recipe_of(
 
     types = combination_types()
     if type not in types:
-        raise ConfigError(f"type {type!r} is unknown; choose from {', '.join(types)}." + did_you_mean(type, types))
+        raise ConfigError(f"type {type!r} is unknown; choose from {', '.join(types)}." + did_you_mean(str(type), types))
     for option, value in (("rank", rank), ("clamp", clamp)):
         if value is not None and type not in _RANKED:
             near = f"; {type}_svd takes one" if f"{type}_svd" in _RANKED else ""
@@ -308,6 +310,8 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed is {seed!r}; expected a whole number")
     import torch
 
     with torch.random.fork_rng():

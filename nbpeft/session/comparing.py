@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import AdapterError
 from nbpeft.session.answering import Asked, Batch, Prompt, answer, evaluating
 from nbpeft.session.book import Entry
+from nbpeft.session.checks import names_of, prompts_of, weights_of
 from nbpeft.session.combining import CombiningCommands, free_name, recipe_of, seeded
 from nbpeft.session.compared import BASE, Answer, Column, CompareResult, blend_title
 
@@ -71,10 +72,11 @@ class ComparingCommands(CombiningCommands):
         manager = entry.manager
         if manager.merged:
             raise AdapterError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before comparing")
-        names = manager.names if adapters is None else tuple(dict.fromkeys(adapters))
+        names = manager.names if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
+        blends = [weights_of(weights) for weights in blends]
         manager.require_reachable(*names, *(name for weights in blends for name in weights))
         columns = _columns(names, blends, include_base)
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        asked = prompts_of(prompts)
         batch = Batch.of(asked, self._tokenizers.choose(manager.model, tokenizer), manager.model, chat=chat)
         with self._command("comparing", slow=True) as notes, evaluating(entry.model):
             return dataclasses.replace(_Comparison(entry, batch, columns, on_text).run(how), notes=tuple(notes))
@@ -114,9 +116,10 @@ class ComparingCommands(CombiningCommands):
             model: an adapted model.
         """
         recipe = recipe_of(type, rank=rank, density=density)
+        weights = weights_of(weights)
         entry = self._book.get(model)
         manager = entry.manager
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        asked = prompts_of(prompts)
         batch = Batch.of(asked, self._tokenizers.choose(manager.model, tokenizer), manager.model, chat=chat)
         with self._command(f"trying {type}", slow=True) as notes, evaluating(entry.model):
             name = free_name(TRIAL, manager.names)

@@ -51,6 +51,8 @@ def build_config(config: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
         UnknownMethodError: ``peft_type`` is not a known method.
     """
     if not isinstance(config, Mapping):
+        if not hasattr(config, "base_model_name_or_path"):
+            raise ConfigError(f"a config such as LoraConfig, or its fields by name, is expected, not {config!r:.60}")
         return config
     fields = {name: _as_names(value) if name in _NAME_FIELDS else value for name, value in config.items()}
     cls = config_class(fields.get("peft_type") or "LORA")

@@ -19,6 +19,12 @@ def is_handle(thing: object) -> bool:
     return models is not None and isinstance(thing, models.PeftModel)
 
 
+def is_module(thing: object) -> bool:
+    """Whether something is a torch module. Imports nothing."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(thing, torch.nn.Module)
+
+
 def uncompiled(model: Any) -> Any:
     """The model behind ``torch.compile``, or the model itself."""
     return getattr(model, "_orig_mod", model)

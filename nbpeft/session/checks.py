@@ -1,0 +1,58 @@
+"""What commands are given, checked for its kind: each mistake is one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nbpeft.errors import AdapterError
+
+
+def place_of(place: object, what: str) -> str:
+    """A folder or hub id as text.
+
+    Raises:
+        AdapterError: it is empty or no path.
+    """
+    if not isinstance(place, str | os.PathLike) or not os.fspath(place):
+        raise AdapterError(f"{what} needs a folder, not {place!r:.60}")
+    text: str = os.fspath(place)
+    return text
+
+
+def names_of(names: object) -> tuple[Any, ...]:
+    """One name or several as a tuple.
+
+    Raises:
+        AdapterError: they are neither.
+    """
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, Iterable):
+        raise AdapterError(f"expected the name of an adapter or a list of names, not {names!r:.60}")
+    return tuple(names)
+
+
+def weights_of(weights: object) -> Mapping[str, float]:
+    """Weights by adapter.
+
+    Raises:
+        AdapterError: they are not given by name.
+    """
+    if not isinstance(weights, Mapping):
+        raise AdapterError(f"weights are given by adapter, as {{'a': 0.7, 'b': 0.3}}, not {weights!r:.60}")
+    return weights
+
+
+def prompts_of(prompts: object) -> list[Any]:
+    """One prompt or several as a list.
+
+    Raises:
+        AdapterError: they are neither.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise AdapterError(f"a prompt is a text, or several are a list of them, not {prompts!r:.60}")
+    return list(prompts)

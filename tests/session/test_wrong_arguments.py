@@ -1,0 +1,49 @@
+"""Arguments of a wrong kind: one clear line, and everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbpeft.errors import NbpeftError
+from nbpeft.session import Session
+from tests.session.adapted import everything, same
+from tests.session.letters import Letters
+
+MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
+    "add-model": (lambda s: s.add(3, {"r": 4}), "expected a model, or the name of one, not 3"),  # type: ignore[arg-type]
+    "add-config": (lambda s: s.add(None, "r=4"), "a config such as LoraConfig, or its fields"),  # type: ignore[arg-type]
+    "use": (lambda s: s.use(3), "expected the name of an adapter or a list of names, not 3"),  # type: ignore[arg-type]
+    "load": (lambda s: s.load(None), "load needs a folder, not None"),  # type: ignore[arg-type]
+    "load-empty": (lambda s: s.load(""), "load needs a folder, not ''"),
+    "save": (lambda s: s.save(3), "save needs a folder, not 3"),  # type: ignore[arg-type]
+    "save-empty": (lambda s: s.save(""), "save needs a folder, not ''"),
+    "delete": (lambda s: s.delete(["orders"]), r"Adapter \['orders'\] not found"),  # type: ignore[arg-type]
+    "merge": (lambda s: s.merge(3), "expected the name of an adapter or a list"),  # type: ignore[arg-type]
+    "merge-none": (lambda s: s.merge([]), "nothing to merge into .*: no adapter is named"),
+    "merge-to": (lambda s: s.merge("orders", to=3), "merge needs a folder, not 3"),  # type: ignore[arg-type]
+    "combine": (lambda s: s.combine(["orders"], as_name="c"), "weights are given by adapter"),  # type: ignore[arg-type]
+    "combine-type": (lambda s: s.combine({"orders": 1}, as_name="c", type=None), "type None is unknown"),  # type: ignore[arg-type]
+    "combine-seed": (lambda s: s.combine({"orders": 1}, as_name="c", seed="x"), "seed is 'x'"),  # type: ignore[arg-type]
+    "swap": (lambda s: s.swap(None), "swap needs a folder, not None"),  # type: ignore[arg-type]
+    "compare": (lambda s: s.compare(3, tokenizer=Letters()), "a prompt is a text"),  # type: ignore[arg-type]
+    "compare-option": (lambda s: s.compare("Hi", tokenizer=Letters(), tempratur=1), "generate does not take tempratur"),
+    "plan": (lambda s: s.plan_memory(batch_sise=2), "has no setting 'batch_sise'. Did you mean 'batch_size'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_wrong_kinds_are_told_in_one_line(
+    case: str, session: Session, two_adapters: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = two_adapters
+    before, (command, message) = everything(model), MISTAKES[case]
+    with pytest.raises(NbpeftError, match=message) as caught:
+        command(session)
+    assert "\n" not in str(caught.value)
+    assert same(everything(model), before)
+    assert list(tmp_path.iterdir()) == [] and session.state.busy == ""
