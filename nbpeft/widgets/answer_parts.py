@@ -103,10 +103,10 @@ class PromptForm:
 
     def __init__(self, command: Command, raw: bool) -> None:
         self._form = ipywidgets.Dropdown(
-            options=[("as a chat message", False), ("as it is", True)], value=raw, layout=field_layout("150px")
+            options=[("chat message", False), ("plain text", True)], value=raw, layout=field_layout("132px")
         )
         self._form.observe(weakly(command, "form"), names="value")
-        self.box = pair("prompt sent", self._form)
+        self.box = pair("sent as", self._form)
 
     @property
     def chat(self) -> bool | None:

@@ -74,7 +74,7 @@ def dropdown(shown: Any, value: Any) -> Any:
 
 
 def prompt_form(shown: Any) -> Any:
-    (found,) = [part for part in parts(shown, ipywidgets.Dropdown) if "as it is" in str(part.options)]
+    (found,) = [part for part in parts(shown, ipywidgets.Dropdown) if "plain text" in str(part.options)]
     return found
 
 
