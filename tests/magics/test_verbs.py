@@ -282,7 +282,7 @@ def test_loading_with_two_bare_models(notebook: Notebook, tmp_path: Path) -> Non
 
 def test_changes_while_merged_are_refused(trained: Notebook) -> None:
     trained.do("%lora merge")
-    for line in ("delete chat", "add model --name x target_modules=q_proj", "merge chat"):
+    for line in ("delete chat", "add model --name x target_modules=q_proj", "rename chat other"):
         assert "unmerge" in trained.run(f"%lora {line}").line
 
 
