@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,6 +155,10 @@ class Expectation:
     @property
     def acting(self) -> tuple[str, ...]:
         return self.merged or (self.selected if self.enabled else ())
+
+    def several_heads(self, names: Sequence[str]) -> bool:
+        """Whether they cannot act together."""
+        return sum(self.adapters[name].head is not None for name in names) > 1
 
     @property
     def heads(self) -> list[str]:

@@ -219,6 +219,17 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def follow(self, source: Adapter) -> None:
+        """Makes this adapter act with the tensors of another one; for layers that share one weight."""
+        raise NotImplementedError
+
+    def merged_elsewhere(self, base: Base) -> bool:
+        """Whether its delta gets into the layer's weight by merging on another layer, which shares the weight."""
+        return False
+
+    shares_rows: ClassVar[bool] = False
+    """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
+
     adds_itself: ClassVar[bool] = False
     """Whether ``forward`` takes ``whole=True``: give output and delta together, which can be cheaper."""
 

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.plan import InjectionPlan, Site, Target, walk
-from nbpeft.engine.registry import backend_named, backends, host_named, method_of
+from nbpeft.engine.plan import InjectionPlan, Site, Target, make_adapters, walk
+from nbpeft.engine.registry import backend_named, backends, host_named
 from nbpeft.engine.storage import StoredWeight
 from nbpeft.engine.switch import Switch
 
@@ -61,15 +62,20 @@ def build(
         sites.setdefault(id(site.module), []).append(site)
         if site.path in wanted:
             by_path[site.path] = site
-    adapter_class = method_of(plan.config).adapter_class
     parts = Parts([], [])
-    for target in plan.targets:
-        site = by_path[target.path]
-        layer = site.wrapper if isinstance(site.wrapper, AdaptedLayer) else _wrap(site, target, switch)
+    layers: dict[str, AdaptedLayer] = {}
+
+    def create(adapter_class: type[Adapter], config: Any, target: Target) -> Adapter:
+        wrapper = by_path[target.path].wrapper
+        layer = wrapper if isinstance(wrapper, AdaptedLayer) else _wrap(by_path[target.path], target, switch)
+        layers[target.path] = layer
         given = None if weights is None else weights.adapters.get(target.path)
-        adapter = _create(adapter_class, plan, target, layer, given, half)
+        return _create(adapter_class, config, target, layer, given, half)
+
+    for target, adapter in make_adapters(plan, create):
+        layer = layers[target.path]
         adapter.training = layer.training
-        parts.adapters.append((sites[id(site.module)], layer, adapter))
+        parts.adapters.append((sites[id(by_path[target.path].module)], layer, adapter))
     for path in plan.copies:
         site = by_path[path]
         wrapper = site.wrapper if isinstance(site.wrapper, CopiedModule) else CopiedModule(site.module, switch)
@@ -84,7 +90,7 @@ def _wrap(site: Site, target: Target, switch: Switch) -> AdaptedLayer:
 
 def _create(
     adapter_class: type[Adapter],
-    plan: InjectionPlan,
+    config: Any,
     target: Target,
     layer: AdaptedLayer,
     given: Mapping[str, Tensor] | None,
@@ -93,12 +99,12 @@ def _create(
     dtype = adapter_dtype(layer.base.dtype, half=half)
     path, shapes = target.path, target.shapes
     if given is None or set(shapes) - set(given):
-        adapter = adapter_class.create(plan.config, path, layer.base, shapes, None, dtype)
+        adapter = adapter_class.create(config, path, layer.base, shapes, None, dtype)
         for name, tensor in (given or {}).items():
             adapter._parameters[name] = nn.Parameter(tensor.to(device=layer.base.device, dtype=dtype))
         return adapter
     tensors = {name: given[name].to(device=layer.base.device, dtype=dtype) for name in shapes}
-    return adapter_class.create(plan.config, path, layer.base, shapes, tensors, dtype)
+    return adapter_class.create(config, path, layer.base, shapes, tensors, dtype)
 
 
 def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:

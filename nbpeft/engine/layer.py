@@ -150,13 +150,14 @@ class AdaptedLayer(LayerFace):
         return bool(torch.isfinite(weight).all())
 
     @torch.no_grad()
-    def merge(self, names: Sequence[str], scales: Sequence[float], *, keep_snapshot: bool) -> None:
+    def merge(self, names: Sequence[str], scales: Sequence[float], *, keep_snapshot: bool, apart: bool = False) -> None:
         """Adds the deltas of these adapters to the base weight.
 
         Args:
             names: adapters; those not on this layer are passed over.
             scales: factor on each one's delta.
             keep_snapshot: keep the old weight (on the CPU) for ``unmerge``.
+            apart: merge into a weight of its own and leave the present one, which others share.
 
         Raises:
             MergeError: the backend cannot store a merged weight, or a bias has no place to go.
@@ -165,7 +166,10 @@ class AdaptedLayer(LayerFace):
         if not chosen:
             return
         self.check_mergeable([name for name, _ in chosen])
-        snapshot = self._take_snapshot() if keep_snapshot else None
+        snapshot = self._take_snapshot(apart) if keep_snapshot else None
+        if apart:
+            shared: Any = self.base_layer._parameters["weight"]
+            self.base_layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
         weight = self.backend.dequantize(self.base_layer)
         self._add_deltas(self.host.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
         self.backend.store(self.base_layer, weight)
@@ -190,11 +194,14 @@ class AdaptedLayer(LayerFace):
                 raise MergeError(f"adapter {name!r} has a bias (lora_bias=True) but the base layer has none to take it")
 
     def _add_deltas(self, weight: Tensor, names: Sequence[str], scales: Sequence[float]) -> None:
-        add_deltas(weight, self.base, [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)])
+        adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
+        add_deltas(weight, self.base, [pair for pair in adapters if not pair[0].merged_elsewhere(self.base)])
 
-    def _take_snapshot(self) -> tuple[Any, Tensor | None]:
+    def _take_snapshot(self, apart: bool) -> tuple[Any, Tensor | None]:
+        """The shared parameter itself, or what the backend makes of it; and the bias."""
         bias = self.base.bias
-        return self.backend.snapshot(self.base_layer), None if bias is None else bias.detach().to("cpu", copy=True)
+        kept = self.base_layer._parameters["weight"] if apart else self.backend.snapshot(self.base_layer)
+        return kept, None if bias is None else bias.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -202,7 +209,10 @@ class AdaptedLayer(LayerFace):
         if not self.merged:
             return
         snapshot, bias = self._snapshot
-        self.backend.restore(self.base_layer, snapshot)
+        if isinstance(snapshot, nn.Parameter):
+            self.base_layer._parameters["weight"] = snapshot
+        else:
+            self.backend.restore(self.base_layer, snapshot)
         if bias is not None and self.base.bias is not None:
             self.base.bias.copy_(bias)
         self.merged, self._snapshot = (), None

@@ -73,7 +73,6 @@ class LoraConfig(AdapterConfig):
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         "megatron_config",
-        "trainable_token_indices",
         "loftq_config",
         "eva_config",
         "corda_config",

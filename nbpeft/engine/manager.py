@@ -28,12 +28,9 @@ from nbpeft.engine.merging import (
     unmerge_layers,
 )
 from nbpeft.engine.plan import InjectionPlan, plan
+from nbpeft.engine.shared import part_for_good
 from nbpeft.engine.switch import NOTHING, Active
-from nbpeft.errors import (
-    AdapterError,
-    AdapterExistsError,
-    MergeError,
-)
+from nbpeft.errors import AdapterError, AdapterExistsError, MergeError
 
 _ATTRIBUTE = "_nbpeft_manager"
 
@@ -334,7 +331,7 @@ class AdapterManager(AdapterHolder):
         check_together(self.copies, together)
         lossy_note(self.layers)
         with self.switch.exclusive():
-            merge_besides(self.layers, self._merged, together, self.scale, safe=safe)
+            merge_besides(self.model, self.layers, self._merged, together, self.scale, safe=safe)
             self._merged = together
             self._publish_active()
         self.changed()
@@ -371,10 +368,12 @@ class AdapterManager(AdapterHolder):
                 lossy_note(self.layers)
         with self.switch.exclusive():
             if merge and not self._merged:
-                merge_layers(self.layers, chosen, [self.scale(name) for name in chosen], keep_snapshot=False)
+                merge_layers(self.model, self.layers, chosen, self.scale, keep_snapshot=False)
             elif not merge:
                 unmerge_layers(list(self.layers.values()))
             self._dismantle(chosen)
+            if merge:
+                part_for_good(self.model)
         self.changed()
         return self.model
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.shared import layers_to_part
 from nbpeft.errors import AdapterError, MergeError
 
 
@@ -34,14 +35,21 @@ def check_merge(layers: Mapping[str, AdaptedLayer], names: Sequence[str], *, saf
 
 
 def merge_layers(
-    layers: Mapping[str, AdaptedLayer], names: Sequence[str], scales: Sequence[float], *, keep_snapshot: bool
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLayer],
+    names: Sequence[str],
+    scale: Callable[[str], float],
+    *,
+    keep_snapshot: bool,
 ) -> None:
     """Merges on every layer; if one fails, those done before are put back."""
     done: list[AdaptedLayer] = []
+    parted = layers_to_part(model, layers, names)
+    scales = [scale(name) for name in names]
     try:
-        for layer in layers.values():
+        for path, layer in layers.items():
             done.append(layer)
-            layer.merge(names, scales, keep_snapshot=keep_snapshot)
+            layer.merge(names, scales, keep_snapshot=keep_snapshot, apart=path in parted)
     except BaseException:
         if keep_snapshot:
             unmerge_layers(done)
@@ -49,6 +57,7 @@ def merge_layers(
 
 
 def merge_besides(
+    model: nn.Module,
     layers: Mapping[str, AdaptedLayer],
     merged: Sequence[str],
     together: Sequence[str],
@@ -61,6 +70,7 @@ def merge_besides(
     Each delta is taken against the frozen weights, so those come back first.
 
     Args:
+        model: the base model.
         layers: path -> adapted layer.
         merged: adapters that are merged now.
         together: adapters to be merged afterwards, those among them.
@@ -73,9 +83,9 @@ def merge_besides(
     unmerge_layers(list(layers.values()))
     try:
         check_merge(layers, together, safe=safe)
-        merge_layers(layers, together, [scale(name) for name in together], keep_snapshot=True)
+        merge_layers(model, layers, together, scale, keep_snapshot=True)
     except BaseException:
-        merge_layers(layers, merged, [scale(name) for name in merged], keep_snapshot=True)
+        merge_layers(model, layers, merged, scale, keep_snapshot=True)
         raise
 
 
@@ -92,8 +102,8 @@ def check_together(copies: Mapping[str, CopiedModule], names: Sequence[str]) -> 
 
 
 def unmerge_layers(layers: Sequence[AdaptedLayer]) -> None:
-    """Puts the frozen weights back, bit for bit."""
-    for layer in layers:
+    """Puts the frozen weights back, bit for bit; the last first, since several may share one weight."""
+    for layer in reversed(layers):
         layer.unmerge()
 
 

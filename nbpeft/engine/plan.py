@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 import nbpeft.engine.backends
 import nbpeft.engine.hosts
 import nbpeft.engine.methods  # noqa: F401
-from nbpeft.engine.adapter import AdapterConfig, Backend, Host, TaskType
+from nbpeft.engine.adapter import Adapter, AdapterConfig, Backend, Host, TaskType
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
@@ -29,6 +30,8 @@ from nbpeft.engine.targets import (
     no_match,
     no_pattern_match,
 )
+from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
+from nbpeft.engine.tokens import token_rows
 from nbpeft.errors import TargetError
 
 _CLASSIFIER_HEADS = ("score", "classifier")
@@ -47,6 +50,8 @@ class Target:
         in_features: input features.
         out_features: output features.
         shapes: parameter name -> shape of what is added.
+        rows: rows of the weight that are trained, where it is not the config's method that acts here.
+        tied_to: path of the target whose tensors this one shares; else empty.
     """
 
     path: str
@@ -55,6 +60,8 @@ class Target:
     in_features: int
     out_features: int
     shapes: dict[str, tuple[int, ...]]
+    rows: tuple[int, ...] = ()
+    tied_to: str = ""
 
     @property
     def parameter_count(self) -> int:
@@ -168,7 +175,8 @@ def plan(model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True)
         getattr(resolved, "layers_pattern", None),
     )
     targets, excluded = _match(sites, matcher, resolved, method, tuple(copies))
-    if not targets and not (copies and not matcher.targets):
+    tokens = _token_targets(model, resolved, sites, {target.path for target in targets} | copies.keys())
+    if not targets and not ((copies or tokens) and not matcher.targets):
         raise _nothing_matches(matcher, excluded, sites)
     missing = matcher.missing()
     if missing:
@@ -178,7 +186,7 @@ def plan(model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True)
         warnings.warn(str(problem), stacklevel=3)
     remark(resolved, _modules_at(sites, targets), strict=not allow_missing)
     return InjectionPlan(
-        method.label, resolved, tuple(targets), copies, _biases(model, resolved, targets), tuple(excluded), missing
+        method.label, resolved, (*targets, *tokens), copies, _biases(model, resolved, targets), tuple(excluded), missing
     )
 
 
@@ -281,6 +289,48 @@ def _match(
             raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
         targets.append(_target(site, config, method))
     return targets, excluded
+
+
+def _token_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], taken: Set[str]) -> list[Target]:
+    """Modules of which a config trains rows, those that share their weights behind them."""
+    rows = token_rows(model, config, [(site.path, site.module) for site in sites])
+    targets: list[Target] = []
+    for site in sites:
+        wanted = rows.get(site.path)
+        if wanted is None:
+            continue
+        if site.path in taken or isinstance(site.wrapper, CopiedModule):
+            what = "adapted or trained as a whole already"
+            raise TargetError(f"{site.path} is {what}; its rows cannot be trained too (trainable_token_indices)")
+        host, backend = resolve_parts(site)
+        shapes = (
+            {}
+            if wanted.tied_to
+            else TokenRows.parameter_shapes(TokenRowsConfig(wanted.indices), site.path, site.module, host)
+        )
+        features = host.features(site.module)
+        targets.append(Target(site.path, host.name, backend.name, *features, shapes, wanted.indices, wanted.tied_to))
+    return sorted(targets, key=lambda target: bool(target.tied_to))
+
+
+def make_adapters(
+    plan: InjectionPlan, create: Callable[[type[Adapter], Any, Target], Adapter]
+) -> list[tuple[Target, Adapter]]:
+    """The adapter of each target, in the plan's order.
+
+    Args:
+        plan: the plan.
+        create: makes one, of a class, with the config that class takes.
+    """
+    usual = method_of(plan.config).adapter_class
+    made: dict[str, tuple[Target, Adapter]] = {}
+    for target in plan.targets:
+        kind: type[Adapter] = TokenRows if target.rows else usual
+        adapter = create(kind, TokenRowsConfig(target.rows) if target.rows else plan.config, target)
+        made[target.path] = target, adapter
+        if target.tied_to:
+            adapter.follow(made[target.tied_to][1])
+    return list(made.values())
 
 
 def _target(site: Site, config: AdapterConfig, method: Method) -> Target:

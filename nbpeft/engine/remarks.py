@@ -36,8 +36,8 @@ def without_bias(config: Any, modules: Sequence[tuple[str, nn.Module]]) -> str:
     bare = [path for path, module in modules if getattr(module, "bias", None) is None]
     if not bare:
         return ""
-    more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
-    return f"lora_bias=True, but {bare[0]}{more} have no bias of their own: the adapter cannot be merged there"
+    subject = f"{bare[0]} and {len(bare) - 1} more have" if len(bare) > 1 else f"{bare[0]} has"
+    return f"lora_bias=True, but {subject} no bias in the base: the adapter cannot be merged there"
 
 
 def remark(config: Any, modules: Sequence[tuple[str, nn.Module]], *, strict: bool) -> None:

@@ -261,7 +261,11 @@ def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
 
 
 def _wants_embeddings(manager: AdapterManager, name: str) -> bool:
-    targeted = {path.rpartition(".")[2] for path, layer in manager.layers.items() if name in layer.adapters._modules}
+    targeted = {
+        path.rpartition(".")[2]
+        for path, layer in manager.layers.items()
+        if hasattr(layer.adapters._modules.get(name), "factors")
+    }
     return bool(targeted & set(_EMBEDDING_NAMES)) or _vocabulary_resized(manager.model)
 
 

@@ -22,7 +22,8 @@ from nbpeft.engine.adapter import Adapter, Base
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer, add_deltas
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.registry import backend_named, host_named, method_of, resolve_backend, resolve_host
+from nbpeft.engine.plan import Target, make_adapters
+from nbpeft.engine.registry import backend_named, host_named, resolve_backend, resolve_host
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, MergeError
 from nbpeft.model import files
 from nbpeft.model.stored import is_quantized_layer
@@ -143,17 +144,20 @@ def deltas_in(source: str | os.PathLike[str], skeleton: nn.Module, **hub: Any) -
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {', '.join(loaded.missing[:3])}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
     found = Deltas(names=(name,))
-    method = method_of(saved.config)
-    for target in plan.targets:
+    bases: dict[str, Base] = {}
+
+    def create(adapter_class: type[Adapter], config: Any, target: Target) -> Adapter:
         module = skeleton.get_submodule(target.path)
         base = Base(module, host_named(target.host), backend_named(target.backend))
         refusal = base.host.product_refusal(module)
         if refusal:
             raise MergeError(f"{target.path}: the adapter cannot be merged into {refusal}", path=target.path)
-        tensors = loaded.weights.adapters[target.path]
-        dtype = next(iter(tensors.values())).dtype
-        adapter = method.adapter_class.create(plan.config, target.path, base, target.shapes, tensors, dtype)
-        found.layers[target.path] = LayerDelta(base, ((adapter, 1.0),))
+        tensors = loaded.weights.adapters.get(target.path, {})
+        bases[target.path] = base
+        return adapter_class.create(config, target.path, base, target.shapes, tensors, torch.float32)
+
+    for target, adapter in make_adapters(plan, create):
+        found.layers[target.path] = LayerDelta(bases[target.path], ((adapter, 1.0),))
     for path, named in loaded.weights.copies.items():
         found.replaced.update({f"{path}.{key}": value for key, value in named.items()})
     found.replaced.update(loaded.weights.base)

@@ -154,6 +154,10 @@ class Reader:
                 f"adapter {name!r} trained base biases (bias={getattr(config, 'bias', None)!r}), which no two adapters "
                 "can share: load it by itself"
             )
+        if any(target.rows for target in plan.targets):
+            raise AdapterError(
+                f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"
+            )
         wanted = expected(model, plan)
         sites = {site.path: site for site in walk(model) if site.path in wanted.adapters or site.path in wanted.copies}
         dtypes = {}

@@ -20,7 +20,7 @@ from torch import nn
 
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean
 from nbpeft.logs import collapsed
 from nbpeft.model.gguf import forget_gguf, obedient_progress
 from nbpeft.model.quantization import FLOATS, dtype_of, quantization, usual_device, usual_dtype
@@ -73,7 +73,11 @@ def load_quantized(
     )
     if "quantization_config" in from_pretrained:
         raise ConfigError("quantization_config is made from bits, quant_type, …; leave it out")
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"a model is loaded from a folder, a hub id or a GGUF file, not from {source!r:.60}")
     place, file = place_of(source, gguf_file)
+    if not os.path.exists(place) and (os.path.isabs(place) or place.startswith(".") or place.count("/") > 1):
+        raise CheckpointNotFoundError(f"no model could be loaded from {place!r}: there is no such folder", source=place)
     chosen = model_class or "AutoModelForCausalLM"
     loader = getattr(importlib.import_module("transformers"), chosen, None) if isinstance(chosen, str) else chosen
     if loader is None:
@@ -123,8 +127,10 @@ def quantize_model(
 
     Raises:
         ConfigError: a setting is impossible, the model has adapters, is quantized already, or has
-            no weights or nothing to quantize.
+            no weights or nothing to quantize, or ``skip_modules`` names nothing in it.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a model to quantize, not {model!r:.60}; load_quantized reads one from a folder")
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     settings = quantization(
         bits=bits,
@@ -159,7 +165,7 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list
         skip: further layers that stay, by path or by a whole part of it.
 
     Raises:
-        ConfigError: there is nothing to quantize.
+        ConfigError: there is nothing to quantize, or ``skip`` names no module.
     """
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -168,14 +174,24 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list
             uses[id(weight)] = uses.get(id(weight), 0) + 1
     head = _head(model)
     chosen, stay = [], []
+    unseen = dict.fromkeys([skip] if isinstance(skip, str) else skip)
+    names = tuple(unseen)
     for path, module in model.named_modules():
+        naming = [name for name in names if path == name or f".{name}." in f".{path}."]
+        for name in naming:
+            unseen.pop(name, None)
         if not path or not _is_linear(module):
             continue
-        named = any(path == name or f".{name}." in f".{path}." for name in skip)
-        if named or module is head or uses[id(module.weight)] > 1 or not module.weight.is_floating_point():
+        if naming or module is head or uses[id(module.weight)] > 1 or not module.weight.is_floating_point():
             stay.append(path)
         else:
             chosen.append(path)
+    if unseen:
+        name, known = next(iter(unseen)), {path.rpartition(".")[2] for path in (*chosen, *stay)}
+        raise ConfigError(
+            f"skip_modules names {name!r}, which is no module of the model.{did_you_mean(str(name), known)}",
+            field="skip_modules",
+        )
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no linear layer to quantize")
     return chosen, stay

@@ -179,6 +179,20 @@ def test_refusals_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
     assert same_state(state(plain), before) and not quantized_paths(plain)
 
 
+def test_names_to_skip_are_checked() -> None:
+    one = quantize_model(llama(), skip_modules="q_proj")  # type: ignore[arg-type]
+    assert type(one.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
+    assert type(one.get_submodule("model.layers.0.self_attn.k_proj")) is not nn.Linear
+    model = llama()
+    with pytest.raises(ConfigError, match=r"skip_modules names 'q_prj', which is no module.*Did you mean 'q_proj'"):
+        quantize_model(model, skip_modules=["embed_tokens", "q_prj"])
+    assert type(model.get_submodule("model.layers.0.self_attn.k_proj")) is nn.Linear
+    with pytest.raises(ConfigError, match="expected a model to quantize, not 'base'"):
+        quantize_model("base")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="not from None"):
+        load_quantized(None)  # type: ignore[arg-type]
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no model could be loaded") as caught:
         load_quantized(tmp_path / "nowhere")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -13,12 +12,11 @@ import ipywidgets
 import pytest
 
 from nbpeft.errors import AdapterError, BusyError
-from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel, LiveAnswers, close_all, panel
+from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel, close_all, panel
 from nbpeft.widgets.blend_panel import DEBOUNCE
 from nbpeft.widgets.environment import WIDGET_VIEW
-from nbpeft.widgets.worker import Worker
 from tests.widgets.answering import ANSWERS, BLENDED, TOKENIZER, AnsweringSession
-from tests.widgets.support import Output, live_widgets
+from tests.widgets.support import live_widgets
 from tests.widgets.test_adapters_panel import walk
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
@@ -371,43 +369,3 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     button(shown, "compare").click()
     shown.close()
     assert not panel._open
-
-
-# Live answers, worker
-
-
-def test_live_answers_are_one_output_that_empties_itself(session: AnsweringSession, outputs: list[Output]) -> None:
-    live = LiveAnswers(ui="html")
-    options: dict[str, Any] = {"adapters": ["orders"], "max_new_tokens": 9, "tokenizer": None}
-    session.compare(PROMPT, model="model", on_text=live.draw, should_stop=lambda: False, **options)
-    (output,) = outputs
-    assert len(output.bundles) == 10
-    assert "Ana" in output.last["text/html"]
-    live.close()
-    assert output.last == {"text/html": "", "text/plain": ""}
-    silent = LiveAnswers(ui="text")
-    session.compare(PROMPT, model="model", on_text=silent.draw, should_stop=lambda: False, **options)
-    silent.close()
-    assert len(outputs) == 1
-
-
-def test_the_worker_does_the_newest_job() -> None:
-    worker, done, started, go = Worker(), [], threading.Event(), threading.Event()
-
-    def first(stopped: Any) -> None:
-        started.set()
-        go.wait(10)
-        done.append(("first", stopped()))
-
-    worker.submit(first)
-    assert started.wait(10)
-    worker.submit(lambda stopped: done.append(("second", stopped())))
-    worker.submit(lambda stopped: done.append(("third", stopped())))
-    assert worker.waiting
-    go.set()
-    assert worker.wait(10)
-    assert done == [("first", True), ("third", False)]
-    worker.submit(lambda stopped: done.append(("late", stopped())), delay=30)
-    worker.stop()
-    assert worker.wait(5)
-    assert len(done) == 2

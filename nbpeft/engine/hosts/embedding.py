@@ -55,11 +55,11 @@ class Embedding:
     ) -> Tensor:
         dtype = compute_dtype(x, lora_A)
         hidden = self._look_up(module, x.to(lora_A.device), lora_A.T).to(dtype)
-        delta = F.linear(hidden * scaling, lora_B.to(dtype)) * self._scale(module, dtype)
+        delta = F.linear(hidden * scaling, lora_B.to(dtype)) * self.output_scale(module, dtype)
         return delta if onto is None else add_delta(onto, delta)
 
     def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-        return self._look_up(module, x, weight.T) * self._scale(module, weight.dtype)
+        return self._look_up(module, x, weight.T) * self.output_scale(module, weight.dtype)
 
     def product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return lora_B @ lora_A
@@ -77,7 +77,8 @@ class Embedding:
         return F.embedding(ids, table, padding_idx=module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
 
     @staticmethod
-    def _scale(module: nn.Module, dtype: torch.dtype) -> float | Tensor:
+    def output_scale(module: nn.Module, dtype: torch.dtype) -> float | Tensor:
+        """The factor on what is looked up."""
         scale = getattr(module, "embed_scale", None)
         if scale is None:
             return 1.0

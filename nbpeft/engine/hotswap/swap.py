@@ -129,11 +129,7 @@ def swap(
 def _check(manager: Manager, name: str, config: AdapterConfig, validate: object) -> None:
     if name in manager.merged:
         raise HotSwapError(f"adapter {name!r} is merged into the base weights: unmerge before swapping it", name=name)
-    for owner, which in ((manager.configs[name], f"adapter {name!r}"), (config, "the new adapter")):
-        if getattr(owner, "trainable_token_indices", None):
-            raise HotSwapError(
-                f"{which} trains rows of embeddings (trainable_token_indices): load one beside the other"
-            )
+    check_rows(name, manager.configs[name], config)
     if validate is not None and manager.merged:
         raise HotSwapError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before a swap is validated")
     old_label, new_label = method_of(manager.configs[name]).label, method_of(config).label
@@ -142,6 +138,15 @@ def _check(manager: Manager, name: str, config: AdapterConfig, validate: object)
             f"adapter {name!r} is {old_label} and cannot be swapped for {new_label}; load that under another name",
             name=name,
         )
+
+
+def check_rows(name: str, slot_config: AdapterConfig, config: AdapterConfig) -> None:
+    """Raises HotSwapError if the slot or the new adapter trains rows of embeddings."""
+    for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
+        if getattr(owner, "trainable_token_indices", None):
+            raise HotSwapError(
+                f"{which} trains rows of embeddings (trainable_token_indices): load one beside the other"
+            )
 
 
 def _backup(manager: Manager, name: str) -> Callable[[], None]:

@@ -135,6 +135,7 @@ def test_merged_weight_equals_peft_and_forward(kind: str, dora: bool) -> None:
     assert torch.equal(ours.layer.weight, frozen)
 
 
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_lora_bias_equals_peft(kind: str) -> None:
     ours, oracle, _, x = pair(kind, lora_bias=True)

@@ -1,0 +1,229 @@
+"""Trained rows of embeddings beside LoRA, against peft: tied and untied heads, files both ways, merging."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nbpeft.errors import AdapterError, ConfigError, HotSwapError, MergeError, TargetError
+from nbpeft.model import (
+    AdapterPool,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    hotswap_adapter,
+    merge_to_folder,
+)
+from tests.model.support import adapted, config, llama, logits, same_state, state, tokens
+
+IDS = [5, 3, 127]
+ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": IDS}
+    return {**base, "init_lora_weights": False, **changes}
+
+
+def batch() -> Tensor:
+    ids = tokens()
+    ids[:, :3] = torch.tensor(IDS)
+    return ids
+
+
+def rows(**changes: Any) -> Any:
+    """A model with rows away from the base's."""
+    tied = changes.pop("tied", False)
+    model = get_peft_model(llama(tie_word_embeddings=tied), LoraConfig(**settings(**changes))).eval()
+    move(model)
+    return model
+
+
+def move(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("indices", [IDS, {"embed_tokens": IDS}, {"model.embed_tokens": [7], "lm_head": [7]}])
+def test_files_go_both_ways_with_equal_outputs(tmp_path: Path, tied: bool, indices: Any) -> None:
+    theirs: Any = peft.get_peft_model(
+        llama(tie_word_embeddings=tied), peft.LoraConfig(**settings(trainable_token_indices=indices))
+    ).eval()
+    move(theirs)
+    expected = logits(theirs, batch())
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours = PeftModel.from_pretrained(llama(tie_word_embeddings=tied), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours, batch()), expected, atol=1e-6, rtol=1e-5)
+    in_peft = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    assert get_peft_model_state_dict(ours, save_embedding_layers=False).keys() == in_peft.keys()
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=tied), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again, batch()), expected, atol=1e-6, rtol=1e-5)
+    assert ours.get_nb_trainable_parameters()[1] == theirs.get_nb_trainable_parameters()[1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_rows_train_and_they_train_as_in_peft(tied: bool) -> None:
+    base = llama(tie_word_embeddings=tied)
+    changes = settings(trainable_token_indices={"embed_tokens": IDS}, init_lora_weights=True)
+    ours = get_peft_model(copy.deepcopy(base), LoraConfig(**changes))
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**changes))
+    torch.testing.assert_close(logits(ours.eval(), batch()), logits(base, batch()), atol=1e-6, rtol=1e-5)
+    found = []
+    for model in (ours, theirs):
+        wanted = [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
+        optimizer = torch.optim.SGD(wanted, lr=0.5)
+        for _ in range(3):
+            model(input_ids=batch(), labels=batch()).loss.backward()
+            optimizer.step()
+            model.zero_grad()
+        (parameter,) = wanted
+        found.append(parameter.detach())
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    own = dict(base.named_parameters())
+    for name, parameter in ours.get_base_model().named_parameters():
+        key = name.replace(".base_layer", "")
+        assert key not in own or (not parameter.requires_grad and torch.equal(parameter, own[key]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merging_is_exact_and_goes_back(tied: bool) -> None:
+    model = rows(tied=tied)
+    before, expected = state(model), logits(model, batch())
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch()), expected, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    assert same_state(state(model), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch()), logits(llama(tie_word_embeddings=tied), batch()))
+    wanted = dict(get_peft_model_state_dict(model))[ROWS].clone()
+    bare: Any = model.merge_and_unload()
+    torch.testing.assert_close(logits(bare, batch()), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(bare.model.embed_tokens.weight[IDS], wanted)
+    assert (bare.lm_head.weight is bare.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_tied_rows_merge_once_beside_others(scale: float) -> None:
+    model = rows(tied=True)
+    model.add_adapter("table", config(target_modules=["embed_tokens"]))
+    model.add_adapter("more", LoraConfig(**settings(trainable_token_indices=[9, 11])))
+    move(model)
+    model.base_model.set_adapter(["default", "table", "more"])
+    model.manager.set_scale("default", scale)
+    before, expected = state(model), logits(model, batch())
+    model.base_model.set_adapter(["more", "table", "default"])
+    torch.testing.assert_close(logits(model, batch()), expected, atol=1e-5, rtol=1e-4)
+    model.base_model.set_adapter(["default", "more"])
+    expected = logits(model, batch())
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch()), expected, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    assert same_state(state(model), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_into_a_folder(tmp_path: Path, tied: bool) -> None:
+    model = rows(tied=tied)
+    expected = logits(model, batch())
+    merge_to_folder(model, None, tmp_path / "live")
+    llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    if tied:
+        with pytest.raises(MergeError, match="merge a loaded model"):
+            merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "files")
+    else:
+        merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "files")
+    for folder in ("live",) if tied else ("live", "files"):
+        again = type(llama()).from_pretrained(tmp_path / folder).eval()
+        torch.testing.assert_close(logits(again, batch()), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_serve_their_part_of_a_mixed_batch(tied: bool) -> None:
+    model = rows(tied=tied)
+    model.add_adapter("plain", config())
+    with torch.no_grad():
+        mixed = model(input_ids=batch(), adapter_names=["default", "plain"]).logits
+    torch.testing.assert_close(mixed[0], logits(model, batch())[0], atol=1e-5, rtol=1e-4)
+    model.set_adapter("plain")
+    torch.testing.assert_close(mixed[1], logits(model, batch())[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_have_rows_of_their_own(tied: bool) -> None:
+    model = rows(tied=tied)
+    expected = logits(model, batch())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin, batch()), expected)
+        with torch.no_grad():
+            get_peft_model_state_dict(twin)[ROWS].zero_()
+        assert not torch.allclose(logits(twin, batch()), expected) and torch.equal(logits(model, batch()), expected)
+    model.manager.copy("default", "twin")
+    model.manager.rename("default", "old")
+    model.set_adapter("twin")
+    torch.testing.assert_close(logits(model, batch()), expected)
+    model.delete_adapter("old")
+    assert torch.equal(logits(model, batch()), expected)
+    bare: Any = model.unload()
+    assert torch.equal(logits(bare, batch()), logits(llama(tie_word_embeddings=tied), batch()))
+    assert bare.state_dict().keys() == llama(tie_word_embeddings=tied).state_dict().keys()
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"trainable_token_indices": [128]}, ConfigError, "has 128 rows and no row 128; resize_token_embeddings"),
+    ({"trainable_token_indices": [-1]}, ConfigError, "no row -1"),
+    ({"trainable_token_indices": [3, 3]}, ConfigError, "names a token more than once"),
+    ({"trainable_token_indices": ["a"]}, ConfigError, "must be a list of token ids"),
+    ({"trainable_token_indices": {"embed_tokns": [1]}}, TargetError, "Did you mean 'embed_tokens'"),
+    ({"trainable_token_indices": {"norm": [1]}}, TargetError, "only rows of embeddings and heads"),
+    ({"target_modules": ["embed_tokens"]}, TargetError, "adapted or trained as a whole already"),
+    ({"modules_to_save": ["embed_tokens"]}, TargetError, "adapted or trained as a whole already"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), IMPOSSIBLE)
+def test_what_cannot_be_trained_changes_nothing(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    base = llama()
+    before = state(base)
+    with pytest.raises(error, match=message):
+        get_peft_model(base, LoraConfig(**settings(**changes)))
+    assert same_state(state(base), before)
+    with pytest.raises(ConfigError, match="share one weight: trainable_token_indices must name the same tokens"):
+        different = {"embed_tokens": [1], "lm_head": [2]}
+        get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**settings(trainable_token_indices=different)))
+
+
+def test_rows_alone_need_no_target() -> None:
+    model = get_peft_model(llama(), LoraConfig(**settings(target_modules=[])))
+    assert list(model.manager.layers) == ["model.embed_tokens"]
+    assert model.get_nb_trainable_parameters()[0] == len(IDS) * 32
+
+
+def test_what_has_no_factors_is_neither_swapped_nor_combined_nor_pooled(tmp_path: Path) -> None:
+    model = rows()
+    model.save_pretrained(tmp_path)
+    before = state(model)
+    with pytest.raises(HotSwapError, match="trains rows of embeddings"):
+        hotswap_adapter(model, tmp_path, "default")
+    with pytest.raises(HotSwapError, match="the new adapter trains rows"):
+        hotswap_adapter(adapted(), tmp_path, "default")
+    with pytest.raises(AdapterError, match="no low-rank factors"):
+        model.add_weighted_adapter(["default"], [1.0], "new", combination_type="linear")
+    pooled = adapted()
+    with pytest.raises(AdapterError, match="load it by itself"):
+        AdapterPool(pooled, 10, adapters={"rows": tmp_path}).set_adapter("rows")
+    assert same_state(state(model), before)
