@@ -109,17 +109,20 @@ class _LowRank(torch.autograd.Function):
     ) -> Tensor:
         ctx.scaling, ctx.probability, ctx.dtype = scaling, probability, dtype
         ctx.seed = draw_seed() if probability else 0
+        out_features = lora_B.shape[0]
+        shape = (*x.shape[:-1], out_features)
+        # What is handed on as it is must be no view: models change outputs in place.
+        total = torch.empty(shape, dtype=dtype, device=x.device) if onto is not None and onto.dtype == dtype else None
         with torch.autocast(x.device.type, enabled=False):
-            out_features = lora_B.shape[0]
-            buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability)
+            buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, total)
             flat = _dropped_input(x, ctx, buffer)
             hidden = (flat @ lora_A.to(dtype).T) * _factor(ctx)
             ctx.save_for_backward(x, lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None)
-            shape = (*x.shape[:-1], out_features)
             if onto is None:
                 return (hidden @ lora_B.to(dtype).T).view(shape)
-            total = torch.mm(hidden, lora_B.to(dtype).T, out=_part(buffer, hidden.shape[0], out_features))
-            return total.view(shape).add_(onto).to(onto.dtype)
+            room = _part(buffer, hidden.shape[0], out_features) if total is None else total.view(-1, out_features)
+            product = torch.mm(hidden, lora_B.to(dtype).T, out=room)
+            return (product.view(shape) if total is None else total).add_(onto).to(onto.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,11 +170,19 @@ def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None,
     return grad_x.to(x.dtype), grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), onto, None, None, None
 
 
-def _buffer(x: Tensor, width: int, dtype: torch.dtype, probability: float) -> Tensor | None:
-    """Room for (tokens, width) values in the compute dtype, where a cast or dropped copy is needed."""
+def _buffer(
+    x: Tensor, width: int, dtype: torch.dtype, probability: float, result: Tensor | None = None
+) -> Tensor | None:
+    """Room for (tokens, width) values in the compute dtype, where a cast or dropped copy is needed.
+
+    Where there is a result to be filled it serves until then, if it is as large as ``x``.
+    """
     if x.dtype == dtype and not probability:
         return None
-    return torch.empty(x.numel() // x.shape[-1] * width, dtype=dtype, device=x.device)
+    if result is not None and result.numel() >= x.numel():
+        return result.view(-1)
+    wanted = x.numel() // x.shape[-1] * width if result is None else x.numel()
+    return torch.empty(wanted, dtype=dtype, device=x.device)
 
 
 def _part(buffer: Tensor | None, rows: int, columns: int) -> Tensor | None:

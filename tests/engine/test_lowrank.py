@@ -90,6 +90,23 @@ def test_added_onto_an_output_is_the_sum(probability: float, dtype: torch.dtype,
         assert torch.allclose(whole_part, part, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 6), (6, 8)])
+def test_a_model_may_change_the_sum_in_place(probability: float, inputs: int, outputs: int) -> None:
+    """As ``nn.ReLU(inplace=True)`` and ``x += …`` do behind a layer."""
+    results = []
+    for in_place in (True, False):
+        x, lora_A, lora_B = factors(inputs=inputs, outputs=outputs, dtype=torch.float32)
+        onto = torch.ones(4, 5, outputs).requires_grad_()
+        torch.manual_seed(2)
+        total = low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(probability, True), onto)
+        assert not total._is_view() and total.untyped_storage().nbytes() == total.nbytes
+        total = F.relu(total, inplace=in_place)
+        results.append([total, *torch.autograd.grad(total.square().sum(), (x, lora_A, lora_B, onto))])
+    for changed, left in zip(*results, strict=True):
+        assert torch.equal(changed, left)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_draws_the_same_mask_again(reentrant: bool) -> None:
     x, lora_A, lora_B = factors(dtype=torch.float32)
