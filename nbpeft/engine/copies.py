@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.layer import AdapterDict
+from nbpeft.engine.layer import AdaptedLayer, AdapterDict
 from nbpeft.engine.switch import Rows, Switch
 from nbpeft.errors import AdapterError
 
@@ -83,3 +83,11 @@ class CopiedModule(nn.Module):
             if "original_module" not in self.__dict__.get("_modules", {}) or name.startswith("__"):
                 raise
         return getattr(self.chosen(), name)
+
+
+def only_holds(wrapper: AdaptedLayer | CopiedModule | None, name: str | None) -> bool:
+    """Whether a wrapper holds an adapter of that name and no other."""
+    if wrapper is None:
+        return False
+    held = wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save
+    return tuple(held._modules) == (name,)

@@ -53,9 +53,9 @@ class AdapterManager(AdapterHolder):
 
     # Adding and removing
 
-    def plan(self, config: AdapterConfig, *, allow_missing: bool = True) -> InjectionPlan:
-        """What ``add`` would do; changes nothing."""
-        return plan(self.model, config, allow_missing=allow_missing)
+    def plan(self, config: AdapterConfig, replacing: str | None = None, *, allow_missing: bool = True) -> InjectionPlan:
+        """What ``add`` would do, in the place of an adapter if one is named; changes nothing."""
+        return plan(self.model, config, allow_missing=allow_missing, replacing=replacing)
 
     def add(
         self,
@@ -91,7 +91,7 @@ class AdapterManager(AdapterHolder):
             raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
         self._require_unmerged("adding an adapter")
         with collection_paused():
-            made = config if isinstance(config, InjectionPlan) else self.plan(config, allow_missing=allow_missing)
+            made = config if isinstance(config, InjectionPlan) else self.plan(config, name, allow_missing=allow_missing)
             self._biases.check(name, made.biases)
             parts = build(self.model, made, self.switch, weights, half=half)
         with self.switch.exclusive():

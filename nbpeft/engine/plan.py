@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import nbpeft.engine.backends
 import nbpeft.engine.hosts
 import nbpeft.engine.methods  # noqa: F401
 from nbpeft.engine.adapter import Adapter, AdapterConfig, Backend, Host, TaskType
-from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
 from nbpeft.engine.remarks import remark
@@ -150,7 +150,9 @@ def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
             yield Site(parent, attribute, path, child, None)
 
 
-def plan(model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True) -> InjectionPlan:
+def plan(
+    model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True, replacing: str | None = None
+) -> InjectionPlan:
     """Works out what a config means for a model.
 
     Args:
@@ -158,13 +160,14 @@ def plan(model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True)
         config: the config of any registered method.
         allow_missing: warn about targets that match nothing, as long as others match; without
             it that is an error.
+        replacing: an adapter on it whose place the new one takes.
 
     Raises:
         TargetError: nothing matches, a target cannot be adapted, or something is missing.
         ConfigError: a value of the config is impossible for a layer.
     """
     method = method_of(config)
-    sites = list(walk(model))
+    sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     resolved = _resolve_targets(model, config, sites)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, strict=not allow_missing)
@@ -262,6 +265,9 @@ def _check_copy(site: Site) -> None:
     """Raises TargetError where a module cannot be trained as a whole."""
     if isinstance(site.wrapper, AdaptedLayer):
         raise TargetError(f"{site.path} carries adapters already and cannot be trained as a whole (modules_to_save)")
+    inner = next((path for path, module in site.module.named_modules() if isinstance(module, AdaptedLayer)), None)
+    if inner is not None:
+        raise TargetError(f"{site.path} cannot be trained as a whole (modules_to_save): its {inner} carries adapters")
     if isinstance(site.module, _CONTAINERS):
         raise TargetError(
             f"{site.path} is a {type(site.module).__name__}, which holds modules but has no forward of its own; "

@@ -90,7 +90,7 @@ def load(
     saved = checkpoint.read_checkpoint(str(source), device=_device(manager, loading), **hub)
     config = (loading.config or saved.config).copy(inference_mode=not loading.trainable)
     note = checkpoint.compare(saved.metadata, manager.model)
-    plan = manager.plan(config)
+    plan = manager.plan(config, loading.name)
     loaded = checkpoint.from_file(
         saved.tensors,
         expected(manager.model, plan),

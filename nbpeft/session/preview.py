@@ -170,7 +170,7 @@ def preview_of(
     """
     from nbpeft.engine.plan import plan
 
-    made = plan(base, config, allow_missing=True)
+    made = plan(base, config, allow_missing=True, replacing=name if replaces else None)
     byte_count = made.byte_count()
     return Preview(
         model_name=model_name,
@@ -199,7 +199,9 @@ def _rows(targets: tuple[Target, ...], config: Any, stored: Mapping[str, str]) -
             target=segment,
             module_count=len(group),
             shapes=tuple(dict.fromkeys(f"{item.out_features} × {item.in_features}" for item in group)),
-            ranks=tuple(sorted({config.rank_at(item.path) for item in group})) if hasattr(config, "rank_at") else (),
+            ranks=tuple(sorted({config.rank_at(item.path) for item in group if not item.rows}))
+            if hasattr(config, "rank_at")
+            else (),
             parameter_count=sum(item.parameter_count for item in group),
             backend=", ".join(dict.fromkeys(stored.get(item.path, item.backend) for item in group)),
         )
