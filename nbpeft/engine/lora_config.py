@@ -147,11 +147,11 @@ class LoraConfig(AdapterConfig):
 
     def rank_at(self, path: str) -> int:
         """The rank at a module path, ``rank_pattern`` included."""
-        return int(self._rank_table().get(path, self.r))
+        return int(self._rank_table().get(path, self.r)) if self.rank_pattern else self.r
 
     def alpha_at(self, path: str) -> float:
         """The alpha at a module path, ``alpha_pattern`` included."""
-        return float(self._alpha_table().get(path, self.lora_alpha))
+        return float(self._alpha_table().get(path, self.lora_alpha) if self.alpha_pattern else self.lora_alpha)
 
     def scaling_at(self, path: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""

@@ -10,6 +10,8 @@ from nbpeft.errors import CellError
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.parse import argument
 
+RAW = argument("--raw", action="store_true", help="send the prompt as it is, outside the tokenizer's chat template")
+CHAT = argument("--chat", action="store_true", help="put the prompt into the chat template; default: as in training")
 TOKENIZER = argument(
     "--tokenizer",
     "-t",

@@ -33,6 +33,7 @@ class Batch:
         tokenizer: what made them, and turns tokens into text.
         pad: token that fills rows up.
         ends: tokens that end an answer.
+        form: how texts went to the model, where the tokenizer leaves a choice.
     """
 
     prompts: tuple[str, ...]
@@ -40,6 +41,7 @@ class Batch:
     tokenizer: Any = field(repr=False)
     pad: int
     ends: frozenset[int]
+    form: str = ""
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None) -> Batch:
@@ -60,7 +62,9 @@ class Batch:
         templated = bool(getattr(tokenizer, "chat_template", None))
         if not templated and (chat or any(not isinstance(prompt, str) for prompt in prompts)):
             raise AdapterError("the tokenizer has no chat template: give prompts as plain text")
-        rows = [_tokens(prompt, tokenizer, templated if chat is None else chat) for prompt in prompts]
+        chat = templated if chat is None else chat
+        rows = [_tokens(prompt, tokenizer, chat) for prompt in prompts]
+        asked = "a chat message" if chat or not isinstance(prompts[0], str) else "plain text"
         table = base.get_input_embeddings()
         if table is not None and (largest := max(map(max, rows))) >= table.weight.shape[0]:
             raise AdapterError(
@@ -70,7 +74,8 @@ class Batch:
         ends = _end_tokens(base, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(ends, default=0)
-        return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends)
+        form = f"sent as {asked}" if templated else ""
+        return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form)
 
     def inputs(self, device: Any, repeats: int = 1) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, int64 (repeats * prompts, longest), filled up on the left.

@@ -24,6 +24,8 @@ class Entry:
         self.name = name
         self.memory: MemoryState | None = None
         self.training: TrainState | None = None
+        self.plain = False
+        """Whether the text it was last trained on had no chat template around it."""
         self.asked: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
         """Adapter name -> the config in the model and what was asked for when it was made."""
         self._model = weakref.ref(model)

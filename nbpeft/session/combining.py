@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
-from nbpeft.session.answering import Asked, Batch, check_finite, evaluating, first_answer
+from nbpeft.session.answering import Asked, Batch, Prompt, check_finite, evaluating, first_answer
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
 from nbpeft.session.checks import place_of, weights_of
@@ -137,7 +137,7 @@ class CombiningCommands(SessionBase):
             check_prompt: is answered before and after; an adapter whose weights or output
                 are not finite is refused as by ``validate``.
             tokenizer: for ``check_prompt``; the one given before if left out.
-            chat: put ``check_prompt`` into the tokenizer's chat template; None: where it has one.
+            chat: see ``compare``.
             max_new_tokens: length of the answers to ``check_prompt``.
             model: an adapted model; give the compiled one where it is compiled.
 
@@ -155,9 +155,7 @@ class CombiningCommands(SessionBase):
         target: Any = model if uncompiled(model) is not model else entry.model
         check = None
         if check_prompt is not None:
-            found = self._tokenizers.choose(entry.manager.model, tokenizer)
-            batch = Batch.of([check_prompt], found, entry.manager.model, chat=chat)
-            check = _PromptCheck(entry, name, batch, max_new_tokens)
+            check = _PromptCheck(entry, name, self._batch(entry, [check_prompt], tokenizer, chat), max_new_tokens)
         with self._command(f"swapping {name!r}", slow=True) as notes, folder_hint(place), evaluating(entry.model):
             before = check.answer([name]) if check is not None else ""
             started = time.perf_counter()
@@ -201,6 +199,12 @@ class CombiningCommands(SessionBase):
         raise AdapterExistsError(
             f"{entry.name} has an adapter {name!r} already; take another name, or replace it (--replace)", name=name
         )
+
+    def _batch(self, entry: Entry, prompts: Sequence[Prompt], tokenizer: Any, chat: bool | None) -> Batch:
+        """Prompts as the adapters of a model were trained on text, unless it is said how."""
+        base = entry.manager.model
+        asked = False if chat is None and entry.plain else chat
+        return Batch.of(prompts, self._tokenizers.choose(base, tokenizer), base, chat=asked)
 
     def _make(self, entry: Entry, weights: Mapping[str, float], name: str, recipe: Any, replaces: bool) -> Any:
         """Combines; the adapter it replaces goes when the new one stands, and hands its place on."""

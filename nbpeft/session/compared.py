@@ -60,6 +60,7 @@ class CompareResult(Result):
         seconds: how long all of it took.
         passes: how many generations: one for the base and all adapters, one more for each blend.
         status: ``running`` while answers come, ``stopped`` where they were ended early.
+        form: ``sent as plain text`` or ``sent as a chat message``; empty where there is no choice.
         notes: what a person should know.
     """
 
@@ -69,6 +70,7 @@ class CompareResult(Result):
     seconds: float = 0.0
     passes: int = 1
     status: Status = "finished"
+    form: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,9 +85,9 @@ class CompareResult(Result):
 
     @property
     def aside(self) -> str:
-        """``one batched pass · 1.9 s``."""
+        """``one batched pass · 1.9 s · sent as plain text``."""
         passes = "one batched pass" if self.passes == 1 else f"{self.passes} passes"
-        parts = [passes, f"{self.seconds:.1f} s"]
+        parts = [passes, f"{self.seconds:.1f} s", *([self.form] if self.form else [])]
         return " · ".join(parts if self.status == "finished" else [*parts, self.status])
 
     def __str__(self) -> str:

@@ -56,7 +56,8 @@ class ComparingCommands(CombiningCommands):
             include_base: whether the base model answers too.
             max_new_tokens: longest answer.
             tokenizer: of the model; the one given before if left out.
-            chat: put texts into the tokenizer's chat template; None: where it has one.
+            chat: put texts into the tokenizer's chat template; None: as the adapters were trained
+                last in this session, or else where it has one.
             on_text: called with the answers so far, some times a second.
             should_stop: asked at each token; True ends it early.
             model: an adapted model.
@@ -77,7 +78,7 @@ class ComparingCommands(CombiningCommands):
         manager.require_reachable(*names, *(name for weights in blends for name in weights))
         columns = _columns(names, blends, include_base)
         asked = prompts_of(prompts)
-        batch = Batch.of(asked, self._tokenizers.choose(manager.model, tokenizer), manager.model, chat=chat)
+        batch = self._batch(entry, asked, tokenizer, chat)
         with self._command("comparing", slow=True) as notes, evaluating(entry.model):
             return dataclasses.replace(_Comparison(entry, batch, columns, on_text).run(how), notes=tuple(notes))
 
@@ -120,7 +121,7 @@ class ComparingCommands(CombiningCommands):
         entry = self._book.get(model)
         manager = entry.manager
         asked = prompts_of(prompts)
-        batch = Batch.of(asked, self._tokenizers.choose(manager.model, tokenizer), manager.model, chat=chat)
+        batch = self._batch(entry, asked, tokenizer, chat)
         with self._command(f"trying {type}", slow=True) as notes, evaluating(entry.model):
             name = free_name(TRIAL, manager.names)
             with seeded(seed):
@@ -195,7 +196,10 @@ class _Comparison:
 
     def _result(self, status: Any) -> CompareResult:
         seconds = time.perf_counter() - self._started
-        return CompareResult(self._entry.name, self._batch.prompts, tuple(self._columns), seconds, self._passes, status)
+        batch = self._batch
+        return CompareResult(
+            self._entry.name, batch.prompts, tuple(self._columns), seconds, self._passes, status, batch.form
+        )
 
 
 def _columns(names: Sequence[str], blends: Sequence[Mapping[str, float]], include_base: bool) -> list[Column]:

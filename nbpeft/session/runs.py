@@ -74,7 +74,7 @@ class Runs(SessionBase):
         Raises:
             TrainingError: the run cannot start, e.g. because no adapter can train.
         """
-        from nbpeft.training import Run, train
+        from nbpeft.training import Run, is_plain, train
 
         entry = self._entry_of(model)
         entry = entry if entry is not None else self._book.get(model)
@@ -87,7 +87,10 @@ class Runs(SessionBase):
                 made.append(Run(watched, total_steps, memory=_measuring(trained), **options))
                 return made[0]
 
-            return train(trained, data, eval_data, tokenizer=tokenizer, run_factory=make, **arguments)
+            result = train(trained, data, eval_data, tokenizer=tokenizer, run_factory=make, **arguments)
+            plain = is_plain(data)
+            entry.plain = entry.plain if plain is None else plain
+            return result
 
     def export(
         self,

@@ -14,7 +14,7 @@ from nbpeft.logs import collapsed
 if TYPE_CHECKING:
     from nbpeft.training.callback import RunCallback
     from nbpeft.training.control import RunControl
-    from nbpeft.training.data import Collator, prepare_data
+    from nbpeft.training.data import Collator, is_plain, prepare_data
     from nbpeft.training.fit import train
     from nbpeft.training.lorafa import LoraFAOptimizer, create_lorafa_optimizer
     from nbpeft.training.optimizers import create_loraplus_optimizer
@@ -36,6 +36,7 @@ __all__ = [
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "export_script",
+    "is_plain",
     "prepare_data",
     "prepare_model_for_kbit_training",
     "track",
@@ -54,6 +55,7 @@ _HOMES = {
     "create_lorafa_optimizer": "lorafa",
     "create_loraplus_optimizer": "optimizers",
     "export_script": "script",
+    "is_plain": "data",
     "prepare_data": "data",
     "prepare_model_for_kbit_training": "prepare",
     "track": "run",

@@ -140,6 +140,19 @@ def columns_of(data: Any) -> tuple[str, ...]:
     return tuple(str(name) for name in first)
 
 
+def is_plain(data: Any) -> bool | None:
+    """Whether rows are text that no chat template goes around; None for rows that are tokens already.
+
+    Raises:
+        TrainingError: the data has no form that can be trained on.
+    """
+    columns = columns_of(data)
+    if "input_ids" in columns:
+        return None
+    kind = _kind(columns)
+    return kind == "text" or (kind == "prompt and completion" and isinstance(data[0]["prompt"], str))
+
+
 def _kind(columns: tuple[str, ...]) -> str:
     if "messages" in columns:
         return "messages"

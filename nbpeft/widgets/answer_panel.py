@@ -31,7 +31,7 @@ class AnswerPanel(SessionPanel):
             one that the session was given last.
         prompt: To begin with.
         max_new_tokens: Longest answer to begin with.
-        raw: Whether the prompt begins as it is, outside the tokenizer's chat template.
+        chat: Whether the prompt goes into the tokenizer's chat template, to begin with; see ``session.compare``.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class AnswerPanel(SessionPanel):
         tokenizer: Any = None,
         prompt: str = "",
         max_new_tokens: int = 64,
-        raw: bool = False,
+        chat: bool | None = None,
     ) -> None:
         super().__init__(session, model_name, ui)
         self._prompt = prompt
         self._tokens = max_new_tokens
-        self._raw = raw
+        self._chat = chat
         self._source: TokenizerSource = (
             tokenizer if callable(tokenizer) and not hasattr(tokenizer, "decode") else (lambda: tokenizer)
         )

@@ -28,6 +28,9 @@ CSS = f"""
 """
 """Style sheet of these panels."""
 
+FORMS: dict[str, bool | None] = {"automatic": None, "chat message": True, "plain text": False}
+"""How a prompt is sent -> ``chat`` of ``session.compare``."""
+
 
 def settings_label(text: str) -> Any:
     """The words before a field."""
@@ -94,24 +97,24 @@ class Question:
 
 
 class PromptForm:
-    """Whether the prompt goes into the tokenizer's chat template or to the model as it is.
+    """Whether the prompt goes into the tokenizer's chat template, or to the model as it is.
 
     Args:
         command: Called with ``form`` when it changes.
-        raw: Whether it begins as it is.
+        chat: What it begins with; see ``session.compare``.
     """
 
-    def __init__(self, command: Command, raw: bool) -> None:
-        self._form = ipywidgets.Dropdown(
-            options=[("chat message", False), ("plain text", True)], value=raw, layout=field_layout("132px")
-        )
+    def __init__(self, command: Command, chat: bool | None) -> None:
+        begin = next(label for label, form in FORMS.items() if form is chat)
+        self._form = ipywidgets.Dropdown(options=list(FORMS), value=begin, layout=field_layout("146px"))
+        self._form.tooltip = "automatic: as the adapters were trained on text in this session"
         self._form.observe(weakly(command, "form"), names="value")
         self.box = pair("sent as", self._form)
 
     @property
     def chat(self) -> bool | None:
-        """For ``session.compare``: False leaves the template aside, None takes it where there is one."""
-        return False if self._form.value else None
+        """For ``session.compare``."""
+        return FORMS[self._form.value]
 
 
 class Picks:

@@ -41,7 +41,7 @@ class BlendPanel(AnswerPanel):
         tokenizer: A tokenizer, or a function that gives one; by default the one given last.
         prompt: To begin with.
         max_new_tokens: Longest answer to begin with.
-        raw: Whether the prompt begins as it is, outside the tokenizer's chat template.
+        chat: Whether the prompt goes into the tokenizer's chat template, to begin with; see ``session.compare``.
     """
 
     kind: ClassVar[str] = "blend"
@@ -53,7 +53,7 @@ class BlendPanel(AnswerPanel):
     def _build(self) -> Any:
         from nbpeft.widgets.blend_parts import BlendParts
 
-        return BlendParts(self._command, self._prompt, self._tokens, self._raw)
+        return BlendParts(self._command, self._prompt, self._tokens, self._chat)
 
     def _text(self) -> str:
         if self._result is None:

@@ -69,15 +69,15 @@ class BlendParts:
         command: Called with ``moved``, ``run``, ``stop`` or ``save``.
         prompt: To begin with.
         tokens: Longest answer to begin with.
-        raw: Whether the prompt begins as it is.
+        chat: How the prompt is sent, to begin with.
     """
 
-    def __init__(self, command: Command, prompt: str, tokens: int, raw: bool) -> None:
+    def __init__(self, command: Command, prompt: str, tokens: int, chat: bool | None) -> None:
         self._command = command
         self._sliders: dict[str, Slider] = {}
         self.question = Question(command, prompt, "Answer")
         self._rows = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%"))
-        self.form = PromptForm(command, raw)
+        self.form = PromptForm(command, chat)
         self._settings = self._make_settings(command, tokens)
         self._save = self._make_save(command)
         self.frame = Frame("blend", self.question.box, self._rows, self._settings)

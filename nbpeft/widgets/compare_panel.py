@@ -28,7 +28,7 @@ class ComparePanel(AnswerPanel):
         tokenizer: A tokenizer, or a function that gives one; by default the one given last.
         prompt: To begin with.
         max_new_tokens: Longest answer to begin with.
-        raw: Whether the prompt begins as it is, outside the tokenizer's chat template.
+        chat: Whether the prompt goes into the tokenizer's chat template, to begin with; see ``session.compare``.
     """
 
     kind: ClassVar[str] = "compare"
@@ -38,7 +38,7 @@ class ComparePanel(AnswerPanel):
         self._left_out: set[str] = set()
 
     def _build(self) -> Any:
-        return _Parts(self._command, self._prompt, self._tokens, self._raw)
+        return _Parts(self._command, self._prompt, self._tokens, self._chat)
 
     def _text(self) -> str:
         if self._result is None:
@@ -114,7 +114,7 @@ class ComparePanel(AnswerPanel):
 class _Parts:
     """The widgets of the panel."""
 
-    def __init__(self, command: Any, prompt: str, tokens: int, raw: bool) -> None:
+    def __init__(self, command: Any, prompt: str, tokens: int, chat: bool | None) -> None:
         import ipywidgets
 
         from nbpeft.widgets import answer_parts as parts
@@ -124,7 +124,7 @@ class _Parts:
         self._tokens = ipywidgets.BoundedIntText(
             value=tokens, min=1, max=4096, step=16, layout=parts.field_layout("76px")
         )
-        self.form = parts.PromptForm(command, raw)
+        self.form = parts.PromptForm(command, chat)
         self._against = ipywidgets.Dropdown(options=[BASE], value=BASE, layout=parts.field_layout("130px"))
         self._against.observe(weakly(command, "against"), names="value")
         self._marks = parts.pair("marked against", self._against)

@@ -135,6 +135,8 @@ def test_raw_leaves_the_template_aside(trained: Notebook) -> None:
     raw = trained.do('%lora compare "Hi" --tokens 6 --raw').answers
     assert raw == session().compare("Hi", max_new_tokens=6, tokenizer=Letters()).answers
     assert raw != chat
+    assert trained.do('%lora compare "Hi" --tokens 6 --chat').answers == chat
+    assert "exclude each other" in trained.run('%lora compare "Hi" --raw --chat').line
 
 
 def test_without_a_tokenizer_it_says_how_to_give_one(trained: Notebook) -> None:

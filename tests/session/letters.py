@@ -28,5 +28,5 @@ class Letters:
         return "".join(chr(token + FIRST) for token in tokens if token < PAD)
 
     def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert self.chat_template and not tokenize and add_generation_prompt
+        assert self.chat_template and not tokenize
         return "".join(f"<{message['content']}>" for message in messages)

@@ -151,6 +151,21 @@ def test_plain_prompts_go_through_the_chat_template(session: Session, model: Any
         Batch.of([talk], plain, base)
 
 
+def test_prompts_are_sent_as_the_adapters_were_trained(session: Session, model: Any) -> None:
+    tokenizer, options = Letters("template"), {"max_new_tokens": 6, "tokenizer": Letters("template")}
+    said = session.compare("Hi", **options)
+    assert said.form == "sent as a chat message" and said.aside.endswith("sent as a chat message")
+    plain, chat = ({"prompt": "Hi", "completion": " you"}, {"messages": [{"role": "assistant", "content": "Hi"}]})
+    for row, chosen in ((plain, False), (chat, True), (plain, False), ({"input_ids": [3, 4, 5]}, False)):
+        session.train(None, [row] * 2, tokenizer=tokenizer, max_steps=1)
+        usual, asked = session.compare("Hi", **options), session.compare("Hi", chat=chosen, **options)
+        assert (usual.form, usual.answers) == (asked.form, asked.answers)
+        assert asked.form == ("sent as a chat message" if chosen else "sent as plain text")
+        assert session.try_combination({"orders": 1.0}, "Hi", **options).form == asked.form
+    assert session.compare("Hi", chat=True, **options).form == "sent as a chat message"
+    assert session.compare("Hi", max_new_tokens=1, tokenizer=Letters()).form == ""
+
+
 def test_the_tokenizer_is_remembered_with_the_model(session: Session, model: Any) -> None:
     with pytest.raises(AdapterError, match="tokenizer is needed"):
         session.compare("Hi")

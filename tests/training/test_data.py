@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nbpeft.errors import TrainingError
-from nbpeft.training import Collator, prepare_data, train
+from nbpeft.training import Collator, is_plain, prepare_data, train
 from nbpeft.training.data import columns_of
 from tests.training.support import adapt, tiny_base
 
@@ -230,3 +230,20 @@ def test_a_chat_trains(tokenizer):
     assert result.state.history[-1][1] < result.state.history[0][1] - 0.2
     cut = train(model, [{"messages": chat}] * 8, tokenizer=tokenizer, max_steps=2, max_length=12)
     assert cut.message == "8 of 8 rows were cut to the maximal length"
+
+
+@pytest.mark.parametrize(
+    ("row", "plain"),
+    [
+        ("the cat", True),
+        ({"text": "the cat"}, True),
+        ({"prompt": "the", "completion": " cat"}, True),
+        ({"prompt": [{"role": "user", "content": "the"}], "completion": []}, False),
+        ({"messages": []}, False),
+        ({"input_ids": [1]}, None),
+    ],
+)
+def test_text_outside_a_chat_template_is_known(row: Any, plain: bool | None) -> None:
+    assert is_plain([row]) is plain
+    with pytest.raises(TrainingError, match="Expected columns"):
+        is_plain([{"question": "the"}])

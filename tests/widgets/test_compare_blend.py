@@ -108,14 +108,16 @@ def test_the_base_and_all_adapters_answer(compare: ComparePanel, session: Answer
 
 def test_the_prompt_can_be_sent_without_the_chat_template(compare: ComparePanel, session: AnsweringSession) -> None:
     press(compare, "Compare")
-    prompt_form(compare).value = True
+    prompt_form(compare).value = "plain text"
     press(compare, "Compare")
-    assert session.chats == [None, False]
+    prompt_form(compare).value = "chat message"
+    press(compare, "Compare")
+    assert session.chats == [None, False, True]
 
 
 def test_the_form_of_the_prompt_is_answered_anew(blend: BlendPanel, session: AnsweringSession) -> None:
     press(blend, "Answer")
-    prompt_form(blend).value = True
+    prompt_form(blend).value = "plain text"
     assert blend.wait(10)
     assert session.chats == [None, False]
     assert session.commands[-1][3] is True, "the base model answers anew, too"
@@ -123,8 +125,8 @@ def test_the_form_of_the_prompt_is_answered_anew(blend: BlendPanel, session: Ans
 
 @pytest.mark.parametrize("kind", [ComparePanel, BlendPanel])
 def test_a_panel_may_begin_with_the_plain_prompt(session: Any, kind: type[Any]) -> None:
-    made = kind(session, "model", ui="widgets", raw=True)
-    assert prompt_form(made).value is True
+    made = kind(session, "model", ui="widgets", chat=False)
+    assert prompt_form(made).value == "plain text"
     made.close()
 
 

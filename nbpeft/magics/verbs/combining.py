@@ -12,7 +12,7 @@ from nbpeft.magics.comparing import comparing_panel, shown_live
 from nbpeft.magics.desk import Desk, is_module
 from nbpeft.magics.parse import argument, prompt_text
 from nbpeft.magics.registry import ON_MODEL, verb
-from nbpeft.magics.tokenizers import TOKENIZER, chosen_tokenizer
+from nbpeft.magics.tokenizers import CHAT, RAW, TOKENIZER, chosen_tokenizer
 
 TYPES = (
     "exact",
@@ -82,7 +82,8 @@ def combine(options: argparse.Namespace, desk: Desk) -> object:
     ),
     argument("--tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)"),
     argument("--no-base", action="store_true", help="leave the base model out"),
-    argument("--raw", action="store_true", help="leave the tokenizer's chat template aside"),
+    RAW,
+    CHAT,
     argument("--panel", action="store_true", help="show a panel with a box for the prompt"),
     TOKENIZER,
     ON_MODEL,
@@ -93,7 +94,7 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
     model = desk.chosen(options.model)
     if options.panel:
         name = model if model is None or isinstance(model, str) else desk.session.watch(model, name=options.model)
-        begin = {"prompt": options.prompt or "", "max_new_tokens": options.tokens, "raw": options.raw}
+        begin = {"prompt": options.prompt or "", "max_new_tokens": options.tokens, "chat": _chat(options)}
         return comparing_panel(desk, "compare", name, **begin)
     prompts: Any = _prompts(options, desk)
     blends = [read_weights(words, "--blend") for words in options.blend or ()]
@@ -105,7 +106,7 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
             include_base=not options.no_base,
             max_new_tokens=options.tokens,
             tokenizer=chosen_tokenizer(desk, options.tokenizer),
-            chat=False if options.raw else None,
+            chat=_chat(options),
             on_text=show,
             model=model,
         )
@@ -129,7 +130,8 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
         help="called with the model; False or an exception undoes the swap",
     ),
     argument("--tokens", type=int, default=32, metavar="N", help="longest answer to --check (default: 32)"),
-    argument("--raw", action="store_true", help="leave the tokenizer's chat template aside"),
+    RAW,
+    CHAT,
     TOKENIZER,
     ON_MODEL,
     example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
@@ -147,9 +149,15 @@ def swap(options: argparse.Namespace, desk: Desk) -> object:
         check_prompt=options.check,
         max_new_tokens=options.tokens,
         tokenizer=None if options.check is None else chosen_tokenizer(desk, options.tokenizer),
-        chat=False if options.raw else None,
+        chat=_chat(options),
         model=_compiled_over(model, desk),
     )
+
+
+def _chat(options: argparse.Namespace) -> bool | None:
+    if options.raw and options.chat:
+        raise CellError("--raw and --chat exclude each other")
+    return True if options.chat else False if options.raw else None
 
 
 def read_weights(words: Sequence[str], what: str) -> dict[str, float]:
