@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,12 +39,6 @@ class Manager(Protocol):
     switch: Switch
 
     @property
-    def active(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def enabled(self) -> bool: ...  # noqa: D102
-
-    @property
     def merged(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def require(self, *names: str) -> None: ...  # noqa: D102
@@ -52,6 +46,12 @@ class Manager(Protocol):
     def base_biases(self, name: str) -> dict[str, Tensor]: ...  # noqa: D102
 
     def use(self, names: str | Sequence[str]) -> AbstractContextManager[None]: ...  # noqa: D102
+
+    def scale(self, name: str) -> float: ...  # noqa: D102
+
+    def set_scale(self, name: str, scale: float) -> None: ...  # noqa: D102
+
+    def unmerge(self) -> None: ...  # noqa: D102
 
     def changed(self) -> None: ...  # noqa: D102
 
@@ -150,7 +150,7 @@ def check_rows(name: str, slot_config: AdapterConfig, config: AdapterConfig) -> 
 
 
 def _backup(manager: Manager, name: str) -> Callable[[], None]:
-    """How to put the slot back as it is now, bit for bit."""
+    """How to put the slot back as it is now, bit for bit, wherever the caller has moved it meanwhile."""
     adapters = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters._modules]
     tensors: list[Tensor] = [p for adapter in adapters for p in adapter._parameters.values() if p is not None]
     for module in manager.copies.values():
@@ -160,10 +160,18 @@ def _backup(manager: Manager, name: str) -> Callable[[], None]:
     storages = [tensor.detach() for tensor in tensors]
     values = [storage.clone() for storage in storages]
     settings = [_settings(adapter) for adapter in adapters]
-    config = manager.configs[name]
+    config, scale = manager.configs[name], manager.scale(name)
+
+    def home() -> str | None:
+        if not adapters:
+            return name
+        found = (layer.adapters._modules.items() for layer in manager.layers.values())
+        return next((key for named in found for key, adapter in named if adapter is adapters[0]), None)
 
     @torch.no_grad()
     def undo() -> None:
+        if manager.merged:
+            manager.unmerge()
         for tensor, storage in zip(tensors, storages, strict=True):
             if tensor.shape != storage.shape:  # the swap put a larger one in its place
                 tensor.data = storage
@@ -172,7 +180,11 @@ def _backup(manager: Manager, name: str) -> Callable[[], None]:
             set_scaling(adapter, setting["scaling"])
             adapter.__dict__.pop("padded", None)
             adapter.__dict__.update({key: value for key, value in setting.items() if key != "scaling"})
-        manager.configs[name] = config
+        place = home()
+        if place is not None and place in manager.configs:
+            manager.configs[place] = config
+            if manager.scale(place) != scale:
+                manager.set_scale(place, scale)
 
     return undo
 
@@ -186,9 +198,8 @@ def _settings(adapter: Adapter) -> dict[str, float]:
 
 
 def _validated(manager: Manager, name: str, validate: Callable[[], object], undo: Callable[[], None]) -> None:
-    alone = manager.active == (name,) and manager.enabled
     try:
-        with nullcontext() if alone else manager.use(name):
+        with manager.use(name):
             verdict = validate()
         # In here, because asking a tensor with many entries for its truth fails.
         accepted = verdict is None or bool(verdict)
