@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.registry import method_of
 from nbpeft.model.counting import parameter_counts
 from nbpeft.model.tensors import manager_of
+
+_IRREGULAR = "irregular"
+"""PEFT's word where not all have the same value."""
+
+_BACKENDS = {"dense": None, "bnb4bit": "bnb 4bit", "bnb8bit": "bnb 8bit"}
+"""PEFT's names of ways to store a weight, where they are others."""
+
+_HOSTS = {
+    "linear": "Linear",
+    "conv1d": "Linear",
+    "embedding": "Embedding",
+    "convolution1d": "Conv1d",
+    "convolution2d": "Conv2d",
+    "convolution3d": "Conv3d",
+}
+_QUANTIZED = {"bnb4bit": "Linear4bit", "bnb8bit": "Linear8bitLt"}
 
 
 @dataclass
 class LayerStatus:
-    """One adapted layer. Field names are PEFT's."""
+    """One adapted layer, or one module trained as a whole. Field names and values are PEFT's."""
 
     name: str
     module_type: str
     enabled: bool
     active_adapters: list[str]
     merged_adapters: list[str]
-    requires_grad: dict[str, bool]
+    requires_grad: dict[str, bool | str]
     available_adapters: list[str]
     devices: dict[str, list[str]] = field(default_factory=dict)
     quantization_backend: str | None = None
@@ -29,7 +48,7 @@ class LayerStatus:
 
 @dataclass
 class ModelStatus:
-    """A whole model. Field names are PEFT's."""
+    """A whole model. Field names and values are PEFT's."""
 
     base_model_type: str
     adapter_model_type: str
@@ -40,49 +59,98 @@ class ModelStatus:
     enabled: bool
     active_adapters: list[str]
     merged_adapters: list[str]
-    requires_grad: dict[str, bool]
+    requires_grad: dict[str, bool | str]
     available_adapters: list[str]
     devices: dict[str, list[str]] = field(default_factory=dict)
+    quantization_backend: str | None = None
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
-    """One record for each adapted layer of a handle or an adapted base model."""
+    """One record for each adapted layer, and module trained as a whole, of a handle or an adapted base model.
+
+    Names are those the modules have below ``model.base_model`` of a handle, or in the base model.
+    """
     manager = manager_of(model)
-    return [_layer(manager, path) for path in manager.layers]
+    prefix = "" if _bare(model, manager) else "model."
+    found = []
+    for path, module in manager.model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            found.append(_layer(manager, prefix + path, module))
+        elif isinstance(module, CopiedModule):
+            found.append(_copy(manager, prefix + path, module))
+    return found
 
 
-def _layer(manager: AdapterManager, path: str) -> LayerStatus:
-    layer = manager.layers[path]
-    adapters = {name: list(layer.adapter(name).parameters()) for name in layer.adapters}
+def _bare(model: nn.Module, manager: AdapterManager) -> bool:
+    return getattr(model, "_orig_mod", model) is manager.model
+
+
+def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStatus:
+    adapters = {own: layer.adapter(own) for own in layer.adapters}
+    kind = _QUANTIZED.get(layer.backend.name) or _HOSTS.get(layer.host.name) or type(layer.base_layer).__name__
+    methods = {_method(manager, own) for own, adapter in adapters.items() if not adapter.shares_rows}
     return LayerStatus(
-        name=path,
-        module_type=next((method_of(manager.configs[name]).label.lower() for name in adapters), ""),
+        name=name,
+        module_type=f"{'/'.join(sorted(methods)).lower()}.{kind}" if methods else "TrainableTokensLayer",
         enabled=manager.enabled,
         active_adapters=list(manager.active),
         merged_adapters=list(layer.merged),
-        requires_grad={name: any(p.requires_grad for p in parameters) for name, parameters in adapters.items()},
-        available_adapters=sorted(adapters),
-        devices={name: sorted({p.device.type for p in parameters}) for name, parameters in adapters.items()},
-        quantization_backend=None if layer.backend.name == "dense" else layer.backend.name,
+        quantization_backend=_BACKENDS.get(layer.backend.name, layer.backend.name),
+        **_of_tensors(adapters),
     )
+
+
+def _copy(manager: AdapterManager, name: str, module: CopiedModule) -> LayerStatus:
+    copies = {own: module.modules_to_save[own] for own in module.modules_to_save}
+    return LayerStatus(
+        name=name,
+        module_type="ModulesToSaveWrapper",
+        enabled=manager.enabled,
+        active_adapters=[own for own in manager.active if own in copies],
+        merged_adapters=[],
+        **_of_tensors(copies),
+    )
+
+
+def _method(manager: AdapterManager, name: str) -> str:
+    return str(manager.configs[name].peft_type)
+
+
+def _of_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The fields that the tensors of each adapter tell."""
+    parameters = {name: list(module.parameters()) for name, module in modules.items()}
+    return {
+        "requires_grad": {name: _same(p.requires_grad for p in own) for name, own in parameters.items() if own},
+        "available_adapters": sorted(modules),
+        "devices": {name: sorted({p.device.type for p in own}) for name, own in parameters.items() if own},
+    }
+
+
+def _same(values: Iterable[Any]) -> Any:
+    """The one value that all have."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else _IRREGULAR
 
 
 def get_model_status(model: nn.Module) -> ModelStatus:
     """One record for a handle or an adapted base model."""
     manager = manager_of(model)
     trainable, total = parameter_counts(model)
+    layers = get_layer_status(model)
     parameters = {name: manager.parameters(name) for name in manager.names}
+    methods = sorted({_method(manager, name) for name in manager.names})
     return ModelStatus(
         base_model_type=type(manager.model).__name__,
-        adapter_model_type="None" if model is manager.model else type(getattr(model, "base_model", model)).__name__,
-        peft_types={name: str(config.peft_type) for name, config in manager.configs.items()},
+        adapter_model_type="None" if _bare(model, manager) else "/".join(f"{own.capitalize()}Model" for own in methods),
+        peft_types={name: _method(manager, name) for name in manager.names},
         trainable_params=trainable,
         total_params=total,
-        num_adapter_layers=len(manager.layers),
+        num_adapter_layers=len(layers),
         enabled=manager.enabled,
         active_adapters=list(manager.active),
         merged_adapters=list(manager.merged),
-        requires_grad={name: any(p.requires_grad for p in own) for name, own in parameters.items()},
+        requires_grad={name: _same(p.requires_grad for p in own) for name, own in parameters.items() if own},
         available_adapters=sorted(manager.names),
         devices={name: sorted({p.device.type for p in own}) for name, own in parameters.items()},
+        quantization_backend=_same(layer.quantization_backend for layer in layers) if layers else None,
     )
