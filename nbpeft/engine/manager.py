@@ -361,6 +361,7 @@ class AdapterManager(AdapterHolder):
         if merge:
             chosen = self._selected if names is None else names_in(names)
             self.require(*chosen)
+            check_together(self.copies, chosen)
             if self._merged and set(self._merged) != set(chosen):
                 self.unmerge()
             if not self._merged:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.checkpoint import NewFile, TensorSpec
+from nbpeft.engine.holder import names_in
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError, ConfigError, MergeError
 from nbpeft.model.merge_parts import (
@@ -37,6 +38,7 @@ from nbpeft.model.merge_parts import (
 )
 from nbpeft.model.quantization import FLOATS, dtype_of
 from nbpeft.model.rounding import LayerError, MergeErrors, relative_error, requantized_error
+from nbpeft.model.stored import is_quantized_layer
 
 SHARD_BYTES = 5_000_000_000
 _GOES_ALONG = (
@@ -110,6 +112,10 @@ def merge_to_folder(
         ConfigError: an argument is impossible.
     """
     wanted = None if dtype is None else dtype_of(dtype, "dtype", FLOATS)
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise ConfigError(f"a merged model needs a folder to be written to, not {folder!r:.60}")
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes is {max_shard_bytes!r}; expected a whole number of bytes")
     plan = _of_folder(model, adapter, base) if isinstance(model, str | os.PathLike) else _of_model(model, adapter, base)
     deltas, weights = plan.deltas, plan.weights
     wanted = wanted or plan.dtype
@@ -263,6 +269,8 @@ def _from_files(model: nn.Module, deltas: Deltas, folder: str | os.PathLike[str]
 
 
 def _manager(model: nn.Module) -> AdapterManager:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a model with adapters or the folder of a base, not {model!r:.60}")
     found = AdapterManager.of(model) or model.__dict__.get("manager")
     if not isinstance(found, AdapterManager) or not found.alive or not found.names:
         raise AdapterError(f"{type(model).__name__} carries no adapters to merge")
@@ -270,17 +278,19 @@ def _manager(model: nn.Module) -> AdapterManager:
 
 
 def _names(manager: AdapterManager, adapter: Any) -> tuple[str, ...]:
-    if adapter is None:
-        return tuple(manager.active)
-    return (adapter,) if isinstance(adapter, str) else tuple(adapter)
+    names = manager.active if adapter is None else names_in(adapter)
+    if not names:
+        raise AdapterError(f"no adapter to merge is {'active' if adapter is None else 'named'}")
+    return names
 
 
 def _own_dtype(model: nn.Module) -> torch.dtype:
-    """What the model was loaded in: norms may have been raised to float32 since."""
+    """What the model was loaded in, unless all of it is something else now: norms alone may have been raised since."""
     told = getattr(getattr(model, "config", None), "dtype", None)
-    if isinstance(told, torch.dtype):
-        return told
     floats = [p for p in model.parameters() if p.is_floating_point()]
+    kept = any(p.dtype == told for p in floats) or any(is_quantized_layer(module) for module in model.modules())
+    if isinstance(told, torch.dtype) and kept:
+        return told
     return max(floats, key=lambda p: p.numel()).dtype if floats else torch.float32
 
 

@@ -22,6 +22,7 @@ from nbpeft.engine.adapter import Adapter, Base
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer, add_deltas
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.merging import check_together
 from nbpeft.engine.plan import Target, make_adapters
 from nbpeft.engine.registry import backend_named, host_named, resolve_backend, resolve_host
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, MergeError
@@ -96,8 +97,10 @@ def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
 
     Raises:
         MergeError: adapters are merged, or cannot be merged into a weight.
+        AdapterError: two of them each trained a copy of one module.
     """
     manager.require(*names)
+    check_together(manager.copies, names)
     if manager.merged:
         raise MergeError(f"{', '.join(map(repr, manager.merged))} merged into the model: unmerge first")
     found = Deltas(names=tuple(names))

@@ -182,6 +182,29 @@ def test_several_adapters_scales_and_dtype(tmp_path: Path) -> None:
     assert half.dtype == torch.bfloat16 and done.byte_count * 2 == bytes_of(llama(attention_bias=True).parameters())
 
 
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["norm"]}])
+def test_a_model_that_was_cast_is_written_as_it_is(changes: dict[str, Any], tmp_path: Path) -> None:
+    llama().bfloat16().save_pretrained(tmp_path / "base")
+    base: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = loud(adapted(base.float(), **changes))
+    wanted = logits(model)
+    assert merge_to_folder(model, None, tmp_path / "out").dtype == "float32"
+    assert torch.allclose(logits(reloaded(tmp_path / "out")), wanted, atol=1e-5)
+
+
+def test_two_copies_of_a_module_are_not_merged(tmp_path: Path) -> None:
+    model = loud(adapted(llama(), modules_to_save=["lm_head"]))
+    model.add_adapter("b", model.peft_config["default"].copy(r=2))
+    before = state(model)
+    for merge in (
+        lambda: merge_to_folder(model, ["default", "b"], tmp_path / "out"),
+        lambda: model.merge_and_unload(adapter_names=["default", "b"]),
+    ):
+        with pytest.raises(AdapterError, match="each trained their own copy of lm_head"):
+            merge()
+    assert same_state(state(model), before) and not (tmp_path / "out").exists()
+
+
 def test_trained_biases_go_along(tmp_path: Path) -> None:
     base = llama(attention_bias=True)
     base.save_pretrained(tmp_path / "base")
@@ -243,6 +266,18 @@ def test_refusals(tmp_path: Path) -> None:
         merge_to_folder(nn.Linear(2, 2), None, tmp_path / "new")
     with pytest.raises(ConfigError, match="dtype is 'int8'"):
         merge_to_folder(model, None, tmp_path / "new", dtype="int8")
+    impossible: list[tuple[Any, dict[str, Any], str]] = [
+        (model, {"max_shard_bytes": "5GB"}, "max_shard_bytes is '5GB'; expected a whole number of bytes"),
+        (model, {"max_shard_bytes": 0}, "max_shard_bytes is 0"),
+        (model, {"adapter": []}, "no adapter to merge is named"),
+        (model, {"adapter": 3}, "expected the name of an adapter or a list of names, not 3"),
+        (model, {"folder": ""}, "needs a folder to be written to, not ''"),
+        (model, {"folder": None}, "needs a folder to be written to, not None"),
+        (5, {}, "expected a model with adapters or the folder of a base, not 5"),
+    ]
+    for given, changes, message in impossible:
+        with pytest.raises((AdapterError, ConfigError), match=message):
+            merge_to_folder(given, **{"adapter": None, "folder": tmp_path / "new", **changes})
     with pytest.raises(ConfigError, match="folder of a saved adapter"):
         merge_to_folder(tmp_path / "out", None, tmp_path / "new")
     with pytest.raises(CheckpointNotFoundError):
