@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from nbpeft.engine.adapter import Adapter, AdapterConfig, Backend, Host, TaskTyp
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
-from nbpeft.engine.remarks import remark
+from nbpeft.engine.remarks import guessed_heads, remark, without_head
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
@@ -170,7 +170,7 @@ def plan(
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     resolved = _resolve_targets(model, config, sites)
     names = list(getattr(resolved, "modules_to_save", None) or ())
-    copies = _copies(sites, names, strict=not allow_missing)
+    copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
     matcher = Matcher(
         getattr(resolved, "target_modules", None) or (),
         getattr(resolved, "exclude_modules", None),
@@ -187,7 +187,8 @@ def plan(
         if not allow_missing:
             raise problem
         warnings.warn(str(problem), stacklevel=3)
-    remark(resolved, _modules_at(sites, targets), strict=not allow_missing)
+    idle = matcher.excludes_none_of(site.path for site in sites)
+    remark(resolved, _modules_at(sites, targets), strict=not allow_missing, idle_exclusion=idle)
     return InjectionPlan(
         method.label, resolved, (*targets, *tokens), copies, _biases(model, resolved, targets), tuple(excluded), missing
     )
@@ -240,7 +241,8 @@ def _base_of(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, CopiedModule) else module
 
 
-def _copies(sites: list[Site], names: list[str], *, strict: bool) -> dict[str, int]:
+def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict: bool) -> dict[str, int]:
+    """Paths of modules trained as a whole; ``heads`` are names that may have been guessed."""
     if not names:
         return {}
     found = {
@@ -251,9 +253,10 @@ def _copies(sites: list[Site], names: list[str], *, strict: bool) -> dict[str, i
     missing = [name for name in names if not any(matches_segment_names(path, [name]) for path in found)]
     if missing and not (found and set(missing) <= set(_CLASSIFIER_HEADS)):
         problem = no_match(missing, [site.path for site in sites], what="modules_to_save")
-        if strict or not found:
+        guessed = set(missing) <= set(heads)
+        if strict or not (found or guessed):
             raise problem
-        warnings.warn(str(problem), stacklevel=4)
+        warnings.warn(without_head(missing) if guessed else str(problem), stacklevel=4)
     for site in sites:
         if site.path in found:
             _check_copy(site)

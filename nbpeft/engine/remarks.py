@@ -8,10 +8,30 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.lora_config import PatternTable
 from nbpeft.errors import TargetError, did_you_mean
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+
+_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
+    """Names that a task adds to ``modules_to_save``, though a model need not have them."""
+    return _HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
+
+
+def without_head(missing: Sequence[str]) -> str:
+    """Says that a model has none of the heads that its task lets expect."""
+    return (
+        f"the model has no module {' or '.join(missing)}: its head, under whatever name, is neither trained nor "
+        "saved unless modules_to_save names it"
+    )
 
 
 def unmatched_patterns(config: Any, paths: Sequence[str]) -> str:
@@ -40,22 +60,27 @@ def without_bias(config: Any, modules: Sequence[tuple[str, nn.Module]]) -> str:
     return f"lora_bias=True, but {subject} no bias in the base: the adapter cannot be merged there"
 
 
-def remark(config: Any, modules: Sequence[tuple[str, nn.Module]], *, strict: bool) -> None:
+def remark(
+    config: Any, modules: Sequence[tuple[str, nn.Module]], *, strict: bool, idle_exclusion: bool = False
+) -> None:
     """Warns of what is odd.
 
     Args:
         config: the config.
         modules: path and module of everything it adapts.
         strict: refuse patterns that match nothing instead.
+        idle_exclusion: whether ``exclude_modules`` names nothing in the model.
 
     Raises:
         TargetError: a pattern matches nothing, if strict.
     """
     unmatched = unmatched_patterns(config, [path for path, _ in modules])
-    if unmatched and strict:
-        raise TargetError(unmatched)
-    if unmatched:
-        warnings.warn(unmatched, RuntimeWarning, stacklevel=4)
+    idle = f"exclude_modules={config.exclude_modules!r} names no module of the model" if idle_exclusion else ""
+    for note, category in ((unmatched, RuntimeWarning), (idle, UserWarning)):
+        if note and strict:
+            raise TargetError(note)
+        if note:
+            warnings.warn(note, category, stacklevel=4)
     biasless = without_bias(config, modules)
     if biasless:
         warnings.warn(biasless, stacklevel=4)

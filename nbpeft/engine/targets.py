@@ -84,6 +84,10 @@ class Matcher:
             return self._exclude_pattern.fullmatch(path) is not None
         return any(suffix in self._exclude_names for suffix in suffixes(path))
 
+    def excludes_none_of(self, paths: Iterable[str]) -> bool:
+        """Whether there is an ``exclude`` that names none of the paths."""
+        return bool(self.exclude) and not any(self.excluded(path) for path in paths)
+
     def matches(self, path: str) -> bool:
         """Whether the targets name the path (exclusion apart)."""
         if self._target_pattern is not None:

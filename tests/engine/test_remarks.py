@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+import nbpeft
 from nbpeft.engine.lora_config import PatternTable
 from nbpeft.engine.plan import plan
 from nbpeft.errors import TargetError
@@ -90,3 +94,46 @@ def test_a_container_cannot_be_trained_as_a_whole(name: str) -> None:
     with pytest.raises(TargetError, match=f"{name} is a .*name the modules inside it"):
         get_peft_model(model, settings(modules_to_save=[name]))
     assert type(model.first) is nn.Linear
+
+
+def test_an_exclusion_that_names_nothing_is_told() -> None:
+    for library in (nbpeft, peft):
+        with pytest.warns(UserWarning, match="exclude_modules"):
+            library.get_peft_model(
+                Model(), library.LoraConfig(target_modules=["first", "second"], exclude_modules=["thrid"])
+            )
+    with pytest.raises(TargetError, match=r"exclude_modules.*names no module"):
+        plan(Model(), settings(exclude_modules=["thrid"]), allow_missing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(Model(), settings(exclude_modules=["blocks.0"]))
+
+
+class Tagger(nn.Module):
+    """A classifier whose head has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.classification_head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classification_head(self.first(x))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_a_head_of_another_name_is_told_and_goes_as_in_peft(task: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = Tagger(), torch.randn(3, 4)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(target_modules=["first"], task_type=task, init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no module .* neither trained nor saved unless modules_to_save names it"):
+        ours = nbpeft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.allclose(ours.base_model(x), theirs.base_model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = {"target_modules": ["first"], "task_type": "SEQ_CLS", "modules_to_save": ["classification_head"]}
+        get_peft_model(copy.deepcopy(base), LoraConfig(**named))
+    with pytest.raises(TargetError, match="modules_to_save 'score' matches no module"):
+        get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["first"], modules_to_save=["score"]))
