@@ -218,11 +218,13 @@ class AdaptedLayer(LayerFace):
         self.merged, self._snapshot = (), None
 
     def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules") or {}
+        if name in modules:
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            modules = self.__dict__.get("_modules")
-            if not modules or "base_layer" not in modules or name.startswith("__"):
+            if "base_layer" not in modules or name.startswith("__"):
                 raise
         found = by_name(modules["adapters"]._modules, name)
         return getattr(modules["base_layer"], name) if found is None else found
