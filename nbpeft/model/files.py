@@ -229,13 +229,21 @@ def file_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of an adapter under the keys of a file."""
     weights = manager.weights(name)
+    targeted = _adapted_embeddings(manager, name)
+    if embeddings is True or (embeddings == "auto" and (targeted or _vocabulary_resized(manager.model))):
+        present = embedding_weights(manager.model)
+        if not present:
+            warnings.warn(
+                "save_embedding_layers: the model has no get_input_embeddings() that tells its embeddings; none is "
+                "saved",
+                stacklevel=4,
+            )
+        for key, value in present.items():
+            path = key.rpartition(".")[0]
+            if path not in weights.copies and (path in manager.layers or not targeted):
+                weights.base[key] = value
     if state_dict is not None:
         weights = _picked(weights, name, state_dict)
-    if embeddings is True or (embeddings == "auto" and _wants_embeddings(manager, name)):
-        present = embedding_weights(manager.model)
-        weights.base.update(
-            {key: value for key, value in present.items() if key.rpartition(".")[0] not in weights.copies}
-        )
     config = manager.configs[name]
     tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
     return {key: tensor.detach() for key, tensor in tensors.items()}
@@ -244,10 +252,14 @@ def file_tensors(
 def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]) -> AdapterWeights:
     """The same tensors out of a state dict that was gathered from elsewhere."""
 
-    def find(key: str) -> Tensor:
+    def find(key: str, own: Tensor | None = None) -> Tensor:
+        path, _, leaf = key.rpartition(".")
         for prefix in ("base_model.model.", ""):
-            if prefix + key in state_dict:
-                return state_dict[prefix + key]
+            for spelt in (key, f"{path}.base_layer.{leaf}", f"{path}.original_module.{leaf}"):
+                if prefix + spelt in state_dict:
+                    return state_dict[prefix + spelt]
+        if own is not None:
+            return own
         raise AdapterError(f"the state dict has no {key!r} of adapter {name!r}")
 
     return AdapterWeights(
@@ -256,17 +268,17 @@ def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
             path: {k: find(f"{path}.modules_to_save.{name}.{k}") for k in named}
             for path, named in weights.copies.items()
         },
-        dict(weights.base),
+        {key: find(key, own) for key, own in weights.base.items()},
     )
 
 
-def _wants_embeddings(manager: AdapterManager, name: str) -> bool:
-    targeted = {
-        path.rpartition(".")[2]
+def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
+    """Paths of embeddings and output heads, told by their names, that an adapter gives low-rank factors."""
+    return [
+        path
         for path, layer in manager.layers.items()
-        if hasattr(layer.adapters._modules.get(name), "factors")
-    }
-    return bool(targeted & set(_EMBEDDING_NAMES)) or _vocabulary_resized(manager.model)
+        if path.rpartition(".")[2] in _EMBEDDING_NAMES and hasattr(layer.adapters._modules.get(name), "factors")
+    ]
 
 
 def _vocabulary_resized(model: nn.Module) -> bool:

@@ -1,0 +1,60 @@
+"""What is taken from where when an adapter is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import nbpeft.model as nbpeft
+from nbpeft.model import LoraConfig, get_peft_model, get_peft_model_state_dict
+from tests.model.support import llama
+
+
+def shifted(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict gathered from elsewhere: other values under the model's keys."""
+    return {key: value.detach() + 1 for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"use_dora": True},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_state_dict_gives_every_tensor_as_in_peft(changes: dict[str, Any]) -> None:
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **changes}
+    saved = []
+    for library in (nbpeft, peft):
+        torch.manual_seed(1)
+        model = library.get_peft_model(llama(), library.LoraConfig(**settings))
+        before = library.get_peft_model_state_dict(model)
+        after = library.get_peft_model_state_dict(model, state_dict=shifted(model))
+        saved.append({key: bool(torch.equal(after[key], before[key] + 1)) for key in before})
+    assert saved[0] == saved[1] and all(saved[0].values())
+
+
+def test_frozen_tensors_that_a_state_dict_lacks_are_the_models_own() -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = get_peft_model_state_dict(model, state_dict=trained)
+    frozen = next(tensor for key, tensor in tensors.items() if key.endswith("embed_tokens.base_layer.weight"))
+    assert torch.equal(frozen, model.get_base_model().model.embed_tokens.weight)
+    assert not any("lm_head" in key for key in tensors)
+
+
+def test_embeddings_that_cannot_be_found_are_told(tmp_path: Path) -> None:
+    for library in (nbpeft, peft):
+        base = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["1"]))
+        with pytest.warns(UserWarning, match="embedding"):
+            model.save_pretrained(tmp_path, save_embedding_layers=True)
