@@ -74,6 +74,13 @@ class Architecture:
             model = getattr(transformers, self.auto_class).from_config(config, dtype=dtype)
         return model
 
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the model has gradient checkpointing, as far as its class tells."""
+        import transformers
+
+        return can_checkpoint(self.model_class or _class_of(getattr(transformers, self.auto_class), self.config))
+
     @cached_property
     def identity(self) -> str:
         """Equal for architectures that need the same memory."""
@@ -118,7 +125,23 @@ def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) 
     name = _AUTO_CLASSES[TaskType(task)]
     if getattr(config, "is_encoder_decoder", False) and name == "AutoModelForCausalLM":
         name = "AutoModelForSeq2SeqLM"
+    _check_known(config, name)
     return Architecture(config, None, name)
+
+
+def _check_known(config: Any, auto_class: str) -> None:
+    import transformers
+
+    if type(config) not in getattr(transformers, auto_class)._model_mapping:
+        raise ConfigError(
+            f"transformers has no {auto_class} for a {type(config).__name__}, so its inputs are not known; "
+            "give the model itself, or an adapter with another task_type"
+        )
+
+
+def can_checkpoint(model_class: Any) -> bool:
+    """Whether models of a class have gradient checkpointing; yes where the class does not tell."""
+    return bool(getattr(model_class, "supports_gradient_checkpointing", True))
 
 
 def _of_model(model: nn.Module) -> Architecture:

@@ -237,7 +237,7 @@ def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
     if dtype is None:
         dtype = getattr(config, "dtype", None) or torch.float32
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ConfigError(f"dtype {dtype!r} is not a floating dtype such as 'bfloat16'", dtype=dtype)
     return found
 

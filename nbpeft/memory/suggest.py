@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nbpeft.errors import NbpeftError
 from nbpeft.memory.optimizers import kind_of
 from nbpeft.memory.simulate import Setting
 from nbpeft.memory.surface import has_rank, surface_of
@@ -109,7 +110,10 @@ def suggest(forecast: Foreseen) -> tuple[Suggestion, ...]:
 def _as_suggestion(forecast: Foreseen, changes: list[Change]) -> Suggestion | None:
     fields = {name: value for change in changes for name, value in change.fields.items()}
     optimizer = fields.pop("optimizer", forecast.optimizer)
-    then = forecast.solve(forecast.setting.with_changes(**fields), optimizer, forecast.device_bytes)
+    try:
+        then = forecast.solve(forecast.setting.with_changes(**fields), optimizer, forecast.device_bytes)
+    except NbpeftError:  # the model does not run like that
+        then = None
     if then is None:
         return None
     cost = changes[0].cost if len(changes) == 1 else ""
@@ -132,7 +136,7 @@ def _changes(forecast: Foreseen) -> Iterator[Change]:
 
 def _switches(setting: Setting, optimizer: str) -> Iterator[Change]:
     """What is on or off, or stored in another way."""
-    if setting.training and not setting.gradient_checkpointing:
+    if setting.training and not setting.gradient_checkpointing and setting.architecture.checkpoints:
         yield Change("gradient_checkpointing=True", "costs about a third more time", {"gradient_checkpointing": True})
     if setting.dtype == torch.float32:
         yield Change("dtype float32 -> bfloat16", "rounds weights", {"dtype": torch.bfloat16})

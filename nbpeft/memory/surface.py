@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from nbpeft.errors import TargetError
+from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory.simulate import FEW, Setting, Trained, Weights, further, largest, run_step, weights_of
 from nbpeft.memory.timeline import Peak, record
 from nbpeft.memory.trace import FIRST, SECOND, IrregularError, Point, Trace, write_log
@@ -133,8 +133,9 @@ def known_surface(setting: Setting) -> Surface | None:
 def surface_of(setting: Setting) -> Surface | None:
     """The surface of a setting, prepared unless it was; None where there can be none.
 
+    Some models run at the setting's own length and not at those a surface is made of.
+
     Raises:
-        ConfigError: the model cannot run without data.
         TargetError: the adapter does not fit the model.
     """
     key = _key(setting)
@@ -143,7 +144,7 @@ def surface_of(setting: Setting) -> Surface | None:
             _surfaces.pop(next(iter(_surfaces)))
         try:
             _surfaces[key] = survey(setting)
-        except IrregularError:
+        except (IrregularError, ConfigError):
             _surfaces[key] = None
     return _surfaces[key]
 

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, T5Config
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    OpenAIGPTConfig,
+    T5Config,
+    ViTConfig,
+    WhisperConfig,
+)
 
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
@@ -231,6 +240,7 @@ def test_sizes():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"sequence_length": 1.5}, "sequence_length is 1.5"),
         ({"dtype": "int8"}, "floating dtype"),
+        ({"dtype": "float8_e4m3fn"}, "floating dtype"),
         ({"device": "big"}, "16GB"),
         ({"device": "1.5.3GB"}, "16GB"),
         ({"device": -5}, "16GB"),
@@ -256,6 +266,9 @@ def test_what_cannot_be_forecast():
         forecast({})
     with pytest.raises(TargetError, match="q_prj"):
         forecast(CONFIG, lora(target_modules=["q_prj"]))
+    for config in (ViTConfig(), WhisperConfig()):
+        with pytest.raises(ConfigError, match=f"no AutoModelFor.* for a {type(config).__name__}, so its inputs"):
+            forecast(config, lora())
     for adapter in ({"r": 8}, "lora", 3):
         with pytest.raises(ConfigError, match="the adapter must be given as a config"):
             forecast(CONFIG, adapter)
@@ -269,6 +282,23 @@ def test_too_many_tokens_for_the_positions_of_the_model(caplog):
         forecast(config, adapter, sequence_length=32)
     assert not caplog.records
     assert forecast(config, adapter, sequence_length=16).peak_bytes > 0
+
+
+def test_suggestions_for_a_model_with_few_positions():
+    config = BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+    adapter = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    found = forecast(config, adapter, batch_size=8, sequence_length=128, device="1MB")
+    assert [one for one in found.suggestions if one.change == "batch_size 8 -> 4"]
+
+
+def test_a_model_without_gradient_checkpointing():
+    config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64)
+    adapter = lora(target_modules=["c_attn"])
+    with pytest.raises(ConfigError, match="OpenAIGPTLMHeadModel has no gradient checkpointing"):
+        forecast(config, adapter, sequence_length=64, gradient_checkpointing=True)
+    found = forecast(config, adapter, batch_size=8, sequence_length=64, device="600KB")
+    assert found.fits is False and found.suggestions
+    assert not any("gradient_checkpointing" in one.change for one in found.suggestions)
 
 
 @pytest.mark.parametrize("settings", [{}, {"quant_type": "fp4", "double_quant": False}, {"bits": 8}])
