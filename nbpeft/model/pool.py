@@ -320,7 +320,7 @@ class AdapterPool:
                     victims = self._residents.victims(coming, names, switching=switching)
                     releases = self._releases
                     if victims is not None:
-                        self._residents.exchange(coming, victims)
+                        self._residents.exchange(coming, victims, switching=switching)
                         self._residents.lease(names)
                         if switching:
                             stack.push(gate.pop_all())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
-from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
+from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError
 from nbpeft.model.pool_files import HostCache, Ready, Structure, copied_out
 
 MB = 10**6
@@ -224,24 +225,35 @@ class Residents:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def exchange(self, arrivals: Mapping[str, Ready], victims: Sequence[str]) -> None:
-        """Puts the arrivals on the model in the place of the victims; all or nothing."""
+    def exchange(self, arrivals: Mapping[str, Ready], victims: Sequence[str], *, switching: bool = False) -> None:
+        """Puts the arrivals on the model in the place of the victims; all or nothing.
+
+        Args:
+            arrivals: what comes.
+            victims: what goes.
+            switching: whether other adapters are made active with it, so that what is merged is unmerged.
+
+        Raises:
+            MergeError: adapters are merged and stay active.
+        """
         pairs, alone = self._paired(arrivals, victims)
         plans = {name: self._manager.plan(arrivals[name].config) for name in alone}
         selected = self._manager.active
         gone = {old: self._copied(old) for old in victims}
-        try:
-            for old in victims:
-                if old not in pairs:
-                    self._manager.remove(old)
-                    del self._records[old]
-            for old, new in pairs.items():
-                self._overwrite(old, new, arrivals[new])
-            for name, plan in plans.items():
-                self._put_in(name, plan, arrivals[name])
-        except BaseException:
-            self._undo(arrivals, gone, selected)
-            raise
+        records = dict(self._records)
+        with self._unmerged(arrivals, switching):
+            try:
+                for old in victims:
+                    if old not in pairs:
+                        self._manager.remove(old)
+                        del self._records[old]
+                for old, new in pairs.items():
+                    self._overwrite(old, new, arrivals[new])
+                for name, plan in plans.items():
+                    self._put_in(name, plan, arrivals[name])
+            except BaseException:
+                self._undo(arrivals, gone, selected, records)
+                raise
         self.evictions += len(victims)
         self.swaps += len(pairs)
         for name, ready in arrivals.items():
@@ -251,6 +263,26 @@ class Residents:
         for old, copied in gone.items():
             if copied is not None:
                 self._host.put(old, copied)
+
+    @contextmanager
+    def _unmerged(self, arrivals: Iterable[str], switching: bool) -> Iterator[None]:
+        """The frozen weights while adapters are exchanged for arrivals; after a failure what was merged is so again."""
+        merged = self._manager.merged if arrivals else ()
+        if not merged:
+            yield
+            return
+        if not switching:
+            raise MergeError(
+                f"{', '.join(map(repr, merged))} merged: unmerge before {', '.join(map(repr, arrivals))} "
+                "can be brought onto the model"
+            )
+        warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
+        self._manager.unmerge()
+        try:
+            yield
+        except BaseException:
+            self._manager.merge(merged)
+            raise
 
     def _paired(self, arrivals: Mapping[str, Ready], victims: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         """Victim -> the arrival of its structure that overwrites it, and the arrivals without one."""
@@ -273,8 +305,8 @@ class Residents:
         return Ready(record.config, copied_out(self._manager.weights(name)), record.structure, record.byte_count)
 
     def _overwrite(self, old: str, new: str, ready: Ready) -> None:
-        del self._records[old]
         self._manager.rename(old, new)
+        del self._records[old]
         swap(self._manager, new, ready.config, ready.weights)
         for parameter in self._manager.parameters(new):
             parameter.grad = None
@@ -302,7 +334,13 @@ class Residents:
             tensors.update((id(tensor), tensor) for tensor in named.values())
         return sum(tensor.nbytes for tensor in tensors.values())
 
-    def _undo(self, arrivals: Iterable[str], gone: Mapping[str, Ready | None], selected: tuple[str, ...]) -> None:
+    def _undo(
+        self,
+        arrivals: Iterable[str],
+        gone: Mapping[str, Ready | None],
+        selected: tuple[str, ...],
+        records: Mapping[str, Resident],
+    ) -> None:
         """After a failure half-way: the old ones are put back, from their files if need be."""
         for name in arrivals:
             self._records.pop(name, None)
@@ -312,6 +350,9 @@ class Residents:
             if name not in self._manager.configs:
                 ready = copied or self._host.get(name, ahead=True)
                 self._put_in(name, self._manager.plan(ready.config), ready)
+        known = {name: self._records.get(name, record) for name, record in records.items()}
+        configs = self._manager.configs
+        self._records = OrderedDict((name, one) for name, one in known.items() if configs.get(name) is one.config)
         if selected and self._manager.active != selected:
             self._manager.activate(selected)
 

@@ -322,6 +322,21 @@ def test_a_pool_that_cannot_be_made_leaves_room_for_another(folders: dict[str, P
         pool.set_adapter("a")
 
 
+def test_what_is_merged_gives_way_to_a_switch_alone(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
+    pool = pool_of(folders)
+    for name in "ab":
+        pool.set_adapter(name)
+    pool.model.merge_adapter()
+    for refused in (lambda: pool.load("c"), lambda: pool.model(input_ids=tokens(), adapter_names=["b", "c"])):
+        with pytest.raises(MergeError, match="'b' merged: unmerge before 'c' can be brought onto the model"):
+            refused()
+        assert pool.resident == pool.manager.names == ("a", "b") and pool.manager.merged == ("b",)
+    with pytest.warns(UserWarning, match="unmerging before another is activated"):
+        pool.set_adapter("c")
+    near(logits(pool.model), alone["c"])
+    assert pool.resident == ("b", "c") and not pool.manager.merged
+
+
 def test_the_ends_of_a_pool(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
     model = adapted(name="own")
     with AdapterPool(model, BYTES / MB, adapters=folders) as pool:
