@@ -111,8 +111,8 @@ class AdapterConfig:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, nested configs as dictionaries, as PEFT's ``to_dict`` gives them."""
-        return dataclasses.asdict(self)
+        """All fields but those of this process alone, nested configs as dictionaries, as PEFT's ``to_dict``."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "runtime_config"}
 
     def copy(self, **changes: Any) -> Self:
         """A deep copy with some fields replaced, without the checks of the constructor."""

@@ -167,4 +167,4 @@ def test_type_and_version_are_those_of_peft() -> None:
     ours, theirs = LoraConfig(), peft.LoraConfig()
     assert ours.peft_type == theirs.peft_type == ours.peft_type.value == "LORA"
     assert f"{ours.peft_type}" == "LORA" and ours.peft_version == theirs.peft_version
-    assert parse_config(config_text(ours))[0].to_dict() == ours.to_dict()
+    assert parse_config(config_text(ours))[0].to_dict() == ours.to_dict() == theirs.to_dict()
