@@ -130,3 +130,8 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`` Did you mean 'x' or 'y'?`` with a leading space, or the empty string."""
     names = near(word, choices)
     return f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+
+
+PeftError = NbpeftError
+NoMatchingPeftModuleError = TargetError
+"""PEFT's names for the two."""

@@ -15,6 +15,15 @@ from nbpeft.model.auto import (
 from nbpeft.model.base_state import get_base_model_state_dict, set_base_model_state_dict
 from nbpeft.model.combining import Combined
 from nbpeft.model.full_precision import MergedFolder, merge_errors, merge_to_folder
+from nbpeft.model.functional import (
+    DoraCaching,
+    cast_adapter_dtype,
+    cast_mixed_precision_params,
+    delete_adapter,
+    get_peft_config,
+    set_adapter,
+    set_requires_grad,
+)
 from nbpeft.model.helpers import (
     check_if_peft_model,
     disable_input_dtype_casting,
@@ -51,6 +60,7 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "Combined",
+    "DoraCaching",
     "LayerStatus",
     "LoraConfig",
     "LoraRuntimeConfig",
@@ -67,11 +77,15 @@ __all__ = [
     "PeftType",
     "PoolStatistics",
     "TaskType",
+    "cast_adapter_dtype",
+    "cast_mixed_precision_params",
     "check_if_peft_model",
+    "delete_adapter",
     "disable_input_dtype_casting",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
@@ -84,8 +98,10 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
     "quantize_model",
     "rescale_adapter_scale",
+    "set_adapter",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "set_requires_grad",
     "update_forward_signature",
     "update_generate_signature",
     "update_signature",

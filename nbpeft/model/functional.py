@@ -1,0 +1,126 @@
+"""Functions under the names of ``peft.functional`` and ``peft.utils``: for models with or without a handle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.holder import names_in
+from nbpeft.errors import ConfigError
+from nbpeft.model.tensors import manager_of
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
+    """The config that a dictionary, such as the content of ``adapter_config.json``, means.
+
+    Raises:
+        ConfigError: it has no ``peft_type``, or a value is impossible.
+    """
+    if config_dict.get("peft_type") is None:
+        raise ConfigError("the dictionary has no 'peft_type', such as 'LORA'", field="peft_type")
+    return AdapterConfig.from_peft_type(**config_dict)
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Activates one adapter or several and makes them trainable, or frozen for inference.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        adapter_name: one name or several.
+        inference_mode: freeze them.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+    manager_of(model).activate(adapter_name, trainable=not inference_mode)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "lora_") -> list[str] | None:
+    """Takes an adapter out.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        adapter_name: its name.
+        prefix: accepted for PEFT's sake; names are matched whole.
+
+    Returns:
+        The adapters that are active now, or None if there are none left.
+    """
+    manager = manager_of(model)
+    manager.remove(adapter_name)
+    return list(manager.active) or None
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Sets whether gradients reach adapters, whatever is active.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        adapter_names: one name or several.
+        requires_grad: whether they do.
+    """
+    manager = manager_of(model)
+    names = names_in(adapter_names)
+    manager.require(*names)
+    for name in names:
+        manager.set_requires_grad(name, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Makes the half-precision tensors of an adapter float32.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        adapter_name: its name.
+        autocast_adapter_dtype: False does nothing.
+    """
+    parameters = manager_of(model).parameters(adapter_name)
+    if autocast_adapter_dtype:
+        _cast(parameters, torch.float32)
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes frozen parameters half precision and trainable ones float32, as automatic mixed precision wants it.
+
+    Quantized weights stay as they are stored.
+
+    Args:
+        model: any model.
+        dtype: for the frozen parameters, ``torch.float16`` or ``torch.bfloat16``.
+    """
+    for parameter in model.parameters():
+        _cast([parameter], torch.float32 if parameter.requires_grad else dtype)
+
+
+def _cast(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            parameter.data = parameter.data.to(dtype)
+
+
+class DoraCaching:
+    """Does nothing: what DoRA can keep between forwards is always kept, and found anew when a weight changes.
+
+    Args:
+        enabled: accepted for PEFT's sake.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Changes nothing either."""
+        self.enabled = enabled
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
