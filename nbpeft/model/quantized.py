@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -82,6 +82,8 @@ def load_quantized(
     loader = getattr(importlib.import_module("transformers"), chosen, None) if isinstance(chosen, str) else chosen
     if loader is None:
         raise ConfigError(f"transformers has no class {chosen!r}", field="model_class")
+    if not hasattr(loader, "from_pretrained"):
+        raise ConfigError(f"model_class is {chosen!r:.60}; expected a class of transformers, or its name")
     options: dict[str, Any] = {"dtype": compute_dtype or usual_dtype(), **from_pretrained}
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
         options["dtype"] = dtype_of(options["dtype"], "dtype", FLOATS)
@@ -174,6 +176,8 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list
             uses[id(weight)] = uses.get(id(weight), 0) + 1
     head = _head(model)
     chosen, stay = [], []
+    if not isinstance(skip, Collection) or not all(isinstance(name, str) and name for name in skip):
+        raise ConfigError(f"skip_modules is {skip!r:.60}; expected names of modules", field="skip_modules")
     unseen = dict.fromkeys([skip] if isinstance(skip, str) else skip)
     names = tuple(unseen)
     for path, module in model.named_modules():
@@ -219,8 +223,11 @@ def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
         return loader.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:
         failure = " ".join(str(error).split())[:300]
-    except TypeError as error:
-        raise ConfigError(f"{place} cannot be loaded with these options: {error}") from None
+    except (TypeError, AssertionError, RuntimeError) as error:  # the latter two: of a device that is not here
+        reason = " ".join(str(error).split())[:300]
+        if "memory" in reason:
+            raise
+        raise ConfigError(f"{place} cannot be loaded with these options: {reason}") from None
     raise CheckpointNotFoundError(f"no model could be loaded from {place!r}: {failure}", source=place)
 
 

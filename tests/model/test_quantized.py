@@ -187,6 +187,9 @@ def test_names_to_skip_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"skip_modules names 'q_prj', which is no module.*Did you mean 'q_proj'"):
         quantize_model(model, skip_modules=["embed_tokens", "q_prj"])
     assert type(model.get_submodule("model.layers.0.self_attn.k_proj")) is nn.Linear
+    for skip in (None, 5, [1], [""]):
+        with pytest.raises(ConfigError, match="expected names of modules"):
+            quantize_model(model, skip_modules=skip)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected a model to quantize, not 'base'"):
         quantize_model("base")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="not from None"):
@@ -199,6 +202,12 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="no class 'AutoModelForPoetry'"):
         load_quantized(tmp_path, model_class="AutoModelForPoetry")
+    llama().save_pretrained(tmp_path / "base")
+    for wrong in (5, torch.nn.Linear):
+        with pytest.raises(ConfigError, match="expected a class of transformers, or its name"):
+            load_quantized(tmp_path / "base", model_class=wrong)
+    with pytest.raises(ConfigError, match="cannot be loaded with these options"):
+        load_quantized(tmp_path / "base", device_map=f"cuda:{torch.cuda.device_count() + 7}")
     with pytest.raises(ConfigError, match="leave it out"):
         load_quantized(tmp_path, quantization_config={})
 
