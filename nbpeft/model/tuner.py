@@ -12,6 +12,8 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError
 from nbpeft.model.combining import Combined, combine_adapters
 
+_QUANTIZED = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+
 
 class AdapterTuner(nn.Module):
     """Holds the base model as ``.model``, which gives state dict keys PEFT's prefix.
@@ -43,6 +45,28 @@ class AdapterTuner(nn.Module):
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
         return list(self.manager.active)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths in the base model of the layers that adapters target, those of the first adapter first."""
+        layers = self.manager.layers.items()
+        return [path for path, layer in layers if any(not layer.adapter(name).shares_rows for name in layer.adapters)]
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Lets reentrant checkpointing give gradients where the embeddings are frozen.
+
+        Nothing is done to a quantized model: ``prepare_model_for_kbit_training`` does it there.
+
+        Args:
+            model: the handle or the base model.
+
+        Returns:
+            The same model.
+        """
+        enable = getattr(model, "enable_input_require_grads", None)
+        if enable is not None and not any(getattr(model, flag, False) for flag in _QUANTIZED):
+            enable()
+        return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with the active adapters."""
