@@ -96,7 +96,7 @@ class Tracked:
             name_A, name_B = factor_names(path)
             adapters[path] = {name_A: part.lora_A.clone(), name_B: part.lora_B.clone()}
             if part.magnitude is not None:
-                adapters[path]["magnitude"] = part.magnitude.clone()
+                adapters[path]["lora_magnitude_vector"] = part.magnitude.clone()
         copies = {} if self.head is None else {"head": {key: value.clone() for key, value in self.head.items()}}
         return AdapterWeights(adapters, copies)
 
@@ -238,7 +238,7 @@ def after_swap(slot: Tracked, new: Tracked, now: AdapterWeights) -> Tracked:
         assert not lora_A.any() and not lora_B.any()
         parts[path] = Part(lora_A, lora_B, 1.0)
         if slot.dora:
-            parts[path].magnitude = now.adapters[path]["magnitude"].detach().clone()
+            parts[path].magnitude = now.adapters[path]["lora_magnitude_vector"].detach().clone()
             norm = canonical(path).norm(dim=1)
             torch.testing.assert_close(parts[path].magnitude, norm, rtol=1e-9, atol=1e-9)
     base = {key: BASE[f"head.{key}"] for key in ("weight", "bias")}

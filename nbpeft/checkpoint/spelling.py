@@ -23,7 +23,6 @@ _SPELLINGS: dict[str, dict[str, str]] = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
         "lora_B_bias": "lora_B.bias",
-        "magnitude": "lora_magnitude_vector",
         "trainable_tokens_delta": "token_adapter.trainable_tokens_delta",
     },
     "OFT": {"oft_R": "oft_R.weight"},

@@ -18,8 +18,6 @@ from nbpeft.errors import UnknownAdapterError, did_you_mean
 _WHOLE = ("lora_embedding_A", "lora_embedding_B")
 """Parameters that PEFT keeps as they are; it keeps the others inside a module, as its ``weight``."""
 
-_RENAMED = {"lora_magnitude_vector": "magnitude"}
-
 _BEHIND = {"r": "factor_names", "lora_dropout": "dropout"}
 """Names of PEFT that say of an adapter what another attribute of it tells."""
 
@@ -253,22 +251,21 @@ def by_name(adapters: dict[str, Any], name: str) -> ByName | None:
         adapters: adapter name -> adapter.
         name: ``lora_A``, ``lora_magnitude_vector``, ``r``, ``lora_dropout``, or any attribute of an adapter.
     """
-    own = _RENAMED.get(name, name)
-    if own.startswith("_") or own == "training":
+    if name.startswith("_") or name == "training":
         return None
-    attribute = _BEHIND.get(own, own)
+    attribute = _BEHIND.get(name, name)
     having = [adapter for adapter in adapters.values() if _has(adapter, attribute)]
     if not having:
         return None
-    if own == "r":
+    if name == "r":
         return ByName(adapters, attribute, lambda adapter: int(adapter.factors[0].shape[0]))
-    if own == "lora_dropout":
+    if name == "lora_dropout":
         return ByName(adapters, attribute, DropoutView)
-    if own not in having[0]._parameters:
-        return ByName(adapters, own, lambda adapter: adapter.__dict__[own], lambda a, value: setattr(a, own, value))
-    if own in _WHOLE:
-        return ByName(adapters, own, lambda a: a._parameters[own], lambda a, value: _set_parameter(a, own, value))
-    return ByName(adapters, own, lambda adapter: FactorView(adapter, own))
+    if name not in having[0]._parameters:
+        return ByName(adapters, name, lambda adapter: adapter.__dict__[name], lambda a, value: setattr(a, name, value))
+    if name in _WHOLE:
+        return ByName(adapters, name, lambda a: a._parameters[name], lambda a, value: _set_parameter(a, name, value))
+    return ByName(adapters, name, lambda adapter: FactorView(adapter, name))
 
 
 def _has(adapter: nn.Module, attribute: str) -> bool:

@@ -156,7 +156,7 @@ def _factors_of(layer: AdaptedLayer, name: str, tensors: dict[str, Tensor], scal
 
 def _gain(adapter: Adapter, layer: AdaptedLayer) -> Tensor | None:
     """DoRA's factor on the rows of the adapted weight: magnitude over norm."""
-    magnitude = adapter._parameters.get("magnitude")
+    magnitude = adapter._parameters.get("lora_magnitude_vector")
     norm: Any = getattr(adapter, "row_norm", None)
     return None if magnitude is None or norm is None else magnitude.detach().view(-1) / norm(layer.base)
 
@@ -199,7 +199,7 @@ def _set_magnitudes(manager: AdapterManager, name: str, combination: Combination
     for path, combined in combination.layers.items():
         layer = manager.layers[path]
         adapter = layer.adapter(name)
-        magnitude = adapter._parameters.get("magnitude")
+        magnitude = adapter._parameters.get("lora_magnitude_vector")
         norm: Any = getattr(adapter, "row_norm", None)
         if magnitude is not None and norm is not None:
             length = norm(layer.base)

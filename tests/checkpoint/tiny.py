@@ -57,7 +57,6 @@ def saved_by_peft(model: nn.Module, folder: Path, **fields: Any) -> peft.PeftMod
 def expected_by_peft(adapted: peft.PeftModel, bias: str = "none") -> Expected:
     """What peft's own model consists of, in the engine's words."""
     names = {"lora_A": "weight", "lora_B": "weight", "lora_magnitude_vector": "weight"}
-    ours = {"lora_magnitude_vector": "magnitude"}
     model = adapted.get_base_model()
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     copies: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -69,7 +68,7 @@ def expected_by_peft(adapted: peft.PeftModel, bias: str = "none") -> Expected:
                 if "default" not in held:
                     continue
                 tensor = held["default"].weight if name in names else held["default"]
-                shapes[ours.get(name, name)] = tuple(tensor.shape)
+                shapes[name] = tuple(tensor.shape)
                 if getattr(held["default"], "bias", None) is not None and name == "lora_B":
                     shapes["lora_B_bias"] = tuple(held["default"].bias.shape)
         elif isinstance(module, ModulesToSaveWrapper):

@@ -62,7 +62,7 @@ def trained(config: LoraConfig, seed: int = 1) -> AdapterWeights:
     for named in (*weights.adapters.values(), *weights.copies.values(), weights.base):
         for key, tensor in named.items():
             noise = torch.randn(tensor.shape, generator=generator)
-            named[key] = tensor.detach() * (1 + 0.3 * noise) if key == "magnitude" else 0.5 * noise
+            named[key] = tensor.detach() * (1 + 0.3 * noise) if key == "lora_magnitude_vector" else 0.5 * noise
     return weights
 
 

@@ -158,3 +158,10 @@ def test_attributes_that_nobody_has_are_missing() -> None:
     assert not hasattr(layer, "nonsense") and not hasattr(layer.scaling, "nonsense")
     with pytest.raises(TypeError, match="delete_adapter"):
         del layer.scaling["default"]
+
+
+def test_every_tensor_of_the_family_is_named_as_such() -> None:
+    for options in ({}, {"use_dora": True}, {"lora_bias": True, "target_modules": ["inner.0"]}):
+        for model in pair(**options):
+            trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            assert trained and all("lora_" in name for name in trained)

@@ -92,7 +92,7 @@ def test_exact_is_the_adapters_acting_together(use_dora: bool, use_rslora: bool,
     if use_dora:
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
-            if name.endswith("magnitude"):
+            if name.endswith("magnitude_vector"):
                 parameter.data.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
     weights = {"one": 0.6, "two": -0.5, "three": 1.3}
     expected = weighted(model, weights)

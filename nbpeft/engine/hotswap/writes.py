@@ -194,7 +194,7 @@ class Writes:
             adapter.__dict__["padded"] = True
         self._write_settings()
         for adapter, layer in self._neutral_magnitudes:
-            magnitude = adapter.get_parameter("magnitude").detach()
+            magnitude = adapter.get_parameter("lora_magnitude_vector").detach()
             norm: Any = adapter.row_norm
             magnitude.copy_(norm(layer.base).view(magnitude.shape))
 

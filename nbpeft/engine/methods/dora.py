@@ -25,7 +25,7 @@ from nbpeft.engine.lowrank import new_factors, seeded_dropout
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
 
-MAGNITUDE = "magnitude"
+MAGNITUDE = "lora_magnitude_vector"
 
 _CANCELLATION = 1e-2
 """Below this share of the parts of a squared row norm, the factored sum has lost digits."""

@@ -81,7 +81,7 @@ def pair(kind: str, **options: Any) -> tuple[Holder, Any, AdapterManager, Tensor
     own = manager.weights("default").adapters["layer"]
     with torch.no_grad():
         for name, tensor in oracle_tensors(oracle).items():
-            if name == "magnitude":
+            if name == "lora_magnitude_vector":
                 tensor.mul_(torch.rand_like(tensor) + 0.5)
             assert own[name].shape == tensor.shape, name
             own[name].copy_(tensor)
@@ -98,7 +98,7 @@ def oracle_tensors(oracle: Any) -> dict[str, Tensor]:
     if "lora_B" in found and layer.lora_B["default"].bias is not None:
         found["lora_B_bias"] = layer.lora_B["default"].bias
     if getattr(layer, "lora_magnitude_vector", None):
-        found["magnitude"] = layer.lora_magnitude_vector["default"].weight
+        found["lora_magnitude_vector"] = layer.lora_magnitude_vector["default"].weight
     return found
 
 
