@@ -49,7 +49,7 @@ def check_kind(kind: str | None) -> str | None:
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(parent, attribute, layer) of the layers that transformers quantizes: linear ones but the output head.
+    """(parent, attribute, layer) of the layers that transformers quantizes: linear ones but the head and kept ones.
 
     Layers that carry adapters already are given with their wrapper as parent.
     """
@@ -58,8 +58,14 @@ def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     for path, parent in list(model.named_modules()):
         for attribute, child in list(parent.named_children()):
             name = f"{path}.{attribute}" if path else attribute
-            if child is not head and name != last and _is_linear(child):
+            if child is not head and name != last and _is_linear(child) and not is_kept(model, name):
                 yield parent, attribute, child
+
+
+def is_kept(model: nn.Module, path: str) -> bool:
+    """Whether transformers never quantizes the module at a path in a model of this class."""
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return any(f".{name}." in f".{path}." for name in names)
 
 
 def _is_linear(module: nn.Module) -> bool:

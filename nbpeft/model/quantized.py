@@ -22,6 +22,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean
 from nbpeft.logs import collapsed
+from nbpeft.memory.standin import is_kept
 from nbpeft.model.gguf import forget_gguf, obedient_progress
 from nbpeft.model.quantization import FLOATS, dtype_of, quantization, usual_device, usual_dtype
 from nbpeft.model.stored import is_quantized_layer
@@ -162,6 +163,8 @@ def check_quantizable(model: nn.Module) -> None:
 def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Paths of the layers to quantize, and of linear layers that stay. Works on meta tensors, too.
 
+    What the model's class keeps in float32 stays: T5 casts its input to the dtype of such a weight.
+
     Args:
         model: a model that is not quantized.
         skip: further layers that stay, by path or by a whole part of it.
@@ -186,7 +189,8 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list
             unseen.pop(name, None)
         if not path or not _is_linear(module):
             continue
-        if naming or module is head or uses[id(module.weight)] > 1 or not module.weight.is_floating_point():
+        stays = naming or module is head or is_kept(model, path)
+        if stays or uses[id(module.weight)] > 1 or not module.weight.is_floating_point():
             stay.append(path)
         else:
             chosen.append(path)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.memory.standin import quantizable
 from nbpeft.model import PeftModel
 from nbpeft.model.gguf import obedient_progress
 from nbpeft.model.quantization import quantization
 from nbpeft.model.quantized import load_quantized, quantize_model
 from nbpeft.model.stored import stored_parts
-from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state
+from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}
@@ -37,6 +39,22 @@ def test_in_memory_as_transformers_does_it_while_loading(make: Any, bits: int, t
     assert torch.equal(logits(model), logits(loaded))
     error = (logits(model) - logits(make())).norm() / logits(make()).norm()
     assert error < (0.2 if bits == 4 else 0.02)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_a_model_keeps_in_float32_is_not_quantized(bits: int, tmp_path: Path) -> None:
+    """T5 casts what goes into ``wo`` to the dtype of its weight, which would be that of the codes."""
+    torch.manual_seed(0)
+    config = T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=128)
+    dense: Any = T5ForConditionalGeneration(config).eval()
+    dense.save_pretrained(tmp_path)
+    loaded = load_quantized(tmp_path, bits=bits, compute_dtype="float32", model_class="AutoModelForSeq2SeqLM")
+    model = quantize_model(copy.deepcopy(dense), bits=bits)
+    assert quantized_paths(model) == quantized_paths(loaded) and quantized_paths(model)
+    assert len(list(quantizable(dense))) == len(quantized_paths(model))
+    with torch.no_grad():
+        outputs = [one(input_ids=tokens(), decoder_input_ids=tokens()).logits for one in (dense, model)]
+    assert (outputs[1] - outputs[0]).norm() < 0.3 * outputs[0].norm()
 
 
 def test_what_is_quantized_and_what_stays() -> None:
