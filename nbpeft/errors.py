@@ -4,6 +4,7 @@
     ├── ConfigError               a field is unknown or its value is impossible
     │   └── UnknownMethodError    the config names a method that is not registered
     ├── TargetError               nothing (or not everything asked for) in the model matches
+    │   └── LayerKindError        what is asked for does not work on layers of that kind
     ├── AdapterError
     │   ├── UnknownAdapterError   no adapter of that name
     │   └── AdapterExistsError    the name is taken
@@ -56,6 +57,10 @@ class UnknownMethodError(ConfigError):
 
 class TargetError(NbpeftError, ValueError):
     """Targets of a config match nothing in the model, or something that cannot be adapted."""
+
+
+class LayerKindError(TargetError, TypeError):
+    """What is asked for does not work on a layer of that kind."""
 
 
 class AdapterError(NbpeftError, ValueError):

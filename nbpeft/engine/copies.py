@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.layer import AdaptedLayer, AdapterDict
 from nbpeft.engine.switch import Rows, Switch
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, LayerKindError
 
 
 class CopiedModule(nn.Module):
@@ -33,6 +33,11 @@ class CopiedModule(nn.Module):
         self.training = original_module.training
 
     switch: Switch
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that act now and have a copy here."""
+        return [name for name in self.switch.current().names if name in self.modules_to_save._modules]
 
     def chosen(self) -> nn.Module:
         """The module that acts now.
@@ -62,7 +67,7 @@ class CopiedModule(nn.Module):
         """A batch whose rows are served by different copies; the first argument is the batch."""
         result = self.original_module(x, *args, **kwargs)
         if not (isinstance(result, Tensor) and isinstance(x, Tensor)):
-            raise AdapterError(
+            raise LayerKindError(
                 f"adapter_names cannot serve a {type(self.original_module).__name__} trained as a whole: "
                 "its input and output are not single tensors; give each adapter a batch of its own"
             )

@@ -209,6 +209,16 @@ class LayerFace(nn.Module):
         return list(self.switch.current().names)
 
     @property
+    def active_adapter(self) -> list[str]:
+        """Names of the adapters that act now."""
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the frozen layer acts alone now."""
+        return not self.active_adapters
+
+    @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer."""
         return list(self.merged)

@@ -32,7 +32,7 @@ from nbpeft.engine.targets import (
 )
 from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
 from nbpeft.engine.tokens import token_rows
-from nbpeft.errors import TargetError
+from nbpeft.errors import LayerKindError, TargetError
 
 _CLASSIFIER_HEADS = ("score", "classifier")
 
@@ -272,7 +272,7 @@ def _check_copy(site: Site) -> None:
     if inner is not None:
         raise TargetError(f"{site.path} cannot be trained as a whole (modules_to_save): its {inner} carries adapters")
     if isinstance(site.module, _CONTAINERS):
-        raise TargetError(
+        raise LayerKindError(
             f"{site.path} is a {type(site.module).__name__}, which holds modules but has no forward of its own; "
             "name the modules inside it in modules_to_save",
             path=site.path,
@@ -310,7 +310,7 @@ def _token_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], t
             continue
         if site.path in taken or isinstance(site.wrapper, CopiedModule):
             what = "adapted or trained as a whole already"
-            raise TargetError(f"{site.path} is {what}; its rows cannot be trained too (trainable_token_indices)")
+            raise LayerKindError(f"{site.path} is {what}; its rows cannot be trained too (trainable_token_indices)")
         host, backend = resolve_parts(site)
         shapes = (
             {}

@@ -2,6 +2,8 @@
 
 from nbpeft.engine.adapter import AdapterConfig as PeftConfig
 from nbpeft.engine.adapter import PeftType, TaskType
+from nbpeft.engine.copies import CopiedModule as ModulesToSaveWrapper
+from nbpeft.engine.layer import AdaptedLayer as LoraLayer
 from nbpeft.engine.lora_config import LoraConfig, LoraRuntimeConfig
 from nbpeft.model.auto import (
     AutoPeftModel,
@@ -63,9 +65,11 @@ __all__ = [
     "DoraCaching",
     "LayerStatus",
     "LoraConfig",
+    "LoraLayer",
     "LoraRuntimeConfig",
     "MergedFolder",
     "ModelStatus",
+    "ModulesToSaveWrapper",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

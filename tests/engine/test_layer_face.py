@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nbpeft
 from nbpeft.engine.hotswap import prepare_for_hotswap
 from nbpeft.errors import UnknownAdapterError
-from nbpeft.model import LoraConfig, get_peft_model
+from nbpeft.model import LoraConfig, LoraLayer, ModulesToSaveWrapper, get_peft_model
 
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"], "init_lora_weights": False}
 
@@ -165,3 +166,27 @@ def test_every_tensor_of_the_family_is_named_as_such() -> None:
         for model in pair(**options):
             trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
             assert trained and all("lora_" in name for name in trained)
+
+
+def test_adapted_layers_are_found_by_peft_s_classes() -> None:
+    ours, theirs = pair(modules_to_save=["inner.2"], target_modules=["inner.0"])
+    for model, adapted, copied in (
+        (ours, LoraLayer, ModulesToSaveWrapper),
+        (theirs, peft.tuners.lora.LoraLayer, peft.utils.ModulesToSaveWrapper),
+    ):
+        layers_ = [module for module in model.modules() if isinstance(module, adapted)]
+        copies = [module for module in model.modules() if isinstance(module, copied)]
+        assert len(layers_) == len(copies) == 1 and layers_[0].r == {"default": 4}
+        assert copies[0].active_adapters == ["default"] and not layers_[0].disable_adapters
+        with model.disable_adapter():
+            assert layers_[0].disable_adapters
+
+
+@pytest.mark.parametrize("changes", [{"modules_to_save": ["inner"]}, {"trainable_token_indices": {"table": [1]}}])
+def test_layers_of_the_wrong_kind_raise_what_peft_raises(changes: dict[str, Any]) -> None:
+    base = nn.ModuleDict({"table": nn.Embedding(4, 4), "inner": nn.ModuleList([nn.Linear(4, 4)])})
+    base["other"] = nn.Sequential(nn.Linear(4, 4))
+    for library in (nbpeft, peft):
+        settings = library.LoraConfig(target_modules=["table", "other.0"], **changes)
+        with pytest.raises(TypeError):
+            library.get_peft_model(copy.deepcopy(base), settings)
