@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.base import Base
+from nbpeft.engine.registry import family_of
 from nbpeft.engine.switch import Switch
 from nbpeft.errors import UnknownAdapterError, did_you_mean
 
@@ -22,6 +23,18 @@ _BEHIND = {"r": "factor_names", "lora_dropout": "dropout"}
 """Names of PEFT that say of an adapter what another attribute of it tells."""
 
 _TRAINED_SCALING = "trained_scaling"
+
+_KINDS = {
+    "linear": "Linear",
+    "conv1d": "Linear",
+    "embedding": "Embedding",
+    "convolution1d": "Conv1d",
+    "convolution2d": "Conv2d",
+    "convolution3d": "Conv3d",
+    "bnb4bit": "Linear4bit",
+    "bnb8bit": "Linear8bitLt",
+}
+"""What PEFT calls layers of a host, or with a weight of a backend."""
 
 
 class ByName(MutableMapping[str, Any]):
@@ -222,6 +235,17 @@ class LayerFace(nn.Module):
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer."""
         return list(self.merged)
+
+    @property
+    def adapted_as(self) -> str:
+        """What PEFT calls such a layer, as ``lora.Linear`` or ``lora.Linear4bit``."""
+        found = (family_of(adapter) for adapter in self._named().values())
+        families = sorted({family.lower() for family in found if family is not None})
+        layer = _KINDS.get(self.base.backend.name) or _KINDS.get(self.base.host.name) or type(self.base.module).__name__
+        return f"{'/'.join(families)}.{layer}" if families else "TrainableTokensLayer"
+
+    def _get_name(self) -> str:
+        return self.adapted_as
 
     @property
     def in_features(self) -> int:

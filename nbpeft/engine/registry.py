@@ -75,6 +75,11 @@ def register(
     return decorate
 
 
+def family_of(adapter: Adapter) -> str | None:
+    """The ``peft_type`` of the method that an adapter is made by; None if none is."""
+    return next((method.peft_type for method in _methods if method.adapter_class is type(adapter)), None)
+
+
 def register_host(cls: HostClass) -> HostClass:
     """Registers a host class; ``priority`` orders them, higher is asked first."""
     _insert(_hosts, cls())

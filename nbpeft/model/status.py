@@ -20,16 +20,6 @@ _IRREGULAR = "irregular"
 _BACKENDS = {"dense": None, "bnb4bit": "bnb 4bit", "bnb8bit": "bnb 8bit"}
 """PEFT's names of ways to store a weight, where they are others."""
 
-_HOSTS = {
-    "linear": "Linear",
-    "conv1d": "Linear",
-    "embedding": "Embedding",
-    "convolution1d": "Conv1d",
-    "convolution2d": "Conv2d",
-    "convolution3d": "Conv3d",
-}
-_QUANTIZED = {"bnb4bit": "Linear4bit", "bnb8bit": "Linear8bitLt"}
-
 
 @dataclass
 class LayerStatus:
@@ -87,11 +77,9 @@ def _bare(model: nn.Module, manager: AdapterManager) -> bool:
 
 def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStatus:
     adapters = {own: layer.adapter(own) for own in layer.adapters}
-    kind = _QUANTIZED.get(layer.backend.name) or _HOSTS.get(layer.host.name) or type(layer.base_layer).__name__
-    methods = {_method(manager, own) for own, adapter in adapters.items() if not adapter.shares_rows}
     return LayerStatus(
         name=name,
-        module_type=f"{'/'.join(sorted(methods)).lower()}.{kind}" if methods else "TrainableTokensLayer",
+        module_type=layer.adapted_as,
         enabled=manager.enabled,
         active_adapters=list(manager.active),
         merged_adapters=list(layer.merged),

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import nbpeft
 from nbpeft.engine.hotswap import prepare_for_hotswap
@@ -190,3 +191,13 @@ def test_layers_of_the_wrong_kind_raise_what_peft_raises(changes: dict[str, Any]
         settings = library.LoraConfig(target_modules=["table", "other.0"], **changes)
         with pytest.raises(TypeError):
             library.get_peft_model(copy.deepcopy(base), settings)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_layers_print_as_what_peft_calls_them() -> None:
+    base = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Embedding(4, 4), "c": nn.Conv2d(3, 4, 1), "d": Conv1D(2, 4)})
+    names = []
+    for library in (nbpeft, peft):
+        model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(target_modules=list("abcd")))
+        names.append([repr(model.base_model.model[key]).partition("(")[0] for key in "abcd"])
+    assert names[0] == names[1] == ["lora.Linear", "lora.Embedding", "lora.Conv2d", "lora.Linear"]
