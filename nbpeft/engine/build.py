@@ -17,7 +17,7 @@ from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.plan import InjectionPlan, Site, Target, make_adapters, walk
 from nbpeft.engine.registry import backend_named, backends, host_named
-from nbpeft.engine.storage import StoredWeight
+from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.switch import Switch
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -114,7 +114,7 @@ def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:
 
 def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.Module:
     """A trainable deep copy, with loaded tensors in place of its own where given."""
-    twin = copy.deepcopy(module)
+    twin = copy.deepcopy(module, _cloned_fakes(module))
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -123,6 +123,20 @@ def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.M
         for name, tensor in (weights or {}).items():
             own[name].copy_(tensor)
     return twin
+
+
+def _cloned_fakes(module: nn.Module) -> dict[int, Tensor]:
+    """What a deep copy takes for fake tensors, those of a forecast.
+
+    Copied by themselves they copy their mode too, which ends in memory that is freed twice.
+    """
+    fake = loaded("torch._subclasses.fake_tensor", "FakeTensor")
+    memo: dict[int, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if isinstance(tensor, fake):
+            clone, needed = tensor.detach().clone(), tensor.requires_grad
+            memo[id(tensor)] = nn.Parameter(clone, needed) if isinstance(tensor, nn.Parameter) else clone
+    return memo
 
 
 @contextmanager

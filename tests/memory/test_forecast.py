@@ -26,7 +26,7 @@ from nbpeft.memory.forecast import device_bytes
 from nbpeft.memory.optimizers import OPTIMIZERS, state_bytes
 from nbpeft.memory.simulate import run_step
 from nbpeft.memory.standin import quantized_bytes
-from nbpeft.memory.timeline import record
+from nbpeft.memory.timeline import fake_tensors, record
 from nbpeft.model import quantize_model
 
 CONFIG = LlamaConfig(
@@ -282,6 +282,18 @@ def test_too_many_tokens_for_the_positions_of_the_model(caplog):
         forecast(config, adapter, sequence_length=32)
     assert not caplog.records
     assert forecast(config, adapter, sequence_length=16).peak_bytes > 0
+
+
+def test_modules_trained_as_a_whole_are_copied_without_the_mode_of_fake_tensors():
+    """Two modes at once end in memory that is freed twice, long after."""
+    with fake_tensors():
+        model: Any = LlamaForCausalLM(CONFIG)
+        config = lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+        manager = AdapterManager.attach(model)
+        manager.add("a", config)
+        modes = {id(parameter.fake_mode) for parameter in model.parameters()}
+    assert len(modes) == 1 and len(manager.copies) == 2
+    assert all(parameter.requires_grad for parameter in manager.parameters("a"))
 
 
 def test_suggestions_for_a_model_with_few_positions():
