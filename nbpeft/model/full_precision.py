@@ -148,7 +148,7 @@ def merge_errors(
     manager = _manager(model)
     deltas = deltas_of(manager, _names(manager, adapter))
     wanted = _own_dtype(manager.model) if dtype is None else dtype_of(dtype, "dtype", FLOATS)
-    merger = _Merger(deltas, LiveWeights(manager.model), wanted, True, False)
+    merger = _Merger(deltas, LiveWeights(manager.model, deltas.changed), wanted, True, False)
     for path in deltas.layers:
         merger.tensor(f"{path}.weight")
     return MergeErrors(tuple(merger.errors[path] for path in deltas.layers), merger.dtype_name)

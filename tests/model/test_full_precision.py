@@ -192,6 +192,16 @@ def test_a_model_that_was_cast_is_written_as_it_is(changes: dict[str, Any], tmp_
     assert torch.allclose(logits(reloaded(tmp_path / "out")), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_the_errors_of_a_head_that_shares_its_weight(changes: dict[str, Any]) -> None:
+    model = loud(adapted(quantize_model(llama(tie_word_embeddings=True)), **changes))
+    errors = merge_errors(model)
+    assert "lm_head" in {layer.path for layer in errors.layers} and errors.full_precision < 1e-6
+    expected = logits(model)
+    model.merge_adapter()
+    assert (logits(model) - expected).norm() < 0.5 * expected.norm()
+
+
 def test_two_copies_of_a_module_are_not_merged(tmp_path: Path) -> None:
     model = loud(adapted(llama(), modules_to_save=["lm_head"]))
     model.add_adapter("b", model.peft_config["default"].copy(r=2))
