@@ -140,7 +140,8 @@ def _factors_of(layer: AdaptedLayer, name: str, tensors: dict[str, Tensor], scal
     adapter = layer.adapter(name)
     names = getattr(adapter, "factor_names", None)
     if names is None:
-        raise AdapterError(f"adapter {name!r} is {type(adapter).__name__}: it has no low-rank factors to combine")
+        what = "trains rows of embeddings" if adapter.shares_rows else f"is {type(adapter).__name__}"
+        raise AdapterError(f"adapter {name!r} {what}: these are no low-rank factors to combine")
     groups = getattr(layer.base_layer, "groups", 1)
     wide = torch.empty(1, 2, device="meta")
     return Factors(

@@ -221,7 +221,7 @@ def test_what_has_no_factors_is_neither_swapped_nor_combined_nor_pooled(tmp_path
         hotswap_adapter(model, tmp_path, "default")
     with pytest.raises(HotSwapError, match="the new adapter trains rows"):
         hotswap_adapter(adapted(), tmp_path, "default")
-    with pytest.raises(AdapterError, match="no low-rank factors"):
+    with pytest.raises(AdapterError, match="'default' trains rows of embeddings: these are no low-rank factors"):
         model.add_weighted_adapter(["default"], [1.0], "new", combination_type="linear")
     pooled = adapted()
     with pytest.raises(AdapterError, match="load it by itself"):
