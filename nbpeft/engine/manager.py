@@ -199,7 +199,7 @@ class AdapterManager(AdapterHolder):
         self.require(*chosen)
         if not chosen:
             raise AdapterError("no adapter named to activate; use disable() for the base model alone")
-        check_together(self.copies, chosen)
+        check_together(self.copies, self.layers, chosen)
         if self._merged and chosen != self._merged:
             warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
             self.unmerge()
@@ -328,7 +328,7 @@ class AdapterManager(AdapterHolder):
         if self._merged and together == self._merged:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
             return
-        check_together(self.copies, together)
+        check_together(self.copies, self.layers, together)
         lossy_note(self.layers)
         with self.switch.exclusive():
             merge_besides(self.model, self.layers, self._merged, together, self.scale, safe=safe)
@@ -361,7 +361,7 @@ class AdapterManager(AdapterHolder):
         if merge:
             chosen = self._selected if names is None else names_in(names)
             self.require(*chosen)
-            check_together(self.copies, chosen)
+            check_together(self.copies, self.layers, chosen)
             if self._merged and set(self._merged) != set(chosen):
                 self.unmerge()
             if not self._merged:

@@ -89,13 +89,26 @@ def merge_besides(
         raise
 
 
-def check_together(copies: Mapping[str, CopiedModule], names: Sequence[str]) -> None:
-    """Raises AdapterError if two of the adapters each trained a copy of one module."""
-    for path, module in copies.items():
+def check_together(
+    copies: Mapping[str, CopiedModule], layers: Mapping[str, AdaptedLayer], names: Sequence[str]
+) -> None:
+    """Raises AdapterError if two of the adapters cannot act at once.
+
+    Each trained a copy of one module, or one adapts a layer inside a module that another has a copy of.
+    """
+    for path, module in copies.items() if len(names) > 1 else ():
         having = [name for name in names if name in module.modules_to_save._modules]
         if len(having) > 1:
             raise AdapterError(
                 f"adapters {' and '.join(map(repr, having))} each trained their own copy of {path}; "
+                "only one of them can be active",
+                path=path,
+            )
+        inside = (layer for place, layer in layers.items() if having and place.startswith(f"{path}."))
+        other = next((name for layer in inside for name in names if name in layer.adapters._modules), None)
+        if other is not None:
+            raise AdapterError(
+                f"adapter {having[0]!r} trained its own copy of {path}, inside of which {other!r} adapts layers; "
                 "only one of them can be active",
                 path=path,
             )

@@ -100,7 +100,7 @@ def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
         AdapterError: two of them each trained a copy of one module.
     """
     manager.require(*names)
-    check_together(manager.copies, names)
+    check_together(manager.copies, manager.layers, names)
     if manager.merged:
         raise MergeError(f"{', '.join(map(repr, manager.merged))} merged into the model: unmerge first")
     found = Deltas(names=tuple(names))

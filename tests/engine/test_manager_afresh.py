@@ -10,7 +10,7 @@ from torch import nn
 
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.errors import TargetError
+from nbpeft.errors import AdapterError, TargetError
 from tests.model.support import llama, same_state, state
 
 KINDS: list[dict[str, Any]] = [
@@ -62,3 +62,17 @@ def test_a_module_with_adapters_inside_is_not_trained_as_a_whole() -> None:
     with pytest.raises(TargetError, match=r"mlp cannot be trained as a whole .*its gate_proj carries"):
         manager.add("b", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
     assert same_state(state(model), before)
+
+
+def test_an_adapter_inside_the_copy_of_another_acts_only_alone() -> None:
+    """The copy would take the place of the layers it adapts, without a word."""
+    model = llama()
+    manager = AdapterManager.attach(model)
+    manager.add("b", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]))
+    manager.add("a", LoraConfig(r=2, target_modules=["gate_proj"]))
+    for name in "ba":
+        manager.activate(name)
+    for refused in (manager.activate, manager.merge, lambda names: manager.unload(merge=True, names=names)):
+        with pytest.raises(AdapterError, match=r"'b' trained its own copy of .*mlp, inside of which 'a'"):
+            refused(["a", "b"])
+    assert manager.active == ("a",) and not manager.merged and manager.alive
