@@ -153,6 +153,11 @@ def _of_model(model: nn.Module) -> Architecture:
         raise ConfigError(
             f"cannot forecast for a {type(base).__name__}: it is not a transformers model, so its inputs are not known"
         )
+    taken = getattr(base, "main_input_name", "input_ids")
+    if taken != "input_ids":
+        raise ConfigError(
+            f"cannot forecast for a {type(base).__name__}: it takes {taken}, and only text can be foreseen"
+        )
     kinds = {name.removeprefix("Auto").removeprefix("Model"): name for name in _AUTO_CLASSES.values()}
     found = (name for ending, name in kinds.items() if ending and type(base).__name__.endswith(ending))
     automatic = next(found, "AutoModelForCausalLM" if "LMHead" in type(base).__name__ else "AutoModel")

@@ -11,6 +11,9 @@ from torch import nn
 from nbpeft.memory.measure import weights_by_kind
 from nbpeft.memory.standin import QUANTIZATIONS
 
+_UNPACKED_ON_LOADING = ("gguf",)
+"""Formats that transformers turns into ordinary weights; the config goes on to name them."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -44,9 +47,12 @@ def stored_as(source: Any, config: Any) -> Stored:
     if found is None:
         return Stored()
     values = found if isinstance(found, Mapping) else found.to_dict()
+    method = values.get("quant_method", "another library")
+    if getattr(method, "value", method) in _UNPACKED_ON_LOADING:
+        return Stored()
     if values.get("load_in_8bit"):
         return Stored("int8")
     if values.get("load_in_4bit"):
         double = bool(values.get("bnb_4bit_use_double_quant", False))
         return Stored(str(values.get("bnb_4bit_quant_type") or "fp4"), double)
-    return Stored("nf4", True, f"weights stored by {values.get('quant_method', 'another library')} are counted as nf4")
+    return Stored("nf4", True, f"weights stored by {getattr(method, 'value', method)} are counted as nf4")

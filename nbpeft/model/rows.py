@@ -62,6 +62,9 @@ def serving_rows(
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
         raise AdapterError("adapter_names must be a list with one name for each row of the batch")
     names = list(adapter_names)
+    strange = next((name for name in names if not isinstance(name, str)), None)
+    if strange is not None:
+        raise AdapterError(f"adapter_names must have one name for each row of the batch, not {strange!r}")
     # Rows are assigned inside the call: before it, another thread may still take an adapter out.
     with (
         manager.supplied(names),

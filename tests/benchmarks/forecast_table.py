@@ -1,7 +1,8 @@
-"""Two tables of the memory forecast for the README: ``python -m tests.benchmarks.forecast_table``.
+"""Tables of the memory forecast for the README: ``python -m tests.benchmarks.forecast_table``.
 
-The first compares forecasts with what torch's allocator measured here, the second stands beside
-figures that others published for models that do not fit this machine.
+The first two compare forecasts with what was measured here, on many small models with random
+weights and on SmolLM2-135M; the third stands beside figures that others published for models that
+do not fit this machine.
 """
 
 from __future__ import annotations
@@ -229,18 +230,23 @@ def _percent(share: float) -> str:
 def main() -> int:
     """Prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.forecast_table", description=__doc__)
-    parser.add_argument("--only", choices=("accuracy", "published"), help="one of the tables")
+    parser.add_argument("--only", choices=("accuracy", "smollm2", "published"), help="one of the tables")
     parser.add_argument("--count", type=int, default=80, help="combinations that are measured (default: 80)")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if arguments.only != "published":
+    wanted = (arguments.only,) if arguments.only else ("accuracy", "smollm2", "published")
+    if "accuracy" in wanted:
         from tests.memory.test_forecast_accuracy import combinations, errors_of
 
         cases = combinations(arguments.count)
-        errors = errors_of(cases)
         print("Peak bytes of a step: forecast against torch's allocator (CPU), random weights.\n")
-        print(accuracy_table(cases, errors), end="\n\n")
-    if arguments.only != "accuracy":
+        print(accuracy_table(cases, errors_of(cases)), end="\n\n")
+    if "smollm2" in wanted:
+        from tests.benchmarks import forecast_smollm2
+
+        print("Peak of a step of SmolLM2-135M (CPU, LoRA on all linear layers): forecast and measurement.\n")
+        print(forecast_smollm2.table(), end="\n\n")
+    if "published" in wanted:
         print("Peak of a step on one GPU: published figures and our forecast for the same settings.\n")
         print(published_table())
     return 0

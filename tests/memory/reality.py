@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.memory import measure
 from nbpeft.memory.architecture import Architecture
+from nbpeft.memory.devices import mark_peak, peak
+from nbpeft.memory.saved import SavedTensors
 from nbpeft.memory.standin import quantizable
 
 SMALL: dict[str, Any] = dict(
@@ -82,21 +85,60 @@ def allocated_peak(step: Callable[[], Any]) -> int:
     return peak
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one step took, all in bytes.
+
+    Attributes:
+        peak: weights, adapter, optimizer state and the most that torch allocated beside them.
+        saved: the most that autograd kept for backward, counted through hooks.
+        process: by how much the whole process grew beyond what it held before the model, where that is known.
+    """
+
+    peak: int
+    saved: int = 0
+    process: int | None = None
+
+
 def real_peak(
+    architecture: Architecture,
+    adapter: AdapterConfig,
+    *,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    double_quant: bool = True,
+    **settings: Any,
+) -> int:
+    """Weights, adapter, optimizer state and the peak of the second step of a real run."""
+    model = real_model(architecture, dtype, quantization, double_quant)
+    return real_step(model, architecture, adapter, **settings).peak
+
+
+def real_step(
+    model: Any,
     architecture: Architecture,
     adapter: AdapterConfig,
     *,
     batch_size: int,
     sequence_length: int,
-    dtype: torch.dtype,
-    quantization: str | None = None,
-    double_quant: bool = True,
     gradient_checkpointing: bool = False,
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
     training: bool = True,
-) -> int:
-    """Weights, adapter, optimizer state and the peak of the second step of a real run."""
-    model: Any = real_model(architecture, dtype, quantization, double_quant)
+    resident: int | None = None,
+) -> Step:
+    """Adapts a model and measures a step after a first one.
+
+    Args:
+        model: the base model.
+        architecture: makes the batches.
+        adapter: what is trained.
+        batch_size: rows.
+        sequence_length: tokens of a row.
+        gradient_checkpointing: whether activations are computed again.
+        optimizer: makes the optimizer of the adapter's tensors.
+        training: a training step, or reading a prompt.
+        resident: bytes the process held before the model; counts its peak in a step of its own.
+    """
     manager = AdapterManager.attach(model)
     manager.add("one", adapter)
     if not training:
@@ -108,7 +150,8 @@ def real_peak(
                 return model(**inputs)
 
         prefill()
-        return _standing(model, None) + allocated_peak(prefill)
+        process = _process_peak(prefill, resident)
+        return Step(_standing(model, None) + allocated_peak(prefill), process=process)
     model.train()
     if gradient_checkpointing:
         with warnings.catch_warnings():
@@ -117,14 +160,30 @@ def real_peak(
     chosen = optimizer(manager.parameters("one"))
     batch = architecture.batch(batch_size, sequence_length, labels=True)
 
-    def step(inputs: dict[str, Any]) -> None:
+    def step(inputs: dict[str, Any] = batch) -> None:
         chosen.zero_grad()
         model(**inputs).loss.backward()
         chosen.step()
 
     step(architecture.batch(1, 8, labels=True))
+    process = _process_peak(step, resident)
     chosen.zero_grad()
-    return _standing(model, chosen) + allocated_peak(lambda: step(batch))
+    allocated = _standing(model, chosen) + allocated_peak(step)
+    if resident is None:
+        return Step(allocated)
+    with SavedTensors(model) as saved:
+        step()
+    return Step(allocated, saved.peak, process)
+
+
+def _process_peak(step: Callable[[], Any], resident: int | None) -> int | None:
+    """By how much a step raises the memory of the process beyond ``resident``, at most."""
+    if resident is None:
+        return None
+    mark_peak(torch.device("cpu"))
+    step()
+    found = peak(torch.device("cpu"))
+    return None if found is None else found - resident
 
 
 def _standing(model: nn.Module, optimizer: Any) -> int:

@@ -15,6 +15,7 @@ from transformers import (
     OpenAIGPTConfig,
     T5Config,
     ViTConfig,
+    ViTModel,
     WhisperConfig,
 )
 
@@ -269,6 +270,9 @@ def test_what_cannot_be_forecast():
     for config in (ViTConfig(), WhisperConfig()):
         with pytest.raises(ConfigError, match=f"no AutoModelFor.* for a {type(config).__name__}, so its inputs"):
             forecast(config, lora())
+    small = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(ConfigError, match="ViTModel: it takes pixel_values, and only text can be foreseen"):
+        forecast(ViTModel(small), lora(target_modules="all-linear"))
     for adapter in ({"r": 8}, "lora", 3):
         with pytest.raises(ConfigError, match="the adapter must be given as a config"):
             forecast(CONFIG, adapter)

@@ -305,7 +305,12 @@ def test_mixed_batches_give_each_row_its_own_adapter() -> None:
             alone = model.generate(input_ids=one, attention_mask=torch.ones_like(one), max_new_tokens=4, num_beams=2)
         width = min(alone.shape[1], generated.shape[1])
         assert torch.equal(alone[0, :width], generated[row, :width]), name
-    for bad, message in ((["wide"], "1 names for 6 rows"), (["nope"] * 6, "'nope' not found")):
+    mistakes: list[tuple[Any, str]] = [
+        (["wide"], "1 names for 6 rows"),
+        (["nope"] * 6, "'nope' not found"),
+        ([["wide"]] * 6, "one name for each row of the batch, not "),
+    ]
+    for bad, message in mistakes:
         with pytest.raises(AdapterError, match=message):
             model(input_ids=ids, adapter_names=bad)
     model.train()
