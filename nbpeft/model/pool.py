@@ -37,7 +37,8 @@ class AdapterPool:
 
     Adapters of a pool are frozen. One that is pinned, active, used by a running call, or changed
     since it was loaded is never pushed out. Adapters that were put on the model by other means
-    stay there and do not count.
+    stay there and do not count. Of a folder that is written anew the pool goes on serving what it
+    read, until the adapter is unregistered and registered again.
 
     Args:
         model: a PeftModel, a base model with or without adapters, or a manager.
