@@ -19,6 +19,7 @@ from tests.training.support import adapt, tiny_base, tiny_model, token_rows
         {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
 def test_groups_and_rates_are_those_of_peft(settings):
     options = {"lr": 1e-3, "loraplus_lr_ratio": 16, "loraplus_weight_decay": 0.1, "loraplus_lr_embedding": 5e-6}
     model = adapt(tiny_base(), **{"r": 8, **settings})
