@@ -8,14 +8,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbpeft.logs import HOLD_SECONDS, RepeatFilter, collapsed
+from nbpeft.logs import HOLD_SECONDS, LIBRARIES, RepeatFilter, collapsed
 
 FLOOD = "MatMul8bitLt: inputs will be cast from %s to float16 during quantization"
 
 
 @pytest.fixture
-def shown() -> Iterator[io.StringIO]:
+def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What a handler on the root logger writes."""
+    for library in LIBRARIES:
+        # transformers keeps its records from the root logger once another test has imported it.
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     logging.getLogger().addHandler(handler)
