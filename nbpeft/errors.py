@@ -126,6 +126,11 @@ class CellError(NbpeftError, ValueError):
         self.column = column
 
 
+def in_one_line(message: object) -> str:
+    """A message without line breaks and repeated spaces."""
+    return " ".join(str(message).split())
+
+
 def near(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
     """The choices most like ``word``, best first."""
     return difflib.get_close_matches(word, list(choices), n=count, cutoff=0.5)

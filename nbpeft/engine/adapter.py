@@ -40,6 +40,14 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""Names of heads that start random; a model need not have one of that name."""
+
+
 class PeftType(str, enum.Enum):
     """Values of ``peft_type`` in config files, for the methods that come along."""
 

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Host
 
+MAGNITUDE = "lora_magnitude_vector"
+"""The parameter that DoRA has beside the factors."""
+
 
 class FactoredAdapter(Adapter):
     """Two factors A and B whose product, times a scaling, is added to a weight.

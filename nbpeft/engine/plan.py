@@ -17,7 +17,7 @@ from torch import nn
 import nbpeft.engine.backends
 import nbpeft.engine.hosts
 import nbpeft.engine.methods  # noqa: F401
-from nbpeft.engine.adapter import Adapter, AdapterConfig, Backend, Host, TaskType
+from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, Backend, Host, TaskType
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
@@ -34,7 +34,7 @@ from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
 from nbpeft.engine.tokens import token_rows
 from nbpeft.errors import LayerKindError, TargetError
 
-_CLASSIFIER_HEADS = ("score", "classifier")
+_CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 

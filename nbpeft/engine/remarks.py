@@ -8,22 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.lora_config import PatternTable
 from nbpeft.errors import TargetError, did_you_mean
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
-_HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-
 
 def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
     """Names that a task adds to ``modules_to_save``, though a model need not have them."""
-    return _HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
+    return TASK_HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
 
 
 def without_head(missing: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.tokens import embedding_of
 
 _TIED = "tie_word_embeddings"
 
@@ -66,7 +67,7 @@ def part_for_good(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if not getattr(config, _TIED, False):
         return
-    ends = [_embedding_weight(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings")]
+    ends = [_embedding_weight(model, output=output) for output in (False, True)]
     if None in ends or ends[0] is ends[1]:
         return
     seen: set[int] = set()
@@ -83,10 +84,6 @@ def part_for_good(model: nn.Module) -> None:
     )
 
 
-def _embedding_weight(model: Any, getter: str) -> nn.Parameter | None:
-    try:
-        module = getattr(model, getter)()
-    except (AttributeError, NotImplementedError):
-        return None
-    weight = getattr(module, "weight", None)
+def _embedding_weight(model: nn.Module, *, output: bool) -> nn.Parameter | None:
+    weight = getattr(embedding_of(model, output=output), "weight", None)
     return weight if isinstance(weight, nn.Parameter) else None

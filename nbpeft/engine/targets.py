@@ -120,6 +120,11 @@ def matches_segment_names(path: str, names: Iterable[str]) -> bool:
     return any(suffix in wanted for suffix in suffixes(path))
 
 
+def names_part(name: str, path: str) -> bool:
+    """Whether a name is a path or whole segments anywhere in it."""
+    return f".{name}." in f".{path}."
+
+
 def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "target_modules") -> TargetError:
     """The error for names that match nothing, with what the model does have."""
     last_names = sorted({path.rsplit(".", 1)[-1] for path in available})

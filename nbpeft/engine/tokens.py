@@ -29,6 +29,15 @@ class Rows:
     tied_to: str = ""
 
 
+def embedding_of(model: nn.Module, *, output: bool = False) -> nn.Module | None:
+    """The input embedding of a model, or its output head; None where it has none, or does not tell."""
+    try:
+        found = getattr(model, "get_output_embeddings" if output else "get_input_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def token_rows(model: nn.Module, config: Any, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Rows]:
     """Path -> rows, for each module whose rows are trained and each that shares such a module's weight.
 
@@ -58,11 +67,8 @@ def token_rows(model: nn.Module, config: Any, modules: Sequence[tuple[str, nn.Mo
 
 
 def _input_embedding(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> str:
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return _USUAL_NAME
-    inside = {id(module) for module in embedding.modules()} if isinstance(embedding, nn.Module) else set()
+    embedding = embedding_of(model)
+    inside = set() if embedding is None else {id(module) for module in embedding.modules()}
     return next(
         (path for path, module in modules if id(module) in inside and resolve_host(module) is not None), _USUAL_NAME
     )
@@ -90,7 +96,7 @@ def _checked(path: str, module: nn.Module, indices: Any) -> tuple[int, ...]:
 def _with_tied(found: dict[str, Rows], modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Rows]:
     """Adds modules that share the weight of one whose rows are trained."""
     owners: dict[int, str] = {}
-    by_id: dict[int, str] = {}
+    placed: set[int] = set()
     result: dict[str, Rows] = {}
     for path, module in modules:
         weight = module._parameters.get("weight")
@@ -99,13 +105,11 @@ def _with_tied(found: dict[str, Rows], modules: Sequence[tuple[str, nn.Module]])
             if found[owner].indices != found[path].indices:
                 raise ConfigError(f"{owner} and {path} share one weight: {_FIELD} must name the same tokens for both")
             result[path] = Rows(found[path].indices, owner if owner != path else "")
-            by_id[id(module)] = path
+            placed.add(id(module))
     for path, module in modules:
         weight = module._parameters.get("weight")
         owner_path = owners.get(id(weight)) if weight is not None else None
-        host = resolve_host(module) if owner_path is not None else None
-        if owner_path is None or host is None or id(module) in by_id:
-            continue
-        by_id[id(module)] = path
-        result[path] = Rows(found[owner_path].indices, owner_path)
+        if owner_path is not None and id(module) not in placed and resolve_host(module) is not None:
+            placed.add(id(module))
+            result[path] = Rows(found[owner_path].indices, owner_path)
     return result

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbpeft.errors import CellError, did_you_mean
+from nbpeft.errors import CellError, did_you_mean, in_one_line
 from nbpeft.magics.scan import Word, reference
 
 _KINDS = {
@@ -92,7 +92,7 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
         names = [word for word in scope if not word.startswith("_")]
         failure = f"name {name!r} is not defined.{did_you_mean(name, names)}" if name else str(error)
     except Exception as error:
-        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        failure = f"{type(error).__name__}: {in_one_line(error)}"
     raise CellError(failure, line=line, column=expression.col_offset if line is not None else None)
 
 

@@ -10,7 +10,7 @@ from IPython.core import magic
 from IPython.core.error import UsageError
 from traitlets import Enum
 
-from nbpeft.errors import CellError, NbpeftError
+from nbpeft.errors import CellError, NbpeftError, in_one_line
 from nbpeft.magics.adapting import ADAPT_OPTIONS, adapt
 from nbpeft.magics.body import evaluate, excerpt, parse_body, parse_fields
 from nbpeft.magics.complete import Vocabulary
@@ -188,7 +188,7 @@ def _body(cell: str, desk: Desk) -> Mapping[str, Any]:
 def _message(error: NbpeftError, cell: str | None) -> str:
     """One line, and for an error in a cell body the line it is in with a caret."""
     located = error if isinstance(error, CellError) else _locate(error, cell)
-    text = " ".join(str(error).split())
+    text = in_one_line(error)
     if cell is None or located is None or located.line is None:
         return text
     return f"line {located.line}: {text}\n{excerpt(cell, located)}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Base
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.targets import names_part
 from nbpeft.errors import ConfigError, did_you_mean
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
@@ -65,7 +66,7 @@ def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 def is_kept(model: nn.Module, path: str) -> bool:
     """Whether transformers never quantizes the module at a path in a model of this class."""
     names = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return any(f".{name}." in f".{path}." for name in names)
+    return any(names_part(name, path) for name in names)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.combine import Combination, Factors, Recipe, combine, combined_config, skip_initial_draws
+from nbpeft.engine.factored import MAGNITUDE
 from nbpeft.engine.holder import check_name
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
@@ -157,7 +158,7 @@ def _factors_of(layer: AdaptedLayer, name: str, tensors: dict[str, Tensor], scal
 
 def _gain(adapter: Adapter, layer: AdaptedLayer) -> Tensor | None:
     """DoRA's factor on the rows of the adapted weight: magnitude over norm."""
-    magnitude = adapter._parameters.get("lora_magnitude_vector")
+    magnitude = adapter._parameters.get(MAGNITUDE)
     norm: Any = getattr(adapter, "row_norm", None)
     return None if magnitude is None or norm is None else magnitude.detach().view(-1) / norm(layer.base)
 
@@ -200,7 +201,7 @@ def _set_magnitudes(manager: AdapterManager, name: str, combination: Combination
     for path, combined in combination.layers.items():
         layer = manager.layers[path]
         adapter = layer.adapter(name)
-        magnitude = adapter._parameters.get("lora_magnitude_vector")
+        magnitude = adapter._parameters.get(MAGNITUDE)
         norm: Any = getattr(adapter, "row_norm", None)
         if magnitude is not None and norm is not None:
             length = norm(layer.base)

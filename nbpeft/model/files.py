@@ -18,6 +18,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.holder import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, walk
+from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import AdapterError, AdapterExistsError, MergeError
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -126,11 +127,8 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     """Names in the bare model -> weights of the input and output embeddings, where it has any."""
     wanted: set[int] = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
+    for output in (False, True):
+        module = embedding_of(model, output=output)
         if module is not None:
             wanted.update(id(child) for child in module.modules())
     if not wanted:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import collection_paused
+from nbpeft.engine.factored import MAGNITUDE
 from nbpeft.engine.hotswap import Swapped, check_rows, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import method_of
@@ -252,7 +253,7 @@ def _without_name(key: str, name: str) -> str:
             if parts[position : position + 2] == ["modules_to_save", name]:
                 del parts[position : position + 2]
                 break
-    if parts[-2:] == ["lora_magnitude_vector", "weight"]:
+    if parts[-2:] == [MAGNITUDE, "weight"]:
         del parts[-1]
     return ".".join(parts)
 

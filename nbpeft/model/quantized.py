@@ -20,7 +20,9 @@ from torch import nn
 
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean
+from nbpeft.engine.targets import names_part
+from nbpeft.engine.tokens import embedding_of
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean, in_one_line
 from nbpeft.logs import collapsed
 from nbpeft.memory.standin import is_kept
 from nbpeft.model.gguf import forget_gguf, obedient_progress
@@ -184,7 +186,7 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list
     unseen = dict.fromkeys([skip] if isinstance(skip, str) else skip)
     names = tuple(unseen)
     for path, module in model.named_modules():
-        naming = [name for name in names if path == name or f".{name}." in f".{path}."]
+        naming = [name for name in names if names_part(name, path)]
         for name in naming:
             unseen.pop(name, None)
         if not path or not _is_linear(module):
@@ -226,9 +228,9 @@ def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
     try:
         return loader.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:
-        failure = " ".join(str(error).split())[:300]
+        failure = in_one_line(error)[:300]
     except (TypeError, AssertionError, RuntimeError) as error:  # the latter two: of a device that is not here
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error)[:300]
         if "memory" in reason:
             raise
         raise ConfigError(f"{place} cannot be loaded with these options: {reason}") from None
@@ -263,12 +265,8 @@ def _quantize(
 
 def _head(model: Any) -> nn.Module | None:
     """The output embedding, or the last linear layer outside the backbone of a task model."""
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        head = getter() if getter is not None else None
-    except (AttributeError, NotImplementedError):
-        head = None
-    if isinstance(head, nn.Module):
+    head = embedding_of(model, output=True)
+    if head is not None:
         return head
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     if not isinstance(backbone, nn.Module) or backbone is model:

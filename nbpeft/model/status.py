@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +84,7 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
         active_adapters=list(manager.active),
         merged_adapters=list(layer.merged),
         quantization_backend=_BACKENDS.get(layer.backend.name, layer.backend.name),
-        **_of_tensors(adapters),
+        **_of_modules(adapters),
     )
 
 
@@ -96,7 +96,7 @@ def _copy(manager: AdapterManager, name: str, module: CopiedModule) -> LayerStat
         enabled=manager.enabled,
         active_adapters=[own for own in manager.active if own in copies],
         merged_adapters=[],
-        **_of_tensors(copies),
+        **_of_modules(copies),
     )
 
 
@@ -104,12 +104,15 @@ def _method(manager: AdapterManager, name: str) -> str:
     return str(manager.configs[name].peft_type)
 
 
-def _of_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+def _of_modules(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    return _of_tensors({name: list(module.parameters()) for name, module in modules.items()})
+
+
+def _of_tensors(parameters: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, Any]:
     """The fields that the tensors of each adapter tell."""
-    parameters = {name: list(module.parameters()) for name, module in modules.items()}
     return {
         "requires_grad": {name: _same(p.requires_grad for p in own) for name, own in parameters.items() if own},
-        "available_adapters": sorted(modules),
+        "available_adapters": sorted(parameters),
         "devices": {name: sorted({p.device.type for p in own}) for name, own in parameters.items() if own},
     }
 
@@ -125,7 +128,6 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     manager = manager_of(model)
     trainable, total = parameter_counts(model)
     layers = get_layer_status(model)
-    parameters = {name: manager.parameters(name) for name in manager.names}
     methods = sorted({_method(manager, name) for name in manager.names})
     return ModelStatus(
         base_model_type=type(manager.model).__name__,
@@ -137,8 +139,6 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         enabled=manager.enabled,
         active_adapters=list(manager.active),
         merged_adapters=list(manager.merged),
-        requires_grad={name: _same(p.requires_grad for p in own) for name, own in parameters.items() if own},
-        available_adapters=sorted(manager.names),
-        devices={name: sorted({p.device.type for p in own}) for name, own in parameters.items()},
         quantization_backend=_same(layer.quantization_backend for layer in layers) if layers else None,
+        **_of_tensors({name: manager.parameters(name) for name in manager.names}),
     )

@@ -13,6 +13,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
+from nbpeft.engine.tokens import embedding_of
 from nbpeft.memory.standin import quantized_bytes
 
 BFLOAT16_BYTES = 2
@@ -137,12 +138,9 @@ def _weights(base: nn.Module) -> Iterator[tuple[str, str, list[Tensor], int, nn.
 
 def _ends(base: Any) -> Iterator[tuple[str, nn.Module]]:
     """The embedding and the head, if the model has any."""
-    for name, getter in (("head", "get_output_embeddings"), ("embedding", "get_input_embeddings")):
-        try:
-            found = getattr(base, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(found, nn.Module):
+    for name, output in (("head", True), ("embedding", False)):
+        found: Any = embedding_of(base, output=output)
+        if found is not None:
             yield name, getattr(found, "base_layer", found)
 
 

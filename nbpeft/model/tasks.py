@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import AdapterError, ConfigError, TargetError
@@ -84,21 +84,21 @@ class PeftModelForSequenceClassification(_SingleStack):
     """A sequence classifier with adapters; its head is trained and saved along."""
 
     task = TaskType.SEQ_CLS
-    heads = ("classifier", "score")
+    heads = TASK_HEADS[task]
 
 
 class PeftModelForTokenClassification(_SingleStack):
     """A token classifier with adapters; its head is trained and saved along."""
 
     task = TaskType.TOKEN_CLS
-    heads = ("classifier", "score")
+    heads = TASK_HEADS[task]
 
 
 class PeftModelForQuestionAnswering(_TaskModel):
     """An extractive question answering model with adapters; its head is trained and saved along."""
 
     task = TaskType.QUESTION_ANS
-    heads = ("qa_outputs",)
+    heads = TASK_HEADS[task]
 
     def forward(  # type: ignore[override]
         self,

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, in_one_line
 from nbpeft.session.compared import Answer
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ class Batch:
             raise AdapterError("the tokenizer has no chat template: give prompts as plain text")
         chat = templated if chat is None else chat
         rows = [_tokens(prompt, tokenizer, chat) for prompt in prompts]
-        asked = "a chat message" if chat or not isinstance(prompts[0], str) else "plain text"
         table = base.get_input_embeddings()
         if table is not None and (largest := max(map(max, rows))) >= table.weight.shape[0]:
             raise AdapterError(
@@ -74,6 +73,7 @@ class Batch:
         ends = _end_tokens(base, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(ends, default=0)
+        asked = "a chat message" if chat or not isinstance(prompts[0], str) else "plain text"
         form = f"sent as {asked}" if templated else ""
         return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form)
 
@@ -197,7 +197,7 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     except ValueError as error:
         if not asked.options:
             raise
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise AdapterError(f"generate does not take {', '.join(asked.options)}: {reason:.200}") from error
     made = tokens[:, inputs["input_ids"].shape[1] :].tolist()
     return [batch.answer(row, asked.max_new_tokens) for row in made], True

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, in_one_line
 from nbpeft.logs import collapsed
 from nbpeft.session.book import Entry, ModelBook
 from nbpeft.session.handles import handle_over, is_handle, is_live, is_module, uncompiled
@@ -180,7 +180,7 @@ def _gathered(notes: list[str]) -> Iterator[None]:
     def take(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
     ) -> None:
-        text = " ".join(str(message).split())
+        text = in_one_line(message)
         if issubclass(category, _SILENT):
             others.append((message, category, filename, lineno))
         elif text not in notes:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
 from nbpeft.session import render
 from nbpeft.session.describe import with_notes
 from nbpeft.session.planning import foreseen
@@ -255,7 +255,7 @@ def _config(source: str, loading: Mapping[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(place, **options, **({"gguf_file": file} if file else {}))
     except (OSError, ValueError, ImportError) as error:
-        failure = " ".join(str(error).split())[:300]
+        failure = in_one_line(error)[:300]
     raise CheckpointNotFoundError(f"no model could be loaded from {place!r}: {failure}", source=place)
 
 

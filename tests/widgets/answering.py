@@ -13,6 +13,7 @@ from nbpeft.errors import AdapterError, AdapterExistsError
 from nbpeft.session.compared import BASE, Answer, Column, CompareResult, blend_title
 from tests.widgets.fakes import FakeSession, adapter
 
+PROMPT = "Order: Ana from Lima needs 12 chairs."
 ANSWERS = {
     BASE: "I am happy to help you with your order of chairs. Could you tell me",
     "orders": '{"name": "Ana", "city": "Lima", "item": "chairs", "count": 12}',

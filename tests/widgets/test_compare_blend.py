@@ -15,13 +15,11 @@ from nbpeft.errors import AdapterError, BusyError
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel, close_all, panel
 from nbpeft.widgets.blend_panel import DEBOUNCE
 from nbpeft.widgets.environment import WIDGET_VIEW
-from tests.widgets.answering import ANSWERS, BLENDED, TOKENIZER, AnsweringSession
+from tests.widgets.answering import ANSWERS, BLENDED, PROMPT, TOKENIZER, AnsweringSession
 from tests.widgets.support import live_widgets
 from tests.widgets.test_adapters_panel import walk
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
-
-PROMPT = "Order: Ana from Lima needs 12 chairs."
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nbpeft.widgets import LiveAnswers
-from tests.widgets.answering import AnsweringSession
+from tests.widgets.answering import PROMPT, AnsweringSession
 from tests.widgets.support import Output
-
-PROMPT = "Order: Ana from Lima needs 12 chairs."
 
 
 def test_live_answers_are_one_output_that_empties_itself(outputs: list[Output]) -> None:

@@ -16,7 +16,7 @@ from nbpeft.engine.hotswap.writes import Writes, set_scaling
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.switch import Switch
-from nbpeft.errors import HotSwapError
+from nbpeft.errors import HotSwapError, in_one_line
 
 _SLOT_FIELDS = (
     "target_modules",
@@ -207,7 +207,7 @@ def _validated(manager: Manager, name: str, validate: Callable[[], object], undo
         undo()
         if not isinstance(error, Exception):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_one_line(error) or type(error).__name__
         raise HotSwapError(f"validating the new adapter failed ({reason}); {name!r} is as before") from error
     if not accepted:
         undo()

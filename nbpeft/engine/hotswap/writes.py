@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.factored import MAGNITUDE
 from nbpeft.engine.hotswap.padding import factor_names, larger_factors, put_larger, used_part
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_face import forget_scaling, write_scaling
@@ -194,7 +195,7 @@ class Writes:
             adapter.__dict__["padded"] = True
         self._write_settings()
         for adapter, layer in self._neutral_magnitudes:
-            magnitude = adapter.get_parameter("lora_magnitude_vector").detach()
+            magnitude = adapter.get_parameter(MAGNITUDE).detach()
             norm: Any = adapter.row_norm
             magnitude.copy_(norm(layer.base).view(magnitude.shape))
 

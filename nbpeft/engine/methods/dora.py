@@ -19,13 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Base, Dropout, Host
-from nbpeft.engine.factored import FactoredAdapter
+from nbpeft.engine.factored import MAGNITUDE, FactoredAdapter
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.lowrank import new_factors, seeded_dropout
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
-
-MAGNITUDE = "lora_magnitude_vector"
 
 _CANCELLATION = 1e-2
 """Below this share of the parts of a squared row norm, the factored sum has lost digits."""

