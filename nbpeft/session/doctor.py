@@ -74,6 +74,8 @@ class _Need:
     minimum: str
     optional: str = ""
     """What is missing without it; empty where it is needed."""
+    flaw: tuple[str, str, str] | None = None
+    """First version with a flaw, first one without it, and what goes wrong."""
 
 
 _NEEDS = (
@@ -83,7 +85,8 @@ _NEEDS = (
     _Need("accelerate", "1.0", optional="training with transformers' Trainer"),
     _Need("bitsandbytes", "0.45", optional="4-bit and 8-bit models"),
     _Need("ipython", "7.34"),
-    _Need("ipykernel", "5.5", optional="notebooks"),
+    # https://github.com/ipython/ipykernel/pull/1529
+    _Need("ipykernel", "5.5", "notebooks", ("7.0", "7.4", "now and then a cell or a click is not run")),
     _Need("ipywidgets", "7.7", optional="panels with buttons; results stay HTML and text"),
 )
 
@@ -122,6 +125,10 @@ def _check(need: _Need) -> Check:
         return Check(need.package, "", without, install(need.package), optional=bool(need.optional))
     if older(found, need.minimum):
         return Check(need.package, found, f"older than {need.minimum}", install(need.package))
+    if need.flaw is not None:
+        first, mended, trouble = need.flaw
+        if not older(found, first) and older(found, mended):
+            return Check(need.package, found, f"{trouble} before {mended}", install(need.package), optional=True)
     return Check(need.package, found)
 
 

@@ -54,6 +54,15 @@ class Stack:
         """What its tests are called after."""
         return f"{self.generation.name}-{self.ipykernel}"
 
+    @property
+    def overlooks_requests(self) -> bool:
+        """Whether a request may lie in the kernel's socket until somebody connects.
+
+        ipykernel 7.0 to 7.3 answer past the stream that reads the same socket, which takes its wake-up
+        away (https://github.com/ipython/ipykernel/pull/1529).
+        """
+        return (7, 0) <= tuple(map(int, self.ipykernel.split(".")[:2])) < (7, 4)
+
 
 COLAB = Generation("colab", ("ipython==7.34.0", "ipykernel==6.17.1", "ipython_genutils"), ("ipywidgets==7.7.1",))
 CURRENT = Generation("current", ("ipython>=8.20", "ipywidgets>=8.1,<9", "ipykernel>=7"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from jupyter_client.blocking import BlockingKernelClient
 
 from tests.browser.kernels import COLAB, STACKS, Stack, interpreter_of, running_kernel
 
@@ -28,6 +29,8 @@ def show(run, name):
 session.started.append(show)
 """
 RUN = "run = simulate(session, steps={steps}, seconds=0.02); print('ENDED', run.state.step, run.state.status)"
+REMIND_AFTER = 0.5
+"""Seconds after which a kernel that overlooks requests is reminded of them."""
 VERSIONS = """\
 import sys, ipykernel, IPython, ipywidgets
 print('VERSIONS', ipykernel.__version__, IPython.__version__, ipywidgets.__version__, 'torch' in sys.modules)
@@ -39,10 +42,12 @@ class Notebook:
 
     Args:
         client: A blocking client of the kernel.
+        forgetful: The kernel overlooks a request now and then, until somebody connects to it.
     """
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, *, forgetful: bool = False) -> None:
         self.client = client
+        self.forgetful = forgetful
         self.text = ""
         self.messages: list[dict[str, Any]] = []
         self._idle: set[str] = set()
@@ -75,12 +80,25 @@ class Notebook:
     def wait(self, condition: Callable[[], Any], seconds: float = 30) -> None:
         """Takes messages in until something is true."""
         deadline = time.monotonic() + seconds
+        reminder = time.monotonic() + REMIND_AFTER
         while not condition():
             assert time.monotonic() < deadline, self.text
+            if self.forgetful and time.monotonic() > reminder:
+                self._remind()
+                reminder = time.monotonic() + REMIND_AFTER
             try:
                 self._take(self.client.get_iopub_msg(timeout=0.2))
             except queue.Empty:
                 continue
+
+    def _remind(self) -> None:
+        """Makes the kernel look at its requests: a new connection does, a message on this one does not."""
+        file = self.client.parent.connection_file
+        other = BlockingKernelClient(connection_file=file)  # with an identity of its own, or it is not let in
+        other.load_connection_file()
+        other.start_channels(shell=True, iopub=False, stdin=False, hb=False, control=False)
+        time.sleep(0.05)
+        other.stop_channels()
 
     def cards(self) -> list[str]:
         """The HTML of the run's displays, as they were sent."""
@@ -114,7 +132,7 @@ def kernel(stack: Stack) -> Iterator[Notebook]:
     except subprocess.CalledProcessError as error:
         pytest.fail(f"{stack.name} cannot be installed:\n{error.stderr[-2000:]}", pytrace=False)
     with running_kernel(interpreter) as client:
-        notebook = Notebook(client)
+        notebook = Notebook(client, forgetful=stack.overlooks_requests)
         notebook.run(SET_UP)
         yield notebook
 

@@ -41,6 +41,13 @@ def test_what_is_missing_is_said_with_the_command_for_it(monkeypatch: pytest.Mon
     assert "older than 2.6" in report._repr_html_()
 
 
+@pytest.mark.parametrize(("version", "flawed"), [("6.31.0", False), ("7.0.1", True), ("7.3.0", True), ("7.4.0", False)])
+def test_kernels_that_overlook_requests_are_named(version: str, flawed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = installed({"ipykernel": version}, monkeypatch).checks
+    (check,) = (check for check in checks if check.name == "ipykernel")
+    assert check.problem == ("now and then a cell or a click is not run before 7.4" if flawed else "")
+
+
 class Kernel:
     """A shell that a kernel runs, as far as the checks look."""
 
