@@ -107,9 +107,13 @@ def lint_parts() -> list[Part]:
 
 
 def test_parts(pytest_arguments: list[str], browser: str | None, no_browser: bool) -> list[Part]:
-    """The tests in two parts: quick ones on all cores, then those that need the machine to themselves."""
-    workers = str(min(os.cpu_count() or 1, 4))
-    single_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    """The tests in two parts: quick ones on all cores, then slow ones, two at a time.
+
+    Slow tests train real models and drive a browser: more of them at once would want more memory
+    than a laptop has, and a file of them shares what it has set up.
+    """
+    cores = os.cpu_count() or 1
+    quick_workers, slow_workers = min(cores, 4), min(cores, 2)
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     quick = environment.ARTIFACTS / "tests-quick.xml"
     slow = environment.ARTIFACTS / "tests-slow.xml"
@@ -117,19 +121,33 @@ def test_parts(pytest_arguments: list[str], browser: str | None, no_browser: boo
     return [
         Part(
             "quick tests",
-            ["-m", "pytest", "-m", "not slow and not browser", "-n", workers, "--dist", "worksteal", *pytest_arguments],
+            ["-m", "pytest", "-m", "not slow and not browser", *workers(quick_workers, "worksteal"), *pytest_arguments],
             "python3 tests/run.py --only unit --lf runs only those that failed",
             quick,
-            {**offline, **single_thread},
+            {**offline, **threads(1)},
         ),
         Part(
             "slow tests",
-            ["-m", "pytest", "-m", slow_marks, "--durations=10", *pytest_arguments],
+            [
+                *("-m", "pytest", "-m", slow_marks, "--durations=10", "--no-loadscope-reorder"),
+                *workers(slow_workers, "loadgroup"),
+                *pytest_arguments,
+            ],
             "python3 tests/run.py --only slow --lf runs only those that failed",
             slow,
-            {**offline, **({"CHROMIUM": browser} if browser else {})},
+            {**offline, **threads(cores // slow_workers), **({"CHROMIUM": browser} if browser else {})},
         ),
     ]
+
+
+def workers(number: int, distribution: str) -> list[str]:
+    """Options of pytest for tests side by side."""
+    return ["-n", str(number), "--dist", distribution]
+
+
+def threads(number: int) -> dict[str, str]:
+    """What tells the libraries how many threads a process may use."""
+    return {"OMP_NUM_THREADS": str(number), "MKL_NUM_THREADS": str(number)}
 
 
 def run(part: Part, python: Path) -> None:

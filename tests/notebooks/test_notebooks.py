@@ -68,6 +68,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("notebooks")
 
 
+@pytest.mark.xdist_group("notebooks 01 and 03")
 def test_01_teaches_what_the_base_model_cannot_do(shared: Path) -> None:
     found = summary(execute(nbformat.read(NOTEBOOKS / "01_lora_finetuning.ipynb", 4), shared))
     assert percent(found["score base"]) < 20
@@ -77,6 +78,7 @@ def test_01_teaches_what_the_base_model_cannot_do(shared: Path) -> None:
     assert 0.5 < size < 10
 
 
+@pytest.mark.xdist_group("notebooks 01 and 03")
 def test_03_answers_alike_with_the_adapter_merged_and_shipped(shared: Path) -> None:
     found = summary(execute(nbformat.read(NOTEBOOKS / "03_adapter_inference.ipynb", 4), shared))
     assert percent(found["score base"]) < 20
@@ -86,6 +88,7 @@ def test_03_answers_alike_with_the_adapter_merged_and_shipped(shared: Path) -> N
     assert found["same answers after shipping"] == f"{total} of {total}"
 
 
+@pytest.mark.xdist_group("notebook 01")
 def test_01_twice_in_one_kernel_keeps_no_memory(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOKS / "01_lora_finetuning.ipynb", 4)
     once = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -98,6 +101,7 @@ def test_01_twice_in_one_kernel_keeps_no_memory(tmp_path: Path) -> None:
     assert second <= first * 1.02 + 1e6
 
 
+@pytest.mark.xdist_group("notebook 04")
 def test_04_mixes_switches_and_combines_adapters(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOKS / "04_many_adapters.ipynb", 4)
     found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="4", NBPEFT_TEST_ORDERS="4"))
@@ -109,6 +113,7 @@ def test_04_mixes_switches_and_combines_adapters(tmp_path: Path) -> None:
         assert (tmp_path / "adapters" / "tasks" / task / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.xdist_group("notebook 05")
 def test_05_swaps_without_compiling_again(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOKS / "05_hot_swapping.ipynb", 4)
     found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="4", NBPEFT_TEST_ORDERS="4"))
@@ -122,6 +127,7 @@ def test_05_swaps_without_compiling_again(tmp_path: Path) -> None:
         assert int(found["recompilations then"]) > 0, "the counter counts nothing"
 
 
+@pytest.mark.xdist_group("notebook 02, training")
 def test_02_learns_on_a_base_in_4_bits(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOKS / "02_qlora_training.ipynb", 4)
     last = next(i for i, cell in enumerate(notebook.cells) if "score" in cell.metadata.get("tags", ()))
@@ -130,6 +136,7 @@ def test_02_learns_on_a_base_in_4_bits(tmp_path: Path) -> None:
     assert float(base) < 20 and float(adapter) >= 80
 
 
+@pytest.mark.xdist_group("notebook 02, shortened")
 def test_02_forecasts_saves_reloads_and_merges(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOKS / "02_qlora_training.ipynb", 4)
     found = summary(execute(notebook, tmp_path, NBPEFT_STEPS="2", NBPEFT_TEST_ORDERS="4"))
