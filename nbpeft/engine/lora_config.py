@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,8 +36,8 @@ class LoraConfig(AdapterConfig):
     """
 
     r: int = field(default=8)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
+    target_modules: Collection[str] | str | None = field(default=None)
+    exclude_modules: Collection[str] | str | None = field(default=None)
     lora_alpha: float = field(default=8)
     lora_dropout: float = field(default=0.0)
     fan_in_fan_out: bool = field(default=False)
@@ -131,8 +131,9 @@ class LoraConfig(AdapterConfig):
             raise ConfigError("lora_bias=True does not go with use_dora=True")
 
     def _check_targets(self) -> None:
-        self.target_modules = _names("target_modules", self.target_modules)
-        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            names = _names(name, getattr(self, name))
+            setattr(self, name, set(names) if isinstance(names, list) else names)  # sets, as in PEFT
         saved = _names("modules_to_save", self.modules_to_save)
         self.modules_to_save = [saved] if isinstance(saved, str) else saved
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -248,4 +249,4 @@ def _names(name: str, value: Any) -> Any:
     value = list(value) if isinstance(value, Iterable) else [None]
     if not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r}")
-    return sorted(set(value)) if name == "exclude_modules" else list(dict.fromkeys(value))
+    return list(dict.fromkeys(value))

@@ -204,7 +204,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site])
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        resolved.target_modules = _all_linear(model, config, sites)  # type: ignore[attr-defined]
+        resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
     elif targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         found = default_targets(model_type)
@@ -215,7 +215,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site])
                 f"The model has: {', '.join(names)}",
                 model_type=model_type,
             )
-        resolved.target_modules = found  # type: ignore[attr-defined]
+        resolved.target_modules = set(found) if isinstance(found, list) else found  # type: ignore[attr-defined]
     return resolved
 
 

@@ -69,7 +69,9 @@ def remark(
         TargetError: a pattern matches nothing, if strict.
     """
     unmatched = unmatched_patterns(config, [path for path, _ in modules])
-    idle = f"exclude_modules={config.exclude_modules!r} names no module of the model" if idle_exclusion else ""
+    excluded = config.exclude_modules
+    shown = excluded if excluded is None or isinstance(excluded, str) else sorted(excluded)
+    idle = f"exclude_modules={shown!r} names no module of the model" if idle_exclusion else ""
     for note, category in ((unmatched, RuntimeWarning), (idle, UserWarning)):
         if note and strict:
             raise TargetError(note)

@@ -7,7 +7,7 @@ regular expression for the whole path. Names are matched in whole path segments 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +62,8 @@ class Matcher:
         seen: target names that matched a path so far.
     """
 
-    targets: Sequence[str] | str
-    exclude: Sequence[str] | str | None = None
+    targets: Collection[str] | str
+    exclude: Collection[str] | str | None = None
     layers: Sequence[int] | int | None = None
     layers_pattern: Sequence[str] | str | None = None
     seen: set[str] = field(default_factory=set)
@@ -111,7 +111,7 @@ class Matcher:
     def missing(self) -> tuple[str, ...]:
         """Targets that matched nothing so far."""
         wanted = [self.targets] if isinstance(self.targets, str) else self.targets
-        return tuple(name for name in wanted if name not in self.seen)
+        return tuple(sorted(name for name in wanted if name not in self.seen))
 
 
 def matches_segment_names(path: str, names: Iterable[str]) -> bool:
@@ -164,7 +164,7 @@ def _hints(hints: dict[str, list[str]]) -> str:
     return f" ({'; '.join(found)})." if found else ""
 
 
-def _as_set(names: Sequence[str] | str | None) -> set[str]:
+def _as_set(names: Collection[str] | str | None) -> set[str]:
     return set() if names is None or isinstance(names, str) else set(names)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,9 @@ def test_all_linear_is_written_out_and_condensed_like_peft(tmp_path: Path) -> No
         saved = config_to_save(config, bare, targets=targets)
         assert isinstance(saved, LoraConfig)
         assert sorted(saved.target_modules or []) == sorted(theirs)
-        assert config.target_modules == wanted, "the caller's config stays as it is"
+        assert config.target_modules == (wanted if isinstance(wanted, str) else set(wanted)), (
+            "the caller's config stays as it is"
+        )
 
 
 @pytest.mark.parametrize(
@@ -168,3 +171,15 @@ def test_type_and_version_are_those_of_peft() -> None:
     assert ours.peft_type == theirs.peft_type == ours.peft_type.value == "LORA"
     assert f"{ours.peft_type}" == "LORA" and ours.peft_version == theirs.peft_version
     assert parse_config(config_text(ours))[0].to_dict() == ours.to_dict() == theirs.to_dict()
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+@pytest.mark.parametrize("names", [["v_proj", "q_proj", "v_proj"], None])
+def test_names_are_kept_as_peft_keeps_them(field: str, names: Sequence[str] | None) -> None:
+    ours, theirs = (getattr(library(**{field: names}), field) for library in (LoraConfig, peft.LoraConfig))
+    if field == "modules_to_save" and names is not None:
+        assert ours == ["v_proj", "q_proj"], "in the order given, without repeats"
+    else:
+        assert ours == theirs
+    written = json.loads(config_text(LoraConfig(**{field: names})))[field]
+    assert written == (None if names is None else ours if isinstance(ours, list) else sorted(ours))

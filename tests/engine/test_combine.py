@@ -348,7 +348,7 @@ def test_config_follows_and_scaling_is_one() -> None:
         config = combined_config([first, second], ours)
         assert tuple(config.rank_at(path) for path in layers) == ranks
         assert [config.scaling_at(path) for path in layers] == [1.0, 1.0]
-        assert config.target_modules == ["q", "v", "k"] and not config.use_rslora
+        assert config.target_modules == {"q", "v", "k"} and not config.use_rslora
     assert first.rank_pattern == {"v": 2}
 
 
@@ -357,6 +357,6 @@ def test_config_lists_layers_where_selections_differ() -> None:
     ours = combine({"l.0.q": parts, "l.1.q": {"b": parts["a"]}}, ["a", "b"], [1.0, 1.0], Recipe())
     configs = [LoraConfig(r=4, target_modules=["q"], layers_to_transform=[layer]) for layer in (0, 1)]
     config = combined_config(configs, ours)
-    assert config.target_modules == ["l.0.q", "l.1.q"] and config.layers_to_transform is None
+    assert config.target_modules == {"l.0.q", "l.1.q"} and config.layers_to_transform is None
     patterns = [LoraConfig(r=4, target_modules=r".*\.0\.q"), LoraConfig(r=4, target_modules=r".*\.1\.q")]
     assert combined_config(patterns, ours).target_modules == r"(.*\.0\.q)|(.*\.1\.q)"

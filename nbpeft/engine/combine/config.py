@@ -53,10 +53,10 @@ def _targets(configs: Sequence[Any], combination: Combination) -> dict[str, Any]
         if all(target == targets[0] for target in targets) and targets[0]:
             return {"target_modules": targets[0]}
         if all(isinstance(target, list | tuple | set) for target in targets):
-            return {"target_modules": _joined_names(targets)}
+            return {"target_modules": set().union(*targets)}
         if all(isinstance(target, str) and target != "all-linear" for target in targets):
             return {"target_modules": "|".join(f"({target})" for target in targets)}
-    return {"target_modules": sorted(combination.layers), **dict.fromkeys(_SELECTORS)}
+    return {"target_modules": set(combination.layers), **dict.fromkeys(_SELECTORS)}
 
 
 def _joined_names(groups: Iterable[Iterable[str] | None]) -> list[str]:
