@@ -304,6 +304,8 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(home), name)
+    if home == "nbpeft.model":
+        _watch_trainers()
     globals()[name] = value
     return value
 
@@ -312,10 +314,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME_OF})
 
 
+def _watch_trainers() -> None:
+    from nbpeft.training.foreign import watch_trainers
+
+    watch_trainers()
+
+
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext nbpeft``."""
     from nbpeft.magics import load
 
+    _watch_trainers()
     load(shell)
 
 

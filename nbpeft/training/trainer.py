@@ -48,6 +48,10 @@ class AdapterTrainerMixin:
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        self.read_adapted_model()
+
+    def read_adapted_model(self) -> None:
+        """Takes from the base model what the Trainer's constructor looked for in the model with adapters."""
         if not is_adapted(self.model):
             return
         base = base_of(self.model)
