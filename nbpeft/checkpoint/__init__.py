@@ -20,6 +20,7 @@ from nbpeft.checkpoint.folder import (
 from nbpeft.checkpoint.hub import push
 from nbpeft.checkpoint.identity import Fingerprint, compare, fingerprint
 from nbpeft.checkpoint.model_files import ModelFolder, TensorSpec, copied, in_shards, other_files, write_model
+from nbpeft.checkpoint.model_keys import file_keys, is_of_a_model
 from nbpeft.checkpoint.renames import renames_of
 from nbpeft.checkpoint.spelling import add_spelling
 from nbpeft.checkpoint.weights_format import (
@@ -50,9 +51,11 @@ __all__ = [
     "config_text",
     "config_to_save",
     "copied",
+    "file_keys",
     "fingerprint",
     "from_file",
     "in_shards",
+    "is_of_a_model",
     "other_files",
     "parse_config",
     "push",

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import collection_paused
-from nbpeft.engine.factored import MAGNITUDE
 from nbpeft.engine.hotswap import Swapped, check_rows, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import method_of
@@ -95,7 +94,7 @@ def hotswap_adapter_from_state_dict(
     manager.require(adapter_name)
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
-    plain = {_without_name(key, adapter_name): tensor for key, tensor in state_dict.items()}
+    plain = checkpoint.file_keys(state_dict, adapter_name, str(manager.configs[adapter_name].peft_type))
     return _swap(model, manager, adapter_name, config, plain, None, validate)
 
 
@@ -239,23 +238,6 @@ def _leave_embeddings_out(manager: AdapterManager, name: str, weights: AdapterWe
         if not torch.equal(weights.base[key].to(present[key]), present[key]):
             raise HotSwapError(f"the new adapter brings its own {key}, which every adapter shares; load it instead")
         del weights.base[key]
-
-
-def _without_name(key: str, name: str) -> str:
-    """``path.lora_A.default.weight`` -> ``path.lora_A.weight``, ``path.lora_embedding_A.default`` -> without."""
-    parts = key.removeprefix("_orig_mod.").split(".")
-    for position in (-1, -2):
-        if len(parts) > 2 and parts[position] == name and parts[position - 1].startswith("lora_"):
-            del parts[position]
-            break
-    else:
-        for position in range(len(parts) - 1):
-            if parts[position : position + 2] == ["modules_to_save", name]:
-                del parts[position : position + 2]
-                break
-    if parts[-2:] == [MAGNITUDE, "weight"]:
-        del parts[-1]
-    return ".".join(parts)
 
 
 def _compiled(model: nn.Module) -> bool:

@@ -69,7 +69,8 @@ def set_peft_model_state_dict(
 
     Args:
         model: a PeftModel or an adapted base model.
-        peft_model_state_dict: key -> tensor.
+        peft_model_state_dict: key -> tensor; also (part of) the state dict of a whole model, whose keys
+            name the adapter, in the spelling here or in PEFT's.
         adapter_name: which adapter.
         ignore_mismatched_sizes: leave tensors of another shape out instead of refusing.
         low_cpu_mem_usage: accepted for PEFT's sake.
@@ -87,12 +88,10 @@ def set_peft_model_state_dict(
         base=_shapes(weights.base),
         optional=_shapes({key: v for key, v in present.items() if key.rpartition(".")[0] not in weights.copies}),
     )
-    loaded = checkpoint.from_file(
-        peft_model_state_dict,
-        wanted,
-        peft_type=str(manager.configs[adapter_name].peft_type),
-        ignore_mismatched=ignore_mismatched_sizes,
-    )
+    peft_type = str(manager.configs[adapter_name].peft_type)
+    whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name)
+    tensors = checkpoint.file_keys(peft_model_state_dict, adapter_name, peft_type)
+    loaded = checkpoint.from_file(tensors, wanted, peft_type=peft_type, ignore_mismatched=ignore_mismatched_sizes)
     with manager.switch.exclusive():
         for own, new in ((weights.adapters, loaded.weights.adapters), (weights.copies, loaded.weights.copies)):
             for path, named in new.items():
@@ -101,7 +100,9 @@ def set_peft_model_state_dict(
         for key, value in loaded.weights.base.items():
             weights.base.get(key, present.get(key)).copy_(value)  # type: ignore[union-attr]
     manager.changed()
-    return LoadResult(loaded.missing, loaded.unexpected)
+    # The state dict of a whole model holds the base and other adapters besides.
+    unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
+    return LoadResult(loaded.missing, unexpected)
 
 
 def load_peft_weights(
