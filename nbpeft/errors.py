@@ -51,7 +51,7 @@ class ConfigError(NbpeftError, ValueError):
     """A config field is unknown or has an impossible value."""
 
 
-class UnknownMethodError(ConfigError):
+class UnknownMethodError(ConfigError, KeyError):
     """The config names a method that is not registered."""
 
 
@@ -67,7 +67,7 @@ class AdapterError(NbpeftError, ValueError):
     """An adapter command cannot be carried out."""
 
 
-class UnknownAdapterError(AdapterError):
+class UnknownAdapterError(AdapterError, KeyError):
     """No adapter of that name."""
 
 

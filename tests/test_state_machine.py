@@ -173,7 +173,7 @@ class AdapterMachine(RuleBasedStateMachine):
                 self.manager.merge(names, safe=safe)
             return
         self.manager.merge(names, safe=safe)
-        self.expected.merged = together
+        self.expected.merged, self.expected.enabled = together, True
 
     @rule()
     def unmerge(self) -> None:

@@ -119,10 +119,10 @@ def from_file(
     for key, tensor in tensors.items():
         fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
         if fitting is None or fitting in found:
-            if not _is_repeated(key, found):
-                unexpected.append(key)
+            unexpected.append(key)
         else:
             found[fitting] = tensor
+    unexpected = [key for key in unexpected if not _is_repeated(key, found)]
     if not found and slots:
         raise _nothing_fits(tensors, slots, key_mapping)
     weights, mismatched = _sorted_in(found, slots)
@@ -198,9 +198,12 @@ def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
 
 
 def _is_repeated(key: str, found: Mapping[str, Tensor]) -> bool:
-    """With ``bias="all"`` PEFT writes the bias of a copied module twice, once under this key."""
-    path, marked, name = key.rpartition(".modules_to_save.")
-    return bool(marked) and f"{path.removeprefix(PREFIX)}.{name}" in found
+    """With ``bias="all"`` PEFT writes the bias of a copied module thrice: as usual, and under these keys."""
+    for mark in ("modules_to_save", ORIGINAL_MODULE):
+        path, marked, name = key.rpartition(f".{mark}.")
+        if marked and f"{path.removeprefix(PREFIX)}.{name}" in found:
+            return True
+    return False
 
 
 def by_patterns(patterns: Mapping[str, str] | None) -> Rename:

@@ -104,6 +104,7 @@ class AdapterConfig:
             raise ConfigError(
                 f"task_type {self.task_type!r} is not one of {', '.join(names)}."
                 + did_you_mean(str(self.task_type), names),
+                field="task_type",
                 task_type=self.task_type,
             )
         self.task_type = TaskType(self.task_type)

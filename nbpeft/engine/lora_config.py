@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +15,8 @@ INITS = ("gaussian",)
 """Named inits of ``init_lora_weights`` besides True and False."""
 
 _BIASES = ("none", "all", "lora_only")
+_LARGEST_RANK = 2**24
+"""Above it a rank is a slip of the hand, and no memory would hold it."""
 
 
 @dataclass
@@ -99,20 +101,23 @@ class LoraConfig(AdapterConfig):
     def _check_numbers(self) -> None:
         _check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        for pattern, rank in (self.rank_pattern or {}).items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in (self.alpha_pattern or {}).items():
-            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
         if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout <= 1.0:
-            raise ConfigError(f"lora_dropout must be between 0 and 1, not {self.lora_dropout!r}")
-        self.rank_pattern = dict(self.rank_pattern or {})
-        self.alpha_pattern = dict(self.alpha_pattern or {})
+            raise ConfigError(f"lora_dropout must be between 0 and 1, not {self.lora_dropout!r}", field="lora_dropout")
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            patterns = getattr(self, name) or {}
+            if not isinstance(patterns, Mapping):
+                raise ConfigError(f"{name} must be a dict of pattern -> value, not {patterns!r:.60}", field=name)
+            for pattern, value in patterns.items():
+                _check_pattern(name, pattern)
+                check(f"{name}[{pattern!r}]", value, field=name)
+            setattr(self, name, dict(patterns))
 
     def _check_choices(self) -> None:
         if self.bias not in _BIASES:
             raise ConfigError(
                 f"bias must be one of {', '.join(map(repr, _BIASES))}, not {self.bias!r}."
-                + did_you_mean(str(self.bias), _BIASES)
+                + did_you_mean(str(self.bias), _BIASES),
+                field="bias",
             )
         if isinstance(self.init_lora_weights, str):
             if self.init_lora_weights.lower() not in INITS:
@@ -120,15 +125,18 @@ class LoraConfig(AdapterConfig):
                     f"init_lora_weights={self.init_lora_weights!r} is not implemented; use True, False or "
                     + ", ".join(map(repr, INITS))
                     + "."
-                    + did_you_mean(self.init_lora_weights, INITS)
+                    + did_you_mean(self.init_lora_weights, INITS),
+                    field="init_lora_weights",
                 )
         elif not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(f"init_lora_weights must be a bool or a name, not {self.init_lora_weights!r}")
+            raise ConfigError(
+                f"init_lora_weights must be a bool or a name, not {self.init_lora_weights!r}", field="init_lora_weights"
+            )
         for name in self.not_implemented:
             if getattr(self, name):
                 raise ConfigError(f"{name} is not implemented; leave it out", field=name)
         if self.use_dora and self.lora_bias:
-            raise ConfigError("lora_bias=True does not go with use_dora=True")
+            raise ConfigError("lora_bias=True does not go with use_dora=True", field="lora_bias")
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -139,12 +147,13 @@ class LoraConfig(AdapterConfig):
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(f"{name} needs target_modules to be a list of names, not a pattern")
+                    raise ConfigError(f"{name} needs target_modules to be a list of names, not a pattern", field=name)
             _check_pattern("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
             _check_pattern("exclude_modules", self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern needs layers_to_transform")
+            raise ConfigError("layers_pattern needs layers_to_transform", field="layers_pattern")
+        _names("layers_pattern", self.layers_pattern)
 
     def rank_at(self, path: str) -> int:
         """The rank at a module path, ``rank_pattern`` included."""
@@ -225,28 +234,29 @@ def _cached_table(config: LoraConfig, name: str) -> PatternTable:
     return table
 
 
-def _check_rank(name: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-        raise ConfigError(f"{name} must be a positive whole number, not {rank!r}", field=name, value=rank)
+def _check_rank(name: str, rank: object, *, field: str = "r") -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _LARGEST_RANK:
+        small = f" of at most {_LARGEST_RANK:,}" if isinstance(rank, int) and rank > _LARGEST_RANK else ""
+        raise ConfigError(f"{name} must be a positive whole number{small}, not {rank!r}", field=field, value=rank)
 
 
-def _check_alpha(name: str, alpha: object) -> None:
+def _check_alpha(name: str, alpha: object, *, field: str = "lora_alpha") -> None:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise ConfigError(f"{name} must be a finite number, not {alpha!r}", field=name, value=alpha)
+        raise ConfigError(f"{name} must be a finite number, not {alpha!r}", field=field, value=alpha)
 
 
-def _check_pattern(name: str, pattern: str) -> None:
+def _check_pattern(name: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name} is not a regular expression: {error} in {pattern!r}") from None
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"{name} is not a regular expression: {error} in {pattern!r}", field=name) from None
 
 
 def _names(name: str, value: Any) -> Any:
     """A pattern as it is, any other collection of names as a list without repeats."""
     if value is None or isinstance(value, str):
         return value
-    value = list(value) if isinstance(value, Iterable) else [None]
-    if not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r}")
-    return list(dict.fromkeys(value))
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, bytes) else [None]
+    if not all(isinstance(item, str) for item in names):
+        raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r:.60}", field=name)
+    return list(dict.fromkeys(names))

@@ -315,8 +315,8 @@ class AdapterManager(AdapterHolder):
     def merge(self, names: Sequence[str] | None = None, *, safe: bool = False) -> None:
         """Folds the deltas of adapters (default: the active ones) into the base weights.
 
-        Until ``unmerge`` they alone act, at no cost in forward, with those merged before. A copy of
-        the frozen weights is kept on the CPU.
+        Until ``unmerge`` they alone act, at no cost in forward, with those merged before; adapters
+        that were off are on then. A copy of the frozen weights is kept on the CPU.
 
         Raises:
             MergeError: a weight cannot be merged into, or would not be finite (``safe``).
@@ -332,7 +332,7 @@ class AdapterManager(AdapterHolder):
         lossy_note(self.layers)
         with self.switch.exclusive():
             merge_besides(self.model, self.layers, self._merged, together, self.scale, safe=safe)
-            self._merged = together
+            self._merged, self._enabled = together, True
             self._publish_active()
         self.changed()
 

@@ -178,7 +178,8 @@ def plan(
         getattr(resolved, "layers_pattern", None),
     )
     targets, excluded = _match(sites, matcher, resolved, method, tuple(copies))
-    tokens = _token_targets(model, resolved, sites, {target.path for target in targets} | copies.keys())
+    adapted = {target.path for target in targets}
+    tokens = _token_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or tokens) and not matcher.targets):
         raise _nothing_matches(matcher, excluded, sites)
     missing = matcher.missing()
@@ -188,15 +189,10 @@ def plan(
             raise problem
         warnings.warn(str(problem), stacklevel=3)
     idle = matcher.excludes_none_of(site.path for site in sites)
-    remark(resolved, _modules_at(sites, targets), strict=not allow_missing, idle_exclusion=idle)
-    return InjectionPlan(
-        method.label, resolved, (*targets, *tokens), copies, _biases(model, resolved, targets), tuple(excluded), missing
-    )
-
-
-def _modules_at(sites: list[Site], targets: list[Target]) -> list[tuple[str, nn.Module]]:
-    wanted = {target.path for target in targets}
-    return [(site.path, site.module) for site in sites if site.path in wanted]
+    modules = [(site.path, site.module) for site in sites if site.path in adapted]
+    remark(resolved, modules, strict=not allow_missing, idle_exclusion=idle)
+    biases = _biases(model, resolved, adapted, tuple(copies))
+    return InjectionPlan(method.label, resolved, (*targets, *tokens), copies, biases, tuple(excluded), missing)
 
 
 def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> AdapterConfig:
@@ -386,14 +382,17 @@ def _nothing_matches(matcher: Matcher, excluded: list[str], sites: list[Site]) -
     return TargetError("target_modules match modules, but none in the layers of layers_to_transform")
 
 
-def _biases(model: nn.Module, config: AdapterConfig, targets: list[Target]) -> tuple[str, ...]:
-    """Names (in the bare base model) of base biases that train along."""
+def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: Sequence[str]) -> tuple[str, ...]:
+    """Names (in the bare base model) of base biases that train along; those of copied modules do in the copy."""
     kind = getattr(config, "bias", "none")
     if kind == "none":
         return ()
-    wanted = {target.path for target in targets}
-    names: list[str] = []
-    for path, module in [("", model), *((site.path, site.module) for site in walk(model))]:
-        if isinstance(module._parameters.get("bias"), nn.Parameter) and (kind == "all" or path in wanted):
-            names.append(f"{path}.bias" if path else "bias")
-    return tuple(names)
+    copied = tuple(f"{path}." for path in copies)
+    places = [("", model), *((site.path, site.module) for site in walk(model))]
+    return tuple(
+        f"{path}.bias" if path else "bias"
+        for path, module in places
+        if isinstance(module._parameters.get("bias"), nn.Parameter)
+        and (kind == "all" or path in adapted)
+        and not f"{path}.".startswith(copied)
+    )

@@ -83,10 +83,11 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
     Raises:
         CellError: the expression fails.
     """
-    code = compile(ast.Expression(expression), "<nbpeft>", "eval")
     failure = ""
     try:
-        return eval(code, scope)
+        return eval(compile(ast.Expression(expression), "<nbpeft>", "eval"), scope)
+    except SyntaxError as error:  # what only a function may hold: await, yield
+        failure = in_one_line(error.msg)
     except NameError as error:
         name = getattr(error, "name", None) or ""
         names = [word for word in scope if not word.startswith("_")]

@@ -50,8 +50,9 @@ def train(options: argparse.Namespace, desk: Desk) -> object:
         arguments["trainer_class"] = desk.value(options.trainer, "--trainer")
     if options.adapter is not None:
         desk.session.use(options.adapter, model=model)
+    result = desk.session.train(model, data, eval_data, tokenizer=tokenizer, **arguments)
     _keep(options, desk)
-    return desk.session.train(model, data, eval_data, tokenizer=tokenizer, **arguments)
+    return result
 
 
 def _keep(options: argparse.Namespace, desk: Desk) -> None:

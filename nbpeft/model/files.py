@@ -19,7 +19,7 @@ from nbpeft.engine.holder import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, walk
 from nbpeft.engine.tokens import embedding_of
-from nbpeft.errors import AdapterError, AdapterExistsError, MergeError
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, MergeError
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -80,6 +80,8 @@ def load(
     """
     manager.check_alive()
     check_name(loading.name)
+    if not isinstance(loading.config, AdapterConfig | None):
+        raise ConfigError(f"config must be a config such as LoraConfig, not {loading.config!r:.60}", field="config")
     if loading.name in manager.configs and not replace:
         raise AdapterExistsError(
             f"the base model already carries an adapter {loading.name!r}: give this one another adapter_name, "

@@ -12,13 +12,13 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.errors import AdapterError, StaleModelError
+from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError
 from nbpeft.model import files
 from nbpeft.model.counting import parameter_counts
 from nbpeft.model.gguf import forget_gguf
 from nbpeft.model.rows import serving
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from nbpeft.model.tuner import AdapterTuner
+from nbpeft.model.tuner import AdapterTuner, bare, let_checkpointing_learn
 
 
 class PeftModel(nn.Module):
@@ -60,6 +60,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        model = bare(model)
         manager = AdapterManager.of(model) or AdapterManager(model)
         config = files.with_base_name(self._complete(peft_config), model)
         replace = adapter_name in manager.configs
@@ -82,7 +83,7 @@ class PeftModel(nn.Module):
         self.__dict__["_token"] = manager.owner = object()
         self.training = model.training
         forget_gguf(model)
-        _let_checkpointing_learn(model)
+        let_checkpointing_learn(model)
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
@@ -128,7 +129,13 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> AdapterConfig:
-        """Config of the (first) active adapter."""
+        """Config of the (first) active adapter.
+
+        Raises:
+            UnknownAdapterError: none is active.
+        """
+        if not self.manager.active:
+            raise UnknownAdapterError("no adapter is active, so there is no active config")
         return self.manager.configs[self.manager.active[0]]
 
     @property
@@ -294,8 +301,8 @@ class PeftModel(nn.Module):
             AdapterExistsError: the base already carries an adapter of that name.
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
-        known = AdapterManager.of(model)
-        manager = known or AdapterManager(model)
+        model = bare(model)
+        manager = AdapterManager.of(model) or AdapterManager(model)
         loading = files.Loading(adapter_name, is_trainable, config, not autocast_adapter_dtype, key_mapping, kwargs)
         files.load(manager, model_id, loading)
         if manager.active != (adapter_name,):
@@ -386,11 +393,3 @@ class PeftModel(nn.Module):
             if "base_model" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.base_model, name)
-
-
-def _let_checkpointing_learn(model: nn.Module) -> None:
-    """Reentrant checkpointing gives no gradient where no input needs one, as with frozen embeddings."""
-    enable = getattr(model, "enable_input_require_grads", None)
-    active = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
-    if active and callable(enable):
-        enable()

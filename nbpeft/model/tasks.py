@@ -14,6 +14,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import AdapterError, ConfigError, TargetError
 from nbpeft.model.peft_model import PeftModel
+from nbpeft.model.tuner import bare
 
 
 class _TaskModel(PeftModel):
@@ -139,12 +140,6 @@ class PeftModelForFeatureExtraction(_TaskModel):
 
 def _named(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("self", "kwargs", "__class__")}
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The base model behind a handle or a compiled model; the model itself otherwise."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def get_peft_model(

@@ -154,3 +154,22 @@ class AdapterTuner(nn.Module):
             if "model" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.model, name)
+
+
+def bare(model: Any) -> nn.Module:
+    """The base model behind a handle, a tuner or a compiled model; the model itself otherwise."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, AdapterTuner):
+        model = model.model
+    elif isinstance(getattr(model, "_modules", {}).get("base_model"), AdapterTuner):
+        model = model.get_base_model()
+    base: nn.Module = model
+    return base
+
+
+def let_checkpointing_learn(model: nn.Module) -> None:
+    """Reentrant checkpointing gives no gradient where no input needs one, as with frozen embeddings."""
+    enable = getattr(model, "enable_input_require_grads", None)
+    active = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
+    if active and callable(enable):
+        enable()

@@ -314,8 +314,8 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if not isinstance(seed, int):
-        raise ConfigError(f"seed is {seed!r}; expected a whole number")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed is {seed!r}; expected a whole number of at most 64 bits")
     import torch
 
     with torch.random.fork_rng():

@@ -32,6 +32,15 @@ _OTHER_NAMES = {
 """What people type for names that spell quite differently."""
 
 
+_LEAST = {
+    "learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
+"""Smallest values of fields that the arguments class takes unseen."""
+
+
 def split_arguments(
     given: Mapping[str, Any], trainer_class: type[Any], arguments_class: type[TrainingArguments]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,12 +109,29 @@ def build_arguments(
     keeps = str(getattr(fields.get("save_strategy", "no"), "value", fields.get("save_strategy", "no"))) != "no"
     if keeps and "output_dir" not in fields and not fields.get("load_best_model_at_end"):
         raise ConfigError(f"save_strategy={fields['save_strategy']!r} writes checkpoints: say where with output_dir=…")
+    _check_numbers(fields, arguments_class)
     values.update(_current_names(fields, arguments_class))
     known = {field.name for field in dataclasses.fields(arguments_class) if field.init}
     try:
         return arguments_class(**{name: value for name, value in values.items() if name in known})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"These training arguments are not possible: {str(error).splitlines()[0]}") from error
+
+
+def _check_numbers(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:
+    """Raises ConfigError for a number that is none, or one that cannot be."""
+    kinds = {field.name: getattr(field.type, "__name__", field.type) for field in dataclasses.fields(arguments_class)}
+    for name, value in fields.items():
+        whole = kinds.get(name) == "int"
+        if not whole and kinds.get(name) != "float":
+            continue
+        accepted = int if whole else int | float
+        if not isinstance(value, accepted) or isinstance(value, bool):
+            wanted = "a whole number" if whole else "a number"
+            raise ConfigError(f"{name} must be {wanted}, not {value!r:.60}", field=name, value=value)
+        least = _LEAST.get(name)
+        if least is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value!r}", field=name, value=value)
 
 
 def _current_names(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from nbpeft.errors import NbpeftError, TrainingError
+from nbpeft.engine.tokens import embedding_of
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError, in_one_line
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, split_arguments
@@ -21,6 +22,7 @@ from nbpeft.training.data import Collator, Rows, prepare_data
 from nbpeft.training.learning_check import explain_failure, is_out_of_memory, why_no_gradient
 from nbpeft.training.out_of_memory import free_memory, shortage
 from nbpeft.training.result import TrainResult
+from nbpeft.training.rows_check import check_rows
 from nbpeft.training.run import Run
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
@@ -101,20 +103,30 @@ def _can_train(model: nn.Module) -> None:
 
 
 def _rows(model: nn.Module, data: Any, tokenizer: Any, max_length: int | None) -> Any:
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ConfigError(f"max_length must be a whole number of at least 1, not {max_length!r}", field="max_length")
+    if tokenizer is not None and not callable(tokenizer):
+        raise ConfigError(f"tokenizer must be a tokenizer, not a {type(tokenizer).__name__}", field="tokenizer")
     encoder_decoder = bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
-    return prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder)
+    rows = prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder)
+    size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
+    check_rows(rows, vocabulary=size if isinstance(size, int) else None, causal=_is_causal(model))
+    return rows
+
+
+def _is_causal(model: nn.Module) -> bool:
+    base = base_of(model)
+    decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return decoder and embedding_of(base, output=True) is not None
 
 
 def _collator(model: nn.Module, tokenizer: Any) -> Collator:
-    base: Any = base_of(model)
-    config = getattr(base, "config", None)
-    decoder = not getattr(config, "is_encoder_decoder", False)
-    head = getattr(base, "get_output_embeddings", lambda: None)()
+    config = getattr(base_of(model), "config", None)
     candidates = [
         getattr(owner, name, None) for owner in (tokenizer, config) for name in ("pad_token_id", "eos_token_id")
     ]
     pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
-    return Collator(pad_token_id=pad, copy_labels=decoder and head is not None)
+    return Collator(pad_token_id=pad, copy_labels=_is_causal(model))
 
 
 def _fit(
@@ -126,7 +138,7 @@ def _fit(
     try:
         with _as_before(model):
             with run:
-                trainer = trainer_class(model=model, **options)
+                trainer = _made(trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
                 callback = RunCallback(run)
                 trainer.add_callback(callback)
@@ -143,6 +155,15 @@ def _fit(
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None
             trainer.model_wrapped = None
+
+
+def _made(trainer_class: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:
+    try:
+        return trainer_class(model=model, **options)
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, NbpeftError):
+            raise
+        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {in_one_line(error)}") from error
 
 
 def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from nbpeft.errors import NbpeftError, TrainingError
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.state import MemoryState, TrainState, TrainStatus
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
@@ -64,6 +64,9 @@ class Run:
         clock: Seconds, growing.
         memory: Measures memory for the states, at most every ``memory_interval`` seconds.
 
+    Raises:
+        ConfigError: ``total_steps`` is no number of steps.
+
     Attributes:
         entered: Whether the run is inside its ``with`` block.
     """
@@ -82,6 +85,8 @@ class Run:
         clock: Callable[[], float] = time.monotonic,
         memory: Callable[[], MemoryState | None] | None = None,
     ) -> None:
+        if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 0):
+            raise ConfigError(f"total_steps must be a number of steps or None, not {total_steps!r}")
         self.control = control if control is not None else RunControl()
         self.run_id = uuid.uuid4().hex[:8]
         self.adapter = ", ".join(trained_names(model)) if adapter is None else adapter

@@ -59,6 +59,9 @@ def test_the_notebook_is_not_changed() -> None:
         ("r = 8\nlora_alpha = rnk", 2, "name 'rnk' is not defined. Did you mean 'rank'"),
         ("r = 1 / 0", 1, "ZeroDivisionError: division by zero"),
         ("r = int('x\\ny')", 1, "ValueError: invalid literal"),
+        ("r = await rank", 1, "'await' outside function"),
+        ("r = (yield)", 1, "'yield' outside function"),
+        ("r = 8\nlora_alpha = [i async for i in rank]", 2, "outside of an asynchronous function"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_place(source: str, line: int, message: str) -> None:

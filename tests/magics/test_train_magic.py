@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from nbpeft.state import SessionState
 from nbpeft.training import Run
@@ -135,7 +136,14 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
 
 
 def test_an_object_of_the_notebook_cannot_be_exported(ready: Notebook, tmp_path: Path) -> None:
-    ready["mine"] = [object()]
+    ready["mine"] = [TrainerCallback()]
     ready.run("%%lora_train model --data rows\nmax_steps = 1\ncallbacks = mine")
     told = ready.run(f"%lora export {tmp_path}/train.py").line
     assert told == "callbacks: objects of the notebook cannot be written into a script"
+
+
+def test_a_cell_that_fails_is_not_what_is_exported(ready: Notebook, tmp_path: Path) -> None:
+    ready.do(CELL)
+    assert "found int" in ready.run("%lora_train model --data 5 max_steps=1").line
+    ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
+    assert "'max_steps': 3" in (tmp_path / "train.py").read_text()

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("r", 2**70, "r must be a positive whole number of at most 16,777,216"),
+        ("r", 10**10, "r must be a positive whole number of at most 16,777,216"),
+        ("lora_dropout", 3, "lora_dropout must be between 0 and 1"),
+        ("bias", "al", "Did you mean 'all'"),
+        ("task_type", "CAUSAL", "Did you mean 'CAUSAL_LM'"),
+        ("init_lora_weights", "pissa", "not implemented"),
+        ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] must be a positive whole number, not 0"),
+        ("rank_pattern", {"(": 3}, "rank_pattern is not a regular expression"),
+        ("rank_pattern", ["a"], "rank_pattern must be a dict of pattern -> value, not ['a']"),
+        ("alpha_pattern", {"(": 3.0}, "alpha_pattern is not a regular expression"),
+        ("alpha_pattern", {"q": "x"}, "alpha_pattern['q'] must be a finite number, not 'x'"),
+        ("target_modules", 5, "target_modules must be a name pattern or a list of names, not 5"),
+        ("target_modules", b"q_proj", "not b'q_proj'"),
+        ("target_modules", "[", "target_modules is not a regular expression"),
+        ("exclude_modules", "[", "exclude_modules is not a regular expression"),
+        ("exclude_modules", 3, "exclude_modules must be a name pattern or a list of names, not 3"),
+        ("modules_to_save", 3, "modules_to_save must be a name pattern or a list of names, not 3"),
+    ],
+)
+def test_an_impossible_value_is_told_with_its_field(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        LoraConfig(**{field: value})
+    assert message in str(failure.value) and "\n" not in str(failure.value)
+    assert failure.value.details["field"] == field
+
+
+def test_a_pattern_of_layers_is_a_name_or_names() -> None:
+    with pytest.raises(ConfigError, match="layers_pattern must be a name pattern or a list of names, not 3"):
+        LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=3)

@@ -1,0 +1,91 @@
+"""A handle where a base model is expected, and other states in which a user's next line must still be right."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from nbpeft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
+from nbpeft.errors import AdapterExistsError, ConfigError, StaleModelError, UnknownAdapterError, UnknownMethodError
+from nbpeft.model import get_peft_config, get_peft_model_state_dict
+from tests.model.support import adapted, config, llama, logits
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    adapted(llama()).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_loading_onto_a_handle_adds_to_its_base(saved: Path) -> None:
+    first = PeftModel.from_pretrained(llama(), saved)
+    expected = logits(first)
+    with pytest.raises(AdapterExistsError):
+        PeftModel.from_pretrained(first, saved)
+    assert torch.equal(logits(first), expected)
+    second = PeftModel.from_pretrained(first, saved, adapter_name="two")
+    assert not isinstance(second.get_base_model(), PeftModel)
+    assert list(second.peft_config) == ["default", "two"]
+    assert torch.equal(logits(second), expected)
+    with pytest.raises(StaleModelError):
+        first.set_adapter("default")
+
+
+def test_a_handle_of_a_handle_reconfigures_its_base(tmp_path: Path) -> None:
+    first = adapted(llama())
+    second = PeftModel(first, config(r=3), "default")
+    assert second.peft_config["default"].r == 3
+    second.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(second))
+    assert not any("base_model.model.base_model" in key for key in get_peft_model_state_dict(second))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_a_copied_module_train_in_the_copy_alone(bias: str, tmp_path: Path) -> None:
+    def model_of(library: Any) -> Any:
+        torch.manual_seed(0)
+        base = torch.nn.ModuleDict({"body": torch.nn.Linear(8, 8), "head": torch.nn.Linear(8, 2)})
+        fields = {"target_modules": ["body"], "modules_to_save": ["head"], "bias": bias}
+        return library(base, fields)
+
+    ours = model_of(lambda base, fields: get_peft_model(base, LoraConfig(**fields)))
+    theirs = model_of(lambda base, fields: peft.get_peft_model(base, peft.LoraConfig(**fields)))
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    assert not any(p.requires_grad for name, p in ours.named_parameters() if "original_module" in name)
+    theirs.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = model_of(lambda base, _: PeftModel.from_pretrained(base, tmp_path))
+    assert torch.equal(loaded.base_model.model["head"].modules_to_save["default"].weight, theirs.head.weight)
+
+
+def test_merging_turns_adapters_on_that_were_off() -> None:
+    model = adapted(llama())
+    on = logits(model)
+    model.base_model.disable_adapter_layers()
+    assert not get_model_status(model).enabled
+    model.merge_adapter()
+    assert get_model_status(model).enabled and all(layer.enabled for layer in get_layer_status(model))
+    torch.testing.assert_close(logits(model), on)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), on)
+
+
+def test_errors_are_those_that_code_for_peft_catches(saved: Path) -> None:
+    model = adapted(llama())
+    for error in (KeyError, ValueError):
+        with pytest.raises(error, match="Adapter 'zz' not found"):
+            get_peft_model_state_dict(model, adapter_name="zz")
+        with pytest.raises(error):
+            get_peft_config({"peft_type": "NOPE"})
+    assert str(UnknownAdapterError("in a line")) == str(UnknownMethodError("in a line")) == "in a line"
+    with pytest.raises(ConfigError, match="config must be a config such as LoraConfig"):
+        PeftModel.from_pretrained(llama(), saved, config={"r": 3})  # type: ignore[arg-type]
+    model.delete_adapter("default")
+    with pytest.raises(KeyError, match="no adapter is active"):
+        _ = model.active_peft_config

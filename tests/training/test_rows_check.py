@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.training import Run, train
+from nbpeft.training.rows_check import check_rows
+from tests.training.support import VOCABULARY, tiny_model, token_rows
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 999]}, "Row 1 has the token id 999, but the model knows ids from 0 to 96: tokenise"),
+        ({"input_ids": [1, -1]}, "Row 1 has the token id -1"),
+        ({"input_ids": [1, 2], "labels": [1]}, "Row 1 has 1 labels for 2 tokens."),
+        ({"input_ids": "abc"}, "Row 1: input_ids must be a list of token ids, not 'abc'."),
+        ({"input_ids": []}, "Row 1: input_ids must be a list of token ids, not []."),
+        ({"input_ids": [0.5]}, "Row 1: input_ids must be a list of token ids"),
+    ],
+)
+def test_a_row_that_cannot_be_learned_is_named_before_training(row: dict[str, Any], message: str) -> None:
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(TrainingError) as failure:
+        train(model, [{"input_ids": [1, 2, 3]}, row], max_steps=1)
+    assert message in str(failure.value) and "\n" not in str(failure.value)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_rows_of_every_kind_that_can_be_learned_pass() -> None:
+    check_rows([{"input_ids": np.array([1, 2])}, {"input_ids": torch.tensor([96])}], vocabulary=97, causal=True)
+    check_rows([{"input_ids": [500], "labels": 1}], vocabulary=None, causal=False)
+    check_rows(iter([{"input_ids": "?"}]), vocabulary=VOCABULARY, causal=True)
+    check_rows([{"pixels": 1}], vocabulary=VOCABULARY, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_steps": "x"}, "max_steps must be a whole number, not 'x'"),
+        ({"learning_rate": "abc"}, "learning_rate must be a number, not 'abc'"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0, not -1.0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, not 0"),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size must be a whole number, not 2.5"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, not 0"),
+        ({"seed": "a"}, "seed must be a whole number, not 'a'"),
+        ({"report_to": "zzz"}, "zzz"),
+        ({"callbacks": [3]}, "No Trainer can be made of these"),
+        ({"max_length": 0}, "max_length must be a whole number of at least 1, not 0"),
+        ({"tokenizer": [1]}, "tokenizer must be a tokenizer, not a list"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_in_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        train(tiny_model(), token_rows(), **({"max_steps": 1} | fields))
+    assert message in str(failure.value) and "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("steps", [-5, 2.5, "x"])
+def test_a_run_has_a_number_of_steps(steps: Any) -> None:
+    with pytest.raises(ConfigError, match="total_steps must be a number of steps or None"):
+        Run(tiny_model(), steps)
