@@ -210,6 +210,8 @@ def save(
             write_card=target == Path(folder),
             tags=_card_tags(manager.model),
         )
+    if chosen and not flat and _ROOT_ADAPTER not in chosen:
+        write_card(manager, folder)  # as PEFT does, whichever adapters it saves
     return written
 
 

@@ -58,3 +58,14 @@ def test_embeddings_that_cannot_be_found_are_told(tmp_path: Path) -> None:
         model = library.get_peft_model(base, library.LoraConfig(target_modules=["1"]))
         with pytest.warns(UserWarning, match="embedding"):
             model.save_pretrained(tmp_path, save_embedding_layers=True)
+
+
+def test_a_card_is_written_whichever_adapters_are_saved(tmp_path: Path) -> None:
+    found = []
+    for library in (peft, nbpeft):
+        model = library.get_peft_model(llama(), library.LoraConfig(target_modules=["q_proj"]))
+        model.add_adapter("other", library.LoraConfig(target_modules=["q_proj"]))
+        folder = tmp_path / library.__name__
+        model.save_pretrained(folder, selected_adapters=["other"])
+        found.append({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()})
+    assert found[0] == found[1]
