@@ -110,7 +110,7 @@ def test_parts(pytest_arguments: list[str], browser: str | None, no_browser: boo
     """The tests in two parts: quick ones on all cores, then slow ones, two at a time.
 
     Slow tests train real models and drive a browser: more of them at once would want more memory
-    than a laptop has, and a file of them shares what it has set up.
+    than a laptop has. A file of them stays in one process, which shares what it has set up.
     """
     cores = os.cpu_count() or 1
     quick_workers, slow_workers = min(cores, 4), min(cores, 2)
@@ -130,7 +130,7 @@ def test_parts(pytest_arguments: list[str], browser: str | None, no_browser: boo
             "slow tests",
             [
                 *("-m", "pytest", "-m", slow_marks, "--durations=10", "--no-loadscope-reorder"),
-                *workers(slow_workers, "loadgroup"),
+                *workers(slow_workers, "loadfile"),
                 *pytest_arguments,
             ],
             "python3 tests/run.py --only slow --lf runs only those that failed",

@@ -14,7 +14,7 @@ from jupyter_client.blocking import BlockingKernelClient
 
 from tests.browser.kernels import COLAB, STACKS, Stack, interpreter_of, running_kernel
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.slow
 
 SET_UP = """\
 from fakes import FakeSession, simulate
