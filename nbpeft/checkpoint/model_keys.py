@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nbpeft.checkpoint.spelling import spelling_of
+from nbpeft.engine.factored import MAGNITUDE
 
 _ADAPTERS = "adapters"
 _COPIES = "modules_to_save"
-_MAGNITUDE = "lora_magnitude_vector"
 _WHOLE = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta", "trainable_tokens_original")
 """Parameters behind which PEFT writes the name last; it keeps the others in a module, as its ``weight``."""
 
@@ -48,7 +48,7 @@ def _file_key(key: str, name: str, spelling: Mapping[str, str]) -> str | None:
             return ".".join([*parts[: position - 1], spelling.get(parameter, parameter)])
         if before == _COPIES:
             return ".".join([*parts[: position - 1], *behind])
-        if before == _MAGNITUDE:
+        if before == MAGNITUDE:
             return ".".join(parts[:position])
         if before.startswith("lora_") and len(behind) == 1:
             return ".".join([*parts[:position], *behind])

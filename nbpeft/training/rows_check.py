@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ def check_rows(rows: Any, *, vocabulary: int | None, causal: bool) -> None:
     """
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         return
-    for index in itertools.islice(range(len(rows)), _LOOKED_AT):
+    for index in range(min(len(rows), _LOOKED_AT)):
         row = rows[index]
         if not isinstance(row, Mapping) or "input_ids" not in row:
             return
