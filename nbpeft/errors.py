@@ -142,6 +142,10 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
 
 
+class PeftWarning(UserWarning):
+    """Category, as in PEFT, of the warning that an adapter cannot be merged where it is put."""
+
+
 PeftError = NbpeftError
 NoMatchingPeftModuleError = TargetError
 """PEFT's names for the two."""

@@ -292,7 +292,7 @@ def by_name(adapters: dict[str, Any], name: str) -> ByName | None:
     if not having:
         return None
     if name == "r":
-        return ByName(adapters, attribute, lambda adapter: int(adapter.factors[0].shape[0]))
+        return ByName(adapters, attribute, lambda adapter: int(adapter.trained_factors[0].shape[0]))
     if name == "lora_dropout":
         return ByName(adapters, attribute, DropoutView)
     if name not in having[0]._parameters:

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.errors import ConfigError, did_you_mean
 
-INITS = ("gaussian",)
-"""Named inits of ``init_lora_weights`` besides True and False."""
+INITS = ("gaussian", "orthogonal", "olora", "pissa")
+"""Named inits of ``init_lora_weights`` besides True, False and ``pissa_niter_N``."""
+_PISSA_ITERATIONS = re.compile(r"pissa_niter_(\d+)")
 
 _BIASES = ("none", "all", "lora_only")
 _LARGEST_RANK = 2**24
@@ -119,24 +120,17 @@ class LoraConfig(AdapterConfig):
                 + did_you_mean(str(self.bias), _BIASES),
                 field="bias",
             )
-        if isinstance(self.init_lora_weights, str):
-            if self.init_lora_weights.lower() not in INITS:
-                raise ConfigError(
-                    f"init_lora_weights={self.init_lora_weights!r} is not implemented; use True, False or "
-                    + ", ".join(map(repr, INITS))
-                    + "."
-                    + did_you_mean(self.init_lora_weights, INITS),
-                    field="init_lora_weights",
-                )
-        elif not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(
-                f"init_lora_weights must be a bool or a name, not {self.init_lora_weights!r}", field="init_lora_weights"
-            )
+        _check_init_name(self.init_lora_weights)
         for name in self.not_implemented:
             if getattr(self, name):
                 raise ConfigError(f"{name} is not implemented; leave it out", field=name)
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias=True does not go with use_dora=True", field="lora_bias")
+        if self.lora_bias and isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"lora_bias=True goes with init_lora_weights True or False, not {self.init_lora_weights!r}",
+                field="lora_bias",
+            )
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -154,6 +148,25 @@ class LoraConfig(AdapterConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform", field="layers_pattern")
         _names("layers_pattern", self.layers_pattern)
+
+    @property
+    def init_name(self) -> str:
+        """``default`` for True, ``random`` for False, else the name without its number of iterations."""
+        init = self.init_lora_weights
+        if isinstance(init, str):
+            return init.lower() if init.lower() in INITS else "pissa_niter"
+        return "default" if init else "random"
+
+    @property
+    def pissa_iterations(self) -> int | None:
+        """N of ``pissa_niter_N``, or None."""
+        found = _PISSA_ITERATIONS.fullmatch(str(self.init_lora_weights).lower())
+        return None if found is None else int(found[1])
+
+    @property
+    def starts_in_base(self) -> bool:
+        """Whether the init takes a part of the weight over, so that an adapter depends on the base's values."""
+        return self.init_name in ("olora", "pissa", "pissa_niter")
 
     def rank_at(self, path: str) -> int:
         """The rank at a module path, ``rank_pattern`` included."""
@@ -232,6 +245,21 @@ def _cached_table(config: LoraConfig, name: str) -> PatternTable:
     if table is None or table.patterns != patterns:
         table = config.__dict__[f"_{name}_table"] = PatternTable(patterns)
     return table
+
+
+def _check_init_name(init: object) -> None:
+    if isinstance(init, bool) or (isinstance(init, str) and (init.lower() in INITS or _is_pissa_niter(init))):
+        return
+    names = (*INITS, "pissa_niter_4")
+    raise ConfigError(
+        f"init_lora_weights={init!r} is not implemented; use True, False or {', '.join(map(repr, names))}."
+        + did_you_mean(str(init), names),
+        field="init_lora_weights",
+    )
+
+
+def _is_pissa_niter(init: str) -> bool:
+    return _PISSA_ITERATIONS.fullmatch(init.lower()) is not None
 
 
 def _check_rank(name: str, rank: object, *, field: str = "r") -> None:

@@ -12,15 +12,13 @@ draws the same mask.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbpeft.engine.adapter import Base, Dropout
+from nbpeft.engine.adapter import Dropout
 
 _LANES = 1 << 16
 """Number of values of one 16-bit lane of the random words."""
@@ -274,39 +272,3 @@ def add_delta(output: Tensor, delta: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return (output + delta).to(output.dtype)
     return _AddDelta.apply(output, delta)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def new_factors(
-    shapes: Mapping[str, tuple[int, ...]], base: Base, init: bool | str, rank: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """New low-rank factors on the base layer's device.
-
-    Args:
-        shapes: name -> shape, the two factors first; anything after them starts at zero.
-        base: the layer.
-        init: True (A uniform in 1 / sqrt(fan in), B zero), "gaussian" (A normal with deviation
-            1 / r, B zero) or False (both random: not the identity at start).
-        rank: r.
-        dtype: dtype of the factors.
-    """
-    tensors = {name: torch.empty(shape, device=base.device, dtype=dtype) for name, shape in shapes.items()}
-    first, second, *rest = tensors.values()
-    for extra in rest:
-        extra.zero_()
-    lookup = base.host.zero_factor == 0
-    if init is False:
-        for factor in (first, second):
-            factor.normal_() if lookup else _uniform(factor)
-    elif lookup:
-        first.zero_()
-        second.normal_()
-    else:
-        first.normal_(std=1.0 / rank) if init == "gaussian" else _uniform(first)
-        second.zero_()
-    return tensors
-
-
-def _uniform(factor: Tensor) -> None:
-    """Uniform in 1 / sqrt(fan in), as torch initialises a linear layer."""
-    bound = 1.0 / math.sqrt(max(1, math.prod(factor.shape[1:])))
-    factor.uniform_(-bound, bound)

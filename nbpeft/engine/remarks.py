@@ -10,7 +10,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.lora_config import PatternTable
-from nbpeft.errors import TargetError, did_you_mean
+from nbpeft.errors import PeftWarning, TargetError, did_you_mean
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -79,4 +79,4 @@ def remark(
             warnings.warn(note, category, stacklevel=4)
     biasless = without_bias(config, modules)
     if biasless:
-        warnings.warn(biasless, stacklevel=4)
+        warnings.warn(biasless, PeftWarning, stacklevel=4)

@@ -153,6 +153,8 @@ def _walk(model: nn.Module, key: tuple[Any, ...], now: float) -> _Walk:
             weights = manager.weights(name)
             for named in (*weights.adapters.values(), *weights.copies.values()):
                 walk.adapter_bytes += _count(walk, named.values(), devices)
+        for layer in manager.layers.values():
+            walk.adapter_bytes += _count(walk, layer.adapters.buffers(), devices)
     for label, tensors in _base_tensors(model):
         walk.kinds[label] += _count(walk, tensors, devices)
     walk.kinds += Counter()

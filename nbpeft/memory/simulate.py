@@ -17,6 +17,7 @@ from torch import nn
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, plan
+from nbpeft.engine.registry import host_named
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory.architecture import Architecture, adapters_are_alike, can_checkpoint, layers_are_alike
@@ -126,12 +127,26 @@ def _count_weights(setting: Setting) -> Weights:
         return Weights(dict(kinds), trained, 0, alike)
     injection = plan(model, setting.adapter_config)
     alike = alike and adapters_are_alike(injection, setting.architecture.layer_count)
-    trained = _adapter_tensors(model, injection, setting.dtype)
-    return Weights(dict(kinds), trained, sum(math.prod(shape) * item for shape, item in trained), alike)
+    item = 4 if setting.dtype in _HALF else setting.dtype.itemsize
+    trained = _adapter_tensors(model, injection, item)
+    adapter_bytes = sum(math.prod(shape) * size for shape, size in trained) + item * _start_elements(injection)
+    return Weights(dict(kinds), trained, adapter_bytes, alike)
 
 
-def _adapter_tensors(model: nn.Module, injection: InjectionPlan, dtype: torch.dtype) -> Trained:
-    item = 4 if dtype in _HALF else dtype.itemsize
+def _start_elements(injection: InjectionPlan) -> int:
+    """Elements of the factors that adapters keep of their start in a part of the base."""
+    if not getattr(injection.config, "starts_in_base", False):
+        return 0
+    shapes = [
+        target.shapes[name]
+        for target in injection.targets
+        for name in host_named(target.host).factor_names
+        if name in target.shapes
+    ]
+    return sum(map(math.prod, shapes))
+
+
+def _adapter_tensors(model: nn.Module, injection: InjectionPlan, item: int) -> Trained:
     trained = [(shape, item) for target in injection.targets for shape in target.shapes.values()]
     for path in injection.copies:
         trained += [(tuple(p.shape), p.element_size()) for p in model.get_submodule(path).parameters()]

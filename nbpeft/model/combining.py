@@ -138,16 +138,19 @@ def _factors(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, dict
 
 
 def _factors_of(layer: AdaptedLayer, name: str, tensors: dict[str, Tensor], scale: float) -> Factors:
-    adapter = layer.adapter(name)
+    adapter: Any = layer.adapter(name)
     names = getattr(adapter, "factor_names", None)
     if names is None:
         what = "trains rows of embeddings" if adapter.shares_rows else f"is {type(adapter).__name__}"
         raise AdapterError(f"adapter {name!r} {what}: these are no low-rank factors to combine")
+    # What started in a part of the base adds that part's opposite too, which no padding touches.
+    whole = getattr(adapter, "start", None) is not None
+    lora_A, lora_B = adapter.detached_factors if whole else (tensors[names[0]], tensors[names[1]])
     groups = getattr(layer.base_layer, "groups", 1)
     wide = torch.empty(1, 2, device="meta")
     return Factors(
-        lora_A=tensors[names[0]].detach(),
-        lora_B=tensors[names[1]].detach(),
+        lora_A=lora_A.detach(),
+        lora_B=lora_B.detach(),
         scaling=float(adapter.scaling) * scale,
         groups=groups if isinstance(groups, int) else 1,
         bias=tensors.get(f"{names[1]}_bias"),

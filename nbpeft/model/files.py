@@ -20,6 +20,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, walk
 from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, MergeError
+from nbpeft.model.conversion import as_plain_lora
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -179,6 +180,7 @@ def save(
     embeddings: str | bool = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
     flat: bool = False,
+    converted: bool = False,
 ) -> dict[str, checkpoint.WrittenFiles]:
     """Saves adapters.
 
@@ -189,6 +191,7 @@ def save(
         embeddings: also save the embeddings; "auto" decides from the model.
         state_dict: take tensors from here, under the names they have in the handle.
         flat: put the one adapter named into the folder itself, whatever its name.
+        converted: write adapters that started in a part of the base as plain LoRA.
 
     Returns:
         Adapter name -> what was written.
@@ -200,12 +203,14 @@ def save(
     for name in chosen:
         target = Path(folder) if name == _ROOT_ADAPTER or flat else Path(folder) / name
         paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
-        config = checkpoint.config_to_save(manager.configs[name], manager.model, targets=paths)
-        tensors = file_tensors(manager, name, embeddings=embeddings, state_dict=state_dict)
+        weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
+        if converted:
+            config, weights = as_plain_lora(manager, name, weights)
+        config = checkpoint.config_to_save(config, manager.model, targets=paths)
         written[name] = checkpoint.write_checkpoint(
             target,
             config,
-            tensors,
+            _under_keys(config, weights),
             fingerprint=print_,
             write_card=target == Path(folder),
             tags=_card_tags(manager.model),
@@ -230,6 +235,18 @@ def file_tensors(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of an adapter under the keys of a file."""
+    return _under_keys(manager.configs[name], _saved_weights(manager, name, embeddings, state_dict))
+
+
+def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
+    tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
+    return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _saved_weights(
+    manager: AdapterManager, name: str, embeddings: str | bool, state_dict: Mapping[str, Tensor] | None
+) -> AdapterWeights:
+    """The tensors that a file of an adapter holds; see ``save`` for the arguments."""
     weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or _vocabulary_resized(manager.model))):
@@ -244,11 +261,7 @@ def file_tensors(
             path = key.rpartition(".")[0]
             if path not in weights.copies and (path in manager.layers or not targeted):
                 weights.base[key] = value
-    if state_dict is not None:
-        weights = _picked(weights, name, state_dict)
-    config = manager.configs[name]
-    tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
-    return {key: tensor.detach() for key, tensor in tensors.items()}
+    return weights if state_dict is None else _picked(weights, name, state_dict)
 
 
 def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]) -> AdapterWeights:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import collection_paused
-from nbpeft.engine.hotswap import Swapped, check_rows, prepare_for_hotswap, swap
+from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean
@@ -206,7 +206,7 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
             f"adapter {name!r} is {slot_label} and cannot be swapped for {label}; load that under another name",
             name=name,
         )
-    check_rows(name, manager.configs[name], config)
+    check_contents(name, manager.configs[name], config)
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, layer in manager.layers.items():
         if name in layer.adapters._modules:

@@ -355,7 +355,8 @@ class PeftModel(nn.Module):
             save_embedding_layers: also save the embeddings; "auto": where an adapter targets
                 them or the vocabulary was resized.
             is_main_process: other processes write nothing.
-            path_initial_model_for_weight_conversion: must be None; no init here changes the base.
+            path_initial_model_for_weight_conversion: save adapters that started in a part of the base (OLoRA,
+                PiSSA) as plain LoRA of twice the rank. Each remembers its start: no folder is read.
             state_dict: take the tensors from here (as gathered from a sharded model).
             **kwargs: accepted for PEFT's sake.
 
@@ -367,14 +368,13 @@ class PeftModel(nn.Module):
             return
         if not safe_serialization:
             raise AdapterError("safe_serialization=False is not supported: adapters are saved as safetensors only")
-        if path_initial_model_for_weight_conversion is not None:
-            raise AdapterError("path_initial_model_for_weight_conversion is not implemented: no init changes the base")
         files.save(
             self.manager,
             save_directory,
             names=selected_adapters,
             embeddings=save_embedding_layers,
             state_dict=state_dict,
+            converted=path_initial_model_for_weight_conversion is not None,
         )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.benchmarks.harness import Measure, Row, Size, library, timed
-from tests.benchmarks.models import Chain, with_adapters
+from tests.benchmarks.models import Chain, layers, with_adapters
 
 EARLIER = 4
 
@@ -63,8 +63,19 @@ def patterns(name: str, size: Size) -> Measure:
     return measure
 
 
+def olora(name: str, size: Size) -> Measure:
+    """``get_peft_model`` with the QR decomposition of one wide weight."""
+
+    def measure() -> float:
+        model, settings = layers(size.wide), config(name, r=16, init_lora_weights="olora")
+        return timed(lambda: library(name).get_peft_model(model, settings))
+
+    return measure
+
+
 ROWS = [
     Row("inject", "inject LoRA, 1,001 Linear", "seconds", 0.15, first),
     Row("inject-nth", "inject a 5th adapter, 1,001 Linear", "seconds", 0.15, another, repeats=3),
     Row("inject-patterns", "inject with 1,001 rank patterns", "seconds", 0.02, patterns, repeats=1),
+    Row("inject-olora", "OLoRA init of one layer, d = 2,048, r = 16", "seconds", 0.02, olora, repeats=3),
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import nbpeft
 from nbpeft.engine.lora_config import PatternTable
 from nbpeft.engine.plan import plan
-from nbpeft.errors import TargetError
+from nbpeft.errors import PeftWarning, TargetError
 from nbpeft.model import LoraConfig, get_peft_model
 
 
@@ -71,7 +71,7 @@ def test_the_near_name_is_told() -> None:
 
 
 def test_a_bias_that_cannot_be_merged_is_told_before() -> None:
-    with pytest.warns(UserWarning, match="first has no bias in the base: the adapter cannot be merged"):
+    with pytest.warns(PeftWarning, match="first has no bias in the base: the adapter cannot be merged"):
         model = get_peft_model(Model(bias=False), settings(lora_bias=True))
     assert model.manager.names == ("default",)
     with warnings.catch_warnings():

@@ -45,8 +45,9 @@ def parts(found):
     return {part.name: part.byte_count for part in found.parts}
 
 
-def test_weights_and_adapters_are_exact():
-    adapter = lora(modules_to_save=["lm_head"])
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"init_lora_weights": "olora"}], ids=str)
+def test_weights_and_adapters_are_exact(options):
+    adapter = lora(**options)
     found = parts(forecast(CONFIG, adapter))
     model = LlamaForCausalLM(CONFIG)
     AdapterManager.attach(model).add("one", adapter)

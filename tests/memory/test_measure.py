@@ -82,6 +82,15 @@ def test_trained_copies_are_adapters():
     assert found["adapters"] == 4 * (64 * 32 + 2 * 4 * (32 + 32 + 32 + 16))
 
 
+def test_what_an_adapter_keeps_of_its_start_is_its_own():
+    model = llama()
+    base = parts(measure(model))["base weights"]
+    manager = adapted(model, init_lora_weights="pissa")
+    found = parts(measure(model))
+    assert found["base weights"] == base
+    assert found["adapters"] == 2 * 4 * sum(p.numel() for p in manager.parameters("sql"))
+
+
 def test_full_training_counts_all_gradients():
     model = llama()
     model(**batch()).loss.backward()

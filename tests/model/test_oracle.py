@@ -31,6 +31,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias-all": {"bias": "all"},
     "bias-lora-only": {"bias": "lora_only"},
     "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa": {"init_lora_weights": "pissa", "rank_pattern": {"v_proj": 2}, "use_rslora": True},
+    "pissa-dora": {"init_lora_weights": "pissa", "use_dora": True},
     "defaults": {"target_modules": None},
 }
 
@@ -84,7 +88,9 @@ def test_a_classifier_with_its_head(tmp_path: Path) -> None:
     both_ways(classifier(), tmp_path, {"task_type": "SEQ_CLS"})
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "head", "embedding", "lora-bias", "bias-all"])
+@pytest.mark.parametrize(
+    "variant", ["lora", "dora", "rslora", "head", "embedding", "lora-bias", "bias-all", "olora", "pissa", "pissa-dora"]
+)
 def test_twenty_steps_give_the_same_losses(variant: str, tmp_path: Path) -> None:
     torch.manual_seed(4)
     peft.get_peft_model(llama(), peft.LoraConfig(**settings(**VARIANTS[variant]))).save_pretrained(tmp_path)
@@ -94,7 +100,7 @@ def test_twenty_steps_give_the_same_losses(variant: str, tmp_path: Path) -> None
     assert abs(ours[0] - ours[-1]) > 1e-3
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "patterns", "head", "bias-all"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "patterns", "head", "bias-all", "olora", "pissa"])
 def test_merged_weights_are_the_same(variant: str, tmp_path: Path) -> None:
     torch.manual_seed(4)
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(**settings(**VARIANTS[variant])))

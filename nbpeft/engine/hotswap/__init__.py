@@ -12,6 +12,6 @@ prepared: factors padded with zeros to the largest rank to come, scalings held a
 from __future__ import annotations
 
 from nbpeft.engine.hotswap.padding import adapter_tensors, prepare_for_hotswap
-from nbpeft.engine.hotswap.swap import Swapped, check_rows, swap
+from nbpeft.engine.hotswap.swap import Swapped, check_contents, swap
 
-__all__ = ["Swapped", "adapter_tensors", "check_rows", "prepare_for_hotswap", "swap"]
+__all__ = ["Swapped", "adapter_tensors", "check_contents", "prepare_for_hotswap", "swap"]

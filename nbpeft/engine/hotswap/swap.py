@@ -129,7 +129,7 @@ def swap(
 def _check(manager: Manager, name: str, config: AdapterConfig, validate: object) -> None:
     if name in manager.merged:
         raise HotSwapError(f"adapter {name!r} is merged into the base weights: unmerge before swapping it", name=name)
-    check_rows(name, manager.configs[name], config)
+    check_contents(name, manager.configs[name], config)
     if validate is not None and manager.merged:
         raise HotSwapError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before a swap is validated")
     old_label, new_label = method_of(manager.configs[name]).label, method_of(config).label
@@ -140,9 +140,14 @@ def _check(manager: Manager, name: str, config: AdapterConfig, validate: object)
         )
 
 
-def check_rows(name: str, slot_config: AdapterConfig, config: AdapterConfig) -> None:
-    """Raises HotSwapError if the slot or the new adapter trains rows of embeddings."""
+def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig) -> None:
+    """Raises HotSwapError if the slot or the new adapter trains rows of embeddings or starts in the base."""
     for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
+        if getattr(owner, "starts_in_base", False):
+            raise HotSwapError(
+                f"{which} starts in a part of the base weights (init_lora_weights="
+                f"{getattr(owner, 'init_lora_weights', None)!r}): load one beside the other"
+            )
         if getattr(owner, "trainable_token_indices", None):
             raise HotSwapError(
                 f"{which} trains rows of embeddings (trainable_token_indices): load one beside the other"

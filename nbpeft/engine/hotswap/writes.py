@@ -59,6 +59,8 @@ class Writes:
             )
         for path, layer in slot.items():
             adapter: Any = layer.adapters._modules[self.name]
+            if getattr(adapter, "start", None) is not None:
+                raise HotSwapError(f"{path}: adapter {self.name!r} started in a part of the base weights", path=path)
             self._adapters.append((path, adapter))
             shapes = self._shapes_at(path, layer, adapter)
             if path in given:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Base, Dropout, Host
 from nbpeft.engine.factored import MAGNITUDE, FactoredAdapter
+from nbpeft.engine.inits import check_init, new_factors, part_of_base
 from nbpeft.engine.lora_config import LoraConfig
-from nbpeft.engine.lowrank import new_factors, seeded_dropout
+from nbpeft.engine.lowrank import seeded_dropout
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
 
@@ -35,10 +36,8 @@ class DoRA(FactoredAdapter):
 
     weight_free: ClassVar[bool] = False
 
-    def __init__(self, tensors: Mapping[str, nn.Parameter], host: Host, scaling: float, dropout: float) -> None:
-        super().__init__(tensors, host, scaling, dropout)
-        self._weight_square: tuple[Any, Tensor] | None = None
-        self._norm: tuple[Any, Tensor] | None = None
+    _weight_square: tuple[Any, Tensor] | None = None
+    _norm: tuple[Any, Tensor] | None = None
 
     @classmethod
     def parameter_shapes(
@@ -47,6 +46,7 @@ class DoRA(FactoredAdapter):
         refusal = host.product_refusal(module)
         if refusal:
             raise ConfigError(f"{path}: DoRA cannot norm {refusal}; exclude it or use use_dora=False", path=path)
+        check_init(config, path, module, host)
         shapes = dict(zip(host.factor_names, host.factor_shapes(module, config.rank_at(path)), strict=True))
         out_features = host.features(module)[1]
         shapes[MAGNITUDE] = tuple(host.per_channel(module, torch.empty(out_features, device="meta")).shape)
@@ -62,11 +62,10 @@ class DoRA(FactoredAdapter):
         tensors: Mapping[str, Tensor] | None,
         dtype: torch.dtype,
     ) -> Self:
-        given = tensors
-        if given is None:
-            given = new_factors(shapes, base, config.init_lora_weights, config.rank_at(path), dtype)
+        start = part_of_base(config, path, base, dtype)
+        given = new_factors(shapes, base, config, path, dtype, start) if tensors is None else tensors
         parameters = {name: nn.Parameter(given[name]) for name in shapes}
-        adapter = cls(parameters, base.host, config.scaling_at(path), float(config.lora_dropout))
+        adapter = cls(parameters, base.host, config.scaling_at(path), float(config.lora_dropout), start)
         if tensors is None:
             norm = adapter.row_norm(base)
             adapter._parameters[MAGNITUDE] = nn.Parameter(norm.to(dtype).view(shapes[MAGNITUDE]))
@@ -82,7 +81,8 @@ class DoRA(FactoredAdapter):
         lora_A, lora_B = self.detached_factors
         if torch.compiler.is_compiling() or self.training:
             return self._compute_norm(lora_A, lora_B, base)
-        stamp = (_stamp(lora_A, deep=True), _stamp(lora_B, deep=True), _weight_stamp(base), float(self.scaling))
+        trained = (_stamp(factor.detach(), deep=True) for factor in self.trained_factors)
+        stamp = (*trained, _weight_stamp(base), float(self.scaling))
         if self._norm is None or self._norm[0] != stamp or stamp[0] is None:
             self._norm = (stamp, self._compute_norm(lora_A, lora_B, base))
         return self._norm[1]

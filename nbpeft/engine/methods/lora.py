@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Base, Dropout, Host
 from nbpeft.engine.factored import FactoredAdapter
+from nbpeft.engine.inits import check_init, new_factors, part_of_base
 from nbpeft.engine.lora_config import LoraConfig
-from nbpeft.engine.lowrank import add_delta, new_factors
+from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.mixed import factor_rows
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
 
 _MERGE_ROWS = 256
 """Rows of a weight merged at a time, which bounds the extra memory of a merge."""
+_WHOLE_INPUT = Dropout(0.0, False)
+"""What has left the base is no adapter's input: nothing of it is dropped."""
 
 
 @register(LoraConfig, peft_type="LORA", label="LoRA", applies=lambda config: not config.use_dora)
@@ -36,6 +39,7 @@ class LoRA(FactoredAdapter):
     def parameter_shapes(
         cls, config: LoraConfig, path: str, module: nn.Module, host: Host
     ) -> dict[str, tuple[int, ...]]:
+        check_init(config, path, module, host)
         shapes = dict(zip(host.factor_names, host.factor_shapes(module, config.rank_at(path)), strict=True))
         if config.lora_bias:
             if host.zero_factor == 0:
@@ -53,10 +57,11 @@ class LoRA(FactoredAdapter):
         tensors: Mapping[str, Tensor] | None,
         dtype: torch.dtype,
     ) -> Self:
+        start = part_of_base(config, path, base, dtype)
         if tensors is None:
-            tensors = new_factors(shapes, base, config.init_lora_weights, config.rank_at(path), dtype)
+            tensors = new_factors(shapes, base, config, path, dtype, start)
         parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
-        return cls(parameters, base.host, config.scaling_at(path), float(config.lora_dropout))
+        return cls(parameters, base.host, config.scaling_at(path), float(config.lora_dropout), start)
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -64,14 +69,18 @@ class LoRA(FactoredAdapter):
         return self._parameters.get(f"{self.factor_names[1]}_bias")
 
     def forward(self, x: Tensor, base_output: Tensor, base: Base, whole: bool = False) -> Tensor:
-        lora_A, lora_B = self.factors
+        lora_A, lora_B = self.trained_factors
         dropout = Dropout(self.dropout, self.training)
-        bias = self.output_bias
-        onto = base_output if whole and bias is None else None
+        bias, start = self.output_bias, self.start
+        alone = bias is None and start is None
+        onto = base_output if whole and alone else None
+        if start is not None:
+            onto = base.host.low_rank(base.module, x, *start, self.scaling, _WHOLE_INPUT)
         delta = base.host.low_rank(base.module, x, lora_A, lora_B, self.scaling, dropout, onto)
-        if bias is None:
+        if alone:
             return delta
-        delta = delta + base.host.per_channel(base.module, bias * self.scaling).to(delta.dtype)
+        if bias is not None:
+            delta = delta + base.host.per_channel(base.module, bias * self.scaling).to(delta.dtype)
         return add_delta(base_output, delta) if whole else delta
 
     @classmethod

@@ -1,0 +1,147 @@
+"""How the two factors of an adapter start, by the value of ``init_lora_weights``.
+
+    True             A uniform in 1 / sqrt(fan in), B zero
+    "gaussian"       A normal with deviation 1 / r, B zero
+    False            both random: not the identity at start
+    "orthogonal"     rows of one orthogonal matrix, shared out: B A = 0 though neither is zero (even ranks)
+    "olora"          B, A = Q, R of the weight's first r columns (Büyükakyüz 2024, arXiv:2406.01775)
+    "pissa"          the r largest singular directions of the weight (Meng et al. 2024, arXiv:2404.02948)
+    "pissa_niter_N"  the same by a randomized SVD of N iterations
+
+OLoRA and PiSSA train a part ``s B0 A0`` of the weight itself, so that part has to leave the base.
+PEFT subtracts it from the base's weight for good. Here the base stays as it is and the adapter
+subtracts it, ``W + s (B A - B0 A0)``: other adapters, ``disable_adapter`` and ``unload`` find the
+model they expect, and half-precision or quantized weights are not rounded again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Base, Host
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.errors import ConfigError
+
+_SEED = 0
+"""Of a randomized SVD: whoever loads an adapter has to find the part it started from again."""
+_ORTHOGONAL_SCALE = 10.0
+
+Factors = tuple[Tensor, Tensor]
+"""A (r, in) and B (out, r)."""
+
+
+def check_init(config: LoraConfig, path: str, module: nn.Module, host: Host) -> None:
+    """Refuses a layer on which the config's init does not work.
+
+    Raises:
+        ConfigError: it is no linear layer, or the rank or the scaling is none for this init.
+    """
+    init = config.init_name
+    if init not in ("orthogonal", "olora", "pissa", "pissa_niter"):
+        return
+    told = f"init_lora_weights={config.init_lora_weights!r}"
+    if not host.multiplies:
+        raise ConfigError(f"{path}: {told} works on linear layers only, not on an {host.name}; exclude it", path=path)
+    rank, largest = config.rank_at(path), min(host.features(module))
+    if init == "orthogonal" and rank % 2:
+        raise ConfigError(f"{path}: {told} needs an even rank, not {rank}", field="r", path=path)
+    if config.starts_in_base and rank > largest:
+        raise ConfigError(f"{path}: {told} takes a rank of at most {largest} there, not {rank}", field="r", path=path)
+    if config.starts_in_base and config.scaling_at(path) <= 0:
+        raise ConfigError(f"{path}: {told} needs an alpha above 0", field="lora_alpha", path=path)
+
+
+def new_factors(
+    shapes: Mapping[str, tuple[int, ...]],
+    base: Base,
+    config: LoraConfig,
+    path: str,
+    dtype: torch.dtype,
+    start: Factors | None,
+) -> dict[str, Tensor]:
+    """New low-rank factors on the base layer's device.
+
+    Args:
+        shapes: name -> shape, the two factors first; anything after them starts at zero.
+        base: the layer.
+        config: tells the init and the rank.
+        path: where the layer is.
+        dtype: dtype of the factors.
+        start: what ``part_of_base`` gave: the factors themselves, where it is not None.
+    """
+    tensors = {name: torch.empty(shape, device=base.device, dtype=dtype) for name, shape in shapes.items()}
+    first, second, *rest = tensors.values()
+    for extra in rest:
+        extra.zero_()
+    init, lookup = config.init_name, base.host.zero_factor == 0
+    if start is not None:
+        first.copy_(start[0])
+        second.copy_(start[1])
+    elif init == "orthogonal":
+        _fill_orthogonal(first, second)
+    elif init == "random":
+        for factor in (first, second):
+            factor.normal_() if lookup else _uniform(factor)
+    elif lookup:
+        first.zero_()
+        second.normal_()
+    else:
+        first.normal_(std=1.0 / config.rank_at(path)) if init == "gaussian" else _uniform(first)
+        second.zero_()
+    return tensors
+
+
+def _uniform(factor: Tensor) -> None:
+    """Uniform in 1 / sqrt(fan in), as torch initialises a linear layer."""
+    bound = 1.0 / math.sqrt(max(1, math.prod(factor.shape[1:])))
+    factor.uniform_(-bound, bound)
+
+
+def _fill_orthogonal(lora_A: Tensor, lora_B: Tensor) -> None:
+    rank, (out_features, in_features) = lora_A.shape[0], (lora_B.shape[0], lora_A.shape[1])
+    device = lora_A.device
+    rows = torch.linalg.qr(torch.randn(rank, rank, device=device))[0]
+    lora_A.copy_((torch.randn(in_features, rank // 2, device=device) @ rows[0::2]).T / _ORTHOGONAL_SCALE)
+    lora_B.copy_((torch.randn(out_features, rank // 2, device=device) @ rows[1::2]) / _ORTHOGONAL_SCALE)
+
+
+@torch.no_grad()
+def part_of_base(config: LoraConfig, path: str, base: Base, dtype: torch.dtype) -> Factors | None:
+    """The part ``s B0 A0`` of the weight that an adapter takes over at its start; None for other inits.
+
+    It depends on the weight and the config alone, so that an adapter's file need not hold it.
+
+    Returns:
+        A0 and B0 in ``dtype``, worked out in float32 at least.
+    """
+    if not config.starts_in_base:
+        return None
+    weight = base.weight()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    rank, scaling = config.rank_at(path), config.scaling_at(path)
+    lora_A, lora_B = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
+    return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
+
+
+def _olora(weight: Tensor, rank: int) -> Factors:
+    """Q and R of a QR decomposition, cut off at a rank; the other columns of Q are never made."""
+    lora_B = torch.linalg.qr(weight[:, :rank])[0]
+    return lora_B.T @ weight, lora_B
+
+
+def _pissa(weight: Tensor, rank: int, scaling: float, config: LoraConfig) -> Factors:
+    if config.pissa_iterations is None:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        left, values, right = left[:, :rank], values[:rank], right[:rank]
+    else:
+        devices = [] if weight.device.type in ("cpu", "meta") else [weight.device]
+        with torch.random.fork_rng(devices, device_type=weight.device.type if devices else "cuda"):
+            torch.manual_seed(_SEED)
+            left, values, right = torch.svd_lowrank(weight, rank, niter=config.pissa_iterations)
+        right = right.T
+    root = (values / scaling).sqrt()
+    return root[:, None] * right, left * root

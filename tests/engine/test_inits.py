@@ -1,0 +1,194 @@
+"""Inits by name, and adapters that start in a part of the base."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.errors import ConfigError
+from nbpeft.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from tests.test_matrix import CASES, Net, make, randomise, same, settings, weights_of
+
+IN_BASE = ("olora", "pissa", "pissa_niter_6")
+LINEAR_KINDS = [kind for kind in CASES if not kind.startswith(("embedding", "conv"))]
+
+pytestmark = pytest.mark.filterwarnings("ignore:merging into", "ignore:MatMul8bitLt", "ignore::FutureWarning")
+
+in_base = pytest.mark.parametrize("init", IN_BASE)
+on_linear = pytest.mark.parametrize("kind", LINEAR_KINDS)
+
+
+def started(kind: str, init: Any, **more: Any) -> tuple[Net, PeftModel]:
+    base = make(CASES[kind])
+    return base, get_peft_model(base, LoraConfig(**settings("lora", init_lora_weights=init, **more))).eval()
+
+
+@on_linear
+@in_base
+def test_starts_at_the_base_and_leaves_its_weights_alone(kind: str, init: str) -> None:
+    case = CASES[kind]
+    plain = make(case)
+    x, before = case.batch(), weights_of(plain)
+    expected = plain(x)
+    base, model = started(kind, init)
+    assert torch.allclose(model(x), expected, atol=case.tolerance / 2, rtol=0)
+    randomise(base)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    assert not torch.allclose(model(x), expected, atol=1e-3)
+    assert model.unload() is base
+    if not case.quantized:
+        assert same(before, weights_of(base))
+
+
+@on_linear
+@in_base
+def test_merges_unmerges_saves_and_copies(kind: str, init: str, tmp_path: Any) -> None:
+    case = CASES[kind]
+    base, model = started(kind, init)
+    randomise(base)
+    x = case.batch()
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    model.merge_adapter()
+    assert torch.allclose(model(x), expected, atol=case.merge_tolerance, rtol=0)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), expected)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model.unload(), tmp_path)
+    # bitsandbytes rounds the constants of a 4-bit weight when it is first evaluated, and the start with them.
+    assert torch.allclose(again(x), expected, atol=1e-2 if kind in ("nf4", "fp4-double") else 1e-5, rtol=0)
+
+
+@in_base
+@pytest.mark.parametrize("other", ["pissa", True])
+def test_adapters_add_up_in_any_order(init: str, other: Any) -> None:
+    """In peft the second one finds the base without what the first one took."""
+    base, model = started("linear", init)
+    model.add_adapter("other", LoraConfig(**settings("lora", init_lora_weights=other)))
+    randomise(base)
+    x = CASES["linear"].batch()
+    model.set_adapter("default")
+    first = model(x)
+    model.set_adapter("other")
+    second = model(x)
+    with model.disable_adapter():
+        plain = model(x)
+    model.set_adapter(["other", "default"])
+    # The layer is linear, what follows it is not: compare before the tanh.
+    together = torch.atanh(model(x))
+    assert torch.allclose(together, torch.atanh(first) + torch.atanh(second) - torch.atanh(plain), atol=1e-4)
+    model.delete_adapter("other")
+    assert torch.allclose(model(x), first, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_equal_to_peft_from_the_start_through_a_step(init: str, dora: bool) -> None:
+    config = settings("lora", init_lora_weights=init, use_dora=dora)
+    ours = get_peft_model(make(CASES["linear"]), LoraConfig(**config))
+    theirs = peft.get_peft_model(make(CASES["linear"]), peft.LoraConfig(**config))
+    own, given = get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
+    assert own.keys() == given.keys()
+    for key, value in given.items():
+        assert torch.allclose(own[key], value, atol=1e-5), key
+    set_peft_model_state_dict(ours, given)
+    x = CASES["linear"].batch()
+    gradients = []
+    for model in (ours, theirs):
+        model.train()(x).square().sum().backward()
+        gradients.append({p.shape: p.grad for p in model.parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for shape, gradient in gradients[1].items():
+        assert torch.allclose(gradients[0][shape], gradient, atol=1e-5), shape
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+def test_dropout_spares_what_stays_in_the_base(init: str) -> None:
+    config = settings("lora", init_lora_weights=init, lora_dropout=1.0)
+    ours = get_peft_model(make(CASES["linear"]), LoraConfig(**config)).train()
+    theirs = peft.get_peft_model(make(CASES["linear"]), peft.LoraConfig(**config)).train()
+    x = CASES["linear"].batch()
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+
+
+def test_a_transposed_weight_is_decomposed_the_right_way_round() -> None:
+    base = Net(Conv1D(24, 16), nn.Tanh()).eval()
+    linear = nn.Linear(16, 24)
+    with torch.no_grad():
+        linear.weight.copy_(base.target.weight.T)
+    turned = get_peft_model(base, LoraConfig(**settings("lora", init_lora_weights="olora")))
+    straight = get_peft_model(Net(linear, nn.Tanh()), LoraConfig(**settings("lora", init_lora_weights="olora")))
+    own, other = get_peft_model_state_dict(turned), get_peft_model_state_dict(straight)
+    assert all(torch.allclose(own[key], other[key], atol=1e-6) for key in other)
+
+
+def test_a_randomized_start_is_found_again_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    linear = nn.Linear(16, 24)
+    torch.set_rng_state(before)
+    first, second = (
+        get_peft_model_state_dict(
+            get_peft_model(
+                Net(copy.deepcopy(linear), nn.Tanh()), LoraConfig(**settings("lora", init_lora_weights=init))
+            )
+        )
+        for init in ("pissa_niter_2", "PiSSA_niter_2")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_orthogonal_factors_are_not_zero_but_their_product_is() -> None:
+    _, model = started("linear", "orthogonal")
+    tensors = get_peft_model_state_dict(model)
+    lora_A, lora_B = (next(value for key, value in tensors.items() if name in key) for name in ("lora_A", "lora_B"))
+    assert float(lora_A.abs().min()) > 0 and float(lora_B.abs().min()) > 0
+    assert float((lora_B @ lora_A).abs().max()) < 1e-7
+
+
+def test_names_of_inits_are_read_in_any_case() -> None:
+    drawn: list[Tensor] = []
+    for init in ("gaussian", "Gaussian"):
+        torch.manual_seed(0)
+        _, model = started("linear", init)
+        drawn.append(get_peft_model_state_dict(model)["base_model.model.target.lora_A.weight"])
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"init_lora_weights": "orthogonal", "r": 3}, "even rank, not 3"),
+        ({"init_lora_weights": "olora", "r": 17}, "at most 16 there, not 17"),
+        ({"init_lora_weights": "pissa", "rank_pattern": {"target": 99}}, "at most 16 there, not 99"),
+        ({"init_lora_weights": "pissa", "lora_alpha": 0}, "alpha above 0"),
+        ({"init_lora_weights": "pisa"}, "Did you mean 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_"}, "is not implemented"),
+        ({"init_lora_weights": "eva"}, "is not implemented"),
+        ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias=True goes with"),
+    ],
+)
+def test_what_an_init_cannot_do_is_refused(more: dict[str, Any], message: str) -> None:
+    base = make(CASES["linear"])
+    before = weights_of(base)
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(base, LoraConfig(**{**settings("lora"), **more}))
+    assert same(before, weights_of(base))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv2d"])
+@pytest.mark.parametrize("init", ["pissa", "orthogonal"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_only_linear_layers_start_so(kind: str, init: str, dora: bool) -> None:
+    with pytest.raises(ConfigError, match="linear layers only"):
+        get_peft_model(make(CASES[kind]), LoraConfig(**settings("lora", init_lora_weights=init, use_dora=dora)))
