@@ -21,7 +21,7 @@ from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, Backend, H
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
-from nbpeft.engine.remarks import guessed_heads, remark, without_head
+from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, without_head
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
@@ -201,6 +201,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site])
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
+        warn_of_experts(model)
     elif targets is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         found = default_targets(model_type)

@@ -54,6 +54,26 @@ def without_bias(config: Any, modules: Sequence[tuple[str, nn.Module]]) -> str:
     return f"lora_bias=True, but {subject} no bias in the base: the adapter cannot be merged there"
 
 
+def warn_of_experts(model: nn.Module) -> None:
+    """Says which stacked weights, those of a mixture of experts, ``"all-linear"`` does not reach."""
+    stacked = {name: p.numel() for name, p in model.named_parameters() if _is_stacked(model, name, p)}
+    if not stacked:
+        return
+    share = sum(stacked.values()) / sum(parameter.numel() for parameter in model.parameters())
+    which = next(iter(stacked)) + (f" and {len(stacked) - 1} more" if len(stacked) > 1 else "")
+    warnings.warn(
+        f"target_modules='all-linear' reaches linear layers only: the experts ({which}, {share:.0%} of the parameters) "
+        "are tensors of several weights and stay as they are",
+        stacklevel=5,
+    )
+
+
+def _is_stacked(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds the weights of several linear maps, and belongs to no layer torch knows."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return parameter.ndim == 3 and parameter.shape[0] > 1 and not type(owner).__module__.startswith("torch.nn.")
+
+
 def remark(
     config: Any, modules: Sequence[tuple[str, nn.Module]], *, strict: bool, idle_exclusion: bool = False
 ) -> None:

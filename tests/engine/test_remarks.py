@@ -137,3 +137,24 @@ def test_a_head_of_another_name_is_told_and_goes_as_in_peft(task: str, tmp_path:
         get_peft_model(copy.deepcopy(base), LoraConfig(**named))
     with pytest.raises(TargetError, match="modules_to_save 'score' matches no module"):
         get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["first"], modules_to_save=["score"]))
+
+
+class Experts(nn.Module):
+    """Two linear maps in one tensor, as transformers keeps those of a mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+def test_experts_that_all_linear_does_not_reach_are_told() -> None:
+    model = Model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(model, settings(target_modules="all-linear"))
+    model.experts = Experts()
+    with pytest.warns(UserWarning, match=r"the experts \(experts\.down_proj, \d+% of the parameters\) are tensors of"):
+        plan(model, settings(target_modules="All-Linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(model, settings(target_modules=["first"]))
