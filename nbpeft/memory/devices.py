@@ -49,6 +49,17 @@ def device_memory(device: torch.device) -> DeviceMemory:
     return DeviceMemory(None, None, None)
 
 
+def placed_on(model: object) -> torch.device | None:
+    """Where a model's first parameter lies; None for what has none, such as a config or a name."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), None)
+
+
+def is_cpu(device: object) -> bool:
+    """Whether a device, or the name of one, is a CPU."""
+    return str(device).partition(":")[0] == "cpu"
+
+
 def join(memories: Iterable[DeviceMemory]) -> DeviceMemory:
     """The sum over several devices; None where one of them is unknown."""
     parts = list(memories)

@@ -16,7 +16,7 @@ import torch
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import ConfigError
 from nbpeft.memory.architecture import Architecture, architecture_of
-from nbpeft.memory.devices import device_memory
+from nbpeft.memory.devices import device_memory, is_cpu, placed_on
 from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.simulate import Setting, Weights, step_peak, weights_of
 from nbpeft.memory.standin import check_kind
@@ -113,7 +113,8 @@ def forecast(
         gradient_checkpointing: keep layer inputs only, compute the rest again in backward.
         optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
         training: forward, backward and optimizer; else reading a prompt into a cache.
-        device: what it should fit: bytes, ``"16GB"``, or a device of this machine.
+        device: what it should fit: bytes, ``"16GB"``, or a device of this machine. Where it is, or the model
+            is on, a CPU, what CPU kernels copy is counted.
 
     Raises:
         ConfigError: a value is impossible or the model cannot run without data.
@@ -134,6 +135,7 @@ def forecast(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         training=training,
+        on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
     )
     return simulated(setting, optimizer, device_bytes(device))
 
@@ -150,6 +152,7 @@ def setting_of(
     optimizer: str,
     training: bool,
     double_quant: bool = True,
+    on_cpu: bool = False,
 ) -> Setting:
     """The setting of a forecast, its values checked; see ``forecast``.
 
@@ -174,6 +177,7 @@ def setting_of(
         double_quant=double_quant,
         gradient_checkpointing=gradient_checkpointing,
         training=training,
+        on_cpu=on_cpu,
     )
 
 

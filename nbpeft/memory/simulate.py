@@ -50,6 +50,7 @@ class Setting:
     double_quant: bool
     gradient_checkpointing: bool
     training: bool
+    on_cpu: bool = False
 
     def with_changes(self, **changes: Any) -> Setting:
         """The same with some fields replaced."""
@@ -66,7 +67,7 @@ class Setting:
             self.double_quant,
         ]
         if step:
-            fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training]
+            fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
         return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -202,7 +203,7 @@ def run_step(setting: Setting, layers: int | None, look: Look[T]) -> T:
         ConfigError: the model cannot run without data.
     """
     phases = 1 if layers is None or not setting.training else layers
-    with fake_tensors(), quiet():
+    with fake_tensors(setting.on_cpu), quiet():
         model = _prepared(setting, layers)
         try:
             step = _train_step if setting.training else _prefill

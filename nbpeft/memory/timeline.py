@@ -42,11 +42,15 @@ class Peak:
 
 
 @contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Inside it, new tensors are fake: shapes without data."""
+def fake_tensors(on_cpu: bool = False) -> Iterator[None]:
+    """Inside it, new tensors are fake: shapes without data.
+
+    Args:
+        on_cpu: whether the real ones would be on a CPU, some of whose kernels copy what they read.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _Numbers():
+    with FakeTensorMode(allow_non_fake_inputs=True), _Numbers(on_cpu):
         yield
 
 
@@ -56,8 +60,9 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ``any(…)`` reads as False, other truths as True, numbers (seeds, lengths) as one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_cpu: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._on_cpu = on_cpu
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -67,6 +72,8 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.any:
             result._asks_for_any = True
+        elif self._on_cpu and func is torch.ops.aten.bmm.default:
+            result._copied_bytes = _repeated_bytes(args[1])
         return result
 
 
@@ -110,7 +117,8 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
-            self._follow(result, _promoted_bytes(args, result) if func.overloadpacket in _ARITHMETIC else 0)
+            promoted = _promoted_bytes(args, result) if func.overloadpacket in _ARITHMETIC else 0
+            self._follow(result, promoted or getattr(result, "_copied_bytes", 0))
         elif isinstance(result, (tuple, list)):
             for item in result:
                 if isinstance(item, Tensor):
@@ -151,6 +159,12 @@ def _promoted_bytes(args: tuple[Any, ...], result: Tensor) -> int:
     """Bytes of the copies that a CPU makes of inputs of another dtype than the result's."""
     others = (arg for arg in args if isinstance(arg, Tensor) and arg.dtype != result.dtype and arg.dim())
     return sum(other.numel() * result.element_size() for other in others)
+
+
+def _repeated_bytes(matrices: Tensor) -> int:
+    """Bytes of the copies that a CPU's product of bfloat16 matrices makes of one that is repeated for each row."""
+    repeated = matrices.shape[0] > 1 and matrices.stride(0) == 0
+    return matrices.numel() * matrices.element_size() if repeated and matrices.dtype == torch.bfloat16 else 0
 
 
 @contextmanager

@@ -68,12 +68,14 @@ class Room:
         total: its bytes; None where the system does not tell.
         free: what is free on it now; None for a device elsewhere.
         held: what the model holds on it already.
+        on_cpu: whether it is the host.
     """
 
     name: str
     total: int | None = None
     free: int | None = None
     held: int = 0
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True, repr=False)

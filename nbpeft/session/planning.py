@@ -115,6 +115,7 @@ class MemoryPlanner:
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
+        self.room = _room(device, source)
         found = _Found(source, adapter)
         if gradient_checkpointing is None:
             gradient_checkpointing = found.checkpointing
@@ -133,9 +134,9 @@ class MemoryPlanner:
             optimizer=optimizer,
             training=training,
             double_quant=found.double_quant if double_quant is None else double_quant,
+            on_cpu=self.room.on_cpu,
         )
         self.optimizer = optimizer
-        self.room = _room(device, source)
         graphics = self.room.name.startswith("cuda") or (device is not None and self.room.free is None)
         self.notes = tuple(note for note in (found.note, _CUDA_NOTE if graphics else "") if note)
         self.name = name
@@ -273,11 +274,11 @@ def _room(device: Any, source: Any) -> Room:
     """The device to fit, by default that of the model, or this machine's best one."""
     import torch
 
-    from nbpeft.memory.devices import device_memory
+    from nbpeft.memory.devices import device_memory, is_cpu, placed_on
     from nbpeft.memory.forecast import device_bytes
     from nbpeft.session import render
 
-    placed = next((parameter.device for parameter in _parameters(source)), None)
+    placed = placed_on(source)
     if device is None:
         device = placed if placed is not None and placed.type != "meta" else _best_device()
     try:
@@ -289,9 +290,21 @@ def _room(device: Any, source: Any) -> Room:
         return Room(render.size(total), total)
     device_bytes(there)
     memory = device_memory(there)
-    held = sum(parameter.nbytes for parameter in _parameters(source)) if placed == there else 0
-    name = "this machine (CPU)" if there.type == "cpu" else f"{there} of this machine"
-    return Room(name, memory.total, memory.free, held)
+    held = sum(parameter.nbytes for parameter in _parameters(source)) if _is_on(placed, there) else 0
+    on_cpu = is_cpu(there)
+    name = "this machine (CPU)" if on_cpu else f"{there} of this machine"
+    return Room(name, memory.total, memory.free, held, on_cpu)
+
+
+def _is_on(placed: torch.device | None, there: torch.device) -> bool:
+    """Whether a parameter's device is the one meant, which a person may name without its number."""
+    import torch
+
+    if placed is None or placed.type != there.type:
+        return False
+    return there.type == "cpu" or placed.index == (
+        torch.accelerator.current_device_index() if there.index is None else there.index
+    )
 
 
 def _parameters(source: Any) -> Iterator[Any]:

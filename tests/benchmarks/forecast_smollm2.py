@@ -53,7 +53,8 @@ def measured(case: Mapping[str, Any]) -> Row:
     resident = device_memory(torch.device("cpu")).used
     model = _loaded(dtype, quantization)
     architecture = architecture_of(model.config, adapter)
-    foreseen = forecast(architecture, adapter, dtype=dtype, quantization=quantization, **settings).peak_bytes
+    settings_there = {"dtype": dtype, "quantization": quantization, "device": "cpu"}
+    foreseen = forecast(architecture, adapter, **settings_there, **settings).peak_bytes
     return Row(foreseen, real_step(model, architecture, adapter, resident=resident, **settings))
 
 

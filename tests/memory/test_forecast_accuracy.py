@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import random
@@ -54,7 +55,7 @@ def compare(case: dict[str, Any]) -> tuple[int, int]:
     names = ("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "training")
     settings = {name: case[name] for name in names}
     config = SHAPES[case["shape"]]
-    foreseen = forecast(config, adapter, optimizer=case["optimizer"], **settings).peak_bytes
+    foreseen = forecast(config, adapter, optimizer=case["optimizer"], device="cpu", **settings).peak_bytes
     measured = real_peak(architecture_of(config, adapter), adapter, optimizer=OPTIMIZERS[case["optimizer"]], **settings)
     return foreseen, measured
 
@@ -68,6 +69,20 @@ def errors_of(cases: list[dict[str, Any]]) -> list[float]:
 )
 def test_a_few(case):
     assert errors_of([case])[0] < 0.1
+
+
+def test_what_a_cpu_copies_of_the_head_is_counted_on_a_cpu_alone():
+    config = copy.deepcopy(SHAPES["llama"])
+    config.vocab_size = 8192
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"batch_size": 4, "sequence_length": 48, "training": False, "quantization": None}
+    settings |= {"gradient_checkpointing": False}
+    for dtype, copied in ((torch.bfloat16, 4 * 8192 * config.hidden_size * 2), (torch.float32, 0)):
+        on_cpu = forecast(config, adapter, dtype=dtype, device="cpu", **settings).peak_bytes
+        elsewhere = forecast(config, adapter, dtype=dtype, device="16GB", **settings).peak_bytes
+        measured = real_peak(architecture_of(config, adapter), adapter, optimizer=None, dtype=dtype, **settings)
+        assert on_cpu == pytest.approx(measured, rel=0.03)
+        assert copied / 2 < on_cpu - elsewhere <= copied if copied else on_cpu == elsewhere
 
 
 @pytest.mark.slow
