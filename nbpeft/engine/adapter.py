@@ -228,6 +228,11 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def held(self) -> Mapping[str, Any]:
+        """Its parameters by name, or what stands for them: nn.DataParallel's replicas have plain attributes instead."""
+        return self._parameters or self.__dict__
+
     def follow(self, source: Adapter) -> None:
         """Makes this adapter act with the tensors of another one; for layers that share one weight."""
         raise NotImplementedError

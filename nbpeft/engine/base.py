@@ -7,6 +7,8 @@ Base      what an adapter may see of the layer it sits on: its host and backend,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -188,13 +190,15 @@ class Base:
     @property
     def bias(self) -> Tensor | None:
         """The layer's own bias, (out,), or None."""
-        bias = getattr(self.module, "bias", None)
+        with onloaded(self.module):
+            bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
     @property
     def device(self) -> torch.device:
-        """Where the weight lies."""
-        return self.backend.device(self.module)
+        """Where the layer computes: where its weight lies, or is brought to for each call."""
+        hook = offloading(self.module)
+        return self.backend.device(self.module) if hook is None else torch.device(hook.execution_device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,4 +207,33 @@ class Base:
 
     def weight(self) -> Tensor:
         """The frozen weight, dequantized, canonical (out, in, …), detached."""
-        return self.host.canonical(self.module, self.backend.dequantize(self.module))
+        with onloaded(self.module):
+            weight = self.backend.dequantize(self.module)
+        return self.host.canonical(self.module, weight)
+
+
+def offloading(module: nn.Module) -> Any:
+    """The hook by which accelerate keeps a layer's tensors elsewhere between calls, or None.
+
+    Between calls they are on the meta device; what the layer has of its own beside them stays where it is.
+    """
+    hook = module.__dict__.get("_hf_hook")
+    return hook if getattr(hook, "offload", False) else None
+
+
+def onloaded(module: nn.Module) -> AbstractContextManager[None]:
+    """Has an offloaded layer's tensors where it computes while the block runs; writing to them is in vain."""
+    hook = offloading(module)
+    return _NOTHING if hook is None else _brought(module, hook)
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+@contextmanager
+def _brought(module: nn.Module, hook: Any) -> Iterator[None]:
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)

@@ -23,12 +23,15 @@ class BaseBiases:
         self._originals: dict[str, dict[str, Tensor]] = {}
 
     def check(self, adapter: str, names: Sequence[str]) -> None:
-        """Raises ConfigError if another adapter trains base biases already."""
+        """Raises ConfigError if another adapter trains base biases already, or one has no data to train."""
         others = [other for other in self._originals if other != adapter]
         if names and others:
             raise ConfigError(
                 f"only one adapter can train base biases and {others[0]!r} does: use bias='none' for {adapter!r}"
             )
+        absent = next((name for name, bias in self._owners(names).items() if bias.is_meta), None) if names else None
+        if absent is not None:
+            raise ConfigError(f"{absent} has no data here (meta device): use bias='none', or load the model whole")
 
     def start(self, adapter: str, names: Sequence[str], values: Mapping[str, Tensor] | None) -> None:
         """Makes biases trainable for an adapter, with loaded values where given."""

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterWeights
+from nbpeft.engine.base import offloading
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.plan import InjectionPlan, Site, Target, make_adapters, walk
 from nbpeft.engine.registry import backend_named, backends, host_named
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.switch import Switch
+from nbpeft.errors import ConfigError
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -54,6 +56,9 @@ def build(
             is not in them the usual init is used.
         half: keep adapters in the base's dtype also where that is a half one; otherwise they
             are float32 there, which training needs.
+
+    Raises:
+        ConfigError: a module to be copied is offloaded.
     """
     sites: dict[int, list[Site]] = {}
     wanted = {target.path for target in plan.targets} | set(plan.copies)
@@ -78,6 +83,8 @@ def build(
         parts.adapters.append((sites[id(by_path[target.path].module)], layer, adapter))
     for path in plan.copies:
         site = by_path[path]
+        if any(offloading(part) is not None for part in site.module.modules()):
+            raise ConfigError(f"{path} is offloaded and cannot be copied as a whole: load the model without offloading")
         wrapper = site.wrapper if isinstance(site.wrapper, CopiedModule) else CopiedModule(site.module, switch)
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path))
         parts.copies.append((sites[id(site.module)], wrapper, trained))

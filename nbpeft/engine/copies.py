@@ -74,7 +74,7 @@ class CopiedModule(nn.Module):
         present = [name for name in rows.names if name in self.modules_to_save._modules]
         if not present:
             return result
-        x, result = rows.spread(x), rows.spread(result).clone()
+        x, result = rows.spread(x.to(result.device)), rows.spread(result).clone()
         for name in present:
             chosen = rows.rows_of(name, x.shape[0], x.device)
             if len(chosen):

@@ -67,7 +67,7 @@ class FactoredAdapter(Adapter):
     def trained_factors(self) -> tuple[Tensor, Tensor]:
         """A and B, the parameters."""
         name_A, name_B = self.factor_names
-        lora_A, lora_B = self._parameters[name_A], self._parameters[name_B]
+        lora_A, lora_B = self.held[name_A], self.held[name_B]
         assert lora_A is not None and lora_B is not None
         return lora_A, lora_B
 

@@ -138,10 +138,21 @@ def _pissa(weight: Tensor, rank: int, scaling: float, config: LoraConfig) -> Fac
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         left, values, right = left[:, :rank], values[:rank], right[:rank]
     else:
-        devices = [] if weight.device.type in ("cpu", "meta") else [weight.device]
-        with torch.random.fork_rng(devices, device_type=weight.device.type if devices else "cuda"):
-            torch.manual_seed(_SEED)
-            left, values, right = torch.svd_lowrank(weight, rank, niter=config.pissa_iterations)
-        right = right.T
+        left, values, right = _randomized_svd(weight, rank, config.pissa_iterations)
     root = (values / scaling).sqrt()
     return root[:, None] * right, left * root
+
+
+def _randomized_svd(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``torch.svd_lowrank``, from the same draws on every device, since they decide what is found.
+
+    Reference: Halko et al. 2009, arXiv:0909.4061.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    draws = torch.randn(weight.shape[1], rank, generator=generator, dtype=weight.dtype).to(weight.device)
+    basis = torch.linalg.qr(weight @ draws)[0]
+    for _ in range(iterations):
+        basis = torch.linalg.qr(weight.T @ basis)[0]
+        basis = torch.linalg.qr(weight @ basis)[0]
+    left, values, right = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+    return basis @ left, values, right

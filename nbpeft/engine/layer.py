@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Backend, Base, Host
+from nbpeft.engine.base import offloading
 from nbpeft.engine.layer_face import LayerFace, by_name
 from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.switch import Rows, Switch
@@ -79,6 +80,9 @@ class AdaptedLayer(LayerFace):
         active = self.switch.current()
         if self.merged:
             return output
+        base = self._own_base()
+        if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
+            x = x.to(output.device)
         if active.rows is not None:
             return self._mixed(x, output, active.rows)
         total: Tensor | None = None
@@ -88,13 +92,13 @@ class AdaptedLayer(LayerFace):
             if alone is None:
                 return output
             if alone.adds_itself:
-                whole: Tensor = alone(x, output, self.base, True)
+                whole: Tensor = alone(x, output, base, True)
                 return whole
         for name, scale in zip(active.names, active.scales, strict=True):
             adapter = adapters.get(name)
             if adapter is None:
                 continue
-            delta: Tensor = adapter(x, output, self.base)
+            delta: Tensor = adapter(x, output, base)
             if scale != 1.0:
                 delta = delta * scale
             total = delta if total is None else total + delta
@@ -103,6 +107,13 @@ class AdaptedLayer(LayerFace):
         if total.device != output.device:
             total = total.to(output.device)
         return add_delta(output, total)
+
+    def _own_base(self) -> Base:
+        """``base``; a replica that nn.DataParallel made on another device has a frozen layer of its own."""
+        layer = self._modules["base_layer"]
+        if layer is None or layer is self.base.module:
+            return self.base
+        return Base(layer, self.host, self.backend)
 
     def _mixed(self, x: Tensor, output: Tensor, rows: Rows) -> Tensor:
         """A batch whose rows are served by different adapters."""
@@ -186,6 +197,11 @@ class AdaptedLayer(LayerFace):
         present = [name for name in names if name in self.adapters._modules]
         if present and not self.backend.can_merge:
             raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.merge_refusal}")
+        if present and offloading(self.base_layer) is not None:
+            raise MergeError(
+                "its weight is offloaded, and what is merged into it would be lost with the next call: load the model "
+                "without offloading"
+            )
         refusal = self.host.product_refusal(self.base_layer) if present else ""
         if refusal:
             raise MergeError(f"{', '.join(map(repr, present))} cannot be merged into {refusal}")

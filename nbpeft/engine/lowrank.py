@@ -46,9 +46,13 @@ def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.de
     count = shape.numel()
     generator = torch.Generator(device)
     generator.manual_seed(seed)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-    words.random_(-(1 << 63), None, generator=generator)
-    lanes = words.view(torch.int16)[:count]
+    if device.type == "mps":  # which cannot draw over all of int64
+        lanes = torch.empty(count, dtype=torch.int32, device=device)
+        lanes.random_(-(_LANES // 2), _LANES // 2, generator=generator)
+    else:
+        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+        words.random_(-(1 << 63), None, generator=generator)
+        lanes = words.view(torch.int16)[:count]
     return (lanes >= _dropped_lanes(probability) - _LANES // 2).to(dtype).view(shape)
 
 

@@ -88,9 +88,9 @@ class TokenRows(Adapter):
     @property
     def rows(self) -> Tensor:
         """The trained rows, (tokens, features)."""
-        rows = (self.__dict__["source"] or self)._parameters[ROWS]
+        rows = (self.__dict__["source"] or self).held[ROWS]
         assert isinstance(rows, Tensor)
-        return rows
+        return rows.to(self.token_indices.device)
 
     def merged_elsewhere(self, base: Base) -> bool:
         source = self.__dict__["source"]

@@ -198,7 +198,8 @@ class _Merger:
 
     def _weight(self, path: str, layer: LayerDelta, value: Tensor, own: bool, dtype: torch.dtype) -> Tensor:
         value = value.t().contiguous() if layer.turned else value
-        exact = value.to(torch.float32, copy=self._measure or not own)
+        # Weights read from files come to the adapters, whose device multiplies faster than a CPU.
+        exact = value.to(layer.device, torch.float32, copy=self._measure or not own)
         layer.add_to_(exact)
         if self._safe and not bool(torch.isfinite(exact).all()):
             raise MergeError(f"the merged weight of {path} is not finite; nothing was written", path=path)

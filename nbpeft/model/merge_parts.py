@@ -8,6 +8,7 @@ model or from a saved adapter alone. All four combinations meet in names and pat
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.checkpoint import ModelFolder, TensorSpec
 from nbpeft.engine.adapter import Adapter, Base
+from nbpeft.engine.base import onloaded
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer, add_deltas
 from nbpeft.engine.manager import AdapterManager
@@ -51,6 +53,12 @@ class LayerDelta:
     def quantized(self) -> bool:
         """Whether the live layer is stored quantized."""
         return self.base.backend.name != "dense"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters lie."""
+        adapter, _ = self.adapters[0]
+        return next(itertools.chain(adapter.parameters(), adapter.buffers())).device
 
     def add_to_(self, weight: Tensor) -> None:
         """Adds to a floating weight in the module's own orientation, in place."""
@@ -264,7 +272,9 @@ class LiveWeights:
         """The live tensor, or a dequantized one in the orientation of the model's class."""
         module, tensor = self._owners[name]
         if tensor is not None:
-            return tensor.detach(), False
+            with onloaded(module):
+                present: Tensor = getattr(module, name.rpartition(".")[2]) if tensor.is_meta else tensor
+                return present.detach(), False
         backend: Any = resolve_backend(module)
         weight: Tensor = backend.dequantize(module)
         return (weight.t().contiguous() if is_turned(module) else weight), True

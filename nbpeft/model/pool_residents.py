@@ -82,12 +82,14 @@ class Resident:
         structure: which tensors it has.
         byte_count: bytes they take.
         version: changes when they are written to.
+        norms: theirs as they were loaded; fused and 8-bit optimizers write without changing a version.
     """
 
     config: AdapterConfig
     structure: Structure
     byte_count: int
     version: int
+    norms: Tensor
 
 
 class Residents:
@@ -325,7 +327,8 @@ class Residents:
         scale = self._scales.get(name, 1.0)
         if manager.scale(name) != scale:
             manager.set_scale(name, scale)
-        self._records[name] = Resident(manager.configs[name], ready.structure, self._taken(name), self._version(name))
+        marks = self._version(name), self._norms(name)
+        self._records[name] = Resident(manager.configs[name], ready.structure, self._taken(name), *marks)
 
     def _taken(self, name: str) -> int:
         """Bytes an adapter takes on the model."""
@@ -367,5 +370,11 @@ class Residents:
     def _version(self, name: str) -> int:
         return sum(parameter._version for parameter in self._manager.parameters(name))
 
+    def _norms(self, name: str) -> Tensor:
+        """One entry a parameter, on the CPU."""
+        norms = torch._foreach_norm([parameter.detach() for parameter in self._manager.parameters(name)])
+        return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).nan_to_num().cpu()
+
     def _changed(self, name: str) -> bool:
-        return self._version(name) != self._records[name].version
+        record = self._records[name]
+        return self._version(name) != record.version or not torch.equal(self._norms(name), record.norms)

@@ -178,7 +178,7 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     if not hasattr(base, "generate"):
         raise AdapterError(f"a {type(base).__name__} answers no prompts: it has no generate()")
     repeats = 1 if asked.rows is None else len(asked.rows)
-    inputs = batch.inputs(base.get_input_embeddings().weight.device, repeats)
+    inputs = batch.inputs(_input_device(base), repeats)
     names = None if asked.rows is None else [name for name in asked.rows for _ in batch.prompts]
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": asked.max_new_tokens, **asked.options}
     options.setdefault("pad_token_id", batch.pad)
@@ -203,6 +203,15 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     return [batch.answer(row, asked.max_new_tokens) for row in made], True
 
 
+def _input_device(base: Any) -> Any:
+    """Where prompts go: to where the input embeddings lie, or are brought to for each call."""
+    from nbpeft.engine.base import offloading
+
+    embeddings = base.get_input_embeddings()
+    hook = offloading(getattr(embeddings, "base_layer", embeddings))
+    return embeddings.weight.device if hook is None else hook.execution_device
+
+
 def first_answer(model: PeftModel, batch: Batch, asked: Asked) -> str:
     """The text of a batch with one prompt."""
     answers, complete = answer(model, batch, asked)
@@ -224,7 +233,7 @@ def check_finite(model: PeftModel, name: str, batch: Batch) -> None:
         raise AdapterError("its weights are not finite")
     base: Any = model.manager.model
     with torch.no_grad():
-        logits = model(**batch.inputs(base.get_input_embeddings().weight.device)).logits
+        logits = model(**batch.inputs(_input_device(base))).logits
     if not bool(torch.isfinite(logits[:, -1]).all()):
         raise AdapterError("its output on the prompt is not finite")
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from html import escape
 
+from nbpeft.errors import in_one_line
 from nbpeft.session import render
 from nbpeft.session.results import Result
 
@@ -142,8 +143,11 @@ def _accelerator() -> Check:
     if torch is None or not hasattr(torch, "cuda"):
         return Check("device", "not looked at: torch is not imported yet", optional=True)
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return Check("device", f"{torch.cuda.get_device_name()}, {render.size(free)} free of {render.size(total)}")
+        try:
+            free, total = torch.cuda.mem_get_info()
+            return Check("device", f"{torch.cuda.get_device_name()}, {render.size(free)} free of {render.size(total)}")
+        except RuntimeError as error:  # no room left for a CUDA context, or an earlier kernel broke it
+            return Check("device", "cuda", f"does not answer ({in_one_line(error):.120})", "restart the kernel")
     if torch.backends.mps.is_available():
         return Check("device", "mps")
     return Check("device", "cpu")

@@ -19,7 +19,7 @@ from nbpeft.training.arguments import build_arguments, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
 from nbpeft.training.data import Collator, Rows, prepare_data
-from nbpeft.training.learning_check import explain_failure, is_out_of_memory, why_no_gradient
+from nbpeft.training.learning_check import explain_failure, is_out_of_memory, trains_in_half, why_no_gradient
 from nbpeft.training.out_of_memory import free_memory, shortage
 from nbpeft.training.result import TrainResult
 from nbpeft.training.rows_check import check_rows
@@ -213,8 +213,8 @@ def _translated(error: Exception, model: nn.Module, settings: TrainingArguments)
         free_memory()
         return error
     if not is_out_of_memory(error):
-        lost = "does not require grad" in str(error) and isinstance(error, RuntimeError)
-        return TrainingError(explain_failure(error, model)) if lost and why_no_gradient(model) else error
+        lost = "does not require grad" in str(error) and isinstance(error, RuntimeError) and why_no_gradient(model)
+        return TrainingError(explain_failure(error, model)) if lost or trains_in_half(error) else error
     return shortage(error, model, settings, None, optimizer=None, step=0)
 
 

@@ -28,6 +28,11 @@ _REMEDY_CHECKPOINTING = (
     "call model.enable_input_require_grads(), or use use_reentrant=False"
 )
 
+_REMEDY_HALF = (
+    "modules trained as a whole and base biases have the base's dtype; call "
+    "nbpeft.cast_mixed_precision_params(model, torch.float16), or use bf16"
+)
+
 
 class LearningCheck:
     """Watches the first steps of a run.
@@ -69,6 +74,9 @@ class LearningCheck:
             return message
         # A loop may report a step before its backward pass: then nothing has arrived at step 1.
         if not self._gradients_checked and (self._largest or steps > 1 or last):
+            if self._was_skipped() and steps < PATIENCE and not last:
+                self._largest = {}
+                return message
             self._gradients_checked = True
             message = self._judge_gradients()
             self._release_hooks()
@@ -97,6 +105,17 @@ class LearningCheck:
             hook.remove()
         self._hooks, self._largest = [], {}
 
+    def _was_skipped(self) -> bool:
+        """Whether the gradients overflow and yet spoil no weight, as while a GradScaler looks for its scale."""
+        if not self._largest or bool(self._all_largest().isfinite().all()):
+            return False
+        return all(bool(_sample(parameter).isfinite().all()) for parameter in self._parameters.values())
+
+    def _all_largest(self) -> Tensor:
+        """One entry a parameter, on the CPU; fetched together, since each transfer waits for the device."""
+        values = list(self._largest.values())
+        return torch.stack([value.to(values[0].device) for value in values]).to("cpu")
+
     def _judge_gradients(self) -> str:
         assert self._model is not None
         modules = set(self._paths.values())
@@ -111,7 +130,7 @@ class LearningCheck:
             verb = "was" if not reached else "were not"
             where = f" ({', '.join(missed[:3])}{', …' if len(missed) > 3 else ''})"
             return f"Of {self._subject}, {who} trained modules {verb} reached by a gradient{where}: {why}."
-        largest = torch.stack([value.to("cpu") for value in self._largest.values()])
+        largest = self._all_largest()
         if bool(largest.isnan().any()) or bool(largest.isinf().any()):
             return (
                 f"The first gradients of {self._subject} are not finite: is there a label that is not -100, "
@@ -122,7 +141,9 @@ class LearningCheck:
         return ""
 
     def _judge_weights(self, steps: int) -> str:
-        if any(bool((_sample(self._parameters[name]) != before).any()) for name, before in self._before.items()):
+        # A Trainer brings the model to its device after the samples were taken.
+        pairs = ((_sample(self._parameters[name]).to(before.device), before) for name, before in self._before.items())
+        if not all(torch.equal(now, before) for now, before in pairs):
             return ""
         return (
             f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: is the learning "
@@ -200,6 +221,8 @@ def explain_failure(error: BaseException, model: nn.Module | None) -> str:
     line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     if is_out_of_memory(error):  # and no model to measure
         return f"Out of memory: {OUT_OF_MEMORY_REMEDY}."
+    if trains_in_half(error):
+        return f"A GradScaler takes no weights that are trained in float16: {_REMEDY_HALF}."
     if model is not None and "does not require grad" in line:
         why = why_no_gradient(model) or "nothing that is trainable took part in the loss"
         return f"No gradient reaches the adapter: {why}."
@@ -210,6 +233,11 @@ OUT_OF_MEMORY_REMEDY = (
     "lower the batch size (and raise gradient_accumulation_steps by as much), shorten the rows (max_length), "
     "switch on activation checkpointing, or lower the rank"
 )
+
+
+def trains_in_half(error: BaseException) -> bool:
+    """Whether a GradScaler met gradients in float16, as of a head copied from a base in float16."""
+    return isinstance(error, ValueError) and "unscale FP16 gradients" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -100,8 +100,9 @@ def shortage_in_loop(error: BaseException, model: nn.Module) -> str:
 def free_memory() -> None:
     """Gives back what nobody holds any more."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for library in (torch.cuda, torch.xpu, torch.mps):
+        if library.is_available():
+            library.empty_cache()
 
 
 def _stage(trace: TracebackType | None) -> str:

@@ -141,6 +141,17 @@ def test_an_adapter_that_was_trained_stays(folders: dict[str, Path]) -> None:
         pool.set_adapter("c")
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_that_an_optimizer_trained_stays(folders: dict[str, Path], fused: bool) -> None:
+    """The fused AdamW, which is Trainer's default, leaves no trace in a tensor's version."""
+    pool = pool_of(folders, room=1)
+    pool.model.set_adapter("a")
+    pool.model(input_ids=tokens(), labels=tokens()).loss.backward()
+    torch.optim.AdamW(pool.manager.parameters("a"), fused=fused).step()
+    with pytest.raises(AdapterError, match=r"beside 'a' \(changed since it was loaded\)"):
+        pool.set_adapter("b")
+
+
 def test_scales_and_freezing_survive_being_pushed_out(folders: dict[str, Path], alone: dict[str, Tensor]) -> None:
     pool = pool_of(folders, room=1)
     pool.set_adapter("a")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 
 import pytest
+import torch
 
 from nbpeft.magics.front_end import front_end_checks
 from nbpeft.session import doctor
@@ -65,3 +66,17 @@ def test_no_widgets_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     (problem,) = (check for check in front_end_checks(Kernel()) if check.problem)
     assert problem.optional
     assert problem.remedy.endswith("-m pip install -U ipywidgets")
+
+
+def test_a_gpu_that_does_not_answer_is_a_problem_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    (check,) = (check for check in doctor.examine().checks if check.name == "device")
+    assert check.found == "cuda" and "does not answer (CUDA error: out of memory CUDA" in check.problem
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 10**9, 15 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    (check,) = (check for check in doctor.examine().checks if check.name == "device")
+    assert check.found.startswith("Tesla T4, ") and not check.problem

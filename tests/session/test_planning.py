@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.memory.suggest import Suggestion
 from nbpeft.session import Session
 from nbpeft.session.planned import PlanResult, PlanSettings, Room
+from nbpeft.session.planning import _room
 from nbpeft.state import MemoryPart
 
 CONFIG = LlamaConfig(
@@ -28,6 +30,22 @@ def plan(*sizes: int, room: Room, **more: Any) -> PlanResult:
     names = ("base weights", "adapters", "optimizer", "activations")
     parts = tuple(MemoryPart(name, size) for name, size in zip(names, sizes, strict=False))
     return PlanResult("model", "Llama", "LoRA r=16", SETTINGS, parts, room, **more)
+
+
+@pytest.mark.parametrize(("named", "held"), [("cuda", 400), ("cuda:1", 400), ("cuda:0", 0), (None, 400)])
+def test_what_the_model_holds_on_a_gpu_however_it_is_named(
+    named: str | None, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = torch.nn.Module()
+    monkeypatch.setattr(
+        source, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda:1"), nbytes=400)])
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 450)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 400)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    room = _room(named, source)
+    assert (room.total, room.free, room.held) == (1000, 550, held)
 
 
 def test_what_exceeds() -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 
+import nbpeft
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.state import TrainState
 from nbpeft.training import track
+from nbpeft.training.fit import _translated
 from nbpeft.training.learning_check import frozen_head, why_no_gradient
 from tests.training.support import adapt, tiny_base, tiny_model, token_rows
 
@@ -120,6 +122,47 @@ def test_labels_without_anything_to_learn():
     messages = [str(warning.message) for warning in caught]
     assert any("is there a label that is not -100" in message for message in messages)
     assert len(messages) == 2 and state.message == " · ".join(messages) and "NaN since step 1" in state.message
+
+
+def scaled_loop(scale, steps):
+    model = tiny_model().train()
+    optimizer = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], lr=1e-5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    with track(model) as run:
+        for _ in range(steps):
+            loss = model(input_ids=TOKENS, labels=TOKENS).loss * 10
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            run.step(loss)
+    return run.state, scaler.get_scale()
+
+
+def test_a_scaler_that_skips_its_first_steps_is_no_false_alarm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state, scale = scaled_loop(2.0**127, steps=12)
+    assert state.message == "" and scale < 2.0**126
+
+
+def test_a_scaler_that_skips_every_step_is_told():
+    with pytest.warns(UserWarning, match="The first gradients of adapter 'default' are not finite"):
+        state, _ = scaled_loop(float("inf"), steps=12)
+    assert "bf16" in state.message
+
+
+def test_a_head_in_float16_under_a_scaler_is_told_with_the_remedy():
+    model = adapt(tiny_base(dtype=torch.float16), modules_to_save=["lm_head"]).train()
+    optimizer = torch.optim.SGD(model.manager.parameters("default"), lr=1e-5)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match="unscale FP16") as caught, track(model) as run:
+        scaler.scale(model(input_ids=TOKENS, labels=TOKENS).loss).backward()
+        scaler.step(optimizer)
+    assert "cast_mixed_precision_params(model, torch.float16)" in run.state.message
+    assert "cast_mixed_precision_params" in str(_translated(caught.value, model, None))
+    nbpeft.cast_mixed_precision_params(model, torch.float16)
+    assert {parameter.dtype for parameter in model.manager.parameters("default")} == {torch.float32}
 
 
 def test_zero_gradients():

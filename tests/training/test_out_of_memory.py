@@ -14,6 +14,7 @@ from nbpeft.memory import forecast
 from nbpeft.model.quantized import quantize_model
 from nbpeft.state import TrainState
 from nbpeft.training import track, train
+from nbpeft.training.out_of_memory import free_memory
 from tests.model.allocations import Allocations
 from tests.training.support import adapt, tiny_base, weights
 
@@ -166,3 +167,14 @@ def test_a_loop_of_ones_own_is_told_what_had_grown(model: Any) -> None:
     assert run.state.status == "failed" and "\n" not in told
     assert told.startswith("Out of memory in ") and "activations and temporary tensors took" in told
     assert "base weights" in told and "lower the batch size" in told
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])
+def test_cached_memory_is_given_back_on_every_kind_of_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[str] = []
+    for name in ("cuda", "xpu", "mps"):
+        library = getattr(torch, name)
+        monkeypatch.setattr(library, "is_available", lambda name=name: name == device)
+        monkeypatch.setattr(library, "empty_cache", lambda name=name: emptied.append(name))
+    free_memory()
+    assert emptied == [device]

@@ -72,17 +72,22 @@ class DoRA(FactoredAdapter):
         return adapter
 
     @torch.no_grad()
-    def row_norm(self, base: Base) -> Tensor:
+    def row_norm(self, base: Base, *, learning: bool = False) -> Tensor:
         """``||W + s B A||`` per output channel, (out,), in at least float32, detached.
 
         Outside training and compiled code the last norm is kept until a factor or the weight
         changes.
         """
         lora_A, lora_B = self.detached_factors
-        if torch.compiler.is_compiling() or self.training:
+        if torch.compiler.is_compiling():
+            return self._compute_norm(lora_A, lora_B, base)
+        if self.training or learning:
+            # Fused and 8-bit optimizers write without a trace in the version, so what was kept goes.
+            self._norm = None
             return self._compute_norm(lora_A, lora_B, base)
         trained = (_stamp(factor.detach(), deep=True) for factor in self.trained_factors)
-        stamp = (*trained, _weight_stamp(base), float(self.scaling))
+        scaling = _stamp(self.scaling) if isinstance(self.scaling, Tensor) else self.scaling
+        stamp = (*trained, _weight_stamp(base), scaling)
         if self._norm is None or self._norm[0] != stamp or stamp[0] is None:
             self._norm = (stamp, self._compute_norm(lora_A, lora_B, base))
         return self._norm[1]
@@ -125,9 +130,9 @@ class DoRA(FactoredAdapter):
     def forward(self, x: Tensor, base_output: Tensor, base: Base) -> Tensor:
         lora_A, lora_B = self.factors
         host, module = base.host, base.module
-        norm = self.row_norm(base)
-        magnitude = self._parameters[MAGNITUDE]
+        magnitude = self.held[MAGNITUDE]
         assert magnitude is not None
+        norm = self.row_norm(base, learning=torch.is_grad_enabled() and magnitude.requires_grad)
         scale = host.per_channel(module, magnitude.view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
         dropout = Dropout(self.dropout, self.training and x.is_floating_point())
         if dropout.acts:
@@ -141,7 +146,7 @@ class DoRA(FactoredAdapter):
 
     def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
         lora_A, lora_B = self.detached_factors
-        magnitude = self._parameters[MAGNITUDE]
+        magnitude = self.held[MAGNITUDE]
         assert magnitude is not None
         whole = weight.to(lora_A.dtype)
         summed = whole + base.host.product(base.module, lora_A, lora_B) * self.scaling

@@ -66,7 +66,7 @@ class LoRA(FactoredAdapter):
     @property
     def output_bias(self) -> Tensor | None:
         """The bias of B, (out,), where ``lora_bias`` asked for one."""
-        return self._parameters.get(f"{self.factor_names[1]}_bias")
+        return self.held.get(f"{self.factor_names[1]}_bias")
 
     def forward(self, x: Tensor, base_output: Tensor, base: Base, whole: bool = False) -> Tensor:
         lora_A, lora_B = self.trained_factors

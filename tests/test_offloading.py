@@ -1,0 +1,86 @@
+"""Base weights that accelerate keeps elsewhere between calls, as where a model is larger than its GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate  # type: ignore[import-untyped]
+import pytest
+import torch
+
+from nbpeft import LoraConfig, get_peft_model
+from nbpeft.errors import ConfigError, MergeError
+from nbpeft.model.full_precision import merge_to_folder
+from nbpeft.session import answering
+from tests.training.support import tiny_base
+
+IDS = torch.arange(12).view(2, 6)
+CONFIGS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": "all-linear"},
+    "dora": {"target_modules": ["q_proj", "o_proj"], "use_dora": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+}
+
+
+def base(*, offloaded: bool = True) -> Any:
+    model = tiny_base(attention_bias=True, tie_word_embeddings=False).eval()
+    if offloaded:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in model.parameters())
+    return model
+
+
+def adapted(model: Any, **config: Any) -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(**({"r": 4, "init_lora_weights": False} | config))).eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_act_where_the_layer_computes(name: str, tmp_path: Path) -> None:
+    ours, theirs = (adapted(base(offloaded=offloaded), **CONFIGS[name]) for offloaded in (True, False))
+    assert {parameter.device.type for parameter in ours.manager.parameters("default")} == {"cpu"}
+    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+    ours.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours.load_adapter(tmp_path, "again")
+    ours.set_adapter("again")
+    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+
+
+def test_merging_is_refused_where_it_would_be_lost() -> None:
+    model = adapted(base(), target_modules=["q_proj"])
+    with pytest.raises(MergeError, match=r"q_proj: its weight is offloaded.*load the model without offloading"):
+        model.merge_adapter()
+    assert not model.manager.merged
+
+
+def test_merging_into_a_folder_reads_what_is_offloaded(tmp_path: Path) -> None:
+    for offloaded in (True, False):
+        model = adapted(base(offloaded=offloaded), target_modules=["q_proj", "v_proj"])
+        merge_to_folder(model, None, tmp_path / str(offloaded))
+    names = [f"{offloaded}/model.safetensors" for offloaded in (True, False)]
+    ours, theirs = ((tmp_path / name).read_bytes() for name in names)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head is offloaded and cannot be copied as a whole"),
+        ({"bias": "all"}, "q_proj.bias has no data here"),
+    ],
+)
+def test_what_needs_the_weights_themselves_is_refused(config: dict[str, Any], message: str) -> None:
+    model = base()
+    before = model(input_ids=IDS).logits
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match=message):
+        adapted(model, target_modules=["q_proj"], **config)
+    assert [type(module) for module in model.modules()] == modules
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_prompts_go_to_where_the_embeddings_are_brought() -> None:
+    for targets in (["q_proj"], ["embed_tokens"]):
+        assert answering._input_device(adapted(base(), target_modules=targets).get_base_model()) == torch.device("cpu")
