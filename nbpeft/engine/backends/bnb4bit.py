@@ -10,7 +10,7 @@ A weight is stored in one of three layouts, and ``dequantize`` reads them all:
 The library's packed forward has no gradient for its input and its forward on the half-plain layout
 is wrong; ``prepare`` hangs a hook on the module that goes back to the plain layout where it matters.
 
-References: QLoRA, https://arxiv.org/abs/2305.14314; layouts as in bitsandbytes 0.45 to 0.50.
+References: QLoRA, https://arxiv.org/abs/2305.14314; layouts as in bitsandbytes 0.46 to 0.50.
 """
 
 from __future__ import annotations
