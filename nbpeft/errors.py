@@ -142,6 +142,12 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
 
 
+def with_article(value: object) -> str:
+    """What a value is: ``an int``, ``a Llama``, ``None``."""
+    kind = type(value).__name__
+    return "None" if value is None else f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+
+
 class PeftWarning(UserWarning):
     """Category, as in PEFT, of the warning that an adapter cannot be merged where it is put."""
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.parse import argument
-from nbpeft.magics.planning import SIZES, settings_of, without_dry_run
+from nbpeft.magics.planning import DRY_SIZES, settings_of, without_dry_run
 
 ADAPT_OPTIONS = (
     argument(
         "--name", "-n", metavar="NAME", default=None, completes="adapter", help="name of the adapter (default: default)"
     ),
     argument("--dry-run", action="store_true", help="only show what would be adapted, counts and memory"),
-    *SIZES,
+    *DRY_SIZES,
     argument("--allow-missing", action="store_true", help="go on where a target matches nothing"),
     argument("--frozen", action="store_true", help="apply it without training it"),
 )
@@ -32,7 +32,7 @@ def adapt(desk: Desk, options: argparse.Namespace, fields: Mapping[str, Any]) ->
     variable = options.target
     model = desk.module(variable)
     desk.session.adopt(desk.namespace)
-    name = options.name or "default"
+    name = "default" if options.name is None else options.name
     sizes = settings_of(options)
     if options.dry_run:
         return desk.session.preview(model, fields, name=name, variable=variable, **sizes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.errors import CellError, did_you_mean, in_one_line
-from nbpeft.magics.scan import Word, reference
+from nbpeft.magics.scan import Word, own_names, reference
 
 _KINDS = {
     ast.Import: "an import",
@@ -90,8 +90,7 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
         failure = in_one_line(error.msg)
     except NameError as error:
         name = getattr(error, "name", None) or ""
-        names = [word for word in scope if not word.startswith("_")]
-        failure = f"name {name!r} is not defined.{did_you_mean(name, names)}" if name else str(error)
+        failure = f"name {name!r} is not defined.{did_you_mean(name, own_names(scope))}" if name else str(error)
     except Exception as error:
         failure = f"{type(error).__name__}: {in_one_line(error)}"
     raise CellError(failure, line=line, column=expression.col_offset if line is not None else None)
@@ -125,8 +124,7 @@ def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = Non
         CellError: it is not defined.
     """
     if name not in namespace:
-        near = did_you_mean(name, [word for word in namespace if not word.startswith("_")])
-        raise CellError(f"name {name!r} is not defined.{near}", column=column)
+        raise CellError(f"name {name!r} is not defined.{did_you_mean(name, own_names(namespace))}", column=column)
     return namespace[name]
 
 

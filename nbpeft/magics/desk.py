@@ -8,9 +8,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbpeft.errors import CellError, near
+from nbpeft.errors import CellError, near, with_article
 from nbpeft.magics.body import evaluate_expression, look_up
-from nbpeft.magics.parse import kind_of
 from nbpeft.magics.scan import reference
 from nbpeft.session import Session
 
@@ -74,7 +73,7 @@ class Desk:
             raise CellError(f"no variable is called {text!r}.{self._models_instead(text)}")
         value = self.namespace[text]
         if not is_module(value):
-            raise CellError(f"{text!r} is {kind_of(value)}, not a model.{self._models_instead(text)}")
+            raise CellError(f"{text!r} is {with_article(value)}, not a model.{self._models_instead(text)}")
         return value
 
     def only_model(self, what: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 
 from nbpeft.magics.parse import Verb, parser_of
@@ -26,10 +26,11 @@ def verb_help(verb: Verb, prog: str) -> str:
     return parser_of(verb, prog).format_help().rstrip()
 
 
-def main_help(cell: Verb, verbs: Mapping[str, Verb]) -> str:
-    """The help of ``%lora``: its cell form and its verbs."""
+def main_help(cell: Verb, verbs: Mapping[str, Verb], others: Iterable[Verb] = ()) -> str:
+    """The help of ``%lora``: its cell form, its verbs and the other cells, one line each."""
     width = max(map(len, verbs))
-    lines = [f"  %lora {name.ljust(width)}  {item.summary}" for name, item in verbs.items()]
+    lines = [f"  %lora {name.ljust(width)}  {_first_sentence(item.summary)}" for name, item in verbs.items()]
+    cells = [f"  {f'%%{item.name}'.ljust(width + 6)}  {_first_sentence(item.summary)}" for item in others]
     return "\n".join(
         [
             verb_help(cell, "%%lora"),
@@ -38,6 +39,13 @@ def main_help(cell: Verb, verbs: Mapping[str, Verb]) -> str:
             f"  %lora {' ' * width}  Show the adapted models and their adapters.",
             *lines,
             "",
+            "other cells:",
+            *cells,
+            "",
             "%lora VERB --help tells more about one of them.",
         ]
     )
+
+
+def _first_sentence(summary: str) -> str:
+    return summary.partition(". ")[0].rstrip(".") + "."

@@ -108,7 +108,7 @@ class NbpeftMagics(magic.Magics):
         """Quantized models."""
         return self._answer(cell, lambda: self._with_fields(QLORA_CELL, line, cell))
 
-    lora.__doc__ = main_help(LORA_CELL, VERBS)
+    lora.__doc__ = main_help(LORA_CELL, VERBS, (TRAIN_CELL, QLORA_CELL))
     qlora.__doc__ = verb_help(QLORA_CELL, "%%qlora")
     lora_train.__doc__ = verb_help(TRAIN_CELL, "%%lora_train")
 
@@ -117,6 +117,11 @@ class NbpeftMagics(magic.Magics):
         if cell is not None:
             request = self._cell_request(LORA_CELL, line)
             return HelpText(self.lora.__doc__) if request.help else adapt(desk, request.options, _body(cell, desk))
+        word, _, rest = line.strip().partition(" ")
+        if word in ("help", "-h", "--help"):
+            if not rest:
+                return HelpText(self.lora.__doc__)
+            line = f"{rest} --help"
         request_or_none = parse_line(line, VERBS, desk.namespace)
         if request_or_none is None:
             self.session.adopt(desk.namespace)

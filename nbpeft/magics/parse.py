@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from nbpeft.errors import CellError, did_you_mean, near
-from nbpeft.magics.scan import Word, folder, reference, scan
+from nbpeft.errors import CellError, did_you_mean, near, with_article
+from nbpeft.magics.scan import Word, folder, own_names, reference, scan
+
+_REQUIRED = "the following arguments are required: "
+_EXAMPLE = "example:\n  "
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,15 @@ class Request:
 class LineParser(argparse.ArgumentParser):
     """An argparse parser that neither prints nor exits."""
 
-    def __init__(self, prog: str, description: str, arguments: Iterable[Argument], *, epilog: str = "") -> None:
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        arguments: Iterable[Argument],
+        *,
+        epilog: str = "",
+        takes_fields: bool = False,
+    ) -> None:
         super().__init__(
             prog=prog,
             description=description,
@@ -103,6 +114,9 @@ class LineParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.arguments = tuple(arguments)
+        self.takes_fields = takes_fields
+        self.register("type", int, _whole)
+        self.register("type", float, _number)
         for item in self.arguments:
             self.add_argument(*item.flags, **item.options)
 
@@ -112,7 +126,12 @@ class LineParser(argparse.ArgumentParser):
         Raises:
             CellError: always.
         """
-        raise CellError(f"{self.prog}: {message}; see {self.prog} --help")
+        message = re.sub(r"(--[\w-]+)/-\w\b", r"\1", message)
+        needed = message.removeprefix(_REQUIRED)
+        if needed != message:
+            example = (self.epilog or "").removeprefix(_EXAMPLE).splitlines()
+            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {example[0]}" if example else ""))
+        raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Parses words.
@@ -127,15 +146,20 @@ class LineParser(argparse.ArgumentParser):
         if first.startswith("-"):
             # Without their dashes, which all have in common.
             known = [flag[2:] for item in self.arguments for flag in item.flags if flag.startswith("--")]
-            close = " or ".join(f"'--{name}'" for name in near(first.split("=")[0].lstrip("-"), known))
-            raise CellError(f"{self.prog} has no option {first}.{f' Did you mean {close}?' if close else ''}")
+            word = first.split("=")[0].lstrip("-")
+            close = " or ".join(f"'--{name}'" for name in near(word, known))
+            hint = f" Did you mean {close}?" if close else ""
+            if self.takes_fields and not close:
+                hint = f" A field is set without dashes: {word}=…"
+            raise CellError(f"{self.prog} has no option {first}.{hint}")
         raise CellError(f"{self.prog}: {first!r} is one word too many; see {self.prog} --help")
 
 
 def parser_of(verb: Verb, prog: str) -> LineParser:
     """The parser of a verb; ``prog`` is how the line begins, e.g. ``%lora use``."""
     description = verb.summary + ("\n\nField words: name=value, as in the cell form." if verb.fields else "")
-    return LineParser(prog, description, verb.arguments, epilog=verb.example and f"example:\n  {verb.example}")
+    epilog = verb.example and f"{_EXAMPLE}{verb.example}"
+    return LineParser(prog, description, verb.arguments, epilog=epilog, takes_fields=bool(verb.fields))
 
 
 def parse_verb(verb: Verb, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
@@ -175,6 +199,9 @@ def parse_line(
         return None
     name = words[0].text
     if name not in verbs:
+        if name in namespace:
+            add = f"a cell that begins with %{magic} {name}, or {magic} add {name} …"
+            raise CellError(f"{magic} has no command {name!r}, which is a variable; to adapt it: {add}")
         message = f"{magic} has no command {name!r}.{did_you_mean(name, verbs)}"
         raise CellError(message if message.endswith("?") else f"{message} It has: {', '.join(verbs)}")
     return parse_verb(verbs[name], f"{magic} {name}", words[1:], namespace)
@@ -196,12 +223,12 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
         return word.text
     name, rest = found
     if name not in namespace:
-        near = did_you_mean(name, [key for key in namespace if not key.startswith("_")])
+        near = did_you_mean(name, own_names(namespace))
         raise CellError(f"name {name!r} is not defined.{near}", column=word.start)
     value = namespace[name]
     if isinstance(value, str | int | float) or hasattr(value, "__fspath__"):
         return head + str(value) + rest if head else Verbatim(f"{value}{rest}")
-    raise CellError(f"{text} is {kind_of(value)}, not text, a number or a path", column=word.start)
+    raise CellError(f"{text} is {with_article(value)}, not text, a number or a path", column=word.start)
 
 
 class Verbatim(str):
@@ -215,10 +242,29 @@ def prompt_text(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
 
 
-def kind_of(value: object) -> str:
-    """What a value is, with its article: ``an int``."""
-    kind = type(value).__name__
-    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an argument's type.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, not {text!r}") from None
 
 
 def _is_field(word: Word) -> bool:

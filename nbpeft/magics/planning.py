@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+from dataclasses import replace
 from typing import Any
 
 from nbpeft.errors import CellError, did_you_mean
 from nbpeft.magics.desk import Desk, is_module
-from nbpeft.magics.parse import Argument, argument
+from nbpeft.magics.parse import Argument, argument, positive
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
@@ -16,9 +18,12 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "li
 """Named here so that completion imports no torch."""
 
 SIZES: tuple[Argument, ...] = (
-    argument("--batch", type=int, metavar="N", help="sequences in a step (default: 4)"),
-    argument("--seq", type=int, metavar="N", help="tokens of each (default: 1024)"),
+    argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
+    argument("--seq", type=positive, metavar="N", help="tokens of each (default: 1024)"),
     argument("--device", metavar="SIZE", words=("cpu", "cuda"), help="16GB, cuda:0, … (default: this machine's)"),
+)
+DRY_SIZES: tuple[Argument, ...] = tuple(
+    replace(item, options={**item.options, "help": f"for --dry-run: {item.options['help']}"}) for item in SIZES
 )
 SETTINGS: tuple[Argument, ...] = (
     *SIZES,
@@ -34,16 +39,16 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options as keywords of ``Session.plan_memory``; what was left out is left out.
 
     Raises:
-        CellError: a number is not positive, or a word is not known.
+        CellError: a size has no unit, or a word is not known.
     """
     given = vars(options)
     found: dict[str, Any] = {}
     for option, name in (("batch", "batch_size"), ("seq", "sequence_length")):
-        value = given.get(option)
-        if value is not None and value < 1:
-            raise CellError(f"--{option} is {value}, expected a whole number of at least 1")
-        if value is not None:
-            found[name] = value
+        if given.get(option) is not None:
+            found[name] = given[option]
+    device = str(given.get("device") or "")
+    if re.fullmatch(r"[\d.]+", device):  # it would be read as bytes, which nobody means
+        raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
     for option in ("device", "optimizer"):
         if given.get(option) is not None:
             found[option] = given[option]

@@ -10,7 +10,7 @@ from typing import Any
 from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.desk import Desk, is_module
 from nbpeft.magics.parse import argument
-from nbpeft.magics.planning import SIZES, settings_of, without_dry_run
+from nbpeft.magics.planning import DRY_SIZES, settings_of, without_dry_run
 from nbpeft.session.configs import field_names
 from nbpeft.session.quantizing_preview import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
 
@@ -36,7 +36,7 @@ QLORA_OPTIONS = (
     argument(
         "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and memory"
     ),
-    *SIZES,
+    *DRY_SIZES,
     argument("--allow-missing", action="store_true", help="go on where a target matches nothing"),
 )
 

@@ -10,12 +10,15 @@ begins with it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nbpeft.errors import CellError
 
 _REFERENCE = re.compile(r"\{([^\W\d]\w*)\}|\$([^\W\d]\w*)")
 _OPTION_VALUE = re.compile(r"--[\w-]+=")
+_SHELL = ("In", "Out", "exit", "get_ipython", "open", "quit")
+"""What IPython itself puts among a notebook's variables."""
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -53,6 +56,11 @@ def folder(text: str) -> tuple[str, str] | None:
     if match is None or text[match.end() : match.end() + 1] not in ("/", "\\"):
         return None
     return match.group(1) or match.group(2), text[match.end() :]
+
+
+def own_names(namespace: Iterable[str]) -> list[str]:
+    """Names that a person gave, to be proposed for one that is not there."""
+    return [name for name in namespace if not name.startswith("_") and name not in _SHELL]
 
 
 def scan(line: str) -> list[Word]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.desk import Desk, TrainingCell
-from nbpeft.magics.parse import argument
+from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.tokenizers import usual_tokenizer
 
 TRAIN_OPTIONS = (
@@ -24,7 +24,7 @@ TRAIN_OPTIONS = (
         "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="needed unless the rows are tokenised"
     ),
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter first"),
-    argument("--max-length", type=int, metavar="N", help="tokens a row is cut to"),
+    argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
 )
 

@@ -21,6 +21,7 @@ from nbpeft.engine.registry import host_named
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory.architecture import Architecture, adapters_are_alike, can_checkpoint, layers_are_alike
+from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.saved import tensors_in
 from nbpeft.memory.standin import put_standins, quantizable, quantized_bytes
 from nbpeft.memory.threads import in_main_thread, quiet
@@ -240,15 +241,12 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
 
 
 def _checkpoint(model: nn.Module) -> None:
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the latter until transformers 6
-    enable: Any = next((getattr(model, name) for name in names if hasattr(model, name)), None)
-    if enable is None or not can_checkpoint(type(model)):
+    if not can_checkpoint(type(model)):
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing")
     config: Any = model.config
     config.use_cache = False  # as transformers does by itself, with a warning
     # Elsewhere the main thread may draw random numbers meanwhile; there is one generator for all.
-    options = {"use_reentrant": False, "preserve_rng_state": in_main_thread()}
-    enable(options)
+    enable_checkpointing(model, {"preserve_rng_state": in_main_thread()})
 
 
 def _train_step(model: nn.Module, setting: Setting) -> None:

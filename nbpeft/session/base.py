@@ -35,6 +35,7 @@ class SessionBase:
         self._notes: deque[str] = deque(maxlen=_NOTES)
         self._revision = 0
         self._stale = False
+        self._told_busy = False
         self._last = SessionState()
 
     # State
@@ -134,7 +135,8 @@ class SessionBase:
                 with collapsed(), _gathered(notes) if gather else nullcontext():
                     yield notes
         finally:
-            if self.lock.depth == 0 and self._stale:
+            # What a run publishes meanwhile says busy, too, and leaves nothing stale.
+            if self.lock.depth == 0 and (self._stale or self._told_busy):
                 self._publish()
 
     def _entry_of(self, model: Any, variable: str | None = None) -> Entry | None:
@@ -167,7 +169,9 @@ class SessionBase:
 
     def _tell(self) -> None:
         self._revision += 1
-        for failure in self._subscribers.tell(self.state):
+        state = self.state
+        self._told_busy = bool(state.busy)
+        for failure in self._subscribers.tell(state):
             if failure not in self._notes:
                 self._notes.append(failure)
 

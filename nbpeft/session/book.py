@@ -138,9 +138,14 @@ class ModelBook:
         if not names:
             what = f"{model!r} carries no adapters" if isinstance(model, str) else "no model carries adapters"
             raise AdapterError(f"{what} yet; add one with a cell that begins with %%lora MODEL, or load one")
-        what = f"no adapted model is called {model!r}" if isinstance(model, str) else "this model carries no adapters"
-        near = did_you_mean(model, names) if isinstance(model, str) else ""
-        raise AdapterError(f"{what}; there is: {', '.join(names)}.{near}", available=tuple(names))
+        if isinstance(model, str):
+            message = f"no adapted model is called {model!r}; there is: {', '.join(names)}.{did_you_mean(model, names)}"
+        else:
+            message = (
+                "this model carries no adapters yet; add one with a cell that begins with %%lora MODEL, "
+                f"or take one that has some: {', '.join(names)}"
+            )
+        raise AdapterError(message, available=tuple(names))
 
     def leave(self, entry: Entry) -> None:
         """Forgets a model."""

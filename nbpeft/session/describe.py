@@ -7,6 +7,9 @@ from html import escape
 from nbpeft.session import render
 from nbpeft.state import AdapterState, ModelState
 
+_KINDS = 3
+"""Kinds of modules that a table names."""
+
 
 def with_notes(line: str, notes: tuple[str, ...]) -> str:
     """A line with its notes behind it."""
@@ -56,10 +59,10 @@ def adapter_table(adapters: tuple[AdapterState, ...]) -> str:
     """The adapters as an HTML table, active ones marked."""
     rows = [
         (
-            escape(item.name),
+            render.name_or_path(item.name),
             escape(item.method),
             f"{item.rank} / {item.alpha:g}" + (" *" if item.mixed_ranks else ""),
-            escape(f"{item.module_count} · {' '.join(item.targets[:8])}" + (" …" if len(item.targets) > 8 else "")),
+            _where(item),
             render.count(item.parameter_count),
             render.size(item.byte_count),
             escape(condition(item)),
@@ -69,6 +72,14 @@ def adapter_table(adapters: tuple[AdapterState, ...]) -> str:
     marked = [number for number, item in enumerate(adapters) if item.active]
     head = ("Adapter", "Method", "r / α", "Adapted modules", "Parameters", "Size", "State")
     return render.table(head, rows, right=(2, 4, 5), marked=marked)
+
+
+def _where(adapter: AdapterState) -> str:
+    """``60 · q_proj v_proj``, ``210 · down_proj gate_proj + 5``; all of them where the mouse rests."""
+    targets = adapter.targets
+    few = targets if len(targets) <= _KINDS else (*targets[: _KINDS - 1], f"+\u00a0{len(targets) - _KINDS + 1}")
+    words = escape(" ".join([f"{adapter.module_count} ·", *few]))
+    return f'<span title="{escape(" ".join(targets))}">{words}</span>'
 
 
 def model_card(model: ModelState) -> str:

@@ -89,7 +89,7 @@ class InspectResult(Result):
             cells = "".join(_cell(blocks.get(block), top) for block in range(count))
             label = "font-size:12px;text-align:right;white-space:nowrap;padding-right:8px"
             lines.append(f'<div style="{label}">{escape(kind)}</div><div style="display:flex;gap:1px">{cells}</div>')
-        legend = f"blocks 0 to {count - 1}, left to right; the darkest cell is {percent(top)} of the layer's weight"
+        legend = f"blocks 0 to {count - 1}, left to right; the strongest colour is {percent(top)} of the layer's weight"
         grid = "display:grid;grid-template-columns:max-content auto;row-gap:2px;align-items:center"
         return f'<div style="{grid};margin-top:10px;overflow-x:auto">{"".join(lines)}</div>{render.note(legend)}'
 

@@ -50,35 +50,38 @@ class MergedCopy(Result):
         return with_notes(line, self.notes)
 
     def _both(self, error: float) -> tuple[str, str]:
-        return f"{error:.2e}", self.errors.delta_words(error)
+        return _figure(error), self.errors.delta_words(error)
 
     def _html(self) -> str:
         requantized = self.errors.requantized
         ways = [("this copy", self.dtype, *self._both(self.errors.full_precision))]
         if requantized is not None:
             ways.append(("into the quantized weights (%lora merge)", "quantized again", *self._both(requantized)))
-        layers = sorted(self.errors.layers, key=lambda item: -(item.requantized or item.full_precision))[:_SHOWN]
-        rows = [
-            (
-                escape(item.path),
-                f"{item.full_precision:.2e}",
-                "–" if item.requantized is None else f"{item.requantized:.2e}",
-            )
-            for item in layers
-        ]
         files = render.plural(len(self.shard_bytes), "file")
         return render.card(
             f"{', '.join(self.names)} · merged into a copy",
             render.line(render.dim(f"{self.folder}: {self.dtype}, {render.size(self.byte_count)} in {files}")),
             render.table(("Way to merge", "Weights", "Relative error", "Of what the adapter adds"), ways, right=(2, 3)),
-            render.table(
-                (f"Layers that suffer most, of {len(self.errors.layers)}", "Copy", "Quantized again"),
-                rows,
-                right=(1, 2),
-            ),
+            self._worst(),
             render.notes(self.notes),
             aside=self.model_name,
         )
+
+    def _worst(self) -> str:
+        """The layers that lose most; nothing where none loses anything."""
+        layers = [item for item in self.errors.layers if item.requantized or item.full_precision]
+        layers.sort(key=lambda item: -(item.requantized or item.full_precision))
+        again = [] if self.errors.requantized is None else ["Quantized again"]
+        rows = [
+            (escape(item.path), _figure(item.full_precision), *(_figure(item.requantized) for _ in again))
+            for item in layers[:_SHOWN]
+        ]
+        head = (f"Layers that suffer most, of {len(self.errors.layers)}", "Copy", *again)
+        return render.table(head, rows, right=(1, 2)) if rows else ""
+
+
+def _figure(error: float | None) -> str:
+    return "–" if error is None else f"{error:.2e}" if error else "0"
 
 
 def requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:

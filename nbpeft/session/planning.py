@@ -248,13 +248,13 @@ class _Found:
 
     def __init__(self, source: Any, adapter: AdapterConfig) -> None:
         from nbpeft.memory.architecture import architecture_of
+        from nbpeft.memory.checkpointing import is_checkpointing
         from nbpeft.memory.storing import stored_as
 
         self.architecture = architecture_of(source, adapter)
         config = self.architecture.config
         self.longest = int(getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
-        names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter until transformers 6
-        self.checkpointing = bool(next((getattr(source, name) for name in names if hasattr(type(source), name)), False))
+        self.checkpointing = is_checkpointing(source)
         self.dtype = _dtype_of(source) if hasattr(source, "parameters") else None
         stored = stored_as(source, config)
         self.quantization, self.double_quant, self.note = stored.quantization, stored.double_quant, stored.note

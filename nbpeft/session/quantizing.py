@@ -230,15 +230,16 @@ class QuantizingCommands(AdapterCommands):
     ) -> Preparation | None:
         """Prepares a model that carries no adapter yet; for others only switches checkpointing."""
         from nbpeft.engine.manager import AdapterManager
-        from nbpeft.training.prepare import enable_checkpointing, prepare_model
+        from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
+        from nbpeft.training.prepare import prepare_model
 
         if AdapterManager.of(base) is None and base not in self._origins:
             return prepare_model(base, checkpointing, options, upcast=upcast)
-        now = bool(getattr(base, "is_activation_checkpointing", False))
+        now = is_checkpointing(base)
         if checkpointing and not now:
             enable_checkpointing(base, options)
         elif now and not checkpointing:
-            base.activation_checkpointing_disable()
+            disable_checkpointing(base)
         return None
 
 

@@ -6,6 +6,7 @@ all styles are inline, because notebooks that are not trusted lose style sheets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -52,6 +53,11 @@ def names(items: Iterable[str], limit: int = 6) -> str:
     return f"{', '.join(quoted[:limit])} and {len(quoted) - limit} more"
 
 
+def name_or_path(text: str) -> str:
+    """A name that may be broken behind its underscores and slashes, so that a long one leaves room for the rest."""
+    return re.sub(r"([_/])(?=.)", r"\1<wbr>", escape(text))
+
+
 def dim(text: str) -> str:
     """Secondary text."""
     return f'<span style="color:{_DIM}">{escape(text)}</span>'
@@ -92,7 +98,7 @@ def card(title: str, *blocks: str, aside: str = "") -> str:
     body = "".join(block for block in blocks if block)
     return (
         f'<div style="border:1px solid {_BORDER};border-radius:6px;padding:10px 14px;max-width:900px;'
-        f'color:{_TEXT};{_FONT}">{head}{body}</div>'
+        f'overflow-wrap:break-word;color:{_TEXT};{_FONT}">{head}{body}</div>'
     )
 
 
@@ -114,7 +120,7 @@ def notes(items: Sequence[str]) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = (), marked: Iterable[int] = ()
 ) -> str:
-    """A table with inline styles.
+    """A table with inline styles. Columns on the right hold figures and are never broken into lines.
 
     Args:
         head: plain titles, escaped here.
@@ -125,7 +131,7 @@ def table(
     to_right, with_mark = set(right), set(marked)
 
     def cell(tag: str, column: int, content: str, extra: str) -> str:
-        align = "right" if column in to_right else "left"
+        align = "right;white-space:nowrap" if column in to_right else "left"
         return (
             f'<{tag} style="text-align:{align};padding:3px 8px;border-bottom:1px solid {_BORDER};'
             f'background:transparent;{extra}">{content}</{tag}>'
@@ -140,8 +146,9 @@ def table(
         cells = "".join(cell("td", column, content, first if column == 0 else "") for column, content in enumerate(row))
         lines.append(f'<tr style="background:transparent">{cells}</tr>')
     return (
-        '<table style="border-collapse:collapse;table-layout:auto;width:100%;margin-top:8px;font-size:13px">'
-        f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        '<div style="overflow-x:auto">'
+        '<table style="border-collapse:collapse;table-layout:auto;width:100%;margin:8px 0 0;font-size:13px">'
+        f"<thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 

@@ -252,7 +252,12 @@ class SaveResult(Result):
 
     def _html(self) -> str:
         rows = [
-            (escape(item.name), escape(item.folder), escape(", ".join(item.files)), render.size(item.byte_count))
+            (
+                render.name_or_path(item.name),
+                render.name_or_path(item.folder),
+                escape(", ".join(item.files)),
+                render.size(item.byte_count),
+            )
             for item in self.saved
         ]
         return render.card(
@@ -350,7 +355,7 @@ class StatusReport(Result):
     def _html(self) -> str:
         if not self.state.models:
             return render.card(str(self))
-        return "".join(model_card(model) for model in self.state.models)
+        return '<div style="height:10px"></div>'.join(model_card(model) for model in self.state.models)
 
 
 @dataclass(frozen=True, repr=False)

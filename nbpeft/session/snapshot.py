@@ -99,7 +99,7 @@ class Snapshots:
             parameter_count=self._model.parameter_count,
             trainable_count=self._model.base_trainable + adapted,
             adapters=adapters,
-            active=manager.active if manager.enabled else (),
+            active=_acting(manager),
             enabled=manager.enabled,
             merged=manager.merged,
             memory=memory,
@@ -133,7 +133,7 @@ class Snapshots:
             parameter_count=facts.parameter_count,
             byte_count=facts.byte_count,
             trainable=any(parameter.requires_grad for parameter in manager.parameters(name)),
-            active=manager.enabled and name in manager.active,
+            active=name in _acting(manager),
             merged=name in manager.merged,
             scale=manager.scale(name),
         )
@@ -151,6 +151,11 @@ def _facts(name: str, config: AdapterConfig, manager: AdapterManager) -> _Adapte
         parameter_count=sum(parameter.numel() for parameter in parameters),
         byte_count=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     )
+
+
+def _acting(manager: AdapterManager) -> tuple[str, ...]:
+    """The adapters whose deltas the model's output holds: while some are merged, they alone."""
+    return manager.merged or (manager.active if manager.enabled else ())
 
 
 def _waiting(manager: AdapterManager) -> int:

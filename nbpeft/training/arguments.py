@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +116,18 @@ def build_arguments(
     try:
         return arguments_class(**{name: value for name, value in values.items() if name in known})
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"These training arguments are not possible: {str(error).splitlines()[0]}") from error
+        raise _impossible(str(error).splitlines()[0], fields) from error
+
+
+def _impossible(reason: str, fields: Mapping[str, Any]) -> ConfigError:
+    """The error for what the arguments class refuses; a word that is not one of its choices is named with the near."""
+    unknown = re.match(r"(.+) is not a valid \w+, please select one of \[(.*)\]", reason)
+    name = next((name for name, value in fields.items() if unknown and value == unknown[1]), None)
+    if unknown is None or name is None:
+        return ConfigError(f"These training arguments are not possible: {reason}")
+    choices = re.findall(r"'([^']+)'", unknown[2])
+    expected = did_you_mean(unknown[1], choices) or f" It is one of: {', '.join(choices)}"
+    return ConfigError(f"{name} {unknown[1]!r} is unknown.{expected}", field=name, value=unknown[1])
 
 
 def _check_numbers(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nbpeft.errors import TrainingError, did_you_mean
+from nbpeft.errors import TrainingError, did_you_mean, with_article
 from nbpeft.training.chat import render_chat
 from nbpeft.training.spans import IGNORED, Encoded, encode
 
@@ -83,7 +83,7 @@ def prepare_data(
         return Rows(data) if isinstance(data, (list, tuple)) else data
     kind = _kind(columns)
     if tokenizer is None:
-        raise TrainingError(f"Rows with {kind} need a tokenizer: pass tokenizer=…", columns=columns)
+        raise TrainingError(f"Rows with {kind} need a tokenizer: pass tokenizer=… (--tokenizer)", columns=columns)
     limit = max_length or min(int(getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)), DEFAULT_MAX_LENGTH)
     rows: list[dict[str, Any]] = []
     truncated = dropped = 0
@@ -129,14 +129,14 @@ def columns_of(data: Any) -> tuple[str, ...]:
             "Expected a list of rows or a datasets.Dataset, found a table: pass table.to_dict('records')."
         )
     if isinstance(data, (str, bytes)) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise TrainingError(f"Expected a list of rows or a datasets.Dataset, found {type(data).__name__}.")
+        raise TrainingError(f"Expected a list of rows or a datasets.Dataset, found {with_article(data)}.")
     if len(data) == 0:
         raise TrainingError("The data has no rows.")
     first = data[0]
     if isinstance(first, str):
         return ("text",)
     if not isinstance(first, Mapping):
-        raise TrainingError(f"Expected rows that are dictionaries with {_FORMATS}; row 0 is a {type(first).__name__}.")
+        raise TrainingError(f"Expected rows that are dictionaries with {_FORMATS}; row 0 is {with_article(first)}.")
     return tuple(str(name) for name in first)
 
 

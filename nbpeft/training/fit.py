@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, in_one_line
+from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, split_arguments
@@ -96,7 +97,7 @@ def _can_train(model: nn.Module) -> None:
         names = ", ".join(map(repr, manager.merged))
         raise TrainingError(f"Merged adapters cannot be trained ({names}): unmerge first.")
     if not getattr(manager, "enabled", True):
-        raise TrainingError("The adapters are off, so that nothing would be learned: enable them first.")
+        raise TrainingError("The adapters are off, so that nothing would be learned: enable them first (%lora on).")
     if next(trainable(model), None) is None:
         names = ", ".join(map(repr, active_names(model))) or "none"
         raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
@@ -192,7 +193,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     config = getattr(base, "config", None)
     cache = getattr(config, "use_cache", None)
-    checkpoints = bool(getattr(base, "is_activation_checkpointing", False))
+    checkpoints = is_checkpointing(base)
     cast = {"forward", "_original_forward"} - vars(model).keys()
     try:
         yield
@@ -201,8 +202,8 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
         if config is not None:
             config.use_cache = cache
-        if not checkpoints and getattr(base, "is_activation_checkpointing", False):
-            base.activation_checkpointing_disable()
+        if not checkpoints and is_checkpointing(base):
+            disable_checkpointing(base)
         for name in cast:
             vars(model).pop(name, None)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.memory import Forecast, forecast, measure
+from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.memory.devices import device_memory
 from nbpeft.memory.words import size_text
 from nbpeft.model.stored import stored_parts
@@ -133,7 +134,7 @@ def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *,
     if kinds and kind is None:
         return None
     optim = str(getattr(settings.optim, "value", settings.optim))
-    checkpoints = bool(getattr(base, "is_activation_checkpointing", False) or settings.gradient_checkpointing)
+    checkpoints = is_checkpointing(base) or bool(settings.gradient_checkpointing)
     try:
         return forecast(
             base,

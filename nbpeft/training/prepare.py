@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.memory.checkpointing import enable_checkpointing
 
 logger = logging.getLogger("nbpeft.training")
 
@@ -137,11 +137,6 @@ def becoming_float32(model: nn.Module, upcast: Upcast) -> list[nn.Parameter]:
     ]
 
 
-def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
-    """Lets a model recompute activations in the backward pass, without reentry unless asked for."""
-    _enable_checkpointing(model, {"use_reentrant": False} | (options or {}))
-
-
 def is_quantized(model: Any) -> bool:
     """Whether weights of the model are stored quantized. A model read from GGUF is dense."""
     flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "hqq_quantized")
@@ -194,12 +189,3 @@ def _let_inputs_require_grad(model: Any) -> None:
 
 def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
     output.requires_grad_(True)
-
-
-def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    elif "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable()

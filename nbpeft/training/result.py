@@ -46,7 +46,8 @@ class TrainResult:
         steps = (
             f"{self.steps:,}" if self.total_steps in (None, self.steps) else f"{self.steps:,} of {self.total_steps:,}"
         )
-        parts = [f"{self.adapter or 'model'} {self.status}", f"{steps} steps", _duration(self.seconds)]
+        noun = "step" if (self.total_steps or self.steps) == 1 else "steps"
+        parts = [f"{self.adapter or 'model'} {self.status}", f"{steps} {noun}", _duration(self.seconds)]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4g}")
         if self.eval_loss is not None:

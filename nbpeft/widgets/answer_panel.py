@@ -66,10 +66,10 @@ class AnswerPanel(SessionPanel):
         """The last answers."""
         return self._result
 
-    def close(self) -> None:
+    def close(self, leaving: str = "") -> None:
         """Stops answering, frees the widgets and stops following the session. May be called twice."""
         self._worker.stop()
-        super().close()
+        super().close(leaving)
 
     def wait(self, timeout: float = 30.0) -> bool:
         """Waits until no answer is on its way; says whether that came about."""

@@ -25,6 +25,7 @@ TYPES = (
     ("DARE + TIES on deltas", "dare_ties_svd"),
 )
 LOW, HIGH, STEP = -1.0, 1.5, 0.05
+LABEL = 130
 
 
 class Slider:
@@ -39,9 +40,9 @@ class Slider:
     def __init__(self, name: str, value: float, command: Command) -> None:
         self._label = html(
             f'<span title="{escape(name)}" style="white-space:nowrap;overflow:hidden;text-overflow:ellipsis;'
-            f'display:block">{escape(name)}</span>',
-            flex="0 0 130px",
-            width="130px",
+            f'display:block;width:{LABEL - 6}px">{escape(name)}</span>',
+            flex=f"0 0 {LABEL}px",
+            width=f"{LABEL}px",
         )
         self._slider = ipywidgets.FloatSlider(
             value=min(max(value, LOW), HIGH),

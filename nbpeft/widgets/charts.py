@@ -19,7 +19,7 @@ from nbpeft.widgets import styles
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 900, 172
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 8, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 10, 38
 _SMOOTHING = 0.9
 
 ENDED = ("finished", "stopped", "failed")
@@ -35,6 +35,8 @@ class Palette:
     line: str
     evaluated: str
     font: str
+    text_size: str
+    """Text shrinks with the picture, so it is larger where the page (of an image: the image) is narrow."""
 
 
 THEME = Palette(
@@ -43,6 +45,7 @@ THEME = Palette(
     line=styles.ACCENT,
     evaluated=styles.EVAL,
     font="var(--jp-ui-font-family, system-ui, sans-serif)",
+    text_size="clamp(11px, calc(27px - 1.45vw), 17px)",
 )
 NEUTRAL = Palette(
     text="#808080",
@@ -50,6 +53,7 @@ NEUTRAL = Palette(
     line="#2b88e0",
     evaluated=styles.EVAL,
     font="system-ui, 'DejaVu Sans', sans-serif",
+    text_size="clamp(11px, calc(25px - 1.6vw), 17px)",
 )
 
 
@@ -99,7 +103,7 @@ def loss_chart(train: TrainState, palette: Palette = THEME) -> str:
     raw = _finite(train.history)
     evaluated = _finite(train.eval_history)
     planned = 0 if train.status in ENDED else train.total_steps or 0
-    frame = _Frame.around(raw, evaluated, max(train.step, planned))
+    frame = _Frame.around(raw, evaluated, max(train.step, planned), _no_curve(train))
     curve = smooth(raw)
     if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
         curve[-1] = (curve[-1][0], train.smoothed_loss)
@@ -114,7 +118,7 @@ def loss_chart(train: TrainState, palette: Palette = THEME) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'role="img" aria-label="{escape(describe(train))}" '
         f'style="display:block;width:100%;max-width:{WIDTH}px;height:auto;font:11px {palette.font};'
-        f'font-variant-numeric:tabular-nums">{"".join(parts)}</svg>'
+        f'font-size:{palette.text_size};font-variant-numeric:tabular-nums">{"".join(parts)}</svg>'
     )
 
 
@@ -132,7 +136,7 @@ def describe(train: TrainState) -> str:
     """What the chart shows, for those who cannot see it."""
     points = _finite(train.history)
     if not points:
-        return "no loss yet"
+        return _no_curve(train)
     (first, start), (last, end) = points[0], points[-1]
     return f"training loss {start:.4g} at step {first:g}, {end:.4g} at step {last:g}"
 
@@ -144,17 +148,18 @@ class _Frame:
     across: tuple[float, ...]
     upwards: tuple[float, ...]
     end: float
-    empty: bool
+    empty: str
 
     @classmethod
-    def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], total: int) -> _Frame:
+    def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], total: int, without: str) -> _Frame:
+        """The frame that holds the points; ``without`` is what it says where there are none."""
         values = [value for _, value in (*raw, *evaluated)]
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if low >= 0 and low < high / 2:
             low = 0.0
         end = float(max([total, 1, *(step for step, _ in (*raw, *evaluated))]))
         across = tuple(tick for tick in ticks(0, end, 6) if tick <= end * (1 + 1e-9) and tick == int(tick))
-        return cls(across, tuple(ticks(low, high, 4)), end, not values)
+        return cls(across, tuple(ticks(low, high, 4)), end, "" if values else without)
 
     def place(self, points: Sequence[Point]) -> list[Point]:
         return [(self._x(step), self._y(value)) for step, value in points]
@@ -177,7 +182,7 @@ class _Frame:
         if self.empty:
             labels.append(
                 f'<text x="{middle:.0f}" y="{(HEIGHT - _BOTTOM + _TOP) / 2 + 4:.0f}" text-anchor="middle">'
-                "waiting for the first loss</text>"
+                f"{self.empty}</text>"
             )
         return (
             f'<path d="{"".join(lines)}" fill="none" style="stroke:{palette.grid}"/>'
@@ -192,6 +197,15 @@ class _Frame:
         return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
 
 
+def _no_curve(train: TrainState) -> str:
+    """Why there is nothing to draw."""
+    if train.history or (train.loss is not None and not math.isfinite(train.loss)):
+        return "the loss is not a finite number"
+    if train.status in ENDED:
+        return "no loss was noted" if train.step else "no step was finished"
+    return "waiting for the first loss"
+
+
 def _finite(points: Sequence[tuple[int, float]]) -> list[Point]:
     return [(float(step), value) for step, value in points if math.isfinite(value)]
 
@@ -202,10 +216,13 @@ def _label(tick: float, all_ticks: Sequence[float]) -> str:
     decimals = max(0, -math.floor(math.log10(step)))
     if not math.isclose(step, round(step, decimals), rel_tol=1e-6):
         decimals += 1
-    if decimals <= 6:
-        return f"{tick:,.{decimals}f}"
     largest = max(abs(value) for value in all_ticks)
-    return f"{tick:.{max(1, math.ceil(math.log10(largest / step)))}e}"
+    if decimals <= 6 and largest < 1e6:
+        return f"{tick:,.{decimals}f}"
+    if tick == 0:
+        return "0"
+    mantissa, exponent = f"{tick:.{max(1, math.ceil(math.log10(largest / step)))}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _path(points: Sequence[Point], colour: str, width: str, opacity: str) -> str:

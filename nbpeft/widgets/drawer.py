@@ -8,7 +8,7 @@ import ipywidgets
 
 from nbpeft.widgets.blend_panel import BlendPanel
 from nbpeft.widgets.compare_panel import ComparePanel
-from nbpeft.widgets.lifetime import weakly
+from nbpeft.widgets.lifetime import close_tree, weakly
 from nbpeft.widgets.panel_parts import mark, small_button
 
 if TYPE_CHECKING:
@@ -47,9 +47,11 @@ class Drawer:
     def close(self) -> None:
         """Closes the panel that is open."""
         panel, self._panel = self._panel, None
-        self.slot.children = ()
+        roots, self.slot.children = self.slot.children, ()
         if panel is not None:
             panel.close()
+        for root in roots:  # one that is shown elsewhere by now left a line here
+            close_tree(root)
         self._mark()
 
     def _toggle(self, kind: str) -> None:

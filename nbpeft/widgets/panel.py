@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from nbpeft.session import Session
 
 AGAIN = "Run the cell again for buttons."
+MOVED = "This panel was opened again in another place; run this cell again to have it here."
+_LINES = 16
 
 
 class Panel:
@@ -55,8 +58,12 @@ class Panel:
                 self._open()
             return self._parts.root
 
-    def close(self) -> None:
-        """Frees the widgets. May be called twice."""
+    def close(self, leaving: str = "") -> None:
+        """Frees the widgets. May be called twice.
+
+        Args:
+            leaving: A line that stays where the panel was shown.
+        """
         with self._lock:
             self._closed = True
             parts, self._parts = self._parts, None
@@ -64,7 +71,10 @@ class Panel:
                 del _open[self._place]
         if parts is not None:
             self._release(parts)
-            close_tree(parts.root)
+            if leaving:
+                _leave(parts.root, leaving)
+            else:
+                close_tree(parts.root)
 
     def __repr__(self) -> str:
         return self._text()
@@ -118,7 +128,7 @@ class Panel:
     def _open(self) -> None:
         before = _open.get(self._place)
         if before is not None and before is not self:
-            before.close()
+            before.close(MOVED)
         self._closed = False
         self._parts = self._build()
         _open[self._place] = self
@@ -214,7 +224,26 @@ _open: dict[tuple[str, Hashable], Panel] = {}
 """The panels that are shown, by kind and what they show; handlers hold them weakly, so they are held here."""
 
 
+_left: deque[Any] = deque()
+"""Roots of panels that moved and left a line; only the last ones, because a cell that is run again hides its own."""
+
+
+def _leave(root: Any, line: str) -> None:
+    """Puts a line in the place of all a root holds."""
+    import ipywidgets
+
+    children = root.children
+    root.children = (ipywidgets.HTML(f'<span style="color:{styles.DIM}">{escape(line)}</span>'),)
+    for child in children:
+        close_tree(child)
+    _left.append(root)
+    while len(_left) > _LINES:
+        close_tree(_left.popleft())
+
+
 def close_panels() -> None:
     """Closes all of them."""
     for panel in list(_open.values()):
         panel.close()
+    while _left:
+        close_tree(_left.popleft())

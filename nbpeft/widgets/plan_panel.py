@@ -42,10 +42,10 @@ class PlanPanel(Panel):
         """The last plan."""
         return self._result
 
-    def close(self) -> None:
+    def close(self, leaving: str = "") -> None:
         """Stops preparing and frees the widgets. May be called twice."""
         self._worker.stop()
-        super().close()
+        super().close(leaving)
 
     def wait(self, timeout: float = 60.0) -> bool:
         """Waits until nothing is being prepared; says whether that came about."""

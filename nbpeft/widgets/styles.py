@@ -34,7 +34,7 @@ PANEL_CSS = f"""
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
 .nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
 .nbpeft-panel .jupyter-button {{ font-size: 12px; box-shadow: none; outline-offset: -2px; }}
-.nbpeft-choices {{ flex-wrap: wrap; overflow: visible; padding-left: 1px; }}
+.nbpeft-choices {{ flex-wrap: wrap; overflow: visible; padding-left: 1px; max-width: 100%; }}
 .nbpeft-choices .jupyter-button {{ width: auto; height: 28px; line-height: 26px; margin: 0 0 4px -1px; padding: 0 14px;
   border: 1px solid {BORDER}; background: transparent; color: {TEXT}; font-size: 13px; }}
 .nbpeft-choices .jupyter-button:first-child {{ border-radius: 4px 0 0 4px; }}
@@ -42,14 +42,15 @@ PANEL_CSS = f"""
 .nbpeft-choices .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
 .nbpeft-choices .jupyter-button.nbpeft-on, .nbpeft-choices .jupyter-button.nbpeft-on:hover:enabled {{
   background: {ACCENT}; border-color: {ACCENT}; color: {ON_ACCENT}; text-shadow: 0 0 .6px currentColor; }}
+.nbpeft-choices .nbpeft-on + .jupyter-button.nbpeft-on {{ border-left-color: {ON_ACCENT}; }}
 .nbpeft-row {{ border-bottom: 1px solid {BORDER}; align-items: center; min-height: 30px; overflow: visible; }}
 .nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
 .nbpeft-grid {{ display: grid; align-items: center; grid-template-columns: minmax(0, 1.5fr) minmax(0, .8fr)
-  minmax(0, .9fr) minmax(0, 1.9fr) minmax(0, 1.2fr) minmax(0, .9fr) minmax(0, 1.1fr); }}
+  minmax(0, .9fr) minmax(0, 1.6fr) minmax(0, 1.2fr) minmax(0, .9fr) minmax(0, 1.4fr); }}
 .nbpeft-grid > div {{ padding: 4px 8px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
 .nbpeft-grid > .nbpeft-number {{ text-align: right; }}
 @container (max-width: 660px) {{
-  .nbpeft-grid {{ grid-template-columns: minmax(0, 1.7fr) minmax(0, .9fr) minmax(0, 1.2fr) minmax(0, 1.1fr); }}
+  .nbpeft-grid {{ grid-template-columns: minmax(0, 1.5fr) minmax(0, .9fr) minmax(0, 1.2fr) minmax(0, 1.5fr); }}
   .nbpeft-grid > .nbpeft-extra {{ display: none; }}
 }}
 @container (max-width: 460px) {{

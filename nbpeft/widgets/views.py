@@ -120,6 +120,8 @@ def row_head() -> str:
 def adapter_row(adapter: AdapterState) -> str:
     """One adapter as a row of the interactive panel."""
     name, kinds = escape(adapter.name), escape(" ".join(adapter.targets))
+    # That it is active is told by the row's colour.
+    state = escape(condition(dataclasses.replace(adapter, active=False)))
     return _row(
         [
             (f'<span title="{name}">{name}</span>', "font-weight:600" if adapter.active else ""),
@@ -128,11 +130,7 @@ def adapter_row(adapter: AdapterState) -> str:
             (f'<span title="{kinds}">{escape(modules(adapter))}</span>', ""),
             (render.count(adapter.parameter_count), ""),
             (render.size(adapter.byte_count), ""),
-            # That it is active is told by the row's colour.
-            (
-                escape(condition(dataclasses.replace(adapter, active=False))),
-                "" if adapter.trainable else f"color:{styles.DIM}",
-            ),
+            (f'<span title="{state}">{state}</span>', "" if adapter.trainable else f"color:{styles.DIM}"),
         ]
     )
 
@@ -289,6 +287,8 @@ def number(value: float | None) -> str:
         return NONE
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞"
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
     return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.2e}"
 
 

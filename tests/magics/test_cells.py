@@ -188,7 +188,7 @@ def test_a_variable_that_gets_a_new_model_starts_anew(notebook: Notebook) -> Non
         ("%%lora xyz\nr = 4", "no variable is called 'xyz'. Models here: model."),
         ("%%lora number\nr = 4", "'number' is an int, not a model. Models here: model."),
         ("%%lora LlamaForCausalLM\nr = 4", "is a type, not a model"),
-        ("%%lora\nr = 4", "%%lora: the following arguments are required: MODEL"),
+        ("%%lora\nr = 4", "%%lora needs MODEL, e.g. %%lora model --name sql"),
         ("%%lora model --nmae x\nr = 4", "%%lora has no option --nmae. Did you mean '--name'?"),
         ("%%lora model --name a.b\nr = 4", "a.b"),
         (

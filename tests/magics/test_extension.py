@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import subprocess
 import sys
@@ -82,6 +83,19 @@ def test_help_is_the_docstring(bare: Notebook, magic: str, option: str) -> None:
     text = bare.run(magic).printed
     assert "usage: %%lora" in text
     assert option in text
+
+
+@pytest.mark.parametrize("line", ["%lora help", "%lora --help", "%lora -h"])
+def test_help_by_its_name(bare: Notebook, line: str) -> None:
+    text = repr(bare.do(line))
+    assert re.search(r"%%lora_train +Train the active adapters of a model\.\n", text)
+    assert re.search(r"%lora combine +Make a new adapter of .* was lost\.\n", text)
+    assert "%%qlora" in text
+    assert repr(bare.do(f"{line} use")).startswith("usage: %lora use")
+
+
+def test_what_ipython_puts_there_is_not_proposed(bare: Notebook) -> None:
+    assert bare.run("%lora load {opn}").line == "name 'opn' is not defined."
 
 
 def test_braces_and_quotes_reach_the_parser(notebook: Notebook) -> None:

@@ -83,16 +83,16 @@ def test_help_can_be_asked_for_without_arguments() -> None:
     [
         ("uze sql", "%lora has no command 'uze'. Did you mean 'use'"),
         ("xyzzy", "%lora has no command 'xyzzy'. It has: "),
-        ("use", "%lora use: the following arguments are required: NAME"),
+        ("use", "%lora use needs NAME, e.g. %lora use sql"),
         ("use a --modle m", "%lora use has no option --modle. Did you mean '--model'?"),
         ("use a --mod m", "%lora use has no option --mod. Did you mean '--model'?"),
         ("rename a b c", "%lora rename: 'c' is one word too many"),
-        ("scale a much", "argument FACTOR: invalid float value: 'much'"),
+        ("scale a much", "%lora scale: FACTOR: expected a number, not 'much'"),
         ("load {fodler}", "name 'fodler' is not defined. Did you mean 'folder'"),
         ("load {folder} --name {model}", "{model} is an object, not text, a number or a path"),
         ("load 'a", "a quote is not closed"),
         ("off now", "'now' is one word too many"),
-        ("use a --model", "argument --model/-m: expected one argument"),
+        ("use a --model", "%lora use: --model: expected one argument"),
     ],
 )
 def test_a_mistake_is_one_line(line: str, message: str) -> None:

@@ -105,8 +105,9 @@ def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: 
     [
         ("modle", "no variable is called 'modle'. Did you mean 'model'?"),
         ("/nowhere/at/all", "there is no folder '/nowhere/at/all'"),
-        ("model --batch 0", "--batch is 0"),
-        ("model --seq -1", "--seq is -1"),
+        ("model --batch 0", "--batch: expected a whole number of at least 1, not '0'"),
+        ("model --seq -1", "--seq: expected a whole number of at least 1, not '-1'"),
+        ("model --device 16", "--device 16 has no unit. Did you mean '16GB'?"),
         ("model --quant nf5", "Did you mean 'nf4'?"),
         ("model --dtype int8", "--dtype 'int8' is not one of bf16, fp16, fp32"),
         ("model --optimizer adamv", "Did you mean 'adam'"),

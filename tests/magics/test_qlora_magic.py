@@ -192,7 +192,7 @@ MISTAKES = [
     (cell("model", "--as 'a b'"), "--as takes the name of a variable"),
     (cell("model", "--nam x"), "has no option --nam"),
     (cell("model").replace('"all-linear"', '["nothing"]'), "nothing"),
-    ("%%qlora\nr = 4", "required: SOURCE"),
+    ("%%qlora\nr = 4", "%%qlora needs SOURCE, e.g. %%qlora "),
 ]
 
 

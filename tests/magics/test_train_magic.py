@@ -63,7 +63,7 @@ def test_the_session_tells_how_it_goes(ready: Notebook) -> None:
     assert states[0].status == "running"
     assert states[-1].status == "finished"
     assert states[-1].memory is not None
-    assert seen[0].busy == "training sql"
+    assert seen[0].busy == "training sql" and seen[-1].busy == ""
     assert ready.session.state.busy == ""
     assert ready.session.control("model") is None
 
@@ -78,7 +78,7 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("%%lora_train model\nmax_steps = 1", "the following arguments are required: --data"),
+        ("%%lora_train model\nmax_steps = 1", "%%lora_train needs --data, e.g. %%lora_train model --data"),
         ("%%lora_train model --data rowz\nmax_steps = 1", "name 'rowz' is not defined. Did you mean 'rows'"),
         ("%%lora_train modle --data rows\nmax_steps = 1", "no variable is called 'modle'. Did you mean 'model'?"),
         ("%%lora_train model --data rows\nmax_step = 1", "line 1: 'max_step' is not a field of TrainingArguments."),
@@ -144,6 +144,6 @@ def test_an_object_of_the_notebook_cannot_be_exported(ready: Notebook, tmp_path:
 
 def test_a_cell_that_fails_is_not_what_is_exported(ready: Notebook, tmp_path: Path) -> None:
     ready.do(CELL)
-    assert "found int" in ready.run("%lora_train model --data 5 max_steps=1").line
+    assert "found an int" in ready.run("%lora_train model --data 5 max_steps=1").line
     ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
     assert "'max_steps': 3" in (tmp_path / "train.py").read_text()

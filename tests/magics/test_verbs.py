@@ -232,7 +232,7 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("uze sql", "%lora has no command 'uze'. Did you mean 'use'"),
         ("use sqll", "'sqll' not found; the model has: 'chat', 'sql'. Did you mean 'sql'?"),
         ("use sql sqll", "'sqll' not found"),
-        ("use", "the following arguments are required: NAME"),
+        ("use", "%lora use needs NAME, e.g. %lora use sql"),
         ("use sql --model modl", "no variable is called 'modl'. Did you mean 'model'?"),
         ("delete nope", "'nope' not found"),
         ("rename sql chat", "there is an adapter 'chat' already"),
@@ -245,7 +245,14 @@ def test_each_result_is_one_line_of_text_and_html(trained: Notebook, tmp_path: P
         ("save ''", "needs a folder"),
         ("load {folder} --name sql", "has an adapter 'sql' already"),
         ("freeze nope", "'nope' not found"),
-        ("panel nope", "no variable is called 'nope'"),
+        (
+            "panel nope",
+            "no panel 'nope'. Did you mean 'compare'? It has: adapters, compare, blend, plan; models: model",
+        ),
+        ("model --name sql", "'model', which is a variable; to adapt it: a cell that begins with %%lora model, or"),
+        ("add model --name ''", "'' cannot name an adapter"),
+        ("load {nope}", "name 'nope' is not defined."),
+        ("add model --rank 8", "%lora add has no option --rank. A field is set without dashes: rank=…"),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(trained: Notebook, tmp_path: Path, line: str, message: str) -> None:
@@ -268,7 +275,8 @@ def test_without_an_adapted_model(notebook: Notebook, line: str) -> None:
 
 def test_a_bare_model_beside_an_adapted_one(adapted: Notebook) -> None:
     adapted["second"] = torch.nn.Linear(2, 2)
-    assert "this model carries no adapters; there is: model" in adapted.run("%lora off --model second").line
+    line = adapted.run("%lora off --model second").line
+    assert "this model carries no adapters yet; add one with a cell that begins with %%lora" in line
 
 
 def test_loading_without_any_model(bare: Notebook, tmp_path: Path) -> None:

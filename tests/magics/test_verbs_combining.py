@@ -69,7 +69,7 @@ def test_combine_takes_types_and_ranks(trained: Notebook) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("combine sql=0.7", "the following arguments are required: --as"),
+        ("combine sql=0.7", "%lora combine needs --as, e.g. %lora combine"),
         ("combine --as c", "NAME=WEIGHT"),
         ("combine sql=x --as c", "'sql=x' is no name=weight, e.g. sql=0.7"),
         ("combine =1 --as c", "'=1' is no name=weight"),
@@ -77,9 +77,9 @@ def test_combine_takes_types_and_ranks(trained: Notebook) -> None:
         ("combine sql=1 sql=2 --as c", "'sql' is given twice"),
         ("combine sqll=1 --as c", "Did you mean 'sql'?"),
         ("combine sql=1 chat=1 --as c --type tie", "type 'tie' is unknown"),
-        ("combine sql=1 chat=1 --as c --type ties", "needs density"),
+        ("combine sql=1 chat=1 --as c --type ties", "--type ties needs --density SHARE, e.g. --density 0.5"),
         ("combine sql=1 chat=1 --as c --type linear", "needs equal ranks"),
-        ("combine sql=1 --as c --rank big", "invalid int value: 'big'"),
+        ("combine sql=1 --as c --rank big", "--rank: expected a whole number of at least 1, not 'big'"),
         ("combine sql=1 --as chat", "has an adapter 'chat' already"),
         ("compare", 'needs a prompt in quotes: %lora compare "…"'),
         ("compare Ana needs chairs", "'needs' is one word too many"),

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from nbpeft.model.rounding import LayerError, MergeErrors
 from nbpeft.session import Done, StatusReport, render
-from nbpeft.session.describe import model_card
+from nbpeft.session.describe import adapter_table, model_card
+from nbpeft.session.merged import MergedCopy
 from nbpeft.state import AdapterState, ModelState, SessionState
 
 ADAPTER = AdapterState("sql", "LoRA", 8, 16.0, False, 4, ("q_proj",), 1234567, 4938268, True, True, False)
@@ -48,6 +50,38 @@ def test_colours_come_from_the_theme() -> None:
     html = model_card(MODEL)
     assert "var(--jp-ui-font-color1" in html
     assert "<style" not in html
+
+
+def test_figures_are_not_broken_and_cards_stand_apart() -> None:
+    html = StatusReport(SessionState((MODEL, dataclasses.replace(MODEL, name="second"))))._repr_html_()
+    figure = html[: html.index("4.9 MB")]
+    assert "white-space:nowrap" in figure[figure.rindex("<td") :]
+    assert '<div style="height:10px"></div>' in html
+
+
+def test_a_long_name_can_be_broken() -> None:
+    html = adapter_table((dataclasses.replace(ADAPTER, name="for_all<b>_of_them_"),))
+    assert ">for_<wbr>all&lt;b&gt;_<wbr>of_<wbr>them_<" in html
+
+
+def test_many_kinds_of_modules_are_counted() -> None:
+    targets = ("down_proj", "gate_proj", "k_proj", "q_proj")
+    assert ">4 · q_proj<" in adapter_table((ADAPTER,))
+    assert ">4 · down_proj gate_proj k_proj<" in adapter_table((dataclasses.replace(ADAPTER, targets=targets[:3]),))
+    html = adapter_table((dataclasses.replace(ADAPTER, targets=targets),))
+    assert 'title="down_proj gate_proj k_proj q_proj">4 · down_proj gate_proj +\u00a02<' in html
+
+
+@pytest.mark.parametrize("requantized", [None, 0.5])
+def test_a_copy_shows_the_layers_that_lose(requantized: float | None) -> None:
+    layers = (LayerError("exact", 0.0, None, 1.0, 1.0), LayerError("rounded", 1e-3, requantized, 1.0, 1.0))
+    shown = [
+        MergedCopy("model", ("sql",), "out", "float32", 8, (8,), MergeErrors(some, "float32"))._repr_html_()
+        for some in (layers, layers[:1])
+    ]
+    assert ">rounded<" in shown[0] and ">exact<" not in shown[0]
+    assert ("Quantized again" in shown[0]) == (requantized is not None)
+    assert "Layers that suffer" not in shown[1] and ">0<" in shown[1] and "e+00" not in shown[1]
 
 
 def test_the_report_of_nothing() -> None:

@@ -130,6 +130,17 @@ def test_a_command_publishes_what_it_did_last(session: Session, model: Any) -> N
     assert seen[-1].models[0].merged == ("sql",)
 
 
+def test_what_is_merged_acts_alone(session: Session, model: Any) -> None:
+    session.add(model, FIELDS, name="chat")
+    session.use(["sql", "chat"])
+    session.merge("sql")
+    state = session.state.models[0]
+    assert state.active == state.merged == ("sql",)
+    assert [item.name for item in state.adapters if item.active] == ["sql"]
+    session.unmerge()
+    assert session.state.models[0].active == ("sql", "chat")
+
+
 def test_revisions_grow(session: Session, model: Any) -> None:
     revisions: list[int] = []
     session.subscribe(lambda state: revisions.append(state.revision))

@@ -252,10 +252,19 @@ def test_unknown_arguments_name_the_near_ones(wrong, right):
         train(tiny_model(), token_rows(), **dict[str, Any]({wrong: 1}))
 
 
+def test_one_step_is_one_step():
+    assert " · 1 step · " in str(train(tiny_model(), token_rows(), max_steps=1))
+
+
 def test_impossible_arguments_are_one_line():
     with pytest.raises(ConfigError, match="not possible") as caught:
-        train(tiny_model(), token_rows(), lr_scheduler_type="nonsense")
+        train(tiny_model(), token_rows(), eval_strategy="steps", logging_steps=0)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^lr_scheduler_type 'cosin' is unknown\. Did you mean 'cosine'") as caught:
+        train(tiny_model(), token_rows(), lr_scheduler_type="cosin")
+    assert caught.value.details == {"field": "lr_scheduler_type", "value": "cosin"}
+    with pytest.raises(ConfigError, match=r"^optim 'zzz' is unknown\. It is one of: adamw_torch, "):
+        train(tiny_model(), token_rows(), optim="zzz")
     with pytest.raises(ConfigError, match="say where with output_dir"):
         train(tiny_model(), token_rows(), save_strategy="steps")
     with pytest.raises(ConfigError, match="pass eval_data"):

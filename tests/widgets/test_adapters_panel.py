@@ -247,9 +247,18 @@ def test_one_panel_a_model(session: Any) -> None:
     second = AdaptersPanel(session, "model", ui="widgets")
     assert root.comm is not None
     assert second.widget is not root
-    assert root.comm is None
+    assert [part.value for part in root.children if panel_module.MOVED in part.value]
     assert WIDGET_VIEW not in first._repr_mimebundle_()
     second.close()
+    assert root.comm is not None
+    panel_module.close_panels()
+    assert root.comm is None
+
+
+def test_only_the_last_moved_panels_leave_a_line(session: Any) -> None:
+    roots = [AdaptersPanel(session, "model", ui="widgets").widget for _ in range(panel_module._LINES + 3)]
+    assert [root.comm is None for root in roots] == [True] * 2 + [False] * (panel_module._LINES + 1)
+    panel_module.close_panels()
 
 
 def test_panels_of_two_models_live_side_by_side() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -87,7 +89,35 @@ def test_losses_that_are_not_finite_are_left_out() -> None:
 
 def test_a_chart_without_points_says_that_it_waits() -> None:
     assert "waiting for the first loss" in texts(charts.loss_chart(train_state(0)))
-    assert charts.describe(train_state(0)) == "no loss yet"
+    assert charts.describe(train_state(0)) == "waiting for the first loss"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"status": "failed", "step": 0}, "no step was finished"),
+        ({"status": "finished", "step": 3}, "no loss was noted"),
+        ({"loss": math.nan}, "the loss is not a finite number"),
+        ({"history": ((1, math.nan), (2, math.inf))}, "the loss is not a finite number"),
+    ],
+)
+def test_a_chart_without_points_says_why(changes: dict[str, Any], words: str) -> None:
+    state = dataclasses.replace(train_state(0), eval_history=(), **changes)
+    assert words in texts(charts.loss_chart(state))
+    assert charts.describe(state) == words
+
+
+@pytest.mark.parametrize("scale", [1e-9, 3.4e12])
+def test_labels_of_very_small_and_large_losses_have_room(scale: float) -> None:
+    history = tuple((number, scale * (1 + number % 3 / 10)) for number in range(1, 9))
+    shown = texts(charts.loss_chart(train_state(8, 8, history=history, smoothed_loss=scale, eval_history=())))
+    upwards = [text for text in shown if "e" in text and text != "step"]
+    assert len(upwards) == len(set(upwards)) >= 3
+    assert max(map(len, upwards)) <= 7
+
+
+def test_text_is_larger_where_the_picture_is_small() -> None:
+    assert "font-size:clamp(" in charts.loss_chart(train_state())
 
 
 def test_equal_losses_are_drawn() -> None:

@@ -15,6 +15,7 @@ from nbpeft.errors import AdapterError, BusyError
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel, close_all, panel
 from nbpeft.widgets.blend_panel import DEBOUNCE
 from nbpeft.widgets.environment import WIDGET_VIEW
+from nbpeft.widgets.lifetime import close_tree
 from tests.widgets.answering import ANSWERS, BLENDED, PROMPT, TOKENIZER, AnsweringSession
 from tests.widgets.support import live_widgets
 from tests.widgets.test_adapters_panel import walk
@@ -363,6 +364,7 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     assert elsewhere.widget is not None
     button(shown, "blend").click()
     assert elsewhere.closed and "Answer" in labels(shown)
+    close_tree(panel._left.pop())  # the line that the one elsewhere left
     button(shown, "blend").click()
     assert len(parts(shown, ipywidgets.Widget)) == before
     assert len(live_widgets()) == count

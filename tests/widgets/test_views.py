@@ -14,7 +14,7 @@ from nbpeft.widgets import styles, views
 from tests.widgets.fakes import ADAPTERS, MEMORY, adapter, model, train_state
 
 EVIL = '<script>alert("x")</script>\' onerror="y"'
-VOID = {"img", "br", "path", "circle"}
+VOID = {"img", "br", "path", "circle", "wbr"}
 
 
 class Reader(HTMLParser):
@@ -188,7 +188,15 @@ def test_lines_of_text() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (2.34567, "2.346"), (0, "0.000"), (0.00012, "1.20e-04"), (12345.0, "1.23e+04"), (math.nan, "NaN")],
+    [
+        (None, "–"),
+        (2.34567, "2.346"),
+        (0, "0.000"),
+        (0.00012, "1.20e-04"),
+        (12345.0, "12,345"),
+        (3e9, "3.00e+09"),
+        (math.nan, "NaN"),
+    ],
 )
 def test_losses(value: float | None, text: str) -> None:
     assert views.number(value) == text

@@ -10,7 +10,7 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.comparing import comparing_panel, shown_live
 from nbpeft.magics.desk import Desk, is_module
-from nbpeft.magics.parse import argument, prompt_text
+from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import ON_MODEL, verb
 from nbpeft.magics.tokenizers import CHAT, RAW, TOKENIZER, chosen_tokenizer
 
@@ -30,6 +30,8 @@ TYPES = (
 )
 """Ways to combine; named here so that completion imports no torch."""
 
+_SPARSE = ("ties", "dare", "magnitude")
+
 _WEIGHTS = argument(
     "weights", nargs="+", metavar="NAME=WEIGHT", completes="weight", help="NAME alone weighs 1; - subtracts"
 )
@@ -43,7 +45,7 @@ _WEIGHTS = argument(
     _WEIGHTS,
     argument("--as", dest="as_name", required=True, metavar="NAME", help="name of the new adapter"),
     argument("--type", default="exact", metavar="TYPE", words=TYPES, help=f"one of {', '.join(TYPES)}"),
-    argument("--rank", type=int, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
+    argument("--rank", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
     argument("--density", type=float, metavar="SHARE", help="share of the entries that ties, dare and prune keep"),
     argument("--sign", metavar="METHOD", default="total", choices=("total", "frequency"), help="how ties elects signs"),
     argument("--seed", type=int, metavar="N", help="of the entries that dare drops"),
@@ -53,6 +55,8 @@ _WEIGHTS = argument(
 )
 def combine(options: argparse.Namespace, desk: Desk) -> object:
     """Combines adapters."""
+    if options.density is None and options.type.startswith(_SPARSE) and options.type in TYPES:
+        raise CellError(f"%lora combine: --type {options.type} needs --density SHARE, e.g. --density 0.5")
     return desk.session.combine(
         read_weights(options.weights, "%lora combine"),
         as_name=options.as_name,
@@ -80,7 +84,7 @@ def combine(options: argparse.Namespace, desk: Desk) -> object:
         completes="weight",
         help="a weighted sum as one more column; may be given again",
     ),
-    argument("--tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)"),
+    argument("--tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)"),
     argument("--no-base", action="store_true", help="leave the base model out"),
     RAW,
     CHAT,
@@ -129,7 +133,7 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
         completes="variable",
         help="called with the model; False or an exception undoes the swap",
     ),
-    argument("--tokens", type=int, default=32, metavar="N", help="longest answer to --check (default: 32)"),
+    argument("--tokens", type=positive, default=32, metavar="N", help="longest answer to --check (default: 32)"),
     RAW,
     CHAT,
     TOKENIZER,

@@ -8,7 +8,7 @@ from typing import Any
 from nbpeft.errors import ConfigError
 from nbpeft.magics.body import parse_fields
 from nbpeft.magics.desk import Desk
-from nbpeft.magics.parse import argument
+from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.planning import SETTINGS, no_such_source, plan_panel, settings_of, source_of
 from nbpeft.magics.registry import verb
 
@@ -25,7 +25,7 @@ from nbpeft.magics.registry import verb
         help="a variable with a model, a folder, a .gguf file or a repository",
     ),
     *SETTINGS,
-    argument("--rank", type=int, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),
+    argument("--rank", type=positive, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),
     argument("--targets", metavar="NAMES", help="all-linear, or names with commas (default: all-linear)"),
     argument("--panel", action="store_true", help="show a panel with sliders"),
     fields="config",

@@ -12,6 +12,7 @@ from nbpeft.magics.panels import adapters_panel
 from nbpeft.magics.parse import argument
 from nbpeft.magics.planning import plan_panel
 from nbpeft.magics.registry import ON_MODEL, verb
+from nbpeft.magics.scan import reference
 from nbpeft.session import MemoryReport
 
 
@@ -28,10 +29,11 @@ def panel(options: argparse.Namespace, desk: Desk) -> object:
     if kind == "plan":
         return plan_panel(desk, variable, None, {})
     if kind not in PANELS:
-        if variable is not None:
-            raise CellError(
-                f"%lora panel has no panel {kind!r}.{did_you_mean(kind, PANELS)} It has: {', '.join(PANELS)}"
-            )
+        models = desk.model_names()
+        if variable is not None or not (reference(kind) or kind in desk.namespace or kind in desk.session.names):
+            near = did_you_mean(kind, [*PANELS, *models])
+            also = f"; models: {', '.join(models)}" if models else ""
+            raise CellError(f"%lora panel has no panel {kind!r}.{near} It has: {', '.join(PANELS)}{also}")
         kind, variable = PANELS[0], kind
     model = desk.chosen(variable)
     name = model if isinstance(model, str) else None if model is None else desk.session.watch(model, name=variable)

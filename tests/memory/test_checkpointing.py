@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
+
+
+class Older:
+    """The names of transformers before 5.24."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] | None = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.options is not None
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.options = gradient_checkpointing_kwargs
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.options = None
+
+
+class Oldest:
+    """As models of other libraries have it: without options."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def gradient_checkpointing_enable(self) -> None:
+        self.on = True
+
+
+def test_older_names() -> None:
+    model = Older()
+    assert not is_checkpointing(model)
+    enable_checkpointing(model, {"preserve_rng_state": False})
+    assert is_checkpointing(model) and model.options == {"use_reentrant": False, "preserve_rng_state": False}
+    disable_checkpointing(model)
+    assert not is_checkpointing(model)
+    other = Oldest()
+    enable_checkpointing(other)
+    assert other.on and not is_checkpointing(other)
+    with pytest.raises(AttributeError, match="gradient_checkpointing_enable"):
+        enable_checkpointing(torch.nn.Linear(2, 2))
+
+
+def test_names_of_the_installed_transformers(recwarn: pytest.WarningsRecorder) -> None:
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=16,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    assert not is_checkpointing(model)
+    enable_checkpointing(model, {"use_reentrant": True})
+    assert is_checkpointing(model)
+    disable_checkpointing(model)
+    assert not is_checkpointing(model)
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
