@@ -235,7 +235,8 @@ def file_tensors(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of an adapter under the keys of a file."""
-    return _under_keys(manager.configs[name], _saved_weights(manager, name, embeddings, state_dict))
+    weights = _saved_weights(manager, name, embeddings, state_dict)
+    return _under_keys(manager.configs[name], weights)
 
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
