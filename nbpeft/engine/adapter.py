@@ -110,6 +110,11 @@ class AdapterConfig:
         self.task_type = TaskType(self.task_type)
 
     @property
+    def starts_in_base(self) -> bool:
+        """Whether an adapter takes over a part of the weight at its start, so that it depends on the base's values."""
+        return False
+
+    @property
     def is_prompt_learning(self) -> bool:
         """PEFT's question; no method here learns a prompt."""
         return False

@@ -44,7 +44,7 @@ class FactoredAdapter(Adapter):
         self.scaling = scaling
         self.dropout = dropout
         if start is not None:
-            for name, tensor in zip(_START, (start[0].clone(), -start[1]), strict=True):
+            for name, tensor in zip(_START, (start[0], -start[1]), strict=True):
                 self.register_buffer(name, tensor, persistent=False)
 
     @property

@@ -40,14 +40,14 @@ def check_init(config: LoraConfig, path: str, module: nn.Module, host: Host) -> 
     Raises:
         ConfigError: it is no linear layer, or the rank or the scaling is none for this init.
     """
-    init = config.init_name
-    if init not in ("orthogonal", "olora", "pissa", "pissa_niter"):
+    orthogonal = config.init_name == "orthogonal"
+    if not (orthogonal or config.starts_in_base):
         return
     told = f"init_lora_weights={config.init_lora_weights!r}"
     if not host.multiplies:
         raise ConfigError(f"{path}: {told} works on linear layers only, not on an {host.name}; exclude it", path=path)
     rank, largest = config.rank_at(path), min(host.features(module))
-    if init == "orthogonal" and rank % 2:
+    if orthogonal and rank % 2:
         raise ConfigError(f"{path}: {told} needs an even rank, not {rank}", field="r", path=path)
     if config.starts_in_base and rank > largest:
         raise ConfigError(f"{path}: {told} takes a rank of at most {largest} there, not {rank}", field="r", path=path)

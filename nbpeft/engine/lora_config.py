@@ -165,7 +165,7 @@ class LoraConfig(AdapterConfig):
 
     @property
     def starts_in_base(self) -> bool:
-        """Whether the init takes a part of the weight over, so that an adapter depends on the base's values."""
+        """Whether the init is OLoRA's or PiSSA's; see ``AdapterConfig``."""
         return self.init_name in ("olora", "pissa", "pissa_niter")
 
     def rank_at(self, path: str) -> int:
@@ -248,7 +248,8 @@ def _cached_table(config: LoraConfig, name: str) -> PatternTable:
 
 
 def _check_init_name(init: object) -> None:
-    if isinstance(init, bool) or (isinstance(init, str) and (init.lower() in INITS or _is_pissa_niter(init))):
+    name = init.lower() if isinstance(init, str) else ""
+    if isinstance(init, bool) or name in INITS or _PISSA_ITERATIONS.fullmatch(name):
         return
     names = (*INITS, "pissa_niter_4")
     raise ConfigError(
@@ -256,10 +257,6 @@ def _check_init_name(init: object) -> None:
         + did_you_mean(str(init), names),
         field="init_lora_weights",
     )
-
-
-def _is_pissa_niter(init: str) -> bool:
-    return _PISSA_ITERATIONS.fullmatch(init.lower()) is not None
 
 
 def _check_rank(name: str, rank: object, *, field: str = "r") -> None:

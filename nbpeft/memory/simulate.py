@@ -137,7 +137,7 @@ def _count_weights(setting: Setting) -> Weights:
 
 def _start_elements(injection: InjectionPlan) -> int:
     """Elements of the factors that adapters keep of their start in a part of the base."""
-    if not getattr(injection.config, "starts_in_base", False):
+    if not injection.config.starts_in_base:
         return 0
     shapes = [
         target.shapes[name]

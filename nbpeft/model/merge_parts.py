@@ -144,7 +144,7 @@ def deltas_in(source: str | os.PathLike[str], skeleton: nn.Module, **hub: Any) -
     saved = checkpoint.read_checkpoint(source, **hub)
     note = checkpoint.compare(saved.metadata, skeleton)
     del note  # weights that are not loaded cannot be compared; shapes that rule the base out raise
-    if getattr(saved.config, "starts_in_base", False):
+    if saved.config.starts_in_base:
         raise MergeError(
             f"{source} started in a part of the weights it was trained on (init_lora_weights="
             f"{getattr(saved.config, 'init_lora_weights', None)!r}): load it on that model and merge there"

@@ -154,7 +154,7 @@ class Reader:
                 f"adapter {name!r} trained base biases (bias={getattr(config, 'bias', None)!r}), which no two adapters "
                 "can share: load it by itself"
             )
-        if getattr(config, "starts_in_base", False):
+        if config.starts_in_base:
             raise AdapterError(f"adapter {name!r} starts in a part of the base weights: load it by itself")
         if any(target.rows for target in plan.targets):
             raise AdapterError(

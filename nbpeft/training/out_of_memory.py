@@ -12,7 +12,7 @@ from torch import nn
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.memory import Forecast, forecast, measure
 from nbpeft.memory.checkpointing import is_checkpointing
-from nbpeft.memory.devices import device_memory
+from nbpeft.memory.devices import device_memory, placed_on
 from nbpeft.memory.words import size_text
 from nbpeft.model.stored import stored_parts
 from nbpeft.state import MemoryPart, MemoryState
@@ -155,7 +155,7 @@ def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *,
 
 def _limit(base: nn.Module) -> int | None:
     """What the accelerator has for this process; a host's memory is shared and its limit not known."""
-    device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
+    device = placed_on(base) or torch.device("cpu")
     if device.type in ("cpu", "meta"):
         return None
     memory = device_memory(device)

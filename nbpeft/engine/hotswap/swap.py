@@ -143,7 +143,7 @@ def _check(manager: Manager, name: str, config: AdapterConfig, validate: object)
 def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig) -> None:
     """Raises HotSwapError if the slot or the new adapter trains rows of embeddings or starts in the base."""
     for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
-        if getattr(owner, "starts_in_base", False):
+        if getattr(owner, "starts_in_base", False):  # a config of another library is told of further on
             raise HotSwapError(
                 f"{which} starts in a part of the base weights (init_lora_weights="
                 f"{getattr(owner, 'init_lora_weights', None)!r}): load one beside the other"

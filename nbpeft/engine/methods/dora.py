@@ -78,21 +78,21 @@ class DoRA(FactoredAdapter):
         Outside training and compiled code the last norm is kept until a factor or the weight
         changes.
         """
-        lora_A, lora_B = self.detached_factors
         if torch.compiler.is_compiling():
-            return self._compute_norm(lora_A, lora_B, base)
+            return self._compute_norm(base)
         if self.training or learning:
             # Fused and 8-bit optimizers write without a trace in the version, so what was kept goes.
             self._norm = None
-            return self._compute_norm(lora_A, lora_B, base)
+            return self._compute_norm(base)
         trained = (_stamp(factor.detach(), deep=True) for factor in self.trained_factors)
         scaling = _stamp(self.scaling) if isinstance(self.scaling, Tensor) else self.scaling
         stamp = (*trained, _weight_stamp(base), scaling)
         if self._norm is None or self._norm[0] != stamp or stamp[0] is None:
-            self._norm = (stamp, self._compute_norm(lora_A, lora_B, base))
+            self._norm = (stamp, self._compute_norm(base))
         return self._norm[1]
 
-    def _compute_norm(self, lora_A: Tensor, lora_B: Tensor, base: Base) -> Tensor:
+    def _compute_norm(self, base: Base) -> Tensor:
+        lora_A, lora_B = self.detached_factors
         weight = base.weight()
         rows = weight.reshape(weight.shape[0], -1)
         flat_A, flat_B = lora_A.reshape(lora_A.shape[0], -1), lora_B.reshape(lora_B.shape[0], -1)
