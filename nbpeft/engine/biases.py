@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.plan import walk
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
 
 
@@ -33,27 +34,35 @@ class BaseBiases:
         if absent is not None:
             raise ConfigError(f"{absent} has no data here (meta device): use bias='none', or load the model whole")
 
-    def start(self, adapter: str, names: Sequence[str], values: Mapping[str, Tensor] | None) -> None:
+    def keep(self, change: Transaction) -> None:
+        """Records whose biases are trained."""
+        change.keep(self._originals)
+
+    def start(
+        self, adapter: str, names: Sequence[str], values: Mapping[str, Tensor] | None, change: Transaction
+    ) -> None:
         """Makes biases trainable for an adapter, with loaded values where given."""
         if not names:
             return
         parameters = self._owners(names)
+        change.keep_values(list(parameters.values()))
         self._originals[adapter] = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
         with torch.no_grad():
             for name, value in (values or {}).items():
                 if name in parameters:
                     parameters[name].copy_(value)
 
-    def stop(self, adapter: str) -> None:
+    def stop(self, adapter: str, change: Transaction) -> None:
         """Puts the old values back."""
         originals = self._originals.pop(adapter, None)
         if originals is None:
             return
         parameters = self._owners(list(originals))
+        change.keep_values(list(parameters.values()))
+        change.set_requires_grad(parameters.values(), False)
         with torch.no_grad():
             for name, value in originals.items():
                 parameters[name].copy_(value)
-                parameters[name].requires_grad_(False)
 
     def forget(self, adapter: str) -> None:
         """Keeps the trained values for good."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from nbpeft.engine.plan import InjectionPlan, Site, Target, make_adapters, walk
 from nbpeft.engine.registry import backend_named, backends, host_named
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.switch import Switch
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -146,33 +146,52 @@ def _cloned_fakes(module: nn.Module) -> dict[int, Tensor]:
     return memo
 
 
-@contextmanager
-def collection_paused() -> Iterator[None]:
-    """Holds the cyclic garbage collector back while thousands of modules are made.
+class CollectionPaused:
+    """Holds the cyclic garbage collector back while thousands of modules are made, as a context.
 
     Nothing made here is garbage, but the allocations alone would trigger full collections, which
-    cost more than the work itself once torch and transformers are loaded.
+    cost more than the work itself once torch and transformers are loaded. It ends with its last
+    reference at the latest: an interruption can keep a context from ending.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
+
+    _was_enabled = False
+
+    def __enter__(self) -> None:
+        self._was_enabled = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        if self._was_enabled:
             gc.enable()
 
+    __del__ = __exit__
 
-def commit(name: str, parts: Parts, layers: dict[str, AdaptedLayer], copies: dict[str, CopiedModule]) -> None:
-    """Hangs built parts into the model; only assignments, nothing here can fail half-way."""
+
+def commit(
+    name: str,
+    parts: Parts,
+    layers: dict[str, AdaptedLayer],
+    copies: dict[str, CopiedModule],
+    change: Transaction,
+) -> None:
+    """Hangs built parts into the model.
+
+    Args:
+        name: of the adapter.
+        parts: what was built.
+        layers: path -> adapted layer; recorded by the caller, with the adapters that hang there.
+        copies: likewise.
+        change: records the places where wrappers are put.
+    """
     for sites, layer, adapter in parts.adapters:
         layer.adapters[name] = adapter
         for site in sites:
-            site.parent._modules[site.attribute] = layer
+            change.set_item(site.parent._modules, site.attribute, layer)
         layers[sites[0].path] = layer
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained
         for site in sites:
-            site.parent._modules[site.attribute] = module
+            change.set_item(site.parent._modules, site.attribute, module)
         copies[sites[0].path] = module
 
 
@@ -181,9 +200,19 @@ def drop(
     name: str,
     layers: dict[str, AdaptedLayer],
     copies: dict[str, CopiedModule],
+    change: Transaction,
     keep: Parts | None = None,
 ) -> None:
-    """Takes an adapter's modules out; wrappers left empty go, unless ``keep`` reuses them."""
+    """Takes an adapter's modules out; wrappers left empty go, unless ``keep`` reuses them.
+
+    Args:
+        model: the base model.
+        name: of the adapter.
+        layers: path -> adapted layer; recorded by the caller, with the adapters that hang there.
+        copies: likewise.
+        change: records the places from which wrappers are taken.
+        keep: what comes in its place.
+    """
     kept = set() if keep is None else {id(part[1]) for part in (*keep.adapters, *keep.copies)}
     empty: dict[int, nn.Module] = {}
     for path, layer in list(layers.items()):
@@ -196,20 +225,20 @@ def drop(
         if not module.modules_to_save._modules and id(module) not in kept:
             empty[id(module)] = module.original_module
             del copies[path]
-    replace_modules(model, empty)
+    replace_modules(model, empty, change)
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
     """Puts other modules wherever those with the given ids hang."""
     if not replacements:
         return
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:
-                parent._modules[attribute] = replacements[id(child)]
+                change.set_item(parent._modules, attribute, replacements[id(child)])
 
 
-def prepare_storage(model: nn.Module) -> None:
+def prepare_storage(model: nn.Module, change: Transaction) -> None:
     """Lets backends see to every quantized layer of a model, adapted or not.
 
     Gradients pass through layers without adapters too. Done before anything else runs.
@@ -219,4 +248,5 @@ def prepare_storage(model: nn.Module) -> None:
     for module in model.modules():
         for backend in willing:
             if module._parameters and backend.matches(module):
+                change.keep(module.__dict__, module._forward_pre_hooks)
                 backend.prepare(module)

@@ -17,6 +17,7 @@ from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.hotswap import adapter_tensors
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.switch import Switch
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
 
 BASE_NAME = "__base__"
@@ -74,10 +75,12 @@ class AdapterHolder:
         self._enabled = True
         self._scales: dict[str, float] = {}
         self._merged: tuple[str, ...] = ()
+        self._parked: tuple[str, ...] = ()
         self._slots: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         self._biases = BaseBiases(model)
         self._was_trainable: list[nn.Parameter] = []
         self._subscribers: list[Callable[[], Callable[[], None] | None]] = []
+        self._transaction = Transaction(self.switch, self.changed)
         self.owner = object()
         self.supplier: Supplier | None = None
 
@@ -88,13 +91,20 @@ class AdapterHolder:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Selected adapters; they act unless disabled."""
+        """Selected adapters, inside a block of ``use`` those of the block; they act unless disabled."""
+        scope = self.switch.scope
+        return self._selected if scope is None else scope.names
+
+    @property
+    def selected(self) -> tuple[str, ...]:
+        """Selected adapters outside of all blocks."""
         return self._selected
 
     @property
     def enabled(self) -> bool:
-        """Whether the selected adapters act."""
-        return self._enabled
+        """Whether the selected adapters act; False inside a block of ``disabled``."""
+        scope = self.switch.scope
+        return self._enabled if scope is None else scope.enabled
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -207,12 +217,18 @@ class AdapterHolder:
                 callback()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_subscribers": [], "_slots": {}, "supplier": None}
+        state = {**self.__dict__, "_subscribers": [], "_slots": {}, "supplier": None}
+        del state["_transaction"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._transaction = Transaction(self.switch, self.changed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
         return twin
 
 

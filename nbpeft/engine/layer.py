@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from nbpeft.engine.adapter import Adapter, Backend, Base, Host
 from nbpeft.engine.base import offloading
 from nbpeft.engine.layer_face import LayerFace, by_name
 from nbpeft.engine.lowrank import add_delta
+from nbpeft.engine.spool import spooled
 from nbpeft.engine.switch import Rows, Switch
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
 
 
@@ -24,6 +27,25 @@ class AdapterDict(nn.ModuleDict):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
+
+
+@dataclass
+class Stored:
+    """The weight of a layer as it was at some time.
+
+    Attributes:
+        parameter: the parameter that holds it, where merging takes another one because others share it.
+        weight: else what the backend kept of it.
+        bias: the layer's bias, (out,), on the CPU.
+        merged: adapters that were merged into it.
+        frozen: the frozen weight, where it was another one.
+    """
+
+    parameter: nn.Parameter | None
+    weight: Any
+    bias: Tensor | None
+    merged: tuple[str, ...]
+    frozen: Stored | None
 
 
 class AdaptedLayer(LayerFace):
@@ -54,7 +76,7 @@ class AdaptedLayer(LayerFace):
             switch=switch,
             merged=(),
             training=base_layer.training,
-            _snapshot=None,
+            _frozen=None,
         )
         modules["adapters"].__dict__["training"] = base_layer.training
 
@@ -63,7 +85,7 @@ class AdaptedLayer(LayerFace):
     base: Base
     switch: Switch
     merged: tuple[str, ...]
-    _snapshot: Any
+    _frozen: Stored | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's map with the active adapters' deltas.
@@ -161,13 +183,22 @@ class AdaptedLayer(LayerFace):
         return bool(torch.isfinite(weight).all())
 
     @torch.no_grad()
-    def merge(self, names: Sequence[str], scales: Sequence[float], *, keep_snapshot: bool, apart: bool = False) -> None:
-        """Adds the deltas of these adapters to the base weight.
+    def merge(
+        self,
+        names: Sequence[str],
+        scales: Sequence[float],
+        change: Transaction,
+        *,
+        keep_frozen: bool,
+        apart: bool = False,
+    ) -> None:
+        """Adds the deltas of these adapters to the frozen weight, which comes back first where some are merged.
 
         Args:
             names: adapters; those not on this layer are passed over.
             scales: factor on each one's delta.
-            keep_snapshot: keep the old weight (on the CPU) for ``unmerge``.
+            change: records what the weight is now, in a copy on the CPU.
+            keep_frozen: keep the frozen weight for ``unmerge`` afterwards, too.
             apart: merge into a weight of its own and leave the present one, which others share.
 
         Raises:
@@ -177,7 +208,11 @@ class AdaptedLayer(LayerFace):
         if not chosen:
             return
         self.check_mergeable([name for name, _ in chosen])
-        snapshot = self._take_snapshot(apart) if keep_snapshot else None
+        self.unmerge(change)
+        frozen = self._stored(apart=apart)
+        if not keep_frozen and isinstance(frozen.weight, Tensor):
+            frozen.weight = spooled(frozen.weight)
+        change.on_undo(lambda: self._put_back(frozen))
         if apart:
             shared: Any = self.base_layer._parameters["weight"]
             self.base_layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
@@ -190,7 +225,7 @@ class AdaptedLayer(LayerFace):
             if delta is not None and bias is not None:
                 bias.add_(delta.to(bias.dtype), alpha=scale)
         self.merged = tuple(name for name, _ in chosen)
-        self._snapshot = snapshot
+        self._frozen = frozen if keep_frozen else None
 
     def check_mergeable(self, names: Sequence[str]) -> None:
         """Raises MergeError where ``merge`` would."""
@@ -213,25 +248,49 @@ class AdaptedLayer(LayerFace):
         adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
         add_deltas(weight, self.base, [pair for pair in adapters if not pair[0].merged_elsewhere(self.base)])
 
-    def _take_snapshot(self, apart: bool) -> tuple[Any, Tensor | None]:
-        """The shared parameter itself, or what the backend makes of it; and the bias."""
+    def _stored(self, *, apart: bool) -> Stored:
+        """All that merging changes, as it is now; tensors as copies on the CPU.
+
+        Args:
+            apart: the weight itself stays as it is, and another parameter takes its place.
+        """
         bias = self.base.bias
-        kept = self.base_layer._parameters["weight"] if apart else self.backend.snapshot(self.base_layer)
-        return kept, None if bias is None else bias.detach().to("cpu", copy=True)
+        return Stored(
+            self.base_layer._parameters["weight"] if apart else None,
+            None if apart else self.backend.snapshot(self.base_layer),
+            None if bias is None else bias.detach().to("cpu", copy=True),
+            self.merged,
+            self._frozen,
+        )
 
     @torch.no_grad()
-    def unmerge(self) -> None:
+    def _put_back(self, stored: Stored) -> None:
+        if stored.parameter is not None:
+            self.base_layer._parameters["weight"] = stored.parameter
+        else:
+            self.backend.restore(self.base_layer, stored.weight)
+        if stored.bias is not None and self.base.bias is not None:
+            self.base.bias.copy_(stored.bias)
+        self.merged, self._frozen = stored.merged, stored.frozen
+
+    @torch.no_grad()
+    def unmerge(self, change: Transaction) -> None:
         """Puts the weight back as it was before ``merge``, bit for bit."""
         if not self.merged:
             return
-        snapshot, bias = self._snapshot
-        if isinstance(snapshot, nn.Parameter):
-            self.base_layer._parameters["weight"] = snapshot
-        else:
-            self.backend.restore(self.base_layer, snapshot)
-        if bias is not None and self.base.bias is not None:
-            self.base.bias.copy_(bias)
-        self.merged, self._snapshot = (), None
+        frozen = self._frozen
+        assert frozen is not None
+        apart = frozen.parameter is not None
+        merged = self._stored(apart=apart)
+        # There is one copy of the frozen weight at a time: until it is back in the layer.
+        merged.frozen = None
+
+        def undo() -> None:
+            merged.frozen = self._frozen if self.merged else self._stored(apart=apart)
+            self._put_back(merged)
+
+        change.on_undo(undo)
+        self._put_back(frozen)
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules") or {}

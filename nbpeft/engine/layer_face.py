@@ -14,6 +14,7 @@ from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.base import Base
 from nbpeft.engine.registry import family_of
 from nbpeft.engine.switch import Switch
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import UnknownAdapterError, did_you_mean
 
 _WHOLE = ("lora_embedding_A", "lora_embedding_B")
@@ -162,6 +163,14 @@ def write_scaling(adapter: Any, scaling: float | Tensor) -> None:
         held.fill_(float(scaling))
     else:
         adapter.__dict__["scaling"] = float(scaling)
+
+
+def keep_scaling(adapter: Any, change: Transaction) -> None:
+    """Records an adapter's scaling."""
+    change.keep_attributes(adapter, "scaling", _TRAINED_SCALING)
+    held = adapter.scaling
+    if isinstance(held, Tensor):
+        change.keep_values([held])
 
 
 def trained_scaling(adapter: Any) -> float:

@@ -1,24 +1,24 @@
 """AdapterManager: the one owner of the adapters on a base model.
 
-Every command checks and builds first and changes the model last, so that one that fails leaves
-it as it was. Activation is one assignment on the shared switch; ``requires_grad`` is touched
-only for the adapters whose trainability changes.
+Every command checks and builds first and changes the model last, inside one transaction, so that
+one that fails or is interrupted leaves it as it was. Activation is one assignment on the shared
+switch; ``requires_grad`` is touched only for the adapters whose trainability changes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
-from nbpeft.engine.build import build, collection_paused, commit, drop, prepare_storage, replace_modules
+from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.holder import AdapterHolder, check_name, check_scale, cloned, names_in
 from nbpeft.engine.merging import (
+    check_addable,
     check_merge,
     check_together,
     chosen_copy,
@@ -28,9 +28,11 @@ from nbpeft.engine.merging import (
     unmerge_layers,
 )
 from nbpeft.engine.plan import InjectionPlan, plan
+from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.engine.shared import part_for_good
 from nbpeft.engine.switch import NOTHING, Active
-from nbpeft.errors import AdapterError, AdapterExistsError, MergeError
+from nbpeft.engine.transaction import Block, Transaction
+from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError
 
 _ATTRIBUTE = "_nbpeft_manager"
 
@@ -48,7 +50,9 @@ class AdapterManager(AdapterHolder):
     def attach(cls, model: nn.Module, manager: AdapterManager | None = None) -> AdapterManager:
         """Makes a manager findable by ``of``; without one, the model's own or a new one."""
         found = manager or cls.of(model) or cls(model)
-        model.__dict__[_ATTRIBUTE] = found
+        with found.transaction(during_calls=True, quiet=True) as change:
+            change.keep_attributes(model, _ATTRIBUTE)
+            model.__dict__[_ATTRIBUTE] = found
         return found
 
     # Adding and removing
@@ -85,45 +89,84 @@ class AdapterManager(AdapterHolder):
             AdapterExistsError: the name is taken.
             TargetError: the config does not fit the model.
         """
+        settings = {"trainable": trainable, "half": half, "allow_missing": allow_missing}
+        return self.prepare(name, config, weights, replace=replace, select=select, **settings)()
+
+    def prepare(
+        self,
+        name: str,
+        config: AdapterConfig | InjectionPlan,
+        weights: AdapterWeights | None = None,
+        *,
+        trainable: bool = True,
+        half: bool = False,
+        allow_missing: bool = True,
+        replace: bool = False,
+        select: bool = True,
+    ) -> Callable[[], InjectionPlan]:
+        """Builds a new adapter without touching the model; see ``add`` for the arguments.
+
+        Returns:
+            What puts it into the model.
+        """
+
+        def built() -> tuple[int, InjectionPlan, Parts]:
+            self._check_addable(name, replace=replace)
+            with CollectionPaused():
+                made = config
+                if not isinstance(made, InjectionPlan):
+                    made = self.plan(made, name, allow_missing=allow_missing)
+                self._biases.check(name, made.biases)
+                check_addable(made, self._merged, self.layers)
+                return self.revision, made, build(self.model, made, self.switch, weights, half=half)
+
+        prepared = built()
+
+        def put() -> InjectionPlan:
+            with self.transaction() as change:
+                _, made, parts = prepared if prepared[0] == self.revision else built()
+                self._keep_structure(change)
+                if not self.configs:
+                    trainable_now = [p for p in self.model.parameters() if p.requires_grad]
+                    self._was_trainable = [*self._was_trainable, *trainable_now]
+                    change.set_requires_grad(trainable_now, False)
+                if name in self.configs:
+                    self._forget(name, change)
+                    drop(self.model, name, self.layers, self.copies, change, keep=parts)
+                if not self.configs:
+                    prepare_storage(self.model, change)
+                commit(name, parts, self.layers, self.copies, change)
+                self.configs[name] = made.config
+                self._biases.start(name, made.biases, None if weights is None else weights.base, change)
+                (self.frozen.discard if trainable else self.frozen.add)(name)
+                if select and not self._selected and len(self.configs) == 1:
+                    self._selected = (name,)
+                self._refresh(self.names if len(self.configs) == 1 else (name,), change)
+            return made
+
+        return put
+
+    def _check_addable(self, name: str, *, replace: bool) -> None:
         self.check_alive()
         check_name(name)
         if name in self.configs and not replace:
             raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
-        self._require_unmerged("adding an adapter")
-        with collection_paused():
-            made = config if isinstance(config, InjectionPlan) else self.plan(config, name, allow_missing=allow_missing)
-            self._biases.check(name, made.biases)
-            parts = build(self.model, made, self.switch, weights, half=half)
-        with self.switch.exclusive():
-            if not self.configs:
-                self._was_trainable += [p for p in self.model.parameters() if p.requires_grad]
-                self.model.requires_grad_(False)
-            if name in self.configs:
-                self._forget(name)
-                drop(self.model, name, self.layers, self.copies, keep=parts)
-            if not self.configs:
-                prepare_storage(self.model)
-            commit(name, parts, self.layers, self.copies)
-            self.configs[name] = made.config
-            self._biases.start(name, made.biases, None if weights is None else weights.base)
-            (self.frozen.discard if trainable else self.frozen.add)(name)
-            if select and not self._selected and len(self.configs) == 1:
-                self._selected = (name,)
-            self._refresh(self.names if len(self.configs) == 1 else (name,))
-        self.changed()
-        return made
+        if name in self._merged:
+            raise self._merged_error(f"{name!r} is replaced")
 
     def remove(self, name: str) -> None:
         """Takes an adapter out; if no active one is left, the oldest becomes active.
 
         Raises:
-            MergeError: adapters are merged.
+            MergeError: it is merged, or trains biases while another is.
         """
-        self.require(name)
-        self._require_unmerged("deleting an adapter")
-        with self.switch.exclusive():
-            self._forget(name)
-            drop(self.model, name, self.layers, self.copies)
+        with self.transaction() as change:
+            self.require(name)
+            if name in self._merged or (self._merged and self._biases.of(name)):
+                raise self._merged_error(f"{name!r} is deleted")
+            self._keep_structure(change)
+            self._forget(name, change)
+            drop(self.model, name, self.layers, self.copies, change)
             del self.configs[name]
             self._scales.pop(name, None)
             self.frozen.discard(name)
@@ -131,27 +174,29 @@ class AdapterManager(AdapterHolder):
             self._selected = tuple(other for other in self._selected if other != name)
             if was_active and not self._selected:
                 self._selected = self.names[:1]
-            self._refresh(self._selected)
-        self.changed()
+            for scope in self.switch.scopes:
+                scope.names = tuple(other for other in scope.names if other != name)
+            self._refresh(self._selected, change)
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, name: str, change: Transaction) -> None:
         self._slots.pop(name, None)
-        self._biases.stop(name)
+        self._biases.stop(name, change)
 
     def rename(self, old: str, new: str) -> None:
         """Gives an adapter another name, at the same place in every order."""
-        self.require(old)
         check_name(new)
-        if new in self.configs:
-            raise AdapterExistsError(f"there is an adapter {new!r} already; take another name")
-        self._require_unmerged("renaming an adapter")
-        with self.switch.exclusive():
-            for holder in self._holders():
-                if old in holder:
-                    items = [(new if name == old else name, module) for name, module in holder.items()]
-                    holder.clear()
-                    holder.update(items)
-            self.configs = {new if name == old else name: config for name, config in self.configs.items()}
+        with self.transaction() as change:
+            self.require(old)
+            if new in self.configs:
+                raise AdapterExistsError(f"there is an adapter {new!r} already; take another name")
+            if old in self._merged:
+                raise self._merged_error(f"{old!r} is renamed")
+            self._keep_structure(change)
+            for held in (*self._holders(), self.configs):
+                if old in held:
+                    items = [(new if name == old else name, value) for name, value in held.items()]
+                    held.clear()
+                    held.update(items)
             self._biases.rename(old, new)
             self._slots.pop(old, None)
             if old in self._scales:
@@ -159,8 +204,9 @@ class AdapterManager(AdapterHolder):
             if old in self.frozen:
                 self.frozen = (self.frozen - {old}) | {new}
             self._selected = tuple(new if name == old else name for name in self._selected)
-            self._refresh(())
-        self.changed()
+            for scope in self.switch.scopes:
+                scope.names = tuple(new if name == old else name for name in scope.names)
+            self._refresh((), change)
 
     def copy(self, name: str, new: str) -> None:
         """Makes a second, independent adapter with the same config and weights."""
@@ -170,13 +216,45 @@ class AdapterManager(AdapterHolder):
             raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
         twin = AdapterWeights(cloned(weights.adapters), cloned(weights.copies))
         dtypes = {value.dtype for named in twin.adapters.values() for value in named.values()}
-        self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
-        self.set_scale(new, self.scale(name))
+        with self.transaction():
+            self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
+            self.set_scale(new, self.scale(name))
 
     def _holders(self) -> list[dict[str, Any]]:
         return [layer.adapters._modules for layer in self.layers.values()] + [
             module.modules_to_save._modules for module in self.copies.values()
         ]
+
+    # Changing
+
+    def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block:
+        """A block in which commands belong together: all of them happen, or none.
+
+        No call of the model and no other command runs meanwhile, interruptions wait for its end, and any
+        exception in it undoes what was done.
+
+        Args:
+            during_calls: let calls of other threads go on, for commands that only choose what acts in the next.
+            quiet: subscribers need not hear of it.
+
+        Raises:
+            BusyError: this thread is inside a call of the model itself.
+        """
+        return self._transaction.block(during_calls=during_calls, quiet=quiet)
+
+    def _keep_choice(self, change: Transaction) -> None:
+        """Records who acts."""
+        change.keep_attributes(self, "_selected", "_enabled", "_merged", "_parked", "frozen", "_scales")
+        change.keep_attributes(self.switch, "live", "traced")
+        for scope in self.switch.scopes:
+            change.keep_attributes(scope, "names", "enabled", "active")
+
+    def _keep_structure(self, change: Transaction) -> None:
+        """Records which adapters there are, where they hang, and who acts."""
+        self._keep_choice(change)
+        change.keep(self.configs, self.layers, self.copies, *self._holders())
+        change.keep_attributes(self, "_slots", "_was_trainable", "alive")
+        self._biases.keep(change)
 
     # Switching
 
@@ -191,23 +269,31 @@ class AdapterManager(AdapterHolder):
             UnknownAdapterError: there is no such adapter.
         """
         chosen = names_in(names)
-        with self.supplied(chosen, switching=True):
-            self._activate(chosen, trainable)
-        self.changed()
+        with self.supplied(chosen, switching=True), self.transaction(during_calls=not self._merged) as change:
+            self._activate(chosen, trainable, change)
 
-    def _activate(self, chosen: tuple[str, ...], trainable: bool | None) -> None:
-        self.require(*chosen)
-        if not chosen:
-            raise AdapterError("no adapter named to activate; use disable() for the base model alone")
-        check_together(self.copies, self.layers, chosen)
-        if self._merged and chosen != self._merged:
+    def _activate(self, chosen: tuple[str, ...], trainable: bool | None, change: Transaction) -> None:
+        self.check_choice(chosen)
+        scope = self.switch.scope
+        if scope is None and self._merged and chosen != self._merged:
             warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
             self.unmerge()
+        self._keep_choice(change)
+        before = self.active
+        if scope is None:
+            self._selected, self._parked = chosen, ()
+        else:
+            scope.names = chosen
         if trainable is not None:
             self.frozen = self.frozen - set(chosen) if trainable else self.frozen | set(chosen)
-        changed = set(self._selected) ^ set(chosen) if trainable is None else set(self._selected) | set(chosen)
-        self._selected = chosen
-        self._refresh(changed)
+        self._refresh(set(before) ^ set(chosen) if trainable is None else set(before) | set(chosen), change)
+
+    def check_choice(self, names: Sequence[str]) -> None:
+        """Raises AdapterError where adapters cannot act together, UnknownAdapterError where one is not there."""
+        self.require(*names)
+        if not names:
+            raise AdapterError("no adapter named to activate; use disable() for the base model alone")
+        check_together(self.copies, self.layers, names)
 
     def enable(self) -> None:
         """Lets the selected adapters act again."""
@@ -219,48 +305,59 @@ class AdapterManager(AdapterHolder):
 
     def _set_enabled(self, enabled: bool) -> None:
         self.check_alive()
-        if not enabled and self._merged:
-            warnings.warn("adapters are merged: unmerging before they are disabled", stacklevel=4)
-            self.unmerge()
-        self._enabled = enabled
-        self._publish_active()
-        self.changed()
+        with self.transaction(during_calls=not self._merged) as change:
+            scope = self.switch.scope
+            if scope is None and not enabled and self._merged:
+                warnings.warn("adapters are merged: unmerging before they are disabled", stacklevel=4)
+                self.unmerge()
+            self._keep_choice(change)
+            if scope is None:
+                self._enabled, self._parked = enabled, ()
+            else:
+                scope.enabled = enabled
+            self._publish_active()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The base model alone inside the block; afterwards everything is as it was."""
-        was, merged = self._enabled, self._merged
-        self.disable()
-        try:
-            yield
-        finally:
-            self._set_enabled(was)
-            if merged:
-                self.merge(merged)
+    def disabled(self) -> ScopedChoice:
+        """The base model alone inside the block, for this thread or asyncio task; others go on as they are."""
+        return ScopedChoice(self, None)
 
-    @contextmanager
-    def use(self, names: str | Sequence[str]) -> Iterator[None]:
-        """Other active adapters inside the block; afterwards everything is as it was."""
-        was, enabled, merged = self._selected, self._enabled, self._merged
-        self.activate(names)
-        self._set_enabled(True)
-        try:
-            yield
-        finally:
-            self._activate_again(was)
-            if self._enabled is not enabled:
-                self._set_enabled(enabled)
-            if merged and not self._merged:
-                self.merge([name for name in merged if name in self.configs])
+    def use(self, names: str | Sequence[str]) -> ScopedChoice:
+        """Other active adapters inside the block, for this thread or asyncio task; others go on as they are."""
+        return ScopedChoice(self, names_in(names))
 
-    def _activate_again(self, names: tuple[str, ...]) -> None:
-        """Activates those that are still there; none where none were active before."""
+    def select_again(self, names: Sequence[str]) -> None:
+        """Activates those that are still there or can be brought, unless others were chosen meanwhile."""
         left = tuple(name for name in names if self.reachable(name))
-        if left:
+        if left and left != self._selected:
             self.activate(left)
-        elif not names:
-            before, self._selected = self._selected, ()
-            self._refresh(before)
+
+    def park(self) -> None:
+        """Takes merged adapters out of the weights for a block that needs the frozen ones; elsewhere they still act."""
+        with self.transaction() as change:
+            self._keep_choice(change)
+            names = self._merged
+            self.unmerge()
+            self._parked = names
+            self._publish_active()
+
+    def merge_parked(self) -> None:
+        """Merges again what ``park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
+        if not self._parked or self.switch.scopes:
+            return
+        with self.transaction() as change:
+            self._keep_choice(change)
+            parked, self._parked = tuple(name for name in self._parked if name in self.configs), ()
+            if parked:
+                self._merge(parked, change)
+            self._publish_active()
+
+    def idle(self, names: Iterable[str]) -> set[str]:
+        """Those of the adapters that are selected nowhere: in no scope, and not outside of them."""
+        return set(names).difference(self._selected, *(scope.names for scope in self.switch.scopes))
+
+    def refresh(self, names: Iterable[str], change: Transaction) -> None:
+        """Brings what acts up to date after a scope has changed, and whether some adapters train."""
+        self._refresh(names, change)
 
     def set_scale(self, name: str, scale: float) -> None:
         """Sets the factor on an adapter's delta (1 is the trained strength).
@@ -269,46 +366,50 @@ class AdapterManager(AdapterHolder):
             AdapterError: it is no finite number.
             MergeError: the adapter is merged at another scale.
         """
-        self.require(name)
         factor = check_scale(name, scale)
-        if name in self._merged:
-            raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
-        self._scales[name] = factor
-        self._publish_active()
-        self.changed()
+        with self.transaction(during_calls=True) as change:
+            self.require(name)
+            if name in (*self._merged, *self._parked):
+                raise MergeError(f"adapter {name!r} is merged: unmerge before changing its scale")
+            self._keep_choice(change)
+            self._scales[name] = factor
+            self._publish_active()
 
     def freeze(self, name: str) -> None:
         """Stops an adapter from training, active or not."""
-        self.require(name)
-        self.frozen.add(name)
-        self._refresh((name,))
-        self.changed()
+        self._set_frozen(name, True)
 
     def unfreeze(self, name: str) -> None:
         """Lets an adapter train whenever it is active."""
-        self.require(name)
-        self.frozen.discard(name)
-        self._refresh((name,))
-        self.changed()
+        self._set_frozen(name, False)
+
+    def _set_frozen(self, name: str, frozen: bool) -> None:
+        with self.transaction(during_calls=True) as change:
+            self.require(name)
+            self._keep_choice(change)
+            (self.frozen.add if frozen else self.frozen.discard)(name)
+            self._refresh((name,), change)
 
     def set_requires_grad(self, name: str, requires_grad: bool) -> None:
         """Sets whether gradients reach an adapter's tensors now, whatever is active."""
-        for parameter in self.parameters(name):
-            parameter.requires_grad_(requires_grad)
-        self.changed()
+        with self.transaction(during_calls=True) as change:
+            change.set_requires_grad(self.parameters(name), requires_grad)
 
-    def _refresh(self, changed: Sequence[str] | set[str] | tuple[str, ...]) -> None:
+    def _refresh(self, changed: Iterable[str], change: Transaction) -> None:
         """Brings ``requires_grad`` of some adapters and the shared switch up to date."""
+        idle = self.idle(changed)
         for name in changed:
             if name in self.configs:
-                trains = name in self._selected and name not in self.frozen
-                for parameter in self.parameters(name):
-                    parameter.requires_grad = trains
+                change.set_requires_grad(self.parameters(name), name not in idle and name not in self.frozen)
         self._publish_active()
 
     def _publish_active(self) -> None:
-        names = self._merged or (self._selected if self._enabled else ())
-        self.switch.live = Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NOTHING
+        for scope in self.switch.scopes:
+            scope.active = self._acting(self._merged or (scope.names if scope.enabled else ()))
+        self.switch.publish(self._acting(self._merged or self._parked or (self._selected if self._enabled else ())))
+
+    def _acting(self, names: tuple[str, ...]) -> Active:
+        return Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NOTHING
 
     # Merging
 
@@ -316,13 +417,15 @@ class AdapterManager(AdapterHolder):
         """Folds the deltas of adapters (default: the active ones) into the base weights.
 
         Until ``unmerge`` they alone act, at no cost in forward, with those merged before; adapters
-        that were off are on then. A copy of the frozen weights is kept on the CPU.
+        that were off are on then. A copy of the frozen weights is kept on the CPU. An interruption
+        puts the weights back, bit for bit.
 
         Raises:
             MergeError: a weight cannot be merged into, or would not be finite (``safe``).
             AdapterError: two of them each trained a copy of one module.
+            BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
         """
-        chosen = self._selected if names is None else names_in(names)
+        chosen = self.active if names is None else names_in(names)
         self.require(*chosen)
         together = tuple(dict.fromkeys((*self._merged, *chosen)))
         if self._merged and together == self._merged:
@@ -330,11 +433,19 @@ class AdapterManager(AdapterHolder):
             return
         check_together(self.copies, self.layers, together)
         lossy_note(self.layers)
-        with self.switch.exclusive():
-            merge_besides(self.model, self.layers, self._merged, together, self.scale, safe=safe)
-            self._merged, self._enabled = together, True
-            self._publish_active()
-        self.changed()
+        with self.transaction() as change:
+            self._refuse_in_scopes("merging")
+            self._merge(together, change, safe=safe)
+
+    def _merge(self, together: tuple[str, ...], change: Transaction, *, safe: bool = False) -> None:
+        self._keep_choice(change)
+        merge_besides(self.model, self.layers, self._merged, together, self.scale, change, safe=safe)
+        self._merged, self._enabled = together, True
+        self._publish_active()
+
+    def _refuse_in_scopes(self, what: str) -> None:
+        if self.switch.scopes_elsewhere:
+            raise BusyError(f"a use() or disable_adapter() block is open in another thread or task: wait with {what}")
 
     def unmerge(self) -> None:
         """Puts the frozen weights back, bit for bit."""
@@ -342,56 +453,61 @@ class AdapterManager(AdapterHolder):
         if not self._merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
             return
-        with self.switch.exclusive():
-            unmerge_layers(list(self.layers.values()))
+        with self.transaction() as change:
+            self._keep_choice(change)
+            unmerge_layers(self.layers.values(), change)
             self._merged = ()
             self._publish_active()
-        self.changed()
 
     def unload(self, *, merge: bool, names: Sequence[str] | None = None, safe: bool = False) -> nn.Module:
         """Takes all adapters out for good and returns the bare base model.
 
         Args:
-            merge: fold the deltas in first.
+            merge: fold the deltas in first. What the weights were is kept on the CPU until that is done.
             names: adapters to merge; the active ones if None.
             safe: refuse weights that would not be finite.
         """
         self.check_alive()
         chosen: tuple[str, ...] = ()
         if merge:
-            chosen = self._selected if names is None else names_in(names)
+            chosen = self.active if names is None else names_in(names)
             self.require(*chosen)
             check_together(self.copies, self.layers, chosen)
-            if self._merged and set(self._merged) != set(chosen):
-                self.unmerge()
-            if not self._merged:
-                check_merge(self.layers, chosen, safe=safe)
+            if not self._merged or set(self._merged) != set(chosen):
+                check_merge(self.layers, chosen, safe=safe and not self._merged)
                 lossy_note(self.layers)
-        with self.switch.exclusive():
+        with self.transaction() as change:
+            self._refuse_in_scopes("unloading")
+            self._keep_structure(change)
+            if self._merged and set(self._merged) != set(chosen):
+                unmerge_layers(self.layers.values(), change)
+                self._merged = ()
             if merge and not self._merged:
-                merge_layers(self.model, self.layers, chosen, self.scale, keep_snapshot=False)
-            elif not merge:
-                unmerge_layers(list(self.layers.values()))
-            self._dismantle(chosen)
+                if safe:
+                    check_merge(self.layers, chosen, safe=True)
+                merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
+            self._dismantle(chosen, change)
             if merge:
-                part_for_good(self.model)
-        self.changed()
+                part_for_good(self.model, change)
         return self.model
 
-    def _dismantle(self, merged: Sequence[str]) -> None:
+    def _dismantle(self, merged: Sequence[str], change: Transaction) -> None:
         for name in self.configs:
-            (self._biases.forget if name in merged else self._biases.stop)(name)
+            if name in merged:
+                self._biases.forget(name)
+            else:
+                self._biases.stop(name, change)
         replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self.layers.values()}
         replacements.update({id(module): chosen_copy(module, merged) for module in self.copies.values()})
-        replace_modules(self.model, replacements)
-        for parameter in self._was_trainable:
-            parameter.requires_grad_(True)
+        replace_modules(self.model, replacements, change)
+        change.set_requires_grad(self._was_trainable, True)
+        change.keep_attributes(self, "layers", "copies", "configs")
+        change.keep_attributes(self.model, _ATTRIBUTE)
         self.alive = False
         self.layers, self.copies, self.configs, self._slots = {}, {}, {}, {}
         self._was_trainable, self._selected, self._merged = [], (), ()
-        self.switch.live = NOTHING
+        self.switch.publish(NOTHING)
         self.model.__dict__.pop(_ATTRIBUTE, None)
 
-    def _require_unmerged(self, what: str) -> None:
-        if self._merged:
-            raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
+    def _merged_error(self, what: str) -> MergeError:
+        return MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")

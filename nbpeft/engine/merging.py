@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.plan import InjectionPlan
+from nbpeft.engine.registry import method_of
 from nbpeft.engine.shared import layers_to_part
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, MergeError
 
 
@@ -39,21 +42,25 @@ def merge_layers(
     layers: Mapping[str, AdaptedLayer],
     names: Sequence[str],
     scale: Callable[[str], float],
+    change: Transaction,
     *,
-    keep_snapshot: bool,
+    keep_frozen: bool,
 ) -> None:
-    """Merges on every layer; if one fails, those done before are put back."""
-    done: list[AdaptedLayer] = []
+    """Merges on every layer; between two layers it can be interrupted.
+
+    Args:
+        model: the base model.
+        layers: path -> adapted layer.
+        names: adapters to merge.
+        scale: factor on an adapter's delta.
+        change: records the weights as they were.
+        keep_frozen: keep them also afterwards, for ``unmerge_layers``.
+    """
     parted = layers_to_part(model, layers, names)
     scales = [scale(name) for name in names]
-    try:
-        for path, layer in layers.items():
-            done.append(layer)
-            layer.merge(names, scales, keep_snapshot=keep_snapshot, apart=path in parted)
-    except BaseException:
-        if keep_snapshot:
-            unmerge_layers(done)
-        raise
+    for path, layer in layers.items():
+        change.interruptible()
+        layer.merge(names, scales, change, keep_frozen=keep_frozen, apart=path in parted)
 
 
 def merge_besides(
@@ -62,10 +69,11 @@ def merge_besides(
     merged: Sequence[str],
     together: Sequence[str],
     scale: Callable[[str], float],
+    change: Transaction,
     *,
     safe: bool,
 ) -> None:
-    """Merges adapters where some of them may be merged already; if that fails, those still are.
+    """Merges adapters where some of them may be merged already.
 
     Each delta is taken against the frozen weights, so those come back first.
 
@@ -75,18 +83,44 @@ def merge_besides(
         merged: adapters that are merged now.
         together: adapters to be merged afterwards, those among them.
         scale: factor on an adapter's delta.
+        change: records the weights as they were.
         safe: refuse weights that would not be finite.
 
     Raises:
         MergeError: they cannot be merged.
     """
-    unmerge_layers(list(layers.values()))
-    try:
-        check_merge(layers, together, safe=safe)
-        merge_layers(model, layers, together, scale, keep_snapshot=True)
-    except BaseException:
-        merge_layers(model, layers, merged, scale, keep_snapshot=True)
-        raise
+    if merged:
+        unmerge_layers(layers.values(), change)
+    check_merge(layers, together, safe=safe)
+    merge_layers(model, layers, together, scale, change, keep_frozen=True)
+
+
+def check_addable(plan: InjectionPlan, merged: Sequence[str], layers: Mapping[str, AdaptedLayer]) -> None:
+    """Raises MergeError where an adapter starts from weights that others are merged into.
+
+    Args:
+        plan: of the adapter to come.
+        merged: adapters that are merged now.
+        layers: path -> adapted layer.
+    """
+    touched = {path for path, layer in layers.items() if layer.merged}
+    if not touched:
+        return
+    usual = method_of(plan.config).adapter_class
+    reads = plan.config.starts_in_base or not usual.weight_free
+    for target in plan.targets:
+        if target.path in touched and (reads or target.rows):
+            raise _starts_there(target.path, merged)
+    for path in plan.copies:
+        if any(place == path or place.startswith(f"{path}.") for place in touched):
+            raise _starts_there(path, merged)
+    if plan.biases:
+        raise _starts_there("base biases", merged)
+
+
+def _starts_there(place: str, merged: Sequence[str]) -> MergeError:
+    names = ", ".join(map(repr, merged))
+    return MergeError(f"{names} merged: unmerge before adding an adapter that starts from {place}", path=place)
 
 
 def check_together(
@@ -114,10 +148,11 @@ def check_together(
             )
 
 
-def unmerge_layers(layers: Sequence[AdaptedLayer]) -> None:
+def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
     """Puts the frozen weights back, bit for bit; the last first, since several may share one weight."""
-    for layer in reversed(layers):
-        layer.unmerge()
+    for layer in reversed(list(layers)):
+        change.interruptible()
+        layer.unmerge(change)
 
 
 def lossy_note(layers: Mapping[str, AdaptedLayer]) -> None:

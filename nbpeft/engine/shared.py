@@ -14,6 +14,7 @@ from torch import nn
 
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.tokens import embedding_of
+from nbpeft.engine.transaction import Transaction
 
 _TIED = "tie_word_embeddings"
 
@@ -59,7 +60,7 @@ def _alike(layers: Mapping[str, AdaptedLayer], group: Mapping[str, list[str]], u
     )
 
 
-def part_for_good(model: nn.Module) -> None:
+def part_for_good(model: nn.Module, change: Transaction) -> None:
     """Sees to it that a model whose embeddings are no longer one weight is saved and loaded like that.
 
     All that still share the old weight get their own, since the config can only tell all or nothing.
@@ -76,8 +77,10 @@ def part_for_good(model: nn.Module) -> None:
         if weight is None or not any(weight is end for end in ends):
             continue
         if id(weight) in seen:
-            module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            change.set_item(module._parameters, "weight", own)
         seen.add(id(weight))
+    change.keep_attributes(config, _TIED)
     setattr(config, _TIED, False)
     warnings.warn(
         f"the embedding and the output head are two weights now: config.{_TIED} is set to False", stacklevel=4

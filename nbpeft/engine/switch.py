@@ -2,21 +2,26 @@
 
 Switching replaces one immutable value, whatever the number of modules and adapters. A call of
 the model pins the value for its own thread, so that a switch made meanwhile by another thread
-(a click during ``generate``) acts from the next call on, never inside one. Commands that change
-tensors or modules wait until no call runs (``exclusive``).
+(a click during ``generate``) acts from the next call on, never inside one. A scope (``use``,
+``disable_adapter``) has a value of its own for the thread or asyncio task that opened it.
+Commands that change tensors or modules wait until no call runs (``close``).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from nbpeft.engine.interrupts import HeldInterrupts, wait_for
 from nbpeft.errors import AdapterError, BusyError
 
 
@@ -87,96 +92,257 @@ class Active:
 NOTHING = Active()
 
 
+@dataclass(eq=False)
+class Scope:
+    """What acts for one thread or asyncio task inside a block, and for the tasks that are started there.
+
+    Attributes:
+        names: selected adapters.
+        enabled: whether they act.
+        outer: the scope around it.
+        active: names as the layers read them.
+    """
+
+    names: tuple[str, ...]
+    enabled: bool
+    outer: Scope | None = None
+    active: Active = NOTHING
+
+
+@dataclass(frozen=True, eq=False)
+class _Pin:
+    """What a running call has pinned.
+
+    An interruption between two instructions can keep a context from ending. The call is therefore held
+    weakly: once its block is left, however that was, nothing else holds it and the pin is void.
+
+    Attributes:
+        call: the call.
+        active: what acts in it.
+        outer: what was in its place before.
+    """
+
+    call: weakref.ref[Call]
+    active: Active
+    outer: Scope | _Pin | None
+
+
+_HERE: ContextVar[Mapping[Switch, Scope | _Pin]] = ContextVar("nbpeft_active", default={})  # noqa: B039
+"""For this thread or asyncio task: switch -> its innermost scope, or what a running call has pinned."""
+
+
 class Switch:
     """The shared value and the gate around it.
 
     Attributes:
-        live: what acts in the next call.
+        live: what acts in the next call, outside of scopes.
+        traced: the same for compiled code, whose guards cannot tell threads apart: what the scope that was
+            opened last says, or ``live``.
     """
 
     def __init__(self) -> None:
-        self.live = NOTHING
+        self.live = self.traced = NOTHING
         self._start()
 
     def _start(self) -> None:
-        self._local = threading.local()
         self._condition = threading.Condition()
-        self._calls = 0
+        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._scopes: list[Scope] = []
         self._waiting = 0
         self._writer: int | None = None
-        self._writer_depth = 0
+        self._depth = 0
 
     def current(self) -> Active:
-        """What acts for the calling thread."""
+        """What acts for the calling thread or task."""
         if torch.compiler.is_compiling():
-            return self.live
-        pinned: Active | None = getattr(self._local, "pinned", None)
-        return self.live if pinned is None else pinned
+            return self.traced
+        here = self._here()
+        if here is not None:
+            return here.active
+        # Autograd has threads of its own on accelerators: what checkpointing computes again there belongs
+        # to the thread that called backward(), and so to its scope.
+        if self._scopes and torch._C._current_graph_task_id() != -1:
+            return self.traced
+        return self.live
 
-    @contextmanager
-    def call(self, active: Active | Callable[[], Active] | None = None) -> Iterator[None]:
-        """One call of the model: pins what acts, for this thread, until it ends.
+    def _here(self) -> Scope | _Pin | None:
+        here = _HERE.get().get(self)
+        while type(here) is _Pin and here.call() is None:
+            here = here.outer
+        return here
+
+    def publish(self, live: Active) -> None:
+        """Sets what acts outside of scopes."""
+        self.live = live
+        self.trace()
+
+    def trace(self) -> None:
+        """Brings ``traced`` up to date after a scope has changed."""
+        self.traced = self._scopes[-1].active if self._scopes else self.live
+
+    # Scopes
+
+    @property
+    def scope(self) -> Scope | None:
+        """The innermost scope of this thread or task."""
+        here = self._here()
+        while isinstance(here, _Pin):
+            here = here.outer
+        return here
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """All that are open, in any thread or task."""
+        return tuple(self._scopes)
+
+    @property
+    def scopes_elsewhere(self) -> bool:
+        """Whether another thread or task has one open."""
+        own, scope = 0, self.scope
+        while scope is not None:
+            own, scope = own + (scope in self._scopes), scope.outer
+        return len(self._scopes) > own
+
+    def enter(self, scope: Scope) -> None:
+        """Opens a scope here."""
+        self._scopes.append(scope)
+        _set_here(self, scope)
+        self.trace()
+
+    def leave(self, scope: Scope) -> None:
+        """Ends a scope; what was around it acts here again. One inside of it that is still open goes on."""
+        if scope in self._scopes:
+            self._scopes.remove(scope)
+        inner = self.scope
+        if inner is scope:
+            _set_here(self, scope.outer)
+        while inner is not None and inner is not scope:
+            if inner.outer is scope:
+                inner.outer = scope.outer
+            inner = inner.outer
+        self.trace()
+
+    # Calls
+
+    def call(self, active: Active | Callable[[], Active] | None = None) -> Call:
+        """One call of the model, to be used as a context: pins what acts, for this thread, until it ends.
 
         Args:
             active: act with this instead of the live value (a mixed batch); a function is asked
                 once no command can change the adapters any more.
         """
-        local = self._local
-        outer: Active | None = getattr(local, "pinned", None)
-        if outer is None:
-            self._enter()
-        try:
-            chosen = active() if callable(active) else active
-            local.pinned = chosen if chosen is not None else (outer or self.live)
-            yield
-        finally:
-            local.pinned = outer
-            if outer is None:
-                self._leave()
+        return Call(self, active)
+
+    def _begin(self, call: Call) -> None:
+        with self._condition:
+            if self._writer != call.thread and not self._inside(call.thread):
+                wait_for(self._condition, until=lambda: self._waiting == 0 and self._writer is None)
+            self._calls.add(call)
+
+    def _end(self, call: Call) -> None:
+        with self._condition:
+            self._calls.discard(call)
+            self._condition.notify_all()
+
+    def _inside(self, thread: int) -> bool:
+        """Whether a thread is inside a call."""
+        return any(call.thread == thread for call in self._calls)
+
+    # The gate
+
+    @property
+    def closed_here(self) -> bool:
+        """Whether this thread holds calls back."""
+        return self._writer == threading.get_ident()
+
+    def close(self, *, wait: bool = True) -> None:
+        """Waits until no call runs and holds those of other threads back until ``open``; may be nested.
+
+        To be called, with ``open``, while interruptions are held back.
+
+        Args:
+            wait: False to raise instead of waiting.
+
+        Raises:
+            BusyError: this thread is inside a call of the model itself, or another is and ``wait`` is False.
+        """
+        me = threading.get_ident()
+        with self._condition:
+            if self._inside(me):
+                raise BusyError("adapters cannot be changed from inside a call of the model")
+            if self._writer != me:
+                if not wait and (self._calls or self._writer is not None):
+                    raise BusyError("adapters cannot be changed while the model runs; try again when it has finished")
+                self._waiting += 1
+                try:
+                    wait_for(self._condition, until=lambda: not self._calls and self._writer is None)
+                finally:
+                    self._waiting -= 1
+                    self._condition.notify_all()
+                self._writer = me
+            self._depth += 1
+
+    def open(self) -> None:
+        """Ends what ``close`` began."""
+        with self._condition:
+            self._depth -= 1
+            if self._depth == 0:
+                self._writer = None
+                self._condition.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds calls of other threads back while tensors or modules change.
-
-        Raises:
-            BusyError: this thread is inside a call of the model itself.
-        """
-        if getattr(self._local, "pinned", None) is not None:
-            raise BusyError("adapters cannot be changed from inside a call of the model")
-        me = threading.get_ident()
-        with self._condition:
-            if self._writer != me:
-                self._waiting += 1
-                try:
-                    self._condition.wait_for(lambda: self._calls == 0 and self._writer is None)
-                finally:
-                    self._waiting -= 1
-                self._writer = me
-            self._writer_depth += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writer_depth -= 1
-                if self._writer_depth == 0:
-                    self._writer = None
-                    self._condition.notify_all()
-
-    def _enter(self) -> None:
-        me = threading.get_ident()
-        with self._condition:
-            if self._writer != me:
-                self._condition.wait_for(lambda: self._waiting == 0 and self._writer is None)
-            self._calls += 1
-
-    def _leave(self) -> None:
-        with self._condition:
-            self._calls -= 1
-            self._condition.notify_all()
+        """Holds calls of other threads and interruptions back while the block runs; see ``close``."""
+        with HeldInterrupts():
+            self.close()
+            try:
+                yield
+            finally:
+                self.open()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"live": self.live}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.live = state["live"]
+        self.live = self.traced = state["live"]
         self._start()
+
+
+class Call:
+    """A running call of a model: a context that pins what acts for its thread.
+
+    Do not keep it beyond its block (``with … as call``): it counts as running as long as it exists.
+    """
+
+    def __init__(self, switch: Switch, active: Active | Callable[[], Active] | None) -> None:
+        self._switch = switch
+        self._active = active
+        self._outer: Scope | _Pin | None = None
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> Self:
+        self._outer = self._switch._here()
+        try:
+            with HeldInterrupts():
+                self._switch._begin(self)
+                active = self._active() if callable(self._active) else self._active
+                chosen = self._switch.current() if active is None else active
+                _set_here(self._switch, _Pin(weakref.ref(self), chosen, self._outer))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with HeldInterrupts():
+            _set_here(self._switch, self._outer)
+            self._switch._end(self)
+
+
+def _set_here(switch: Switch, value: Scope | _Pin | None) -> None:
+    here = {key: held for key, held in _HERE.get().items() if key is not switch}
+    if value is not None:
+        here[switch] = value
+    _HERE.set(here)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from nbpeft.host_memory import host_memory
+
 _PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def device_memory(device: torch.device) -> DeviceMemory:
         total = torch.mps.recommended_max_memory()
         return DeviceMemory(total, total - torch.mps.driver_allocated_memory(), torch.mps.current_allocated_memory())
     if device.type == "cpu":
-        return _host_memory()
+        return DeviceMemory(*host_memory(), int(psutil.Process().memory_info().rss))
     return DeviceMemory(None, None, None)
 
 
@@ -91,40 +90,6 @@ def peak(device: torch.device) -> int | None:
     return None
 
 
-def _host_memory() -> DeviceMemory:
-    if _PROC.joinpath("meminfo").exists():
-        return _linux_memory()
-    if sys.platform == "win32":
-        return _windows_memory()
-    return _other_memory()
-
-
-def _linux_memory() -> DeviceMemory:
-    fields = dict(line.split(":", 1) for line in (_PROC / "meminfo").read_text().splitlines() if ":" in line)
-    total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    limit, taken = _container_limit()
-    if limit is not None and limit < total:
-        total = limit
-        free = min(free, max(limit - taken, 0))
-    return DeviceMemory(total, free, _status("VmRSS"))
-
-
-def _container_limit() -> tuple[int | None, int]:
-    """The control group's limit, if it has one, and what is taken of it (file cache left out)."""
-    for limit, current, inactive in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            value = int((_CGROUP / limit).read_text())
-            statistics = (_CGROUP / limit).with_name("memory.stat").read_text().split()
-            cache = int(statistics[statistics.index(inactive) + 1])
-            return value, int((_CGROUP / current).read_text()) - cache
-        except (OSError, ValueError):
-            continue
-    return None, 0
-
-
 def _status(name: str) -> int | None:
     """A field of ``/proc/self/status`` in bytes."""
     try:
@@ -143,47 +108,3 @@ def _lifetime_peak() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-class _MemoryStatus(ctypes.Structure):
-    """MEMORYSTATUSEX of the Windows API."""
-
-    _fields_ = (
-        ("length", ctypes.c_ulong),
-        ("load", ctypes.c_ulong),
-        ("total", ctypes.c_ulonglong),
-        ("available", ctypes.c_ulonglong),
-        ("others", ctypes.c_ulonglong * 5),
-    )
-
-
-def _windows_memory() -> DeviceMemory:
-    status: Any = _MemoryStatus()
-    status.length = ctypes.sizeof(_MemoryStatus)
-    if not getattr(ctypes, "windll").kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # noqa: B009
-        return DeviceMemory(None, None, None)
-    return DeviceMemory(status.total, status.available, _resident_by_psutil())
-
-
-def _other_memory() -> DeviceMemory:
-    psutil = _psutil()
-    if psutil is not None:
-        memory = psutil.virtual_memory()
-        return DeviceMemory(memory.total, memory.available, _resident_by_psutil())
-    try:
-        return DeviceMemory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None, None)
-    except (ValueError, OSError, AttributeError):
-        return DeviceMemory(None, None, None)
-
-
-def _resident_by_psutil() -> int | None:
-    psutil = _psutil()
-    return None if psutil is None else int(psutil.Process().memory_info().rss)
-
-
-def _psutil() -> Any:
-    """The psutil module where it is installed; nothing needs it on Linux."""
-    try:
-        return importlib.import_module("psutil")
-    except ImportError:
-        return None

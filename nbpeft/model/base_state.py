@@ -56,9 +56,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     for key, tensor in given.items():
         if isinstance(present[key], Tensor) and present[key].shape != tensor.shape:
             raise BaseMismatchError(f"{bare(key)} is {tuple(tensor.shape)}, expected {tuple(present[key].shape)}")
-    with manager.switch.exclusive():
+    with manager.transaction() as change:
+        change.keep_values([present[key] for key in given if isinstance(present[key], Tensor)])
         base.load_state_dict(given, strict=False)
-    manager.changed()
     return LoadResult(missing, unexpected)
 
 

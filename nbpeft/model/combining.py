@@ -96,8 +96,9 @@ def _combined(
     plan = _plan(manager, configs, combination)
     named = {path: _tensors(manager.layers[path], layer) for path, layer in combination.layers.items()}
     half = all(tensor.dtype != torch.float32 for tensors in named.values() for tensor in tensors.values())
-    manager.add(name, plan, AdapterWeights(named, copies), trainable=False, half=half)
-    _set_magnitudes(manager, name, combination)
+    with manager.transaction():
+        manager.add(name, plan, AdapterWeights(named, copies), trainable=False, half=half)
+        _set_magnitudes(manager, name, combination)
     losses = tuple(
         LayerLoss(path, layer.rank, layer.relative_error, layer.energy_kept)
         for path, layer in combination.layers.items()

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from nbpeft.engine.holder import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, walk
 from nbpeft.engine.tokens import embedding_of
-from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, MergeError
+from nbpeft.engine.transaction import Transaction
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.model.conversion import as_plain_lora
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -67,13 +68,23 @@ def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
 def load(
     manager: AdapterManager, source: str | os.PathLike[str], loading: Loading, *, replace: bool = False
 ) -> LoadResult:
-    """Puts a saved adapter on a manager's model; all or nothing.
+    """Puts a saved adapter on a manager's model; all or nothing. See ``read``."""
+    return read(manager, source, loading, replace=replace)()
+
+
+def read(
+    manager: AdapterManager, source: str | os.PathLike[str], loading: Loading, *, replace: bool = False
+) -> Callable[[], LoadResult]:
+    """Reads a saved adapter and checks that it fits; changes nothing yet.
 
     Args:
         manager: of the base model.
         source: a folder or a hub id.
         loading: how.
         replace: let it take the place of one with the same name.
+
+    Returns:
+        What puts it on the model.
 
     Raises:
         AdapterExistsError: the name is taken.
@@ -88,12 +99,11 @@ def load(
             f"the base model already carries an adapter {loading.name!r}: give this one another adapter_name, "
             "or use load_adapter() on the model that has it to replace it"
         )
-    if manager.merged:
-        raise MergeError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before loading an adapter")
     hub = {key: value for key, value in loading.options.items() if key in HUB_OPTIONS and value is not None}
     saved = checkpoint.read_checkpoint(str(source), device=_device(manager, loading), **hub)
     config = (loading.config or saved.config).copy(inference_mode=not loading.trainable)
-    note = checkpoint.compare(saved.metadata, manager.model)
+    # Merged weights are not the base's: they would be told to be another base.
+    note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     plan = manager.plan(config, loading.name)
     loaded = checkpoint.from_file(
         saved.tensors,
@@ -105,9 +115,16 @@ def load(
     )
     _tell(source, loaded, note)
     embeddings = {name: loaded.weights.base.pop(name) for name in list(loaded.weights.base) if name not in plan.biases}
-    manager.add(loading.name, plan, loaded.weights, trainable=loading.trainable, half=loading.half, replace=replace)
-    _copy_into_base(manager.model, embeddings)
-    return LoadResult(loaded.missing, loaded.unexpected)
+    how = {"trainable": loading.trainable, "half": loading.half, "replace": replace}
+    add = manager.prepare(loading.name, plan, loaded.weights, **how)
+
+    def put() -> LoadResult:
+        with manager.transaction() as change:
+            add()
+            _copy_into_base(manager.model, embeddings, change)
+        return LoadResult(loaded.missing, loaded.unexpected)
+
+    return put
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
@@ -144,9 +161,10 @@ def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _copy_into_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _copy_into_base(model: nn.Module, tensors: Mapping[str, Tensor], change: Transaction) -> None:
     if tensors:
         present = embedding_weights(model)
+        change.keep_values([present[name] for name in tensors])
         for name, tensor in tensors.items():
             present[name].data.copy_(tensor)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft.engine.transaction import Transaction
+
 
 @contextmanager
 def obedient_progress() -> Iterator[None]:
@@ -28,11 +30,15 @@ def obedient_progress() -> Iterator[None]:
         reader.tqdm = plain
 
 
-def forget_gguf(model: nn.Module) -> bool:
+def forget_gguf(model: nn.Module, change: Transaction | None = None) -> bool:
     """Drops transformers' quantized flag from a model read from a GGUF file.
 
     transformers dequantizes such a file while reading, so the weights are ordinary floating
     tensors; yet the flag stays, and saving or training the model is refused because of it.
+
+    Args:
+        model: the base model.
+        change: records what is dropped, where that may have to be undone.
 
     Returns:
         Whether there was such a flag.
@@ -44,6 +50,9 @@ def forget_gguf(model: nn.Module) -> bool:
         method = quantization.get("quant_method")
     if str(getattr(method, "value", method)).lower() != "gguf":
         return False
+    if change is not None:
+        change.keep_attributes(config, "quantization_config")
+        change.keep_attributes(model, "hf_quantizer", "is_quantized", "quantization_method")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[union-attr]
     for name, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
-from nbpeft.engine.build import collection_paused
+from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import method_of
@@ -59,7 +59,7 @@ def hotswap_adapter(
     manager.require(adapter_name)
     _refuse_misspelt(kwargs)
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
-    with collection_paused():
+    with CollectionPaused():
         saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
         # Merged weights are not the base's: they would be told to be another base.
         note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError
 from nbpeft.model import files
 from nbpeft.model.counting import parameter_counts
@@ -63,35 +63,39 @@ class PeftModel(nn.Module):
         model = bare(model)
         manager = AdapterManager.of(model) or AdapterManager(model)
         config = files.with_base_name(self._complete(peft_config), model)
-        replace = adapter_name in manager.configs
-        manager.add(
+        put = manager.prepare(
             adapter_name,
             config,
             trainable=not config.inference_mode,
             half=not autocast_adapter_dtype,
-            replace=replace,
+            replace=adapter_name in manager.configs,
         )
-        AdapterManager.attach(model, manager)
-        if manager.active != (adapter_name,):
-            manager.activate(adapter_name)
-        self._take(model, manager)
+        with manager.transaction():
+            put()
+            AdapterManager.attach(model, manager)
+            if manager.active != (adapter_name,):
+                manager.activate(adapter_name)
+            self._take(model, manager)
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:
         """Becomes the one handle of a base model."""
-        self.base_model = AdapterTuner(model, manager)
-        self.__dict__["manager"] = manager
-        self.__dict__["_token"] = manager.owner = object()
-        self.training = model.training
-        forget_gguf(model)
-        let_checkpointing_learn(model)
+        with manager.transaction(during_calls=True, quiet=True) as change:
+            change.keep_attributes(manager, "owner")
+            self.base_model = AdapterTuner(model, manager)
+            self.__dict__["manager"] = manager
+            self.__dict__["_token"] = manager.owner = object()
+            self.training = model.training
+            forget_gguf(model, change)
+            let_checkpointing_learn(model, change)
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
         """A handle on a model whose manager already has adapters."""
         handle = cls.__new__(cls)
         nn.Module.__init__(handle)
-        AdapterManager.attach(model, manager)
-        handle._take(model, manager)
+        with manager.transaction(during_calls=True, quiet=True):
+            AdapterManager.attach(model, manager)
+            handle._take(model, manager)
         return handle
 
     manager: AdapterManager
@@ -231,19 +235,19 @@ class PeftModel(nn.Module):
         self._check_live()
         self.manager.remove(adapter_name)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The base model alone inside the block; afterwards everything is as it was."""
-        self._check_live()
-        with self.manager.disabled():
-            yield
+    def disable_adapter(self) -> ScopedChoice:
+        """The base model alone inside the block; afterwards everything is as it was.
 
-    @contextmanager
-    def use(self, adapter_names: str | Sequence[str]) -> Iterator[None]:
-        """Other active adapters inside the block; afterwards everything is as it was."""
+        It holds for the thread or asyncio task that runs the block; others go on as they are. Code that
+        ``torch.compile`` has compiled cannot tell threads apart: there the block opened last holds for all.
+        """
         self._check_live()
-        with self.manager.use(adapter_names):
-            yield
+        return self.manager.disabled()
+
+    def use(self, adapter_names: str | Sequence[str]) -> ScopedChoice:
+        """Other active adapters inside the block, for its thread or task as with ``disable_adapter``."""
+        self._check_live()
+        return self.manager.use(adapter_names)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Folds adapters (default: the active ones) into the base weights."""
@@ -304,12 +308,15 @@ class PeftModel(nn.Module):
         model = bare(model)
         manager = AdapterManager.of(model) or AdapterManager(model)
         loading = files.Loading(adapter_name, is_trainable, config, not autocast_adapter_dtype, key_mapping, kwargs)
-        files.load(manager, model_id, loading)
-        if manager.active != (adapter_name,):
-            manager.activate(adapter_name)
-        chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
-        handle = chosen.over(model, manager)
-        handle.eval() if not is_trainable else handle.train(model.training)
+        put = files.read(manager, model_id, loading)
+        with manager.transaction() as change:
+            put()
+            if manager.active != (adapter_name,):
+                manager.activate(adapter_name)
+            chosen = PeftModel.for_task(manager.configs[adapter_name]) if cls is PeftModel else cls
+            handle = chosen.over(model, manager)
+            change.keep_modes(handle)
+            handle.eval() if not is_trainable else handle.train(model.training)
         return handle
 
     def load_adapter(
@@ -330,9 +337,12 @@ class PeftModel(nn.Module):
         """
         self._check_live()
         loading = files.Loading(adapter_name, is_trainable, None, not autocast_adapter_dtype, key_mapping, kwargs)
-        result = files.load(self.manager, model_id, loading, replace=True)
-        if not is_trainable:
-            self.eval()
+        put = files.read(self.manager, model_id, loading, replace=True)
+        with self.manager.transaction() as change:
+            result = put()
+            if not is_trainable:
+                change.keep_modes(self)
+                self.eval()
         return result
 
     def save_pretrained(

@@ -24,6 +24,7 @@ from typing import Any, Self
 from torch import nn
 
 from nbpeft.engine.holder import check_name
+from nbpeft.engine.interrupts import HeldInterrupts
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, UnknownAdapterError, did_you_mean
 from nbpeft.model.files import HUB_OPTIONS
@@ -192,12 +193,13 @@ class AdapterPool:
             BusyError: a running call uses it.
         """
         self._known([name])
-        with self.manager.switch.exclusive(), self._lock:
+        with self.manager.switch.exclusive(), self._lock, self.manager.transaction() as change:
             if name in self._residents.leases:
                 raise BusyError(f"adapter {name!r} is in use by a running call")
-            self._residents.drop(name)
-            self._host.drop(name)
+            change.keep(self._places)
+            self._residents.drop(name, change)
             del self._places[name]
+            self._host.drop(name)
 
     def pin(self, name: str) -> None:
         """Loads an adapter and keeps it resident.
@@ -287,12 +289,14 @@ class AdapterPool:
             yield
             return
         with ExitStack() as stack:
-            self._take(pooled, switching, stack)
-            stack.callback(self._release, pooled)
+            lease = _Lease(self, pooled)
+            stack.callback(lease.end)
+            self._take(lease, switching, stack)
             yield
 
-    def _take(self, names: tuple[str, ...], switching: bool, stack: ExitStack) -> None:
-        """Takes leases on adapters once all are resident; ``stack`` keeps the switch if need be."""
+    def _take(self, lease: _Lease, switching: bool, stack: ExitStack) -> None:
+        """Begins a lease once all its adapters are resident; ``stack`` keeps the switch if need be."""
+        names = lease.names
         arrivals: dict[str, Ready] = {}
         first = True
         while True:
@@ -303,7 +307,7 @@ class AdapterPool:
                     self._misses += len(missing)
                     first = False
                 if not missing and not (switching and self.manager.merged):
-                    self._residents.lease(names)
+                    lease.begin()
                     if switching:
                         # An exchange by another thread must not undo the choice that is being made.
                         stack.enter_context(self._lock)
@@ -322,7 +326,7 @@ class AdapterPool:
                     releases = self._releases
                     if victims is not None:
                         self._residents.exchange(coming, victims, switching=switching)
-                        self._residents.lease(names)
+                        lease.begin()
                         if switching:
                             stack.push(gate.pop_all())
                         return
@@ -330,7 +334,13 @@ class AdapterPool:
                 while self._releases == releases:
                     self._lock.wait()
 
-    def _release(self, names: Iterable[str]) -> None:
+    def lease(self, names: Iterable[str]) -> None:
+        """Keeps resident adapters where they are until ``release``; what ``hold`` rests on."""
+        with self._lock:
+            self._residents.lease(names)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Ends what ``lease`` began, in the same thread."""
         with self._lock:
             self._residents.release(names)
             self._releases += 1
@@ -364,6 +374,28 @@ class AdapterPool:
         self.manager.check_alive()
         if self._closed:
             raise AdapterError("this adapter pool is closed")
+
+
+class _Lease:
+    """What a call holds of the pool; it ends once, however its block is left."""
+
+    def __init__(self, pool: AdapterPool, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._pool = pool
+        self._begun = False
+
+    def begin(self) -> None:
+        """Keeps the adapters, which are resident, where they are."""
+        with HeldInterrupts():
+            self._pool.lease(self.names)
+            self._begun = True
+
+    def end(self) -> None:
+        """Lets them go."""
+        with HeldInterrupts():
+            begun, self._begun = self._begun, False
+            if begun:
+                self._pool.release(self.names)
 
 
 def _manager_and_handle(model: nn.Module | AdapterManager) -> tuple[AdapterManager, PeftModel | None]:

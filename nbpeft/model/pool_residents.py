@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError
 from nbpeft.model.pool_files import HostCache, Ready, Structure, copied_out
 
@@ -240,22 +240,20 @@ class Residents:
         """
         pairs, alone = self._paired(arrivals, victims)
         plans = {name: self._manager.plan(arrivals[name].config) for name in alone}
-        selected = self._manager.active
         gone = {old: self._copied(old) for old in victims}
-        records = dict(self._records)
-        with self._unmerged(arrivals, switching):
-            try:
-                for old in victims:
-                    if old not in pairs:
-                        self._manager.remove(old)
-                        del self._records[old]
-                for old, new in pairs.items():
-                    self._overwrite(old, new, arrivals[new])
-                for name, plan in plans.items():
-                    self._put_in(name, plan, arrivals[name])
-            except BaseException:
-                self._undo(arrivals, gone, selected, records)
-                raise
+        with self._manager.transaction() as change:
+            change.on_undo(lambda: self._unchanged(victims))
+            change.keep(self._records)
+            if arrivals and self._manager.merged:
+                self._unmerge(arrivals, switching)
+            for old in victims:
+                if old not in pairs:
+                    self._manager.remove(old)
+                    del self._records[old]
+            for old, new in pairs.items():
+                self._overwrite(old, new, arrivals[new])
+            for name, plan in plans.items():
+                self._put_in(name, plan, arrivals[name])
         self.evictions += len(victims)
         self.swaps += len(pairs)
         for name, ready in arrivals.items():
@@ -266,25 +264,20 @@ class Residents:
             if copied is not None:
                 self._host.put(old, copied)
 
-    @contextmanager
-    def _unmerged(self, arrivals: Iterable[str], switching: bool) -> Iterator[None]:
-        """The frozen weights while adapters are exchanged for arrivals; after a failure what was merged is so again."""
-        merged = self._manager.merged if arrivals else ()
-        if not merged:
-            yield
-            return
+    def _unmerge(self, arrivals: Iterable[str], switching: bool) -> None:
+        """Brings the frozen weights back, for adapters that are to become active."""
         if not switching:
             raise MergeError(
-                f"{', '.join(map(repr, merged))} merged: unmerge before {', '.join(map(repr, arrivals))} "
-                "can be brought onto the model"
+                f"{', '.join(map(repr, self._manager.merged))} merged: unmerge before "
+                f"{', '.join(map(repr, arrivals))} can be brought onto the model"
             )
-        warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
+        warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=5)
         self._manager.unmerge()
-        try:
-            yield
-        except BaseException:
-            self._manager.merge(merged)
-            raise
+
+    def _unchanged(self, names: Iterable[str]) -> None:
+        """Takes the tensors of adapters, which were written and put back, for those that were loaded."""
+        for name in names:
+            self._records[name].version = self._version(name)
 
     def _paired(self, arrivals: Mapping[str, Ready], victims: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         """Victim -> the arrival of its structure that overwrites it, and the arrivals without one."""
@@ -337,30 +330,10 @@ class Residents:
             tensors.update((id(tensor), tensor) for tensor in named.values())
         return sum(tensor.nbytes for tensor in tensors.values())
 
-    def _undo(
-        self,
-        arrivals: Iterable[str],
-        gone: Mapping[str, Ready | None],
-        selected: tuple[str, ...],
-        records: Mapping[str, Resident],
-    ) -> None:
-        """After a failure half-way: the old ones are put back, from their files if need be."""
-        for name in arrivals:
-            self._records.pop(name, None)
-            if name in self._manager.configs:
-                self._manager.remove(name)
-        for name, copied in gone.items():
-            if name not in self._manager.configs:
-                ready = copied or self._host.get(name, ahead=True)
-                self._put_in(name, self._manager.plan(ready.config), ready)
-        known = {name: self._records.get(name, record) for name, record in records.items()}
-        configs = self._manager.configs
-        self._records = OrderedDict((name, one) for name, one in known.items() if configs.get(name) is one.config)
-        if selected and self._manager.active != selected:
-            self._manager.activate(selected)
-
-    def drop(self, name: str) -> None:
+    def drop(self, name: str, change: Transaction) -> None:
         """Takes an adapter off the model, if it is there."""
+        change.keep(self._records)
+        change.keep_attributes(self, "pinned", "_scales")
         if name in self.names:
             self._manager.remove(name)
             del self._records[name]

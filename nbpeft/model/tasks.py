@@ -214,10 +214,12 @@ def inject_adapter_in_model(
     """
     manager = AdapterManager.of(model) or AdapterManager(model)
     plan = manager.plan(peft_config) if state_dict is None else _plan_for_keys(manager, peft_config, state_dict)
-    manager.add(adapter_name, plan, trainable=not peft_config.inference_mode)
-    AdapterManager.attach(model, manager)
-    if manager.active != (adapter_name,):
-        manager.activate(adapter_name)
+    put = manager.prepare(adapter_name, plan, trainable=not peft_config.inference_mode)
+    with manager.transaction():
+        put()
+        AdapterManager.attach(model, manager)
+        if manager.active != (adapter_name,):
+            manager.activate(adapter_name)
     return model
 
 

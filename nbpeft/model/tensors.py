@@ -92,14 +92,19 @@ def set_peft_model_state_dict(
     whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name)
     tensors = checkpoint.file_keys(peft_model_state_dict, adapter_name, peft_type)
     loaded = checkpoint.from_file(tensors, wanted, peft_type=peft_type, ignore_mismatched=ignore_mismatched_sizes)
-    with manager.switch.exclusive():
-        for own, new in ((weights.adapters, loaded.weights.adapters), (weights.copies, loaded.weights.copies)):
-            for path, named in new.items():
-                for key, value in named.items():
-                    own[path][key].copy_(value)
-        for key, value in loaded.weights.base.items():
-            weights.base.get(key, present.get(key)).copy_(value)  # type: ignore[union-attr]
-    manager.changed()
+    writes = [
+        (own[path][key], value)
+        for own, new in ((weights.adapters, loaded.weights.adapters), (weights.copies, loaded.weights.copies))
+        for path, named in new.items()
+        for key, value in named.items()
+    ]
+    writes += [
+        (present[key] if key in present else weights.base[key], value) for key, value in loaded.weights.base.items()
+    ]
+    with manager.transaction() as change:
+        change.keep_values([own for own, _ in writes])
+        for own, value in writes:
+            own.copy_(value)
     # The state dict of a whole model holds the base and other adapters besides.
     unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
     return LoadResult(loaded.missing, unexpected)

@@ -9,6 +9,8 @@ from torch import nn
 
 from nbpeft.engine.combine import Recipe
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.tokens import embedding_of
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 from nbpeft.model.combining import Combined, combine_adapters
 
@@ -167,9 +169,18 @@ def bare(model: Any) -> nn.Module:
     return base
 
 
-def let_checkpointing_learn(model: nn.Module) -> None:
-    """Reentrant checkpointing gives no gradient where no input needs one, as with frozen embeddings."""
+def let_checkpointing_learn(model: nn.Module, change: Transaction) -> None:
+    """Reentrant checkpointing gives no gradient where no input needs one, as with frozen embeddings.
+
+    Args:
+        model: the base model.
+        change: records the hooks that are hung on the embeddings.
+    """
     enable = getattr(model, "enable_input_require_grads", None)
     active = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
     if active and callable(enable):
+        embeddings = embedding_of(model, output=False)
+        if embeddings is not None:
+            change.keep(embeddings._forward_hooks)
+        change.keep(model.__dict__)
         enable()

@@ -49,10 +49,10 @@ def test_it_ends_well_where_the_adapters_of_before_were_renamed_or_deleted_meanw
     with manager.use("b"):
         manager.rename("a", "z")
         assert manager.enabled
-    assert (manager.active, manager.enabled) == (("c",), False)
+    assert (manager.active, manager.enabled) == (("z", "c"), False)
     with manager.use("b"):
         manager.remove("c")
-    assert (manager.active, manager.enabled) == (("b",), False)
+    assert (manager.active, manager.enabled) == (("z",), False)
 
 
 def test_none_are_active_again_where_none_were() -> None:

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from nbpeft import host_memory
 from nbpeft.memory import devices
 from nbpeft.memory.devices import DeviceMemory, device_memory, join, mark_peak, peak
 
@@ -50,7 +51,7 @@ def test_a_container_limit_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{2**28}\n")
     (tmp_path / "memory.current").write_text(f"{2**27}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {2**26}\n")
-    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
     memory = device_memory(CPU)
     assert memory.total == 2**28
     assert memory.free == 2**28 - 2**27 + 2**26

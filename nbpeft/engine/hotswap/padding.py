@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.switch import Switch
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import HotSwapError
 
 
@@ -18,9 +19,8 @@ class Layers(Protocol):
     """What padding needs of the adapters' manager."""
 
     layers: dict[str, AdaptedLayer]
-    switch: Switch
 
-    def changed(self) -> None: ...  # noqa: D102
+    def transaction(self) -> AbstractContextManager[Transaction]: ...  # noqa: D102
 
 
 def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None:
@@ -61,7 +61,10 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
         if rank < target_rank:
             grown.extend(larger_factors(layer, adapter, target_rank))
             padded.append(adapter)
-    with manager.switch.exclusive(), torch.no_grad():
+    with manager.transaction() as change, torch.no_grad():
+        change.keep_data(parameter for parameter, _ in grown)
+        for _, _, adapter in slots:
+            change.keep_attributes(adapter, "padded", "scaling")
         put_larger(grown)
         for adapter in padded:
             adapter.__dict__["padded"] = True
@@ -69,7 +72,6 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
             scaling = getattr(adapter, "scaling", None)
             if scaling is not None and not isinstance(scaling, Tensor):
                 adapter.scaling = torch.tensor(float(scaling), device=next(adapter.parameters()).device)
-    manager.changed()
 
 
 def adapter_tensors(adapter: Adapter, config: Any, path: str, layer: AdaptedLayer) -> dict[str, Tensor]:

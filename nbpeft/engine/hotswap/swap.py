@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.copies import CopiedModule
-from nbpeft.engine.hotswap.writes import Writes, set_scaling
+from nbpeft.engine.hotswap.writes import Writes
+from nbpeft.engine.interrupts import released_interrupts
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import method_of
-from nbpeft.engine.switch import Switch
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import HotSwapError, in_one_line
 
 _SLOT_FIELDS = (
@@ -36,7 +36,6 @@ class Manager(Protocol):
     configs: dict[str, AdapterConfig]
     layers: dict[str, AdaptedLayer]
     copies: dict[str, CopiedModule]
-    switch: Switch
 
     @property
     def merged(self) -> tuple[str, ...]: ...  # noqa: D102
@@ -47,13 +46,7 @@ class Manager(Protocol):
 
     def use(self, names: str | Sequence[str]) -> AbstractContextManager[None]: ...  # noqa: D102
 
-    def scale(self, name: str) -> float: ...  # noqa: D102
-
-    def set_scale(self, name: str, scale: float) -> None: ...  # noqa: D102
-
-    def unmerge(self) -> None: ...  # noqa: D102
-
-    def changed(self) -> None: ...  # noqa: D102
+    def transaction(self) -> AbstractContextManager[Transaction]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -116,13 +109,12 @@ def swap(
     writes.collect_layers(layers, weights.adapters)
     writes.collect_copies(copies, weights.copies)
     writes.collect_biases(manager.base_biases(name), weights.base)
-    with manager.switch.exclusive():
-        undo = None if validate is None else _backup(manager, name)
-        writes.write()
+    with manager.transaction() as change:
+        change.keep(manager.configs)
+        writes.write(change)
         manager.configs[name] = new_config
-        if validate is not None and undo is not None:
-            _validated(manager, name, validate, undo)
-    manager.changed()
+        if validate is not None:
+            _validated(manager, name, validate)
     return Swapped(name, len(weights.adapters), tuple(writes.zeroed), tuple(writes.reset))
 
 
@@ -154,66 +146,15 @@ def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig)
             )
 
 
-def _backup(manager: Manager, name: str) -> Callable[[], None]:
-    """How to put the slot back as it is now, bit for bit, wherever the caller has moved it meanwhile."""
-    adapters = [layer.adapter(name) for layer in manager.layers.values() if name in layer.adapters._modules]
-    tensors: list[Tensor] = [p for adapter in adapters for p in adapter._parameters.values() if p is not None]
-    for module in manager.copies.values():
-        if name in module.modules_to_save._modules:
-            tensors.extend(module.modules_to_save[name].state_dict(keep_vars=True).values())
-    tensors.extend(manager.base_biases(name).values())
-    storages = [tensor.detach() for tensor in tensors]
-    values = [storage.clone() for storage in storages]
-    settings = [_settings(adapter) for adapter in adapters]
-    config, scale = manager.configs[name], manager.scale(name)
-
-    def home() -> str | None:
-        if not adapters:
-            return name
-        found = (layer.adapters._modules.items() for layer in manager.layers.values())
-        return next((key for named in found for key, adapter in named if adapter is adapters[0]), None)
-
-    @torch.no_grad()
-    def undo() -> None:
-        if manager.merged:
-            manager.unmerge()
-        for tensor, storage in zip(tensors, storages, strict=True):
-            if tensor.shape != storage.shape:  # the swap put a larger one in its place
-                tensor.data = storage
-        torch._foreach_copy_(storages, values)
-        for adapter, setting in zip(adapters, settings, strict=True):
-            set_scaling(adapter, setting["scaling"])
-            adapter.__dict__.pop("padded", None)
-            adapter.__dict__.update({key: value for key, value in setting.items() if key != "scaling"})
-        place = home()
-        if place is not None and place in manager.configs:
-            manager.configs[place] = config
-            if manager.scale(place) != scale:
-                manager.set_scale(place, scale)
-
-    return undo
-
-
-def _settings(adapter: Adapter) -> dict[str, float]:
-    settings = {"scaling": float(adapter.scaling)}
-    settings.update(
-        {key: adapter.__dict__[key] for key in ("dropout", "padded", "trained_scaling") if key in adapter.__dict__}
-    )
-    return settings
-
-
-def _validated(manager: Manager, name: str, validate: Callable[[], object], undo: Callable[[], None]) -> None:
+def _validated(manager: Manager, name: str, validate: Callable[[], object]) -> None:
+    """Asks the caller; an error here lets the transaction put the old adapter back."""
     try:
-        with manager.use(name):
+        with manager.use(name), released_interrupts():
             verdict = validate()
         # In here, because asking a tensor with many entries for its truth fails.
         accepted = verdict is None or bool(verdict)
-    except BaseException as error:
-        undo()
-        if not isinstance(error, Exception):
-            raise
+    except Exception as error:
         reason = in_one_line(error) or type(error).__name__
         raise HotSwapError(f"validating the new adapter failed ({reason}); {name!r} is as before") from error
     if not accepted:
-        undo()
         raise HotSwapError(f"the new adapter did not pass its validation; {name!r} is as before", name=name)

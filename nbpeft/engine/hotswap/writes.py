@@ -13,7 +13,8 @@ from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.factored import MAGNITUDE
 from nbpeft.engine.hotswap.padding import factor_names, larger_factors, put_larger, used_part
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.layer_face import forget_scaling, write_scaling
+from nbpeft.engine.layer_face import forget_scaling, keep_scaling, write_scaling
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, HotSwapError
 
 
@@ -41,6 +42,7 @@ class Writes:
         self._zeros: list[Tensor] = []
         self._larger: list[tuple[nn.Parameter, Tensor]] = []
         self._adapters: list[tuple[str, Adapter]] = []
+        self._scalings: dict[str, float] = {}
         self._padded: list[Adapter] = []
         self._neutral_magnitudes: list[tuple[Adapter, AdaptedLayer]] = []
 
@@ -57,11 +59,14 @@ class Writes:
                 f"({_listed(strangers)}); load it under another name",
                 unexpected=tuple(strangers),
             )
+        scaling_at = getattr(self.config, "scaling_at", None)
         for path, layer in slot.items():
             adapter: Any = layer.adapters._modules[self.name]
             if getattr(adapter, "start", None) is not None:
                 raise HotSwapError(f"{path}: adapter {self.name!r} started in a part of the base weights", path=path)
             self._adapters.append((path, adapter))
+            if scaling_at is not None:
+                self._scalings[path] = scaling_at(path)
             shapes = self._shapes_at(path, layer, adapter)
             if path in given:
                 self._check_shapes(path, shapes, given[path])
@@ -130,15 +135,18 @@ class Writes:
                 self._padded.append(adapter)
         for key, shape in shapes.items():
             parameter = parameters[key]
-            # What is larger is filled first and takes the parameter's place afterwards.
-            home = larger[parameter] if larger and parameter in larger else parameter.detach()
-            if key not in given:
-                self._zeros.append(home)
+            fresh = larger.get(parameter)
+            home = parameter.detach() if fresh is None else fresh
+            used, rest = (home[:0], [home]) if key not in given else used_part(adapter, key, home, shape, layer)
+            source = given[key].detach().reshape(used.shape) if key in given else used
+            if fresh is not None:  # filled now; it takes the parameter's place when all is written
+                used.copy_(source)
+                for part in rest:
+                    part.zero_()
                 continue
-            used, rest = used_part(adapter, key, home, shape, layer)
             self._zeros.extend(rest)
-            source = given[key].detach()
-            self._put(used, source if source.shape == used.shape else source.reshape(used.shape))
+            if key in given:
+                self._put(used, source)
 
     def _put(self, target: Tensor, source: Tensor) -> None:
         self._targets.append(target)
@@ -186,8 +194,18 @@ class Writes:
             self._put(tensor.detach(), given[key].detach())
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Writes all of it."""
+    def write(self, change: Transaction) -> None:
+        """Writes all of it.
+
+        Args:
+            change: records what is there now.
+        """
+        neutral = [adapter.get_parameter(MAGNITUDE).detach() for adapter, _ in self._neutral_magnitudes]
+        change.keep_values([*self._zeros, *self._targets, *neutral])
+        change.keep_data(parameter for parameter, _ in self._larger)
+        for _, adapter in self._adapters:
+            keep_scaling(adapter, change)
+            change.keep_attributes(adapter, "padded", "dropout")
         if self._zeros:
             torch._foreach_zero_(self._zeros)
         if self._targets:
@@ -202,11 +220,10 @@ class Writes:
             magnitude.copy_(norm(layer.base).view(magnitude.shape))
 
     def _write_settings(self) -> None:
-        scaling_at = getattr(self.config, "scaling_at", None)
         dropout = getattr(self.config, "lora_dropout", None)
         for path, adapter in self._adapters:
-            if scaling_at is not None:
-                set_scaling(adapter, scaling_at(path))
+            if path in self._scalings:
+                set_scaling(adapter, self._scalings[path])
             if adapter.__dict__.get("dropout", dropout) != dropout:
                 adapter.__dict__["dropout"] = dropout
 

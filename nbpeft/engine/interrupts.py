@@ -1,0 +1,107 @@
+"""Holding an interruption (Ctrl-C, the kernel's stop button) back while something is between two states.
+
+    with HeldInterrupts():          # SIGINT is only noted from here on
+        ...                         # short: a command that commits
+        check_interrupt()           # long: a place where stopping is safe
+    # a noted one is delivered here
+
+Python delivers SIGINT between any two instructions of the main thread, a ``finally`` block included.
+Nothing that is written in Python can therefore be undone for certain unless the signal is held back.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_STEP = 0.05
+"""Seconds that a wait lasts at most before it looks for a noted interruption again."""
+
+
+class HeldInterrupts:
+    """Holds SIGINT back in the main thread; elsewhere, where none is ever delivered, it does nothing.
+
+    What is noted meanwhile goes to the handler that was there before, when the outermost block ends.
+
+    Args:
+        to_the_end: let nothing inside stop the block earlier (``check_interrupt``): for what has to be finished.
+    """
+
+    def __init__(self, *, to_the_end: bool = False) -> None:
+        self.to_the_end = to_the_end
+        self._previous: Any = None
+        self._noted = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            previous = signal.getsignal(signal.SIGINT)
+            if callable(previous) and _holder(previous) is None:
+                self._previous = previous
+                signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = True
+
+    def deliver(self) -> None:
+        """Hands a noted interruption on, which usually raises KeyboardInterrupt; without one it does nothing."""
+        if self._noted:
+            self._noted = False
+            self._previous(signal.SIGINT, sys._getframe())
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Lets interruptions through while the block runs."""
+        if self._previous is None:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._previous)
+        try:
+            self.deliver()
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self.deliver()
+
+
+def check_interrupt() -> None:
+    """Delivers an interruption that is held back: for the places inside a long command where it can stop."""
+    if threading.current_thread() is threading.main_thread():
+        held = _holder(signal.getsignal(signal.SIGINT))
+        if held is not None and not held.to_the_end:
+            held.deliver()
+
+
+def released_interrupts() -> AbstractContextManager[None]:
+    """Lets interruptions through while the block runs, where they are held back: for code of the user's."""
+    main = threading.current_thread() is threading.main_thread()
+    held = _holder(signal.getsignal(signal.SIGINT)) if main else None
+    return nullcontext() if held is None else held.released()
+
+
+def wait_for(condition: threading.Condition, *, until: Any) -> None:
+    """``Condition.wait_for`` that an interruption ends although it is held back.
+
+    Args:
+        condition: held by the caller.
+        until: a function; the wait ends when it returns something true.
+    """
+    while not until():
+        condition.wait(_STEP)
+        check_interrupt()
+
+
+def _holder(handler: Any) -> HeldInterrupts | None:
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, HeldInterrupts) else None

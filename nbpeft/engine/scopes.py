@@ -1,0 +1,150 @@
+"""Blocks in which other adapters, or none, act: each thread and asyncio task has its own."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, suppress
+from types import TracebackType
+from typing import Protocol
+
+from nbpeft.engine.interrupts import HeldInterrupts
+from nbpeft.engine.switch import Scope, Switch
+from nbpeft.engine.transaction import Block, Transaction
+from nbpeft.errors import BusyError
+
+
+class Manager(Protocol):
+    """What a block needs of the adapters' manager."""
+
+    alive: bool
+    switch: Switch
+
+    @property
+    def active(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def merged(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def check_alive(self) -> None: ...  # noqa: D102
+
+    def check_choice(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
+
+    @property
+    def selected(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def select_again(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
+
+    def supplied(self, names: tuple[str, ...], *, switching: bool = False) -> AbstractContextManager[None]:  # noqa: D102
+        ...
+
+    def transaction(self, *, during_calls: bool = False) -> Block: ...  # noqa: D102
+
+    def idle(self, names: tuple[str, ...]) -> set[str]: ...  # noqa: D102
+
+    def refresh(self, names: set[str], change: Transaction) -> None: ...  # noqa: D102
+
+    def unmerge(self) -> None: ...  # noqa: D102
+
+    def park(self) -> None: ...  # noqa: D102
+
+    def merge_parked(self) -> None: ...  # noqa: D102
+
+
+class ScopedChoice(ContextDecorator):
+    """A block with a choice of adapters of its own; afterwards everything is as it was.
+
+    Blocks nest, and those of several threads or asyncio tasks may overlap. Where adapters are merged,
+    the frozen weights come back until the last block has ended; outside of blocks the merged adapters
+    go on acting meanwhile.
+
+    Args:
+        manager: of the model.
+        names: the adapters that act; None for none, the base model alone.
+    """
+
+    def __init__(self, manager: Manager, names: tuple[str, ...] | None) -> None:
+        self._manager = manager
+        self._names = names
+        self._scope: Scope | None = None
+        self._again: tuple[str, ...] = ()
+        self._woken: set[str] = set()
+        self._supply = ExitStack()
+
+    @property
+    def _aim(self) -> str:
+        return "they are disabled" if self._names is None else "another is activated"
+
+    def _recreate_cm(self) -> ScopedChoice:
+        return ScopedChoice(self._manager, self._names)
+
+    def __enter__(self) -> None:
+        manager = self._manager
+        manager.check_alive()
+        try:
+            if self._names is not None:
+                self._bring(self._names)
+            with manager.transaction(during_calls=not manager.merged) as change:
+                if self._names is not None:
+                    manager.check_choice(self._names)
+                if manager.merged:
+                    warnings.warn(f"adapters are merged: unmerging before {self._aim}", stacklevel=3)
+                    manager.park()
+                self._open(change)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def _bring(self, names: tuple[str, ...]) -> None:
+        """Has adapters on the model that come from elsewhere; the selected ones may have to go for them meanwhile."""
+        before = self._manager.selected
+        with self._manager.supplied(names, switching=True):
+            self._supply.enter_context(self._manager.supplied(names))
+        now = self._manager.selected
+        if now != before:
+            self._again = before  # once the lease on these has ended, which have to make room
+
+    def _open(self, change: Transaction) -> None:
+        switch = self._manager.switch
+        names = self._manager.active if self._names is None else self._names
+        scope = Scope(names, self._names is not None, switch.scope)
+
+        def undo() -> None:
+            self._scope = None
+            switch.leave(scope)
+
+        change.on_undo(undo)
+        self._scope = scope
+        # Another scope may let them train already, or the selection outside.
+        self._woken = self._manager.idle(names) if self._names is not None else set()
+        switch.enter(scope)
+        self._manager.refresh(self._woken, change)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with HeldInterrupts(to_the_end=True):
+            scope, self._scope = self._scope, None
+            try:
+                if scope is not None:
+                    self._close(scope)
+            finally:
+                self._supply.__exit__(kind, error, trace)
+            again, self._again = self._again, ()
+            if again and self._manager.alive:
+                self._manager.select_again(again)
+
+    def _close(self, scope: Scope) -> None:
+        manager = self._manager
+        manager.switch.leave(scope)
+        if manager.alive:
+            if manager.merged:
+                manager.unmerge()
+            with manager.transaction(during_calls=True) as change:
+                manager.refresh(self._woken | manager.idle(scope.names), change)
+            with suppress(BusyError):  # inside a call: they act all the same, and are merged after the next block
+                manager.merge_parked()
+
+    def __del__(self) -> None:
+        # An interruption between two instructions can keep a block from ending; it ends with its last reference.
+        if self._scope is not None:
+            self.__exit__(None, None, None)

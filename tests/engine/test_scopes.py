@@ -1,0 +1,255 @@
+"""Blocks of ``use`` and ``disabled``: nested, overlapping, in threads and asyncio tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nbpeft import LoraConfig, PeftModel, get_peft_model
+from nbpeft.errors import BusyError
+from tests.effort import effort
+
+IDS = torch.arange(6.0).view(2, 3)
+LEGAL = ("a", "b", None)
+
+
+def adapted() -> PeftModel:
+    """A model with ``a``, which is active and trains, and ``b``."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), config, adapter_name="a")
+    model.add_adapter("b", config)
+    return model
+
+
+def outputs(model: PeftModel) -> dict[str | None, torch.Tensor]:
+    """What each choice gives; None is the base alone."""
+    found: dict[str | None, torch.Tensor] = {}
+    for name in LEGAL:
+        with chosen(model, name):
+            found[name] = output(model)
+    return found
+
+
+def output(model: PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(IDS)
+    return result
+
+
+def chosen(model: PeftModel, name: str | None) -> Any:
+    return model.disable_adapter() if name is None else model.use(name)
+
+
+@contextmanager
+def elsewhere(model: PeftModel, name: str | None) -> Iterator[None]:
+    """Another thread is inside a block while this one runs."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def block() -> None:
+        with chosen(model, name):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    inside.wait(10)
+    yield
+    leave.set()
+    thread.join(10)
+
+
+def flags(model: PeftModel) -> list[bool]:
+    return [parameter.requires_grad for parameter in model.parameters()]
+
+
+def test_a_block_holds_for_its_own_thread() -> None:
+    model = adapted()
+    legal, before = outputs(model), flags(model)
+    for name in (None, "b"):
+        with elsewhere(model, name):
+            assert torch.equal(output(model), legal["a"])
+            assert (model.active_adapter, model.manager.enabled) == ("a", True)
+            with chosen(model, "b"):
+                assert torch.equal(output(model), legal["b"])
+    assert torch.equal(output(model), legal["a"])
+    assert (model.active_adapter, model.manager.enabled, flags(model)) == ("a", True, before)
+
+
+def test_blocks_nest_and_overlap() -> None:
+    model = adapted()
+    legal = outputs(model)
+    with model.use("b"):
+        with model.disable_adapter():
+            assert torch.equal(output(model), legal[None])
+            with model.use("a"):
+                assert torch.equal(output(model), legal["a"])
+            assert torch.equal(output(model), legal[None])
+        assert torch.equal(output(model), legal["b"])
+    first, second = model.use("b"), model.disable_adapter()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(output(model), legal[None])
+    second.__exit__(None, None, None)
+    assert torch.equal(output(model), legal["a"])
+    assert model.manager.switch.scopes == ()
+
+
+def test_an_error_in_a_block_ends_it_and_one_at_its_start_opens_none() -> None:
+    model = adapted()
+    legal = outputs(model)
+    with pytest.raises(ZeroDivisionError), model.use("b"):
+        raise ZeroDivisionError
+    with pytest.raises(Exception, match="nowhere"), model.use("nowhere"):
+        raise AssertionError
+    assert torch.equal(output(model), legal["a"])
+    assert model.manager.switch.scopes == ()
+
+
+def test_a_choice_made_in_a_block_ends_with_it() -> None:
+    model = adapted()
+    legal = outputs(model)
+    with model.use("a"):
+        model.set_adapter("b")
+        assert torch.equal(output(model), legal["b"])
+    assert torch.equal(output(model), legal["a"])
+    with model.disable_adapter():
+        model.base_model.enable_adapter_layers()
+        assert torch.equal(output(model), legal["a"])
+    assert torch.equal(output(model), legal["a"])
+
+
+def test_an_adapter_trains_where_it_is_used() -> None:
+    model = adapted()
+    before = flags(model)
+    with model.use("b"):
+        model(IDS).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.manager.parameters("b"))
+    assert flags(model) == before
+
+
+def test_it_can_be_a_decorator() -> None:
+    model = adapted()
+    legal = outputs(model)
+    assert torch.equal(model.disable_adapter()(lambda: output(model))(), legal[None])
+
+
+def test_merged_adapters_go_on_acting_outside_of_a_block_that_needs_the_frozen_weights() -> None:
+    model = adapted()
+    legal = outputs(model)
+    model.merge_adapter()
+    merged = output(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with elsewhere(model, None):
+            assert torch.equal(output(model), legal["a"])
+            with model.use("b"):
+                assert torch.equal(output(model), legal["b"])
+            assert not model.manager.merged
+            with pytest.raises(BusyError, match="block is open in another thread"):
+                model.merge_adapter()
+            with pytest.raises(BusyError, match="block is open in another thread"):
+                model.unload()
+    assert model.manager.merged == ("a",)
+    assert torch.equal(output(model), merged)
+
+
+def test_checkpointing_in_autograds_own_threads_computes_with_the_block_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    seen: list[tuple[str, ...]] = []
+    with model.use("b"):
+        monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+        thread = threading.Thread(target=lambda: seen.append(model.manager.switch.current().names))
+        thread.start()
+        thread.join(10)
+    assert seen == [("b",)]
+
+
+def test_compiled_code_sees_the_block() -> None:
+    model = adapted()
+    legal = outputs(model)
+    compiled = torch.compile(model, backend="eager")
+    for name in ("a", None, "b", "a"):
+        with chosen(model, name), torch.no_grad():
+            assert torch.allclose(compiled(IDS), legal[name])
+    with torch.no_grad():
+        assert torch.allclose(compiled(IDS), legal["a"])
+
+
+def test_tasks_have_blocks_of_their_own() -> None:
+    model = adapted()
+    legal = outputs(model)
+
+    async def task(name: str | None) -> None:
+        for _ in range(3):
+            with chosen(model, name):
+                await asyncio.sleep(0)
+                assert torch.equal(output(model), legal[name])
+            await asyncio.sleep(0)
+            assert torch.equal(output(model), legal["a"])
+
+    async def main() -> None:
+        await asyncio.gather(*(task(name) for name in LEGAL))
+
+    asyncio.run(main())
+    assert torch.equal(output(model), legal["a"])
+
+
+def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None:
+    model = adapted()
+    legal, before = outputs(model), flags(model)
+    until = time.monotonic() + effort(quick=1, full=20, long=60)
+    errors: list[str] = []
+
+    def look(name: str | None) -> None:
+        if not torch.equal(output(model), legal[name]):
+            errors.append(f"not the output of {name!r}")
+
+    def thread(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < until and not errors:
+            with ExitStack() as stack:
+                look("a")
+                for name in draw.choices(LEGAL, k=draw.randint(1, 4)):
+                    stack.enter_context(chosen(model, name))
+                    look(name)
+            look("a")
+
+    async def task(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < until and not errors:
+            with chosen(model, first := draw.choice(LEGAL)):
+                await asyncio.sleep(0)
+                look(first)
+                with chosen(model, second := draw.choice(LEGAL)):
+                    await asyncio.sleep(0)
+                    look(second)
+                await asyncio.sleep(0)
+                look(first)
+            await asyncio.sleep(0)
+            look("a")
+
+    async def main() -> None:
+        await asyncio.gather(*(task(seed) for seed in range(4)))
+
+    threads = [threading.Thread(target=thread, args=(seed,)) for seed in range(4)]
+    threads.append(threading.Thread(target=lambda: asyncio.run(main())))
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(120)
+    assert errors == []
+    assert (model.active_adapter, model.manager.enabled, flags(model)) == ("a", True, before)
+    assert model.manager.switch.scopes == ()
+    assert torch.equal(output(model), legal["a"])

@@ -1,0 +1,305 @@
+"""Every command on a small model, and all of the state that it may change."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter
+from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.model import AdapterPool, set_peft_model_state_dict
+from nbpeft.model.base_state import get_base_model_state_dict, set_base_model_state_dict
+
+WIDTH, WORDS = 64, 7
+IDS = torch.tensor([[0, 3, 6], [5, 2, 1]])
+STORAGES = ("dense", "nf4", "int8")
+
+
+class Tiny(nn.Module):
+    """An embedding, two layers that are quantized, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        hidden = hidden + torch.tanh(self.first(hidden))
+        output: Tensor = self.head(hidden + torch.tanh(self.second(hidden)))
+        return output
+
+
+def tiny(storage: str) -> nn.Module:
+    """The bare model, always with the same values."""
+    torch.manual_seed(0)
+    model = Tiny()
+    if storage != "dense":
+        import bitsandbytes as bnb
+
+        for name in ("first", "second"):
+            plain: Any = getattr(model, name)
+            size = (WIDTH, WIDTH, plain.bias is not None)
+            kind = {
+                "nf4": lambda size: bnb.nn.Linear4bit(*size, compute_dtype=torch.float32, quant_type="nf4"),
+                "int8": lambda size: bnb.nn.Linear8bitLt(*size, has_fp16_weights=False),
+            }[storage]
+            made = kind(size)
+            made.load_state_dict(plain.state_dict())
+            setattr(model, name, made.to("cpu"))
+    return model.eval()
+
+
+def config(r: int = 2, **fields: Any) -> LoraConfig:
+    """One whose adapters are no identity."""
+    settings: dict[str, Any] = {"target_modules": ["first", "second"], "init_lora_weights": False, **fields}
+    return LoraConfig(r=r, **settings)
+
+
+@dataclass
+class Stage:
+    """A model that a command is run on.
+
+    Attributes:
+        base: the bare model.
+        model: the handle on it, if it is adapted.
+        pool: the pool on it, if there is one.
+    """
+
+    base: nn.Module
+    model: Any = None
+    pool: Any = None
+    returned: Any = None
+
+
+def adapted(storage: str) -> Stage:
+    """A model with adapters of several kinds: ``a`` is active and trains."""
+    torch.manual_seed(1)
+    base = tiny(storage)
+    model = get_peft_model(base, config(), adapter_name="a")
+    model.add_adapter("b", config(4, lora_alpha=3, use_rslora=True))
+    model.add_adapter("dora", config(2, use_dora=True))
+    model.add_adapter("whole", config(2, target_modules=["first"], modules_to_save=["head"], bias="lora_only"))
+    model.add_adapter("rows", config(2, target_modules=["second"], trainable_token_indices={"embed": [1, 4]}))
+    return Stage(base, model)
+
+
+def merged(storage: str) -> Stage:
+    """The same with ``a`` merged."""
+    stage = adapted(storage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stage.model.merge_adapter()
+    return stage
+
+
+def pooled(storage: str) -> Stage:
+    """A model with two adapters in a pool that has room for one."""
+    torch.manual_seed(1)
+    base = tiny(storage)
+    folders = saved()
+    one = (Path(folders["b"]) / "adapter_model.safetensors").stat().st_size / 1e6
+    pool = AdapterPool(base, limit_mb=1.4 * one, adapters={name: folders[name] for name in ("b", "b2", "c")})
+    pool.set_adapter("b")
+    return Stage(base, pool.model, pool)
+
+
+_SAVED: dict[str, str] = {}
+
+
+def saved() -> dict[str, str]:
+    """Folders of adapters, written once."""
+    if not _SAVED:
+        folder = Path(tempfile.mkdtemp(prefix="nbpeft-test-"))
+        torch.manual_seed(2)
+        settings = {"b": config(4), "b2": config(4, lora_alpha=5), "c": config(2, lora_alpha=1), "wide": config(6)}
+        settings["full"] = config(2, target_modules=["first"], modules_to_save=["head"], bias="lora_only")
+        for name, one in settings.items():
+            get_peft_model(tiny("dense"), one, adapter_name="default").save_pretrained(str(folder / name))
+            _SAVED[name] = str(folder / name)
+    return _SAVED
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and the stage it is run on."""
+
+    stage: Callable[[str], Stage]
+    run: Callable[[Stage], object]
+    unloads: bool = False
+
+
+def _get_peft_model(stage: Stage) -> None:
+    stage.model = get_peft_model(stage.base, config(), adapter_name="a")
+
+
+def _from_pretrained(stage: Stage) -> None:
+    stage.model = PeftModel.from_pretrained(stage.base, saved()["full"], adapter_name="a", is_trainable=True)
+
+
+def _blocks(stage: Stage) -> None:
+    with stage.model.use(["b", "a"]), stage.model.disable_adapter(), stage.model.use("dora"):
+        stage.model(IDS)
+
+
+def _disable(stage: Stage) -> None:
+    with stage.model.disable_adapter():
+        stage.model(IDS)
+
+
+def _train(stage: Stage) -> None:
+    stage.model(IDS).sum().backward()
+    stage.model.zero_grad()
+
+
+def _mixed(stage: Stage) -> None:
+    stage.model(IDS, adapter_names=["b", "__base__"])
+
+
+def _state_dict(stage: Stage) -> None:
+    values = {name: tensor + 1 for name, tensor in get_base_model_state_dict(stage.model).items() if "head" in name}
+    set_base_model_state_dict(stage.model, values, strict=False)
+
+
+def _adapter_state(stage: Stage) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(Path(saved()["b"]) / "adapter_model.safetensors")
+    set_peft_model_state_dict(stage.model, tensors, "b")
+
+
+def _combine(kind: str) -> Callable[[Stage], object]:
+    return lambda stage: stage.model.base_model.add_weighted_adapter(["a", "b"], [0.5, 0.7], "sum", kind, svd_rank=3)
+
+
+COMMANDS: dict[str, Command] = {
+    "get_peft_model": Command(lambda storage: Stage(tiny(storage)), _get_peft_model),
+    "from_pretrained": Command(lambda storage: Stage(tiny(storage)), _from_pretrained),
+    "add": Command(adapted, lambda s: s.model.add_adapter("new", config(3))),
+    "add dora": Command(adapted, lambda s: s.model.add_adapter("new", config(3, use_dora=True))),
+    "add copies": Command(adapted, lambda s: s.model.add_adapter("new", config(3, modules_to_save=["head"]))),
+    "add rows": Command(
+        adapted, lambda s: s.model.add_adapter("new", config(3, trainable_token_indices={"embed": [2]}))
+    ),
+    "add beside merged": Command(merged, lambda s: s.model.add_adapter("new", config(3))),
+    "replace": Command(adapted, lambda s: s.model.manager.add("a", config(5), replace=True)),
+    "replace copies": Command(adapted, lambda s: s.model.manager.add("whole", config(5), replace=True)),
+    "load": Command(adapted, lambda s: s.model.load_adapter(saved()["b"], "loaded")),
+    "load over": Command(adapted, lambda s: s.model.load_adapter(saved()["c"], "b")),
+    "delete": Command(adapted, lambda s: s.model.delete_adapter("b")),
+    "delete active": Command(adapted, lambda s: s.model.delete_adapter("a")),
+    "delete copies": Command(adapted, lambda s: s.model.delete_adapter("whole")),
+    "delete rows": Command(adapted, lambda s: s.model.delete_adapter("rows")),
+    "delete beside merged": Command(merged, lambda s: s.model.delete_adapter("b")),
+    "rename": Command(adapted, lambda s: s.model.manager.rename("a", "z")),
+    "rename copies": Command(adapted, lambda s: s.model.manager.rename("whole", "z")),
+    "copy": Command(adapted, lambda s: s.model.manager.copy("b", "twin")),
+    "switch": Command(adapted, lambda s: s.model.set_adapter("b")),
+    "switch several": Command(adapted, lambda s: s.model.set_adapter(["rows", "dora"], inference_mode=True)),
+    "switch merged": Command(merged, lambda s: s.model.set_adapter("b")),
+    "off": Command(adapted, lambda s: s.model.manager.disable()),
+    "off merged": Command(merged, lambda s: s.model.manager.disable()),
+    "scale": Command(adapted, lambda s: s.model.manager.set_scale("a", 0.5)),
+    "freeze": Command(adapted, lambda s: s.model.manager.freeze("a")),
+    "requires_grad": Command(adapted, lambda s: s.model.set_requires_grad("a", False)),
+    "merge": Command(adapted, lambda s: s.model.merge_adapter(["a", "dora"])),
+    "merge copies": Command(adapted, lambda s: s.model.merge_adapter(["whole"])),
+    "merge rows": Command(adapted, lambda s: s.model.merge_adapter(["rows"], safe_merge=True)),
+    "merge beside merged": Command(merged, lambda s: s.model.merge_adapter(["dora"])),
+    "unmerge": Command(merged, lambda s: s.model.unmerge_adapter()),
+    "combine": Command(adapted, _combine("svd")),
+    "combine cat": Command(adapted, _combine("cat")),
+    "swap": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["b2"], "b")),
+    "swap smaller": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["c"], "b")),
+    "swap larger": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["wide"], "b")),
+    "swap copies": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["full"], "whole")),
+    "state dict": Command(adapted, _state_dict),
+    "adapter state dict": Command(adapted, _adapter_state),
+    "unload": Command(adapted, lambda s: s.model.unload(), unloads=True),
+    "unload merged": Command(merged, lambda s: s.model.unload(), unloads=True),
+    "merge_and_unload": Command(adapted, lambda s: s.model.merge_and_unload(adapter_names=["a", "dora"]), unloads=True),
+    "merge_and_unload merged": Command(
+        merged, lambda s: s.model.merge_and_unload(adapter_names=["a", "b"]), unloads=True
+    ),
+    "blocks": Command(adapted, _blocks),
+    "block merged": Command(merged, _disable),
+    "forward": Command(adapted, _train),
+    "mixed batch": Command(adapted, _mixed),
+    "pool": Command(pooled, lambda s: s.pool.set_adapter("b2")),
+    "pool other": Command(pooled, lambda s: s.pool.set_adapter("c")),
+    "pool call": Command(pooled, lambda s: s.model(IDS, adapter_names=["b", "__base__"])),
+    "pool unregister": Command(pooled, lambda s: s.pool.unregister("c")),
+}
+
+
+def state_of(stage: Stage) -> dict[str, Any]:
+    """Everything a command may change, in a form that can be compared."""
+    base = stage.base
+    state: dict[str, Any] = {"outputs": _bits(base(IDS)), "gc": gc.isenabled()}
+    state["signal"] = signal.getsignal(signal.SIGINT)
+    for name, module in base.named_modules(remove_duplicate=False):
+        state[f"module {name}"] = type(module)
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        state[f"hooks {name}"] = tuple(len(held) for held in hooks)
+        state[f"training {name}"] = module.training
+        if isinstance(module, AdaptedLayer):
+            state[f"merged {name}"] = module.merged, module._frozen is None
+            for key, adapter in module.adapters.items():
+                state[f"scaling {name} {key}"] = float(getattr(adapter, "scaling", 0)), adapter.__dict__.get("padded")
+        if isinstance(module, CopiedModule):
+            state[f"copies {name}"] = tuple(module.modules_to_save)
+        backend = module.backend if isinstance(module, AdaptedLayer) else None
+        for place, tensor in enumerate(backend.tensors(module.base_layer) if backend is not None else ()):
+            state[f"stored {name} {place}"] = _bits(tensor)
+    tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+    for name, tensor in tensors.items():
+        state[f"tensor {name}"] = _bits(tensor), tensor.requires_grad
+    manager = base.__dict__.get("_nbpeft_manager")
+    state["managed"] = manager is not None and manager.alive
+    if manager is not None:
+        state["who"] = (manager.names, manager.active, manager.enabled, manager.merged, sorted(manager.frozen))
+        state["scales"] = [manager.scale(name) for name in manager.names]
+        state["acts"] = manager.switch.current(), manager.switch.live, manager.switch.traced
+        state["configs"] = {name: one.to_dict() for name, one in manager.configs.items()}
+        state["paths"] = sorted(manager.layers), sorted(manager.copies)
+        state["biases"] = {name: sorted(manager.base_biases(name)) for name in manager.names}
+        state["open"] = manager.switch.scopes, len(manager.switch._calls), manager.switch._writer
+        state["handle"] = stage.model is None or manager.owner is stage.model._token
+    if stage.pool is not None:
+        residents = stage.pool._residents
+        state["pool"] = stage.pool.names, stage.pool.resident, dict(residents.leases), set(residents.pinned)
+    return state
+
+
+def _bits(tensor: Tensor) -> bytes:
+    plain = tensor.detach().as_subclass(Tensor).contiguous()
+    return bytes(plain.reshape(-1).view(torch.uint8).numpy().data) + str(tuple(plain.shape)).encode()
+
+
+def twin(stage: Stage) -> Stage:
+    """An independent copy of a stage."""
+    return copy.deepcopy(stage)
+
+
+def run_quietly(command: Command, stage: Stage, seed: int = 3) -> None:
+    """Runs a command with the same random numbers each time; warnings are not the point here."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        command.run(stage)

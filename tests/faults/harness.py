@@ -1,0 +1,110 @@
+"""One command tried again and again on the same model, with something that goes wrong each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from tests.faults.commands import COMMANDS, STORAGES, Command, Stage, run_quietly, saved, state_of, twin
+
+CASES = [(name, storage) for name in COMMANDS for storage in STORAGES if storage == "dense" or "merge" in name]
+"""Commands, and the kinds of weights that they are tried on: quantized ones where they are written."""
+
+
+class Harness:
+    """One command on one kind of weights.
+
+    Attributes:
+        before: the state that the command finds.
+        after: the one it leaves.
+    """
+
+    def __init__(self, name: str, storage: str) -> None:
+        self.command: Command = COMMANDS[name]
+        self.storage = storage
+        saved()
+        self._made = self.command.stage(storage)
+        self.before = state_of(self._made)
+        done = self.stage()
+        run_quietly(self.command, done)
+        self.after = state_of(done)
+
+    def stage(self) -> Stage:
+        """A model as the command finds it."""
+        return self.command.stage(self.storage) if self._made.pool is not None else twin(self._made)
+
+    def run(self, stage: Stage, around: AbstractContextManager[object], failure: type[BaseException]) -> bool:
+        """Runs the command.
+
+        Args:
+            stage: the model.
+            around: makes something go wrong.
+            failure: what the command may raise then; an error of ours may tell of it as well.
+
+        Returns:
+            Whether it failed.
+        """
+        try:
+            with around:
+                run_quietly(self.command, stage)
+        except failure:
+            return True
+        except Exception as error:
+            if not isinstance(error.__cause__ or error.__context__, failure):
+                raise
+            return True
+        return False
+
+    def is_before(self, stage: Stage, what: str, *, failed: bool) -> bool:
+        """Compares the state, which must be that before or after the command; whether it is the former."""
+        state = state_of(stage)
+        if state == self.before:
+            assert failed or state == self.after, f"{what}: nothing happened"
+            return state != self.after
+        if state != self.after:
+            raise AssertionError(f"{what}: {differing(state, self.before, self.after)}")
+        return False
+
+    def settles(self, stage: Stage) -> None:
+        """The same command works now, and unloading gives the true base."""
+        run_quietly(self.command, stage)
+        state = state_of(stage)
+        if state != self.after:
+            raise AssertionError(f"again: {differing(state, self.after, self.after)}")
+        if stage.model is None or self.command.unloads:
+            return
+        wanted = self.stage()
+        run_quietly(self.command, wanted)
+        bare = [state_of(unloaded(one)) for one in (stage, wanted)]
+        if bare[0] != bare[1]:
+            raise AssertionError(f"unloaded: {differing(bare[0], bare[1], bare[1])}")
+
+    def try_all(
+        self, points: list[Any], around: Callable[[Any], AbstractContextManager[object]], failure: type[BaseException]
+    ) -> None:
+        """Tries a failure at each point; one model serves until a command succeeds."""
+        stage = self.stage()
+        for point in points:
+            failed = self.run(stage, around(point), failure)
+            if not self.is_before(stage, f"{failure.__name__} at {point}", failed=failed):
+                stage = self.stage()
+        self.settles(stage)
+
+
+def unloaded(stage: Stage) -> Stage:
+    """The bare model."""
+    run_quietly(Command(lambda storage: stage, lambda stage: stage.model.unload()), stage)
+    return stage
+
+
+def differing(state: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Where a state is neither."""
+    keys = {*state, *before, *after}
+    absent = object()
+    odd = [key for key in keys if state.get(key, absent) not in (before.get(key, absent), after.get(key, absent))]
+    mixed = [key for key in keys if before.get(key, absent) != after.get(key, absent)]
+    as_before = [key for key in mixed if state.get(key, absent) == before.get(key, absent)]
+    as_after = [key for key in mixed if state.get(key, absent) == after.get(key, absent)]
+    values = {key: (state.get(key), before.get(key), after.get(key)) for key in sorted(odd)[:2]}
+    return f"neither: {odd[:6]} {str(values)[:400]}; as before: {as_before[:4]}; as after: {as_after[:4]}"
