@@ -32,11 +32,10 @@ from nbpeft.engine.targets import (
 )
 from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
 from nbpeft.engine.tokens import token_rows
+from nbpeft.engine.unadaptable import bypassed, check_called, check_copy, check_shaped
 from nbpeft.errors import LayerKindError, TargetError
 
 _CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
-
-_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,7 @@ def plan(
     """
     method = method_of(config)
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
+    check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, sites)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
@@ -178,6 +178,7 @@ def plan(
         getattr(resolved, "layers_pattern", None),
     )
     targets, excluded = _match(sites, matcher, resolved, method, tuple(copies))
+    check_called(model, [target.path for target in targets])
     adapted = {target.path for target in targets}
     tokens = _token_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or tokens) and not matcher.targets):
@@ -227,7 +228,8 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
     found = []
     for site in sites:
         host = resolve_host(site.module)
-        if host is not None and host.name in ("linear", "conv1d") and not any(site.module is head for head in heads):
+        linear = host is not None and host.multiplies and not any(site.module is head for head in heads)
+        if linear and not bypassed(model, site.path):
             found.append(site.path)
     return found
 
@@ -256,24 +258,9 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
         warnings.warn(without_head(missing) if guessed else str(problem), stacklevel=4)
     for site in sites:
         if site.path in found:
-            _check_copy(site)
+            check_copy(site.path, site.module, site.wrapper)
     inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
     return {path: count for path, count in found.items() if path not in inner}
-
-
-def _check_copy(site: Site) -> None:
-    """Raises TargetError where a module cannot be trained as a whole."""
-    if isinstance(site.wrapper, AdaptedLayer):
-        raise TargetError(f"{site.path} carries adapters already and cannot be trained as a whole (modules_to_save)")
-    inner = next((path for path, module in site.module.named_modules() if isinstance(module, AdaptedLayer)), None)
-    if inner is not None:
-        raise TargetError(f"{site.path} cannot be trained as a whole (modules_to_save): its {inner} carries adapters")
-    if isinstance(site.module, _CONTAINERS):
-        raise LayerKindError(
-            f"{site.path} is a {type(site.module).__name__}, which holds modules but has no forward of its own; "
-            "name the modules inside it in modules_to_save",
-            path=site.path,
-        )
 
 
 def _match(

@@ -89,7 +89,7 @@ def remark(
         TargetError: a pattern matches nothing, if strict.
     """
     unmatched = unmatched_patterns(config, [path for path, _ in modules])
-    excluded = config.exclude_modules
+    excluded = getattr(config, "exclude_modules", None)
     shown = excluded if excluded is None or isinstance(excluded, str) else sorted(excluded)
     idle = f"exclude_modules={shown!r} names no module of the model" if idle_exclusion else ""
     for note, category in ((unmatched, RuntimeWarning), (idle, UserWarning)):
