@@ -21,7 +21,7 @@ from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, Backend, H
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
-from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, without_head
+from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, warn_of_tied, without_head
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
@@ -177,8 +177,7 @@ def plan(
         getattr(resolved, "layers_to_transform", None),
         getattr(resolved, "layers_pattern", None),
     )
-    targets, excluded = _match(sites, matcher, resolved, method, tuple(copies))
-    check_called(model, [target.path for target in targets])
+    targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
     adapted = {target.path for target in targets}
     tokens = _token_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or tokens) and not matcher.targets):
@@ -192,6 +191,7 @@ def plan(
     idle = matcher.excludes_none_of(site.path for site in sites)
     modules = [(site.path, site.module) for site in sites if site.path in adapted]
     remark(resolved, modules, strict=not allow_missing, idle_exclusion=idle)
+    warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
     biases = _biases(model, resolved, adapted, tuple(copies))
     return InjectionPlan(method.label, resolved, (*targets, *tokens), copies, biases, tuple(excluded), missing)
 
@@ -264,8 +264,9 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
 
 
 def _match(
-    sites: list[Site], matcher: Matcher, config: AdapterConfig, method: Method, copies: tuple[str, ...]
+    model: nn.Module, sites: list[Site], matcher: Matcher, config: AdapterConfig, copies: tuple[str, ...]
 ) -> tuple[list[Target], list[str]]:
+    method = method_of(config)
     targets: list[Target] = []
     excluded: list[str] = []
     inside = tuple(f"{path}." for path in copies)
@@ -280,6 +281,7 @@ def _match(
             continue
         if isinstance(site.wrapper, CopiedModule):
             raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
+        check_called(model, path)
         targets.append(_target(site, config, method))
     return targets, excluded
 

@@ -45,16 +45,14 @@ def bypassed(model: nn.Module, path: str) -> str:
     return f"the fused kernels of {kind} read its weight without calling it, so an adapter there would not act"
 
 
-def check_called(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raises TargetError where an adapter would not act, because the model never calls the layer."""
-    for path in paths:
-        reason = bypassed(model, path)
-        if reason:
-            name = path.rpartition(".")[2]
-            raise TargetError(
-                f"{path} cannot be adapted: {reason}; take {name!r} out of target_modules or exclude it",
-                path=path,
-            )
+def check_called(model: nn.Module, path: str) -> None:
+    """Raises TargetError where an adapter would not act, because the model does not call the layer."""
+    reason = bypassed(model, path)
+    if reason:
+        name = path.rpartition(".")[2]
+        raise TargetError(
+            f"{path} cannot be adapted: {reason}; take {name!r} out of target_modules or exclude it", path=path
+        )
 
 
 def check_shaped(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -18,7 +18,7 @@ from nbpeft.model.counting import parameter_counts
 from nbpeft.model.gguf import forget_gguf
 from nbpeft.model.rows import serving
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from nbpeft.model.tuner import AdapterTuner, bare, let_checkpointing_learn
+from nbpeft.model.tuner import AdapterTuner, bare, let_checkpointing_learn, remove, tell_of_biases
 
 
 class PeftModel(nn.Module):
@@ -227,14 +227,15 @@ class PeftModel(nn.Module):
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out."""
+        """Takes an adapter out; where no active one is left the oldest becomes active."""
         self._check_live()
-        self.manager.remove(adapter_name)
+        remove(self.manager, adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model alone inside the block; afterwards everything is as it was."""
         self._check_live()
+        tell_of_biases(self.manager, stacklevel=4)
         with self.manager.disabled():
             yield
 
@@ -326,12 +327,15 @@ class PeftModel(nn.Module):
     ) -> files.LoadResult:
         """Loads a saved adapter beside the others; it does not become active.
 
-        An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
+        With ``is_trainable`` its tensors take gradients all the same. An adapter of the same name is replaced,
+        weights and config. See ``from_pretrained``.
         """
         self._check_live()
         loading = files.Loading(adapter_name, is_trainable, None, not autocast_adapter_dtype, key_mapping, kwargs)
         result = files.load(self.manager, model_id, loading, replace=True)
-        if not is_trainable:
+        if is_trainable:
+            self.manager.set_requires_grad(adapter_name, True)
+        else:
             self.eval()
         return result
 
@@ -368,6 +372,7 @@ class PeftModel(nn.Module):
             return
         if not safe_serialization:
             raise AdapterError("safe_serialization=False is not supported: adapters are saved as safetensors only")
+        files.tell_of_embeddings(self.manager, selected_adapters, save_embedding_layers)
         files.save(
             self.manager,
             save_directory,
