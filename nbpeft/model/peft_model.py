@@ -325,10 +325,9 @@ class PeftModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> files.LoadResult:
-        """Loads a saved adapter beside the others; it does not become active.
+        """Loads a saved adapter beside the others; it does not become active, but with ``is_trainable`` it can train.
 
-        With ``is_trainable`` its tensors take gradients all the same. An adapter of the same name is replaced,
-        weights and config. See ``from_pretrained``.
+        An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
         """
         self._check_live()
         loading = files.Loading(adapter_name, is_trainable, None, not autocast_adapter_dtype, key_mapping, kwargs)

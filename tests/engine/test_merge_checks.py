@@ -315,3 +315,19 @@ def test_a_layer_without_data_is_refused() -> None:
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(MergeError, match=r"^0: .*meta device"):
             merge()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaling_beyond_the_range_of_a_dtype_is_not_finite_instead_of_an_error_of_torch(dtype: torch.dtype) -> None:
+    layer = linear().to(dtype)
+    model, before = adapted(layer), layer.weight.detach().clone()
+    model.base_model.model[0].scaling["default"] = 1e308
+    with pytest.raises(MergeError, match="NaNs detected in the merged weights of 0"):
+        model.merge_adapter(safe_merge=True)
+    assert model.manager.merged == () and torch.equal(layer.weight, before)
+    model.base_model.model[0].unscale_layer()
+    model.manager.set_scale("default", 1e308)
+    model.merge_adapter()
+    assert not torch.isfinite(layer.weight).all()  # as the output beside it was
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, before)

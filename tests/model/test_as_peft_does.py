@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +161,64 @@ def test_tied_embeddings_are_told_where_peft_tells_them(changes: dict[str, Any])
 @pytest.mark.parametrize("changes", [{}, {"trainable_token_indices": [1]}], ids=str)
 def test_nothing_is_told_where_they_stay_alike(changes: dict[str, Any]) -> None:
     assert not told(nbpeft, llama(tie_word_embeddings=True), **changes)
+
+
+def heard(library: Any, use: Callable[[Any], object], **changes: Any) -> list[str]:
+    """What is told while a model with an adapter, and a second one, is used."""
+    model = library.get_peft_model(llama(), library.LoraConfig(**settings(**changes)))
+    model.add_adapter("second", library.LoraConfig(**settings()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        use(model)
+    return [str(warning.message) for warning in caught]
+
+
+def disables(model: Any) -> None:
+    with model.disable_adapter():
+        pass
+
+
+def deletes_the_active_one(model: Any) -> None:
+    model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+
+
+TOLD: list[tuple[Callable[[Any], object], dict[str, Any], str, str]] = [
+    (disables, {"bias": "all"}, "Careful, disabling", "'default' trains the base's biases (bias='all'), which stay"),
+    (
+        lambda model: model.base_model.disable_adapter_layers(),
+        {"bias": "lora_only"},
+        "Careful, disabling",
+        "'default' trains the base's biases (bias='lora_only'), which stay",
+    ),
+    (deletes_the_active_one, {}, "was active which is now deleted", "'default' was active and is deleted: 'second' is"),
+    (
+        lambda model: model.save_pretrained(tempfile.mkdtemp(), selected_adapters=["default"]),
+        {"target_modules": ["embed_tokens"]},
+        "Setting `save_embedding_layers` to `True`",
+        "model.embed_tokens is adapted: whole embeddings are saved along",
+    ),
+]
+
+
+@pytest.mark.parametrize(("use", "changes", "theirs", "ours"), TOLD)
+def test_what_peft_warns_of_is_told(use: Any, changes: dict[str, Any], theirs: str, ours: str) -> None:
+    assert any(theirs in line for line in heard(peft, use, **changes))
+    assert [line for line in heard(nbpeft, use, **changes) if ours in line]
+    others = [line for line in heard(nbpeft, use) if ours.partition(" ")[2] in line]
+    assert bool(others) is (changes == {})
+
+
+def test_nothing_is_told_of_what_was_asked_for(tmp_path: Path) -> None:
+    for embeddings in (True, False):
+        use = partial(PeftModel.save_pretrained, save_directory=tmp_path, save_embedding_layers=embeddings)
+        assert not heard(nbpeft, use, target_modules=["embed_tokens"])
+    assert not heard(nbpeft, lambda model: model.delete_adapter("second"))
+
+
+def test_a_grouped_convolution_is_told_when_it_is_adapted_as_in_peft() -> None:
+    for library, line in ((peft, "Merging is not supported"), (nbpeft, "0 cannot be merged: it is a Conv2d with 2")):
+        with pytest.warns(UserWarning, match=line):
+            library.get_peft_model(
+                nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), library.LoraConfig(r=4, target_modules=["0"])
+            )
