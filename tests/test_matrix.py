@@ -140,7 +140,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_in(model: Any) -> list[Tensor]:
-    """Copies of all tensors that the weight under test is stored in; taken after a forward, which may re-pack them."""
+    """Copies of all tensors that the weight under test is stored in; a forward may pack them anew."""
     layer = model.target
     return [tensor.detach().clone() for tensor in layer.backend.tensors(layer.base_layer)]
 
@@ -222,8 +222,8 @@ def test_unmerge_is_bit_equal(kind: str, method: str) -> None:
         model.merge_adapter()
     model(x)
     model.unmerge_adapter()
-    assert torch.equal(model(x), expected)
     assert all(torch.equal(*pair) for pair in zip(stored, stored_in(base), strict=True))
+    assert torch.equal(model(x), expected)
     if not case.quantized:
         assert same(before, weights_of(base))
 

@@ -58,7 +58,7 @@ def check_called(model: nn.Module, path: str) -> None:
 def check_shaped(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Raises LayerKindError where a lazy layer does not know its shape yet."""
     for path, module in modules:
-        if any(is_lazy(parameter) for parameter in module._parameters.values()):
+        if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
             raise LayerKindError(
                 f"{path} is a {type(module).__name__:.60} that has no shape yet: call the model with a batch first",
                 path=path,

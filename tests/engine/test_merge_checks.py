@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D
@@ -216,7 +216,7 @@ class Noisy(Spelt):
 
 
 class Choosy(nn.Linear):
-    def forward(self, input: Tensor, factor: float) -> Tensor:
+    def forward(self, input: Tensor, factor: float) -> Tensor:  # type: ignore[override]
         return super().forward(input) * factor
 
 
