@@ -197,6 +197,11 @@ class Halved(nn.Linear):
         return super().forward(input) / 2
 
 
+class Bounded(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).clamp(-5, 5)
+
+
 class Squashed(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, torch.tanh(self.weight), self.bias)
@@ -255,7 +260,7 @@ class Folded(nn.Conv1d):
         return super().forward(input).relu()
 
 
-@pytest.mark.parametrize("kind", [Halved, Squashed, Noisy])
+@pytest.mark.parametrize("kind", [Halved, Bounded, Squashed, Noisy])
 def test_a_linear_layer_with_a_map_of_its_own_is_refused(kind: type[nn.Module]) -> None:
     layer: Any = kind(6, 6)
     model = adapted(layer)
