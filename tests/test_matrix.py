@@ -139,6 +139,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
+def stored_in(model: Any) -> list[Tensor]:
+    """Copies of all tensors that the weight under test is stored in; a forward may pack them anew."""
+    layer = model.target
+    return [tensor.detach().clone() for tensor in layer.backend.tensors(layer.base_layer)]
+
+
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
@@ -210,12 +216,13 @@ def test_unmerge_is_bit_equal(kind: str, method: str) -> None:
     case = CASES[kind]
     base, model = adapted(case, method)
     x = case.batch()
-    expected, before = model(x), weights_of(base)
+    expected, before, stored = model(x), weights_of(base), stored_in(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.merge_adapter()
     model(x)
     model.unmerge_adapter()
+    assert all(torch.equal(*pair) for pair in zip(stored, stored_in(base), strict=True))
     assert torch.equal(model(x), expected)
     if not case.quantized:
         assert same(before, weights_of(base))

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.base import Backend, Base, Dropout, Host
+from nbpeft.engine.base import Backend, Base, Dropout, Host, fits
 from nbpeft.errors import ConfigError, did_you_mean
 
 __all__ = ["Adapter", "AdapterConfig", "AdapterWeights", "Backend", "Base", "Dropout", "Host", "PeftType", "TaskType"]
@@ -296,4 +296,8 @@ class Adapter(nn.Module):
 
         A method overrides it to spend less memory than a second weight.
         """
-        weight.add_(self.delta_weight(weight, base), alpha=scale)
+        delta = self.delta_weight(weight, base)
+        if fits(scale, weight.dtype):
+            weight.add_(delta, alpha=scale)
+        else:
+            weight.add_(delta * scale)

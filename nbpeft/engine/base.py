@@ -212,6 +212,11 @@ class Base:
         return self.host.canonical(self.module, weight)
 
 
+def fits(factor: float, dtype: torch.dtype) -> bool:
+    """Whether torch's in-place sums take a factor (``alpha``) on tensors of a dtype: not one beyond its range."""
+    return abs(factor) <= torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+
+
 def offloading(module: nn.Module) -> Any:
     """The hook by which accelerate keeps a layer's tensors elsewhere between calls, or None.
 

@@ -13,6 +13,7 @@ from nbpeft.engine.adapter import Adapter, Backend, Base, Host
 from nbpeft.engine.base import offloading
 from nbpeft.engine.layer_face import LayerFace, by_name
 from nbpeft.engine.lowrank import add_delta
+from nbpeft.engine.merge_checks import merge_refusal
 from nbpeft.engine.spool import spooled
 from nbpeft.engine.switch import Rows, Switch
 from nbpeft.engine.transaction import Transaction
@@ -240,6 +241,10 @@ class AdaptedLayer(LayerFace):
         refusal = self.host.product_refusal(self.base_layer) if present else ""
         if refusal:
             raise MergeError(f"{', '.join(map(repr, present))} cannot be merged into {refusal}")
+        biased = any(self.adapter(name).delta_bias(self.base) is not None for name in present)
+        refusal = merge_refusal(self.base, biased=biased) if present else ""
+        if refusal:
+            raise MergeError(refusal)
         for name in present:
             if self.base.bias is None and self.adapter(name).delta_bias(self.base) is not None:
                 raise MergeError(f"adapter {name!r} has a bias (lora_bias=True) but the base layer has none to take it")

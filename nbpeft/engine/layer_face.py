@@ -208,7 +208,7 @@ class LayerFace(nn.Module):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets an adapter's scaling here to ``scale`` times its trained one; nothing for one that is not here."""
         found = self._named().get(adapter)
-        if found is not None:
+        if found is not None and _has(found, "scaling"):
             write_scaling(found, trained_scaling(found) * scale)
 
     def scale_layer(self, scale: float) -> None:
@@ -222,8 +222,9 @@ class LayerFace(nn.Module):
             write_scaling(adapter, trained_scaling(adapter) if scale is None else float(adapter.scaling) / scale)
 
     def _acting(self) -> list[Any]:
-        adapters = self._named()
-        return [adapters[name] for name in self.active_adapters if name in adapters]
+        """The adapters here that act now and have a scaling, as trained token rows have none."""
+        scaling = self.scaling
+        return [self._named()[name] for name in self.active_adapters if name in scaling]
 
     @property
     def active_adapters(self) -> list[str]:

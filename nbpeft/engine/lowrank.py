@@ -12,6 +12,7 @@ draws the same mask.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -122,7 +123,11 @@ class _LowRank(torch.autograd.Function):
             ctx.save_for_backward(x, lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None)
             if onto is None:
                 return (hidden @ lora_B.to(dtype).T).view(shape)
-            room = _part(buffer, hidden.shape[0], out_features) if total is None else total.view(-1, out_features)
+            room = (
+                _part(buffer, hidden.shape[0], out_features)
+                if total is None
+                else total.view(hidden.shape[0], out_features)
+            )
             product = torch.mm(hidden, lora_B.to(dtype).T, out=room)
             return (product.view(shape) if total is None else total).add_(onto).to(onto.dtype)
 
@@ -134,7 +139,7 @@ class _LowRank(torch.autograd.Function):
         dtype: torch.dtype = ctx.dtype
         need_x, need_A, need_B, need_onto = ctx.needs_input_grad[:4]
         with torch.autocast(x.device.type, enabled=False):
-            rows = gradients[0].reshape(-1, lora_B.shape[0])
+            rows = _as_rows(gradients[0])
             buffer = _buffer(x, max(x.shape[-1], lora_B.shape[0]), dtype, ctx.probability)
             if rows.dtype != dtype:
                 room = _part(buffer, *rows.shape)
@@ -161,9 +166,9 @@ def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None,
     with torch.autocast(x.device.type, enabled=False):
         mask = _mask(x, ctx)
         cast = x.to(ctx.dtype)
-        flat = (cast if mask is None else cast * mask).reshape(-1, x.shape[-1])
+        flat = _as_rows(cast if mask is None else cast * mask)
         down, up, factor = lora_A.to(ctx.dtype), lora_B.to(ctx.dtype), _factor(ctx)
-        rows = gradient.reshape(-1, lora_B.shape[0]).to(ctx.dtype)
+        rows = _as_rows(gradient).to(ctx.dtype)
         hidden_gradient = (rows @ up) * factor
         grad_x = (hidden_gradient @ down).view(x.shape)
         grad_x = grad_x if mask is None else grad_x * mask
@@ -183,7 +188,7 @@ def _buffer(
         return None
     if result is not None and result.numel() >= x.numel():
         return result.view(-1)
-    wanted = x.numel() // x.shape[-1] * width if result is None else x.numel()
+    wanted = math.prod(x.shape[:-1]) * width if result is None else x.numel()
     return torch.empty(wanted, dtype=dtype, device=x.device)
 
 
@@ -201,9 +206,14 @@ def _factor(ctx: Any) -> float | Tensor:
     return scaling * keep_scale(ctx.probability) if ctx.probability else scaling
 
 
+def _as_rows(x: Tensor) -> Tensor:
+    """(…, features) as (tokens, features), also where there is no feature or no token."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _dropped_input(x: Tensor, ctx: Any, buffer: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """``x`` as (tokens, in) in the compute dtype, with zeros where it is dropped."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _as_rows(x)
     if buffer is None:
         return flat
     part = buffer[: flat.numel()].view(flat.shape).copy_(flat)

@@ -8,6 +8,7 @@ lie: nothing is copied, and an adapter that serves many rows is read once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -53,9 +54,9 @@ class FactorGroups:
         order, groups = self._grouped(index)
         first = next(entry for entry in self._factors if entry is not None)[0]
         dtype = compute_dtype(x, first)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1]).to(dtype)
+        rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).to(dtype)
         tokens = rows.shape[1]
-        flat = (rows if order is None else rows[order]).reshape(-1, x.shape[-1])
+        flat = (rows if order is None else rows[order]).flatten(0, 1)
         pieces = torch.split(flat, [count * tokens for _, count in groups])
         products = [self._product(piece, place) for piece, (place, _) in zip(pieces, groups, strict=True)]
         delta = torch.cat(products).view(x.shape[0], tokens, self._out_features)
@@ -114,7 +115,7 @@ class FactorBank:
         """See ``factor_rows``."""
         down, up = self._gather(index)
         dtype = compute_dtype(x, down)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1]).to(dtype)
+        rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).to(dtype)
         delta = (rows @ down.to(dtype).transpose(1, 2)) @ up.to(dtype)
         return delta.view(*x.shape[:-1], up.shape[-1])
 

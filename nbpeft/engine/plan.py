@@ -21,7 +21,7 @@ from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, Backend, H
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
-from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, without_head
+from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, warn_of_tied, without_head
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
@@ -32,11 +32,10 @@ from nbpeft.engine.targets import (
 )
 from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
 from nbpeft.engine.tokens import token_rows
+from nbpeft.engine.unadaptable import bypassed, check_called, check_copy, check_shaped
 from nbpeft.errors import LayerKindError, TargetError
 
 _CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
-
-_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,7 @@ def plan(
     """
     method = method_of(config)
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
+    check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, sites)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
@@ -177,7 +177,7 @@ def plan(
         getattr(resolved, "layers_to_transform", None),
         getattr(resolved, "layers_pattern", None),
     )
-    targets, excluded = _match(sites, matcher, resolved, method, tuple(copies))
+    targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
     adapted = {target.path for target in targets}
     tokens = _token_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or tokens) and not matcher.targets):
@@ -191,6 +191,7 @@ def plan(
     idle = matcher.excludes_none_of(site.path for site in sites)
     modules = [(site.path, site.module) for site in sites if site.path in adapted]
     remark(resolved, modules, strict=not allow_missing, idle_exclusion=idle)
+    warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
     biases = _biases(model, resolved, adapted, tuple(copies))
     return InjectionPlan(method.label, resolved, (*targets, *tokens), copies, biases, tuple(excluded), missing)
 
@@ -227,7 +228,8 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
     found = []
     for site in sites:
         host = resolve_host(site.module)
-        if host is not None and host.name in ("linear", "conv1d") and not any(site.module is head for head in heads):
+        linear = host is not None and host.multiplies and not any(site.module is head for head in heads)
+        if linear and not bypassed(model, site.path):
             found.append(site.path)
     return found
 
@@ -256,29 +258,15 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
         warnings.warn(without_head(missing) if guessed else str(problem), stacklevel=4)
     for site in sites:
         if site.path in found:
-            _check_copy(site)
+            check_copy(site.path, site.module, site.wrapper)
     inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
     return {path: count for path, count in found.items() if path not in inner}
 
 
-def _check_copy(site: Site) -> None:
-    """Raises TargetError where a module cannot be trained as a whole."""
-    if isinstance(site.wrapper, AdaptedLayer):
-        raise TargetError(f"{site.path} carries adapters already and cannot be trained as a whole (modules_to_save)")
-    inner = next((path for path, module in site.module.named_modules() if isinstance(module, AdaptedLayer)), None)
-    if inner is not None:
-        raise TargetError(f"{site.path} cannot be trained as a whole (modules_to_save): its {inner} carries adapters")
-    if isinstance(site.module, _CONTAINERS):
-        raise LayerKindError(
-            f"{site.path} is a {type(site.module).__name__}, which holds modules but has no forward of its own; "
-            "name the modules inside it in modules_to_save",
-            path=site.path,
-        )
-
-
 def _match(
-    sites: list[Site], matcher: Matcher, config: AdapterConfig, method: Method, copies: tuple[str, ...]
+    model: nn.Module, sites: list[Site], matcher: Matcher, config: AdapterConfig, copies: tuple[str, ...]
 ) -> tuple[list[Target], list[str]]:
+    method = method_of(config)
     targets: list[Target] = []
     excluded: list[str] = []
     inside = tuple(f"{path}." for path in copies)
@@ -293,6 +281,7 @@ def _match(
             continue
         if isinstance(site.wrapper, CopiedModule):
             raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
+        check_called(model, path)
         targets.append(_target(site, config, method))
     return targets, excluded
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.lora_config import PatternTable
+from nbpeft.engine.registry import resolve_host
+from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import PeftWarning, TargetError, did_you_mean
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -54,6 +56,41 @@ def without_bias(config: Any, modules: Sequence[tuple[str, nn.Module]]) -> str:
     return f"lora_bias=True, but {subject} no bias in the base: the adapter cannot be merged there"
 
 
+def unmergeable(modules: Sequence[tuple[str, nn.Module]]) -> str:
+    """Says which layers' adapters are no change of a weight, so that they cannot be merged; else empty."""
+    for path, module in modules:
+        host = resolve_host(module)
+        refusal = "" if host is None else host.product_refusal(module)
+        if refusal:
+            return f"{path} cannot be merged: it is {refusal}"
+    return ""
+
+
+def warn_of_tied(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str]) -> None:
+    """Says where an adapter changes an embedding or head that shares its weight with another module.
+
+    Args:
+        model: the base model.
+        modules: path and module of everything in it.
+        changed: paths that get factors or are trained as a whole.
+    """
+    weight = getattr(embedding_of(model), "weight", None)
+    users: dict[int, str] = {}
+    for path, module in modules if isinstance(weight, nn.Parameter) else ():
+        if module._parameters.get("weight") is weight and (id(module) not in users or path in changed):
+            users[id(module)] = path
+    paths = list(users.values())
+    own = [path for path in paths if path in changed]
+    if not own or len(paths) < 2:
+        return
+    which = f"{' and '.join(own)} alone" if len(own) < len(paths) else "each on its own"
+    warnings.warn(
+        f"{' and '.join(paths)} share one weight (tie_word_embeddings) and the adapter changes {which}: they differ "
+        "while it acts, and merging makes separate weights of them",
+        stacklevel=5,
+    )
+
+
 def warn_of_experts(model: nn.Module) -> None:
     """Says which stacked weights, those of a mixture of experts, ``"all-linear"`` does not reach."""
     stacked = {name: p.numel() for name, p in model.named_parameters() if _is_stacked(model, name, p)}
@@ -89,7 +126,7 @@ def remark(
         TargetError: a pattern matches nothing, if strict.
     """
     unmatched = unmatched_patterns(config, [path for path, _ in modules])
-    excluded = config.exclude_modules
+    excluded = getattr(config, "exclude_modules", None)
     shown = excluded if excluded is None or isinstance(excluded, str) else sorted(excluded)
     idle = f"exclude_modules={shown!r} names no module of the model" if idle_exclusion else ""
     for note, category in ((unmatched, RuntimeWarning), (idle, UserWarning)):
@@ -97,6 +134,6 @@ def remark(
             raise TargetError(note)
         if note:
             warnings.warn(note, category, stacklevel=4)
-    biasless = without_bias(config, modules)
-    if biasless:
-        warnings.warn(biasless, PeftWarning, stacklevel=4)
+    for note in (without_bias(config, modules), unmergeable(modules)):
+        if note:
+            warnings.warn(note, PeftWarning, stacklevel=4)

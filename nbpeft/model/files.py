@@ -315,6 +315,14 @@ def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
     ]
 
 
+def tell_of_embeddings(manager: AdapterManager, names: Sequence[str] | None, embeddings: str | bool) -> None:
+    """Warns whoever called the caller where whole embeddings are saved though nobody asked for them."""
+    adapted = [path for name in names or manager.names for path in _adapted_embeddings(manager, name)]
+    if embeddings == "auto" and (adapted or _vocabulary_resized(manager.model)):
+        why = f"{adapted[0]} is adapted" if adapted else "the vocabulary was resized"
+        warnings.warn(f"{why}: whole embeddings are saved along (not with save_embedding_layers=False)", stacklevel=3)
+
+
 def _vocabulary_resized(model: nn.Module) -> bool:
     """Whether the vocabulary differs from the one in the folder the base was loaded from.
 

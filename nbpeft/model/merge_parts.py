@@ -24,6 +24,7 @@ from nbpeft.engine.base import onloaded
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer, add_deltas
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.merge_checks import merge_refusal
 from nbpeft.engine.merging import check_together
 from nbpeft.engine.plan import Target, make_adapters
 from nbpeft.engine.registry import backend_named, host_named, resolve_backend, resolve_host
@@ -119,6 +120,9 @@ def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
         refusal = layer.host.product_refusal(layer.base_layer)
         if refusal:
             raise MergeError(f"{path}: {', '.join(map(repr, names))} cannot be merged into {refusal}", path=path)
+        refusal = merge_refusal(layer.base)
+        if refusal:
+            raise MergeError(f"{path}: {refusal}", path=path)
         found.layers[path] = LayerDelta(layer.base, tuple(chosen))
     for path, module in manager.copies.items():
         having = [name for name in names if name in module.modules_to_save._modules]

@@ -18,7 +18,7 @@ from nbpeft.model.counting import parameter_counts
 from nbpeft.model.gguf import forget_gguf
 from nbpeft.model.rows import serving
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from nbpeft.model.tuner import AdapterTuner, bare, let_checkpointing_learn
+from nbpeft.model.tuner import AdapterTuner, bare, let_checkpointing_learn, remove, tell_of_biases
 
 
 class PeftModel(nn.Module):
@@ -231,9 +231,9 @@ class PeftModel(nn.Module):
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out."""
+        """Takes an adapter out; where no active one is left the oldest becomes active."""
         self._check_live()
-        self.manager.remove(adapter_name)
+        remove(self.manager, adapter_name)
 
     def disable_adapter(self) -> ScopedChoice:
         """The base model alone inside the block; afterwards everything is as it was.
@@ -242,6 +242,7 @@ class PeftModel(nn.Module):
         ``torch.compile`` has compiled cannot tell threads apart: there the block opened last holds for all.
         """
         self._check_live()
+        tell_of_biases(self.manager, stacklevel=3)
         return self.manager.disabled()
 
     def use(self, adapter_names: str | Sequence[str]) -> ScopedChoice:
@@ -331,7 +332,7 @@ class PeftModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> files.LoadResult:
-        """Loads a saved adapter beside the others; it does not become active.
+        """Loads a saved adapter beside the others; it does not become active, but with ``is_trainable`` it can train.
 
         An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
         """
@@ -340,7 +341,9 @@ class PeftModel(nn.Module):
         put = files.read(self.manager, model_id, loading, replace=True)
         with self.manager.transaction() as change:
             result = put()
-            if not is_trainable:
+            if is_trainable:
+                self.manager.set_requires_grad(adapter_name, True)
+            else:
                 change.keep_modes(self)
                 self.eval()
         return result
@@ -378,6 +381,7 @@ class PeftModel(nn.Module):
             return
         if not safe_serialization:
             raise AdapterError("safe_serialization=False is not supported: adapters are saved as safetensors only")
+        files.tell_of_embeddings(self.manager, selected_adapters, save_embedding_layers)
         files.save(
             self.manager,
             save_directory,

@@ -27,7 +27,7 @@ class _TaskModel(PeftModel):
         if not self.heads or not hasattr(config, "modules_to_save"):
             return config
         names = dict.fromkeys([*(config.modules_to_save or ()), *self.heads])
-        return config.copy(modules_to_save=list(names))
+        return config.copy(modules_to_save=list(names), task_type=config.task_type or self.task)
 
     def _run(self, named: Mapping[str, Any], kwargs: dict[str, Any]) -> Any:
         given = {name: value for name, value in named.items() if value is not None}

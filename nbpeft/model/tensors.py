@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.plan import walk
 from nbpeft.errors import AdapterError
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
 
@@ -70,7 +71,8 @@ def set_peft_model_state_dict(
     Args:
         model: a PeftModel or an adapted base model.
         peft_model_state_dict: key -> tensor; also (part of) the state dict of a whole model, whose keys
-            name the adapter, in the spelling here or in PEFT's.
+            name the adapter, in the spelling here or in PEFT's; of such a one the base's tensors are passed over.
+            Biases of the base among the keys of a file are written, whatever ``bias`` the config has, as in PEFT.
         adapter_name: which adapter.
         ignore_mismatched_sizes: leave tensors of another shape out instead of refusing.
         low_cpu_mem_usage: accepted for PEFT's sake.
@@ -81,15 +83,16 @@ def set_peft_model_state_dict(
     """
     manager = manager_of(model)
     weights = manager.weights(adapter_name)
-    present = {key: value for key, value in embedding_weights(manager.model).items()}
+    whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name)
+    present = embedding_weights(manager.model) | ({} if whole else _biases(manager.model))
+    inside = tuple(f"{path}." for path in weights.copies)
     wanted = checkpoint.Expected(
         adapters={path: _shapes(named) for path, named in weights.adapters.items()},
         copies={path: _shapes(named) for path, named in weights.copies.items()},
         base=_shapes(weights.base),
-        optional=_shapes({key: v for key, v in present.items() if key.rpartition(".")[0] not in weights.copies}),
+        optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
     )
     peft_type = str(manager.configs[adapter_name].peft_type)
-    whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name)
     tensors = checkpoint.file_keys(peft_model_state_dict, adapter_name, peft_type)
     loaded = checkpoint.from_file(tensors, wanted, peft_type=peft_type, ignore_mismatched=ignore_mismatched_sizes)
     writes = [
@@ -120,6 +123,12 @@ def load_peft_weights(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return checkpoint.remapped(checkpoint.read_checkpoint(str(model_id), device=device, **hub).tensors, key_mapping)
+
+
+def _biases(model: nn.Module) -> dict[str, Tensor]:
+    """Names in the bare model -> its biases."""
+    owners = ((f"{site.path}.bias", site.module._parameters.get("bias")) for site in walk(model))
+    return {name: bias for name, bias in owners if bias is not None}
 
 
 def _shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

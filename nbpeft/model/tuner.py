@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -89,11 +90,12 @@ class AdapterTuner(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         """Lets the base model act alone."""
+        tell_of_biases(self.manager)
         self.manager.disable()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out."""
-        self.manager.remove(adapter_name)
+        """Takes an adapter out; where no active one is left the oldest becomes active."""
+        remove(self.manager, adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -126,7 +128,7 @@ class AdapterTuner(nn.Module):
         return combine_adapters(self.manager, list(adapters), list(weights), adapter_name, recipe)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Folds adapters (default: the active ones) into the base weights."""
+        """Folds adapters (default: the active ones) into the base weights, beside those merged already."""
         self.manager.merge(adapter_names, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -184,3 +186,23 @@ def let_checkpointing_learn(model: nn.Module, change: Transaction) -> None:
             change.keep(embeddings._forward_hooks)
         change.keep(model.__dict__)
         enable()
+
+
+def remove(manager: AdapterManager, name: str) -> None:
+    """Takes an adapter out and tells whoever called the caller which one is active in its place."""
+    alone = manager.active == (name,)
+    manager.remove(name)
+    if alone and manager.active:
+        warnings.warn(f"adapter {name!r} was active and is deleted: {manager.active[0]!r} is active now", stacklevel=3)
+
+
+def tell_of_biases(manager: AdapterManager, *, stacklevel: int = 3) -> None:
+    """Warns where a model whose adapters are off is not the base model, because they train its biases."""
+    for name in manager.active:
+        kind = getattr(manager.configs[name], "bias", "none")
+        if kind != "none":
+            warnings.warn(
+                f"adapter {name!r} trains the base's biases (bias={kind!r}), which stay while it is disabled: the "
+                "output is not the untouched base's",
+                stacklevel=stacklevel,
+            )

@@ -164,13 +164,9 @@ def _waiting(manager: AdapterManager) -> int:
 
 
 def _count(manager: AdapterManager, adapted: int) -> _ModelFacts:
-    total = trained = 0
-    for parameter in manager.model.parameters():
-        size = parameter.numel()
-        if type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point():
-            size *= 2 * parameter.element_size()
-        total += size
-        trained += size if parameter.requires_grad else 0
+    from nbpeft.model.counting import parameter_counts
+
+    trained, total = parameter_counts(manager.model)
     backends = sorted({layer.backend.name for layer in manager.layers.values()} - {"dense"})
     return _ModelFacts(total, trained - adapted, ", ".join(backends))
 

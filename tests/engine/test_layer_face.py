@@ -92,6 +92,18 @@ def test_layers_scale_and_unscale_as_in_peft(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(output(ours), output(theirs))
 
 
+def test_layers_with_trained_token_rows_have_nothing_to_scale() -> None:
+    ours, _ = pair(trainable_token_indices={"table": [1, 2]})
+    table, linear = layers(ours)["table"], layers(ours)["inner.0"]
+    before = table(torch.arange(3))
+    scale_everywhere(ours, "set_scale", "default", 3)
+    scale_everywhere(ours, "scale_layer", 2)
+    assert linear.scaling["default"] == 12.0 and not list(getattr(table, "scaling", ()))
+    assert torch.equal(table(torch.arange(3)), before)
+    scale_everywhere(ours, "unscale_layer")
+    assert linear.scaling["default"] == 2.0
+
+
 def test_only_active_adapters_are_scaled() -> None:
     ours, _ = pair()
     ours.add_adapter("other", LoraConfig(**SETTINGS))

@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import nbpeft
 from nbpeft.engine.lora_config import PatternTable
 from nbpeft.engine.plan import plan
+from nbpeft.engine.remarks import remark
 from nbpeft.errors import PeftWarning, TargetError
 from nbpeft.model import LoraConfig, get_peft_model
 
@@ -158,3 +160,9 @@ def test_experts_that_all_linear_does_not_reach_are_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan(model, settings(target_modules=["first"]))
+
+
+def test_a_config_of_another_method_needs_no_field_that_it_does_not_use() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        remark(SimpleNamespace(target_modules=["first"]), [("first", nn.Linear(4, 4))], strict=False)

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import AutoModelForCausalLM
 
 from nbpeft.errors import AdapterError, CheckpointError, CheckpointNotFoundError, ConfigError, MergeError
@@ -213,6 +214,15 @@ def test_two_copies_of_a_module_are_not_merged(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="each trained their own copy of lm_head"):
             merge()
     assert same_state(state(model), before) and not (tmp_path / "out").exists()
+
+
+def test_a_weight_computed_from_others_is_not_merged_either(tmp_path: Path) -> None:
+    base = llama()
+    weight_norm(base.model.layers[1].self_attn.q_proj)
+    model = loud(adapted(base, target_modules=r".*\.q_proj"))
+    with pytest.raises(MergeError, match=r"^model\.layers\.1\.self_attn\.q_proj: .*WeightNorm"):
+        merge_to_folder(model, "default", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_trained_biases_go_along(tmp_path: Path) -> None:

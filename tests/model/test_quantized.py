@@ -18,6 +18,7 @@ from nbpeft.model.gguf import obedient_progress
 from nbpeft.model.quantization import quantization
 from nbpeft.model.quantized import load_quantized, quantize_model
 from nbpeft.model.stored import stored_parts
+from nbpeft.session.snapshot import Snapshots
 from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -147,6 +148,17 @@ def test_storage_and_compute_dtypes() -> None:
     )
     assert layer.weight.dtype == torch.bfloat16 and layer.compute_dtype == torch.float32
     assert layer.weight.quant_state.quant_type == "fp4"
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+def test_parameters_are_counted_alike_whatever_they_are_stored_in(storage: str) -> None:
+    base = llama()
+    count = sum(parameter.numel() for parameter in base.parameters())
+    model = adapted(quantize_model(base, quant_storage=storage))
+    trained = sum(parameter.numel() for parameter in model.manager.parameters("default"))
+    assert model.get_nb_trainable_parameters() == (trained, count + trained)
+    shown = Snapshots().build("model", model.manager, memory=None, training=None)
+    assert (shown.trainable_count, shown.parameter_count) == (trained, count + trained)
 
 
 @pytest.mark.parametrize(

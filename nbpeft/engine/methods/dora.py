@@ -94,8 +94,8 @@ class DoRA(FactoredAdapter):
     def _compute_norm(self, base: Base) -> Tensor:
         lora_A, lora_B = self.detached_factors
         weight = base.weight()
-        rows = weight.reshape(weight.shape[0], -1)
-        flat_A, flat_B = lora_A.reshape(lora_A.shape[0], -1), lora_B.reshape(lora_B.shape[0], -1)
+        rows = weight.flatten(1)
+        flat_A, flat_B = lora_A.flatten(1), lora_B.flatten(1)
         dtype = torch.promote_types(lora_A.dtype, torch.float32)
         if rows.shape[1] != flat_A.shape[1]:
             return self._exact_norm(weight, base, dtype)
@@ -115,7 +115,7 @@ class DoRA(FactoredAdapter):
     def _exact_norm(self, weight: Tensor, base: Base, dtype: torch.dtype) -> Tensor:
         lora_A, lora_B = (factor.detach().to(dtype) for factor in self.factors)
         summed = weight.to(dtype) + base.host.product(base.module, lora_A, lora_B) * self.scaling
-        norm: Tensor = summed.reshape(summed.shape[0], -1).norm(dim=1)
+        norm: Tensor = summed.flatten(1).norm(dim=1)
         return norm
 
     def _square(self, rows: Tensor, base: Base, dtype: torch.dtype) -> Tensor:
@@ -150,7 +150,7 @@ class DoRA(FactoredAdapter):
         assert magnitude is not None
         whole = weight.to(lora_A.dtype)
         summed = whole + base.host.product(base.module, lora_A, lora_B) * self.scaling
-        norm = summed.reshape(summed.shape[0], -1).norm(dim=1)
+        norm = summed.flatten(1).norm(dim=1)
         scale = magnitude.detach().view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         return summed.mul_(scale.view(-1, *[1] * (summed.ndim - 1))).sub_(whole)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Base, Dropout, Host
+from nbpeft.engine.base import fits
 from nbpeft.engine.factored import FactoredAdapter
 from nbpeft.engine.inits import check_init, new_factors, part_of_base
 from nbpeft.engine.lora_config import LoraConfig
@@ -114,7 +115,7 @@ class LoRA(FactoredAdapter):
             super().add_to_(weight, base, scale)
             return
         factor = float(self.scaling) * scale
-        if weight.dtype == lora_A.dtype:
+        if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
             weight.addmm_(lora_B, lora_A, alpha=factor)
             return
         for start in range(0, weight.shape[0], _MERGE_ROWS):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.plan import plan
 from nbpeft.engine.registry import resolve_backend, resolve_host
 from nbpeft.errors import MergeError
 
@@ -50,3 +51,8 @@ def test_an_adapter_on_it_runs_trains_and_refuses_to_merge(layer: Any) -> None:
     assert lora_A.grad is not None and lora_B.grad is not None and layer.weight_scales.grad is None
     with pytest.raises(MergeError, match="GPU kernel"):
         manager.merge()
+
+
+def test_all_linear_reaches_it(layer: Any) -> None:
+    model = nn.Sequential(layer, nn.Linear(6, 4), nn.Embedding(3, 3), nn.Conv1d(2, 2, 1))
+    assert plan(model, LoraConfig(target_modules="all-linear")).paths == ("0", "1")

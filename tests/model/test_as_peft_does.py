@@ -1,0 +1,224 @@
+"""Small things that PEFT does and that code written for it relies on."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import nbpeft
+from nbpeft.engine.adapter import TaskType
+from nbpeft.model import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForSequenceClassification,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from tests.model.support import adapted, llama, logits
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+
+
+def trained(model: nn.Module, name: str) -> set[bool]:
+    """Whether the factors of an adapter take gradients, of nbpeft or of PEFT."""
+    marks = (f".adapters.{name}.", f"_A.{name}.", f"_B.{name}.")
+    return {p.requires_grad for key, p in model.named_parameters() if any(mark in key for mark in marks)}
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_a_loaded_adapter_takes_gradients_as_in_peft(tmp_path: Path, is_trainable: bool) -> None:
+    adapted().save_pretrained(tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    ours: Any = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    for model in (theirs, ours):
+        model.load_adapter(tmp_path, "second", is_trainable=is_trainable)
+        assert trained(model, "default") == {True}
+        assert trained(model, "second") == {is_trainable}
+        assert model.active_adapters == ["default"]
+        model.set_adapter("second")
+        assert trained(model, "second") == {True}
+        assert trained(model, "default") == {False}
+
+
+def test_so_does_one_that_replaces_another(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(llama(), tmp_path)
+    model.load_adapter(tmp_path, "second")
+    assert trained(model, "second") == {False}
+    model.load_adapter(tmp_path, "second", is_trainable=True)
+    assert trained(model, "second") == {True}
+    assert trained(model, "default") == {False}
+
+
+class Headed(nn.Module):
+    """A classifier whose head has a name that no task expects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.verdict = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        verdict: Tensor = self.verdict(self.body(input_ids).relu())
+        return verdict
+
+
+def test_a_classifier_of_a_config_without_a_task_may_have_another_head() -> None:
+    settings: dict[str, Any] = {"target_modules": ["body"], "init_lora_weights": False}
+    peft.PeftModelForSequenceClassification(Headed(), peft.LoraConfig(**settings))
+    with pytest.warns(UserWarning, match="no module classifier or score: its head"):
+        model = PeftModelForSequenceClassification(Headed(), LoraConfig(**settings))
+    assert model(input_ids=torch.randn(2, 4)).shape == (2, 2)
+    assert model.peft_config["default"].task_type == TaskType.SEQ_CLS
+    with pytest.warns(UserWarning, match="no module classifier or score"):
+        model.add_adapter("second", LoraConfig(**settings))
+
+
+def test_the_usual_head_is_trained_without_a_task_and_loads_again(tmp_path: Path) -> None:
+    def bert() -> nn.Module:
+        torch.manual_seed(0)
+        return BertForSequenceClassification(
+            BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32)
+        ).eval()
+
+    model = PeftModelForSequenceClassification(bert(), LoraConfig(target_modules=["query"], init_lora_weights=False))
+    assert any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(bert(), tmp_path)
+    assert isinstance(again, PeftModelForSequenceClassification)
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_biases_in_a_state_dict_are_written_whatever_the_config_has(bias: str) -> None:
+    trained_one: Any = peft.get_peft_model(llama(), peft.LoraConfig(**settings(bias="all")))
+    with torch.no_grad():
+        for name, parameter in trained_one.named_parameters():
+            if name.endswith(".bias") or "lora_" in name:
+                parameter.add_(0.5)
+    tensors = peft.get_peft_model_state_dict(trained_one)
+    assert any(key.endswith("q_proj.base_layer.bias") for key in tensors)
+    assert any(key.endswith("k_proj.bias") for key in tensors)
+    theirs: Any = peft.get_peft_model(llama(), peft.LoraConfig(**settings(bias=bias)))
+    ours = get_peft_model(llama(), LoraConfig(**settings(bias=bias)))
+    peft.set_peft_model_state_dict(theirs, tensors)
+    result = set_peft_model_state_dict(ours, tensors)
+    assert not result.unexpected_keys and not result.missing_keys
+    assert torch.allclose(logits(ours.eval()), logits(theirs.eval()), atol=1e-5)
+    assert torch.allclose(logits(ours), logits(trained_one.eval()), atol=1e-5)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **changes}
+
+
+def test_those_of_a_whole_model_are_the_other_base_s_own() -> None:
+    source, target = adapted(), adapted(llama(seed=1))
+    set_peft_model_state_dict(target, source.state_dict())
+    bias = "model.layers.0.self_attn.k_proj.bias"
+    assert torch.equal(target.get_base_model().get_parameter(bias), llama(seed=1).get_parameter(bias))
+    mine, its = get_peft_model_state_dict(target), get_peft_model_state_dict(source)
+    assert all(torch.equal(mine[key], its[key]) for key in its)
+
+
+TIED = [
+    {"target_modules": ["embed_tokens"]},
+    {"target_modules": ["lm_head"]},
+    {"target_modules": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["embed_tokens"]},
+]
+
+
+def told(library: Any, base: nn.Module, **changes: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        library.get_peft_model(base, library.LoraConfig(**settings(**changes)))
+    return [str(warning.message) for warning in caught if "tie_word_embeddings" in str(warning.message)]
+
+
+@pytest.mark.parametrize("changes", TIED, ids=str)
+def test_tied_embeddings_are_told_where_peft_tells_them(changes: dict[str, Any]) -> None:
+    assert len(told(peft, llama(tie_word_embeddings=True), **changes)) == 1
+    (line,) = told(nbpeft, llama(tie_word_embeddings=True), **changes)
+    targets = changes.get("target_modules", ["embed_tokens"])
+    assert line.startswith("model.embed_tokens and lm_head share one weight")
+    assert ("changes each on its own" in line) == (len(targets) == 2)
+    assert len(targets) == 2 or f"{targets[0]} alone" in line
+    assert not told(nbpeft, llama(tie_word_embeddings=False), **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"trainable_token_indices": [1]}], ids=str)
+def test_nothing_is_told_where_they_stay_alike(changes: dict[str, Any]) -> None:
+    assert not told(nbpeft, llama(tie_word_embeddings=True), **changes)
+
+
+def heard(library: Any, use: Callable[[Any], object], **changes: Any) -> list[str]:
+    """What is told while a model with an adapter, and a second one, is used."""
+    model = library.get_peft_model(llama(), library.LoraConfig(**settings(**changes)))
+    model.add_adapter("second", library.LoraConfig(**settings()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        use(model)
+    return [str(warning.message) for warning in caught]
+
+
+def disables(model: Any) -> None:
+    with model.disable_adapter():
+        pass
+
+
+def deletes_the_active_one(model: Any) -> None:
+    model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+
+
+TOLD: list[tuple[Callable[[Any], object], dict[str, Any], str, str]] = [
+    (disables, {"bias": "all"}, "Careful, disabling", "'default' trains the base's biases (bias='all'), which stay"),
+    (
+        lambda model: model.base_model.disable_adapter_layers(),
+        {"bias": "lora_only"},
+        "Careful, disabling",
+        "'default' trains the base's biases (bias='lora_only'), which stay",
+    ),
+    (deletes_the_active_one, {}, "was active which is now deleted", "'default' was active and is deleted: 'second' is"),
+    (
+        lambda model: model.save_pretrained(tempfile.mkdtemp(), selected_adapters=["default"]),
+        {"target_modules": ["embed_tokens"]},
+        "Setting `save_embedding_layers` to `True`",
+        "model.embed_tokens is adapted: whole embeddings are saved along",
+    ),
+]
+
+
+@pytest.mark.parametrize(("use", "changes", "theirs", "ours"), TOLD)
+def test_what_peft_warns_of_is_told(use: Any, changes: dict[str, Any], theirs: str, ours: str) -> None:
+    assert any(theirs in line for line in heard(peft, use, **changes))
+    assert [line for line in heard(nbpeft, use, **changes) if ours in line]
+    others = [line for line in heard(nbpeft, use) if ours.partition(" ")[2] in line]
+    assert bool(others) is (changes == {})
+
+
+def test_nothing_is_told_of_what_was_asked_for(tmp_path: Path) -> None:
+    for embeddings in (True, False):
+        use = partial(PeftModel.save_pretrained, save_directory=tmp_path, save_embedding_layers=embeddings)
+        assert not heard(nbpeft, use, target_modules=["embed_tokens"])
+    assert not heard(nbpeft, lambda model: model.delete_adapter("second"))
+
+
+def test_a_grouped_convolution_is_told_when_it_is_adapted_as_in_peft() -> None:
+    for library, line in ((peft, "Merging is not supported"), (nbpeft, "0 cannot be merged: it is a Conv2d with 2")):
+        with pytest.warns(UserWarning, match=line):
+            library.get_peft_model(
+                nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), library.LoraConfig(r=4, target_modules=["0"])
+            )
