@@ -13,8 +13,8 @@ takes the wrong module for the backbone. :func:`patch_trainer` changes, until :f
   overrides stays overridden, and its ``super()`` reaches ours. What the model is is asked when they
   are called, so ``model_init`` and hyperparameter search are served as well.
 * In modules of TRL that derive a Trainer, the names of PEFT's classes that are compared with, and
-  ``get_peft_model``, cover ours too: an adapted output head is refused there as one of PEFT's, and
-  ``peft_config=nbpeft.LoraConfig(...)`` is taken.
+  ``get_peft_model``, cover ours too: an adapted output head is refused there as one of PEFT's is, and
+  ``peft_config=nbpeft.LoraConfig(...)`` is taken. Where PEFT is not installed, they are ours alone.
 
 For all other models everything is as before. It happens when the first adapted model is made, not
 on import. Importing ``transformers.trainer`` at that moment would cost those who only run models
@@ -42,6 +42,7 @@ _ACCELERATE, _SHARDED, _TRANSFORMERS = "accelerate.utils.modeling", "accelerate.
 _ABSENT = object()
 _originals: dict[str, Callable[[Any], bool]] = {}
 _undo: list[Callable[[], None]] = []
+_taught: set[str] = set()
 _lock = threading.RLock()
 _finder: LateImports | None = None
 _declined = False
@@ -74,6 +75,7 @@ def unpatch_trainer() -> None:
         while _undo:
             _undo.pop()()
         _originals.clear()
+        _taught.clear()
 
 
 def patch_for_models() -> None:
@@ -179,25 +181,39 @@ def _derived(cls: type, **kwargs: Any) -> None:
 
 
 def _teach_trl(derived: type) -> None:
-    """Widens what TRL compares with. Without PEFT it compares all the same, with names it then lacks."""
+    """Has the module of a Trainer of TRL compare with our classes where it compares with PEFT's."""
     home = derived.__module__
-    module = sys.modules.get(home)
-    if not home.startswith("trl.") or module is None or "is_peft_model" not in vars(module):
+    names = vars(sys.modules[home]) if home.startswith("trl.") and home in sys.modules else {}
+    if "is_peft_model" not in names or home in _taught:
         return
-    names = vars(module)
-    if LoraLayer in _kinds(names.get("BaseTunerLayer", ())):
+    _taught.add(home)
+    module = sys.modules[home]
+    if find_spec("peft") is None:
+        for name, value in _INSTEAD_OF_PEFT.items():
+            _set(module, name, value)
+        if "use_adapter" in names:
+            _set(sys.modules[names["use_adapter"].__module__], "is_peft_available", _yes)
         return
-    _set(module, "BaseTunerLayer", (*_kinds(names.get("BaseTunerLayer", ())), LoraLayer))
-    if "PeftConfig" not in names:
-        _set(module, "LoraConfig", ())
-        return
-    _set(module, "PeftConfig", (*_kinds(names["PeftConfig"]), AdapterConfig))
+    for name, ours in (("BaseTunerLayer", LoraLayer), ("PeftConfig", AdapterConfig)):
+        if name in names:
+            _set(module, name, (names[name], ours))
     if "get_peft_model" in names:
         _set(module, "get_peft_model", _either(names["get_peft_model"]))
 
 
-def _kinds(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _yes() -> bool:
+    return True
+
+
+_INSTEAD_OF_PEFT: dict[str, Any] = {
+    "BaseTunerLayer": LoraLayer,
+    "LoraConfig": (),  # nothing is one: asked for before PEFT's version is
+    "PeftConfig": AdapterConfig,
+    "PrefixTuningConfig": (),
+    "get_peft_model": get_peft_model,
+    "is_peft_available": _yes,
+}
+"""Names that TRL takes from PEFT and lacks where that is not installed."""
 
 
 def _either(theirs: Callable[..., Any]) -> Callable[..., Any]:
