@@ -49,6 +49,7 @@ class AdapterManager(AdapterHolder):
         """Makes a manager findable by ``of``; without one, the model's own or a new one."""
         found = manager or cls.of(model) or cls(model)
         model.__dict__[_ATTRIBUTE] = found
+        model.__dict__["peft_config"] = found.configs  # where PEFT leaves it, and where other libraries look
         return found
 
     # Adding and removing
@@ -151,7 +152,9 @@ class AdapterManager(AdapterHolder):
                     items = [(new if name == old else name, module) for name, module in holder.items()]
                     holder.clear()
                     holder.update(items)
-            self.configs = {new if name == old else name: config for name, config in self.configs.items()}
+            renamed = {new if name == old else name: config for name, config in self.configs.items()}
+            self.configs.clear()
+            self.configs.update(renamed)
             self._biases.rename(old, new)
             self._slots.pop(old, None)
             if old in self._scales:
@@ -390,7 +393,8 @@ class AdapterManager(AdapterHolder):
         self.layers, self.copies, self.configs, self._slots = {}, {}, {}, {}
         self._was_trainable, self._selected, self._merged = [], (), ()
         self.switch.live = NOTHING
-        self.model.__dict__.pop(_ATTRIBUTE, None)
+        for attribute in (_ATTRIBUTE, "peft_config"):
+            self.model.__dict__.pop(attribute, None)
 
     def _require_unmerged(self, what: str) -> None:
         if self._merged:
