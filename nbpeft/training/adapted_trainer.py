@@ -21,7 +21,9 @@ _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _ARGUMENTS_FILE = "training_args.bin"
 
 
-def training_step(original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+def training_step(
+    original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any
+) -> Any:
     """As the Trainer's, and shows the batch to callbacks that want to see it (``saw``)."""
     for callback in trainer.callback_handler.callbacks:
         saw = getattr(callback, "saw", None)

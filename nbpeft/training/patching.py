@@ -38,7 +38,11 @@ from nbpeft.model import LoraLayer, PeftModel, get_peft_model
 from nbpeft.training.adapted_trainer import STAND_INS
 from nbpeft.training.late_imports import LateImports
 
-_ACCELERATE, _SHARDED, _TRANSFORMERS = "accelerate.utils.modeling", "accelerate.utils.fsdp_utils", "transformers.trainer"
+_ACCELERATE, _SHARDED, _TRANSFORMERS = (
+    "accelerate.utils.modeling",
+    "accelerate.utils.fsdp_utils",
+    "transformers.trainer",
+)
 _ABSENT = object()
 _originals: dict[str, Callable[[Any], bool]] = {}
 _undo: list[Callable[[], None]] = []
@@ -86,13 +90,12 @@ def patch_for_models() -> None:
 
 def is_ours(model: Any) -> bool:
     """Whether ``model`` is a model of nbpeft, compiled and distributed ones included."""
-    if isinstance(model, PeftModel):
-        return True
-    if model is None:
-        return False
+    if model is None or isinstance(model, PeftModel):
+        return model is not None
     from accelerate.utils import extract_model_from_parallel
 
-    return isinstance(extract_model_from_parallel(model), PeftModel)
+    inner = extract_model_from_parallel(getattr(model, "_orig_mod", model))
+    return isinstance(getattr(inner, "_orig_mod", inner), PeftModel)
 
 
 def answer(home: str, model: Any) -> bool:

@@ -1,9 +1,10 @@
 """Trains a tiny model with Trainers of TRL, in a process of its own, and writes down what was learned.
 
-    python trl_run.py {peft,nbpeft} ADAPTERS RESULTS.json CASE...
+    python trl_run.py {peft,nbpeft,alone} ADAPTERS RESULTS.json CASE...
 
-ADAPTERS holds the starting adapters (``write_adapters`` makes them with PEFT). For each case the
-results hold the losses and, of every batch, the number of tokens learned and the sum of each mask.
+``alone`` is nbpeft as if PEFT were not installed. ADAPTERS holds the starting adapters
+(``write_adapters`` makes them with PEFT). For each case the results hold the losses and, of every
+batch, the number of tokens learned and the sum of each mask.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,9 @@ def case(name: str) -> tuple[str, Dataset, dict[str, Any]]:
     cases: dict[str, tuple[str, Callable[[], Dataset], dict[str, Any]]] = {
         "sft": ("sft", lambda: plain, {"gradient_checkpointing": True}),
         "sft-nll": ("sft", lambda: plain, {"loss_type": "nll"}),
+        "sft-chunked": ("sft", lambda: plain, {"loss_type": "chunked_nll"}),
+        "sft-config": ("sft", lambda: plain, {}),
+        "sft-head": ("sft", lambda: plain, {}),
         "sft-completion": ("sft", lambda: rows(prompt=prompt, completion=completion), {"completion_only_loss": True}),
         "sft-assistant": ("sft", lambda: rows(messages=messages), {"assistant_only_loss": True}),
         "sft-packing": ("sft", lambda: plain, {"packing": True, "max_length": 32}),
@@ -152,13 +157,27 @@ def learned(inputs: Any) -> dict[str, float]:
     return counts | {name: float((value != -100).sum()) for name, value in tensors.items() if "label" in name}
 
 
-def train(side: str, adapters: Path, name: str) -> dict[str, Any]:
+def starting_model(library: Any, name: str, adapters: Path) -> Any:
+    """The model of a case with its starting adapter, or without one where TRL makes it."""
+    if name == "sft-config":
+        if library.__name__ == "nbpeft":  # no adapted model need have been made before
+            library.patch_trainer()
+        return tiny_base()
+    if name == "sft-head":
+        return library.get_peft_model(
+            tiny_base(), library.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
+        )
+    head, folder = (LlamaForSequenceClassification, "cls") if name == "reward" else (LlamaForCausalLM, "lm")
+    return library.PeftModel.from_pretrained(tiny_base(head), str(adapters / folder), is_trainable=True)
+
+
+def train(library: Any, adapters: Path, name: str) -> dict[str, Any]:
+    """What a case learns in five steps."""
     kind, data, settings = case(name)
     trainer_class, arguments_class = classes()[kind]
-    library = __import__(side)
-    head = LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM
-    adapter = adapters / ("cls" if kind == "reward" else "lm")
-    model = library.PeftModel.from_pretrained(tiny_base(head), str(adapter), is_trainable=True)
+    options: dict[str, Any] = {"reward_funcs": reward} if kind == "grpo" else {}
+    if name == "sft-config":
+        options["peft_config"] = library.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     common: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -172,11 +191,11 @@ def train(side: str, adapters: Path, name: str) -> dict[str, Any]:
         "save_strategy": "no",
         "dataloader_pin_memory": False,
     }
+    model = starting_model(library, name, adapters)
     with tempfile.TemporaryDirectory() as folder:
         arguments = arguments_class(output_dir=folder, **(common | settings))
-        extra = {"reward_funcs": reward} if kind == "grpo" else {}
         trainer = trainer_class(
-            model=model, args=arguments, train_dataset=data, processing_class=tiny_tokenizer(), **extra
+            model=model, args=arguments, train_dataset=data, processing_class=tiny_tokenizer(), **options
         )
         seen: list[dict[str, float]] = []
         step = trainer.training_step
@@ -191,6 +210,7 @@ def train(side: str, adapters: Path, name: str) -> dict[str, Any]:
         files = sorted(path.name for path in Path(folder, "out").iterdir() if path.suffix == ".safetensors")
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
+        "library": type(trainer.model).__module__.partition(".")[0],
         "losses": [entry["loss"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "learned": seen,
@@ -201,13 +221,14 @@ def train(side: str, adapters: Path, name: str) -> dict[str, Any]:
 def main(side: str, adapters: str, results: str, *names: str) -> None:
     """Runs the cases; what fails is told in its place."""
     torch.set_num_threads(1)
+    if side == "alone":
+        sys.modules["peft"] = None  # type: ignore[assignment]
+    library = __import__("peft" if side == "peft" else "nbpeft")
     found: dict[str, Any] = {}
     for name in names:
         try:
-            found[name] = train(side, Path(adapters), name)
+            found[name] = train(library, Path(adapters), name)
         except Exception as error:
-            import traceback
-
             found[name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     Path(results).write_text(json.dumps(found))
 
