@@ -32,7 +32,7 @@ class AdapterTuner(nn.Module):
         hooks.adapted()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         hooks.adapted()
 
     manager: AdapterManager

@@ -173,11 +173,11 @@ def _for_ours(original: Any, stand_in: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _below(trainer_class: type) -> list[type]:
-    direct = trainer_class.__subclasses__()
+    direct: list[type] = trainer_class.__subclasses__()
     return direct + [further for derived in direct for further in _below(derived)]
 
 
-def _derived(cls: type, **kwargs: Any) -> None:
+def _derived(cls: type, /, **kwargs: Any) -> None:
     super(sys.modules[_TRANSFORMERS].Trainer, cls).__init_subclass__(**kwargs)
     with _lock:
         _teach_trl(cls)

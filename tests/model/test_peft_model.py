@@ -243,7 +243,7 @@ def test_injection_without_a_handle() -> None:
 def test_the_base_model_carries_the_configs_while_it_is_adapted(tmp_path: Path) -> None:
     injected = inject_adapter_in_model(config(), llama())
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), llama())
-    assert type(injected.peft_config) is type(theirs.peft_config) is dict
+    assert isinstance(injected.peft_config, dict) and isinstance(theirs.peft_config, dict)
     assert list(injected.peft_config) == list(theirs.peft_config) == ["default"]
     model = adapted()
     base = model.get_base_model()

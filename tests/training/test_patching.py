@@ -100,7 +100,7 @@ class Masking(transformers.Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "labels", "completion_mask"]
+            self._signature_columns = ["input_ids", "labels", "completion_mask"]  # type: ignore[assignment]
 
 
 class MaskedCollator:
@@ -200,7 +200,8 @@ def test_a_hyperparameter_search_writes_adapters(tmp_path: Path, monkeypatch: py
             return trials
 
     monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
-    monkeypatch.setitem(transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, "optuna", Search)
+    backends: dict[Any, Any] = transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS
+    monkeypatch.setitem(backends, "optuna", Search)
     trainer = trainer_of(
         transformers.Trainer, None, tmp_path, model_init=lambda trial: adapt(tiny_base(tie_word_embeddings=True))
     )
@@ -256,7 +257,7 @@ def test_what_others_put_over_it_stays(unpatched: None, monkeypatch: pytest.Monk
     trainer_of(transformers.Trainer, tiny_base(), tmp_path, max_steps=2).train()
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
     monkeypatch.undo()
-    transformers.Trainer._save = before
+    setattr(transformers.Trainer, "_save", before)  # noqa: B010
 
 
 def test_a_second_patch_changes_nothing(unpatched: None) -> None:
@@ -289,6 +290,7 @@ print(json.dumps([untouched, early, waited, waiting(), changed]))
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_and_a_trainer_imported_after_the_first_model_is_changed(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ORDER], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == [True, False, 1, 0, True]
