@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.hooks import when_adapted
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -76,8 +78,10 @@ _HOMES = {
         "adapter_trainer",
         "create_lorafa_optimizer",
         "create_loraplus_optimizer",
+        "patch_trainer",
         "prepare_model_for_kbit_training",
         "train",
+        "unpatch_trainer",
     ),
     "nbpeft.memory": ("Forecast", "forecast"),
     "nbpeft.session": ("Session", "session", "track"),
@@ -199,8 +203,10 @@ if TYPE_CHECKING:
         adapter_trainer,
         create_lorafa_optimizer,
         create_loraplus_optimizer,
+        patch_trainer,
         prepare_model_for_kbit_training,
         train,
+        unpatch_trainer,
     )
 
 __all__ = [
@@ -285,6 +291,7 @@ __all__ = [
     "load_quantized",
     "merge_errors",
     "merge_to_folder",
+    "patch_trainer",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "quantize_model",
@@ -296,6 +303,7 @@ __all__ = [
     "set_requires_grad",
     "track",
     "train",
+    "unpatch_trainer",
     "update_forward_signature",
     "update_generate_signature",
     "update_signature",
@@ -307,8 +315,6 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(home), name)
-    if home == "nbpeft.model":
-        _watch_trainers()
     globals()[name] = value
     return value
 
@@ -317,17 +323,19 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME_OF})
 
 
-def _watch_trainers() -> None:
-    from nbpeft.training.foreign import watch_trainers
+def _patch_trainer() -> None:
+    from nbpeft.training.patching import patch_for_models
 
-    watch_trainers()
+    patch_for_models()
+
+
+when_adapted(_patch_trainer)
 
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext nbpeft``."""
     from nbpeft.magics import load
 
-    _watch_trainers()
     load(shell)
 
 

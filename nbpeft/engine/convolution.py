@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Dropout
-from nbpeft.engine.lowrank import add_delta, compute_dtype, draw_seed, keep_mask, keep_scale
+from nbpeft.engine.lowrank import add_delta, composes, compute_dtype, draw_seed, keep_mask, keep_scale
 from nbpeft.errors import ConfigError, MergeError
 
 
@@ -72,7 +72,7 @@ class Convolution:
             x = x.to(lora_A.device)
         dtype = compute_dtype(x, lora_A)
         probability = dropout.probability if dropout.acts else 0.0
-        if torch.compiler.is_compiling() or probability >= 1.0:
+        if probability >= 1.0 or composes():
             dropped = F.dropout(x.to(dtype), probability) if probability else x.to(dtype)
             return self._compose(module, dropped, lora_A, lora_B, scaling)
         if torch.is_grad_enabled() and (probability or x.dtype != dtype):
@@ -149,11 +149,13 @@ class _LeanProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         scaling, probability, dtype, host, module = ctx.settings
         needed = ctx.needs_input_grad[:3]
+        differentiable = torch.is_grad_enabled()  # for derivatives of higher order
         with torch.enable_grad(), torch.autocast(gradients[0].device.type, enabled=False):
             x, lora_A, lora_B = (
-                saved.detach().requires_grad_(need) for saved, need in zip(ctx.saved_tensors, needed, strict=True)
+                saved if differentiable else saved.detach().requires_grad_(need)
+                for saved, need in zip(ctx.saved_tensors, needed, strict=True)
             )
             output = host._compose(module, _dropped(x, probability, ctx.seed, dtype), lora_A, lora_B, scaling)
             inputs = [tensor for tensor, need in zip((x, lora_A, lora_B), needed, strict=True) if need]
-            found = iter(torch.autograd.grad(output, inputs, gradients[0]))
+            found = iter(torch.autograd.grad(output, inputs, gradients[0], create_graph=differentiable))
         return *(next(found) if need else None for need in needed), None, None, None, None, None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nbpeft.engine.adapter import Dropout
 
@@ -31,6 +32,20 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def composes() -> bool:
+    """Whether ordinary operations are wanted instead of our own autograd functions.
+
+    The compiler decides by itself what to keep and what to compute again; tracers, torch.func's
+    transforms (grad, vmap, jvp, …) and forward-mode derivatives see through ordinary operations alone.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def draw_seed() -> int:
@@ -88,7 +103,7 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
     """Dropout of ``x`` (any shape) that saves no mask for backward."""
     if not dropout.acts:
         return x
-    if torch.compiler.is_compiling() or dropout.probability >= 1.0:
+    if dropout.probability >= 1.0 or composes():
         return F.dropout(x, dropout.probability)
     return _SeededDropout.apply(x, dropout.probability, draw_seed())  # type: ignore[no-any-return, no-untyped-call]
 
@@ -249,8 +264,7 @@ def low_rank_linear(
         x = x.to(lora_A.device)
     dtype = compute_dtype(x, lora_A)
     probability = dropout.probability if dropout.acts else 0.0
-    if torch.compiler.is_compiling() or probability >= 1.0:
-        # The compiler's partitioner decides by itself what to keep and what to recompute.
+    if probability >= 1.0 or composes():
         dropped = F.dropout(x.to(lora_A.dtype), probability) if probability else x.to(lora_A.dtype)
         delta = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
         return delta if onto is None else add_delta(onto, delta)
@@ -283,6 +297,6 @@ def add_delta(output: Tensor, delta: Tensor) -> Tensor:
     """
     if output.dtype == delta.dtype:
         return output + delta
-    if torch.compiler.is_compiling():
+    if composes():
         return (output + delta).to(output.dtype)
     return _AddDelta.apply(output, delta)  # type: ignore[no-any-return, no-untyped-call]

@@ -35,6 +35,8 @@ from nbpeft.engine.transaction import Block, Transaction
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError
 
 _ATTRIBUTE = "_nbpeft_manager"
+_ATTRIBUTES = (_ATTRIBUTE, "peft_config")
+"""What a base model carries while it is adapted."""
 
 
 class AdapterManager(AdapterHolder):
@@ -51,8 +53,9 @@ class AdapterManager(AdapterHolder):
         """Makes a manager findable by ``of``; without one, the model's own or a new one."""
         found = manager or cls.of(model) or cls(model)
         with found.transaction(during_calls=True, quiet=True) as change:
-            change.keep_attributes(model, _ATTRIBUTE)
-            model.__dict__[_ATTRIBUTE] = found
+            change.keep_attributes(model, *_ATTRIBUTES)
+            # PEFT leaves its configs there, where other libraries look for them.
+            model.__dict__.update(zip(_ATTRIBUTES, (found, found.configs), strict=True))
         return found
 
     # Adding and removing
@@ -502,12 +505,13 @@ class AdapterManager(AdapterHolder):
         replace_modules(self.model, replacements, change)
         change.set_requires_grad(self._was_trainable, True)
         change.keep_attributes(self, "layers", "copies", "configs")
-        change.keep_attributes(self.model, _ATTRIBUTE)
+        change.keep_attributes(self.model, *_ATTRIBUTES)
         self.alive = False
         self.layers, self.copies, self.configs, self._slots = {}, {}, {}, {}
         self._was_trainable, self._selected, self._merged = [], (), ()
         self.switch.publish(NOTHING)
-        self.model.__dict__.pop(_ATTRIBUTE, None)
+        for attribute in _ATTRIBUTES:
+            self.model.__dict__.pop(attribute, None)
 
     def _merged_error(self, what: str) -> MergeError:
         return MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")

@@ -185,15 +185,16 @@ class PeftModel(nn.Module):
 
     # Running
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with the active adapters.
 
         Args:
             *args: handed to the base model.
-            adapter_names: for each row of the batch the adapter that serves it, ``"__base__"``
-                for none; evaluation only.
-            **kwargs: handed to the base model.
+            **kwargs: handed to the base model, but for ``adapter_names``: for each row of the batch
+                the adapter that serves it, ``"__base__"`` for none; evaluation only. (Tracers would
+                pass the default of a named parameter by position.)
         """
+        adapter_names: Sequence[str] | None = kwargs.pop("adapter_names", None)
         if torch.compiler.is_compiling() and adapter_names is None:
             return self.base_model.model(*args, **kwargs)
         self._check_live()

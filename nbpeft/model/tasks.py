@@ -37,7 +37,7 @@ class _TaskModel(PeftModel):
 class _SingleStack(_TaskModel):
     """A model of one stack of layers, with labels."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -63,7 +63,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
 
     task = TaskType.SEQ_2_SEQ_LM
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -101,7 +101,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
     task = TaskType.QUESTION_ANS
     heads = TASK_HEADS[task]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -124,7 +124,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
 
     task = TaskType.FEATURE_EXTRACTION
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft import hooks
 from nbpeft.engine.combine import Recipe
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.tokens import embedding_of
@@ -31,6 +32,11 @@ class AdapterTuner(nn.Module):
         self.model = model
         self.__dict__["manager"] = manager
         self.training = model.training
+        hooks.adapted()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        hooks.adapted()
 
     manager: AdapterManager
 

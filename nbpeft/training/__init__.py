@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nbpeft.training.fit import train
     from nbpeft.training.lorafa import LoraFAOptimizer, create_lorafa_optimizer
     from nbpeft.training.optimizers import create_loraplus_optimizer
+    from nbpeft.training.patching import patch_trainer, unpatch_trainer
     from nbpeft.training.prepare import prepare_model_for_kbit_training
     from nbpeft.training.result import TrainResult
     from nbpeft.training.run import Run, track
@@ -37,10 +38,12 @@ __all__ = [
     "create_loraplus_optimizer",
     "export_script",
     "is_plain",
+    "patch_trainer",
     "prepare_data",
     "prepare_model_for_kbit_training",
     "track",
     "train",
+    "unpatch_trainer",
 ]
 
 _HOMES = {
@@ -56,10 +59,12 @@ _HOMES = {
     "create_loraplus_optimizer": "optimizers",
     "export_script": "script",
     "is_plain": "data",
+    "patch_trainer": "patching",
     "prepare_data": "data",
     "prepare_model_for_kbit_training": "prepare",
     "track": "run",
     "train": "fit",
+    "unpatch_trainer": "patching",
 }
 
 

@@ -1,0 +1,112 @@
+"""Trainers of TRL on models of ours learn what they learn on PEFT's, from the same starting adapter.
+
+TRL is not one of the environment's packages: each version is installed without dependencies into a
+folder of its own, a few MB, that is put before the environment's packages in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.trl_run import STEPS, write_adapters
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbpeft-tests"
+NEWEST, OLDER = "1.16.0", "1.6.0"
+SFT = ("sft", "sft-nll", "sft-chunked", "sft-completion", "sft-assistant", "sft-packing")
+CASES = (*SFT, "dpo", "kto", "reward", "grpo", "orpo")
+SPECIAL = ("sft-config", "sft-head")
+
+
+def installed(version: str) -> Path:
+    """Where a version of TRL lies; it is installed if need be, and the test skipped where there is no index."""
+    folder = CACHE / f"trl-{version}"
+    if not (folder / f"trl-{version}.dist-info" / "RECORD").is_file():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        done = subprocess.run(
+            [*command, "--target", str(folder), f"trl=={version}"], capture_output=True, text=True, timeout=300
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            pytest.skip(f"trl {version} cannot be installed: {reason:.200}")
+    return folder
+
+
+def results(version: str, folder: Path, cases: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """What each side learned in its cases; the sides run beside each other."""
+    packages = installed(version)
+    write_adapters(folder)
+    variables = {"PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    running = {}
+    for side, names in cases.items():
+        command = [sys.executable, str(ROOT / "tests/training/trl_run.py"), side, str(folder)]
+        with (folder / f"{side}.log").open("w") as log:
+            running[side] = subprocess.Popen(
+                [*command, str(folder / f"{side}.json"), *names],
+                env=os.environ | variables,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+    for side, process in running.items():
+        assert process.wait(timeout=600) == 0, (folder / f"{side}.log").read_text()[-3000:]
+    return {side: json.loads((folder / f"{side}.json").read_text()) for side in cases}
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        one, other = ours[name], theirs[name]
+        assert "error" not in other, f"{name}: PEFT: {other['trace']}"
+        assert "error" not in one, f"{name}: {one['trace']}"
+        assert (one["library"], other["library"]) == ("nbpeft", "peft")
+        assert one["learned"] == other["learned"] and len(one["learned"]) == STEPS, name
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-5, abs=1e-6) and len(one["losses"]) == STEPS, name
+        assert one["grad_norms"] == pytest.approx(other["grad_norms"], rel=1e-4), name
+        assert min(one["grad_norms"]) > 0
+        assert one["files"] == other["files"] == ["adapter_model.safetensors"], name
+
+
+def check_counts(found: dict[str, Any]) -> None:
+    """The masks of the cases are masks: else equal counts would show nothing."""
+    whole, completions, replies = (
+        [batch["labels"] for batch in found[name]["learned"]] for name in ("sft", "sft-completion", "sft-assistant")
+    )
+    assert all(part < all_of_it for part, all_of_it in zip(completions, whole, strict=True))
+    masks = [batch["attention_mask"] for batch in found["sft-assistant"]["learned"]]
+    assert all(part < all_of_it for part, all_of_it in zip(replies, masks, strict=True))
+    assert all(batch["position_ids"] < 4 * 32 * 31 / 2 for batch in found["sft-packing"]["learned"]), "rows are packed"
+
+
+@pytest.mark.slow
+def test_a_completion_alone_is_learned(tmp_path: Path) -> None:
+    found = results(NEWEST, tmp_path, dict.fromkeys(("nbpeft", "peft"), ("sft-completion",)))
+    compare(found["nbpeft"], found["peft"], ("sft-completion",))
+
+
+@pytest.mark.slow
+def test_every_trainer_learns_what_it_learns_with_peft_also_where_that_is_not_installed(tmp_path: Path) -> None:
+    alone = tuple(name for name in CASES if name != "sft-nll")
+    sides = {"nbpeft": CASES + SPECIAL, "peft": CASES + SPECIAL, "alone": alone + SPECIAL}
+    found = results(NEWEST, tmp_path, sides)
+    compare(found["nbpeft"], found["peft"], CASES)
+    compare(found["alone"], found["peft"], alone)
+    check_counts(found["nbpeft"])
+    for side in ("nbpeft", "alone"):
+        made, theirs = (found[each]["sft-config"] for each in (side, "peft"))
+        assert "error" not in made, made["trace"]
+        assert made["library"] == "nbpeft" and made["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-5)
+        assert "lm_head" in found[side]["sft-head"]["error"], "an adapted head would not be trained"
+        assert found[side]["sft-head"]["error"] == found["peft"]["sft-head"]["error"]
+
+
+@pytest.mark.slow
+def test_every_trainer_of_an_older_version_learns_what_it_learns_with_peft(tmp_path: Path) -> None:
+    found = results(OLDER, tmp_path, {"nbpeft": CASES, "peft": CASES})
+    compare(found["nbpeft"], found["peft"], CASES)
+    check_counts(found["nbpeft"])
