@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import nbpeft.engine.backends
 import nbpeft.engine.hosts
@@ -20,6 +21,7 @@ import nbpeft.engine.methods  # noqa: F401
 from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, Backend, Host, TaskType
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.lora_config import suffixes
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
 from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, without_head
 from nbpeft.engine.targets import (
@@ -167,6 +169,7 @@ def plan(
         ConfigError: a value of the config is impossible for a layer.
     """
     method = method_of(config)
+    _refuse_lazy(model)
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     resolved = _resolve_targets(model, config, sites)
     names = list(getattr(resolved, "modules_to_save", None) or ())
@@ -193,6 +196,13 @@ def plan(
     remark(resolved, modules, strict=not allow_missing, idle_exclusion=idle)
     biases = _biases(model, resolved, adapted, tuple(copies))
     return InjectionPlan(method.label, resolved, (*targets, *tokens), copies, biases, tuple(excluded), missing)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """Raises TargetError for a model whose layers have no shapes yet."""
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise TargetError(f"{lazy} has no shape yet (lazy layer): run the model once on an input before adapting it")
 
 
 def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> AdapterConfig:
@@ -227,7 +237,9 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
     found = []
     for site in sites:
         host = resolve_host(site.module)
-        if host is not None and host.name in ("linear", "conv1d") and not any(site.module is head for head in heads):
+        if host is None or host.name not in ("linear", "conv1d") or 0 in host.features(site.module):
+            continue
+        if not any(site.module is head for head in heads):
             found.append(site.path)
     return found
 
@@ -242,12 +254,14 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
     """Paths of modules trained as a whole; ``heads`` are names that may have been guessed."""
     if not names:
         return {}
+    wanted = set(names)
     found = {
         site.path: sum(parameter.numel() for parameter in site.module.parameters())
         for site in sites
-        if matches_segment_names(site.path, names)
+        if matches_segment_names(site.path, wanted)
     }
-    missing = [name for name in names if not any(matches_segment_names(path, [name]) for path in found)]
+    matched = {suffix for path in found for suffix in suffixes(path)}
+    missing = [name for name in names if name not in matched]
     if missing and not (found and set(missing) <= set(_CLASSIFIER_HEADS)):
         problem = no_match(missing, [site.path for site in sites], what="modules_to_save")
         guessed = set(missing) <= set(heads)
@@ -341,6 +355,8 @@ def make_adapters(
 
 def _target(site: Site, config: AdapterConfig, method: Method) -> Target:
     host, backend = resolve_parts(site)
+    if 0 in host.features(site.module):
+        raise TargetError(f"{site.path} is empty ({site.module}): there is nothing to adapt; exclude it", path=site.path)
     shapes = method.adapter_class.parameter_shapes(config, site.path, site.module, host)
     in_features, out_features = host.features(site.module)
     return Target(site.path, host.name, backend.name, in_features, out_features, shapes)

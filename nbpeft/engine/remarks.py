@@ -10,7 +10,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.lora_config import PatternTable
-from nbpeft.errors import PeftWarning, TargetError, did_you_mean
+from nbpeft.errors import PeftWarning, TargetError, did_you_mean, few, shown
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -37,7 +37,7 @@ def unmatched_patterns(config: Any, paths: Sequence[str]) -> str:
         if unused:
             hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
             parts.append(
-                f"{name} {', '.join(map(repr, unused))} did not match any targeted module and "
+                f"{name} {few(unused)} did not match any targeted module and "
                 f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
             )
     return " ".join(parts)
@@ -90,8 +90,8 @@ def remark(
     """
     unmatched = unmatched_patterns(config, [path for path, _ in modules])
     excluded = config.exclude_modules
-    shown = excluded if excluded is None or isinstance(excluded, str) else sorted(excluded)
-    idle = f"exclude_modules={shown!r} names no module of the model" if idle_exclusion else ""
+    excluded_text = shown(excluded if excluded is None or isinstance(excluded, str) else sorted(excluded), 200)
+    idle = f"exclude_modules={excluded_text} names no module of the model" if idle_exclusion else ""
     for note, category in ((unmatched, RuntimeWarning), (idle, UserWarning)):
         if note and strict:
             raise TargetError(note)

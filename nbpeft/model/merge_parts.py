@@ -27,7 +27,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merging import check_together
 from nbpeft.engine.plan import Target, make_adapters
 from nbpeft.engine.registry import backend_named, host_named, resolve_backend, resolve_host
-from nbpeft.errors import CheckpointNotFoundError, ConfigError, MergeError
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, MergeError, few
 from nbpeft.model import files
 from nbpeft.model.stored import is_quantized_layer
 
@@ -157,7 +157,7 @@ def deltas_in(source: str | os.PathLike[str], skeleton: nn.Module, **hub: Any) -
         rename=checkpoint.renames_of(skeleton),
     )
     if loaded.missing:
-        raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {', '.join(loaded.missing[:3])}")
+        raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
     found = Deltas(names=(name,))
     bases: dict[str, Base] = {}

@@ -87,6 +87,12 @@ def set_peft_model_state_dict(
         copies={path: _shapes(named) for path, named in weights.copies.items()},
         base=_shapes(weights.base),
         optional=_shapes({key: v for key, v in present.items() if key.rpartition(".")[0] not in weights.copies}),
+        others={
+            f"{path}.{key}": tensor.dtype
+            for path, named in weights.copies.items()
+            for key, tensor in named.items()
+            if not tensor.is_floating_point()
+        },
     )
     peft_type = str(manager.configs[adapter_name].peft_type)
     whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name)
