@@ -14,7 +14,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Union
 
 from nbpeft.errors import ConfigError, shown
@@ -66,8 +66,9 @@ def _fits(value: Any, kind: Any) -> bool:
         keys, values = arguments or (Any, Any)
         return isinstance(value, Mapping) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
     if isinstance(origin, type) and issubclass(origin, Collection):
-        if isinstance(value, str | bytes | Mapping):
+        if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
             return False
+        # What can be gone through only once is left alone.
         item = Any if origin is tuple else arguments[0]
         return not isinstance(value, Collection) or all(_fits(one, item) for one in value)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -112,4 +113,6 @@ def _described(kind: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Collection):
         inner = {int: " of whole numbers", str: " of texts"}.get(arguments[0], "")
         return f"a list{inner}"
-    return "a text" if isinstance(kind, type) and issubclass(kind, enum.Enum) else f"a {getattr(kind, '__name__', kind)}"
+    return (
+        "a text" if isinstance(kind, type) and issubclass(kind, enum.Enum) else f"a {getattr(kind, '__name__', kind)}"
+    )

@@ -151,7 +151,7 @@ def no_pattern_match(pattern: str, available: Iterable[str]) -> TargetError:
     else:
         hint = f"for names use a list.{did_you_mean(pattern, last_names)}"
     return TargetError(
-        f"target_modules {shown(pattern, 100)} is a pattern for whole paths and matches none: {hint} {_has(last_names)}",
+        f"target_modules {shown(pattern)} is a pattern for whole paths and matches none: {hint} {_has(last_names)}",
         missing=(pattern,),
         near={pattern: near(pattern, last_names)},
         available=tuple(last_names),

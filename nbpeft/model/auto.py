@@ -91,7 +91,9 @@ class AutoPeftModel:
         if not library or not name:
             raise ConfigError("the adapter says neither its task nor its base model's class; use PeftModel")
         if library.split(".")[0] not in allowed:
-            raise ConfigError(f"the adapter's base class is in {shown(library)}, which is not in import_allowlist={allowed}")
+            raise ConfigError(
+                f"the adapter's base class is in {shown(library)}, which is not in import_allowlist={allowed}"
+            )
         try:
             found = getattr(importlib.import_module(library), name)
         except (ImportError, AttributeError, ValueError):

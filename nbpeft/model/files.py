@@ -188,7 +188,9 @@ def _tell_replaced(manager: AdapterManager, name: str, plan: InjectionPlan, weig
     for key in brought:
         own, new = present[key], weights.base[key]
         if own.is_meta:
-            raise CheckpointError(f"the adapter brings its own {key}, which is not in memory here: load the model whole")
+            raise CheckpointError(
+                f"the adapter brings its own {key}, which is not in memory here: load the model whole"
+            )
         if torch.equal(new.to(own.device, own.dtype), own):
             del weights.base[key]
     replaced = [key for key in brought if key in weights.base]

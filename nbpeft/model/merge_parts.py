@@ -168,7 +168,7 @@ def deltas_in(source: str | os.PathLike[str], skeleton: nn.Module, **hub: Any) -
         refusal = base.host.product_refusal(module)
         if refusal:
             raise MergeError(f"{target.path}: the adapter cannot be merged into {refusal}", path=target.path)
-        tensors = loaded.weights.adapters.get(target.path, {})
+        tensors = {key: value.float() for key, value in loaded.weights.adapters.get(target.path, {}).items()}
         bases[target.path] = base
         return adapter_class.create(config, target.path, base, target.shapes, tensors, torch.float32)
 

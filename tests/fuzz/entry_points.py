@@ -37,7 +37,16 @@ class Ways:
         return found + [(name, False, buffer) for name, buffer in self.model.named_buffers()]
 
     def all(self) -> dict[str, Callable[[Path], None]]:
-        ways = (self.config, self.preview, self.load, self.from_pretrained, self.swap, self.pooled, self.merge, self.auto)
+        ways = (
+            self.config,
+            self.preview,
+            self.load,
+            self.from_pretrained,
+            self.swap,
+            self.pooled,
+            self.merge,
+            self.auto,
+        )
         return {way.__name__: way for way in ways}
 
     def config(self, folder: Path) -> None:
@@ -73,7 +82,8 @@ class Ways:
             assert not changed, f"a swap that failed changed {changed[:3]}"
 
     def pooled(self, folder: Path) -> None:
-        self.pool = self.pool or AdapterPool(self.model, 10, host_limit_mb=0)
+        if self.pool is None:
+            self.pool = AdapterPool(self.model, 10, host_limit_mb=0)
         self.pool.register("pooled", str(folder))
         try:
             self.pool.load("pooled")

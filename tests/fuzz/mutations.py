@@ -20,10 +20,33 @@ from tests.fuzz.starts import CONFIG, LEGACY, WEIGHTS
 
 PATTERNS = (
     *(r"(\w+\.?)+!", r"(a|a)*b", r"(.*)*x", r".*.*.*.*.*.*.*x", r"(.*)\1$", r"([a-z_]+)*$", r"(x+x+)+y"),
-    *("a{99999999999}", "(" * 3000, "(?i)Q", "[", "", "*", r"^model\.(\w+\.)*q_proj$", r"(?!.*1).*q_proj", "q_proj|" * 500),
+    *(
+        "a{99999999999}",
+        "(" * 3000,
+        "(?i)Q",
+        "[",
+        "",
+        "*",
+        r"^model\.(\w+\.)*q_proj$",
+        r"(?!.*1).*q_proj",
+        "q_proj|" * 500,
+    ),
 )
 NUMBERS = (0, -1, 1, 3, 2**24, 2**31, 2**63, 10**300, 1.5, -0.0, 1e308, 1e-308, 16, 4096)
-TEXTS = ("", "no", "false", "8", "all-linear", "default", "é\ud7ff", "a" * 5000, "../x", "q_proj", "CAUSAL_LM", "\n`x`\n")
+TEXTS = (
+    "",
+    "no",
+    "false",
+    "8",
+    "all-linear",
+    "default",
+    "é\ud7ff",
+    "a" * 5000,
+    "../x",
+    "q_proj",
+    "CAUSAL_LM",
+    "\n`x`\n",
+)
 FIELDS = (
     *("r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora"),
     *("modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
@@ -47,7 +70,9 @@ def hostile_value(draw: Draw, depth: int = 0) -> Any:
     if kind == 2:
         return draw.choice(PATTERNS)
     if kind in (3, 4):
-        return draw.choice((True, False, None, "pissa_niter_9999999999", "pissa_niter_7", "pissa", "olora", float("nan")))
+        return draw.choice(
+            (True, False, None, "pissa_niter_9999999999", "pissa_niter_7", "pissa", "olora", float("nan"))
+        )
     if kind in (5, 6):
         return {draw.choice((*TEXTS, *PATTERNS)): hostile_value(draw, depth + 1) for _ in range(draw.randrange(4))}
     if kind == 7:
@@ -80,7 +105,10 @@ def likely_field(draw: Draw, fields: Fields) -> None:
             ("r", draw.choice(NUMBERS)),
             ("lora_alpha", draw.choice(NUMBERS)),
             ("modules_to_save", [draw.choice(("embed_tokens", "layers", "q_proj", "norm", "nothing", ""))]),
-            ("trainable_token_indices", draw.choice(([39, 40], [-1], [1, 1], {"lm_head": [3]}, {"norm": [0]}, [10**9]))),
+            (
+                "trainable_token_indices",
+                draw.choice(([39, 40], [-1], [1, 1], {"lm_head": [3]}, {"norm": [0]}, [10**9])),
+            ),
             ("bias", draw.choice(("all", "lora_only", "invalid"))),
             ("init_lora_weights", draw.choice(("pissa", "olora", "orthogonal", "pissa_niter_128", "gaussian"))),
             ("auto_mapping", {"parent_library": draw.choice(("transformers", "os", "")), "base_model_class": "system"}),
@@ -147,7 +175,9 @@ def drop_tensor(draw: Draw, tensors: Tensors) -> None:
 
 def rename_key(draw: Draw, tensors: Tensors) -> None:
     key = _key(draw, tensors)
-    new = draw.choice((key[1:], f"base_model.model.{key}", key.upper(), "x" * 100_000, "", f"{key}.weight", "a." * 3000))
+    new = draw.choice(
+        (key[1:], f"base_model.model.{key}", key.upper(), "x" * 100_000, "", f"{key}.weight", "a." * 3000)
+    )
     tensors[new] = tensors.pop(key, torch.zeros(1))
 
 
@@ -207,7 +237,9 @@ def damaged_file(draw: Draw, data: bytes) -> bytes:
         header["__metadata__"] = draw.choice((None, {}, [], {"a": 1}, {"nbpeft.base.shapes": "{"}))
     else:
         told = header.setdefault("__metadata__", {})
-        told["nbpeft.base.shapes"] = draw.choice(('{"1v x 4": 3}', '{"4 x 4": "x"}', "[[]]", "[" * 5000, '{"": 1}', "7"))
+        told["nbpeft.base.shapes"] = draw.choice(
+            ('{"1v x 4": 3}', '{"4 x 4": "x"}', "[[]]", "[" * 5000, '{"": 1}', "7")
+        )
         told.setdefault("nbpeft.base.architecture", "A" * draw.choice((1, 100_000)))
         told.setdefault("nbpeft.base.dtype", "float32")
         told.setdefault("nbpeft.base.weights", "0")
