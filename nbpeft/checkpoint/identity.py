@@ -24,6 +24,7 @@ _PREFIX = "nbpeft.base."
 _SAMPLES = 8
 _LONGEST_SIZE = 100
 """Letters of a size or a class; what is longer is no fingerprint."""
+_MOST_SIZES = 10_000
 _COMPARABLE = frozenset({"float32", "bfloat16"})
 
 
@@ -57,9 +58,11 @@ class Fingerprint:
         """The fingerprint in a file's metadata, or None if there is none that can be read."""
         try:
             shapes = json.loads(metadata[f"{_PREFIX}shapes"])
-            for size, count in shapes.items():
-                if _numbers(size) < 0 or type(count) is not int or len(size) > _LONGEST_SIZE:
-                    return None
+            if len(shapes) > _MOST_SIZES or not all(
+                len(size) <= _LONGEST_SIZE and _numbers(size) >= 0 and type(count) is int
+                for size, count in shapes.items()
+            ):
+                return None
             return cls(
                 architecture=metadata[f"{_PREFIX}architecture"][:_LONGEST_SIZE],
                 shapes=shapes,

@@ -129,11 +129,12 @@ def _read_mapped(path: Path, device: str) -> tuple[dict[str, str], dict[str, Ten
 def _read_legacy(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     try:
         _refuse_compressed(path)
-        tensors = torch.load(path, map_location=device, weights_only=True)
+        tensors: Any = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a pickle that somebody else made can raise anything
         raise _corrupt(path, error) from None
-    named = isinstance(tensors, dict) and all(isinstance(key, str) for key in tensors)
-    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
+    ):
         raise CorruptCheckpointError(f"{path} does not hold a dictionary of tensors", path=str(path))
     return tensors
 

@@ -29,7 +29,8 @@ def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
         config: an instance of a dataclass; numbers of numpy in it become Python's.
         passing: names of fields that are not asked about.
     """
-    for name, kind in _annotations(type(config)).items():
+    config_class: Any = type(config)
+    for name, kind in _annotations(config_class).items():
         value = getattr(config, name, None)
         if value is None or name in passing:
             continue
@@ -42,7 +43,7 @@ def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _annotations(config_class: type) -> dict[str, Any]:
+def _annotations(config_class: Any) -> dict[str, Any]:
     try:
         hints = typing.get_type_hints(config_class)
     except (NameError, TypeError):  # a class of another package whose annotations cannot be told
@@ -94,11 +95,13 @@ def _is_bool(value: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """A number of numpy as Python's; everything else as it is."""
+    if isinstance(value, int | float | enum.Enum):
+        return value
     if _is_bool(value):
         return bool(value)
-    if isinstance(value, numbers.Integral) and not isinstance(value, enum.Enum):
+    if isinstance(value, numbers.Integral):
         return int(value)
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int | float) else value
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _described(kind: Any) -> str:

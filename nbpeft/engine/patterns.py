@@ -111,7 +111,8 @@ class _Reading:
         if code is _codes.BRANCH:
             return self._branch(value[1], behind, loops)
         if code in (_codes.MAX_REPEAT, _codes.MIN_REPEAT, _codes.POSSESSIVE_REPEAT):
-            return self._repeat(*value, behind, loops)
+            least, most, body = value
+            return self._repeat(least, most, body, behind, loops)
         return _ENDLESS, behind  # a backreference
 
     def _branch(self, branches: Any, behind: Letters, loops: int) -> tuple[float, Letters]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 import nbpeft.engine.backends
 import nbpeft.engine.hosts
@@ -23,14 +22,14 @@ from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.lora_config import suffixes
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
-from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, without_head
+from nbpeft.engine.remarks import guessed_heads, refuse_lazy, remark, warn_of_experts, without_head
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
     default_targets,
     matches_segment_names,
     no_match,
-    no_pattern_match,
+    nothing_matches,
 )
 from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
 from nbpeft.engine.tokens import token_rows
@@ -169,7 +168,7 @@ def plan(
         ConfigError: a value of the config is impossible for a layer.
     """
     method = method_of(config)
-    _refuse_lazy(model)
+    refuse_lazy(model)
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     resolved = _resolve_targets(model, config, sites)
     names = list(getattr(resolved, "modules_to_save", None) or ())
@@ -184,7 +183,7 @@ def plan(
     adapted = {target.path for target in targets}
     tokens = _token_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or tokens) and not matcher.targets):
-        raise _nothing_matches(matcher, excluded, sites)
+        raise nothing_matches(matcher, excluded, adaptable_paths(sites))
     missing = matcher.missing()
     if missing:
         problem = no_match(missing, adaptable_paths(sites))
@@ -196,13 +195,6 @@ def plan(
     remark(resolved, modules, strict=not allow_missing, idle_exclusion=idle)
     biases = _biases(model, resolved, adapted, tuple(copies))
     return InjectionPlan(method.label, resolved, (*targets, *tokens), copies, biases, tuple(excluded), missing)
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    """Raises TargetError for a model whose layers have no shapes yet."""
-    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
-    if lazy is not None:
-        raise TargetError(f"{lazy} has no shape yet (lazy layer): run the model once on an input before adapting it")
 
 
 def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> AdapterConfig:
@@ -386,19 +378,6 @@ def resolve_parts(site: Site) -> tuple[Host, Backend]:
 def adaptable_paths(sites: list[Site]) -> list[str]:
     """Paths of all modules that could be adapted."""
     return [site.path for site in sites if resolve_host(site.module) and resolve_backend(site.module)]
-
-
-def _nothing_matches(matcher: Matcher, excluded: list[str], sites: list[Site]) -> TargetError:
-    missing = matcher.missing()
-    if missing and isinstance(matcher.targets, str):
-        return no_pattern_match(matcher.targets, adaptable_paths(sites))
-    if missing and not excluded:
-        return no_match(missing, adaptable_paths(sites))
-    if excluded:
-        return TargetError(
-            f"exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. {excluded[0]}"
-        )
-    return TargetError("target_modules match modules, but none in the layers of layers_to_transform")
 
 
 def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: Sequence[str]) -> tuple[str, ...]:

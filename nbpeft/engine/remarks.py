@@ -1,4 +1,4 @@
-"""What is odd about a config on a model, though it can be carried out."""
+"""What is odd about a config on a model, though it can be carried out; and models nothing can be done with yet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.lora_config import PatternTable
@@ -41,6 +42,13 @@ def unmatched_patterns(config: Any, paths: Sequence[str]) -> str:
                 f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
             )
     return " ".join(parts)
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raises TargetError for a model whose layers have no shapes yet."""
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise TargetError(f"{lazy} has no shape yet (lazy layer): run the model once on an input before adapting it")
 
 
 def without_bias(config: Any, modules: Sequence[tuple[str, nn.Module]]) -> str:

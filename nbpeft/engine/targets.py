@@ -129,6 +129,26 @@ def names_part(name: str, path: str) -> bool:
     return f".{name}." in f".{path}."
 
 
+def nothing_matches(matcher: Matcher, excluded: Sequence[str], available: Sequence[str]) -> TargetError:
+    """The error for a config that means no module at all.
+
+    Args:
+        matcher: was asked about all paths.
+        excluded: paths that the targets name and that were taken out.
+        available: paths that could be adapted.
+    """
+    missing = matcher.missing()
+    if missing and isinstance(matcher.targets, str):
+        return no_pattern_match(matcher.targets, available)
+    if missing and not excluded:
+        return no_match(missing, available)
+    if excluded:
+        return TargetError(
+            f"exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. {excluded[0]}"
+        )
+    return TargetError("target_modules match modules, but none in the layers of layers_to_transform")
+
+
 def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "target_modules") -> TargetError:
     """The error for names that match nothing, with what the model does have."""
     last_names = sorted({path.rsplit(".", 1)[-1] for path in available})

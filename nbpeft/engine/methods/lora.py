@@ -21,7 +21,7 @@ from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.mixed import factor_rows
 from nbpeft.engine.registry import register
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, MergeError
 
 _MERGE_ROWS = 256
 """Rows of a weight merged at a time, which bounds the extra memory of a merge."""
@@ -114,6 +114,8 @@ class LoRA(FactoredAdapter):
             super().add_to_(weight, base, scale)
             return
         factor = float(self.scaling) * scale
+        if not abs(factor) <= torch.finfo(torch.promote_types(weight.dtype, torch.float32)).max:
+            raise MergeError(f"a delta that is scaled by {factor:.3g} cannot be merged: the sum would not be finite")
         if weight.dtype == lora_A.dtype:
             weight.addmm_(lora_B, lora_A, alpha=factor)
             return
