@@ -2,7 +2,8 @@
 
     NbpeftError
     ├── ConfigError               a field is unknown or its value is impossible
-    │   └── UnknownMethodError    the config names a method that is not registered
+    │   ├── UnknownMethodError    the config names a method that is not registered
+    │   └── BiasError             ``bias`` is none of its values
     ├── TargetError               nothing (or not everything asked for) in the model matches
     │   └── LayerKindError        what is asked for does not work on layers of that kind
     ├── AdapterError
@@ -11,7 +12,9 @@
     ├── MergeError                these weights cannot be merged, or are merged already
     ├── CheckpointError
     │   ├── CheckpointNotFoundError
+    │   │   └── BaseNotFoundError     the base model that an adapter names cannot be loaded
     │   ├── CorruptCheckpointError    truncated, tampered with, or not a checkpoint
+    │   │   └── UntypedConfigError    a config does not say of which method it is
     │   └── BaseMismatchError         the checkpoint belongs to another base model
     ├── HotSwapError              the new adapter cannot take the old one's place
     ├── StaleModelError           the handle's adapters were merged away, unloaded or taken over
@@ -27,20 +30,27 @@ the values behind it are in ``details``.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+_LONGEST_MESSAGE = 500
+_LONGEST_NAME = 200
+_MOST_CHOICES = 2_000
+"""As many names are compared with one that was not found."""
 
 
 class NbpeftError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        message: One line: what is wrong, what was expected, the nearest valid choice.
+        message: One line: what is wrong, what was expected, the nearest valid choice. A long one
+            loses its middle, so that no value can flood the screen.
         **details: The values the message speaks of, for code that handles the error.
     """
 
     def __init__(self, message: str, **details: object) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = shortened(message)
+        super().__init__(self.message)
         self.details = details
 
     def __str__(self) -> str:
@@ -53,6 +63,10 @@ class ConfigError(NbpeftError, ValueError):
 
 class UnknownMethodError(ConfigError, KeyError):
     """The config names a method that is not registered."""
+
+
+class BiasError(ConfigError, NotImplementedError):
+    """``bias`` is none of its values."""
 
 
 class TargetError(NbpeftError, ValueError):
@@ -87,8 +101,16 @@ class CheckpointNotFoundError(CheckpointError):
     """There is no checkpoint at that place."""
 
 
+class BaseNotFoundError(CheckpointNotFoundError, OSError):
+    """The base model that an adapter names is not there or cannot be loaded."""
+
+
 class CorruptCheckpointError(CheckpointError):
     """The files are truncated, tampered with, or not a checkpoint."""
+
+
+class UntypedConfigError(CorruptCheckpointError, KeyError, TypeError):
+    """A config does not say of which method it is."""
 
 
 class BaseMismatchError(CheckpointError, RuntimeError):
@@ -131,9 +153,35 @@ def in_one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
+def shortened(text: str, limit: int = _LONGEST_MESSAGE) -> str:
+    """A text without its middle where it is longer than that."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    return f"{text[: limit - tail - 3]} … {text[-tail:]}"
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A value for a message: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__}>"  # such as a number with more digits than Python writes
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def few(names: Iterable[object], count: int = 5) -> str:
+    """The first of some names for a message, and how many more there are."""
+    given = list(names)
+    more = f" and {len(given) - count} more" if len(given) > count else ""
+    return ", ".join(shown(name) for name in given[:count]) + more
+
+
 def near(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
-    """The choices most like ``word``, best first."""
-    return difflib.get_close_matches(word, list(choices), n=count, cutoff=0.5)
+    """The choices most like ``word``, best first; none for a word that is no name, being too long."""
+    if len(word) > _LONGEST_NAME:
+        return []
+    return difflib.get_close_matches(word, list(itertools.islice(choices, _MOST_CHOICES)), n=count, cutoff=0.5)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -15,10 +15,25 @@ import nbpeft.engine.methods  # noqa: F401  (registers the methods)
 from nbpeft.checkpoint.bare import bare_modules
 from nbpeft.engine import registry
 from nbpeft.engine.adapter import PEFT_VERSION, AdapterConfig
-from nbpeft.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from nbpeft.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpointError,
+    UntypedConfigError,
+    in_one_line,
+    shown,
+)
 
 CONDENSE_FROM = 20
 """As many target names as this are condensed to suffixes, as PEFT does."""
+
+LARGEST_CONFIG = 8_000_000
+"""Bytes of a config file; one that names 50,000 modules takes a third of it."""
+_MOST_ENTRIES = 150_000
+"""Of all lists and dictionaries in it together."""
+_DEEPEST = 32
+_MOST_DIGITS = 400
+"""Of a whole number; more do not fit into the largest float."""
 
 _RUNTIME_FIELDS = frozenset({"runtime_config"})
 
@@ -41,7 +56,7 @@ def config_text(config: AdapterConfig, *, inference_mode: bool | None = None) ->
         try:
             json.dumps(value, sort_keys=True)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{name} = {value!r} cannot be saved: {error}", field=name) from None
+            raise ConfigError(f"{name} = {shown(value)} cannot be saved: {error}", field=name) from None
     return json.dumps(fields, indent=2, sort_keys=True)
 
 
@@ -49,17 +64,48 @@ def parse_config(text: str, where: str = "adapter_config.json") -> tuple[Adapter
     """The config in a text, and the fields this version does not know.
 
     Raises:
-        CorruptCheckpointError: the text is not JSON or has no ``peft_type``.
+        CorruptCheckpointError: the text is not JSON, is beyond all bounds or has no ``peft_type``.
         UnknownMethodError: ``peft_type`` is not registered.
         ConfigError: a field has an impossible value.
     """
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_int=_whole_number)
+        _check_size(fields)
     except json.JSONDecodeError as error:
         raise CorruptCheckpointError(f"{where} is not valid JSON: {error}", path=where) from None
+    except (_BeyondBounds, RecursionError) as error:
+        reason = str(error) if isinstance(error, _BeyondBounds) else "it is nested too deeply"
+        raise CorruptCheckpointError(f"{where} is not the config of an adapter: {reason}", path=where) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
-        raise CorruptCheckpointError(f"{where} has no 'peft_type': it is not the config of an adapter", path=where)
+        raise UntypedConfigError(f"{where} has no 'peft_type': it is not the config of an adapter", path=where)
     return config_of(fields, where)
+
+
+class _BeyondBounds(Exception):
+    """A config that no adapter has."""
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise _BeyondBounds(f"it holds a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _check_size(fields: Any) -> None:
+    """Raises _BeyondBounds for what would take long to go through."""
+    level, entries, depth = [fields], 0, 0
+    while level:
+        level = [
+            item
+            for group in level
+            if isinstance(group, dict | list)
+            for item in (group.values() if isinstance(group, dict) else group)
+        ]
+        entries, depth = entries + len(level), depth + 1
+        if entries > _MOST_ENTRIES:
+            raise _BeyondBounds(f"it has more than {_MOST_ENTRIES:,} entries")
+        if depth > _DEEPEST:
+            raise _BeyondBounds("it is nested too deeply")
 
 
 def config_of(fields: Mapping[str, Any], where: str) -> tuple[AdapterConfig, dict[str, Any]]:
@@ -81,8 +127,8 @@ def config_of(fields: Mapping[str, Any], where: str) -> tuple[AdapterConfig, dic
         return config_class(**given), unknown
     except ConfigError as error:
         raise type(error)(f"{where}: {error.message}", **error.details) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{where} has an impossible value: {error}", path=where) from None
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{where} has an impossible value: {in_one_line(error)}", path=where) from None
 
 
 def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable[str] | None = None) -> AdapterConfig:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nbpeft.checkpoint import card as model_card
 from nbpeft.checkpoint.atomic import NewFile, replace_files, staged
-from nbpeft.checkpoint.config_format import config_of, config_text, parse_config
+from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
 from nbpeft.checkpoint.source import CONFIG_NAME, Source
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata, read_tensors, storable, write_tensors
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.errors import CheckpointError, CorruptCheckpointError
+from nbpeft.errors import CheckpointError, CorruptCheckpointError, in_one_line, shortened
 
 CARD_NAME = "README.md"
 _READS = 3
@@ -122,10 +122,10 @@ def read_checkpoint(
     path = place.config_file()
     weights_path = place.weights_file(path)
     for _ in range(_READS):
-        version = weights_path.stat().st_mtime_ns
+        version = _version(weights_path)
         tensors, metadata = read_tensors(weights_path, device)
         text = _config_text_of(path, metadata)
-        if weights_path.stat().st_mtime_ns == version:
+        if _version(weights_path) == version:
             break
     config, unknown = parse_config(text, str(path))
     _tell_unknown(unknown, path)
@@ -238,9 +238,23 @@ def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
     return next((staged_text for staged_text in map(_text, waiting) if _digest(staged_text) == wanted), text)
 
 
+def _version(path: Path) -> int | None:
+    """Changes when the file is replaced."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_CONFIG + 1)
+        if len(content) > LARGEST_CONFIG:
+            raise CorruptCheckpointError(
+                f"{path} is not the config of an adapter: it has more than {LARGEST_CONFIG:,} bytes", path=str(path)
+            )
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise CorruptCheckpointError(f"{path} is not a text file", path=str(path)) from None
     except OSError as error:
@@ -262,6 +276,6 @@ def _tell_unknown(unknown: Mapping[str, Any], path: Path | str) -> None:
     """Warns of fields that are left out, unless they say nothing (None, False, empty)."""
     speaking = sorted(name for name, value in unknown.items() if value)
     if speaking:
-        warnings.warn(
-            f"{path}: left out the fields {', '.join(speaking)}, which this version does not know", stacklevel=3
-        )
+        names = ", ".join(in_one_line(shortened(name, 60)) for name in speaking[:10])
+        more = f" and {len(speaking) - 10} more" if len(speaking) > 10 else ""
+        warnings.warn(f"{path}: left out the fields {names}{more}, which this version does not know", stacklevel=3)

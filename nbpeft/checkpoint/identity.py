@@ -22,6 +22,9 @@ from nbpeft.errors import BaseMismatchError
 
 _PREFIX = "nbpeft.base."
 _SAMPLES = 8
+_LONGEST_SIZE = 100
+"""Letters of a size or a class; what is longer is no fingerprint."""
+_MOST_SIZES = 10_000
 _COMPARABLE = frozenset({"float32", "bfloat16"})
 
 
@@ -55,13 +58,18 @@ class Fingerprint:
         """The fingerprint in a file's metadata, or None if there is none that can be read."""
         try:
             shapes = json.loads(metadata[f"{_PREFIX}shapes"])
+            if len(shapes) > _MOST_SIZES or not all(
+                len(size) <= _LONGEST_SIZE and _numbers(size) >= 0 and type(count) is int
+                for size, count in shapes.items()
+            ):
+                return None
             return cls(
-                architecture=metadata[f"{_PREFIX}architecture"],
-                shapes={str(name): int(count) for name, count in shapes.items()},
+                architecture=metadata[f"{_PREFIX}architecture"][:_LONGEST_SIZE],
+                shapes=shapes,
                 dtype=metadata[f"{_PREFIX}dtype"],
                 weights=metadata[f"{_PREFIX}weights"],
             )
-        except (KeyError, ValueError, AttributeError, TypeError):
+        except (KeyError, ValueError, AttributeError, TypeError, RecursionError):
             return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nbpeft.checkpoint import hub
 from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
-from nbpeft.errors import CheckpointNotFoundError, did_you_mean
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, shown
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -33,6 +33,8 @@ class Source:
     def of(cls, source: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> Source:
         """Checks the options and lets a file stand for its folder."""
         name = os.path.expanduser(os.fspath(source))
+        if any("\ud800" <= letter <= "\udbff" or letter == "\0" for letter in name):
+            raise CheckpointNotFoundError(f"{shown(name)} cannot be the name of a folder")
         if os.path.isfile(name) and os.path.basename(name) in (CONFIG_NAME, WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
             name = os.path.dirname(name) or "."
         return cls(name, subfolder or None, hub.checked_options(options))
@@ -48,7 +50,7 @@ class Source:
         Raises:
             CheckpointNotFoundError: there is none.
         """
-        if (self.folder / CONFIG_NAME).is_file():
+        if _is_file(self.folder / CONFIG_NAME):
             return self.folder / CONFIG_NAME
         if self._is_local():
             raise self._absent(CONFIG_NAME)
@@ -65,7 +67,7 @@ class Source:
         """
         local = config_file.parent == self.folder
         for name in (WEIGHTS_NAME, LEGACY_WEIGHTS_NAME):
-            if (local or not self.options.get("force_download")) and (config_file.parent / name).is_file():
+            if (local or not self.options.get("force_download")) and _is_file(config_file.parent / name):
                 return config_file.parent / name
         if local:
             raise self._absent(f"{WEIGHTS_NAME} or {LEGACY_WEIGHTS_NAME}")
@@ -88,7 +90,13 @@ class Source:
             or self.name.count("/") != 1
         )
 
-    def _absent(self, what: str) -> CheckpointNotFoundError:
+    def _absent(self, what: str) -> CheckpointError:
+        try:
+            return self._not_found(what)
+        except OSError as error:
+            return _unreadable(self.folder, error)
+
+    def _not_found(self, what: str) -> CheckpointNotFoundError:
         folder = self.folder
         if not folder.exists():
             siblings = os.listdir(folder.parent) if folder.parent.is_dir() else []
@@ -98,5 +106,21 @@ class Source:
         if not folder.is_dir():
             return CheckpointNotFoundError(f"{folder} is a file, not a folder with {what}", path=str(folder))
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-        hint = f" There are adapters in its subfolders {', '.join(map(repr, inside[:5]))}." if inside else ""
+        hint = f" There are adapters in its subfolders {few(inside)}." if inside else ""
         return CheckpointNotFoundError(f"there is no {what} in {folder}.{hint}", path=str(folder), subfolders=inside)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        CheckpointError: that cannot be told, because a folder may not be read or the name is too long.
+    """
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{shown(str(path), 200)} cannot be read: {error.strerror}", path=str(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 
 _READ_AT_ONCE = 2**30
 """Files of more bytes are copied tensor by tensor: slower, but never twice in memory."""
+
+_UNREADABLE = (safetensors.SafetensorError, OSError, MemoryError, KeyError, ValueError, TypeError, RuntimeError)
+"""What reading a damaged file raises; a KeyError names a dtype that the libraries here do not know."""
 
 _DIRECT_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -73,7 +76,7 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[s
     direct = str(device) if target.type in _DIRECT_DEVICES else "cpu"
     try:
         metadata, tensors = _read_owned(path) if direct == "cpu" else _read_mapped(path, direct)
-    except (safetensors.SafetensorError, OSError) as error:
+    except _UNREADABLE as error:
         raise _corrupt(path, error) from None
     if direct == "cpu" and target.type != "cpu":
         tensors = {key: tensor.to(target) for key, tensor in tensors.items()}
@@ -91,7 +94,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
+    except _UNREADABLE as error:
         raise _corrupt(path, error) from None
 
 
@@ -114,7 +117,7 @@ def _read_owned(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     data = path.read_bytes()
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {}), tensors
+    return header.get("__metadata__") or {}, tensors
 
 
 def _read_mapped(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -125,16 +128,28 @@ def _read_mapped(path: Path, device: str) -> tuple[dict[str, str], dict[str, Ten
 
 def _read_legacy(path: Path, device: str | torch.device) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        _refuse_compressed(path)
+        tensors: Any = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a pickle that somebody else made can raise anything
         raise _corrupt(path, error) from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
+    ):
         raise CorruptCheckpointError(f"{path} does not hold a dictionary of tensors", path=str(path))
     return tensors
 
 
+def _refuse_compressed(path: Path) -> None:
+    """Raises ValueError for an archive that grows when it is read; torch writes none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its archive is compressed")
+
+
 def _corrupt(path: Path, error: Exception) -> CorruptCheckpointError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = f"its dtype {error} is not known here" if isinstance(error, KeyError) else str(error)
+    reason = (text.strip().splitlines() or [type(error).__name__])[0][:200]
     return CorruptCheckpointError(
         f"{path} cannot be read: it is truncated, altered or no adapter file ({reason})", path=str(path)
     )

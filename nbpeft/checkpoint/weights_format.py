@@ -11,14 +11,16 @@ Keys are looked up whole: no name is searched for inside another.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from nbpeft.checkpoint.spelling import BASE_LAYER, ORIGINAL_MODULE, PREFIX, spelling_of
 from nbpeft.engine.adapter import AdapterWeights
-from nbpeft.errors import BaseMismatchError, CheckpointError
+from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Mapping[str, Shape]]
@@ -26,6 +28,14 @@ Rename = Callable[[str], str]
 Slot = tuple[str, str, str]
 """(kind, path, parameter): where a tensor goes in AdapterWeights."""
 
+_LONGEST_KEY = 1_000
+_MOST_STRANGERS = 1_000
+"""After so many keys that nothing takes, further ones are only looked up as they are."""
+_FLOATS = frozenset(
+    getattr(torch, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+    if hasattr(torch, name)
+)
 _WRAPPER_SEGMENTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -39,12 +49,14 @@ class Expected:
         base: name of a trained base parameter -> shape.
         optional: name of a base parameter that a file may bring but need not (embeddings of a
             resized vocabulary) -> shape.
+        others: name (path and all) of what in ``copies`` holds no floating numbers, such as a counter -> dtype.
     """
 
     adapters: Shapes = field(default_factory=dict)
     copies: Shapes = field(default_factory=dict)
     base: Mapping[str, Shape] = field(default_factory=dict)
     optional: Mapping[str, Shape] = field(default_factory=dict)
+    others: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,10 @@ def from_file(
         rename: another name to try for a key (without prefix) that nothing takes.
         ignore_mismatched: leave tensors of another shape out instead of refusing the file.
 
+    Warns of tensors that are not finite.
+
     Raises:
-        CheckpointError: nothing in the file fits.
+        CheckpointError: nothing in the file fits, or a tensor is no dense one of floating numbers.
         BaseMismatchError: keys fit, but shapes do not.
     """
     slots = _slots(expected, peft_type)
@@ -117,7 +131,10 @@ def from_file(
     unexpected: list[str] = []
     mapped = by_patterns(key_mapping)
     for key, tensor in tensors.items():
-        fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
+        if len(key) > _LONGEST_KEY or len(unexpected) >= _MOST_STRANGERS:
+            fitting = key.removeprefix(PREFIX) if key.removeprefix(PREFIX) in slots else None
+        else:
+            fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
         if fitting is None or fitting in found:
             unexpected.append(key)
         else:
@@ -126,11 +143,56 @@ def from_file(
     if not found and slots:
         raise _nothing_fits(tensors, slots, key_mapping)
     weights, mismatched = _sorted_in(found, slots)
+    wrong = next((key for key, tensor in found.items() if not _is_plain(tensor, expected.others.get(key))), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{shown(PREFIX + wrong, 150)} is {_kind_of(found[wrong])}; the tensors of an adapter are dense ones of "
+            "floating numbers",
+            key=PREFIX + wrong,
+        )
     if mismatched and not ignore_mismatched:
         raise _mismatch(mismatched)
+    left_out = {key for key, _, _ in mismatched}
+    _tell_not_finite({key: tensor for key, tensor in found.items() if key not in left_out})
     optional = {_wrapped(name, expected.adapters, expected.copies) for name in expected.optional}
     missing = [PREFIX + key for key in slots if key not in found and key not in optional]
     return Loaded(weights, missing, unexpected, [PREFIX + key for key, _, _ in mismatched])
+
+
+def _is_plain(tensor: Tensor, other: torch.dtype | None) -> bool:
+    """Whether a tensor is a dense one with data, of floating numbers or of that other dtype."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    return tensor.dtype in _FLOATS if other is None else tensor.dtype == other
+
+
+def _tell_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Warns once of the tensors that hold NaN or infinite numbers."""
+    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
+    if broken:
+        tensors_are = "tensor of the adapter is" if len(broken) == 1 else "tensors of the adapter are"
+        warnings.warn(
+            f"{len(broken)} {tensors_are} not finite (NaN or infinite): {_few(broken)}; what it computes will not "
+            "be either",
+            stacklevel=4,
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A sum is fast and only finite if all that is added is; a large one may overflow by itself.
+    with torch.no_grad():
+        tensor = tensor if tensor.element_size() > 1 else tensor.float()
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _kind_of(tensor: Tensor) -> str:
+    """What a tensor is, where it is none of an adapter's."""
+    if tensor.is_meta:
+        return "without data (meta device)"
+    if tensor.layout is not torch.strided:
+        return f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+    return f"of {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
@@ -276,6 +338,8 @@ def _nothing_fits(
 def _nesting_hint(tensors: Mapping[str, object], slots: Mapping[str, object]) -> dict[str, str] | None:
     """A ``key_mapping`` that adds or drops leading segments so that keys fit, if one does."""
     key = next(iter(tensors)).removeprefix(PREFIX)
+    if len(key) > _LONGEST_KEY:
+        return None
     parts = key.split(".")
     for dropped in range(1, len(parts) - 1):
         if ".".join(parts[dropped:]) in slots:
@@ -299,4 +363,4 @@ def _mismatch(mismatched: list[tuple[str, Shape, Shape]]) -> BaseMismatchError:
 
 def _few(items: list[str], count: int = 3) -> str:
     more = len(items) - count
-    return ", ".join(items[:count]) + (f" (+ {more} more)" if more > 0 else "")
+    return ", ".join(shortened(item, 120) for item in items[:count]) + (f" (+ {more} more)" if more > 0 else "")

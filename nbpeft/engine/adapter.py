@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.base import Backend, Base, Dropout, Host, fits
+from nbpeft.engine.field_types import check_types
 from nbpeft.errors import ConfigError, did_you_mean
 
 __all__ = ["Adapter", "AdapterConfig", "AdapterWeights", "Backend", "Base", "Dropout", "Host", "PeftType", "TaskType"]
@@ -94,15 +95,20 @@ class AdapterConfig:
     inference_mode: bool = field(default=False)
 
     store: ClassVar[ConfigStore | None] = None
+    not_implemented: ClassVar[tuple[str, ...]] = ()
+    """Fields that are accepted only while they ask for nothing; their type is not asked about."""
+    checked_apart: ClassVar[tuple[str, ...]] = ()
+    """Fields whose type is checked with their value."""
 
     def __post_init__(self) -> None:
+        check_types(self, passing=(*self.not_implemented, *self.checked_apart))
         self.peft_version = self.peft_version or PEFT_VERSION
         if self.task_type is None:
             return
         names = [task.value for task in TaskType]
         if str(getattr(self.task_type, "value", self.task_type)) not in names:
             raise ConfigError(
-                f"task_type {self.task_type!r} is not one of {', '.join(names)}."
+                f"task_type {self.task_type!r:.60} is not one of {', '.join(names)}."
                 + did_you_mean(str(self.task_type), names),
                 field="task_type",
                 task_type=self.task_type,

@@ -1,8 +1,8 @@
-"""Base biases trained along with an adapter (``bias="all"`` or ``"lora_only"``)."""
+"""Tensors of the base that belong to an adapter: biases it trains, embeddings that its file brought."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,78 +13,104 @@ from nbpeft.errors import ConfigError
 
 
 class BaseBiases:
-    """Which base biases belong to which adapter, and what they were before.
+    """Which tensors of the base belong to which adapter, and what they were before.
 
-    They are the base model's own parameters, so only one adapter may train them, and disabling
-    it does not bring the old values back; removing it does.
+    They are the base model's own parameters: biases that train along (``bias="all"`` or
+    ``"lora_only"``), which only one adapter may do, and others that a file brought, which stay
+    frozen. Disabling an adapter does not bring the old values back; removing it does.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._originals: dict[str, dict[str, Tensor]] = {}
+        self._trained: dict[str, tuple[str, ...]] = {}
 
     def check(self, adapter: str, names: Sequence[str]) -> None:
         """Raises ConfigError if another adapter trains base biases already, or one has no data to train."""
-        others = [other for other in self._originals if other != adapter]
+        others = [other for other in self._trained if other != adapter]
         if names and others:
             raise ConfigError(
                 f"only one adapter can train base biases and {others[0]!r} does: use bias='none' for {adapter!r}"
             )
-        absent = next((name for name, bias in self._owners(names).items() if bias.is_meta), None) if names else None
+        absent = next((name for name, bias in self._owners(names).items() if bias.is_meta), None)
         if absent is not None:
             raise ConfigError(f"{absent} has no data here (meta device): use bias='none', or load the model whole")
 
     def keep(self, change: Transaction) -> None:
-        """Records whose biases are trained."""
-        change.keep(self._originals)
+        """Records whose parameters of the base are taken."""
+        change.keep_attributes(self, "_originals", "_trained")
+        for originals in self._originals.values():
+            change.keep(originals)
 
     def start(
         self, adapter: str, names: Sequence[str], values: Mapping[str, Tensor] | None, change: Transaction
     ) -> None:
-        """Makes biases trainable for an adapter, with loaded values where given."""
-        if not names:
+        """Takes parameters of the base for an adapter, with new values where given.
+
+        Args:
+            adapter: the adapter.
+            names: biases it trains.
+            values: name -> value, of those and of others, which stay frozen.
+            change: records the parameters.
+        """
+        parameters = self._owners([*names, *(values or {})])
+        if not parameters:
             return
-        parameters = self._owners(names)
         change.keep_values(list(parameters.values()))
         self._originals[adapter] = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+        if names:
+            self._trained[adapter] = tuple(name for name in names if name in parameters)
         with torch.no_grad():
             for name, value in (values or {}).items():
                 if name in parameters:
                     parameters[name].copy_(value)
 
     def stop(self, adapter: str, change: Transaction) -> None:
-        """Puts the old values back."""
-        originals = self._originals.pop(adapter, None)
-        if originals is None:
-            return
-        parameters = self._owners(list(originals))
+        """Puts the old values back; where a later adapter has put its own over them, it inherits the old ones."""
+        adapters = list(self._originals)
+        later = adapters[adapters.index(adapter) + 1 :] if adapter in adapters else []
+        originals = self._originals.pop(adapter, {})
+        trained = self._trained.pop(adapter, ())
+        parameters = self._owners(originals)
         change.keep_values(list(parameters.values()))
-        change.set_requires_grad(parameters.values(), False)
+        change.set_requires_grad([parameters[name] for name in originals if name in trained], False)
         with torch.no_grad():
             for name, value in originals.items():
+                heir = next((self._originals[other] for other in later if name in self._originals[other]), None)
+                if heir is not None:
+                    heir[name] = value
+                    continue
                 parameters[name].copy_(value)
 
     def forget(self, adapter: str) -> None:
-        """Keeps the trained values for good."""
+        """Keeps the new values for good."""
         self._originals.pop(adapter, None)
+        self._trained.pop(adapter, None)
 
     def rename(self, old: str, new: str) -> None:
-        """Moves the record to another adapter name."""
-        if old in self._originals:
-            self._originals[new] = self._originals.pop(old)
+        """Moves the record to another adapter name, at the same place in the order."""
+        self._originals = {new if name == old else name: kept for name, kept in self._originals.items()}
+        if old in self._trained:
+            self._trained[new] = self._trained.pop(old)
 
     def of(self, adapter: str) -> dict[str, nn.Parameter]:
-        """Name in the bare base model -> parameter, for an adapter."""
-        names = list(self._originals.get(adapter, ()))
-        return self._owners(names) if names else {}
+        """Name in the bare base model -> bias that an adapter trains."""
+        return self._owners(self._trained.get(adapter, ()))
 
-    def _owners(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
-        wanted = set(names)
+    def originals(self, adapter: str) -> dict[str, Tensor]:
+        """Name -> what was there before the adapter, of all that it took."""
+        return dict(self._originals.get(adapter, {}))
+
+    def _owners(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            path, _, key = name.rpartition(".")
+            wanted.setdefault(path, []).append(key)
         found: dict[str, nn.Parameter] = {}
-        places = [("", self._model), *((site.path, site.module) for site in walk(self._model))]
+        places = [("", self._model), *((site.path, site.module) for site in walk(self._model))] if wanted else []
         for path, module in places:
-            name = f"{path}.bias" if path else "bias"
-            bias = module._parameters.get("bias")
-            if name in wanted and bias is not None:
-                found[name] = bias
+            for key in dict.fromkeys(wanted.get(path, ())):
+                parameter = module._parameters.get(key)
+                if parameter is not None:
+                    found[f"{path}.{key}" if path else key] = parameter
         return found

@@ -18,10 +18,15 @@ from nbpeft.engine.hotswap import adapter_tensors
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.switch import Switch
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
+from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean, shown
 
 BASE_NAME = "__base__"
 """Name of the base model in a mixed batch."""
+_TAKEN_NAMES = {
+    BASE_NAME: "it stands for the base model in a mixed batch",
+    "base": "it stands for the base model in panels and results",
+    "training": "torch keeps there whether a module trains",
+}
 
 
 class Supplier(Protocol):
@@ -156,6 +161,10 @@ class AdapterHolder:
         """Name in the bare base model -> bias that an adapter trains along."""
         return dict(self._biases.of(name))
 
+    def replaced_in_base(self, name: str) -> dict[str, Tensor]:
+        """Name in the bare base model -> what was there before an adapter brought or trained its own."""
+        return self._biases.originals(name)
+
     def supplied(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
         """Holds adapters on the model while the block runs; see ``Supplier``. Without one it does nothing."""
         return nullcontext() if self.supplier is None else self.supplier.supply(names, switching=switching)
@@ -234,8 +243,14 @@ class AdapterHolder:
 
 def check_name(name: object) -> None:
     """Raises AdapterError for a name that cannot be a key, a folder or part of a parameter name."""
-    if not isinstance(name, str) or not name.strip() or name == BASE_NAME or any(c in name for c in "./\\\0\n"):
-        raise AdapterError(f"{name!r} cannot name an adapter: use a non-empty text without dots and slashes", name=name)
+    if not isinstance(name, str) or not name.strip() or any(c in name for c in "./\\\0\n"):
+        raise AdapterError(
+            f"{shown(name)} cannot name an adapter: use a non-empty text without dots and slashes", name=name
+        )
+    if name in _TAKEN_NAMES:
+        raise AdapterError(f"{name!r} cannot name an adapter: {_TAKEN_NAMES[name]}; take another name", name=name)
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise AdapterError(f"{shown(name)} cannot name an adapter: it holds half a character (a surrogate)", name=name)
 
 
 def names_in(names: object) -> tuple[str, ...]:
@@ -260,10 +275,10 @@ def check_scale(name: str, scale: Any) -> float:
     """
     try:
         factor = float(scale)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         factor = math.nan
     if not math.isfinite(factor):
-        raise AdapterError(f"the scale of adapter {name!r} must be a finite number, not {scale!r:.60}", name=name)
+        raise AdapterError(f"the scale of adapter {name!r} must be a finite number, not {shown(scale)}", name=name)
     return factor
 
 

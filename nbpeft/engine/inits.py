@@ -117,11 +117,19 @@ def part_of_base(config: LoraConfig, path: str, base: Base, dtype: torch.dtype) 
 
     Returns:
         A0 and B0 in ``dtype``, worked out in float32 at least.
+
+    Raises:
+        ConfigError: the weight is not finite.
     """
     if not config.starts_in_base:
         return None
     weight = base.weight()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if not weight.is_meta and not bool(weight.isfinite().all()):
+        raise ConfigError(
+            f"{path}: init_lora_weights={config.init_lora_weights!r} starts in the weight, which is not finite",
+            path=path,
+        )
     rank, scaling = config.rank_at(path), config.scaling_at(path)
     lora_A, lora_B = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
     return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()

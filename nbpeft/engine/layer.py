@@ -238,6 +238,8 @@ class AdaptedLayer(LayerFace):
                 "its weight is offloaded, and what is merged into it would be lost with the next call: load the model "
                 "without offloading"
             )
+        if present and any(tensor.is_meta for tensor in self.base_layer.parameters(recurse=False)):
+            raise MergeError("its weight has no data here (meta device): load the model whole")
         refusal = self.host.product_refusal(self.base_layer) if present else ""
         if refusal:
             raise MergeError(f"{', '.join(map(repr, present))} cannot be merged into {refusal}")

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nbpeft.engine.adapter import AdapterConfig, PeftType
-from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.engine.field_types import plain
+from nbpeft.engine.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
+from nbpeft.errors import BiasError, ConfigError, did_you_mean, shown
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa")
 """Named inits of ``init_lora_weights`` besides True, False and ``pissa_niter_N``."""
-_PISSA_ITERATIONS = re.compile(r"pissa_niter_(\d+)")
+_PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
+_MOST_ITERATIONS = 128
+"""Each costs two decompositions; after a few the subspace no longer changes."""
+_PLAIN = re.compile(r"\^?[\w.]+")
+"""A pattern that is a name, or with ``^`` a whole path."""
 
 _BIASES = ("none", "all", "lora_only")
 _LARGEST_RANK = 2**24
@@ -91,6 +97,7 @@ class LoraConfig(AdapterConfig):
         "kasa_config",
         "ensure_weight_tying",
     )
+    checked_apart: ClassVar[tuple[str, ...]] = ("r",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,23 +107,23 @@ class LoraConfig(AdapterConfig):
         self._check_targets()
 
     def _check_numbers(self) -> None:
+        self.r = plain(self.r)
         _check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout <= 1.0:
-            raise ConfigError(f"lora_dropout must be between 0 and 1, not {self.lora_dropout!r}", field="lora_dropout")
+        if self.lora_dropout is None or not 0.0 <= self.lora_dropout <= 1.0:
+            raise ConfigError(
+                f"lora_dropout must be between 0 and 1, not {shown(self.lora_dropout)}", field="lora_dropout"
+            )
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             patterns = getattr(self, name) or {}
-            if not isinstance(patterns, Mapping):
-                raise ConfigError(f"{name} must be a dict of pattern -> value, not {patterns!r:.60}", field=name)
             for pattern, value in patterns.items():
-                _check_pattern(name, pattern)
-                check(f"{name}[{pattern!r}]", value, field=name)
+                check(f"{name}[{shown(pattern)}]", value, field=name)
             setattr(self, name, dict(patterns))
 
     def _check_choices(self) -> None:
         if self.bias not in _BIASES:
-            raise ConfigError(
-                f"bias must be one of {', '.join(map(repr, _BIASES))}, not {self.bias!r}."
+            raise BiasError(
+                f"bias must be one of {', '.join(map(repr, _BIASES))}, not {shown(self.bias)}."
                 + did_you_mean(str(self.bias), _BIASES),
                 field="bias",
             )
@@ -142,12 +149,21 @@ class LoraConfig(AdapterConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} needs target_modules to be a list of names, not a pattern", field=name)
-            _check_pattern("target_modules", self.target_modules)
-        if isinstance(self.exclude_modules, str):
-            _check_pattern("exclude_modules", self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform", field="layers_pattern")
         _names("layers_pattern", self.layers_pattern)
+        check_patterns(self._patterns())
+
+    def _patterns(self) -> Iterator[tuple[str, str, str]]:
+        """All regular expressions among the values, as ``check_patterns`` takes them."""
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "all-linear":
+                yield name, value, WHOLE
+        for name in ("rank_pattern", "alpha_pattern"):
+            yield from ((name, pattern, ENDING) for pattern in getattr(self, name) if not _PLAIN.fullmatch(pattern))
+        names = self.layers_pattern or ()
+        yield from (("layers_pattern", name, LAYER_INDEX) for name in ([names] if isinstance(names, str) else names))
 
     @property
     def init_name(self) -> str:
@@ -200,17 +216,17 @@ class PatternTable:
         self._plain: dict[str, int] = {}
         self._regular: list[tuple[int, re.Pattern[str]]] = []
         for order, pattern in enumerate(self.patterns):
-            if re.fullmatch(r"[\w.]+", pattern):
+            if _PLAIN.fullmatch(pattern):
                 self._plain.setdefault(pattern, order)
             else:
-                self._regular.append((order, re.compile(rf"(.*\.)?({pattern})$")))
+                self._regular.append((order, re.compile(ENDING.format(pattern))))
         self._values = list(self.patterns.values())
 
     def get(self, path: str, default: Any) -> Any:
         """The value of the first matching pattern, or the default."""
         if not self._values:
             return default
-        found = [self._plain[suffix] for suffix in suffixes(path) if suffix in self._plain]
+        found = [self._plain[name] for name in (f"^{path}", *suffixes(path)) if name in self._plain]
         best = min(found, default=len(self._values))
         for order, pattern in self._regular:
             if order >= best:
@@ -224,7 +240,7 @@ class PatternTable:
         if not self._values:
             return ()
         known = list(paths)
-        endings = {suffix for path in known for suffix in suffixes(path)}
+        endings = {name for path in known for name in (f"^{path}", *suffixes(path))}
         used = {order for pattern, order in self._plain.items() if pattern in endings}
         used.update(order for order, pattern in self._regular if any(pattern.match(path) for path in known))
         return tuple(pattern for order, pattern in enumerate(self.patterns) if order not in used)
@@ -249,11 +265,13 @@ def _cached_table(config: LoraConfig, name: str) -> PatternTable:
 
 def _check_init_name(init: object) -> None:
     name = init.lower() if isinstance(init, str) else ""
-    if isinstance(init, bool) or name in INITS or _PISSA_ITERATIONS.fullmatch(name):
+    iterations = _PISSA_ITERATIONS.fullmatch(name)
+    if isinstance(init, bool) or name in INITS or (iterations and int(iterations[1]) <= _MOST_ITERATIONS):
         return
     names = (*INITS, "pissa_niter_4")
+    most = f" (at most pissa_niter_{_MOST_ITERATIONS})" if name.startswith("pissa_niter_") else ""
     raise ConfigError(
-        f"init_lora_weights={init!r} is not implemented; use True, False or {', '.join(map(repr, names))}."
+        f"init_lora_weights={shown(init)} is not implemented{most}; use True, False or {', '.join(map(repr, names))}."
         + did_you_mean(str(init), names),
         field="init_lora_weights",
     )
@@ -262,19 +280,16 @@ def _check_init_name(init: object) -> None:
 def _check_rank(name: str, rank: object, *, field: str = "r") -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _LARGEST_RANK:
         small = f" of at most {_LARGEST_RANK:,}" if isinstance(rank, int) and rank > _LARGEST_RANK else ""
-        raise ConfigError(f"{name} must be a positive whole number{small}, not {rank!r}", field=field, value=rank)
+        raise ConfigError(f"{name} must be a positive whole number{small}, not {shown(rank)}", field=field, value=rank)
 
 
 def _check_alpha(name: str, alpha: object, *, field: str = "lora_alpha") -> None:
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise ConfigError(f"{name} must be a finite number, not {alpha!r}", field=field, value=alpha)
-
-
-def _check_pattern(name: str, pattern: Any) -> None:
     try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ConfigError(f"{name} is not a regular expression: {error} in {pattern!r}", field=name) from None
+        finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ConfigError(f"{name} must be a finite number, not {shown(alpha)}", field=field, value=alpha)
 
 
 def _names(name: str, value: Any) -> Any:

@@ -120,7 +120,7 @@ class AdapterManager(AdapterHolder):
                 if not isinstance(made, InjectionPlan):
                     made = self.plan(made, name, allow_missing=allow_missing)
                 self._biases.check(name, made.biases)
-                check_addable(made, self._merged, self.layers)
+                check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
                 return self.revision, made, build(self.model, made, self.switch, weights, half=half)
 
         prepared = built()
@@ -165,7 +165,7 @@ class AdapterManager(AdapterHolder):
         """
         with self.transaction() as change:
             self.require(name)
-            if name in self._merged or (self._merged and self._biases.of(name)):
+            if name in self._merged or (self._merged and self._biases.originals(name)):
                 raise self._merged_error(f"{name!r} is deleted")
             self._keep_structure(change)
             self._forget(name, change)

@@ -95,13 +95,16 @@ def merge_besides(
     merge_layers(model, layers, together, scale, change, keep_frozen=True)
 
 
-def check_addable(plan: InjectionPlan, merged: Sequence[str], layers: Mapping[str, AdaptedLayer]) -> None:
+def check_addable(
+    plan: InjectionPlan, merged: Sequence[str], layers: Mapping[str, AdaptedLayer], base: Iterable[str]
+) -> None:
     """Raises MergeError where an adapter starts from weights that others are merged into.
 
     Args:
         plan: of the adapter to come.
         merged: adapters that are merged now.
         layers: path -> adapted layer.
+        base: names of tensors of the base that it brings.
     """
     touched = {path for path, layer in layers.items() if layer.merged}
     if not touched:
@@ -114,8 +117,9 @@ def check_addable(plan: InjectionPlan, merged: Sequence[str], layers: Mapping[st
     for path in plan.copies:
         if any(place == path or place.startswith(f"{path}.") for place in touched):
             raise _starts_there(path, merged)
-    if plan.biases:
-        raise _starts_there("base biases", merged)
+    for name in (*plan.biases, *base):
+        if name in plan.biases or name.rpartition(".")[0] in touched:
+            raise _starts_there(name, merged)
 
 
 def _starts_there(place: str, merged: Sequence[str]) -> MergeError:

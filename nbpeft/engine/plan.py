@@ -20,6 +20,7 @@ import nbpeft.engine.methods  # noqa: F401
 from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, Backend, Host, TaskType
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.lora_config import suffixes
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
 from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, warn_of_tied, without_head
 from nbpeft.engine.targets import (
@@ -28,7 +29,7 @@ from nbpeft.engine.targets import (
     default_targets,
     matches_segment_names,
     no_match,
-    no_pattern_match,
+    nothing_matches,
 )
 from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
 from nbpeft.engine.tokens import token_rows
@@ -181,7 +182,7 @@ def plan(
     adapted = {target.path for target in targets}
     tokens = _token_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or tokens) and not matcher.targets):
-        raise _nothing_matches(matcher, excluded, sites)
+        raise nothing_matches(matcher, excluded, adaptable_paths(sites))
     missing = matcher.missing()
     if missing:
         problem = no_match(missing, adaptable_paths(sites))
@@ -244,12 +245,14 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
     """Paths of modules trained as a whole; ``heads`` are names that may have been guessed."""
     if not names:
         return {}
+    wanted = set(names)
     found = {
         site.path: sum(parameter.numel() for parameter in site.module.parameters())
         for site in sites
-        if matches_segment_names(site.path, names)
+        if matches_segment_names(site.path, wanted)
     }
-    missing = [name for name in names if not any(matches_segment_names(path, [name]) for path in found)]
+    matched = {suffix for path in found for suffix in suffixes(path)}
+    missing = [name for name in names if name not in matched]
     if missing and not (found and set(missing) <= set(_CLASSIFIER_HEADS)):
         problem = no_match(missing, [site.path for site in sites], what="modules_to_save")
         guessed = set(missing) <= set(heads)
@@ -330,6 +333,10 @@ def make_adapters(
 
 def _target(site: Site, config: AdapterConfig, method: Method) -> Target:
     host, backend = resolve_parts(site)
+    if 0 in host.features(site.module):
+        raise TargetError(
+            f"{site.path} is empty ({site.module}): there is nothing to adapt; exclude it", path=site.path
+        )
     shapes = method.adapter_class.parameter_shapes(config, site.path, site.module, host)
     in_features, out_features = host.features(site.module)
     return Target(site.path, host.name, backend.name, in_features, out_features, shapes)
@@ -357,19 +364,6 @@ def resolve_parts(site: Site) -> tuple[Host, Backend]:
 def adaptable_paths(sites: list[Site]) -> list[str]:
     """Paths of all modules that could be adapted."""
     return [site.path for site in sites if resolve_host(site.module) and resolve_backend(site.module)]
-
-
-def _nothing_matches(matcher: Matcher, excluded: list[str], sites: list[Site]) -> TargetError:
-    missing = matcher.missing()
-    if missing and isinstance(matcher.targets, str):
-        return no_pattern_match(matcher.targets, adaptable_paths(sites))
-    if missing and not excluded:
-        return no_match(missing, adaptable_paths(sites))
-    if excluded:
-        return TargetError(
-            f"exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. {excluded[0]}"
-        )
-    return TargetError("target_modules match modules, but none in the layers of layers_to_transform")
 
 
 def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What is odd about a config on a model, though it can be carried out."""
+"""What is odd about a config on a model, though it can be carried out; and models nothing can be done with yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.lora_config import PatternTable
 from nbpeft.engine.registry import resolve_host
 from nbpeft.engine.tokens import embedding_of
-from nbpeft.errors import PeftWarning, TargetError, did_you_mean
+from nbpeft.errors import PeftWarning, TargetError, did_you_mean, few, shown
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -39,7 +39,7 @@ def unmatched_patterns(config: Any, paths: Sequence[str]) -> str:
         if unused:
             hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
             parts.append(
-                f"{name} {', '.join(map(repr, unused))} did not match any targeted module and "
+                f"{name} {few(unused)} did not match any targeted module and "
                 f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
             )
     return " ".join(parts)
@@ -127,8 +127,8 @@ def remark(
     """
     unmatched = unmatched_patterns(config, [path for path, _ in modules])
     excluded = getattr(config, "exclude_modules", None)
-    shown = excluded if excluded is None or isinstance(excluded, str) else sorted(excluded)
-    idle = f"exclude_modules={shown!r} names no module of the model" if idle_exclusion else ""
+    excluded_text = shown(excluded if excluded is None or isinstance(excluded, str) else sorted(excluded), 200)
+    idle = f"exclude_modules={excluded_text} names no module of the model" if idle_exclusion else ""
     for note, category in ((unmatched, RuntimeWarning), (idle, UserWarning)):
         if note and strict:
             raise TargetError(note)

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbpeft.engine.lora_config import suffixes
-from nbpeft.errors import TargetError, did_you_mean, near
+from nbpeft.engine.patterns import LAYER_INDEX
+from nbpeft.errors import TargetError, did_you_mean, few, near, shown
 
 ALL_LINEAR = "all-linear"
+_MOST_HINTS = 5
+"""For so many names that match nothing the nearest ones are looked up."""
 
 _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
     ("q_proj", "v_proj"): (
@@ -74,8 +77,9 @@ class Matcher:
         self._exclude_names = _as_set(self.exclude)
         self._exclude_pattern = _as_pattern(self.exclude)
         self._indices = {self.layers} if isinstance(self.layers, int) else set(self.layers or ())
-        names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else list(self.layers_pattern or ())
-        sources = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        given = self.layers_pattern or ()
+        names = [given] if isinstance(given, str) else given
+        sources = [LAYER_INDEX.format(name) for name in names] or [r".*?\.[^.]*\.(\d+)\."]
         self._index_patterns = [re.compile(source) for source in sources]
 
     def excluded(self, path: str) -> bool:
@@ -116,7 +120,7 @@ class Matcher:
 
 def matches_segment_names(path: str, names: Iterable[str]) -> bool:
     """Whether a path is one of the names or ends with it, in whole segments."""
-    wanted = set(names)
+    wanted = names if isinstance(names, set | frozenset) else set(names)
     return any(suffix in wanted for suffix in suffixes(path))
 
 
@@ -125,14 +129,34 @@ def names_part(name: str, path: str) -> bool:
     return f".{name}." in f".{path}."
 
 
+def nothing_matches(matcher: Matcher, excluded: Sequence[str], available: Sequence[str]) -> TargetError:
+    """The error for a config that means no module at all.
+
+    Args:
+        matcher: was asked about all paths.
+        excluded: paths that the targets name and that were taken out.
+        available: paths that could be adapted.
+    """
+    missing = matcher.missing()
+    if missing and isinstance(matcher.targets, str):
+        return no_pattern_match(matcher.targets, available)
+    if missing and not excluded:
+        return no_match(missing, available)
+    if excluded:
+        return TargetError(
+            f"exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. {excluded[0]}"
+        )
+    return TargetError("target_modules match modules, but none in the layers of layers_to_transform")
+
+
 def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "target_modules") -> TargetError:
     """The error for names that match nothing, with what the model does have."""
     last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
-    hints = {name: near(name, last_names) for name in missing}
+    hints = {name: near(name, last_names) for name in missing[:_MOST_HINTS]}
     hint = did_you_mean(missing[0], last_names) if len(missing) == 1 else _hints(hints)
     verb = "matches" if len(missing) == 1 else "match"
     return TargetError(
-        f"{what} {', '.join(map(repr, missing))} {verb} no module of the model.{hint} {_has(last_names)}",
+        f"{what} {few(missing)} {verb} no module of the model.{hint} {_has(last_names)}",
         missing=tuple(missing),
         near=hints,
         available=tuple(last_names),
@@ -143,11 +167,11 @@ def no_pattern_match(pattern: str, available: Iterable[str]) -> TargetError:
     """The error for a pattern that matches no path: most often a name was meant."""
     last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
     if pattern in last_names:
-        hint = f"for every module of that name use target_modules=[{pattern!r}]."
+        hint = f"for every module of that name use target_modules=[{shown(pattern)}]."
     else:
         hint = f"for names use a list.{did_you_mean(pattern, last_names)}"
     return TargetError(
-        f"target_modules {pattern!r} is a pattern for whole paths and matches none: {hint} {_has(last_names)}",
+        f"target_modules {shown(pattern)} is a pattern for whole paths and matches none: {hint} {_has(last_names)}",
         missing=(pattern,),
         near={pattern: near(pattern, last_names)},
         available=tuple(last_names),
@@ -160,7 +184,7 @@ def _has(last_names: Sequence[str]) -> str:
 
 
 def _hints(hints: dict[str, list[str]]) -> str:
-    found = [f"{name!r} is near {', '.join(map(repr, names))}" for name, names in hints.items() if names]
+    found = [f"{shown(name)} is near {', '.join(map(repr, names))}" for name, names in hints.items() if names]
     return f" ({'; '.join(found)})." if found else ""
 
 

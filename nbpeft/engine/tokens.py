@@ -10,7 +10,7 @@ from torch import nn
 
 from nbpeft.engine.registry import resolve_backend, resolve_host
 from nbpeft.engine.targets import matches_segment_names, no_match
-from nbpeft.errors import ConfigError, TargetError
+from nbpeft.errors import ConfigError, TargetError, shown
 
 _FIELD = "trainable_token_indices"
 _USUAL_NAME = "embed_tokens"
@@ -81,7 +81,7 @@ def _checked(path: str, module: nn.Module, indices: Any) -> tuple[int, ...]:
     if backend.name != "dense":
         raise TargetError(f"{path} is quantized ({backend.name}): its rows cannot be trained")
     if not isinstance(indices, Sequence) or not indices or not all(type(index) is int for index in indices):
-        raise ConfigError(f"{_FIELD} for {path} must be a list of token ids, not {indices!r}")
+        raise ConfigError(f"{_FIELD} for {path} must be a list of token ids, not {shown(indices)}")
     rows = host.features(module)[0 if host.name == "embedding" else 1]
     wrong = next((index for index in indices if not 0 <= index < rows), None)
     if wrong is not None:

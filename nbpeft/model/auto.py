@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, TaskType
-from nbpeft.errors import CheckpointError, ConfigError
+from nbpeft.errors import BaseNotFoundError, CheckpointError, ConfigError, in_one_line, shown
 from nbpeft.model.peft_model import PeftModel
 
 _BASE_CLASSES: dict[TaskType, str] = {
@@ -55,7 +55,7 @@ class AutoPeftModel:
                 ``from_pretrained`` (``dtype``, ``device_map``, ``quantization_config``, …).
 
         Raises:
-            CheckpointError: the adapter does not say on which base model it goes.
+            CheckpointError: the adapter does not say on which base model it goes, or that one cannot be loaded.
         """
         source = str(pretrained_model_name_or_path)
         options = {key: kwargs[key] for key in _CHECKPOINT_OPTIONS if key in kwargs}
@@ -65,8 +65,14 @@ class AutoPeftModel:
             raise CheckpointError(f"{source} does not say which base model it goes on; load that one and use PeftModel")
         base_class = cls._base_class(saved, import_allowlist)
         base_options = {key: value for key, value in kwargs.items() if key not in ("subfolder",)}
-        base = base_class.from_pretrained(base_name, revision=saved.revision or "main", **base_options)
-        _resize_for_tokenizer(base, source, options)
+        try:
+            base = base_class.from_pretrained(base_name, revision=saved.revision or "main", **base_options)
+        except (OSError, ValueError) as error:
+            raise BaseNotFoundError(
+                f"the base model {shown(base_name)} that {source} names cannot be loaded: {in_one_line(error)}",
+                name=base_name,
+            ) from error
+        _resize_for_tokenizer(base, source, options, trusted=bool(kwargs.get("trust_remote_code", False)))
         return PeftModel.from_pretrained(
             base, source, adapter_name, is_trainable, config=config, revision=revision, **options
         )
@@ -85,17 +91,28 @@ class AutoPeftModel:
         if not library or not name:
             raise ConfigError("the adapter says neither its task nor its base model's class; use PeftModel")
         if library.split(".")[0] not in allowed:
-            raise ConfigError(f"the adapter's base class is in {library}, which is not in import_allowlist={allowed}")
-        return getattr(importlib.import_module(library), name)
+            raise ConfigError(
+                f"the adapter's base class is in {shown(library)}, which is not in import_allowlist={allowed}"
+            )
+        try:
+            found = getattr(importlib.import_module(library), name)
+        except (ImportError, AttributeError, ValueError):
+            found = None
+        if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+            raise ConfigError(f"the adapter's base class {shown(name)} is not in {shown(library)}; use PeftModel")
+        return found
 
 
-def _resize_for_tokenizer(base: Any, source: str, options: dict[str, Any]) -> None:
+def _resize_for_tokenizer(base: Any, source: str, options: dict[str, Any], *, trusted: bool) -> None:
     """Grows the embeddings where the adapter was saved with a larger tokenizer."""
     folder = os.path.join(source, options.get("subfolder") or "")
     if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         return
     tokenizers = importlib.import_module("transformers.models.auto.tokenization_auto")
-    tokenizer = tokenizers.AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = tokenizers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    except Exception as error:  # a file that somebody else made can raise anything
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {in_one_line(error)}") from error
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(len(tokenizer))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
@@ -19,13 +21,14 @@ from nbpeft.engine.holder import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, walk
 from nbpeft.engine.tokens import embedding_of
-from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
+from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few, shortened
 from nbpeft.model.conversion import as_plain_lora
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
 _ROOT_ADAPTER = "default"
+_LARGEST_GAP = 10_000_000
+"""So many parameters a file may leave out also on a small model."""
 
 
 class LoadResult(NamedTuple):
@@ -114,17 +117,17 @@ def read(
         ignore_mismatched=bool(loading.options.get("ignore_mismatched_sizes", False)),
     )
     _tell(source, loaded, note)
-    embeddings = {name: loaded.weights.base.pop(name) for name in list(loaded.weights.base) if name not in plan.biases}
-    how = {"trainable": loading.trainable, "half": loading.half, "replace": replace}
-    add = manager.prepare(loading.name, plan, loaded.weights, **how)
+    _check_missing(source, loaded, plan, manager.model)
+    _tell_replaced(manager, loading.name, plan, loaded.weights)
+    put = manager.prepare(
+        loading.name, plan, loaded.weights, trainable=loading.trainable, half=loading.half, replace=replace
+    )
 
-    def put() -> LoadResult:
-        with manager.transaction() as change:
-            add()
-            _copy_into_base(manager.model, embeddings, change)
+    def load() -> LoadResult:
+        put()
         return LoadResult(loaded.missing, loaded.unexpected)
 
-    return put
+    return load
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
@@ -141,7 +144,18 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         copies=copies,
         base=base,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
+        others=not_floating({path: modules[path] for path in plan.copies}),
     )
+
+
+def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
+    """Name -> dtype of all tensors of modules that hold no floating numbers."""
+    return {
+        f"{path}.{name}": tensor.dtype
+        for path, module in modules.items()
+        for name, tensor in module.state_dict().items()
+        if not tensor.is_floating_point()
+    }
 
 
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -161,12 +175,47 @@ def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _copy_into_base(model: nn.Module, tensors: Mapping[str, Tensor], change: Transaction) -> None:
-    if tensors:
-        present = embedding_weights(model)
-        change.keep_values([present[name] for name in tensors])
-        for name, tensor in tensors.items():
-            present[name].data.copy_(tensor)
+def _check_missing(
+    source: str | os.PathLike[str], loaded: checkpoint.Loaded, plan: InjectionPlan, model: nn.Module
+) -> None:
+    """Refuses a file that leaves out more than the whole model has: its config asks for a rank that is a mistake."""
+    given = loaded.weights.adapters
+    absent = sum(
+        math.prod(shape)
+        for target in plan.targets
+        for key, shape in target.shapes.items()
+        if key not in given.get(target.path, {})
+    )
+    if absent > _LARGEST_GAP + sum(parameter.numel() for parameter in model.parameters()):
+        raise CheckpointError(
+            f"{source} has none of {absent:,} parameters that its config asks for, more than the model itself has: "
+            "is the rank (r, rank_pattern) right?"
+        )
+
+
+def _tell_replaced(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
+    """Warns of tensors of the base that a file brings with other values, and leaves out those it has already.
+
+    Raises:
+        CheckpointError: the base's own has no data here, so that it could not be brought back.
+    """
+    brought = [key for key in weights.base if key not in plan.biases]
+    present = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
+    for key in brought:
+        own, new = present[key], weights.base[key]
+        if own.is_meta:
+            raise CheckpointError(
+                f"the adapter brings its own {key}, which is not in memory here: load the model whole"
+            )
+        if torch.equal(new.to(own.device, own.dtype), own):
+            del weights.base[key]
+    replaced = [key for key in brought if key in weights.base]
+    if replaced:
+        warnings.warn(
+            f"adapter {name!r} brings its own {few(replaced)}: the base model has them, whichever adapter is active, "
+            "until this one is deleted",
+            stacklevel=5,
+        )
 
 
 def _device(manager: AdapterManager, loading: Loading) -> str:
@@ -181,7 +230,8 @@ def _device(manager: AdapterManager, loading: Loading) -> str:
 def _tell(source: object, loaded: checkpoint.Loaded, note: str | None) -> None:
     for what, keys in (("are missing from", loaded.missing), ("in the file fit nothing:", loaded.unexpected)):
         if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            shown = ", ".join(shortened(key, 120) for key in keys[:3])
+            shown += f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             place = f" {source}" if what.endswith("from") else ""
             warnings.warn(f"{len(keys)} adapter keys {what}{place} {shown}", stacklevel=5)
     if loaded.mismatched:

@@ -18,8 +18,8 @@ from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import method_of
-from nbpeft.errors import ConfigError, HotSwapError, did_you_mean
-from nbpeft.model.files import HUB_OPTIONS, embedding_weights
+from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, shortened
+from nbpeft.model.files import HUB_OPTIONS, embedding_weights, not_floating
 from nbpeft.model.tensors import manager_of
 
 _CHECKS = ("error", "warn", "ignore")
@@ -182,7 +182,7 @@ def _swap(
         tensors, _expected(manager, name, config), peft_type=str(config.peft_type), key_mapping=key_mapping
     )
     if loaded.unexpected:
-        shown = ", ".join(loaded.unexpected[:3])
+        shown = ", ".join(shortened(key, 120) for key in loaded.unexpected[:3])
         more = f" and {len(loaded.unexpected) - 3} more" if len(loaded.unexpected) > 3 else ""
         raise HotSwapError(
             f"unexpected keys found: the slot {name!r} has no place for {shown}{more}; "
@@ -226,6 +226,7 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
         copies=copies,
         base=_shapes(manager.base_biases(name)),
         optional=_shapes({key: value for key, value in embeddings.items() if key.rpartition(".")[0] not in copies}),
+        others=not_floating({path: manager.copies[path].modules_to_save[name] for path in copies}),
     )
 
 

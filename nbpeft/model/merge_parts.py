@@ -28,7 +28,7 @@ from nbpeft.engine.merge_checks import merge_refusal
 from nbpeft.engine.merging import check_together
 from nbpeft.engine.plan import Target, make_adapters
 from nbpeft.engine.registry import backend_named, host_named, resolve_backend, resolve_host
-from nbpeft.errors import CheckpointNotFoundError, ConfigError, MergeError
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, MergeError, few
 from nbpeft.model import files
 from nbpeft.model.stored import is_quantized_layer
 
@@ -161,7 +161,7 @@ def deltas_in(source: str | os.PathLike[str], skeleton: nn.Module, **hub: Any) -
         rename=checkpoint.renames_of(skeleton),
     )
     if loaded.missing:
-        raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {', '.join(loaded.missing[:3])}")
+        raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
     found = Deltas(names=(name,))
     bases: dict[str, Base] = {}
@@ -172,7 +172,7 @@ def deltas_in(source: str | os.PathLike[str], skeleton: nn.Module, **hub: Any) -
         refusal = base.host.product_refusal(module)
         if refusal:
             raise MergeError(f"{target.path}: the adapter cannot be merged into {refusal}", path=target.path)
-        tensors = loaded.weights.adapters.get(target.path, {})
+        tensors = {key: value.float() for key, value in loaded.weights.adapters.get(target.path, {}).items()}
         bases[target.path] = base
         return adapter_class.create(config, target.path, base, target.shapes, tensors, torch.float32)
 

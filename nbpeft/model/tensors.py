@@ -91,6 +91,12 @@ def set_peft_model_state_dict(
         copies={path: _shapes(named) for path, named in weights.copies.items()},
         base=_shapes(weights.base),
         optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
+        others={
+            f"{path}.{key}": tensor.dtype
+            for path, named in weights.copies.items()
+            for key, tensor in named.items()
+            if not tensor.is_floating_point()
+        },
     )
     peft_type = str(manager.configs[adapter_name].peft_type)
     tensors = checkpoint.file_keys(peft_model_state_dict, adapter_name, peft_type)

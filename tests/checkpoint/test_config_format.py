@@ -183,3 +183,48 @@ def test_names_are_kept_as_peft_keeps_them(field: str, names: Sequence[str] | No
         assert ours == theirs
     written = json.loads(config_text(LoraConfig(**{field: names})))[field]
     assert written == (None if names is None else ours if isinstance(ours, list) else sorted(ours))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"peft_type": "LORA", "auto_mapping": ' + "[" * 40 + "]" * 40 + "}", "nested too deeply"),
+        ('{"peft_type": "LORA", "auto_mapping": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "a number of 5,000 digits"),
+        ('{"peft_type": "LORA", "target_modules": [' + ",".join(['"a"'] * 200_000) + "]}", "more than 150,000 entries"),
+        ('{"peft_type": "LORA", "x": [' + "[]," * 200_000 + "[]]}", "more than 150,000 entries"),
+    ],
+)
+def test_a_config_beyond_all_bounds_is_refused_in_one_line(text: str, reason: str) -> None:
+    with pytest.raises(CorruptCheckpointError, match=reason) as caught:
+        parse_config(text)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_file_that_is_too_large_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"peft_type": "LORA"}' + " " * 8_000_000)
+    with pytest.raises(CorruptCheckpointError, match="more than 8,000,000 bytes"):
+        AdapterConfig.from_pretrained(str(tmp_path))
+
+
+def test_a_model_of_many_experts_may_be_written_out(tmp_path: Path) -> None:
+    paths = [f"model.layers.{layer}.mlp.experts.{e}.up_proj" for layer in range(60) for e in range(384)]
+    LoraConfig(target_modules=paths, rank_pattern={path: 4 for path in paths}).save_pretrained(str(tmp_path))
+    assert LoraConfig.from_pretrained(str(tmp_path)).target_modules == set(paths)  # type: ignore[attr-defined]
+
+
+def test_messages_stay_short_whatever_is_given() -> None:
+    for fields in (
+        {"r": "x" * 100_000},
+        {"bias": "x" * 100_000},
+        {"rank_pattern": {"x" * 100_000: 0}},
+        {"init_lora_weights": "x" * 100_000},
+        {"target_modules": "[" + "x" * 10_000},
+        {"task_type": "x" * 100_000},
+        {"peft_type": "x" * 100_000},
+        {"modules_to_save": [1] * 10_000},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(json.dumps({"peft_type": "LORA", **fields}))
+        assert len(str(caught.value)) <= 500

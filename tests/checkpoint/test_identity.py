@@ -40,6 +40,17 @@ def test_metadata_and_back() -> None:
     assert Fingerprint.from_metadata({**metadata, "nbpeft.base.shapes": "7"}) is None
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    ['{"1v x 4": 3}', '{"4 x 4": "x"}', '{"": 1}', "[[]]", "7", "[" * 50_000, '{"%s": 1}' % ("4 x " * 90 + "4")],
+)
+def test_a_damaged_fingerprint_is_none(shapes: str) -> None:
+    metadata = {**fingerprint(llama()).to_metadata(), "nbpeft.base.shapes": shapes}
+    assert Fingerprint.from_metadata(metadata) is None
+    note = compare(metadata, llama())
+    assert note is not None and "does not say which base" in note
+
+
 def test_no_fingerprint_gives_a_note() -> None:
     note = compare({"format": "pt"}, llama())
     assert note is not None

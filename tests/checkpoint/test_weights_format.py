@@ -207,3 +207,19 @@ def test_a_package_adds_its_own_spelling(monkeypatch: pytest.MonkeyPatch) -> Non
     add_spelling("MINE", {"core": "core.weight"})
     weights = AdapterWeights({"q": {"core": torch.zeros(1), "edge": torch.zeros(1)}})
     assert set(to_file(weights, peft_type="MINE")) == {"base_model.model.q.core.weight", "base_model.model.q.edge"}
+
+
+def test_thousands_of_strange_keys_are_looked_up_and_no_more() -> None:
+    tried: list[str] = []
+    tensors = {f"base_model.model.x.{number}.lora_A.weight": torch.zeros(1) for number in range(5000)}
+    tensors["a." * 3000] = torch.zeros(1)
+    tensors["base_model.model.q.lora_A.weight"] = torch.ones(2, 4)
+    loaded = from_file(tensors, Expected({"q": {"lora_A": (2, 4)}}), rename=lambda key: tried.append(key) or key)  # type: ignore[func-returns-value]
+    assert len(loaded.unexpected) == 5001 and len(tried) <= 1001
+    assert torch.equal(loaded.weights.adapters["q"]["lora_A"], torch.ones(2, 4))
+
+
+def test_keys_of_any_length_are_told_shortly() -> None:
+    with pytest.raises(CheckpointError, match="nothing in the checkpoint fits") as caught:
+        from_file({"a." * 50_000: torch.zeros(1)}, Expected({"q": {"lora_A": (2, 4)}}))
+    assert len(str(caught.value)) <= 500

@@ -187,7 +187,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"trainable_token_indices": [128]}, ConfigError, "has 128 rows and no row 128; resize_token_embeddings"),
     ({"trainable_token_indices": [-1]}, ConfigError, "no row -1"),
     ({"trainable_token_indices": [3, 3]}, ConfigError, "names a token more than once"),
-    ({"trainable_token_indices": ["a"]}, ConfigError, "must be a list of token ids"),
+    ({"trainable_token_indices": ["a"]}, ConfigError, "must be a list of whole numbers"),
     ({"trainable_token_indices": {"embed_tokns": [1]}}, TargetError, "Did you mean 'embed_tokens'"),
     ({"trainable_token_indices": {"norm": [1]}}, TargetError, "only rows of embeddings and heads"),
     ({"target_modules": ["embed_tokens"]}, TargetError, "adapted or trained as a whole already"),

@@ -1,0 +1,121 @@
+"""Checks the fields of a config against their annotations, so that no value is guessed at.
+
+``use_dora: "no"`` would be true, ``r: "8"`` a text: both are refused, from a file and from a
+constructor. Numbers of numpy are taken for those of Python. None always passes; whether a field
+can do without a value is asked elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import numbers
+import os
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Union
+
+from nbpeft.errors import ConfigError, shown
+
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def check_types(config: Any, *, passing: Collection[str] = ()) -> None:
+    """Raises ConfigError for the first field whose value is of another type than its annotation.
+
+    Args:
+        config: an instance of a dataclass; numbers of numpy in it become Python's.
+        passing: names of fields that are not asked about.
+    """
+    config_class: Any = type(config)
+    for name, kind in _annotations(config_class).items():
+        value = getattr(config, name, None)
+        if value is None or name in passing:
+            continue
+        if not _fits(value, kind):
+            what, kind, wrong = _culprit(name, kind, value)
+            raise ConfigError(f"{what} must be {_described(kind)}, not {shown(wrong)}", field=name, value=value)
+        as_plain = plain(value)
+        if as_plain is not value:
+            setattr(config, name, as_plain)
+
+
+@functools.lru_cache(maxsize=64)
+def _annotations(config_class: Any) -> dict[str, Any]:
+    try:
+        hints = typing.get_type_hints(config_class)
+    except (NameError, TypeError):  # a class of another package whose annotations cannot be told
+        return {}
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if kind is bool:
+        return _is_bool(value)
+    if kind is int:
+        return isinstance(value, numbers.Integral) and not _is_bool(value)
+    if kind is float:
+        return isinstance(value, numbers.Real) and not _is_bool(value)
+    if kind is str:
+        return isinstance(value, str | os.PathLike)
+    if origin is dict or kind is dict:
+        keys, values = arguments or (Any, Any)
+        return isinstance(value, Mapping) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+            return False
+        # What can be gone through only once is left alone.
+        item = Any if origin is tuple else arguments[0]
+        return not isinstance(value, Collection) or all(_fits(one, item) for one in value)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return isinstance(value, str | kind)
+    return kind is not type(None)
+
+
+def _culprit(name: str, kind: Any, value: Any) -> tuple[str, Any, Any]:
+    """What does not fit: the value, or the first entry of a dictionary that does not."""
+    if typing.get_origin(kind) is dict and isinstance(value, Mapping):
+        keys, values = typing.get_args(kind)
+        for key, entry in value.items():
+            if not _fits(key, keys):
+                return f"a key of {name}", keys, key
+            if not _fits(entry, values):
+                return f"{name}[{shown(key)}]", values, entry
+    return name, kind, value
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy as Python's; everything else as it is."""
+    if isinstance(value, int | float | enum.Enum):
+        return value
+    if _is_bool(value):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _described(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        words = dict.fromkeys(_described(one) for one in arguments if one is not type(None))
+        return " or ".join(words)
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if origin is dict or kind is dict:
+        return "a dictionary"
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        inner = {int: " of whole numbers", str: " of texts"}.get(arguments[0], "")
+        return f"a list{inner}"
+    return (
+        "a text" if isinstance(kind, type) and issubclass(kind, enum.Enum) else f"a {getattr(kind, '__name__', kind)}"
+    )

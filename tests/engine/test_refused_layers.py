@@ -1,0 +1,54 @@
+"""Layers that nothing can be done with are named before anything changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nbpeft import LoraConfig, get_peft_model
+from nbpeft.errors import ConfigError, MergeError, TargetError
+
+
+def net(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), *layers)
+
+
+def unchanged(model: nn.Module) -> bool:
+    return all(p.requires_grad for p in model.parameters()) and not hasattr(model, "_nbpeft_manager")
+
+
+def test_lazy_layers_are_refused_whole() -> None:
+    model = net(nn.LazyLinear(4))
+    with pytest.raises(TargetError, match=r"1\.weight has no shape yet \(lazy layer\): run the model once"):
+        get_peft_model(model, LoraConfig(target_modules=["0"]))
+    assert unchanged(model) and type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (8, 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_layers_are_refused_by_name_and_passed_over_by_all_linear(sizes: tuple[int, int]) -> None:
+    model = net(nn.Linear(*sizes))
+    with pytest.raises(TargetError, match=r"1 is empty \(Linear"):
+        get_peft_model(model, LoraConfig(target_modules=["0", "1"]))
+    assert unchanged(model)
+    made = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    assert list(made.manager.layers) == ["0"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_2"])
+def test_starting_in_a_weight_that_is_not_finite(init: str) -> None:
+    model = net()
+    with torch.no_grad():
+        model[0].weight[1, 2] = float("nan")
+    with pytest.raises(ConfigError, match=f"0: init_lora_weights='{init}' starts in the weight, which is not finite"):
+        get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=init))
+    assert unchanged(model)
+
+
+def test_a_weight_without_data_is_not_merged_into() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(net(), LoraConfig(target_modules=["0"]))
+    with pytest.raises(MergeError, match="0: its weight has no data here"):
+        model.merge_adapter()
+    assert model.manager.merged == ()

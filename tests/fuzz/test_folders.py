@@ -1,0 +1,111 @@
+"""Adapters of strangers: whatever a folder holds, one short error or a model that can go back."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.errors import NbpeftError
+from tests.fuzz.entry_points import Ways
+from tests.fuzz.mutations import mutated
+from tests.fuzz.starts import KINDS, write_starts
+
+COUNT = 10_000 if os.environ.get("NBPEFT_TESTS") == "long" else 500
+FIRST = int(os.environ.get("NBPEFT_FUZZ_FROM", "0"))
+"""The first seed; a failure names the one to start from."""
+SECONDS = 2.0
+MEGABYTES = 600
+LONGEST = 520
+"""Letters of a message."""
+BLOCKS = 10
+
+
+class HangError(BaseException):
+    """A call takes for ever."""
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory: pytest.TempPathFactory) -> Ways:
+    starts = tmp_path_factory.mktemp("starts")
+    write_starts(starts)
+    return Ways(starts)
+
+
+@pytest.fixture
+def stopped_when_it_hangs() -> Iterator[None]:
+    """Ends a call by a signal after several times the seconds of processor time it may take."""
+
+    def stop(*_: Any) -> None:
+        raise HangError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
+
+
+def outcome(way: Callable[[Path], None], folder: Path) -> str:
+    """What is wrong with how a call ended; empty if nothing is."""
+    begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    problem = ""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        signal.setitimer(signal.ITIMER_VIRTUAL, 4 * SECONDS)
+        try:
+            way(folder)
+        except NbpeftError as error:
+            if len(str(error)) > LONGEST or "\n" in str(error):
+                problem = f"a message of {len(str(error))} letters: {str(error)[:300]!r}"
+        except HangError:
+            problem = "hangs"
+        except AssertionError as error:
+            problem = str(error)
+        except BaseException:
+            problem = "".join(traceback.format_exc().splitlines(keepends=True)[-7:])
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    seconds = time.process_time() - begun
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if not problem and seconds > SECONDS:
+        problem = f"takes {seconds:.1f} s"
+    if not problem and grown > MEGABYTES:
+        problem = f"takes {grown:.0f} MB"
+    long = [str(one.message) for one in told if len(str(one.message)) > 2 * LONGEST and "nbpeft" in one.filename]
+    return problem or (f"a warning of {len(long[0])} letters: {long[0][:200]!r}" if long else "")
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_a_folder_is_refused_in_one_line_or_can_be_taken_back(
+    ways: Ways, stopped_when_it_hangs: None, tmp_path: Path, block: int
+) -> None:
+    before = [(name, needed, value.clone()) for name, needed, value in ways.state()]
+    for seed in range(FIRST + block * COUNT // BLOCKS, FIRST + (block + 1) * COUNT // BLOCKS):
+        draw = random.Random(seed)
+        torch.manual_seed(seed)
+        folder = tmp_path / f"f{seed}"
+        done = mutated(ways.starts / draw.choice([*KINDS, "legacy"]), folder, draw)
+        known = ways.all()
+        for name in draw.sample(sorted(known), len(known) if COUNT > 500 else 2):
+            problem = outcome(known[name], folder)
+            now = ways.state()
+            same = [key for key, _, _ in now] == [key for key, _, _ in before] and all(
+                needed == was and torch.equal(value, old)
+                for (_, needed, value), (_, was, old) in zip(now, before, strict=True)
+            )
+            assert not problem and same, (
+                f"NBPEFT_FUZZ_FROM={seed}, {name}, {', '.join(done)}: {problem or 'the model is not as it was'}"
+            )
+        assert not (folder / "executed").exists(), f"seed {seed}: a pickle was executed"
+        shutil.rmtree(folder)
