@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -245,6 +246,21 @@ def test_slow_tests_run_in_slices_until_all_are_asked_for(monkeypatch: pytest.Mo
     assert slow_marks("--all", "--no-browser", monkeypatch=monkeypatch) == (f"{every} and not browser", "all")
     assert slow_marks("-k", "merge", monkeypatch=monkeypatch) == (every, "quick")
     assert slow_marks("tests/test_gpu.py::test_on_a_gpu", monkeypatch=monkeypatch) == (every, "quick")
+
+
+@pytest.mark.slow
+def test_every_kind_of_slow_tests_has_a_slice() -> None:
+    options = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "(slow or browser) and slice"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True)
+    chosen = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert chosen >= {
+        "tests/browser/test_kernel_matrix.py",
+        "tests/browser/test_panels.py",
+        "tests/model/test_compiled_hotswap.py",
+        "tests/model/test_real_model.py",
+        "tests/notebooks/test_twice.py",
+        "tests/training/test_two_processes.py",
+    }
 
 
 def test_each_tier_has_what_the_one_before_has(monkeypatch: pytest.MonkeyPatch) -> None:
