@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 _ASKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+_onednn: Any = torch.backends.mkldnn
 HALF = tuple(_ASKS)
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN takes products of matrices in a dtype of half precision."""
-    if not torch.backends.mkldnn.is_available() or not getattr(torch.backends.mkldnn, "enabled", True):
+    if not _onednn.is_available() or not getattr(_onednn, "enabled", True):
         return False
     asked: Any = getattr(torch.ops.mkldnn, _ASKS.get(dtype, ""), None)
     return asked is not None and bool(asked())
@@ -31,7 +32,7 @@ def has_instructions(dtype: torch.dtype) -> bool | None:
     Returns:
         None where torch does not tell, as on Apple's processors.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not _onednn.is_available():
         return None
     # With AVX512 alone oneDNN takes bfloat16 too, and converts each number to float32 and back.
     converts = dtype == torch.bfloat16 and _is("avx512") and not _is("avx512_bf16")

@@ -41,7 +41,7 @@ def test_a_model_is_slow_in_the_dtype_of_most_of_it(monkeypatch: pytest.MonkeyPa
     assert processor.slow_dtype(model) is None
     model[0].to(torch.bfloat16)
     assert processor.slow_dtype(model) == torch.bfloat16
-    model[0].compute_dtype = torch.float32  # as layers in 4 bits say it
+    setattr(model[0], "compute_dtype", torch.float32)  # noqa: B010 - as layers in 4 bits say it
     assert processor.slow_dtype(model) is None
     assert processor.slow_dtype(nn.Linear(8, 8, device="meta", dtype=torch.float16)) is None
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
