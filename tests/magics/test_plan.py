@@ -78,6 +78,7 @@ def test_a_bare_model_and_a_config_in_a_variable(notebook: Notebook) -> None:
     assert "not a model" in notebook.run("%lora plan rows").line
 
 
+@pytest.mark.slow
 def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=256, dtype="bfloat16")
     config.save_pretrained(tmp_path / "plain")
