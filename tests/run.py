@@ -2,6 +2,9 @@
 
 Makes the virtual environment and finds a browser if they are not there, then runs the linters,
 the type checker, the import contracts and the tests. Needs nothing but Python.
+
+Of the slow tests (notebooks, browsers, kernels, compiled models, a real model, two processes) it
+runs a slice, a few of each kind; ``--all`` runs them all, and ``--long`` fuzzes for hours besides.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import environment
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NO_TESTS_COLLECTED = 5
+SLOWEST_FILES = 10
+SLOW = "slow or browser or long"
 
 
 @dataclass
@@ -34,6 +39,10 @@ class Part:
         remedy: what to do when it fails.
         report: where pytest writes its counts, for the parts that are tests.
         variables: what it needs in its environment.
+        seconds: how long it took.
+        status: its exit status.
+        counts: how many tests passed, failed and were skipped.
+        files: seconds that the tests of each file took together.
     """
 
     title: str
@@ -44,6 +53,7 @@ class Part:
     seconds: float = 0.0
     status: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    files: dict[str, float] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
@@ -71,8 +81,13 @@ def main() -> int:
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """The command line: our options, and what is for pytest."""
     parser = argparse.ArgumentParser(
-        description="Runs all checks. Other arguments go to pytest: paths, -x, --lf, -n 0, …"
+        description="Runs the checks: lint, types, the quick tests, and a slice of the slow ones. Slow tests that a "
+        "path or -k names run all. Other arguments go to pytest: paths, -x, --lf, -n 0, …"
     )
+    tier = parser.add_mutually_exclusive_group()
+    tier.add_argument("--all", dest="tier", action="store_const", const="all", help="every slow test, every case")
+    tier.add_argument("--long", dest="tier", action="store_const", const="long", help="all, and hours of fuzzing")
+    parser.set_defaults(tier="quick")
     parser.add_argument("--only", choices=("lint", "unit", "slow"), help="only this part")
     parser.add_argument("--no-browser", action="store_true", help="leave out the tests that drive a browser")
     parser.add_argument("-k", metavar="EXPRESSION", help="only the tests that match it, as in pytest")
@@ -86,7 +101,7 @@ def chosen_parts(arguments: argparse.Namespace, pytest_arguments: list[str], bro
     if arguments.only == "lint" or (arguments.only is None and not pytest_arguments):
         parts += lint_parts()
     if arguments.only != "lint":
-        parts += test_parts(pytest_arguments, browser, arguments.no_browser)
+        parts += test_parts(arguments, pytest_arguments, browser)
     titles = {"unit": "quick tests", "slow": "slow tests"}
     return [part for part in parts if arguments.only not in titles or part.title == titles[arguments.only]]
 
@@ -106,7 +121,7 @@ def lint_parts() -> list[Part]:
     ]
 
 
-def test_parts(pytest_arguments: list[str], browser: str | None, no_browser: bool) -> list[Part]:
+def test_parts(arguments: argparse.Namespace, pytest_arguments: list[str], browser: str | None) -> list[Part]:
     """The tests in two parts: quick ones on all cores, then slow ones, two at a time.
 
     Slow tests train real models and drive a browser: more of them at once would want more memory
@@ -114,30 +129,39 @@ def test_parts(pytest_arguments: list[str], browser: str | None, no_browser: boo
     """
     cores = os.cpu_count() or 1
     quick_workers, slow_workers = min(cores, 4), min(cores, 2)
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    quick = environment.ARTIFACTS / "tests-quick.xml"
-    slow = environment.ARTIFACTS / "tests-slow.xml"
-    slow_marks = "slow and not browser" if no_browser else "slow or browser"
+    shared = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NBPEFT_TESTS": arguments.tier}
+    tier = "" if arguments.tier == "quick" else f"--{arguments.tier} "
+    marks = slow_marks(arguments, pytest_arguments)
     return [
         Part(
             "quick tests",
-            ["-m", "pytest", "-m", "not slow and not browser", *workers(quick_workers, "worksteal"), *pytest_arguments],
-            "python3 tests/run.py --only unit --lf runs only those that failed",
-            quick,
-            {**offline, **threads(1)},
+            ["-m", "pytest", "-m", f"not ({SLOW})", *workers(quick_workers, "worksteal"), *pytest_arguments],
+            f"python3 tests/run.py {tier}--only unit --lf runs only those that failed",
+            environment.ARTIFACTS / "tests-quick.xml",
+            {**shared, **threads(1)},
         ),
         Part(
             "slow tests",
             [
-                *("-m", "pytest", "-m", slow_marks, "--durations=10", "--no-loadscope-reorder"),
+                *("-m", "pytest", "-m", marks, "--durations=10", "--no-loadscope-reorder"),
                 *workers(slow_workers, "loadfile"),
                 *pytest_arguments,
             ],
-            "python3 tests/run.py --only slow --lf runs only those that failed",
-            slow,
-            {**offline, **threads(cores // slow_workers), **({"CHROMIUM": browser} if browser else {})},
+            f"python3 tests/run.py {tier}--only slow --lf runs only those that failed",
+            environment.ARTIFACTS / "tests-slow.xml",
+            {**shared, **threads(cores // slow_workers), **({"CHROMIUM": browser} if browser else {})},
         ),
     ]
+
+
+def slow_marks(arguments: argparse.Namespace, pytest_arguments: list[str]) -> str:
+    """Which slow tests run, as pytest's ``-m`` has it: those that are asked for by name are not sliced."""
+    paths = (argument.partition("::")[0] for argument in pytest_arguments if not argument.startswith("-"))
+    named = arguments.k is not None or any((environment.ROOT / path).exists() for path in paths)
+    marks = f"({SLOW})" if arguments.tier == "long" else "(slow or browser) and not long"
+    if arguments.tier == "quick" and not named:
+        marks += " and slice"
+    return f"{marks} and not browser" if arguments.no_browser else marks
 
 
 def workers(number: int, distribution: str) -> list[str]:
@@ -162,7 +186,7 @@ def run(part: Part, python: Path) -> None:
     part.status = subprocess.run([str(python), *arguments], cwd=environment.ROOT, env=variables).returncode
     part.seconds = time.monotonic() - start
     if part.report and part.report.exists():
-        part.counts = read_counts(part.report)
+        part.counts, part.files = read_counts(part.report), read_files(part.report)
 
 
 def read_counts(report: Path) -> dict[str, int]:
@@ -172,6 +196,29 @@ def read_counts(report: Path) -> dict[str, int]:
     skipped = int(suite.get("skipped", 0)) if suite is not None else 0
     failed = number["failures"] + number["errors"]
     return {"passed": number["tests"] - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def read_files(report: Path) -> dict[str, float]:
+    """Seconds that the tests of each file took, from pytest's report."""
+    seconds: dict[str, float] = {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        names = case.get("classname", "").split(".")
+        module = next((index for index, name in enumerate(names) if name.startswith("test_")), len(names) - 1)
+        path = "/".join(names[: module + 1]) + ".py"
+        seconds[path] = seconds.get(path, 0.0) + float(case.get("time", 0))
+    return seconds
+
+
+def print_slowest(parts: list[Part]) -> None:
+    """Prints the files whose tests took longest, quick and slow ones together."""
+    seconds: dict[str, float] = {}
+    for part in parts:
+        for path, took in part.files.items():
+            seconds[path] = seconds.get(path, 0.0) + took
+    if seconds:
+        print("\nslowest files")
+    for path in sorted(seconds, key=lambda path: -seconds[path])[:SLOWEST_FILES]:
+        print(f"{environment.duration(seconds[path]):>14}  {path}")
 
 
 def conclude(parts: list[Part]) -> int:
@@ -192,6 +239,7 @@ def conclude(parts: list[Part]) -> int:
     none_ran = bool(tests) and total["passed"] + total["failed"] == 0
     if none_ran:
         print("\nNo test ran: nothing matched what was asked for.")
+    print_slowest(tests)
     if tests:
         print(f"\n{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped", flush=True)
     return 1 if none_ran or any(part.failed for part in parts) else 0

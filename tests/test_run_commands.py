@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import ModuleType
 
 import nbformat
 import pytest
+
+from tests import effort
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -226,6 +229,53 @@ def test_options_choose_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("--only", "unit", "-x", monkeypatch=monkeypatch) == ["quick tests"]
 
 
+def slow_marks(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Which slow tests are asked for, and the tier that the tests are told."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    options, rest = tests_run.parse()
+    part = tests_run.test_parts(options, rest, None)[1]
+    return part.command[part.command.index("-m", 2) + 1], part.variables["NBPEFT_TESTS"]
+
+
+def test_slow_tests_run_in_slices_until_all_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = "(slow or browser) and not long"
+    assert slow_marks(monkeypatch=monkeypatch) == (f"{every} and slice", "quick")
+    assert slow_marks("-n", "0", "-x", monkeypatch=monkeypatch) == (f"{every} and slice", "quick")
+    assert slow_marks("--all", monkeypatch=monkeypatch) == (every, "all")
+    assert slow_marks("--long", monkeypatch=monkeypatch) == ("(slow or browser or long)", "long")
+    assert slow_marks("--all", "--no-browser", monkeypatch=monkeypatch) == (f"{every} and not browser", "all")
+    assert slow_marks("-k", "merge", monkeypatch=monkeypatch) == (every, "quick")
+    assert slow_marks("tests/test_gpu.py::test_on_a_gpu", monkeypatch=monkeypatch) == (every, "quick")
+
+
+@pytest.mark.slow
+def test_every_kind_of_slow_tests_has_a_slice() -> None:
+    options = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "(slow or browser) and slice"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True)
+    chosen = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert chosen >= {
+        "tests/browser/test_kernel_matrix.py",
+        "tests/browser/test_panels.py",
+        "tests/model/test_compiled_hotswap.py",
+        "tests/model/test_real_model.py",
+        "tests/notebooks/test_twice.py",
+        "tests/training/test_two_processes.py",
+    }
+
+
+def test_each_tier_has_what_the_one_before_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = range(1000)
+    chosen = {}
+    for tier in effort.TIERS:
+        monkeypatch.setattr(effort, "TIER", tier)
+        chosen[tier] = (effort.effort(5, full=50, long=500), effort.effort(5), effort.drawn(points, 5))
+    assert [chosen[tier][:2] for tier in effort.TIERS] == [(5, 5), (50, None), (500, None)]
+    assert len(chosen["quick"][2]) == 5 and chosen["all"][2] == chosen["long"][2] == list(points)
+    monkeypatch.setattr(effort, "TIER", "quick")
+    assert effort.drawn(points, 5) == chosen["quick"][2] != effort.drawn(points, 5, seed=1)
+    assert effort.drawn(points[:3], 5) == [0, 1, 2]
+
+
 @pytest.fixture
 def part(tmp_path: Path) -> Callable[..., object]:
     def make(status: int, **counts: int) -> object:
@@ -254,6 +304,27 @@ def test_counts_come_from_pytests_report(tmp_path: Path) -> None:
     assert tests_run.read_counts(report) == {"passed": 3, "failed": 3, "skipped": 3}
 
 
+def test_the_slowest_files_are_told(
+    part: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.xml"
+    cases = "".join(
+        f'<testcase classname="tests.{name}" name="test" time="{seconds}"/>'
+        for name, seconds in (("model.test_b", 2.5), ("test_a.TestOne", 1), ("model.test_b", 70))
+    )
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>", encoding="utf-8")
+    ran = part(0, passed=3, failed=0, skipped=0)
+    ran.files = tests_run.read_files(report)  # type: ignore[attr-defined]
+    assert tests_run.conclude([ran]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in told[-5:-2]] == [
+        "slowest files",
+        "1 min 12 s  tests/model/test_b.py",
+        "1.0 s  tests/test_a.py",
+    ]
+    assert told[-1] == "3 passed, 0 failed, 0 skipped"
+
+
 def test_a_part_runs_in_the_environment_and_its_status_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     code = "import os, sys; sys.exit(3 if os.environ['GIVEN'] == 'yes' and 'PYTHONPATH' not in os.environ else 0)"
@@ -280,4 +351,4 @@ def test_the_stamp_is_written_whole(tmp_path: Path) -> None:
 def test_the_ci_script_runs_the_tests_and_hides_nothing() -> None:
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
-    assert lines[-1].startswith("python3 tests/run.py")
+    assert lines[-1] == 'python3 tests/run.py --all "$@"'

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nbpeft.memory.processor import onednn_multiplies
 from nbpeft.memory.saved import SavedTensors, tensors_in
 
 _ONE: dict[torch.dtype, Any] = {torch.bool: True, torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
@@ -162,9 +163,9 @@ def _promoted_bytes(args: tuple[Any, ...], result: Tensor) -> int:
 
 
 def _repeated_bytes(matrices: Tensor) -> int:
-    """Bytes of the copies that a CPU's product of bfloat16 matrices makes of one that is repeated for each row."""
+    """Bytes of the copies that oneDNN's product of matrices makes of one that is repeated for each row."""
     repeated = matrices.shape[0] > 1 and matrices.stride(0) == 0
-    return matrices.numel() * matrices.element_size() if repeated and matrices.dtype == torch.bfloat16 else 0
+    return matrices.numel() * matrices.element_size() if repeated and onednn_multiplies(matrices.dtype) else 0
 
 
 @contextmanager

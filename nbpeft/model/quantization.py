@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.memory.processor import has_instructions
 
 QUANT_TYPES = ("nf4", "fp4")
 FLOATS = ("bfloat16", "float16", "float32")
@@ -74,13 +75,7 @@ def usual_dtype() -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
     if torch.accelerator.is_available():
         return torch.bfloat16
-    supports = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
-    return torch.bfloat16 if "AVX512" in supports and _cpu_has_bfloat16() else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(check()) if check is not None else False
+    return torch.bfloat16 if has_instructions(torch.bfloat16) else torch.float32
 
 
 def dtype_of(value: torch.dtype | str, field: str, allowed: Sequence[str]) -> torch.dtype:

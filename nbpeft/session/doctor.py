@@ -25,6 +25,7 @@ class Check:
         problem: what is wrong, or the empty string.
         remedy: what to do about it.
         optional: whether everything else works without it.
+        remark: what is good to know where nothing is wrong.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Check:
     problem: str = ""
     remedy: str = ""
     optional: bool = False
+    remark: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,11 +152,19 @@ def _accelerator() -> Check:
             return Check("device", "cuda", f"does not answer ({in_one_line(error):.120})", "restart the kernel")
     if torch.backends.mps.is_available():
         return Check("device", "mps")
-    return Check("device", "cpu")
+    return Check("device", "cpu", remark=_slow_dtypes())
+
+
+def _slow_dtypes() -> str:
+    """What the processor is slow at, and what to do about it. Torch is imported."""
+    from nbpeft.memory.processor import HALF, slow_here, slow_words
+
+    slow = [dtype for dtype in HALF if slow_here(dtype)]
+    return slow_words(*slow) if slow else ""
 
 
 def _advice(check: Check) -> str:
-    return f"{check.problem}: {check.remedy}" if check.problem and check.remedy else check.problem
+    return f"{check.problem}: {check.remedy}" if check.problem and check.remedy else check.problem or check.remark
 
 
 def _numbers(version: str) -> tuple[int, ...]:

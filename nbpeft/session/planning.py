@@ -236,10 +236,15 @@ class MemoryPlanner:
         )
 
     def _result(self, found: Forecast, suggestions: Any) -> PlanResult:
+        from nbpeft.memory.processor import slow_here, slow_words
+
         settings = self._settings(found.setting, found.optimizer)
         adapter = self.method if settings.rank is None else f"{self.method} r={settings.rank}"
+        notes = self.notes
+        if self.room.on_cpu and slow_here(found.setting.dtype):
+            notes = (*notes, slow_words(found.setting.dtype))
         return PlanResult(
-            self.name, self.class_name, adapter, settings, found.parts, self.room, tuple(suggestions), self.notes
+            self.name, self.class_name, adapter, settings, found.parts, self.room, tuple(suggestions), notes
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -14,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, in_one_line
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
+from nbpeft.memory.processor import slow_here, slow_words
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, split_arguments
@@ -77,6 +79,8 @@ def train(
         options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
         run = run_factory(model, None, control=control, publish=publish)
         run.note("; ".join(part.notes for part in (rows, eval_rows) if isinstance(part, Rows) and part.notes))
+        if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
+            run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
         failure: Exception | None = None
         try:
             metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)

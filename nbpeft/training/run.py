@@ -21,6 +21,7 @@ from typing import Any, Self
 from torch import nn
 
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError
+from nbpeft.memory.processor import slow_dtype, slow_words
 from nbpeft.state import MemoryState, TrainState, TrainStatus
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
@@ -131,6 +132,8 @@ class Run:
             if model is not None:
                 self._check = LearningCheck(model, self.adapter)
                 self._warn(self._check.before())
+                slow = slow_dtype(model)
+                self.note(slow_words(slow) if slow is not None else "")
         self.publish(force=True)
 
     def step(

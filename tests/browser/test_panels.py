@@ -34,6 +34,7 @@ def step_shown(page, cell: int) -> int:
     return int(found[1])
 
 
+@pytest.mark.slice
 def test_a_click_switches_the_adapter(open_notebook: Opener, pictures: Path, app: str) -> None:
     page = open_notebook(SET_UP, PANEL, ACTS)
     page.run_all()
@@ -86,6 +87,7 @@ def test_errors_stay_in_the_panel_until_dismissed(open_notebook: Opener) -> None
     expect(page.output(1).get_by_text("RuntimeError")).to_have_count(0)
 
 
+@pytest.mark.slice
 def test_stop_ends_the_run_and_not_the_next(open_notebook: Opener, pictures: Path, app: str) -> None:
     page = open_notebook(SET_UP, RUN, SHORT_RUN)
     page.run_cell(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -36,10 +35,8 @@ def test_sliders_say_whether_it_fits(open_notebook: Opener, pictures: Path, app:
     track = panel.locator(".noUi-target").nth(1)
     size = track.bounding_box()
     assert size is not None
-    begin = time.perf_counter()
     track.click(position={"x": 0.8 * size["width"], "y": size["height"] / 2})
-    expect(panel.get_by_text(re.compile("^does not fit 16.0 GB"))).to_be_visible(timeout=2000)
-    assert time.perf_counter() - begin < 2
+    expect(panel.get_by_text(re.compile("^does not fit 16.0 GB"))).to_be_visible()
     expect(panel.get_by_text("no room for")).to_be_visible()
     panel.locator("select").nth(2).select_option("sgd")
     expect(panel.get_by_text("optimizer 0 B")).to_have_count(0)

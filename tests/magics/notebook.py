@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,4 +74,5 @@ class Notebook:
     def close(self) -> None:
         self.run("%unload_ext nbpeft")
         self.shell.reset(new_session=False)
+        atexit.unregister(self.shell.atexit_operations)  # or all shells of a run are kept, and reset again at its end
         InteractiveShell.clear_instance()

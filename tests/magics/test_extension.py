@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -164,21 +163,3 @@ class TestCompletion:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.mark.slow
-def test_loading_takes_no_time() -> None:
-    """The target is 0.15 s on a quiet machine; a busy one gets three times that."""
-    code = (
-        "import time\n"
-        "from IPython.core.interactiveshell import InteractiveShell\n"
-        "shell = InteractiveShell.instance()\n"
-        "start = time.process_time()\n"
-        "shell.run_line_magic('load_ext', 'nbpeft')\n"
-        "print(time.process_time() - start)"
-    )
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(5)
-    ]
-    assert statistics.median(seconds) <= 0.45

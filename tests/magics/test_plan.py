@@ -13,6 +13,7 @@ from nbpeft.memory import forecast
 from nbpeft.session.planned import PlanResult
 from nbpeft.widgets import PlanPanel
 from tests.magics.notebook import Notebook
+from tests.pretend_cpu import pretend_cpu
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_a_bare_model_and_a_config_in_a_variable(notebook: Notebook) -> None:
     assert "not a model" in notebook.run("%lora plan rows").line
 
 
+@pytest.mark.slow
 def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=256, dtype="bfloat16")
     config.save_pretrained(tmp_path / "plain")
@@ -138,6 +140,18 @@ def test_a_dry_run_forecasts(notebook: Notebook) -> None:
     assert "assumed" not in str(small)
     assert small.memory.fits is (small.memory.peak_bytes <= 10**6)
     assert notebook["model"].__class__.__name__ == "LlamaForCausalLM"
+
+
+def test_a_dry_run_says_where_the_processor_is_slow(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cpu(monkeypatch)
+    told, cell = (
+        "no instructions for bfloat16",
+        "%%lora model --name sql --dry-run --batch 1 --seq 16 --device cpu\nr = 4",
+    )
+    assert told not in str(notebook.do(cell))
+    notebook.do("import torch\nmodel = model.to(torch.bfloat16)")
+    preview = notebook.do(cell)
+    assert told in str(preview) and told in preview._repr_html_()
 
 
 def test_sizes_without_a_dry_run_are_a_mistake(notebook: Notebook) -> None:

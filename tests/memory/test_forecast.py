@@ -153,6 +153,7 @@ def test_suggestions_make_it_fit():
     assert forecast(CONFIG, lora(), batch_size=size + 1, sequence_length=128, device="20MB").fits is False
 
 
+@pytest.mark.slow
 def test_changes_together_go_no_further_than_they_must():
     asked: dict[str, Any] = {"batch_size": 4, "sequence_length": 1024, "dtype": "float32"}
     less: dict[str, Any] = {
@@ -178,6 +179,7 @@ def test_changes_together_go_no_further_than_they_must():
     assert exact.peak_bytes == together.peak_bytes and longer.peak_bytes > limit
 
 
+@pytest.mark.slow
 def test_changes_together_where_none_is_enough():
     found = forecast(CONFIG, lora(r=4), batch_size=8, sequence_length=256, device="2.6MB")
     assert not any(one.fits for one in found.suggestions[1:])

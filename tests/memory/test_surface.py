@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import random
 import threading
-import time
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.memory import forecast
 from nbpeft.memory.forecast import simulated, surveyed
 from nbpeft.memory.surface import at, point_of, surface_of
 from nbpeft.memory.trace import FIRST, SECOND, IrregularError, Log, Point, Trace
+from tests.effort import drawn
 from tests.memory.reality import SHAPES
 
 POINTS = [Point(1, 96, 8), Point(3, 77, 64), Point(4, 512, 4)]
@@ -34,7 +35,7 @@ def lora(**options: Any) -> LoraConfig:
     return LoraConfig(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
 
 
-@pytest.mark.parametrize(("shape", "settings", "options"), CASES)
+@pytest.mark.parametrize(("shape", "settings", "options"), drawn(CASES, quick=2))
 def test_other_sizes_come_out_as_simulated(shape, settings, options):
     setting = forecast(SHAPES[shape], lora(**options), **settings).setting
     surface = surface_of(setting)
@@ -69,18 +70,17 @@ def test_without_an_adapter_and_with_patterns_the_rank_stays():
         assert at(setting, Point(1, 1, 99)).adapter_config == adapter
 
 
-def test_a_move_takes_less_than_a_tenth_of_a_second():
+def test_a_move_is_answered_without_a_simulation(monkeypatch):
     setting = forecast(SHAPES["llama"], lora()).setting
     surface = surface_of(setting)
     assert surface is not None
     draw = random.Random(0)
-    times = []
+    monkeypatch.setattr(FakeTensorMode, "__enter__", lambda mode: pytest.fail("a simulation began"))
     for _ in range(50):
         wanted = at(setting, Point(draw.randint(1, 64), draw.randint(16, 8192), draw.choice([4, 8, 16, 32, 64, 128])))
-        begin = time.perf_counter()
-        surveyed(surface, wanted, "adamw", 10**9)
-        times.append(time.perf_counter() - begin)
-    assert sorted(times)[len(times) // 2] < 0.1
+        assert surveyed(surface, wanted, "adamw", 10**9).peak_bytes > 0
+    with pytest.raises(pytest.fail.Exception, match="a simulation began"):
+        simulated(wanted, "adamw", None)
 
 
 def test_beside_the_main_thread_nothing_that_all_threads_share_changes():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from tests.smollm2 import GGUF, source
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+pytestmark = [pytest.mark.slow, pytest.mark.slice, pytest.mark.real_model]
 
 
 def load() -> tuple[Any, Any]:

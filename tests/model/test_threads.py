@@ -21,6 +21,7 @@ from tests.model.pool_support import save
 from tests.model.support import adapted, llama, tokens
 
 SECONDS = float(os.environ.get("NBPEFT_THREADS_SECONDS", "60"))
+PATIENCE = 120.0
 NAMES = ("left", "right", "middle")
 
 
@@ -38,8 +39,13 @@ def alone(folder: Path, ids: Tensor, scale: float = 1.0) -> Tensor:
     return answer(model, ids)
 
 
-def run_against(work: Callable[[int], None], generate: Callable[[int], None], seconds: float) -> int:
-    """``work`` in a second thread as long as ``generate`` runs in this one; how often it worked."""
+def run_against(
+    work: Callable[[int], None], generate: Callable[[int], None], seconds: float, *, times: int = 5, turns: int = 3
+) -> None:
+    """``work`` in a second thread while ``generate`` runs in this one.
+
+    For so many seconds, and on a slow machine until both were done more than so many times.
+    """
     stop = threading.Event()
     problems: list[BaseException] = []
     done = 0
@@ -58,15 +64,14 @@ def run_against(work: Callable[[int], None], generate: Callable[[int], None], se
     thread.start()
     end, turn = time.monotonic() + seconds, 0
     try:
-        while time.monotonic() < end and not problems:
+        while not problems and (time.monotonic() < end or done <= times or turn <= turns):
+            assert time.monotonic() < end + PATIENCE, f"worked {done} times beside {turn} generations"
             generate(turn)
             turn += 1
     finally:
         stop.set()
         thread.join(30)
     assert not problems and not thread.is_alive(), problems
-    assert turn > 3
-    return done
 
 
 def which(found: Tensor, known: dict[str, Tensor]) -> str:
@@ -105,12 +110,12 @@ def switching_and_swapping(root: Path, seconds: float) -> None:
     def generate(turn: int) -> None:
         seen.add(which(answer(model, ids), known))
 
-    assert run_against(work, generate, seconds) > 10
+    run_against(work, generate, seconds, times=50, turns=12)
     assert len(seen) >= 4, seen
 
 
 def test_every_generation_is_one_adapter(tmp_path: Path) -> None:
-    switching_and_swapping(tmp_path, 8)
+    switching_and_swapping(tmp_path, 3)
 
 
 @pytest.mark.slow
@@ -150,7 +155,7 @@ def test_rows_of_a_mixed_batch_keep_their_adapters(tmp_path: Path) -> None:
         for row, name in enumerate(names):
             torch.testing.assert_close(found[:, row], known[name][:, row], rtol=1e-4, atol=1e-4)
 
-    assert run_against(work, generate, 3) > 5
+    run_against(work, generate, 2)
 
 
 def test_merging_while_generating(tmp_path: Path) -> None:
@@ -169,5 +174,5 @@ def test_merging_while_generating(tmp_path: Path) -> None:
             model.set_adapter(NAMES[turn % 3])
             model.merge_adapter()
 
-    assert run_against(work, lambda turn: seen.add(which(answer(model, ids), known)), 3) > 5
+    run_against(work, lambda turn: seen.add(which(answer(model, ids), known)), 2)
     assert len(seen) >= 2

@@ -29,7 +29,7 @@ def test_02_forecasts_saves_reloads_and_merges(tmp_path: Path) -> None:
     copied, rounded = (
         float(found[f"merge error in {where}"].split()[0].replace(",", "")) for where in ("the copy", "4 bits")
     )
-    assert 0 < copied < rounded
+    assert 0 <= copied < rounded  # both are what rounding leaves, which may be nothing in float32
     assert found["training"].endswith("for 2 steps")
     shown = [cell.outputs[-1].data["text/plain"] for cell in notebook.cells if cell.source.startswith("%%qlora")]
     dry, done = (re.findall(r"210 layers in nf4 double: .*?; the rest .*?;", text) for text in shown)
@@ -46,6 +46,7 @@ def test_02_forecasts_saves_reloads_and_merges(tmp_path: Path) -> None:
     assert "".join(warned).count("MatMul8bitLt") == 1
 
 
+@pytest.mark.slice
 def test_02_ships_the_results_of_a_full_run() -> None:
     found = summary(nbformat.read(NOTEBOOKS / "02_qlora_training.ipynb", 4))
     assert found["test orders"] == "64" and percent(found["score base in 4 bits"]) < 20

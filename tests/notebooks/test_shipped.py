@@ -9,8 +9,6 @@ import pytest
 
 from tests.notebooks.support import NOTEBOOKS
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_model]
-
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
 
 

@@ -7,6 +7,7 @@ import torch
 
 from nbpeft.magics.front_end import front_end_checks
 from nbpeft.session import doctor
+from tests.pretend_cpu import pretend_cpu
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,19 @@ def test_no_widgets_in_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     (problem,) = (check for check in front_end_checks(Kernel()) if check.problem)
     assert problem.optional
     assert problem.remedy.endswith("-m pip install -U ipywidgets")
+
+
+def test_a_processor_without_instructions_for_half_precision_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "no instructions for bfloat16 and float16 and is many times faster in float32: load models with dtype="
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    before = len(doctor.examine().problems)
+    pretend_cpu(monkeypatch)
+    report = doctor.examine()
+    assert told in str(report) and told in report._repr_html_()
+    assert len(report.problems) == before, "nothing is wrong"
+    pretend_cpu(monkeypatch, onednn=(torch.bfloat16, torch.float16))
+    assert "instructions" not in str(doctor.examine())
 
 
 def test_a_gpu_that_does_not_answer_is_a_problem_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from nbpeft.session import Session
 from nbpeft.session.planned import PlanResult, PlanSettings, Room
 from nbpeft.session.planning import _room
 from nbpeft.state import MemoryPart
+from tests.pretend_cpu import pretend_cpu
 
 CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -46,6 +47,22 @@ def test_what_the_model_holds_on_a_gpu_however_it_is_named(
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
     room = _room(named, source)
     assert (room.total, room.free, room.held) == (1000, 550, held)
+
+
+def test_a_dtype_that_the_processor_is_slow_in_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "this CPU has no instructions for bfloat16 and is many times faster in float32"
+    pretend_cpu(monkeypatch)
+    settings: dict[str, Any] = {"batch_size": 1, "sequence_length": 16, "suggest": False}
+    session = Session()
+    slow = session.plan_memory(CONFIG, FIELDS, dtype="bfloat16", device="cpu", **settings)
+    assert any(told in note for note in slow.notes) and told in str(slow) and told in slow._repr_html_()
+    for found in (
+        session.plan_memory(CONFIG, FIELDS, dtype="float32", device="cpu", **settings),
+        session.plan_memory(CONFIG, FIELDS, dtype="bfloat16", device="16GB", **settings),
+    ):
+        assert told not in str(found)
+    pretend_cpu(monkeypatch, onednn=[torch.bfloat16])
+    assert told not in str(session.plan_memory(CONFIG, FIELDS, dtype="bfloat16", device="cpu", **settings))
 
 
 def test_what_exceeds() -> None:
@@ -110,7 +127,8 @@ def test_plans_of_a_session(tmp_path: Any) -> None:
         session.plan_memory(model, FIELDS, batch_size=0)
 
 
-def test_a_model_is_planned_as_it_is() -> None:
+def test_a_model_is_planned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cpu(monkeypatch, onednn=[torch.bfloat16])
     model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     found = Session().plan_memory(model, FIELDS, suggest=False)
@@ -129,6 +147,7 @@ def test_a_quantized_model_is_planned_as_it_is() -> None:
     assert found.settings.quantization == "nf4"
 
 
+@pytest.mark.slow
 def test_a_planner_answers_at_once_when_prepared() -> None:
     planner = Session().memory_planner(CONFIG, FIELDS, batch_size=2, sequence_length=48, device="20MB")
     settings = dataclasses.replace(planner.settings, batch_size=3, sequence_length=80, rank=2)

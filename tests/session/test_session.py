@@ -203,10 +203,8 @@ def test_another_thread_is_told_what_runs(session: Session, model: Any) -> None:
     worker.start()
     try:
         assert inside.wait(10)
-        start = time.monotonic()
         with pytest.raises(BusyError, match="busy: merging"):
             session.off()
-        assert time.monotonic() - start < 1
         assert session.state.busy == "merging"
         assert session.state.models[0].name == "model"
     finally:

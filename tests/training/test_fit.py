@@ -15,6 +15,7 @@ from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model import PeftModel
 from nbpeft.state import TrainState
 from nbpeft.training import RunControl, TrainResult, train
+from tests.pretend_cpu import pretend_cpu
 from tests.training.support import adapt, tiny_base, tiny_model, token_rows, weights
 
 QUICK: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 5}
@@ -341,6 +342,17 @@ def test_a_bf16_base_keeps_its_dtype_and_learns():
     assert {parameter.dtype for name, parameter in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
     assert {value.dtype for value in weights(model).values()} == {torch.float32}
     assert result.state.history[-1][1] < result.state.history[0][1] - 0.1
+
+
+def test_a_processor_that_is_slow_in_bf16_is_told_once(monkeypatch):
+    told = "this CPU has no instructions for bfloat16 and is many times faster in float32: "
+    pretend_cpu(monkeypatch)
+    model = adapt(tiny_base(dtype=torch.bfloat16))
+    assert train(model, token_rows(), max_steps=1).message == f"{told}load models with dtype=torch.float32"
+    assert train(tiny_model(), token_rows(), max_steps=1).message == ""
+    assert train(tiny_model(), token_rows(), max_steps=1, bf16=True).message == f"{told}leave bf16=True out"
+    pretend_cpu(monkeypatch, onednn=[torch.bfloat16])
+    assert train(model, token_rows(), max_steps=1).message == ""
 
 
 def test_only_the_active_adapter_changes():

@@ -90,7 +90,7 @@ def test_none_casts_nothing():
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_checkpointing_lets_gradients_through(reentrant):
-    model = four_bit()
+    model = four_bit(torch.float32)
     options = None if reentrant is None else {"use_reentrant": reentrant}
     done = prepare_model(model, gradient_checkpointing_kwargs=options)
     assert done.gradient_checkpointing and done.inputs_require_grad is bool(reentrant)

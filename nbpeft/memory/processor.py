@@ -1,0 +1,74 @@
+"""What this machine's processor is good at: in which dtypes it has instructions for products of matrices.
+
+Torch hands products in half precision to oneDNN where oneDNN takes them. Elsewhere they are computed
+number by number, 10 and more times slower than in float32, and what is copied for them differs too.
+``ONEDNN_MAX_CPU_ISA``, with which oneDNN passes over what a processor has, counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+_ASKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+_onednn: Any = torch.backends.mkldnn
+HALF = tuple(_ASKS)
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes products of matrices in a dtype of half precision."""
+    if not _onednn.is_available() or not getattr(_onednn, "enabled", True):
+        return False
+    asked: Any = getattr(torch.ops.mkldnn, _ASKS.get(dtype, ""), None)
+    return asked is not None and bool(asked())
+
+
+def has_instructions(dtype: torch.dtype) -> bool | None:
+    """Whether the processor multiplies matrices in a dtype of half precision with instructions of its own.
+
+    Returns:
+        None where torch does not tell, as on Apple's processors.
+    """
+    if not _onednn.is_available():
+        return None
+    # With AVX512 alone oneDNN takes bfloat16 too, and converts each number to float32 and back.
+    converts = dtype == torch.bfloat16 and _is("avx512") and not _is("avx512_bf16")
+    return onednn_multiplies(dtype) and not converts
+
+
+def _is(instructions: str) -> bool:
+    supported: Any = getattr(torch.cpu, f"_is_{instructions}_supported", None)
+    return supported is not None and bool(supported())
+
+
+def slow_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of half precision in which a model computes on this processor without instructions for it.
+
+    Returns:
+        None where it computes otherwise, or elsewhere: also while there is an accelerator, to which
+        it may be moved yet.
+    """
+    if torch.accelerator.is_available():
+        return None
+    counts: Counter[torch.dtype] = Counter()
+    for module in model.modules():
+        computes = getattr(module, "compute_dtype", None)  # of layers in 4 bits
+        for parameter in module.parameters(recurse=False):
+            dtype = computes if isinstance(computes, torch.dtype) else parameter.dtype
+            if parameter.device.type == "cpu" and dtype.is_floating_point:
+                counts[dtype] += parameter.numel()
+    return next((dtype for dtype, _ in counts.most_common(1) if slow_here(dtype)), None)
+
+
+def slow_here(dtype: torch.dtype) -> bool:
+    """Whether a dtype is one of half precision for which the processor is known to have no instructions."""
+    return dtype in _ASKS and has_instructions(dtype) is False
+
+
+def slow_words(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:
+    """What is to be said of slow dtypes, and what to do instead."""
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"this CPU has no instructions for {names} and is many times faster in float32: {instead}"
