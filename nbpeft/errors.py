@@ -29,16 +29,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from nbpeft.confidential import masked
+
 
 class NbpeftError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        message: One line: what is wrong, what was expected, the nearest valid choice.
+        message: One line: what is wrong, what was expected, the nearest valid choice. Access tokens in it are masked.
         **details: The values the message speaks of, for code that handles the error.
     """
 
     def __init__(self, message: str, **details: object) -> None:
+        message = masked(message)
         super().__init__(message)
         self.message = message
         self.details = details

@@ -115,7 +115,7 @@ def _write_all(staging: Staging, files: Sequence[NewFile], *, note: bool) -> dic
             path.parent.mkdir(parents=True)
             folders.add(path.parent)
         file.write(path)
-        _flush(path)
+        flush_file(path)
         found = os.stat(path)
         marks[file.name] = (found.st_size, found.st_mtime_ns)
     if note:
@@ -188,7 +188,8 @@ def _check_space(folder: Path, byte_count: int) -> None:
             raise CheckpointError(_no_space(folder, byte_count), needed=byte_count, free=free)
 
 
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Brings what a file holds to the disk."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 

@@ -35,14 +35,21 @@ except ImportError:  # Windows
 STAGING_PREFIX = ".nbpeft-"
 OLD = ".old"
 """Folder inside a staging folder with the files whose places others take."""
+ASIDE = ".aside"
+"""The same for whole folders; one whose place is still empty goes back when the write died."""
 
 _MOVES = ".moves"
-_NAME = re.compile(r"\.nbpeft-(?:[0-9a-f]{16}|checkpoint-\d+)")
+_NAME = re.compile(r"\.nbpeft-[0-9a-f]{16}")
 _STALE_SECONDS = 86_400.0
 _TRIES = 5
 
 Mark = tuple[int, int]
 """Bytes and time of change of a file, by which it is known again."""
+
+
+def staging_name() -> str:
+    """A name for a staging folder that nobody else has."""
+    return f"{STAGING_PREFIX}{secrets.token_hex(8)}"
 
 
 class Staging:
@@ -59,7 +66,7 @@ class Staging:
 
     def __init__(self, parent: Path, name: str | None = None, mode: int = 0o777) -> None:
         for _ in range(_TRIES):
-            self.path = parent / (name or f"{STAGING_PREFIX}{secrets.token_hex(8)}")
+            self.path = parent / (name or staging_name())
             os.mkdir(self.path, mode)
             # A sweep may come between the two calls; then there is nothing here to lock, and another is made.
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
@@ -143,6 +150,9 @@ def _sweep_one(path: Path, folder: Path, finish: bool) -> None:
 
 def _settle(staging: Path, folder: Path, finish: bool) -> None:
     """Ends the moves of a write that died after the first of them, or takes them back."""
+    for path in (staging / ASIDE).glob("*"):
+        if not os.path.lexists(folder / path.name):
+            os.replace(path, folder / path.name)
     marks = _noted_moves(staging)
     moved = [name for name in marks if not (staging / name).exists() and mark_of(folder / name) == marks[name]]
     if not moved or moved[0] != next(iter(marks)):

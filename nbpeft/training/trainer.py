@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils.generic import can_return_loss, find_labels
 
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.model import load_peft_weights, set_peft_model_state_dict
 from nbpeft.training.adapted import base_of, is_adapted
 from nbpeft.training.callback import RunCallback
+from nbpeft.training.checkpoints import resume_point, save_beside, save_whole
 
 _find_labels: Callable[[type], list[str]] = find_labels
 _can_return_loss: Callable[[type], bool] = can_return_loss
@@ -89,10 +89,19 @@ class AdapterTrainerMixin:
         accepted = inspect.signature(model.save_pretrained).parameters
         gathered = {"state_dict": state_dict} if state_dict is not None and "state_dict" in accepted else {}
         model.save_pretrained(str(folder), **gathered)
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        save_beside(folder, self.processing_class or getattr(self.data_collator, "tokenizer", None), self.args)
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        if not is_adapted(self.accelerator.unwrap_model(self.model)):
+            super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+            return
+        save_whole(self, trial, lambda: super(AdapterTrainerMixin, self)._save_checkpoint(model, trial, *args, **kwargs))  # type: ignore[misc]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; ``resume_from_checkpoint=True`` passes over checkpoints that are not whole."""
+        if is_adapted(self.model):
+            resume_from_checkpoint = resume_point(self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model

@@ -130,9 +130,9 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
     assert "does not say where it came from" in ready.run(f"%lora export {script}").line
     assert not script.exists()
     result = ready.do(f"%lora export {script} --base {tmp_path}")
-    assert str(result).startswith(f"wrote {script}, which trains 'sql' anew, and 8 rows in {tmp_path}/train_data.jsonl")
+    assert str(result).startswith(f"wrote {script}, which trains 'sql' anew, and 8 rows in {tmp_path}/train_data-")
     text = script.read_text()
-    assert "'max_steps': 3" in text and "'learning_rate': 0.05" in text and "train_eval.jsonl" in text
+    assert "'max_steps': 3" in text and "'learning_rate': 0.05" in text and "train_eval-" in text
 
 
 def test_an_object_of_the_notebook_cannot_be_exported(ready: Notebook, tmp_path: Path) -> None:
