@@ -19,7 +19,7 @@ from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.config_format import config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
 from nbpeft.checkpoint.source import CONFIG_NAME, Source
-from nbpeft.checkpoint.staging import staged
+from nbpeft.checkpoint.staging import staged, sweep
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata, read_tensors, storable, write_tensors
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import CheckpointError, CorruptCheckpointError
@@ -192,6 +192,7 @@ def write_checkpoints(
     names: dict[str, list[str]] = {}
     byte_count = 0
     with disk_errors(target):
+        sweep(target)  # before it is asked what is there
         for subfolder, (config, tensors) in adapters.items():
             if not tensors:
                 raise CheckpointError(f"there are no tensors to save to {target / subfolder}")
@@ -217,6 +218,7 @@ def write_card(folder: str | os.PathLike[str], config: AdapterConfig, *, tags: S
     """
     target = Path(os.path.expanduser(os.fspath(folder)))
     with disk_errors(target):
+        sweep(target)
         files = _card_file(target / CARD_NAME, config, tags)
         if files:
             replace_files(target, files)

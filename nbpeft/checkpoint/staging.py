@@ -155,7 +155,7 @@ def _settle(staging: Path, folder: Path, finish: bool) -> None:
             os.replace(path, folder / path.name)
     marks = _noted_moves(staging)
     moved = [name for name in marks if not (staging / name).exists() and mark_of(folder / name) == marks[name]]
-    if not moved or moved[0] != next(iter(marks)):
+    if not moved or moved[0] != next(iter(marks)) or len(moved) == len(marks):
         return
     if finish:
         for name in marks:

@@ -6,6 +6,7 @@ them into a hidden folder beside it, which takes that place in one move when all
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import trainer as transformers_trainer
 
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files, shown
 from nbpeft.checkpoint.staging import ASIDE, Staging, flush_folder, scratch_folder, staging_name, sweep
@@ -188,7 +188,11 @@ def _listed(flaws: dict[str, str]) -> str:
 @contextmanager
 def _redirected(trainer: Any, place: Path, pushes: list[str]) -> Iterator[None]:
     """Lets a Trainer write below another folder, and notes what it would upload from there."""
-    mine = {"_get_output_dir": lambda *args, **kwargs: str(place), "_push_from_checkpoint": pushes.append}
+    mine: dict[str, Any] = {
+        "_get_output_dir": lambda *args, **kwargs: str(place),
+        "_push_from_checkpoint": pushes.append,
+        "_rotate_checkpoints": lambda *args, **kwargs: None,
+    }
     before = {name: vars(trainer)[name] for name in mine if name in vars(trainer)}
     vars(trainer).update(mine)
     try:
@@ -238,16 +242,22 @@ def _flush_tree(folder: Path) -> None:
 
 
 def _rotate(trainer: Any, home: Path) -> None:
-    """Removes checkpoints beyond ``save_total_limit``, as the Trainer does."""
-    if hasattr(trainer, "_rotate_checkpoints"):  # transformers 5.0
+    """Removes checkpoints beyond ``save_total_limit``: the oldest, but neither the last nor the best one."""
+    if hasattr(trainer, "_rotate_checkpoints"):  # transformers 5.0 has it; newer ones leave it to those who derive
         trainer._rotate_checkpoints(use_mtime=True, output_dir=str(home))
         return
-    transformers_trainer.rotate_checkpoints(
-        output_dir=str(home),
-        save_total_limit=trainer.args.save_total_limit,
-        best_model_checkpoint=trainer.state.best_model_checkpoint,
-        use_mtime=True,
-    )
+    limit = trainer.args.save_total_limit
+    if limit is None or limit <= 0:
+        return
+    with contextlib.suppress(OSError):  # what cannot be removed now goes another time
+        ordered = sorted(reversed(_checkpoints(home)), key=lambda folder: folder.stat().st_mtime_ns)
+        kept = {ordered[-1], Path(trainer.state.best_model_checkpoint or ordered[-1])}
+        surplus = [folder for folder in ordered if folder not in kept][: max(len(ordered) - limit, 0)]
+        if surplus:
+            staging = Staging(home)  # out of its place in one move, so that no part of it is left there
+            for folder in surplus:
+                os.replace(folder, staging.path / folder.name)
+            staging.close()
 
 
 @contextmanager
