@@ -29,7 +29,13 @@ def test_values_that_are_secrets_under_any_name(value: str) -> None:
 
 
 def test_what_only_sounds_like_one() -> None:
-    for name, value in {"eos_token": "</s>", "pad_token": "<pad>", "max_tokens": "3", "tokenizer": "x", "key": "q"}.items():
+    for name, value in {
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "max_tokens": "3",
+        "tokenizer": "x",
+        "key": "q",
+    }.items():
         assert not is_secret(name, value)
     usual = {field.name: "x" for field in dataclasses.fields(TrainingArguments)}
     assert without_secrets(usual)[1] == ("hub_token",)

@@ -251,7 +251,7 @@ def _rotate(trainer: Any, home: Path) -> None:
         return
     with contextlib.suppress(OSError):  # what cannot be removed now goes another time
         ordered = sorted(reversed(_checkpoints(home)), key=lambda folder: folder.stat().st_mtime_ns)
-        kept = {ordered[-1], Path(trainer.state.best_model_checkpoint or ordered[-1])}
+        kept = {*ordered[-1:], Path(trainer.state.best_model_checkpoint or home)}
         surplus = [folder for folder in ordered if folder not in kept][: max(len(ordered) - limit, 0)]
         if surplus:
             staging = Staging(home)  # out of its place in one move, so that no part of it is left there

@@ -171,7 +171,9 @@ def export_script(
     places = tuple(target.parent / file.name for file in rows)
     _sweep_rows(target, places)
     if left_out:
-        warnings.warn(f"{', '.join(left_out)} left out of the script, which is no place for secrets: {LOG_IN}", stacklevel=2)
+        warnings.warn(
+            f"{', '.join(left_out)} left out of the script, which is no place for secrets: {LOG_IN}", stacklevel=2
+        )
     return ScriptFiles(target, places, tuple(map(len, prepared)), names[0], left_out)
 
 

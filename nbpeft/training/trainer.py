@@ -95,7 +95,9 @@ class AdapterTrainerMixin:
         if not is_adapted(self.accelerator.unwrap_model(self.model)):
             super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
             return
-        save_whole(self, trial, lambda: super(AdapterTrainerMixin, self)._save_checkpoint(model, trial, *args, **kwargs))  # type: ignore[misc]
+        save_whole(
+            self, trial, lambda: super(AdapterTrainerMixin, self)._save_checkpoint(model, trial, *args, **kwargs)
+        )  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; ``resume_from_checkpoint=True`` passes over checkpoints that are not whole."""

@@ -24,7 +24,20 @@ KILLS = {"quick": 6}.get(EFFORT, 200)
 
 DURABLE = ("mkdir", "replace", "rename", "link", "fsync", "unlink", "rmdir")
 """Calls of ``os`` that change what is on the disk; a death is most interesting after one of them."""
-PATHS = ("mkdir", "replace", "rename", "link", "unlink", "rmdir", "open", "stat", "lstat", "listdir", "scandir", "chmod")
+PATHS = (
+    "mkdir",
+    "replace",
+    "rename",
+    "link",
+    "unlink",
+    "rmdir",
+    "open",
+    "stat",
+    "lstat",
+    "listdir",
+    "scandir",
+    "chmod",
+)
 
 
 def drawn(count: int, seed: object = 0) -> list[int]:

@@ -92,7 +92,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(folder: Path) -> None:
 
 HOSTILE = (
     '"""; open(__import__("sys") and "pwned", "w"); """',
-    "a\"\"\"b",
+    'a"""b',
     "1",
     "{0!r} {adapter} %s",
     "tail" + chr(92),
