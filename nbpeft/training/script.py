@@ -158,15 +158,16 @@ def export_script(
         for kind, text in zip(("data", "eval"), map(_lines, prepared), strict=False)
     ]
     config: Any = getattr(model, "peft_config", {})[names[0]]
+    source = _source(plain_base, base)
     constants = {
-        "BASE": _source(plain_base, base),
+        "BASE": source,
         "ADAPTER": names[0],
         "DATA": rows[0].name,
         "EVAL_DATA": rows[1].name if len(rows) > 1 else None,
         "CONFIG": _changed(config),
         "ARGUMENTS": {"output_dir": f"{target.stem}_output", **arguments},
     }
-    text = _script(constants, type(config).__name__, _load(plain_base, constants["BASE"]))
+    text = _script(constants, type(config).__name__, _load(plain_base, source))
     replace_files(target.parent, [*rows, NewFile.of_text(target.name, text)])
     places = tuple(target.parent / file.name for file in rows)
     _sweep_rows(target, places)

@@ -92,12 +92,11 @@ class AdapterTrainerMixin:
         save_beside(folder, self.processing_class or getattr(self.data_collator, "tokenizer", None), self.args)
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        if not is_adapted(self.accelerator.unwrap_model(self.model)):
-            super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
-            return
-        save_whole(
-            self, trial, lambda: super(AdapterTrainerMixin, self)._save_checkpoint(model, trial, *args, **kwargs)
-        )  # type: ignore[misc]
+        save = functools.partial(super()._save_checkpoint, model, trial, *args, **kwargs)  # type: ignore[misc]
+        if is_adapted(self.accelerator.unwrap_model(self.model)):
+            save_whole(self, trial, save)
+        else:
+            save()
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; ``resume_from_checkpoint=True`` passes over checkpoints that are not whole."""

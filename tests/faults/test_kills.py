@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import shutil
@@ -73,7 +74,7 @@ def test_kills_at_random_moments(name: str, models: Models, tmp_path: Path, scra
     seconds = time.perf_counter() - started
     for _ in range(KILLS):
         folder = begun(writer, tmp_path / "home")
-        forked(lambda: writer.write(folder, NEW), kill_after=draw.uniform(0, 1.2 * seconds))
+        forked(functools.partial(writer.write, folder, NEW), kill_after=draw.uniform(0, 1.2 * seconds))
         check_what_is_left(writer, folder, scratch)
 
 
@@ -88,12 +89,8 @@ def test_kills_after_each_call(name: str, models: Models, tmp_path: Path, scratc
     found: list[set[int]] = []
     for number in drawn(len(calls), name):
         folder = begun(writer, tmp_path / "home")
-
-        def write(number: int = number, folder: Path = folder) -> None:
-            with after_call(number, die):
-                writer.write(folder, NEW)
-
-        assert forked(write)
+        with after_call(number, die):
+            assert forked(functools.partial(writer.write, folder, NEW))
         found.append(check_what_is_left(writer, folder, scratch))
     news = [NEW in states for states in found]
     assert news == sorted(news), "once the new state is there it stays"
