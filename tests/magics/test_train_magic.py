@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from nbpeft.magics.desk import TrainingCell
 from nbpeft.state import SessionState
 from nbpeft.training import Run
-from nbpeft.magics.desk import TrainingCell
 from tests.magics.notebook import Notebook
 from tests.magics.test_cells import fingerprint
 

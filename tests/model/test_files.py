@@ -88,7 +88,7 @@ def test_a_place_that_cannot_be_is_told_in_one_line(
         lambda: nbpeft.merge_to_folder(model, None, folder),
     ]
     for write in writes:
-        with pytest.raises(CheckpointError, match="could not write|is not a folder") as caught:
+        with pytest.raises(CheckpointError, match=r"could not write|is not a folder") as caught:
             write()
         assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
     assert list(tmp_path.iterdir()) == []
