@@ -33,6 +33,8 @@ import difflib
 import itertools
 from collections.abc import Iterable
 
+from nbpeft.confidential import masked
+
 _LONGEST_MESSAGE = 500
 _LONGEST_NAME = 200
 _MOST_CHOICES = 2_000
@@ -43,13 +45,13 @@ class NbpeftError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        message: One line: what is wrong, what was expected, the nearest valid choice. A long one
-            loses its middle, so that no value can flood the screen.
+        message: One line: what is wrong, what was expected, the nearest valid choice. Access tokens in it
+            are masked, and a long one loses its middle, so that no value can flood the screen.
         **details: The values the message speaks of, for code that handles the error.
     """
 
     def __init__(self, message: str, **details: object) -> None:
-        self.message = shortened(message)
+        self.message = shortened(masked(message))
         super().__init__(self.message)
         self.details = details
 

@@ -5,7 +5,7 @@ Importing it gives ``AdapterConfig.from_pretrained`` and ``save_pretrained`` the
 
 from __future__ import annotations
 
-from nbpeft.checkpoint.atomic import NewFile
+from nbpeft.checkpoint.atomic import NewFile, disk_errors
 from nbpeft.checkpoint.card import card_text
 from nbpeft.checkpoint.config_format import condense_targets, config_text, config_to_save, parse_config
 from nbpeft.checkpoint.folder import (
@@ -14,15 +14,18 @@ from nbpeft.checkpoint.folder import (
     WrittenFiles,
     read_checkpoint,
     read_config,
+    write_card,
     write_checkpoint,
+    write_checkpoints,
     write_config,
 )
 from nbpeft.checkpoint.hub import push
 from nbpeft.checkpoint.identity import Fingerprint, compare, fingerprint
-from nbpeft.checkpoint.model_files import ModelFolder, TensorSpec, copied, in_shards, other_files, write_model
+from nbpeft.checkpoint.model_files import ModelFolder, TensorSpec, in_shards, other_files, write_model
 from nbpeft.checkpoint.model_keys import file_keys, is_of_a_model
 from nbpeft.checkpoint.renames import renames_of
 from nbpeft.checkpoint.spelling import add_spelling
+from nbpeft.checkpoint.staging import scratch_folder
 from nbpeft.checkpoint.weights_format import (
     Expected,
     Loaded,
@@ -50,7 +53,7 @@ __all__ = [
     "condense_targets",
     "config_text",
     "config_to_save",
-    "copied",
+    "disk_errors",
     "file_keys",
     "fingerprint",
     "from_file",
@@ -63,9 +66,12 @@ __all__ = [
     "read_config",
     "remapped",
     "renames_of",
+    "scratch_folder",
     "to_file",
     "without_prefix",
+    "write_card",
     "write_checkpoint",
+    "write_checkpoints",
     "write_config",
     "write_model",
 ]

@@ -1,11 +1,12 @@
 """Changes the files of a folder all together or not at all.
 
-Everything is written into a hidden staging folder inside the target and flushed to the disk.
-Then each file moves to its place, in the order given; the first move is the moment from which the
+A folder that is not there yet is made ready beside its place, flushed to the disk, and put there
+in one move. In a folder that is there, the files are made ready in a hidden staging folder inside
+it; then each moves to its place, in the order given. The first move is the moment from which the
 new state counts. An error at any point moves the old files back and leaves no trace. If the
-process dies between two moves, the staging folder stays and holds the files that were still to
-move: ``staged`` finds them, so that a reader can pair them with the first file, and a later
-write sweeps the folder up.
+process dies between two moves, the staging folder holds the files that were still to move:
+``staged`` finds them, so that a reader can pair them with the first file, and the next write into
+the folder ends the work before it begins its own.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbpeft.errors import CheckpointError, NbpeftError
+from safetensors import SafetensorError
 
-STAGING_PREFIX = ".nbpeft-"
-_OLD = "old-"
-_STALE_SECONDS = 3600.0
+from nbpeft.checkpoint.staging import OLD, Mark, Staging, flush_folder, sweep, take_back
+from nbpeft.errors import CheckpointError, in_one_line
+
+_SHOWN = 160
 
 
 @dataclass(frozen=True)
@@ -32,88 +33,129 @@ class NewFile:
     """One file to put into a folder.
 
     Attributes:
-        name: its name in the folder.
+        name: its name in the folder; ``sub/name`` for one in a folder inside it.
         write: writes it to the path it is given.
     """
 
     name: str
-    write: Callable[[Path], None]
+    write: Callable[[Path], object]
 
     @classmethod
     def of_text(cls, name: str, text: str) -> NewFile:
         """A text file, UTF-8, with the line ends it has."""
-        return cls(name, lambda path: _write_bytes(path, text.encode("utf-8")))
+        return cls(name, lambda path: path.write_bytes(text.encode("utf-8")))
+
+    @classmethod
+    def copy_of(cls, path: Path, name: str | None = None) -> NewFile:
+        """A file of the same content, by default of the same name."""
+        return cls(name or path.name, lambda target: shutil.copyfile(path, target))
 
 
-def replace_files(folder: Path, files: Sequence[NewFile], *, byte_count: int = 0) -> list[Path]:
+class _FolderAppeared(Exception):
+    """Another process made the folder meanwhile."""
+
+
+def replace_files(
+    folder: Path, files: Sequence[NewFile], *, byte_count: int = 0, finish_others: bool = True
+) -> dict[Path, int]:
     """Puts files into a folder, which is made if need be.
 
     Args:
         folder: where they go; other files in it are not touched.
         files: in the order in which they move to their places.
         byte_count: about how much they take, to refuse early when the disk is full.
+        finish_others: whether a write that died after its first move is ended first, or else undone.
 
     Returns:
-        The paths written.
+        The paths written, with their sizes in bytes.
 
     Raises:
         CheckpointError: the folder cannot be written; everything is as it was.
     """
+    with disk_errors(folder, byte_count):
+        try:
+            return _replace_files(folder, files, byte_count, finish_others)
+        except _FolderAppeared:
+            return _replace_files(folder, files, byte_count, finish_others)
+
+
+def _replace_files(folder: Path, files: Sequence[NewFile], byte_count: int, finish_others: bool) -> dict[Path, int]:
+    new = not os.path.lexists(folder)
+    home = folder.parent if new else folder
     made: list[Path] = []
-    staging = folder / f"{STAGING_PREFIX}{secrets.token_hex(8)}"
+    staging: Staging | None = None
     try:
-        _make_folder(folder, made)
-        _check_space(folder, byte_count)
-        staging.mkdir()
-        for file in files:
-            file.write(staging / file.name)
-            _flush(staging / file.name)
-        _flush_folder(staging)
-        _move_all(staging, folder, [file.name for file in files], flushed=[folder, *(path.parent for path in made)])
-    except BaseException as error:
-        _discard(staging)
+        _make_folder(home, made)
+        sweep(home, finish=finish_others or new)
+        _check_space(home, byte_count)
+        staging = Staging(home)
+        marks = _write_all(staging, files, note=not new and len(files) > 1)
+        if new:
+            _move_folder(staging.path, folder, made)
+        else:
+            _move_all(staging, folder, marks, made)
+    except BaseException:
+        if staging is not None:
+            staging.close()
         for path in reversed(made):
             with contextlib.suppress(OSError):
                 path.rmdir()
-        if isinstance(error, NbpeftError) or not isinstance(error, Exception):
-            raise
-        raise _translated(error, folder, byte_count) from error
-    _discard(staging)
-    _sweep(folder)
-    return [folder / file.name for file in files]
+        raise
+    staging.close()
+    return {folder / name: size for name, (size, _) in marks.items()}
 
 
-def staged(folder: Path, name: str) -> Iterator[Path]:
-    """Files of that name which a write that died had still to move."""
+def _write_all(staging: Staging, files: Sequence[NewFile], *, note: bool) -> dict[str, Mark]:
+    """Makes the files ready, with a note of the moves to come; returns what each is known by."""
+    marks: dict[str, Mark] = {}
+    folders = {staging.path}
+    for file in files:
+        path = staging.path / file.name
+        if path.parent not in folders:
+            path.parent.mkdir(parents=True)
+            folders.add(path.parent)
+        file.write(path)
+        flush_file(path)
+        found = os.stat(path)
+        marks[file.name] = (found.st_size, found.st_mtime_ns)
+    if note:
+        staging.note_moves(marks)
+    for path in folders:
+        flush_folder(path)
+    return marks
+
+
+def _move_folder(staging: Path, folder: Path, made: Sequence[Path]) -> None:
+    """Puts a whole new folder into its place."""
     try:
-        entries = sorted(entry for entry in os.listdir(folder) if entry.startswith(STAGING_PREFIX))
-    except OSError:
-        return
-    for entry in entries:
-        path = folder / entry / name
-        if path.is_file():
-            yield path
+        os.replace(staging, folder)
+        for path in dict.fromkeys([folder.parent, *(path.parent for path in reversed(made))]):
+            flush_folder(path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir():
+            raise _FolderAppeared from None
+        if not staging.exists():
+            os.replace(folder, staging)
+        raise
 
 
-def _move_all(staging: Path, folder: Path, names: Sequence[str], flushed: Sequence[Path]) -> None:
+def _move_all(staging: Staging, folder: Path, marks: dict[str, Mark], made: list[Path]) -> None:
     """Moves files into place and flushes the folders; on an error moves back what was there."""
-    for name in names:
-        if (folder / name).exists():
-            _keep(folder / name, staging / f"{_OLD}{name}")
-    moved: list[str] = []
+    for name in marks:
+        _make_folder((folder / name).parent, made)
+        if os.path.lexists(folder / name):
+            old = staging.path / OLD / name
+            if not old.parent.exists():
+                old.parent.mkdir(parents=True)
+            _keep(folder / name, old)
     try:
-        for name in names:
-            os.replace(staging / name, folder / name)
-            moved.append(name)
-        for path in flushed:
-            _flush_folder(path)
+        for name in marks:
+            os.replace(staging.path / name, folder / name)
+        homes = [(folder / name).parent for name in marks]
+        for path in dict.fromkeys([*homes, folder, *(path.parent for path in reversed(made))]):
+            flush_folder(path)
     except BaseException:
-        for name in reversed(moved):
-            old = staging / f"{_OLD}{name}"
-            if old.exists():
-                os.replace(old, folder / name)
-            else:
-                (folder / name).unlink()
+        take_back(staging.path, folder, list(marks))
         raise
 
 
@@ -146,41 +188,41 @@ def _check_space(folder: Path, byte_count: int) -> None:
             raise CheckpointError(_no_space(folder, byte_count), needed=byte_count, free=free)
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-
-
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Brings what a file holds to the disk."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes moves in a folder last. Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def disk_errors(folder: Path, byte_count: int = 0) -> Iterator[None]:
+    """Tells an error of the system while a folder is written in one line.
+
+    Args:
+        folder: what is written.
+        byte_count: about how much it takes, or 0.
+
+    Raises:
+        CheckpointError: there was one.
+    """
     try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network file systems refuse to flush folders; there is nothing more to do on them.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, UnicodeEncodeError) as error:
+        raise _translated(error, folder, byte_count) from error
+    except ValueError as error:
+        if "null byte" not in str(error):
             raise
-    finally:
-        os.close(handle)
+        raise _translated(error, folder, byte_count) from error
 
 
-def _discard(staging: Path) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes staging folders of writes that died long ago."""
-    for entry in folder.glob(f"{STAGING_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - entry.stat().st_mtime > _STALE_SECONDS:
-                _discard(entry)
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as a message tells it: in one line, and shortened in the middle when it is very long."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = text if text.isprintable() else repr(text)[1:-1]
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]}…{text[-half:]}"
 
 
 def _translated(error: Exception, folder: Path, byte_count: int) -> CheckpointError:
@@ -189,16 +231,20 @@ def _translated(error: Exception, folder: Path, byte_count: int) -> CheckpointEr
     if number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
         return CheckpointError(_no_space(folder, byte_count), needed=byte_count)
     if number in (errno.ENOTDIR, errno.EEXIST):
-        return CheckpointError(f"{folder} is not a folder: a file of that name is in the way")
+        return CheckpointError(f"{shown(folder)} is not a folder: a file of that name is in the way")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CheckpointError(f"no permission to write {error.filename or folder}; nothing was changed")  # type: ignore[attr-defined]
-    return CheckpointError(f"could not write to {folder}: {error}; nothing was changed")
+        place = getattr(error, "filename", None)
+        return CheckpointError(
+            f"no permission to write {shown(place if isinstance(place, str) else folder)}; nothing was changed"
+        )
+    reason = in_one_line(getattr(error, "strerror", None) or error)[:_SHOWN]
+    return CheckpointError(f"could not write to {shown(folder)}: {reason}; nothing was changed")
 
 
 def _no_space(folder: Path, byte_count: int) -> str:
-    place = next(path for path in (folder, *folder.parents) if path.exists())
     free = ""
     with contextlib.suppress(OSError):
+        place = next(path for path in (folder, *folder.parents) if path.exists())
         free = f", {shutil.disk_usage(place).free / 1e6:.4g} MB are free"
     needed = f": {byte_count / 1e6:.4g} MB are needed{free}" if byte_count else ""
-    return f"no space left on the disk for {folder}{needed}; nothing was changed"
+    return f"no space left on the disk for {shown(folder)}{needed}; nothing was changed"

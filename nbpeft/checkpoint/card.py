@@ -1,7 +1,7 @@
 """The README of a saved adapter: front matter that the hub reads, then text for people.
 
 A README that is there keeps its text and its front matter; only the entries that the adapter
-itself decides are brought up to date.
+itself decides are brought up to date. One without any text gets ours.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _CARD_FIELDS = (
 _SETTINGS_BEGIN = "<!-- settings: kept up to date by nbpeft -->"
 _SETTINGS_END = "<!-- end of settings -->"
 _OTHER_TYPE = re.compile(r"[\d.+-]+|true|false|null|yes|no|on|off", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]{1,96}(?:/[\w.-]{1,96})?", re.ASCII)
 _PLAIN_SCALAR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:+ -]*")
 
 
@@ -52,8 +53,8 @@ def card_text(config: AdapterConfig, present: str | None = None, *, tags: Sequen
     if base:
         own.append(f"base_model:adapter:{base}")
     newline = "\r\n" if present and "\r\n" in present else "\n"
-    front, body = _split(present.replace("\r\n", "\n")) if present is not None else ([], _body(config))
-    body = _with_settings(body, config)
+    front, body = _split((present or "").replace("\r\n", "\n"))
+    body = _with_settings(body if body.strip() else _body(config), config)
     entries = _entries(front)
     if base:
         _put(entries, "base_model", [f"base_model: {_scalar(base)}"])
@@ -70,7 +71,7 @@ def _hub_id(name: str | None) -> str | None:
     """The base model's id, unless it is a folder of this machine: that is nobody else's business."""
     if not name or os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~")) or "\\" in name:
         return None
-    return name if name.count("/") <= 1 else None
+    return name if _HUB_ID.fullmatch(name) else None
 
 
 def _split(text: str) -> tuple[list[str], str]:
@@ -183,8 +184,15 @@ def _with_settings(body: str, config: AdapterConfig) -> str:
     if not end:
         return body
     fields = config.to_dict()
-    rows = [f"| `{name}` | `{json.dumps(fields[name], default=_listed)}` |" for name in _CARD_FIELDS if name in fields]
+    rows = [f"| `{name}` | {_code(fields[name])} |" for name in _CARD_FIELDS if name in fields]
     return f"{before}{begin}\n" + "\n".join(["| field | value |", "|---|---|", *rows]) + f"\n{end}{after}"
+
+
+def _code(value: object) -> str:
+    """A value in a cell of a Markdown table, which it cannot leave."""
+    text = json.dumps(value, default=_listed).replace("<!--", "\\u003c!--").replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def _listed(value: object) -> object:

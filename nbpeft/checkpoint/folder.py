@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import warnings
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from nbpeft.checkpoint import card as model_card
-from nbpeft.checkpoint.atomic import NewFile, replace_files, staged
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
 from nbpeft.checkpoint.source import CONFIG_NAME, Source
+from nbpeft.checkpoint.staging import staged, sweep
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata, read_tensors, storable, write_tensors
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import CheckpointError, CorruptCheckpointError, in_one_line, shortened
@@ -157,22 +159,69 @@ def write_checkpoint(
         CheckpointError: it cannot be written; what was there is as it was.
         ConfigError: a field of the config cannot be saved.
     """
-    folder = Path(os.path.expanduser(os.fspath(folder)))
-    if not tensors:
-        raise CheckpointError(f"there are no tensors to save to {folder}")
-    text = config_text(config, inference_mode=True)
-    ready = storable(tensors)
-    metadata = {_CONFIG_DIGEST: _digest(text), **(fingerprint.to_metadata() if fingerprint else {})}
-    files = [NewFile(WEIGHTS_NAME, lambda path: write_tensors(path, ready, metadata))]
-    if _text_or_none(folder / CONFIG_NAME) != text:
-        files.append(NewFile.of_text(CONFIG_NAME, text))
-    if write_card:
-        files += _card_file(folder / CARD_NAME, config, card, tags)
-    byte_count = sum(tensor.numel() * tensor.element_size() for tensor in ready.values()) + len(text)
-    replace_files(folder, files, byte_count=byte_count)
-    names = [WEIGHTS_NAME, CONFIG_NAME, *(file.name for file in files if file.name == CARD_NAME)]
-    paths = tuple(folder / name for name in names)
-    return WrittenFiles(paths, sum(path.stat().st_size for path in paths))
+    made = card if card is not None or not write_card else config
+    return write_checkpoints(folder, {"": (config, tensors)}, fingerprint=fingerprint, card=made, tags=tags)[""]
+
+
+def write_checkpoints(
+    folder: str | os.PathLike[str],
+    adapters: Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]],
+    *,
+    fingerprint: Fingerprint | None = None,
+    card: AdapterConfig | str | None = None,
+    tags: Sequence[str] = (),
+) -> dict[str, WrittenFiles]:
+    """Saves several adapters of a model into a folder and its subfolders. All files or none; no network.
+
+    Args:
+        folder: made if need be; other files in it stay.
+        adapters: subfolder, or ``""`` for the folder itself -> config and tensors, as for ``write_checkpoint``.
+        fingerprint: of the base model, kept in the tensors' metadata.
+        card: what the README of the folder tells: a config, or the whole text; None writes none.
+        tags: tags of the README besides those that follow from the config.
+
+    Returns:
+        Subfolder -> what was written; the README counts to the folder itself.
+
+    Raises:
+        CheckpointError: they cannot be written; what was there is as it was.
+        ConfigError: a field of a config cannot be saved.
+    """
+    target = Path(os.path.expanduser(os.fspath(folder)))
+    files: list[NewFile] = []
+    names: dict[str, list[str]] = {}
+    byte_count = 0
+    with disk_errors(target):
+        sweep(target)  # before it is asked what is there
+        for subfolder, (config, tensors) in adapters.items():
+            if not tensors:
+                raise CheckpointError(f"there are no tensors to save to {target / subfolder}")
+            text, ready = config_text(config, inference_mode=True), storable(tensors)
+            metadata = {_CONFIG_DIGEST: _digest(text), **(fingerprint.to_metadata() if fingerprint else {})}
+            names[subfolder] = [os.path.join(subfolder, name) for name in (WEIGHTS_NAME, CONFIG_NAME)]
+            files.append(NewFile(names[subfolder][0], functools.partial(_write, tensors=ready, metadata=metadata)))
+            if _text_or_none(target / subfolder / CONFIG_NAME) != text:
+                files.append(NewFile.of_text(names[subfolder][1], text))
+            byte_count += sum(tensor.numel() * tensor.element_size() for tensor in ready.values()) + len(text)
+        files += _card_file(target / CARD_NAME, card, tags)
+        sizes = replace_files(target, files, byte_count=byte_count)
+        if target / CARD_NAME in sizes:
+            names.setdefault("", []).append(CARD_NAME)
+        return {subfolder: _written([target / name for name in found], sizes) for subfolder, found in names.items()}
+
+
+def write_card(folder: str | os.PathLike[str], config: AdapterConfig, *, tags: Sequence[str] = ()) -> None:
+    """Writes the README of a saved adapter, or brings the one that is there up to date.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there is as it was.
+    """
+    target = Path(os.path.expanduser(os.fspath(folder)))
+    with disk_errors(target):
+        sweep(target)
+        files = _card_file(target / CARD_NAME, config, tags)
+        if files:
+            replace_files(target, files)
 
 
 def write_config(config: AdapterConfig, folder: str | os.PathLike[str]) -> Path:
@@ -182,7 +231,7 @@ def write_config(config: AdapterConfig, folder: str | os.PathLike[str]) -> Path:
         CheckpointError: it cannot be written; what was there is as it was.
     """
     target = Path(os.path.expanduser(os.fspath(folder)))
-    return replace_files(target, [NewFile.of_text(CONFIG_NAME, config_text(config))])[0]
+    return next(iter(replace_files(target, [NewFile.of_text(CONFIG_NAME, config_text(config))])))
 
 
 class FolderStore:
@@ -206,12 +255,28 @@ class FolderStore:
         write_config(config.copy(auto_mapping=auto_mapping) if auto_mapping is not None else config, folder)
 
 
-def _card_file(path: Path, config: AdapterConfig, card: str | None, tags: Sequence[str]) -> list[NewFile]:
+def _write(path: Path, *, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    write_tensors(path, tensors, metadata)
+
+
+def _written(paths: Sequence[Path], sizes: Mapping[Path, int]) -> WrittenFiles:
+    """What was written; a config that needed no change counts with the size it has."""
+    return WrittenFiles(tuple(paths), sum(sizes[path] if path in sizes else _size(path) for path in paths))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _card_file(path: Path, card: AdapterConfig | str | None, tags: Sequence[str]) -> list[NewFile]:
     """The README to write; none where it would not change or cannot be understood."""
     present = _text_or_none(path)
-    if present is None and path.exists():
+    if card is None or (present is None and path.exists()):
         return []
-    text = card if card is not None else model_card.card_text(config, present, tags=tags)
+    text = card if isinstance(card, str) else model_card.card_text(card, present, tags=tags)
     return [] if text == present else [NewFile.of_text(path.name, text)]
 
 
@@ -226,7 +291,10 @@ def _config_text_of(path: Path, metadata: Mapping[str, str] | None) -> str:
         metadata: of the tensors, or None to read it if needed.
     """
     text = _text(path)
-    waiting = list(staged(path.parent, CONFIG_NAME))
+    if metadata is not None and metadata.get(_CONFIG_DIGEST) in (None, _digest(text)):
+        return text
+    inside = os.path.join(path.parent.name, CONFIG_NAME)
+    waiting = [*staged(path.parent, CONFIG_NAME), *staged(path.parent.parent, inside)]
     if not waiting:
         return text
     if metadata is None:

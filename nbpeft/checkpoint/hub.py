@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nbpeft.checkpoint.atomic import STAGING_PREFIX
+from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean
 
 Result = TypeVar("Result")

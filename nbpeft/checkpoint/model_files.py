@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.checkpoint.atomic import NewFile, replace_files
+from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files, shown
+from nbpeft.checkpoint.staging import sweep
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 
 SINGLE = "model.safetensors"
@@ -122,7 +123,7 @@ def write_model(
     """Writes a model's weights, an index for several shards, and other files. All or nothing.
 
     Args:
-        folder: made if need be; must not hold a model yet.
+        folder: made if need be; must not hold a model yet. What a call that died left there is taken away.
         shards: what goes into each file.
         tensor: gives a tensor when its turn comes; it is let go before the next one.
         files: config, tokenizer, ….
@@ -131,9 +132,11 @@ def write_model(
         CheckpointError: there is a model already, or the folder cannot be written.
     """
     target = Path(os.path.expanduser(os.fspath(folder)))
-    taken = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
+    with disk_errors(target):
+        sweep(target, finish=False)  # a copy that was broken off half-way
+        taken = [path.name for path in target.iterdir() if path.name.endswith(_WEIGHTS)] if target.is_dir() else []
     if taken:
-        raise CheckpointError(f"{target} holds weights already ({min(taken)}); choose another folder")
+        raise CheckpointError(f"{shown(target)} holds weights already ({min(taken)}); choose another folder")
     count = len(shards)
     names = (
         [SINGLE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
@@ -147,12 +150,9 @@ def write_model(
         where = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         made.append(NewFile.of_text(INDEX, json.dumps(index, indent=2) + "\n"))
-    return replace_files(target, [*made, *files], byte_count=total)
-
-
-def copied(path: Path) -> NewFile:
-    """A file of the same name and content."""
-    return NewFile(path.name, lambda target: _copy(path, target))
+    # Weights without their config would be loaded as a model of some other size: they come last, and the index,
+    # without which shards are no model, at the very end.
+    return list(replace_files(target, [*files, *made], byte_count=total, finish_others=False))
 
 
 def in_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
@@ -166,10 +166,6 @@ def in_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]
         shards[-1].append(spec)
         size += spec.byte_count
     return shards
-
-
-def _copy(path: Path, target: Path) -> None:
-    target.write_bytes(path.read_bytes())
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Source:
 
     name: str
     subfolder: str | None
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)  # a token may be among them
 
     @classmethod
     def of(cls, source: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> Source:

@@ -31,7 +31,7 @@ class TrainingCell:
     eval_data: str | None
     tokenizer: str | None
     max_length: int | None
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] = field(repr=False)  # a token may be among them
     left_out: tuple[str, ...]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +55,7 @@ class Loading:
     config: AdapterConfig | None = None
     half: bool = False
     key_mapping: Mapping[str, str] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)  # a token may be among them
 
 
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
@@ -267,25 +266,25 @@ def save(
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
     print_ = None if manager.merged else checkpoint.fingerprint(manager.model)
-    written = {}
+    places: dict[str, str] = {}
+    ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
     for name in chosen:
-        target = Path(folder) if name == _ROOT_ADAPTER or flat else Path(folder) / name
+        places[name] = "" if name == _ROOT_ADAPTER or flat else name
         paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
         weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
         if converted:
             config, weights = as_plain_lora(manager, name, weights)
         config = checkpoint.config_to_save(config, manager.model, targets=paths)
-        written[name] = checkpoint.write_checkpoint(
-            target,
-            config,
-            _under_keys(config, weights),
-            fingerprint=print_,
-            write_card=target == Path(folder),
-            tags=_card_tags(manager.model),
-        )
-    if chosen and not flat and _ROOT_ADAPTER not in chosen:
-        write_card(manager, folder)  # as PEFT does, whichever adapters it saves
-    return written
+        ready[places[name]] = config, _under_keys(config, weights)
+    if not ready:
+        return {}
+    card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
+    written = checkpoint.write_checkpoints(folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model))
+    return {name: written[place] for name, place in places.items()}
+
+
+def _first_config(manager: AdapterManager) -> AdapterConfig:
+    return next(iter(manager.configs.values()))
 
 
 def _card_tags(model: nn.Module) -> list[str]:
@@ -392,7 +391,7 @@ def _vocabulary_resized(model: nn.Module) -> bool:
 def push(manager: AdapterManager, repo_id: str, **kwargs: Any) -> Any:
     """Saves all adapters into a temporary folder and uploads it."""
     manager.check_alive()
-    with tempfile.TemporaryDirectory() as folder:
+    with checkpoint.scratch_folder() as folder:
         save(manager, folder)
         return checkpoint.push(folder, repo_id, **kwargs)
 
@@ -400,8 +399,4 @@ def push(manager: AdapterManager, repo_id: str, **kwargs: Any) -> Any:
 def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
     """Writes or updates the README of a saved adapter."""
     manager.check_alive()
-    path = Path(folder) / "README.md"
-    present = path.read_text(encoding="utf-8") if path.exists() else None
-    config = next(iter(manager.configs.values()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(checkpoint.card_text(config, present, tags=_card_tags(manager.model)), encoding="utf-8")
+    checkpoint.write_card(folder, _first_config(manager), tags=_card_tags(manager.model))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,12 +121,13 @@ def merge_to_folder(
     merger = _Merger(deltas, weights, wanted, measure_errors, safe)
     shards = weights.shards([merger.spec(spec) for spec in weights.specs], max_shard_bytes)
     stored = merger.dtype_name
-    with tempfile.TemporaryDirectory(prefix="nbpeft-") as scratch:
-        extra = _other_files(plan, tokenizer, Path(scratch), stored)
+    target = Path(os.path.expanduser(os.fspath(folder)))
+    with checkpoint.disk_errors(target), checkpoint.scratch_folder() as scratch:
+        extra = _other_files(plan, tokenizer, scratch, stored)
         paths = checkpoint.write_model(folder, shards, merger.tensor, files=extra)
     errors = MergeErrors(tuple(merger.errors[path] for path in deltas.layers), stored) if measure_errors else None
     sizes = tuple(sum(spec.byte_count for spec in shard) for shard in shards)
-    return MergedFolder(paths[0].parent, deltas.names, tuple(paths), sum(sizes), sizes, stored, errors)
+    return MergedFolder(target, deltas.names, tuple(paths), sum(sizes), sizes, stored, errors)
 
 
 def merge_errors(
@@ -300,7 +300,7 @@ def _other_files(plan: _Plan, tokenizer: Any, scratch: Path, dtype: str) -> list
     files: dict[str, NewFile] = {}
     if plan.source is not None:
         kept = [path for path in checkpoint.other_files(plan.source) if path.name.startswith(_GOES_ALONG)]
-        files.update((path.name, checkpoint.copied(path)) for path in kept)
+        files.update((path.name, NewFile.copy_of(path)) for path in kept)
     model: Any = plan.model
     if hasattr(getattr(model, "config", None), "to_json_string"):
         config = copy.deepcopy(model.config)
@@ -316,5 +316,5 @@ def _other_files(plan: _Plan, tokenizer: Any, scratch: Path, dtype: str) -> list
         files["generation_config.json"] = NewFile.of_text("generation_config.json", generation.to_json_string())
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(str(scratch))
-        files.update((path.name, checkpoint.copied(path)) for path in sorted(scratch.iterdir()) if path.is_file())
+        files.update((path.name, NewFile.copy_of(path)) for path in sorted(scratch.iterdir()) if path.is_file())
     return list(files.values())

@@ -93,7 +93,7 @@ class Place:
     """
 
     source: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # a token may be among them
 
 
 class Reader:

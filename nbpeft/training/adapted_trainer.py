@@ -6,19 +6,18 @@ in for. :mod:`nbpeft.training.patching` puts them there.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.model import load_peft_weights, set_peft_model_state_dict
+from nbpeft.training.checkpoints import resume_point, save_beside, save_whole
 
 _DEFAULT_NAME = "default"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_ARGUMENTS_FILE = "training_args.bin"
 
 
 def training_step(
@@ -47,10 +46,19 @@ def save(
     accepted = inspect.signature(model.save_pretrained).parameters
     gathered = {"state_dict": state_dict} if state_dict is not None and "state_dict" in accepted else {}
     model.save_pretrained(str(folder), **gathered)
-    tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    torch.save(trainer.args, folder / _ARGUMENTS_FILE)
+    save_beside(folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args)
+
+
+def save_checkpoint(original: Callable[..., Any], trainer: Any, model: Any, trial: Any, **kwargs: Any) -> None:
+    """As the Trainer's, whole or not at all."""
+    save_whole(trainer, trial, functools.partial(original, trainer, model, trial, **kwargs))
+
+
+def train(
+    original: Callable[..., Any], trainer: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """As the Trainer's; ``resume_from_checkpoint=True`` passes over checkpoints that are not whole."""
+    return original(trainer, resume_point(trainer, resume_from_checkpoint), *args, **kwargs)
 
 
 def load_from_checkpoint(
@@ -67,7 +75,9 @@ def load_best_model(original: Callable[..., Any], trainer: Any) -> None:
 
 STAND_INS: dict[str, Callable[..., Any]] = {
     "training_step": training_step,
+    "train": train,
     "_save": save,
+    "_save_checkpoint": save_checkpoint,
     "_load_from_checkpoint": load_from_checkpoint,
     "_load_best_model": load_best_model,
 }
@@ -92,14 +102,16 @@ def load_adapters(model: Any, folder: Path) -> None:
             f"{_WEIGHT_FILES[0]} in it, or in a subfolder named like the adapter.",
             folder=str(folder),
         )
-    for name, source in sources.items():
-        result = set_peft_model_state_dict(model, load_peft_weights(source, device="cpu"), name)
-        if result.missing_keys:
-            raise CheckpointError(
-                f"{source} lacks {len(result.missing_keys)} tensors of adapter {name!r}, "
-                f"{result.missing_keys[0]} among them: was its config changed since?",
-                missing=result.missing_keys,
-            )
+    weights = {name: load_peft_weights(source, device="cpu") for name, source in sources.items()}
+    with model.manager.transaction():
+        for name, source in sources.items():
+            result = set_peft_model_state_dict(model, weights[name], name)
+            if result.missing_keys:
+                raise CheckpointError(
+                    f"{source} lacks {len(result.missing_keys)} tensors of adapter {name!r}, "
+                    f"{result.missing_keys[0]} among them: was its config changed since?",
+                    missing=result.missing_keys,
+                )
 
 
 def _source(folder: Path, name: str, names: tuple[str, ...]) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from nbpeft.checkpoint import scratch_folder
 from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, in_one_line
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
@@ -74,8 +74,8 @@ def train(
     rows = _rows(model, data, tokenizer, max_length)
     eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | options
-    with tempfile.TemporaryDirectory(prefix="nbpeft-", ignore_cleanup_errors=True) as folder:
-        settings = build_arguments(fields, arguments_class, folder=folder, evaluates=eval_rows is not None)
+    with scratch_folder() as folder:
+        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=eval_rows is not None)
         options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
         run = run_factory(model, None, control=control, publish=publish)
         run.note("; ".join(part.notes for part in (rows, eval_rows) if isinstance(part, Rows) and part.notes))

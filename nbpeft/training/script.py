@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import enum
+import hashlib
 import json
+import os
 import pprint
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ import torch
 from torch import nn
 
 from nbpeft.checkpoint.atomic import NewFile, replace_files
+from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.stored import stored_parts
 from nbpeft.training.adapted import base_of, main_dtype, trained_names
@@ -23,11 +29,13 @@ from nbpeft.training.data import prepare_data
 _OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 """Fields of a config that say where it comes from, not what to make."""
 
-_TEMPLATE = '''"""Trains the adapter {adapter!r} as in the notebook.
+_DIGEST_LENGTH = 12
 
-One process:             python {script}
-All GPUs of a machine:   accelerate launch {script}
-Several machines:        accelerate launch --num_machines N --machine_rank I --main_process_ip IP {script}
+_TEMPLATE = '''"""Trains an adapter as in the notebook.
+
+One process:             python SCRIPT
+All GPUs of a machine:   accelerate launch SCRIPT
+Several machines:        accelerate launch --num_machines N --machine_rank I --main_process_ip IP SCRIPT
 
 The batch size counts for each process. The adapter is saved in the output_dir of ARGUMENTS.
 """
@@ -41,7 +49,10 @@ import transformers
 import nbpeft
 
 HERE = Path(__file__).parent
-BASE = {base!r}
+BASE = {base}
+ADAPTER = {adapter}
+DATA = {data}
+EVAL_DATA = {eval_data}
 CONFIG = {config}
 ARGUMENTS = {arguments}
 
@@ -55,9 +66,10 @@ def rows(name):
 def main():
     base = {load}
     transformers.set_seed(ARGUMENTS.get("seed", 42))
-    model = nbpeft.get_peft_model(base, nbpeft.{config_class}(**CONFIG), adapter_name={adapter!r})
+    model = nbpeft.get_peft_model(base, nbpeft.{config_class}(**CONFIG), adapter_name=ADAPTER)
     model.train()
-    result = nbpeft.train(model, rows({data!r}), {eval_rows}, **ARGUMENTS)
+    eval_rows = None if EVAL_DATA is None else rows(EVAL_DATA)
+    result = nbpeft.train(model, rows(DATA), eval_rows, **ARGUMENTS)
     if int(os.environ.get("RANK", "0")) == 0:
         print(result)
 
@@ -76,12 +88,14 @@ class ScriptFiles:
         data: the tokenised rows beside it, evaluation rows last if there are any.
         row_counts: how many each of them has.
         adapter: name of the adapter that the script trains.
+        left_out: arguments that hold a token, password or key, which the script does not.
     """
 
     script: Path
     data: tuple[Path, ...]
     row_counts: tuple[int, ...]
     adapter: str
+    left_out: tuple[str, ...] = ()
 
 
 def unwritable(arguments: Mapping[str, Any]) -> list[str]:
@@ -102,8 +116,10 @@ def export_script(
 ) -> ScriptFiles:
     """Writes a script that trains a new adapter, configured as the active one, on the same rows.
 
-    The rows are written tokenised beside it, so the script needs no tokenizer. Script and rows are
-    written together or not at all.
+    The rows are written tokenised beside it, so the script needs no tokenizer, under names that
+    follow from their content: a script always finds the rows it was written with. Script and rows
+    are written together or not at all; rows of an earlier script of that name go. Tokens and
+    passwords among the arguments are left out, with a warning.
 
     Args:
         model: a model with adapters.
@@ -120,12 +136,13 @@ def export_script(
         ConfigError: an argument cannot be written down, or the path is no ``.py`` file.
         TrainingError: it is not known how to load the base model, or rows cannot be read.
     """
-    target = Path(path)
+    target = Path(os.path.expanduser(os.fspath(path)))
     if target.suffix != ".py":
-        raise ConfigError(f"a script's name ends in .py, not {target.name!r}")
+        raise ConfigError(f"a script's name ends in .py, not {target.name!r:.60}")
     refused = unwritable(arguments)
     if refused:
         raise ConfigError(f"{', '.join(refused)}: objects of the notebook cannot be written into a script")
+    arguments, left_out = without_secrets({name: _plain(value) for name, value in arguments.items()})
     names = trained_names(model)
     if len(names) != 1:
         raise TrainingError(f"one adapter must be active to be exported, not {len(names)}")
@@ -136,23 +153,61 @@ def export_script(
         list(map(_row, prepare_data(part, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder)))
         for part in parts
     ]
-    files = [f"{target.stem}_{kind}.jsonl" for kind in ("data", "eval")[: len(parts)]]
+    rows = [
+        NewFile.of_text(f"{target.stem}_{kind}-{_digest(text)}.jsonl", text)
+        for kind, text in zip(("data", "eval"), map(_lines, prepared), strict=False)
+    ]
     config: Any = getattr(model, "peft_config", {})[names[0]]
-    text = _TEMPLATE.format(
-        adapter=names[0],
-        script=target.name,
-        base=str(_source(plain_base, base)),
-        config=_block(_changed(config)),
-        config_class=type(config).__name__,
-        arguments=_block({"output_dir": f"{target.stem}_output", **{k: _plain(v) for k, v in arguments.items()}}),
-        load=_load(plain_base, _source(plain_base, base)),
-        data=files[0],
-        eval_rows=f"rows({files[1]!r})" if len(files) > 1 else "None",
-    )
-    written = [NewFile.of_text(name, _lines(rows)) for name, rows in zip(files, prepared, strict=True)]
-    replace_files(target.parent, [*written, NewFile.of_text(target.name, text)])
-    places = tuple(target.parent / name for name in files)
-    return ScriptFiles(target, places, tuple(map(len, prepared)), names[0])
+    source = _source(plain_base, base)
+    constants = {
+        "BASE": source,
+        "ADAPTER": names[0],
+        "DATA": rows[0].name,
+        "EVAL_DATA": rows[1].name if len(rows) > 1 else None,
+        "CONFIG": _changed(config),
+        "ARGUMENTS": {"output_dir": f"{target.stem}_output", **arguments},
+    }
+    text = _script(constants, type(config).__name__, _load(plain_base, source))
+    replace_files(target.parent, [*rows, NewFile.of_text(target.name, text)])
+    places = tuple(target.parent / file.name for file in rows)
+    _sweep_rows(target, places)
+    if left_out:
+        warnings.warn(
+            f"{', '.join(left_out)} left out of the script, which is no place for secrets: {LOG_IN}", stacklevel=2
+        )
+    return ScriptFiles(target, places, tuple(map(len, prepared)), names[0], left_out)
+
+
+def _script(constants: Mapping[str, Any], config_class: str, load: str) -> str:
+    """The text of a script.
+
+    Raises:
+        ConfigError: a value would not come back from the text as it is.
+    """
+    values = {name.lower(): _block(value) for name, value in constants.items()}
+    text = _TEMPLATE.format(**values, config_class=config_class, load=load)
+    try:
+        body = ast.parse(text).body
+        found = {
+            node.targets[0].id: ast.literal_eval(node.value)
+            for node in body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id != "HERE"
+        }
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        found = {}
+    for name, value in constants.items():
+        if name not in found or found[name] != value:
+            raise ConfigError(f"{name} cannot be written into a script: {value!r:.60}", name=name)
+    return text
+
+
+def _sweep_rows(script: Path, kept: Sequence[Path]) -> None:
+    """Removes rows that an earlier script of that name was written with."""
+    pattern = re.compile(rf"{re.escape(script.stem)}_(?:data|eval)-[0-9a-f]{{{_DIGEST_LENGTH}}}\.jsonl")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(script.parent):
+            if pattern.fullmatch(name) and script.parent / name not in kept:
+                (script.parent / name).unlink()
 
 
 def _source(model: Any, given: str | None) -> str:
@@ -166,7 +221,7 @@ def _source(model: Any, given: str | None) -> str:
         raise TrainingError(
             f"this {type(model).__name__} does not say where it came from: give base=… (--base), a folder or hub id"
         )
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    return str(Path(source).resolve()) if os.path.exists(source) else source
 
 
 def _load(model: Any, source: str) -> str:
@@ -194,7 +249,7 @@ def _load(model: Any, source: str) -> str:
 
 def _gguf_file(folder: Path) -> str | None:
     """The GGUF file of a folder that holds no other weights."""
-    if not folder.is_dir() or (folder / "config.json").exists():
+    if not os.path.isdir(folder) or (folder / "config.json").exists():
         return None
     files = sorted(path.name for path in folder.glob("*.gguf"))
     return files[0] if len(files) == 1 else None
@@ -214,19 +269,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
+        return sorted((_plain(item) for item in value), key=repr)
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_literal(value: Any) -> bool:
     try:
         return bool(ast.literal_eval(repr(value)) == value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return False
 
 
-def _block(fields: Mapping[str, Any]) -> str:
-    return pprint.pformat(dict(fields), width=100, sort_dicts=False)
+def _block(value: Any) -> str:
+    return pprint.pformat(value, width=100, sort_dicts=False) if isinstance(value, dict) else repr(value)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_DIGEST_LENGTH]
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import shutil
+import time
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ import safetensors.torch
 import torch
 
 from nbpeft.checkpoint import read_checkpoint, read_config, write_checkpoint, write_config
-from nbpeft.checkpoint.atomic import STAGING_PREFIX
+from nbpeft.checkpoint.staging import STAGING_PREFIX, Staging, mark_of
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 
@@ -163,8 +166,10 @@ def test_a_death_at_any_step_leaves_the_old_pair_or_the_new_one(tmp_path: Path) 
         found.append(rank_of_pair(folder))
         text = (folder / "adapter_config.json").read_text()
         torn += found[-1] == 3 and '"r": 2' in text
-        write_checkpoint(folder, *adapter(4))
-        assert rank_of_pair(folder) == 4
+        again = 2 + 2 * (number % 2)  # the old config, which is in its place still, or another
+        write_checkpoint(folder, *adapter(again))
+        assert rank_of_pair(folder) == again
+        assert f'"r": {again}' in (folder / "adapter_config.json").read_text()
     assert found == sorted(found), "once the new pair counts it stays"
     assert set(found) == {2, 3}
     assert torn, "the moment between two moves was among them"
@@ -189,16 +194,41 @@ def test_a_death_in_a_new_folder_leaves_no_half_checkpoint(tmp_path: Path) -> No
         assert rank_of_pair(folder) == 4
 
 
-def test_litter_of_a_dead_write_goes_with_a_later_one(tmp_path: Path) -> None:
+def test_litter_of_a_dead_write_goes_with_the_next_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, *adapter(2))
-    for name, age in (("dead", 7200), ("running", 0)):
-        litter = tmp_path / f"{STAGING_PREFIX}{name}"
-        litter.mkdir()
-        (litter / "adapter_model.safetensors").write_bytes(b"x" * 100)
-        then = litter.stat().st_mtime - age
-        os.utime(litter, (then, then))
+    (tmp_path / f"{STAGING_PREFIX}{'0' * 16}").mkdir()
+    (tmp_path / f"{STAGING_PREFIX}{'0' * 16}" / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    running = Staging(tmp_path)
+    (tmp_path / f"{STAGING_PREFIX}mine").mkdir()
     write_checkpoint(tmp_path, *adapter(3))
-    assert [path.name for path in tmp_path.glob(f"{STAGING_PREFIX}*")] == [f"{STAGING_PREFIX}running"]
+    assert {path.name for path in tmp_path.glob(f"{STAGING_PREFIX}*")} == {running.path.name, f"{STAGING_PREFIX}mine"}
+    running.close()
+    assert not running.path.exists()
+
+
+def test_where_folders_cannot_be_locked_only_old_litter_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*args: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    for number, age in enumerate((0, 200_000)):
+        litter = Staging(tmp_path, f"{STAGING_PREFIX}{number:016}")
+        os.utime(litter.path, (time.time() - age,) * 2)
+    write_checkpoint(tmp_path, *adapter(3))
+    assert [path.name for path in tmp_path.glob(f"{STAGING_PREFIX}*")] == [f"{STAGING_PREFIX}{0:016}"]
+
+
+def test_moves_that_a_file_notes_stay_in_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    write_checkpoint(folder, *adapter(2))
+    litter = folder / f"{STAGING_PREFIX}{'0' * 16}"
+    litter.mkdir()
+    (litter / "b").write_text("theirs")
+    (folder / "a").write_text("moved")
+    (tmp_path / "b").write_text("mine")
+    (litter / ".moves").write_text(json.dumps({"a": mark_of(folder / "a"), "../b": [6, 0]}))
+    write_checkpoint(folder, *adapter(3))
+    assert (tmp_path / "b").read_text() == "mine" and not litter.exists()
 
 
 def test_the_same_config_is_not_written_again(tmp_path: Path) -> None:

@@ -109,3 +109,22 @@ def test_a_given_card_and_one_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(b"\xff\xfe")
     write_checkpoint(tmp_path, CONFIG, tensors)
     assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe"
+
+
+def test_a_card_without_text_gets_ours() -> None:
+    for stump in ("", "\n \n", "---\nlibrary_name: peft\nlicense: mit\n---\n"):
+        text = card_text(CONFIG, stump)
+        assert "A LoRA adapter for `org/tiny`." in text and "| `r` | `4` |" in text
+        assert front(text).get("license") == ("mit" if stump.startswith("---") else None)
+
+
+def test_no_value_leaves_its_place_in_the_text() -> None:
+    for name in ("org/`x`", "org/tiny\n# Mine", "org/a b", "https://me:secret@hub/x", "x" * 200):
+        text = card_text(CONFIG.copy(base_model_name_or_path=name))
+        assert name not in text and "base_model" not in front(text)
+    hostile = CONFIG.copy(target_modules=["a`|b", "``", "<!-- end of settings -->", "c\n# d"])
+    text = card_text(hostile)
+    assert text.count("<!-- end of settings -->") == 1 and "\n# d" not in text
+    assert card_text(CONFIG, text) == card_text(CONFIG)
+    row = next(line for line in text.splitlines() if "target_modules" in line)
+    assert row.replace("\\|", "").count("|") == 3 and "``` [" in row

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from nbpeft.magics.desk import TrainingCell
 from nbpeft.state import SessionState
 from nbpeft.training import Run
 from tests.magics.notebook import Notebook
@@ -130,9 +131,18 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
     assert "does not say where it came from" in ready.run(f"%lora export {script}").line
     assert not script.exists()
     result = ready.do(f"%lora export {script} --base {tmp_path}")
-    assert str(result).startswith(f"wrote {script}, which trains 'sql' anew, and 8 rows in {tmp_path}/train_data.jsonl")
+    assert str(result).startswith(f"wrote {script}, which trains 'sql' anew, and 8 rows in {tmp_path}/train_data-")
     text = script.read_text()
-    assert "'max_steps': 3" in text and "'learning_rate': 0.05" in text and "train_eval.jsonl" in text
+    assert "'max_steps': 3" in text and "'learning_rate': 0.05" in text and "train_eval-" in text
+
+
+def test_a_token_of_the_cell_reaches_neither_the_script_nor_what_is_shown(ready: Notebook, tmp_path: Path) -> None:
+    token = "hf_" + "aB3d" * 8
+    told = str(ready.do(f"{CELL}\nhub_token = {token!r}"))
+    result = ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
+    assert "hub_token left out of the script" in str(result) and "HF_TOKEN" in str(result)
+    shown = told + str(result) + result._repr_html_() + (tmp_path / "train.py").read_text()
+    assert token not in shown + repr(TrainingCell("rows", None, None, None, {"hub_token": token}, ()))
 
 
 def test_an_object_of_the_notebook_cannot_be_exported(ready: Notebook, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 import nbpeft.model as nbpeft
+from nbpeft.errors import CheckpointError
 from nbpeft.model import LoraConfig, get_peft_model, get_peft_model_state_dict
 from tests.model.support import llama
 
@@ -69,3 +73,49 @@ def test_a_card_is_written_whichever_adapters_are_saved(tmp_path: Path) -> None:
         model.save_pretrained(folder, selected_adapters=["other"])
         found.append({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()})
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "a/" * 3000, "bad\0x", "lone\ud800", "/dev/null/x", "/dev/null"])
+def test_a_place_that_cannot_be_is_told_in_one_line(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    writes: list[Callable[[], object]] = [
+        lambda: model.save_pretrained(folder),
+        lambda: model.create_or_update_model_card(folder),
+        lambda: model.peft_config["default"].save_pretrained(folder),
+        lambda: nbpeft.merge_to_folder(model, None, folder),
+    ]
+    for write in writes:
+        with pytest.raises(CheckpointError, match=r"could not write|is not a folder") as caught:
+            write()
+        assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_adapters_and_their_card_are_saved_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), "sql")
+    model.add_adapter("chat", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    mine = (tmp_path / "README.md").read_text() + "Trained with care.\n"
+    (tmp_path / "README.md").write_text(mine)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        model.manager.parameters("sql")[0].add_(1)
+    real = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith("chat/adapter_model.safetensors") and ".old" not in str(source):
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match="Input/output error; nothing was changed"):
+        model.save_pretrained(tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == mine

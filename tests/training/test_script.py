@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ def test_it_says_what_the_notebook_said(folder: Path) -> None:
     assert found["CONFIG"] == {"r": 4, "lora_dropout": 0.1, "use_dora": True}
     assert found["ARGUMENTS"] == {"output_dir": "train_output", "lr_scheduler_type": "constant", **ARGUMENTS}
     assert found["BASE"] == str((folder / "base").resolve())
-    assert [path.name for path in files.data] == ["train_data.jsonl", "train_eval.jsonl"]
+    assert [found["DATA"], found["EVAL_DATA"]] == [path.name for path in files.data]
+    assert [path.name.split("-")[0] for path in files.data] == ["train_data", "train_eval"]
     assert [json.loads(line)["input_ids"] for line in files.data[0].read_text().splitlines()] == [
         row["input_ids"] for row in rows
     ]
@@ -86,6 +88,61 @@ def test_what_cannot_be_written_leaves_nothing_behind(folder: Path) -> None:
     with pytest.raises(TrainingError, match="need a tokenizer"):
         export_script(model, folder / "train.py", [{"text": "a"}])
     assert sorted(folder.iterdir()) == before
+
+
+HOSTILE = (
+    '"""; open(__import__("sys") and "pwned", "w"); """',
+    'a"""b',
+    "1",
+    "{0!r} {adapter} %s",
+    "tail" + chr(92),
+    "\u2028 \x0c \x85 \udc80 é",
+    "x" * 300,
+)
+
+
+@pytest.mark.filterwarnings("ignore:exclude_modules")
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_value_is_read_as_code(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], exclude_modules=[text])
+    model = get_peft_model(base, config, adapter_name=re.sub(r"[.\\]", "_", text))
+    name = f"{text.replace('/', '_')[:100]}.py".replace("\udc80", "")
+    files = export_script(model, name, token_rows(2), base=text, run_name=text, **ARGUMENTS)
+    found = constants(files.script)
+    assert (found["ADAPTER"], found["BASE"]) == (re.sub(r"[.\\]", "_", text), text)
+    assert found["CONFIG"]["exclude_modules"] == [text] and found["ARGUMENTS"]["run_name"] == text
+    assert text not in (ast.get_docstring(ast.parse(files.script.read_text(encoding="utf-8"))) or "")
+    calls = ast.dump(ast.parse(files.script.read_text(encoding="utf-8")).body[-1])
+    assert calls == "If(test=Compare(left=Name(id='__name__', ctx=Load()), ops=[Eq()], " + (
+        "comparators=[Constant(value='__main__')]), body=[Expr(value=Call(func=Name(id='main', ctx=Load()), "
+        "args=[], keywords=[]))], orelse=[])"
+    )
+    kinds = {type(node) for node in ast.parse(files.script.read_text(encoding="utf-8")).body}
+    assert kinds == {ast.Expr, ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.If}
+    assert not (folder / "pwned").exists()
+
+
+def test_tokens_are_left_out_and_told(folder: Path) -> None:
+    secret = "hf_" + "a1B2" * 8
+    given = {"hub_token": secret, "hub_model_id": "me/sql", "report_to": [f"https://x/{secret}"], "run_name": "a"}
+    with pytest.warns(UserWarning, match=r"hub_token, report_to left out of the script.*HF_TOKEN") as told:
+        files = export_script(loaded(folder), folder / "train.py", token_rows(2), **given, **ARGUMENTS)
+    assert files.left_out == ("hub_token", "report_to")
+    assert secret not in files.script.read_text() + repr(files) + str(told[0].message)
+    assert constants(files.script)["ARGUMENTS"]["hub_model_id"] == "me/sql"
+
+
+def test_rows_belong_to_their_script_and_old_ones_go(folder: Path) -> None:
+    model, script = loaded(folder), folder / "train.py"
+    first = export_script(model, script, token_rows(2), token_rows(3), **ARGUMENTS)
+    other = export_script(model, folder / "train_data.py", token_rows(2), **ARGUMENTS)
+    (folder / "train_data-mine.jsonl").write_text("mine")
+    second = export_script(model, script, token_rows(4), **ARGUMENTS)
+    assert constants(script)["DATA"] == second.data[0].name and constants(script)["EVAL_DATA"] is None
+    assert not any(path.exists() for path in first.data)
+    assert (folder / "train_data-mine.jsonl").exists() and other.data[0].exists()
 
 
 @pytest.mark.slow

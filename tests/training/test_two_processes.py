@@ -39,3 +39,8 @@ def test_two_processes_train_one_adapter_and_stop_together(tmp_path: Path) -> No
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    kept = sorted(path.name for path in (tmp_path / "trainer").iterdir())
+    assert kept[:2] == ["checkpoint-2", "checkpoint-4"]
+    assert first["trainer"]["resumes"] == second["trainer"]["resumes"] == "checkpoint-2"
+    for name in kept:
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (tmp_path / "trainer" / name).iterdir()}

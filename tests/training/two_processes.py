@@ -12,6 +12,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from nbpeft.training import Run, RunCallback, Trainer, track
+from nbpeft.training.checkpoints import resume_point
 from tests.training.support import VOCABULARY, tiny_model, weights
 
 
@@ -69,7 +70,7 @@ def trainer(rank: int, folder: Path) -> dict[str, Any]:
         per_device_train_batch_size=2,
         max_steps=50,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=2,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
@@ -85,7 +86,13 @@ def trainer(rank: int, folder: Path) -> dict[str, Any]:
     trained = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[StopAfterFive(run)])
     trained.train()
     trained.save_model(str(folder / "adapter"))
+    distributed.barrier()
+    if rank == 0:
+        for checkpoint in (folder / "trainer").glob("checkpoint-[45]"):
+            (checkpoint / "trainer_state.json").write_text("{")
+    distributed.barrier()
     return {
+        "resumes": Path(resume_point(trained, True)).name,
         "steps": trained.state.global_step,
         "weights": {k: v.double().sum().item() for k, v in weights(model).items()},
     }

@@ -1,0 +1,81 @@
+"""What must not be written down: access tokens, passwords and keys.
+
+One place that knows them, by the name they are given under or by what they look like. Scripts,
+cards, checkpoints and messages ask here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_BEFORE_TOKEN = "access|api|auth|bearer|hf|hub|login|personal|refresh|session|wandb"
+_NAMES = re.compile(
+    rf"token|(?:\w+_)?(?:{_BEFORE_TOKEN})_token"
+    r"|(?:\w+_)?(?:password|passwd|passphrase|secret|credentials?|authorization)"
+    r"|(?:\w+_)?(?:api|access|account|private|secret|signing)_?key(?:_id)?",
+    re.IGNORECASE,
+)
+"""``hub_token`` and ``WANDB_API_KEY``, but neither ``pad_token`` nor ``max_tokens``."""
+
+_VALUES = re.compile(
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|\bwandb_v\d_[A-Za-z0-9_]{16,}"
+    r"|\bgh[opsu]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
+    r"|\bsk-[A-Za-z0-9][\w-]{19,}"
+    r"|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)"  # user and password in an address
+)
+_MASK = "***"
+LOG_IN = "log in with huggingface_hub.login() or set HF_TOKEN where it runs"
+
+
+def is_secret(name: object, value: object) -> bool:
+    """Whether a value is a token, password or key, by its name or by itself.
+
+    Args:
+        name: what it is called, e.g. the field of a config.
+        value: what it is; None, truth values and empty text say nothing.
+    """
+    if value is None or isinstance(value, bool) or value == "":
+        return False
+    named = isinstance(name, str) and _NAMES.fullmatch(name) is not None and isinstance(value, str | bytes)
+    return named or (isinstance(value, str) and _VALUES.search(value) is not None)
+
+
+def without_secrets(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A copy of named values without those that are secret, and the names of what was left out.
+
+    Args:
+        fields: the values. Those inside of a mapping are looked at one by one (``hub_kwargs.token``); a list with
+            a secret in it is left out as a whole.
+    """
+    kept: dict[str, Any] = {}
+    left_out: list[str] = []
+    for name, value in fields.items():
+        if is_secret(name, value) or (isinstance(value, list | tuple | set) and _holds_secret(value)):
+            left_out.append(name)
+        elif isinstance(value, Mapping):
+            kept[name], inside = without_secrets(value)
+            left_out += [f"{name}.{inner}" for inner in inside]
+        else:
+            kept[name] = value
+    return kept, tuple(left_out)
+
+
+def masked(text: str) -> str:
+    """A text in which everything that looks like a token or a password in an address is ``***``."""
+    return _VALUES.sub(_MASK, text)
+
+
+def _holds_secret(values: list[Any] | tuple[Any, ...] | set[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Mapping):
+            if without_secrets(value)[1]:
+                return True
+        elif isinstance(value, list | tuple | set):
+            if _holds_secret(value):
+                return True
+        elif is_secret("", value):
+            return True
+    return False

@@ -1,0 +1,101 @@
+"""Staging folders: the living are left alone, the dead are swept, and what they were at is settled."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from nbpeft.checkpoint.staging import ASIDE, OLD, STAGING_PREFIX, Staging, mark_of, scratch_folder, sweep
+from nbpeft.errors import CheckpointError
+
+DEAD = f"{STAGING_PREFIX}{'d' * 16}"
+
+
+def test_temporary_folders_of_the_dead_go_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / DEAD).mkdir()
+    (tmp_path / "nbpeft-mine").mkdir()
+    with scratch_folder() as living:
+        assert living.stat().st_mode & 0o777 == 0o700
+        (living / "x").write_text("x")
+        with scratch_folder() as other:
+            assert {path.name for path in tmp_path.iterdir()} == {living.name, other.name, "nbpeft-mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["nbpeft-mine"]
+
+
+def test_no_temporary_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match=r"no temporary folder can be made in .*none"), scratch_folder():
+        pass
+
+
+def test_one_thread_does_not_sweep_what_another_writes(tmp_path: Path) -> None:
+    staging = Staging(tmp_path)
+    thread = threading.Thread(target=sweep, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert staging.path.is_dir()
+    staging.close()
+
+
+def test_a_sweep_that_comes_at_once_makes_another_folder_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    mkdir = os.mkdir
+
+    def swept_at_once(path: str, mode: int = 0o777) -> None:
+        mkdir(path, mode)
+        made.append(str(path))
+        if len(made) == 1:
+            sweep(tmp_path)
+
+    monkeypatch.setattr(os, "mkdir", swept_at_once)
+    staging = Staging(tmp_path)
+    assert len(made) == 2 and staging.path == Path(made[1]) and staging.path.is_dir()
+    staging.close()
+
+
+def half_moved(folder: Path) -> None:
+    """A write of ``a`` and ``b`` over an old ``a``, that died between its two moves."""
+    staging = Staging(folder, DEAD)
+    for name in ("a", "b"):
+        (staging.path / name).write_text(f"new {name}")
+    staging.note_moves({name: mark_of(staging.path / name) or (0, 0) for name in ("a", "b")})
+    (staging.path / OLD).mkdir()
+    (staging.path / OLD / "a").write_text("old a")
+    os.replace(staging.path / "a", folder / "a")
+    os.close(staging._lock or 0)
+
+
+def test_what_was_begun_is_ended_or_taken_back(tmp_path: Path) -> None:
+    half_moved(tmp_path)
+    sweep(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new a", "b": "new b"}
+    (tmp_path / "b").unlink()
+    half_moved(tmp_path)
+    sweep(tmp_path, finish=False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old a"}
+
+
+def test_what_was_written_since_stays(tmp_path: Path) -> None:
+    half_moved(tmp_path)
+    (tmp_path / "a").write_text("newer than both")
+    sweep(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "newer than both"}
+
+
+def test_a_folder_that_made_room_goes_back_into_an_empty_place(tmp_path: Path) -> None:
+    for place in (True, False):
+        (tmp_path / DEAD / ASIDE / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / DEAD / ASIDE / "checkpoint-2" / "old").touch()
+        if place:
+            (tmp_path / "checkpoint-2").mkdir()
+        sweep(tmp_path)
+        assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint-2"] + ["old"] * (not place)
+        if place:
+            (tmp_path / "checkpoint-2").rmdir()

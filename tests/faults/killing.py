@@ -1,0 +1,129 @@
+"""Kills a write, in a process forked for it, at a moment or after a system call; and lets calls fail.
+
+A fork of a process that has everything imported costs a hundredth of a new one.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import random
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EFFORT = os.environ.get("NBPEFT_TESTS", "quick")
+KILLS = {"quick": 6}.get(EFFORT, 200)
+
+DURABLE = ("mkdir", "replace", "rename", "link", "fsync", "unlink", "rmdir")
+"""Calls of ``os`` that change what is on the disk; a death is most interesting after one of them."""
+PATHS = (
+    "mkdir",
+    "replace",
+    "rename",
+    "link",
+    "unlink",
+    "rmdir",
+    "open",
+    "stat",
+    "lstat",
+    "listdir",
+    "scandir",
+    "chmod",
+)
+
+
+def drawn(count: int, seed: object = 0) -> list[int]:
+    """Which of ``count`` points to try: 6 of them in the quick run, otherwise all."""
+    if EFFORT != "quick" or count <= KILLS:
+        return list(range(1, count + 1))
+    return sorted(random.Random(str(seed)).sample(range(1, count + 1), KILLS))
+
+
+def forked(act: Callable[[], object], *, kill_after: float | None = None) -> bool:
+    """Runs something in a forked process. Returns whether it was killed.
+
+    Args:
+        act: what; it may kill its own process.
+        kill_after: seconds after which it is killed, or None.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), f"the write ended with {code}"
+    return code == -signal.SIGKILL
+
+
+@contextmanager
+def after_call(number: int, act: Callable[[], object]) -> Iterator[list[str]]:
+    """Acts after the n-th call that changes the disk; gives the calls as they come."""
+    calls: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DURABLE:
+            patch.setattr(os, name, _acting(name, getattr(os, name), calls, number, act))
+        yield calls
+
+
+def _acting(name: str, original: Any, calls: list[str], number: int, act: Callable[[], object]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == number:
+            act()
+        return result
+
+    return call
+
+
+def die() -> None:
+    """Ends this process at once, as ``kill -9`` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def failing_call(number: int, error: OSError, root: Path) -> Iterator[list[str]]:
+    """Lets the n-th call about a path below ``root``, or that flushes a file, fail; gives the calls as they come."""
+    calls: list[str] = []
+
+    def failing(name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name == "fsync" or (args and _below(args[0], root)):
+                calls.append(name)
+                if len(calls) == number:
+                    raise error
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*PATHS, "fsync"):
+            patch.setattr(os, name, failing(name, getattr(os, name)))
+        opener = failing("open file", builtins.open)
+        patch.setattr(builtins, "open", opener)
+        patch.setattr(io, "open", opener)
+        yield calls
+
+
+def _below(path: object, root: Path) -> bool:
+    return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(root))
