@@ -90,13 +90,15 @@ class Desk:
         raise CellError(f"{what}: say which model: {', '.join(names)}")
 
     def chosen(self, name: str | None) -> Any:
-        """What a command on adapters gets as its model: a session name, a module, or None for the current one.
+        """What a command on adapters gets as its model: a module, a session name, or None for the current one.
+
+        What a variable holds now goes before a model that was in it once.
 
         Raises:
             CellError: no model is called that.
         """
         self.session.adopt(self.namespace)
-        if name is None or name in self.session.names:
+        if name is None or (name in self.session.names and not is_module(self.namespace.get(name))):
             return name
         return self.module(name)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -35,6 +36,7 @@ def train(
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
+    adapter: str | None = None,
     control: RunControl | None = None,
     publish: Callable[[TrainState], None] | None = None,
     run_factory: Callable[..., Run] = Run,
@@ -45,7 +47,8 @@ def train(
     """Trains the active adapters of ``model``.
 
     Stop, Pause and KeyboardInterrupt are obeyed: a stopped training returns its result like any
-    other, and the model keeps what it learned.
+    other, and the model keeps what it learned. Whatever fails before the first step leaves the
+    model, and which adapters act or are merged, as before.
 
     Args:
         model: A model with adapters.
@@ -53,6 +56,8 @@ def train(
         eval_data: Rows to measure on, in the same forms.
         tokenizer: Needed unless the rows are tokenised.
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
+        adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
+            was done.
         control: Where Stop and Pause are asked for.
         publish: Called with each new state of the run.
         run_factory: Makes the run, called like :class:`Run`.
@@ -66,8 +71,9 @@ def train(
         ConfigError: an argument is unknown or impossible.
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
     """
-    _can_train(model)
-    trainer_class = adapter_trainer(trainer_class)
+    _can_train(model, adapter)
+    trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))
+    arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
     rows = _rows(model, data, tokenizer, max_length)
     eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
@@ -75,11 +81,12 @@ def train(
     with tempfile.TemporaryDirectory(prefix="nbpeft-", ignore_cleanup_errors=True) as folder:
         settings = build_arguments(fields, arguments_class, folder=folder, evaluates=eval_rows is not None)
         options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
-        run = run_factory(model, None, control=control, publish=publish)
-        run.note("; ".join(part.notes for part in (rows, eval_rows) if isinstance(part, Rows) and part.notes))
         failure: Exception | None = None
         try:
-            metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
+            with _switched(model, adapter) as switched:
+                switched.run = run = run_factory(model, None, control=control, publish=publish)
+                run.note("; ".join(part.notes for part in (rows, eval_rows) if isinstance(part, Rows) and part.notes))
+                metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
         except Exception as error:
             failure = _translated(error, model, settings)
             if failure is error and not isinstance(error, NbpeftError):
@@ -89,18 +96,71 @@ def train(
     return _result(run, metrics, fields.get("output_dir"))
 
 
-def _can_train(model: nn.Module) -> None:
+def _can_train(model: nn.Module, adapter: str | None) -> None:
+    """Refuses a model that cannot learn, as it is or after the switch to an adapter."""
     if not is_adapted(model):
         raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
     manager: Any = getattr(model, "manager", None)
-    if getattr(manager, "merged", ()):
-        names = ", ".join(map(repr, manager.merged))
+    if adapter is not None:
+        if manager is None:
+            raise TrainingError(f"{type(model).__name__} cannot be switched to {adapter!r:.60} here: switch it first.")
+        manager.require_reachable(adapter)
+    merged = getattr(manager, "merged", ())
+    if merged and (adapter is None or merged == (adapter,)):
+        names = ", ".join(map(repr, merged))
         raise TrainingError(f"Merged adapters cannot be trained ({names}): unmerge first.")
-    if not getattr(manager, "enabled", True):
+    if adapter is None:
+        _can_learn(model)
+
+
+def _can_learn(model: nn.Module) -> None:
+    if not getattr(getattr(model, "manager", None), "enabled", True):
         raise TrainingError("The adapters are off, so that nothing would be learned: enable them first (%lora on).")
     if next(trainable(model), None) is None:
         names = ", ".join(map(repr, active_names(model))) or "none"
         raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
+
+
+class _Switched:
+    """A run that may begin with a switch."""
+
+    run: Run | None = None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model is another than before."""
+        return self.run is not None and (self.run.steps_done > 0 or self.run.state.status == "finished")
+
+
+@contextmanager
+def _switched(model: Any, adapter: str | None) -> Iterator[_Switched]:
+    """Lets an adapter act; what acted or was merged before does so again where nothing was learned."""
+    switched = _Switched()
+    if adapter is None:
+        yield switched
+        return
+    manager = model.manager
+    active, enabled, merged = manager.active, manager.enabled, manager.merged
+    try:
+        manager.activate(adapter)
+        if not enabled:
+            manager.enable()
+        _can_learn(model)
+        yield switched
+    finally:
+        if not switched.learned:
+            if active:
+                manager.activate(active)
+            if merged:
+                manager.merge(merged)
+            if not enabled:
+                manager.disable()
+
+
+def _checked_class(given: Any, base: type[Any], name: str) -> Any:
+    if not (isinstance(given, type) and issubclass(given, base)):
+        raise ConfigError(f"{name} must be a class derived from {base.__name__}, not {given!r:.60}", field=name)
+    return given
 
 
 def _rows(model: nn.Module, data: Any, tokenizer: Any, max_length: int | None) -> Any:
