@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nbpeft.errors import CellError, near, with_article
-from nbpeft.magics.body import evaluate_expression, look_up
+from nbpeft.magics.body import evaluate_expression, expression_of, look_up
 from nbpeft.magics.scan import reference
 from nbpeft.session import Session
 
@@ -70,10 +69,10 @@ class Desk:
         """
         text = reference(name) or name
         if text not in self.namespace:
-            raise CellError(f"no variable is called {text!r}.{self._models_instead(text)}")
+            raise CellError(f"no variable is called {text!r:.60}.{self._models_instead(text)}")
         value = self.namespace[text]
         if not is_module(value):
-            raise CellError(f"{text!r} is {with_article(value)}, not a model.{self._models_instead(text)}")
+            raise CellError(f"{text!r:.60} is {with_article(value)}, not a model.{self._models_instead(text)}")
         return value
 
     def only_model(self, what: str) -> str:
@@ -122,11 +121,7 @@ class Desk:
         name = reference(text) or text
         if name.isidentifier():
             return look_up(name, self.namespace)
-        try:
-            expression = ast.parse(text, mode="eval").body
-        except SyntaxError as error:
-            raise CellError(f"{option}: {text!r} is no expression: {error.msg}") from None
-        return evaluate_expression(expression, dict(self.namespace))
+        return evaluate_expression(expression_of(text, option), dict(self.namespace))
 
     def forget(self, thing: object) -> None:
         """Takes an object, and stored tracebacks, out of what the notebook remembers of outputs."""

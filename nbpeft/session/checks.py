@@ -9,8 +9,8 @@ from typing import Any
 from nbpeft.errors import AdapterError
 
 
-_LONGEST = 255
-"""Bytes that one part of a path may have on usual file systems."""
+_LONGEST_PART, _LONGEST = 255, 4095
+"""Bytes of a path on usual systems, and of one part of it."""
 
 
 def adapter_name(name: Any, *, given: bool = True) -> str:
@@ -48,8 +48,8 @@ def place_of(place: object, what: str) -> str:
         raw = os.fsencode(text)
     except UnicodeEncodeError:
         raw = b"\0"
-    if b"\0" in raw or max(map(len, raw.split(os.sep.encode()))) > _LONGEST:
-        raise AdapterError(f"{what}: {text!r:.60} cannot be a path: a part is too long, or holds what no name may")
+    if b"\0" in raw or len(raw) > _LONGEST or max(map(len, raw.split(os.sep.encode()))) > _LONGEST_PART:
+        raise AdapterError(f"{what}: {text!r:.60} cannot be a path: it is too long, or holds what no name may")
     return text
 
 

@@ -23,6 +23,7 @@ from nbpeft.session.quantizing_preview import (
     foreseen_qlora,
     part_sizes,
     skeleton_of,
+    sorted_out,
     source_words,
 )
 
@@ -185,6 +186,19 @@ class QuantizingCommands(AdapterCommands):
                 sizes={size: value for size, value in sizes.items() if value is not None},
                 notes=notes,
             )
+
+    def goes_on_with(self, model: Any, variable: str, source: str, how: Mapping[str, Any]) -> bool:
+        """Whether ``qlora`` made the adapted model in a variable of this source, so that it would load none.
+
+        Args:
+            model: what the variable holds.
+            variable: its name.
+            source: a folder, a hub id or a ``.gguf`` file.
+            how: quantization, preparation and loading, as for ``qlora``.
+        """
+        entry = self._book.find(uncompiled(model))
+        present = self._present(_Origin(source, *sorted_out(how)), variable)
+        return present is not None and entry is not None and entry.manager.model is present
 
     def _present(self, origin: _Origin, variable: str) -> Any:
         """The base model that a variable holds, if it came from there and was quantized like that."""

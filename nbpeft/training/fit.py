@@ -13,11 +13,11 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.engine.tokens import embedding_of
-from nbpeft.errors import ConfigError, NbpeftError, TrainingError, in_one_line
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
-from nbpeft.training.arguments import build_arguments, split_arguments
+from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
 from nbpeft.training.data import Collator, Rows, prepare_data
@@ -75,6 +75,7 @@ def train(
     trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))
     arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
+    check_options(options)
     rows = _rows(model, data, tokenizer, max_length)
     eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | options
@@ -221,20 +222,22 @@ def _fit(
 def _made(trainer_class: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:
     try:
         return trainer_class(model=model, **options)
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, NbpeftError):
+    except Exception as error:
+        if isinstance(error, NbpeftError) or is_out_of_memory(error):
             raise
-        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {in_one_line(error)}") from error
+        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {reason_of(error)}") from error
 
 
 def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
-    """Trains, and turns running out of memory into one line."""
+    """Trains, and turns running out of memory, and what fails before the first batch, into one line."""
     try:
         output = trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
         return {name: float(value) for name, value in output.metrics.items()}
     except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            if isinstance(error, NbpeftError) or callback.run.total_steps is not None:
+                raise
+            raise ConfigError(f"The run cannot start with these arguments: {reason_of(error)}") from error
         failure = shortage(
             error,
             model,
