@@ -77,14 +77,22 @@ class Grammar:
         self._random = random.Random(seed)
 
     def draw(self) -> str:
-        """A line or a cell."""
+        """A line or a cell, now and then with characters that are missing, doubled or strange."""
+        text = self._drawn()
+        for _ in range(self._random.randint(1, 3) if self._one_in(6) else 0):
+            at = self._random.randint(text.index(" ") + 1 if " " in text else len(text), len(text))
+            kept = text[at + self._random.randint(0, 1) :]
+            text = text[:at] + self._random.choice(("", "", text[at : at + 1], *"'\"()[]{}=-$; ,\\é")) + kept
+        return text
+
+    def _drawn(self) -> str:
         if self._one_in(3):
             return self._cell(self._random.choice(list(CELLS.values())))
         if self._one_in(40):
             return "%lora " + " ".join(self._random.choices(HOSTILE + PLAIN, k=self._random.randint(0, 4)))
         verb = self._random.choice(list(VERBS.values()))
         if verb.name in SLOW and not self._one_in(8):
-            return self.draw()
+            return self._drawn()
         return f"%lora {verb.name} {self._line(verb)}"
 
     def _cell(self, verb: Verb) -> str:
@@ -173,7 +181,7 @@ class Bench:
         """All that a command may change, comparable with ``same``."""
         space = self.notebook.shell.user_ns
         bound = {name: id(value) for name, value in space.items() if not name.startswith("_") and name not in self._kept}
-        found: list[Any] = [bound, self.notebook.session.names]
+        found: list[Any] = [bound, [name for name in self.notebook.session.names if name in bound]]
         for name in ("model", "second"):
             module = space.get(name)
             if not isinstance(module, torch.nn.Module):
