@@ -24,6 +24,14 @@ _KINDS = {
 }
 
 
+UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
+"""What Python raises for text that it cannot read: the last two for brackets nested too deep."""
+_WIDTH = 120
+"""Characters of a line that a message shows."""
+_BITS = 1024
+"""A longer whole number is no field's value, and not even a float can hold it."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """One ``name = expression`` of a body.
@@ -50,7 +58,7 @@ def parse_body(source: str) -> tuple[Assignment, ...]:
     """
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise _syntax_error(error) from None
     assignments: dict[str, Assignment] = {}
     for statement in tree.body:
@@ -85,7 +93,7 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
     """
     failure = ""
     try:
-        return eval(compile(ast.Expression(expression), "<nbpeft>", "eval"), scope)
+        return _short(eval(compile(ast.Expression(expression), "<nbpeft>", "eval"), scope))
     except SyntaxError as error:  # what only a function may hold: await, yield
         failure = in_one_line(error.msg)
     except NameError as error:
@@ -109,9 +117,9 @@ def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[st
     for word in words:
         name, equals, text = word.text.partition("=")
         if not equals or not name.isidentifier():
-            raise CellError(f"expected name=value, got {word.text!r}", column=word.start)
+            raise CellError(f"expected name=value, got {word.text!r:.60}", column=word.start)
         if name in values:
-            raise CellError(f"{name} is set twice", column=word.start)
+            raise CellError(f"{name:.60} is set twice", column=word.start)
         variable = reference(text)
         values[name] = _literal(text) if variable is None else look_up(variable, namespace, column=word.start)
     return values
@@ -124,8 +132,20 @@ def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = Non
         CellError: it is not defined.
     """
     if name not in namespace:
-        raise CellError(f"name {name!r} is not defined.{did_you_mean(name, own_names(namespace))}", column=column)
+        raise CellError(f"name {name!r:.60} is not defined.{did_you_mean(name, own_names(namespace))}", column=column)
     return namespace[name]
+
+
+def expression_of(text: str, what: str) -> ast.expr:
+    """An expression in a line.
+
+    Raises:
+        CellError: it cannot be read; the message begins with ``what``.
+    """
+    try:
+        return ast.parse(text, mode="eval").body
+    except UNREADABLE as error:
+        raise CellError(f"{what}: {text!r:.60} is no expression: {_syntax_error(error)}") from None
 
 
 def excerpt(source: str, error: CellError) -> str:
@@ -135,13 +155,28 @@ def excerpt(source: str, error: CellError) -> str:
         return ""
     text = lines[error.line - 1].rstrip()
     column = min(max(error.column or 0, 0), len(text))
+    if column > _WIDTH // 2:  # a long line is cut around the place
+        text, column = f"…{text[column - _WIDTH // 2 :]}", _WIDTH // 2 + 1
+    text = text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
     return f"    {text}\n    {' ' * column}^"
+
+
+def _short(value: Any) -> Any:
+    """The value, unless it is, or holds, a whole number that no field takes.
+
+    Raises:
+        ValueError: it does.
+    """
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(part, int) and part.bit_length() > _BITS for part in parts):
+        raise ValueError(f"a whole number of more than {_BITS} bits")
+    return value
 
 
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (*UNREADABLE, TypeError):
         return [part.strip() for part in text.split(",") if part.strip()] if "," in text else text
 
 
@@ -178,8 +213,10 @@ def _refuse_comma(statement: ast.Assign, source: str) -> None:
         raise CellError("take the comma at the end of the line away", line=line, column=(value.end_col_offset or 1) - 1)
 
 
-def _syntax_error(error: SyntaxError | ValueError) -> CellError:
+def _syntax_error(error: BaseException) -> CellError:
+    if isinstance(error, MemoryError | RecursionError):
+        return CellError("too many brackets in brackets")
     if not isinstance(error, SyntaxError):
-        return CellError(f"the cell is not Python: {error}")
+        return CellError(f"this is not Python: {in_one_line(error)}")
     column = None if error.offset is None else max(error.offset - 1, 0)
-    return CellError(error.msg, line=error.lineno, column=column)
+    return CellError(in_one_line(error.msg), line=error.lineno, column=column)

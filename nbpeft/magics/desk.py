@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nbpeft.errors import CellError, near, with_article
-from nbpeft.magics.body import evaluate_expression, look_up
+from nbpeft.magics.body import evaluate_expression, expression_of, look_up
 from nbpeft.magics.scan import reference
 from nbpeft.session import Session
 
@@ -70,10 +69,10 @@ class Desk:
         """
         text = reference(name) or name
         if text not in self.namespace:
-            raise CellError(f"no variable is called {text!r}.{self._models_instead(text)}")
+            raise CellError(f"no variable is called {text!r:.60}.{self._models_instead(text)}")
         value = self.namespace[text]
         if not is_module(value):
-            raise CellError(f"{text!r} is {with_article(value)}, not a model.{self._models_instead(text)}")
+            raise CellError(f"{text!r:.60} is {with_article(value)}, not a model.{self._models_instead(text)}")
         return value
 
     def only_model(self, what: str) -> str:
@@ -90,13 +89,15 @@ class Desk:
         raise CellError(f"{what}: say which model: {', '.join(names)}")
 
     def chosen(self, name: str | None) -> Any:
-        """What a command on adapters gets as its model: a session name, a module, or None for the current one.
+        """What a command on adapters gets as its model: a module, a session name, or None for the current one.
+
+        What a variable holds now goes before a model that was in it once.
 
         Raises:
             CellError: no model is called that.
         """
         self.session.adopt(self.namespace)
-        if name is None or name in self.session.names:
+        if name is None or (name in self.session.names and not is_module(self.namespace.get(name))):
             return name
         return self.module(name)
 
@@ -120,11 +121,7 @@ class Desk:
         name = reference(text) or text
         if name.isidentifier():
             return look_up(name, self.namespace)
-        try:
-            expression = ast.parse(text, mode="eval").body
-        except SyntaxError as error:
-            raise CellError(f"{option}: {text!r} is no expression: {error.msg}") from None
-        return evaluate_expression(expression, dict(self.namespace))
+        return evaluate_expression(expression_of(text, option), dict(self.namespace))
 
     def forget(self, thing: object) -> None:
         """Takes an object, and stored tracebacks, out of what the notebook remembers of outputs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,8 +25,7 @@ from nbpeft.magics.scan import scan
 from nbpeft.magics.training import TRAIN_OPTIONS, train
 from nbpeft.session import Session, session
 
-# Typed Any: their own types fit plain functions, not methods. The first one came with IPython 8.12.
-_silenceable: Any = getattr(magic, "output_can_be_silenced", lambda function: function)
+# Typed Any: their own types fit plain functions, not methods.
 _as_typed: Any = magic.no_var_expand
 _line_or_cell: Any = magic.line_cell_magic
 
@@ -58,6 +58,8 @@ QLORA_CELL = Verb(
 )
 CELLS = {"lora": LORA_CELL, "lora_train": TRAIN_CELL, "qlora": QLORA_CELL}
 VERBS = verbs()
+_LONGEST = 400
+"""Characters of a message."""
 
 
 @magic.magics_class
@@ -87,26 +89,23 @@ class NbpeftMagics(magic.Magics):
         """The notebook as it is now."""
         return Desk(self.shell.user_ns, self.session, ui=self.ui, shell=self.shell, trained=self._trained)
 
-    @_silenceable
     @_as_typed
     @_line_or_cell("lora")
     def lora(self, line: str, cell: str | None = None) -> object:
         """Adapters."""
-        return self._answer(cell, lambda: self._lora(line, cell))
+        return self._answer(line, cell, self._lora)
 
-    @_silenceable
     @_as_typed
     @_line_or_cell("lora_train")
     def lora_train(self, line: str, cell: str | None = None) -> object:
         """Training."""
-        return self._answer(cell, lambda: self._with_fields(TRAIN_CELL, line, cell))
+        return self._answer(line, cell, functools.partial(self._with_fields, TRAIN_CELL))
 
-    @_silenceable
     @_as_typed
     @_line_or_cell("qlora")
     def qlora(self, line: str, cell: str | None = None) -> object:
         """Quantized models."""
-        return self._answer(cell, lambda: self._with_fields(QLORA_CELL, line, cell))
+        return self._answer(line, cell, functools.partial(self._with_fields, QLORA_CELL))
 
     lora.__doc__ = main_help(LORA_CELL, VERBS, (TRAIN_CELL, QLORA_CELL))
     qlora.__doc__ = verb_help(QLORA_CELL, "%%qlora")
@@ -143,8 +142,11 @@ class NbpeftMagics(magic.Magics):
     def _cell_request(self, verb: Verb, line: str) -> Request:
         return parse_verb(verb, f"%%{verb.name}", scan(line), self.shell.user_ns)
 
-    def _answer(self, cell: str | None, act: Callable[[], object]) -> object:
+    def _answer(self, line: str, cell: str | None, act: Callable[[str, str | None], object]) -> object:
         """Runs a command; a person's mistake becomes one line, anything else keeps its traceback.
+
+        A semicolon at the end means, as for Python in a notebook, that the result is not shown.
+        IPython's own decorator for that reads the line as Python, after the command was carried out.
 
         The error of the command is left behind before the new one is raised, because its frames
         hold the model.
@@ -152,8 +154,12 @@ class NbpeftMagics(magic.Magics):
         Raises:
             UsageError: the mistake, in one line (and the line of the cell it is in).
         """
+        silent = (line if cell is None else cell).rstrip().endswith(";")
+        if silent and cell is None:
+            line = line.rstrip().rstrip(";")
         try:
-            return act()
+            result = act(line, cell)
+            return None if silent else result
         except NbpeftError as error:
             message = _message(error, cell)
             traceback.clear_frames(error.__traceback__)
@@ -194,6 +200,8 @@ def _message(error: NbpeftError, cell: str | None) -> str:
     """One line, and for an error in a cell body the line it is in with a caret."""
     located = error if isinstance(error, CellError) else _locate(error, cell)
     text = in_one_line(error)
+    if len(text) > _LONGEST:  # cut in the middle: what is wrong stands at the beginning, what to do at the end
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 3 :]}"
     if cell is None or located is None or located.line is None:
         return text
     return f"line {located.line}: {text}\n{excerpt(cell, located)}"

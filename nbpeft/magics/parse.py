@@ -17,6 +17,8 @@ from nbpeft.magics.scan import Word, folder, own_names, reference, scan
 
 _REQUIRED = "the following arguments are required: "
 _EXAMPLE = "example:\n  "
+_DIGITS = 18
+"""Of the longest whole number that an option takes."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ class LineParser(argparse.ArgumentParser):
             close = " or ".join(f"'--{name}'" for name in near(word, known))
             hint = f" Did you mean {close}?" if close else ""
             if self.takes_fields and not close:
-                hint = f" A field is set without dashes: {word}=…"
-            raise CellError(f"{self.prog} has no option {first}.{hint}")
-        raise CellError(f"{self.prog}: {first!r} is one word too many; see {self.prog} --help")
+                hint = f" A field is set without dashes: {word:.60}=…"
+            raise CellError(f"{self.prog} has no option {first:.60}.{hint}")
+        raise CellError(f"{self.prog}: {first!r:.60} is one word too many; see {self.prog} --help")
 
 
 def parser_of(verb: Verb, prog: str) -> LineParser:
@@ -200,9 +202,9 @@ def parse_line(
     name = words[0].text
     if name not in verbs:
         if name in namespace:
-            add = f"a cell that begins with %{magic} {name}, or {magic} add {name} …"
-            raise CellError(f"{magic} has no command {name!r}, which is a variable; to adapt it: {add}")
-        message = f"{magic} has no command {name!r}.{did_you_mean(name, verbs)}"
+            add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
+            raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
+        message = f"{magic} has no command {name!r:.60}.{did_you_mean(name, verbs)}"
         raise CellError(message if message.endswith("?") else f"{message} It has: {', '.join(verbs)}")
     return parse_verb(verbs[name], f"{magic} {name}", words[1:], namespace)
 
@@ -224,11 +226,11 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     name, rest = found
     if name not in namespace:
         near = did_you_mean(name, own_names(namespace))
-        raise CellError(f"name {name!r} is not defined.{near}", column=word.start)
+        raise CellError(f"name {name!r:.60} is not defined.{near}", column=word.start)
     value = namespace[name]
     if isinstance(value, str | int | float) or hasattr(value, "__fspath__"):
         return head + str(value) + rest if head else Verbatim(f"{value}{rest}")
-    raise CellError(f"{text} is {with_article(value)}, not text, a number or a path", column=word.start)
+    raise CellError(f"{text:.60} is {with_article(value)}, not text, a number or a path", column=word.start)
 
 
 class Verbatim(str):
@@ -248,23 +250,25 @@ def positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is none.
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    if not text.isdecimal() or len(text) > _DIGITS or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r:.60}")
     return int(text)
 
 
 def _whole(text: str) -> int:
     try:
-        return int(text)
+        if len(text) <= _DIGITS:
+            return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}") from None
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r:.60}")
 
 
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a number, not {text!r:.60}") from None
 
 
 def _is_field(word: Word) -> bool:

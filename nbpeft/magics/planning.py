@@ -81,8 +81,9 @@ def source_of(name: str | None, desk: Desk) -> tuple[Any, str]:
     """
     desk.session.adopt(desk.namespace)
     if name is None:
-        if desk.session.names:
-            return None, desk.session.state.current or desk.session.names[-1]
+        current = desk.session.state.current
+        if current is not None:
+            return None, current
         name = desk.only_model("%lora plan")
     if name in desk.namespace:
         value = desk.namespace[name]

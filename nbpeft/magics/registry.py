@@ -6,6 +6,7 @@ import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nbpeft.magics.parse import Argument, Verb, argument
@@ -15,9 +16,17 @@ Run = Callable[[argparse.Namespace, Any], object]
 _verbs: dict[str, Verb] = {}
 
 ON_MODEL = argument(
-    "--model", "-m", metavar="MODEL", completes="model", help="which model; the current one if left out"
+    "--model",
+    "-m",
+    metavar="MODEL",
+    completes="model",
+    help="which model; if left out the one adapted, loaded into, trained or switched last",
 )
 """The option of verbs that act on an adapted model."""
+THE_MODEL = replace(
+    ON_MODEL, options={**ON_MODEL.options, "help": "which model; may be left out where one alone carries adapters"}
+)
+"""The option of verbs that take something away from an adapted model: where there are several, it is needed."""
 
 
 def verb(name: str, summary: str, *arguments: Argument, fields: str = "", example: str = "") -> Callable[[Run], Run]:

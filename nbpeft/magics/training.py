@@ -23,7 +23,9 @@ TRAIN_OPTIONS = (
     argument(
         "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="needed unless the rows are tokenised"
     ),
-    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter first"),
+    argument(
+        "--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter first; it stays active"
+    ),
     argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
 )
@@ -41,16 +43,14 @@ def train(options: argparse.Namespace, desk: Desk) -> object:
     data = desk.value(options.data, "--data")
     eval_data = None if options.eval_data is None else desk.value(options.eval_data, "--eval")
     tokenizer = desk.value(options.tokenizer, "--tokenizer") if options.tokenizer else usual_tokenizer(desk)
-    for name in ("data", "eval_data", "model", "tokenizer", "control", "publish", "run_factory"):
+    for name in ("data", "eval_data", "model", "tokenizer", "adapter", "control", "publish", "run_factory"):
         if name in arguments:
             raise CellError(f"{name} is given in the magic's line, not in the cell")
     if options.max_length is not None:
         arguments["max_length"] = options.max_length
     if options.trainer is not None:
         arguments["trainer_class"] = desk.value(options.trainer, "--trainer")
-    if options.adapter is not None:
-        desk.session.use(options.adapter, model=model)
-    result = desk.session.train(model, data, eval_data, tokenizer=tokenizer, **arguments)
+    result = desk.session.train(model, data, eval_data, tokenizer=tokenizer, adapter=options.adapter, **arguments)
     _keep(options, desk)
     return result
 

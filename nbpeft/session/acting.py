@@ -103,7 +103,7 @@ class ActingCommands(SessionBase):
         """
         chosen = None if names is None else list(names_of(names))
         folder = None if to is None else place_of(to, "merge")
-        entry = self._book.get(model)
+        entry = self._book.get_for("merge", model)
         if not (entry.manager.active if chosen is None else chosen):
             raise AdapterError(
                 f"nothing to merge into {entry.name}: no adapter is {'active' if chosen is None else 'named'}"
@@ -120,7 +120,7 @@ class ActingCommands(SessionBase):
 
     def unmerge(self, *, model: ModelLike = None) -> Done:
         """Puts the base weights back, bit for bit."""
-        entry = self._book.get(model)
+        entry = self._book.get_for("unmerge", model)
         with self._command("unmerging", slow=True) as notes:
             merged = entry.manager.merged
             if not merged:
@@ -136,7 +136,7 @@ class ActingCommands(SessionBase):
             model: an adapted model.
             safe: with ``merge``, refuse where a merged weight would not be finite.
         """
-        entry = self._book.get(model)
+        entry = self._book.get_for("unload", model)
         with self._command("unloading", slow=True) as notes:
             names = entry.manager.names
             base = entry.manager.unload(merge=merge, safe=safe)

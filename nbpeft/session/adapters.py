@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError, UnknownAdapterError
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
-from nbpeft.session.checks import place_of
+from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.files import adapter_name_of, folder_hint, save_adapters
 from nbpeft.session.handles import reviver, uncompiled
@@ -57,20 +58,14 @@ class AdapterCommands(SessionBase):
             TargetError: the targets do not match the model.
         """
         made = build_config(config)
+        adapter_name(name)
         with self._command(f"adding {name!r}", slow=True) as notes:
             entry = self._entry_of(model, variable)
-            if entry is not None and name in entry.manager.configs:
-                return self._reconfigure(entry, name, made, allow_missing, trainable, notes)
             if entry is None:
-                handle, plan = _adapt(uncompiled(model), made, name, allow_missing)
-                entry = self._book.enter(variable, handle)
-                self._stale = True
-            else:
-                plan = _put(entry, name, made, allow_missing=allow_missing)
-            if not trainable:
-                entry.manager.freeze(name)
-            entry.asked[name] = (entry.manager.configs[name], meaning(made))
-            return self._added(entry, name, notes, plan=plan)
+                return self._adapt(uncompiled(model), variable, name, made, allow_missing, trainable, notes)
+            if name not in entry.manager.configs:
+                return self._put(entry, name, made, allow_missing, trainable, notes)
+            return self._reconfigure(entry, name, made, allow_missing, trainable, notes)
 
     def preview(
         self,
@@ -128,20 +123,27 @@ class AdapterCommands(SessionBase):
         from nbpeft.model import PeftModel
 
         place = place_of(source, "load")
-        chosen = name or adapter_name_of(place)
+        chosen = adapter_name(adapter_name_of(place) if name is None else name, given=name is not None)
         with self._command(f"loading {chosen!r}", slow=True) as notes, folder_hint(place):
+
+            def loaded(entry: Entry) -> LoadResult:
+                state = entry.state()
+                return LoadResult(_hold(entry), entry.name, place, _adapter(state, chosen), state, tuple(notes))
+
             entry = self._entry_of(model, variable)
-            if entry is None:
-                bare = uncompiled(model)
-                loaded = PeftModel.from_pretrained(bare, place, adapter_name=chosen, is_trainable=trainable)
-                entry = self._book.enter(variable, loaded)
-            else:
+            if entry is not None:
                 self._refuse_taken(entry, chosen)
                 entry.model.load_adapter(place, chosen, is_trainable=trainable)
+                self._stale = True
+                return loaded(entry)
+            bare = uncompiled(model)
+            handle = PeftModel.from_pretrained(bare, place, adapter_name=chosen, is_trainable=trainable)
+            with _bare_again_on_failure(handle):
+                entry = self._book.prepare(variable, handle)
+                result = loaded(entry)
+            self._book.add(entry)
             self._stale = True
-            state, holder = entry.state(), _hold(entry)
-            adapter = _adapter(state, chosen)
-            return LoadResult(holder, entry.name, place, adapter, state, tuple(notes))
+            return result
 
     def save(self, folder: str | os.PathLike[str], *, name: str | None = None, model: ModelLike = None) -> SaveResult:
         """Saves adapters in PEFT's format, each folder whole or not at all.
@@ -172,11 +174,12 @@ class AdapterCommands(SessionBase):
             UnknownAdapterError: there is no such adapter.
             MergeError: adapters are merged.
         """
-        entry = self._book.get(model)
+        entry = self._book.get_for("delete", model)
         with self._command(f"deleting {name!r}") as notes:
             entry.manager.remove(name)
+            done = self._done(entry, f"deleted {name!r}", notes)
             entry.asked.pop(name, None)
-            return self._done(entry, f"deleted {name!r}", notes)
+            return done
 
     def rename(self, name: str, new: str, *, model: ModelLike = None) -> Done:
         """Renames an adapter.
@@ -185,12 +188,13 @@ class AdapterCommands(SessionBase):
             UnknownAdapterError: there is no such adapter.
             AdapterExistsError: the new name is taken.
         """
-        entry = self._book.get(model)
+        entry = self._book.get_for("rename", model)
         with self._command(f"renaming {name!r}") as notes:
             entry.manager.rename(name, new)
+            done = self._done(entry, f"renamed {name!r} to {new!r}", notes)
             if name in entry.asked:
                 entry.asked[new] = (entry.manager.configs[new], entry.asked.pop(name)[1])
-            return self._done(entry, f"renamed {name!r} to {new!r}", notes)
+            return done
 
     def copy(self, name: str, new: str, *, model: ModelLike = None) -> Done:
         """Copies an adapter under a new name.
@@ -206,6 +210,53 @@ class AdapterCommands(SessionBase):
 
     # Inside
 
+    def _adapt(
+        self,
+        bare: Any,
+        variable: str | None,
+        name: str,
+        config: AdapterConfig,
+        allow_missing: bool,
+        trainable: bool,
+        notes: list[str],
+    ) -> AddResult:
+        """Adapts a bare model; checks everything before it is touched."""
+        from nbpeft.engine.plan import plan
+        from nbpeft.model import get_peft_model
+
+        planned = plan(bare, config, allow_missing=allow_missing)
+        handle = get_peft_model(bare, config, adapter_name=name)
+        with _bare_again_on_failure(handle):
+            if not trainable:
+                handle.manager.freeze(name)
+            entry = self._book.prepare(variable, handle)
+            result = self._added(entry, name, notes, plan=planned)
+            entry.asked[name] = (entry.manager.configs[name], meaning(config))
+        self._book.add(entry)
+        self._stale = True
+        return result
+
+    def _put(
+        self,
+        entry: Entry,
+        name: str,
+        config: AdapterConfig,
+        allow_missing: bool,
+        trainable: bool,
+        notes: list[str],
+        reconfigured: bool = False,
+    ) -> AddResult:
+        """Puts an adapter on an adapted model and activates it."""
+        from nbpeft.model import files
+
+        manager, asked = entry.manager, meaning(config)
+        named = files.with_base_name(config, manager.model)
+        plan = manager.add(name, named, trainable=trainable, allow_missing=allow_missing, replace=reconfigured)
+        manager.activate(name)
+        result = self._added(entry, name, notes, plan=plan, reconfigured=reconfigured)
+        entry.asked[name] = (manager.configs[name], asked)
+        return result
+
     def _reconfigure(
         self, entry: Entry, name: str, config: AdapterConfig, allow_missing: bool, trainable: bool, notes: list[str]
     ) -> AddResult:
@@ -213,16 +264,13 @@ class AdapterCommands(SessionBase):
         asked = entry.asked.get(name)
         known = asked[1] if asked is not None and asked[0] is present else meaning(present)
         if known == meaning(config):
-            self._book.enter(entry.name, entry.model)
             if name not in entry.manager.active:
                 notes.append(f"{name!r} is not active; %lora use {name} switches to it")
-            return self._added(entry, name, notes, unchanged=True)
-        plan = _put(entry, name, config, allow_missing=allow_missing, replace=True)
-        if not trainable:
-            entry.manager.freeze(name)
-        entry.asked[name] = (entry.manager.configs[name], meaning(config))
+            result = self._added(entry, name, notes, unchanged=True)
+            self._book.enter(entry.name, entry.model)
+            return result
         notes.append("its weights start anew")
-        return self._added(entry, name, notes, plan=plan, reconfigured=True)
+        return self._put(entry, name, config, allow_missing, trainable, notes, reconfigured=True)
 
     def _added(self, entry: Entry, name: str, notes: list[str], **more: Any) -> AddResult:
         state = entry.state()
@@ -239,24 +287,14 @@ class AdapterCommands(SessionBase):
             )
 
 
-def _adapt(model: Any, config: AdapterConfig, name: str, allow_missing: bool) -> tuple[PeftModel, Any]:
-    """Adapts a bare model; checks everything before it is touched."""
-    from nbpeft.engine.plan import plan
-    from nbpeft.model import get_peft_model
-
-    planned = plan(model, config, allow_missing=allow_missing)
-    return get_peft_model(model, config, adapter_name=name), planned
-
-
-def _put(entry: Entry, name: str, config: AdapterConfig, *, allow_missing: bool, replace: bool = False) -> Any:
-    """Puts an adapter on an adapted model and activates it."""
-    from nbpeft.model import files
-
-    manager = entry.manager
-    named = files.with_base_name(config, manager.model)
-    plan = manager.add(name, named, allow_missing=allow_missing, replace=replace)
-    manager.activate(name)
-    return plan
+@contextmanager
+def _bare_again_on_failure(handle: PeftModel) -> Iterator[None]:
+    """Takes a new handle's adapters off its model again where the block does not end well."""
+    try:
+        yield
+    except BaseException:
+        handle.unload()
+        raise
 
 
 def _hold(entry: Entry) -> Holder:

@@ -92,18 +92,21 @@ class SessionBase:
     def adopt(self, variables: Mapping[str, object]) -> None:
         """Takes up the adapted models among variables that it does not know yet.
 
-        A model that was forgotten under a name keeps the newest variable's name. Cheap, and
-        imports nothing: without ``nbpeft.model`` nothing can be adapted.
+        A model that was forgotten under a name keeps the newest variable's name. Only the first
+        model there is becomes the current one: others are named. Cheap, and imports nothing: without
+        ``nbpeft.model`` nothing can be adapted.
         """
         if "nbpeft.model" not in sys.modules:
             return
-        new = False
+        known = self._book.entries()
+        new: list[Entry] = []
         for name, value in list(variables.items()):
             if not name.startswith("_") and is_handle(value):
                 handle: Any = value
                 if is_live(handle) and self._book.find(handle) is None:
-                    self._book.enter(name, handle)
-                    new = True
+                    new.append(self._book.take_up(name, handle))
+        if len(new) == 1 and not known:
+            self._book.enter(None, new[0].model)
         if new:
             self._publish()
 
@@ -153,6 +156,11 @@ class SessionBase:
                 handle._check_live()
                 entry = self._book.enter(variable, handle)
         return entry
+
+    def _adapted(self, what: str, model: Any) -> Entry:
+        """The entry of an adapted model, for a command that takes something away; see ``ModelBook.get_for``."""
+        entry = None if model is None else self._entry_of(model)
+        return entry if entry is not None else self._book.get_for(what, model)
 
     def _done(self, entry: Entry, line: str, notes: list[str]) -> Done:
         return Done(line, entry.state(), tuple(notes))

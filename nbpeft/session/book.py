@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, did_you_mean
-from nbpeft.session.handles import is_live
+from nbpeft.session.handles import is_live, uncompiled
 from nbpeft.session.snapshot import Snapshots
 from nbpeft.state import MemoryState, ModelState, TrainState
 
@@ -81,7 +81,11 @@ class Entry:
 
 
 class ModelBook:
-    """Entries by name, and which one commands without a model mean."""
+    """Entries by name, and which one commands without a model mean.
+
+    That is the model that was adapted, loaded into, trained or switched last. When it is unloaded or gone, no
+    other takes its place until a command names one.
+    """
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._entries: dict[str, Entry] = {}
@@ -98,21 +102,32 @@ class ModelBook:
     @property
     def current(self) -> Entry | None:
         """The model that commands without one mean."""
-        entries = self.entries()
-        chosen = self._entries.get(self._current) if self._current is not None else None
-        return chosen or (entries[-1] if entries else None)
+        self.entries()
+        return None if self._current is None else self._entries.get(self._current)
 
     def enter(self, name: str | None, model: PeftModel) -> Entry:
         """Takes a model up under a name and makes it the current one.
 
         A model that is known keeps its name; another model of that name is forgotten.
         """
-        entry = self.find(model)
-        if entry is None:
-            entry = Entry(name or self._free_name(), model, self._changed)
-            self._entries[entry.name] = entry
+        entry = self.take_up(name, model)
         self._current = entry.name
         return entry
+
+    def take_up(self, name: str | None, model: PeftModel) -> Entry:
+        """As ``enter``, but leaves the current one as it is."""
+        entry = self.find(model) or self.prepare(name, model)
+        self._entries[entry.name] = entry
+        return entry
+
+    def prepare(self, name: str | None, model: PeftModel) -> Entry:
+        """An entry that is not in the book yet, for what has to be done before ``add``."""
+        return Entry(name or self._free_name(), model, self._changed)
+
+    def add(self, entry: Entry) -> None:
+        """Takes a prepared entry up and makes it the current one; cannot fail."""
+        self._entries[entry.name] = entry
+        self._current = entry.name
 
     def find(self, model: object) -> Entry | None:
         """The entry of a model or of its base, or None."""
@@ -121,31 +136,57 @@ class ModelBook:
     def get(self, model: object = None) -> Entry:
         """The entry of a name, a model, or the current one for None.
 
+        A model that is named while none is current becomes the current one.
+
         Raises:
             AdapterError: there is none; the message names the models there are.
         """
         found: Entry | None
+        current = self.current
         if model is None:
-            found = self.current
+            found = current
         elif isinstance(model, str):
-            self.entries()
             found = self._entries.get(model)
         else:
-            found = self.find(model)
-        if found is not None:
-            return found
-        names = [entry.name for entry in self.entries()]
+            found = self.find(uncompiled(model))
+        if found is None:
+            raise self._missing(model)
+        if current is None:
+            self._current = found.name
+        return found
+
+    def get_for(self, what: str, model: object = None) -> Entry:
+        """As ``get``, for a command that takes something away: None is refused where there are several models.
+
+        Args:
+            what: the command does, e.g. ``merge``.
+            model: a name, a model, or None.
+
+        Raises:
+            AdapterError: there is none, or it has to be said which.
+        """
+        names = tuple(entry.name for entry in self.entries())
+        if model is None and len(names) > 1:
+            message = f"several models carry adapters: {', '.join(names)}; say which one to {what} (model, --model)"
+            raise AdapterError(message, available=names)
+        return self.get(model)
+
+    def _missing(self, model: object) -> AdapterError:
+        names = tuple(entry.name for entry in self.entries())
         if not names:
-            what = f"{model!r} carries no adapters" if isinstance(model, str) else "no model carries adapters"
-            raise AdapterError(f"{what} yet; add one with a cell that begins with %%lora MODEL, or load one")
-        if isinstance(model, str):
-            message = f"no adapted model is called {model!r}; there is: {', '.join(names)}.{did_you_mean(model, names)}"
+            what = f"{model!r:.60} carries no adapters" if isinstance(model, str) else "no model carries adapters"
+            return AdapterError(f"{what} yet; add one with a cell that begins with %%lora MODEL, or load one")
+        there = ", ".join(names)
+        if model is None:
+            message = f"the model used last is unloaded or gone; say which one is meant (model, --model): {there}"
+        elif isinstance(model, str):
+            message = f"no adapted model is called {model!r:.60}; there is: {there}.{did_you_mean(model, names)}"
         else:
             message = (
                 "this model carries no adapters yet; add one with a cell that begins with %%lora MODEL, "
-                f"or take one that has some: {', '.join(names)}"
+                f"or take one that has some: {there}"
             )
-        raise AdapterError(message, available=tuple(names))
+        return AdapterError(message, available=names)
 
     def leave(self, entry: Entry) -> None:
         """Forgets a model."""

@@ -8,16 +8,47 @@ from typing import Any
 
 from nbpeft.errors import AdapterError
 
+_LONGEST_PART, _LONGEST = 255, 4095
+"""Bytes of a path on usual systems, and of one part of it."""
 
-def place_of(place: object, what: str) -> str:
-    """A folder or hub id as text.
+
+def adapter_name(name: Any, *, given: bool = True) -> str:
+    """The name of an adapter to come.
+
+    Args:
+        name: the name.
+        given: whether a person gave it, not a folder.
 
     Raises:
-        AdapterError: it is empty or no path.
+        AdapterError: it cannot name one.
+    """
+    from nbpeft.engine.holder import check_name
+
+    try:
+        check_name(name)
+    except AdapterError as error:
+        if given:
+            raise
+        raise AdapterError(f"{error}; give the adapter a name (name, --name)", **error.details) from None
+    text: str = name
+    return text
+
+
+def place_of(place: object, what: str) -> str:
+    """A folder, file or hub id as text.
+
+    Raises:
+        AdapterError: it is empty or cannot be a path.
     """
     if not isinstance(place, str | os.PathLike) or not os.fspath(place):
         raise AdapterError(f"{what} needs a folder, not {place!r:.60}")
     text: str = os.fspath(place)
+    try:
+        raw = os.fsencode(text)
+    except UnicodeEncodeError:
+        raw = b"\0"
+    if b"\0" in raw or len(raw) > _LONGEST or max(map(len, raw.split(os.sep.encode()))) > _LONGEST_PART:
+        raise AdapterError(f"{what}: {text!r:.60} cannot be a path: it is too long, or holds what no name may")
     return text
 
 

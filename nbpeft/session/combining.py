@@ -87,7 +87,7 @@ class CombiningCommands(SessionBase):
         """
         recipe = recipe_of(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
         weights = weights_of(weights)
-        entry = self._book.get(model)
+        entry = self._book.get_for("combine", model)
         entry.manager.require_reachable(*weights)
         if not weights:
             raise AdapterError("no adapters to combine: name at least one")
@@ -148,8 +148,8 @@ class CombiningCommands(SessionBase):
         """
         from nbpeft.model import hotswap_adapter
 
-        entry, place = self._entry_of(model), place_of(path, "swap")
-        entry = entry if entry is not None else self._book.get(model)
+        place = place_of(path, "swap")
+        entry = self._adapted("swap", model)
         name = into if into is not None else _only_active(entry)
         entry.manager.require(name)
         target: Any = model if uncompiled(model) is not model else entry.model

@@ -27,18 +27,26 @@ class Session(QuantizingCommands, ActingCommands, ComparingCommands, InspectingC
     """Commands on the adapted models of a notebook or a script.
 
     A model is known by the name of its variable and held weakly. Every command that takes
-    ``model`` accepts that name, the model itself, or None for the current model. A command that
-    fails leaves model, session and disk as they were; one that another thread runs meanwhile
-    makes it raise ``BusyError`` at once.
+    ``model`` accepts that name, the model itself, or None for the current model: the one that was
+    adapted, loaded into, trained or switched last. When that one is unloaded or gone, no other takes its place
+    until a command names one. Commands that take something away (``merge``, ``unmerge``, ``unload``,
+    ``delete``, ``rename``, ``combine``, ``swap``, ``train``) refuse None where several models carry
+    adapters. A command that fails leaves model, session and disk as they were; one that another
+    thread runs meanwhile makes it raise ``BusyError`` at once.
     """
 
-    def model(self, name: str | None = None) -> PeftModel:
-        """The adapted model of that name, the current one for None.
+    def model(self, name: ModelLike = None, *, command: str = "") -> PeftModel:
+        """The adapted model of that name (or behind a model), the current one for None.
+
+        Args:
+            name: a name or a model.
+            command: what takes something away from it, e.g. ``unload``; None is refused then where
+                several models carry adapters.
 
         Raises:
             AdapterError: there is none; the message names those there are.
         """
-        return self._book.get(name).model
+        return (self._book.get_for(command, name) if command else self._book.get(name)).model
 
     def base(self, model: ModelLike = None) -> nn.Module:
         """The base model under the adapters."""

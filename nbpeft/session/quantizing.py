@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import ConfigError
 from nbpeft.session.adapters import AdapterCommands
+from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.configs import build_config
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.quantized import QloraResult
@@ -21,6 +23,7 @@ from nbpeft.session.quantizing_preview import (
     foreseen_qlora,
     part_sizes,
     skeleton_of,
+    sorted_out,
     source_words,
 )
 
@@ -98,17 +101,19 @@ class QuantizingCommands(AdapterCommands):
         }
         asked = asked_for(build_config(config), given | loading)  # what is impossible is refused before loading
         made, settings = asked.config, asked.settings
+        adapter_name(name)
         with self._command(f"quantizing for {name!r}", slow=True):
             started = time.monotonic()
             if isinstance(source, str | os.PathLike):
-                variable = variable or "model"
-                found = self._loaded(os.fspath(source), settings, loading, variable)
+                found = self._loaded(place_of(source, "qlora"), settings, loading, variable or "model")
+                variable = variable or (None if found.now else "model")
             else:
                 _refuse_loading(loading)
-                found = self._in_memory(source, made, settings, allow_missing)
+                found = self._in_memory(source, name, made, settings, allow_missing)
             seconds = time.monotonic() - started
-            done = self._prepared(found.base, gradient_checkpointing, gradient_checkpointing_kwargs, upcast)
-            added = self.add(found.base, made, name=name, variable=variable, allow_missing=allow_missing)
+            with as_it_was_on_failure(found.base):
+                done = self._prepared(found.base, gradient_checkpointing, gradient_checkpointing_kwargs, upcast)
+                added = self.add(found.base, made, name=name, variable=variable, allow_missing=allow_missing)
             self._origins.setdefault(found.base, found.origin)
             return QloraResult(
                 holder=added.holder,
@@ -159,7 +164,7 @@ class QuantizingCommands(AdapterCommands):
         with self._command("planning") as notes:
             bare = None
             if isinstance(source, str | os.PathLike):
-                place, variable = os.fspath(source), variable or "model"
+                place, variable = place_of(source, "qlora"), variable or "model"
                 base = self._present(_Origin(place, asked.settings, asked.loading), variable)
                 bare = skeleton_of(place, asked) if base is None else None
                 words = source_words(place, asked.loading)
@@ -182,6 +187,19 @@ class QuantizingCommands(AdapterCommands):
                 notes=notes,
             )
 
+    def goes_on_with(self, model: Any, variable: str, source: str, how: Mapping[str, Any]) -> bool:
+        """Whether ``qlora`` made the adapted model in a variable of this source, so that it would load none.
+
+        Args:
+            model: what the variable holds.
+            variable: its name.
+            source: a folder, a hub id or a ``.gguf`` file.
+            how: quantization, preparation and loading, as for ``qlora``.
+        """
+        entry = self._book.find(uncompiled(model))
+        present = self._present(_Origin(source, *sorted_out(how)), variable)
+        return present is not None and entry is not None and entry.manager.model is present
+
     def _present(self, origin: _Origin, variable: str) -> Any:
         """The base model that a variable holds, if it came from there and was quantized like that."""
         entry = next((entry for entry in self._book.entries() if entry.name == variable), None)
@@ -203,18 +221,25 @@ class QuantizingCommands(AdapterCommands):
         entry: Entry | None = self._entry_of(source)
         return entry.manager.model if entry is not None else uncompiled(source)
 
-    def _in_memory(self, source: Any, config: AdapterConfig, settings: dict[str, Any], allow_missing: bool) -> _Found:
-        """The base model, quantized now unless it was so."""
+    def _in_memory(
+        self, source: Any, name: str, config: AdapterConfig, settings: dict[str, Any], allow_missing: bool
+    ) -> _Found:
+        """The base model, quantized now unless it was so; refuses what cannot be adapted before a weight is rounded."""
+        from nbpeft.engine.manager import AdapterManager
         from nbpeft.engine.plan import plan
         from nbpeft.model.quantized import quantize_model
         from nbpeft.model.stored import stored_parts
 
         base = self._base_of(source)
         before, origin = stored_parts(base), _Origin(None, settings, {})
-        if any(part.name == "quantized layers" for part in before):
+        manager = AdapterManager.of(base)
+        replacing = name if manager is not None and name in manager.configs else None
+        quantized = any(part.name == "quantized layers" for part in before)
+        if quantized:
             self._refuse_other_settings(base, settings)
+        plan(base, config, allow_missing=allow_missing, replacing=replacing)
+        if quantized:
             return _Found(base, origin, now=False)
-        plan(base, config, allow_missing=allow_missing)  # refuses before a weight is rounded
         quantize_model(base, **settings)
         return _Found(base, origin, now=True, before=before)
 
@@ -267,6 +292,36 @@ class _Found:
     origin: _Origin
     now: bool
     before: tuple[StoredPart, ...] | None = None
+
+
+@contextmanager
+def as_it_was_on_failure(base: nn.Module) -> Iterator[None]:
+    """Takes back what preparing does to a model (dtypes, flags, hooks, checkpointing) where the block does not end well.
+
+    What is kept for it are references: a tensor that is cast stays alive until the block ends.
+    """
+    from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
+
+    checkpoints = is_checkpointing(base)
+    parameters = [(parameter, parameter.requires_grad, parameter.data) for parameter in base.parameters()]
+    hooks = [
+        (registered, dict(registered))
+        for module in base.modules()
+        for registered in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+    try:
+        yield
+    except BaseException:
+        if checkpoints != is_checkpointing(base):
+            (enable_checkpointing if checkpoints else disable_checkpointing)(base)
+        for registered, were in hooks:
+            for key in registered.keys() - were.keys():
+                del registered[key]
+        for parameter, trained, data in parameters:
+            if parameter.dtype != data.dtype:
+                parameter.data = data
+            parameter.requires_grad_(trained)
+        raise
 
 
 def _refuse_loading(loading: Mapping[str, Any]) -> None:

@@ -134,13 +134,18 @@ def asked_for(config: AdapterConfig, how: Mapping[str, Any]) -> Asked:
     from nbpeft.model.quantization import quantization
     from nbpeft.training.prepare import check_upcast
 
-    settings = {field: how[field] for field in QUANTIZATION_FIELDS if how.get(field) is not None}
-    own = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS)
+    settings, loading = sorted_out(how)
     upcast = how.get("upcast", "norms")
     quantization(**settings)
     check_upcast(upcast)
-    loading = {field: value for field, value in how.items() if field not in own}
     return Asked(config, settings, loading, upcast, bool(how.get("gradient_checkpointing", True)))
+
+
+def sorted_out(how: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those keywords of ``qlora`` that say how to quantize, and those that go to ``from_pretrained``."""
+    settings = {field: how[field] for field in QUANTIZATION_FIELDS if how.get(field) is not None}
+    own = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS)
+    return settings, {field: value for field, value in how.items() if field not in own}
 
 
 @dataclass(frozen=True)

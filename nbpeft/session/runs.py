@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
+from nbpeft.session.checks import place_of
 from nbpeft.session.lock import Subscribers
 from nbpeft.session.results import ExportResult
 from nbpeft.state import MemoryState, TrainState
@@ -57,6 +58,7 @@ class Runs(SessionBase):
         eval_data: Any = None,
         *,
         tokenizer: Any = None,
+        adapter: str | None = None,
         **arguments: Any,
     ) -> TrainResult:
         """Trains the active adapters with transformers' Trainer; shown live where a front end listens.
@@ -69,6 +71,7 @@ class Runs(SessionBase):
             data: a dataset or a list of dictionaries; see ``nbpeft.training.train``.
             eval_data: the same, for evaluation.
             tokenizer: for data that is text.
+            adapter: switch to this one first; it stays active when a step was done.
             **arguments: fields of ``TrainingArguments`` and further arguments of ``nbpeft.training.train``.
 
         Raises:
@@ -76,10 +79,9 @@ class Runs(SessionBase):
         """
         from nbpeft.training import Run, is_plain, train
 
-        entry = self._entry_of(model)
-        entry = entry if entry is not None else self._book.get(model)
+        entry = self._adapted("train", model)
         trained = entry.model
-        with self._command(f"training {', '.join(entry.manager.active)}", slow=True, gather=False):
+        with self._command(f"training {adapter or ', '.join(entry.manager.active)}", slow=True, gather=False):
             made: list[Run] = []
 
             def make(watched: nn.Module, total_steps: int | None, **options: Any) -> Run:
@@ -87,9 +89,12 @@ class Runs(SessionBase):
                 made.append(Run(watched, total_steps, memory=_measuring(trained), **options))
                 return made[0]
 
-            result = train(trained, data, eval_data, tokenizer=tokenizer, run_factory=make, **arguments)
+            result = train(
+                trained, data, eval_data, tokenizer=tokenizer, adapter=adapter, run_factory=make, **arguments
+            )
             plain = is_plain(data)
             entry.plain = entry.plain if plain is None else plain
+            self._book.enter(entry.name, trained)
             return result
 
     def export(
@@ -120,9 +125,9 @@ class Runs(SessionBase):
         """
         from nbpeft.training import export_script
 
-        entry = self._book.get(model)
-        with self._command(f"exporting to {path}", slow=True) as notes:
-            files = export_script(entry.model, path, data, eval_data, tokenizer=tokenizer, base=base, **arguments)
+        entry, place = self._book.get(model), place_of(path, "export")
+        with self._command(f"exporting to {place}", slow=True) as notes:
+            files = export_script(entry.model, place, data, eval_data, tokenizer=tokenizer, base=base, **arguments)
             data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
             return ExportResult(str(files.script), files.adapter, data_files, tuple(notes))
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
+import os
 import re
+import sys
+import types
+import typing
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
-from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.errors import ConfigError, did_you_mean, in_one_line
 
 _GIVEN_BY_TRAIN = {"self", "model", "args", "train_dataset", "eval_dataset", "processing_class", "model_init", "kwargs"}
 
@@ -38,8 +44,27 @@ _LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
 }
 """Smallest values of fields that the arguments class takes unseen."""
+
+_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a dictionary",
+    type(None): "None",
+}
+"""Kinds of values that are checked, and what a person calls them."""
+_ACCEPTED: dict[type, tuple[type, ...]] = {
+    str: (str, os.PathLike, Enum),
+    list: (list, tuple),
+    dict: (Mapping,),
+}
+_CALLED = ("data_collator", "compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics")
+_LONGEST_REASON, _SHOWN_CHOICES = 250, 12
 
 
 def split_arguments(
@@ -110,40 +135,124 @@ def build_arguments(
     keeps = str(getattr(fields.get("save_strategy", "no"), "value", fields.get("save_strategy", "no"))) != "no"
     if keeps and "output_dir" not in fields and not fields.get("load_best_model_at_end"):
         raise ConfigError(f"save_strategy={fields['save_strategy']!r} writes checkpoints: say where with output_dir=…")
-    _check_numbers(fields, arguments_class)
+    _check_values(fields, arguments_class)
+    if fields.get("resume_from_checkpoint") is True and "output_dir" not in fields:
+        raise ConfigError(
+            "resume_from_checkpoint=True needs output_dir=…, where the checkpoints lie", field="resume_from_checkpoint"
+        )
     values.update(_current_names(fields, arguments_class))
     known = {field.name for field in dataclasses.fields(arguments_class) if field.init}
     try:
         return arguments_class(**{name: value for name, value in values.items() if name in known})
-    except (ValueError, TypeError) as error:
-        raise _impossible(str(error).splitlines()[0], fields) from error
+    except Exception as error:
+        raise _impossible(reason_of(error), fields) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What another library says is wrong, in one line that is not long."""
+    text = in_one_line(error)
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
 
 
 def _impossible(reason: str, fields: Mapping[str, Any]) -> ConfigError:
     """The error for what the arguments class refuses; a word that is not one of its choices is named with the near."""
-    unknown = re.match(r"(.+) is not a valid \w+, please select one of \[(.*)\]", reason)
-    name = next((name for name, value in fields.items() if unknown and value == unknown[1]), None)
+    unknown = re.match(r"(.+) is not a valid (\w+)", reason)
+    name = next((name for name, value in fields.items() if unknown and str(value) == unknown[1].strip("'")), None)
     if unknown is None or name is None:
         return ConfigError(f"These training arguments are not possible: {reason}")
-    choices = re.findall(r"'([^']+)'", unknown[2])
-    expected = did_you_mean(unknown[1], choices) or f" It is one of: {', '.join(choices)}"
-    return ConfigError(f"{name} {unknown[1]!r} is unknown.{expected}", field=name, value=unknown[1])
+    value = str(fields[name])
+    choices = _choices(unknown[2])
+    some = ", ".join(choices[:_SHOWN_CHOICES]) + (", …" if len(choices) > _SHOWN_CHOICES else "")
+    expected = did_you_mean(value, choices) or (f" It is one of: {some}" if choices else "")
+    return ConfigError(f"{name} {value!r:.60} is unknown.{expected}", field=name, value=value)
 
 
-def _check_numbers(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:
-    """Raises ConfigError for a number that is none, or one that cannot be."""
-    kinds = {field.name: getattr(field.type, "__name__", field.type) for field in dataclasses.fields(arguments_class)}
-    for name, value in fields.items():
-        whole = kinds.get(name) == "int"
-        if not whole and kinds.get(name) != "float":
+def _choices(enum: str) -> list[str]:
+    """The values of one of transformers' enums."""
+    from transformers import trainer_utils, training_args
+
+    found = getattr(trainer_utils, enum, None) or getattr(training_args, enum, None)
+    return [str(item.value) for item in found] if isinstance(found, type) and issubclass(found, Enum) else []
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuses options of a Trainer that are used only once training goes on.
+
+    Raises:
+        ConfigError: one is of another kind.
+    """
+    for name in _CALLED:
+        value = options.get(name)
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} must be a function, not {value!r:.60}", field=name)
+    pair = options.get("optimizers")
+    if pair is not None and not (
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(part is None or hasattr(part, "step") for part in pair)
+    ):
+        raise ConfigError(
+            f"optimizers must be an optimizer and a scheduler, each or None, not {pair!r:.60}", field="optimizers"
+        )
+    callbacks = options.get("callbacks")
+    if callbacks is None:
+        return
+    if not isinstance(callbacks, list | tuple) or not all(_is_callback(item) for item in callbacks):
+        raise ConfigError(f"callbacks must be a list of TrainerCallbacks, not {callbacks!r:.60}", field="callbacks")
+
+
+def _is_callback(item: Any) -> bool:
+    return isinstance(item, TrainerCallback) or (isinstance(item, type) and issubclass(item, TrainerCallback))
+
+
+def _check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:
+    """Raises ConfigError for a value of another kind than its field, and a number that cannot be."""
+    for field in dataclasses.fields(arguments_class):
+        if field.name not in fields:
             continue
-        accepted = int if whole else int | float
-        if not isinstance(value, accepted) or isinstance(value, bool):
-            wanted = "a whole number" if whole else "a number"
-            raise ConfigError(f"{name} must be {wanted}, not {value!r:.60}", field=name, value=value)
+        name, value = field.name, fields[field.name]
+        kinds = _kinds_of(field.type)
+        if name == "resume_from_checkpoint" and value is True:  # the newest one; the field's type leaves it out
+            continue
+        if kinds and not any(_fits(value, kind) for kind in kinds):
+            wanted = " or ".join(_WORDS[kind] for kind in kinds if kind is not type(None))
+            raise ConfigError(f"{name} must be {wanted}, not {_shown(value)}", field=name, value=value)
         least = _LEAST.get(name)
         if least is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, not {value!r}", field=name, value=value)
+            raise ConfigError(f"{name} must be at least {least}, not {_shown(value)}", field=name, value=value)
+    if fields.get("output_dir") == "":
+        raise ConfigError("output_dir must be a folder, not ''", field="output_dir")
+    mode, known = fields.get("torch_compile_mode"), torch._inductor.list_mode_options()
+    if mode is not None and mode not in known:
+        words = did_you_mean(mode, known) or f" It is one of: {', '.join(known)}"
+        raise ConfigError(f"torch_compile_mode {mode!r:.60} is unknown.{words}", field="torch_compile_mode")
+
+
+def _kinds_of(annotation: Any) -> tuple[type, ...]:
+    """The plain kinds that a field takes; none where it takes others, too."""
+    if isinstance(annotation, str):
+        annotation = {"int": int, "float": float, "bool": bool, "str": str}.get(annotation)
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    parts = typing.get_args(annotation) if union else (annotation,)
+    kinds = tuple(typing.get_origin(part) or part for part in parts)
+    kinds = tuple(str if isinstance(kind, type) and issubclass(kind, Enum) else kind for kind in kinds)
+    return tuple(dict.fromkeys(kinds)) if all(kind in _WORDS for kind in kinds) else ()
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is int:
+        return isinstance(value, numbers.Integral) and abs(int(value)) < 2**63
+    if kind is float:
+        return isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max  # NaN is not
+    return isinstance(value, _ACCEPTED.get(kind, kind)) or type(value) not in _WORDS  # e.g. an AcceleratorConfig
+
+
+def _shown(value: Any) -> str:
+    return "a number that long" if isinstance(value, int) and value.bit_length() > 64 else f"{value!r:.60}"
 
 
 def _current_names(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ class RunControl:
     """What a front end asks of a run.
 
     Requests may come from any thread. The training loop obeys them in :meth:`checkpoint`, so
-    that no step is cut in half.
+    that no step is cut in half. Each says what is wanted, so that asking again changes nothing: a
+    request may be obeyed long after it was made.
 
     Attributes:
         poll: Called at each checkpoint and, while paused, every ``poll_interval`` seconds. A
@@ -53,11 +54,6 @@ class RunControl:
     def resume(self) -> None:
         """Lets a waiting run go on."""
         self._set_paused(False)
-
-    def toggle_pause(self) -> None:
-        """Pauses a run that goes on, resumes one that waits."""
-        with self._changed:
-            self._set_paused(not self._paused)
 
     def checkpoint(self, on_wait: Callable[[], None] | None = None) -> bool:
         """Called by the training loop between steps; blocks while paused.

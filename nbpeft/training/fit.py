@@ -7,18 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
 from nbpeft.engine.tokens import embedding_of
-from nbpeft.errors import ConfigError, NbpeftError, TrainingError, in_one_line
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_here, slow_words
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
-from nbpeft.training.arguments import build_arguments, split_arguments
+from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
 from nbpeft.training.data import Collator, Rows, prepare_data
@@ -37,6 +38,7 @@ def train(
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
+    adapter: str | None = None,
     control: RunControl | None = None,
     publish: Callable[[TrainState], None] | None = None,
     run_factory: Callable[..., Run] = Run,
@@ -47,7 +49,8 @@ def train(
     """Trains the active adapters of ``model``.
 
     Stop, Pause and KeyboardInterrupt are obeyed: a stopped training returns its result like any
-    other, and the model keeps what it learned.
+    other, and the model keeps what it learned. Whatever fails before the first step leaves the
+    model, and which adapters act or are merged, as before.
 
     Args:
         model: A model with adapters.
@@ -55,6 +58,8 @@ def train(
         eval_data: Rows to measure on, in the same forms.
         tokenizer: Needed unless the rows are tokenised.
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
+        adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
+            was done.
         control: Where Stop and Pause are asked for.
         publish: Called with each new state of the run.
         run_factory: Makes the run, called like :class:`Run`.
@@ -68,22 +73,25 @@ def train(
         ConfigError: an argument is unknown or impossible.
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
     """
-    _can_train(model)
-    trainer_class = adapter_trainer(trainer_class)
+    _can_train(model, adapter)
+    trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))
+    arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
+    check_options(options)
     rows = _rows(model, data, tokenizer, max_length)
     eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | options
     with scratch_folder() as folder:
         settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=eval_rows is not None)
         options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
-        run = run_factory(model, None, control=control, publish=publish)
-        run.note("; ".join(part.notes for part in (rows, eval_rows) if isinstance(part, Rows) and part.notes))
-        if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
-            run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
         failure: Exception | None = None
         try:
-            metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
+            with _switched(model, adapter) as switched:
+                switched.run = run = run_factory(model, None, control=control, publish=publish)
+                run.note("; ".join(part.notes for part in (rows, eval_rows) if isinstance(part, Rows) and part.notes))
+                if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
+                    run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
+                metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
         except Exception as error:
             failure = _translated(error, model, settings)
             if failure is error and not isinstance(error, NbpeftError):
@@ -93,18 +101,71 @@ def train(
     return _result(run, metrics, fields.get("output_dir"))
 
 
-def _can_train(model: nn.Module) -> None:
+def _can_train(model: nn.Module, adapter: str | None) -> None:
+    """Refuses a model that cannot learn, as it is or after the switch to an adapter."""
     if not is_adapted(model):
         raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
     manager: Any = getattr(model, "manager", None)
-    if getattr(manager, "merged", ()):
-        names = ", ".join(map(repr, manager.merged))
+    if adapter is not None:
+        if manager is None:
+            raise TrainingError(f"{type(model).__name__} cannot be switched to {adapter!r:.60} here: switch it first.")
+        manager.require_reachable(adapter)
+    merged = getattr(manager, "merged", ())
+    if merged and (adapter is None or merged == (adapter,)):
+        names = ", ".join(map(repr, merged))
         raise TrainingError(f"Merged adapters cannot be trained ({names}): unmerge first.")
-    if not getattr(manager, "enabled", True):
+    if adapter is None:
+        _can_learn(model)
+
+
+def _can_learn(model: nn.Module) -> None:
+    if not getattr(getattr(model, "manager", None), "enabled", True):
         raise TrainingError("The adapters are off, so that nothing would be learned: enable them first (%lora on).")
     if next(trainable(model), None) is None:
         names = ", ".join(map(repr, active_names(model))) or "none"
         raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
+
+
+class _Switched:
+    """A run that may begin with a switch."""
+
+    run: Run | None = None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model is another than before."""
+        return self.run is not None and (self.run.steps_done > 0 or self.run.state.status == "finished")
+
+
+@contextmanager
+def _switched(model: Any, adapter: str | None) -> Iterator[_Switched]:
+    """Lets an adapter act; what acted or was merged before does so again where nothing was learned."""
+    switched = _Switched()
+    if adapter is None:
+        yield switched
+        return
+    manager = model.manager
+    active, enabled, merged = manager.active, manager.enabled, manager.merged
+    try:
+        manager.activate(adapter)
+        if not enabled:
+            manager.enable()
+        _can_learn(model)
+        yield switched
+    finally:
+        if not switched.learned:
+            if active:
+                manager.activate(active)
+            if merged:
+                manager.merge(merged)
+            if not enabled:
+                manager.disable()
+
+
+def _checked_class(given: Any, base: type[Any], name: str) -> Any:
+    if not (isinstance(given, type) and issubclass(given, base)):
+        raise ConfigError(f"{name} must be a class derived from {base.__name__}, not {given!r:.60}", field=name)
+    return given
 
 
 def _rows(model: nn.Module, data: Any, tokenizer: Any, max_length: int | None) -> Any:
@@ -165,20 +226,22 @@ def _fit(
 def _made(trainer_class: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:
     try:
         return trainer_class(model=model, **options)
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, NbpeftError):
+    except Exception as error:
+        if isinstance(error, NbpeftError) or is_out_of_memory(error):
             raise
-        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {in_one_line(error)}") from error
+        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {reason_of(error)}") from error
 
 
 def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:
-    """Trains, and turns running out of memory into one line."""
+    """Trains, and turns running out of memory, and what fails before the first batch, into one line."""
     try:
         output = trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
         return {name: float(value) for name, value in output.metrics.items()}
     except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            if isinstance(error, NbpeftError) or callback.run.total_steps is not None:
+                raise
+            raise ConfigError(f"The run cannot start with these arguments: {reason_of(error)}") from error
         failure = shortage(
             error,
             model,

@@ -189,7 +189,7 @@ class Run:
             advanced = self._record.add(step, loss, learning_rate, tokens, epoch)
             if advanced and self._check is not None:
                 last = self.total_steps is not None and self._record.step >= self.total_steps
-                self._warn(self._check.after_step(self._steps_done, last=last))
+                self._warn(self._check.after_step(self.steps_done, last=last))
         self.publish()
 
     def note(self, message: str) -> None:
@@ -227,8 +227,8 @@ class Run:
                 return
             self._ended = self._clock()
             if self._check is not None:
-                if status == "finished" and self._steps_done:
-                    self._warn(self._check.after_step(self._steps_done, last=True))
+                if status == "finished" and self.steps_done:
+                    self._warn(self._check.after_step(self.steps_done, last=True))
                 self._check.close()
                 self._check = None
             self._status = status
@@ -305,15 +305,16 @@ class Run:
             return int(self._record.token_count)
 
     @property
+    def steps_done(self) -> int:
+        """Optimizer steps of this run, those of one that it resumes left out."""
+        return self._record.step - self._record.first_step
+
+    @property
     def cut_short(self) -> bool:
         """Whether the run ends, or has ended, before its last step because somebody asked for it."""
         return self.control.stop_requested and (self.total_steps is None or self._record.step < self.total_steps)
 
     # Inside
-
-    @property
-    def _steps_done(self) -> int:
-        return self._record.step - self._record.first_step
 
     def _elapsed(self) -> float:
         if self._started is None:

@@ -1,8 +1,14 @@
-"""Stop and Pause buttons of one run. They work while the cell runs, and vanish with the run."""
+"""Stop and Pause buttons of one run. They work while the cell runs, and vanish with the run.
+
+Pause and Resume are two buttons in one place, of which one is seen: a click means what its button says
+even when it arrives after the other has taken the place, and a second click on Pause pauses, too.
+"""
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.widgets.click_delivery import Delivery, deliver_clicks
@@ -33,14 +39,22 @@ class RunButtons:
         self._seen = self._handled = 0
         self._ended = False
         self._shown: tuple[bool, bool] = (False, False)
-        button = {"layout": ipywidgets.Layout(width="96px", height="26px", margin="4px 8px 4px 0")}
-        self.pause = ipywidgets.Button(description="Pause", icon="pause", tooltip="Wait after this step", **button)
-        self.stop = ipywidgets.Button(
-            description="Stop", icon="stop", tooltip="End the run after this step and keep what was learned", **button
-        )
-        self.box = ipywidgets.HBox([self.pause, self.stop])
-        self.stop.on_click(weakly(self._clicked, "stop"))
-        self.pause.on_click(weakly(self._clicked, "pause"))
+
+        def button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:
+            layout = ipywidgets.Layout(width="96px", height="26px", margin="4px 8px 4px 0", display=display)
+            return ipywidgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
+
+        self.pause = button("Pause", "pause", "Wait after this step")
+        self.resume = button("Resume", "play", "Go on", "none")
+        self.stop = button("Stop", "stop", "End the run after this step and keep what was learned")
+        self.box = ipywidgets.HBox([self.pause, self.resume, self.stop])
+        self._requests: dict[Any, Callable[[], None]] = {
+            self.pause: control.pause,
+            self.resume: control.resume,
+            self.stop: control.request_stop,
+        }
+        for clicked, request in self._requests.items():
+            clicked.on_click(weakly(self._clicked, request))
         self._delivery = self._listen()
         self._previous_poll = control.poll
         control.poll = self._poll
@@ -62,7 +76,8 @@ class RunButtons:
             return
         self._shown = wanted
         paused, stopping = wanted
-        self.pause.description, self.pause.icon = ("Resume", "play") if paused else ("Pause", "pause")
+        self.pause.layout.display = "none" if paused else None
+        self.resume.layout.display = None if paused else "none"
         self.stop.disabled = self.pause.disabled = stopping
 
     def close(self) -> None:
@@ -85,27 +100,21 @@ class RunButtons:
 
     def _listen(self) -> Delivery | None:
         listeners: dict[str, Any] = {}
-        for button, listener in ((self.stop, self._peeked_stop), (self.pause, self._peeked_pause)):
+        for button, request in self._requests.items():
             comm_id = getattr(button.comm, "comm_id", None)
             if comm_id is None:
                 return None
-            listeners[comm_id] = listener
+            listeners[comm_id] = functools.partial(self._peeked, request)
         return deliver_clicks(listeners)
 
-    def _peeked_stop(self) -> None:
-        self._peeked("stop")
-
-    def _peeked_pause(self) -> None:
-        self._peeked("pause")
-
-    def _peeked(self, which: str) -> None:
+    def _peeked(self, request: Callable[[], None]) -> None:
         with self._lock:
             self._seen += 1
-        self._ask(which)
+        self._ask(request)
 
-    def _clicked(self, which: str) -> None:
+    def _clicked(self, request: Callable[[], None]) -> None:
         if self._delivery is None:
-            self._ask(which)
+            self._ask(request)
             return
         with self._lock:
             self._handled += 1
@@ -113,13 +122,9 @@ class RunButtons:
         if last:
             self._free()
 
-    def _ask(self, which: str) -> None:
-        if self._ended:
-            return
-        if which == "stop":
-            self._control.request_stop()
-        else:
-            self._control.toggle_pause()
+    def _ask(self, request: Callable[[], None]) -> None:
+        if not self._ended:
+            request()
 
     def _poll(self) -> None:
         if self._delivery is not None:

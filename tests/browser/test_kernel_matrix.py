@@ -24,7 +24,8 @@ session = FakeSession()
 
 def show(run, name):
     view = show_run(run, session, name)
-    print('IDS', view._buttons.stop.comm.comm_id, view._buttons.pause.comm.comm_id, flush=True)
+    buttons = (view._buttons.stop, view._buttons.pause, view._buttons.resume)
+    print('IDS', *(button.comm.comm_id for button in buttons), flush=True)
 
 session.started.append(show)
 """
@@ -151,13 +152,13 @@ def notebook(kernel: Notebook) -> Notebook:
     return kernel
 
 
-def start_run(notebook: Notebook, steps: int = 3000) -> tuple[str, str, str]:
-    """Starts a run; returns its request and the comm ids of Stop and Pause."""
+def start_run(notebook: Notebook, steps: int = 3000) -> tuple[str, str, str, str]:
+    """Starts a run; returns its request and the comm ids of Stop, Pause and Resume."""
     notebook.text = ""
     request = notebook.start(RUN.format(steps=steps))
-    found = notebook.wait_for_text(r"IDS (\S+) (\S+)\n")
+    found = notebook.wait_for_text(r"IDS (\S+) (\S+) (\S+)\n")
     time.sleep(0.3)
-    return request, found[1], found[2]
+    return request, found[1], found[2], found[3]
 
 
 def test_the_versions_are_those_asked_for_and_torch_is_not_needed(notebook: Notebook, stack: Stack) -> None:
@@ -168,7 +169,7 @@ def test_the_versions_are_those_asked_for_and_torch_is_not_needed(notebook: Note
 
 
 def test_stop_ends_the_run_and_neither_the_next_cell_nor_the_next_run(notebook: Notebook) -> None:
-    request, stop, _ = start_run(notebook)
+    request, stop, *_ = start_run(notebook)
     following = notebook.start(RUN.format(steps=15))
     notebook.click(stop)
     notebook.click(stop)
@@ -182,13 +183,14 @@ def test_stop_ends_the_run_and_neither_the_next_cell_nor_the_next_run(notebook: 
 
 
 def test_pause_waits_until_it_is_resumed(notebook: Notebook) -> None:
-    request, stop, pause = start_run(notebook)
+    request, stop, pause, resume = start_run(notebook)
+    notebook.click(pause)
     notebook.click(pause)
     notebook.wait(lambda: any("paused · model" in card for card in notebook.cards()), seconds=5)
     count = len(notebook.cards())
     with pytest.raises(AssertionError):
         notebook.wait(lambda: len(notebook.cards()) > count, seconds=0.8)
-    notebook.click(pause)
+    notebook.click(resume)
     notebook.wait(lambda: len(notebook.cards()) > count + 1, seconds=5)
     assert "running · model" in notebook.cards()[-1]
     notebook.click(pause)
@@ -199,7 +201,7 @@ def test_pause_waits_until_it_is_resumed(notebook: Notebook) -> None:
 
 
 def test_an_interrupt_is_as_graceful_as_stop(notebook: Notebook, kernel: Notebook) -> None:
-    request, _, _ = start_run(notebook)
+    request, *_ = start_run(notebook)
     kernel.client.parent.interrupt_kernel()
     notebook.wait_for_end(request)
     assert re.search(r"ENDED \d+ stopped", notebook.text)

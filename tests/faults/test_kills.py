@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nbpeft.training.foreign import watch_trainers
 
 from nbpeft.errors import CheckpointError
-from nbpeft.training.foreign import watch_trainers
 from tests.faults.killing import EFFORT, KILLS, after_call, die, drawn, failing_call, forked
 from tests.faults.writers import NEW, OLD, Models, Writer, litter, writers
 

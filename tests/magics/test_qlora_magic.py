@@ -75,8 +75,60 @@ def test_again_it_only_reconfigures(bare: Notebook, folder: Path) -> None:
     second = bare.do(cell("model", "--name chat", "gradient_checkpointing = False\n"))
     assert not second.quantized and not base.is_activation_checkpointing
     assert set(bare["model"].peft_config) == {"sql", "chat"}
-    other = bare.do(cell("$place", "--name sql").replace("bits = 4", "bits = 8"))
+    line = bare.run(cell("$place", "--name sql").replace("bits = 4", "bits = 8")).line
+    assert "'model' holds a PeftModel with 'sql', 'chat'; say --as NAME" in line
+    assert bare["model"].get_base_model() is base
+    other = bare.do(cell("$place", "--as model --name sql").replace("bits = 4", "bits = 8"))
     assert other.quantized and bare["model"].get_base_model() is not base
+
+
+@pytest.mark.parametrize("held", ["adapted", "bare", "a text"])
+def test_a_variable_that_nobody_named_is_not_taken(notebook: Notebook, folder: Path, held: str) -> None:
+    if held == "adapted":
+        notebook.do("%lora add model --name trained r=2 target_modules=q_proj")
+    if held == "a text":
+        notebook["model"] = str(folder)
+    before = notebook["model"]
+    line = notebook.run(cell(str(folder), "--name q", "dtype = 'bfloat16'\n")).line
+    what = {"adapted": "a PeftModel with 'trained'", "bare": "a LlamaForCausalLM", "a text": "a str"}[held]
+    assert f"'model' holds {what}; say --as NAME for the new model, --as model to put it in its place" in line
+    assert notebook["model"] is before and notebook.session.names == (("model",) if held == "adapted" else ())
+    notebook.do(cell(str(folder), "--as other --name q", "dtype = 'bfloat16'\n"))
+    assert notebook["model"] is before and quantized_layers(notebook["other"]) == 14
+
+
+@pytest.mark.parametrize("name", ["a.b", "__base__"])
+def test_a_name_that_cannot_be_is_refused_before_a_weight_is_rounded(notebook: Notebook, name: str) -> None:
+    base = notebook["model"]
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    assert "cannot name an adapter" in notebook.run(cell("model", f"--name {name}")).line
+    assert quantized_layers(base) == 0 and all(parameter.requires_grad for parameter in base.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+
+
+def test_what_preparing_did_is_taken_back_where_adapting_fails(
+    notebook: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook["model"] = base = tiny_base(dtype=torch.bfloat16)
+    notebook.do(cell("model", "--name first"))
+    notebook.do("%lora unload")
+
+    def state() -> list[Any]:
+        hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in base.modules()]
+        kinds = [(parameter.dtype, parameter.requires_grad) for parameter in base.parameters()]
+        return [hooks, kinds, base.is_activation_checkpointing]
+
+    notebook.session._origins.clear()
+    before = state()
+
+    def fail(*_: Any, **__: Any) -> None:
+        assert state() != before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nbpeft.model.get_peft_model", fail)
+    outcome = notebook.run(cell("model", "--name sql", "upcast = 'peft'\ngradient_checkpointing = False\n"))
+    assert isinstance(outcome.error, KeyboardInterrupt)
+    assert state() == before and notebook["model"] is base and notebook.session.names == ()
 
 
 def test_trains_and_is_saved(bare: Notebook, folder: Path, tmp_path: Path) -> None:
@@ -188,7 +240,7 @@ MISTAKES = [
     (cell("model", "", "upcast = 'all'\n"), "upcast='all' is not one of"),
     (cell("modle"), "no variable is called 'modle', and no folder. Did you mean 'model'?"),
     (cell("place"), "write $place for what it holds"),
-    (cell("./nowhere"), "no model could be loaded from './nowhere'"),
+    (cell("./nowhere", "--as other"), "no model could be loaded from './nowhere'"),
     (cell("model", "--as 'a b'"), "--as takes the name of a variable"),
     (cell("model", "--nam x"), "has no option --nam"),
     (cell("model").replace('"all-linear"', '["nothing"]'), "nothing"),

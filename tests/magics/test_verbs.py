@@ -279,6 +279,97 @@ def test_a_bare_model_beside_an_adapted_one(adapted: Notebook) -> None:
     assert "this model carries no adapters yet; add one with a cell that begins with %%lora" in line
 
 
+class TestWhichModel:
+    """A command takes no model that it was not given."""
+
+    @pytest.fixture
+    def two(self, trained: Notebook) -> Notebook:
+        """``model`` with ``sql`` and ``chat``, and ``q4`` with ``q``, of which the first was used last."""
+        from tests.training.support import tiny_base
+
+        trained["q4"] = tiny_base(seed=1)
+        trained.do("%lora add q4 --name q r=2 target_modules=q_proj")
+        trained.do("%lora use sql --model model")
+        return trained
+
+    def test_after_an_unload_no_other_is_merged(self, two: Notebook) -> None:
+        line = two.run("%lora unload").line
+        assert "several models carry adapters: model, q4; say which one to unload (model, --model)" in line
+        two.do("%lora unload --model model")
+        before = fingerprint(two["q4"])
+        for verb in ("merge", "unload", "off", "delete q", "use q", "save x", "panel", "memory", "inspect"):
+            line = two.run(f"%lora {verb}").line
+            assert "the model used last is unloaded or gone; say which one is meant (model, --model): q4" in line
+        assert fingerprint(two["q4"]) == before and two["q4"].manager.merged == ()
+        assert "q4" in str(two.do("%lora"))
+        two.do("%lora merge --model q4")
+        assert two["q4"].manager.merged == ("q",)
+        two.do("%lora unmerge")
+
+    @pytest.mark.parametrize("line", ["merge", "unmerge", "unload", "delete sql", "rename sql x", "combine sql --as x"])
+    def test_of_several_it_is_said(self, two: Notebook, line: str) -> None:
+        before = fingerprint(two["model"])
+        assert "say which one to" in two.run(f"%lora {line}").line
+        assert fingerprint(two["model"]) == before
+        two.do(f"%lora {line} --model model")
+
+    def test_swapping(self, two: Notebook, tmp_path: Path) -> None:
+        two.do(f"%lora save {tmp_path} --name sql")
+        assert "say which one to swap" in two.run(f"%lora swap {tmp_path} --into sql").line
+        two.do(f"%lora swap {tmp_path} --into sql --model model")
+
+    def test_what_a_variable_holds_goes_before_what_it_held(self, two: Notebook) -> None:
+        two["kept"], two["model"] = two["model"], two["q4"].get_base_model()
+        two["q4"] = None
+        old = two["kept"]
+        line = two.run("%lora merge --model model").line
+        assert old.manager.merged == ()
+        assert "no model" in line or "carries no adapters" in line or "there is" in line
+        two.do("%lora merge --model kept")
+        assert old.manager.merged == ("sql",)
+
+    def test_the_help_says_so(self, bare: Notebook) -> None:
+        assert "may be left out where one alone carries" in " ".join(repr(bare.do("%lora merge --help")).split())
+        assert "adapted, loaded into, trained or switched last" in " ".join(repr(bare.do("%lora off --help")).split())
+        assert "must be free or hold what this cell made before" in " ".join(repr(bare.do("%qlora --help")).split())
+
+
+@pytest.mark.parametrize(
+    "line", ["save {place}/run(1", "save {place}/it's --name sql", "save '{place}/a[b'", "use sql;"]
+)
+def test_a_line_that_is_not_python_is_carried_out_without_a_traceback(
+    trained: Notebook, tmp_path: Path, line: str
+) -> None:
+    outcome = trained.run(f"%lora {line.format(place=tmp_path)}")
+    assert outcome.error is None and "Traceback" not in outcome.printed + outcome.complained
+    assert (outcome.value is None) == line.endswith(";")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "%lora use " + "x" * 9000,
+        "%lora " + "x" * 9000,
+        "%lora scale sql " + "9" * 9000,
+        "%lora compare hi --tokens " + "9" * 9000,
+        "%lora use sql --" + "x" * 9000,
+        "%lora use sql --model " + "x" * 9000,
+        "%lora save " + "x" * 9000,
+        "%%lora model\nr = " + "9" * 9000,
+        "%%lora model\nr = 10**400",
+        "%%lora model\nlora_alpha = 10**400",
+        "%%lora model\nr = " + "(" * 900 + ")" * 900,
+        "%%lora model\n" + "x" * 9000 + " = 1",
+        "%%lora model\nr = 1, " + " " * 900 + "2 3",
+        "%%lora_train model --data " + "[" * 900,
+        "%%lora_train model --data " + "x" * 9000 + "\nmax_steps = 1",
+    ],
+)
+def test_messages_stay_short_whatever_was_given(trained: Notebook, cell: str) -> None:
+    lines = trained.run(cell).line.split("\n")
+    assert len(lines) <= 3 and all(len(line) < 450 for line in lines)
+
+
 def test_loading_without_any_model(bare: Notebook, tmp_path: Path) -> None:
     assert "needs a model, and no variable holds one" in bare.run(f"%lora load {tmp_path}").line
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from nbpeft.training.foreign import watch_trainers
 from transformers import TrainingArguments
 
 import nbpeft.training.checkpoints as checkpoints
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.training import Collator, Trainer, train
 from nbpeft.training.checkpoints import flaw_of
-from nbpeft.training.foreign import watch_trainers
 from tests.training.support import adapt, tiny_base, token_rows, weights
 
 watch_trainers()

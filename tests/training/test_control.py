@@ -43,11 +43,13 @@ def test_stop_ends_a_pause():
     assert not control.paused
 
 
-def test_toggle_pause():
+def test_asking_again_changes_nothing():
     control = RunControl()
-    control.toggle_pause()
+    control.pause()
+    control.pause()
     assert control.paused
-    control.toggle_pause()
+    control.resume()
+    control.resume()
     assert not control.paused
 
 

@@ -50,7 +50,7 @@ def test_rows_of_every_kind_that_can_be_learned_pass() -> None:
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, not 0"),
         ({"seed": "a"}, "seed must be a whole number, not 'a'"),
         ({"report_to": "zzz"}, "zzz"),
-        ({"callbacks": [3]}, "No Trainer can be made of these"),
+        ({"callbacks": [3]}, "callbacks must be a list of TrainerCallbacks, not [3]"),
         ({"max_length": 0}, "max_length must be a whole number of at least 1, not 0"),
         ({"tokenizer": [1]}, "tokenizer must be a tokenizer, not a list"),
     ],

@@ -102,24 +102,70 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.01)
 
 
+def seen(buttons: Any) -> list[str]:
+    return [button.description for button in buttons.box.children if button.layout.display != "none"]
+
+
 def test_the_buttons_pause_resume_and_stop(session: Any, outputs: list[Output]) -> None:
     shown(session, "widgets")
     run, thread = run_in_thread(session, 10_000)
     wait_until(lambda: training_panel._live and next(iter(training_panel._live.values()))._buttons)
     buttons = next(iter(training_panel._live.values()))._buttons
     assert buttons is not None
+    assert seen(buttons) == ["Pause", "Stop"]
     buttons.pause.click()
-    wait_until(lambda: buttons.pause.description == "Resume")
+    wait_until(lambda: seen(buttons) == ["Resume", "Stop"])
     assert run.state.status == "paused"
     assert "paused" in outputs[0].last["text/html"]
     before = run.state.step
-    buttons.pause.click()
+    buttons.resume.click()
     wait_until(lambda: run.state.step > before)
-    assert buttons.pause.description == "Pause"
+    assert seen(buttons) == ["Pause", "Stop"]
     buttons.stop.click()
     thread.join(5)
     assert "stopped: step" in views.training_text(run.state)
     assert run.control.poll is None
+
+
+@pytest.mark.parametrize("delivered", ["by the widget", "while the cell runs"])
+def test_a_second_click_on_pause_pauses_too(
+    session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch, delivered: str
+) -> None:
+    listeners: dict[str, Any] = {}
+
+    class Delivery:
+        def poll(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    def deliver(found: dict[str, Any]) -> Delivery | None:
+        listeners.update(found)
+        return Delivery() if delivered == "while the cell runs" else None
+
+    monkeypatch.setattr(run_buttons, "deliver_clicks", deliver)
+    control = FakeRun(session).control
+    buttons = run_buttons.RunButtons(control)
+
+    def click(button: Any) -> None:
+        if delivered == "while the cell runs":
+            listeners[button.comm.comm_id]()
+        else:
+            button.click()
+
+    click(buttons.pause)
+    click(buttons.pause)  # before the step has ended and the button has changed
+    assert control.paused
+    buttons.sync()
+    click(buttons.pause)  # sent before the page showed Resume
+    assert control.paused
+    click(buttons.resume)
+    click(buttons.resume)
+    assert not control.paused
+    if delivered == "while the cell runs":
+        for button in (*[buttons.pause] * 3, *[buttons.resume] * 2):
+            button.click()  # the kernel's own delivery, when the cell is done
+        assert not control.paused
+    buttons.close()
 
 
 def test_a_click_that_comes_again_after_the_run_does_nothing(

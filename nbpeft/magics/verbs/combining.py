@@ -11,7 +11,7 @@ from nbpeft.errors import CellError
 from nbpeft.magics.comparing import comparing_panel, shown_live
 from nbpeft.magics.desk import Desk, is_module
 from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import ON_MODEL, verb
+from nbpeft.magics.registry import ON_MODEL, THE_MODEL, verb
 from nbpeft.magics.tokenizers import CHAT, RAW, TOKENIZER, chosen_tokenizer
 
 TYPES = (
@@ -50,7 +50,7 @@ _WEIGHTS = argument(
     argument("--sign", metavar="METHOD", default="total", choices=("total", "frequency"), help="how ties elects signs"),
     argument("--seed", type=int, metavar="N", help="of the entries that dare drops"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
-    ON_MODEL,
+    THE_MODEL,
     example="%lora combine orders=0.7 pirate=0.3 --as both",
 )
 def combine(options: argparse.Namespace, desk: Desk) -> object:
@@ -137,7 +137,7 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
     RAW,
     CHAT,
     TOKENIZER,
-    ON_MODEL,
+    THE_MODEL,
     example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
 )
 def swap(options: argparse.Namespace, desk: Desk) -> object:
@@ -201,12 +201,11 @@ def _prompts(options: argparse.Namespace, desk: Desk) -> Any:
 
 def _compiled_over(model: Any, desk: Desk) -> Any:
     """The compiled form of a model where a variable holds one, so that the swap keeps what is compiled."""
-    name = model if isinstance(model, str) else None
-    if model is not None and name is None:
+    if hasattr(model, "_orig_mod"):
         return model
-    handle = desk.session.model(name)
+    handle = desk.session.model(model, command="swap")
     inner = (handle, handle.get_base_model())
     for key, value in list(desk.namespace.items()):
         if not key.startswith("_") and is_module(value) and getattr(value, "_orig_mod", None) in inner:
             return value
-    return model
+    return handle

@@ -7,7 +7,7 @@ import argparse
 from nbpeft.errors import CellError
 from nbpeft.magics.desk import Desk
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ON_MODEL, verb
+from nbpeft.magics.registry import THE_MODEL, verb
 from nbpeft.magics.tokenizers import TOKENIZER, chosen_tokenizer
 
 FLOATS = ("bfloat16", "float16", "float32")
@@ -25,7 +25,7 @@ _SAFE = argument("--safe", action="store_true", help="refuse where a merged weig
     argument("--dtype", metavar="DTYPE", words=FLOATS, help="with --to: of its weights; the model's if left out"),
     argument("--base", metavar="DIR", completes="path", help="with --to: add to the original weights in this folder"),
     TOKENIZER,
-    ON_MODEL,
+    THE_MODEL,
     example="%lora merge sql --to merged/sql",
 )
 def merge(options: argparse.Namespace, desk: Desk) -> object:
@@ -40,7 +40,7 @@ def merge(options: argparse.Namespace, desk: Desk) -> object:
     return desk.session.merge(options.names or None, model=model, safe=options.safe, to=options.to, **given)
 
 
-@verb("unmerge", "Put the base weights back, bit for bit.", ON_MODEL)
+@verb("unmerge", "Put the base weights back, bit for bit.", THE_MODEL)
 def unmerge(options: argparse.Namespace, desk: Desk) -> object:
     """Unmerges adapters."""
     return desk.session.unmerge(model=desk.chosen(options.model))
@@ -51,13 +51,12 @@ def unmerge(options: argparse.Namespace, desk: Desk) -> object:
     "Take all adapters off: the variable holds the base model again.",
     argument("--merge", action="store_true", help="add the active adapters to the base weights first"),
     _SAFE,
-    ON_MODEL,
+    THE_MODEL,
     example="%lora unload",
 )
 def unload(options: argparse.Namespace, desk: Desk) -> object:
     """Unloads; no variable, output or traceback holds the adapters afterwards."""
-    model = desk.chosen(options.model)
-    handle = desk.session.model(model) if model is None or isinstance(model, str) else model
+    handle = desk.session.model(desk.chosen(options.model), command="unload")
     result = desk.session.unload(merge=options.merge, model=handle, safe=options.safe)
     desk.replace(handle, result.base)
     result.let_go()

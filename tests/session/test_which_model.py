@@ -1,0 +1,193 @@
+"""Which model a command without one means, and that none is taken that was not given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.errors import AdapterError
+from nbpeft.model import LoraConfig, get_peft_model
+from nbpeft.session import Session
+from tests.training.support import tiny_base, token_rows
+
+FIELDS = {"r": 2, "target_modules": ["q_proj"]}
+
+
+@pytest.fixture
+def session() -> Session:
+    return Session()
+
+
+@pytest.fixture
+def two(session: Session) -> tuple[Any, Any]:
+    """Two models with an adapter ``x``; the second one is the current one."""
+    return tuple(session.add(tiny_base(), FIELDS, name="x", variable=name).model for name in ("first", "second"))  # type: ignore[return-value]
+
+
+TAKING: dict[str, Callable[[Session, Path], object]] = {
+    "merge": lambda session, folder: session.merge(),
+    "merge into a folder": lambda session, folder: session.merge(to=folder / "merged"),
+    "unmerge": lambda session, folder: session.unmerge(),
+    "unload": lambda session, folder: session.unload(),
+    "delete": lambda session, folder: session.delete("x"),
+    "rename": lambda session, folder: session.rename("x", "y"),
+    "combine": lambda session, folder: session.combine({"x": 1.0}, as_name="y"),
+    "swap": lambda session, folder: session.swap(folder / "x"),
+    "train": lambda session, folder: session.train(None, token_rows(4), max_steps=1),
+}
+
+
+def state_of(*models: Any) -> list[Any]:
+    return [
+        (model.manager.names, model.manager.active, model.manager.merged, model.manager.alive, model.manager.revision)
+        for model in models
+    ]
+
+
+@pytest.mark.parametrize("what", TAKING)
+def test_what_takes_something_away_asks_which_of_several(
+    session: Session, two: tuple[Any, Any], tmp_path: Path, what: str
+) -> None:
+    session.save(tmp_path / "x", name="x", model="first")
+    before = state_of(*two)
+    command = what.partition(" ")[0]
+    words = rf"several models carry adapters: first, second; say which one to {command} \(model, --model\)"
+    with pytest.raises(AdapterError, match=words) as caught:
+        TAKING[what](session, tmp_path)
+    assert caught.value.details["available"] == ("first", "second")
+    assert state_of(*two) == before and session.state.current == "second"
+
+
+def test_what_takes_nothing_away_acts_on_the_current_one(session: Session, two: tuple[Any, Any]) -> None:
+    first, second = two
+    assert session.off().state is not None and not second.manager.enabled and first.manager.enabled
+    session.on(model="first")
+    assert session.state.current == "second"
+    session.use("x", model="first")
+    assert session.state.current == "first" and session.model() is first
+    assert session.inspect("x").model_name == "first"
+
+
+@pytest.mark.parametrize("gone", ["unloaded", "unloaded in Python", "deleted"])
+def test_no_model_takes_the_place_of_one_that_is_gone(session: Session, gone: str) -> None:
+    left = session.add(tiny_base(), FIELDS, name="x", variable="left").model
+    model = session.add(tiny_base(), FIELDS, name="x", variable="model").model
+    if gone == "unloaded":
+        session.unload(model="model")
+    elif gone == "unloaded in Python":
+        model.unload()
+    del model
+    assert session.names == ("left",) and session.state.current is None
+    for command in (session.merge, session.off, session.unload, session.unmerge, session.model):
+        words = r"the model used last is unloaded or gone; say which one is meant \(model, --model\): left"
+        with pytest.raises(AdapterError, match=words):
+            command()
+    assert left.manager.merged == () and left.manager.enabled
+    session.merge(model="left")  # which says it for those that follow
+    assert session.state.current == "left" and left.manager.merged == ("x",)
+    session.unmerge()
+    assert left.manager.merged == ()
+
+
+def test_a_model_alone_need_not_be_named(session: Session) -> None:
+    model = session.add(tiny_base(), FIELDS, name="x").model
+    session.merge()
+    assert model.manager.merged == ("x",)
+    session.unmerge()
+    session.rename("x", "y")
+    session.unload()
+    again = session.add(tiny_base(), FIELDS, name="x").model
+    session.delete("x")
+    assert again.manager.names == ()
+
+
+def test_what_was_adapted_in_python_takes_no_place(session: Session) -> None:
+    model = session.add(tiny_base(), FIELDS, name="x", variable="model").model
+    other = get_peft_model(tiny_base(), LoraConfig(r=2, target_modules=["q_proj"]))
+    session.adopt({"model": model, "other": other})
+    assert session.names == ("model", "other") and session.state.current == "model"
+    newer = Session()
+    newer.adopt({"model": model, "other": other})
+    assert newer.state.current is None
+    with pytest.raises(AdapterError, match=r"say which one is meant \(model, --model\): model, other"):
+        newer.off()
+    alone = Session()
+    alone.adopt({"other": other})
+    assert alone.state.current == "other"
+
+
+def test_training_names_a_model(session: Session, two: tuple[Any, Any]) -> None:
+    session.train(two[0], [{"input_ids": [1, 2, 3]}], max_steps=1)
+    assert session.state.current == "first"
+
+
+class TestAFailure:
+    """What fails after the model was touched takes back what it did; the book is as it was."""
+
+    def test_of_adapting(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept = session.add(tiny_base(), FIELDS, name="x", variable="model").model
+        base = tiny_base()
+        before = {name: (id(p), p.requires_grad) for name, p in base.named_parameters()}
+
+        def fail(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("nbpeft.session.adapters.AddResult", fail)
+        with pytest.raises(KeyboardInterrupt):
+            session.add(base, FIELDS, name="y", variable="model", trainable=False)
+        assert {name: (id(p), p.requires_grad) for name, p in base.named_parameters()} == before
+        assert session.names == ("model",) and session.model() is kept
+
+    def test_of_loading(self, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        session.save(tmp_path / "x", model=session.add(tiny_base(), FIELDS, name="x", variable="one").model)
+        base = tiny_base()
+        before = {name: (id(p), p.requires_grad) for name, p in base.named_parameters()}
+
+        def fail(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("nbpeft.session.adapters.LoadResult", fail)
+        with pytest.raises(KeyboardInterrupt):
+            session.load(tmp_path / "x", model=base)
+        assert {name: (id(p), p.requires_grad) for name, p in base.named_parameters()} == before
+        assert session.names == ()
+
+    @pytest.mark.parametrize("name", ["a.b", "", "__base__", None])
+    def test_of_a_name(self, session: Session, name: Any) -> None:
+        base = tiny_base()
+        with pytest.raises(AdapterError, match="cannot name an adapter"):
+            session.add(base, FIELDS, name=name)
+        assert session.names == () and all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_a_folder_whose_name_cannot_be_an_adapters(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = session.add(tiny_base(), FIELDS, name="x", variable="model").model
+    session.save(tmp_path / "taken", name="x")
+
+    def refuse(name: object) -> None:
+        if name == "taken":
+            raise AdapterError("'taken' cannot name an adapter", name=name)
+
+    monkeypatch.setattr("nbpeft.engine.holder.check_name", refuse)
+    with pytest.raises(AdapterError, match=r"'taken' cannot name an adapter; give the adapter a name \(name, --name\)"):
+        session.load(tmp_path / "taken")
+    with pytest.raises(AdapterError, match=r"'taken' cannot name an adapter$"):
+        session.load(tmp_path / "taken", name="taken")
+    assert model.manager.names == ("x",)
+    assert session.load(tmp_path / "taken", name="y").adapter.name == "y"
+
+
+@pytest.mark.parametrize("place", ["x" * 256, "a/" * 2100, "a\0b", "\ud800"])
+def test_what_cannot_be_a_path(session: Session, place: str) -> None:
+    model = session.add(tiny_base(), FIELDS, name="x").model
+    for command in (session.load, session.save, session.swap, lambda path: session.merge(to=path)):
+        with pytest.raises(AdapterError, match="cannot be a path") as caught:
+            command(place)
+        assert len(str(caught.value)) < 200
+    assert torch.is_tensor(next(model.parameters())) and model.manager.merged == ()

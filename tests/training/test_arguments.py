@@ -1,0 +1,154 @@
+"""Arguments that no run can begin with: one line, before anything of the model changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError
+from nbpeft.training import RunControl, train
+from tests.training.support import adapt, tiny_base, token_rows, weights
+
+IMPOSSIBLE = [
+    ({"torch_compile_mode": "x"}, "torch_compile_mode 'x' is unknown. It is one of: default"),
+    ({"torch_compile": True, "torch_compile_backend": "x"}, "'X' is not a valid DynamoBackend"),
+    ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, not -1"),
+    ({"resume_from_checkpoint": True}, "resume_from_checkpoint=True needs output_dir=…"),
+    ({"deepspeed": "x"}, "These training arguments are not possible: "),
+    ({"trainer_class": 5}, "trainer_class must be a class derived from Trainer, not 5"),
+    ({"arguments_class": dict}, "arguments_class must be a class derived from TrainingArguments"),
+    ({"output_dir": ""}, "output_dir must be a folder, not ''"),
+    ({"output_dir": 5}, "output_dir must be a text, not 5"),
+    ({"neftune_noise_alpha": "x"}, "neftune_noise_alpha must be a number, not 'x'"),
+    ({"neftune_noise_alpha": float("inf")}, "neftune_noise_alpha must be a number, not inf"),
+    ({"learning_rate": float("nan")}, "learning_rate must be a number, not nan"),
+    ({"learning_rate": 10**400}, "learning_rate must be a number, not a number that long"),
+    ({"seed": 10**5000}, "seed must be a whole number, not a number that long"),
+    ({"bf16": "yes"}, "bf16 must be True or False, not 'yes'"),
+    ({"data_collator": 5}, "data_collator must be a function, not 5"),
+    ({"compute_loss_func": 5}, "compute_loss_func must be a function, not 5"),
+    ({"callbacks": 5}, "callbacks must be a list of TrainerCallbacks, not 5"),
+    ({"optimizers": (None, 5)}, "optimizers must be an optimizer and a scheduler"),
+    ({"optim": "adamw_torc"}, "optim 'adamw_torc' is unknown. Did you mean 'adamw_torch'"),
+    ({"optim": "x"}, "optim 'x' is unknown. It is one of: adamw_torch"),
+    ({"optim": "adafactor", "optim_args": "x"}, "The run cannot start with these arguments: "),
+    ({"lr_scheduler_kwargs": {"x": 1}}, "The run cannot start with these arguments: "),
+    ({"lr_scheduler_kwargs": 5}, "lr_scheduler_kwargs must be a dictionary or a text, not 5"),
+    ({"adam_beta1": 5}, "The run cannot start with these arguments: Invalid beta"),
+    ({"log_level": "x"}, "No Trainer can be made of these: KeyError: 'x'"),
+    ({"accelerator_config": 5}, "accelerator_config must be a dictionary or a text, not 5"),
+    ({"accelerator_config": {"x": 1}}, "These training arguments are not possible: "),
+    ({"label_names": 5}, "label_names must be a list, not 5"),
+]
+
+
+@pytest.fixture
+def model() -> Any:
+    """A model with ``a``, active and merged, and ``b``."""
+    made = adapt(tiny_base(), "a")
+    made.add_adapter("b", made.peft_config["a"])
+    made.manager.activate("a")
+    made.manager.merge()
+    return made
+
+
+def state_of(model: Any) -> tuple[Any, ...]:
+    manager = model.manager
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return manager.active, manager.merged, manager.enabled, set(manager.frozen), flags, model.training
+
+
+@pytest.mark.filterwarnings("ignore:adapters are merged")
+@pytest.mark.parametrize(("arguments", "message"), IMPOSSIBLE)
+def test_a_run_that_cannot_start_is_one_line_and_changes_nothing(
+    model: Any, arguments: dict[str, Any], message: str
+) -> None:
+    before, tensors = state_of(model), {name: part.clone() for name, part in model.state_dict().items()}
+    with pytest.raises(ConfigError) as caught:
+        train(model, token_rows(4), adapter="b", **{"max_steps": 1, **arguments})
+    line = str(caught.value)
+    assert message in line
+    assert "\n" not in line and len(line) < 400
+    assert state_of(model) == before
+    assert all(torch.equal(part, tensors[name]) for name, part in model.state_dict().items())
+
+
+@pytest.mark.parametrize("adapter", ["nope", "a"])
+def test_an_adapter_that_cannot_train(model: Any, adapter: str) -> None:
+    before = state_of(model)
+    with pytest.raises(NbpeftError, match="'nope' not found" if adapter == "nope" else "Merged adapters cannot"):
+        train(model, token_rows(4), adapter=adapter, max_steps=1)
+    assert state_of(model) == before
+
+
+def test_a_frozen_adapter_is_not_left_active(model: Any) -> None:
+    model.manager.frozen.add("b")
+    before = state_of(model)
+    with pytest.warns(UserWarning, match="merged"), pytest.raises(TrainingError, match="Nothing is trainable"):
+        train(model, token_rows(4), adapter="b", max_steps=1)
+    assert state_of(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:adapters are merged")
+def test_adapters_that_were_off_are_off_again(model: Any) -> None:
+    model.manager.unmerge()
+    model.manager.disable()
+    before = state_of(model)
+    with pytest.raises(ConfigError, match="Invalid beta"):
+        train(model, token_rows(4), adapter="b", max_steps=1, adam_beta1=5)
+    assert state_of(model) == before
+    train(model, token_rows(4), adapter="b", max_steps=1)
+    assert model.manager.enabled and model.manager.active == ("b",)
+
+
+@pytest.mark.filterwarnings("ignore:adapters are merged")
+def test_the_adapter_trained_stays_active(model: Any) -> None:
+    before = weights_of(model, "b")
+    result = train(model, token_rows(8), adapter="b", max_steps=2, learning_rate=0.01)
+    assert (result.adapter, result.steps) == ("b", 2)
+    assert model.manager.active == ("b",) and model.manager.merged == ()
+    assert any(not torch.equal(part, before[name]) for name, part in weights_of(model, "b").items())
+
+
+@pytest.mark.filterwarnings("ignore:adapters are merged")
+def test_an_error_after_a_step_keeps_what_was_learned(model: Any) -> None:
+    rows = token_rows(8)
+    calls: list[int] = []
+
+    def collate(batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("no more rows")
+        return {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}
+
+    with pytest.raises(RuntimeError, match="no more rows"):
+        train(model, rows, adapter="b", max_steps=5, per_device_train_batch_size=1, data_collator=collate)
+    assert model.manager.active == ("b",) and model.manager.merged == ()
+
+
+@pytest.mark.filterwarnings("ignore:adapters are merged")
+def test_stopped_before_the_first_step_nothing_is_switched(model: Any) -> None:
+    before = state_of(model)
+    control = RunControl()
+
+    def stop(batch: Any) -> Any:
+        raise KeyboardInterrupt
+
+    result = train(model, token_rows(4), adapter="b", max_steps=3, data_collator=stop, control=control)
+    assert (result.status, result.steps) == ("stopped", 0)
+    assert state_of(model) == before
+
+
+def weights_of(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    return {name: part.detach().clone() for name, part in model.named_parameters() if f".{adapter}." in name}
+
+
+def test_objects_of_other_libraries_are_left_to_them(model: Any) -> None:
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    model.manager.unmerge()
+    before = weights(model)
+    train(model, token_rows(8), max_steps=1, learning_rate=0.01, accelerator_config=AcceleratorConfig())
+    assert any(not torch.equal(part, before[name]) for name, part in weights(model).items())
