@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
+from accelerate.utils import broadcast_object_list
 
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files, shown
 from nbpeft.checkpoint.staging import ASIDE, Staging, flush_folder, scratch_folder, staging_name, sweep

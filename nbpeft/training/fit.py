@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
+from nbpeft.engine.interrupts import HeldInterrupts
 from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
@@ -147,19 +148,21 @@ def _switched(model: Any, adapter: str | None) -> Iterator[_Switched]:
     manager = model.manager
     active, enabled, merged = manager.active, manager.enabled, manager.merged
     try:
-        manager.activate(adapter)
-        if not enabled:
-            manager.enable()
-        _can_learn(model)
+        with manager.transaction():
+            manager.activate(adapter)
+            if not enabled:
+                manager.enable()
+            _can_learn(model)
         yield switched
     finally:
         if not switched.learned:
-            if active:
-                manager.activate(active)
-            if merged:
-                manager.merge(merged)
-            if not enabled:
-                manager.disable()
+            with HeldInterrupts(to_the_end=True), manager.transaction():
+                if active:
+                    manager.activate(active)
+                if merged:
+                    manager.merge(merged)
+                if not enabled:
+                    manager.disable()
 
 
 def _checked_class(given: Any, base: type[Any], name: str) -> Any:

@@ -55,12 +55,12 @@ def tiny(storage: str) -> nn.Module:
 
         for name in ("first", "second"):
             plain: Any = getattr(model, name)
-            size = (WIDTH, WIDTH, plain.bias is not None)
-            kind = {
-                "nf4": lambda size: bnb.nn.Linear4bit(*size, compute_dtype=torch.float32, quant_type="nf4"),
-                "int8": lambda size: bnb.nn.Linear8bitLt(*size, has_fp16_weights=False),
-            }[storage]
-            made = kind(size)
+            bias = plain.bias is not None
+            made: Any = (
+                bnb.nn.Linear4bit(WIDTH, WIDTH, bias, compute_dtype=torch.float32, quant_type="nf4")
+                if storage == "nf4"
+                else bnb.nn.Linear8bitLt(WIDTH, WIDTH, bias, has_fp16_weights=False)
+            )
             made.load_state_dict(plain.state_dict())
             setattr(model, name, made.to("cpu"))
     return model.eval()

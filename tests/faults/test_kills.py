@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nbpeft.training.foreign import watch_trainers
 
 from nbpeft.errors import CheckpointError
 from tests.faults.killing import EFFORT, KILLS, after_call, die, drawn, failing_call, forked
 from tests.faults.writers import NEW, OLD, Models, Writer, litter, writers
-
-watch_trainers()
 
 WRITERS = (
     *("save one", "save one anew", "save several", "card", "merge", "merge into shards", "merge beside other files"),

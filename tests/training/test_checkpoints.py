@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from nbpeft.training.foreign import watch_trainers
 from transformers import TrainingArguments
 
 import nbpeft.training.checkpoints as checkpoints
@@ -20,7 +19,6 @@ from nbpeft.training import Collator, Trainer, train
 from nbpeft.training.checkpoints import flaw_of
 from tests.training.support import adapt, tiny_base, token_rows, weights
 
-watch_trainers()
 TOKEN = "hf_" + "aB3d" * 8
 
 
