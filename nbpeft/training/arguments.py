@@ -247,7 +247,8 @@ def _fits(value: Any, kind: type) -> bool:
     if kind is int:
         return isinstance(value, numbers.Integral) and abs(int(value)) < 2**63
     if kind is float:
-        return isinstance(value, numbers.Real) and abs(float(value)) <= sys.float_info.max  # NaN is not
+        number: Any = value
+        return isinstance(value, numbers.Real) and bool(abs(number) <= sys.float_info.max)  # NaN is not
     return isinstance(value, _ACCEPTED.get(kind, kind)) or type(value) not in _WORDS  # e.g. an AcceleratorConfig
 
 
