@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, ContextDecorator, ExitStack, suppress
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack
 from types import TracebackType
 from typing import Protocol
 
@@ -141,8 +141,22 @@ class ScopedChoice(ContextDecorator):
                 manager.unmerge()
             with manager.transaction(during_calls=True) as change:
                 manager.refresh(self._woken | manager.idle(scope.names), change)
-            with suppress(BusyError):  # inside a call: they act all the same, and are merged after the next block
-                manager.merge_parked()
+            self._merge_again()
+
+    def _merge_again(self) -> None:
+        for last in (False, True):
+            try:
+                self._manager.merge_parked()
+            except BusyError:  # inside a call: they act all the same, and are merged after the next block
+                return
+            except Exception as error:
+                if last:
+                    reason = f"{type(error).__name__}: {error}"
+                    warnings.warn(
+                        f"what was merged could not be merged again and acts unmerged: {reason}", stacklevel=5
+                    )
+            else:
+                return
 
     def __del__(self) -> None:
         # An interruption between two instructions can keep a block from ending; it ends with its last reference.

@@ -248,6 +248,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+@torch.no_grad()
 def state_of(stage: Stage) -> dict[str, Any]:
     """Everything a command may change, in a form that can be compared."""
     base = stage.base

@@ -39,9 +39,11 @@ class FailingAt(TorchDispatchMode):
     def __init__(self, point: Point) -> None:
         super().__init__()
         self._left, self._when = point
+        self.fired = False
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         self._left -= 1
+        self.fired = self._left <= 0
         if self._left == 0 and self._when == "before":
             raise MemoryError("pretended")
         result = func(*args, **(kwargs or {}))
