@@ -147,14 +147,11 @@ class AdapterManager(AdapterHolder):
             raise AdapterExistsError(f"there is an adapter {new!r} already; take another name")
         self._require_unmerged("renaming an adapter")
         with self.switch.exclusive():
-            for holder in self._holders():
+            for holder in (*self._holders(), self.configs):
                 if old in holder:
                     items = [(new if name == old else name, module) for name, module in holder.items()]
                     holder.clear()
                     holder.update(items)
-            renamed = {new if name == old else name: config for name, config in self.configs.items()}
-            self.configs.clear()
-            self.configs.update(renamed)
             self._biases.rename(old, new)
             self._slots.pop(old, None)
             if old in self._scales:
