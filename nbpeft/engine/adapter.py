@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.base import Backend, Base, Dropout, Host, fits
+from nbpeft.engine.base import Backend, Base, Dropout, Host, add_scaled_
 from nbpeft.engine.field_types import check_types
 from nbpeft.errors import ConfigError, did_you_mean
 
@@ -302,8 +302,4 @@ class Adapter(nn.Module):
 
         A method overrides it to spend less memory than a second weight.
         """
-        delta = self.delta_weight(weight, base)
-        if fits(scale, weight.dtype):
-            weight.add_(delta, alpha=scale)
-        else:
-            weight.add_(delta * scale)
+        add_scaled_(weight, self.delta_weight(weight, base), scale)

@@ -217,6 +217,14 @@ def fits(factor: float, dtype: torch.dtype) -> bool:
     return abs(factor) <= torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
 
 
+def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> None:
+    """Adds ``scale * delta`` to a weight of the same shape in place; beyond a dtype's range that is infinite."""
+    if fits(scale, weight.dtype):
+        weight.add_(delta, alpha=scale)
+    else:
+        weight.add_(delta * scale)
+
+
 def offloading(module: nn.Module) -> Any:
     """The hook by which accelerate keeps a layer's tensors elsewhere between calls, or None.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Backend, Base, Host
-from nbpeft.engine.base import offloading
+from nbpeft.engine.base import add_scaled_, offloading
 from nbpeft.engine.layer_face import LayerFace, by_name
 from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.merge_checks import merge_refusal
@@ -168,19 +168,14 @@ class AdaptedLayer(LayerFace):
         return found
 
     @torch.no_grad()
-    def check_finite(self, names: Sequence[str]) -> bool:
-        """Whether the weight these adapters would be merged into stays finite."""
-        for name in names:
-            if name not in self.adapters._modules:
-                continue
-            adapter = self.adapter(name)
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in adapter.parameters()):
-                return False
-        return self._finite_sum([name for name in names if name in self.adapters._modules])
-
-    def _finite_sum(self, names: Sequence[str]) -> bool:
+    def check_finite(self, names: Sequence[str], scales: Sequence[float]) -> bool:
+        """Whether the weight these adapters would be merged into stays finite; see ``merge``."""
+        chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
+        parameters = (parameter for name, _ in chosen for parameter in self.adapter(name).parameters())
+        if not chosen or not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+            return not chosen
         weight = self.base.weight().clone()
-        self._add_deltas(weight, names, [1.0] * len(names))
+        self._add_deltas(weight, *zip(*chosen, strict=True))
         return bool(torch.isfinite(weight).all())
 
     @torch.no_grad()
@@ -326,4 +321,4 @@ def add_deltas(weight: Tensor, base: Base, adapters: Sequence[tuple[Adapter, flo
         return
     frozen = weight.clone()
     for adapter, scale in adapters:
-        weight.add_(adapter.delta_weight(frozen, base), alpha=scale)
+        add_scaled_(weight, adapter.delta_weight(frozen, base), scale)

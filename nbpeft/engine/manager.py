@@ -477,7 +477,7 @@ class AdapterManager(AdapterHolder):
             self.require(*chosen)
             check_together(self.copies, self.layers, chosen)
             if not self._merged or set(self._merged) != set(chosen):
-                check_merge(self.layers, chosen, safe=safe and not self._merged)
+                check_merge(self.layers, chosen, self.scale, safe=False)
                 lossy_note(self.layers)
         with self.transaction() as change:
             self._refuse_in_scopes("unloading")
@@ -487,7 +487,7 @@ class AdapterManager(AdapterHolder):
                 self._merged = ()
             if merge and not self._merged:
                 if safe:
-                    check_merge(self.layers, chosen, safe=True)
+                    check_merge(self.layers, chosen, self.scale, safe=True)
                 merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
             self._dismantle(chosen, change)
             if merge:

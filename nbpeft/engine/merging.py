@@ -16,20 +16,24 @@ from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, MergeError
 
 
-def check_merge(layers: Mapping[str, AdaptedLayer], names: Sequence[str], *, safe: bool) -> None:
+def check_merge(
+    layers: Mapping[str, AdaptedLayer], names: Sequence[str], scale: Callable[[str], float], *, safe: bool
+) -> None:
     """Raises MergeError where a merge could not be done on every layer, before any is done.
 
     Args:
         layers: path -> adapted layer.
         names: adapters to merge.
+        scale: factor on an adapter's delta.
         safe: also refuse if any merged weight would not be finite.
     """
+    scales = [scale(name) for name in names]
     for path, layer in layers.items():
         try:
             layer.check_mergeable(names)
         except MergeError as error:
             raise MergeError(f"{path}: {error}", path=path) from None
-        if safe and not layer.check_finite(names):
+        if safe and not layer.check_finite(names, scales):
             raise MergeError(
                 f"NaNs detected in the merged weights of {path}: "
                 f"{' or '.join(map(repr, names))} seems to be broken; nothing was merged",
@@ -91,7 +95,7 @@ def merge_besides(
     """
     if merged:
         unmerge_layers(layers.values(), change)
-    check_merge(layers, together, safe=safe)
+    check_merge(layers, together, scale, safe=safe)
     merge_layers(model, layers, together, scale, change, keep_frozen=True)
 
 

@@ -336,3 +336,14 @@ def test_a_scaling_beyond_the_range_of_a_dtype_is_not_finite_instead_of_an_error
     assert not torch.isfinite(layer.weight).all()  # as the output beside it was
     model.unmerge_adapter()
     assert torch.equal(layer.weight, before)
+
+
+def test_a_safe_merge_counts_the_scale_of_an_adapter() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    model.manager.set_scale("default", 1e308)
+    before = model.get_base_model()[0].base_layer.weight.clone()
+    with pytest.raises(MergeError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    with pytest.raises(MergeError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(model.get_base_model()[0].base_layer.weight, before)

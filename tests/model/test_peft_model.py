@@ -240,30 +240,6 @@ def test_injection_without_a_handle() -> None:
     assert not torch.equal(logits(base), logits(llama()))
 
 
-def test_the_base_model_carries_the_configs_while_it_is_adapted(tmp_path: Path) -> None:
-    injected = inject_adapter_in_model(config(), llama())
-    theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), llama())
-    assert isinstance(injected.peft_config, dict) and isinstance(theirs.peft_config, dict)
-    assert list(injected.peft_config) == list(theirs.peft_config) == ["default"]
-    model = adapted()
-    base = model.get_base_model()
-    assert base.peft_config == model.peft_config and base.peft_config["default"].r == config().r
-    model.add_adapter("other", config(r=2))
-    model.manager.rename("other", "renamed")
-    assert list(base.peft_config) == ["default", "renamed"]
-    twin = copy.deepcopy(model)
-    twin.delete_adapter("renamed")
-    assert list(twin.get_base_model().peft_config) == ["default"] and len(base.peft_config) == 2
-    model.delete_adapter("default")
-    assert list(base.peft_config) == ["renamed"]
-    bare = model.merge_and_unload()
-    assert bare is base and not hasattr(base, "peft_config")
-    base.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_file()
-    injected_twin = twin.unload()
-    assert not hasattr(injected_twin, "peft_config")
-
-
 def test_configs_and_weights_load_by_themselves(tmp_path: Path) -> None:
     model = adapted(r=6, task_type="CAUSAL_LM")
     assert isinstance(model, PeftModelForCausalLM)

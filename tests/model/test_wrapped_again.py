@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from nbpeft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from nbpeft.errors import AdapterExistsError, ConfigError, StaleModelError, UnknownAdapterError, UnknownMethodError
-from nbpeft.model import get_peft_config, get_peft_model_state_dict
+from nbpeft.model import get_peft_config, get_peft_model_state_dict, inject_adapter_in_model
 from tests.model.support import adapted, config, llama, logits
 
 
@@ -89,3 +90,27 @@ def test_errors_are_those_that_code_for_peft_catches(saved: Path) -> None:
     model.delete_adapter("default")
     with pytest.raises(KeyError, match="no adapter is active"):
         _ = model.active_peft_config
+
+
+def test_the_base_model_carries_the_configs_while_it_is_adapted(tmp_path: Path) -> None:
+    injected = inject_adapter_in_model(config(), llama())
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), llama())
+    assert isinstance(injected.peft_config, dict) and isinstance(theirs.peft_config, dict)
+    assert list(injected.peft_config) == list(theirs.peft_config) == ["default"]
+    model = adapted()
+    base = model.get_base_model()
+    assert base.peft_config == model.peft_config and base.peft_config["default"].r == config().r
+    model.add_adapter("other", config(r=2))
+    model.manager.rename("other", "renamed")
+    assert list(base.peft_config) == ["default", "renamed"]
+    twin = copy.deepcopy(model)
+    twin.delete_adapter("renamed")
+    assert list(twin.get_base_model().peft_config) == ["default"] and len(base.peft_config) == 2
+    model.delete_adapter("default")
+    assert list(base.peft_config) == ["renamed"]
+    bare = model.merge_and_unload()
+    assert bare is base and not hasattr(base, "peft_config")
+    base.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    injected_twin = twin.unload()
+    assert not hasattr(injected_twin, "peft_config")
