@@ -21,6 +21,7 @@ from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.switch import Switch
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
+from nbpeft.interrupts import check_interrupt
 
 _HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -71,6 +72,7 @@ def build(
     layers: dict[str, AdaptedLayer] = {}
 
     def create(adapter_class: type[Adapter], config: Any, target: Target) -> Adapter:
+        check_interrupt()  # some inits take a second a layer
         wrapper = by_path[target.path].wrapper
         layer = wrapper if isinstance(wrapper, AdaptedLayer) else _wrap(by_path[target.path], target, switch)
         layers[target.path] = layer

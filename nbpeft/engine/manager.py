@@ -261,12 +261,13 @@ class AdapterManager(AdapterHolder):
 
     # Switching
 
-    def activate(self, names: str | Sequence[str], *, trainable: bool | None = None) -> None:
+    def activate(self, names: str | Sequence[str], *, trainable: bool | None = None, enable: bool = False) -> None:
         """Makes these adapters, in this order, the ones that act.
 
         Args:
             names: one name or several.
             trainable: True or False to (un)freeze them too; None keeps each as it is.
+            enable: let them act also where adapters were off.
 
         Raises:
             UnknownAdapterError: there is no such adapter.
@@ -274,6 +275,8 @@ class AdapterManager(AdapterHolder):
         chosen = names_in(names)
         with self.supplied(chosen, switching=True), self.transaction(during_calls=not self._merged) as change:
             self._activate(chosen, trainable, change)
+            if enable and not self.enabled:
+                self.enable()
 
     def _activate(self, chosen: tuple[str, ...], trainable: bool | None, change: Transaction) -> None:
         self.check_choice(chosen)

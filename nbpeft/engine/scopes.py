@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, ContextDecorator, ExitStack
 from types import TracebackType
 from typing import Protocol
 
-from nbpeft.engine.interrupts import HeldInterrupts
 from nbpeft.engine.switch import Scope, Switch
 from nbpeft.engine.transaction import Block, Transaction
 from nbpeft.errors import BusyError
+from nbpeft.interrupts import HeldInterrupts
 
 
 class Manager(Protocol):

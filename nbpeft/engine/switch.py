@@ -21,8 +21,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nbpeft.engine.interrupts import HeldInterrupts, wait_for
 from nbpeft.errors import AdapterError, BusyError
+from nbpeft.interrupts import HeldInterrupts, wait_for
 
 
 @dataclass(frozen=True)

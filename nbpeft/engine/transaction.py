@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.interrupts import HeldInterrupts, check_interrupt
 from nbpeft.engine.switch import Switch
+from nbpeft.interrupts import HeldInterrupts, check_interrupt
 
 
 class Transaction:

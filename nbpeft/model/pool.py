@@ -24,9 +24,9 @@ from typing import Any, Self
 from torch import nn
 
 from nbpeft.engine.holder import check_name
-from nbpeft.engine.interrupts import HeldInterrupts
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, UnknownAdapterError, did_you_mean
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model.files import HUB_OPTIONS
 from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.pool_files import HostCache, Place, Reader, Ready

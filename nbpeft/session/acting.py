@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.base import SessionBase
 from nbpeft.session.checks import names_of, place_of
 from nbpeft.session.merged import MergedCopy, requantizing_note, write_copy
@@ -31,9 +32,7 @@ class ActingCommands(SessionBase):
         chosen = names_of(names)
         entry = self._book.get(model)
         with self._command(f"switching to {', '.join(chosen)}") as notes:
-            entry.manager.activate(list(chosen))
-            if not entry.manager.enabled:
-                entry.manager.enable()
+            entry.manager.activate(list(chosen), enable=True)
             self._book.enter(entry.name, entry.model)
             return self._done(entry, f"{entry.name} uses {', '.join(map(repr, chosen))}", notes)
 
@@ -139,6 +138,7 @@ class ActingCommands(SessionBase):
         entry = self._book.get_for("unload", model)
         with self._command("unloading", slow=True) as notes:
             names = entry.manager.names
-            base = entry.manager.unload(merge=merge, safe=safe)
-            self._book.leave(entry)
+            with HeldInterrupts():
+                base = entry.manager.unload(merge=merge, safe=safe)
+                self._book.leave(entry)
             return UnloadResult(Holder(base), entry.name, names, merge, tuple(notes))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError, UnknownAdapterError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
 from nbpeft.session.checks import adapter_name, place_of
@@ -225,15 +226,16 @@ class AdapterCommands(SessionBase):
         from nbpeft.model import get_peft_model
 
         planned = plan(bare, config, allow_missing=allow_missing)
-        handle = get_peft_model(bare, config, adapter_name=name)
-        with _bare_again_on_failure(handle):
-            if not trainable:
-                handle.manager.freeze(name)
-            entry = self._book.prepare(variable, handle)
-            result = self._added(entry, name, notes, plan=planned)
-            entry.asked[name] = (entry.manager.configs[name], meaning(config))
-        self._book.add(entry)
-        self._stale = True
+        with HeldInterrupts():
+            handle = get_peft_model(bare, config, adapter_name=name)
+            with _bare_again_on_failure(handle):
+                if not trainable:
+                    handle.manager.freeze(name)
+                entry = self._book.prepare(variable, handle)
+                result = self._added(entry, name, notes, plan=planned)
+                entry.asked[name] = (entry.manager.configs[name], meaning(config))
+            self._book.add(entry)
+            self._stale = True
         return result
 
     def _put(
@@ -251,9 +253,11 @@ class AdapterCommands(SessionBase):
 
         manager, asked = entry.manager, meaning(config)
         named = files.with_base_name(config, manager.model)
-        plan = manager.add(name, named, trainable=trainable, allow_missing=allow_missing, replace=reconfigured)
-        manager.activate(name)
-        result = self._added(entry, name, notes, plan=plan, reconfigured=reconfigured)
+        put = manager.prepare(name, named, trainable=trainable, allow_missing=allow_missing, replace=reconfigured)
+        with manager.transaction():
+            plan = put()
+            manager.activate(name)
+            result = self._added(entry, name, notes, plan=plan, reconfigured=reconfigured)
         entry.asked[name] = (manager.configs[name], asked)
         return result
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.answering import Asked, Batch, Prompt, check_finite, evaluating, first_answer
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
@@ -211,21 +212,21 @@ class CombiningCommands(SessionBase):
         from nbpeft.model.combining import combine_adapters
 
         manager, made = entry.manager, free_name(name, entry.manager.names) if replaces else name
-        combined = combine_adapters(manager, tuple(weights), tuple(weights.values()), made, recipe)
-        if not replaces:
+        with HeldInterrupts():
+            combined = combine_adapters(manager, tuple(weights), tuple(weights.values()), made, recipe)
+            if not replaces:
+                return combined
+            try:
+                with manager.transaction():
+                    if name in manager.active:
+                        manager.activate([made if other == name else other for other in manager.active])
+                    manager.remove(name)
+                    manager.rename(made, name)
+            except BaseException:
+                manager.remove(made)
+                raise
+            entry.asked.pop(name, None)
             return combined
-        active = manager.active
-        try:
-            if name in active:
-                manager.activate([made if other == name else other for other in active])
-            manager.remove(name)
-        except BaseException:
-            manager.activate(active)
-            manager.remove(made)
-            raise
-        manager.rename(made, name)
-        entry.asked.pop(name, None)
-        return combined
 
 
 class _PromptCheck:

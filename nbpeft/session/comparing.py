@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.answering import Asked, Batch, Prompt, answer, evaluating
 from nbpeft.session.book import Entry
 from nbpeft.session.checks import names_of, prompts_of, weights_of
@@ -124,16 +125,18 @@ class ComparingCommands(CombiningCommands):
         batch = self._batch(entry, asked, tokenizer, chat)
         with self._command(f"trying {type}", slow=True) as notes, evaluating(entry.model):
             name = free_name(TRIAL, manager.names)
-            with seeded(seed):
-                self._make(entry, weights, name, recipe, False)
             try:
+                with seeded(seed):
+                    self._make(entry, weights, name, recipe, False)
                 pairs = tuple((key, float(weight)) for key, weight in weights.items())
                 columns = [*_columns((), (), True)] if include_base else []
                 columns.append(Column(f"{type}: {blend_title(pairs)}", pairs, row=name))
                 how = Asked(None, max_new_tokens, {}, None, should_stop)
                 result = _Comparison(entry, batch, columns, on_text).run(how)
             finally:
-                manager.remove(name)
+                with HeldInterrupts(to_the_end=True):
+                    if name in manager.configs:
+                        manager.remove(name)
             return dataclasses.replace(result, notes=tuple(notes))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import ConfigError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.adapters import AdapterCommands
 from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.configs import build_config
@@ -296,7 +297,7 @@ class _Found:
 
 @contextmanager
 def as_it_was_on_failure(base: nn.Module) -> Iterator[None]:
-    """Takes back what preparing does to a model (dtypes, flags, hooks, checkpointing) where the block does not end well.
+    """Takes back what preparing does to a model (dtypes, flags, hooks, checkpointing) where the block fails.
 
     What is kept for it are references: a tensor that is cast stays alive until the block ends.
     """
@@ -312,15 +313,16 @@ def as_it_was_on_failure(base: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if checkpoints != is_checkpointing(base):
-            (enable_checkpointing if checkpoints else disable_checkpointing)(base)
-        for registered, were in hooks:
-            for key in registered.keys() - were.keys():
-                del registered[key]
-        for parameter, trained, data in parameters:
-            if parameter.dtype != data.dtype:
-                parameter.data = data
-            parameter.requires_grad_(trained)
+        with HeldInterrupts(to_the_end=True):
+            if checkpoints != is_checkpointing(base):
+                (enable_checkpointing if checkpoints else disable_checkpointing)(base)
+            for registered, were in hooks:
+                for key in registered.keys() - were.keys():
+                    del registered[key]
+            for parameter, trained, data in parameters:
+                if parameter.dtype != data.dtype:
+                    parameter.data = data
+                parameter.requires_grad_(trained)
         raise
 
 

@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
-from nbpeft.engine.interrupts import HeldInterrupts
 from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_here, slow_words
 from nbpeft.state import TrainState

@@ -14,6 +14,7 @@ from nbpeft.engine.combine.recipe import Recipe, check_weights
 from nbpeft.engine.combine.sparsify import merge
 from nbpeft.engine.combine.truncate import Loss, measure_loss, truncate_delta, truncate_factors
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.interrupts import check_interrupt
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def combine(
     }
     combined: dict[str, CombinedLayer] = {}
     for path, names in members.items():
+        check_interrupt()
         parts = [layers[path][name] for name in names]
         rank = parts[0].rank if recipe.on_factors else chosen
         _check_layer(path, names, parts, rank, recipe)

@@ -12,11 +12,11 @@ from torch import Tensor
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.hotswap.writes import Writes
-from nbpeft.engine.interrupts import released_interrupts
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import HotSwapError, in_one_line
+from nbpeft.interrupts import released_interrupts
 
 _SLOT_FIELDS = (
     "target_modules",
