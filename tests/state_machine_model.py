@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, MergeError
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.model import LoraConfig
 
 IDS = torch.tensor([[1, 4, 9, 2], [0, 10, 3, 5]])
@@ -257,7 +257,7 @@ def refuses_combining(expected: Expectation, names: list[str], kind: str, new: s
         ranks = {source.parts[path].lora_A.shape[0] for source in sources if path in source.parts}
         if kind in EQUAL_RANKS and len(ranks) > 1:
             return ConfigError
-    return MergeError if expected.merged else None
+    return None
 
 
 def live_tensors() -> tuple[int, int]:

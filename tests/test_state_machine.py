@@ -1,7 +1,7 @@
 """Any sequence of commands keeps: output = base + sum of the active deltas, and nothing else changes.
 
 The adapters' tensors are made and tracked by the test, the output computed from them in float64.
-``NBPEFT_MACHINE_STEPS`` sets the number of steps (2,000), ``NBPEFT_MACHINE_SEED`` draws other
+``NBPEFT_MACHINE_STEPS`` sets the number of steps (5,000), ``NBPEFT_MACHINE_SEED`` draws other
 sequences than the usual, which are always the same; a failing one is printed as a program.
 """
 
@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from nbpeft.engine.hotswap import prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, HotSwapError, MergeError
 from nbpeft.model import PeftModel, hotswap_adapter
+from tests.faults.harness import FailingAt, traced
 from tests.state_machine_model import (
     BASE,
     EQUAL_RANKS,
@@ -51,7 +55,7 @@ from tests.state_machine_model import (
     refuses_combining,
 )
 
-STEPS = int(os.environ.get("NBPEFT_MACHINE_STEPS", "2000"))
+STEPS = int(os.environ.get("NBPEFT_MACHINE_STEPS", "5000"))
 SEED = os.environ.get("NBPEFT_MACHINE_SEED")
 LENGTH = 50
 NAMES = ("a", "ab", "default", "keys", "lora")
@@ -67,6 +71,23 @@ recipes = st.builds(
 )
 scales = st.sampled_from([1.0, 0.5, -0.75, 2.0, 0.0])
 steps_taken = itertools.count()
+troubles_met = itertools.count()
+
+
+@contextmanager
+def interrupted(manager: AdapterManager, number: int) -> Iterator[None]:
+    """A SIGINT at some line of the package that runs while a command commits."""
+    left = number
+
+    def visit(file: str, line: int) -> None:
+        nonlocal left
+        if manager._transaction.is_mine:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with traced(visit):
+        yield
 
 
 class AdapterMachine(RuleBasedStateMachine):
@@ -82,6 +103,7 @@ class AdapterMachine(RuleBasedStateMachine):
         self.handle: Any = PeftModel.over(model, AdapterManager.attach(model))
         self.manager: AdapterManager = self.handle.manager
         self.expected = Expectation()
+        self.trouble: AbstractContextManager[object] = nullcontext()
 
     # Choices
 
@@ -104,11 +126,49 @@ class AdapterMachine(RuleBasedStateMachine):
         if not self.expected.selected and len(self.adapters) == 1:
             self.expected.selected = (name,)
 
+    # What goes wrong
+
+    @rule(number=st.integers(1, 60), when=st.sampled_from(["before", "behind"]))
+    def run_out_of_memory(self, number: int, when: str) -> None:
+        """The next command does, once, at an operation on a tensor."""
+        self.trouble = FailingAt((number, when))
+
+    @rule(number=st.integers(1, 400))
+    def interrupt(self, number: int) -> None:
+        """The next command is interrupted while it commits."""
+        self.trouble = interrupted(self.manager, number)
+
+    def tried(self, command: Callable[..., Any]) -> Callable[..., Any]:
+        """A command that meets the trouble ahead, must then have changed nothing, and is given again."""
+
+        def twice(*args: Any, **kwargs: Any) -> Any:
+            trouble, self.trouble = self.trouble, nullcontext()
+            revision = self.manager.revision
+            try:
+                with trouble:
+                    return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                pass
+            except Exception:
+                if not getattr(trouble, "fired", False):
+                    raise
+            assert self.manager.revision == revision
+            self.output_is_base_and_active_deltas()
+            self.nothing_else_changed()
+            next(troubles_met)
+            return command(*args, **kwargs)
+
+        return twice
+
+    def starts_from_merged(self, tracked: Tracked) -> bool:
+        """DoRA's magnitudes are compared with weights that are not the frozen ones now."""
+        return tracked.dora and bool(self.merged_paths & set(tracked.parts))
+
     # Commands
 
     @initialize(recipe=recipes)
     def start(self, recipe: Recipe) -> None:
-        self.manager.add("a", recipe.config(), recipe.tracked().weights())
+        self.tried(self.manager.add)("a", recipe.config(), recipe.tracked().weights())
         self.put("a", recipe.tracked())
 
     @rule(name=st.sampled_from(NAMES), recipe=recipes, replace=st.booleans())
@@ -117,12 +177,12 @@ class AdapterMachine(RuleBasedStateMachine):
         arguments: Any = (name, recipe.config(), tracked.weights())
         if name in self.adapters and not replace:
             with pytest.raises(AdapterExistsError):
-                self.manager.add(*arguments)
-        elif self.expected.merged:
+                self.tried(self.manager.add)(*arguments)
+        elif name in self.expected.merged or self.starts_from_merged(tracked):
             with pytest.raises(MergeError):
-                self.manager.add(*arguments, replace=replace)
+                self.tried(self.manager.add)(*arguments, replace=replace)
         else:
-            self.manager.add(*arguments, replace=replace)
+            self.tried(self.manager.add)(*arguments, replace=replace)
             self.put(name, tracked)
 
     @rule(data=st.data())
@@ -130,16 +190,16 @@ class AdapterMachine(RuleBasedStateMachine):
         names = self.pick_some(data) if self.adapters else []
         if not names or self.expected.several_heads(names):
             with pytest.raises(AdapterError, match=r"no adapter named|only one of them can be active"):
-                self.manager.activate(names)
+                self.tried(self.manager.activate)(names)
             return
-        self.manager.activate(names)
+        self.tried(self.manager.activate)(names)
         if self.expected.merged != tuple(names):
             self.expected.merged = ()
         self.expected.selected = tuple(names)
 
     @rule(enabled=st.booleans())
     def enable(self, enabled: bool) -> None:
-        (self.manager.enable if enabled else self.manager.disable)()
+        self.tried(self.manager.enable if enabled else self.manager.disable)()
         self.expected.enabled = enabled
         if not enabled:
             self.expected.merged = ()
@@ -150,16 +210,16 @@ class AdapterMachine(RuleBasedStateMachine):
         name = self.pick(data)
         if name in self.expected.merged:
             with pytest.raises(MergeError):
-                self.manager.set_scale(name, scale)
+                self.tried(self.manager.set_scale)(name, scale)
         else:
-            self.manager.set_scale(name, scale)
+            self.tried(self.manager.set_scale)(name, scale)
             self.adapters[name].scale = scale
 
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), frozen=st.booleans())
     def freeze(self, data: st.DataObject, frozen: bool) -> None:
         name = self.pick(data)
-        (self.manager.freeze if frozen else self.manager.unfreeze)(name)
+        self.tried(self.manager.freeze if frozen else self.manager.unfreeze)(name)
         self.adapters[name].frozen = frozen
 
     @precondition(lambda self: self.adapters)
@@ -170,25 +230,25 @@ class AdapterMachine(RuleBasedStateMachine):
         together = tuple(dict.fromkeys((*merged, *names)))
         if together != merged and self.expected.several_heads(together):
             with pytest.raises(AdapterError, match="only one of them can be active"):
-                self.manager.merge(names, safe=safe)
+                self.tried(self.manager.merge)(names, safe=safe)
             return
-        self.manager.merge(names, safe=safe)
+        self.tried(self.manager.merge)(names, safe=safe)
         self.expected.merged, self.expected.enabled = together, True
 
     @rule()
     def unmerge(self) -> None:
-        self.manager.unmerge()
+        self.tried(self.manager.unmerge)()
         self.expected.merged = ()
 
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), new=st.sampled_from(NAMES), copied=st.booleans())
     def rename_or_copy(self, data: st.DataObject, new: str, copied: bool) -> None:
         old = self.pick(data)
-        command = self.manager.copy if copied else self.manager.rename
+        command = self.tried(self.manager.copy if copied else self.manager.rename)
         if new in self.adapters:
             with pytest.raises(AdapterExistsError):
                 command(old, new)
-        elif self.expected.merged:
+        elif self.starts_from_merged(self.adapters[old]) if copied else old in self.expected.merged:
             with pytest.raises(MergeError):
                 command(old, new)
         elif copied:
@@ -203,11 +263,11 @@ class AdapterMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
         name = self.pick(data)
-        if self.expected.merged:
+        if name in self.expected.merged:
             with pytest.raises(MergeError):
-                self.manager.remove(name)
+                self.tried(self.manager.remove)(name)
             return
-        self.manager.remove(name)
+        self.tried(self.manager.remove)(name)
         del self.adapters[name]
         left = tuple(other for other in self.expected.selected if other != name)
         fell_back = name in self.expected.selected and not left
@@ -225,11 +285,11 @@ class AdapterMachine(RuleBasedStateMachine):
     @rule(data=st.data(), name=st.sampled_from(NAMES))
     def load(self, data: st.DataObject, name: str) -> None:
         folder = data.draw(st.sampled_from(sorted(self.saved)), label="folder")
-        if self.expected.merged:
+        if name in self.expected.merged or self.starts_from_merged(self.saved[folder]):
             with pytest.raises(MergeError):
-                self.handle.load_adapter(folder, name)
+                self.tried(self.handle.load_adapter)(folder, name)
             return
-        self.handle.load_adapter(folder, name)
+        self.tried(self.handle.load_adapter)(folder, name)
         self.put(name, self.saved[folder].clone())
 
     @precondition(lambda self: self.adapters)
@@ -240,9 +300,9 @@ class AdapterMachine(RuleBasedStateMachine):
         new = recipe.tracked()
         if self.refuses_swap(name, new):
             with pytest.raises(HotSwapError):
-                swap(self.manager, name, recipe.config(), new.weights(), grow=True)
+                self.tried(swap)(self.manager, name, recipe.config(), new.weights(), grow=True)
         else:
-            swap(self.manager, name, recipe.config(), new.weights(), grow=True)
+            self.tried(swap)(self.manager, name, recipe.config(), new.weights(), grow=True)
             self.swapped(name, new)
 
     @precondition(lambda self: self.adapters and self.saved)
@@ -254,9 +314,9 @@ class AdapterMachine(RuleBasedStateMachine):
         if self.refuses_swap(name, new):
             # A file of which no layer fits is refused as such.
             with pytest.raises((HotSwapError, CheckpointError)):
-                hotswap_adapter(self.handle, folder, name)
+                self.tried(hotswap_adapter)(self.handle, folder, name)
         else:
-            hotswap_adapter(self.handle, folder, name)
+            self.tried(hotswap_adapter)(self.handle, folder, name)
             self.swapped(name, new)
 
     def refuses_swap(self, name: str, new: Tracked) -> bool:
@@ -283,7 +343,7 @@ class AdapterMachine(RuleBasedStateMachine):
         ranks = [part.lora_A.shape[0] for it in self.adapters.values() for part in it.parts.values()]
         if room >= max(ranks):
             try:
-                prepare_for_hotswap(self.manager, room)
+                self.tried(prepare_for_hotswap)(self.manager, room)
             except HotSwapError as error:
                 # A slot may have more room than its adapter uses.
                 assert "more than target_rank" in str(error)
@@ -309,9 +369,9 @@ class AdapterMachine(RuleBasedStateMachine):
         refusal = refuses_combining(self.expected, names, kind, new)
         if refusal is not None:
             with pytest.raises(refusal):
-                self.handle.base_model.add_weighted_adapter(**arguments)
+                self.tried(self.handle.base_model.add_weighted_adapter)(**arguments)
             return
-        made = self.handle.base_model.add_weighted_adapter(**arguments)
+        made = self.tried(self.handle.base_model.add_weighted_adapter)(**arguments)
         tracked = read_combined(self.manager, new, made)
         if heads:
             tracked.head = self.adapters[heads[0]].clone().head
@@ -379,7 +439,7 @@ class AdapterMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("steps", [200, pytest.param(STEPS, marks=pytest.mark.slow)])
 def test_any_sequence_of_commands(steps: int) -> None:
-    before = next(steps_taken)
+    before, met = next(steps_taken), next(troubles_met)
     chosen = settings(
         max_examples=max(1, steps // LENGTH),
         stateful_step_count=LENGTH,
@@ -396,3 +456,4 @@ def test_any_sequence_of_commands(steps: int) -> None:
         warnings.filterwarnings("ignore", message="adapters are merged|Already unmerged|All adapters are already")
         run_state_machine_as_test(machine, settings=chosen)
     assert next(steps_taken) - before >= steps // 2
+    assert next(troubles_met) - met >= steps // 50

@@ -2,14 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nbpeft
 from tests.faults.commands import COMMANDS, STORAGES, Command, Stage, run_quietly, saved, state_of, twin
 
+PACKAGE = str(Path(nbpeft.__file__).parent)
 CASES = [(name, storage) for name in COMMANDS for storage in STORAGES if storage == "dense" or "merge" in name]
 """Commands, and the kinds of weights that they are tried on: quantized ones where they are written."""
+
+
+Operation = tuple[int, str]
+"""The number of an operation on tensors, and whether an error comes before or behind it."""
+
+
+class FailingAt(TorchDispatchMode):
+    """Raises MemoryError once, at an operation."""
+
+    def __init__(self, operation: Operation) -> None:
+        super().__init__()
+        self._left, self._when = operation
+        self.fired = False
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        self.fired = self._left <= 0
+        if self._left == 0 and self._when == "before":
+            raise MemoryError("pretended")
+        result = func(*args, **(kwargs or {}))
+        if self._left == 0:
+            raise MemoryError("pretended")
+        return result
+
+
+@contextmanager
+def traced(visit: Callable[[str, int], None]) -> Iterator[None]:
+    """Calls back at every line of the package that runs in the block."""
+
+    def local(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line":
+            visit(frame.f_code.co_filename, frame.f_lineno)
+        return local
+
+    def start(frame: FrameType, event: str, argument: object) -> Any:
+        return local if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    before = sys.gettrace()
+    sys.settrace(start)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class Harness:

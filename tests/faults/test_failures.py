@@ -10,10 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.effort import drawn
 from tests.faults.commands import run_quietly
-from tests.faults.harness import CASES, Harness
-
-Point = tuple[int, str]
-"""The number of an operation, and whether the error comes before or behind it."""
+from tests.faults.harness import CASES, FailingAt, Harness, Operation
 
 
 class Counting(TorchDispatchMode):
@@ -21,7 +18,7 @@ class Counting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.points: list[Point] = []
+        self.points: list[Operation] = []
         self._number = 0
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
@@ -33,26 +30,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class FailingAt(TorchDispatchMode):
-    """Raises MemoryError once, at a point."""
-
-    def __init__(self, point: Point) -> None:
-        super().__init__()
-        self._left, self._when = point
-        self.fired = False
-
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
-        self._left -= 1
-        self.fired = self._left <= 0
-        if self._left == 0 and self._when == "before":
-            raise MemoryError("pretended")
-        result = func(*args, **(kwargs or {}))
-        if self._left == 0:
-            raise MemoryError("pretended")
-        return result
-
-
-def points_of(harness: Harness) -> list[Point]:
+def points_of(harness: Harness) -> list[Operation]:
     """Where the command can fail."""
     stage = harness.stage()
     with Counting() as counting:

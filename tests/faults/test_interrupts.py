@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 
-import nbpeft
 from tests.effort import drawn
 from tests.faults.commands import run_quietly
-from tests.faults.harness import CASES, Harness
+from tests.faults.harness import CASES, Harness, traced
 
-PACKAGE = str(Path(nbpeft.__file__).parent)
 TWICE = 2
 """Visits of one line that are tried: loops over layers visit it again and again."""
 
 Point = tuple[str, int, int]
 """File, line, and which visit of it."""
-
-
-@contextmanager
-def traced(visit: Callable[[str, int], None]) -> Iterator[None]:
-    """Calls back at every line of the package that runs in the block."""
-
-    def local(frame: FrameType, event: str, argument: object) -> Any:
-        if event == "line":
-            visit(frame.f_code.co_filename, frame.f_lineno)
-        return local
-
-    def start(frame: FrameType, event: str, argument: object) -> Any:
-        return local if frame.f_code.co_filename.startswith(PACKAGE) else None
-
-    before = sys.gettrace()
-    sys.settrace(start)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def points_of(harness: Harness) -> list[Point]:
