@@ -11,6 +11,7 @@ Nothing that is written in Python can therefore be undone for certain unless the
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _STEP = 0.05
 """Seconds that a wait lasts at most before it looks for a noted interruption again."""
 
@@ -100,6 +102,38 @@ def wait_for(condition: threading.Condition, *, until: Any) -> None:
     while not until():
         condition.wait(_STEP)
         check_interrupt()
+
+
+class RunningBlock:
+    """The block that a context is entered for, and whether it still runs.
+
+    An interruption between two instructions can keep a context from being left. The stack of its thread
+    tells all the same that the block has ended.
+
+    Args:
+        inside: modules whose frames are passed over: they enter the context for somebody else.
+    """
+
+    def __init__(self, *inside: str) -> None:
+        passed = ("contextlib", __name__, *inside)
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_back is not None and frame.f_globals.get("__name__") in passed:
+            frame = frame.f_back
+        assert frame is not None
+        self.thread = threading.get_ident()
+        self._code = frame.f_code
+        self._frame = id(frame)
+
+    def runs(self) -> bool:
+        """Whether its frame is on the stack of its thread. A generator's may come back, and counts as running."""
+        if self._code.co_flags & _SUSPENDS:
+            return True
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None:
+            if id(frame) == self._frame and frame.f_code is self._code:
+                return True
+            frame = frame.f_back
+        return False
 
 
 def _holder(handler: Any) -> HeldInterrupts | None:

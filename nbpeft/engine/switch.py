@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from nbpeft.errors import AdapterError, BusyError
-from nbpeft.interrupts import HeldInterrupts, wait_for
+from nbpeft.interrupts import HeldInterrupts, RunningBlock, wait_for
+
+_ENTERED_BY = ("nbpeft.model.rows", "nbpeft.model.blending")
+"""Modules with contexts around a call, whose own frames are not those of the block."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class _Pin:
     """What a running call has pinned.
 
     An interruption between two instructions can keep a context from ending. The call is therefore held
-    weakly: once its block is left, however that was, nothing else holds it and the pin is void.
+    weakly, and asked whether its block still runs before anything else is pinned.
 
     Attributes:
         call: the call.
@@ -170,6 +173,15 @@ class Switch:
         while type(here) is _Pin and here.call() is None:
             here = here.outer
         return here
+
+    def _tidy(self) -> None:
+        """Forgets calls of which an interruption has kept the end; the caller holds the condition."""
+        for call in [call for call in self._calls if not call.runs()]:
+            self._calls.discard(call)
+        here = self._here()
+        while isinstance(here, _Pin) and (call := here.call()) is not None and call not in self._calls:
+            here = here.outer
+            _set_here(self, here)
 
     def publish(self, live: Active) -> None:
         """Sets what acts outside of scopes."""
@@ -235,6 +247,7 @@ class Switch:
 
     def _begin(self, call: Call) -> None:
         with self._condition:
+            self._tidy()
             if self._writer != call.thread and not self._inside(call.thread):
                 wait_for(self._condition, until=lambda: self._waiting == 0 and self._writer is None)
             self._calls.add(call)
@@ -243,6 +256,10 @@ class Switch:
         with self._condition:
             self._calls.discard(call)
             self._condition.notify_all()
+
+    def _is_free(self) -> bool:
+        self._tidy()
+        return not self._calls and self._writer is None
 
     def _inside(self, thread: int) -> bool:
         """Whether a thread is inside a call."""
@@ -268,6 +285,7 @@ class Switch:
         """
         me = threading.get_ident()
         with self._condition:
+            self._tidy()
             if self._inside(me):
                 raise BusyError("adapters cannot be changed from inside a call of the model")
             if self._writer != me:
@@ -275,7 +293,7 @@ class Switch:
                     raise BusyError("adapters cannot be changed while the model runs; try again when it has finished")
                 self._waiting += 1
                 try:
-                    wait_for(self._condition, until=lambda: not self._calls and self._writer is None)
+                    wait_for(self._condition, until=self._is_free)
                 finally:
                     self._waiting -= 1
                     self._condition.notify_all()
@@ -311,23 +329,31 @@ class Switch:
 class Call:
     """A running call of a model: a context that pins what acts for its thread.
 
-    Do not keep it beyond its block (``with … as call``): it counts as running as long as it exists.
+    It counts as running while it exists and its block is on the stack of its thread.
     """
 
     def __init__(self, switch: Switch, active: Active | Callable[[], Active] | None) -> None:
         self._switch = switch
         self._active = active
         self._outer: Scope | _Pin | None = None
+        self._block: RunningBlock | None = None
+        self._pinned = False
         self.thread = threading.get_ident()
 
+    def runs(self) -> bool:
+        """Whether its block still runs."""
+        return self._block is not None and self._block.runs()
+
     def __enter__(self) -> Self:
-        self._outer = self._switch._here()
+        self._block = RunningBlock(__name__, *_ENTERED_BY)
         try:
             with HeldInterrupts():
                 self._switch._begin(self)
+                self._outer = self._switch._here()
                 active = self._active() if callable(self._active) else self._active
                 chosen = self._switch.current() if active is None else active
                 _set_here(self._switch, _Pin(weakref.ref(self), chosen, self._outer))
+                self._pinned = True
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -337,7 +363,9 @@ class Call:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with HeldInterrupts():
-            _set_here(self._switch, self._outer)
+            pinned, self._pinned = self._pinned, False
+            if pinned:
+                _set_here(self._switch, self._outer)
             self._switch._end(self)
 
 

@@ -32,6 +32,9 @@ from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.pool_files import HostCache, Place, Reader, Ready
 from nbpeft.model.pool_residents import MB, PoolStatistics, Residents
 
+_RETRY = 1.0
+"""Seconds after which one that waits for room looks again, whatever it was told."""
+
 
 class AdapterPool:
     """Keeps the adapters used last on the model and brings others when they are named.
@@ -99,7 +102,7 @@ class AdapterPool:
     @property
     def resident(self) -> tuple[str, ...]:
         """Adapters on the model, least recently used first."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             return self._residents.names
 
     @property
@@ -110,7 +113,7 @@ class AdapterPool:
     @property
     def waiting_count(self) -> int:
         """How many registered adapters are not on the model."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             return len(self._places) - len(self._residents.names)
 
     def knows(self, name: str) -> bool:
@@ -125,7 +128,7 @@ class AdapterPool:
     @property
     def statistics(self) -> PoolStatistics:
         """What the pool holds and has done."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             return PoolStatistics(
                 registered=len(self._places),
                 resident=len(self._residents.names),
@@ -174,7 +177,7 @@ class AdapterPool:
         unknown = [key for key in hub if key not in HUB_OPTIONS]
         if unknown:
             raise AdapterError(f"unknown option {unknown[0]!r}." + did_you_mean(unknown[0], HUB_OPTIONS))
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             if name in self._places or name in self.manager.configs:
                 where = "pool" if name in self._places else "model"
                 raise AdapterExistsError(f"the {where} has an adapter {name!r} already; take another name")
@@ -193,7 +196,7 @@ class AdapterPool:
             BusyError: a running call uses it.
         """
         self._known([name])
-        with self.manager.switch.exclusive(), self._lock, self.manager.transaction() as change:
+        with HeldInterrupts(), self.manager.switch.exclusive(), self._lock, self.manager.transaction() as change:
             if name in self._residents.leases:
                 raise BusyError(f"adapter {name!r} is in use by a running call")
             change.keep(self._places)
@@ -239,7 +242,7 @@ class AdapterPool:
         """
         chosen = self._known([names] if isinstance(names, str) else names)
         waiting: list[Future[Any]] = []
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             if self._ahead is None:
                 self._ahead = ThreadPoolExecutor(1, thread_name_prefix="adapter-pool")
             present = {*self._residents.names, *self._host.names}
@@ -289,25 +292,27 @@ class AdapterPool:
             yield
             return
         with ExitStack() as stack:
-            lease = _Lease(self, pooled)
-            stack.callback(lease.end)
-            self._take(lease, switching, stack)
+            stack.callback(self._released)
+            # Unlocking is one step, which no interruption can keep from happening or split.
+            held = threading.Lock()
+            held.acquire()
+            stack.push(held.__exit__)
+            self._take(pooled, held, switching, stack)
             yield
 
-    def _take(self, lease: _Lease, switching: bool, stack: ExitStack) -> None:
-        """Begins a lease once all its adapters are resident; ``stack`` keeps the switch if need be."""
-        names = lease.names
+    def _take(self, names: tuple[str, ...], held: threading.Lock, switching: bool, stack: ExitStack) -> None:
+        """Keeps adapters resident, as long as a lock is locked, once all are; ``stack`` keeps the switch if need be."""
         arrivals: dict[str, Ready] = {}
         first = True
         while True:
-            with self._lock:
+            with HeldInterrupts(), self._lock:
                 missing = self._missing(names)
                 if first:
                     self._hits += len(names) - len(missing)
                     self._misses += len(missing)
                     first = False
                 if not missing and not (switching and self.manager.merged):
-                    lease.begin()
+                    self._residents.lease(names, held)
                     if switching:
                         # An exchange by another thread must not undo the choice that is being made.
                         stack.enter_context(self._lock)
@@ -317,7 +322,7 @@ class AdapterPool:
                     arrivals[name] = self._host.get(name)
             with ExitStack() as gate:
                 gate.enter_context(self.manager.switch.exclusive())
-                with self._lock:
+                with HeldInterrupts(), self._lock:
                     missing = self._missing(names)
                     if any(name not in arrivals for name in missing):
                         continue
@@ -326,23 +331,17 @@ class AdapterPool:
                     releases = self._releases
                     if victims is not None:
                         self._residents.exchange(coming, victims, switching=switching)
-                        lease.begin()
+                        self._residents.lease(names, held)
                         if switching:
                             stack.push(gate.pop_all())
                         return
-            with self._lock:
-                while self._releases == releases:
-                    self._lock.wait()
+            with HeldInterrupts(), self._lock:
+                if self._releases == releases:
+                    self._lock.wait(_RETRY)
 
-    def lease(self, names: Iterable[str]) -> None:
-        """Keeps resident adapters where they are until ``release``; what ``hold`` rests on."""
-        with self._lock:
-            self._residents.lease(names)
-
-    def release(self, names: Iterable[str]) -> None:
-        """Ends what ``lease`` began, in the same thread."""
-        with self._lock:
-            self._residents.release(names)
+    def _released(self) -> None:
+        """Tells those that wait for room that there may be some."""
+        with HeldInterrupts(), self._lock:
             self._releases += 1
             self._lock.notify_all()
 
@@ -374,28 +373,6 @@ class AdapterPool:
         self.manager.check_alive()
         if self._closed:
             raise AdapterError("this adapter pool is closed")
-
-
-class _Lease:
-    """What a call holds of the pool; it ends once, however its block is left."""
-
-    def __init__(self, pool: AdapterPool, names: tuple[str, ...]) -> None:
-        self.names = names
-        self._pool = pool
-        self._begun = False
-
-    def begin(self) -> None:
-        """Keeps the adapters, which are resident, where they are."""
-        with HeldInterrupts():
-            self._pool.lease(self.names)
-            self._begun = True
-
-    def end(self) -> None:
-        """Lets them go."""
-        with HeldInterrupts():
-            begun, self._begun = self._begun, False
-            if begun:
-                self._pool.release(self.names)
 
 
 def _manager_and_handle(model: nn.Module | AdapterManager) -> tuple[AdapterManager, PeftModel | None]:

@@ -20,6 +20,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan, resolve_parts, walk
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import AdapterError, CheckpointError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model.files import embedding_weights, expected
 
 Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
@@ -136,7 +137,7 @@ class Reader:
     def _layout(self, name: str, config: AdapterConfig) -> _Layout:
         fields = {key: value for key, value in vars(config).items() if key not in _NOT_STRUCTURE}
         key = json.dumps(fields, sort_keys=True, default=_plain)
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             found = self._layouts.get(key)
             if found is None:
                 found = self._layouts[key] = self._work_out(name, config)
@@ -257,7 +258,7 @@ class HostCache:
     @property
     def names(self) -> tuple[str, ...]:
         """What is kept, least recently used first."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             return tuple(self._kept)
 
     def get(self, name: str, *, ahead: bool = False) -> Ready:
@@ -267,28 +268,26 @@ class HostCache:
             name: its name.
             ahead: it is not needed yet, so this is no hit.
         """
-        with self._lock:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-                self.hits += not ahead
-                return self._kept[name]
-            future = self._reading.get(name)
-            mine = future is None
-            if future is None:
-                future = self._reading[name] = Future()
-            else:
-                self.hits += not ahead
-        if mine:
-            self._fill(name, future)
-        return future.result()
+        own: Future[Ready] = Future()
+        try:
+            with HeldInterrupts(), self._lock:
+                if name in self._kept:
+                    self._kept.move_to_end(name)
+                    self.hits += not ahead
+                    return self._kept[name]
+                future = self._reading.setdefault(name, own)
+                self.hits += future is not own and not ahead
+            if future is own:
+                self._fill(name, own)
+            return future.result()
+        except BaseException as error:
+            with HeldInterrupts():
+                if self._end_reading(name, own) and not own.done():
+                    own.set_exception(error)
+            raise
 
     def _fill(self, name: str, future: Future[Ready]) -> None:
-        try:
-            ready = self._read(name)
-        except BaseException as error:
-            self._end_reading(name, future)
-            future.set_exception(error)
-            return
+        ready = self._read(name)
         self.reads += 1
         self.read_bytes += ready.byte_count
         if self._end_reading(name, future):
@@ -297,7 +296,7 @@ class HostCache:
 
     def _end_reading(self, name: str, future: Future[Ready]) -> bool:
         """Whether the name still stands for what was read: it may have been dropped meanwhile."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             current = self._reading.get(name) is future
             if current:
                 del self._reading[name]
@@ -305,7 +304,7 @@ class HostCache:
 
     def put(self, name: str, ready: Ready) -> None:
         """Keeps an adapter, if the bound allows it at all."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             self._drop(name)
             if ready.byte_count > self.limit:
                 return
@@ -316,7 +315,7 @@ class HostCache:
 
     def drop(self, name: str) -> None:
         """Forgets an adapter, also one that is being read."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             self._drop(name)
             self._reading.pop(name, None)
 

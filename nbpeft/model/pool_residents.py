@@ -103,7 +103,6 @@ class Residents:
 
     Attributes:
         pinned: names that never go.
-        leases: name -> thread -> how often it holds the name now.
         evictions: adapters pushed out so far.
         swaps: those of them that were overwritten in place.
     """
@@ -111,13 +110,13 @@ class Residents:
     def __init__(self, manager: AdapterManager, limit: int, host: HostCache, *, half: bool) -> None:
         self.limit = limit
         self.pinned: set[str] = set()
-        self.leases: dict[str, Counter[int]] = {}
         self.evictions = 0
         self.swaps = 0
         self._manager = manager
         self._host = host
         self._half = half
         self._records: OrderedDict[str, Resident] = OrderedDict()
+        self._leases: list[tuple[tuple[str, ...], int, threading.Lock]] = []
         self._scales: dict[str, float] = {}
 
     @property
@@ -148,19 +147,26 @@ class Residents:
                 )
         return missing
 
-    def lease(self, names: Iterable[str]) -> None:
-        """Keeps adapters for the calling thread, and counts them as used just now."""
-        for name in names:
-            self.leases.setdefault(name, Counter())[threading.get_ident()] += 1
-            self._records.move_to_end(name)
+    @property
+    def leases(self) -> dict[str, Counter[int]]:
+        """Name -> thread -> how often it holds the name now."""
+        self._leases = [lease for lease in self._leases if lease[2].locked()]
+        found: dict[str, Counter[int]] = {}
+        for names, thread, _ in self._leases:
+            for name in names:
+                found.setdefault(name, Counter())[thread] += 1
+        return found
 
-    def release(self, names: Iterable[str]) -> None:
-        """Ends what ``lease`` began, in the same thread."""
+    def lease(self, names: Iterable[str], held: threading.Lock) -> None:
+        """Keeps adapters for the calling thread, and counts them as used just now.
+
+        Args:
+            names: resident adapters.
+            held: a lock; they are kept as long as it is locked.
+        """
         for name in names:
-            threads = self.leases[name]
-            threads[threading.get_ident()] -= 1
-            if not +threads:
-                del self.leases[name]
+            self._records.move_to_end(name)
+        self._leases.append((tuple(names), threading.get_ident(), held))
 
     def victims(self, arrivals: Mapping[str, Ready], names: Sequence[str], *, switching: bool) -> list[str] | None:
         """What has to go for arrivals; None if only other threads' leases are in the way.

@@ -157,7 +157,11 @@ def hooked(hook: Any, *, before: bool = False) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("hook", [doubles, sometimes, perhaps, functools.partial(doubles), Doubling()], ids=str)
+@pytest.mark.parametrize(
+    "hook",
+    [doubles, sometimes, perhaps, functools.partial(doubles), Doubling()],
+    ids=["always", "sometimes", "perhaps", "partial", "object"],
+)
 def test_a_hook_that_may_change_the_output_is_named(hook: Any) -> None:
     check(hooked(hook), "doubles|sometimes|perhaps|Doubling")
 
@@ -166,7 +170,9 @@ def test_so_is_one_that_changes_the_input() -> None:
     check(hooked(shifts, before=True), "shifts")
 
 
-@pytest.mark.parametrize("hook", [looks, functools.partial(looks), Doubling().look], ids=str)
+@pytest.mark.parametrize(
+    "hook", [looks, functools.partial(looks), Doubling().look], ids=["function", "partial", "method"]
+)
 def test_a_hook_that_only_looks_is_left_alone_and_not_called_by_merging(hook: Any) -> None:
     check(hooked(hook), None)
     model = adapted(hooked(hook))

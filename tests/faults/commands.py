@@ -277,7 +277,7 @@ def state_of(stage: Stage) -> dict[str, Any]:
         state["who"] = (manager.names, manager.active, manager.enabled, manager.merged, sorted(manager.frozen))
         state["scales"] = [manager.scale(name) for name in manager.names]
         state["acts"] = manager.switch.current(), manager.switch.live, manager.switch.traced
-        state["configs"] = {name: one.to_dict() for name, one in manager.configs.items()}
+        state["configs"] = {name: dict(vars(one)) for name, one in manager.configs.items()}
         state["paths"] = sorted(manager.layers), sorted(manager.copies)
         state["biases"] = {name: sorted(manager.base_biases(name)) for name in manager.names}
         state["open"] = manager.switch.scopes, len(manager.switch._calls), manager.switch._writer

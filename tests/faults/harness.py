@@ -43,8 +43,8 @@ class FailingAt(TorchDispatchMode):
 
 
 @contextmanager
-def traced(visit: Callable[[str, int], None]) -> Iterator[None]:
-    """Calls back at every line of the package that runs in the block."""
+def traced(visit: Callable[[str, int], None], only: tuple[str, int] | None = None) -> Iterator[None]:
+    """Calls back at every line of the package that runs in the block, or of the function around one line."""
 
     def local(frame: FrameType, event: str, argument: object) -> Any:
         if event == "line":
@@ -52,7 +52,12 @@ def traced(visit: Callable[[str, int], None]) -> Iterator[None]:
         return local
 
     def start(frame: FrameType, event: str, argument: object) -> Any:
-        return local if frame.f_code.co_filename.startswith(PACKAGE) else None
+        code = frame.f_code
+        if only is None:
+            return local if code.co_filename.startswith(PACKAGE) else None
+        if code.co_filename != only[0] or code.co_firstlineno > only[1]:
+            return None
+        return local if only[1] in {line for _, _, line in code.co_lines()} else None
 
     before = sys.gettrace()
     sys.settrace(start)

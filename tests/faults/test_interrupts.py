@@ -42,7 +42,7 @@ def interrupted_at(point: Point) -> Iterator[None]:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    with traced(visit):
+    with traced(visit, only=point[:2]):
         yield
 
 
