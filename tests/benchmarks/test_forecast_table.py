@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from tests.benchmarks.forecast_table import PUBLISHED, accuracy_table, forecast_of, published_table, words
@@ -31,6 +32,7 @@ def test_a_row_tells_settings_figure_and_source() -> None:
     assert "one 48 GB GPU" in line and "arXiv 2305.14314" in line
 
 
+@pytest.mark.slow
 def test_every_source_is_named_and_every_setting_known() -> None:
     assert all(row.source and row.figure for row in PUBLISHED)
     for row in {row.model: row for row in PUBLISHED}.values():

@@ -69,7 +69,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
 }
 
 
-@pytest.fixture(params=LAYERS)
+COMPILED = ("quanto-int4", "quanto-int2")
+"""For these quanto compiles an extension in a fresh environment, a minute long."""
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in COMPILED)) for name in LAYERS])
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Any, float]:
     make, name, tolerance = LAYERS[request.param]
     layer = make()
