@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -97,7 +97,9 @@ class LoraConfig(AdapterConfig):
         "kasa_config",
         "ensure_weight_tying",
     )
-    checked_apart: ClassVar[tuple[str, ...]] = ("r",)
+    checked_apart: ClassVar[tuple[str, ...]] = (
+        *("r", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -296,7 +298,7 @@ def _names(name: str, value: Any) -> Any:
     """A pattern as it is, any other collection of names as a list without repeats."""
     if value is None or isinstance(value, str):
         return value
-    names = list(value) if isinstance(value, Iterable) and not isinstance(value, bytes) else [None]
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping) else [None]
     if not all(isinstance(item, str) for item in names):
         raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r:.60}", field=name)
     return list(dict.fromkeys(names))

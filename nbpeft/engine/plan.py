@@ -229,8 +229,8 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
     found = []
     for site in sites:
         host = resolve_host(site.module)
-        linear = host is not None and host.multiplies and not any(site.module is head for head in heads)
-        if linear and not bypassed(model, site.path):
+        linear = host is not None and host.multiplies and 0 not in host.features(site.module)
+        if linear and not any(site.module is head for head in heads) and not bypassed(model, site.path):
             found.append(site.path)
     return found
 

@@ -179,12 +179,8 @@ def _check_missing(
 ) -> None:
     """Refuses a file that leaves out more than the whole model has: its config asks for a rank that is a mistake."""
     given = loaded.weights.adapters
-    absent = sum(
-        math.prod(shape)
-        for target in plan.targets
-        for key, shape in target.shapes.items()
-        if key not in given.get(target.path, {})
-    )
+    shapes = ((target.path, key, shape) for target in plan.targets for key, shape in target.shapes.items())
+    absent = sum(math.prod(shape) for path, key, shape in shapes if key not in given.get(path, {}))
     if absent > _LARGEST_GAP + sum(parameter.numel() for parameter in model.parameters()):
         raise CheckpointError(
             f"{source} has none of {absent:,} parameters that its config asks for, more than the model itself has: "

@@ -28,7 +28,7 @@ from nbpeft.errors import ConfigError
         ("layers_to_transform", [[1]], "a list of whole numbers or a whole number"),
         ("layers_to_transform", 1.5, "a list of whole numbers or a whole number"),
         ("trainable_token_indices", {"embed": True}, "a list of whole numbers or a dictionary"),
-        ("target_modules", {"q_proj": 1}, "a list of texts or a text"),
+        ("target_modules", {"q_proj": 1}, "a name pattern or a list of names"),
         ("base_model_name_or_path", 3, "a text"),
         ("auto_mapping", 3, "a dictionary"),
         ("revision", ["main"], "a text"),

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from nbpeft.errors import NbpeftError
+from tests.effort import effort
 from tests.fuzz.entry_points import Ways
 from tests.fuzz.mutations import mutated
 from tests.fuzz.starts import KINDS, write_starts
 
-COUNT = 10_000 if os.environ.get("NBPEFT_TESTS") == "long" else 500
+COUNT = effort(quick=500, full=1_000, long=10_000)
 FIRST = int(os.environ.get("NBPEFT_FUZZ_FROM", "0"))
 """The first seed; a failure names the one to start from."""
 SECONDS = 2.0
@@ -97,7 +98,7 @@ def test_a_folder_is_refused_in_one_line_or_can_be_taken_back(
         folder = tmp_path / f"f{seed}"
         done = mutated(ways.starts / draw.choice([*KINDS, "legacy"]), folder, draw)
         known = ways.all()
-        for name in draw.sample(sorted(known), len(known) if COUNT > 500 else 2):
+        for name in draw.sample(sorted(known), len(known) if COUNT == 10_000 else 2):
             problem = outcome(known[name], folder)
             now = ways.state()
             same = [key for key, _, _ in now] == [key for key, _, _ in before] and all(
