@@ -219,7 +219,7 @@ def write_card(folder: str | os.PathLike[str], config: AdapterConfig, *, tags: S
     target = Path(os.path.expanduser(os.fspath(folder)))
     with disk_errors(target):
         sweep(target)
-        files = _card_file(target / CARD_NAME, config, tags)
+        files = _card_file(target / CARD_NAME, config, tags, needed=True)
         if files:
             replace_files(target, files)
 
@@ -271,10 +271,22 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _card_file(path: Path, card: AdapterConfig | str | None, tags: Sequence[str]) -> list[NewFile]:
-    """The README to write; none where it would not change or cannot be understood."""
-    present = _text_or_none(path)
-    if card is None or (present is None and path.exists()):
+def _card_file(
+    path: Path, card: AdapterConfig | str | None, tags: Sequence[str], *, needed: bool = False
+) -> list[NewFile]:
+    """The README to write; none where it would not change, is no text, or cannot be read (an error if needed)."""
+    if card is None:
+        return []
+    present = None
+    try:
+        present = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        pass
+    except UnicodeDecodeError:
+        return []
+    except OSError:
+        if needed:
+            raise
         return []
     text = card if isinstance(card, str) else model_card.card_text(card, present, tags=tags)
     return [] if text == present else [NewFile.of_text(path.name, text)]

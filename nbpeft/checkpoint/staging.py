@@ -68,10 +68,14 @@ class Staging:
         for _ in range(_TRIES):
             self.path = parent / (name or staging_name())
             os.mkdir(self.path, mode)
-            # A sweep may come between the two calls; then there is nothing here to lock, and another is made.
-            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            try:
                 self._lock = _locked(self.path)
                 return
+            except (BlockingIOError, FileNotFoundError):
+                continue  # a sweep came between the two calls
+            except BaseException:
+                shutil.rmtree(self.path, ignore_errors=True)
+                raise
         raise CheckpointError(f"{parent} is being cleared by another process; try again")
 
     def close(self) -> None:
