@@ -8,7 +8,6 @@ from typing import Any
 
 from nbpeft.errors import AdapterError
 
-
 _LONGEST_PART, _LONGEST = 255, 4095
 """Bytes of a path on usual systems, and of one part of it."""
 

@@ -296,7 +296,7 @@ class _Found:
 
 @contextmanager
 def as_it_was_on_failure(base: nn.Module) -> Iterator[None]:
-    """Takes back what preparing does to a model (dtypes, flags, hooks, checkpointing) where the block does not end well.
+    """Takes back what preparing does to a model (dtypes, flags, hooks, checkpointing) where the block fails.
 
     What is kept for it are references: a tensor that is cast stays alive until the block ends.
     """

@@ -187,10 +187,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if value is not None and not callable(value):
             raise ConfigError(f"{name} must be a function, not {value!r:.60}", field=name)
-    pair = options.get("optimizers")
-    if pair is not None and not (
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(part is None or hasattr(part, "step") for part in pair)
-    ):
+    pair = options.get("optimizers", (None, None))
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or any(not _is_none_or_steps(part) for part in pair):
         raise ConfigError(
             f"optimizers must be an optimizer and a scheduler, each or None, not {pair!r:.60}", field="optimizers"
         )
@@ -199,6 +197,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         return
     if not isinstance(callbacks, list | tuple) or not all(_is_callback(item) for item in callbacks):
         raise ConfigError(f"callbacks must be a list of TrainerCallbacks, not {callbacks!r:.60}", field="callbacks")
+
+
+def _is_none_or_steps(part: Any) -> bool:
+    return part is None or hasattr(part, "step")
 
 
 def _is_callback(item: Any) -> bool:
@@ -240,12 +242,12 @@ def _kinds_of(annotation: Any) -> tuple[type, ...]:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if kind in (int, float) and isinstance(value, bool):
-        return False
+    if kind is type(None) or (kind in (int, float) and isinstance(value, bool)):
+        return value is None
     if kind is int:
         return isinstance(value, numbers.Integral) and abs(int(value)) < 2**63
     if kind is float:
-        return isinstance(value, numbers.Real) and abs(value) <= sys.float_info.max  # NaN is not
+        return isinstance(value, numbers.Real) and bool(abs(value) <= sys.float_info.max)  # NaN is not
     return isinstance(value, _ACCEPTED.get(kind, kind)) or type(value) not in _WORDS  # e.g. an AcceleratorConfig
 
 
