@@ -226,7 +226,7 @@ def _check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArgum
         raise ConfigError("output_dir must be a folder, not ''", field="output_dir")
     mode, known = fields.get("torch_compile_mode"), torch._inductor.list_mode_options()
     if mode is not None and mode not in known:
-        words = did_you_mean(mode, known) or f" It is one of: {', '.join(known)}"
+        words = did_you_mean(str(mode), known) or f" It is one of: {', '.join(known)}"
         raise ConfigError(f"torch_compile_mode {mode!r:.60} is unknown.{words}", field="torch_compile_mode")
 
 
@@ -242,12 +242,11 @@ def _kinds_of(annotation: Any) -> tuple[type, ...]:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if kind is type(None) or (kind in (int, float) and isinstance(value, bool)):
-        return value is None
-    if kind is int:
-        return isinstance(value, numbers.Integral) and abs(int(value)) < 2**63
-    if kind is float:
-        return isinstance(value, numbers.Real) and bool(abs(value) <= sys.float_info.max)  # NaN is not
+    if kind in (bool, type(None)):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        return number and bool(abs(value) <= (2**63 - 1 if kind is int else sys.float_info.max))  # NaN is not
     return isinstance(value, _ACCEPTED.get(kind, kind)) or type(value) not in _WORDS  # e.g. an AcceleratorConfig
 
 
