@@ -42,6 +42,9 @@ def main_help(cell: Verb, verbs: Mapping[str, Verb], others: Iterable[Verb] = ()
             "other cells:",
             *cells,
             "",
+            "Without --model a command acts on the model that was adapted, loaded into, trained or switched last.",
+            "Where several models carry adapters, one that takes something away (merge, unload, delete, …) needs it.",
+            "",
             "%lora VERB --help tells more about one of them.",
         ]
     )

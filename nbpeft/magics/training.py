@@ -23,9 +23,7 @@ TRAIN_OPTIONS = (
     argument(
         "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="needed unless the rows are tokenised"
     ),
-    argument(
-        "--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter first; it stays active"
-    ),
+    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
     argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
 )
@@ -59,9 +57,10 @@ def _keep(options: argparse.Namespace, desk: Desk) -> None:
     """Remembers what the cell said, for ``%lora export``."""
     fields = dict(options.fields)
     left_out = [*desk.session.unwritable(fields), *(["--trainer"] if options.trainer is not None else [])]
-    kept = {name: value for name, value in fields.items() if name not in left_out}
+    max_length = fields.pop("max_length", None) if options.max_length is None else options.max_length
+    kept = {name: value for name, value in fields.items() if name not in (*left_out, "max_length")}
     expressions = (options.data, options.eval_data, options.tokenizer)
-    desk.trained[options.target] = TrainingCell(*expressions, options.max_length, kept, tuple(left_out))
+    desk.trained[options.target] = TrainingCell(*expressions, max_length, kept, tuple(left_out))
 
 
 def export(options: argparse.Namespace, desk: Desk) -> object:

@@ -14,7 +14,7 @@ from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.answering import Asked, Batch, Prompt, check_finite, evaluating, first_answer
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
-from nbpeft.session.checks import place_of, weights_of
+from nbpeft.session.checks import adapter_name, place_of, weights_of
 from nbpeft.session.combined import CombineResult, SwapResult
 from nbpeft.session.files import folder_hint
 from nbpeft.session.handles import uncompiled
@@ -88,6 +88,7 @@ class CombiningCommands(SessionBase):
         """
         recipe = recipe_of(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
         weights = weights_of(weights)
+        adapter_name(as_name)
         entry = self._book.get_for("combine", model)
         entry.manager.require_reachable(*weights)
         if not weights:

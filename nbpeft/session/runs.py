@@ -89,9 +89,8 @@ class Runs(SessionBase):
                 made.append(Run(watched, total_steps, memory=_measuring(trained), **options))
                 return made[0]
 
-            result = train(
-                trained, data, eval_data, tokenizer=tokenizer, adapter=adapter, run_factory=make, **arguments
-            )
+            arguments |= {"tokenizer": tokenizer, "adapter": adapter, "run_factory": make}
+            result = train(trained, data, eval_data, **arguments)
             plain = is_plain(data)
             entry.plain = entry.plain if plain is None else plain
             self._book.enter(entry.name, trained)

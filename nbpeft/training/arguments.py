@@ -187,12 +187,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if value is not None and not callable(value):
             raise ConfigError(f"{name} must be a function, not {value!r:.60}", field=name)
-    pair = options.get("optimizers")
-    if pair is not None and not (
-        isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(part is None or hasattr(part, "step") for part in pair)
-    ):
+    pair = options.get("optimizers", (None, None))
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or any(not _is_none_or_steps(part) for part in pair):
         raise ConfigError(
             f"optimizers must be an optimizer and a scheduler, each or None, not {pair!r:.60}", field="optimizers"
         )
@@ -201,6 +197,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         return
     if not isinstance(callbacks, list | tuple) or not all(_is_callback(item) for item in callbacks):
         raise ConfigError(f"callbacks must be a list of TrainerCallbacks, not {callbacks!r:.60}", field="callbacks")
+
+
+def _is_none_or_steps(part: Any) -> bool:
+    return part is None or hasattr(part, "step")
 
 
 def _is_callback(item: Any) -> bool:
@@ -226,7 +226,7 @@ def _check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArgum
         raise ConfigError("output_dir must be a folder, not ''", field="output_dir")
     mode, known = fields.get("torch_compile_mode"), torch._inductor.list_mode_options()
     if mode is not None and mode not in known:
-        words = did_you_mean(mode, known) or f" It is one of: {', '.join(known)}"
+        words = did_you_mean(str(mode), known) or f" It is one of: {', '.join(known)}"
         raise ConfigError(f"torch_compile_mode {mode!r:.60} is unknown.{words}", field="torch_compile_mode")
 
 
@@ -242,13 +242,11 @@ def _kinds_of(annotation: Any) -> tuple[type, ...]:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    if kind is int:
-        return isinstance(value, numbers.Integral) and abs(int(value)) < 2**63
-    if kind is float:
-        number: Any = value
-        return isinstance(value, numbers.Real) and bool(abs(number) <= sys.float_info.max)  # NaN is not
+    if kind in (bool, type(None)):
+        return isinstance(value, kind)
+    if kind in (int, float):
+        number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        return number and bool(abs(value) <= (2**63 - 1 if kind is int else sys.float_info.max))  # NaN is not
     return isinstance(value, _ACCEPTED.get(kind, kind)) or type(value) not in _WORDS  # e.g. an AcceleratorConfig
 
 

@@ -81,7 +81,8 @@ def train(
     check_options(options)
     rows = _rows(model, data, tokenizer, max_length)
     eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
-    options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | options
+    given = {name: value for name, value in options.items() if value is not None}
+    options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
     with scratch_folder() as folder:
         settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=eval_rows is not None)
         options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}

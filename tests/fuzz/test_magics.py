@@ -27,164 +27,58 @@ SEED = int(os.environ.get("NBPEFT_SEED", "7"))
 LONGEST = 500
 """Characters of a message's first line."""
 
-PLAIN = ("a", "b", "c", "default", "base", "model", "second", "nope")
+
+def words(text: str) -> list[str]:
+    """Its words."""
+    return text.split()
+
+
+PLAIN = words("a b c default base model second nope")
 HOSTILE = (
-    *("A B", "'a'", '"a b"', "a.b", "a/b", "ä", "名", "🙂", "-x", "--", "-", "''", "a\\b", "x" * 300, "__base__"),
-    *("training", "forward", "{a}", "$a", "{text}", "$text", "$number", "{model}", "$nope", "a=1", "a;", ";", "it's"),
-    *(
-        "(",
-        "[",
-        "{",
-        ")",
-        "]",
-        "}",
-        '"',
-        "'",
-        "a(1",
-        'a"',
-        "[[",
-        "'\"",
-        "\u202e",
-        "\u00a0",
-        "a\tb",
-        "\x07",
-        "#",
-        "%",
-        "!",
+    *words(
+        "'a' \"a a.b a/b ä 名 🙂 -x -- - '' a\\b __base__ training forward {a} $a {text} $text $number {model} $nope"
     ),
-    *(
-        "..",
-        "~",
-        "*",
-        "|",
-        "&&",
-        "`ls`",
-        "\\",
-        "\\n",
-        "<b>",
-        "{{a}}",
-        "$",
-        "$$",
-        "${a}",
-        "a,b",
-        ",",
-        "=",
-        "==",
-        "a=",
-        "=a",
+    *words(
+        "a=1 a; ; it's ( [ { ) ] } \" ' a(1 a\" [[ '\" # % ! .. ~ * | && `ls` \\ \\n <b> {{a}} $ $$ ${a} a,b , = =="
     ),
+    *("A B", "x" * 300, "\u202e", "\u00a0", "a\tb", "\x07"),
 )
-NUMBERS = (
-    *("1", "2", "0", "-1", "0.5", "1.5", "1e400", "-1e400", "nan", "inf", "1e-3", "9" * 30, "9" * 5000, "10**3", "x"),
-    *("²", "1_0", "0x10", "True", "", "1,5", "٣"),
-)
-WEIGHTS = ("a=0.7", "b=0.3", "a", "b=-1", "a=0", "a=x", "=1", "a=1e999", "a=0.5=2", "a=nan", "c=1", "a=1 a=2", "a=")
-PATHS = (
-    "$folder",
-    "{folder}",
-    "out",
-    "./out/deep",
-    "nowhere",
-    "no/where",
-    "x" * 300,
-    "a/" * 3000,
-    "$text",
-    "$nope/x",
-    "''",
-)
+NUMBERS = (*words("1 2 0 -1 0.5 1e400 -1e400 nan inf 1e-3 10**3 x ² 1_0 0x10 True 1,5 ٣"), "", "9" * 30, "9" * 5000)
+WEIGHTS = words("a=0.7 b=0.3 a b=-1 a=0 a=x =1 a=1e999 a=0.5=2 a=nan c=1 a=")
+PATHS = (*words("$folder {folder} out ./out/deep nowhere no/where $text $nope/x ''"), "x" * 300, "a/" * 3000)
 VARIABLES = (
-    *(
-        "rows",
-        "rows[:2]",
-        "rows[",
-        "rows[0]",
-        "text",
-        "tok",
-        "number",
-        "undefined",
-        "lambda m: True",
-        "(lambda m: 1/0)",
-    ),
-    *(
-        "None",
-        "[]",
-        "'hi'",
-        "['hi', 'ho']",
-        "1/0",
-        "rows[9]",
-        "[" * 300,
-        "[" * 300 + "]" * 300,
-        "x=1",
-        "await x",
-        "(yield)",
-    ),
+    *words("rows rows[:2] rows[ rows[0] text tok number undefined None [] 'hi' ['hi','ho'] 1/0 rows[9] x=1 (yield)"),
+    *("lambda m: True", "(lambda m: 1/0)", "await x", "[" * 300, "[" * 300 + "]" * 300),
 )
 VALUES = (
-    *("1", "2", "4", "0", "-3", "0.1", "1.5", "True", "False", "None", "'x'", "''", "[]", "{}", "()", "(1,)", "[1]"),
-    *(
-        "[[1]]",
-        "['q_proj']",
-        "'q_proj'",
-        "'all-linear'",
-        "['nope']",
-        "{'x': 1}",
-        "{'q_proj': 2}",
-        "{1: 2}",
-        "5j",
-        "b'x'",
+    *words(
+        "1 2 4 0 -3 0.1 1.5 True False None 'x' '' [] {} () (1,) [1] [[1]] ['q_proj'] 'q_proj' 'all-linear' ['nope']"
     ),
-    *("10**400", "-10**400", "9" * 5000, "float('nan')", "float('inf')", "1e308", "'a' * 5000", "['a'] * 50", "rows"),
-    *(
-        "model",
-        "undefined",
-        "1/0",
-        "lambda: 0",
-        "print",
-        "int",
-        "...",
-        "'a{99999999999}'",
-        "'('",
-        "'[a'",
-        "'*'",
-        "'.*'",
+    *words(
+        "{'x':1} {'q_proj':2} {1:2} 5j b'x' 10**400 -10**400 float('nan') float('inf') 1e308 'a'*5000 ['a']*50 rows"
     ),
-    *(
-        "'\\x00'",
-        "'\\ud800'",
-        "(" * 300 + "1" + ")" * 300,
-        "(",
-        "'",
-        "1,",
-        "r",
-        "x for x in rows",
-        "await rows",
-        "(yield)",
-    ),
+    *words("model undefined 1/0 print int ... 'a{99999999999}' '(' '[a' '*' '.*' {'a{99999999999}':2} {'(':2}"),
+    *words("'\\x00' '\\ud800' ( ' 1, r (yield)"),
+    *("9" * 5000, "(" * 300 + "1" + ")" * 300, "lambda: 0", "x for x in rows", "await rows"),
 )
-CONFIG_FIELDS = (
-    *("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "use_dora", "rank_pattern"),
-    *("alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type"),
-    *("init_lora_weights", "fan_in_fan_out", "peft_type", "inference_mode", "trainable_token_indices", "revision"),
-    *("rr", "lora_alph", "for", "r r", "ä"),
+CONFIG_FIELDS = words(
+    "r lora_alpha target_modules lora_dropout bias use_rslora use_dora rank_pattern alpha_pattern exclude_modules "
+    "layers_to_transform layers_pattern modules_to_save task_type init_lora_weights fan_in_fan_out peft_type "
+    "inference_mode trainable_token_indices revision rr lora_alph for ä"
 )
-TRAINING_FIELDS = (
-    *("max_steps", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "optim", "seed", "bf16"),
-    *("lr_scheduler_type", "warmup_steps", "output_dir", "torch_compile_mode", "dataloader_num_workers", "deepspeed"),
-    *("resume_from_checkpoint", "trainer_class", "arguments_class", "neftune_noise_alpha", "callbacks", "report_to"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "label_names", "max_length", "data_collator"),
-    *("save_strategy", "eval_strategy", "logging_steps", "compute_metrics", "optimizers", "adapter", "data", "epochs"),
+TRAINING_FIELDS = words(
+    "max_steps learning_rate num_train_epochs per_device_train_batch_size optim seed bf16 lr_scheduler_type "
+    "warmup_steps output_dir torch_compile_mode dataloader_num_workers deepspeed resume_from_checkpoint "
+    "trainer_class arguments_class neftune_noise_alpha callbacks report_to gradient_checkpointing "
+    "gradient_checkpointing_kwargs label_names max_length data_collator save_strategy eval_strategy "
+    "logging_steps compute_metrics optimizers adapter data epochs"
 )
-QUANTIZATION_FIELDS = (
-    "bits",
-    "quant_type",
-    "double_quant",
-    "compute_dtype",
-    "upcast",
-    "gguf_file",
-    "model_class",
-    "dtype",
-)
+QUANTIZATION_FIELDS = words("bits quant_type double_quant compute_dtype upcast gguf_file model_class dtype")
 FIELDS = {"config": CONFIG_FIELDS, "training": TRAINING_FIELDS, "qlora": (*QUANTIZATION_FIELDS, *CONFIG_FIELDS)}
+NEEDED = {"config": "target_modules = ['q_proj']", "qlora": "target_modules = ['q_proj']", "training": "max_steps = 1"}
+LINES = {"lora": "model --name c", "qlora": "second --name c", "lora_train": "model --data rows --adapter b"}
+"""Lines of cells without a mistake."""
+OTHER_LINES = ("import os", "f(1)", "r += 1", "r: int", "a.b = 1", "# r = 1", "  r = 1", ";", "}")
 SLOW = ("plan", "doctor", "export", "compare", "--dry-run", "--check")
 """What takes a second or more when it is carried out; drawn less often."""
 
@@ -208,51 +102,45 @@ class Grammar:
         if self._one_in(3):
             return self._cell(self._random.choice(list(CELLS.values())))
         if self._one_in(40):
-            return "%lora " + " ".join(self._random.choices(HOSTILE + PLAIN, k=self._random.randint(0, 4)))
+            return "%lora " + " ".join(self._random.choices((*HOSTILE, *PLAIN), k=self._random.randint(0, 4)))
         verb = self._random.choice(list(VERBS.values()))
         if verb.name in SLOW and not self._one_in(8):
             return self._drawn()
         return f"%lora {verb.name} {self._line(verb)}"
 
     def _cell(self, verb: Verb) -> str:
-        line = self._line(verb)
-        if verb.name == "lora_train" and not self._one_in(4):
-            line = f"model --data rows {line}"
-        fields = [self._random.choice(FIELDS[verb.fields]) for _ in range(self._random.randint(0, 4))]
+        """A cell, half of the time with one field that may be wrong and nothing else."""
+        single = self._one_in(2)
+        line = LINES[verb.name] if single or (verb.name == "lora_train" and self._one_in(2)) else self._line(verb)
+        fields = [self._random.choice(FIELDS[verb.fields]) for _ in range(1 if single else self._random.randint(0, 4))]
         lines = [f"{name} = {self._random.choice(VALUES)}" for name in fields]
-        if verb.fields != "training" and not self._one_in(4):
-            lines.append("target_modules = ['q_proj']")
-        if verb.fields == "training" and "max_steps" not in fields:
-            lines.append("max_steps = 1")
-        if self._one_in(8):
-            lines.insert(
-                0,
-                self._random.choice(
-                    ("import os", "f(1)", "r += 1", "r: int", "a.b = 1", "# r = 1", "  r = 1", ";", "}")
-                ),
-            )
+        needed = NEEDED[verb.fields]
+        if needed.split(" ")[0] not in fields and (single or not self._one_in(4)):
+            lines.append(needed)
+        if not single and self._one_in(8):
+            lines.insert(0, self._random.choice(OTHER_LINES))
         return f"%%{verb.name} {line}\n" + "\n".join(lines)
 
     def _line(self, verb: Verb) -> str:
-        words: list[str] = []
+        found: list[str] = []
         for item in verb.arguments:
             if item.positional:
-                words += [self._value(item) for _ in range(self._random.randint(1, 2) if item.many else 1)]
+                found += [self._value(item) for _ in range(self._random.randint(1, 2) if item.many else 1)]
                 if self._one_in(12):
-                    words.pop()
-            elif self._one_in(2 if item.options.get("required") else 6) and not (
-                item.flags[0] in SLOW and not self._one_in(8)
-            ):
-                words.append(self._random.choice(item.flags))
+                    found.pop()
+            elif self._one_in(2 if item.options.get("required") else 6):
+                if item.flags[0] in SLOW and not self._one_in(8):
+                    continue
+                found.append(self._random.choice(item.flags))
                 if item.takes_value and not self._one_in(15):
-                    words.append(self._value(item))
+                    found.append(self._value(item))
         if verb.fields and self._one_in(2):
             for _ in range(self._random.randint(1, 3)):
                 value = self._random.choice(VALUES).replace(" ", "")
-                words.append(f"{self._random.choice(FIELDS[verb.fields])}={value}")
+                found.append(f"{self._random.choice(FIELDS[verb.fields])}={value}")
         if self._one_in(6):
-            words.insert(self._random.randint(0, len(words)), self._random.choice(HOSTILE))
-        return " ".join(words)
+            found.insert(self._random.randint(0, len(found)), self._random.choice(HOSTILE))
+        return " ".join(found)
 
     def _value(self, item: Argument) -> str:
         if self._one_in(8):
@@ -275,6 +163,12 @@ class Grammar:
         return self._random.randrange(count) == 0
 
 
+class SavedLetters(Letters):
+    """A tokenizer that a Trainer can save."""
+
+    def save_pretrained(self, folder: str) -> None: ...
+
+
 class Bench:
     """A notebook whose variables hold two models, and what can be said of its state."""
 
@@ -293,7 +187,7 @@ class Bench:
             self.notebook[name] = tiny_base(**small)
         self.notebook["rows"] = [{"input_ids": [1, 2, 3, 4]}] * 4
         self.notebook["text"], self.notebook["number"] = "hello there", 3
-        self.notebook["tok"] = Letters()
+        self.notebook["tok"] = SavedLetters()
         self.notebook["folder"] = str(self.folder)
         for name in ("a", "b"):
             self.notebook.do(f"%lora add model --name {name} r=2 target_modules=q_proj")
@@ -306,10 +200,9 @@ class Bench:
     def state(self) -> list[Any]:
         """All that a command may change, comparable with ``same``."""
         space = self.notebook.shell.user_ns
-        bound = {
-            name: id(value) for name, value in space.items() if not name.startswith("_") and name not in self._kept
-        }
-        found: list[Any] = [bound, [name for name in self.notebook.session.names if name in bound]]
+        names = [name for name in space if not name.startswith("_") and name not in self._kept]
+        bound = {name: id(space[name]) for name in names}
+        found: list[Any] = [bound]
         for name in ("model", "second"):
             module = space.get(name)
             if not isinstance(module, torch.nn.Module):
@@ -347,7 +240,11 @@ def wrong_with(outcome: Outcome, bench: Bench, before: list[Any]) -> str:
         return f"said {len(str(error))} characters in {len(rest) + 1} lines: {str(error)[:200]}"
     if "Traceback" in outcome.printed + outcome.complained:
         return "printed a traceback"
-    return "" if same(before, bench.state()) else f"changed something and then said: {first[:200]}"
+    after = bench.state()
+    changed = [str(one)[:200] for one, other in zip(before, after, strict=False) if not same(one, other)]
+    if changed or len(before) != len(after):
+        return f"changed {changed} and then said: {first[:200]}"
+    return ""
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_a_mistake_is_one_line_and_changes_nothing(ready: Notebook, cell: str, m
     assert ready.session.state.models == state
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["max_steps = 'x'", "adam_beta1 = 5", "learning_rat = 1", "max_steps = 1 /", "optim = 'adamm'", "deepspeed = 'x'"],
+)
+def test_a_mistake_beside_an_adapter_switches_nothing(ready: Notebook, body: str) -> None:
+    """Neither which adapter acts nor what is merged."""
+    ready.do("%lora merge")
+    manager = ready["model"].manager
+    before, tensors = fingerprint(ready["model"]), {k: v.clone() for k, v in ready["model"].state_dict().items()}
+    body = body if "max_steps" in body else f"{body}\nmax_steps = 1"
+    assert ready.run(f"%%lora_train model --data rows --adapter chat\n{body}").line
+    assert (manager.active, manager.merged, manager.enabled) == (("sql",), ("sql",), True)
+    assert fingerprint(ready["model"]) == before
+    assert all(torch.equal(part, tensors[name]) for name, part in ready["model"].state_dict().items())
+
+
 def test_an_adapter_that_is_frozen_cannot_train(ready: Notebook) -> None:
     ready.do("%lora freeze sql")
     assert "Nothing is trainable" in ready.run(CELL).line
@@ -143,6 +160,17 @@ def test_a_token_of_the_cell_reaches_neither_the_script_nor_what_is_shown(ready:
     assert "hub_token left out of the script" in str(result) and "HF_TOKEN" in str(result)
     shown = told + str(result) + result._repr_html_() + (tmp_path / "train.py").read_text()
     assert token not in shown + repr(TrainingCell("rows", None, None, None, {"hub_token": token}, ()))
+
+
+@pytest.mark.parametrize("said", ["--max-length 4\nmax_steps = 1", "\nmax_length = 4\nmax_steps = 1"])
+def test_what_rows_are_cut_to_is_exported_wherever_it_was_said(ready: Notebook, tmp_path: Path, said: str) -> None:
+    from tests.session.letters import Letters
+
+    ready["tok"], ready["rows"] = Letters(), [{"text": "abcdefgh"}] * 2
+    ready.do(f"%%lora_train model --data rows --tokenizer tok {said}")
+    ready.do(f"%lora export {tmp_path}/t.py --base somewhere")
+    rows = (tmp_path / "t_data.jsonl").read_text().splitlines()
+    assert [len(json.loads(row)["input_ids"]) for row in rows] == [4, 4]
 
 
 def test_an_object_of_the_notebook_cannot_be_exported(ready: Notebook, tmp_path: Path) -> None:

@@ -334,9 +334,7 @@ class TestWhichModel:
         assert "must be free or hold what this cell made before" in " ".join(repr(bare.do("%qlora --help")).split())
 
 
-@pytest.mark.parametrize(
-    "line", ["save {place}/run(1", "save {place}/it's --name sql", "save '{place}/a[b'", "use sql;"]
-)
+@pytest.mark.parametrize("line", ["save {place}/run(1", "save {place}/it's", "save '{place}/a[b'", "use sql;"])
 def test_a_line_that_is_not_python_is_carried_out_without_a_traceback(
     trained: Notebook, tmp_path: Path, line: str
 ) -> None:

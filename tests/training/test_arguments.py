@@ -27,6 +27,8 @@ IMPOSSIBLE = [
     ({"learning_rate": 10**400}, "learning_rate must be a number, not a number that long"),
     ({"seed": 10**5000}, "seed must be a whole number, not a number that long"),
     ({"bf16": "yes"}, "bf16 must be True or False, not 'yes'"),
+    ({"gradient_checkpointing": print}, "gradient_checkpointing must be True or False, not <built-in function print>"),
+    ({"torch_compile_mode": print}, "torch_compile_mode <built-in function print> is unknown."),
     ({"data_collator": 5}, "data_collator must be a function, not 5"),
     ({"compute_loss_func": 5}, "compute_loss_func must be a function, not 5"),
     ({"callbacks": 5}, "callbacks must be a list of TrainerCallbacks, not 5"),
