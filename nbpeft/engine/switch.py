@@ -176,8 +176,8 @@ class Switch:
 
     def _tidy(self) -> None:
         """Forgets calls of which an interruption has kept the end; the caller holds the condition."""
-        for call in [call for call in self._calls if not call.runs()]:
-            self._calls.discard(call)
+        for ended in [call for call in self._calls if not call.runs()]:
+            self._calls.discard(ended)
         here = self._here()
         while isinstance(here, _Pin) and (call := here.call()) is not None and call not in self._calls:
             here = here.outer
