@@ -257,7 +257,7 @@ class AdapterCommands(SessionBase):
         with manager.transaction():
             plan = put()
             manager.activate(name)
-            result = self._added(entry, name, notes, plan=plan, reconfigured=reconfigured)
+        result = self._added(entry, name, notes, plan=plan, reconfigured=reconfigured)
         entry.asked[name] = (manager.configs[name], asked)
         return result
 
