@@ -14,7 +14,7 @@ from nbpeft.engine.base import add_scaled_, offloading
 from nbpeft.engine.layer_face import LayerFace, by_name
 from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.merge_checks import merge_refusal
-from nbpeft.engine.spool import spooled
+from nbpeft.engine.spool import Spool
 from nbpeft.engine.switch import Rows, Switch
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
@@ -36,7 +36,7 @@ class Stored:
 
     Attributes:
         parameter: the parameter that holds it, where merging takes another one because others share it.
-        weight: else what the backend kept of it.
+        weight: else what the backend kept of it, or what reads that.
         bias: the layer's bias, (out,), on the CPU.
         merged: adapters that were merged into it.
         frozen: the frozen weight, where it was another one.
@@ -205,9 +205,7 @@ class AdaptedLayer(LayerFace):
             return
         self.check_mergeable([name for name, _ in chosen])
         self.unmerge(change)
-        frozen = self._stored(apart=apart)
-        if not keep_frozen and isinstance(frozen.weight, Tensor):
-            frozen.weight = spooled(frozen.weight)
+        frozen = self._stored(apart=apart, spool=None if keep_frozen else change.spool)
         change.on_undo(lambda: self._put_back(frozen))
         if apart:
             shared: Any = self.base_layer._parameters["weight"]
@@ -250,16 +248,20 @@ class AdaptedLayer(LayerFace):
         adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
         add_deltas(weight, self.base, [pair for pair in adapters if not pair[0].merged_elsewhere(self.base)])
 
-    def _stored(self, *, apart: bool) -> Stored:
+    def _stored(self, *, apart: bool, spool: Spool | None = None) -> Stored:
         """All that merging changes, as it is now; tensors as copies on the CPU.
 
         Args:
             apart: the weight itself stays as it is, and another parameter takes its place.
+            spool: keeps the weight, where it is an ordinary one.
         """
-        bias = self.base.bias
+        bias, weight = self.base.bias, None
+        if not apart:
+            spooled = spool is not None and self.backend.name == "dense"
+            weight = spool.keep(self.base_layer.weight) if spooled else self.backend.snapshot(self.base_layer)
         return Stored(
             self.base_layer._parameters["weight"] if apart else None,
-            None if apart else self.backend.snapshot(self.base_layer),
+            weight,
             None if bias is None else bias.detach().to("cpu", copy=True),
             self.merged,
             self._frozen,
@@ -270,7 +272,8 @@ class AdaptedLayer(LayerFace):
         if stored.parameter is not None:
             self.base_layer._parameters["weight"] = stored.parameter
         else:
-            self.backend.restore(self.base_layer, stored.weight)
+            weight = stored.weight() if callable(stored.weight) else stored.weight
+            self.backend.restore(self.base_layer, weight)
         if stored.bias is not None and self.base.bias is not None:
             self.base.bias.copy_(stored.bias)
         self.merged, self._frozen = stored.merged, stored.frozen

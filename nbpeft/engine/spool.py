@@ -1,35 +1,63 @@
-"""Copies that are only kept in case something goes wrong: in memory, or on disk where that is short."""
+"""Weights that are only kept in case something goes wrong: on disk, so that they take no memory."""
 
 from __future__ import annotations
 
-import os
 import tempfile
+from collections.abc import Callable
+from typing import IO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nbpeft.host_memory import host_memory
 
-_SPARE = 0.1
-"""Share of the machine's memory that such copies leave free."""
+_CACHED = 0.05
+"""Share of the memory up to which writes are taken for done at once: the system's file cache takes them."""
+_PLENTY = 0.25
+"""Share of the memory that has to be free for more to be kept there: the disk would be waited for."""
 
 
-def spooled(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU as it is, or the same in a file without a name, which goes with its last reference.
+class Spool:
+    """Keeps copies of tensors in one file without a name, which goes with it."""
 
-    Merging a whole model keeps what every weight was until it is done. A model on a GPU can be larger than
-    the memory beside it.
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._size = 0
 
-    Args:
-        tensor: any shape and dtype, on the CPU.
-    """
-    total, free = host_memory()
-    if free > _SPARE * total or os.name != "posix" or not tensor.numel():
-        return tensor
-    try:
-        with tempfile.NamedTemporaryFile(prefix="nbpeft-") as file:
-            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is told here, not by a signal
-            mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    except OSError:
-        return tensor
-    return mapped.view(tensor.shape).copy_(tensor)
+    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Copies a tensor.
+
+        Args:
+            tensor: any shape, dtype and device.
+
+        Returns:
+            What gives the copy, on the CPU.
+        """
+        total, free = host_memory()
+        cached = self._size + tensor.nbytes <= _CACHED * total
+        if tensor.numel() and (cached or free < _PLENTY * total):
+            try:
+                return self._write(tensor)
+            except OSError:  # no place on the disk
+                pass
+        copied = tensor.detach().to("cpu", copy=True)
+        return lambda: copied
+
+    def _write(self, tensor: Tensor) -> Callable[[], Tensor]:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="nbpeft-", buffering=0)  # noqa: SIM115
+        file, start, shape, dtype = self._file, self._size, tensor.shape, tensor.dtype
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        rest = memoryview(plain.numpy())
+        file.seek(start)
+        while rest:
+            rest = rest[file.write(rest) :]
+        count = plain.numel()
+        self._size += count
+
+        def read() -> Tensor:
+            mapped = np.memmap(file, dtype=np.uint8, mode="r+", offset=start, shape=(count,))
+            return torch.from_numpy(mapped).view(dtype).view(shape)
+
+        return read

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.spool import Spool
 from nbpeft.engine.switch import Switch
 from nbpeft.interrupts import HeldInterrupts, check_interrupt
 
@@ -29,6 +30,9 @@ class Transaction:
     Args:
         switch: of the model; keeps calls out.
         done: called after the outermost block, if it succeeded.
+
+    Attributes:
+        spool: keeps large tensors until the outermost block ends.
     """
 
     def __init__(self, switch: Switch, done: Callable[[], None]) -> None:
@@ -38,6 +42,7 @@ class Transaction:
         self._owner: int | None = None
         self._marks: list[int] = []
         self._undo: list[Callable[[], None]] = []
+        self.spool = Spool()
 
     def block(self, *, during_calls: bool = False, quiet: bool = False) -> Block:
         """A block of changes, to be used as a context that gives this transaction.
@@ -71,6 +76,7 @@ class Transaction:
             outermost = not self._marks
             if outermost:
                 self._undo.clear()
+                self.spool = Spool()
                 self._owner = None
                 self._lock.release()
         return outermost and not failed

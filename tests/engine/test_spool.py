@@ -1,47 +1,49 @@
-"""Copies that go to disk where memory is short."""
+"""Copies that wait on disk for something to go wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from nbpeft.engine import spool
+from nbpeft.engine.spool import Spool
 from nbpeft.errors import MergeError
 from tests.engine.test_scopes import adapted, output
 
-Free = Callable[[int], None]
 
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Free:
-    """Sets how many of 100 bytes of memory are free."""
-    return lambda number: monkeypatch.setattr(spool, "host_memory", lambda: (100, number))
+def memory(monkeypatch: pytest.MonkeyPatch, total: int, free: int) -> None:
+    monkeypatch.setattr(spool, "host_memory", lambda: (total, free))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_they_hold_the_same(free: Free, dtype: torch.dtype) -> None:
-    tensor = torch.arange(12).to(dtype).view(3, 4)
-    free(50)
-    assert spool.spooled(tensor) is tensor
-    free(5)
-    copied = spool.spooled(tensor)
-    assert copied.data_ptr() != tensor.data_ptr() and torch.equal(copied, tensor)
-    assert spool.spooled(tensor[:0]).shape == (0, 4)
+@pytest.mark.parametrize(("total", "free", "on_disk"), [(10**9, 10**9, True), (10, 1, True), (10, 9, False)])
+def test_a_copy_is_the_same_wherever_it_is(
+    dtype: torch.dtype, total: int, free: int, on_disk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory(monkeypatch, total, free)
+    kept = Spool()
+    tensors = [torch.arange(12).to(dtype).view(3, 4), torch.ones(2, 2, dtype=dtype).T, torch.empty(0, 4, dtype=dtype)]
+    copies = [kept.keep(tensor) for tensor in tensors]
+    values = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    assert all(torch.equal(read(), value) for read, value in zip(copies, values, strict=True))
+    assert (kept._file is not None) is on_disk
 
 
-def test_a_full_disk_leaves_them_in_memory(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+def test_a_full_disk_leaves_it_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Any:
         raise OSError(28, "No space left on device")
 
-    free(5)
-    monkeypatch.setattr(spool.os, "posix_fallocate", full)
-    tensor = torch.ones(3)
-    assert spool.spooled(tensor) is tensor
+    memory(monkeypatch, 10**9, 10**9)
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    assert torch.equal(Spool().keep(torch.ones(3))(), torch.ones(3))
 
 
-def test_a_merge_for_good_comes_back_from_disk(free: Free, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_merge_for_good_that_fails_at_its_end_comes_back(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     before, base = output(model), model.get_base_model()
     weights = {name: value.clone() for name, value in base.state_dict().items()}
@@ -49,9 +51,10 @@ def test_a_merge_for_good_comes_back_from_disk(free: Free, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise MergeError("at the end")
 
-    free(5)
+    monkeypatch.setattr(spool, "_CACHED", share)
     monkeypatch.setattr("nbpeft.engine.manager.part_for_good", fail)
     with pytest.raises(MergeError, match="at the end"):
         model.merge_and_unload()
     assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
     assert torch.equal(output(model), before)
+    assert model.manager._transaction.spool._file is None
