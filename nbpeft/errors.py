@@ -32,6 +32,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable
+from typing import ClassVar
 
 from nbpeft.confidential import masked
 
@@ -50,8 +51,10 @@ class NbpeftError(Exception):
         **details: The values the message speaks of, for code that handles the error.
     """
 
+    longest: ClassVar[int] = _LONGEST_MESSAGE
+
     def __init__(self, message: str, **details: object) -> None:
-        self.message = shortened(masked(message))
+        self.message = shortened(masked(message), self.longest)
         super().__init__(self.message)
         self.details = details
 
@@ -133,6 +136,8 @@ class BusyError(NbpeftError, RuntimeError):
 
 class TrainingError(NbpeftError, RuntimeError):
     """A training run cannot start or cannot learn."""
+
+    longest = 1_000  # out of memory: where it went, and each change that would help
 
 
 class CellError(NbpeftError, ValueError):

@@ -333,10 +333,6 @@ def make_adapters(
 
 def _target(site: Site, config: AdapterConfig, method: Method) -> Target:
     host, backend = resolve_parts(site)
-    if 0 in host.features(site.module):
-        raise TargetError(
-            f"{site.path} is empty ({site.module}): there is nothing to adapt; exclude it", path=site.path
-        )
     shapes = method.adapter_class.parameter_shapes(config, site.path, site.module, host)
     in_features, out_features = host.features(site.module)
     return Target(site.path, host.name, backend.name, in_features, out_features, shapes)

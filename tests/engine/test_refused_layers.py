@@ -25,17 +25,6 @@ def test_lazy_layers_are_refused_whole() -> None:
     assert unchanged(model) and type(model[0]) is nn.Linear
 
 
-@pytest.mark.parametrize("sizes", [(0, 8), (8, 0)])
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_empty_layers_are_refused_by_name_and_passed_over_by_all_linear(sizes: tuple[int, int]) -> None:
-    model = net(nn.Linear(*sizes))
-    with pytest.raises(TargetError, match=r"1 is empty \(Linear"):
-        get_peft_model(model, LoraConfig(target_modules=["0", "1"]))
-    assert unchanged(model)
-    made = get_peft_model(model, LoraConfig(target_modules="all-linear"))
-    assert list(made.manager.layers) == ["0"]
-
-
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_2"])
 def test_starting_in_a_weight_that_is_not_finite(init: str) -> None:
     model = net()

@@ -377,10 +377,12 @@ def test_loading_with_two_bare_models(notebook: Notebook, tmp_path: Path) -> Non
     assert "say which model: model, second" in notebook.run(f"%lora load {tmp_path}").line
 
 
-def test_changes_while_merged_are_refused(trained: Notebook) -> None:
+def test_changes_of_what_is_merged_are_refused_and_those_beside_it_are_not(trained: Notebook) -> None:
     trained.do("%lora merge")
-    for line in ("delete chat", "add model --name x target_modules=q_proj", "rename chat other"):
+    for line in ("delete sql", "rename sql other", "add model --name x target_modules=q_proj use_dora=True"):
         assert "unmerge" in trained.run(f"%lora {line}").line
+    for line in ("add model --name x target_modules=q_proj", "rename chat other", "delete other"):
+        trained.do(f"%lora {line}")
 
 
 class TestDamagedCheckpoints:

@@ -96,7 +96,7 @@ HOSTILE = (
     "1",
     "{0!r} {adapter} %s",
     "tail" + chr(92),
-    "\u2028 \x0c \x85 \udc80 é",
+    "\u2028 \x0c \x85 é",
     "x" * 300,
 )
 
