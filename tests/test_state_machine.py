@@ -1,7 +1,7 @@
 """Any sequence of commands keeps: output = base + sum of the active deltas, and nothing else changes.
 
 The adapters' tensors are made and tracked by the test, the output computed from them in float64.
-``NBPEFT_MACHINE_STEPS`` sets the number of steps (5,000), ``NBPEFT_MACHINE_SEED`` draws other
+``NBPEFT_MACHINE_STEPS`` sets the number of steps, ``NBPEFT_MACHINE_SEED`` draws other
 sequences than the usual, which are always the same; a failing one is printed as a program.
 """
 
@@ -35,6 +35,7 @@ from nbpeft.engine.hotswap import prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, HotSwapError, MergeError
 from nbpeft.model import PeftModel, hotswap_adapter
+from tests.effort import effort
 from tests.faults.harness import FailingAt, traced
 from tests.state_machine_model import (
     BASE,
@@ -55,7 +56,7 @@ from tests.state_machine_model import (
     refuses_combining,
 )
 
-STEPS = int(os.environ.get("NBPEFT_MACHINE_STEPS", "5000"))
+STEPS = int(os.environ.get("NBPEFT_MACHINE_STEPS", effort(quick=5_000, full=5_000, long=50_000)))
 SEED = os.environ.get("NBPEFT_MACHINE_SEED")
 LENGTH = 50
 NAMES = ("a", "ab", "default", "keys", "lora")

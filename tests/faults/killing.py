@@ -8,7 +8,6 @@ from __future__ import annotations
 import builtins
 import io
 import os
-import random
 import signal
 import time
 import warnings
@@ -19,8 +18,11 @@ from typing import Any
 
 import pytest
 
-EFFORT = os.environ.get("NBPEFT_TESTS", "quick")
-KILLS = {"quick": 6}.get(EFFORT, 200)
+from tests.effort import drawn as effort_drawn
+from tests.effort import effort
+
+KILLS = effort(quick=6, full=40, long=200)
+"""Deaths of each writer at random moments."""
 
 DURABLE = ("mkdir", "replace", "rename", "link", "fsync", "unlink", "rmdir")
 """Calls of ``os`` that change what is on the disk; a death is most interesting after one of them."""
@@ -40,11 +42,9 @@ PATHS = (
 )
 
 
-def drawn(count: int, seed: object = 0) -> list[int]:
-    """Which of ``count`` points to try: 6 of them in the quick run, otherwise all."""
-    if EFFORT != "quick" or count <= KILLS:
-        return list(range(1, count + 1))
-    return sorted(random.Random(str(seed)).sample(range(1, count + 1), KILLS))
+def drawn(count: int, seed: int = 0) -> list[int]:
+    """Which of ``count`` points to try, counted from 1: 6 of them in the quick run, otherwise all."""
+    return effort_drawn(range(1, count + 1), quick=6, seed=seed)
 
 
 def forked(act: Callable[[], object], *, kill_after: float | None = None) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from nbpeft.errors import CheckpointError
-from tests.faults.killing import EFFORT, KILLS, after_call, die, drawn, failing_call, forked
+from tests.effort import TIER
+from tests.faults.killing import KILLS, after_call, die, drawn, failing_call, forked
 from tests.faults.writers import NEW, OLD, Models, Writer, litter, writers
 
 WRITERS = (
@@ -84,7 +85,7 @@ def test_kills_after_each_call(name: str, models: Models, tmp_path: Path, scratc
     assert calls.count("fsync") and calls.count("replace")
     assert NEW in writer.found(folder)
     found: list[set[int]] = []
-    for number in drawn(len(calls), name):
+    for number in drawn(len(calls), seed=list(WRITERS).index(name)):
         folder = begun(writer, tmp_path / "home")
         with after_call(number, die):
             assert forked(functools.partial(writer.write, folder, NEW))
@@ -108,7 +109,7 @@ def test_a_call_that_fails_changes_nothing(name: str, models: Models, tmp_path: 
     with failing_call(0, OSError(), tmp_path) as calls:
         writer.write(folder, NEW)
     refused = 0
-    for position, number in enumerate(drawn(len(calls), f"{name} fails")):
+    for position, number in enumerate(drawn(len(calls), seed=100 + list(WRITERS).index(name))):
         folder = begun(writer, tmp_path / "home")
         before = contents(tmp_path / "home")
         code = ERRORS[position % len(ERRORS)]
@@ -124,4 +125,4 @@ def test_a_call_that_fails_changes_nothing(name: str, models: Models, tmp_path: 
         else:  # a call whose failure does not matter, as one that clears up
             assert NEW in writer.found(folder)
         check_what_is_left(writer, folder, scratch)
-    assert refused or EFFORT == "quick"
+    assert refused or TIER == "quick"

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nbpeft.magics.lora import CELLS, VERBS
 from nbpeft.magics.parse import Argument, Verb
+from tests.effort import effort
 from tests.magics.notebook import Notebook, Outcome
 from tests.session.letters import Letters
 from tests.training.support import tiny_base
 
-COUNT = {"long": 20_000}.get(os.environ.get("NBPEFT_TESTS", "quick"), 300)
+COUNT = effort(quick=300, full=1_000, long=20_000)
 SEED = int(os.environ.get("NBPEFT_SEED", "7"))
 LONGEST = 500
 """Characters of a message's first line."""
