@@ -255,10 +255,12 @@ class AdaptedLayer(LayerFace):
             apart: the weight itself stays as it is, and another parameter takes its place.
             spool: keeps the weight, where it is an ordinary one.
         """
-        bias, weight = self.base.bias, None
-        if not apart:
-            spooled = spool is not None and self.backend.name == "dense"
-            weight = spool.keep(self.base_layer.weight) if spooled else self.backend.snapshot(self.base_layer)
+        bias: Tensor | None = self.base.bias
+        weight: Any = None
+        if not apart and spool is not None and self.backend.name == "dense":
+            weight = spool.keep(self.backend.dequantize(self.base_layer))
+        elif not apart:
+            weight = self.backend.snapshot(self.base_layer)
         return Stored(
             self.base_layer._parameters["weight"] if apart else None,
             weight,

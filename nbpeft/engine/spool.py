@@ -49,7 +49,7 @@ class Spool:
             self._file = tempfile.TemporaryFile(prefix="nbpeft-", buffering=0)  # noqa: SIM115
         file, start, shape, dtype = self._file, self._size, tensor.shape, tensor.dtype
         plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        rest = memoryview(plain.numpy())
+        rest = memoryview(plain.numpy().data)
         file.seek(start)
         while rest:
             rest = rest[file.write(rest) :]
