@@ -178,12 +178,12 @@ def _tell_not_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+@torch.no_grad()
 def _finite(tensor: Tensor) -> bool:
     # A sum is fast and only finite if all that is added is; a large one may overflow by itself.
-    with torch.no_grad():
-        tensor = tensor if tensor.element_size() > 1 else tensor.float()
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+    tensor = tensor if tensor.element_size() > 1 else tensor.float()
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
 
 
 def _kind_of(tensor: Tensor) -> str:

@@ -127,11 +127,15 @@ def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.M
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    with torch.no_grad():
-        own = dict(twin.named_parameters()) | dict(twin.named_buffers())
-        for name, tensor in (weights or {}).items():
-            own[name].copy_(tensor)
+    _copy_in(twin, weights or {})
     return twin
+
+
+@torch.no_grad()
+def _copy_in(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, tensor in weights.items():
+        own[name].copy_(tensor)
 
 
 def _cloned_fakes(module: nn.Module) -> dict[int, Tensor]:

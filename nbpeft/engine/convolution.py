@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Dropout
-from nbpeft.engine.lowrank import add_delta, composes, compute_dtype, draw_seed, keep_mask, keep_scale
+from nbpeft.engine.lowrank import add_delta, composes, compute_dtype, draw_seed, keep_mask, keep_scale, without_autocast
 from nbpeft.errors import ConfigError, MergeError
 
 
@@ -142,7 +142,7 @@ class _LeanProduct(torch.autograd.Function):
         ctx.save_for_backward(x, lora_A, lora_B)
         ctx.settings = scaling, probability, dtype, host, module
         ctx.seed = draw_seed() if probability else 0
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return host._compose(module, _dropped(x, probability, ctx.seed, dtype), lora_A, lora_B, scaling)
 
     @staticmethod
@@ -150,7 +150,7 @@ class _LeanProduct(torch.autograd.Function):
         scaling, probability, dtype, host, module = ctx.settings
         needed = ctx.needs_input_grad[:3]
         differentiable = torch.is_grad_enabled()  # for derivatives of higher order
-        with torch.enable_grad(), torch.autocast(gradients[0].device.type, enabled=False):
+        with torch.enable_grad(), without_autocast(gradients[0].device.type):
             x, lora_A, lora_B = (
                 saved if differentiable else saved.detach().requires_grad_(need)
                 for saved, need in zip(ctx.saved_tensors, needed, strict=True)

@@ -81,6 +81,7 @@ class AdapterHolder:
         self._scales: dict[str, float] = {}
         self._merged: tuple[str, ...] = ()
         self._parked: tuple[str, ...] = ()
+        self._parked_weights: list[Callable[[], None]] = []
         self._slots: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         self._biases = BaseBiases(model)
         self._was_trainable: list[nn.Parameter] = []
@@ -226,7 +227,7 @@ class AdapterHolder:
                 callback()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_subscribers": [], "_slots": {}, "supplier": None}
+        state = {**self.__dict__, "_subscribers": [], "_slots": {}, "_parked_weights": [], "supplier": None}
         del state["_transaction"]
         return state
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,6 +268,17 @@ class AdaptedLayer(LayerFace):
             self.merged,
             self._frozen,
         )
+
+    def keep_merged(self) -> Callable[[], None] | None:
+        """Keeps a merged weight whose bits another merge need not give again, one that is quantized.
+
+        Returns:
+            What puts it back once the same adapters are merged again; None where nothing has to be kept.
+        """
+        if not self.merged or self.backend.name == "dense":
+            return None
+        kept = self.backend.snapshot(self.base_layer)
+        return lambda: self.backend.restore(self.base_layer, kept)
 
     @torch.no_grad()
     def _put_back(self, stored: Stored) -> None:

@@ -13,6 +13,7 @@ draws the same mask.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -108,6 +109,11 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
     return _SeededDropout.apply(x, dropout.probability, draw_seed())  # type: ignore[no-any-return, no-untyped-call]
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Turns autocast off for a block, where it is on: it costs less not to, and no interruption can leave it off."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 class _LowRank(torch.autograd.Function):
     """scaling * B(A(dropout(x))), plus ``onto`` where given; keeps x, A, B and the thin product of A.
 
@@ -131,7 +137,7 @@ class _LowRank(torch.autograd.Function):
         shape = (*x.shape[:-1], out_features)
         # What is handed on as it is must be no view: models change outputs in place.
         total = torch.empty(shape, dtype=dtype, device=x.device) if onto is not None and onto.dtype == dtype else None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, total)
             flat = _dropped_input(x, ctx, buffer)
             hidden = (flat @ lora_A.to(dtype).T) * _factor(ctx)
@@ -153,7 +159,7 @@ class _LowRank(torch.autograd.Function):
         x, lora_A, lora_B, hidden = ctx.saved_tensors
         dtype: torch.dtype = ctx.dtype
         need_x, need_A, need_B, need_onto = ctx.needs_input_grad[:4]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             rows = _as_rows(gradients[0])
             buffer = _buffer(x, max(x.shape[-1], lora_B.shape[0]), dtype, ctx.probability)
             if rows.dtype != dtype:
@@ -178,7 +184,7 @@ class _LowRank(torch.autograd.Function):
 def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as functions of the inputs, for derivatives of higher order."""
     x, lora_A, lora_B, _ = ctx.saved_tensors
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         mask = _mask(x, ctx)
         cast = x.to(ctx.dtype)
         flat = _as_rows(cast if mask is None else cast * mask)

@@ -247,7 +247,9 @@ class AdapterManager(AdapterHolder):
 
     def _keep_choice(self, change: Transaction) -> None:
         """Records who acts."""
-        change.keep_attributes(self, "_selected", "_enabled", "_merged", "_parked", "frozen", "_scales")
+        change.keep_attributes(
+            self, "_selected", "_enabled", "_merged", "_parked", "_parked_weights", "frozen", "_scales"
+        )
         change.keep_attributes(self.switch, "live", "traced")
         for scope in self.switch.scopes:
             change.keep_attributes(scope, "names", "enabled", "active")
@@ -342,8 +344,9 @@ class AdapterManager(AdapterHolder):
         with self.transaction() as change:
             self._keep_choice(change)
             names = self._merged
+            kept = [keep for layer in self.layers.values() if (keep := layer.keep_merged()) is not None]
             self.unmerge()
-            self._parked = names
+            self._parked, self._parked_weights = names, kept
             self._publish_active()
 
     def merge_parked(self) -> None:
@@ -352,9 +355,14 @@ class AdapterManager(AdapterHolder):
             return
         with self.transaction() as change:
             self._keep_choice(change)
-            parked, self._parked = tuple(name for name in self._parked if name in self.configs), ()
+            names, kept = self._parked, self._parked_weights
+            self._parked, self._parked_weights = (), []
+            parked = tuple(name for name in names if name in self.configs)
             if parked:
                 self._merge(parked, change)
+            if parked == names:
+                for put_back in kept:
+                    put_back()
             self._publish_active()
 
     def idle(self, names: Iterable[str]) -> set[str]:

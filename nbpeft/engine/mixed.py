@@ -21,6 +21,7 @@ Factors = tuple[Tensor, Tensor, float]
 """A (r, in), B (out, r) and the factor on their product."""
 
 
+@torch.no_grad()
 def factor_rows(factors: Sequence[Factors | None], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """A function that gives each row of a batch the product of its own adapter.
 

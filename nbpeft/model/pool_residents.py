@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +118,7 @@ class Residents:
         self._host = host
         self._half = half
         self._records: OrderedDict[str, Resident] = OrderedDict()
-        self._leases: list[tuple[tuple[str, ...], int, threading.Lock]] = []
+        self._leases: list[tuple[tuple[str, ...], int, weakref.ref[Any]]] = []
         self._scales: dict[str, float] = {}
 
     @property
@@ -150,7 +152,7 @@ class Residents:
     @property
     def leases(self) -> dict[str, Counter[int]]:
         """Name -> thread -> how often it holds the name now."""
-        self._leases = [lease for lease in self._leases if lease[2].locked()]
+        self._leases = [lease for lease in self._leases if (held := lease[2]()) is not None and held.locked()]
         found: dict[str, Counter[int]] = {}
         for names, thread, _ in self._leases:
             for name in names:
@@ -162,11 +164,11 @@ class Residents:
 
         Args:
             names: resident adapters.
-            held: a lock; they are kept as long as it is locked.
+            held: a lock; they are kept as long as it exists and is locked.
         """
         for name in names:
             self._records.move_to_end(name)
-        self._leases.append((tuple(names), threading.get_ident(), held))
+        self._leases.append((tuple(names), threading.get_ident(), weakref.ref(held)))
 
     def victims(self, arrivals: Mapping[str, Ready], names: Sequence[str], *, switching: bool) -> list[str] | None:
         """What has to go for arrivals; None if only other threads' leases are in the way.

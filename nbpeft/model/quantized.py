@@ -237,6 +237,7 @@ def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
     raise CheckpointNotFoundError(f"no model could be loaded from {place!r}: {failure}", source=place)
 
 
+@torch.no_grad()
 def _quantize(
     model: nn.Module, settings: Any, *, own: bool, skip: Sequence[str] = (), device: torch.device | None = None
 ) -> nn.Module:
@@ -247,17 +248,16 @@ def _quantize(
             raise ConfigError(f"{path} has no weights (meta device): load the model before quantizing it")
     library = _library()
     made: list[tuple[str, nn.Module]] = []
-    with torch.no_grad():
-        for path in paths:
-            new = _quantized_layer(model.get_submodule(path), settings, library, device)
-            if own:
-                model.set_submodule(path, new)
-            else:
-                made.append((path, new))
-        for path, new in made:
+    for path in paths:
+        new = _quantized_layer(model.get_submodule(path), settings, library, device)
+        if own:
             model.set_submodule(path, new)
-        if device is not None:
-            model.to(device)
+        else:
+            made.append((path, new))
+    for path, new in made:
+        model.set_submodule(path, new)
+    if device is not None:
+        model.to(device)
     _tell_transformers(model, settings, stay)
     _prepare(model)
     return model

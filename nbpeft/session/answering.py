@@ -232,8 +232,7 @@ def check_finite(model: PeftModel, name: str, batch: Batch) -> None:
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.manager.parameters(name)):
         raise AdapterError("its weights are not finite")
     base: Any = model.manager.model
-    with torch.no_grad():
-        logits = model(**batch.inputs(_input_device(base))).logits
+    logits = torch.no_grad()(model.__call__)(**batch.inputs(_input_device(base))).logits
     if not bool(torch.isfinite(logits[:, -1]).all()):
         raise AdapterError("its output on the prompt is not finite")
 

@@ -273,7 +273,17 @@ def state_of(stage: Stage) -> dict[str, Any]:
         state[f"tensor {name}"] = _bits(tensor), tensor.requires_grad
     manager = base.__dict__.get("_nbpeft_manager")
     state["managed"] = manager is not None and manager.alive
-    if manager is not None:
+    if stage.pool is not None and manager is not None:  # what is resident is a cache, which may hold more
+        state = {"outputs": state["outputs"], "grad": state["gc"], "signal": state["signal"]}
+        state["who"] = (
+            manager.active,
+            manager.enabled,
+            manager.merged,
+            stage.pool.names,
+            dict(stage.pool._residents.leases),
+        )
+        state["open"] = manager.switch.scopes, len(manager.switch._calls), manager.switch._writer
+    elif manager is not None:
         state["who"] = (manager.names, manager.active, manager.enabled, manager.merged, sorted(manager.frozen))
         state["scales"] = [manager.scale(name) for name in manager.names]
         state["acts"] = manager.switch.current(), manager.switch.live, manager.switch.traced
@@ -282,9 +292,6 @@ def state_of(stage: Stage) -> dict[str, Any]:
         state["biases"] = {name: sorted(manager.base_biases(name)) for name in manager.names}
         state["open"] = manager.switch.scopes, len(manager.switch._calls), manager.switch._writer
         state["handle"] = stage.model is None or manager.owner is stage.model._token
-    if stage.pool is not None:
-        residents = stage.pool._residents
-        state["pool"] = stage.pool.names, stage.pool.resident, dict(residents.leases), set(residents.pinned)
     return state
 
 

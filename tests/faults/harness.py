@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nbpeft
@@ -113,6 +114,7 @@ class Harness:
 
     def is_before(self, stage: Stage, what: str, *, failed: bool) -> bool:
         """Compares the state, which must be that before or after the command; whether it is the former."""
+        assert torch.is_grad_enabled(), f"{what}: gradients are off"
         state = state_of(stage)
         if state == self.before:
             assert failed or state == self.after, f"{what}: nothing happened"

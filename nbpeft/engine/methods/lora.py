@@ -97,8 +97,7 @@ class LoRA(FactoredAdapter):
                 None if adapter is None else (*adapter.factors, float(adapter.scaling) * scale)
                 for adapter, scale in zip(adapters, scales, strict=True)
             ]
-            with torch.no_grad():
-                kept["served"] = factor_rows(entries, base.device)
+            kept["served"] = factor_rows(entries, base.device)
         return kept["served"]  # type: ignore[no-any-return]
 
     def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
