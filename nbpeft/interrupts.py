@@ -35,16 +35,23 @@ class HeldInterrupts:
     """
 
     def __init__(self, *, to_the_end: bool = False) -> None:
-        self.to_the_end = to_the_end
+        self._to_the_end = to_the_end
+        self._outer: HeldInterrupts | None = None
+        self._finishing = 0
         self._previous: Any = None
         self._noted = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             previous = signal.getsignal(signal.SIGINT)
-            if callable(previous) and _holder(previous) is None:
+            holder = _holder(previous)
+            if holder is None and callable(previous):
                 self._previous = previous
                 signal.signal(signal.SIGINT, self._note)
+                holder = self
+            if holder is not None and self._to_the_end:
+                self._outer = holder
+                holder._finishing += 1
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -72,6 +79,9 @@ class HeldInterrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        outer, self._outer = self._outer, None
+        if outer is not None:
+            outer._finishing -= 1
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self.deliver()
@@ -81,7 +91,7 @@ def check_interrupt() -> None:
     """Delivers an interruption that is held back: for the places inside a long command where it can stop."""
     if threading.current_thread() is threading.main_thread():
         held = _holder(signal.getsignal(signal.SIGINT))
-        if held is not None and not held.to_the_end:
+        if held is not None and not held._finishing:
             held.deliver()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nbpeft.engine.layer import AdaptedLayer, AdapterDict
-from nbpeft.engine.switch import Rows, Switch
+from nbpeft.engine.switch import ReplicaSwitch, Rows, Switch
 from nbpeft.errors import AdapterError, LayerKindError
 
 
@@ -62,6 +62,11 @@ class CopiedModule(nn.Module):
         if active.rows is None:
             return self.chosen()(*args, **kwargs)
         return self._mixed(active.rows, *args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["switch"] = ReplicaSwitch(self.switch)
+        return replica
 
     def _mixed(self, rows: Rows, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A batch whose rows are served by different copies; the first argument is the batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from nbpeft.engine.hotswap import adapter_tensors
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.switch import Switch
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean, shown
+from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean, in_one_line, shown
 
 BASE_NAME = "__base__"
 """Name of the base model in a mixed batch."""
@@ -223,17 +224,32 @@ class AdapterHolder:
             callback = reference()
             if callback is None:
                 self._subscribers.remove(reference)
-            else:
+                continue
+            try:
                 callback()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {in_one_line(error)}"
+                warnings.warn(f"a subscriber failed after the adapters were changed: {reason}", stacklevel=4)
+
+    def _publish_active(self) -> None:
+        """Tells the layers what acts; the manager knows."""
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_subscribers": [], "_slots": {}, "_parked_weights": [], "supplier": None}
+        state = {
+            **self.__dict__,
+            "_subscribers": [],
+            "_slots": {},
+            "_parked": (),
+            "_parked_weights": [],
+            "supplier": None,
+        }
         del state["_transaction"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._transaction = Transaction(self.switch, self.changed)
+        self._publish_active()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))

@@ -15,7 +15,7 @@ from nbpeft.engine.layer_face import LayerFace, by_name
 from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.merge_checks import merge_refusal
 from nbpeft.engine.spool import Spool
-from nbpeft.engine.switch import Rows, Switch
+from nbpeft.engine.switch import ReplicaSwitch, Rows, Switch
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
 
@@ -137,6 +137,11 @@ class AdaptedLayer(LayerFace):
         if layer is None or layer is self.base.module:
             return self.base
         return Base(layer, self.host, self.backend)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["switch"] = ReplicaSwitch(self.switch)
+        return replica
 
     def _mixed(self, x: Tensor, output: Tensor, rows: Rows) -> Tensor:
         """A batch whose rows are served by different adapters."""

@@ -454,7 +454,8 @@ class AdapterManager(AdapterHolder):
     def _merge(self, together: tuple[str, ...], change: Transaction, *, safe: bool = False) -> None:
         self._keep_choice(change)
         merge_besides(self.model, self.layers, self._merged, together, self.scale, change, safe=safe)
-        self._merged, self._enabled = together, True
+        self._merged = together
+        self._enabled = self._enabled or self.switch.scope is None
         self._publish_active()
 
     def _refuse_in_scopes(self, what: str) -> None:

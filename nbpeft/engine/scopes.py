@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, ContextDecorator, ExitStack
 from types import TracebackType
 from typing import Protocol
 
+from torch import Tensor, nn
+
 from nbpeft.engine.switch import Scope, Switch
 from nbpeft.engine.transaction import Block, Transaction
-from nbpeft.errors import BusyError
+from nbpeft.errors import AdapterError, BusyError
 from nbpeft.interrupts import HeldInterrupts
 
 
@@ -25,6 +27,8 @@ class Manager(Protocol):
     @property
     def merged(self) -> tuple[str, ...]: ...  # noqa: D102
 
+    def parameters(self, name: str) -> list[nn.Parameter]: ...  # noqa: D102
+
     def check_alive(self) -> None: ...  # noqa: D102
 
     def check_choice(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
@@ -37,7 +41,7 @@ class Manager(Protocol):
     def supplied(self, names: tuple[str, ...], *, switching: bool = False) -> AbstractContextManager[None]:  # noqa: D102
         ...
 
-    def transaction(self, *, during_calls: bool = False) -> Block: ...  # noqa: D102
+    def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block: ...  # noqa: D102
 
     def idle(self, names: tuple[str, ...]) -> set[str]: ...  # noqa: D102
 
@@ -67,7 +71,7 @@ class ScopedChoice(ContextDecorator):
         self._names = names
         self._scope: Scope | None = None
         self._again: tuple[str, ...] = ()
-        self._woken: set[str] = set()
+        self._woken: dict[str, list[tuple[Tensor, bool]]] = {}
         self._supply = ExitStack()
 
     @property
@@ -80,10 +84,12 @@ class ScopedChoice(ContextDecorator):
     def __enter__(self) -> None:
         manager = self._manager
         manager.check_alive()
+        if self._scope is not None:
+            raise AdapterError("this block is open already: call use() or disable_adapter() again for another")
         try:
             if self._names is not None:
                 self._bring(self._names)
-            with manager.transaction(during_calls=not manager.merged) as change:
+            with manager.transaction(during_calls=not manager.merged, quiet=True) as change:
                 if self._names is not None:
                     manager.check_choice(self._names)
                 if manager.merged:
@@ -115,9 +121,13 @@ class ScopedChoice(ContextDecorator):
         change.on_undo(undo)
         self._scope = scope
         # Another scope may let them train already, or the selection outside.
-        self._woken = self._manager.idle(names) if self._names is not None else set()
+        woken = self._manager.idle(names) if self._names is not None else set()
+        self._woken = {
+            name: [(parameter, parameter.requires_grad) for parameter in self._manager.parameters(name)]
+            for name in woken
+        }
         switch.enter(scope)
-        self._manager.refresh(self._woken, change)
+        self._manager.refresh(woken, change)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -139,8 +149,11 @@ class ScopedChoice(ContextDecorator):
         if manager.alive:
             if manager.merged:
                 manager.unmerge()
-            with manager.transaction(during_calls=True) as change:
-                manager.refresh(self._woken | manager.idle(scope.names), change)
+            with manager.transaction(during_calls=True, quiet=True) as change:
+                manager.refresh(manager.idle(scope.names) - self._woken.keys(), change)
+                flags = [flag for name in manager.idle(tuple(self._woken)) for flag in self._woken[name]]
+                for value in (True, False):
+                    change.set_requires_grad((parameter for parameter, trained in flags if trained is value), value)
             self._merge_again()
 
     def _merge_again(self) -> None:

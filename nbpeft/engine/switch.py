@@ -104,12 +104,14 @@ class Scope:
         enabled: whether they act.
         outer: the scope around it.
         active: names as the layers read them.
+        closed: whether its block has ended; a task that outlives it goes on without it.
     """
 
     names: tuple[str, ...]
     enabled: bool
     outer: Scope | None = None
     active: Active = NOTHING
+    closed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +172,7 @@ class Switch:
 
     def _here(self) -> Scope | _Pin | None:
         here = _HERE.get().get(self)
-        while type(here) is _Pin and here.call() is None:
+        while here is not None and (here.closed if type(here) is Scope else here.call() is None):  # type: ignore[union-attr]
             here = here.outer
         return here
 
@@ -198,7 +200,7 @@ class Switch:
     def scope(self) -> Scope | None:
         """The innermost scope of this thread or task."""
         here = self._here()
-        while isinstance(here, _Pin):
+        while isinstance(here, _Pin) or (here is not None and here.closed):
             here = here.outer
         return here
 
@@ -223,15 +225,10 @@ class Switch:
 
     def leave(self, scope: Scope) -> None:
         """Ends a scope; what was around it acts here again. One inside of it that is still open goes on."""
+        scope.closed = True
         if scope in self._scopes:
             self._scopes.remove(scope)
-        inner = self.scope
-        if inner is scope:
-            _set_here(self, scope.outer)
-        while inner is not None and inner is not scope:
-            if inner.outer is scope:
-                inner.outer = scope.outer
-            inner = inner.outer
+        _set_here(self, self._here())
         self.trace()
 
     # Calls
@@ -247,7 +244,8 @@ class Switch:
 
     def _begin(self, call: Call) -> None:
         with self._condition:
-            self._tidy()
+            if self._inside(call.thread):
+                self._tidy()
             if self._writer != call.thread and not self._inside(call.thread):
                 wait_for(self._condition, until=lambda: self._waiting == 0 and self._writer is None)
             self._calls.add(call)
@@ -255,7 +253,8 @@ class Switch:
     def _end(self, call: Call) -> None:
         with self._condition:
             self._calls.discard(call)
-            self._condition.notify_all()
+            if self._waiting:
+                self._condition.notify_all()
 
     def _is_free(self) -> bool:
         self._tidy()
@@ -266,11 +265,6 @@ class Switch:
         return any(call.thread == thread for call in self._calls)
 
     # The gate
-
-    @property
-    def closed_here(self) -> bool:
-        """Whether this thread holds calls back."""
-        return self._writer == threading.get_ident()
 
     def close(self, *, wait: bool = True) -> None:
         """Waits until no call runs and holds those of other threads back until ``open``; may be nested.
@@ -326,6 +320,17 @@ class Switch:
         self._start()
 
 
+class ReplicaSwitch:
+    """What a replica of nn.DataParallel reads, which runs in a thread of torch's: what acted where it was made."""
+
+    def __init__(self, switch: Switch) -> None:
+        self._active = switch.current()
+
+    def current(self) -> Active:
+        """What acts in the replica."""
+        return self._active
+
+
 class Call:
     """A running call of a model: a context that pins what acts for its thread.
 
@@ -354,6 +359,8 @@ class Call:
                 chosen = self._switch.current() if active is None else active
                 _set_here(self._switch, _Pin(weakref.ref(self), chosen, self._outer))
                 self._pinned = True
+                if self._active is not None:
+                    self._switch.traced = chosen
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -366,6 +373,7 @@ class Call:
             pinned, self._pinned = self._pinned, False
             if pinned:
                 _set_here(self._switch, self._outer)
+                self._switch.trace()
             self._switch._end(self)
 
 

@@ -195,8 +195,20 @@ class PeftModel(nn.Module):
                 pass the default of a named parameter by position.)
         """
         adapter_names: Sequence[str] | None = kwargs.pop("adapter_names", None)
-        if torch.compiler.is_compiling() and adapter_names is None:
+        if self.__dict__.get("_is_replica"):  # of nn.DataParallel, in a call that waited for its turn
             return self.base_model.model(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(adapter_names, *args, **kwargs)
+        return self._forward_pinned(adapter_names, *args, **kwargs)
+
+    def _forward_compiled(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return self.base_model.model(*args, **kwargs)
+        # Rows are assigned anew in each call, and a compiled layer cannot tell for which it was compiled.
+        alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
+        return alone(adapter_names, *args, **kwargs)
+
+    def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
         with serving(self, adapter_names, (*args[:1], *kwargs.values())):
             return self.base_model.model(*args, **kwargs)

@@ -90,9 +90,10 @@ class AdapterPool:
     @property
     def model(self) -> PeftModel:
         """A handle on the model whose calls and ``set_adapter`` take the pool's names."""
-        if self._handle is None:
-            self._handle = PeftModel.over(self.manager.model, self.manager)
-        return self._handle
+        with self.manager.transaction(during_calls=True, quiet=True):
+            if self._handle is None:
+                self._handle = PeftModel.over(self.manager.model, self.manager)
+            return self._handle
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -196,7 +197,7 @@ class AdapterPool:
             BusyError: a running call uses it.
         """
         self._known([name])
-        with HeldInterrupts(), self.manager.switch.exclusive(), self._lock, self.manager.transaction() as change:
+        with self.manager.transaction() as change, self._lock:
             if name in self._residents.leases:
                 raise BusyError(f"adapter {name!r} is in use by a running call")
             change.keep(self._places)
@@ -278,8 +279,8 @@ class AdapterPool:
 
         Args:
             names: adapters; others are left alone.
-            switching: the block makes them the active ones. Active ones may then be pushed out, and
-                no call of another thread runs before the block ends.
+            switching: the block makes them the active ones. Active ones may then be pushed out; where that
+                is done, no call of another thread runs before the block ends.
 
         Raises:
             AdapterError: they do not fit together.
@@ -313,15 +314,13 @@ class AdapterPool:
                     first = False
                 if not missing and not (switching and self.manager.merged):
                     self._residents.lease(names, held)
-                    if switching:
-                        # An exchange by another thread must not undo the choice that is being made.
-                        stack.enter_context(self._lock)
                     return
             for name in missing:
                 if name not in arrivals:
                     arrivals[name] = self._host.get(name)
             with ExitStack() as gate:
-                gate.enter_context(self.manager.switch.exclusive())
+                # The transaction before the lock, in this order everywhere.
+                gate.enter_context(self.manager.transaction())
                 with HeldInterrupts(), self._lock:
                     missing = self._missing(names)
                     if any(name not in arrivals for name in missing):

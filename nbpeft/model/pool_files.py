@@ -234,6 +234,10 @@ def copied_out(weights: AdapterWeights) -> AdapterWeights:
     return AdapterWeights(out(weights.adapters), out(weights.copies))
 
 
+class _BrokenOff(Exception):
+    """Another thread was interrupted while it read an adapter."""
+
+
 class HostCache:
     """Adapters in host memory within a bound, the least recently used dropped first.
 
@@ -280,10 +284,12 @@ class HostCache:
             if future is own:
                 self._fill(name, own)
             return future.result()
+        except _BrokenOff:  # whoever read it was interrupted
+            return self.get(name, ahead=ahead)
         except BaseException as error:
             with HeldInterrupts():
                 if self._end_reading(name, own) and not own.done():
-                    own.set_exception(error)
+                    own.set_exception(error if isinstance(error, Exception) else _BrokenOff())
             raise
 
     def _fill(self, name: str, future: Future[Ready]) -> None:

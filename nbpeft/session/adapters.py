@@ -297,7 +297,8 @@ def _bare_again_on_failure(handle: PeftModel) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        handle.unload()
+        with HeldInterrupts(to_the_end=True):
+            handle.unload()
         raise
 
 

@@ -224,7 +224,8 @@ class CombiningCommands(SessionBase):
                     manager.remove(name)
                     manager.rename(made, name)
             except BaseException:
-                manager.remove(made)
+                with HeldInterrupts(to_the_end=True):
+                    manager.remove(made)
                 raise
             entry.asked.pop(name, None)
             return combined

@@ -62,8 +62,8 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
                 _tell_best(trainer, home)
                 save()
             wait()
+            _correct_best(trainer, place / name, home / name, main=main)
             if main:
-                _correct_best(trainer, place / name, home / name)
                 _flush_tree(place / name)
                 _put(place, home, name)
         finally:
@@ -210,11 +210,12 @@ def _tell_best(trainer: Any, home: Path) -> None:
         trainer.state.best_model_checkpoint = str(best)
 
 
-def _correct_best(trainer: Any, written: Path, place: Path) -> None:
+def _correct_best(trainer: Any, written: Path, place: Path, *, main: bool) -> None:
     """The Trainer's state names the place where the checkpoint will be, not the one where it was written."""
     if trainer.state.best_model_checkpoint == str(written):
         trainer.state.best_model_checkpoint = str(place)
-        trainer.state.save_to_json(str(written / _STATE))
+        if main:
+            trainer.state.save_to_json(str(written / _STATE))
 
 
 def _put(staging: Path, home: Path, name: str) -> None:

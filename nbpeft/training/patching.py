@@ -8,7 +8,7 @@ takes the wrong module for the backbone. :func:`patch_trainer` changes, until :f
 * ``accelerate.utils.is_peft_model`` and transformers' ``_is_peft_model`` say yes to our models. The
   functions stay the same objects and get other code, since everybody imports them by name: so it
   matters not who did that before or after.
-* Four methods of ``transformers.Trainer`` itself do otherwise where its model is ours (see
+* Some methods of ``transformers.Trainer`` itself do otherwise where its model is ours (see
   :data:`nbpeft.training.adapted_trainer.STAND_INS`). They lie below a derived Trainer: what that
   overrides stays overridden, and its ``super()`` reaches ours. What the model is is asked when they
   are called, so ``model_init`` and hyperparameter search are served as well.

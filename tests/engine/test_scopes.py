@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import threading
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from nbpeft import LoraConfig, PeftModel, get_peft_model
-from nbpeft.errors import BusyError
+from nbpeft.errors import AdapterError, BusyError
 from tests.effort import effort
 
 IDS = torch.arange(6.0).view(2, 3)
@@ -253,3 +254,80 @@ def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None
     assert (model.active_adapter, model.manager.enabled, flags(model)) == ("a", True, before)
     assert model.manager.switch.scopes == ()
     assert torch.equal(output(model), legal["a"])
+
+
+def test_replicas_of_data_parallel_act_as_the_thread_that_makes_them_says() -> None:
+    model = adapted()
+    layer: Any = model.get_base_model()[0]
+    for name, names in (("b", ("b",)), (None, ()), ("a", ("a",))):
+        with chosen(model, name):
+            replica = layer._replicate_for_data_parallel()
+        seen: list[tuple[str, ...]] = []
+        thread = threading.Thread(target=lambda: seen.append(replica.switch.current().names))  # noqa: B023
+        thread.start()
+        thread.join(10)
+        assert seen == [names]
+
+
+def test_a_block_is_open_once() -> None:
+    model = adapted()
+    block = model.use("b")
+    with block, pytest.raises(AdapterError, match="open already"), block:
+        raise AssertionError
+    assert model.manager.switch.scopes == () and model.active_adapter == "a"
+
+
+def test_a_task_that_outlives_a_block_goes_on_without_it() -> None:
+    model = adapted()
+    legal = outputs(model)
+
+    async def late(go: asyncio.Event) -> torch.Tensor:
+        await go.wait()
+        model.set_adapter("b")
+        return output(model)
+
+    async def main() -> torch.Tensor:
+        go = asyncio.Event()
+        with model.disable_adapter():
+            task = asyncio.create_task(late(go))
+            await asyncio.sleep(0)
+        go.set()
+        return await task
+
+    assert torch.equal(asyncio.run(main()), legal["b"])
+    assert model.active_adapter == "b"
+
+
+def test_what_trains_is_afterwards_as_before() -> None:
+    model = adapted()
+    model.set_requires_grad("b", True)
+    before = flags(model)
+    revision = model.manager.revision
+    with model.use("b"):
+        pass
+    with model.disable_adapter():
+        pass
+    assert flags(model) == before and model.manager.revision == revision
+
+
+def test_a_copy_made_inside_a_block_is_of_the_model_outside() -> None:
+    model = adapted()
+    legal = outputs(model)
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with model.disable_adapter():
+            twin = copy.deepcopy(model)
+    assert twin.manager.merged == () and torch.equal(output(twin), legal["a"])
+    twin.manager.set_scale("a", 2.0)
+
+
+def test_compiled_models_serve_rows_by_their_adapters() -> None:
+    model = adapted().eval()
+    legal = outputs(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for names in (["a", "b"], ["b", "__base__"], ["__base__", "a"]):
+            rows = compiled(IDS, adapter_names=names)
+            for place, name in enumerate(names):
+                assert torch.allclose(rows[place], legal[None if name == "__base__" else name][place], atol=1e-6)
