@@ -24,7 +24,7 @@ _VALUES = re.compile(
     r"|\bwandb_v\d_[A-Za-z0-9_]{16,}"
     r"|\bgh[opsu]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
     r"|\bsk-[A-Za-z0-9][\w-]{19,}"
-    r"|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)"  # user and password in an address
+    r"|(?<=:/)/?[^\s/@:]+:[^\s/@]+(?=@)"  # user and password in an address, also as a path shows it
 )
 _MASK = "***"
 LOG_IN = "log in with huggingface_hub.login() or set HF_TOKEN where it runs"
@@ -66,6 +66,12 @@ def without_secrets(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
 def masked(text: str) -> str:
     """A text in which everything that looks like a token or a password in an address is ``***``."""
     return _VALUES.sub(_MASK, text)
+
+
+def masked_assignment(line: str) -> str:
+    """A line of a cell without what it assigns to a name of a secret, and without what looks like one."""
+    name, sign, value = line.partition("=")
+    return masked(f"{name}{sign} {_MASK}" if value.strip() and _NAMES.fullmatch(name.strip()) else line)
 
 
 def _holds_secret(values: list[Any] | tuple[Any, ...] | set[Any]) -> bool:

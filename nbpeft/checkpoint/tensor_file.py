@@ -149,6 +149,8 @@ def _refuse_compressed(path: Path) -> None:
 
 def _corrupt(path: Path, error: Exception) -> CorruptCheckpointError:
     text = f"its dtype {error} is not known here" if isinstance(error, KeyError) else str(error)
+    if "weights_only" in text:  # torch's advice is to run what is in there
+        text = "it holds more than tensors, and was not opened"
     reason = (text.strip().splitlines() or [type(error).__name__])[0][:200]
     return CorruptCheckpointError(
         f"{path} cannot be read: it is truncated, altered or no adapter file ({reason})", path=str(path)

@@ -173,11 +173,16 @@ class AdaptedLayer(LayerFace):
         return found
 
     @torch.no_grad()
+    def are_finite(self, names: Sequence[str]) -> bool:
+        """Whether all numbers of these adapters are, of those that are on this layer."""
+        here = [self.adapter(name) for name in names if name in self.adapters._modules]
+        return all(bool(p.sum().isfinite()) or bool(p.isfinite().all()) for one in here for p in one.parameters())
+
+    @torch.no_grad()
     def check_finite(self, names: Sequence[str], scales: Sequence[float]) -> bool:
         """Whether the weight these adapters would be merged into stays finite; see ``merge``."""
         chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
-        parameters = (parameter for name, _ in chosen for parameter in self.adapter(name).parameters())
-        if not chosen or not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        if not chosen or not self.are_finite(names):
             return not chosen
         weight = self.base.weight().clone()
         self._add_deltas(weight, *zip(*chosen, strict=True))

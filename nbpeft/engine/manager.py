@@ -454,13 +454,12 @@ class AdapterManager(AdapterHolder):
     def _merge(self, together: tuple[str, ...], change: Transaction, *, safe: bool = False) -> None:
         self._keep_choice(change)
         merge_besides(self.model, self.layers, self._merged, together, self.scale, change, safe=safe)
-        self._merged = together
-        self._enabled = self._enabled or self.switch.scope is None
+        self._merged, self._enabled = together, True
         self._publish_active()
 
     def _refuse_in_scopes(self, what: str) -> None:
-        if self.switch.scopes_elsewhere:
-            raise BusyError(f"a use() or disable_adapter() block is open in another thread or task: wait with {what}")
+        if self.switch.scopes:
+            raise BusyError(f"a use() or disable_adapter() block is open: leave it before {what}")
 
     def unmerge(self) -> None:
         """Puts the frozen weights back, bit for bit."""

@@ -28,6 +28,7 @@ def check_merge(
         safe: also refuse if any merged weight would not be finite.
     """
     scales = [scale(name) for name in names]
+    broken: list[str] = []
     for path, layer in layers.items():
         try:
             layer.check_mergeable(names)
@@ -39,6 +40,14 @@ def check_merge(
                 f"{' or '.join(map(repr, names))} seems to be broken; nothing was merged",
                 path=path,
             )
+        if not safe and not layer.are_finite(names):
+            broken.append(path)
+    if broken:
+        more = f" and at {len(broken) - 1} more layers" if len(broken) > 1 else ""
+        warnings.warn(
+            f"{' or '.join(map(repr, names))} is not finite at {broken[0]}{more}: neither is what it is merged into",
+            stacklevel=4,
+        )
 
 
 def merge_layers(

@@ -34,8 +34,10 @@ from nbpeft.engine.targets import (
 from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
 from nbpeft.engine.tokens import token_rows
 from nbpeft.engine.unadaptable import bypassed, check_called, check_copy, check_shaped
-from nbpeft.errors import LayerKindError, TargetError
+from nbpeft.errors import ConfigError, LayerKindError, TargetError
 
+_LARGEST = 10**8
+"""Parameters up to which an adapter may be larger than its model: tiny models try large ranks."""
 _CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
 
 
@@ -192,9 +194,17 @@ def plan(
     idle = matcher.excludes_none_of(site.path for site in sites)
     modules = [(site.path, site.module) for site in sites if site.path in adapted]
     remark(resolved, modules, strict=not allow_missing, idle_exclusion=idle)
+    _check_size(model, (*targets, *tokens))
     warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
     biases = _biases(model, resolved, adapted, tuple(copies))
     return InjectionPlan(method.label, resolved, (*targets, *tokens), copies, biases, tuple(excluded), missing)
+
+
+def _check_size(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuses an adapter of a size that can only be a mistake: many times the model itself."""
+    size = sum(math.prod(shape) for target in targets for shape in target.shapes.values())
+    if size > _LARGEST and size > 10 * sum(parameter.numel() for parameter in model.parameters()):
+        raise ConfigError(f"the adapter would have {size:,} parameters, many times the model's: is the rank right?")
 
 
 def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> AdapterConfig:

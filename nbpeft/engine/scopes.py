@@ -47,8 +47,6 @@ class Manager(Protocol):
 
     def refresh(self, names: set[str], change: Transaction) -> None: ...  # noqa: D102
 
-    def unmerge(self) -> None: ...  # noqa: D102
-
     def park(self) -> None: ...  # noqa: D102
 
     def merge_parked(self) -> None: ...  # noqa: D102
@@ -147,8 +145,6 @@ class ScopedChoice(ContextDecorator):
         manager = self._manager
         manager.switch.leave(scope)
         if manager.alive:
-            if manager.merged:
-                manager.unmerge()
             with manager.transaction(during_calls=True, quiet=True) as change:
                 manager.refresh(manager.idle(scope.names) - self._woken.keys(), change)
                 flags = [flag for name in manager.idle(tuple(self._woken)) for flag in self._woken[name]]

@@ -44,6 +44,11 @@ class Spool:
         copied = tensor.detach().to("cpu", copy=True)
         return lambda: copied
 
+    def close(self) -> None:
+        """Gives the disk space back; copies that are in use stay readable."""
+        if self._file is not None:
+            self._file.close()
+
     def _write(self, tensor: Tensor) -> Callable[[], Tensor]:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="nbpeft-", buffering=0)  # noqa: SIM115

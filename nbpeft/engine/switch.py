@@ -209,14 +209,6 @@ class Switch:
         """All that are open, in any thread or task."""
         return tuple(self._scopes)
 
-    @property
-    def scopes_elsewhere(self) -> bool:
-        """Whether another thread or task has one open."""
-        own, scope = 0, self.scope
-        while scope is not None:
-            own, scope = own + (scope in self._scopes), scope.outer
-        return len(self._scopes) > own
-
     def enter(self, scope: Scope) -> None:
         """Opens a scope here."""
         self._scopes.append(scope)

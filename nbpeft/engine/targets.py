@@ -146,6 +146,8 @@ def nothing_matches(matcher: Matcher, excluded: Sequence[str], available: Sequen
         return TargetError(
             f"exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. {excluded[0]}"
         )
+    if not matcher.targets:
+        return TargetError('target_modules is empty: name the modules to adapt, or "all-linear"')
     return TargetError("target_modules match modules, but none in the layers of layers_to_transform")
 
 

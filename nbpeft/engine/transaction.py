@@ -76,6 +76,7 @@ class Transaction:
             outermost = not self._marks
             if outermost:
                 self._undo.clear()
+                self.spool.close()
                 self.spool = Spool()
                 self._owner = None
                 self._lock.release()

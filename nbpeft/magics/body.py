@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nbpeft.confidential import masked_assignment
 from nbpeft.errors import CellError, did_you_mean, in_one_line
 from nbpeft.magics.scan import Word, own_names, reference
 
@@ -153,7 +154,10 @@ def excerpt(source: str, error: CellError) -> str:
     lines = source.splitlines()
     if error.line is None or not 1 <= error.line <= len(lines):
         return ""
-    text = lines[error.line - 1].rstrip()
+    line = lines[error.line - 1].rstrip()
+    text = masked_assignment(line)
+    if text != line:  # the caret would point into what is not shown
+        return f"    {text[:_WIDTH]}"
     column = min(max(error.column or 0, 0), len(text))
     if column > _WIDTH // 2:  # a long line is cut around the place
         text, column = f"…{text[column - _WIDTH // 2 :]}", _WIDTH // 2 + 1

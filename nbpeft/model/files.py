@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +25,6 @@ from nbpeft.model.conversion import as_plain_lora
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
 _ROOT_ADAPTER = "default"
-_LARGEST_GAP = 10_000_000
-"""So many parameters a file may leave out also on a small model."""
 
 
 class LoadResult(NamedTuple):
@@ -116,7 +113,6 @@ def read(
         ignore_mismatched=bool(loading.options.get("ignore_mismatched_sizes", False)),
     )
     _tell(source, loaded, note)
-    _check_missing(source, loaded, plan, manager.model)
     _tell_replaced(manager, loading.name, plan, loaded.weights)
     put = manager.prepare(
         loading.name, plan, loaded.weights, trainable=loading.trainable, half=loading.half, replace=replace
@@ -174,20 +170,6 @@ def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_missing(
-    source: str | os.PathLike[str], loaded: checkpoint.Loaded, plan: InjectionPlan, model: nn.Module
-) -> None:
-    """Refuses a file that leaves out more than the whole model has: its config asks for a rank that is a mistake."""
-    given = loaded.weights.adapters
-    shapes = ((target.path, key, shape) for target in plan.targets for key, shape in target.shapes.items())
-    absent = sum(math.prod(shape) for path, key, shape in shapes if key not in given.get(path, {}))
-    if absent > _LARGEST_GAP + sum(parameter.numel() for parameter in model.parameters()):
-        raise CheckpointError(
-            f"{source} has none of {absent:,} parameters that its config asks for, more than the model itself has: "
-            "is the rank (r, rank_pattern) right?"
-        )
-
-
 def _tell_replaced(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
     """Warns of tensors of the base that a file brings with other values, and leaves out those it has already.
 
@@ -223,12 +205,13 @@ def _device(manager: AdapterManager, loading: Loading) -> str:
 
 
 def _tell(source: object, loaded: checkpoint.Loaded, note: str | None) -> None:
-    for what, keys in (("are missing from", loaded.missing), ("in the file fit nothing:", loaded.unexpected)):
+    for what, keys in (("missing from {source}", loaded.missing), ("in the file for nothing here", loaded.unexpected)):
         if keys:
             shown = ", ".join(shortened(key, 120) for key in keys[:3])
             shown += f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            place = f" {source}" if what.endswith("from") else ""
-            warnings.warn(f"{len(keys)} adapter keys {what}{place} {shown}", stacklevel=5)
+            count = "1 adapter key" if len(keys) == 1 else f"{len(keys)} adapter keys"
+            verb = "is" if len(keys) == 1 else "are"
+            warnings.warn(f"{count} {verb} {what.format(source=source)}: {shown}", stacklevel=5)
     if loaded.mismatched:
         warnings.warn(f"{len(loaded.mismatched)} tensors of another shape were left out", stacklevel=5)
     if note is not None and not note.startswith("the adapter does not say"):

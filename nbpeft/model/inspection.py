@@ -45,6 +45,8 @@ def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
     for path, layer in manager.layers.items():
         if name in layer.adapters._modules:
             weight = layer.base.weight()
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.adapter(name).parameters()):
+                raise AdapterError(f"adapter {name!r} is not finite at {path}: it has no size to tell", path=path)
             norm, directions = _delta(layer, name, weight)
             rank = getattr(layer.adapter(name), "factors", (None,))[0]
             size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))

@@ -163,6 +163,8 @@ class SessionBase:
         return entry if entry is not None else self._book.get_for(what, model)
 
     def _done(self, entry: Entry, line: str, notes: list[str]) -> Done:
+        if len(self._book.entries()) > 1 and entry.name not in line:
+            line = f"{line} ({entry.name})"
         return Done(line, entry.state(), tuple(notes))
 
     def _model_changed(self) -> None:

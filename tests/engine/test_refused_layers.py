@@ -41,3 +41,11 @@ def test_a_weight_without_data_is_not_merged_into() -> None:
     with pytest.raises(MergeError, match="0: its weight has no data here"):
         model.merge_adapter()
     assert model.manager.merged == ()
+
+
+def test_an_adapter_many_times_its_model_is_refused() -> None:
+    model = net()
+    with pytest.raises(ConfigError, match=r"268,435,456 parameters, many times the model's"):
+        get_peft_model(model, LoraConfig(r=2**24, target_modules=["0"]))
+    assert unchanged(model)
+    get_peft_model(model, LoraConfig(r=512, target_modules=["0"]))

@@ -121,3 +121,11 @@ def test_field_words_that_cannot_be_read(line: str, message: str) -> None:
     with pytest.raises(CellError) as caught:
         parse_fields(scan(line), {"rank": 4})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["hub_token = hf_abcdefghijklmnopqrstuvwxyz0123456789", "wandb_api_key = s3cret", "optim = 'hf_" + "a" * 30]
+)
+def test_a_line_with_a_secret_is_shown_without_it(line: str) -> None:
+    shown = excerpt(line, CellError("wrong", line=1, column=4))
+    assert "***" in shown and "hf_a" not in shown and "s3cret" not in shown
