@@ -288,6 +288,9 @@ class AdapterManager(AdapterHolder):
             self.unmerge()
         self._keep_choice(change)
         before = self.active
+        while scope is not None and not scope.chooses:
+            scope.names = chosen
+            scope = scope.outer
         if scope is None:
             self._selected, self._parked = chosen, ()
         else:
@@ -487,8 +490,8 @@ class AdapterManager(AdapterHolder):
             chosen = self.active if names is None else names_in(names)
             self.require(*chosen)
             check_together(self.copies, self.layers, chosen)
-            if not self._merged or set(self._merged) != set(chosen):
-                check_merge(self.layers, chosen, self.scale, safe=False)
+            if not self._merged:
+                check_merge(self.layers, chosen, self.scale, safe=safe)
                 lossy_note(self.layers)
         with self.transaction() as change:
             self._refuse_in_scopes("unloading")
@@ -496,9 +499,9 @@ class AdapterManager(AdapterHolder):
             if self._merged and set(self._merged) != set(chosen):
                 unmerge_layers(self.layers.values(), change)
                 self._merged = ()
+                if merge:
+                    check_merge(self.layers, chosen, self.scale, safe=safe)
             if merge and not self._merged:
-                if safe:
-                    check_merge(self.layers, chosen, self.scale, safe=True)
                 merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
             self._dismantle(chosen, change)
             if merge:

@@ -110,7 +110,8 @@ class ScopedChoice(ContextDecorator):
     def _open(self, change: Transaction) -> None:
         switch = self._manager.switch
         names = self._manager.active if self._names is None else self._names
-        scope = Scope(names, self._names is not None, switch.scope)
+        chooses = self._names is not None
+        scope = Scope(names, enabled=chooses, chooses=chooses, outer=switch.scope)
 
         def undo() -> None:
             self._scope = None

@@ -102,6 +102,7 @@ class Scope:
     Attributes:
         names: selected adapters.
         enabled: whether they act.
+        chooses: whether the selection is its own; else one made in it is made around it, too, as in PEFT.
         outer: the scope around it.
         active: names as the layers read them.
         closed: whether its block has ended; a task that outlives it goes on without it.
@@ -109,6 +110,7 @@ class Scope:
 
     names: tuple[str, ...]
     enabled: bool
+    chooses: bool = True
     outer: Scope | None = None
     active: Active = NOTHING
     closed: bool = False

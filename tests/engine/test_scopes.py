@@ -129,6 +129,10 @@ def test_a_choice_made_in_a_block_ends_with_it() -> None:
         model.base_model.enable_adapter_layers()
         assert torch.equal(output(model), legal["a"])
     assert torch.equal(output(model), legal["a"])
+    with model.disable_adapter():  # as in PEFT
+        model.set_adapter("b")
+        assert torch.equal(output(model), legal[None])
+    assert torch.equal(output(model), legal["b"]) and model.active_adapter == "b"
 
 
 def test_an_adapter_trains_where_it_is_used() -> None:
