@@ -130,6 +130,9 @@ def test_parts(arguments: argparse.Namespace, pytest_arguments: list[str], brows
     cores = os.cpu_count() or 1
     quick_workers, slow_workers = min(cores, 4), min(cores, 2)
     shared = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NBPEFT_TESTS": arguments.tier}
+    # A kernel compiled for one instruction set computes nonsense under another, which its cache does not tell apart.
+    instructions = os.environ.get("ATEN_CPU_CAPABILITY", "own")
+    shared["TORCHINDUCTOR_CACHE_DIR"] = str(environment.ARTIFACTS / f"inductor-{instructions}")
     tier = "" if arguments.tier == "quick" else f"--{arguments.tier} "
     marks = slow_marks(arguments, pytest_arguments)
     return [
