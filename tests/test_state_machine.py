@@ -132,12 +132,12 @@ class AdapterMachine(RuleBasedStateMachine):
 
     # What goes wrong
 
-    @rule(number=st.integers(1, 60), when=st.sampled_from(["before", "behind"]))
+    @rule(number=st.integers(1, 10), when=st.sampled_from(["before", "behind"]))
     def run_out_of_memory(self, number: int, when: str) -> None:
         """The next command does, once, at an operation on a tensor."""
         self.trouble = FailingAt((number, when))
 
-    @rule(number=st.integers(1, 400))
+    @rule(number=st.integers(1, 60))
     def interrupt(self, number: int) -> None:
         """The next command is interrupted while it commits."""
         self.trouble = interrupted(self.manager, number)
@@ -433,6 +433,7 @@ class AdapterMachine(RuleBasedStateMachine):
         self.folder.cleanup()
         del model, state
         self.handle = self.manager = self.expected = None  # type: ignore[assignment]
+        self.trouble = nullcontext()  # one that was not met knows the manager
         self.saved = {}
         if sys.exc_info()[0] is None:
             # A failure keeps its frames and the tensors in them.
@@ -460,4 +461,4 @@ def test_any_sequence_of_commands(steps: int) -> None:
         warnings.filterwarnings("ignore", message="adapters are merged|Already unmerged|All adapters are already")
         run_state_machine_as_test(machine, settings=chosen)
     assert next(steps_taken) - before >= steps // 2
-    assert next(troubles_met) - met >= steps // 50
+    assert next(troubles_met) - met >= steps // 100
