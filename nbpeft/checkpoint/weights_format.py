@@ -168,7 +168,10 @@ def _is_plain(tensor: Tensor, other: torch.dtype | None) -> bool:
 
 def _tell_not_finite(tensors: Mapping[str, Tensor]) -> None:
     """Warns once of the tensors that hold NaN or infinite numbers."""
-    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    if _surely_finite(list(floating.values())):
+        return
+    broken = [key for key, tensor in floating.items() if not _finite(tensor)]
     if broken:
         tensors_are = "tensor of the adapter is" if len(broken) == 1 else "tensors of the adapter are"
         warnings.warn(
@@ -176,6 +179,14 @@ def _tell_not_finite(tensors: Mapping[str, Tensor]) -> None:
             "be either",
             stacklevel=4,
         )
+
+
+@torch.no_grad()
+def _surely_finite(tensors: list[Tensor]) -> bool:
+    """Whether all norms are finite, which large numbers can keep them from being: asked of all at once, it is fast."""
+    if not tensors or any(tensor.element_size() == 1 for tensor in tensors):
+        return not tensors
+    return bool(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all())
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ class Writes:
                 self._padded.append(adapter)
         for key, shape in shapes.items():
             parameter = parameters[key]
-            fresh = larger.get(parameter)
+            fresh = larger.get(parameter) if larger else None
             home = parameter.detach() if fresh is None else fresh
             used, rest = (home[:0], [home]) if key not in given else used_part(adapter, key, home, shape, layer)
             source = given[key].detach().reshape(used.shape) if key in given else used
