@@ -125,7 +125,7 @@ def part_of_base(config: LoraConfig, path: str, base: Base, dtype: torch.dtype) 
         return None
     weight = base.weight()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if not weight.is_meta and not bool(weight.isfinite().all()):
+    if not weight.is_meta and not (bool(weight.sum().isfinite()) or bool(weight.isfinite().all())):
         raise ConfigError(
             f"{path}: init_lora_weights={config.init_lora_weights!r} starts in the weight, which is not finite",
             path=path,
