@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nbpeft.checkpoint.spelling import BASE_LAYER, ORIGINAL_MODULE, PREFIX, spelling_of
 from nbpeft.engine.adapter import AdapterWeights
+from nbpeft.engine.base import is_finite
 from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
 
 Shape = tuple[int, ...]
@@ -171,7 +172,7 @@ def _tell_not_finite(tensors: Mapping[str, Tensor]) -> None:
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     if _surely_finite(list(floating.values())):
         return
-    broken = [key for key, tensor in floating.items() if not _finite(tensor)]
+    broken = [key for key, tensor in floating.items() if not is_finite(tensor)]
     if broken:
         tensors_are = "tensor of the adapter is" if len(broken) == 1 else "tensors of the adapter are"
         warnings.warn(
@@ -187,14 +188,6 @@ def _surely_finite(tensors: list[Tensor]) -> bool:
     if not tensors or any(tensor.element_size() == 1 for tensor in tensors):
         return not tensors
     return bool(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all())
-
-
-@torch.no_grad()
-def _finite(tensor: Tensor) -> bool:
-    # A sum is fast and only finite if all that is added is; a large one may overflow by itself.
-    tensor = tensor if tensor.element_size() > 1 else tensor.float()
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
 
 
 def _kind_of(tensor: Tensor) -> str:

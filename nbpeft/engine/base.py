@@ -217,6 +217,15 @@ def fits(factor: float, dtype: torch.dtype) -> bool:
     return abs(factor) <= torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
 
 
+@torch.no_grad()
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor infinite numbers."""
+    # A sum is fast and only finite if all that is added is; a large one may overflow by itself.
+    tensor = tensor if tensor.element_size() > 1 else tensor.float()
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+
+
 def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> None:
     """Adds ``scale * delta`` to a weight of the same shape in place; beyond a dtype's range that is infinite."""
     if fits(scale, weight.dtype):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Base, Host
+from nbpeft.engine.base import is_finite
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.errors import ConfigError
 
@@ -125,7 +126,7 @@ def part_of_base(config: LoraConfig, path: str, base: Base, dtype: torch.dtype) 
         return None
     weight = base.weight()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if not weight.is_meta and not (bool(weight.sum().isfinite()) or bool(weight.isfinite().all())):
+    if not weight.is_meta and not is_finite(weight):
         raise ConfigError(
             f"{path}: init_lora_weights={config.init_lora_weights!r} starts in the weight, which is not finite",
             path=path,

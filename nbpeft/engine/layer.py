@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Backend, Base, Host
-from nbpeft.engine.base import add_scaled_, offloading
+from nbpeft.engine.base import add_scaled_, is_finite, offloading
 from nbpeft.engine.layer_face import LayerFace, by_name
 from nbpeft.engine.lowrank import add_delta
 from nbpeft.engine.merge_checks import merge_refusal
@@ -176,7 +176,7 @@ class AdaptedLayer(LayerFace):
     def are_finite(self, names: Sequence[str]) -> bool:
         """Whether all numbers of these adapters are, of those that are on this layer."""
         here = [self.adapter(name) for name in names if name in self.adapters._modules]
-        return all(bool(p.sum().isfinite()) or bool(p.isfinite().all()) for one in here for p in one.parameters())
+        return all(is_finite(parameter) for adapter in here for parameter in adapter.parameters())
 
     @torch.no_grad()
     def check_finite(self, names: Sequence[str], scales: Sequence[float]) -> bool:
@@ -186,7 +186,7 @@ class AdaptedLayer(LayerFace):
             return not chosen
         weight = self.base.weight().clone()
         self._add_deltas(weight, *zip(*chosen, strict=True))
-        return bool(torch.isfinite(weight).all())
+        return is_finite(weight)
 
     @torch.no_grad()
     def merge(

@@ -144,7 +144,7 @@ class AdapterManager(AdapterHolder):
                 (self.frozen.discard if trainable else self.frozen.add)(name)
                 if select and not self._selected and len(self.configs) == 1:
                     self._selected = (name,)
-                self._refresh(self.names if len(self.configs) == 1 else (name,), change)
+                self.refresh(self.names if len(self.configs) == 1 else (name,), change)
             return made
 
         return put
@@ -179,7 +179,7 @@ class AdapterManager(AdapterHolder):
                 self._selected = self.names[:1]
             for scope in self.switch.scopes:
                 scope.names = tuple(other for other in scope.names if other != name)
-            self._refresh(self._selected, change)
+            self.refresh(self._selected, change)
 
     def _forget(self, name: str, change: Transaction) -> None:
         self._slots.pop(name, None)
@@ -209,7 +209,7 @@ class AdapterManager(AdapterHolder):
             self._selected = tuple(new if name == old else name for name in self._selected)
             for scope in self.switch.scopes:
                 scope.names = tuple(new if name == old else name for name in scope.names)
-            self._refresh((), change)
+            self.refresh((), change)
 
     def copy(self, name: str, new: str) -> None:
         """Makes a second, independent adapter with the same config and weights."""
@@ -297,7 +297,7 @@ class AdapterManager(AdapterHolder):
             scope.names = chosen
         if trainable is not None:
             self.frozen = self.frozen - set(chosen) if trainable else self.frozen | set(chosen)
-        self._refresh(set(before) ^ set(chosen) if trainable is None else set(before) | set(chosen), change)
+        self.refresh(set(before) ^ set(chosen) if trainable is None else set(before) | set(chosen), change)
 
     def check_choice(self, names: Sequence[str]) -> None:
         """Raises AdapterError where adapters cannot act together, UnknownAdapterError where one is not there."""
@@ -372,10 +372,6 @@ class AdapterManager(AdapterHolder):
         """Those of the adapters that are selected nowhere: in no scope, and not outside of them."""
         return set(names).difference(self._selected, *(scope.names for scope in self.switch.scopes))
 
-    def refresh(self, names: Iterable[str], change: Transaction) -> None:
-        """Brings what acts up to date after a scope has changed, and whether some adapters train."""
-        self._refresh(names, change)
-
     def set_scale(self, name: str, scale: float) -> None:
         """Sets the factor on an adapter's delta (1 is the trained strength).
 
@@ -405,14 +401,14 @@ class AdapterManager(AdapterHolder):
             self.require(name)
             self._keep_choice(change)
             (self.frozen.add if frozen else self.frozen.discard)(name)
-            self._refresh((name,), change)
+            self.refresh((name,), change)
 
     def set_requires_grad(self, name: str, requires_grad: bool) -> None:
         """Sets whether gradients reach an adapter's tensors now, whatever is active."""
         with self.transaction(during_calls=True) as change:
             change.set_requires_grad(self.parameters(name), requires_grad)
 
-    def _refresh(self, changed: Iterable[str], change: Transaction) -> None:
+    def refresh(self, changed: Iterable[str], change: Transaction) -> None:
         """Brings ``requires_grad`` of some adapters and the shared switch up to date."""
         idle = self.idle(changed)
         for name in changed:
