@@ -14,6 +14,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.shared import layers_to_part
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, MergeError
+from nbpeft.interrupts import check_interrupt
 
 
 def check_merge(
@@ -72,7 +73,7 @@ def merge_layers(
     parted = layers_to_part(model, layers, names)
     scales = [scale(name) for name in names]
     for path, layer in layers.items():
-        change.interruptible()
+        check_interrupt()
         layer.merge(names, scales, change, keep_frozen=keep_frozen, apart=path in parted)
 
 
@@ -168,7 +169,7 @@ def check_together(
 def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
     """Puts the frozen weights back, bit for bit; the last first, since several may share one weight."""
     for layer in reversed(list(layers)):
-        change.interruptible()
+        check_interrupt()
         layer.unmerge(change)
 
 

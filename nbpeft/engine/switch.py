@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -295,16 +294,6 @@ class Switch:
             if self._depth == 0:
                 self._writer = None
                 self._condition.notify_all()
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Holds calls of other threads and interruptions back while the block runs; see ``close``."""
-        with HeldInterrupts():
-            self.close()
-            try:
-                yield
-            finally:
-                self.open()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"live": self.live}

@@ -107,10 +107,6 @@ class Transaction:
         """Records how to undo a write; called before it."""
         self._undo.append(undo)
 
-    def interruptible(self) -> None:
-        """A place where the command may stop: an interruption that is held back raises here and undoes it."""
-        check_interrupt()
-
     def keep(self, *mappings: MutableMapping[Any, Any]) -> None:
         """Records what mappings hold, in their order."""
         held = [(mapping, dict(mapping)) for mapping in mappings]

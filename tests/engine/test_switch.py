@@ -6,12 +6,24 @@ import copy
 import pickle
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from nbpeft.engine.switch import NOTHING, Active, Rows, Switch
 from nbpeft.errors import AdapterError, BusyError
+
+
+@contextmanager
+def exclusive(switch: Switch) -> Iterator[None]:
+    """What a command does: nobody else's calls run in the block."""
+    switch.close()
+    try:
+        yield
+    finally:
+        switch.open()
 
 
 def test_a_running_call_keeps_what_it_started_with() -> None:
@@ -53,7 +65,7 @@ def test_changes_wait_for_calls_and_calls_for_changes() -> None:
     thread = threading.Thread(target=call)
     thread.start()
     inside.wait(5)
-    with switch.exclusive():
+    with exclusive(switch):
         order.append("change")
         late = threading.Thread(target=lambda: [switch.call().__enter__(), order.append("late")])
         late.start()
@@ -66,13 +78,13 @@ def test_changes_wait_for_calls_and_calls_for_changes() -> None:
 
 def test_a_change_from_inside_a_call_is_refused_instead_of_waiting_for_ever() -> None:
     switch = Switch()
-    with switch.call(), pytest.raises(BusyError, match="inside a call"), switch.exclusive():
+    with switch.call(), pytest.raises(BusyError, match="inside a call"), exclusive(switch):
         pass
 
 
 def test_the_thread_that_changes_may_call() -> None:
     switch = Switch()
-    with switch.exclusive(), switch.exclusive(), switch.call():
+    with exclusive(switch), exclusive(switch), switch.call():
         assert switch.current() is NOTHING
 
 
@@ -81,7 +93,7 @@ def test_copies_have_their_own_gate() -> None:
     switch.live = Active(("a",), (1.0,))
     for twin in (copy.deepcopy(switch), pickle.loads(pickle.dumps(switch))):
         assert twin.live == switch.live
-        with switch.exclusive(), twin.call():
+        with exclusive(switch), twin.call():
             assert twin.current().names == ("a",)
 
 
