@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.lora_config import LoraConfig
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import TargetError
 from nbpeft.model import PeftModel, get_peft_model
 
@@ -120,7 +120,7 @@ def make(case: Case) -> Net:
 def randomise(model: nn.Module) -> None:
     """Moves every adapter parameter off its start, so that nothing is zero."""
     generator = torch.Generator().manual_seed(9)
-    manager = AdapterManager.of(model)
+    manager = manager_of(model)
     assert manager is not None
     with torch.no_grad():
         for name in manager.names:
@@ -176,7 +176,7 @@ def test_failed_injection_leaves_the_model_as_it_was(kind: str, method: str) -> 
     assert same(before, weights_of(base))
     assert modules == [type(m) for m in base.modules()]
     assert trainable == [name for name, p in base.named_parameters() if p.requires_grad]
-    assert AdapterManager.of(base) is None
+    assert manager_of(base) is None
 
 
 @everywhere
@@ -237,7 +237,7 @@ def test_save_remove_load_is_equal(kind: str, method: str, tmp_path: Any) -> Non
     expected = model(x)
     model.save_pretrained(tmp_path)
     plain = model.unload()
-    assert AdapterManager.of(plain) is None and plain is base
+    assert manager_of(plain) is None and plain is base
     again = PeftModel.from_pretrained(plain, tmp_path)
     assert torch.allclose(again(x), expected, atol=1e-6, rtol=0)
 

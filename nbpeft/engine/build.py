@@ -15,7 +15,8 @@ from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.base import offloading
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.plan import InjectionPlan, Site, Target, make_adapters, walk
+from nbpeft.engine.model_tree import Site, walk
+from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.registry import backend_named, backends, host_named
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.switch import Switch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, Backend, H
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.lora_config import suffixes
+from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
 from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, warn_of_tied, without_head
 from nbpeft.engine.targets import (
@@ -108,50 +109,6 @@ class InjectionPlan:
         return self.parameter_count * dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Site:
-    """One place where a module hangs in its parent."""
-
-    parent: nn.Module
-    attribute: str
-    path: str
-    module: nn.Module
-    """The base module, also where a wrapper hangs there now."""
-    wrapper: AdaptedLayer | CopiedModule | None
-
-
-def walk(model: nn.Module) -> Iterator[Site]:
-    """All modules below ``model`` with their paths as in the bare base model.
-
-    A module that hangs in several places is given for each of them; its children once.
-    """
-    visited: set[int] = {id(model)}
-    stack: list[Iterator[Site]] = [_children(model, "")]
-    while stack:
-        site = next(stack[-1], None)
-        if site is None:
-            stack.pop()
-            continue
-        yield site
-        if id(site.module) not in visited:
-            visited.add(id(site.module))
-            if site.module._modules:
-                stack.append(_children(site.module, site.path + "."))
-
-
-def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
-    for attribute, child in list(parent._modules.items()):
-        if child is None:
-            continue
-        path = prefix + attribute
-        if isinstance(child, AdaptedLayer):
-            yield Site(parent, attribute, path, child.base_layer, child)
-        elif isinstance(child, CopiedModule):
-            yield Site(parent, attribute, path, child.original_module, child)
-        else:
-            yield Site(parent, attribute, path, child, None)
-
-
 def plan(
     model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True, replacing: str | None = None
 ) -> InjectionPlan:
@@ -231,11 +188,11 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site])
 def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> list[str]:
     """Full paths of all linear layers but the output head."""
     heads: list[nn.Module] = []
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if output_embeddings is not None:
-        heads.append(_base_of(output_embeddings))
+    output_head = embedding_of(model, output=True)
+    if output_head is not None:
+        heads.append(frozen_module(output_head))
     elif config.task_type == TaskType.SEQ_CLS:
-        heads.extend(_base_of(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
+        heads.extend(frozen_module(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
     found = []
     for site in sites:
         host = resolve_host(site.module)
@@ -243,12 +200,6 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
         if linear and not any(site.module is head for head in heads) and not bypassed(model, site.path):
             found.append(site.path)
     return found
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    if isinstance(module, AdaptedLayer):
-        return module.base_layer
-    return module.original_module if isinstance(module, CopiedModule) else module
 
 
 def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict: bool) -> dict[str, int]:
@@ -378,10 +329,9 @@ def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: 
     if kind == "none":
         return ()
     copied = tuple(f"{path}." for path in copies)
-    places = [("", model), *((site.path, site.module) for site in walk(model))]
     return tuple(
         f"{path}.bias" if path else "bias"
-        for path, module in places
+        for path, module in bare_modules(model)
         if isinstance(module._parameters.get("bias"), nn.Parameter)
         and (kind == "all" or path in adapted)
         and not f"{path}.".startswith(copied)

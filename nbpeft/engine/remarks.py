@@ -10,8 +10,8 @@ from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.lora_config import PatternTable
+from nbpeft.engine.model_tree import embedding_of
 from nbpeft.engine.registry import resolve_host
-from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import PeftWarning, TargetError, did_you_mean, few, shown
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")

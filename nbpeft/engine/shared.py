@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.tokens import embedding_of
+from nbpeft.engine.model_tree import embedding_of
 from nbpeft.engine.transaction import Transaction
 
 _TIED = "tie_word_embeddings"

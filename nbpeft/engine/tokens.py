@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nbpeft.engine.model_tree import embedding_of
 from nbpeft.engine.registry import resolve_backend, resolve_host
 from nbpeft.engine.targets import matches_segment_names, no_match
 from nbpeft.errors import ConfigError, TargetError, shown
@@ -27,15 +28,6 @@ class Rows:
 
     indices: tuple[int, ...]
     tied_to: str = ""
-
-
-def embedding_of(model: nn.Module, *, output: bool = False) -> nn.Module | None:
-    """The input embedding of a model, or its output head; None where it has none, or does not tell."""
-    try:
-        found = getattr(model, "get_output_embeddings" if output else "get_input_embeddings")()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Module) else None
 
 
 def token_rows(model: nn.Module, config: Any, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Rows]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import linear_layers_to_quantize
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.registry import host_named
 from nbpeft.engine.storage import short_name
@@ -23,7 +24,7 @@ from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory.architecture import Architecture, adapters_are_alike, can_checkpoint, layers_are_alike
 from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.saved import tensors_in
-from nbpeft.memory.standin import put_standins, quantizable, quantized_bytes
+from nbpeft.memory.standin import put_standins, quantized_bytes
 from nbpeft.memory.threads import in_main_thread, quiet
 from nbpeft.memory.timeline import Peak, fake_tensors, record
 
@@ -114,7 +115,7 @@ def _count_weights(setting: Setting) -> Weights:
     skipped: set[int] = set()
     if setting.quantization is not None:
         double = setting.double_quant and setting.quantization != "int8"
-        for _, _, layer in quantizable(model):
+        for layer in linear_layers_to_quantize(model).values():
             weight: Any = layer.weight
             rows, columns = weight.shape
             skipped.add(id(weight))

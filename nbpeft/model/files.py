@@ -17,8 +17,8 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.holder import check_name
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.plan import InjectionPlan, walk
-from nbpeft.engine.tokens import embedding_of
+from nbpeft.engine.model_tree import embedding_of, walk
+from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few, shortened
 from nbpeft.model.conversion import as_plain_lora
 

@@ -16,11 +16,11 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, swap
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, shortened
 from nbpeft.model.files import HUB_OPTIONS, embedding_weights, not_floating
-from nbpeft.model.tensors import manager_of
 
 _CHECKS = ("error", "warn", "ignore")
 
@@ -55,7 +55,7 @@ def hotswap_adapter(
         ConfigError: a keyword is misspelt.
         CheckpointError: the checkpoint cannot be read or belongs to another base.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     manager.require(adapter_name)
     _refuse_misspelt(kwargs)
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
@@ -90,7 +90,7 @@ def hotswap_adapter_from_state_dict(
         parameter_prefix: accepted for PEFT's sake; keys are matched whole.
         validate: see ``hotswap_adapter``.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     manager.require(adapter_name)
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
@@ -137,8 +137,8 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "error":
             raise HotSwapError(problem)
         warnings.warn(f"{problem}: it will compile again", stacklevel=2)
-    found = AdapterManager.of(getattr(model, "_orig_mod", model)) or getattr(model, "manager", None)
-    if not isinstance(found, AdapterManager):
+    found = manager_of(model)
+    if found is None:
         raise HotSwapError("the model has no adapter layers: load the first adapter before preparing for hot-swapping")
     prepare_for_hotswap(found, target_rank)
     if target_rank is None:

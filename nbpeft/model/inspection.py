@@ -30,13 +30,12 @@ def inspect_adapter(manager: AdapterManager, name: str) -> tuple[LayerChange, ..
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        AdapterError: weights are merged, so that the frozen ones cannot be seen.
+        MergeError: adapters are merged, so that the frozen weights cannot be seen.
     """
     manager.require_reachable(name)
     with manager.supplied([name]):
         manager.require(name)
-        if manager.merged:
-            raise AdapterError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before inspecting")
+        manager.refuse_merged("inspecting")
         return (*_layers(manager, name), *_copies(manager, name))
 
 

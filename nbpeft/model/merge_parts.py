@@ -21,16 +21,15 @@ from nbpeft import checkpoint
 from nbpeft.checkpoint import ModelFolder, TensorSpec
 from nbpeft.engine.adapter import Adapter, Base
 from nbpeft.engine.base import onloaded
-from nbpeft.engine.copies import CopiedModule
-from nbpeft.engine.layer import AdaptedLayer, add_deltas
+from nbpeft.engine.layer import add_deltas
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merge_checks import merge_refusal
 from nbpeft.engine.merging import check_together
+from nbpeft.engine.model_tree import bare_modules, embedding_of, is_quantized_layer
 from nbpeft.engine.plan import Target, make_adapters
 from nbpeft.engine.registry import backend_named, host_named, resolve_backend, resolve_host
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, MergeError, few
 from nbpeft.model import files
-from nbpeft.model.stored import is_quantized_layer
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,7 @@ def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
     """
     manager.require(*names)
     check_together(manager.copies, manager.layers, names)
-    if manager.merged:
-        raise MergeError(f"{', '.join(map(repr, manager.merged))} merged into the model: unmerge first")
+    manager.refuse_merged("merging into a copy")
     found = Deltas(names=tuple(names))
     for path, layer in manager.layers.items():
         chosen = [(layer.adapter(name), manager.scale(name)) for name in names if name in layer.adapters._modules]
@@ -296,16 +294,14 @@ def is_turned(module: nn.Module) -> bool:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
     """(name, module, tensor) of everything a model saves, without adapters; no tensor for a quantized weight."""
-    pending: list[tuple[str, nn.Module]] = [("", model)]
-    while pending:
-        path, module = pending.pop(0)
-        if isinstance(module, AdaptedLayer):
-            module = module.base_layer
-        elif isinstance(module, CopiedModule):
-            module = module.original_module
+    quantized_prefix = None
+    for path, module in bare_modules(model, repeat=True):
         prefix = f"{path}." if path else ""
+        if quantized_prefix is not None and prefix.startswith(quantized_prefix):
+            continue  # of a quantized layer only the dequantized weight and the bias are saved
         quantized = is_quantized_layer(module)
         if quantized:
+            quantized_prefix = prefix
             yield f"{prefix}weight", module, None
         for name, parameter in module._parameters.items():
             if parameter is not None and (not quantized or name == "bias"):
@@ -314,8 +310,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]
             saved = name not in module._non_persistent_buffers_set
             if buffer is not None and saved and (not quantized or name == "bias"):
                 yield prefix + name, module, buffer
-        if not quantized:
-            pending[:0] = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -351,8 +345,9 @@ def check_tied(deltas: Deltas, model: Any, where: str) -> None:
     """
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return
-    ends = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)} | {
-        f"{path}.weight" for path, module in model.named_modules() if module is model.get_output_embeddings()
+    head = embedding_of(model, output=True)
+    ends = {
+        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head
     }
     hit = next((name for name in deltas.changed if name.replace(".base_layer", "") in ends), None)
     if hit is not None:

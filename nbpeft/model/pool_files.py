@@ -17,7 +17,8 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import adapter_dtype
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.plan import InjectionPlan, resolve_parts, walk
+from nbpeft.engine.model_tree import walk
+from nbpeft.engine.plan import InjectionPlan, resolve_parts
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import AdapterError, CheckpointError
 from nbpeft.interrupts import HeldInterrupts

@@ -10,25 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.plan import walk
-from nbpeft.errors import AdapterError
+from nbpeft.engine.manager import require_manager
+from nbpeft.engine.model_tree import bare_modules, unwrapped
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
-
-
-def manager_of(model: nn.Module) -> AdapterManager:
-    """The manager behind a handle or an adapted base model.
-
-    Raises:
-        AdapterError: the model carries no adapters.
-    """
-    manager = getattr(model, "manager", None)
-    if isinstance(manager, AdapterManager):
-        return manager
-    found = AdapterManager.of(getattr(model, "_orig_mod", model))
-    if found is None:
-        raise AdapterError(f"this {type(model).__name__} carries no adapters; use get_peft_model first")
-    return found
 
 
 def get_peft_model_state_dict(
@@ -51,9 +35,9 @@ def get_peft_model_state_dict(
         References to the tensors, detached. Keys are those of a file for a handle; for a base model
         adapted without one they lack the ``base_model.model.`` in front, as in PEFT.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     tensors = file_tensors(manager, adapter_name, embeddings=save_embedding_layers, state_dict=state_dict)
-    if getattr(model, "_orig_mod", model) is manager.model:
+    if unwrapped(model) is manager.model:
         return {checkpoint.without_prefix(key): tensor for key, tensor in tensors.items()}
     return tensors
 
@@ -81,7 +65,7 @@ def set_peft_model_state_dict(
         CheckpointError: nothing fits.
         BaseMismatchError: shapes do not fit.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     weights = manager.weights(adapter_name)
     whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name)
     present = embedding_weights(manager.model) | ({} if whole else _biases(manager.model))
@@ -133,7 +117,7 @@ def load_peft_weights(
 
 def _biases(model: nn.Module) -> dict[str, Tensor]:
     """Names in the bare model -> its biases."""
-    owners = ((f"{site.path}.bias", site.module._parameters.get("bias")) for site in walk(model))
+    owners = ((f"{path}.bias".lstrip("."), module._parameters.get("bias")) for path, module in bare_modules(model))
     return {name: bias for name, bias in owners if bias is not None}
 
 

@@ -11,12 +11,10 @@ from torch import nn
 from nbpeft import hooks
 from nbpeft.engine.combine import Recipe
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.tokens import embedding_of
+from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 from nbpeft.model.combining import Combined, combine_adapters
-
-_QUANTIZED = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
 
 
 class AdapterTuner(nn.Module):
@@ -30,7 +28,7 @@ class AdapterTuner(nn.Module):
     def __init__(self, model: nn.Module, manager: AdapterManager) -> None:
         super().__init__()
         self.model = model
-        self.__dict__["manager"] = manager
+        self.__dict__[MANAGER] = manager
         self.training = model.training
         hooks.adapted()
 
@@ -38,7 +36,11 @@ class AdapterTuner(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         hooks.adapted()
 
-    manager: AdapterManager
+    @property
+    def manager(self) -> AdapterManager:
+        """The manager of the base model's adapters."""
+        found: AdapterManager = self.__dict__[MANAGER]
+        return found
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -73,7 +75,7 @@ class AdapterTuner(nn.Module):
             The same model.
         """
         enable = getattr(model, "enable_input_require_grads", None)
-        if enable is not None and not any(getattr(model, flag, False) for flag in _QUANTIZED):
+        if enable is not None and not is_quantized(model):
             enable()
         return model
 
@@ -166,18 +168,7 @@ class AdapterTuner(nn.Module):
         return getattr(self.model, name)
 
 
-def bare(model: Any) -> nn.Module:
-    """The base model behind a handle, a tuner or a compiled model; the model itself otherwise."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, AdapterTuner):
-        model = model.model
-    elif isinstance(getattr(model, "_modules", {}).get("base_model"), AdapterTuner):
-        model = model.get_base_model()
-    base: nn.Module = model
-    return base
-
-
-def let_checkpointing_learn(model: nn.Module, change: Transaction) -> None:
+def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) -> None:
     """Reentrant checkpointing gives no gradient where no input needs one, as with frozen embeddings.
 
     Args:
@@ -187,7 +178,7 @@ def let_checkpointing_learn(model: nn.Module, change: Transaction) -> None:
     enable = getattr(model, "enable_input_require_grads", None)
     active = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
     if active and callable(enable):
-        embeddings = embedding_of(model, output=False)
+        embeddings = embedding_of(model)
         if embeddings is not None:
             change.keep(embeddings._forward_hooks)
         change.keep(model.__dict__)

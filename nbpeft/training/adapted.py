@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbpeft.engine.model_tree import manager_of
+
 
 def is_adapted(model: Any) -> bool:
     """Whether ``model`` carries named adapters and can save them apart from its base."""
@@ -31,7 +33,7 @@ def active_names(model: Any) -> tuple[str, ...]:
 def trained_names(model: Any) -> tuple[str, ...]:
     """Names of the active adapters that train; all active ones where none does."""
     names = active_names(model)
-    frozen = getattr(getattr(model, "manager", None), "frozen", ())
+    frozen = getattr(manager_of(model), "frozen", ())
     return tuple(name for name in names if name not in frozen) or names
 
 
