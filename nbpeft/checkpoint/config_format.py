@@ -151,8 +151,7 @@ def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable
     wanted = getattr(config, "target_modules", None)
     if wanted == "all-linear" and targets is not None:
         wanted = changes["target_modules"] = set(targets)
-    # IA3's feedforward_modules must stay a subset of its target_modules, so neither is condensed.
-    if isinstance(wanted, (list, set, tuple)) and len(wanted) >= CONDENSE_FROM and config.peft_type != "IA3":
+    if isinstance(wanted, (list, set, tuple)) and len(wanted) >= CONDENSE_FROM and config.condenses_targets:
         condensed = condense_targets(wanted, (name for name, _ in bare_modules(model, repeat=True) if name))
         if len(condensed) < len(wanted):
             changes["target_modules"] = condensed

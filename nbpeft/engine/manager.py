@@ -30,8 +30,8 @@ from nbpeft.engine.merging import (
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.scopes import ScopedChoice
-from nbpeft.engine.shared import part_for_good
 from nbpeft.engine.switch import NOTHING, Active
+from nbpeft.engine.tied_weights import untie_embeddings_
 from nbpeft.engine.transaction import Block, Transaction
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError
 
@@ -223,7 +223,8 @@ class AdapterManager(AdapterHolder):
         weights = self.weights(name)
         if weights.base:
             raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
-        twin = AdapterWeights(cloned(weights.adapters), cloned(weights.copies))
+        shared = {key: value.detach().clone() for key, value in weights.shared.items()}
+        twin = AdapterWeights(cloned(weights.adapters), cloned(weights.copies), shared=shared)
         dtypes = {value.dtype for named in twin.adapters.values() for value in named.values()}
         with self.transaction():
             self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
@@ -507,7 +508,7 @@ class AdapterManager(AdapterHolder):
                 merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
             self._dismantle(chosen, change)
             if merge:
-                part_for_good(self.model, change)
+                untie_embeddings_(self.model, change)
         return self.model
 
     def _dismantle(self, merged: Sequence[str], change: Transaction) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Base
+from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import linear_layers_to_quantize, walk
 from nbpeft.errors import ConfigError, did_you_mean
@@ -60,7 +60,7 @@ def put_standins(model: nn.Module, kind: str, *, double: bool, checkpointed: boo
             standin = StandIn(site.module, kind, double=double, hides_input=checkpointed and kind == "int8")
             if isinstance(site.wrapper, AdaptedLayer):
                 site.wrapper.base_layer = standin
-                site.wrapper.base = Base(standin, site.wrapper.host, site.wrapper.backend)
+                site.wrapper.base = BaseLayer(standin, site.wrapper.kind, site.wrapper.backend)
             else:
                 setattr(site.parent, site.attribute, standin)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from nbpeft.engine.combine.recipe import check_weights
+from nbpeft.engine.combination import check_weights
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.switch import NOTHING, Active
 

@@ -225,9 +225,9 @@ def inject_adapter_in_model(
 
 def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:
     """A plan for the modules that keys name; warns where the config means others."""
-    paths = checkpoint.adapted_paths(keys)
+    paths = checkpoint.adapted_paths(keys, str(config.peft_type))
     if not paths:
-        raise TargetError("the state_dict has no key of an adapter (…lora_A.weight) that says which modules to adapt")
+        raise TargetError("the state_dict has no key of an adapter of this config that says which modules to adapt")
     everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     made = manager.plan(config.copy(target_modules=list(paths), **everywhere))
     try:

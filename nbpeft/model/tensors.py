@@ -67,13 +67,15 @@ def set_peft_model_state_dict(
     """
     manager = require_manager(model)
     weights = manager.weights(adapter_name)
-    whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name)
+    peft_type = str(manager.configs[adapter_name].peft_type)
+    whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name, peft_type)
     present = embedding_weights(manager.model) | ({} if whole else _biases(manager.model))
     inside = tuple(f"{path}." for path in weights.copies)
     wanted = checkpoint.Expected(
         adapters={path: _shapes(named) for path, named in weights.adapters.items()},
         copies={path: _shapes(named) for path, named in weights.copies.items()},
         base=_shapes(weights.base),
+        shared=_shapes(weights.shared),
         optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
         others={
             f"{path}.{key}": tensor.dtype
@@ -82,8 +84,7 @@ def set_peft_model_state_dict(
             if not tensor.is_floating_point()
         },
     )
-    peft_type = str(manager.configs[adapter_name].peft_type)
-    tensors = checkpoint.file_keys(peft_model_state_dict, adapter_name, peft_type)
+    tensors = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
     loaded = checkpoint.from_file(tensors, wanted, peft_type=peft_type, ignore_mismatched=ignore_mismatched_sizes)
     writes = [
         (own[path][key], value)
@@ -91,6 +92,7 @@ def set_peft_model_state_dict(
         for path, named in new.items()
         for key, value in named.items()
     ]
+    writes += [(weights.shared[key], value) for key, value in loaded.weights.shared.items()]
     writes += [
         (present[key] if key in present else weights.base[key], value) for key, value in loaded.weights.base.items()
     ]

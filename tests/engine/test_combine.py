@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nbpeft.engine.combine import (
+from nbpeft.engine.methods.lora.combining import (
     COMBINATION_TYPES,
     Combination,
     Factors,
@@ -20,7 +20,7 @@ from nbpeft.engine.combine import (
     combined_config,
     skip_initial_draws,
 )
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
 PRUNING = [name for name in PEFT_TYPES if name.startswith(("ties", "dare", "magnitude"))]

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from nbpeft.engine import model_tree
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.hotswap import prepare_for_hotswap, swap
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, HotSwapError, UnknownAdapterError
 
 TARGETS = ["embed", "conv", "grouped", "first", "turned"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nbpeft.engine.hotswap import swap
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import HotSwapError
 from tests.engine.test_hotswap import IDS, assert_untouched, config_of, fresh, manager_of, tensors_of, trained
 

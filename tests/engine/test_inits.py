@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tests.test_matrix import CASES, Net, make, randomise, same, settings, weights_of

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import AdapterError, TargetError
 from tests.model.support import llama, same_state, state
 

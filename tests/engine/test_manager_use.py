@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import AdapterError
 
 INPUTS = torch.linspace(-1, 1, 12).view(3, 4)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nbpeft.engine.combine.recipe import Recipe
-from nbpeft.engine.combine.truncate import measure_loss, truncate_factors
+from nbpeft.engine.methods.lora.combining.recipe import Recipe
+from nbpeft.engine.methods.lora.combining.truncate import measure_loss, truncate_factors
 
 
 @pytest.mark.parametrize("total", [3, 6, 20])

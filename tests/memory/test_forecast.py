@@ -19,8 +19,8 @@ from transformers import (
     WhisperConfig,
 )
 
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory import forecast, measure

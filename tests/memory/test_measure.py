@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.memory import Meter, SavedTensors, measure, weights_by_kind
 
 
