@@ -215,13 +215,21 @@ class PeftModel(nn.Module):
 
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
-        with serving(self.manager, adapter_names, (*args[:1], *kwargs.values()), training=self.training):
-            return self.base_model.model(*args, **kwargs)
+        with serving(self.manager, adapter_names, args, kwargs, training=self.training):
+            return self._with_extra_loss(self.base_model.model(*args, **kwargs))
+
+    def _with_extra_loss(self, output: Any) -> Any:
+        """Adds what the adapters' methods add to the loss, where the output of a training step has one."""
+        loss = getattr(output, "loss", None) if self.training else None
+        extra = None if loss is None else self.manager.extra_loss()
+        if extra is not None:
+            output.loss = loss + extra.to(loss.device)
+        return output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate``; a switch made meanwhile acts from the next call on."""
         self._check_live()
-        with serving(self.manager, adapter_names, (*args[:1], *kwargs.values()), training=self.training):
+        with serving(self.manager, adapter_names, args, kwargs, training=self.training):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     # Managing

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -15,39 +16,54 @@ from nbpeft.errors import AdapterError
 
 @contextmanager
 def serving(
-    manager: AdapterManager, adapter_names: Sequence[str] | None, inputs: Iterable[object], *, training: bool
+    manager: AdapterManager,
+    adapter_names: Sequence[str] | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    training: bool,
 ) -> Iterator[None]:
     """Context manager around one call of a model, with the active adapters or with one adapter for each row.
 
     Args:
         manager: of the model.
         adapter_names: one name for each row, or None. While adapters are disabled the base serves all.
-        inputs: arguments of the call.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
         training: whether the model is in training mode.
 
     Raises:
         AdapterError: the names do not fit, or the model trains.
     """
     if adapter_names is None:
-        with manager.switch.call():
+        prepared = manager.prepares_calls
+        with manager.switch.call(
+            (lambda: manager.in_call(manager.switch.current(), args, kwargs)) if prepared else None
+        ):
             yield
         return
     if training:
         raise AdapterError("adapter_names is for inference: call model.eval() first")
-    with serving_rows(manager, adapter_names, inputs):
+    with serving_rows(manager, adapter_names, args, kwargs):
         yield
 
 
 @contextmanager
 def serving_rows(
-    manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object], *, disabled_too: bool = False
+    manager: AdapterManager,
+    adapter_names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    disabled_too: bool = False,
 ) -> Iterator[None]:
     """One call, or several, with an adapter for each row.
 
     Args:
         manager: has the adapters.
         adapter_names: one name for each row.
-        inputs: arguments of the call.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
         disabled_too: let them act even while adapters are disabled.
 
     Raises:
@@ -62,20 +78,26 @@ def serving_rows(
     # Rows are assigned inside the call: before it, another thread may still take an adapter out.
     with (
         manager.supplied(names),
-        manager.switch.call(lambda: assigned_rows(manager, names, inputs, disabled_too=disabled_too)),
+        manager.switch.call(lambda: assigned_rows(manager, names, args, kwargs, disabled_too=disabled_too)),
     ):
         yield
 
 
 def assigned_rows(
-    manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object], *, disabled_too: bool = False
+    manager: AdapterManager,
+    adapter_names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    disabled_too: bool = False,
 ) -> Active:
     """What acts in a call whose rows are served by different adapters.
 
     Args:
         manager: has the adapters.
         adapter_names: one name for each row, ``"__base__"`` for none.
-        inputs: arguments of the call; the first tensor among them tells the number of rows.
+        args: positional arguments of the call; the first tensor among all arguments gives the number of rows.
+        kwargs: keyword arguments of the call.
         disabled_too: let them act even while adapters are disabled.
 
     Raises:
@@ -83,7 +105,7 @@ def assigned_rows(
     """
     if manager.merged:
         raise AdapterError(f"adapter_names needs unmerged weights, but {manager.merged[0]!r} is merged")
-    batch = next((value for value in inputs if isinstance(value, Tensor)), None)
+    batch = next((value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)), None)
     if batch is not None and len(batch) != len(adapter_names):
         raise AdapterError(
             f"adapter_names has {len(adapter_names)} names for {len(batch)} rows: give one name for each row"
@@ -94,4 +116,5 @@ def assigned_rows(
         return NOTHING
     order = {name: position for position, name in enumerate(names)}
     index = tuple(order.get(name, -1) for name in adapter_names)
-    return Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
+    active = Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
+    return manager.in_call(active, args, kwargs)
