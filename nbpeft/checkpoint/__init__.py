@@ -21,7 +21,6 @@ from nbpeft.checkpoint.folder import write_card as write_card
 from nbpeft.checkpoint.folder import write_checkpoint as write_checkpoint
 from nbpeft.checkpoint.folder import write_checkpoints as write_checkpoints
 from nbpeft.checkpoint.folder import write_config as write_config
-from nbpeft.checkpoint.hub import push as push
 from nbpeft.checkpoint.identity import Fingerprint as Fingerprint
 from nbpeft.checkpoint.identity import compare as compare
 from nbpeft.checkpoint.identity import fingerprint as fingerprint
@@ -33,6 +32,7 @@ from nbpeft.checkpoint.model_files import write_model as write_model
 from nbpeft.checkpoint.model_keys import file_keys as file_keys
 from nbpeft.checkpoint.model_keys import is_of_a_model as is_of_a_model
 from nbpeft.checkpoint.renames import renames_of as renames_of
+from nbpeft.checkpoint.source import push as push
 from nbpeft.checkpoint.spelling import add_spelling as add_spelling
 from nbpeft.checkpoint.staging import scratch_folder as scratch_folder
 from nbpeft.checkpoint.weights_format import Expected as Expected
