@@ -44,9 +44,9 @@ def _config_classes() -> dict[str, type]:
 
 
 def _patch_trainer() -> None:
-    from nbpeft.training.patching import patch_for_models
+    from nbpeft.training.trainer_patch import patch_when_adapted
 
-    patch_for_models()
+    patch_when_adapted()
 
 
 when_adapted(_patch_trainer)

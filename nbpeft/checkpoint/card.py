@@ -126,7 +126,8 @@ def _put_tags(entries: list[tuple[str, list[str]]], own: Sequence[str]) -> None:
 
 def _block(name: str, value: object) -> list[str]:
     """Lines of YAML."""
-    return yaml.safe_dump({name: value}, allow_unicode=True, width=math.inf).splitlines()
+    text: str = yaml.safe_dump({name: value}, allow_unicode=True, width=math.inf)
+    return text.splitlines()
 
 
 def _body(config: AdapterConfig) -> str:

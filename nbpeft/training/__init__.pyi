@@ -9,8 +9,6 @@ from .fit import train as train
 from .lorafa import LoraFAOptimizer as LoraFAOptimizer
 from .lorafa import create_lorafa_optimizer as create_lorafa_optimizer
 from .optimizers import create_loraplus_optimizer as create_loraplus_optimizer
-from .patching import patch_trainer as patch_trainer
-from .patching import unpatch_trainer as unpatch_trainer
 from .prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from .result import TrainResult as TrainResult
 from .run import Run as Run
@@ -18,3 +16,5 @@ from .run import track as track
 from .script import export_script as export_script
 from .trainer import Trainer as Trainer
 from .trainer import adapter_trainer as adapter_trainer
+from .trainer_patch import patch_trainer as patch_trainer
+from .trainer_patch import unpatch_trainer as unpatch_trainer

@@ -30,7 +30,7 @@ class RunCallback(TrainerCallback):
         self.run = run
         self.batch_shape: tuple[int, int] | None = None
 
-    def saw(self, inputs: Mapping[str, Any]) -> None:
+    def count_batch(self, inputs: Mapping[str, Any]) -> None:
         """Counts the input tokens of a batch, without waiting for the device."""
         self.batch_shape = shape_of(inputs)
         tokens = count_tokens(inputs)
@@ -87,7 +87,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Obeys Pause during an evaluation, and Stop where the run can end it at once."""
-        if self.run.checkpoint() and self.run.entered and not _several_processes():
+        if self.run.wait_or_stop() and self.run.entered and not _several_processes():
             raise StopRun(self.run)
 
     def on_epoch_end(
@@ -109,7 +109,7 @@ class RunCallback(TrainerCallback):
             self.run.finish("finished")
 
     def _obey(self, args: TrainingArguments, control: TrainerControl) -> None:
-        if any_process(self.run.checkpoint(), args.device):
+        if any_process(self.run.wait_or_stop(), args.device):
             control.should_training_stop = True
             control.should_evaluate = False
             control.should_save = control.should_save or str(getattr(args.save_strategy, "value", "no")) == "steps"

@@ -10,12 +10,12 @@ from collections.abc import Callable
 class RunControl:
     """What a front end asks of a run.
 
-    Requests may come from any thread. The training loop obeys them in :meth:`checkpoint`, so
+    Requests may come from any thread. The training loop obeys them in :meth:`wait_or_stop`, so
     that no step is cut in half. Each says what is wanted, so that asking again changes nothing: a
     request may be obeyed long after it was made.
 
     Attributes:
-        poll: Called at each checkpoint and, while paused, every ``poll_interval`` seconds. A
+        deliver_clicks: Called between steps and, while paused, every ``poll_interval`` seconds. A
             front end whose clicks do not arrive while a cell runs delivers them here. A
             function that fails is dropped with a warning: training goes on.
         reason: Why a stop was asked for, in the words of who asked.
@@ -24,7 +24,7 @@ class RunControl:
     poll_interval = 0.05
 
     def __init__(self) -> None:
-        self.poll: Callable[[], None] | None = None
+        self.deliver_clicks: Callable[[], None] | None = None
         self.reason = ""
         self._changed = threading.Condition()
         self._stop = False
@@ -55,7 +55,7 @@ class RunControl:
         """Lets a waiting run go on."""
         self._set_paused(False)
 
-    def checkpoint(self, on_wait: Callable[[], None] | None = None) -> bool:
+    def wait_or_stop(self, on_wait: Callable[[], None] | None = None) -> bool:
         """Called by the training loop between steps; blocks while paused.
 
         Args:
@@ -80,12 +80,12 @@ class RunControl:
             self._changed.notify_all()
 
     def _deliver(self) -> None:
-        if self.poll is None:
+        if self.deliver_clicks is None:
             return
         try:
-            self.poll()
+            self.deliver_clicks()
         except Exception as error:
-            self.poll = None
+            self.deliver_clicks = None
             warnings.warn(
                 f"The buttons of this run do not answer any more ({type(error).__name__}: {error}); "
                 "interrupting the kernel still stops it.",

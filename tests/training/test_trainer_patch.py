@@ -22,7 +22,7 @@ from transformers.trainer_utils import _is_peft_model
 
 import nbpeft
 from nbpeft.training import Collator
-from nbpeft.training.patching import patch_for_models
+from nbpeft.training.trainer_patch import patch_when_adapted
 from tests.training.support import adapt, tiny_base, token_rows, weights
 
 METHODS = ("training_step", "_save", "_load_from_checkpoint", "_load_best_model")
@@ -261,10 +261,10 @@ def test_what_others_put_over_it_stays(unpatched: None, monkeypatch: pytest.Monk
 
 
 def test_a_second_patch_changes_nothing(unpatched: None) -> None:
-    patch_for_models()
+    patch_when_adapted()
     assert "__init_subclass__" not in transformers.Trainer.__dict__
     nbpeft.patch_trainer()
-    patch_for_models()
+    patch_when_adapted()
     assert transformers.Trainer._save.__wrapped__.__module__ == "transformers.trainer"
     assert not hasattr(transformers.Trainer._save.__wrapped__, "__wrapped__")
 
