@@ -101,7 +101,7 @@ class ModelFolder:
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Config, tokenizer and whatever else in a model's folder is no weight; no hidden files, no folders."""
+    """Config, tokenizer and whatever else in a model's folder is not a weight; no hidden files, no folders."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -121,7 +121,7 @@ def write_model(
     Args:
         folder: made if need be; must not hold a model yet. What a call that died left there is taken away.
         shards: what goes into each file.
-        tensor: gives a tensor when its turn comes; it is let go before the next one.
+        tensor: returns a tensor when its turn comes; it is released before the next one.
         files: config, tokenizer, ….
 
     Raises:
@@ -147,7 +147,7 @@ def write_model(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         made.append(NewFile.of_text(INDEX, json.dumps(index, indent=2) + "\n"))
     # Weights without their config would be loaded as a model of some other size: they come last, and the index,
-    # without which shards are no model, at the very end.
+    # without which shards are not a model, at the very end.
     return list(replace_files(target, [*files, *made], byte_count=total, finish_others=False))
 
 
@@ -171,7 +171,7 @@ def _weight_files(folder: Path) -> list[Path]:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             paths = [folder / name for name in sorted(set(names))]
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise CorruptCheckpointError(f"{index} is no index of weights") from None
+            raise CorruptCheckpointError(f"{index} is not an index of weights") from None
         missing = next((path for path in paths if not path.is_file()), None)
         if missing is not None:
             raise CheckpointNotFoundError(f"{missing} is missing, which {INDEX} names")

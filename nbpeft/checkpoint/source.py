@@ -1,6 +1,6 @@
 """Where a checkpoint lies: a folder on this machine or a repository on the hub; downloads and uploads.
 
-The hub is never asked while an adapter is saved.
+The hub is never contacted while an adapter is saved.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _is_file(path: Path) -> bool:
     """Whether there is such a file.
 
     Raises:
-        CheckpointError: that cannot be told, because a folder may not be read or the name is too long.
+        CheckpointError: that is not known, because a folder may not be read or the name is too long.
     """
     try:
         return path.is_file()
@@ -249,8 +249,8 @@ def _translating(call: Callable[[], Result], repo_id: str, filename: str, revisi
         raise CheckpointNotFoundError(f"{repo_id!r} has no revision {revision!r}", repo_id=repo_id) from None
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointNotFoundError(
-            f"{repo_id!r} is not a folder here, {filename}{at} is not in the cache, and the hub "
-            "must not or cannot be reached",
+            f"{repo_id!r} is not a folder here, {filename}{at} is not cached, and the hub "
+            "is offline or cannot be reached",
             repo_id=repo_id,
         ) from error
     except errors.EntryNotFoundError:

@@ -90,7 +90,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def oom_error(
     error: Exception, model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, optimizer: Any, step: int
 ) -> TrainingError:
-    """The error to raise for one that ran out of memory; lets go of what the failed step held.
+    """The error to raise for one that ran out of memory; releases what the failed step held.
 
     Args:
         error: what was raised.
@@ -127,7 +127,7 @@ def oom_error(
 
 
 def _oom_message(error: BaseException, model: nn.Module) -> str:
-    """The line for a loop of one's own, whose batch nobody knows: the part that had grown when it failed.
+    """The line for a loop of one's own, whose batch is not known: the part that had grown when it failed.
 
     Args:
         error: what was raised, with its traceback still on it.
@@ -141,7 +141,7 @@ def _oom_message(error: BaseException, model: nn.Module) -> str:
 
 
 def free_memory() -> None:
-    """Gives back what nobody holds any more."""
+    """Returns memory that nothing holds any more to the device."""
     gc.collect()
     for library in (torch.cuda, torch.xpu, torch.mps):
         if library.is_available():
@@ -165,7 +165,7 @@ def _stage(trace: TracebackType | None) -> str:
 
 
 def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool) -> Forecast | None:
-    """What the step needs in whole, by forecast; None where that cannot be told."""
+    """What the step needs in whole, by forecast; None where that is not known."""
     base: Any = base_of(model)
     names = active_names(model)
     configs = getattr(model, "peft_config", {})
@@ -192,7 +192,7 @@ def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *,
             device=_limit(base),
         )
     except (NbpeftError, RuntimeError, ValueError, TypeError, AttributeError):
-        return None  # a model or an optimizer that cannot be foreseen: what was measured has to do
+        return None  # a model or an optimizer that cannot be forecast: what was measured has to do
 
 
 def _limit(base: nn.Module) -> int | None:

@@ -48,9 +48,9 @@ def train(
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
 
-    Stop, Pause and KeyboardInterrupt are obeyed: a stopped training returns its result like any
+    Stop, Pause and KeyboardInterrupt are carried out: a stopped training returns its result like any
     other, and the model keeps what it learned. Whatever fails before the first step leaves the
-    model, and which adapters act or are merged, as before.
+    model, and which adapters are active or merged, as before.
 
     Args:
         model: A model with adapters.
@@ -60,7 +60,7 @@ def train(
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
-        control: Where Stop and Pause are asked for.
+        control: Where Stop and Pause are requested.
         publish: Called with each new state of the run.
         run_factory: Makes the run, called like :class:`Run`.
         trainer_class: A Trainer class of another library to use.
@@ -87,8 +87,8 @@ def train(
         options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
         failure: Exception | None = None
         try:
-            with _switched(model, adapter) as switched:
-                switched.run = run = run_factory(model, None, control=control, publish=publish)
+            with _activated(model, adapter) as activation:
+                activation.run = run = run_factory(model, None, control=control, publish=publish)
                 run.note(
                     "; ".join(
                         part.notes for part in (rows, eval_rows) if isinstance(part, TokenizedRows) and part.notes
@@ -131,8 +131,8 @@ def _can_learn(model: nn.Module) -> None:
         raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
 
 
-class _Switched:
-    """A run that may begin with a switch."""
+class _Activation:
+    """A run for which an adapter may have been activated."""
 
     run: Run | None = None
 
@@ -143,11 +143,11 @@ class _Switched:
 
 
 @contextmanager
-def _switched(model: Any, adapter: str | None) -> Iterator[_Switched]:
-    """Lets an adapter act; what acted or was merged before does so again where nothing was learned."""
-    switched = _Switched()
+def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
+    """Activates an adapter; what was active or merged before is so again where nothing was learned."""
+    activation = _Activation()
     if adapter is None:
-        yield switched
+        yield activation
         return
     manager = model.manager
     active, enabled, merged = manager.active, manager.enabled, manager.merged
@@ -157,9 +157,9 @@ def _switched(model: Any, adapter: str | None) -> Iterator[_Switched]:
             if not enabled:
                 manager.enable()
             _can_learn(model)
-        yield switched
+        yield activation
     finally:
-        if not switched.learned:
+        if not activation.learned:
             with HeldInterrupts(to_the_end=True), manager.transaction():
                 if active:
                     manager.activate(active)

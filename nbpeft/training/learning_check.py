@@ -1,4 +1,4 @@
-"""Does the adapter learn? Asked at the first steps, answered in one line with the remedy.
+"""Checks at the first steps whether the adapter learns; reports in one line with the remedy.
 
 Training that cannot learn looks like training that learns slowly. What is looked at:
 
@@ -81,7 +81,7 @@ class LearningCheck:
         return message
 
     def close(self) -> None:
-        """Lets go of the model and takes all hooks off it."""
+        """Releases the model and removes all hooks from it."""
         self._release_hooks()
         self._model = None
         self._before, self._parameters = {}, {}

@@ -146,7 +146,7 @@ class Record:
         return lost
 
     def mark(self, elapsed: float) -> None:
-        """Remembers where the run is now, to tell its pace later."""
+        """Remembers where the run is now, to compute its pace later."""
         self._marks.append((elapsed, self.step, self.token_count))
 
     def forget_pace(self) -> None:

@@ -60,14 +60,14 @@ class Run:
         model: The model in training; held weakly.
         total_steps: Optimizer steps planned, or None where that is not known.
         adapter: Name shown; the active adapters by default.
-        control: Where Stop and Pause are asked for; a new one by default.
+        control: Where Stop and Pause are requested; a new one by default.
         publish: Called with each new state from the training thread, at most once every
             ``interval`` seconds, and always with the last one.
         clock: Seconds, growing.
         memory: Measures memory for the states, at most every ``memory_interval`` seconds.
 
     Raises:
-        ConfigError: ``total_steps`` is no number of steps.
+        ConfigError: ``total_steps`` is not a number of steps.
 
     Attributes:
         entered: Whether the run is inside its ``with`` block.
@@ -147,7 +147,7 @@ class Run:
         tokens: Number | None = None,
         epoch: float | None = None,
     ) -> None:
-        """Notes one optimizer step, and obeys Stop and Pause. Call it after the step.
+        """Notes one optimizer step, and carries out Stop and Pause. Call it after the step.
 
         Args:
             loss: The step's loss, a number or a tensor with one element.
@@ -201,7 +201,7 @@ class Run:
             self._message = " · ".join(part for part in (self._message, message) if part)
 
     def wait_or_stop(self) -> bool:
-        """Waits while paused. Returns whether the loop shall end."""
+        """Waits while paused. Returns whether the loop is to end."""
         before = self._clock()
         waited = False
 
@@ -309,7 +309,7 @@ class Run:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the run ends, or has ended, before its last step because somebody asked for it."""
+        """Whether the run ends, or has ended, before its last step because a stop was requested."""
         return self.control.stop_requested and (self.total_steps is None or self._record.step < self.total_steps)
 
     # Inside
@@ -390,7 +390,7 @@ def track(
         model: The model in training.
         total_steps: Optimizer steps planned, or None where that is not known.
         publish: Called with each new state.
-        control: Where Stop and Pause are asked for.
+        control: Where Stop and Pause are requested.
         **options: Further arguments of :class:`Run`.
     """
     return Run(model, total_steps, publish=publish, control=control, **options)

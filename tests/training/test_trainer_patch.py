@@ -294,3 +294,32 @@ print(json.dumps([untouched, early, waited, waiting(), changed]))
 def test_importing_changes_nothing_and_a_trainer_imported_after_the_first_model_is_changed(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ORDER], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == [True, False, 1, 0, True]
+
+
+RESTORED = """
+import json, sys
+import accelerate.utils, accelerate.utils.fsdp_utils, torch, transformers.trainer as library
+from transformers import Trainer
+asks = (accelerate.utils.is_peft_model, library._is_peft_model)
+def state():
+    modules = {module.__name__: dict(vars(module)) for module in (library, accelerate.utils.fsdp_utils)}
+    return dict(vars(Trainer)), modules, [ask.__code__ for ask in asks], list(sys.meta_path)
+def same(one, other):
+    pairs = [(one[0], other[0]), *((one[1][name], other[1][name]) for name in one[1])]
+    return all(a.keys() == b.keys() and all(a[name] is b[name] for name in a) for a, b in pairs) and (
+        all(a is b for a, b in zip(one[2], other[2])) and one[3] == other[3]
+    )
+before = state()
+import nbpeft
+from nbpeft import LoraConfig, get_peft_model, patch_trainer, unpatch_trainer
+imported = same(before, state())
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+patched = hasattr(Trainer._save, "__wrapped__") and asks[0](model) and asks[1](model)
+unpatch_trainer()
+print(json.dumps([imported, patched, same(before, state()), Trainer.__init__ is before[0]["__init__"]]))
+"""
+
+
+def test_importing_changes_nothing_and_unpatching_restores_the_very_objects(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", RESTORED], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True, True]
