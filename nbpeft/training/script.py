@@ -133,7 +133,7 @@ def export_script(
         **arguments: fields of ``TrainingArguments``, as for ``train``.
 
     Raises:
-        ConfigError: an argument cannot be written down, or the path is no ``.py`` file.
+        ConfigError: an argument cannot be written down, or the path is not a ``.py`` file.
         TrainingError: it is not known how to load the base model, or rows cannot be read.
     """
     target = Path(os.path.expanduser(os.fspath(path)))
@@ -230,7 +230,7 @@ def _load(model: Any, source: str) -> str:
 
     name = type(model).__name__
     if not isinstance(getattr(transformers, name, None), type):
-        raise TrainingError(f"{name} is no class of transformers, so a script cannot load it")
+        raise TrainingError(f"{name} is not a class of transformers, so a script cannot load it")
     options = [f'dtype="{str(main_dtype(model)).removeprefix("torch.")}"']
     file = _gguf_file(Path(source))
     options += [f"gguf_file={file!r}"] if file else []

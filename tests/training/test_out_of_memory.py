@@ -14,7 +14,7 @@ from nbpeft.memory import forecast
 from nbpeft.model.quantized import quantize_model
 from nbpeft.state import TrainState
 from nbpeft.training import track, train
-from nbpeft.training.out_of_memory import free_memory
+from nbpeft.training.failures import free_memory
 from tests.model.allocations import Allocations
 from tests.training.support import adapt, tiny_base, weights
 
