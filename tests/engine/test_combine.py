@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.combine import (
-    COMBINATION_TYPES,
     Combination,
     Factors,
     Recipe,
@@ -21,6 +20,7 @@ from nbpeft.engine.combine import (
     skip_initial_draws,
 )
 from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.names import COMBINATION_TYPES
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
 PRUNING = [name for name in PEFT_TYPES if name.startswith(("ties", "dare", "magnitude"))]

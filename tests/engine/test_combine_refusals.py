@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nbpeft.engine.combine import COMBINATION_TYPES, Recipe, combine, combined_config
+from nbpeft.engine.combine import Recipe, combine, combined_config
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.names import COMBINATION_TYPES
 from tests.engine.test_combine import random_factors
 
 

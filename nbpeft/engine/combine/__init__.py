@@ -15,11 +15,10 @@ from nbpeft.engine.combine.config import combined_config
 from nbpeft.engine.combine.draws import skip_initial_draws
 from nbpeft.engine.combine.factors import Factors
 from nbpeft.engine.combine.layers import Combination, CombinedLayer, combine
-from nbpeft.engine.combine.recipe import COMBINATION_TYPES, Recipe
+from nbpeft.engine.combine.recipe import Recipe
 from nbpeft.engine.combine.truncate import Loss
 
 __all__ = [
-    "COMBINATION_TYPES",
     "Combination",
     "CombinedLayer",
     "Factors",
