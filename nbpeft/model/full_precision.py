@@ -36,8 +36,9 @@ from nbpeft.model.merge_parts import (
     deltas_of,
     skeleton_of,
 )
-from nbpeft.model.quantization import FLOATS, dtype_of
+from nbpeft.model.quantization import dtype_of
 from nbpeft.model.rounding import LayerError, MergeErrors, relative_error, requantized_error
+from nbpeft.names import DTYPES
 
 SHARD_BYTES = 5_000_000_000
 _GOES_ALONG = (
@@ -110,7 +111,7 @@ def merge_to_folder(
         CheckpointError: a folder cannot be read or written; then nothing is written.
         ConfigError: an argument is impossible.
     """
-    wanted = None if dtype is None else dtype_of(dtype, "dtype", FLOATS)
+    wanted = None if dtype is None else dtype_of(dtype, "dtype", DTYPES)
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise ConfigError(f"a merged model needs a folder to be written to, not {folder!r:.60}")
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
@@ -147,7 +148,7 @@ def merge_errors(
     """
     manager = _manager(model)
     deltas = deltas_of(manager, _names(manager, adapter))
-    wanted = _own_dtype(manager.model) if dtype is None else dtype_of(dtype, "dtype", FLOATS)
+    wanted = _own_dtype(manager.model) if dtype is None else dtype_of(dtype, "dtype", DTYPES)
     merger = _Merger(deltas, LiveWeights(manager.model, deltas.changed), wanted, True, False)
     for path in deltas.layers:
         merger.tensor(f"{path}.weight")

@@ -10,11 +10,10 @@ import torch
 
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.memory.processor import has_instructions
+from nbpeft.names import DTYPES, QUANT_TYPES, SHORT_DTYPES
 
-QUANT_TYPES = ("nf4", "fp4")
-FLOATS = ("bfloat16", "float16", "float32")
-_STORAGES = ("uint8", *FLOATS)
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_STORAGES = ("uint8", *DTYPES)
+_ALIASES = {**SHORT_DTYPES, "half": "float16", "float": "float32"}
 
 
 def quantization(
@@ -52,7 +51,7 @@ def quantization(
     if bits == 8:
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     storage = torch.uint8 if quant_storage is None else dtype_of(quant_storage, "quant_storage", _STORAGES)
-    computes = usual_dtype() if compute_dtype is None else dtype_of(compute_dtype, "compute_dtype", FLOATS)
+    computes = usual_dtype() if compute_dtype is None else dtype_of(compute_dtype, "compute_dtype", DTYPES)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
@@ -85,7 +84,7 @@ def dtype_of(value: torch.dtype | str, field: str, allowed: Sequence[str]) -> to
         ConfigError: it is none of ``allowed``.
     """
     name = str(value).removeprefix("torch.")
-    name = _DTYPES.get(name, name)
+    name = _ALIASES.get(name, name)
     if name not in allowed:
         near = did_you_mean(name, allowed)
         raise ConfigError(f"{field} is {value!r}; expected one of {', '.join(allowed)}.{near}", field=field)

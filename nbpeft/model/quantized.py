@@ -29,7 +29,8 @@ from nbpeft.engine.registry import resolve_backend
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
 from nbpeft.logs import collapsed
 from nbpeft.model.gguf import forget_gguf, obedient_progress
-from nbpeft.model.quantization import FLOATS, dtype_of, quantization, usual_device, usual_dtype
+from nbpeft.model.quantization import dtype_of, quantization, usual_device, usual_dtype
+from nbpeft.names import DTYPES
 
 
 def load_quantized(
@@ -91,7 +92,7 @@ def load_quantized(
         raise ConfigError(f"model_class is {chosen!r:.60}; expected a class of transformers, or its name")
     options: dict[str, Any] = {"dtype": compute_dtype or usual_dtype(), **from_pretrained}
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
-        options["dtype"] = dtype_of(options["dtype"], "dtype", FLOATS)
+        options["dtype"] = dtype_of(options["dtype"], "dtype", DTYPES)
     if device_map is not None:
         options["device_map"] = device_map
     with collapsed():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
+from nbpeft.names import DTYPES
 from nbpeft.session import render
 from nbpeft.session.describe import with_notes
 from nbpeft.session.planning import foreseen
@@ -280,14 +281,14 @@ def _architecture(config: Any, model_class: Any) -> Architecture:
 
 def _dtype(asked: Asked, config: Any) -> Any:
     """What ``load_quantized`` would load weights in."""
-    from nbpeft.model.quantization import FLOATS, dtype_of, usual_dtype
+    from nbpeft.model.quantization import dtype_of, usual_dtype
 
     chosen, computes = asked.loading.get("dtype"), asked.settings.get("compute_dtype")
     if chosen == "auto":
         return getattr(config, "dtype", None) or usual_dtype()
     if chosen is not None:
-        return dtype_of(chosen, "dtype", FLOATS)
-    return usual_dtype() if computes is None else dtype_of(computes, "compute_dtype", FLOATS)
+        return dtype_of(chosen, "dtype", DTYPES)
+    return usual_dtype() if computes is None else dtype_of(computes, "compute_dtype", DTYPES)
 
 
 def part_sizes(now: tuple[StoredPart, ...], before: tuple[StoredPart, ...] | None) -> tuple[PartSize, ...]:

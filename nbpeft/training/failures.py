@@ -18,6 +18,7 @@ from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.memory.devices import device_memory, placed_on
 from nbpeft.memory.words import size_text
 from nbpeft.model.stored import stored_parts
+from nbpeft.names import QUANTIZATIONS
 from nbpeft.state import MemoryPart, MemoryState
 from nbpeft.training.adapted import active_names, base_of, main_dtype
 from nbpeft.training.learning_check import why_no_gradient
@@ -172,7 +173,7 @@ def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *,
     if batch is None or not names or names[0] not in configs:
         return None
     kinds = {kind for part in stored_parts(base) if part.name == "quantized layers" for kind in part.kinds}
-    kind = next((name for name in ("nf4", "fp4", "int8") if any(item.startswith(name) for item in kinds)), None)
+    kind = next((name for name in QUANTIZATIONS if any(item.startswith(name) for item in kinds)), None)
     if kinds and kind is None:
         return None
     optim = str(getattr(settings.optim, "value", settings.optim))

@@ -23,6 +23,7 @@ from nbpeft.checkpoint.atomic import NewFile, replace_files
 from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.stored import stored_parts
+from nbpeft.names import QUANTIZATIONS
 from nbpeft.training.adapted import base_of, main_dtype, trained_names
 from nbpeft.training.data import prepare_data
 
@@ -237,7 +238,7 @@ def _load(model: Any, source: str) -> str:
     kinds = {kind for part in stored_parts(model) if part.name == "quantized layers" for kind in part.kinds}
     if not kinds:
         return f"transformers.{name}.from_pretrained(BASE, {', '.join(options)})"
-    kind = next((kind for kind in ("nf4", "fp4", "int8") if any(found.startswith(kind) for found in kinds)), None)
+    kind = next((kind for kind in QUANTIZATIONS if any(found.startswith(kind) for found in kinds)), None)
     if kind is None:
         raise TrainingError(f"a script cannot load layers stored as {', '.join(sorted(kinds))}; only nf4, fp4 and int8")
     how = f"model_class={name!r}, bits={8 if kind == 'int8' else 4}"

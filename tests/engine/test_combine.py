@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.methods.lora.combining import (
-    COMBINATION_TYPES,
     Combination,
     Factors,
     Recipe,

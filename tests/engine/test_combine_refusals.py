@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nbpeft.engine.combination import check_weights
-from nbpeft.engine.methods.lora.combining import COMBINATION_TYPES, Recipe, combine, combined_config
+from nbpeft.engine.methods.lora.combining import Recipe, combine, combined_config
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.names import COMBINATION_TYPES
 from tests.engine.test_combine import random_factors
 
 
