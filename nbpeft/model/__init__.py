@@ -14,9 +14,7 @@ from nbpeft.model.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from nbpeft.model.base_state import get_base_model_state_dict, set_base_model_state_dict
 from nbpeft.model.combining import Combined
-from nbpeft.model.full_precision import MergedFolder, merge_errors, merge_to_folder
 from nbpeft.model.functional import (
     DoraCaching,
     cast_adapter_dtype,
@@ -35,10 +33,17 @@ from nbpeft.model.helpers import (
     update_signature,
 )
 from nbpeft.model.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from nbpeft.model.merge_export import MergedFolder, merge_errors, merge_to_folder
 from nbpeft.model.peft_model import PeftModel
-from nbpeft.model.pool import AdapterPool
-from nbpeft.model.pool_residents import PoolStatistics
-from nbpeft.model.quantized import load_quantized, quantize_model
+from nbpeft.model.pool import AdapterPool, PoolStatistics
+from nbpeft.model.quantize import load_quantized, quantize_model
+from nbpeft.model.state_dicts import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tasks import (
     PeftModelForCausalLM,
@@ -50,7 +55,6 @@ from nbpeft.model.tasks import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from nbpeft.model.tensors import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 __all__ = [
     "AdapterPool",

@@ -15,8 +15,8 @@ from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, paramet
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError
 from nbpeft.model import files
-from nbpeft.model.gguf import forget_gguf
-from nbpeft.model.rows import serving
+from nbpeft.model.quantize import clear_gguf_flags
+from nbpeft.model.serving import serving
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tuner import AdapterTuner, enable_input_grads_for_checkpointing, remove, tell_of_biases
 
@@ -85,7 +85,7 @@ class PeftModel(nn.Module):
             self.__dict__[MANAGER] = manager
             self.__dict__["_token"] = manager.owner = object()
             self.training = model.training
-            forget_gguf(model, change)
+            clear_gguf_flags(model, change)
             enable_input_grads_for_checkpointing(model, change)
 
     @classmethod

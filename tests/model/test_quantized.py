@@ -14,10 +14,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from nbpeft.engine.model_tree import linear_layers_to_quantize
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 from nbpeft.model import PeftModel
-from nbpeft.model.gguf import obedient_progress
-from nbpeft.model.quantization import quantization
-from nbpeft.model.quantized import load_quantized, quantize_model
-from nbpeft.model.stored import stored_parts
+from nbpeft.model.quantize import load_quantized, quantization, quantize_model, respect_progress_bar_setting
+from nbpeft.model.weight_storage import stored_parts
 from nbpeft.session.snapshot import Snapshots
 from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
@@ -264,7 +262,7 @@ def test_the_progress_bar_of_gguf_files_obeys() -> None:
     plain: Any = reader.tqdm
     logging.disable_progress_bar()
     try:
-        with obedient_progress():
+        with respect_progress_bar_setting():
             bar: Any = reader.tqdm([1, 2])
             assert type(bar).__name__ == "EmptyTqdm" and list(bar) == [1, 2]
             logging.enable_progress_bar()

@@ -1,12 +1,13 @@
-"""Mixed batches: which adapter serves which row."""
+"""Which adapters serve a call: the active ones, one for each row of a mixed batch, or a weighted sum."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
+from nbpeft.engine.combine.recipe import check_weights
 from nbpeft.engine.holder import BASE_NAME
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.switch import NOTHING, Active, Rows
@@ -42,13 +43,13 @@ def serving(
 def serving_rows(
     manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object], *, disabled_too: bool = False
 ) -> Iterator[None]:
-    """One call, or several, with an adapter for each row.
+    """Context manager around calls with one adapter for each row.
 
     Args:
         manager: has the adapters.
         adapter_names: one name for each row.
         inputs: arguments of the call.
-        disabled_too: let them act even while adapters are disabled.
+        disabled_too: use them even while adapters are disabled.
 
     Raises:
         AdapterError: the names do not fit.
@@ -62,25 +63,15 @@ def serving_rows(
     # Rows are assigned inside the call: before it, another thread may still take an adapter out.
     with (
         manager.supplied(names),
-        manager.switch.call(lambda: assigned_rows(manager, names, inputs, disabled_too=disabled_too)),
+        manager.switch.call(lambda: _assigned(manager, names, inputs, disabled_too=disabled_too)),
     ):
         yield
 
 
-def assigned_rows(
-    manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object], *, disabled_too: bool = False
+def _assigned(
+    manager: AdapterManager, adapter_names: Sequence[str], inputs: Iterable[object], *, disabled_too: bool
 ) -> Active:
-    """What acts in a call whose rows are served by different adapters.
-
-    Args:
-        manager: has the adapters.
-        adapter_names: one name for each row, ``"__base__"`` for none.
-        inputs: arguments of the call; the first tensor among them tells the number of rows.
-        disabled_too: let them act even while adapters are disabled.
-
-    Raises:
-        AdapterError: a name is unknown, their number is wrong, or weights are merged.
-    """
+    """Returns what is active in a mixed batch; the first tensor in ``inputs`` says how many rows it has."""
     if manager.merged:
         raise AdapterError(f"adapter_names needs unmerged weights, but {manager.merged[0]!r} is merged")
     batch = next((value for value in inputs if isinstance(value, Tensor)), None)
@@ -95,3 +86,30 @@ def assigned_rows(
     order = {name: position for position, name in enumerate(names)}
     index = tuple(order.get(name, -1) for name in adapter_names)
     return Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
+
+
+@contextmanager
+def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[None]:
+    """Context manager: a weighted sum of adapters is active in the calls that this thread makes inside the block.
+
+    The sum is exact, and nothing is allocated: each adapter runs with its own factor. What is active for other
+    threads, and afterwards, does not change. A weight multiplies the scale that an adapter has.
+
+    Args:
+        manager: of the model.
+        weights: adapter -> weight; 0 leaves it out, a negative one subtracts.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterError: a weight is not finite.
+        MergeError: adapters are merged.
+    """
+    check_weights(tuple(weights), tuple(weights.values()))
+    manager.refuse_merged("blending")
+    names = tuple(name for name, weight in weights.items() if weight)
+    manager.require_reachable(*weights)
+    with manager.supplied(names):
+        manager.require(*names)
+        scales = tuple(weights[name] * manager.scale(name) for name in names)
+        with manager.switch.call(Active(names, scales) if names else NOTHING):
+            yield
