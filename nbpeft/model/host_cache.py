@@ -25,7 +25,7 @@ from nbpeft.engine.plan import resolve_parts
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import AdapterError, CheckpointError
 from nbpeft.interrupts import HeldInterrupts
-from nbpeft.model.files import embedding_weights, expected
+from nbpeft.model.files import drop_unchanged, embedding_weights, expected
 
 _NO_EFFECT_ON_SHAPES = (
     *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
@@ -186,13 +186,11 @@ class AdapterReader:
 
     def _drop_unchanged_embeddings(self, name: str, weights: AdapterWeights) -> None:
         """Leaves out embeddings in the file that are the base's own; others cannot be in a pool."""
-        present = embedding_weights(self._manager.model) if weights.base else {}
-        for key, tensor in list(weights.base.items()):
-            if not torch.equal(tensor.to(present[key]), present[key]):
-                raise AdapterError(
-                    f"adapter {name!r} brings its own {key}, which all adapters share: load it by itself"
-                )
-            del weights.base[key]
+        changed = drop_unchanged(weights, embedding_weights(self._manager.model) if weights.base else {})
+        if changed:
+            raise AdapterError(
+                f"adapter {name!r} brings its own {changed[0]}, which all adapters share: load it by itself"
+            )
 
     def _note(self, metadata: Mapping[str, str]) -> str | None:
         """Returns what ``checkpoint.compare`` says; asked once for all adapters trained on the same base."""

@@ -43,7 +43,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class LayerError:
-    """Distance of a merged weight to the exact sum of the frozen weight and the delta, over its norm.
+    """Distance of a merged weight to the exact sum of base weight and delta, relative to the norm of that sum.
 
     Attributes:
         path: where the layer is.
@@ -303,7 +303,7 @@ class _Merge:
 
 
 def _of_folder(folder: str | os.PathLike[str], adapter: Any, base: Any) -> _Merge:
-    """A base in a folder and a saved adapter."""
+    """Returns the inputs for a base in a folder and a saved adapter."""
     if not isinstance(adapter, str | os.PathLike):
         raise ConfigError("for a base model in a folder, give the folder of a saved adapter")
     if base is not None:
@@ -314,7 +314,7 @@ def _of_folder(folder: str | os.PathLike[str], adapter: Any, base: Any) -> _Merg
 
 
 def _of_model(model: nn.Module, adapter: Any, base: Any) -> _Merge:
-    """Adapters on a loaded model."""
+    """Returns the inputs for adapters on a loaded model."""
     manager = _manager(model)
     deltas = deltas_of(manager, _names(manager, adapter))
     if base is not None:
@@ -360,7 +360,7 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _other_files(plan: _Merge, tokenizer: Any, scratch: Path, dtype: str) -> list[NewFile]:
-    """Config, generation config and tokenizer."""
+    """Returns the config, the generation config and the tokenizer's files."""
     files: dict[str, NewFile] = {}
     if plan.source is not None:
         kept = [path for path in checkpoint.other_files(plan.source) if path.name.startswith(_TOKENIZER_FILES)]

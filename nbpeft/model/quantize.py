@@ -123,7 +123,7 @@ def quantize_model(
     quant_storage: torch.dtype | str | None = None,
     skip_modules: Sequence[str] = (),
 ) -> nn.Module:
-    """Quantizes the linear layers of a model where it lies, and returns it.
+    """Quantizes the linear layers of a model in place, and returns it.
 
     Biases, norms, embeddings, the head and layers that share their weight stay as they are. All
     layers or none: until the last one is quantized the old weights are kept.

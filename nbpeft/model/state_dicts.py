@@ -23,7 +23,7 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter under the keys of its file.
+    """Returns the tensors of one adapter under the keys of its file.
 
     Args:
         model: a PeftModel or an adapted base model.
@@ -56,7 +56,7 @@ def set_peft_model_state_dict(
     Args:
         model: a PeftModel or an adapted base model.
         peft_model_state_dict: key -> tensor; also (part of) the state dict of a whole model, whose keys
-            name the adapter, in the spelling here or in PEFT's; of such a one the base's tensors are passed over.
+            name the adapter, in the spelling here or in PEFT's; the base's tensors in such a one are ignored.
             Biases of the base among the keys of a file are written, whatever ``bias`` the config has, as in PEFT.
         adapter_name: which adapter.
         ignore_mismatched_sizes: leave tensors of another shape out instead of refusing.
@@ -105,7 +105,7 @@ def set_peft_model_state_dict(
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's tensors under the keys they have without adapters.
+    """Returns the base model's tensors under the keys they have without adapters.
 
     Args:
         model: a PeftModel or an adapted base model.
@@ -158,14 +158,14 @@ def load_peft_weights(
     key_mapping: Mapping[str, str] | None = None,
     **hub: Any,
 ) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, from a folder or the hub, under the keys of the file."""
+    """Reads the tensors of a saved adapter, from a folder or the hub, under the keys of the file."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return checkpoint.remapped(checkpoint.read_checkpoint(str(model_id), device=device, **hub).tensors, key_mapping)
 
 
 def _biases(model: nn.Module) -> dict[str, Tensor]:
-    """Names in the bare model -> its biases."""
+    """Returns name in the bare model -> bias."""
     owners = ((f"{path}.bias".lstrip("."), module._parameters.get("bias")) for path, module in bare_modules(model))
     return {name: bias for name, bias in owners if bias is not None}
 

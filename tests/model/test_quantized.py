@@ -212,7 +212,7 @@ def test_names_to_skip_are_checked() -> None:
     assert type(one.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
     assert type(one.get_submodule("model.layers.0.self_attn.k_proj")) is not nn.Linear
     model = llama()
-    with pytest.raises(ConfigError, match=r"skip_modules names 'q_prj', which is no module.*Did you mean 'q_proj'"):
+    with pytest.raises(ConfigError, match=r"skip_modules names 'q_prj', which is not a module.*Did you mean 'q_proj'"):
         quantize_model(model, skip_modules=["embed_tokens", "q_prj"])
     assert type(model.get_submodule("model.layers.0.self_attn.k_proj")) is nn.Linear
     for skip in (None, 5, [1], [""]):
