@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,27 +33,6 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-@dataclass
-class Loading:
-    """How to load one adapter.
-
-    Attributes:
-        name: name to give it.
-        trainable: whether it trains while active.
-        config: replaces the saved config.
-        half: keep it in a half-precision base's dtype.
-        key_mapping: regular expressions that rename keys of the file.
-        options: PEFT's further keywords: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
-    """
-
-    name: str
-    trainable: bool = False
-    config: AdapterConfig | None = None
-    half: bool = False
-    key_mapping: Mapping[str, str] | None = None
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # a token may be among them
-
-
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """Returns a copy of a config that names its base model."""
     name = model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -65,15 +43,29 @@ def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
 
 
 def read(
-    manager: AdapterManager, source: str | os.PathLike[str], loading: Loading, *, replace: bool = False
+    manager: AdapterManager,
+    source: str | os.PathLike[str],
+    name: str,
+    *,
+    trainable: bool,
+    half: bool,
+    config: AdapterConfig | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    replace: bool = False,
+    options: Mapping[str, Any],
 ) -> Callable[[], LoadResult]:
     """Reads a saved adapter and checks that it fits; changes nothing yet.
 
     Args:
         manager: of the base model.
         source: a folder or a hub id.
-        loading: how.
+        name: name to give it.
+        trainable: whether it trains while active.
+        half: keep it in a half-precision base's dtype.
+        config: replaces the saved config.
+        key_mapping: regular expressions that rename keys of the file.
         replace: let it take the place of one with the same name.
+        options: PEFT's further keywords: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
 
     Returns:
         A function that puts it on the model.
@@ -83,33 +75,31 @@ def read(
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
     manager.check_alive()
-    check_name(loading.name)
-    if not isinstance(loading.config, AdapterConfig | None):
-        raise ConfigError(f"config must be a config such as LoraConfig, not {loading.config!r:.60}", field="config")
-    if loading.name in manager.configs and not replace:
+    check_name(name)
+    if not isinstance(config, AdapterConfig | None):
+        raise ConfigError(f"config must be a config such as LoraConfig, not {config!r:.60}", field="config")
+    if name in manager.configs and not replace:
         raise AdapterExistsError(
-            f"the base model already carries an adapter {loading.name!r}: give this one another adapter_name, "
+            f"the base model already carries an adapter {name!r}: give this one another adapter_name, "
             "or use load_adapter() on the model that has it to replace it"
         )
-    hub = {key: value for key, value in loading.options.items() if key in HUB_OPTIONS and value is not None}
-    saved = checkpoint.read_checkpoint(str(source), device=_device(manager, loading), **hub)
-    config = (loading.config or saved.config).copy(inference_mode=not loading.trainable)
+    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+    saved = checkpoint.read_checkpoint(str(source), device=_device(manager, options.get("torch_device")), **hub)
+    config = (config or saved.config).copy(inference_mode=not trainable)
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
-    plan = manager.plan(config, loading.name)
+    plan = manager.plan(config, name)
     loaded = checkpoint.from_file(
         saved.tensors,
         expected(manager.model, plan),
         peft_type=str(config.peft_type),
-        key_mapping=loading.key_mapping,
+        key_mapping=key_mapping,
         rename=checkpoint.renames_of(manager.model),
-        ignore_mismatched=bool(loading.options.get("ignore_mismatched_sizes", False)),
+        ignore_mismatched=bool(options.get("ignore_mismatched_sizes", False)),
     )
     _warn_of_mismatches(source, loaded, note)
-    _check_base_tensors(manager, loading.name, plan, loaded.weights)
-    put = manager.prepare(
-        loading.name, plan, loaded.weights, trainable=loading.trainable, half=loading.half, replace=replace
-    )
+    _check_base_tensors(manager, name, plan, loaded.weights)
+    put = manager.prepare(name, plan, loaded.weights, trainable=trainable, half=half, replace=replace)
 
     def load() -> LoadResult:
         put()
@@ -197,11 +187,10 @@ def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan,
         )
 
 
-def _device(manager: AdapterManager, loading: Loading) -> str:
+def _device(manager: AdapterManager, wanted: object) -> str:
     """Returns the device to read to: the one asked for, or the base model's if it is on one device only."""
-    asked = loading.options.get("torch_device")
-    if asked is not None:
-        return str(asked)
+    if wanted is not None:
+        return str(wanted)
     devices = {str(parameter.device) for parameter in manager.model.parameters()}
     return devices.pop() if len(devices) == 1 and devices != {"meta"} else "cpu"
 

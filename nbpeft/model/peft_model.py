@@ -331,8 +331,16 @@ class PeftModel(nn.Module):
         """
         model = base_model_of(model)
         manager = manager_of(model) or AdapterManager(model)
-        loading = files.Loading(adapter_name, is_trainable, config, not autocast_adapter_dtype, key_mapping, kwargs)
-        put = files.read(manager, model_id, loading)
+        put = files.read(
+            manager,
+            model_id,
+            adapter_name,
+            trainable=is_trainable,
+            half=not autocast_adapter_dtype,
+            config=config,
+            key_mapping=key_mapping,
+            options=kwargs,
+        )
         with manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):
@@ -360,8 +368,16 @@ class PeftModel(nn.Module):
         An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
         """
         self._check_live()
-        loading = files.Loading(adapter_name, is_trainable, None, not autocast_adapter_dtype, key_mapping, kwargs)
-        put = files.read(self.manager, model_id, loading, replace=True)
+        put = files.read(
+            self.manager,
+            model_id,
+            adapter_name,
+            trainable=is_trainable,
+            half=not autocast_adapter_dtype,
+            key_mapping=key_mapping,
+            replace=True,
+            options={"torch_device": torch_device, **kwargs},
+        )
         with self.manager.transaction() as change:
             result = put()
             if is_trainable:

@@ -249,11 +249,7 @@ def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device
     with torch.device("meta"):
         if settings.load_in_8bit:
             new = library.nn.Linear8bitLt(
-                columns,
-                rows,
-                old.bias is not None,
-                has_fp16_weights=False,
-                threshold=settings.llm_int8_threshold,
+                columns, rows, old.bias is not None, has_fp16_weights=False, threshold=settings.llm_int8_threshold
             )
         else:
             new = library.nn.Linear4bit(
@@ -272,13 +268,9 @@ def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device
         new.weight = library.nn.Params4bit(weight, requires_grad=False, module=new, **kept).to(target)
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.detach().to(target), requires_grad=False)
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        getattr(new, hooks).update(getattr(old, hooks))
+    for kind in ("forward", "forward_pre"):
+        for hooks in (f"_{kind}_hooks", f"_{kind}_hooks_with_kwargs"):
+            getattr(new, hooks).update(getattr(old, hooks))
     new.source_cls = type(old)
     new.train(old.training)
     return cast(nn.Module, new)
