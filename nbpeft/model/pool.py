@@ -331,7 +331,7 @@ class AdapterPool:
         """Context manager: loads those of the adapters that are registered and keeps them until the block ends.
 
         Args:
-            names: adapters; those of others than the pool are ignored.
+            names: adapters; those that the pool does not know are ignored.
             switching: the block makes them the active ones, so that those active now may be evicted. If one is,
                 no call of another thread runs before the block ends.
 
