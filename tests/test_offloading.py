@@ -11,7 +11,7 @@ import torch
 
 from nbpeft import LoraConfig, get_peft_model
 from nbpeft.errors import ConfigError, MergeError
-from nbpeft.model.full_precision import merge_to_folder
+from nbpeft.model.merge_export import merge_to_folder
 from nbpeft.session import answering
 from tests.training.support import tiny_base
 

@@ -473,15 +473,18 @@ class AdapterManager(AdapterHolder):
         return sum(losses[1:], losses[0]) if losses else None
 
     def _hooked(self) -> Iterator[LearnsWithHooks]:
+        """What of the adapters that train takes part in training beside the gradient."""
         for name in self.active if self.enabled else ():
             method = method_of(self.configs[name])
-            if name in self.frozen or not issubclass(method.shared or method.adapter_class, LearnsWithHooks):
+            hooked = (
+                issubclass(method.adapter_class, LearnsWithHooks),
+                issubclass(method.shared or object, LearnsWithHooks),
+            )
+            if name in self.frozen or not any(hooked):
                 continue
-            if isinstance(shared := self.shared(name), LearnsWithHooks):
-                yield shared
-                continue
-            adapters = (layer.adapters._modules.get(name) for layer in self.layers.values())
-            yield from (adapter for adapter in adapters if isinstance(adapter, LearnsWithHooks))
+            found: list[Any] = [self.shared(name)]
+            found += [layer.adapters._modules.get(name) for layer in self.layers.values()]
+            yield from (one for one in found if isinstance(one, LearnsWithHooks))
 
     # Merging
 

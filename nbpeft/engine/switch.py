@@ -23,7 +23,7 @@ from torch import Tensor
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.interrupts import HeldInterrupts, RunningBlock, wait_for
 
-_ENTERED_BY = ("nbpeft.model.rows", "nbpeft.model.blending")
+_ENTERED_BY = ("nbpeft.model.serving", "nbpeft.model.serving")
 """Modules with contexts around a call, whose own frames are not those of the block."""
 
 

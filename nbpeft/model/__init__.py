@@ -14,12 +14,7 @@ from nbpeft.model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from nbpeft.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-from nbpeft.model.base_state import get_base_model_state_dict as get_base_model_state_dict
-from nbpeft.model.base_state import set_base_model_state_dict as set_base_model_state_dict
 from nbpeft.model.combining import Combined as Combined
-from nbpeft.model.full_precision import MergedFolder as MergedFolder
-from nbpeft.model.full_precision import merge_errors as merge_errors
-from nbpeft.model.full_precision import merge_to_folder as merge_to_folder
 from nbpeft.model.functional import DoraCaching as DoraCaching
 from nbpeft.model.functional import cast_adapter_dtype as cast_adapter_dtype
 from nbpeft.model.functional import cast_mixed_precision_params as cast_mixed_precision_params
@@ -36,11 +31,19 @@ from nbpeft.model.helpers import update_signature as update_signature
 from nbpeft.model.hotswap import hotswap_adapter as hotswap_adapter
 from nbpeft.model.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
 from nbpeft.model.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from nbpeft.model.merge_export import MergedFolder as MergedFolder
+from nbpeft.model.merge_export import merge_errors as merge_errors
+from nbpeft.model.merge_export import merge_to_folder as merge_to_folder
 from nbpeft.model.peft_model import PeftModel as PeftModel
 from nbpeft.model.pool import AdapterPool as AdapterPool
-from nbpeft.model.pool_residents import PoolStatistics as PoolStatistics
-from nbpeft.model.quantized import load_quantized as load_quantized
-from nbpeft.model.quantized import quantize_model as quantize_model
+from nbpeft.model.pool import PoolStatistics as PoolStatistics
+from nbpeft.model.quantize import load_quantized as load_quantized
+from nbpeft.model.quantize import quantize_model as quantize_model
+from nbpeft.model.state_dicts import get_base_model_state_dict as get_base_model_state_dict
+from nbpeft.model.state_dicts import get_peft_model_state_dict as get_peft_model_state_dict
+from nbpeft.model.state_dicts import load_peft_weights as load_peft_weights
+from nbpeft.model.state_dicts import set_base_model_state_dict as set_base_model_state_dict
+from nbpeft.model.state_dicts import set_peft_model_state_dict as set_peft_model_state_dict
 from nbpeft.model.status import LayerStatus as LayerStatus
 from nbpeft.model.status import ModelStatus as ModelStatus
 from nbpeft.model.status import get_layer_status as get_layer_status
@@ -53,9 +56,6 @@ from nbpeft.model.tasks import PeftModelForSequenceClassification as PeftModelFo
 from nbpeft.model.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from nbpeft.model.tasks import get_peft_model as get_peft_model
 from nbpeft.model.tasks import inject_adapter_in_model as inject_adapter_in_model
-from nbpeft.model.tensors import get_peft_model_state_dict as get_peft_model_state_dict
-from nbpeft.model.tensors import load_peft_weights as load_peft_weights
-from nbpeft.model.tensors import set_peft_model_state_dict as set_peft_model_state_dict
 
 PeftConfig = AdapterConfig
 LoraLayer = layer_type("LORA", "LoraLayer")

@@ -172,7 +172,7 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     Raises:
         AdapterError: the model cannot generate text, or not with these options.
     """
-    from nbpeft.model.rows import serving_rows
+    from nbpeft.model.serving import serving_rows
 
     base: Any = model.manager.model
     if not hasattr(base, "generate"):

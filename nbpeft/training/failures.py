@@ -17,7 +17,7 @@ from nbpeft.memory import Forecast, forecast, measure
 from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.memory.devices import device_memory, placed_on
 from nbpeft.memory.words import size_text
-from nbpeft.model.stored import stored_parts
+from nbpeft.model.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
 from nbpeft.state import MemoryPart, MemoryState
 from nbpeft.training.adapted import active_names, base_of, main_dtype

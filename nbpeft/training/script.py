@@ -22,7 +22,7 @@ from torch import nn
 from nbpeft.checkpoint.atomic import NewFile, replace_files
 from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import ConfigError, TrainingError
-from nbpeft.model.stored import stored_parts
+from nbpeft.model.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
 from nbpeft.training.adapted import base_of, main_dtype, trained_names
 from nbpeft.training.data import prepare_data

@@ -20,6 +20,7 @@ from nbpeft.engine.methods.lora.combining import (
     skip_initial_draws,
 )
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.names import COMBINATION_TYPES
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
 PRUNING = [name for name in PEFT_TYPES if name.startswith(("ties", "dare", "magnitude"))]

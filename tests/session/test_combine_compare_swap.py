@@ -21,7 +21,7 @@ from nbpeft.errors import (
     NbpeftError,
     UnknownAdapterError,
 )
-from nbpeft.model.blending import blended
+from nbpeft.model.serving import blended
 from nbpeft.session import Session
 from tests.session.adapted import alone, everything, logits, randomize, same
 from tests.session.letters import Letters

@@ -11,7 +11,7 @@ import transformers
 
 from nbpeft.errors import TrainingError
 from nbpeft.memory import forecast
-from nbpeft.model.quantized import quantize_model
+from nbpeft.model.quantize import quantize_model
 from nbpeft.state import TrainState
 from nbpeft.training import track, train
 from nbpeft.training.failures import free_memory

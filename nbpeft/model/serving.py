@@ -1,4 +1,4 @@
-"""Mixed batches: which adapter serves which row."""
+"""Which adapters serve a call: the active ones, one for each row of a mixed batch, or a weighted sum."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nbpeft.engine.combination import check_weights
 from nbpeft.engine.holder import BASE_NAME
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.switch import NOTHING, Active, Rows
@@ -57,14 +58,14 @@ def serving_rows(
     *,
     disabled_too: bool = False,
 ) -> Iterator[None]:
-    """One call, or several, with an adapter for each row.
+    """Context manager around calls with one adapter for each row.
 
     Args:
         manager: has the adapters.
         adapter_names: one name for each row.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
-        disabled_too: let them act even while adapters are disabled.
+        disabled_too: use them even while adapters are disabled.
 
     Raises:
         AdapterError: the names do not fit.
@@ -78,31 +79,20 @@ def serving_rows(
     # Rows are assigned inside the call: before it, another thread may still take an adapter out.
     with (
         manager.supplied(names),
-        manager.switch.call(lambda: assigned_rows(manager, names, args, kwargs, disabled_too=disabled_too)),
+        manager.switch.call(lambda: _assigned(manager, names, args, kwargs, disabled_too=disabled_too)),
     ):
         yield
 
 
-def assigned_rows(
+def _assigned(
     manager: AdapterManager,
     adapter_names: Sequence[str],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    disabled_too: bool = False,
+    disabled_too: bool,
 ) -> Active:
-    """What acts in a call whose rows are served by different adapters.
-
-    Args:
-        manager: has the adapters.
-        adapter_names: one name for each row, ``"__base__"`` for none.
-        args: positional arguments of the call; the first tensor among all arguments gives the number of rows.
-        kwargs: keyword arguments of the call.
-        disabled_too: let them act even while adapters are disabled.
-
-    Raises:
-        AdapterError: a name is unknown, their number is wrong, or weights are merged.
-    """
+    """Returns what is active in a mixed batch; the first tensor among the arguments says how many rows it has."""
     if manager.merged:
         raise AdapterError(f"adapter_names needs unmerged weights, but {manager.merged[0]!r} is merged")
     batch = next((value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -118,3 +108,30 @@ def assigned_rows(
     index = tuple(order.get(name, -1) for name in adapter_names)
     active = Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
     return manager.in_call(active, args, kwargs)
+
+
+@contextmanager
+def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[None]:
+    """Context manager: a weighted sum of adapters is active in the calls that this thread makes inside the block.
+
+    The sum is exact, and nothing is allocated: each adapter runs with its own factor. What is active for other
+    threads, and afterwards, does not change. A weight multiplies the scale that an adapter has.
+
+    Args:
+        manager: of the model.
+        weights: adapter -> weight; 0 leaves it out, a negative one subtracts.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterError: a weight is not finite.
+        MergeError: adapters are merged.
+    """
+    check_weights(tuple(weights), tuple(weights.values()))
+    manager.refuse_merged("blending")
+    names = tuple(name for name, weight in weights.items() if weight)
+    manager.require_reachable(*weights)
+    with manager.supplied(names):
+        manager.require(*names)
+        scales = tuple(weights[name] * manager.scale(name) for name in names)
+        with manager.switch.call(Active(names, scales) if names else NOTHING):
+            yield
