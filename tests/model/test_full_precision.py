@@ -310,6 +310,8 @@ def test_refusals(tmp_path: Path) -> None:
     llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     with pytest.raises(MergeError, match="together with another use"):
         merge_to_folder(tmp_path / "tied", tmp_path / "adapter", tmp_path / "new")
+    with pytest.raises(MergeError, match="together with another use"):
+        merge_to_folder(fresh, None, tmp_path / "new", base=tmp_path / "tied")
     assert not (tmp_path / "new").exists()
 
 
