@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from nbpeft.checkpoint import Expected, add_spelling, from_file, to_file
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.errors import BaseMismatchError, CheckpointError
-from tests.checkpoint.tiny import Mixed, expected_by_peft, gpt2, llama, saved_by_peft
+from tests.checkpoint.peft_files import Mixed, expected_by_peft, saved_by_peft
+from tests.tiny_models import gpt2, llama
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}),

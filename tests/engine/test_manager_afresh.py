@@ -11,7 +11,7 @@ from torch import nn
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError, TargetError
-from tests.model.support import llama, same_state, state
+from tests.tiny_models import llama, same_state, state
 
 KINDS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj", "embed_tokens"]},

@@ -21,7 +21,7 @@ from transformers import (
 from nbpeft import LoraConfig, get_peft_model
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import LayerKindError, TargetError
-from tests.model.support import same_state, state
+from tests.tiny_models import same_state, state
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 32}
 

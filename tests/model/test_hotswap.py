@@ -26,7 +26,7 @@ from nbpeft.model import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
-from tests.model.support import adapted, classifier, config, llama, logits, same_state, state, tokens
+from tests.tiny_models import adapted, classifier, config, llama, logits, same_state, state, tokens
 
 
 def saved(folder: Path, seed: int = 5, base: Any = None, **changes: Any) -> Path:

@@ -6,19 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from tests.tiny_models import gpt2
 
 NAMES = ["a", "__base__", "b", "a"]
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=32, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    return GPT2LMHeadModel(config).eval()
 
 
 def with_positions(**fields: Any) -> PeftModel:

@@ -19,7 +19,7 @@ from nbpeft.model.quantization import quantization
 from nbpeft.model.quantized import load_quantized, quantize_model
 from nbpeft.model.stored import stored_parts
 from nbpeft.session.snapshot import Snapshots
-from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
+from tests.tiny_models import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}
