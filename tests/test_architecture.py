@@ -118,23 +118,7 @@ STANDING_PARTS: set[str] = {
     "nbpeft/widgets/plan_parts.py",
 }
 STANDING_TEST_NAMES: set[str] = {
-    "test_a_change_from_inside_a_call_is_refused_instead_of_waiting_for_ever",
     "test_a_command_that_runs_out_of_memory_leaves_the_model_before_or_after",
-    "test_a_forward_that_is_only_spelt_otherwise_is_tried_once_without_traces",
-    "test_a_line_in_a_terminal_leaves_nothing_of_a_longer_one_and_never_wraps",
-    "test_a_prompt_in_quotes_has_line_breaks_and_one_in_a_variable_is_taken_as_it_is",
-    "test_a_scaling_beyond_the_range_of_a_dtype_is_not_finite_instead_of_an_error_of_torch",
-    "test_an_adapter_gives_way_to_one_of_its_name_that_treats_a_module_otherwise",
-    "test_checkpointing_in_autograds_own_threads_computes_with_the_block_again",
-    "test_every_trainer_learns_what_it_learns_with_peft_also_where_that_is_not_installed",
-    "test_importing_changes_nothing_and_a_trainer_imported_after_the_first_model_is_changed",
-    "test_it_ends_well_where_the_adapters_of_before_were_renamed_or_deleted_meanwhile",
-    "test_merged_adapters_go_on_acting_outside_of_a_block_that_needs_the_frozen_weights",
-    "test_modules_trained_as_a_whole_are_copied_without_the_mode_of_fake_tensors",
-    "test_store_of_a_transposed_view_of_the_own_tensor_is_not_taken_for_the_tensor",
-    "test_the_panel_is_a_widget_with_a_snapshot_and_clicks_reach_the_session",
-    "test_what_was_trainable_is_so_again_after_the_last_adapter_went_and_another_came",
-    "test_without_a_task_type_the_columns_of_the_base_are_kept_and_the_loss_is_evaluated",
 }
 STANDING_NAMES: set[str] = {
     "ActingCommands",

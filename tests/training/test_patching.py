@@ -79,7 +79,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(weights(resumed)[name], weight), name
 
 
-def test_without_a_task_type_the_columns_of_the_base_are_kept_and_the_loss_is_evaluated(tmp_path: Path) -> None:
+def test_without_a_task_type_columns_are_kept_and_the_loss_evaluated(tmp_path: Path) -> None:
     trainer = trainer_of(transformers.Trainer, trainable(llama()), tmp_path)
     trainer.train()
     assert trainer.evaluate(token_rows(8))["eval_loss"] > 0
@@ -292,6 +292,6 @@ print(json.dumps([untouched, early, waited, waiting(), changed]))
 
 
 @pytest.mark.slow
-def test_importing_changes_nothing_and_a_trainer_imported_after_the_first_model_is_changed(tmp_path: Path) -> None:
+def test_a_trainer_is_patched_after_the_first_model_not_on_import(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ORDER], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == [True, False, 1, 0, True]

@@ -19,7 +19,7 @@ RANKS = (4, 64, 8, 48, 16, 32, 24)
 
 
 @pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
