@@ -377,6 +377,11 @@ COMPLETE = (
     "shell.run_line_magic('lora', '')\n"
     "shell.run_line_magic('lora', 'doctor')"
 )
+MATCH = (
+    "import torch\n"
+    "from nbpeft.engine.registry import backends\n"
+    "assert sum(backend.matches(torch.nn.Linear(2, 2)) for backend in backends()) == 1 < len(backends())"
+)
 # Two interpreters, each of which goes on from what it has imported: what a step runs, and what may be there then.
 STEPS: tuple[dict[str, tuple[str, set[str]]], ...] = (
     {
@@ -386,6 +391,7 @@ STEPS: tuple[dict[str, tuple[str, set[str]]], ...] = (
     },
     {
         "the engine": ("import nbpeft.engine.manager", {"torch", "numpy"}),
+        "the backends, asked about a layer": (MATCH, {"torch", "numpy"}),
         "tracking a loop": ("from nbpeft.training import RunControl, track", {"torch", "numpy", "safetensors"}),
     },
 )
