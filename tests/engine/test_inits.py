@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tests.test_matrix import CASES, Net, make, randomise, same, settings, weights_of
+from tests.test_matrix import CASES, Net, make, randomise, settings
+from tests.tiny_models import same_state, state
 
 IN_BASE = ("olora", "pissa", "pissa_niter_6")
 LINEAR_KINDS = [kind for kind in CASES if not kind.startswith(("embedding", "conv"))]
@@ -35,7 +36,7 @@ def started(kind: str, init: Any, **more: Any) -> tuple[Net, PeftModel]:
 def test_starts_at_the_base_and_leaves_its_weights_alone(kind: str, init: str) -> None:
     case = CASES[kind]
     plain = make(case)
-    x, before = case.batch(), weights_of(plain)
+    x, before = case.batch(), state(plain)
     expected = plain(x)
     base, model = started(kind, init)
     assert torch.allclose(model(x), expected, atol=case.tolerance / 2, rtol=0)
@@ -45,7 +46,7 @@ def test_starts_at_the_base_and_leaves_its_weights_alone(kind: str, init: str) -
     assert not torch.allclose(model(x), expected, atol=1e-3)
     assert model.unload() is base
     if not case.quantized:
-        assert same(before, weights_of(base))
+        assert same_state(before, state(base))
 
 
 @on_linear
@@ -180,10 +181,10 @@ def test_names_of_inits_are_read_in_any_case() -> None:
 )
 def test_what_an_init_cannot_do_is_refused(more: dict[str, Any], message: str) -> None:
     base = make(CASES["linear"])
-    before = weights_of(base)
+    before = state(base)
     with pytest.raises(ConfigError, match=message):
         get_peft_model(base, LoraConfig(**{**settings("lora"), **more}))
-    assert same(before, weights_of(base))
+    assert same_state(before, state(base))
 
 
 @pytest.mark.parametrize("kind", ["embedding", "conv2d"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
-from tests.tiny_models import gpt2
+from tests.tiny_models import gpt2, randomize
 
 NAMES = ["a", "__base__", "b", "a"]
 
@@ -17,11 +17,8 @@ def with_positions(**fields: Any) -> PeftModel:
     """Two adapters on positions, with other values than the base's."""
     model = get_peft_model(gpt2(), LoraConfig(r=2, **fields), adapter_name="a")
     model.add_adapter("b", LoraConfig(r=3, **fields))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name in ("a", "b"):
-            for parameter in model.manager.parameters(name):
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    for seed, name in enumerate("ab"):
+        randomize(model, name, seed)
     model.eval()
     return model
 

@@ -24,11 +24,6 @@ FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture
-def session() -> Session:
-    return Session()
-
-
-@pytest.fixture
 def model(session: Session) -> Any:
     return session.add(llama(), FIELDS, name="sql", variable="model").model
 

@@ -19,11 +19,6 @@ FIELDS = {"r": 2, "target_modules": ["q_proj"]}
 
 
 @pytest.fixture
-def session() -> Session:
-    return Session()
-
-
-@pytest.fixture
 def two(session: Session) -> tuple[Any, Any]:
     """Two models with an adapter ``x``; the second one is the current one."""
     return tuple(session.add(llama(), FIELDS, name="x", variable=name).model for name in ("first", "second"))  # type: ignore[return-value]
