@@ -318,6 +318,7 @@ PRIVATE = (
 )
 LONG_TEST_NAME = "test_" + "x" * MOST_TEST_NAME_LETTERS
 
+# A further search is a function like those above and an entry here, with a text that it must object to.
 RULES = {
     "files are short": Rule(long_files, ("nbpeft/x.py", "\n" * MOST_FILE_LINES), {"nbpeft/x.py"}),
     "functions are short": Rule(
