@@ -1,4 +1,4 @@
-"""What every method promises on every kind of layer and every way its weight is stored."""
+"""What every registered method promises, in each of its sample configs, on every kind of layer and backend."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.lora_config import LoraConfig
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.errors import TargetError
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.plan import plan
+from nbpeft.engine.registry import methods
+from nbpeft.errors import ConfigError, MergeError, NbpeftError, TargetError
 from nbpeft.model import PeftModel, get_peft_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -87,29 +88,34 @@ CASES = {
     "conv2d": Case(lambda: nn.Conv2d(3, 8, 3, stride=2), _floats(2, 3, 9, 9)),
     "conv3d": Case(lambda: nn.Conv3d(3, 8, 2), _floats(2, 3, 4, 5, 6)),
     "nf4": Case(
-        lambda: _linear4bit(quant_type="nf4"), _floats(2, 3, 64), quantized=True, tolerance=1e-4, merge_tolerance=0.5
+        lambda: _linear4bit(quant_type="nf4"), _floats(2, 3, 64), quantized=True, tolerance=1e-4, merge_tolerance=0.3
     ),
     "fp4-double": Case(
         lambda: _linear4bit(quant_type="fp4", compress_statistics=True),
         _floats(2, 3, 64),
         quantized=True,
         tolerance=1e-4,
-        merge_tolerance=0.5,
+        merge_tolerance=0.3,
     ),
-    "int8": Case(_linear8bit, _floats(2, 3, 64), quantized=True, tolerance=1e-4, merge_tolerance=0.15),
+    "int8": Case(_linear8bit, _floats(2, 3, 64), quantized=True, tolerance=1e-4, merge_tolerance=0.05),
 }
 
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
+SAMPLES: dict[str, tuple[type[AdapterConfig], dict[str, Any]]] = {
+    f"{method.label}-{name}": (method.config_class, dict(fields))
+    for method in methods()
+    for name, fields in method.sample_configs.items()
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:merging into", "ignore:MatMul8bitLt", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:merging into", "ignore:MatMul8bitLt", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.* no bias in the base"),
+]
 
 
-def settings(method: str, **more: Any) -> dict[str, Any]:
-    return {"r": 4, "lora_alpha": 6, "target_modules": ["target"], **METHODS[method], **more}
+def config_of(sample: str, **more: Any) -> AdapterConfig:
+    cls, fields = SAMPLES[sample]
+    own = {key: value for key, value in more.items() if key in cls.__dataclass_fields__}
+    return cls(**{"target_modules": ["target"], **fields, **own})
 
 
 def make(case: Case) -> Net:
@@ -120,7 +126,7 @@ def make(case: Case) -> Net:
 def randomise(model: nn.Module) -> None:
     """Moves every adapter parameter off its start, so that nothing is zero."""
     generator = torch.Generator().manual_seed(9)
-    manager = AdapterManager.of(model)
+    manager = manager_of(model)
     assert manager is not None
     with torch.no_grad():
         for name in manager.names:
@@ -128,9 +134,36 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
 
 
-def adapted(case: Case, method: str, **more: Any) -> tuple[Net, PeftModel]:
+PEFT_IS_WRONG = {
+    **{(kind, "trainable tokens-tokens"): "drops the bias of the layer" for kind in ("linear", "linear-bf16")},
+    ("transformers-conv1d", "trainable tokens-tokens"): "raises AttributeError",
+    **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
+}
+UNMERGEABLE = {("linear-no-bias", "LoRA-bias"): "adds a bias but the base layer has none"}
+
+
+def merge(model: PeftModel, kind: str, *samples: str) -> bool:
+    """Merges, or checks that it is refused where it is impossible."""
+    refusal = next((UNMERGEABLE[kind, sample] for sample in samples if (kind, sample) in UNMERGEABLE), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if refusal is None:
+            model.merge_adapter()
+            return True
+        with pytest.raises(MergeError, match=refusal):
+            model.merge_adapter()
+    return False
+
+
+def error_of(case: Case, found: Tensor, expected: Tensor) -> float:
+    """The largest difference; of a weight that is rounded again the mean one."""
+    difference = (found - expected).detach().abs()
+    return float(difference.mean() if case.quantized else difference.max())
+
+
+def adapted(case: Case, sample: str, **more: Any) -> tuple[Net, PeftModel]:
     base = make(case)
-    model = get_peft_model(base, LoraConfig(**settings(method, **more)))
+    model = get_peft_model(base, config_of(sample, **more))
     randomise(base)
     return base, model.eval()
 
@@ -149,41 +182,67 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+def supported(kind: str, sample: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan(make(CASES[kind]), config_of(sample))
+    except (ConfigError, TargetError):
+        return False
+    return True
+
+
+PAIRS = [(kind, sample) for kind in CASES for sample in SAMPLES if supported(kind, sample)]
+REFUSED = [(kind, sample) for kind in CASES for sample in SAMPLES if (kind, sample) not in PAIRS]
 everywhere = pytest.mark.parametrize("kind", CASES)
-every_method = pytest.mark.parametrize("method", METHODS)
+every_pair = pytest.mark.parametrize(("kind", "sample"), PAIRS)
 
 
-@everywhere
-@every_method
-def test_identity_at_start(kind: str, method: str) -> None:
+def test_every_method_has_samples_and_works_somewhere() -> None:
+    for method in methods():
+        names = [f"{method.label}-{name}" for name in method.sample_configs]
+        assert names, method.label
+        assert all(any(name == sample for _, sample in PAIRS) for name in names), method.label
+
+
+@pytest.mark.parametrize(("kind", "sample"), REFUSED)
+def test_what_does_not_work_is_refused_in_one_line(kind: str, sample: str) -> None:
+    base = make(CASES[kind])
+    before = weights_of(base)
+    with pytest.raises(NbpeftError) as caught:
+        get_peft_model(base, config_of(sample))
+    assert "target" in str(caught.value) and "\n" not in str(caught.value)
+    assert same(before, weights_of(base)) and manager_of(base) is None
+
+
+@every_pair
+def test_identity_at_start(kind: str, sample: str) -> None:
     case = CASES[kind]
     base = make(case)
     x = case.batch()
     before = base(x)
-    model = get_peft_model(base, LoraConfig(**settings(method))).eval()
+    model = get_peft_model(base, config_of(sample)).eval()
     assert torch.allclose(model(x), before, atol=case.tolerance / 10, rtol=0)
 
 
-@everywhere
-@every_method
-def test_failed_injection_leaves_the_model_as_it_was(kind: str, method: str) -> None:
+@every_pair
+def test_failed_injection_leaves_the_model_as_it_was(kind: str, sample: str) -> None:
     case = CASES[kind]
     base = make(case)
     before, modules = weights_of(base), [type(m) for m in base.modules()]
     trainable = [name for name, p in base.named_parameters() if p.requires_grad]
     with pytest.raises(TargetError, match="LayerNorm"):
-        get_peft_model(base, LoraConfig(**settings(method, target_modules=["target", "norm"])))
+        get_peft_model(base, config_of(sample, target_modules=["target", "norm"]))
     assert same(before, weights_of(base))
     assert modules == [type(m) for m in base.modules()]
     assert trainable == [name for name, p in base.named_parameters() if p.requires_grad]
-    assert AdapterManager.of(base) is None
+    assert manager_of(base) is None
 
 
-@everywhere
-@every_method
-def test_gradients_reach_every_adapter_parameter_and_no_other(kind: str, method: str) -> None:
+@every_pair
+def test_gradients_reach_every_adapter_parameter_and_no_other(kind: str, sample: str) -> None:
     case = CASES[kind]
-    _, model = adapted(case, method)
+    _, model = adapted(case, sample)
     model.train()
     model(case.batch()).square().sum().backward()
     adapter_parameters = {id(p) for p in model.manager.parameters("default")}
@@ -194,77 +253,103 @@ def test_gradients_reach_every_adapter_parameter_and_no_other(kind: str, method:
             assert parameter.grad is None and not parameter.requires_grad, name
 
 
-@everywhere
-@every_method
-def test_merged_gives_what_forward_gave(kind: str, method: str) -> None:
+@every_pair
+def test_merged_gives_what_forward_gave(kind: str, sample: str) -> None:
     case = CASES[kind]
-    _, model = adapted(case, method)
+    _, model = adapted(case, sample)
     x = case.batch()
     expected = model(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.merge_adapter()
-    assert torch.allclose(model(x), expected, atol=case.merge_tolerance, rtol=0)
+    if not merge(model, kind, sample):
+        return
+    assert error_of(case, model(x), expected) <= case.merge_tolerance
     base = model.merge_and_unload()
     assert not any("adapters" in name for name, _ in base.named_modules())
-    assert torch.allclose(base(x), expected, atol=case.merge_tolerance, rtol=0)
+    assert error_of(case, base(x), expected) <= case.merge_tolerance
 
 
-@everywhere
-@every_method
-def test_unmerge_is_bit_equal(kind: str, method: str) -> None:
+@every_pair
+def test_unmerge_is_bit_equal(kind: str, sample: str) -> None:
     case = CASES[kind]
-    base, model = adapted(case, method)
+    base, model = adapted(case, sample)
     x = case.batch()
     expected, before, stored = model(x), weights_of(base), stored_in(base)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.merge_adapter()
-    model(x)
-    model.unmerge_adapter()
+    if merge(model, kind, sample):
+        model(x)
+        model.unmerge_adapter()
     assert all(torch.equal(*pair) for pair in zip(stored, stored_in(base), strict=True))
     assert torch.equal(model(x), expected)
     if not case.quantized:
         assert same(before, weights_of(base))
 
 
-@everywhere
-@every_method
-def test_save_remove_load_is_equal(kind: str, method: str, tmp_path: Any) -> None:
+@every_pair
+def test_save_remove_load_is_equal(kind: str, sample: str, tmp_path: Any) -> None:
     case = CASES[kind]
-    base, model = adapted(case, method)
+    base, model = adapted(case, sample)
     x = case.batch()
     expected = model(x)
     model.save_pretrained(tmp_path)
     plain = model.unload()
-    assert AdapterManager.of(plain) is None and plain is base
+    assert manager_of(plain) is None and plain is base
     again = PeftModel.from_pretrained(plain, tmp_path)
-    assert torch.allclose(again(x), expected, atol=1e-6, rtol=0)
+    # bitsandbytes re-packs a 4-bit weight for a CPU and rounds its scales: what starts in it moves a little.
+    anew = case.quantized and config_of(sample).initialised_from_weight
+    assert torch.allclose(again(x), expected, atol=1e-2 if anew else 1e-6, rtol=0)
 
 
-@everywhere
-def test_two_active_adapters_in_either_order_are_equal(kind: str) -> None:
-    case = CASES[kind]
-    base, model = adapted(case, "dora")
-    model.add_adapter("other", LoraConfig(**settings("lora", r=2, init_lora_weights=False)))
+def neighbours(kind: str) -> list[tuple[str, str]]:
+    """Pairs of samples on a kind of layer, each method beside the next."""
+    here = list(dict.fromkeys(sample for place, sample in PAIRS if place == kind))
+    return list(zip(here, here[1:] + here[:1], strict=True))
+
+
+beside = pytest.mark.parametrize(
+    ("kind", "first", "second"), [(kind, *pair) for kind in CASES for pair in neighbours(kind)]
+)
+
+
+def two_adapters(case: Case, first: str, second: str) -> PeftModel:
+    base, model = adapted(case, first)
+    model.add_adapter("other", config_of(second))
     randomise(base)
-    model.eval()
+    return model.eval()
+
+
+@beside
+def test_two_active_adapters_in_either_order_are_equal(kind: str, first: str, second: str) -> None:
+    case = CASES[kind]
+    model = two_adapters(case, first, second)
     x = case.batch()
     model.set_adapter(["default", "other"])
-    first = model(x)
+    expected = model(x)
     model.set_adapter(["other", "default"])
-    assert torch.allclose(first, model(x), atol=case.tolerance / 10, rtol=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.merge_adapter()
-    assert torch.allclose(first, model(x), atol=case.merge_tolerance, rtol=0)
+    assert torch.allclose(expected, model(x), atol=case.tolerance / 10, rtol=0)
+    if merge(model, kind, first, second):
+        assert error_of(case, model(x), expected) <= case.merge_tolerance
 
 
-@everywhere
-@every_method
-def test_equal_to_peft_for_the_same_weights(kind: str, method: str, tmp_path: Any) -> None:
+@beside
+def test_one_batch_is_served_row_by_row(kind: str, first: str, second: str) -> None:
     case = CASES[kind]
-    _, model = adapted(case, method, **case.peft_config)
+    model = two_adapters(case, first, second)
+    x = case.batch()
+    names = ["default", "other", "__base__"][: x.shape[0]]
+    found = model(x, adapter_names=names)
+    for row, name in enumerate(names):
+        with model.disable_adapter() if name == "__base__" else model.use(name):
+            expected = model(x)[row]
+        assert torch.allclose(found[row], expected, atol=case.tolerance * 10, rtol=0), name
+
+
+@every_pair
+def test_equal_to_peft_for_the_same_weights(kind: str, sample: str, tmp_path: Any) -> None:
+    case = CASES[kind]
+    config = config_of(sample)
+    if config.initialised_from_weight or not hasattr(peft.PeftType, str(config.peft_type)):
+        pytest.skip("peft has no such method, or initialises it from the weight anew when it loads (test_inits.py)")
+    if (kind, sample) in PEFT_IS_WRONG:
+        pytest.skip(f"peft {PEFT_IS_WRONG[kind, sample]}")
+    _, model = adapted(case, sample, **case.peft_config)
     x = case.batch()
     # In eval mode bitsandbytes takes another kernel, and peft reads the re-packed weight wrongly for DoRA.
     model.train(case.quantized)
@@ -274,11 +359,10 @@ def test_equal_to_peft_for_the_same_weights(kind: str, method: str, tmp_path: An
     assert torch.allclose(oracle(x), expected, atol=case.tolerance, rtol=0)
 
 
-@everywhere
-@every_method
-def test_deepcopy_and_pickle_survive(kind: str, method: str) -> None:
+@every_pair
+def test_deepcopy_and_pickle_survive(kind: str, sample: str) -> None:
     case = CASES[kind]
-    _, model = adapted(case, method)
+    _, model = adapted(case, sample)
     x = case.batch()
     expected = model(x)
     twin = copy.deepcopy(model)
@@ -290,10 +374,3 @@ def test_deepcopy_and_pickle_survive(kind: str, method: str) -> None:
         return
     restored = pickle.loads(pickle.dumps(model))
     assert torch.equal(restored(x), expected)
-
-
-def test_every_registered_method_is_in_the_matrix() -> None:
-    from nbpeft.engine.registry import method_of, methods
-
-    labels = {method_of(LoraConfig(**settings(name))).label for name in METHODS}
-    assert {method.label for method in methods() if issubclass(method.config_class, AdapterConfig)} <= labels

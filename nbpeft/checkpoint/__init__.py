@@ -22,9 +22,8 @@ from nbpeft.checkpoint.folder import (
 from nbpeft.checkpoint.hub import push
 from nbpeft.checkpoint.identity import Fingerprint, compare, fingerprint
 from nbpeft.checkpoint.model_files import ModelFolder, TensorSpec, in_shards, other_files, write_model
-from nbpeft.checkpoint.model_keys import file_keys, is_of_a_model
+from nbpeft.checkpoint.model_keys import is_of_a_model, keys_of_a_file
 from nbpeft.checkpoint.renames import renames_of
-from nbpeft.checkpoint.spelling import add_spelling
 from nbpeft.checkpoint.staging import scratch_folder
 from nbpeft.checkpoint.weights_format import (
     Expected,
@@ -47,18 +46,17 @@ __all__ = [
     "TensorSpec",
     "WrittenFiles",
     "adapted_paths",
-    "add_spelling",
     "card_text",
     "compare",
     "condense_targets",
     "config_text",
     "config_to_save",
     "disk_errors",
-    "file_keys",
     "fingerprint",
     "from_file",
     "in_shards",
     "is_of_a_model",
+    "keys_of_a_file",
     "other_files",
     "parse_config",
     "push",

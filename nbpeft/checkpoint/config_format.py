@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 import nbpeft.engine.methods  # noqa: F401  (registers the methods)
-from nbpeft.checkpoint.bare import bare_modules
 from nbpeft.engine import registry
 from nbpeft.engine.adapter import PEFT_VERSION, AdapterConfig
+from nbpeft.engine.model_tree import bare_modules
 from nbpeft.errors import (
     CheckpointError,
     ConfigError,
@@ -151,9 +151,8 @@ def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable
     wanted = getattr(config, "target_modules", None)
     if wanted == "all-linear" and targets is not None:
         wanted = changes["target_modules"] = set(targets)
-    # IA3's feedforward_modules must stay a subset of its target_modules, so neither is condensed.
-    if isinstance(wanted, (list, set, tuple)) and len(wanted) >= CONDENSE_FROM and config.peft_type != "IA3":
-        condensed = condense_targets(wanted, (name for name, _ in bare_modules(model) if name))
+    if isinstance(wanted, (list, set, tuple)) and len(wanted) >= CONDENSE_FROM and config.condenses_targets:
+        condensed = condense_targets(wanted, (name for name, _ in bare_modules(model, repeat=True) if name))
         if len(condensed) < len(wanted):
             changes["target_modules"] = condensed
     return config.copy(**changes)

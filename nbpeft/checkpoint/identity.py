@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nbpeft.checkpoint.bare import bare_modules
+from nbpeft.engine.model_tree import bare_modules
 from nbpeft.errors import BaseMismatchError
 
 _PREFIX = "nbpeft.base."
@@ -148,7 +148,8 @@ def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for _, module in bare_modules(model))
+    # Modules that hang in several places come once for each: what is tied must not change the result.
+    return (module for _, module in bare_modules(model, repeat=True))
 
 
 def _weight_sizes(module: nn.Module) -> Iterator[str]:

@@ -11,16 +11,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from nbpeft.checkpoint.spelling import spelling_of
-from nbpeft.engine.factored import MAGNITUDE
+from nbpeft.engine.registry import file_keys, prefixes
 
 _ADAPTERS = "adapters"
 _COPIES = "modules_to_save"
-_WHOLE = ("lora_embedding_A", "lora_embedding_B", "trainable_tokens_delta", "trainable_tokens_original")
-"""Parameters behind which PEFT writes the name last; it keeps the others in a module, as its ``weight``."""
 
 
-def file_keys(tensors: Mapping[str, Tensor], name: str, peft_type: str = "LORA") -> dict[str, Tensor]:
+def keys_of_a_file(tensors: Mapping[str, Tensor], name: str, peft_type: str) -> dict[str, Tensor]:
     """The tensors under a file's keys, where the keys name the adapter; the others as they are.
 
     Args:
@@ -28,30 +25,31 @@ def file_keys(tensors: Mapping[str, Tensor], name: str, peft_type: str = "LORA")
         name: the adapter's name.
         peft_type: of its config.
     """
-    return {_file_key(key, name, spelling_of(peft_type)) or key: tensor for key, tensor in tensors.items()}
+    return {_file_key(key, name, peft_type) or key: tensor for key, tensor in tensors.items()}
 
 
-def is_of_a_model(tensors: Mapping[str, Tensor], name: str) -> bool:
+def is_of_a_model(tensors: Mapping[str, Tensor], name: str, peft_type: str) -> bool:
     """Whether keys name the adapter, as those of a whole model's state dict do."""
-    return any(_file_key(key, name, {}) is not None for key in tensors)
+    return any(_file_key(key, name, peft_type) is not None for key in tensors)
 
 
-def _file_key(key: str, name: str, spelling: Mapping[str, str]) -> str | None:
+def _file_key(key: str, name: str, peft_type: str) -> str | None:
     """None for a key that does not name the adapter."""
+    spelling = file_keys(peft_type)
     parts = key.removeprefix("_orig_mod.").split(".")
-    for position in range(1, len(parts) - 1):
+    for position in range(1, len(parts)):
         before, here, behind = parts[position - 1], parts[position], parts[position + 1 :]
         if here != name:
             continue
-        if before == _ADAPTERS:
+        if before == _ADAPTERS and behind:
             parameter = ".".join(behind)
             return ".".join([*parts[: position - 1], spelling.get(parameter, parameter)])
-        if before == _COPIES:
+        if before == _COPIES and behind:
             return ".".join([*parts[: position - 1], *behind])
-        if before == MAGNITUDE:
-            return ".".join(parts[:position])
-        if before.startswith("lora_") and len(behind) == 1:
-            return ".".join([*parts[:position], *behind])
-    if len(parts) > 2 and parts[-1] == name and parts[-2] in _WHOLE:
-        return ".".join(parts[:-1])
+        if before.startswith(prefixes(peft_type)) and len(behind) < 2:
+            # PEFT keeps some parameters in a module, as its weight; in files some of those are bare all the same.
+            if spelling.get(before, before) == before:
+                return ".".join(parts[:position])
+            if behind:
+                return ".".join([*parts[:position], *behind])
     return None

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nbpeft.checkpoint.spelling import BASE_LAYER, ORIGINAL_MODULE, PREFIX, spelling_of
+from nbpeft.checkpoint.spelling import BASE_LAYER, ORIGINAL_MODULE, PREFIX, SHARED_PREFIX
 from nbpeft.engine.adapter import AdapterWeights
-from nbpeft.engine.base import is_finite
+from nbpeft.engine.numerics import is_finite
+from nbpeft.engine.registry import file_keys, methods_of_type
 from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
 
 Shape = tuple[int, ...]
@@ -30,7 +31,7 @@ Slot = tuple[str, str, str]
 """(kind, path, parameter): where a tensor goes in AdapterWeights."""
 
 _LONGEST_KEY = 1_000
-_MOST_STRANGERS = 1_000
+_MOST_UNEXPECTED = 1_000
 """After so many keys that nothing takes, further ones are only looked up as they are."""
 _FLOATS = frozenset(
     getattr(torch, name)
@@ -48,6 +49,7 @@ class Expected:
         adapters: path of an adapted module -> parameter -> shape.
         copies: path of a module trained as a whole -> parameter or buffer -> shape.
         base: name of a trained base parameter -> shape.
+        shared: name of a tensor that the layers share -> shape.
         optional: name of a base parameter that a file may bring but need not (embeddings of a
             resized vocabulary) -> shape.
         others: name (path and all) of what in ``copies`` holds no floating numbers, such as a counter -> dtype.
@@ -56,6 +58,7 @@ class Expected:
     adapters: Shapes = field(default_factory=dict)
     copies: Shapes = field(default_factory=dict)
     base: Mapping[str, Shape] = field(default_factory=dict)
+    shared: Mapping[str, Shape] = field(default_factory=dict)
     optional: Mapping[str, Shape] = field(default_factory=dict)
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
 
@@ -77,14 +80,14 @@ class Loaded:
     mismatched: list[str] = field(default_factory=list)
 
 
-def to_file(weights: AdapterWeights, *, peft_type: str = "LORA") -> dict[str, Tensor]:
+def to_file(weights: AdapterWeights, *, peft_type: str) -> dict[str, Tensor]:
     """The tensors under the keys of a file. References, not copies.
 
     Args:
         weights: the tensors of one adapter.
         peft_type: the ``peft_type`` of its config; decides how parameters are spelled.
     """
-    spelling = spelling_of(peft_type)
+    spelling = file_keys(peft_type)
     tensors: dict[str, Tensor] = {}
     for path, parameters in weights.adapters.items():
         place = PREFIX + _wrapped(path, weights.adapters, weights.copies)
@@ -95,6 +98,8 @@ def to_file(weights: AdapterWeights, *, peft_type: str = "LORA") -> dict[str, Te
             tensors[f"{PREFIX}{path}.{name}"] = tensor
     for name, tensor in weights.base.items():
         tensors[PREFIX + _wrapped(name, weights.adapters, weights.copies)] = tensor
+    for name, tensor in weights.shared.items():
+        tensors[SHARED_PREFIX + name] = tensor
     return tensors
 
 
@@ -102,7 +107,7 @@ def from_file(
     tensors: Mapping[str, Tensor],
     expected: Expected,
     *,
-    peft_type: str = "LORA",
+    peft_type: str,
     key_mapping: Mapping[str, str] | None = None,
     rename: Rename | None = None,
     ignore_mismatched: bool = False,
@@ -132,7 +137,7 @@ def from_file(
     unexpected: list[str] = []
     mapped = by_patterns(key_mapping)
     for key, tensor in tensors.items():
-        if len(key) > _LONGEST_KEY or len(unexpected) >= _MOST_STRANGERS:
+        if len(key) > _LONGEST_KEY or len(unexpected) >= _MOST_UNEXPECTED:
             fitting = key.removeprefix(PREFIX) if key.removeprefix(PREFIX) in slots else None
         else:
             fitting = next((name for name in _readings(key, mapped, rename) if name in slots), None)
@@ -154,10 +159,10 @@ def from_file(
     if mismatched and not ignore_mismatched:
         raise _mismatch(mismatched)
     left_out = {key for key, _, _ in mismatched}
-    _tell_not_finite({key: tensor for key, tensor in found.items() if key not in left_out})
+    _warn_of_not_finite({key: tensor for key, tensor in found.items() if key not in left_out})
     optional = {_wrapped(name, expected.adapters, expected.copies) for name in expected.optional}
-    missing = [PREFIX + key for key in slots if key not in found and key not in optional]
-    return Loaded(weights, missing, unexpected, [PREFIX + key for key, _, _ in mismatched])
+    missing = [_full_key(key) for key in slots if key not in found and key not in optional]
+    return Loaded(weights, missing, unexpected, [_full_key(key) for key, _, _ in mismatched])
 
 
 def _is_plain(tensor: Tensor, other: torch.dtype | None) -> bool:
@@ -167,7 +172,7 @@ def _is_plain(tensor: Tensor, other: torch.dtype | None) -> bool:
     return tensor.dtype in _FLOATS if other is None else tensor.dtype == other
 
 
-def _tell_not_finite(tensors: Mapping[str, Tensor]) -> None:
+def _warn_of_not_finite(tensors: Mapping[str, Tensor]) -> None:
     """Warns once of the tensors that hold NaN or infinite numbers."""
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     if _surely_finite(list(floating.values())):
@@ -201,7 +206,7 @@ def _kind_of(tensor: Tensor) -> str:
 
 def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     """Key without prefix -> where its tensor goes and the shape it must have."""
-    spelling = spelling_of(peft_type)
+    spelling = file_keys(peft_type)
     slots: dict[str, tuple[Slot, Shape]] = {}
     for path, parameters in expected.adapters.items():
         place = _wrapped(path, expected.adapters, expected.copies)
@@ -213,6 +218,8 @@ def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     for names in (expected.optional, expected.base):
         for name, shape in names.items():
             slots[_wrapped(name, expected.adapters, expected.copies)] = ("base", "", name), shape
+    for name, shape in expected.shared.items():
+        slots[SHARED_PREFIX + name] = ("shared", "", name), shape
     return slots
 
 
@@ -226,8 +233,8 @@ def _sorted_in(
         (kind, path, name), shape = slots[key]
         if tuple(tensor.shape) != tuple(shape):
             mismatched.append((key, tuple(tensor.shape), tuple(shape)))
-        elif kind == "base":
-            weights.base[name] = tensor
+        elif kind in ("base", "shared"):
+            (weights.base if kind == "base" else weights.shared)[name] = tensor
         else:
             places = weights.adapters if kind == "adapters" else weights.copies
             places.setdefault(path, {})[name] = tensor
@@ -302,24 +309,33 @@ def remapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | Non
     }
 
 
+def _full_key(key: str) -> str:
+    """The key in a file of a key in ``_slots``."""
+    return key if key.startswith(SHARED_PREFIX) else PREFIX + key
+
+
 def without_prefix(key: str) -> str:
     """A key as it is for a model that has no handle."""
     return key.removeprefix(PREFIX)
 
 
-def adapted_paths(keys: Iterable[str]) -> tuple[str, ...]:
-    """Paths of the modules that the keys of a LoRA file adapt, in their order, once each.
+def adapted_paths(keys: Iterable[str], peft_type: str) -> tuple[str, ...]:
+    """Paths of the modules that the keys of a file adapt, in their order, once each.
 
-    Keys may be those of a file, or of a model with or without a handle.
+    Args:
+        keys: those of a file, or of a model with or without a handle.
+        peft_type: of the config beside the file.
     """
+    marks = [f".{method.prefix}" for method in methods_of_type(peft_type)]
     paths: dict[str, None] = {}
     for key in keys:
         bare = key
         for segment in _WRAPPER_SEGMENTS:
             bare = bare.replace(f".{segment}", ".").removeprefix(segment)
-        path, marked, _ = bare.removeprefix(PREFIX).rpartition(".lora_")
-        if marked:
-            paths[path] = None
+        for mark in marks:
+            path, marked, _ = bare.removeprefix(PREFIX).rpartition(mark)
+            if marked:
+                paths[path] = None
     return tuple(paths)
 
 
@@ -328,7 +344,7 @@ def _nothing_fits(
 ) -> CheckpointError:
     if not tensors:
         return CheckpointError("the checkpoint holds no tensors at all", found=[], expected=list(slots))
-    found, wanted = list(tensors), [PREFIX + key for key in slots]
+    found, wanted = list(tensors), [_full_key(key) for key in slots]
     hint = None if key_mapping else _nesting_hint(tensors, slots)
     return CheckpointError(
         f"nothing in the checkpoint fits this model: it has {_few(found)}; expected {_few(wanted)}."

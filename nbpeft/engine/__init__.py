@@ -1,5 +1,5 @@
 """The adapter engine: torch only, knows no files and no notebook."""
 
-from nbpeft.engine import backends, hosts, methods
+from nbpeft.engine import backends, layer_kinds, methods
 
-__all__ = ["backends", "hosts", "methods"]
+__all__ = ["backends", "layer_kinds", "methods"]

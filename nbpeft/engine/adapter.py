@@ -1,12 +1,17 @@
-"""The contracts of the engine: what a method, a host and a backend must fill.
+"""The contract of a method: its config, its adapters, and what else an adapter may be able to do.
 
-    Adapter   the maths of one method on one layer; says what to ADD to output and weight
-    Host      one kind of layer that can be adapted (Linear, Conv1D, Embedding, …)
-    Backend   one way a weight is stored (dense, bitsandbytes 4-bit, …)
-    Base      what an adapter may see of the layer it sits on: its host and backend, joined
+    Adapter        the maths of one method on one layer: what to ADD to the output and to the weight
+    SharedState    what the layers of one adapter share, where a method needs that (VeRA's projections)
 
-An adapter knows no name, no activation and no quantization. M methods, H hosts and N backends
-are M + H + N files.
+An adapter knows no name, no activation and no quantization: M methods, K kinds of layers and N ways to
+store a weight (``base.py``) are M + K + N files. What only some methods can do is a capability, a class to
+derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`` and never for a method:
+
+    TransformsInput, TransformsOutput   act on the input or output of the one base call, at no second product
+    Rescales                            have a factor that can be changed while loaded
+    Pads                                fit into larger tensors, so that a compiled model need not compile again
+    ServesRows                          serve a mixed batch in one pass
+    LearnsWithHooks                     take part in training beside the gradient
 """
 
 from __future__ import annotations
@@ -16,18 +21,19 @@ import dataclasses
 import enum
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.base import Backend, Base, Dropout, Host, add_scaled_
+from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
+from nbpeft.engine.numerics import add_scaled_
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
-
-__all__ = ["Adapter", "AdapterConfig", "AdapterWeights", "Backend", "Base", "Dropout", "Host", "PeftType", "TaskType"]
 
 
 class TaskType(str, enum.Enum):
@@ -49,13 +55,30 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
 """Names of heads that start random; a model need not have one of that name."""
 
 
-class PeftType(str, enum.Enum):
-    """Values of ``peft_type`` in config files, for the methods that come along."""
+class _Extensible(enum.EnumMeta):
+    """An enum that methods add their member to."""
 
-    LORA = "LORA"
+    def add(cls, value: str) -> None:
+        """Adds a member that is called as its value; does nothing where there is one."""
+        if value in cls._value2member_map_:
+            return
+        member: Any = str.__new__(cls, value)  # type: ignore[arg-type]
+        member._name_, member._value_, member._sort_order_ = value, value, len(cls._member_names_)
+        cls._member_map_[value] = cls._value2member_map_[value] = member
+        cls._member_names_.append(value)
+
+    def __getattr__(cls, name: str) -> Any:
+        found = cls.__dict__.get("_member_map_", {}).get(name)
+        if found is None:
+            raise AttributeError(name)
+        return found
+
+
+class PeftType(str, enum.Enum, metaclass=_Extensible):
+    """Values of ``peft_type`` in config files: one for each registered method, ``PeftType.LORA``."""
 
     def __str__(self) -> str:
-        return self.value
+        return str(self.value)
 
 
 PEFT_VERSION = "0.21.2"
@@ -99,6 +122,12 @@ class AdapterConfig:
     """Fields that are accepted only while they ask for nothing; their type is not asked about."""
     checked_apart: ClassVar[tuple[str, ...]] = ()
     """Fields whose type is checked with their value."""
+    condenses_targets: ClassVar[bool] = True
+    """Whether a long list of targets may be saved as the suffixes that mean the same modules."""
+    slot_fields: ClassVar[tuple[str, ...]] = (
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
+    )
+    """Fields that say what an adapter consists of: hot-swapping another one into its place does not change them."""
 
     def __post_init__(self) -> None:
         check_types(self, passing=(*self.not_implemented, *self.checked_apart))
@@ -116,9 +145,13 @@ class AdapterConfig:
         self.task_type = TaskType(self.task_type)
 
     @property
-    def starts_in_base(self) -> bool:
+    def initialised_from_weight(self) -> bool:
         """Whether an adapter takes over a part of the weight at its start, so that it depends on the base's values."""
         return False
+
+    def unused_patterns(self, paths: Sequence[str]) -> str:
+        """Describes patterns over module paths among the values that match none of the adapted modules; else empty."""
+        return ""
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -129,6 +162,14 @@ class AdapterConfig:
     def is_adaption_prompt(self) -> bool:
         """PEFT's question; no method here is an adaption prompt."""
         return False
+
+    def set_size(self, size: int, paths: Sequence[str]) -> None:
+        """Sets the config to one size (rank) for all layers, and keeps the strength of each of the paths.
+
+        Raises:
+            ConfigError: adapters of this method have no size that could be set.
+        """
+        raise ConfigError(f"a {type(self).__name__} has no rank that could be set")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but those of this process alone, nested configs as dictionaries, as PEFT's ``to_dict``."""
@@ -188,28 +229,105 @@ class AdapterWeights:
         copies: path of a module trained as a whole (``modules_to_save``) -> parameter or
             buffer name inside that module -> tensor.
         base: name of a trained base parameter (``bias="all"``), without any wrapper -> tensor.
+        shared: name of a tensor that all layers of the adapter share -> tensor.
     """
 
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SharedState(nn.Module):
+    """What all layers of one adapter share; one for each adapter name. Derive from it where a method needs one.
+
+    It hangs in the first adapted layer, so it moves and trains with the model.
+    """
+
+    @classmethod
+    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that its file holds.
+
+        Args:
+            config: the method's own config.
+            features: path -> (in, out) features of each layer that gets an adapter.
+
+        Raises:
+            ConfigError: the layers cannot share a state.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def create(
+        cls,
+        config: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Builds the state, before the adapters of the layers.
+
+        Args:
+            config: the method's own config.
+            shapes: what ``tensor_shapes`` gave.
+            tensors: loaded tensors by name, or None to initialise.
+            device: where the first layer is.
+            dtype: dtype of new tensors.
+        """
+        raise NotImplementedError
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What an adapter's file holds of it, by name; references."""
+        return dict(self.state_dict(keep_vars=True))
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    """Where an adapter is built.
+
+    Attributes:
+        path: of the layer in the base model; patterns are matched against it.
+        base: the layer.
+        shapes: what ``parameter_shapes`` gave for it.
+        dtype: dtype of new parameters.
+        shared: the state that the adapter shares with those of other layers, where its method has one.
+    """
+
+    path: str
+    base: BaseLayer
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    shared: SharedState | None = None
 
 
 class Adapter(nn.Module):
     """One method, for one name, on one layer. Subclass it in ``methods/``.
 
-    A subclass gives ``create`` and the three maths methods. All its tensors to train are direct
-    parameters, named as in the papers; ``parameter_shapes`` tells their names and shapes
+    A subclass gives ``parameter_shapes``, ``create``, ``forward`` and ``delta_weight``. All its tensors to
+    train are direct parameters, named as in the papers; ``parameter_shapes`` gives their names and shapes
     before anything is allocated.
     """
 
-    weight_free: ClassVar[bool] = True
-    """Whether ``delta_weight`` ignores the weight it is given (DoRA does not)."""
+    reads_weight: ClassVar[bool] = False
+    """Whether ``delta_weight`` depends on the weight it is given, so that several adapters need the frozen one."""
 
-    scaling: float | Tensor
+    supports_fused_add: ClassVar[bool] = False
+    """Whether ``forward`` takes ``fused=True``: return output and delta together, which can be cheaper."""
+
+    is_tied: ClassVar[bool] = False
+    """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
+
+    wrapped_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.lora_A["default"].weight``."""
+
+    peft_attributes: ClassVar[Mapping[str, str]] = {}
+    """PEFT's name of an attribute of an adapted layer -> that of the adapter behind it."""
+
+    # What every method gives
 
     @classmethod
-    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, host: Host) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape this method will have at ``path``.
 
         Raises:
@@ -218,52 +336,22 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def create(
-        cls,
-        config: Any,
-        path: str,
-        base: Base,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Builds the adapter for the layer at ``path``.
+    def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Builds the adapter of one layer.
 
         Args:
             config: the method's own config.
-            path: where the layer is in the model; patterns are matched against it.
-            base: the layer.
-            shapes: what ``parameter_shapes`` gave for it.
+            site: the layer.
             tensors: loaded parameters to bind as they are, or None to initialise.
-            dtype: dtype of new parameters.
         """
         raise NotImplementedError
 
-    @property
-    def held(self) -> Mapping[str, Any]:
-        """Its parameters by name, or what stands for them: nn.DataParallel's replicas have plain attributes instead."""
-        return self._parameters or self.__dict__
-
-    def follow(self, source: Adapter) -> None:
-        """Makes this adapter act with the tensors of another one; for layers that share one weight."""
-        raise NotImplementedError
-
-    def merged_elsewhere(self, base: Base) -> bool:
-        """Whether its delta gets into the layer's weight by merging on another layer, which shares the weight."""
-        return False
-
-    shares_rows: ClassVar[bool] = False
-    """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
-
-    adds_itself: ClassVar[bool] = False
-    """Whether ``forward`` takes ``whole=True``: give output and delta together, which can be cheaper."""
-
-    def forward(self, x: Tensor, base_output: Tensor, base: Base) -> Tensor:
-        """What to ADD to the layer's output.
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """Computes what to ADD to the layer's output.
 
         Args:
-            x: the layer's input, in its own dtype (an adapter casts inside, and keeps ``x``).
-            base_output: what the frozen layer gave, bias included.
+            x: the layer's input, (…, in), in its own dtype (an adapter casts inside, and keeps ``x``).
+            base_output: what the frozen layer gave, (…, out), bias included.
             base: the layer.
 
         Returns:
@@ -271,9 +359,180 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """Computes what to ADD to the canonical weight, which is the frozen base's. Same shape."""
+        raise NotImplementedError
+
+    # What a method may do better than by default
+
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """Computes what to ADD to the layer's bias, (out,); None where that stays."""
+        return None
+
+    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
+        """Adds ``scale * delta_weight(weight)`` to a canonical weight in place.
+
+        A method overrides it to spend less memory than a second weight.
+        """
+        add_scaled_(weight, self.delta_weight(weight, base), scale)
+
+    def merge_refusal(self, base: BaseLayer) -> str:
+        """Why what it adds is not a change of the layer's weight and bias, as part of a sentence; else empty."""
+        return ""
+
+    def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
+        """Measures the change of the weight.
+
+        Returns:
+            Its Frobenius norm, and how many directions hold most of it where that is cheap to compute.
+        """
+        delta = self.delta_weight(weight, base)
+        return float(torch.linalg.vector_norm(delta, dtype=torch.promote_types(delta.dtype, torch.float32))), None
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The largest rank its change of the weight can have, where the method bounds it."""
+        return None
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """What an adapter's file holds of it: references to its parameters, or views of them.
+
+        Args:
+            shapes: returns what ``parameter_shapes`` gives for its config.
+        """
+        return {key: value for key, value in self._parameters.items() if value is not None}
+
+    def swap_refusal(self) -> str:
+        """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
+        return ""
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites its parameters so that it adds nothing."""
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.detach().zero_()
+
+    def configure(self, config: Any, path: str) -> None:
+        """Takes the settings of another config over that are no tensors; after its tensors were replaced."""
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records what ``configure`` changes."""
+
     @classmethod
+    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """The size (rank) of an adapter with these parameter shapes, where the method has one."""
+        return None
+
+    @classmethod
+    def initial_elements(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Number of values it keeps beside its parameters where it is initialised from the weight."""
+        return 0
+
+    @classmethod
+    def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
+        """What a person should know about a config on these layers (path, layer, kind) before it is used."""
+        return ()
+
+    # Layers that share a weight
+
+    def tie_to(self, source: Adapter) -> None:
+        """Makes this adapter use the tensors of another one, for layers that share one weight."""
+        raise NotImplementedError
+
+    def merged_through_tied_layer(self, base: BaseLayer) -> bool:
+        """Whether merging on another layer, which shares the weight, changes this layer's weight too."""
+        return False
+
+    @property
+    def held(self) -> Mapping[str, Any]:
+        """Its parameters by name; nn.DataParallel's replicas have plain attributes instead."""
+        return self._parameters or self.__dict__
+
+
+class TransformsInput(ABC):
+    """Alone on a layer, changes the input of the base call instead of adding to its output."""
+
+    @abstractmethod
+    def transform_input(self, x: Tensor, base: BaseLayer) -> Tensor:
+        """The input (…, in) to call the frozen layer with, in the dtype of ``x``."""
+
+
+class TransformsOutput(ABC):
+    """Alone on a layer, changes the output of the base call."""
+
+    @abstractmethod
+    def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
+        """What the layer gives instead of ``output`` (…, out), in the dtype of that."""
+
+
+class Rescales:
+    """Has a factor on what it adds, ``scaling``, which can be changed while the adapter is loaded.
+
+    Attributes:
+        scaling: the factor; a 0-d tensor once the model is prepared for compiled hot-swapping.
+    """
+
+    scaling: float | Tensor
+    _trained_scaling: float | None = None
+
+    @property
+    def trained_scaling(self) -> float:
+        """The factor its config asks for, whatever was written since."""
+        return float(self.scaling) if self._trained_scaling is None else self._trained_scaling
+
+    def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
+        """Sets the factor, in place where it is held as a tensor.
+
+        Args:
+            scaling: the new factor.
+            trained: take it for the trained one from now on.
+        """
+        self.__dict__["_trained_scaling"] = None if trained else self.trained_scaling
+        if isinstance(self.scaling, Tensor):
+            self.scaling.fill_(float(scaling))
+        else:
+            self.__dict__["scaling"] = float(scaling)
+
+    def keep_scaling(self, change: Transaction) -> None:
+        """Records the factor."""
+        change.keep_attributes(self, "scaling", "_trained_scaling")
+        if isinstance(self.scaling, Tensor):
+            change.keep_values([self.scaling])
+
+    def hold_scaling_as_tensor(self, device: torch.device) -> None:
+        """Lets the factor change without recompiling."""
+        if not isinstance(self.scaling, Tensor):
+            self.__dict__["scaling"] = torch.tensor(float(self.scaling), device=device)
+
+
+class Pads(ABC):
+    """Can have more room in its tensors than it uses, so that adapters of another size fit in."""
+
+    @property
+    @abstractmethod
+    def room(self) -> int:
+        """The largest size (rank) that fits into its tensors now."""
+
+    @abstractmethod
+    def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Views of the part of a parameter that an adapter of some shape uses, and of the rest."""
+
+    @abstractmethod
+    def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The parameters that grow to a size, and their values padded with zeros."""
+
+    @abstractmethod
+    def mark_padded(self) -> None:
+        """Remembers that its tensors have more room than it uses."""
+
+
+class ServesRows(ABC):
+    """Can serve a batch, whose rows are served by several adapters of the class, in one pass."""
+
+    @classmethod
+    @abstractmethod
     def mixed(
-        cls, adapters: Sequence[Self | None], scales: Sequence[float], base: Base, kept: dict[Any, Any]
+        cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
         """One pass for a batch whose rows are served by several adapters of this method.
 
@@ -287,19 +546,19 @@ class Adapter(nn.Module):
             A function of the input (batch, …) and an index (batch,) into ``adapters`` (-1: none)
             that gives the delta to add, or None where rows have to be served adapter by adapter.
         """
+
+
+class LearnsWithHooks:
+    """Takes part in training beside the gradient; an ``Adapter`` or a ``SharedState``.
+
+    The Trainer, ``nbpeft.train`` and ``track()`` call the hooks of the active adapters; a training loop of
+    one's own calls ``model.base_model.manager.after_backward(step)`` between ``backward()`` and the
+    optimizer's step, and adds ``extra_loss()`` to its loss.
+    """
+
+    def after_backward(self, step: int) -> None:
+        """Called with the gradients of one optimizer step, before it; ``step`` counts from 0."""
+
+    def extra_loss(self) -> Tensor | None:
+        """A scalar to add to the loss, or None."""
         return None
-
-    def delta_weight(self, weight: Tensor, base: Base) -> Tensor:
-        """What to ADD to the canonical weight, which is the frozen base's. Same shape."""
-        raise NotImplementedError
-
-    def delta_bias(self, base: Base) -> Tensor | None:
-        """What to ADD to the layer's bias, (out,), or None."""
-        return None
-
-    def add_to_(self, weight: Tensor, base: Base, scale: float) -> None:
-        """Adds ``scale * delta_weight(weight)`` to a canonical weight in place.
-
-        A method overrides it to spend less memory than a second weight.
-        """
-        add_scaled_(weight, self.delta_weight(weight, base), scale)

@@ -1,15 +1,14 @@
 """What the engine asks of a kind of layer and of a way to store its weight.
 
-Host      one kind of layer that can be adapted (Linear, Conv1D, Embedding, …)
-Backend   one way a weight is stored (dense, bitsandbytes 4-bit, …)
-Base      what an adapter may see of the layer it sits on: its host and backend, joined
+LayerKind   one kind of layer that can be adapted (Linear, Conv1D, Embedding, …)
+Backend     one way a weight is stored (dense, bitsandbytes 4-bit, …)
+BaseLayer   what an adapter may see of the layer it sits on: its kind and backend, joined
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +22,8 @@ class Backend(Protocol):
     """
 
     name: str
+    peft_name: str
+    """PEFT's name of an adapted layer with such a weight, ``Linear4bit``; empty where the kind of layer gives it."""
     can_merge: bool
     merge_refusal: str
     """Why ``can_merge`` is False, for the error's message; empty otherwise."""
@@ -32,7 +33,7 @@ class Backend(Protocol):
         ...
 
     def prepare(self, module: nn.Module) -> None:
-        """Sees to a module of a model that gets its first adapter. Idempotent."""
+        """Prepares a module of a model that gets its first adapter. Idempotent."""
         ...
 
     def tensors(self, module: nn.Module) -> list[Tensor]:
@@ -76,20 +77,7 @@ class Backend(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout of an adapter's input: a probability and whether it acts now."""
-
-    probability: float
-    training: bool
-
-    @property
-    def acts(self) -> bool:
-        """Whether anything is dropped."""
-        return self.training and self.probability > 0.0
-
-
-class Host(Protocol):
+class LayerKind(Protocol):
     """One kind of layer that can be adapted. Stateless.
 
     The canonical weight is (out, in) or (out, in / groups, *kernel): every method's maths is
@@ -97,12 +85,12 @@ class Host(Protocol):
     """
 
     name: str
-    factor_names: tuple[str, str]
-    """Names of the two low-rank factors, e.g. ``("lora_A", "lora_B")``."""
-    zero_factor: int
-    """Which factor starts at zero under the usual init: 1 (B), or 0 (A, for lookups)."""
-    multiplies: bool
-    """Whether its low-rank product is two matrix products of the input's last dimension."""
+    peft_name: str
+    """PEFT's name of an adapted layer of this kind: ``Linear``, ``Embedding``, ``Conv2d``."""
+    is_linear: bool
+    """Whether it is a matrix product over the input's last dimension."""
+    takes_ids: bool
+    """Whether its input is indices of columns of the canonical weight instead of features."""
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module is of this kind (quantized versions included)."""
@@ -112,48 +100,16 @@ class Host(Protocol):
         """(in, out) features."""
         ...
 
+    def weight_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """Shape of the canonical weight."""
+        ...
+
     def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
         """A view of a weight in the module's orientation as the canonical one; its own inverse."""
         ...
 
-    def factor_shapes(self, module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B for a rank.
-
-        Raises:
-            ConfigError: this layer cannot take that rank.
-        """
-        ...
-
-    def low_rank(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float | Tensor,
-        dropout: Dropout,
-        onto: Tensor | None = None,
-    ) -> Tensor:
-        """scaling * B(A(dropout(x))), shaped like the module's output, without a bias.
-
-        With ``onto`` it is added to that, in its dtype.
-        """
-        ...
-
-    def linear(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's map with another canonical weight and no bias."""
-        ...
-
-    def product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """B A as a canonical weight.
-
-        Raises:
-            MergeError: it is none, see ``product_refusal``.
-        """
-        ...
-
-    def product_refusal(self, module: nn.Module) -> str:
-        """Why B A is not a weight of this layer, so that it can neither be merged nor normalised; else empty."""
         ...
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
@@ -161,31 +117,31 @@ class Host(Protocol):
         ...
 
 
-class Base:
+class BaseLayer:
     """What an adapter may see of the layer it sits on.
 
     Attributes:
         module: the frozen layer itself.
-        host: its kind.
+        kind: what kind of layer it is.
         backend: how its weight is stored.
     """
 
-    __slots__ = ("backend", "host", "module")
+    __slots__ = ("backend", "kind", "module")
 
-    def __init__(self, module: nn.Module, host: Host, backend: Backend) -> None:
+    def __init__(self, module: nn.Module, kind: LayerKind, backend: Backend) -> None:
         self.module = module
-        self.host = host
+        self.kind = kind
         self.backend = backend
 
     @property
     def in_features(self) -> int:
         """Features of the input."""
-        return self.host.features(self.module)[0]
+        return self.kind.features(self.module)[0]
 
     @property
     def out_features(self) -> int:
         """Features of the output."""
-        return self.host.features(self.module)[1]
+        return self.kind.features(self.module)[1]
 
     @property
     def bias(self) -> Tensor | None:
@@ -209,29 +165,7 @@ class Base:
         """The frozen weight, dequantized, canonical (out, in, …), detached."""
         with onloaded(self.module):
             weight = self.backend.dequantize(self.module)
-        return self.host.canonical(self.module, weight)
-
-
-def fits(factor: float, dtype: torch.dtype) -> bool:
-    """Whether torch's in-place sums take a factor (``alpha``) on tensors of a dtype: not one beyond its range."""
-    return abs(factor) <= torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
-
-
-@torch.no_grad()
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor infinite numbers."""
-    # A sum is fast and only finite if all that is added is; a large one may overflow by itself.
-    tensor = tensor if tensor.element_size() > 1 else tensor.float()
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
-
-
-def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> None:
-    """Adds ``scale * delta`` to a weight of the same shape in place; beyond a dtype's range that is infinite."""
-    if fits(scale, weight.dtype):
-        weight.add_(delta, alpha=scale)
-    else:
-        weight.add_(delta * scale)
+        return self.kind.canonical(self.module, weight)
 
 
 def offloading(module: nn.Module) -> Any:
@@ -244,7 +178,7 @@ def offloading(module: nn.Module) -> Any:
 
 
 def onloaded(module: nn.Module) -> AbstractContextManager[None]:
-    """Has an offloaded layer's tensors where it computes while the block runs; writing to them is in vain."""
+    """Context manager: loads an offloaded layer's tensors where it computes. Writes to them are discarded."""
     hook = offloading(module)
     return _NOTHING if hook is None else _brought(module, hook)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.plan import walk
+from nbpeft.engine.model_tree import bare_modules
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
 
@@ -107,8 +107,7 @@ class BaseBiases:
             path, _, key = name.rpartition(".")
             wanted.setdefault(path, []).append(key)
         found: dict[str, nn.Parameter] = {}
-        places = [("", self._model), *((site.path, site.module) for site in walk(self._model))] if wanted else []
-        for path, module in places:
+        for path, module in bare_modules(self._model) if wanted else ():
             for key in dict.fromkeys(wanted.get(path, ())):
                 parameter = module._parameters.get(key)
                 if parameter is not None:

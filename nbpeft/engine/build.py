@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterWeights
+from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, SharedState
 from nbpeft.engine.base import offloading
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.plan import InjectionPlan, Site, Target, make_adapters, walk
-from nbpeft.engine.registry import backend_named, backends, host_named
+from nbpeft.engine.model_tree import Site, walk
+from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
+from nbpeft.engine.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.switch import Switch
 from nbpeft.engine.transaction import Transaction
@@ -33,10 +34,12 @@ class Parts:
     Attributes:
         adapters: (sites of one module, its wrapper, the new adapter) in model order.
         copies: (sites, wrapper, trained copy).
+        shared: what the adapters share, if anything.
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
     copies: list[tuple[list[Site], CopiedModule, nn.Module]]
+    shared: SharedState | None = None
 
 
 def build(
@@ -68,20 +71,22 @@ def build(
         sites.setdefault(id(site.module), []).append(site)
         if site.path in wanted:
             by_path[site.path] = site
-    parts = Parts([], [])
-    layers: dict[str, AdaptedLayer] = {}
+    layers = {target.path: _layer(by_path[target.path], target, switch) for target in plan.targets}
+    first = layers[plan.targets[0].path].base if plan.targets else None
+    shared = None if first is None else shared_state(plan, weights, first.device, adapter_dtype(first.dtype, half=half))
+    parts = Parts([], [], shared)
 
-    def create(adapter_class: type[Adapter], config: Any, target: Target) -> Adapter:
+    def create(target: Target) -> Adapter:
         check_interrupt()  # some inits take a second a layer
-        wrapper = by_path[target.path].wrapper
-        layer = wrapper if isinstance(wrapper, AdaptedLayer) else _wrap(by_path[target.path], target, switch)
-        layers[target.path] = layer
-        given = None if weights is None else weights.adapters.get(target.path)
-        return _create(adapter_class, config, target, layer, given, half)
+        base = layers[target.path].base
+        site = AdapterSite(target.path, base, target.shapes, adapter_dtype(base.dtype, half=half), shared)
+        return _create(target, site, None if weights is None else weights.adapters.get(target.path))
 
     for target, adapter in make_adapters(plan, create):
         layer = layers[target.path]
         adapter.training = layer.training
+        if shared is not None and not parts.adapters:
+            adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.path].module)], layer, adapter))
     for path in plan.copies:
         site = by_path[path]
@@ -93,27 +98,38 @@ def build(
     return parts
 
 
-def _wrap(site: Site, target: Target, switch: Switch) -> AdaptedLayer:
-    return AdaptedLayer(site.module, host_named(target.host), backend_named(target.backend), switch)
+def _layer(site: Site, target: Target, switch: Switch) -> AdaptedLayer:
+    if isinstance(site.wrapper, AdaptedLayer):
+        return site.wrapper
+    return AdaptedLayer(site.module, layer_kind_named(target.kind), backend_named(target.backend), switch)
 
 
-def _create(
-    adapter_class: type[Adapter],
-    config: Any,
-    target: Target,
-    layer: AdaptedLayer,
-    given: Mapping[str, Tensor] | None,
-    half: bool,
-) -> Adapter:
-    dtype = adapter_dtype(layer.base.dtype, half=half)
-    path, shapes = target.path, target.shapes
-    if given is None or set(shapes) - set(given):
-        adapter = adapter_class.create(config, path, layer.base, shapes, None, dtype)
+def shared_state(
+    plan: InjectionPlan, weights: AdapterWeights | None, device: torch.device, dtype: torch.dtype
+) -> SharedState | None:
+    """Builds what the layers of an adapter share, where its method has that.
+
+    Args:
+        plan: of the adapter.
+        weights: loaded tensors, or None to initialise.
+        device: of its tensors.
+        dtype: of new tensors.
+    """
+    shared = method_of(plan.config).shared
+    if shared is None:
+        return None
+    given = None if weights is None or plan.shared.keys() - weights.shared.keys() else weights.shared
+    return shared.create(plan.config, plan.shared, given, device, dtype)
+
+
+def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:
+    options: Any = {"device": site.base.device, "dtype": site.dtype}
+    if given is None or set(site.shapes) - set(given):
+        adapter = target.adapter_class.create(target.config, site, None)
         for name, tensor in (given or {}).items():
-            adapter._parameters[name] = nn.Parameter(tensor.to(device=layer.base.device, dtype=dtype))
+            adapter._parameters[name] = nn.Parameter(tensor.to(**options))
         return adapter
-    tensors = {name: given[name].to(device=layer.base.device, dtype=dtype) for name in shapes}
-    return adapter_class.create(config, path, layer.base, shapes, tensors, dtype)
+    return target.adapter_class.create(target.config, site, {name: given[name].to(**options) for name in site.shapes})
 
 
 def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:

@@ -12,10 +12,9 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.copies import CopiedModule
-from nbpeft.engine.hotswap import adapter_tensors
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.switch import Switch
 from nbpeft.engine.transaction import Transaction
@@ -134,14 +133,16 @@ class AdapterHolder:
 
     def _find_slots(self, name: str) -> list[tuple[dict[str, nn.Parameter | None], str]]:
         """Where an adapter's tensors hang: (parameters of a module, key)."""
-        owners = [layer.adapters._modules.get(name) for layer in self.layers.values()]
+        owners: list[nn.Module] = []
+        for layer in self.layers.values():
+            adapter = layer.adapters._modules.get(name)
+            owners.extend(() if adapter is None else adapter.modules() if adapter._modules else (adapter,))
         for copied in self.copies.values():
             trained = copied.modules_to_save._modules.get(name)
             owners.extend(trained.modules() if trained is not None else ())
         return [
             (owner._parameters, key)
             for owner in owners
-            if owner is not None
             for key, parameter in owner._parameters.items()
             if parameter is not None and parameter.is_floating_point()
         ]
@@ -152,12 +153,29 @@ class AdapterHolder:
         weights = AdapterWeights()
         for path, layer in self.layers.items():
             if name in layer.adapters._modules:
-                weights.adapters[path] = adapter_tensors(layer.adapter(name), self.configs[name], path, layer)
+                weights.adapters[path] = self._saved_tensors(path, layer, name)
         for path, module in self.copies.items():
             if name in module.modules_to_save._modules:
                 weights.copies[path] = dict(module.modules_to_save[name].state_dict(keep_vars=True))
         weights.base = self.base_biases(name)
+        shared = self.shared(name)
+        weights.shared = {} if shared is None else shared.saved_tensors()
         return weights
+
+    def _saved_tensors(self, path: str, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
+        adapter, config = layer.adapter(name), self.configs[name]
+        return adapter.saved_tensors(
+            lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind)
+        )
+
+    def shared(self, name: str) -> SharedState | None:
+        """What the layers of an adapter share, where its method has that."""
+        for layer in self.layers.values():
+            adapter = layer.adapters._modules.get(name)
+            held = None if adapter is None else adapter._modules.get("shared")
+            if isinstance(held, SharedState):
+                return held
+        return None
 
     def base_biases(self, name: str) -> dict[str, Tensor]:
         """Name in the bare base model -> bias that an adapter trains along."""

@@ -1,4 +1,4 @@
-"""AdaptedLayer: the only wrapper around a layer, whatever the method, host and backend."""
+"""AdaptedLayer: the only wrapper around a layer, whatever the method, the kind of layer and the backend."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, Backend, Base, Host
-from nbpeft.engine.base import add_scaled_, is_finite, offloading
-from nbpeft.engine.layer_face import LayerFace, by_name
-from nbpeft.engine.lowrank import add_delta
+from nbpeft.engine.adapter import Adapter, ServesRows, TransformsInput, TransformsOutput
+from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import merge_refusal
+from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
+from nbpeft.engine.peft_layer_api import PeftLayerMixin, by_name
 from nbpeft.engine.spool import Spool
-from nbpeft.engine.switch import ReplicaSwitch, Rows, Switch
+from nbpeft.engine.switch import Active, ReplicaSwitch, Rows, Switch
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
 
@@ -49,7 +49,7 @@ class Stored:
     frozen: Stored | None
 
 
-class AdaptedLayer(LayerFace):
+class AdaptedLayer(PeftLayerMixin):
     """A frozen layer and its named adapters.
 
     The output is the base layer's plus the deltas of the active adapters, each taken against the
@@ -65,15 +65,15 @@ class AdaptedLayer(LayerFace):
     base_layer: nn.Module
     adapters: AdapterDict
 
-    def __init__(self, base_layer: nn.Module, host: Host, backend: Backend, switch: Switch) -> None:
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, backend: Backend, switch: Switch) -> None:
         super().__init__()
         modules = self.__dict__["_modules"]
         modules["base_layer"] = base_layer
         modules["adapters"] = AdapterDict()
         self.__dict__.update(
-            host=host,
+            kind=kind,
             backend=backend,
-            base=Base(base_layer, host, backend),
+            base=BaseLayer(base_layer, kind, backend),
             switch=switch,
             merged=(),
             training=base_layer.training,
@@ -81,9 +81,9 @@ class AdaptedLayer(LayerFace):
         )
         modules["adapters"].__dict__["training"] = base_layer.training
 
-    host: Host
+    kind: LayerKind
     backend: Backend
-    base: Base
+    base: BaseLayer
     switch: Switch
     merged: tuple[str, ...]
     _frozen: Stored | None
@@ -99,24 +99,37 @@ class AdaptedLayer(LayerFace):
         Returns:
             The base layer's output with the deltas added, in the base output's dtype.
         """
-        output: Tensor = self.base_layer(x, *args, **kwargs)
         active = self.switch.current()
         if self.merged:
-            return output
+            merged: Tensor = self.base_layer(x, *args, **kwargs)
+            return merged
+        alone = self._alone(active)
+        if isinstance(alone, TransformsInput):
+            base = self._own_base()
+            transformed: Tensor = self.base_layer(alone.transform_input(x, base), *args, **kwargs)
+            return transformed
+        output: Tensor = self.base_layer(x, *args, **kwargs)
         base = self._own_base()
         if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
             x = x.to(output.device)
         if active.rows is not None:
             return self._mixed(x, output, active.rows)
+        if isinstance(alone, TransformsOutput):
+            return alone.transform_output(output, base)
+        if alone is not None and alone.supports_fused_add:
+            fused: Tensor = alone(x, output, base, True)
+            return fused
+        return self._with_deltas(x, output, base, active)
+
+    def _alone(self, active: Active) -> Any:
+        """The adapter here that is active at its trained strength, where no other is active in the model."""
+        if len(active.names) != 1 or active.scales[0] != 1.0 or active.rows is not None:
+            return None
+        return self.adapters._modules.get(active.names[0])
+
+    def _with_deltas(self, x: Tensor, output: Tensor, base: BaseLayer, active: Active) -> Tensor:
         total: Tensor | None = None
         adapters = self.adapters._modules
-        if len(active.names) == 1 and active.scales[0] == 1.0:
-            alone = adapters.get(active.names[0])
-            if alone is None:
-                return output
-            if alone.adds_itself:
-                whole: Tensor = alone(x, output, base, True)
-                return whole
         for name, scale in zip(active.names, active.scales, strict=True):
             adapter = adapters.get(name)
             if adapter is None:
@@ -131,12 +144,12 @@ class AdaptedLayer(LayerFace):
             total = total.to(output.device)
         return add_delta(output, total)
 
-    def _own_base(self) -> Base:
+    def _own_base(self) -> BaseLayer:
         """``base``; a replica that nn.DataParallel made on another device has a frozen layer of its own."""
         layer = self._modules["base_layer"]
         if layer is None or layer is self.base.module:
             return self.base
-        return Base(layer, self.host, self.backend)
+        return BaseLayer(layer, self.kind, self.backend)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -152,10 +165,10 @@ class AdaptedLayer(LayerFace):
         x, output = rows.spread(x), rows.spread(output)
         batch = output.shape[0]
         kinds = {type(self.adapter(name)) for name in present}
-        if len(kinds) == 1:
+        if len(kinds) == 1 and issubclass(serving := kinds.pop(), ServesRows):
             kept = rows.cache.setdefault(id(self), {})
             found: list[Any] = [adapters.get(name) for name in rows.names]
-            served = kinds.pop().mixed(found, rows.scales, self.base, kept)
+            served = serving.mixed(found, rows.scales, self.base, kept)
             if served is not None:
                 return add_delta(output, served(x, rows.expanded(batch, x.device)))
         result = output.clone()
@@ -221,7 +234,7 @@ class AdaptedLayer(LayerFace):
             shared: Any = self.base_layer._parameters["weight"]
             self.base_layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
         weight = self.backend.dequantize(self.base_layer)
-        self._add_deltas(self.host.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
+        self._add_deltas(self.kind.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
         self.backend.store(self.base_layer, weight)
         bias = self.base.bias
         for name, scale in chosen:
@@ -243,20 +256,21 @@ class AdaptedLayer(LayerFace):
             )
         if present and any(tensor.is_meta for tensor in self.base_layer.parameters(recurse=False)):
             raise MergeError("its weight has no data here (meta device): load the model whole")
-        refusal = self.host.product_refusal(self.base_layer) if present else ""
-        if refusal:
-            raise MergeError(f"{', '.join(map(repr, present))} cannot be merged into {refusal}")
+        for name in present:
+            refusal = self.adapter(name).merge_refusal(self.base)
+            if refusal:
+                raise MergeError(f"adapter {name!r} cannot be merged into {refusal}")
         biased = any(self.adapter(name).delta_bias(self.base) is not None for name in present)
         refusal = merge_refusal(self.base, biased=biased) if present else ""
         if refusal:
             raise MergeError(refusal)
         for name in present:
             if self.base.bias is None and self.adapter(name).delta_bias(self.base) is not None:
-                raise MergeError(f"adapter {name!r} has a bias (lora_bias=True) but the base layer has none to take it")
+                raise MergeError(f"adapter {name!r} adds a bias but the base layer has none to take it")
 
     def _add_deltas(self, weight: Tensor, names: Sequence[str], scales: Sequence[float]) -> None:
         adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
-        add_deltas(weight, self.base, [pair for pair in adapters if not pair[0].merged_elsewhere(self.base)])
+        add_deltas(weight, self.base, [pair for pair in adapters if not pair[0].merged_through_tied_layer(self.base)])
 
     def _stored(self, *, apart: bool, spool: Spool | None = None) -> Stored:
         """All that merging changes, as it is now; tensors as copies on the CPU.
@@ -333,7 +347,7 @@ class AdaptedLayer(LayerFace):
         return getattr(modules["base_layer"], name) if found is None else found
 
 
-def add_deltas(weight: Tensor, base: Base, adapters: Sequence[tuple[Adapter, float]]) -> None:
+def add_deltas(weight: Tensor, base: BaseLayer, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Adds the deltas of adapters, each taken against the frozen weight, to a canonical weight in place.
 
     Args:
@@ -341,7 +355,7 @@ def add_deltas(weight: Tensor, base: Base, adapters: Sequence[tuple[Adapter, flo
         base: the layer it belongs to.
         adapters: (adapter, factor on its delta).
     """
-    if len(adapters) == 1 or all(adapter.weight_free for adapter, _ in adapters):
+    if len(adapters) == 1 or not any(adapter.reads_weight for adapter, _ in adapters):
         for adapter, scale in adapters:
             adapter.add_to_(weight, base, scale)
         return

@@ -27,31 +27,37 @@ from nbpeft.engine.merging import (
     merge_layers,
     unmerge_layers,
 )
+from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.scopes import ScopedChoice
-from nbpeft.engine.shared import part_for_good
 from nbpeft.engine.switch import NOTHING, Active
+from nbpeft.engine.tied_weights import untie_embeddings_
 from nbpeft.engine.transaction import Block, Transaction
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError
 
-_ATTRIBUTE = "_nbpeft_manager"
-_ATTRIBUTES = (_ATTRIBUTE, "peft_config")
+_ATTRIBUTES = (MANAGER, "peft_config")
 """What a base model carries while it is adapted."""
+
+
+def require_manager(model: nn.Module) -> AdapterManager:
+    """Returns the manager of a handle or an adapted base model.
+
+    Raises:
+        AdapterError: the model carries no adapters.
+    """
+    found = manager_of(model)
+    if found is None:
+        raise AdapterError(f"this {type(model).__name__} carries no adapters; use get_peft_model first")
+    return found
 
 
 class AdapterManager(AdapterHolder):
     """The adapters of one base model and every command on them."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> AdapterManager | None:
-        """The manager of a base model, or None if it carries no adapters."""
-        manager = model.__dict__.get(_ATTRIBUTE)
-        return manager if isinstance(manager, AdapterManager) else None
-
-    @classmethod
     def attach(cls, model: nn.Module, manager: AdapterManager | None = None) -> AdapterManager:
-        """Makes a manager findable by ``of``; without one, the model's own or a new one."""
-        found = manager or cls.of(model) or cls(model)
+        """Returns a base model's manager, attaching the one given or a new one if it has none."""
+        found = manager or manager_of(model) or cls(model)
         with found.transaction(during_calls=True, quiet=True) as change:
             change.keep_attributes(model, *_ATTRIBUTES)
             # PEFT leaves its configs there, where other libraries look for them.
@@ -155,7 +161,7 @@ class AdapterManager(AdapterHolder):
         if name in self.configs and not replace:
             raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
         if name in self._merged:
-            raise self._merged_error(f"{name!r} is replaced")
+            self.refuse_merged(f"{name!r} is replaced")
 
     def remove(self, name: str) -> None:
         """Takes an adapter out; if no active one is left, the oldest becomes active.
@@ -166,7 +172,7 @@ class AdapterManager(AdapterHolder):
         with self.transaction() as change:
             self.require(name)
             if name in self._merged or (self._merged and self._biases.originals(name)):
-                raise self._merged_error(f"{name!r} is deleted")
+                self.refuse_merged(f"{name!r} is deleted")
             self._keep_structure(change)
             self._forget(name, change)
             drop(self.model, name, self.layers, self.copies, change)
@@ -193,7 +199,7 @@ class AdapterManager(AdapterHolder):
             if new in self.configs:
                 raise AdapterExistsError(f"there is an adapter {new!r} already; take another name")
             if old in self._merged:
-                raise self._merged_error(f"{old!r} is renamed")
+                self.refuse_merged(f"{old!r} is renamed")
             self._keep_structure(change)
             for held in (*self._holders(), self.configs):
                 if old in held:
@@ -217,7 +223,8 @@ class AdapterManager(AdapterHolder):
         weights = self.weights(name)
         if weights.base:
             raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
-        twin = AdapterWeights(cloned(weights.adapters), cloned(weights.copies))
+        shared = {key: value.detach().clone() for key, value in weights.shared.items()}
+        twin = AdapterWeights(cloned(weights.adapters), cloned(weights.copies), shared=shared)
         dtypes = {value.dtype for named in twin.adapters.values() for value in named.values()}
         with self.transaction():
             self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
@@ -501,7 +508,7 @@ class AdapterManager(AdapterHolder):
                 merge_layers(self.model, self.layers, chosen, self.scale, change, keep_frozen=False)
             self._dismantle(chosen, change)
             if merge:
-                part_for_good(self.model, change)
+                untie_embeddings_(self.model, change)
         return self.model
 
     def _dismantle(self, merged: Sequence[str], change: Transaction) -> None:
@@ -523,5 +530,11 @@ class AdapterManager(AdapterHolder):
         for attribute in _ATTRIBUTES:
             self.model.__dict__.pop(attribute, None)
 
-    def _merged_error(self, what: str) -> MergeError:
-        return MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
+    def refuse_merged(self, what: str) -> None:
+        """Raises MergeError while adapters are merged.
+
+        Args:
+            what: what cannot be done then, to follow "unmerge before".
+        """
+        if self._merged:
+            raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nbpeft.engine.base import Base, offloading, onloaded
+from nbpeft.engine.base import BaseLayer, offloading, onloaded
 
 _KNOWN_FORWARDS = (
     "torch.nn.modules.linear",
@@ -40,11 +40,11 @@ _RELATIVE_ERROR = {torch.float32: 3e-3, torch.float64: 1e-6}
 _HALF_RELATIVE_ERROR = 5e-2
 
 
-def merge_refusal(base: Base, *, biased: bool = False) -> str:
+def merge_refusal(base: BaseLayer, *, biased: bool = False) -> str:
     """Why a weight merged into a layer would not act as the adapter does; empty where it does.
 
     Args:
-        base: the frozen layer, with its host and backend.
+        base: the frozen layer, with its kind and backend.
         biased: whether its bias is merged into too.
     """
     module = base.module
@@ -127,7 +127,7 @@ def _returns_nothing(function: Any) -> bool:
 
 
 @torch.no_grad()
-def _maps_with_its_weight(base: Base) -> bool:
+def _maps_with_its_weight(base: BaseLayer) -> bool:
     """Whether the layer gives ``W x + b``; where its class is unknown, by trying it on two rows."""
     module = base.module
     forward = _own_forward(module)
@@ -138,9 +138,9 @@ def _maps_with_its_weight(base: Base) -> bool:
     try:
         with onloaded(module), _evaluating(module), torch.random.fork_rng(devices=devices):
             given = forward(x)
-        expected = base.host.linear(module, x, base.weight())
+        expected = base.kind.apply(module, x, base.weight())
         if base.bias is not None:
-            expected = expected + base.host.per_channel(module, base.bias)
+            expected = expected + base.kind.per_channel(module, base.bias)
         error, size = (part.flatten(1).abs().amax(1) for part in (given - expected, expected))
         return bool((error <= _RELATIVE_ERROR.get(base.dtype, _HALF_RELATIVE_ERROR) * size).all())
     except Exception:  # of a forward that nothing is known of
@@ -154,10 +154,10 @@ def _own_forward(module: nn.Module) -> Callable[[Tensor], Any]:
     return found
 
 
-def _probe(base: Base) -> Tensor:
+def _probe(base: BaseLayer) -> Tensor:
     """A row of input, and a larger one of the other sign, which a bound would show in; drawn from no generator."""
     module: Any = base.module
-    if base.host.name == "embedding":
+    if base.kind.takes_ids:
         return torch.arange(min(base.in_features, 8), device=base.device)
     shape = [base.in_features]
     if hasattr(module, "kernel_size"):

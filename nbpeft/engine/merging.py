@@ -10,8 +10,7 @@ from torch import nn
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.plan import InjectionPlan
-from nbpeft.engine.registry import method_of
-from nbpeft.engine.shared import layers_to_part
+from nbpeft.engine.tied_weights import layers_to_untie
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, MergeError
 from nbpeft.interrupts import check_interrupt
@@ -70,7 +69,7 @@ def merge_layers(
         change: records the weights as they were.
         keep_frozen: keep them also afterwards, for ``unmerge_layers``.
     """
-    parted = layers_to_part(model, layers, names)
+    parted = layers_to_untie(model, layers, names)
     scales = [scale(name) for name in names]
     for path, layer in layers.items():
         check_interrupt()
@@ -123,10 +122,8 @@ def check_addable(
     touched = {path for path, layer in layers.items() if layer.merged}
     if not touched:
         return
-    usual = method_of(plan.config).adapter_class
-    reads = plan.config.starts_in_base or not usual.weight_free
     for target in plan.targets:
-        if target.path in touched and (reads or target.rows):
+        if target.path in touched and (plan.config.initialised_from_weight or target.adapter_class.reads_weight):
             raise _starts_there(target.path, merged)
     for path in plan.copies:
         if any(place == path or place.startswith(f"{path}.") for place in touched):

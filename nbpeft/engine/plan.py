@@ -1,4 +1,4 @@
-"""What a config would do to a model, before it does it.
+"""What applying a config would change in a model.
 
 ``plan`` changes nothing and needs no memory: it works on a model of meta tensors too.
 """
@@ -7,32 +7,37 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 import nbpeft.engine.backends
-import nbpeft.engine.hosts
+import nbpeft.engine.layer_kinds
 import nbpeft.engine.methods  # noqa: F401
-from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, Backend, Host, TaskType
+from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
+from nbpeft.engine.base import Backend, LayerKind
+from nbpeft.engine.config_warnings import (
+    guessed_heads,
+    missing_head_message,
+    warn_about_config,
+    warn_of_experts,
+    warn_of_tied,
+)
 from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.lora_config import suffixes
-from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_host
-from nbpeft.engine.remarks import guessed_heads, remark, warn_of_experts, warn_of_tied, without_head
+from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
+from nbpeft.engine.module_paths import suffixes
+from nbpeft.engine.registry import Method, companions, method_of, resolve_backend, resolve_layer_kind
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
-    default_targets,
     matches_segment_names,
     no_match,
     nothing_matches,
 )
-from nbpeft.engine.token_rows import TokenRows, TokenRowsConfig
-from nbpeft.engine.tokens import token_rows
 from nbpeft.engine.unadaptable import bypassed, check_called, check_copy, check_shaped
 from nbpeft.errors import ConfigError, LayerKindError, TargetError
 
@@ -47,22 +52,24 @@ class Target:
 
     Attributes:
         path: where it is in the base model.
-        host: name of its kind.
+        kind: name of its kind.
         backend: name of how its weight is stored.
         in_features: input features.
         out_features: output features.
         shapes: parameter name -> shape of what is added.
-        rows: rows of the weight that are trained, where it is not the config's method that acts here.
+        adapter_class: class of the adapter.
+        config: what makes it: the plan's config, or what a companion method takes.
         tied_to: path of the target whose tensors this one shares; else empty.
     """
 
     path: str
-    host: str
+    kind: str
     backend: str
     in_features: int
     out_features: int
     shapes: dict[str, tuple[int, ...]]
-    rows: tuple[int, ...] = ()
+    adapter_class: type[Adapter]
+    config: Any
     tied_to: str = ""
 
     @property
@@ -73,7 +80,7 @@ class Target:
 
 @dataclass(frozen=True)
 class InjectionPlan:
-    """The whole of it.
+    """Everything that applying a config would change in a model.
 
     Attributes:
         method: label of the method.
@@ -83,6 +90,7 @@ class InjectionPlan:
         biases: names of base parameters trained along.
         excluded: paths that the targets name and ``exclude_modules`` takes out.
         missing: targets that match nothing.
+        shared: name -> shape of the tensors that all targets share.
     """
 
     method: str
@@ -92,6 +100,7 @@ class InjectionPlan:
     biases: tuple[str, ...]
     excluded: tuple[str, ...]
     missing: tuple[str, ...]
+    shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -100,56 +109,13 @@ class InjectionPlan:
 
     @property
     def parameter_count(self) -> int:
-        """Parameters added: adapters and copies."""
-        return sum(target.parameter_count for target in self.targets) + sum(self.copies.values())
+        """Parameters added: adapters, what they share, and copies."""
+        shared = sum(math.prod(shape) for shape in self.shared.values())
+        return sum(target.parameter_count for target in self.targets) + shared + sum(self.copies.values())
 
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the added parameters in a dtype."""
         return self.parameter_count * dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place where a module hangs in its parent."""
-
-    parent: nn.Module
-    attribute: str
-    path: str
-    module: nn.Module
-    """The base module, also where a wrapper hangs there now."""
-    wrapper: AdaptedLayer | CopiedModule | None
-
-
-def walk(model: nn.Module) -> Iterator[Site]:
-    """All modules below ``model`` with their paths as in the bare base model.
-
-    A module that hangs in several places is given for each of them; its children once.
-    """
-    visited: set[int] = {id(model)}
-    stack: list[Iterator[Site]] = [_children(model, "")]
-    while stack:
-        site = next(stack[-1], None)
-        if site is None:
-            stack.pop()
-            continue
-        yield site
-        if id(site.module) not in visited:
-            visited.add(id(site.module))
-            if site.module._modules:
-                stack.append(_children(site.module, site.path + "."))
-
-
-def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
-    for attribute, child in list(parent._modules.items()):
-        if child is None:
-            continue
-        path = prefix + attribute
-        if isinstance(child, AdaptedLayer):
-            yield Site(parent, attribute, path, child.base_layer, child)
-        elif isinstance(child, CopiedModule):
-            yield Site(parent, attribute, path, child.original_module, child)
-        else:
-            yield Site(parent, attribute, path, child, None)
 
 
 def plan(
@@ -171,19 +137,19 @@ def plan(
     method = method_of(config)
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
-    resolved = _resolve_targets(model, config, sites)
+    resolved = _resolve_targets(model, config, method, sites)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
     matcher = Matcher(
-        getattr(resolved, "target_modules", None) or (),
+        () if method.companion is not None else getattr(resolved, "target_modules", None) or (),
         getattr(resolved, "exclude_modules", None),
         getattr(resolved, "layers_to_transform", None),
         getattr(resolved, "layers_pattern", None),
     )
     targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
     adapted = {target.path for target in targets}
-    tokens = _token_targets(model, resolved, sites, adapted | copies.keys())
-    if not targets and not ((copies or tokens) and not matcher.targets):
+    parts = _companion_targets(model, resolved, sites, adapted | copies.keys())
+    if not targets and not ((copies or parts) and not matcher.targets):
         raise nothing_matches(matcher, excluded, adaptable_paths(sites))
     missing = matcher.missing()
     if missing:
@@ -191,13 +157,15 @@ def plan(
         if not allow_missing:
             raise problem
         warnings.warn(str(problem), stacklevel=3)
-    idle = matcher.excludes_none_of(site.path for site in sites)
+    unused_exclude = matcher.excludes_none_of(site.path for site in sites)
     modules = [(site.path, site.module) for site in sites if site.path in adapted]
-    remark(resolved, modules, strict=not allow_missing, idle_exclusion=idle)
-    _check_size(model, (*targets, *tokens))
+    warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
+    _check_size(model, (*targets, *parts))
     warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
     biases = _biases(model, resolved, adapted, tuple(copies))
-    return InjectionPlan(method.label, resolved, (*targets, *tokens), copies, biases, tuple(excluded), missing)
+    features = {target.path: (target.in_features, target.out_features) for target in targets}
+    shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
+    return InjectionPlan(method.label, resolved, (*targets, *parts), copies, biases, tuple(excluded), missing, shared)
 
 
 def _check_size(model: nn.Module, targets: Sequence[Target]) -> None:
@@ -207,16 +175,16 @@ def _check_size(model: nn.Module, targets: Sequence[Target]) -> None:
         raise ConfigError(f"the adapter would have {size:,} parameters, many times the model's: is the rank right?")
 
 
-def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> AdapterConfig:
+def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site]) -> AdapterConfig:
     """A copy of the config whose targets are names or a pattern."""
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
         warn_of_experts(model)
-    elif targets is None:
+    elif targets is None and method.companion is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        found = default_targets(model_type)
+        found = method.default_targets(model_type)
         if found is None:
             names = sorted({path.rsplit(".", 1)[-1] for path in adaptable_paths(sites)})
             raise TargetError(
@@ -224,31 +192,25 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, sites: list[Site])
                 f"The model has: {', '.join(names)}",
                 model_type=model_type,
             )
-        resolved.target_modules = set(found) if isinstance(found, list) else found  # type: ignore[attr-defined]
+        resolved.target_modules = found if isinstance(found, str) else set(found)  # type: ignore[attr-defined]
     return resolved
 
 
 def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> list[str]:
     """Full paths of all linear layers but the output head."""
     heads: list[nn.Module] = []
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if output_embeddings is not None:
-        heads.append(_base_of(output_embeddings))
+    output_head = embedding_of(model, output=True)
+    if output_head is not None:
+        heads.append(frozen_module(output_head))
     elif config.task_type == TaskType.SEQ_CLS:
-        heads.extend(_base_of(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
+        heads.extend(frozen_module(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
     found = []
     for site in sites:
-        host = resolve_host(site.module)
-        linear = host is not None and host.multiplies and 0 not in host.features(site.module)
+        kind = resolve_layer_kind(site.module)
+        linear = kind is not None and kind.is_linear and 0 not in kind.features(site.module)
         if linear and not any(site.module is head for head in heads) and not bypassed(model, site.path):
             found.append(site.path)
     return found
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    if isinstance(module, AdaptedLayer):
-        return module.base_layer
-    return module.original_module if isinstance(module, CopiedModule) else module
 
 
 def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict: bool) -> dict[str, int]:
@@ -268,7 +230,7 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
         guessed = set(missing) <= set(heads)
         if strict or not (found or guessed):
             raise problem
-        warnings.warn(without_head(missing) if guessed else str(problem), stacklevel=4)
+        warnings.warn(missing_head_message(missing) if guessed else str(problem), stacklevel=4)
     for site in sites:
         if site.path in found:
             check_copy(site.path, site.module, site.wrapper)
@@ -299,77 +261,72 @@ def _match(
     return targets, excluded
 
 
-def _token_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], taken: Set[str]) -> list[Target]:
-    """Modules of which a config trains rows, those that share their weights behind them."""
-    rows = token_rows(model, config, [(site.path, site.module) for site in sites])
+def _companion_targets(model: nn.Module, config: AdapterConfig, sites: list[Site], taken: Set[str]) -> list[Target]:
+    """Modules that get an adapter of a method that the config asks for beside its own; those tied to others last."""
     targets: list[Target] = []
-    for site in sites:
-        wanted = rows.get(site.path)
-        if wanted is None:
-            continue
-        if site.path in taken or isinstance(site.wrapper, CopiedModule):
-            what = "adapted or trained as a whole already"
-            raise LayerKindError(f"{site.path} is {what}; its rows cannot be trained too (trainable_token_indices)")
-        host, backend = resolve_parts(site)
-        shapes = (
-            {}
-            if wanted.tied_to
-            else TokenRows.parameter_shapes(TokenRowsConfig(wanted.indices), site.path, site.module, host)
-        )
-        features = host.features(site.module)
-        targets.append(Target(site.path, host.name, backend.name, *features, shapes, wanted.indices, wanted.tied_to))
+    for method in companions():
+        assert method.companion is not None
+        parts = method.companion(model, config, [(site.path, site.module) for site in sites])
+        for site in sites:
+            part = parts.get(site.path)
+            if part is None:
+                continue
+            if site.path in taken or isinstance(site.wrapper, CopiedModule):
+                raise LayerKindError(
+                    f"{site.path} is adapted or trained as a whole already; it cannot have an adapter of "
+                    f"{method.companion.field} too"
+                )
+            targets.append(_target(site, part.config, method, tied_to=part.tied_to))
     return sorted(targets, key=lambda target: bool(target.tied_to))
 
 
-def make_adapters(
-    plan: InjectionPlan, create: Callable[[type[Adapter], Any, Target], Adapter]
-) -> list[tuple[Target, Adapter]]:
-    """The adapter of each target, in the plan's order.
+def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> list[tuple[Target, Adapter]]:
+    """Makes the adapter of each target, in the plan's order.
 
     Args:
         plan: the plan.
-        create: makes one, of a class, with the config that class takes.
+        create: makes one.
     """
-    usual = method_of(plan.config).adapter_class
     made: dict[str, tuple[Target, Adapter]] = {}
     for target in plan.targets:
-        kind: type[Adapter] = TokenRows if target.rows else usual
-        adapter = create(kind, TokenRowsConfig(target.rows) if target.rows else plan.config, target)
+        adapter = create(target)
         made[target.path] = target, adapter
         if target.tied_to:
-            adapter.follow(made[target.tied_to][1])
+            adapter.tie_to(made[target.tied_to][1])
     return list(made.values())
 
 
-def _target(site: Site, config: AdapterConfig, method: Method) -> Target:
-    host, backend = resolve_parts(site)
-    shapes = method.adapter_class.parameter_shapes(config, site.path, site.module, host)
-    in_features, out_features = host.features(site.module)
-    return Target(site.path, host.name, backend.name, in_features, out_features, shapes)
+def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Target:
+    kind, backend = resolve_parts(site)
+    shapes = {} if tied_to else method.adapter_class.parameter_shapes(config, site.path, site.module, kind)
+    in_features, out_features = kind.features(site.module)
+    return Target(
+        site.path, kind.name, backend.name, in_features, out_features, shapes, method.adapter_class, config, tied_to
+    )
 
 
-def resolve_parts(site: Site) -> tuple[Host, Backend]:
-    """Host and backend of the module at a site.
+def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:
+    """Finds the kind and the backend of the module at a site.
 
     Raises:
         TargetError: the module cannot be adapted.
     """
     if isinstance(site.wrapper, AdaptedLayer):
-        return site.wrapper.host, site.wrapper.backend
-    host, backend = resolve_host(site.module), resolve_backend(site.module)
-    if host is None or backend is None:
+        return site.wrapper.kind, site.wrapper.backend
+    kind, backend = resolve_layer_kind(site.module), resolve_backend(site.module)
+    if kind is None or backend is None:
         raise TargetError(
             f"{site.path} is a {type(site.module).__name__}, which cannot be adapted "
             f"(target module is not supported); name its linear layers or exclude it",
             path=site.path,
             kind=type(site.module).__name__,
         )
-    return host, backend
+    return kind, backend
 
 
 def adaptable_paths(sites: list[Site]) -> list[str]:
     """Paths of all modules that could be adapted."""
-    return [site.path for site in sites if resolve_host(site.module) and resolve_backend(site.module)]
+    return [site.path for site in sites if resolve_layer_kind(site.module) and resolve_backend(site.module)]
 
 
 def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: Sequence[str]) -> tuple[str, ...]:
@@ -378,10 +335,9 @@ def _biases(model: nn.Module, config: AdapterConfig, adapted: Set[str], copies: 
     if kind == "none":
         return ()
     copied = tuple(f"{path}." for path in copies)
-    places = [("", model), *((site.path, site.module) for site in walk(model))]
     return tuple(
         f"{path}.bias" if path else "bias"
-        for path, module in places
+        for path, module in bare_modules(model)
         if isinstance(module._parameters.get("bias"), nn.Parameter)
         and (kind == "all" or path in adapted)
         and not f"{path}.".startswith(copied)

@@ -1,23 +1,63 @@
-"""What methods, hosts and backends there are, and which one fits.
+"""What methods, kinds of layers and ways to store a weight there are, and which one fits.
 
-A file in ``methods/``, ``hosts/`` or ``backends/`` registers what it defines; nothing else
-lists them. Packages outside nbpeft add theirs through the entry point group ``nbpeft.methods``:
+A file in ``methods/``, ``layer_kinds/`` or ``backends/`` registers what it defines; nothing else
+lists them. Packages outside nbpeft add methods through the entry point group ``nbpeft.methods``:
 each entry point names a module whose import registers.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from nbpeft.engine.adapter import Adapter, AdapterConfig, Backend, Host
+from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
+from nbpeft.engine.base import Backend, LayerKind
+from nbpeft.engine.combination import Combine
 from nbpeft.errors import UnknownMethodError, did_you_mean
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
+
+Targets = Collection[str] | str | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter that a config of another method asks for on some layer.
+
+    Attributes:
+        config: what ``create`` of the method takes.
+        tied_to: path of the layer whose adapter it shares the tensors of; else empty.
+    """
+
+    config: Any
+    tied_to: str = ""
+
+
+class Companion(Protocol):
+    """How configs of other methods ask for adapters of a method, with a field of theirs."""
+
+    field: str
+    """The field; empty or None asks for nothing."""
+    file_keys: Mapping[str, str]
+    """Parameter name -> what follows the module path in the files of the other methods."""
+
+    def __call__(self, model: nn.Module, config: Any, modules: Sequence[tuple[str, nn.Module]]) -> Mapping[str, Part]:
+        """Path -> adapter that the field asks for.
+
+        Args:
+            model: the base model.
+            config: any config, with the field or without.
+            modules: path and module of everything in the model; a module may come several times.
+
+        Raises:
+            TargetError: a module is not there, or cannot have such an adapter.
+            ConfigError: the value is impossible.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,18 +65,46 @@ class Method:
     """One registered method.
 
     Attributes:
-        label: how a person calls it, e.g. ``DoRA``.
+        label: its name for people, e.g. ``DoRA``.
         peft_type: the ``peft_type`` in config files.
         config_class: class of its configs.
         adapter_class: class of its adapters.
         applies: whether a config of that class means this method (several may share a class).
+        prefix: starts the names of its parameters.
+        file_keys: parameter name -> what follows the module path in PEFT's files, where that is not the name itself.
+        default_targets: model type -> usual targets, names or a pattern; None if unknown.
+        variant: config -> a name more exact than the label, or empty: ``rsLoRA``.
+        summary: config -> what panels, cards and previews show of it: ``{"r": "16", "α": "32"}``.
+        smaller: config -> one with fewer parameters, for forecasts that do not fit; None where there is none.
+        sample_configs: name -> fields of a config, without targets; the tests try the method with each.
+        shared: class of what its layers share, if anything.
+        combine: how adapters of it are combined; methods that can be combined with each other have the same.
+        companion: lets configs of other methods ask for it.
+        layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
+        without_weight: rewrites an adapter that is initialised from the weight as one that is not.
     """
 
     label: str
     peft_type: str
     config_class: type[AdapterConfig]
     adapter_class: type[Adapter]
-    applies: Callable[[Any], bool]
+    prefix: str
+    applies: Callable[[Any], bool] = lambda config: True
+    file_keys: Mapping[str, str] = field(default_factory=dict)
+    default_targets: Callable[[str | None], Targets] = lambda model_type: None
+    variant: Callable[[Any], str] = lambda config: ""
+    summary: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    smaller: Callable[[Any], Any] = lambda config: None
+    sample_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shared: type[SharedState] | None = None
+    combine: Combine | None = None
+    companion: Companion | None = None
+    layer_name: str = ""
+    without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
+
+    def title(self, config: AdapterConfig) -> str:
+        """Its name for people, for one config."""
+        return self.variant(config) or self.label
 
 
 class _Ranked(Protocol):
@@ -44,22 +112,28 @@ class _Ranked(Protocol):
 
 
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
-HostClass = TypeVar("HostClass", bound=type[Any])
+KindClass = TypeVar("KindClass", bound=type[Any])
 
 _methods: list[Method] = []
-_hosts: list[Host] = []
+_layer_kinds: list[LayerKind] = []
 _backends: list[Backend] = []
 _entry_points_loaded = False
 
 
 def register(
-    config_class: type[AdapterConfig],
-    *,
-    peft_type: str,
-    label: str,
-    applies: Callable[[Any], bool] = lambda config: True,
+    config_class: type[AdapterConfig], *, peft_type: str, label: str, **fields: Any
 ) -> Callable[[AdapterClass], AdapterClass]:
-    """Registers an adapter class as a method."""
+    """Registers an adapter class as a method.
+
+    Args:
+        config_class: class of its configs.
+        peft_type: the ``peft_type`` in config files.
+        label: its name for people.
+        **fields: the other attributes of ``Method``; ``prefix`` is the ``peft_type`` in small letters by default.
+
+    Raises:
+        UnknownMethodError: another class has the label.
+    """
 
     def decorate(cls: AdapterClass) -> AdapterClass:
         clash = next((m for m in _methods if m.label == label and m.adapter_class is not cls), None)
@@ -69,24 +143,21 @@ def register(
             )
         if clash is not None:
             _methods.remove(clash)
-        _methods.append(Method(label, peft_type, config_class, cls, applies))
+        PeftType.add(peft_type)
+        prefix = fields.pop("prefix", f"{peft_type.lower()}_")
+        _methods.append(Method(label, peft_type, config_class, cls, prefix, **fields))
         return cls
 
     return decorate
 
 
-def family_of(adapter: Adapter) -> str | None:
-    """The ``peft_type`` of the method that an adapter is made by; None if none is."""
-    return next((method.peft_type for method in _methods if method.adapter_class is type(adapter)), None)
-
-
-def register_host(cls: HostClass) -> HostClass:
-    """Registers a host class; ``priority`` orders them, higher is asked first."""
-    _insert(_hosts, cls())
+def register_layer_kind(cls: KindClass) -> KindClass:
+    """Registers a kind of layer; ``priority`` orders them, higher is asked first."""
+    _insert(_layer_kinds, cls())
     return cls
 
 
-def register_backend(cls: HostClass) -> HostClass:
+def register_backend(cls: KindClass) -> KindClass:
     """Registers a backend class; ``priority`` orders them, higher is asked first."""
     _insert(_backends, cls())
     return cls
@@ -98,9 +169,9 @@ def methods() -> tuple[Method, ...]:
     return tuple(_methods)
 
 
-def hosts() -> tuple[Host, ...]:
-    """All hosts, in the order they are asked."""
-    return tuple(_hosts)
+def layer_kinds() -> tuple[LayerKind, ...]:
+    """All kinds of layers, in the order they are asked."""
+    return tuple(_layer_kinds)
 
 
 def backends() -> tuple[Backend, ...]:
@@ -125,6 +196,44 @@ def method_of(config: AdapterConfig) -> Method:
     )
 
 
+def method_of_adapter(adapter: Adapter) -> Method | None:
+    """The method that an adapter is made by; None if none is."""
+    return next((method for method in _methods if method.adapter_class is type(adapter)), None)
+
+
+def methods_of_type(peft_type: str) -> tuple[Method, ...]:
+    """The methods that share a ``peft_type`` in files."""
+    return tuple(method for method in methods() if method.peft_type == peft_type)
+
+
+def companions() -> tuple[Method, ...]:
+    """The methods that configs of other methods can ask for."""
+    return tuple(method for method in methods() if method.companion is not None)
+
+
+def file_keys(peft_type: str) -> dict[str, str]:
+    """Parameter name -> what follows the module path in PEFT's files; a name that is not in it stays as it is.
+
+    Args:
+        peft_type: of the config beside the file.
+    """
+    keys: dict[str, str] = {}
+    for method in methods():
+        if method.companion is not None:
+            keys.update(method.companion.file_keys)
+    for method in methods_of_type(peft_type):
+        if method.companion is not None:
+            keys = {key: value for key, value in keys.items() if key not in method.companion.file_keys}
+        keys.update(method.file_keys)
+    return keys
+
+
+def prefixes(peft_type: str) -> tuple[str, ...]:
+    """What the names of parameters in a file with such a config may start with."""
+    found = {method.prefix for method in (*methods_of_type(peft_type), *companions())}
+    return tuple(sorted(found))
+
+
 def config_class_of(peft_type: str) -> type[AdapterConfig]:
     """The config class of a ``peft_type`` in a file.
 
@@ -141,9 +250,9 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
     return known[peft_type]
 
 
-def resolve_host(module: nn.Module) -> Host | None:
-    """The host a module is of, or None when its kind cannot be adapted."""
-    return next((host for host in _hosts if host.matches(module)), None)
+def resolve_layer_kind(module: nn.Module) -> LayerKind | None:
+    """The kind a layer is of, or None when it cannot be adapted."""
+    return next((kind for kind in _layer_kinds if kind.matches(module)), None)
 
 
 def resolve_backend(module: nn.Module) -> Backend | None:
@@ -151,9 +260,9 @@ def resolve_backend(module: nn.Module) -> Backend | None:
     return next((backend for backend in _backends if backend.matches(module)), None)
 
 
-def host_named(name: str) -> Host:
-    """The host of a name that ``resolve_host`` gave."""
-    return next(host for host in _hosts if host.name == name)
+def layer_kind_named(name: str) -> LayerKind:
+    """The kind of a name that ``resolve_layer_kind`` gave."""
+    return next(kind for kind in _layer_kinds if kind.name == name)
 
 
 def backend_named(name: str) -> Backend:

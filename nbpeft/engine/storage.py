@@ -13,13 +13,14 @@ from nbpeft.errors import MergeError
 
 
 class StoredWeight:
-    """Base class of backends; see ``nbpeft.engine.adapter.Backend`` for the contract.
+    """Base class of backends; see ``nbpeft.engine.base.Backend`` for the contract.
 
     A subclass gives ``name``, ``matches``, ``dtype``, ``dequantize``, ``store``, ``snapshot``,
     ``restore`` and ``tensors``.
     """
 
     name: str
+    peft_name: str = ""
     priority: int = 100
     """Backends of higher priority are asked first; a dense weight is the last guess."""
     can_merge: bool = True

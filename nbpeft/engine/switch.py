@@ -241,6 +241,9 @@ class Switch:
                 self._tidy()
             if self._writer != call.thread and not self._inside(call.thread):
                 wait_for(self._condition, until=lambda: self._waiting == 0 and self._writer is None)
+            if not self._calls:
+                # A mixed batch whose end an interruption has prevented may have left its assignment there.
+                self.trace()
             self._calls.add(call)
 
     def _end(self, call: Call) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbpeft.engine.lora_config import suffixes
+from nbpeft.engine.module_paths import suffixes
 from nbpeft.engine.patterns import LAYER_INDEX
 from nbpeft.errors import TargetError, did_you_mean, few, near, shown
 
@@ -19,7 +19,7 @@ ALL_LINEAR = "all-linear"
 _MOST_HINTS = 5
 """For so many names that match nothing the nearest ones are looked up."""
 
-_DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
+_USUAL_TARGETS: dict[tuple[str, ...], str] = {
     ("q_proj", "v_proj"): (
         "bart gemma gemma2 gemma3 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 "
         "smollm3 stablelm"
@@ -43,11 +43,11 @@ _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
 _DEFAULT_PATTERNS = {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
-def default_targets(model_type: str | None) -> list[str] | str | None:
-    """The usual targets of an architecture (``config.model_type``), or None if unknown."""
+def usual_targets(model_type: str | None) -> list[str] | str | None:
+    """The attention projections usually adapted in an architecture (``config.model_type``); None if unknown."""
     if model_type in _DEFAULT_PATTERNS:
         return _DEFAULT_PATTERNS[model_type]
-    for targets, model_types in _DEFAULT_TARGETS.items():
+    for targets, model_types in _USUAL_TARGETS.items():
         if model_type in model_types.split():
             return list(targets)
     return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import base_model_of
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import ConfigError
 from nbpeft.memory.threads import in_main_thread
@@ -145,9 +145,7 @@ def can_checkpoint(model_class: Any) -> bool:
 
 
 def _of_model(model: nn.Module) -> Architecture:
-    model = getattr(model, "_orig_mod", model)  # of one that is compiled
-    handle = model.__dict__.get("manager")
-    base = handle.model if isinstance(handle, AdapterManager) else model
+    base = base_model_of(model)
     config = getattr(base, "config", None)
     if not hasattr(config, "model_type") or not hasattr(type(base), "_from_config"):
         raise ConfigError(

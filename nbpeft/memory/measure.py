@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import base_model_of, manager_of
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
 from nbpeft.memory.devices import device_memory, join, mark_peak, peak
@@ -54,8 +54,7 @@ class Meter:
     def __init__(
         self, model: nn.Module, optimizer: Any = None, *, saved: SavedTensors | None = None, cache: Any = None
     ) -> None:
-        manager = _manager(model)
-        self._model = weakref.ref(model if manager is None else manager.model)
+        self._model = weakref.ref(base_model_of(model))
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self.saved = saved
         self.cache = cache
@@ -122,22 +121,12 @@ def measure(
 
 def weights_by_kind(model: nn.Module) -> dict[str, int]:
     """Bytes of the base weights by the way they are stored (``bf16``, ``nf4 double``), largest first."""
-    manager = _manager(model)
-    base = model if manager is None else manager.model
-    return dict(_walk(base, (), 0.0).kinds.most_common())
-
-
-def _manager(model: nn.Module) -> AdapterManager | None:
-    found = AdapterManager.of(model)
-    if found is None:
-        handle = model.__dict__.get("manager")
-        found = handle if isinstance(handle, AdapterManager) else None
-    return found
+    return dict(_walk(base_model_of(model), (), 0.0).kinds.most_common())
 
 
 def _key(model: nn.Module) -> tuple[Any, ...]:
     """Changes when adapters do, and when the model moves as a whole."""
-    manager = AdapterManager.of(model)
+    manager = manager_of(model)
     first = next(model.parameters(), None)
     place = None if first is None else (first.device, first.dtype, first.data_ptr() if not first.is_meta else 0)
     return (None if manager is None else manager.revision, place)
@@ -146,7 +135,7 @@ def _key(model: nn.Module) -> tuple[Any, ...]:
 def _walk(model: nn.Module, key: tuple[Any, ...], now: float) -> _Walk:
     walk = _Walk(now, key)
     devices: Counter[torch.device] = Counter()
-    manager = AdapterManager.of(model)
+    manager = manager_of(model)
     if manager is not None and manager.alive:
         walk.adapter_names = manager.names
         for name in manager.names:

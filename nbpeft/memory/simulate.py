@@ -16,14 +16,14 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import linear_layers_to_quantize
 from nbpeft.engine.plan import InjectionPlan, plan
-from nbpeft.engine.registry import host_named
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory.architecture import Architecture, adapters_are_alike, can_checkpoint, layers_are_alike
 from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.saved import tensors_in
-from nbpeft.memory.standin import put_standins, quantizable, quantized_bytes
+from nbpeft.memory.standin import put_standins, quantized_bytes
 from nbpeft.memory.threads import in_main_thread, quiet
 from nbpeft.memory.timeline import Peak, fake_tensors, record
 
@@ -114,7 +114,7 @@ def _count_weights(setting: Setting) -> Weights:
     skipped: set[int] = set()
     if setting.quantization is not None:
         double = setting.double_quant and setting.quantization != "int8"
-        for _, _, layer in quantizable(model):
+        for layer in linear_layers_to_quantize(model).values():
             weight: Any = layer.weight
             rows, columns = weight.shape
             skipped.add(id(weight))
@@ -136,20 +136,15 @@ def _count_weights(setting: Setting) -> Weights:
 
 
 def _start_elements(injection: InjectionPlan) -> int:
-    """Elements of the factors that adapters keep of their start in a part of the base."""
-    if not injection.config.starts_in_base:
+    """Elements that adapters initialised from the weight keep of that component, beside what they train."""
+    if not injection.config.initialised_from_weight:
         return 0
-    shapes = [
-        target.shapes[name]
-        for target in injection.targets
-        for name in host_named(target.host).factor_names
-        if name in target.shapes
-    ]
-    return sum(map(math.prod, shapes))
+    return sum(target.adapter_class.initial_elements(target.shapes) for target in injection.targets)
 
 
 def _adapter_tensors(model: nn.Module, injection: InjectionPlan, item: int) -> Trained:
     trained = [(shape, item) for target in injection.targets for shape in target.shapes.values()]
+    trained += [(shape, item) for shape in injection.shared.values()]
     for path in injection.copies:
         trained += [(tuple(p.shape), p.element_size()) for p in model.get_submodule(path).parameters()]
     return tuple(trained)

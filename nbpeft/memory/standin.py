@@ -7,16 +7,15 @@ time of one product, and in 8 bits also the input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Base
+from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.targets import names_part
+from nbpeft.engine.model_tree import linear_layers_to_quantize, walk
 from nbpeft.errors import ConfigError, did_you_mean
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
@@ -49,41 +48,21 @@ def check_kind(kind: str | None) -> str | None:
     return kind
 
 
-def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(parent, attribute, layer) of the layers that transformers quantizes: linear ones but the head and kept ones.
-
-    Layers that carry adapters already are given with their wrapper as parent.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    last = next(reversed(dict(model.named_modules())), "")
-    for path, parent in list(model.named_modules()):
-        for attribute, child in list(parent.named_children()):
-            name = f"{path}.{attribute}" if path else attribute
-            if child is not head and name != last and _is_linear(child) and not is_kept(model, name):
-                yield parent, attribute, child
-
-
-def is_kept(model: nn.Module, path: str) -> bool:
-    """Whether transformers never quantizes the module at a path in a model of this class."""
-    names = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return any(names_part(name, path) for name in names)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
 def put_standins(model: nn.Module, kind: str, *, double: bool, checkpointed: bool = False) -> None:
     """Replaces every quantizable layer of a fake model by its stand-in.
 
     With ``checkpointed`` layers the 8-bit kernel's copy of its input stays in memory, because it
     is not kept in the way that checkpointing can drop.
     """
-    for parent, attribute, layer in quantizable(model):
-        standin = StandIn(layer, kind, double=double, hides_input=checkpointed and kind == "int8")
-        setattr(parent, attribute, standin)
-        if isinstance(parent, AdaptedLayer):
-            parent.base = Base(standin, parent.host, parent.backend)
+    layers = linear_layers_to_quantize(model)
+    for site in list(walk(model)):
+        if layers.get(site.path) is site.module:
+            standin = StandIn(site.module, kind, double=double, hides_input=checkpointed and kind == "int8")
+            if isinstance(site.wrapper, AdaptedLayer):
+                site.wrapper.base_layer = standin
+                site.wrapper.base = BaseLayer(standin, site.wrapper.kind, site.wrapper.backend)
+            else:
+                setattr(site.parent, site.attribute, standin)
 
 
 class StandIn(nn.Module):

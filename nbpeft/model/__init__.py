@@ -3,8 +3,8 @@
 from nbpeft.engine.adapter import AdapterConfig as PeftConfig
 from nbpeft.engine.adapter import PeftType, TaskType
 from nbpeft.engine.copies import CopiedModule as ModulesToSaveWrapper
-from nbpeft.engine.layer import AdaptedLayer as LoraLayer
-from nbpeft.engine.lora_config import LoraConfig, LoraRuntimeConfig
+from nbpeft.engine.methods.lora.config import LoraConfig, LoraRuntimeConfig
+from nbpeft.engine.peft_layer_api import layer_type
 from nbpeft.model.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -51,6 +51,8 @@ from nbpeft.model.tasks import (
     inject_adapter_in_model,
 )
 from nbpeft.model.tensors import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+LoraLayer = layer_type("LORA", "LoraLayer")
 
 __all__ = [
     "AdapterPool",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from nbpeft.engine.copies import CopiedModule
-from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.errors import BaseMismatchError, MergeError, did_you_mean
+from nbpeft.engine.manager import require_manager
+from nbpeft.engine.model_tree import bare_names
+from nbpeft.errors import BaseMismatchError, did_you_mean
 from nbpeft.model.files import LoadResult
-from nbpeft.model.tensors import manager_of
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -22,8 +21,8 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         References to the tensors.
     """
-    base = manager_of(model).model
-    bare = _bare_keys(base)
+    base = require_manager(model).model
+    bare = bare_names(base)
     return {own: tensor for key, tensor in base.state_dict().items() if (own := bare(key)) is not None}
 
 
@@ -39,11 +38,10 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         BaseMismatchError: keys do not fit (``strict``), or shapes do not; nothing was loaded.
         MergeError: adapters are merged into the weights.
     """
-    manager = manager_of(model)
-    if manager.merged:
-        raise MergeError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before loading base weights")
+    manager = require_manager(model)
+    manager.refuse_merged("loading base weights")
     base = manager.model
-    bare = _bare_keys(base)
+    bare = bare_names(base)
     present = base.state_dict()
     wrapped = {own: key for key in present if (own := bare(key)) is not None}
     missing = [key for key in wrapped if key not in state_dict]
@@ -60,32 +58,6 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         change.keep_values([present[key] for key in given if isinstance(present[key], Tensor)])
         base.load_state_dict(given, strict=False)
     return LoadResult(missing, unexpected)
-
-
-def _bare_keys(base: nn.Module) -> Callable[[str], str | None]:
-    """A function that gives the key in the bare model, or None for one of an adapter."""
-    frozen: dict[str, str] = {}
-    for name, module in base.named_modules(remove_duplicate=False):
-        if isinstance(module, AdaptedLayer):
-            frozen[name] = "base_layer"
-        elif isinstance(module, CopiedModule):
-            frozen[name] = "original_module"
-
-    def bare(key: str) -> str | None:
-        parts = key.split(".")
-        kept: list[str] = []
-        position = 0
-        while position < len(parts):
-            kept.append(parts[position])
-            position += 1
-            wanted = frozen.get(".".join(parts[:position]))
-            if wanted is not None:
-                if parts[position] != wanted:
-                    return None
-                position += 1
-        return ".".join(kept)
-
-    return bare
 
 
 def _few(keys: list[str]) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from nbpeft.engine.combine.recipe import check_weights
+from nbpeft.engine.combination import check_weights
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.switch import NOTHING, Active
-from nbpeft.errors import AdapterError
 
 
 @contextmanager
@@ -24,11 +23,11 @@ def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[N
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        AdapterError: a weight is not finite, or weights are merged.
+        AdapterError: a weight is not finite.
+        MergeError: adapters are merged.
     """
     check_weights(tuple(weights), tuple(weights.values()))
-    if manager.merged:
-        raise AdapterError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before blending")
+    manager.refuse_merged("blending")
     names = tuple(name for name, weight in weights.items() if weight)
     manager.require_reachable(*weights)
     with manager.supplied(names):

@@ -17,10 +17,10 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.holder import check_name
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.plan import InjectionPlan, walk
-from nbpeft.engine.tokens import embedding_of
+from nbpeft.engine.model_tree import embedding_of, walk
+from nbpeft.engine.plan import InjectionPlan
+from nbpeft.engine.registry import method_of
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few, shortened
-from nbpeft.model.conversion import as_plain_lora
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -138,6 +138,7 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         adapters={target.path: target.shapes for target in plan.targets},
         copies=copies,
         base=base,
+        shared=plan.shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}),
     )
@@ -252,7 +253,7 @@ def save(
         paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
         weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
         if converted:
-            config, weights = as_plain_lora(manager, name, weights)
+            config, weights = _without_weight(manager, name, weights)
         config = checkpoint.config_to_save(config, manager.model, targets=paths)
         ready[places[name]] = config, _under_keys(config, weights)
     if not ready:
@@ -260,6 +261,22 @@ def save(
     card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
     written = checkpoint.write_checkpoints(folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model))
     return {name: written[place] for name, place in places.items()}
+
+
+def _without_weight(
+    manager: AdapterManager, name: str, weights: AdapterWeights
+) -> tuple[AdapterConfig, AdapterWeights]:
+    """The config and tensors of an adapter as those of one that is not initialised from the weight."""
+    config = manager.configs[name]
+    rewrite = method_of(config).without_weight
+    if rewrite is None or not config.initialised_from_weight:
+        warnings.warn(f"adapter {name!r} did not start in a part of the base: it is saved as it is", stacklevel=5)
+        return config, weights
+    adapters = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    try:
+        return rewrite(config, adapters, weights)
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r} cannot be converted: {error}") from None
 
 
 def _first_config(manager: AdapterManager) -> AdapterConfig:
@@ -331,15 +348,19 @@ def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
             for path, named in weights.copies.items()
         },
         {key: find(key, own) for key, own in weights.base.items()},
+        {key: _shared_in(state_dict, f"adapters.{name}.shared.{key}", own) for key, own in weights.shared.items()},
     )
 
 
+def _shared_in(state_dict: Mapping[str, Tensor], ending: str, own: Tensor) -> Tensor:
+    return next((value for key, value in state_dict.items() if key.endswith(ending)), own)
+
+
 def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
-    """Paths of embeddings and output heads, told by their names, that an adapter gives low-rank factors."""
+    """Paths of embeddings and output heads, by their names, whose whole weight an adapter changes."""
+    layers = {path: layer for path, layer in manager.layers.items() if path.rpartition(".")[2] in _EMBEDDING_NAMES}
     return [
-        path
-        for path, layer in manager.layers.items()
-        if path.rpartition(".")[2] in _EMBEDDING_NAMES and hasattr(layer.adapters._modules.get(name), "factors")
+        path for path, layer in layers.items() if name in layer.adapters._modules and not layer.adapter(name).is_tied
     ]
 
 

@@ -22,6 +22,7 @@ from nbpeft import checkpoint
 from nbpeft.checkpoint import NewFile, TensorSpec
 from nbpeft.engine.holder import names_in
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import AdapterError, ConfigError, MergeError
 from nbpeft.model.merge_parts import (
     Deltas,
@@ -37,7 +38,6 @@ from nbpeft.model.merge_parts import (
 )
 from nbpeft.model.quantization import FLOATS, dtype_of
 from nbpeft.model.rounding import LayerError, MergeErrors, relative_error, requantized_error
-from nbpeft.model.stored import is_quantized_layer
 
 SHARD_BYTES = 5_000_000_000
 _GOES_ALONG = (
@@ -272,8 +272,8 @@ def _from_files(model: nn.Module, deltas: Deltas, folder: str | os.PathLike[str]
 def _manager(model: nn.Module) -> AdapterManager:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a model with adapters or the folder of a base, not {model!r:.60}")
-    found = AdapterManager.of(model) or model.__dict__.get("manager")
-    if not isinstance(found, AdapterManager) or not found.alive or not found.names:
+    found = manager_of(model)
+    if found is None or not found.alive or not found.names:
         raise AdapterError(f"{type(model).__name__} carries no adapters to merge")
     return found
 
@@ -289,7 +289,7 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
     """What the model was loaded in, unless all of it is something else now: norms alone may have been raised since."""
     told = getattr(getattr(model, "config", None), "dtype", None)
     floats = [p for p in model.parameters() if p.is_floating_point()]
-    kept = any(p.dtype == told for p in floats) or any(is_quantized_layer(module) for module in model.modules())
+    kept = any(p.dtype == told for p in floats) or is_quantized(model)
     if isinstance(told, torch.dtype) and kept:
         return told
     return max(floats, key=lambda p: p.numel()).dtype if floats else torch.float32

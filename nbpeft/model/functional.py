@@ -11,8 +11,8 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.holder import names_in
+from nbpeft.engine.manager import require_manager
 from nbpeft.errors import ConfigError
-from nbpeft.model.tensors import manager_of
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
@@ -37,7 +37,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     Raises:
         UnknownAdapterError: there is no such adapter.
     """
-    manager_of(model).activate(adapter_name, trainable=not inference_mode)
+    require_manager(model).activate(adapter_name, trainable=not inference_mode)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "lora_") -> list[str] | None:
@@ -51,7 +51,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "lora_") -
     Returns:
         The adapters that are active now, or None if there are none left.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     manager.remove(adapter_name)
     return list(manager.active) or None
 
@@ -64,7 +64,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         adapter_names: one name or several.
         requires_grad: whether they do.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     names = names_in(adapter_names)
     manager.require(*names)
     for name in names:
@@ -79,7 +79,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         adapter_name: its name.
         autocast_adapter_dtype: False does nothing.
     """
-    parameters = manager_of(model).parameters(adapter_name)
+    parameters = require_manager(model).parameters(adapter_name)
     if autocast_adapter_dtype:
         _cast(parameters, torch.float32)
 

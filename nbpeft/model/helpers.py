@@ -43,9 +43,9 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, int | float):
         raise TypeError(f"multiplier must be a number, not {type(multiplier).__name__}")
-    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer) and module.scaling]
     if not layers:
-        raise AdapterError("the model has no adapted layer whose scaling could be changed")
+        raise AdapterError("the model has no adapter with a scaling that could be changed")
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(setattr, layer, "scaling", {name: float(value) for name, value in layer.scaling.items()})

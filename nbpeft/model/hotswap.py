@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,11 +15,11 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, swap
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, shortened
 from nbpeft.model.files import HUB_OPTIONS, embedding_weights, not_floating
-from nbpeft.model.tensors import manager_of
 
 _CHECKS = ("error", "warn", "ignore")
 
@@ -55,7 +54,7 @@ def hotswap_adapter(
         ConfigError: a keyword is misspelt.
         CheckpointError: the checkpoint cannot be read or belongs to another base.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     manager.require(adapter_name)
     _refuse_misspelt(kwargs)
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
@@ -90,11 +89,11 @@ def hotswap_adapter_from_state_dict(
         parameter_prefix: accepted for PEFT's sake; keys are matched whole.
         validate: see ``hotswap_adapter``.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     manager.require(adapter_name)
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise HotSwapError("state_dict must hold tensors under the keys of an adapter file, and nothing else")
-    plain = checkpoint.file_keys(state_dict, adapter_name, str(manager.configs[adapter_name].peft_type))
+    plain = checkpoint.keys_of_a_file(state_dict, adapter_name, str(manager.configs[adapter_name].peft_type))
     return _swap(model, manager, adapter_name, config, plain, None, validate)
 
 
@@ -125,8 +124,8 @@ def prepare_model_for_compiled_hotswap(
         raise ConfigError(f"target_rank must be a positive whole number, not {target_rank!r}")
     given = [] if config is None else list(config.values()) if isinstance(config, Mapping) else [config]
     for one in given:
-        if not hasattr(one, "use_rslora"):
-            raise ConfigError(f"config must be a LoraConfig, or a dictionary of them by name, not {one!r:.60}")
+        if not isinstance(one, AdapterConfig):
+            raise ConfigError(f"config must be an adapter's config, or a dictionary of them by name, not {one!r:.60}")
     if check_compiled not in _CHECKS:
         raise ConfigError(
             f"check_compiled must be one of {', '.join(map(repr, _CHECKS))}, not {check_compiled!r}."
@@ -137,8 +136,8 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "error":
             raise HotSwapError(problem)
         warnings.warn(f"{problem}: it will compile again", stacklevel=2)
-    found = AdapterManager.of(getattr(model, "_orig_mod", model)) or getattr(model, "manager", None)
-    if not isinstance(found, AdapterManager):
+    found = manager_of(model)
+    if found is None:
         raise HotSwapError("the model has no adapter layers: load the first adapter before preparing for hot-swapping")
     prepare_for_hotswap(found, target_rank)
     if target_rank is None:
@@ -147,7 +146,7 @@ def prepare_model_for_compiled_hotswap(
     for one in given:
         name = names.get(id(one))
         paths = [] if name is None else [path for path, layer in found.layers.items() if name in layer.adapters]
-        _at_rank(one, target_rank, paths)
+        one.set_size(target_rank, paths)
 
 
 def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
@@ -157,16 +156,6 @@ def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
         close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
         if close:
             raise ConfigError(f"hotswap_adapter has no argument {name!r}. Did you mean {close[0]!r}?", field=name)
-
-
-def _at_rank(config: Any, rank: int, paths: list[str]) -> None:
-    """Sets a config to one rank for all layers and keeps the scaling of each."""
-    factor = math.sqrt(rank) if config.use_rslora else rank
-    scalings = {path: config.scaling_at(path) for path in paths}
-    usual = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    others = {path: scaling * factor for path, scaling in scalings.items() if scaling != usual}
-    config.r, config.lora_alpha, config.rank_pattern = rank, usual * factor, {}
-    config.alpha_pattern = dict(sorted(others.items(), key=lambda item: -len(item[0])))
 
 
 def _swap(
@@ -212,7 +201,7 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
         if name in layer.adapters._modules:
             kind: Any = type(layer.adapters._modules[name])
             try:
-                adapters[path] = kind.parameter_shapes(config, path, layer.base.module, layer.host)
+                adapters[path] = kind.parameter_shapes(config, path, layer.base.module, layer.kind)
             except ConfigError as error:
                 raise HotSwapError(str(error)) from None
     copies = {

@@ -7,14 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.factored import FactoredAdapter
-from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError
 from nbpeft.state import LayerChange
-
-_ENERGY = 0.9
-"""Share of ‖Δ‖² that ``directions`` counts singular values for."""
 
 
 @torch.no_grad()
@@ -30,13 +25,12 @@ def inspect_adapter(manager: AdapterManager, name: str) -> tuple[LayerChange, ..
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        AdapterError: weights are merged, so that the frozen ones cannot be seen.
+        MergeError: adapters are merged, so that the frozen weights cannot be seen.
     """
     manager.require_reachable(name)
     with manager.supplied([name]):
         manager.require(name)
-        if manager.merged:
-            raise AdapterError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before inspecting")
+        manager.refuse_merged("inspecting")
         return (*_layers(manager, name), *_copies(manager, name))
 
 
@@ -47,24 +41,9 @@ def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
             weight = layer.base.weight()
             if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.adapter(name).parameters()):
                 raise AdapterError(f"adapter {name!r} is not finite at {path}: it has no size to tell", path=path)
-            norm, directions = _delta(layer, name, weight)
-            rank = getattr(layer.adapter(name), "factors", (None,))[0]
+            norm, directions = layer.adapter(name).delta_size(weight, layer.base)
             size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))
-            yield LayerChange(path, scale * norm, size, directions, None if rank is None else rank.shape[0])
-
-
-def _delta(layer: AdaptedLayer, name: str, weight: Tensor) -> tuple[float, int | None]:
-    """The norm of an adapter's delta, and how many directions hold most of it."""
-    adapter = layer.adapter(name)
-    if isinstance(adapter, FactoredAdapter) and adapter.weight_free and weight.ndim == 2:
-        lora_A, lora_B = (factor.to(_wide(factor)) for factor in adapter.detached_factors)
-        core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
-        energies = torch.linalg.svdvals(core * float(adapter.scaling)).square()
-        total = float(energies.sum())
-        reached = energies.cumsum(0) >= _ENERGY * total
-        return total**0.5, (int(reached.int().argmax()) + 1 if total > 0 else 0)
-    delta = adapter.delta_weight(weight, layer.base)
-    return float(torch.linalg.vector_norm(delta, dtype=_wide(delta))), None
+            yield LayerChange(path, scale * norm, size, directions, layer.adapter(name).delta_rank)
 
 
 def _copies(manager: AdapterManager, name: str) -> Iterator[LayerChange]:

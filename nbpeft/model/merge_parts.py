@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.checkpoint import ModelFolder, TensorSpec
-from nbpeft.engine.adapter import Adapter, Base
-from nbpeft.engine.base import onloaded
-from nbpeft.engine.copies import CopiedModule
-from nbpeft.engine.layer import AdaptedLayer, add_deltas
+from nbpeft.engine.adapter import Adapter, AdapterSite
+from nbpeft.engine.base import BaseLayer, onloaded
+from nbpeft.engine.build import shared_state
+from nbpeft.engine.layer import add_deltas
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merge_checks import merge_refusal
 from nbpeft.engine.merging import check_together
+from nbpeft.engine.model_tree import bare_modules, embedding_of, is_quantized_layer
 from nbpeft.engine.plan import Target, make_adapters
-from nbpeft.engine.registry import backend_named, host_named, resolve_backend, resolve_host
+from nbpeft.engine.registry import backend_named, layer_kind_named, resolve_backend, resolve_layer_kind
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, MergeError, few
 from nbpeft.model import files
-from nbpeft.model.stored import is_quantized_layer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LayerDelta:
         adapters: (adapter, factor on its delta).
     """
 
-    base: Base
+    base: BaseLayer
     adapters: tuple[tuple[Adapter, float], ...]
 
     @property
@@ -63,7 +63,7 @@ class LayerDelta:
 
     def add_to_(self, weight: Tensor) -> None:
         """Adds to a floating weight in the module's own orientation, in place."""
-        add_deltas(self.base.host.canonical(self.base.module, weight), self.base, self.adapters)
+        add_deltas(self.base.kind.canonical(self.base.module, weight), self.base, self.adapters)
 
     def bias(self) -> Tensor | None:
         """What is added to the layer's bias, or None."""
@@ -110,16 +110,16 @@ def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
     """
     manager.require(*names)
     check_together(manager.copies, manager.layers, names)
-    if manager.merged:
-        raise MergeError(f"{', '.join(map(repr, manager.merged))} merged into the model: unmerge first")
+    manager.refuse_merged("merging into a copy")
     found = Deltas(names=tuple(names))
     for path, layer in manager.layers.items():
         chosen = [(layer.adapter(name), manager.scale(name)) for name in names if name in layer.adapters._modules]
         if not chosen:
             continue
-        refusal = layer.host.product_refusal(layer.base_layer)
-        if refusal:
-            raise MergeError(f"{path}: {', '.join(map(repr, names))} cannot be merged into {refusal}", path=path)
+        for adapter, _ in chosen:
+            refusal = adapter.merge_refusal(layer.base)
+            if refusal:
+                raise MergeError(f"{path}: {', '.join(map(repr, names))} cannot be merged into {refusal}", path=path)
         refusal = merge_refusal(layer.base)
         if refusal:
             raise MergeError(f"{path}: {refusal}", path=path)
@@ -148,10 +148,9 @@ def deltas_in(source: str | os.PathLike[str], skeleton: nn.Module, **hub: Any) -
     saved = checkpoint.read_checkpoint(source, **hub)
     note = checkpoint.compare(saved.metadata, skeleton)
     del note  # weights that are not loaded cannot be compared; shapes that rule the base out raise
-    if saved.config.starts_in_base:
+    if saved.config.initialised_from_weight:
         raise MergeError(
-            f"{source} started in a part of the weights it was trained on (init_lora_weights="
-            f"{getattr(saved.config, 'init_lora_weights', None)!r}): load it on that model and merge there"
+            f"{source} started in a part of the weights it was trained on: load it on that model and merge there"
         )
     plan = AdapterManager(skeleton).plan(saved.config)
     loaded = checkpoint.from_file(
@@ -164,17 +163,20 @@ def deltas_in(source: str | os.PathLike[str], skeleton: nn.Module, **hub: Any) -
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
     found = Deltas(names=(name,))
-    bases: dict[str, Base] = {}
+    bases: dict[str, BaseLayer] = {}
+    shared = shared_state(plan, loaded.weights, torch.device("cpu"), torch.float32)
 
-    def create(adapter_class: type[Adapter], config: Any, target: Target) -> Adapter:
+    def create(target: Target) -> Adapter:
         module = skeleton.get_submodule(target.path)
-        base = Base(module, host_named(target.host), backend_named(target.backend))
-        refusal = base.host.product_refusal(module)
-        if refusal:
-            raise MergeError(f"{target.path}: the adapter cannot be merged into {refusal}", path=target.path)
+        base = BaseLayer(module, layer_kind_named(target.kind), backend_named(target.backend))
         tensors = {key: value.float() for key, value in loaded.weights.adapters.get(target.path, {}).items()}
         bases[target.path] = base
-        return adapter_class.create(config, target.path, base, target.shapes, tensors, torch.float32)
+        site = AdapterSite(target.path, base, target.shapes, torch.float32, shared)
+        adapter = target.adapter_class.create(target.config, site, tensors)
+        refusal = adapter.merge_refusal(base)
+        if refusal:
+            raise MergeError(f"{target.path}: the adapter cannot be merged into {refusal}", path=target.path)
+        return adapter
 
     for target, adapter in make_adapters(plan, create):
         found.layers[target.path] = LayerDelta(bases[target.path], ((adapter, 1.0),))
@@ -296,16 +298,14 @@ def is_turned(module: nn.Module) -> bool:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
     """(name, module, tensor) of everything a model saves, without adapters; no tensor for a quantized weight."""
-    pending: list[tuple[str, nn.Module]] = [("", model)]
-    while pending:
-        path, module = pending.pop(0)
-        if isinstance(module, AdaptedLayer):
-            module = module.base_layer
-        elif isinstance(module, CopiedModule):
-            module = module.original_module
+    quantized_prefix = None
+    for path, module in bare_modules(model, repeat=True):
         prefix = f"{path}." if path else ""
+        if quantized_prefix is not None and prefix.startswith(quantized_prefix):
+            continue  # of a quantized layer only the dequantized weight and the bias are saved
         quantized = is_quantized_layer(module)
         if quantized:
+            quantized_prefix = prefix
             yield f"{prefix}weight", module, None
         for name, parameter in module._parameters.items():
             if parameter is not None and (not quantized or name == "bias"):
@@ -314,18 +314,16 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]
             saved = name not in module._non_persistent_buffers_set
             if buffer is not None and saved and (not quantized or name == "bias"):
                 yield prefix + name, module, buffer
-        if not quantized:
-            pending[:0] = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
     """Shape of a quantized weight in the orientation of the model's class."""
-    host = resolve_host(module)
-    if host is None or host.name not in ("linear", "embedding"):
+    kind = resolve_layer_kind(module)
+    if kind is None or not (kind.is_linear or kind.takes_ids):
         backend: Any = resolve_backend(module)
         return tuple(backend.dequantize(module).shape)
-    inputs, outputs = host.features(module)
-    rows_first = host.name == "embedding" or is_turned(module)
+    inputs, outputs = kind.features(module)
+    rows_first = kind.takes_ids or is_turned(module)
     return (inputs, outputs) if rows_first else (outputs, inputs)
 
 
@@ -351,8 +349,9 @@ def check_tied(deltas: Deltas, model: Any, where: str) -> None:
     """
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return
-    ends = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)} | {
-        f"{path}.weight" for path, module in model.named_modules() if module is model.get_output_embeddings()
+    head = embedding_of(model, output=True)
+    ends = {
+        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head
     }
     hit = next((name for name in deltas.changed if name.replace(".base_layer", "") in ends), None)
     if hit is not None:

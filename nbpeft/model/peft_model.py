@@ -11,14 +11,14 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError
 from nbpeft.model import files
-from nbpeft.model.counting import parameter_counts
 from nbpeft.model.gguf import forget_gguf
 from nbpeft.model.rows import serving
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from nbpeft.model.tuner import AdapterTuner, bare, let_checkpointing_learn, remove, tell_of_biases
+from nbpeft.model.tuner import AdapterTuner, enable_input_grads_for_checkpointing, remove, tell_of_biases
 
 
 class PeftModel(nn.Module):
@@ -60,8 +60,8 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        model = bare(model)
-        manager = AdapterManager.of(model) or AdapterManager(model)
+        model = base_model_of(model)
+        manager = manager_of(model) or AdapterManager(model)
         config = files.with_base_name(self._complete(peft_config), model)
         put = manager.prepare(
             adapter_name,
@@ -82,11 +82,11 @@ class PeftModel(nn.Module):
         with manager.transaction(during_calls=True, quiet=True) as change:
             change.keep_attributes(manager, "owner")
             self.base_model = AdapterTuner(model, manager)
-            self.__dict__["manager"] = manager
+            self.__dict__[MANAGER] = manager
             self.__dict__["_token"] = manager.owner = object()
             self.training = model.training
             forget_gguf(model, change)
-            let_checkpointing_learn(model, change)
+            enable_input_grads_for_checkpointing(model, change)
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
@@ -98,8 +98,13 @@ class PeftModel(nn.Module):
             handle._take(model, manager)
         return handle
 
-    manager: AdapterManager
     _token: object
+
+    @property
+    def manager(self) -> AdapterManager:
+        """The manager of the base model's adapters."""
+        found: AdapterManager = self.__dict__[MANAGER]
+        return found
 
     def _complete(self, config: AdapterConfig) -> AdapterConfig:
         """The config with what a task adds to it; nothing here."""
@@ -210,13 +215,13 @@ class PeftModel(nn.Module):
 
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
-        with serving(self, adapter_names, (*args[:1], *kwargs.values())):
+        with serving(self.manager, adapter_names, (*args[:1], *kwargs.values()), training=self.training):
             return self.base_model.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's ``generate``; a switch made meanwhile acts from the next call on."""
         self._check_live()
-        with serving(self, adapter_names, (*args[:1], *kwargs.values())):
+        with serving(self.manager, adapter_names, (*args[:1], *kwargs.values()), training=self.training):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     # Managing
@@ -319,8 +324,8 @@ class PeftModel(nn.Module):
             AdapterExistsError: the base already carries an adapter of that name.
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
-        model = bare(model)
-        manager = AdapterManager.of(model) or AdapterManager(model)
+        model = base_model_of(model)
+        manager = manager_of(model) or AdapterManager(model)
         loading = files.Loading(adapter_name, is_trainable, config, not autocast_adapter_dtype, key_mapping, kwargs)
         put = files.read(manager, model_id, loading)
         with manager.transaction() as change:

@@ -25,6 +25,7 @@ from torch import nn
 
 from nbpeft.engine.holder import check_name
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import unwrapped
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, UnknownAdapterError, did_you_mean
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model.files import HUB_OPTIONS
@@ -377,10 +378,10 @@ class AdapterPool:
 def _manager_and_handle(model: nn.Module | AdapterManager) -> tuple[AdapterManager, PeftModel | None]:
     if isinstance(model, AdapterManager):
         return AdapterManager.attach(model.model, model), None
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, PeftModel):
-        return model.manager, model
-    return AdapterManager.attach(model), None
+    inner = unwrapped(model)
+    if isinstance(inner, PeftModel):
+        return inner.manager, inner
+    return AdapterManager.attach(inner), None
 
 
 def _is_finite(value: object) -> bool:

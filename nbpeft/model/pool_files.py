@@ -17,7 +17,8 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import adapter_dtype
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.plan import InjectionPlan, resolve_parts, walk
+from nbpeft.engine.model_tree import walk
+from nbpeft.engine.plan import InjectionPlan, resolve_parts
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import AdapterError, CheckpointError
 from nbpeft.interrupts import HeldInterrupts
@@ -155,12 +156,14 @@ class Reader:
                 f"adapter {name!r} trained base biases (bias={getattr(config, 'bias', None)!r}), which no two adapters "
                 "can share: load it by itself"
             )
-        if config.starts_in_base:
+        if config.initialised_from_weight:
             raise AdapterError(f"adapter {name!r} starts in a part of the base weights: load it by itself")
-        if any(target.rows for target in plan.targets):
+        if any(target.adapter_class.is_tied for target in plan.targets):
             raise AdapterError(
                 f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"
             )
+        if plan.shared:
+            raise AdapterError(f"adapter {name!r} has tensors that its layers share: load it by itself")
         wanted = expected(model, plan)
         sites = {site.path: site for site in walk(model) if site.path in wanted.adapters or site.path in wanted.copies}
         dtypes = {}

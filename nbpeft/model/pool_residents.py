@@ -18,7 +18,7 @@ from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError
+from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
 from nbpeft.model.pool_files import HostCache, Ready, Structure, copied_out
 
 MB = 10**6
@@ -275,10 +275,7 @@ class Residents:
     def _unmerge(self, arrivals: Iterable[str], switching: bool) -> None:
         """Brings the frozen weights back, for adapters that are to become active."""
         if not switching:
-            raise MergeError(
-                f"{', '.join(map(repr, self._manager.merged))} merged: unmerge before "
-                f"{', '.join(map(repr, arrivals))} can be brought onto the model"
-            )
+            self._manager.refuse_merged(f"{', '.join(map(repr, arrivals))} can be brought onto the model")
         warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=5)
         self._manager.unmerge()
 

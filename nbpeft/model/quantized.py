@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import (
+    is_plain_linear,
+    is_quantized,
+    is_quantized_layer,
+    linear_layers_to_quantize,
+    manager_of,
+)
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.engine.targets import names_part
-from nbpeft.engine.tokens import embedding_of
-from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean, in_one_line
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
 from nbpeft.logs import collapsed
-from nbpeft.memory.standin import is_kept
 from nbpeft.model.gguf import forget_gguf, obedient_progress
 from nbpeft.model.quantization import FLOATS, dtype_of, quantization, usual_device, usual_dtype
-from nbpeft.model.stored import is_quantized_layer
 
 
 def load_quantized(
@@ -155,56 +157,23 @@ def check_quantizable(model: nn.Module) -> None:
     Raises:
         ConfigError: it has adapters, or is quantized already.
     """
-    manager = AdapterManager.of(model) or model.__dict__.get("manager")
-    if isinstance(manager, AdapterManager) and manager.alive and manager.names:
+    manager = manager_of(model)
+    if manager is not None and manager.alive and manager.names:
         raise ConfigError("the model carries adapters; quantize it first and add them then")
-    if any(is_quantized_layer(module) for module in model.modules()):
+    if is_quantized(model):
         raise ConfigError("the model is quantized already")
 
 
-def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Paths of the layers to quantize, and of linear layers that stay. Works on meta tensors, too.
-
-    What the model's class keeps in float32 stays: T5 casts its input to the dtype of such a weight.
-
-    Args:
-        model: a model that is not quantized.
-        skip: further layers that stay, by path or by a whole part of it.
+def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Returns path -> layer of what ``quantize_model`` replaces; see ``linear_layers_to_quantize``.
 
     Raises:
         ConfigError: there is nothing to quantize, or ``skip`` names no module.
     """
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            uses[id(weight)] = uses.get(id(weight), 0) + 1
-    head = _head(model)
-    chosen, stay = [], []
-    if not isinstance(skip, Collection) or not all(isinstance(name, str) and name for name in skip):
-        raise ConfigError(f"skip_modules is {skip!r:.60}; expected names of modules", field="skip_modules")
-    unseen = dict.fromkeys([skip] if isinstance(skip, str) else skip)
-    names = tuple(unseen)
-    for path, module in model.named_modules():
-        naming = [name for name in names if names_part(name, path)]
-        for name in naming:
-            unseen.pop(name, None)
-        if not path or not _is_linear(module):
-            continue
-        stays = naming or module is head or is_kept(model, path)
-        if stays or uses[id(module.weight)] > 1 or not module.weight.is_floating_point():
-            stay.append(path)
-        else:
-            chosen.append(path)
-    if unseen:
-        name, known = next(iter(unseen)), {path.rpartition(".")[2] for path in (*chosen, *stay)}
-        raise ConfigError(
-            f"skip_modules names {name!r}, which is no module of the model.{did_you_mean(str(name), known)}",
-            field="skip_modules",
-        )
-    if not chosen:
+    found = linear_layers_to_quantize(model, skip)
+    if not found:
         raise ConfigError(f"{type(model).__name__} has no linear layer to quantize")
-    return chosen, stay
+    return found
 
 
 def place_of(source: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
@@ -242,14 +211,15 @@ def _quantize(
     model: nn.Module, settings: Any, *, own: bool, skip: Sequence[str] = (), device: torch.device | None = None
 ) -> nn.Module:
     """Replaces layers; with ``own`` one after the other, which frees each old weight at once."""
-    paths, stay = layers_to_quantize(model, skip)
-    for path in paths:
-        if model.get_submodule(path).weight.is_meta:
+    layers = layers_to_quantize(model, skip)
+    stay = [path for path, module in model.named_modules() if path not in layers and is_plain_linear(module)]
+    for path, layer in layers.items():
+        if layer._parameters["weight"].is_meta:  # type: ignore[union-attr]
             raise ConfigError(f"{path} has no weights (meta device): load the model before quantizing it")
     library = _library()
     made: list[tuple[str, nn.Module]] = []
-    for path in paths:
-        new = _quantized_layer(model.get_submodule(path), settings, library, device)
+    for path in list(layers):
+        new = _quantized_layer(layers.pop(path), settings, library, device)
         if own:
             model.set_submodule(path, new)
         else:
@@ -261,26 +231,6 @@ def _quantize(
     _tell_transformers(model, settings, stay)
     _prepare(model)
     return model
-
-
-def _head(model: Any) -> nn.Module | None:
-    """The output embedding, or the last linear layer outside the backbone of a task model."""
-    head = embedding_of(model, output=True)
-    if head is not None:
-        return head
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    if not isinstance(backbone, nn.Module) or backbone is model:
-        return None
-    outside = [child for child in model.children() if child is not backbone]
-    linear = [module for child in outside for module in child.modules() if _is_linear(module)]
-    return linear[-1] if linear else None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """A plain linear layer or GPT-2's transposed one; subclasses may compute otherwise."""
-    return type(module) is nn.Linear or (
-        type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-    )
 
 
 def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device | None) -> nn.Module:

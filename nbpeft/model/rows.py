@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from torch import Tensor
 
@@ -14,31 +13,26 @@ from nbpeft.engine.switch import NOTHING, Active, Rows
 from nbpeft.errors import AdapterError
 
 
-class Handle(Protocol):
-    """What a call needs of the handle it is made on."""
-
-    manager: AdapterManager
-    training: bool
-
-
 @contextmanager
-def serving(handle: Handle, adapter_names: Sequence[str] | None, inputs: Iterable[object]) -> Iterator[None]:
-    """One call of a model, with the active adapters or with one for each row.
+def serving(
+    manager: AdapterManager, adapter_names: Sequence[str] | None, inputs: Iterable[object], *, training: bool
+) -> Iterator[None]:
+    """Context manager around one call of a model, with the active adapters or with one adapter for each row.
 
     Args:
-        handle: on the model.
+        manager: of the model.
         adapter_names: one name for each row, or None. While adapters are disabled the base serves all.
         inputs: arguments of the call.
+        training: whether the model is in training mode.
 
     Raises:
         AdapterError: the names do not fit, or the model trains.
     """
-    manager = handle.manager
     if adapter_names is None:
         with manager.switch.call():
             yield
         return
-    if handle.training:
+    if training:
         raise AdapterError("adapter_names is for inference: call model.eval() first")
     with serving_rows(manager, adapter_names, inputs):
         yield

@@ -10,9 +10,8 @@ from torch import nn
 
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.model.counting import parameter_counts
-from nbpeft.model.tensors import manager_of
+from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.model_tree import parameter_counts, unwrapped
 
 _IRREGULAR = "irregular"
 """PEFT's word where not all have the same value."""
@@ -60,7 +59,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
     Names are those the modules have below ``model.base_model`` of a handle, or in the base model.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     prefix = "" if _bare(model, manager) else "model."
     found = []
     for path, module in manager.model.named_modules():
@@ -72,7 +71,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
 
 def _bare(model: nn.Module, manager: AdapterManager) -> bool:
-    return getattr(model, "_orig_mod", model) is manager.model
+    return unwrapped(model) is manager.model
 
 
 def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStatus:
@@ -125,7 +124,7 @@ def _same(values: Iterable[Any]) -> Any:
 
 def get_model_status(model: nn.Module) -> ModelStatus:
     """One record for a handle or an adapted base model."""
-    manager = manager_of(model)
+    manager = require_manager(model)
     trainable, total = parameter_counts(model)
     layers = get_layer_status(model)
     methods = sorted({_method(manager, name) for name in manager.names})

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, frozen_module
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
-from nbpeft.engine.tokens import embedding_of
 from nbpeft.memory.standin import quantized_bytes
 
 BFLOAT16_BYTES = 2
@@ -44,25 +42,15 @@ class StoredPart:
         return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
 
 
-def is_quantized_layer(module: nn.Module) -> bool:
-    """Whether a module's weight is stored by another backend than the dense one."""
-    if "weight" not in module._parameters and module._modules:
-        return False
-    backend = resolve_backend(module)
-    return backend is not None and backend.name != "dense"
-
-
 def stored_parts(model: nn.Module) -> tuple[StoredPart, ...]:
     """The base weights of a model by part, without adapters; a shared weight counts once.
 
     Args:
         model: a base model, or a handle on one.
     """
-    manager = model.__dict__.get("manager")
-    base: Any = manager.model if isinstance(manager, AdapterManager) else model
     counted: list[_Entry] = []
     seen: set[int] = set()
-    for part, label, tensors, numbers, _ in _weights(base):
+    for part, label, tensors, numbers, _ in _weights(base_model_of(model)):
         size = _new_bytes(distinct_storages(tensors), seen)
         if size:
             counted.append((part, label, size, numbers))
@@ -131,30 +119,17 @@ def _summed(entries: Iterable[_Entry]) -> tuple[StoredPart, ...]:
 def _weights(base: nn.Module) -> Iterator[tuple[str, str, list[Tensor], int, nn.Module]]:
     """(part, label, tensors, how many numbers they stand for, module) of every weight of a base model."""
     special = {id(module): name for name, module in _ends(base)}
-    for module in _plain_modules(base):
+    for _, module in bare_modules(base):
         for entry in _weights_of(module, special.get(id(module))):
             yield *entry, module
 
 
-def _ends(base: Any) -> Iterator[tuple[str, nn.Module]]:
+def _ends(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The embedding and the head, if the model has any."""
     for name, output in (("head", True), ("embedding", False)):
-        found: Any = embedding_of(base, output=output)
+        found = embedding_of(base, output=output)
         if found is not None:
-            yield name, getattr(found, "base_layer", found)
-
-
-def _plain_modules(base: nn.Module) -> Iterator[nn.Module]:
-    """Modules of the base itself: what adapters brought is passed over."""
-    pending = [base]
-    while pending:
-        module = pending.pop(0)
-        if isinstance(module, AdaptedLayer):
-            pending.insert(0, module.base_layer)
-            continue
-        yield module
-        skipped = ("modules_to_save",) if "original_module" in module._modules else ()
-        pending[:0] = [child for name, child in module._modules.items() if child is not None and name not in skipped]
+            yield name, frozen_module(found)
 
 
 def _weights_of(module: nn.Module, end: str | None) -> Iterator[tuple[str, str, list[Tensor], int]]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import base_model_of, manager_of
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import AdapterError, ConfigError, TargetError
 from nbpeft.model.peft_model import PeftModel
-from nbpeft.model.tuner import bare
 
 
 class _TaskModel(PeftModel):
@@ -172,8 +172,8 @@ def get_peft_model(
         raise AdapterError(f"get_peft_model needs a torch model, not a {type(model).__name__}")
     if not isinstance(peft_config, AdapterConfig):
         raise ConfigError(f"get_peft_model needs a config such as LoraConfig, not a {type(peft_config).__name__}")
-    base = bare(model)
-    known = AdapterManager.of(base)
+    base = base_model_of(model)
+    known = manager_of(base)
     if known is not None and known.configs and not isinstance(model, PeftModel):
         warnings.warn(
             f"the model already carries {', '.join(map(repr, known.names))}: "
@@ -212,12 +212,12 @@ def inject_adapter_in_model(
     Raises:
         TargetError: the config, or no key, fits the model, which is as it was.
     """
-    manager = AdapterManager.of(model) or AdapterManager(model)
+    manager = manager_of(model) or AdapterManager(model)
     plan = manager.plan(peft_config) if state_dict is None else _plan_for_keys(manager, peft_config, state_dict)
     put = manager.prepare(adapter_name, plan, trainable=not peft_config.inference_mode)
     with manager.transaction():
         put()
-        AdapterManager.attach(model, manager)
+        AdapterManager.attach(manager.model, manager)
         if manager.active != (adapter_name,):
             manager.activate(adapter_name)
     return model
@@ -225,9 +225,9 @@ def inject_adapter_in_model(
 
 def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:
     """A plan for the modules that keys name; warns where the config means others."""
-    paths = checkpoint.adapted_paths(keys)
+    paths = checkpoint.adapted_paths(keys, str(config.peft_type))
     if not paths:
-        raise TargetError("the state_dict has no key of an adapter (…lora_A.weight) that says which modules to adapt")
+        raise TargetError("the state_dict has no key of an adapter of this config that says which modules to adapt")
     everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     made = manager.plan(config.copy(target_modules=list(paths), **everywhere))
     try:

@@ -10,25 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.plan import walk
-from nbpeft.errors import AdapterError
+from nbpeft.engine.manager import require_manager
+from nbpeft.engine.model_tree import bare_modules, unwrapped
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
-
-
-def manager_of(model: nn.Module) -> AdapterManager:
-    """The manager behind a handle or an adapted base model.
-
-    Raises:
-        AdapterError: the model carries no adapters.
-    """
-    manager = getattr(model, "manager", None)
-    if isinstance(manager, AdapterManager):
-        return manager
-    found = AdapterManager.of(getattr(model, "_orig_mod", model))
-    if found is None:
-        raise AdapterError(f"this {type(model).__name__} carries no adapters; use get_peft_model first")
-    return found
 
 
 def get_peft_model_state_dict(
@@ -51,9 +35,9 @@ def get_peft_model_state_dict(
         References to the tensors, detached. Keys are those of a file for a handle; for a base model
         adapted without one they lack the ``base_model.model.`` in front, as in PEFT.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     tensors = file_tensors(manager, adapter_name, embeddings=save_embedding_layers, state_dict=state_dict)
-    if getattr(model, "_orig_mod", model) is manager.model:
+    if unwrapped(model) is manager.model:
         return {checkpoint.without_prefix(key): tensor for key, tensor in tensors.items()}
     return tensors
 
@@ -81,15 +65,17 @@ def set_peft_model_state_dict(
         CheckpointError: nothing fits.
         BaseMismatchError: shapes do not fit.
     """
-    manager = manager_of(model)
+    manager = require_manager(model)
     weights = manager.weights(adapter_name)
-    whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name)
+    peft_type = str(manager.configs[adapter_name].peft_type)
+    whole = checkpoint.is_of_a_model(peft_model_state_dict, adapter_name, peft_type)
     present = embedding_weights(manager.model) | ({} if whole else _biases(manager.model))
     inside = tuple(f"{path}." for path in weights.copies)
     wanted = checkpoint.Expected(
         adapters={path: _shapes(named) for path, named in weights.adapters.items()},
         copies={path: _shapes(named) for path, named in weights.copies.items()},
         base=_shapes(weights.base),
+        shared=_shapes(weights.shared),
         optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
         others={
             f"{path}.{key}": tensor.dtype
@@ -98,8 +84,7 @@ def set_peft_model_state_dict(
             if not tensor.is_floating_point()
         },
     )
-    peft_type = str(manager.configs[adapter_name].peft_type)
-    tensors = checkpoint.file_keys(peft_model_state_dict, adapter_name, peft_type)
+    tensors = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
     loaded = checkpoint.from_file(tensors, wanted, peft_type=peft_type, ignore_mismatched=ignore_mismatched_sizes)
     writes = [
         (own[path][key], value)
@@ -107,6 +92,7 @@ def set_peft_model_state_dict(
         for path, named in new.items()
         for key, value in named.items()
     ]
+    writes += [(weights.shared[key], value) for key, value in loaded.weights.shared.items()]
     writes += [
         (present[key] if key in present else weights.base[key], value) for key, value in loaded.weights.base.items()
     ]
@@ -133,7 +119,7 @@ def load_peft_weights(
 
 def _biases(model: nn.Module) -> dict[str, Tensor]:
     """Names in the bare model -> its biases."""
-    owners = ((f"{site.path}.bias", site.module._parameters.get("bias")) for site in walk(model))
+    owners = ((f"{path}.bias".lstrip("."), module._parameters.get("bias")) for path, module in bare_modules(model))
     return {name: bias for name, bias in owners if bias is not None}
 
 

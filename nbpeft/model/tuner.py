@@ -9,14 +9,11 @@ from typing import Any
 from torch import nn
 
 from nbpeft import hooks
-from nbpeft.engine.combine import Recipe
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.tokens import embedding_of
+from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 from nbpeft.model.combining import Combined, combine_adapters
-
-_QUANTIZED = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
 
 
 class AdapterTuner(nn.Module):
@@ -30,7 +27,7 @@ class AdapterTuner(nn.Module):
     def __init__(self, model: nn.Module, manager: AdapterManager) -> None:
         super().__init__()
         self.model = model
-        self.__dict__["manager"] = manager
+        self.__dict__[MANAGER] = manager
         self.training = model.training
         hooks.adapted()
 
@@ -38,7 +35,11 @@ class AdapterTuner(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         hooks.adapted()
 
-    manager: AdapterManager
+    @property
+    def manager(self) -> AdapterManager:
+        """The manager of the base model's adapters."""
+        found: AdapterManager = self.__dict__[MANAGER]
+        return found
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class AdapterTuner(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """Paths in the base model of the layers that adapters target, those of the first adapter first."""
         layers = self.manager.layers.items()
-        return [path for path, layer in layers if any(not layer.adapter(name).shares_rows for name in layer.adapters)]
+        return [path for path, layer in layers if any(not layer.adapter(name).is_tied for name in layer.adapters)]
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Lets reentrant checkpointing give gradients where the embeddings are frozen.
@@ -73,7 +74,7 @@ class AdapterTuner(nn.Module):
             The same model.
         """
         enable = getattr(model, "enable_input_require_grads", None)
-        if enable is not None and not any(getattr(model, flag, False) for flag in _QUANTIZED):
+        if enable is not None and not is_quantized(model):
             enable()
         return model
 
@@ -120,18 +121,36 @@ class AdapterTuner(nn.Module):
 
         Types of PEFT's name give PEFT's numbers under the same seed, but with the right scaling for
         rsLoRA and a rank for each layer where a pattern asks for it. ``exact`` is the weighted sum
-        of the true deltas, DoRA's included. See ``nbpeft.engine.combine.Recipe`` for the rest.
+        of the true deltas, DoRA's included.
+
+        Args:
+            adapters: names of what is combined.
+            weights: one for each; negative ones subtract.
+            adapter_name: of the new adapter.
+            combination_type: how; which there are depends on the method.
+            svd_rank: rank of the result, for types that choose one.
+            svd_clamp: quantile at which the entries of the result are clamped.
+            svd_full_matrices: as in ``torch.linalg.svd``.
+            svd_driver: as in ``torch.linalg.svd``.
+            density: share of the entries that survive pruning.
+            majority_sign_method: "total" or "frequency".
 
         Returns:
             What was made and how much of the true weighted delta was lost, layer by layer.
         """
-        recipe = Recipe(
-            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
-        )
+        settings = {
+            "combination_type": combination_type,
+            "svd_rank": svd_rank,
+            "svd_clamp": svd_clamp,
+            "svd_full_matrices": svd_full_matrices,
+            "svd_driver": svd_driver,
+            "density": density,
+            "majority_sign_method": majority_sign_method,
+        }
         for what, given in (("adapters", adapters), ("weights", weights)):
             if isinstance(given, str) or not isinstance(given, Iterable):
                 raise AdapterError(f"{what} must be a list, one entry for each adapter, not {given!r:.60}")
-        return combine_adapters(self.manager, list(adapters), list(weights), adapter_name, recipe)
+        return combine_adapters(self.manager, list(adapters), list(weights), adapter_name, settings)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Folds adapters (default: the active ones) into the base weights, beside those merged already."""
@@ -166,18 +185,7 @@ class AdapterTuner(nn.Module):
         return getattr(self.model, name)
 
 
-def bare(model: Any) -> nn.Module:
-    """The base model behind a handle, a tuner or a compiled model; the model itself otherwise."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, AdapterTuner):
-        model = model.model
-    elif isinstance(getattr(model, "_modules", {}).get("base_model"), AdapterTuner):
-        model = model.get_base_model()
-    base: nn.Module = model
-    return base
-
-
-def let_checkpointing_learn(model: nn.Module, change: Transaction) -> None:
+def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) -> None:
     """Reentrant checkpointing gives no gradient where no input needs one, as with frozen embeddings.
 
     Args:
@@ -187,7 +195,7 @@ def let_checkpointing_learn(model: nn.Module, change: Transaction) -> None:
     enable = getattr(model, "enable_input_require_grads", None)
     active = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
     if active and callable(enable):
-        embeddings = embedding_of(model, output=False)
+        embeddings = embedding_of(model)
         if embeddings is not None:
             change.keep(embeddings._forward_hooks)
         change.keep(model.__dict__)

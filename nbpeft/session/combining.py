@@ -23,8 +23,6 @@ from nbpeft.session.tokenizers import Tokenizers
 if TYPE_CHECKING:
     from torch import nn
 
-    from nbpeft.engine.combine import Recipe
-
     ModelLike = nn.Module | str | None
 
 _RANKED = ("exact", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
@@ -33,10 +31,12 @@ _LINEAR_NOTE = 0.05
 
 
 def combination_types() -> tuple[str, ...]:
-    """Names of all ways to combine, the exact one first. Imports torch."""
-    from nbpeft.engine.combine import COMBINATION_TYPES
+    """Names of all ways to combine, of whatever method, the exact one first. Imports torch."""
+    import nbpeft.engine  # registers the methods
+    from nbpeft.engine.registry import methods
 
-    return COMBINATION_TYPES
+    del nbpeft
+    return tuple(dict.fromkeys(name for method in methods() if method.combine for name in method.combine.types))
 
 
 class CombiningCommands(SessionBase):
@@ -275,14 +275,12 @@ def recipe_of(
     density: float | None = None,
     majority_sign: str = "total",
     clamp: float | None = None,
-) -> Recipe:
+) -> dict[str, Any]:
     """How to combine, from the options of ``combine``.
 
     Raises:
         ConfigError: an option is impossible or one that the type would not look at, or there is no such type.
     """
-    from nbpeft.engine.combine import Recipe
-
     types = combination_types()
     if type not in types:
         raise ConfigError(f"type {type!r} is unknown; choose from {', '.join(types)}." + did_you_mean(str(type), types))
@@ -292,7 +290,13 @@ def recipe_of(
             raise ConfigError(f"{option} means nothing for type {type!r}, which keeps the adapters' ranks{near}")
     if density is not None and not type.startswith(_PRUNING):
         raise ConfigError(f"density means nothing for type {type!r}, which drops nothing; ties and dare take one")
-    return Recipe(type, svd_rank=rank, svd_clamp=clamp, density=density, majority_sign_method=majority_sign)
+    return {
+        "combination_type": type,
+        "svd_rank": rank,
+        "svd_clamp": clamp,
+        "density": density,
+        "majority_sign_method": majority_sign,
+    }
 
 
 def _only_active(entry: Entry) -> str:

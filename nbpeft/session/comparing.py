@@ -66,14 +66,14 @@ class ComparingCommands(CombiningCommands):
 
         Raises:
             UnknownAdapterError: there is no such adapter.
-            AdapterError: adapters are merged, there is no tokenizer, or nothing to compare.
+            AdapterError: there is no tokenizer, or nothing to compare.
+            MergeError: adapters are merged.
         """
         how = Asked(None, max_new_tokens, generation, None, should_stop)
         entry = self._entry_of(model)
         entry = entry if entry is not None else self._book.get(model)
         manager = entry.manager
-        if manager.merged:
-            raise AdapterError(f"{', '.join(map(repr, manager.merged))} merged: unmerge before comparing")
+        manager.refuse_merged("comparing")
         names = manager.names if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
         blends = [weights_of(weights) for weights in blends]
         manager.require_reachable(*names, *(name for weights in blends for name in weights))

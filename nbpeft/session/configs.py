@@ -11,6 +11,10 @@ from nbpeft.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.registry import Method
+
+DEFAULT_METHOD = "LORA"
+"""The ``peft_type`` of a config that does not name one."""
 
 _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 """Fields that say where a config comes from and not what it does."""
@@ -19,7 +23,7 @@ _NAME_FIELDS = ("target_modules", "exclude_modules")
 _ONE_NAME = re.compile(r"[\w.]+")
 
 
-def config_class(peft_type: str = "LORA") -> type[AdapterConfig]:
+def config_class(peft_type: str = DEFAULT_METHOD) -> type[AdapterConfig]:
     """The config class of a method.
 
     Raises:
@@ -32,7 +36,7 @@ def config_class(peft_type: str = "LORA") -> type[AdapterConfig]:
     return config_class_of(str(getattr(peft_type, "value", peft_type)).upper())
 
 
-def field_names(peft_type: str = "LORA") -> tuple[str, ...]:
+def field_names(peft_type: str = DEFAULT_METHOD) -> tuple[str, ...]:
     """The fields that a cell may set for a method, ``peft_type`` included."""
     return tuple(item.name for item in dataclasses.fields(config_class(peft_type)) if item.init)
 
@@ -55,8 +59,8 @@ def build_config(config: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
             raise ConfigError(f"a config such as LoraConfig, or its fields by name, is expected, not {config!r:.60}")
         return config
     fields = {name: _as_names(value) if name in _NAME_FIELDS else value for name, value in config.items()}
-    cls = config_class(fields.get("peft_type") or "LORA")
-    known = field_names(fields.pop("peft_type", None) or "LORA")
+    cls = config_class(fields.get("peft_type") or DEFAULT_METHOD)
+    known = field_names(fields.pop("peft_type", None) or DEFAULT_METHOD)
     for name in fields:
         if name not in known:
             raise ConfigError(
@@ -75,12 +79,20 @@ def meaning(config: AdapterConfig) -> dict[str, Any]:
 
 def label_of(config: AdapterConfig) -> str:
     """How a person calls the method of a config: ``LoRA``, ``DoRA``, ``rsLoRA``."""
-    import nbpeft.engine
+    return _method(config).title(config)
+
+
+def summary_of(config: AdapterConfig) -> dict[str, str]:
+    """What people see of a config: ``{"r": "16", "α": "32"}``."""
+    return dict(_method(config).summary(config))
+
+
+def _method(config: AdapterConfig) -> Method:
+    import nbpeft.engine  # registers the methods
     from nbpeft.engine.registry import method_of
 
     del nbpeft
-    label = method_of(config).label
-    return f"rs{label}" if getattr(config, "use_rslora", False) else label
+    return method_of(config)
 
 
 def _as_names(value: Any) -> Any:

@@ -199,9 +199,7 @@ def _rows(targets: tuple[Target, ...], config: Any, stored: Mapping[str, str]) -
             target=segment,
             module_count=len(group),
             shapes=tuple(dict.fromkeys(f"{item.out_features} × {item.in_features}" for item in group)),
-            ranks=tuple(sorted({config.rank_at(item.path) for item in group if not item.rows}))
-            if hasattr(config, "rank_at")
-            else (),
+            ranks=tuple(sorted({size for item in group if (size := item.adapter_class.size_of(item.shapes))})),
             parameter_count=sum(item.parameter_count for item in group),
             backend=", ".join(dict.fromkeys(stored.get(item.path, item.backend) for item in group)),
         )

@@ -158,7 +158,7 @@ class QuantizingCommands(AdapterCommands):
             TargetError: the targets do not match the model.
             CheckpointNotFoundError: there is no model at ``source``.
         """
-        from nbpeft.engine.manager import AdapterManager
+        from nbpeft.engine.model_tree import manager_of
 
         asked = asked_for(build_config(config), how)
         sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "device": device}
@@ -183,7 +183,7 @@ class QuantizingCommands(AdapterCommands):
                 name=name,
                 model_name=variable or (entry.name if entry is not None else "model"),
                 replaces=entry is not None and name in entry.manager.configs,
-                fresh=bare is not None or (AdapterManager.of(base) is None and base not in self._origins),
+                fresh=bare is not None or (manager_of(base) is None and base not in self._origins),
                 sizes={size: value for size, value in sizes.items() if value is not None},
                 notes=notes,
             )
@@ -226,14 +226,14 @@ class QuantizingCommands(AdapterCommands):
         self, source: Any, name: str, config: AdapterConfig, settings: dict[str, Any], allow_missing: bool
     ) -> _Found:
         """The base model, quantized now unless it was so; refuses what cannot be adapted before a weight is rounded."""
-        from nbpeft.engine.manager import AdapterManager
+        from nbpeft.engine.model_tree import manager_of
         from nbpeft.engine.plan import plan
         from nbpeft.model.quantized import quantize_model
         from nbpeft.model.stored import stored_parts
 
         base = self._base_of(source)
         before, origin = stored_parts(base), _Origin(None, settings, {})
-        manager = AdapterManager.of(base)
+        manager = manager_of(base)
         replacing = name if manager is not None and name in manager.configs else None
         quantized = any(part.name == "quantized layers" for part in before)
         if quantized:
@@ -255,11 +255,11 @@ class QuantizingCommands(AdapterCommands):
         self, base: Any, checkpointing: bool, options: dict[str, Any] | None, upcast: Any
     ) -> Preparation | None:
         """Prepares a model that carries no adapter yet; for others only switches checkpointing."""
-        from nbpeft.engine.manager import AdapterManager
+        from nbpeft.engine.model_tree import manager_of
         from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
         from nbpeft.training.prepare import prepare_model
 
-        if AdapterManager.of(base) is None and base not in self._origins:
+        if manager_of(base) is None and base not in self._origins:
             return prepare_model(base, checkpointing, options, upcast=upcast)
         now = is_checkpointing(base)
         if checkpointing and not now:

@@ -224,7 +224,7 @@ def foreseen_qlora(
     paths: list[str] = []
     if not done:
         check_quantizable(base)
-        paths, _ = layers_to_quantize(base)
+        paths = list(layers_to_quantize(base))
     chosen = {id(base.get_submodule(path).weight) for path in paths}
     raised = [one for one in becoming_float32(base, asked.upcast) if id(one) not in chosen] if fresh else []
     extra = sum(parameter.numel() * (4 - parameter.element_size()) for parameter in raised)

@@ -164,7 +164,7 @@ def _waiting(manager: AdapterManager) -> int:
 
 
 def _count(manager: AdapterManager, adapted: int) -> _ModelFacts:
-    from nbpeft.model.counting import parameter_counts
+    from nbpeft.engine.model_tree import parameter_counts
 
     trained, total = parameter_counts(manager.model)
     backends = sorted({layer.backend.name for layer in manager.layers.values()} - {"dense"})

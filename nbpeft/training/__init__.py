@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.logs import collapsed
 
 if TYPE_CHECKING:
+    from nbpeft.engine.methods.lora.optimizers import (
+        LoraFAOptimizer,
+        create_lorafa_optimizer,
+        create_loraplus_optimizer,
+    )
     from nbpeft.training.callback import RunCallback
     from nbpeft.training.control import RunControl
     from nbpeft.training.data import Collator, is_plain, prepare_data
     from nbpeft.training.fit import train
-    from nbpeft.training.lorafa import LoraFAOptimizer, create_lorafa_optimizer
-    from nbpeft.training.optimizers import create_loraplus_optimizer
     from nbpeft.training.patching import patch_trainer, unpatch_trainer
     from nbpeft.training.prepare import prepare_model_for_kbit_training
     from nbpeft.training.result import TrainResult
@@ -46,17 +49,18 @@ __all__ = [
     "unpatch_trainer",
 ]
 
+_LORA = "nbpeft.engine.methods.lora.optimizers"
 _HOMES = {
     "Collator": "data",
-    "LoraFAOptimizer": "lorafa",
+    "LoraFAOptimizer": _LORA,
     "Run": "run",
     "RunCallback": "callback",
     "RunControl": "control",
     "TrainResult": "result",
     "Trainer": "trainer",
     "adapter_trainer": "trainer",
-    "create_lorafa_optimizer": "lorafa",
-    "create_loraplus_optimizer": "optimizers",
+    "create_lorafa_optimizer": _LORA,
+    "create_loraplus_optimizer": _LORA,
     "export_script": "script",
     "is_plain": "data",
     "patch_trainer": "patching",
@@ -72,5 +76,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         # transformers' Trainer imports bitsandbytes, which says on import what it does without.
         with collapsed():
-            return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+            home = _HOMES[name]
+            return getattr(importlib.import_module(home if "." in home else f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.registry import methods
+
 
 def is_adapted(model: Any) -> bool:
     """Whether ``model`` carries named adapters and can save them apart from its base."""
@@ -31,7 +34,7 @@ def active_names(model: Any) -> tuple[str, ...]:
 def trained_names(model: Any) -> tuple[str, ...]:
     """Names of the active adapters that train; all active ones where none does."""
     names = active_names(model)
-    frozen = getattr(getattr(model, "manager", None), "frozen", ())
+    frozen = getattr(manager_of(model), "frozen", ())
     return tuple(name for name in names if name not in frozen) or names
 
 
@@ -49,7 +52,7 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def module_path(parameter_name: str) -> str:
     """The module of the base model that a trained parameter belongs to, without wrappers."""
     path = parameter_name.removeprefix("base_model.model.")
-    for mark in (".adapters.", ".modules_to_save.", ".lora_"):
+    for mark in (".adapters.", ".modules_to_save.", *(f".{method.prefix}" for method in methods())):
         if mark in path:
             return path.split(mark)[0]
     return path.rpartition(".")[0] or path

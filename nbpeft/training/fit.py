@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
-from nbpeft.engine.tokens import embedding_of
+from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing

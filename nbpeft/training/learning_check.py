@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import NbpeftError
 from nbpeft.training.adapted import base_of, is_adapted, module_path, trainable
 
@@ -171,10 +172,7 @@ def why_no_gradient(model: nn.Module) -> str:
 
 
 def _inputs_require_grad(base: Any) -> bool:
-    try:
-        embeddings = base.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return False
+    embeddings = embedding_of(base)
     if embeddings is None:
         return False
     hooked = any("require_grad" in getattr(hook, "__name__", "") for hook in embeddings._forward_hooks.values())

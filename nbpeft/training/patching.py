@@ -34,6 +34,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.model_tree import unwrapped
 from nbpeft.model import LoraLayer, PeftModel, get_peft_model
 from nbpeft.training.adapted_trainer import STAND_INS
 from nbpeft.training.late_imports import LateImports
@@ -90,12 +91,7 @@ def patch_for_models() -> None:
 
 def is_ours(model: Any) -> bool:
     """Whether ``model`` is a model of nbpeft, compiled and distributed ones included."""
-    if model is None or isinstance(model, PeftModel):
-        return model is not None
-    from accelerate.utils import extract_model_from_parallel
-
-    inner = extract_model_from_parallel(getattr(model, "_orig_mod", model))
-    return isinstance(getattr(inner, "_orig_mod", inner), PeftModel)
+    return isinstance(unwrapped(model), PeftModel)
 
 
 def answer(home: str, model: Any) -> bool:

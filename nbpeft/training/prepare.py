@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.model_tree import is_quantized, quantization_method
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.memory.checkpointing import enable_checkpointing
 
@@ -128,24 +129,13 @@ def becoming_float32(model: nn.Module, upcast: Upcast) -> list[nn.Parameter]:
     """The parameters that ``prepare_model`` turns into float32; nothing is changed."""
     if upcast == "norms":
         return [parameter for _, halves in _norms(model) for parameter in halves]
-    if upcast != "peft" or _method(model) in _KEEPS_DTYPES:
+    if upcast != "peft" or quantization_method(model) in _KEEPS_DTYPES:
         return []
     return [
         parameter
         for parameter in model.parameters()
         if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit"
     ]
-
-
-def is_quantized(model: Any) -> bool:
-    """Whether weights of the model are stored quantized. A model read from GGUF is dense."""
-    flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "hqq_quantized")
-    return any(bool(getattr(model, flag, False)) for flag in flags) or _method(model) not in ("", "gguf")
-
-
-def _method(model: Any) -> str:
-    method = getattr(model, "quantization_method", None)
-    return str(getattr(method, "value", method or ""))
 
 
 def _to_float32(parameters: list[nn.Parameter]) -> tuple[int, int]:

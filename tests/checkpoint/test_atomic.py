@@ -20,7 +20,7 @@ import torch
 
 from nbpeft.checkpoint import read_checkpoint, read_config, write_checkpoint, write_config
 from nbpeft.checkpoint.staging import STAGING_PREFIX, Staging, mark_of
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 
 STEPS = ("mkdir", "replace", "link", "fsync")

@@ -10,7 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard
 
 from nbpeft.checkpoint import card_text, write_checkpoint
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 
 CONFIG = LoraConfig(r=4, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="org/tiny")
 

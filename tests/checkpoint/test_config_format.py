@@ -14,7 +14,7 @@ from torch import nn
 
 from nbpeft.checkpoint import condense_targets, config_text, config_to_save, parse_config
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, CorruptCheckpointError, UnknownMethodError
 from tests.tiny_models import llama
 

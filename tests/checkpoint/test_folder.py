@@ -25,8 +25,8 @@ from nbpeft.checkpoint import (
     to_file,
     write_checkpoint,
 )
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.plan import plan
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from tests.checkpoint.peft_files import saved_by_peft, shapes_of
@@ -56,7 +56,7 @@ def loaded_by_us(model: nn.Module, folder: Path) -> AdapterManager:
         copies={path: shapes_of(model.get_submodule(path).state_dict()) for path in made.copies},
         base={name: parameters[name] for name in made.biases},
     )
-    loaded = from_file(checkpoint.tensors, expected)
+    loaded = from_file(checkpoint.tensors, expected, peft_type="LORA")
     assert loaded.missing == []
     assert loaded.unexpected == []
     manager = AdapterManager.attach(model)
@@ -80,7 +80,7 @@ def test_peft_saves_we_load_and_back(case: str, tmp_path: Path) -> None:
     assert (logits(ours) - base).abs().max() > 1e-3, "the adapter does something"
 
     config = config_to_save(manager.configs["default"], ours)
-    written = write_checkpoint(tmp_path / "ours", config, to_file(manager.weights("default")))
+    written = write_checkpoint(tmp_path / "ours", config, to_file(manager.weights("default"), peft_type="LORA"))
     assert [path.name for path in written.paths] == ["adapter_model.safetensors", "adapter_config.json", "README.md"]
     assert written.byte_count == sum(path.stat().st_size for path in (tmp_path / "ours").iterdir())
     assert fields_of(tmp_path / "ours") == fields_of(tmp_path / "theirs")

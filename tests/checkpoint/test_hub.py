@@ -15,7 +15,7 @@ import torch
 
 from nbpeft.checkpoint import push, read_checkpoint, read_config, write_checkpoint
 from nbpeft.checkpoint.staging import STAGING_PREFIX
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from tests.checkpoint.loopback import COMMIT, Hub, serving
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nbpeft
-from nbpeft.checkpoint import file_keys, is_of_a_model
+from nbpeft.checkpoint import is_of_a_model, keys_of_a_file
 from nbpeft.errors import CheckpointError
 
 
@@ -68,5 +68,5 @@ def test_only_what_names_the_adapter_is_read() -> None:
 def test_keys_of_a_file_stay_as_they_are() -> None:
     ours = adapted(nbpeft, 2, "weight", use_dora=True)
     tensors = nbpeft.get_peft_model_state_dict(ours, adapter_name="weight")
-    assert not is_of_a_model(tensors, "weight")
-    assert file_keys(tensors, "weight") == tensors
+    assert not is_of_a_model(tensors, "weight", "LORA")
+    assert keys_of_a_file(tensors, "weight", "LORA") == tensors

@@ -34,7 +34,7 @@ def test_old_nesting_of_a_model_that_transformers_rebuilt(tmp_path: Path) -> Non
         f"base_model.model.{path}.lora_B.weight": torch.zeros(16, 8),
     }
     text = {key: value for key, value in expected.adapters.items() if "language_model" in key}
-    loaded = from_file(old, Expected(text), rename=renames_of(llava()))
+    loaded = from_file(old, Expected(text), peft_type="LORA", rename=renames_of(llava()))
     assert loaded.missing == []
     assert loaded.unexpected == []
 

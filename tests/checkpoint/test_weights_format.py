@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nbpeft.checkpoint import Expected, add_spelling, from_file, to_file
+from nbpeft import checkpoint
+from nbpeft.checkpoint import Expected
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.errors import BaseMismatchError, CheckpointError
 from tests.checkpoint.peft_files import Mixed, expected_by_peft, saved_by_peft
 from tests.tiny_models import gpt2, llama
+
+from_file = partial(checkpoint.from_file, peft_type="LORA")
+to_file = partial(checkpoint.to_file, peft_type="LORA")
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}),
@@ -183,12 +188,10 @@ def test_a_method_without_an_entry_is_spelled_plainly() -> None:
 @pytest.mark.parametrize(
     ("config", "parameters"),
     [
-        (peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8, r=0), ["oft_R"]),
         (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), ["ia3_l"]),
         (peft.LoHaConfig(target_modules=["q_proj"]), ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"]),
         (peft.LoKrConfig(target_modules=["q_proj"]), ["lokr_w1", "lokr_w2"]),
         (peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=8), ["boft_R", "boft_s"]),
-        (peft.LNTuningConfig(target_modules=["input_layernorm"]), ["ln_tuning_weight"]),
         (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10), ["lora_A", "lora_B", "lora_E"]),
     ],
     ids=lambda value: getattr(value, "peft_type", None),
@@ -198,16 +201,8 @@ def test_other_methods_are_spelled_as_peft_spells_them(
 ) -> None:
     peft.get_peft_model(llama(num_hidden_layers=1), config).save_pretrained(str(tmp_path))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    module = "input_layernorm" if config.peft_type == "LN_TUNING" else "self_attn.q_proj"
-    weights = AdapterWeights({f"model.layers.0.{module}": dict.fromkeys(parameters, torch.zeros(1))})
+    weights = AdapterWeights({"model.layers.0.self_attn.q_proj": dict.fromkeys(parameters, torch.zeros(1))})
     assert to_file(weights, peft_type=peft.PeftType(config.peft_type).value).keys() == tensors.keys()
-
-
-def test_a_package_adds_its_own_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbpeft.checkpoint.spelling._SPELLINGS", {})
-    add_spelling("MINE", {"core": "core.weight"})
-    weights = AdapterWeights({"q": {"core": torch.zeros(1), "edge": torch.zeros(1)}})
-    assert set(to_file(weights, peft_type="MINE")) == {"base_model.model.q.core.weight", "base_model.model.q.edge"}
 
 
 def test_thousands_of_strange_keys_are_looked_up_and_no_more() -> None:

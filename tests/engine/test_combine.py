@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from nbpeft.engine.combine import (
+from nbpeft.engine.combination import check_weights
+from nbpeft.engine.methods.lora.combining import (
     COMBINATION_TYPES,
     Combination,
     Factors,
@@ -22,8 +23,8 @@ from nbpeft.engine.combine import (
     combined_config,
     skip_initial_draws,
 )
-from nbpeft.engine.combine.truncate import measure_loss, truncate_factors
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.combining.truncate import measure_loss, truncate_factors
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import AdapterError, ConfigError
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
@@ -418,14 +419,14 @@ def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'linear' needs equal ranks, but x has a 4, b 2; use 'exact'"):
         combine(layers, ["a", "b"], [1, 1], Recipe("linear"))
     with pytest.raises(AdapterError, match=r"2 adapters \(a, b\) need as many weights, got 1"):
-        combine(layers, ["a", "b"], [1], Recipe())
+        check_weights(["a", "b"], [1])
     with pytest.raises(AdapterError, match="no adapters to combine"):
-        combine(layers, [], [], Recipe())
+        check_weights([], [])
     with pytest.raises(AdapterError, match="weight of adapter 'b' is nan"):
-        combine(layers, ["a", "b"], [1, math.nan], Recipe())
+        check_weights(["a", "b"], [1, math.nan])
     for wrong in ("1", None):
         with pytest.raises(AdapterError, match=f"weight of adapter 'b' is {wrong!r}, expected a finite number"):
-            combine(layers, ["a", "b"], [1, wrong], Recipe())  # type: ignore[list-item]
+            check_weights(["a", "b"], [1, wrong])  # type: ignore[list-item]
     with pytest.raises(AdapterError, match="none of the adapters z has low-rank factors"):
         combine(layers, ["z"], [1], Recipe())
     with pytest.raises(ConfigError, match="svd_driver='gesvd' works on CUDA only"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from nbpeft.engine import model_tree
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.hotswap import prepare_for_hotswap, swap
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, HotSwapError, UnknownAdapterError
 
 TARGETS = ["embed", "conv", "grouped", "first", "turned"]
@@ -51,7 +52,7 @@ def fresh(config: LoraConfig, weights: AdapterWeights | None = None, *, name: st
 
 
 def manager_of(model: nn.Module) -> AdapterManager:
-    manager = AdapterManager.of(model)
+    manager = model_tree.manager_of(model)
     assert manager is not None
     return manager
 

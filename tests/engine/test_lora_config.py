@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError
 
 

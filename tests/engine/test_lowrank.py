@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nbpeft.engine.adapter import Dropout
-from nbpeft.engine.lowrank import add_delta, keep_mask, keep_scale, low_rank_linear, seeded_dropout
+from nbpeft.engine.methods.lora.autograd import Dropout, keep_mask, keep_scale, low_rank_linear, seeded_dropout
+from nbpeft.engine.numerics import add_delta
 
 NONE = Dropout(0.0, False)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nbpeft.engine.mixed import FactorBank, FactorGroups, Factors, factor_rows
+from nbpeft.engine.methods.lora.multi_adapter import FactorBank, FactorGroups, Factors, factor_rows
 
 WAYS = [FactorBank, FactorGroups]
 

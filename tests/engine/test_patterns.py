@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from nbpeft.engine.lora_config import LoraConfig, PatternTable
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.module_paths import PatternTable
 from nbpeft.engine.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
 from nbpeft.engine.targets import Matcher
 from nbpeft.errors import ConfigError

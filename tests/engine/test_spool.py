@@ -52,7 +52,7 @@ def test_a_merge_for_good_that_fails_at_its_end_comes_back(share: float, monkeyp
         raise MergeError("at the end")
 
     monkeypatch.setattr(spool, "_CACHED", share)
-    monkeypatch.setattr("nbpeft.engine.manager.part_for_good", fail)
+    monkeypatch.setattr("nbpeft.engine.manager.untie_embeddings_", fail)
     with pytest.raises(MergeError, match="at the end"):
         model.merge_and_unload()
     assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-from nbpeft.engine.targets import Matcher, default_targets, no_match, no_pattern_match
+from nbpeft.engine.targets import Matcher, no_match, no_pattern_match, usual_targets
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_defaults_are_those_of_peft(model_type: str) -> None:
     expected = DEFAULTS[model_type]
-    found = default_targets(model_type)
+    found = usual_targets(model_type)
     assert found == expected if isinstance(expected, str) else set(found or ()) == set(expected)
 
 
 def test_unknown_architectures_have_no_default() -> None:
-    assert default_targets("nothing") is None and default_targets(None) is None
+    assert usual_targets("nothing") is None and usual_targets(None) is None
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from nbpeft import LoraConfig, get_peft_model
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import ConfigError, LayerKindError, MergeError, TargetError
 from tests.tiny_models import same_state, state
 
@@ -49,7 +49,7 @@ def test_layers_that_peft_refuses_for_fused_kernels_are_refused(make: Any, name:
         get_peft_model(model, LoraConfig(target_modules=["in_proj", name]))
     assert "\n" not in str(error.value)
     assert same_state(before, state(model)) and all(p.requires_grad for p in model.parameters())
-    assert AdapterManager.of(model) is None
+    assert manager_of(model) is None
 
 
 @pytest.mark.parametrize("make", [mamba, falcon_mamba])

@@ -286,7 +286,8 @@ def state_of(stage: Stage) -> dict[str, Any]:
     elif manager is not None:
         state["who"] = (manager.names, manager.active, manager.enabled, manager.merged, sorted(manager.frozen))
         state["scales"] = [manager.scale(name) for name in manager.names]
-        state["acts"] = manager.switch.current(), manager.switch.live, manager.switch.traced
+        with manager.switch.call():  # as a call of the model finds it
+            state["acts"] = manager.switch.current(), manager.switch.live, manager.switch.traced
         state["configs"] = {name: dict(vars(one)) for name, one in manager.configs.items()}
         state["paths"] = sorted(manager.layers), sorted(manager.copies)
         state["biases"] = {name: sorted(manager.base_biases(name)) for name in manager.names}

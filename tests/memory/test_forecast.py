@@ -19,8 +19,9 @@ from transformers import (
     WhisperConfig,
 )
 
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory import forecast, measure
 from nbpeft.memory.forecast import device_bytes
@@ -96,7 +97,7 @@ def test_from_a_model_with_adapters_and_a_handle():
     assert forecast(model, lora()).peak_bytes == expected
     AdapterManager.attach(model).add("one", lora(r=2))
     handle = nn.Module()
-    handle.__dict__["manager"] = AdapterManager.of(model)
+    handle.__dict__[MANAGER] = manager_of(model)
     assert forecast(handle, lora()).peak_bytes == expected
     assert next(model.parameters()).device.type == "cpu"
 

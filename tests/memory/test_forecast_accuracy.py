@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.engine.lora_config import LoraConfig
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.processor import onednn_multiplies

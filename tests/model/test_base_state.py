@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import BaseMismatchError, MergeError, TargetError
 from nbpeft.model import (
     LoraConfig,
@@ -93,7 +93,7 @@ def test_injection_by_the_keys_of_a_state_dict() -> None:
         torch.manual_seed(5)
         with pytest.warns(RuntimeWarning, match="mean different modules .*o_proj.* and 1 more"):
             model = inject_adapter_in_model(config(), base, state_dict=given)
-        manager = AdapterManager.of(model)
+        manager = manager_of(model)
         assert manager is not None and list(manager.layers) == some
     theirs = peft.inject_adapter_in_model(
         peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), llama(), state_dict=tensors
@@ -113,4 +113,4 @@ def test_a_state_dict_that_names_nothing_changes_nothing() -> None:
     for given in ({}, {"x.weight": torch.ones(1)}, {"x.lora_A.weight": torch.ones(1)}):
         with pytest.raises(TargetError):
             inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), base, state_dict=given)
-    assert state(base).keys() == before.keys() and AdapterManager.of(base) is None
+    assert state(base).keys() == before.keys() and manager_of(base) is None

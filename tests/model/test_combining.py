@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.combine import COMBINATION_TYPES
+from nbpeft.engine.methods.lora.combining import COMBINATION_TYPES
 from nbpeft.errors import AdapterError, AdapterExistsError, UnknownAdapterError
 from nbpeft.model import Combined, PeftModel, get_peft_model
 from tests.tiny_models import adapted, classifier, config, gpt2, llama, logits, tokens

@@ -303,7 +303,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError):
         merge_to_folder(tmp_path, tmp_path / "adapter", tmp_path / "new")
     model.merge_adapter()
-    with pytest.raises(MergeError, match="unmerge first"):
+    with pytest.raises(MergeError, match="merged: unmerge before merging into a copy"):
         merge_to_folder(model, None, tmp_path / "new")
     fresh = loud(adapted(llama(tie_word_embeddings=True), target_modules=["embed_tokens"]))
     fresh.save_pretrained(tmp_path / "adapter")

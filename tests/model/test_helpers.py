@@ -69,7 +69,7 @@ def test_an_error_inside_the_block_brings_the_scales_back() -> None:
     assert torch.equal(logits(model), before)
     with pytest.raises(TypeError, match="must be a number, not str"), rescale_adapter_scale(model, "a"):  # type: ignore[arg-type]
         pass
-    with pytest.raises(AdapterError, match="no adapted layer"), rescale_adapter_scale(llama(), 2):
+    with pytest.raises(AdapterError, match="no adapter with a scaling"), rescale_adapter_scale(llama(), 2):
         pass
 
 

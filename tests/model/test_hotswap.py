@@ -181,7 +181,7 @@ def test_wrong_arguments_are_told_in_one_line_before_anything_happens(tmp_path: 
     for rank in ("8", 8.0, True, 0):
         with pytest.raises(ConfigError, match="target_rank must be a positive whole number"):
             prepare_model_for_compiled_hotswap(model, target_rank=rank)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="config must be a LoraConfig"):
+    with pytest.raises(ConfigError, match="config must be an adapter's config"):
         prepare_model_for_compiled_hotswap(model, target_rank=8, config="default")  # type: ignore[arg-type]
     assert same_state(before, state(model)) and model.peft_config["default"] is own
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nbpeft.errors import AdapterError, UnknownAdapterError
+from nbpeft.errors import MergeError, UnknownAdapterError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.model.inspection import inspect_adapter
 from nbpeft.state import LayerChange
@@ -84,7 +84,7 @@ def test_it_refuses_merged_weights_and_unknown_names() -> None:
     with pytest.raises(UnknownAdapterError, match="'defalt' not found"):
         inspect_adapter(model.manager, "defalt")
     model.merge_adapter()
-    with pytest.raises(AdapterError, match="'default' merged: unmerge before inspecting"):
+    with pytest.raises(MergeError, match="'default' merged: unmerge before inspecting"):
         inspect_adapter(model.manager, "default")
 
 

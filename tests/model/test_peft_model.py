@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import nbpeft.model as nbpeft
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, UnknownAdapterError
 from nbpeft.model import (
     AutoPeftModelForCausalLM,
@@ -235,7 +235,7 @@ def test_state_dicts_under_the_keys_of_files() -> None:
 def test_injection_without_a_handle() -> None:
     base = llama()
     assert inject_adapter_in_model(config(), base) is base
-    manager = AdapterManager.of(base)
+    manager = manager_of(base)
     assert manager is not None and manager.active == ("default",)
     assert not torch.equal(logits(base), logits(llama()))
 

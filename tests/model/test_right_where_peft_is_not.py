@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import (
     AdapterExistsError,
     BaseMismatchError,
@@ -31,7 +31,7 @@ def test_1_failed_injection_changes_nothing() -> None:
         get_peft_model(base, config(target_modules=["q_proj", "input_layernorm"]))
     assert same_state(before, state(base))
     assert all(p.requires_grad for p in base.parameters())
-    assert AdapterManager.of(base) is None
+    assert manager_of(base) is None
 
 
 def test_2_wrapping_again_reconfigures_the_adapter(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_8_a_checkpoint_that_fits_nothing_is_an_error(tmp_path: Path) -> None:
     before = state(base)
     with pytest.raises(CheckpointError, match=r"base_model\.model\.layers.*expected base_model\.model\.model\.layers"):
         PeftModel.from_pretrained(base, tmp_path)
-    assert same_state(before, state(base)) and AdapterManager.of(base) is None
+    assert same_state(before, state(base)) and manager_of(base) is None
     loaded = PeftModel.from_pretrained(base, tmp_path, key_mapping={"^layers": "model.layers"})
     assert not torch.equal(logits(loaded), logits(llama()))
 

@@ -217,11 +217,11 @@ def test_what_has_no_factors_is_neither_swapped_nor_combined_nor_pooled(tmp_path
     model = rows()
     model.save_pretrained(tmp_path)
     before = state(model)
-    with pytest.raises(HotSwapError, match="trains rows of embeddings"):
+    with pytest.raises(HotSwapError, match="has trainable tokens"):
         hotswap_adapter(model, tmp_path, "default")
-    with pytest.raises(HotSwapError, match="the new adapter trains rows"):
+    with pytest.raises(HotSwapError, match="the new adapter has trainable tokens"):
         hotswap_adapter(adapted(), tmp_path, "default")
-    with pytest.raises(AdapterError, match="'default' trains rows of embeddings: these are no low-rank factors"):
+    with pytest.raises(AdapterError, match="'default' is TrainableTokens: these are no low-rank factors"):
         model.add_weighted_adapter(["default"], [1.0], "new", combination_type="linear")
     pooled = adapted()
     with pytest.raises(AdapterError, match="load it by itself"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.errors import AdapterError, NbpeftError, UnknownAdapterError
+from nbpeft.errors import AdapterError, MergeError, NbpeftError, UnknownAdapterError
 from nbpeft.model.blending import blended
 from nbpeft.session import Session
 from nbpeft.session.answering import Batch
@@ -210,7 +210,7 @@ def test_mistakes_in_comparing(
 
 def test_merged_weights_are_not_compared(session: Session, model: Any) -> None:
     session.merge()
-    with pytest.raises(AdapterError, match="unmerge"):
+    with pytest.raises(MergeError, match="unmerge"):
         session.compare("Hi", tokenizer=CharTokenizer())
 
 

@@ -45,6 +45,7 @@ class Bnb4bit(StoredWeight):
     """``bitsandbytes.nn.Linear4bit`` and ``Embedding4bit``."""
 
     name = "bnb4bit"
+    peft_name = "Linear4bit"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether it is one of the library's 4-bit layers, quantized or not yet."""

@@ -32,6 +32,7 @@ class Bnb8bit(StoredWeight):
     """``bitsandbytes.nn.Linear8bitLt`` and ``Embedding8bit``."""
 
     name = "bnb8bit"
+    peft_name = "Linear8bitLt"
 
     def matches(self, module: nn.Module) -> bool:
         """Whether it is one of the library's 8-bit layers, quantized or not."""

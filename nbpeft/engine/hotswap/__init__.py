@@ -2,16 +2,16 @@
 
 Everything is checked first; then the tensors are overwritten where they lie. No parameter is
 rebound, so a compiled model goes on without compiling again, as long as its slots were
-prepared: factors padded with zeros to the largest rank to come, scalings held as tensors.
+prepared: tensors padded with zeros to the largest size to come, scalings held as tensors.
 
-    padding.py    ranks: making room in a slot, and what of it is used
+    padding.py    making room in a slot
     writes.py     checks a new adapter against a slot and works out all that will be written
     swap.py       writes it, lets the caller validate it, or puts the old adapter back
 """
 
 from __future__ import annotations
 
-from nbpeft.engine.hotswap.padding import adapter_tensors, prepare_for_hotswap
+from nbpeft.engine.hotswap.padding import prepare_for_hotswap
 from nbpeft.engine.hotswap.swap import Swapped, check_contents, swap
 
-__all__ = ["Swapped", "adapter_tensors", "check_contents", "prepare_for_hotswap", "swap"]
+__all__ = ["Swapped", "check_contents", "prepare_for_hotswap", "swap"]

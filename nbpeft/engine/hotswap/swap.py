@@ -13,21 +13,10 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.hotswap.writes import Writes
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.registry import companions, method_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import HotSwapError, in_one_line
 from nbpeft.interrupts import released_interrupts
-
-_SLOT_FIELDS = (
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-    "bias",
-    "lora_bias",
-)
-"""Fields that say what a slot consists of: a swap does not change it."""
 
 
 class Manager(Protocol):
@@ -102,7 +91,9 @@ def swap(
     manager.require(name)
     _check(manager, name, config, validate)
     slot_config = manager.configs[name]
-    new_config = config.copy(**{key: getattr(slot_config, key) for key in _SLOT_FIELDS if hasattr(slot_config, key)})
+    new_config = config.copy(
+        **{key: getattr(slot_config, key) for key in slot_config.slot_fields if hasattr(slot_config, key)}
+    )
     layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
     copies = {path: module for path, module in manager.copies.items() if name in module.modules_to_save._modules}
     writes = Writes(name, new_config, grow=grow)
@@ -133,17 +124,14 @@ def _check(manager: Manager, name: str, config: AdapterConfig, validate: object)
 
 
 def check_contents(name: str, slot_config: AdapterConfig, config: AdapterConfig) -> None:
-    """Raises HotSwapError if the slot or the new adapter trains rows of embeddings or starts in the base."""
+    """Raises HotSwapError if the slot or the new adapter holds what cannot be replaced in place."""
     for owner, which in ((slot_config, f"adapter {name!r}"), (config, "the new adapter")):
-        if getattr(owner, "starts_in_base", False):  # a config of another library is told of further on
-            raise HotSwapError(
-                f"{which} starts in a part of the base weights (init_lora_weights="
-                f"{getattr(owner, 'init_lora_weights', None)!r}): load one beside the other"
-            )
-        if getattr(owner, "trainable_token_indices", None):
-            raise HotSwapError(
-                f"{which} trains rows of embeddings (trainable_token_indices): load one beside the other"
-            )
+        if getattr(owner, "initialised_from_weight", False):  # a config of another library is reported further on
+            raise HotSwapError(f"{which} starts in a part of the base weights: load one beside the other")
+        for method in companions():
+            field = "" if method.companion is None else method.companion.field
+            if getattr(owner, field, None):
+                raise HotSwapError(f"{which} has {method.label} ({field}): load one beside the other")
 
 
 def _validated(manager: Manager, name: str, validate: Callable[[], object]) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter
+from nbpeft.engine.adapter import Adapter, Pads
 from nbpeft.engine.copies import CopiedModule
-from nbpeft.engine.factored import MAGNITUDE
-from nbpeft.engine.hotswap.padding import factor_names, larger_factors, put_larger, used_part
+from nbpeft.engine.hotswap.padding import put_larger
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.layer_face import forget_scaling, keep_scaling, write_scaling
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, HotSwapError
 
@@ -42,9 +40,8 @@ class Writes:
         self._zeros: list[Tensor] = []
         self._larger: list[tuple[nn.Parameter, Tensor]] = []
         self._adapters: list[tuple[str, Adapter]] = []
-        self._scalings: dict[str, float] = {}
-        self._padded: list[Adapter] = []
-        self._neutral_magnitudes: list[tuple[Adapter, AdaptedLayer]] = []
+        self._padded: list[Pads] = []
+        self._reset: list[tuple[Adapter, AdaptedLayer]] = []
 
     def collect_layers(self, slot: Mapping[str, AdaptedLayer], given: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The adapters' own tensors.
@@ -52,39 +49,35 @@ class Writes:
         Raises:
             HotSwapError: the slot lacks layers, or a tensor does not fit.
         """
-        strangers = [path for path in given if path not in slot]
-        if strangers:
+        unexpected = [path for path in given if path not in slot]
+        if unexpected:
             raise HotSwapError(
-                f"unexpected keys: the new adapter has {len(strangers)} layers that {self.name!r} does not have "
-                f"({_listed(strangers)}); load it under another name",
-                unexpected=tuple(strangers),
+                f"unexpected keys: the new adapter has {len(unexpected)} layers that {self.name!r} does not have "
+                f"({_listed(unexpected)}); load it under another name",
+                unexpected=tuple(unexpected),
             )
-        scaling_at = getattr(self.config, "scaling_at", None)
         for path, layer in slot.items():
-            adapter: Any = layer.adapters._modules[self.name]
-            if getattr(adapter, "start", None) is not None:
-                raise HotSwapError(f"{path}: adapter {self.name!r} started in a part of the base weights", path=path)
+            adapter = layer.adapter(self.name)
+            refusal = adapter.swap_refusal()
+            if refusal:
+                raise HotSwapError(f"{path}: adapter {self.name!r} {refusal}", path=path)
             self._adapters.append((path, adapter))
-            if scaling_at is not None:
-                self._scalings[path] = scaling_at(path)
             shapes = self._shapes_at(path, layer, adapter)
             if path in given:
                 self._check_shapes(path, shapes, given[path])
-                self._collect_adapter(path, layer, adapter, shapes, given[path])
-                continue
-            self.zeroed.append(path)
-            # It gets the new rank too: what is saved afterwards has to fit the new config.
-            self._collect_adapter(path, layer, adapter, shapes, {})
-            if hasattr(adapter, "row_norm"):
-                if layer.merged:
+            else:
+                self.zeroed.append(path)
+                if adapter.reads_weight and layer.merged:
                     raise HotSwapError(
                         f"the new adapter lacks {path}, where {layer.merged[0]!r} is merged: unmerge first"
                     )
-                self._neutral_magnitudes.append((adapter, layer))
+                self._reset.append((adapter, layer))
+            # Without tensors it gets the new size too: what is saved afterwards has to fit the new config.
+            self._collect_adapter(path, layer, adapter, shapes, given.get(path, {}))
 
     def _shapes_at(self, path: str, layer: AdaptedLayer, adapter: Adapter) -> dict[str, tuple[int, ...]]:
         try:
-            return type(adapter).parameter_shapes(self.config, path, layer.base.module, layer.host)
+            return type(adapter).parameter_shapes(self.config, path, layer.base.module, layer.kind)
         except ConfigError as error:
             raise HotSwapError(f"{path}: {error}", path=path) from None
 
@@ -101,9 +94,9 @@ class Writes:
 
     @staticmethod
     def _check_keys(path: str, given: Mapping[str, Tensor], shapes: Mapping[str, object]) -> None:
-        strangers = sorted(given.keys() - shapes.keys())
-        if strangers:
-            raise HotSwapError(f"unexpected keys at {path}: {_listed(strangers)}; the slot has {_listed(shapes)}")
+        unexpected = sorted(given.keys() - shapes.keys())
+        if unexpected:
+            raise HotSwapError(f"unexpected keys at {path}: {_listed(unexpected)}; the slot has {_listed(shapes)}")
         missing = sorted(key for key in shapes.keys() - given.keys() if not key.endswith("_bias"))
         if missing:
             raise HotSwapError(f"{path}: the new adapter lacks {_listed(missing)}")
@@ -118,9 +111,10 @@ class Writes:
     ) -> None:
         larger: dict[nn.Parameter, Tensor] = {}
         parameters: dict[str, Any] = adapter._parameters
-        factors = factor_names(adapter)
-        if factors:
-            rank, room = shapes[factors[0]][0], parameters[factors[0]].shape[0]
+        pads = adapter if isinstance(adapter, Pads) else None
+        rank = adapter.size_of(shapes)
+        if pads is not None and rank is not None:
+            room = pads.room
             if rank > room and not self.grow:
                 raise HotSwapError(
                     f"{path}: rank {rank} does not fit a slot of rank {room}; prepare the model for "
@@ -129,15 +123,18 @@ class Writes:
                     rank=rank,
                 )
             if rank > room:
-                larger = dict(larger_factors(layer, adapter, rank))
+                larger = dict(pads.enlarged(rank, layer.base))
                 self._larger.extend(larger.items())
             elif rank < room:
-                self._padded.append(adapter)
+                self._padded.append(pads)
         for key, shape in shapes.items():
             parameter = parameters[key]
             fresh = larger.get(parameter) if larger else None
             home = parameter.detach() if fresh is None else fresh
-            used, rest = (home[:0], [home]) if key not in given else used_part(adapter, key, home, shape, layer)
+            if key not in given:
+                used, rest = home[:0], [home]
+            else:
+                used, rest = (home, []) if pads is None else pads.used_part(key, home, shape)
             source = given[key].detach().reshape(used.shape) if key in given else used
             if fresh is not None:  # filled now; it takes the parameter's place when all is written
                 used.copy_(source)
@@ -158,11 +155,11 @@ class Writes:
         Raises:
             HotSwapError: they are not the slot's, or their tensors differ.
         """
-        strangers = [path for path in given if path not in slot]
-        if strangers:
+        unexpected = [path for path in given if path not in slot]
+        if unexpected:
             raise HotSwapError(
-                f"the new adapter trained {_listed(strangers)} as a whole (modules_to_save) and {self.name!r} did not",
-                unexpected=tuple(strangers),
+                f"the new adapter trained {_listed(unexpected)} as a whole (modules_to_save) and {self.name!r} did not",
+                unexpected=tuple(unexpected),
             )
         for path, module in slot.items():
             source: Mapping[str, Tensor] = given.get(path, {})
@@ -200,38 +197,21 @@ class Writes:
         Args:
             change: records what is there now.
         """
-        neutral = [adapter.get_parameter(MAGNITUDE).detach() for adapter, _ in self._neutral_magnitudes]
-        change.keep_values([*self._zeros, *self._targets, *neutral])
+        change.keep_values([*self._zeros, *self._targets])
         change.keep_data(parameter for parameter, _ in self._larger)
         for _, adapter in self._adapters:
-            keep_scaling(adapter, change)
-            change.keep_attributes(adapter, "padded", "dropout")
+            adapter.keep_settings(change)
         if self._zeros:
             torch._foreach_zero_(self._zeros)
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources)
         put_larger(self._larger)
-        for adapter in self._padded:
-            adapter.__dict__["padded"] = True
-        self._write_settings()
-        for adapter, layer in self._neutral_magnitudes:
-            magnitude = adapter.get_parameter(MAGNITUDE).detach()
-            norm: Any = adapter.row_norm
-            magnitude.copy_(norm(layer.base).view(magnitude.shape))
-
-    def _write_settings(self) -> None:
-        dropout = getattr(self.config, "lora_dropout", None)
+        for pads in self._padded:
+            pads.mark_padded()
         for path, adapter in self._adapters:
-            if path in self._scalings:
-                set_scaling(adapter, self._scalings[path])
-            if adapter.__dict__.get("dropout", dropout) != dropout:
-                adapter.__dict__["dropout"] = dropout
-
-
-def set_scaling(adapter: Adapter, scaling: float) -> None:
-    """Gives an adapter a new trained scaling, in place where it is a tensor."""
-    write_scaling(adapter, scaling)
-    forget_scaling(adapter)
+            adapter.configure(self.config, path)
+        for adapter, layer in self._reset:
+            adapter.reset_(layer.base)
 
 
 def _listed(names: Sequence[str] | Mapping[str, object], most: int = 4) -> str:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.lora_config import LoraConfig
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.errors import MergeError
 

@@ -1,0 +1,114 @@
+"""What combining adapters takes and gives, whatever their method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nbpeft.engine.adapter import Adapter
+from nbpeft.engine.base import BaseLayer
+from nbpeft.errors import AdapterError
+from nbpeft.state import LayerLoss
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter on one layer.
+
+    Attributes:
+        adapter: the adapter.
+        base: the layer.
+        tensors: its parameters as a file holds them.
+        scale: factor on its delta.
+    """
+
+    adapter: Adapter
+    base: BaseLayer
+    tensors: Mapping[str, Tensor]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A new adapter.
+
+    Attributes:
+        config: its config.
+        tensors: path -> parameter name -> tensor.
+        combination_type: how it was made.
+        losses: distance to the true weighted delta, layer by layer.
+        relative_error: over all layers together.
+        energy_kept: over all layers together.
+        finish: (path, new adapter, layer) -> None, called once it is built; for what depends on the layer.
+    """
+
+    config: Any
+    tensors: dict[str, dict[str, Tensor]]
+    combination_type: str
+    losses: tuple[LayerLoss, ...]
+    relative_error: float
+    energy_kept: float
+    finish: Callable[[str, Adapter, BaseLayer], None] = lambda path, adapter, base: None
+
+
+class Combine(Protocol):
+    """How adapters of one method, or of several that can be combined, are combined."""
+
+    types: Sequence[str]
+    """Names of the ways; the first is the default."""
+
+    def __call__(
+        self,
+        layers: Mapping[str, Mapping[str, Member]],
+        configs: Sequence[Any],
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        settings: Mapping[str, Any],
+    ) -> Combination:
+        """Combines adapters layer by layer.
+
+        Args:
+            layers: path -> adapter name -> adapter, in the model's order.
+            configs: one for each of the adapters.
+            adapters: names; one without an adapter on a layer adds nothing there.
+            weights: one for each; negative ones subtract.
+            settings: ``combination_type`` and what goes with it.
+
+        Raises:
+            AdapterError: they cannot be combined.
+            ConfigError: a setting is unknown or impossible for these adapters.
+        """
+        ...
+
+
+def check_weights(adapters: Sequence[str], weights: Sequence[float]) -> None:
+    """Checks that there is one finite weight for each adapter.
+
+    Raises:
+        AdapterError: there is none, their numbers differ, or a weight is not finite.
+    """
+    if not adapters:
+        raise AdapterError("no adapters to combine: name at least one")
+    if len(adapters) != len(weights):
+        raise AdapterError(
+            f"{len(adapters)} adapters ({', '.join(adapters)}) need as many weights, got {len(weights)}",
+            adapters=tuple(adapters),
+            weights=tuple(weights),
+        )
+    for name, weight in zip(adapters, weights, strict=True):
+        if not is_number(weight) or not math.isfinite(weight):
+            shown = weight if is_number(weight) else repr(weight)
+            raise AdapterError(f"the weight of adapter {name!r} is {shown}, expected a finite number", adapter=name)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value can be compared with numbers; a tensor of one entry can."""
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, str | bytes)

@@ -1,0 +1,105 @@
+"""Warnings about a config that is valid but probably not what was meant, and models nothing can be done with yet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence, Set
+
+from torch import nn
+
+from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
+from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.registry import resolve_layer_kind
+from nbpeft.errors import PeftWarning, TargetError, shown
+
+
+def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
+    """Names that a task adds to ``modules_to_save``, though a model need not have them."""
+    return TASK_HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
+
+
+def missing_head_message(missing: Sequence[str]) -> str:
+    """Says that a model has none of the heads that its task usually has."""
+    return (
+        f"the model has no module {' or '.join(missing)}: its head, under whatever name, is neither trained nor "
+        "saved unless modules_to_save names it"
+    )
+
+
+def warn_of_tied(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str]) -> None:
+    """Says where an adapter changes an embedding or head that shares its weight with another module.
+
+    Args:
+        model: the base model.
+        modules: path and module of everything in it.
+        changed: paths that get factors or are trained as a whole.
+    """
+    weight = getattr(embedding_of(model), "weight", None)
+    users: dict[int, str] = {}
+    for path, module in modules if isinstance(weight, nn.Parameter) else ():
+        if module._parameters.get("weight") is weight and (id(module) not in users or path in changed):
+            users[id(module)] = path
+    paths = list(users.values())
+    own = [path for path in paths if path in changed]
+    if not own or len(paths) < 2:
+        return
+    which = f"{' and '.join(own)} alone" if len(own) < len(paths) else "each on its own"
+    warnings.warn(
+        f"{' and '.join(paths)} share one weight (tie_word_embeddings) and the adapter changes {which}: they differ "
+        "while it acts, and merging makes separate weights of them",
+        stacklevel=5,
+    )
+
+
+def warn_of_experts(model: nn.Module) -> None:
+    """Says which stacked weights, those of a mixture of experts, ``"all-linear"`` does not reach."""
+    stacked = {name: p.numel() for name, p in model.named_parameters() if _is_stacked(model, name, p)}
+    if not stacked:
+        return
+    share = sum(stacked.values()) / sum(parameter.numel() for parameter in model.parameters())
+    which = next(iter(stacked)) + (f" and {len(stacked) - 1} more" if len(stacked) > 1 else "")
+    warnings.warn(
+        f"target_modules='all-linear' reaches linear layers only: the experts ({which}, {share:.0%} of the parameters) "
+        "are tensors of several weights and stay as they are",
+        stacklevel=5,
+    )
+
+
+def _is_stacked(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds the weights of several linear maps, and belongs to no layer torch knows."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return parameter.ndim == 3 and parameter.shape[0] > 1 and not type(owner).__module__.startswith("torch.nn.")
+
+
+def warn_about_config(
+    config: AdapterConfig,
+    adapter_class: type[Adapter],
+    modules: Sequence[tuple[str, nn.Module]],
+    *,
+    strict: bool,
+    unused_exclude: bool = False,
+) -> None:
+    """Warns of what a config says in vain, and of what its method knows about these layers.
+
+    Args:
+        config: the config.
+        adapter_class: of its method.
+        modules: path and module of everything it adapts.
+        strict: refuse patterns that match nothing instead.
+        unused_exclude: whether ``exclude_modules`` names nothing in the model.
+
+    Raises:
+        TargetError: a pattern matches nothing, if strict.
+    """
+    unmatched = config.unused_patterns([path for path, _ in modules])
+    excluded = getattr(config, "exclude_modules", None)
+    excluded_text = shown(excluded if excluded is None or isinstance(excluded, str) else sorted(excluded), 200)
+    unused = f"exclude_modules={excluded_text} names no module of the model" if unused_exclude else ""
+    for note, category in ((unmatched, RuntimeWarning), (unused, UserWarning)):
+        if note and strict:
+            raise TargetError(note)
+        if note:
+            warnings.warn(note, category, stacklevel=4)
+    kinds = [(path, module, kind) for path, module in modules if (kind := resolve_layer_kind(module)) is not None]
+    for note in adapter_class.config_warnings(config, kinds):
+        warnings.warn(note, PeftWarning, stacklevel=4)

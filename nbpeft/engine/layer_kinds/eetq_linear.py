@@ -1,0 +1,19 @@
+"""transformers' ``EetqLinear``, which tells its features only through its weight, (in, out)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nbpeft.engine.layer_kinds.conv1d import TransformersConv1D
+from nbpeft.engine.registry import register_layer_kind
+from nbpeft.engine.storage import loaded
+
+
+@register_layer_kind
+class EetqLinear(TransformersConv1D):
+    """As a linear layer with the stored weight transposed."""
+
+    name = "eetq_linear"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, loaded("transformers.integrations.eetq", "EetqLinear"))

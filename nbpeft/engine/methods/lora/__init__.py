@@ -1,0 +1,18 @@
+"""The LoRA family: LoRA, rsLoRA and DoRA, their inits, combining and optimizers.
+
+config.py         LoraConfig
+lora.py dora.py   the methods
+adapter.py        what they share: two low-rank factors
+low_rank.py       the product of the factors on each kind of layer
+autograd.py       the product on linear layers, keeping nothing but its input for backward
+multi_adapter.py  one batch served by several adapters
+inits.py          how the factors start
+combining/        one adapter of several
+conversion.py     OLoRA and PiSSA written as plain LoRA
+optimizers.py     LoRA-FA and LoRA+
+family.py         what the records of the methods share
+"""
+
+from nbpeft.engine.methods.lora import dora, lora
+
+__all__ = ["dora", "lora"]

@@ -1,0 +1,245 @@
+"""What the methods share whose weights are two low-rank factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, Pads, Rescales
+from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.transaction import Transaction
+
+MAGNITUDE = "lora_magnitude_vector"
+"""The parameter that DoRA has beside the factors."""
+
+_INITIAL = ("init_A", "neg_init_B")
+_ENERGY = 0.9
+"""Share of ‖Δ‖² that ``delta_size`` counts singular values for."""
+
+
+class LowRankAdapter(Adapter, Rescales, Pads):
+    """Two factors A and B whose product, times a scaling, is added to a weight.
+
+    Args:
+        tensors: parameter name -> parameter.
+        kind: the kind of layer.
+        scaling: factor on the product.
+        dropout: probability on the adapter's input.
+        initial: A0 and B0 where the adapter starts in a component of the weight, whose product it subtracts.
+
+    Attributes:
+        scaling: factor on the product; a 0-d tensor once the model is prepared for compiled hot-swapping.
+        dropout: probability on the adapter's input.
+        padded: whether the factors have more rows than the adapter uses, filled with zeros.
+    """
+
+    wrapped_parameters: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDE)
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_dropout": "dropout_view"}
+
+    def __init__(
+        self,
+        tensors: Mapping[str, nn.Parameter],
+        kind: LayerKind,
+        scaling: float,
+        dropout: float,
+        initial: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self._parameters.update(tensors)
+        self.low_rank = low_rank_of(kind)
+        self.scaling = scaling
+        self.dropout = dropout
+        self.padded = False
+        if initial is not None:
+            for name, tensor in zip(_INITIAL, (initial[0], -initial[1]), strict=True):
+                self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def factor_names(self) -> tuple[str, str]:
+        """Names of A and B."""
+        return self.low_rank.factor_names
+
+    @property
+    def initial(self) -> tuple[Tensor, Tensor] | None:
+        """A0 and -B0 where the adapter started in a component of the weight, else None."""
+        name_A, name_B = _INITIAL
+        init_A, neg_init_B = self._buffers.get(name_A), self._buffers.get(name_B)
+        return None if init_A is None or neg_init_B is None else (init_A, neg_init_B)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of what is added to the weight; twice the trained rank where there is an ``initial``."""
+        lora_A, lora_B = self.trained_factors
+        if self.initial is None:
+            return lora_A, lora_B
+        init_A, neg_init_B = self.initial
+        return torch.cat([lora_A, init_A]), torch.cat([lora_B, neg_init_B], 1)
+
+    @property
+    def trained_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, the parameters."""
+        name_A, name_B = self.factor_names
+        lora_A, lora_B = self.held[name_A], self.held[name_B]
+        assert lora_A is not None and lora_B is not None
+        return lora_A, lora_B
+
+    @property
+    def detached_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B, detached."""
+        lora_A, lora_B = self.factors
+        return lora_A.detach(), lora_B.detach()
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, padding included."""
+        return int(self.trained_factors[0].shape[0])
+
+    @property
+    def dropout_view(self) -> DropoutView:
+        """The dropout as PEFT shows it."""
+        return DropoutView(self)
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The rank of the product of the factors."""
+        return int(self.factors[0].shape[0])
+
+    def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
+        """Computes the norm of the change from the factors, where it is their product; see ``Adapter``."""
+        if self.reads_weight or weight.ndim != 2:
+            return super().delta_size(weight, base)
+        lora_A, lora_B = (
+            factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.detached_factors
+        )
+        core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
+        energies = torch.linalg.svdvals(core * float(self.scaling)).square()
+        total = float(energies.sum())
+        reached = energies.cumsum(0) >= _ENERGY * total
+        return total**0.5, (int(reached.int().argmax()) + 1 if total > 0 else 0)
+
+    def row_gain(self, base: BaseLayer) -> Tensor | None:
+        """The factor (out,) on the rows of the adapted weight ``W + s B A``, detached; None means 1."""
+        return None
+
+    def set_row_gain_(self, gain: Tensor | None, base: BaseLayer) -> None:
+        """Sets that factor, where there is one."""
+
+    def merge_refusal(self, base: BaseLayer) -> str:
+        """Why the product is not a weight of the layer; else empty."""
+        return self.low_rank.product_refusal(base.module)
+
+    @classmethod
+    def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
+        """Warns of layers on which the adapter cannot be merged."""
+        bare = [path for path, module, _ in modules if getattr(module, "bias", None) is None]
+        if config.lora_bias and bare:
+            subject = f"{bare[0]} and {len(bare) - 1} more have" if len(bare) > 1 else f"{bare[0]} has"
+            yield f"lora_bias=True, but {subject} no bias in the base: the adapter cannot be merged there"
+        for path, module, kind in modules:
+            refusal = low_rank_of(kind).product_refusal(module)
+            if refusal:
+                yield f"{path} cannot be merged: it is {refusal}"
+                return
+
+    @classmethod
+    def initial_elements(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """A0 and B0 are as large as A and B, the first two parameters."""
+        return sum(map(math.prod, list(shapes.values())[:2]))
+
+    # Saving and swapping
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """Its parameters without padding: views of them, and a copy of the A of a grouped convolution."""
+        tensors = super().saved_tensors(shapes)
+        if not self.padded:
+            return tensors
+        own = shapes()
+        return {key: self.used_part(key, tensor, own[key])[0].reshape(own[key]) for key, tensor in tensors.items()}
+
+    @property
+    def _groups(self) -> int:
+        """Groups of a convolution: each has its own rows of A, and B takes those of its group."""
+        lora_A, lora_B = self.trained_factors
+        return int(lora_A.shape[0] // lora_B.shape[1])
+
+    @property
+    def room(self) -> int:
+        """The largest rank that fits in."""
+        return self.rank
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """The rank of an adapter with these shapes: A comes first, and has a row for each."""
+        return next(iter(shapes.values()))[0]
+
+    def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Views of the part of a factor that an adapter of some shape uses, and of the rest.
+
+        The A of a grouped convolution has one block of rows for each group, and each is padded.
+        """
+        if tensor.shape == tuple(shape) or key not in self.factor_names:
+            return tensor, []
+        if key == self.factor_names[1]:
+            return tensor[:, : shape[1]], [tensor[:, shape[1] :]]
+        groups = self._groups
+        if groups == 1:
+            return tensor[: shape[0]], [tensor[shape[0] :]]
+        blocks = tensor.view(groups, tensor.shape[0] // groups, *tensor.shape[1:])
+        return blocks[:, : shape[0] // groups], [blocks[:, shape[0] // groups :]]
+
+    def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The factors' parameters and their values padded with zeros to a rank."""
+        for key, shape in zip(self.factor_names, self.low_rank.shapes(base.module, size), strict=True):
+            parameter = self.get_parameter(key)
+            larger = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+            used, _ = self.used_part(key, larger, tuple(parameter.shape))
+            used.copy_(parameter.detach().reshape(used.shape))
+            yield parameter, larger
+
+    def mark_padded(self) -> None:
+        """Remembers that the factors hold zeros behind what it uses."""
+        self.padded = True
+
+    def swap_refusal(self) -> str:
+        """Why other factors cannot take the place of these."""
+        return "" if self.initial is None else "started in a part of the base weights"
+
+    def configure(self, config: Any, path: str) -> None:
+        """Takes the scaling and the dropout of a config over."""
+        self.rescale(config.scaling_at(path), trained=True)
+        self.dropout = float(config.lora_dropout)
+
+    def keep_settings(self, change: Transaction) -> None:
+        """Records scaling, dropout and padding."""
+        self.keep_scaling(change)
+        change.keep_attributes(self, "dropout", "padded")
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"rank={self.rank}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"
+
+
+class DropoutView:
+    """An adapter's dropout in PEFT's spelling: ``layer.lora_dropout["default"].p``."""
+
+    __slots__ = ("_adapter",)
+
+    def __init__(self, adapter: LowRankAdapter) -> None:
+        self._adapter = adapter
+
+    @property
+    def p(self) -> float:
+        """The probability."""
+        return float(self._adapter.dropout)
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self._adapter.dropout = float(value)
+
+    def __repr__(self) -> str:
+        return f"Dropout(p={self.p:g})"

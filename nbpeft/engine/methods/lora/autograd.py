@@ -1,0 +1,264 @@
+"""The low-rank product of a linear layer, keeping nothing but its input for backward.
+
+    y = scaling * B(A(dropout(x)))        A: (r, in), B: (out, r)
+
+Composed from ordinary operations, autograd would keep a copy of ``x`` in the adapter's dtype, a
+dropped copy, the dropout mask and the hidden product: several times the size of ``x`` in every
+layer. ``x`` itself is in memory anyway (q, k and v share it), so backward casts and drops again,
+and only the thin product of A is kept beside it. The mask is drawn from a seed; the seed comes
+from the CPU generator inside forward, which activation checkpointing restores, so a recomputation
+draws the same mask.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nbpeft.engine.numerics import add_delta, composes, compute_dtype, without_autocast
+
+_LANES = 1 << 16
+"""Number of values of one 16-bit lane of the random words."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of an adapter's input: a probability and whether it acts now."""
+
+    probability: float
+    training: bool
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is dropped."""
+        return self.training and self.probability > 0.0
+
+
+def draw_seed() -> int:
+    """A seed from the CPU generator."""
+    return int(torch.randint(1 << 62, (), dtype=torch.long))
+
+
+def keep_mask(shape: torch.Size, probability: float, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A mask of zeros (dropped) and ones, without the 1 / (1 - p) factor.
+
+    Four elements share one 64-bit draw, which makes drawing the mask twice cheaper than one
+    ``F.dropout``; the probability is met to 1 / 65536 (see ``keep_scale``).
+    """
+    count = shape.numel()
+    generator = torch.Generator(device)
+    generator.manual_seed(seed)
+    if device.type == "mps":  # which cannot draw over all of int64
+        lanes = torch.empty(count, dtype=torch.int32, device=device)
+        lanes.random_(-(_LANES // 2), _LANES // 2, generator=generator)
+    else:
+        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+        words.random_(-(1 << 63), None, generator=generator)
+        lanes = words.view(torch.int16)[:count]
+    return (lanes >= _dropped_lanes(probability) - _LANES // 2).to(dtype).view(shape)
+
+
+def keep_scale(probability: float) -> float:
+    """1 / (share of elements kept) for the probability the mask really has."""
+    kept = 1.0 - _dropped_lanes(probability) / _LANES
+    return 1.0 / kept if kept > 0 else 0.0
+
+
+def _dropped_lanes(probability: float) -> int:
+    return min(round(probability * _LANES), _LANES - 1)
+
+
+class _SeededDropout(torch.autograd.Function):
+    """Dropout that keeps its seed instead of its mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float, seed: int) -> Tensor:
+        ctx.probability, ctx.seed = probability, seed
+        return _drop(x, probability, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _drop(gradients[0], ctx.probability, ctx.seed), None, None
+
+
+def _drop(x: Tensor, probability: float, seed: int) -> Tensor:
+    return x * keep_mask(x.shape, probability, seed, x.device, x.dtype).mul_(keep_scale(probability))
+
+
+def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
+    """Dropout of ``x`` (any shape) that saves no mask for backward."""
+    if not dropout.acts:
+        return x
+    if dropout.probability >= 1.0 or composes():
+        return F.dropout(x, dropout.probability)
+    return _SeededDropout.apply(x, dropout.probability, draw_seed())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LowRank(torch.autograd.Function):
+    """scaling * B(A(dropout(x))), plus ``onto`` where given; keeps x, A, B and the thin product of A.
+
+    One wide buffer serves each direction: fresh memory costs a CPU more than the arithmetic does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        onto: Tensor | None,
+        scaling: float | Tensor,
+        probability: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.scaling, ctx.probability, ctx.dtype = scaling, probability, dtype
+        ctx.seed = draw_seed() if probability else 0
+        out_features = lora_B.shape[0]
+        shape = (*x.shape[:-1], out_features)
+        # What is handed on as it is must be no view: models change outputs in place.
+        total = torch.empty(shape, dtype=dtype, device=x.device) if onto is not None and onto.dtype == dtype else None
+        with without_autocast(x.device.type):
+            buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, total)
+            flat = _dropped_input(x, ctx, buffer)
+            hidden = (flat @ lora_A.to(dtype).T) * _factor(ctx)
+            ctx.save_for_backward(x, lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None)
+            if onto is None:
+                return (hidden @ lora_B.to(dtype).T).view(shape)
+            room = (
+                _part(buffer, hidden.shape[0], out_features)
+                if total is None
+                else total.view(hidden.shape[0], out_features)
+            )
+            product = torch.mm(hidden, lora_B.to(dtype).T, out=room)
+            return (product.view(shape) if total is None else total).add_(onto).to(onto.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, gradients[0])
+        x, lora_A, lora_B, hidden = ctx.saved_tensors
+        dtype: torch.dtype = ctx.dtype
+        need_x, need_A, need_B, need_onto = ctx.needs_input_grad[:4]
+        with without_autocast(x.device.type):
+            rows = _as_rows(gradients[0])
+            buffer = _buffer(x, max(x.shape[-1], lora_B.shape[0]), dtype, ctx.probability)
+            if rows.dtype != dtype:
+                room = _part(buffer, *rows.shape)
+                rows = rows.to(dtype) if room is None else room.copy_(rows)
+            grad_x = grad_A = grad_B = None
+            if need_B:
+                # Twice as fast as the product the other way round, which is tall and thin.
+                grad_B = (hidden.T @ rows).T.to(lora_B.dtype)
+            if need_A or need_x:
+                hidden_gradient = (rows @ lora_B.to(dtype)) * _factor(ctx)
+            mask = _mask(x, ctx)
+            if need_A:
+                grad_A = (hidden_gradient.T @ _dropped_input(x, ctx, buffer, mask)).to(lora_A.dtype)
+            if need_x:
+                wide = torch.mm(hidden_gradient, lora_A.to(dtype), out=_part(buffer, rows.shape[0], x.shape[-1]))
+                wide = wide.view(x.shape)
+                grad_x = (wide if mask is None else wide.mul_(mask)).to(x.dtype)
+        return grad_x, grad_A, grad_B, gradients[0] if need_onto else None, None, None, None
+
+
+def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as functions of the inputs, for derivatives of higher order."""
+    x, lora_A, lora_B, _ = ctx.saved_tensors
+    with without_autocast(x.device.type):
+        mask = _mask(x, ctx)
+        cast = x.to(ctx.dtype)
+        flat = _as_rows(cast if mask is None else cast * mask)
+        down, up, factor = lora_A.to(ctx.dtype), lora_B.to(ctx.dtype), _factor(ctx)
+        rows = _as_rows(gradient).to(ctx.dtype)
+        hidden_gradient = (rows @ up) * factor
+        grad_x = (hidden_gradient @ down).view(x.shape)
+        grad_x = grad_x if mask is None else grad_x * mask
+        grad_A, grad_B = hidden_gradient.T @ flat, rows.T @ ((flat @ down.T) * factor)
+    onto = gradient if ctx.needs_input_grad[3] else None
+    return grad_x.to(x.dtype), grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), onto, None, None, None
+
+
+def _buffer(
+    x: Tensor, width: int, dtype: torch.dtype, probability: float, result: Tensor | None = None
+) -> Tensor | None:
+    """Room for (tokens, width) values in the compute dtype, where a cast or dropped copy is needed.
+
+    Where there is a result to be filled it serves until then, if it is as large as ``x``.
+    """
+    if x.dtype == dtype and not probability:
+        return None
+    if result is not None and result.numel() >= x.numel():
+        return result.view(-1)
+    wanted = math.prod(x.shape[:-1]) * width if result is None else x.numel()
+    return torch.empty(wanted, dtype=dtype, device=x.device)
+
+
+def _part(buffer: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    return None if buffer is None else buffer[: rows * columns].view(rows, columns)
+
+
+def _mask(x: Tensor, ctx: Any) -> Tensor | None:
+    return keep_mask(x.shape, ctx.probability, ctx.seed, x.device, x.dtype) if ctx.probability else None
+
+
+def _factor(ctx: Any) -> float | Tensor:
+    """The scaling, with what dropout asks for."""
+    scaling: float | Tensor = ctx.scaling
+    return scaling * keep_scale(ctx.probability) if ctx.probability else scaling
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(…, features) as (tokens, features), also where there is no feature or no token."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _dropped_input(x: Tensor, ctx: Any, buffer: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """``x`` as (tokens, in) in the compute dtype, with zeros where it is dropped."""
+    flat = _as_rows(x)
+    if buffer is None:
+        return flat
+    part = buffer[: flat.numel()].view(flat.shape).copy_(flat)
+    if ctx.probability:
+        mask = _mask(x, ctx) if mask is None else mask
+        part.mul_(mask.view(flat.shape))  # type: ignore[union-attr]
+    return part
+
+
+def low_rank_linear(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    dropout: Dropout,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """``scaling * B(A(dropout(x)))`` for a linear layer, added to ``onto`` where that is given.
+
+    Args:
+        x: (..., in), any floating dtype.
+        lora_A: (r, in).
+        lora_B: (out, r).
+        scaling: a number, or a 0-d tensor where hot-swapping may change it.
+        dropout: dropout of the input.
+        onto: (..., out), what to add it to.
+
+    Returns:
+        (..., out) in the dtype of ``onto``; without that, in the autocast dtype where autocast is
+        on, else in the factors' dtype.
+    """
+    if x.device != lora_A.device:
+        x = x.to(lora_A.device)
+    dtype = compute_dtype(x, lora_A)
+    probability = dropout.probability if dropout.acts else 0.0
+    if probability >= 1.0 or composes():
+        dropped = F.dropout(x.to(lora_A.dtype), probability) if probability else x.to(lora_A.dtype)
+        delta = F.linear(F.linear(dropped, lora_A), lora_B) * scaling
+        return delta if onto is None else add_delta(onto, delta)
+    if onto is not None and (onto.device != x.device or torch.promote_types(onto.dtype, dtype) != dtype):
+        return add_delta(onto, low_rank_linear(x, lora_A, lora_B, scaling, dropout).to(onto.device))
+    return _LowRank.apply(x, lora_A, lora_B, onto, scaling, probability, dtype)  # type: ignore[no-any-return, no-untyped-call]

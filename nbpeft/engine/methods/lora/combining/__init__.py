@@ -1,0 +1,34 @@
+"""Combining adapters: functions on the tensors of low-rank factors.
+
+recipe.py     how to combine: the type and its settings, checked when made
+factors.py    one adapter's factors on one layer, as matrices whatever the layer kind
+sparsify.py   pruning, sign election, weighted sums (TIES, DARE, magnitude pruning)
+truncate.py   best rank-k factors of a weighted sum, and how much of it was lost
+layers.py     combine(): all layers of a model
+config.py     the config of the result
+draws.py      the random draws PEFT makes before it combines
+adapters.py   from adapters on layers to factors and back: what the engine calls
+"""
+
+from __future__ import annotations
+
+from nbpeft.engine.methods.lora.combining.adapters import combine_low_rank
+from nbpeft.engine.methods.lora.combining.config import combined_config
+from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws
+from nbpeft.engine.methods.lora.combining.factors import Factors
+from nbpeft.engine.methods.lora.combining.layers import Combination, CombinedLayer, combine
+from nbpeft.engine.methods.lora.combining.recipe import COMBINATION_TYPES, Recipe
+from nbpeft.engine.methods.lora.combining.truncate import Loss
+
+__all__ = [
+    "COMBINATION_TYPES",
+    "Combination",
+    "CombinedLayer",
+    "Factors",
+    "Loss",
+    "Recipe",
+    "combine",
+    "combine_low_rank",
+    "combined_config",
+    "skip_initial_draws",
+]

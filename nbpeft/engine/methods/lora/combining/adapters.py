@@ -1,0 +1,126 @@
+"""From adapters on layers to factors and back: what the engine calls to combine LoRA and DoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft.engine.adapter import Adapter
+from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.combination import Combination, Member
+from nbpeft.engine.methods.lora.adapter import LowRankAdapter
+from nbpeft.engine.methods.lora.combining.config import combined_config
+from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws
+from nbpeft.engine.methods.lora.combining.factors import Factors
+from nbpeft.engine.methods.lora.combining.layers import CombinedLayer, combine
+from nbpeft.engine.methods.lora.combining.recipe import COMBINATION_TYPES, Recipe
+from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.errors import AdapterError, ConfigError, did_you_mean
+from nbpeft.state import LayerLoss
+
+
+class _CombineLowRank:
+    """Combines adapters with low-rank factors; see ``Recipe`` for the settings."""
+
+    types = COMBINATION_TYPES
+
+    def __call__(
+        self,
+        layers: Mapping[str, Mapping[str, Member]],
+        configs: Sequence[Any],
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        settings: Mapping[str, Any],
+    ) -> Combination:
+        """See ``nbpeft.engine.combination.Combine``."""
+        recipe = _recipe(settings)
+        factors = {
+            path: {name: _factors(name, member) for name, member in members.items()} for path, members in layers.items()
+        }
+        kinds = {path: next(iter(members.values())).base.kind for path, members in layers.items() if members}
+        if recipe.draws and len(adapters) > 1:
+            _skip_draws(factors, kinds, configs[0], recipe)
+        combined = combine(factors, adapters, weights, recipe)
+        tensors = {path: _tensors(kinds[path], layer) for path, layer in combined.layers.items()}
+        losses = tuple(
+            LayerLoss(path, layer.rank, layer.relative_error, layer.energy_kept)
+            for path, layer in combined.layers.items()
+        )
+
+        def finish(path: str, adapter: Adapter, base: BaseLayer) -> None:
+            """Gives a DoRA result the magnitude that makes its delta the exact sum."""
+            if recipe.combination_type == "exact" and isinstance(adapter, LowRankAdapter):
+                adapter.set_row_gain_(combined.layers[path].gain, base)
+
+        return Combination(
+            combined_config(configs, combined),
+            tensors,
+            combined.recipe.combination_type,
+            losses,
+            combined.relative_error,
+            combined.energy_kept,
+            finish,
+        )
+
+
+combine_low_rank = _CombineLowRank()
+
+
+def _recipe(settings: Mapping[str, Any]) -> Recipe:
+    known = Recipe.__dataclass_fields__
+    unknown = next((name for name in settings if name not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"combining has no setting {unknown!r}.{did_you_mean(unknown, known)}", field=unknown)
+    return Recipe(**settings)
+
+
+def _factors(name: str, member: Member) -> Factors:
+    adapter, base = member.adapter, member.base
+    if not isinstance(adapter, LowRankAdapter):
+        raise AdapterError(f"adapter {name!r} is {type(adapter).__name__}: these are no low-rank factors to combine")
+    name_A, name_B = adapter.factor_names
+    # What is initialised from the weight also subtracts that component, which no padding touches.
+    whole = adapter.initial is not None
+    lora_A, lora_B = adapter.detached_factors if whole else (member.tensors[name_A], member.tensors[name_B])
+    groups = getattr(base.module, "groups", 1)
+    return Factors(
+        lora_A=lora_A.detach(),
+        lora_B=lora_B.detach(),
+        scaling=float(adapter.scaling) * member.scale,
+        groups=groups if isinstance(groups, int) else 1,
+        bias=member.tensors.get(f"{name_B}_bias"),
+        gain=adapter.row_gain(base),
+        transposed=_is_transposed(base),
+    )
+
+
+def _skip_draws(
+    factors: Mapping[str, Mapping[str, Factors]], kinds: Mapping[str, Any], first: Any, recipe: Recipe
+) -> None:
+    """Random rules draw what PEFT draws under the same seed, which initialises the new adapter first."""
+    having = {path: next(iter(named.values())) for path, named in factors.items() if named}
+    largest = max((part.rank for named in factors.values() for part in named.values()), default=0)
+    rank = (recipe.svd_rank if recipe.on_deltas else None) or largest
+    shapes = [
+        ((rank, *part.lora_A.shape[1:]), (part.lora_B.shape[0], rank // part.groups, *part.lora_B.shape[2:]))
+        for part in having.values()
+    ]
+    lookups = [kinds[path].takes_ids for path in having]
+    skip_initial_draws(shapes, lookups=lookups, init=first.init_lora_weights, lora_bias=first.lora_bias)
+
+
+def _is_transposed(base: BaseLayer) -> bool:
+    """Whether the layer stores its weight as (in, out)."""
+    wide = torch.empty(1, 2, device="meta")
+    return base.kind.canonical(base.module, wide).shape != wide.shape
+
+
+def _tensors(kind: Any, combined: CombinedLayer) -> dict[str, Tensor]:
+    name_A, name_B = low_rank_of(kind).factor_names
+    tensors = {name_A: combined.lora_A, name_B: combined.lora_B}
+    if combined.bias is not None:
+        tensors[f"{name_B}_bias"] = combined.bias
+    return tensors

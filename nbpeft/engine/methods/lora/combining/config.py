@@ -1,0 +1,63 @@
+"""The config of a combination."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nbpeft.engine.methods.lora.combining.layers import Combination
+
+_SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+
+
+def combined_config(configs: Sequence[Any], combination: Combination) -> Any:
+    """A config that describes a combination, from those of its adapters (LoRA configs).
+
+    It is the first one's with the rank of the combination and an alpha that makes every
+    scaling 1, plain and not rsLoRA's. Targets are joined as in PEFT; where the configs select
+    layers in ways that cannot be joined, the combined layers are listed by their full paths.
+    """
+    first, rank = configs[0], combination.rank
+    layers = combination.layers.values()
+    ranks = _patterns(combination)
+    return first.copy(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=dict(ranks),
+        alpha_pattern=dict(ranks),
+        use_rslora=False,
+        init_lora_weights=True,
+        lora_bias=any(layer.bias is not None for layer in layers),
+        use_dora=first.use_dora
+        if combination.recipe.combination_type != "exact"
+        else any(layer.gain is not None for layer in layers),
+        modules_to_save=_joined_names(config.modules_to_save for config in configs) or None,
+        **_targets(configs, combination),
+    )
+
+
+def _patterns(combination: Combination) -> dict[str, int]:
+    """Path pattern -> rank, longest path first, because the first match at the end of a path wins."""
+    apart = combination.ranks_apart
+    patterns = {}
+    for path in sorted(apart, key=len, reverse=True):
+        shadows = any(other.endswith(f".{path}") and other not in apart for other in combination.layers)
+        patterns[f"^{path}" if shadows else path] = apart[path]
+    return patterns
+
+
+def _targets(configs: Sequence[Any], combination: Combination) -> dict[str, Any]:
+    targets = [config.target_modules for config in configs]
+    selectors = [[getattr(config, name) for name in _SELECTORS] for config in configs]
+    if all(selector == selectors[0] for selector in selectors):
+        if all(target == targets[0] for target in targets) and targets[0]:
+            return {"target_modules": targets[0]}
+        if all(isinstance(target, list | tuple | set) for target in targets):
+            return {"target_modules": set().union(*targets)}
+        if all(isinstance(target, str) and target != "all-linear" for target in targets):
+            return {"target_modules": "|".join(f"({target})" for target in targets)}
+    return {"target_modules": set(combination.layers), **dict.fromkeys(_SELECTORS)}
+
+
+def _joined_names(groups: Iterable[Iterable[str] | None]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for name in group or ()))

@@ -1,0 +1,281 @@
+"""combine(): all layers of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nbpeft.engine.methods.lora.combining.factors import Factors, matrix_A, matrix_B, stack, unstack
+from nbpeft.engine.methods.lora.combining.recipe import Recipe
+from nbpeft.engine.methods.lora.combining.sparsify import merge
+from nbpeft.engine.methods.lora.combining.truncate import Loss, measure_loss, truncate_delta, truncate_factors
+from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.interrupts import check_interrupt
+
+
+@dataclass(frozen=True)
+class CombinedLayer:
+    """The combination on one layer; its scaling is 1.
+
+    Attributes:
+        lora_A, lora_B: factors in the layer's own shapes and the adapters' dtype.
+        bias: (out,) bias of B, or None.
+        gain: (out,) factor on the rows of ``W + B A`` of a combination of DoRA adapters, or None.
+        loss: distance to the true weighted delta.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    loss: Loss
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.lora_A.shape[0]
+
+    @property
+    def relative_error(self) -> float:
+        """‖true - kept‖ / ‖true‖ of the delta."""
+        return self.loss.relative_error
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the true delta's energy that lies along the kept one."""
+        return self.loss.energy_kept
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The result on all layers.
+
+    Attributes:
+        layers: path -> combined layer.
+        rank: rank of every layer but those that ``ranks_apart`` names.
+        recipe: how it was made.
+    """
+
+    layers: dict[str, CombinedLayer]
+    rank: int
+    recipe: Recipe
+
+    @property
+    def ranks_apart(self) -> dict[str, int]:
+        """Path -> rank of the layers whose rank is not ``rank``."""
+        return {path: layer.rank for path, layer in self.layers.items() if layer.rank != self.rank}
+
+    @property
+    def loss(self) -> Loss:
+        """The loss over all layers together."""
+        return sum((layer.loss for layer in self.layers.values()), Loss())
+
+    @property
+    def relative_error(self) -> float:
+        """‖true - kept‖ / ‖true‖ of the delta."""
+        return self.loss.relative_error
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the true delta's energy that lies along the kept one."""
+        return self.loss.energy_kept
+
+    @property
+    def worst_layer(self) -> str:
+        """Path of the layer with the largest relative error."""
+        return max(self.layers, key=lambda path: self.layers[path].relative_error)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.recipe.combination_type}: {len(self.layers)} layers, rank {self.rank}, "
+            f"relative error {self.relative_error:.2%}, energy kept {self.energy_kept:.2%}"
+        )
+
+
+@torch.no_grad()
+def combine(
+    layers: Mapping[str, Mapping[str, Factors]], adapters: Sequence[str], weights: Sequence[float], recipe: Recipe
+) -> Combination:
+    """Combines adapters layer by layer.
+
+    Args:
+        layers: path -> adapter name -> factors, in the model's order: random types draw in it.
+        adapters: names to combine; an adapter without factors on a layer adds nothing there.
+        weights: one number for each; negative ones subtract.
+        recipe: how.
+
+    Returns:
+        The combined factors, each with scaling 1, and what was lost.
+
+    Raises:
+        AdapterError: the weights do not fit the adapters, no layer has any of them, or one holds
+            numbers that are not finite.
+        ConfigError: the recipe does not work on these ranks or layers.
+    """
+    recipe = recipe.for_count(len(adapters))
+    members = {path: [name for name in adapters if name in named] for path, named in layers.items()}
+    members = {path: names for path, names in members.items() if names}
+    if not members:
+        raise AdapterError(f"none of the adapters {', '.join(adapters)} has low-rank factors on any layer")
+    chosen = _common_rank(layers, adapters, members, recipe)
+    weight_pairs = {
+        path: [weight for name, weight in zip(adapters, weights, strict=True) if name in layers[path]]
+        for path in members
+    }
+    combined: dict[str, CombinedLayer] = {}
+    for path, names in members.items():
+        check_interrupt()
+        parts = [layers[path][name] for name in names]
+        rank = parts[0].rank if recipe.on_factors else chosen
+        _check_layer(path, names, parts, rank, recipe)
+        combined[path] = _combined_finite(path, names, parts, weight_pairs[path], rank, recipe)
+    return Combination(combined, chosen, recipe)
+
+
+def _common_rank(
+    layers: Mapping[str, Mapping[str, Factors]],
+    adapters: Sequence[str],
+    members: Mapping[str, list[str]],
+    recipe: Recipe,
+) -> int:
+    """The rank of the result: one for all layers, but for types that keep each layer's own."""
+    largest = {
+        name: max((layers[path][name].rank for path in members if name in layers[path]), default=0) for name in adapters
+    }
+    ranks = [largest[name] for name in adapters]
+    if recipe.combination_type in ("exact", "cat"):
+        total = sum(ranks)
+        return recipe.svd_rank or total if recipe.combination_type == "exact" else total
+    if recipe.on_factors:
+        return max(ranks)
+    return recipe.svd_rank or max(ranks)
+
+
+def _check_layer(path: str, names: Sequence[str], parts: Sequence[Factors], rank: int, recipe: Recipe) -> None:
+    ranks = [part.rank for part in parts]
+    if recipe.on_factors and len(set(ranks)) > 1:
+        listed = ", ".join(f"{name} {rank}" for name, rank in zip(names, ranks, strict=True))
+        raise ConfigError(
+            f"combination_type {recipe.combination_type!r} needs equal ranks, but {path} has {listed}; "
+            "use 'exact', 'svd' or 'cat'",
+            path=path,
+            ranks=dict(zip(names, ranks, strict=True)),
+        )
+    if rank % parts[0].groups:
+        raise ConfigError(
+            f"{path} is a convolution with {parts[0].groups} groups and cannot take rank {rank}; "
+            f"choose a multiple of {parts[0].groups} as svd_rank",
+            path=path,
+            rank=rank,
+        )
+
+
+def _combined_finite(
+    path: str, names: Sequence[str], parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe
+) -> CombinedLayer:
+    """One layer's combination; says which adapter is broken where there is none."""
+    try:
+        layer = _combine_layer(parts, weights, rank, recipe)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        layer = None
+    if layer is not None and math.isfinite(layer.loss.true):
+        return layer
+    broken = [
+        name
+        for name, part in zip(names, parts, strict=True)
+        if not all(
+            bool(torch.isfinite(tensor).all()) for tensor in (part.lora_A, part.lora_B, part.gain) if tensor is not None
+        )
+    ]
+    whose = f"adapter {broken[0]!r} holds" if broken else f"{', '.join(map(repr, names))} give"
+    raise AdapterError(f"{whose} numbers at {path} that are not finite: they cannot be combined", path=path)
+
+
+def _combine_layer(parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe) -> CombinedLayer:
+    dtype, first = parts[0].dtype, parts[0]
+    wide = [part.widened() for part in parts]
+    gain = _combined_gain(wide, weights) if recipe.combination_type == "exact" else None
+    if gain is not None:
+        wide = [_with_gain(part, gain) for part in wide]
+    true_B, true_A = stack(wide, weights)
+    kept_A, kept_B = _kept(wide, weights, rank, recipe, true_B, true_A)
+    loss = measure_loss(true_B, true_A, matrix_B(kept_B, first.groups), matrix_A(kept_A, first.groups))
+    bias = _combined_bias(wide, weights)
+    return CombinedLayer(
+        kept_A.to(dtype),
+        kept_B.to(dtype),
+        None if bias is None else bias.to(dtype),
+        gain,
+        loss,
+    )
+
+
+def _kept(
+    parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe, true_B: Tensor, true_A: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(A, B) of the combination, in the layer's own shapes."""
+    first, in_group = parts[0], rank // parts[0].groups
+    if recipe.on_factors:
+        return _merge_factors(parts, weights, recipe)
+    if recipe.combination_type == "cat":
+        lifted = [
+            replace(part, lora_A=part.lora_A * weight * part.scaling)
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+        kept_B, kept_A = stack([replace(part, scaling=1.0) for part in lifted], [1.0] * len(lifted))
+    elif recipe.on_deltas:
+        merged = merge([part.delta() for part in parts], weights, recipe)
+        kept_B, kept_A = truncate_delta(first.matrices(merged), in_group, recipe)
+    elif recipe.combination_type == "svd" and recipe.svd_clamp is not None:
+        # A clamp looks at signs of singular vectors: only the SVD of the full delta has PEFT's.
+        full = torch.stack([part.delta() * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
+        kept_B, kept_A = truncate_delta(first.matrices(full), in_group, recipe)
+    else:
+        kept_B, kept_A = truncate_factors(true_B, true_A, in_group, recipe)
+    return unstack(kept_B, kept_A, rank, first)
+
+
+def _merge_factors(parts: Sequence[Factors], weights: Sequence[float], recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """PEFT's formula: A and B merged apart, each with the root of |weight * scaling|, the sign on A."""
+    strengths = [weight * part.scaling for part, weight in zip(parts, weights, strict=True)]
+    on_B = [math.sqrt(abs(strength)) for strength in strengths]
+    on_A = [math.copysign(root, strength) for root, strength in zip(on_B, strengths, strict=True)]
+    lora_A = merge([part.lora_A for part in parts], on_A, recipe)
+    return lora_A, merge([part.lora_B for part in parts], on_B, recipe)
+
+
+def _combined_bias(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor | None:
+    biases = [
+        part.bias * (weight * part.scaling)
+        for part, weight in zip(parts, weights, strict=True)
+        if part.bias is not None
+    ]
+    return torch.stack(biases).sum(0) if biases else None
+
+
+def _combined_gain(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor | None:
+    """The gain with which one DoRA adapter gives the weighted sum of DoRA's deltas.
+
+    A delta of DoRA is ``g (W + B A) - W`` with a gain g for each row. The weighted sum of such
+    deltas has the same form, with the gain ``1 + sum of weight (g - 1)``.
+    """
+    gains = [(part.gain, weight) for part, weight in zip(parts, weights, strict=True) if part.gain is not None]
+    if not gains:
+        return None
+    total = torch.ones_like(gains[0][0])
+    for gain, weight in gains:
+        total = total + weight * (gain - 1)
+    if bool((total.abs() < 1e-6).any()):
+        raise AdapterError("these weights cancel whole rows of the base weight; DoRA cannot express that")
+    return total
+
+
+def _with_gain(part: Factors, gain: Tensor) -> Factors:
+    """Factors whose product, times the combined gain, is the part's own share of the delta."""
+    share = gain.reciprocal() if part.gain is None else part.gain / gain
+    lora_B = part.lora_B * share.view(-1, *[1] * (part.lora_B.dim() - 1))
+    return replace(part, lora_B=lora_B, bias=None if part.bias is None else part.bias * share)

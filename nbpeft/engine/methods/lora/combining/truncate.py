@@ -1,0 +1,124 @@
+"""Best rank-k factors of a weighted sum of low-rank products, and what they lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nbpeft.engine.methods.lora.combining.recipe import Recipe
+from nbpeft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How far kept factors are from the true weighted delta, in squared Frobenius norms.
+
+    Attributes:
+        true: of the true delta T.
+        kept: of the kept delta K.
+        error: of T - K.
+        overlap: inner product of T and K.
+    """
+
+    true: float = 0.0
+    kept: float = 0.0
+    error: float = 0.0
+    overlap: float = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """‖T - K‖ / ‖T‖; 0 when both are zero, infinite when only T is."""
+        if self.true > 0:
+            return math.sqrt(self.error / self.true)
+        return math.inf if self.kept > 0 else 0.0
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of ‖T‖² that lies along K, in [0, 1]: for a truncated SVD the energy of what it keeps."""
+        if self.true > 0 and self.kept > 0:
+            return min(max(self.overlap, 0.0) ** 2 / (self.true * self.kept), 1.0)
+        return 1.0 if self.true == self.kept else 0.0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(
+            self.true + other.true, self.kept + other.kept, self.error + other.error, self.overlap + other.overlap
+        )
+
+
+def measure_loss(true_B: Tensor, true_A: Tensor, kept_B: Tensor, kept_A: Tensor) -> Loss:
+    """The loss of kept factors, through Gram matrices: no delta is built where it is larger than its factors.
+
+    Args:
+        true_B: (groups, out / groups, R / groups), as ``factors.stack`` gives it.
+        true_A: (groups, R / groups, in * kernel).
+        kept_B: B of the kept factors, in the same layout.
+        kept_A: A of the kept factors.
+    """
+    # In float32 the difference of Gram products drowns in rounding below 3e-4; in float64 below 1e-8.
+    wide = torch.float32 if true_B.device.type == "mps" else torch.float64
+    true_B, true_A, kept_B, kept_A = (tensor.to(wide) for tensor in (true_B, true_A, kept_B, kept_A))
+    if not _thin(true_B, true_A):
+        true_B, true_A = true_B @ true_A, torch.eye(true_A.shape[-1], dtype=wide, device=true_A.device)
+    true, kept = _inner(true_B, true_A, true_B, true_A), _inner(kept_B, kept_A, kept_B, kept_A)
+    overlap = _inner(true_B, true_A, kept_B, kept_A)
+    return Loss(true, kept, max(true - 2 * overlap + kept, 0.0), overlap)
+
+
+def _thin(wide_B: Tensor, wide_A: Tensor) -> bool:
+    """Whether the factors are smaller than their product: many adapters together are not."""
+    return wide_A.shape[-2] < min(wide_B.shape[-2], wide_A.shape[-1])
+
+
+def _inner(left_B: Tensor, left_A: Tensor, right_B: Tensor, right_A: Tensor) -> float:
+    return float(((left_B.mT @ right_B) * (left_A @ right_A.mT)).sum())
+
+
+def truncate_factors(wide_B: Tensor, wide_A: Tensor, rank: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The best rank-``rank`` factors of B A, through QR of the factors and SVD of the small core.
+
+    Args:
+        wide_B: (groups, out, R).
+        wide_A: (groups, R, in).
+        rank: rank to keep in each group.
+        recipe: settings of the SVD and its clamp.
+
+    Returns:
+        B (groups, out, k), singular values included, and A (groups, k, in) with orthonormal rows,
+        k = min(rank, R, out, in).
+    """
+    if not _thin(wide_B, wide_A):
+        return truncate_delta(wide_B @ wide_A, rank, recipe)
+    left, left_core = torch.linalg.qr(wide_B)
+    right, right_core = torch.linalg.qr(wide_A.mT)
+    rotate_left, values, rotate_right = _svd(left_core @ right_core.mT, recipe, full=False)
+    kept_B = left @ (rotate_left[..., :rank] * values[..., None, :rank])
+    kept_A = rotate_right[..., :rank, :] @ right.mT
+    return _clamped(kept_B, kept_A, recipe.svd_clamp)
+
+
+def truncate_delta(delta: Tensor, rank: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The best rank-``rank`` factors of full matrices (groups, out, in)."""
+    # The shape of the matrices asked for can flip signs of singular vectors, which the quantile of a clamp sees.
+    full = recipe.svd_full_matrices and recipe.svd_clamp is not None
+    left, values, right = _svd(delta, recipe, full=full)
+    return _clamped(left[..., :rank] * values[..., None, :rank], right[..., :rank, :], recipe.svd_clamp)
+
+
+def _svd(matrix: Tensor, recipe: Recipe, *, full: bool) -> tuple[Tensor, Tensor, Tensor]:
+    driver = recipe.svd_driver
+    if driver is not None and matrix.device.type != "cuda":
+        raise ConfigError(
+            f"svd_driver={driver!r} works on CUDA only; the adapters lie on {matrix.device.type}", svd_driver=driver
+        )
+    result: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(matrix, full_matrices=full, driver=driver)
+    return result
+
+
+def _clamped(kept_B: Tensor, kept_A: Tensor, clamp: float | None) -> tuple[Tensor, Tensor]:
+    if clamp is None:
+        return kept_B, kept_A
+    bound = torch.quantile(torch.cat([kept_B.flatten(), kept_A.flatten()]), clamp)
+    return kept_B.clamp(-bound, bound), kept_A.clamp(-bound, bound)

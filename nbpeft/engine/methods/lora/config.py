@@ -1,0 +1,268 @@
+"""LoraConfig: PEFT's fields, names and defaults, shared by the methods of the LoRA family."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nbpeft.engine.adapter import AdapterConfig, PeftType
+from nbpeft.engine.field_types import plain
+from nbpeft.engine.module_paths import PLAIN_PATTERN, pattern_table
+from nbpeft.engine.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
+from nbpeft.errors import BiasError, ConfigError, did_you_mean, few, shown
+
+INITS = ("gaussian", "orthogonal", "olora", "pissa")
+"""Named inits of ``init_lora_weights`` besides True, False and ``pissa_niter_N``."""
+_PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
+_MOST_ITERATIONS = 128
+"""Each costs two decompositions; after a few the subspace no longer changes."""
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_BIASES = ("none", "all", "lora_only")
+_LARGEST_RANK = 2**24
+"""Upper bound on a rank; larger values are typos."""
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of this process that are never saved."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(AdapterConfig):
+    """Config of LoRA, rsLoRA and DoRA. Field names and defaults are PEFT 0.21's.
+
+    Fields of PEFT that nothing here implements are accepted at their default, so that every
+    config file loads, and refused with a clear line at any other value.
+
+    Raises:
+        ConfigError: a value is impossible, or asks for something that is not implemented.
+    """
+
+    r: int = field(default=8)
+    target_modules: Collection[str] | str | None = field(default=None)
+    exclude_modules: Collection[str] | str | None = field(default=None)
+    lora_alpha: float = field(default=8)
+    lora_dropout: float = field(default=0.0)
+    fan_in_fan_out: bool = field(default=False)
+    bias: str = field(default="none")
+    use_rslora: bool = field(default=False)
+    modules_to_save: list[str] | None = field(default=None)
+    init_lora_weights: bool | str = field(default=True)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = field(default=None)
+    megatron_core: str | None = field(default="megatron.core")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = field(default=None)
+    corda_config: dict[str, Any] | None = field(default=None)
+    lora_ga_config: dict[str, Any] | None = field(default=None)
+    use_dora: bool = field(default=False)
+    velora_config: dict[str, Any] | None = field(default=None)
+    alora_invocation_tokens: list[int] | None = field(default=None)
+    use_qalora: bool = field(default=False)
+    qalora_group_size: int = field(default=16)
+    monteclora_config: dict[str, Any] | None = field(default=None)
+    layer_replication: list[tuple[int, int]] | None = field(default=None)
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = field(default=False)
+    target_parameters: list[str] | None = field(default=None)
+    use_bdlora: dict[str, Any] | None = field(default=None)
+    arrow_config: dict[str, Any] | None = field(default=None)
+    kasa_config: dict[str, Any] | None = field(default=None)
+    ensure_weight_tying: bool = field(default=False)
+
+    not_implemented: ClassVar[tuple[str, ...]] = (
+        "megatron_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "monteclora_config",
+        "layer_replication",
+        "target_parameters",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+        "ensure_weight_tying",
+    )
+    checked_apart: ClassVar[tuple[str, ...]] = (
+        *("r", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),
+    )
+
+    slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "lora_bias")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("LORA")
+        self._check_numbers()
+        self._check_choices()
+        self._check_targets()
+
+    def _check_numbers(self) -> None:
+        self.r = plain(self.r)
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        if self.lora_dropout is None or not 0.0 <= self.lora_dropout <= 1.0:
+            raise ConfigError(
+                f"lora_dropout must be between 0 and 1, not {shown(self.lora_dropout)}", field="lora_dropout"
+            )
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            patterns = getattr(self, name) or {}
+            for pattern, value in patterns.items():
+                check(f"{name}[{shown(pattern)}]", value, field=name)
+            setattr(self, name, dict(patterns))
+
+    def _check_choices(self) -> None:
+        if self.bias not in _BIASES:
+            raise BiasError(
+                f"bias must be one of {', '.join(map(repr, _BIASES))}, not {shown(self.bias)}."
+                + did_you_mean(str(self.bias), _BIASES),
+                field="bias",
+            )
+        _check_init_name(self.init_lora_weights)
+        for name in self.not_implemented:
+            if getattr(self, name):
+                raise ConfigError(f"{name} is not implemented; leave it out", field=name)
+        if self.use_dora and self.lora_bias:
+            raise ConfigError("lora_bias=True does not go with use_dora=True", field="lora_bias")
+        if self.lora_bias and isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"lora_bias=True goes with init_lora_weights True or False, not {self.init_lora_weights!r}",
+                field="lora_bias",
+            )
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            names = _names(name, getattr(self, name))
+            setattr(self, name, set(names) if isinstance(names, list) else names)  # sets, as in PEFT
+        saved = _names("modules_to_save", self.modules_to_save)
+        self.modules_to_save = [saved] if isinstance(saved, str) else saved
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} needs target_modules to be a list of names, not a pattern", field=name)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform", field="layers_pattern")
+        _names("layers_pattern", self.layers_pattern)
+        check_patterns(self._patterns())
+
+    def _patterns(self) -> Iterator[tuple[str, str, str]]:
+        """All regular expressions among the values, as ``check_patterns`` takes them."""
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "all-linear":
+                yield name, value, WHOLE
+        for name in ("rank_pattern", "alpha_pattern"):
+            yield from (
+                (name, pattern, ENDING) for pattern in getattr(self, name) if not PLAIN_PATTERN.fullmatch(pattern)
+            )
+        names = self.layers_pattern or ()
+        yield from (("layers_pattern", name, LAYER_INDEX) for name in ([names] if isinstance(names, str) else names))
+
+    @property
+    def init_name(self) -> str:
+        """``default`` for True, ``random`` for False, else the name without its number of iterations."""
+        init = self.init_lora_weights
+        if isinstance(init, str):
+            return init.lower() if init.lower() in INITS else "pissa_niter"
+        return "default" if init else "random"
+
+    @property
+    def pissa_iterations(self) -> int | None:
+        """N of ``pissa_niter_N``, or None."""
+        found = _PISSA_ITERATIONS.fullmatch(str(self.init_lora_weights).lower())
+        return None if found is None else int(found[1])
+
+    @property
+    def initialised_from_weight(self) -> bool:
+        """Whether the init is OLoRA's or PiSSA's; see ``AdapterConfig``."""
+        return self.init_name in ("olora", "pissa", "pissa_niter")
+
+    def rank_at(self, path: str) -> int:
+        """The rank at a module path, ``rank_pattern`` included."""
+        return int(pattern_table(self, "rank_pattern").get(path, self.r)) if self.rank_pattern else self.r
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha at a module path, ``alpha_pattern`` included."""
+        return float(
+            pattern_table(self, "alpha_pattern").get(path, self.lora_alpha) if self.alpha_pattern else self.lora_alpha
+        )
+
+    def scaling_at(self, path: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
+        rank = self.rank_at(path)
+        return self.alpha_at(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def set_size(self, size: int, paths: Sequence[str]) -> None:
+        """Sets one rank for all layers and keeps the scaling of each path; see ``AdapterConfig``."""
+        factor = math.sqrt(size) if self.use_rslora else size
+        scalings = {path: self.scaling_at(path) for path in paths}
+        usual = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        others = {path: scaling * factor for path, scaling in scalings.items() if scaling != usual}
+        self.r, self.lora_alpha, self.rank_pattern = size, usual * factor, {}
+        self.alpha_pattern = dict(sorted(others.items(), key=lambda item: -len(item[0])))
+
+    def unused_patterns(self, paths: Sequence[str]) -> str:
+        """Describes the keys of ``rank_pattern`` and ``alpha_pattern`` that match no module; see ``AdapterConfig``."""
+        last_names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        parts = []
+        for name in _PATTERNS:
+            unused = pattern_table(self, name).unused(paths)
+            if unused:
+                hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
+                parts.append(
+                    f"{name} {few(unused)} did not match any targeted module and "
+                    f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
+                )
+        return " ".join(parts)
+
+
+def _check_init_name(init: object) -> None:
+    name = init.lower() if isinstance(init, str) else ""
+    iterations = _PISSA_ITERATIONS.fullmatch(name)
+    if isinstance(init, bool) or name in INITS or (iterations and int(iterations[1]) <= _MOST_ITERATIONS):
+        return
+    names = (*INITS, "pissa_niter_4")
+    most = f" (at most pissa_niter_{_MOST_ITERATIONS})" if name.startswith("pissa_niter_") else ""
+    raise ConfigError(
+        f"init_lora_weights={shown(init)} is not implemented{most}; use True, False or {', '.join(map(repr, names))}."
+        + did_you_mean(str(init), names),
+        field="init_lora_weights",
+    )
+
+
+def _check_rank(name: str, rank: object, *, field: str = "r") -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _LARGEST_RANK:
+        small = f" of at most {_LARGEST_RANK:,}" if isinstance(rank, int) and rank > _LARGEST_RANK else ""
+        raise ConfigError(f"{name} must be a positive whole number{small}, not {shown(rank)}", field=field, value=rank)
+
+
+def _check_alpha(name: str, alpha: object, *, field: str = "lora_alpha") -> None:
+    try:
+        finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ConfigError(f"{name} must be a finite number, not {shown(alpha)}", field=field, value=alpha)
+
+
+def _names(name: str, value: Any) -> Any:
+    """A pattern as it is, any other collection of names as a list without repeats."""
+    if value is None or isinstance(value, str):
+        return value
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping) else [None]
+    if not all(isinstance(item, str) for item in names):
+        raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r:.60}", field=name)
+    return list(dict.fromkeys(names))

@@ -1,0 +1,144 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685).
+
+    y = W x + b + s * B A dropout(x)          A: (r, in), B: (out, r)
+    s = alpha / r, with rsLoRA (arXiv:2312.03732) alpha / sqrt(r)
+
+W and b stay frozen; A starts random and B at zero, so training starts at the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import AdapterSite, ServesRows
+from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.methods.lora.adapter import LowRankAdapter
+from nbpeft.engine.methods.lora.autograd import Dropout
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.inits import check_init, init_factors, weight_component
+from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.multi_adapter import factor_rows
+from nbpeft.engine.numerics import add_delta, fits
+from nbpeft.engine.registry import register
+from nbpeft.errors import ConfigError
+
+_MERGE_ROWS = 256
+"""Rows of a weight merged at a time, which bounds the extra memory of a merge."""
+_WHOLE_INPUT = Dropout(0.0, False)
+"""The subtracted initial component gets no dropout, because it is part of the base weight."""
+
+
+@register(
+    LoraConfig,
+    label="LoRA",
+    applies=lambda config: not config.use_dora,
+    variant=lambda config: "rsLoRA" if config.use_rslora else "",
+    sample_configs={
+        "plain": {"r": 4, "lora_alpha": 8},
+        "rslora": {"r": 4, "use_rslora": True},
+        "bias": {"r": 4, "lora_bias": True},
+        "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
+        "olora": {"r": 4, "init_lora_weights": "olora"},
+        "pissa": {"r": 4, "init_lora_weights": "pissa"},
+    },
+    **FAMILY,
+)
+class LoRA(LowRankAdapter, ServesRows):
+    """A LoRA adapter on one layer."""
+
+    supports_fused_add: ClassVar[bool] = True
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A and B, and the bias of B (out,) with ``lora_bias``; see ``Adapter``."""
+        check_init(config, path, module, kind)
+        low_rank = low_rank_of(kind)
+        shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
+        if config.lora_bias:
+            if low_rank.zero_factor == 0:
+                raise ConfigError(f"{path}: lora_bias=True does not work on an {kind.name}; exclude it", path=path)
+            shapes[f"{low_rank.factor_names[1]}_bias"] = (kind.features(module)[1],)
+        return shapes
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        initial = weight_component(config, site)
+        given = init_factors(config, site, initial) if tensors is None else tensors
+        parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
+        return cls(parameters, site.base.kind, config.scaling_at(site.path), float(config.lora_dropout), initial)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The bias of B, (out,), where ``lora_bias`` asked for one."""
+        return self.held.get(f"{self.factor_names[1]}_bias")
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
+        """Computes ``s * B A dropout(x)``, plus ``s`` times the bias of B where there is one.
+
+        Args:
+            x: (…, in), or ids of an embedding.
+            base_output: (…, out).
+            base: the layer.
+            fused: return ``base_output`` with the delta added, in its dtype.
+        """
+        lora_A, lora_B = self.trained_factors
+        dropout = Dropout(self.dropout, self.training)
+        bias, initial = self.output_bias, self.initial
+        alone = bias is None and initial is None
+        onto = base_output if fused and alone else None
+        if initial is not None:
+            onto = self.low_rank.forward(base.module, x, *initial, self.scaling, _WHOLE_INPUT)
+        delta = self.low_rank.forward(base.module, x, lora_A, lora_B, self.scaling, dropout, onto)
+        if alone:
+            return delta
+        if bias is not None:
+            delta = delta + base.kind.per_channel(base.module, bias * self.scaling).to(delta.dtype)
+        return add_delta(base_output, delta) if fused else delta
+
+    @classmethod
+    def mixed(
+        cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
+    ) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Two batched products on linear layers; see ``ServesRows``."""
+        if not base.kind.is_linear:
+            return None
+        if any(adapter is not None and adapter.output_bias is not None for adapter in adapters):
+            return None
+        if "served" not in kept:
+            entries = [
+                None if adapter is None else (*adapter.factors, float(adapter.scaling) * scale)
+                for adapter, scale in zip(adapters, scales, strict=True)
+            ]
+            kept["served"] = factor_rows(entries, base.device)
+        return kept["served"]  # type: ignore[no-any-return]
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``s * B A``, shaped like the canonical weight."""
+        lora_A, lora_B = self.detached_factors
+        return self.low_rank.product(base.module, lora_A, lora_B) * self.scaling
+
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """``s`` times the bias of B, (out,), or None."""
+        bias = self.output_bias
+        return None if bias is None else bias.detach() * self.scaling
+
+    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
+        """Adds ``scale * s * B A`` to a canonical weight in place, some rows at a time."""
+        lora_A, lora_B = self.detached_factors
+        if weight.ndim != 2 or lora_B.shape[0] != weight.shape[0]:
+            super().add_to_(weight, base, scale)
+            return
+        factor = float(self.scaling) * scale
+        if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
+            weight.addmm_(lora_B, lora_A, alpha=factor)
+            return
+        for start in range(0, weight.shape[0], _MERGE_ROWS):
+            rows = slice(start, start + _MERGE_ROWS)
+            weight[rows] += (lora_B[rows] @ lora_A) * factor

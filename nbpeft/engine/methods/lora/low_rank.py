@@ -1,0 +1,247 @@
+"""The low-rank product B A on each kind of layer.
+
+    linear        A (r, in), B (out, r)
+    embedding     A (r, vocabulary), B (features, r); the input is ids, so there is nothing to drop. A starts
+                  at zero and B random: a lookup gives gradient only to the rows of A that were looked up
+    convolution   A (r, in, *kernel), B (out, r / groups, 1, …): A is a convolution with the layer's stride,
+                  padding and dilation, B one with kernel 1 and the layer's groups
+
+A of a grouped convolution sees all input channels (PEFT's files have it so); the product is then not a
+weight of the layer, and can neither be merged nor normalised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.base import LayerKind
+from nbpeft.engine.layer_kinds.convolution import Convolution
+from nbpeft.engine.layer_kinds.embedding import Embedding
+from nbpeft.engine.methods.lora.autograd import Dropout, draw_seed, keep_mask, keep_scale, low_rank_linear
+from nbpeft.engine.numerics import add_delta, composes, compute_dtype, without_autocast
+from nbpeft.errors import ConfigError, MergeError
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class LowRank:
+    """The product on a layer that is a matrix product; the base of the other kinds'.
+
+    Args:
+        kind: the kind of layer.
+    """
+
+    factor_names = ("lora_A", "lora_B")
+    zero_factor = 1
+    """Which factor starts at zero under the usual init: 1 (B), or 0 (A, for lookups)."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def shapes(self, module: nn.Module, rank: int) -> Shapes:
+        """Shapes of A and B for a rank.
+
+        Raises:
+            ConfigError: this layer cannot take that rank.
+        """
+        in_features, out_features = self.kind.features(module)
+        return (rank, in_features), (out_features, rank)
+
+    def forward(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        dropout: Dropout,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """``scaling * B(A(dropout(x)))`` without a bias.
+
+        Args:
+            module: the frozen layer.
+            x: its input.
+            lora_A: A, as in ``shapes``.
+            lora_B: B.
+            scaling: factor on the product.
+            dropout: of the input.
+            onto: what to add it to, in the dtype of that; shaped like the layer's output.
+
+        Returns:
+            A tensor shaped like the layer's output.
+        """
+        return low_rank_linear(x, lora_A, lora_B, scaling, dropout, onto)
+
+    def product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """B A as a canonical weight.
+
+        Raises:
+            MergeError: it is not a weight of the layer, see ``product_refusal``.
+        """
+        return lora_B @ lora_A
+
+    def product_refusal(self, module: nn.Module) -> str:
+        """Why B A is not a weight of this layer, so that it can neither be merged nor normalised; else empty."""
+        return ""
+
+
+class LowRankLookup(LowRank):
+    """The product on an embedding."""
+
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
+    zero_factor = 0
+
+    def shapes(self, module: nn.Module, rank: int) -> Shapes:
+        """Shapes of A and B; see ``LowRank.shapes``."""
+        scale = getattr(module, "embed_scale", None)
+        if isinstance(scale, Tensor) and scale.numel() != 1:
+            raise ConfigError(f"an embedding whose embed_scale has shape {tuple(scale.shape)} cannot be adapted")
+        return super().shapes(module, rank)
+
+    def forward(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        dropout: Dropout,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """The product for ids (…,): (…, features); see ``LowRank.forward``."""
+        dtype = compute_dtype(lora_A, lora_A)
+        hidden = self.kind.look_up(module, x.to(lora_A.device), lora_A.T).to(dtype)
+        delta = F.linear(hidden * scaling, lora_B.to(dtype)) * self.kind.output_scale(module, dtype)
+        return delta if onto is None else add_delta(onto, delta)
+
+
+class LowRankConvolution(LowRank):
+    """The product on a convolution."""
+
+    def shapes(self, module: Any, rank: int) -> Shapes:
+        """Shapes of A and B; see ``LowRank.shapes``."""
+        if rank % module.groups:
+            raise ConfigError(
+                f"a {type(module).__name__} with {module.groups} groups cannot take rank {rank}: "
+                f"choose a multiple of {module.groups}, or exclude it",
+                rank=rank,
+                groups=module.groups,
+            )
+        ones = (1,) * self.kind.dimensions
+        return (
+            (rank, module.in_channels, *module.kernel_size),
+            (module.out_channels, rank // module.groups, *ones),
+        )
+
+    def forward(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        dropout: Dropout,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """The product for (batch, in, *space): (batch, out, *space'); see ``LowRank.forward``."""
+        delta = self._delta(module, x, lora_A, lora_B, scaling, dropout)
+        return delta if onto is None else add_delta(onto, delta)
+
+    def _delta(
+        self, module: nn.Module, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor, dropout: Dropout
+    ) -> Tensor:
+        if x.device != lora_A.device:
+            x = x.to(lora_A.device)
+        dtype = compute_dtype(x, lora_A)
+        probability = dropout.probability if dropout.acts else 0.0
+        if probability >= 1.0 or composes():
+            dropped = F.dropout(x.to(dtype), probability) if probability else x.to(dtype)
+            return self.compose(module, dropped, lora_A, lora_B, scaling)
+        if torch.is_grad_enabled() and (probability or x.dtype != dtype):
+            arguments = (x, lora_A, lora_B, scaling, probability, dtype, self, module)
+            return _LeanProduct.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+        dropped = _dropped(x, probability, draw_seed() if probability else 0, dtype)
+        return self.compose(module, dropped, lora_A, lora_B, scaling)
+
+    def compose(self, module: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+        """``scaling * B(A(x))`` in the dtype of ``x``."""
+        hidden = self.kind.convolve(module, x, lora_A.to(x.dtype), groups=1)
+        product: Tensor = self.kind.pointwise(hidden * scaling, lora_B.to(x.dtype), groups=module.groups)
+        return product
+
+    def product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """B A as a canonical weight (out, in, *kernel); see ``LowRank.product``."""
+        refusal = self.product_refusal(module)
+        if refusal:
+            raise MergeError(refusal)
+        return (lora_B.flatten(1) @ lora_A.flatten(1)).view(module.weight.shape)
+
+    def product_refusal(self, module: Any) -> str:
+        """Why the product of a grouped convolution is not its weight."""
+        if module.groups == 1:
+            return ""
+        return (
+            f"a {type(module).__name__} with {module.groups} groups: the adapter sees all input channels, "
+            "a group of the layer only its own"
+        )
+
+
+_BY_KIND: dict[LayerKind, LowRank] = {}
+
+
+def low_rank_of(kind: LayerKind) -> LowRank:
+    """The product on a kind of layer."""
+    found = _BY_KIND.get(kind)
+    if found is None:
+        made = LowRankLookup if isinstance(kind, Embedding) else LowRank
+        found = _BY_KIND[kind] = (LowRankConvolution if isinstance(kind, Convolution) else made)(kind)
+    return found
+
+
+def _dropped(x: Tensor, probability: float, seed: int, dtype: torch.dtype) -> Tensor:
+    cast = x.to(dtype)
+    if not probability:
+        return cast
+    return cast * keep_mask(x.shape, probability, seed, x.device, dtype).mul_(keep_scale(probability))
+
+
+class _LeanProduct(torch.autograd.Function):
+    """``LowRankConvolution.compose`` of a cast, dropped ``x`` that keeps ``x`` itself alone, and computes again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        probability: float,
+        dtype: torch.dtype,
+        maths: LowRankConvolution,
+        module: nn.Module,
+    ) -> Tensor:
+        ctx.save_for_backward(x, lora_A, lora_B)
+        ctx.settings = scaling, probability, dtype, maths, module
+        ctx.seed = draw_seed() if probability else 0
+        with without_autocast(x.device.type):
+            return maths.compose(module, _dropped(x, probability, ctx.seed, dtype), lora_A, lora_B, scaling)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        scaling, probability, dtype, maths, module = ctx.settings
+        needed = ctx.needs_input_grad[:3]
+        differentiable = torch.is_grad_enabled()  # for derivatives of higher order
+        with torch.enable_grad(), without_autocast(gradients[0].device.type):
+            x, lora_A, lora_B = (
+                saved if differentiable else saved.detach().requires_grad_(need)
+                for saved, need in zip(ctx.saved_tensors, needed, strict=True)
+            )
+            output = maths.compose(module, _dropped(x, probability, ctx.seed, dtype), lora_A, lora_B, scaling)
+            inputs = [tensor for tensor, need in zip((x, lora_A, lora_B), needed, strict=True) if need]
+            found = iter(torch.autograd.grad(output, inputs, gradients[0], create_graph=differentiable))
+        return *(next(found) if need else None for need in needed), None, None, None, None, None

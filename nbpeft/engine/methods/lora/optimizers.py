@@ -1,0 +1,227 @@
+"""Optimizers made for low-rank adapters: LoRA-FA and LoRA+.
+
+LoRA-FA: A stays as it was drawn, only B learns (https://arxiv.org/abs/2308.03303). The gradient of B is
+turned into the one whose product with A is nearest to the full gradient: g_B (A Aᵀ)⁻¹ / scaling². A is
+frozen, so the (rank, rank) inverse is computed once.
+
+LoRA+: B learns faster than A (https://arxiv.org/abs/2402.12354).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.errors import ConfigError, TrainingError
+
+_EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
+_RIDGE = 1e-8
+_PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+
+
+class LoraFAOptimizer(Optimizer):
+    """AdamW in which the gradients of B parameters are projected first.
+
+    Args:
+        params: Parameters or groups.
+        partners: B parameter -> its A, (rank, in), and the scaling of their product. A parameter
+            that is not in it is trained by plain AdamW.
+        lr: Learning rate.
+        betas: Decay of the running means of the gradient and of its square.
+        eps: Added to the denominator.
+        weight_decay: Share of the weights taken off after each step, times ``lr``.
+        correct_bias: Whether the means are corrected for their start at zero.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        partners: Mapping[nn.Parameter, tuple[Tensor, float]] | None = None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"lr={lr}, betas={betas}, eps={eps}: rates must not be negative, betas lie in [0, 1)")
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        )
+        self._partners = dict(partners or {})
+        self._inverses: dict[Tensor, tuple[int, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step; returns what ``closure`` does."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(group, parameters, [self.projected(parameter) for parameter in parameters])
+        return loss
+
+    def projected(self, parameter: nn.Parameter) -> Tensor:
+        """The gradient that AdamW is given for a parameter that has one."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if parameter not in self._partners:
+            return gradient
+        inverse = self._inverse(*self._partners[parameter])
+        return (gradient.to(inverse.dtype) @ inverse).to(gradient.dtype)
+
+    def _inverse(self, lora_A: Tensor, scaling: float) -> Tensor:
+        """(A Aᵀ)⁻¹ / scaling², (rank, rank), computed anew only after A was written to."""
+        version, found = self._inverses.get(lora_A, (-1, None))
+        if found is None or version != lora_A._version:
+            wide = lora_A.detach().float()
+            ridge = _RIDGE * torch.eye(wide.shape[0], device=wide.device)
+            found = torch.linalg.pinv(wide @ wide.T + ridge) / scaling**2
+            self._inverses[lora_A] = (lora_A._version, found)
+        return found
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                zeros = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                self.state[parameter].update(step=0, exp_avg=zeros[0], exp_avg_sq=zeros[1])
+            self.state[parameter]["step"] += 1
+        states = [self.state[parameter] for parameter in parameters]
+        means, squares = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+        first, second = group["betas"]
+        torch._foreach_mul_(means, first)
+        torch._foreach_add_(means, gradients, alpha=1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - second)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, group["eps"])
+        sizes = [-group["lr"] * _correction(state["step"], first, second, group["correct_bias"]) for state in states]
+        torch._foreach_addcdiv_(parameters, means, roots, sizes)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+
+
+def _correction(step: int, first: float, second: float, wanted: bool) -> float:
+    return math.sqrt(1 - second**step) / (1 - first**step) if wanted else 1.0
+
+
+def create_lorafa_optimizer(
+    model: nn.Module,
+    r: int,
+    lora_alpha: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> LoraFAOptimizer:
+    """Freezes every A of the active adapters and makes the optimizer of the rest. Arguments as in PEFT.
+
+    Args:
+        model: The model with adapters.
+        r: Accepted for PEFT's sake: each layer's own scaling counts.
+        lora_alpha: The same.
+        lr: Learning rate.
+        weight_decay: As in AdamW.
+        use_rslora: Deprecated in PEFT; must be what the adapters' configs say.
+
+    Raises:
+        ConfigError: ``use_rslora`` contradicts a config.
+        TrainingError: there is no trainable B.
+    """
+    if use_rslora is not None:
+        manager = manager_of(model)
+        active = {} if manager is None else {name: manager.configs[name] for name in manager.active}
+        wrong = [n for n, config in active.items() if bool(getattr(config, "use_rslora", False)) != use_rslora]
+        if wrong:
+            raise ConfigError(f"use_rslora={use_rslora} is not what the config of {wrong[0]!r} says: leave it out.")
+        warnings.warn("use_rslora is not needed here: the config says it.", FutureWarning, stacklevel=2)
+    pairs = list(_pairs(model))
+    if not pairs:
+        raise TrainingError("No trainable lora_B was found: activate a LoRA adapter and unfreeze it first.")
+    for lora_A, _, _ in pairs:
+        lora_A.requires_grad_(False)
+    partners = {lora_B: (lora_A, scaling) for lora_A, lora_B, scaling in pairs}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return LoraFAOptimizer(trained, partners, lr=lr, weight_decay=weight_decay)
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
+    """(A, B, scaling) of every adapter on every layer whose B is trained."""
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        for first, second in _PAIRS:
+            if first in own and second in own and own[second].requires_grad:
+                yield own[first], own[second], float(getattr(module, "scaling", 1.0))
+
+
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """LoRA+: B learns faster than A (https://arxiv.org/abs/2402.12354). Arguments as in PEFT.
+
+    Args:
+        model: The model with adapters.
+        optimizer_cls: Which optimizer.
+        lr: Learning rate of A and of everything that is neither A nor B.
+        loraplus_lr_ratio: Learning rate of B and of vectors, as a multiple of ``lr``; at least 1.
+        **kwargs: For the optimizer, and ``loraplus_weight_decay`` (0.0) and
+            ``loraplus_lr_embedding`` (1e-6), the learning rate of adapters on embeddings.
+
+    Raises:
+        TrainingError: nothing is trainable.
+    """
+    decay = kwargs.pop("loraplus_weight_decay", 0.0)
+    embedding_rate = kwargs.pop("loraplus_lr_embedding", 1e-6)
+    groups: dict[str, list[nn.Parameter]] = {"A": [], "embedding": [], "B": [], "B without decay": []}
+    in_norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm)
+        for parameter in module.parameters(recurse=False)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[_group(name, parameter, id(parameter) in in_norms)].append(parameter)
+    if not any(groups.values()):
+        raise TrainingError("Nothing is trainable: unfreeze an adapter before making its optimizer.")
+    rates = {
+        "A": lr,
+        "embedding": embedding_rate,
+        "B": lr * loraplus_lr_ratio,
+        "B without decay": lr * loraplus_lr_ratio,
+    }
+    optimizer = optimizer_cls(
+        [
+            {"params": members, "lr": rates[group], "weight_decay": 0.0 if group == "B without decay" else decay}
+            for group, members in groups.items()
+        ],
+        **{"lr": lr, **kwargs},
+    )
+    if optimizer_cls.__name__ in _EIGHT_BIT:
+        _keep_embeddings_in_32_bits(model)
+    return optimizer
+
+
+def _group(name: str, parameter: nn.Parameter, in_norm: bool) -> str:
+    segments = name.split(".")
+    if any(segment.startswith("lora_embedding_") for segment in segments):
+        return "embedding"
+    if any(segment.startswith("lora_B") for segment in segments) or parameter.ndim == 1:
+        return "B without decay" if in_norm or "bias" in segments[-1] else "B"
+    return "A"
+
+
+def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    optim: Any = importlib.import_module("bitsandbytes.optim")
+    manager = optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})

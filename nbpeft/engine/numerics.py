@@ -1,0 +1,88 @@
+"""Arithmetic that layers and methods share: dtypes, sums in place, finite numbers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def fits(factor: float, dtype: torch.dtype) -> bool:
+    """Whether torch's in-place sums take a factor (``alpha``) on tensors of a dtype: not one beyond its range."""
+    return abs(factor) <= torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+
+
+@torch.no_grad()
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor infinite numbers."""
+    # A sum is fast and only finite if all that is added is; a large one may overflow by itself.
+    tensor = tensor if tensor.element_size() > 1 else tensor.float()
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+
+
+def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> None:
+    """Adds ``scale * delta`` to a weight of the same shape in place; beyond a dtype's range that is infinite."""
+    if fits(scale, weight.dtype):
+        weight.add_(delta, alpha=scale)
+    else:
+        weight.add_(delta * scale)
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype an adapter computes in: autocast's where it is on, else the weight's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def composes() -> bool:
+    """Whether ordinary operations are wanted instead of our own autograd functions.
+
+    The compiler decides by itself what to keep and what to compute again; tracers, torch.func's
+    transforms (grad, vmap, jvp, …) and forward-mode derivatives see through ordinary operations alone.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Turns autocast off for a block, where it is on: it costs less not to, and no interruption can leave it off."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+class _AddDelta(torch.autograd.Function):
+    """output + delta in the output's dtype, where the two differ."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, delta: Tensor) -> Tensor:
+        ctx.dtypes = output.dtype, delta.dtype
+        wide = torch.promote_types(output.dtype, delta.dtype)
+        total = output.to(wide) if output.dtype != wide else output.clone()
+        return total.add_(delta).to(output.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        of_output, of_delta = ctx.dtypes
+        return gradients[0].to(of_output), gradients[0].to(of_delta)
+
+
+def add_delta(output: Tensor, delta: Tensor) -> Tensor:
+    """``output + delta`` in the output's dtype, summed in the wider of the two.
+
+    Adding tensors of two dtypes at once is many times slower on a CPU than casting one of them
+    first, and autograd would cast the gradient of the output up and down again.
+    """
+    if output.dtype == delta.dtype:
+        return output + delta
+    if composes():
+        return (output + delta).to(output.dtype)
+    return _AddDelta.apply(output, delta)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,92 @@
+"""Weights that several modules of a model share, as an embedding and the output head often do.
+
+An adapter on one of them must not get into the others when it is merged: the module then gets a
+weight of its own, and the shared one back when it is unmerged.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.transaction import Transaction
+
+_TIED = "tie_word_embeddings"
+
+
+def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> set[str]:
+    """Paths of the layers that need a weight of their own to merge adapters into.
+
+    Args:
+        model: the base model.
+        layers: path -> adapted layer.
+        names: adapters to be merged.
+    """
+    acting = {
+        path: [name for name in names if name in layer.adapters._modules]
+        for path, layer in layers.items()
+        if isinstance(layer.base_layer._parameters.get("weight"), nn.Parameter)
+    }
+    merging = {path: adapters for path, adapters in acting.items() if adapters}
+    wanted = {id(layers[path].base_layer._parameters["weight"]) for path in merging}
+    users: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if id(parameter) in wanted:
+                users.setdefault(id(parameter), set()).add(id(module))
+    if all(len(modules) == 1 for modules in users.values()):
+        return set()
+    parted: set[str] = set()
+    for weight, modules in users.items():
+        group = [path for path in merging if id(layers[path].base_layer._parameters["weight"]) == weight]
+        if len(modules) > 1 and not _alike(layers, {path: merging[path] for path in group}, len(modules)):
+            parted.update(group)
+    return parted
+
+
+def _alike(layers: Mapping[str, AdaptedLayer], group: Mapping[str, list[str]], users: int) -> bool:
+    """Whether all that share a weight change it alike, so that it can stay shared."""
+    adapters = [layers[path].adapter(name) for path, names in group.items() for name in names]
+    followed = {id(layers[path]) for path in group}
+    return (
+        len(followed) == users
+        and len({tuple(names) for names in group.values()}) == 1
+        and all(adapter.is_tied for adapter in adapters)
+    )
+
+
+def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
+    """Sees to it that a model whose embeddings are no longer one weight is saved and loaded like that.
+
+    All that still share the old weight get their own, since the config can only tell all or nothing.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, _TIED, False):
+        return
+    ends = [_embedding_weight(model, output=output) for output in (False, True)]
+    if None in ends or ends[0] is ends[1]:
+        return
+    seen: set[int] = set()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is None or not any(weight is end for end in ends):
+            continue
+        if id(weight) in seen:
+            own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            change.set_item(module._parameters, "weight", own)
+        seen.add(id(weight))
+    change.keep_attributes(config, _TIED)
+    setattr(config, _TIED, False)
+    warnings.warn(
+        f"the embedding and the output head are two weights now: config.{_TIED} is set to False", stacklevel=4
+    )
+
+
+def _embedding_weight(model: nn.Module, *, output: bool) -> nn.Parameter | None:
+    weight = getattr(embedding_of(model, output=output), "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None
