@@ -24,7 +24,7 @@ from nbpeft.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hot
 from nbpeft.model.merge_export import merge_to_folder
 from nbpeft.training import track
 from tests.pretend_gpu import pretended, waits
-from tests.training.support import tiny_base
+from tests.tiny_models import llama
 
 GPU = "gpu:0"
 IDS = torch.arange(10).view(2, 5)
@@ -163,20 +163,19 @@ def spread(name: str) -> None:
         close(mine, other)
 
 
-def llama(**config: Any) -> Any:
+def adapted_llama(**config: Any) -> Any:
     torch.manual_seed(1)
-    settings = {"r": 4, "init_lora_weights": False, "target_modules": "all-linear"}
-    return get_peft_model(tiny_base().to(GPU), LoraConfig(**(settings | config)))
+    return adapted(llama().to(GPU), **{"target_modules": "all-linear"} | config)
 
 
 def merged_into_files(**config: Any) -> None:
     """Adapters on the GPU, weights in full precision in a folder."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        tiny_base().save_pretrained(folder / "base")
-        merge_to_folder(llama(**config), None, folder / "ours", base=folder / "base")
-        merge_to_folder(llama(**config), None, folder / "live")
-        ours, live = (type(tiny_base()).from_pretrained(folder / name) for name in ("ours", "live"))
+        llama().save_pretrained(folder / "base")
+        merge_to_folder(adapted_llama(**config), None, folder / "ours", base=folder / "base")
+        merge_to_folder(adapted_llama(**config), None, folder / "live")
+        ours, live = (type(llama()).from_pretrained(folder / name) for name in ("ours", "live"))
     for mine, other in zip(ours.parameters(), live.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
 
@@ -189,10 +188,10 @@ def exchanged() -> None:
         for number in range(4):
             torch.manual_seed(number)
             config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")
-            one = get_peft_model(tiny_base(), config, adapter_name=f"a{number}").eval()
+            one = get_peft_model(llama(), config, adapter_name=f"a{number}").eval()
             one.save_pretrained(place)
             wanted[f"a{number}"] = one(input_ids=IDS).logits
-        model = llama().eval()
+        model = adapted_llama().eval()
         size = sum(part.nbytes for part in model.manager.parameters("default"))
         sources = {name: f"{place}/{name}" for name in wanted}
         with AdapterPool(model, 2.5 * size / 1e6, adapters=sources) as pool:
@@ -200,20 +199,20 @@ def exchanged() -> None:
                 pool.set_adapter(name)
                 close(model(input_ids=ids).logits, wanted[name])
             assert pool.statistics.swaps
-        slot = llama().eval()
+        slot = adapted_llama().eval()
         prepare_model_for_compiled_hotswap(slot, target_rank=8)
         hotswap_adapter(slot, sources["a1"], "default")
         waits.clear()
         close(slot(input_ids=ids).logits, wanted["a1"])
         assert not waits, waits
-        loaded = PeftModel.from_pretrained(tiny_base().to(GPU), sources["a2"])
+        loaded = PeftModel.from_pretrained(llama().to(GPU), sources["a2"])
         assert {part.device.type for part in loaded.parameters()} == {"gpu"}
 
 
 def moved_while_watched() -> None:
     """A run begins before the Trainer brings the model to the GPU, where weights are looked at again."""
     for rate, message in ((0.1, ""), (0.0, "No weight of adapter 'default' has changed in 3 steps")):
-        model = llama()
+        model = adapted_llama()
         with track(model, total_steps=3) as run:
             # Parameters of this device cannot be moved as CUDA's are; what was noted of them can.
             check: Any = run._check
@@ -233,7 +232,7 @@ def fused() -> None:
     """The default optimizer of Trainer leaves no trace in a tensor's version; norms follow nevertheless."""
     ids = IDS.to(GPU)
     for training in (True, False):
-        model = llama(use_dora=True).eval()
+        model = adapted_llama(use_dora=True).eval()
         with torch.no_grad():
             model(input_ids=ids)
         optimizer = torch.optim.AdamW(model.manager.parameters("default"), lr=0.1, fused=True)
@@ -241,7 +240,7 @@ def fused() -> None:
         optimizer.step()
         with torch.no_grad():
             found = model.eval()(input_ids=ids).logits
-            twin = tiny_base().to(GPU)
+            twin = llama().to(GPU)
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 close(found, PeftModel.from_pretrained(twin, folder).eval()(input_ids=ids).logits.cpu())
@@ -250,7 +249,7 @@ def fused() -> None:
 def prepared() -> None:
     """DoRA with its scaling as a tensor waits for nothing either."""
     ids = IDS.to(GPU)
-    model = llama(use_dora=True).eval()
+    model = adapted_llama(use_dora=True).eval()
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     with torch.no_grad():
         model(input_ids=ids)

@@ -9,11 +9,10 @@ import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from nbpeft import LoraConfig, get_peft_model
 from nbpeft.errors import ConfigError, MergeError
 from nbpeft.model.merge_export import merge_to_folder
 from nbpeft.session import answering
-from tests.training.support import tiny_base
+from tests.tiny_models import adapted, llama
 
 IDS = torch.arange(12).view(2, 6)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -25,16 +24,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def base(*, offloaded: bool = True) -> Any:
-    model = tiny_base(attention_bias=True, tie_word_embeddings=False).eval()
+    model = llama(tie_word_embeddings=False)
     if offloaded:
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
         assert all(parameter.is_meta for parameter in model.parameters())
     return model
-
-
-def adapted(model: Any, **config: Any) -> Any:
-    torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(**({"r": 4, "init_lora_weights": False} | config))).eval()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

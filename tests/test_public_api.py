@@ -16,7 +16,6 @@ import pytest
 import nbpeft
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "bitsandbytes", "ipywidgets", "IPython")
 
 # What a PEFT tutorial imports from ``peft``; it must run after ``s/peft/nbpeft/``.
 TUTORIAL_NAMES = {
@@ -118,18 +117,6 @@ def test_the_version_is_that_of_the_project() -> None:
 def test_errors_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(nbpeft.NbpeftError("wrong")))
     assert str(error) == "wrong"
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import nbpeft; dir(nbpeft)",
-        "import nbpeft; nbpeft.session().state; nbpeft.NbpeftError",
-        "import nbpeft.session",
-    ],
-)
-def test_importing_is_light(code: str) -> None:
-    assert python(f"{code}\nimport sys\nprint([name for name in {HEAVY} if name in sys.modules])") == "[]"
 
 
 def test_the_session_is_a_function_and_a_module() -> None:

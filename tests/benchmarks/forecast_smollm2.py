@@ -16,7 +16,7 @@ from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.devices import device_memory
 from nbpeft.model.quantize import load_quantized
-from tests.memory.reality import Step, real_step
+from tests.memory.measured_peak import Step, real_step
 from tests.smollm2 import source
 
 CASES: tuple[dict[str, Any], ...] = (

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from tests.benchmarks.forecast_smollm2 import CASES, Row, in_a_process, table, words
-from tests.memory.reality import Step
+from tests.memory.measured_peak import Step
 
 
 def test_the_table_shows_each_figure() -> None:

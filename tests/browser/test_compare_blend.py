@@ -14,10 +14,10 @@ pytestmark = pytest.mark.browser
 MODEL = """\
 %load_ext nbpeft
 import torch
-from tests.session.adapted import randomize
-from tests.session.letters import Letters
-from tests.training.support import tiny_base
-model, tokenizer = tiny_base(), Letters()
+from tests.tiny_models import randomize
+from tests.char_tokenizer import CharTokenizer
+from tests.tiny_models import llama
+model, tokenizer = llama(), CharTokenizer()
 %lora add model --name pirate r=4 target_modules=q_proj,v_proj
 %lora add model --name orders r=2 target_modules=q_proj,up_proj
 randomize(model, 'pirate', 1)

@@ -218,7 +218,7 @@ def test_the_buttons_leave_no_widget(notebook: Notebook) -> None:
     assert notebook.run(count) == before
 
 
-def test_the_panel_is_a_widget_with_a_snapshot_and_clicks_reach_the_session(notebook: Notebook) -> None:
+def test_the_panel_has_a_snapshot_and_clicks_reach_the_session(notebook: Notebook) -> None:
     notebook.run("panel = AdaptersPanel(session, 'model'); panel")
     (shown,) = (
         message["content"]["data"]

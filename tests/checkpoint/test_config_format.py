@@ -16,7 +16,7 @@ from nbpeft.checkpoint import condense_targets, config_text, config_to_save, par
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, CorruptCheckpointError, UnknownMethodError
-from tests.checkpoint.tiny import llama
+from tests.tiny_models import llama
 
 FIELDS: list[dict[str, Any]] = [
     {},

@@ -29,9 +29,8 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.plan import plan
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from tests.checkpoint.tiny import gpt2, llama, saved_by_peft, shapes_of
-
-TOKENS = torch.arange(12).reshape(2, 6)
+from tests.checkpoint.peft_files import saved_by_peft, shapes_of
+from tests.tiny_models import gpt2, llama, logits
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (llama, {"target_modules": ["q_proj", "down_proj"]}),
@@ -63,12 +62,6 @@ def loaded_by_us(model: nn.Module, folder: Path) -> AdapterManager:
     manager = AdapterManager.attach(model)
     manager.add("default", made, loaded.weights)
     return manager
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(TOKENS).logits
-    return result
 
 
 def fields_of(folder: Path) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaModel
 
 from nbpeft.checkpoint import Fingerprint, compare, fingerprint
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import BaseMismatchError
-from tests.checkpoint.tiny import gpt2, llama
+from tests.tiny_models import gpt2, llama
 
 
 def test_adapters_do_not_change_it() -> None:
@@ -85,8 +85,8 @@ def test_tied_weights_and_memory_layout_do_not_matter() -> None:
     ("other", "words"),
     [
         (lambda: llama(seed=1), "other weights of the same shapes"),
-        (lambda: llama(vocab_size=72), "differ in the weights of 64 x 32, 72 x 32"),
-        (lambda: llama(num_hidden_layers=3), "differ in the weights of 32 x 32, 64 x 32"),
+        (lambda: llama(vocab_size=72), "differ in the weights of 72 x 32, 97 x 32"),
+        (lambda: llama(num_hidden_layers=3), "differ in the weights of 32 x 16, 32 x 32, 64 x 32"),
     ],
 )
 def test_another_base_gives_a_note(other: Callable[[], nn.Module], words: str) -> None:
@@ -108,8 +108,7 @@ def test_another_revision_is_noticed_by_a_small_change_of_one_matrix() -> None:
 
 def test_the_backbone_alone_is_told_apart() -> None:
     saved = fingerprint(llama()).to_metadata()
-    sizes = LlamaConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=64)
-    note = compare(saved, LlamaModel(sizes))
+    note = compare(saved, LlamaModel(llama().config))
     assert note is not None
     assert "LlamaForCausalLM" in note
     assert "LlamaModel" in note
@@ -117,9 +116,7 @@ def test_the_backbone_alone_is_told_apart() -> None:
 
 def test_no_shape_in_common_is_refused() -> None:
     saved = fingerprint(llama()).to_metadata()
-    small = LlamaForCausalLM(
-        LlamaConfig(hidden_size=48, num_hidden_layers=1, intermediate_size=80, num_attention_heads=4, vocab_size=100)
-    )
+    small = llama(hidden_size=48, num_hidden_layers=1, intermediate_size=80, vocab_size=100)
     with pytest.raises(BaseMismatchError, match="trained on another base model: LlamaForCausalLM") as caught:
         compare(saved, small)
     assert "\n" not in str(caught.value)

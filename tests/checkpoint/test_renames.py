@@ -10,7 +10,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from nbpeft.checkpoint import Expected, from_file, remapped, renames_of
-from tests.checkpoint.tiny import expected_by_peft, llama, saved_by_peft
+from tests.checkpoint.peft_files import expected_by_peft, saved_by_peft
+from tests.tiny_models import llama
 
 
 def llava() -> LlavaForConditionalGeneration:

@@ -17,7 +17,8 @@ from nbpeft import checkpoint
 from nbpeft.checkpoint import Expected
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.errors import BaseMismatchError, CheckpointError
-from tests.checkpoint.tiny import Mixed, expected_by_peft, gpt2, llama, saved_by_peft
+from tests.checkpoint.peft_files import Mixed, expected_by_peft, saved_by_peft
+from tests.tiny_models import gpt2, llama
 
 from_file = partial(checkpoint.from_file, peft_type="LORA")
 to_file = partial(checkpoint.to_file, peft_type="LORA")

@@ -1,16 +1,19 @@
-"""Combining adapters: PEFT's numbers under PEFT's names, and the exact weighted sum."""
+"""Combining adapters: PEFT's numbers under PEFT's names, and the exact weighted sum; what is refused."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from nbpeft.engine.combination import check_weights
 from nbpeft.engine.methods.lora.combining import (
     Combination,
     Factors,
@@ -19,7 +22,9 @@ from nbpeft.engine.methods.lora.combining import (
     combined_config,
     skip_initial_draws,
 )
+from nbpeft.engine.methods.lora.combining.truncate import measure_loss, truncate_factors
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.names import COMBINATION_TYPES
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
@@ -360,3 +365,112 @@ def test_config_lists_layers_where_selections_differ() -> None:
     assert config.target_modules == {"l.0.q", "l.1.q"} and config.layers_to_transform is None
     patterns = [LoraConfig(r=4, target_modules=r".*\.0\.q"), LoraConfig(r=4, target_modules=r".*\.1\.q")]
     assert combined_config(patterns, ours).target_modules == r"(.*\.0\.q)|(.*\.1\.q)"
+
+
+@pytest.mark.parametrize("total", [3, 6, 20])
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
+def test_truncation_and_loss_are_those_of_the_delta(total: int, shape: tuple[int, int]) -> None:
+    wide_B, wide_A = torch.randn(2, shape[0], total), torch.randn(2, total, shape[1])
+    delta = wide_B @ wide_A
+    kept_B, kept_A = truncate_factors(wide_B, wide_A, 2, Recipe("svd"))
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    best = (left[..., :2] * values[:, None, :2]) @ right[:, :2]
+    kept = kept_B @ kept_A
+    assert kept_B.shape == (2, shape[0], 2) and kept_A.shape == (2, 2, shape[1])
+    assert torch.allclose(kept, best, atol=1e-4)
+    assert torch.allclose(kept_A @ kept_A.mT, torch.eye(2), atol=1e-5)
+    loss = measure_loss(wide_B, wide_A, kept_B, kept_A)
+    assert loss.true == pytest.approx(float(delta.square().sum()), rel=1e-5)
+    assert loss.kept == pytest.approx(float(kept.square().sum()), rel=1e-5)
+    assert loss.error == pytest.approx(float((delta - kept).square().sum()), rel=1e-4)
+
+
+def test_a_path_at_the_end_of_another_keeps_its_own_rank() -> None:
+    two, four = random_factors(2, (8, 8), seed=1), random_factors(4, (8, 8), seed=2)
+    ours = combine({"q": {"a": two, "b": two}, "m.q": {"a": four, "b": four}}, ["a", "b"], [1, 1], Recipe("linear"))
+    config = combined_config([LoraConfig(r=4, target_modules=["q"]), LoraConfig(r=4, target_modules=["q"])], ours)
+    assert (config.rank_at("q"), config.rank_at("m.q")) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe("tiess"), "combination_type 'tiess' is unknown.*Did you mean 'ties'"),
+        (lambda: Recipe("ties"), "'ties' needs density"),
+        (lambda: Recipe("dare_linear", density=0.0), "density must be > 0"),
+        (lambda: Recipe("magnitude_prune", density=-0.1), "density must be >= 0"),
+        (lambda: Recipe("svd", svd_rank=0), "svd_rank must be a positive integer"),
+        (lambda: Recipe("svd", svd_clamp=2.0), "svd_clamp is a quantile"),
+        (lambda: Recipe("ties", density=0.5, majority_sign_method="freqency"), "Did you mean 'frequency'"),
+        (lambda: Recipe("svd", svd_rank=True), "svd_rank must be a positive integer"),
+        (lambda: Recipe("svd", svd_clamp="most"), "svd_clamp is a quantile.*not 'most'"),  # type: ignore[arg-type]
+        (lambda: Recipe("ties", density="half"), "density must be >= 0.*not 'half'"),  # type: ignore[arg-type]
+        (lambda: Recipe("svd", svd_driver="gesv"), "svd_driver 'gesv' is unknown"),
+    ],
+)
+def test_wrong_recipes_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_inputs_are_refused() -> None:
+    layers = {"x": {"a": random_factors(4, (8, 8)), "b": random_factors(2, (8, 8))}}
+    with pytest.raises(ConfigError, match=r"'linear' needs equal ranks, but x has a 4, b 2; use 'exact'"):
+        combine(layers, ["a", "b"], [1, 1], Recipe("linear"))
+    with pytest.raises(AdapterError, match=r"2 adapters \(a, b\) need as many weights, got 1"):
+        check_weights(["a", "b"], [1])
+    with pytest.raises(AdapterError, match="no adapters to combine"):
+        check_weights([], [])
+    with pytest.raises(AdapterError, match="weight of adapter 'b' is nan"):
+        check_weights(["a", "b"], [1, math.nan])
+    for wrong in ("1", None):
+        with pytest.raises(AdapterError, match=f"weight of adapter 'b' is {wrong!r}, expected a finite number"):
+            check_weights(["a", "b"], [1, wrong])  # type: ignore[list-item]
+    with pytest.raises(AdapterError, match="none of the adapters z has low-rank factors"):
+        combine(layers, ["z"], [1], Recipe())
+    with pytest.raises(ConfigError, match="svd_driver='gesvd' works on CUDA only"):
+        combine(layers, ["a", "b"], [1, 1], Recipe("svd", svd_driver="gesvd"))
+    grouped = {"x": {"a": random_factors(4, (12, 8, 3, 3), 1.0, 2), "b": random_factors(2, (12, 8, 3, 3), 1.0, 2)}}
+    with pytest.raises(ConfigError, match="2 groups and cannot take rank 3"):
+        combine(grouped, ["a", "b"], [1, 1], Recipe("svd", svd_rank=3))
+
+
+def test_density_one_keeps_all_and_says_so() -> None:
+    layers = {"x": {"a": random_factors(4, (8, 8), seed=1), "b": random_factors(4, (8, 8), seed=2)}}
+    with pytest.warns(UserWarning, match="keeps every entry"):
+        kept = combine(layers, ["a", "b"], [1, 1], Recipe("magnitude_prune", density=1.0))
+    plain = combine(layers, ["a", "b"], [1, 1], Recipe("linear"))
+    torch.testing.assert_close(kept.layers["x"].lora_A, plain.layers["x"].lora_A)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements any operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, Tensor):
+                self.count = max(self.count, part.numel())
+        return result
+
+
+def test_no_delta_is_built() -> None:
+    parts = {name: random_factors(16, (512, 512), 2.0, seed=seed) for name, seed in (("a", 1), ("b", 2))}
+    with LargestTensor() as largest:
+        combine({"x": parts}, ["a", "b"], [0.5, 0.5], Recipe("svd"))
+    assert largest.count <= 512 * 32
+
+
+@pytest.mark.parametrize("name", COMBINATION_TYPES)
+def test_an_adapter_with_numbers_that_are_not_finite_is_named(name: str) -> None:
+    broken = random_factors(4, (8, 8), seed=2)
+    broken.lora_B[0, 0] = math.nan
+    layers = {"m.q": {"a": random_factors(4, (8, 8), seed=1), "b": broken}}
+    recipe = Recipe(name, density=0.5 if Recipe(name, density=0.5).prunes else None)
+    with pytest.raises(AdapterError, match=r"adapter 'b' holds numbers at m\.q that are not finite"):
+        combine(layers, ["a", "b"], [0.5, 0.5], recipe)

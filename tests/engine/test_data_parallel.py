@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import replicate
 
 from nbpeft import LoraConfig, get_peft_model
-from tests.training.support import tiny_base
+from tests.tiny_models import llama
 
 IDS = torch.arange(12).view(2, 6)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def spoil(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_replica_computes_with_its_own_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_base(tie_word_embeddings=False)
+    base = llama(tie_word_embeddings=False)
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(**({"r": 4, "init_lora_weights": False} | CONFIGS[name]))).train()
     with torch.no_grad():

@@ -1,7 +1,8 @@
-"""Hot-swapping: equal to loading afresh, in place, all or nothing, without compiling again."""
+"""Hot-swapping: equal to loading afresh, in place, all or nothing."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -97,7 +98,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("rank", [2, 4, 8])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_loading_afresh(variant: str, rank: int, prepared: bool) -> None:
+def test_equals_loading_the_adapter(variant: str, rank: int, prepared: bool) -> None:
     options = VARIANTS[variant]
     old, new = config_of(4, **options), config_of(rank, **options)
     weights = trained(new)
@@ -389,3 +390,59 @@ def test_subscribers_hear_of_a_swap() -> None:
     swap(manager, "default", config_of(4), trained(config_of(4)))
     prepare_for_hotswap(manager, 8)
     assert len(heard) == 2
+
+
+def test_scalings_follow_every_rule() -> None:
+    model = fresh(config_of(8))
+    manager = manager_of(model)
+    prepare_for_hotswap(manager)
+    new = config_of(
+        4, lora_alpha=6, use_rslora=True, rank_pattern={"first": 8}, alpha_pattern={"turned": 10, "first": 2}
+    )
+    swap(manager, "default", new, trained(new))
+    scalings = {path: float(layer.adapter("default").scaling) for path, layer in manager.layers.items()}
+    expected = dict.fromkeys(TARGETS, 6 / 2) | {"first": 2 / math.sqrt(8), "turned": 10 / 2}
+    assert scalings == pytest.approx(expected)
+
+
+def slot_config(rank: int) -> LoraConfig:
+    """One that can be merged."""
+    return config_of(rank, target_modules=["embed", "conv", "first", "turned"])
+
+
+MEDDLING: dict[str, Callable[[Any], object]] = {
+    "switches": lambda manager: manager.activate("other"),
+    "switches off": lambda manager: manager.disable(),
+    "scales": lambda manager: manager.set_scale("default", 0.5),
+    "merges": lambda manager: manager.merge(),
+    "swaps": lambda manager: swap(manager, "default", slot_config(4), trained(slot_config(4), seed=7)),
+    "renames": lambda manager: manager.rename("default", "moved"),
+    "deletes": lambda manager: manager.remove("default"),
+    "unloads": lambda manager: manager.unload(merge=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:adapters are merged")
+@pytest.mark.parametrize("meddling", MEDDLING)
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_a_validation_that_changes_adapters_and_refuses(meddling: str, active: str) -> None:
+    old = slot_config(2)
+    model = fresh(old, trained(old))
+    manager = manager_of(model)
+    manager.add("other", slot_config(4), trained(slot_config(4), seed=5))
+    manager.activate(active)
+    before, output, kept = tensors_of(model), model(IDS), manager.configs["default"]
+    with pytest.raises(HotSwapError, match=r"did not pass its validation|block is open"):
+        swap(
+            manager,
+            "default",
+            slot_config(4),
+            trained(slot_config(4), seed=3),
+            grow=True,
+            validate=lambda: MEDDLING[meddling](manager) is not manager and False,
+        )
+    assert manager.configs["default"] is kept and manager.alive
+    assert set(manager.configs) == {key for layer in manager.layers.values() for key in layer.adapters}
+    assert_untouched(model, before)
+    assert manager.active == (active,) and manager.enabled and not manager.merged and manager.scale("default") == 1.0
+    assert torch.equal(model(IDS), output)

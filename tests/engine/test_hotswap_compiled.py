@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbpeft.engine.hotswap import prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.config import LoraConfig
 from tests.engine.test_hotswap import IDS, VARIANTS, config_of, fresh, manager_of, trained
+from tests.tiny_models import llama
 
 
 @pytest.fixture
@@ -52,10 +52,7 @@ def test_compiled_models_do_not_compile_again(variant: str, no_recompiles: Calla
 @pytest.mark.slow
 def test_fifty_swaps_in_a_compiled_language_model(no_recompiles: Callable[[], int]) -> None:
     """Inductor, dynamic batch and length, ranks 4 to 64: compiled once, each output as loaded afresh."""
-    shape = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    torch.manual_seed(0)
-    model, plain = LlamaForCausalLM(shape).eval(), LlamaForCausalLM(shape).eval()
-    plain.load_state_dict(model.state_dict())
+    model, plain = llama(), llama()
 
     def config(rank: int, alpha: float) -> LoraConfig:
         return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=False)

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tests.test_matrix import CASES, Net, make, randomise, same, settings, weights_of
+from tests.test_matrix import CASES, Net, make, randomise
+from tests.tiny_models import same_state, state
 
 IN_BASE = ("olora", "pissa", "pissa_niter_6")
 LINEAR_KINDS = [kind for kind in CASES if not kind.startswith(("embedding", "conv"))]
@@ -25,9 +26,13 @@ in_base = pytest.mark.parametrize("init", IN_BASE)
 on_linear = pytest.mark.parametrize("kind", LINEAR_KINDS)
 
 
+def settings(**more: Any) -> dict[str, Any]:
+    return {"r": 4, "lora_alpha": 6, "target_modules": ["target"], **more}
+
+
 def started(kind: str, init: Any, **more: Any) -> tuple[Net, PeftModel]:
     base = make(CASES[kind])
-    return base, get_peft_model(base, LoraConfig(**settings("lora", init_lora_weights=init, **more))).eval()
+    return base, get_peft_model(base, LoraConfig(**settings(init_lora_weights=init, **more))).eval()
 
 
 @on_linear
@@ -35,7 +40,7 @@ def started(kind: str, init: Any, **more: Any) -> tuple[Net, PeftModel]:
 def test_starts_at_the_base_and_leaves_its_weights_alone(kind: str, init: str) -> None:
     case = CASES[kind]
     plain = make(case)
-    x, before = case.batch(), weights_of(plain)
+    x, before = case.batch(), state(plain)
     expected = plain(x)
     base, model = started(kind, init)
     assert torch.allclose(model(x), expected, atol=case.tolerance / 2, rtol=0)
@@ -45,7 +50,7 @@ def test_starts_at_the_base_and_leaves_its_weights_alone(kind: str, init: str) -
     assert not torch.allclose(model(x), expected, atol=1e-3)
     assert model.unload() is base
     if not case.quantized:
-        assert same(before, weights_of(base))
+        assert same_state(before, state(base))
 
 
 @on_linear
@@ -72,7 +77,7 @@ def test_merges_unmerges_saves_and_copies(kind: str, init: str, tmp_path: Any) -
 def test_adapters_add_up_in_any_order(init: str, other: Any) -> None:
     """In peft the second one finds the base without what the first one took."""
     base, model = started("linear", init)
-    model.add_adapter("other", LoraConfig(**settings("lora", init_lora_weights=other)))
+    model.add_adapter("other", LoraConfig(**settings(init_lora_weights=other)))
     randomise(base)
     x = CASES["linear"].batch()
     model.set_adapter("default")
@@ -92,7 +97,7 @@ def test_adapters_add_up_in_any_order(init: str, other: Any) -> None:
 @pytest.mark.parametrize("init", ["olora", "pissa"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_equal_to_peft_from_the_start_through_a_step(init: str, dora: bool) -> None:
-    config = settings("lora", init_lora_weights=init, use_dora=dora)
+    config = settings(init_lora_weights=init, use_dora=dora)
     ours = get_peft_model(make(CASES["linear"]), LoraConfig(**config))
     theirs = peft.get_peft_model(make(CASES["linear"]), peft.LoraConfig(**config))
     own, given = get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
@@ -112,7 +117,7 @@ def test_equal_to_peft_from_the_start_through_a_step(init: str, dora: bool) -> N
 
 @pytest.mark.parametrize("init", ["olora", "pissa"])
 def test_dropout_spares_what_stays_in_the_base(init: str) -> None:
-    config = settings("lora", init_lora_weights=init, lora_dropout=1.0)
+    config = settings(init_lora_weights=init, lora_dropout=1.0)
     ours = get_peft_model(make(CASES["linear"]), LoraConfig(**config)).train()
     theirs = peft.get_peft_model(make(CASES["linear"]), peft.LoraConfig(**config)).train()
     x = CASES["linear"].batch()
@@ -125,8 +130,8 @@ def test_a_transposed_weight_is_decomposed_the_right_way_round() -> None:
     linear = nn.Linear(16, 24)
     with torch.no_grad():
         linear.weight.copy_(base.target.weight.T)
-    turned = get_peft_model(base, LoraConfig(**settings("lora", init_lora_weights="olora")))
-    straight = get_peft_model(Net(linear, nn.Tanh()), LoraConfig(**settings("lora", init_lora_weights="olora")))
+    turned = get_peft_model(base, LoraConfig(**settings(init_lora_weights="olora")))
+    straight = get_peft_model(Net(linear, nn.Tanh()), LoraConfig(**settings(init_lora_weights="olora")))
     own, other = get_peft_model_state_dict(turned), get_peft_model_state_dict(straight)
     assert all(torch.allclose(own[key], other[key], atol=1e-6) for key in other)
 
@@ -138,9 +143,7 @@ def test_a_randomized_start_is_found_again_and_leaves_the_generator_alone() -> N
     torch.set_rng_state(before)
     first, second = (
         get_peft_model_state_dict(
-            get_peft_model(
-                Net(copy.deepcopy(linear), nn.Tanh()), LoraConfig(**settings("lora", init_lora_weights=init))
-            )
+            get_peft_model(Net(copy.deepcopy(linear), nn.Tanh()), LoraConfig(**settings(init_lora_weights=init)))
         )
         for init in ("pissa_niter_2", "PiSSA_niter_2")
     )
@@ -180,10 +183,10 @@ def test_names_of_inits_are_read_in_any_case() -> None:
 )
 def test_what_an_init_cannot_do_is_refused(more: dict[str, Any], message: str) -> None:
     base = make(CASES["linear"])
-    before = weights_of(base)
+    before = state(base)
     with pytest.raises(ConfigError, match=message):
-        get_peft_model(base, LoraConfig(**{**settings("lora"), **more}))
-    assert same(before, weights_of(base))
+        get_peft_model(base, LoraConfig(**{**settings(), **more}))
+    assert same_state(before, state(base))
 
 
 @pytest.mark.parametrize("kind", ["embedding", "conv2d"])
@@ -191,4 +194,4 @@ def test_what_an_init_cannot_do_is_refused(more: dict[str, Any], message: str) -
 @pytest.mark.parametrize("dora", [False, True])
 def test_only_linear_layers_start_so(kind: str, init: str, dora: bool) -> None:
     with pytest.raises(ConfigError, match="linear layers only"):
-        get_peft_model(make(CASES[kind]), LoraConfig(**settings("lora", init_lora_weights=init, use_dora=dora)))
+        get_peft_model(make(CASES[kind]), LoraConfig(**settings(init_lora_weights=init, use_dora=dora)))

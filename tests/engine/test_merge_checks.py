@@ -289,7 +289,7 @@ def test_so_are_other_kinds(layer: nn.Module, refused: str) -> None:
     check(layer, refused)
 
 
-def test_a_forward_that_is_only_spelt_otherwise_is_tried_once_without_traces() -> None:
+def test_an_equivalent_forward_is_tried_once_without_traces() -> None:
     layer = Spelt(6, 6).train()
     model = adapted(layer).train()
     state = torch.get_rng_state()
@@ -329,7 +329,7 @@ def test_a_layer_without_data_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scaling_beyond_the_range_of_a_dtype_is_not_finite_instead_of_an_error_of_torch(dtype: torch.dtype) -> None:
+def test_a_scaling_beyond_the_range_of_a_dtype_is_not_finite(dtype: torch.dtype) -> None:
     layer = linear().to(dtype)
     model, before = adapted(layer), layer.weight.detach().clone()
     model.base_model.model[0].scaling["default"] = 1e308

@@ -23,7 +23,7 @@ from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.memory import forecast
 from nbpeft.model import LoraConfig, get_peft_model, quantize_model
 from nbpeft.model.weight_storage import stored_parts
-from tests.model.support import llama
+from tests.tiny_models import llama
 
 
 class Sharded(nn.Module):

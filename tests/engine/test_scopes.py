@@ -150,7 +150,7 @@ def test_it_can_be_a_decorator() -> None:
     assert torch.equal(model.disable_adapter()(lambda: output(model))(), legal[None])
 
 
-def test_merged_adapters_go_on_acting_outside_of_a_block_that_needs_the_frozen_weights() -> None:
+def test_merged_adapters_stay_active_outside_of_a_block() -> None:
     model = adapted()
     legal = outputs(model)
     model.merge_adapter()
@@ -170,7 +170,7 @@ def test_merged_adapters_go_on_acting_outside_of_a_block_that_needs_the_frozen_w
     assert torch.equal(output(model), merged)
 
 
-def test_checkpointing_in_autograds_own_threads_computes_with_the_block_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputing_in_autograds_threads_uses_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     seen: list[tuple[str, ...]] = []
     with model.use("b"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.support import adapted, config, llama, logits, same_state, state
+from tests.tiny_models import adapted, config, llama, logits, same_state, state
 
 ONE_END = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
 

@@ -19,9 +19,9 @@ def bare() -> Iterator[Notebook]:
 @pytest.fixture
 def notebook(bare: Notebook) -> Notebook:
     """A notebook whose variable ``model`` holds a tiny Llama."""
-    from tests.training.support import tiny_base
+    from tests.tiny_models import llama
 
-    bare["model"] = tiny_base()
+    bare["model"] = llama()
     return bare
 
 

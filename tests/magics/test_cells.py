@@ -154,9 +154,9 @@ def test_the_base_in_another_variable_is_not_adapted_twice(notebook: Notebook) -
 
 
 def test_two_models_are_told_apart(notebook: Notebook) -> None:
-    from tests.training.support import tiny_base
+    from tests.tiny_models import llama
 
-    notebook["second"] = tiny_base(seed=1)
+    notebook["second"] = llama(seed=1)
     notebook.do("%lora add model --name a target_modules=q_proj")
     notebook.do("%lora add second --name b target_modules=q_proj")
     assert notebook.session.names == ("model", "second")
@@ -168,11 +168,11 @@ def test_two_models_are_told_apart(notebook: Notebook) -> None:
 
 
 def test_a_variable_that_gets_a_new_model_starts_anew(notebook: Notebook) -> None:
-    from tests.training.support import tiny_base
+    from tests.tiny_models import llama
 
     notebook.do(CELL)
     notebook["kept"] = notebook["model"]
-    notebook["model"] = tiny_base(seed=1)
+    notebook["model"] = llama(seed=1)
     notebook.do(CELL)
     assert notebook["model"] is not notebook["kept"]
     assert notebook["kept"].active_adapters == ["sql"]

@@ -62,7 +62,7 @@ def test_a_path_may_begin_with_a_variable() -> None:
         parsed("load $foldr/sql --name x", folder="a")
 
 
-def test_a_prompt_in_quotes_has_line_breaks_and_one_in_a_variable_is_taken_as_it_is() -> None:
+def test_line_breaks_of_a_prompt_in_quotes_and_in_a_variable() -> None:
     assert parsed(r'compare "one\n\ttwo \\n"').options.prompt == "one\n\ttwo \\n"
     assert parsed(r'swap a --check "one\ntwo"').options.check == "one\ntwo"
     assert parsed("compare $text", text=r"print('\n')").options.prompt == r"print('\n')"

@@ -13,7 +13,7 @@ from nbpeft.session.planned import PlanResult
 from nbpeft.session.quantized import QloraResult
 from nbpeft.session.quantizing_preview import QloraPreview
 from tests.magics.notebook import Notebook
-from tests.training.support import tiny_base
+from tests.tiny_models import llama
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -35,7 +35,7 @@ def quantized_layers(model: Any) -> int:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tiny_base(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -109,7 +109,7 @@ def test_a_name_that_cannot_be_is_refused_before_a_weight_is_rounded(notebook: N
 def test_what_preparing_did_is_taken_back_where_adapting_fails(
     notebook: Notebook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notebook["model"] = base = tiny_base(dtype=torch.bfloat16)
+    notebook["model"] = base = llama(dtype=torch.bfloat16)
     notebook.do(cell("model", "--name first"))
     notebook.do("%lora unload")
 
@@ -226,7 +226,7 @@ def test_a_dry_run_of_a_task_model(bare: Notebook, folder: Path) -> None:
 
 
 def test_what_is_stored_quantized_stays_so(bare: Notebook, tmp_path: Path) -> None:
-    config = tiny_base().config
+    config = llama().config
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(tmp_path / "gptq")
     assert "stored by gptq and stay so" in str(bare.do(cell(str(tmp_path / "gptq"), "--dry-run")))

@@ -164,9 +164,9 @@ def test_a_token_of_the_cell_reaches_neither_the_script_nor_what_is_shown(ready:
 
 @pytest.mark.parametrize("said", ["--max-length 4\nmax_steps = 1", "\nmax_length = 4\nmax_steps = 1"])
 def test_what_rows_are_cut_to_is_exported_wherever_it_was_said(ready: Notebook, tmp_path: Path, said: str) -> None:
-    from tests.session.letters import Letters
+    from tests.char_tokenizer import CharTokenizer
 
-    ready["tok"], ready["rows"] = Letters(), [{"text": "abcdefgh"}] * 2
+    ready["tok"], ready["rows"] = CharTokenizer(), [{"text": "abcdefgh"}] * 2
     ready.do(f"%%lora_train model --data rows --tokenizer tok {said}")
     ready.do(f"%lora export {tmp_path}/t.py --base somewhere")
     rows = next(tmp_path.glob("t_data*.jsonl")).read_text().splitlines()

@@ -15,14 +15,7 @@ from nbpeft.model import PeftModel
 from nbpeft.session import Result
 from tests.magics.notebook import Notebook
 from tests.magics.test_cells import fingerprint
-
-INPUT = {"input_ids": torch.arange(8).reshape(2, 4)}
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(**INPUT).logits
-    return found
+from tests.tiny_models import logits
 
 
 def train_a_little(model: Any) -> None:
@@ -285,9 +278,9 @@ class TestWhichModel:
     @pytest.fixture
     def two(self, trained: Notebook) -> Notebook:
         """``model`` with ``sql`` and ``chat``, and ``q4`` with ``q``, of which the first was used last."""
-        from tests.training.support import tiny_base
+        from tests.tiny_models import llama
 
-        trained["q4"] = tiny_base(seed=1)
+        trained["q4"] = llama(seed=1)
         trained.do("%lora add q4 --name q r=2 target_modules=q_proj")
         trained.do("%lora use sql --model model")
         return trained
@@ -428,16 +421,16 @@ class TestDamagedCheckpoints:
         assert "LORRA" in self.refused(trained, saved)
 
     def test_another_base(self, trained: Notebook, saved: Path) -> None:
-        from tests.training.support import tiny_base
+        from tests.tiny_models import llama
 
-        trained["model"] = tiny_base(hidden_size=64)
+        trained["model"] = llama(hidden_size=64)
         trained.do("%lora add model --name sql target_modules=q_proj")
         self.refused(trained, saved)
 
     def test_another_base_that_is_bare(self, trained: Notebook, saved: Path) -> None:
-        from tests.training.support import tiny_base
+        from tests.tiny_models import llama
 
-        other = tiny_base(hidden_size=64)
+        other = llama(hidden_size=64)
         trained["other"] = other
         assert trained.run(f"%lora load {saved} --name loaded --model other").line
         assert trained["other"] is other

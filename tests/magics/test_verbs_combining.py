@@ -11,9 +11,10 @@ import torch
 from nbpeft.session import session
 from nbpeft.session.compared import CompareResult
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
+from tests.char_tokenizer import CharTokenizer
 from tests.magics.notebook import Notebook
-from tests.magics.test_verbs import logits, train_a_little
-from tests.session.letters import Letters
+from tests.magics.test_verbs import train_a_little
+from tests.tiny_models import logits
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def trained(adapted: Notebook) -> Notebook:
     """Adapters ``chat`` (rank 2) and ``sql`` (rank 4, active), and a tokenizer."""
     train_a_little(adapted["model"])
     adapted["model"].eval()
-    adapted["tok"] = Letters()
+    adapted["tok"] = CharTokenizer()
     return adapted
 
 
@@ -113,7 +114,7 @@ def test_compare_finds_the_tokenizer(trained: Notebook) -> None:
     assert list(result.answers) == ["base", "chat", "sql"]
     assert result.prompts == ("Ana needs 12 chairs",)
     assert max(answer.token_count for column in result.columns for answer in column.answers) == 4
-    direct = session().compare("Ana needs 12 chairs", max_new_tokens=4, tokenizer=Letters())
+    direct = session().compare("Ana needs 12 chairs", max_new_tokens=4, tokenizer=CharTokenizer())
     assert direct.columns == result.columns
 
 
@@ -129,10 +130,10 @@ def test_compare_takes_columns_blends_and_several_prompts(trained: Notebook) -> 
 
 
 def test_raw_leaves_the_template_aside(trained: Notebook) -> None:
-    trained["tok"] = Letters("template")
+    trained["tok"] = CharTokenizer("template")
     chat = trained.do('%lora compare "Hi" --tokens 6').answers
     raw = trained.do('%lora compare "Hi" --tokens 6 --raw').answers
-    assert raw == session().compare("Hi", max_new_tokens=6, tokenizer=Letters()).answers
+    assert raw == session().compare("Hi", max_new_tokens=6, tokenizer=CharTokenizer()).answers
     assert raw != chat
     assert trained.do('%lora compare "Hi" --tokens 6 --chat').answers == chat
     assert "exclude each other" in trained.run('%lora compare "Hi" --raw --chat').line
@@ -141,7 +142,7 @@ def test_raw_leaves_the_template_aside(trained: Notebook) -> None:
 def test_without_a_tokenizer_it_says_how_to_give_one(trained: Notebook) -> None:
     del trained.shell.user_ns["tok"]
     assert "--tokenizer" in trained.run('%lora compare "Hi"').line
-    trained["mine"] = Letters()
+    trained["mine"] = CharTokenizer()
     assert trained.do('%lora compare "Hi" --tokenizer mine --tokens 1').status == "finished"
 
 
@@ -159,11 +160,11 @@ def test_swap_puts_another_in_place(trained: Notebook, saved: Path) -> None:
 
 
 def test_swap_can_leave_the_template_aside(trained: Notebook, saved: Path) -> None:
-    trained["tok"] = Letters("template")
+    trained["tok"] = CharTokenizer("template")
     trained.do(f"%lora swap {saved} --into sql")
     chat = trained.do(f'%lora swap {saved} --into sql --check "Hi" --tokens 6').after
     raw = trained.do(f'%lora swap {saved} --into sql --check "Hi" --tokens 6 --raw').after
-    wanted = session().compare("Hi", adapters=["sql"], max_new_tokens=6, tokenizer=Letters(), chat=False)
+    wanted = session().compare("Hi", adapters=["sql"], max_new_tokens=6, tokenizer=CharTokenizer(), chat=False)
     assert (raw,) == wanted.answers["sql"]
     assert raw != chat
 
@@ -218,7 +219,7 @@ def test_a_panel_answers_with_the_tokenizer_of_the_notebook(trained: Notebook) -
     try:
         panel._ui = "widgets"
         assert panel.widget is not None
-        trained["tok"] = Letters()
+        trained["tok"] = CharTokenizer()
         panel._command("run")
         assert panel.wait(20)
         assert list(panel.result.answers) == ["base", "chat", "sql"]

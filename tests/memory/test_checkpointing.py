@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
+from tests.tiny_models import llama
 
 
 class Older:
@@ -51,11 +51,7 @@ def test_older_names() -> None:
 
 
 def test_names_of_the_installed_transformers(recwarn: pytest.WarningsRecorder) -> None:
-    config = LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=16,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = llama()
     assert not is_checkpointing(model)
     enable_checkpointing(model, {"use_reentrant": True})
     assert is_checkpointing(model)

@@ -292,7 +292,7 @@ def test_too_many_tokens_for_the_positions_of_the_model(caplog):
     assert forecast(config, adapter, sequence_length=16).peak_bytes > 0
 
 
-def test_modules_trained_as_a_whole_are_copied_without_the_mode_of_fake_tensors():
+def test_modules_to_save_are_copied_without_the_fake_tensor_mode():
     """Two modes at once end in memory that is freed twice, long after."""
     with fake_tensors():
         model: Any = LlamaForCausalLM(CONFIG)

@@ -17,7 +17,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.processor import onednn_multiplies
-from tests.memory.reality import SHAPES, real_peak
+from tests.memory.measured_peak import SHAPES, real_peak
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,

@@ -2,31 +2,20 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.memory import Meter, SavedTensors, measure, weights_by_kind
+from tests.tiny_models import VOCABULARY, config, llama
 
 
-def llama(**changes):
-    settings: dict[str, Any] = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
-
-
-def adapted(model, name="sql", **options):
+def add_adapter(model, name="sql", **options):
     manager = AdapterManager.attach(model)
-    settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]} | options
-    manager.add(name, LoraConfig(**settings))
+    manager.add(name, config(**options))
     return manager
 
 
@@ -45,7 +34,7 @@ def buffers(model):
 def test_base_weights_and_tied_ones_once():
     tied = llama(tie_word_embeddings=True)
     loose = llama(tie_word_embeddings=False)
-    assert parts(measure(loose))["base weights"] - parts(measure(tied))["base weights"] == 64 * 32 * 4
+    assert parts(measure(loose))["base weights"] - parts(measure(tied))["base weights"] == VOCABULARY * 32 * 4
     expected = sum(parameter.nbytes for parameter in tied.parameters()) + buffers(tied)
     assert parts(measure(tied))["base weights"] == expected
 
@@ -53,8 +42,8 @@ def test_base_weights_and_tied_ones_once():
 def test_adapters_gradients_and_optimizer():
     model = llama()
     base = parts(measure(model))["base weights"]
-    manager = adapted(model)
-    adapted(model, "chat", r=2)
+    manager = add_adapter(model)
+    add_adapter(model, "chat", r=2)
     count = {name: sum(p.numel() for p in manager.parameters(name)) for name in ("sql", "chat")}
     optimizer = torch.optim.AdamW(manager.parameters("sql"))
     state = measure(model, optimizer)
@@ -76,16 +65,16 @@ def test_adapters_gradients_and_optimizer():
 def test_trained_copies_are_adapters():
     model = llama(tie_word_embeddings=False)
     base = parts(measure(model))["base weights"]
-    adapted(model, modules_to_save=["lm_head"])
+    add_adapter(model, modules_to_save=["lm_head"])
     found = parts(measure(model))
     assert found["base weights"] == base
-    assert found["adapters"] == 4 * (64 * 32 + 2 * 4 * (32 + 32 + 32 + 16))
+    assert found["adapters"] == 4 * (VOCABULARY * 32 + 2 * 4 * (32 + 32 + 32 + 16))
 
 
 def test_what_an_adapter_keeps_of_its_start_is_its_own():
     model = llama()
     base = parts(measure(model))["base weights"]
-    manager = adapted(model, init_lora_weights="pissa")
+    manager = add_adapter(model, init_lora_weights="pissa")
     found = parts(measure(model))
     assert found["base weights"] == base
     assert found["adapters"] == 2 * 4 * sum(p.numel() for p in manager.parameters("sql"))
@@ -115,7 +104,7 @@ def test_quantized_weights_count_with_their_constants(double, adapters):
         bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False),
     ).to("cpu")
     if adapters:
-        adapted(model, target_modules=["0"])
+        add_adapter(model, target_modules=["0"])
     blocks = 128 * 64 // 64
     four_bit = 128 * 64 // 2 + 16 * 4 + (blocks + 4 + 256 * 4 + 4 if double else blocks * 4)
     label = "nf4 double" if double else "nf4"
@@ -124,7 +113,7 @@ def test_quantized_weights_count_with_their_constants(double, adapters):
 
 def test_activations():
     model = llama()
-    adapted(model)
+    add_adapter(model)
     with SavedTensors(model) as saved:
         loss = model(**batch()).loss
     assert parts(measure(model, saved=saved))["activations"] == saved.byte_count > 0
@@ -159,7 +148,7 @@ def test_a_meter_sees_changes_and_keeps_nothing_alive():
     meter = Meter(model)
     before = parts(meter.read())
     assert before["adapters"] == 0
-    manager = adapted(model)
+    manager = add_adapter(model)
     assert parts(meter.read())["adapters"] > 0
     reference = weakref.ref(manager.layers["model.layers.0.self_attn.q_proj"].adapter("sql").lora_A)
     manager.remove("sql")

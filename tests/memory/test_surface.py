@@ -17,7 +17,7 @@ from nbpeft.memory.forecast import simulated, surveyed
 from nbpeft.memory.surface import at, point_of, surface_of
 from nbpeft.memory.trace import FIRST, SECOND, IrregularError, Log, Point, Trace
 from tests.effort import drawn
-from tests.memory.reality import SHAPES
+from tests.memory.measured_peak import SHAPES
 
 POINTS = [Point(1, 96, 8), Point(3, 77, 64), Point(4, 512, 4)]
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nbpeft.model import PeftModel
 from nbpeft.model.pool import AdapterPool
-from tests.model.support import adapted, llama, logits
+from tests.tiny_models import adapted, llama, logits, randomize
 
 BYTES = 2 * (4 * 32 + 32 * 4 + 4 * 32 + 16 * 4) * 4
 """q_proj and v_proj of two layers at rank 4, float32."""
@@ -21,10 +21,7 @@ MB = 10**6
 def save(folder: Path, seed: int, make: Callable[[], Any] = llama, **changes: Any) -> Path:
     """An adapter whose every tensor is drawn from a seed."""
     model = adapted(make(), **changes)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.manager.parameters("default"):
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    randomize(model, seed=seed)
     model.save_pretrained(folder)
     return folder
 

@@ -25,7 +25,7 @@ from nbpeft.model import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from tests.model.support import adapted, llama, logits
+from tests.tiny_models import adapted, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 

@@ -21,7 +21,7 @@ from nbpeft.model import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from tests.model.support import adapted, classifier, config, llama, logits, state
+from tests.tiny_models import adapted, classifier, config, llama, logits, state
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -58,7 +58,7 @@ def test_base_weights_that_do_not_fit_change_nothing() -> None:
             {**own, "lm_haed.weight": own["lm_head.weight"]},
             r"unexpected: 'lm_haed.weight'.* Did you mean 'lm_head.weight'",
         ),
-        ({**own, "lm_head.weight": torch.zeros(3, 3)}, r"lm_head.weight is \(3, 3\), expected \(128, 32\)"),
+        ({**own, "lm_head.weight": torch.zeros(3, 3)}, r"lm_head.weight is \(3, 3\), expected \(97, 32\)"),
     ]
     for tensors, message in wrong:
         with pytest.raises(BaseMismatchError, match=message):

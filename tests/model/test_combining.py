@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nbpeft.errors import AdapterError, AdapterExistsError, UnknownAdapterError
 from nbpeft.model import Combined, PeftModel, get_peft_model
 from nbpeft.names import COMBINATION_TYPES
-from tests.model.support import adapted, classifier, config, gpt2, llama, logits, tokens
+from tests.tiny_models import adapted, classifier, config, gpt2, llama, logits, tokens
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
 BASES: dict[str, tuple[Any, list[str]]] = {

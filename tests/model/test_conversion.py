@@ -14,8 +14,8 @@ from torch import nn
 import nbpeft.model as nbpeft
 from nbpeft.errors import AdapterError, HotSwapError, MergeError
 from nbpeft.model.merge_export import merge_to_folder
-from tests.model.support import llama, logits
 from tests.model.test_oracle import settings
+from tests.tiny_models import llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 

@@ -16,7 +16,7 @@ from torch import nn
 import nbpeft.model as nbpeft
 from nbpeft.errors import CheckpointError
 from nbpeft.model import LoraConfig, get_peft_model, get_peft_model_state_dict
-from tests.model.support import llama
+from tests.tiny_models import llama
 
 
 def shifted(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nbpeft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, CorruptCheckpointError
 from nbpeft.model import AdapterPool, hotswap_adapter, load_peft_weights, merge_to_folder, set_peft_model_state_dict
-from tests.model.support import adapted, llama, logits, same_state, state
+from tests.tiny_models import VOCABULARY, adapted, llama, logits, same_state, state
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
@@ -45,7 +45,7 @@ def saved(folder: Path, change: Change | None = None, legacy: bool = False, **fi
 
 
 def with_embedding(value: float) -> Change:
-    return lambda tensors: tensors.update({EMBEDDING: torch.full((128, 32), value)})
+    return lambda tensors: tensors.update({EMBEDDING: torch.full((VOCABULARY, 32), value)})
 
 
 def put(key: str, make: Callable[[Tensor], Tensor]) -> Change:

@@ -20,7 +20,7 @@ from nbpeft.model import PeftModel
 from nbpeft.model.merge_export import merge_errors, merge_to_folder
 from nbpeft.model.quantize import quantize_model
 from tests.model.allocations import Allocations, bytes_of
-from tests.model.support import adapted, gpt2, llama, logits, same_state, state
+from tests.tiny_models import adapted, gpt2, llama, logits, same_state, state
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:merging into", "ignore::FutureWarning", "ignore::UserWarning:peft")

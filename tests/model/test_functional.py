@@ -14,7 +14,7 @@ import torch
 import nbpeft
 from nbpeft.errors import ConfigError, UnknownAdapterError
 from nbpeft.model import LoraConfig, get_peft_model
-from tests.model.support import adapted, config, llama, logits
+from tests.tiny_models import adapted, config, llama, logits
 
 MANY = ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"]
 

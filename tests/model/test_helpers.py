@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 import nbpeft.model as nbpeft
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model import rescale_adapter_scale
-from tests.model.support import adapted, config, llama, logits
+from tests.tiny_models import VOCABULARY, adapted, config, llama, logits
 
 NAMES = [
     "check_if_peft_model",
@@ -96,7 +96,7 @@ def test_signatures_of_the_base_are_shown() -> None:
     assert model.forward.__doc__ == LlamaForCausalLM.forward.__doc__
     assert list(inspect.signature(model.forward).parameters)[:2] == ["input_ids", "attention_mask"]
     assert model.generate.__doc__ == LlamaForCausalLM.generate.__doc__
-    assert logits(model).shape == (2, 9, 128)
+    assert logits(model).shape == (2, 9, VOCABULARY)
     assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False).shape == (1, 5)
     with pytest.raises(ConfigError, match="Did you mean 'forward'"):
         nbpeft.update_signature(model, "foward")

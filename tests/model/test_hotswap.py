@@ -26,7 +26,7 @@ from nbpeft.model import (
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
-from tests.model.support import adapted, classifier, config, llama, logits, same_state, state, tokens
+from tests.tiny_models import adapted, classifier, config, llama, logits, same_state, state, tokens
 
 
 def saved(folder: Path, seed: int = 5, base: Any = None, **changes: Any) -> Path:
@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_loading_afresh_and_saves_what_it_holds(case: str, tmp_path: Path) -> None:
+def test_equals_loading_and_saves_what_it_holds(case: str, tmp_path: Path) -> None:
     changes = CASES[case]
     source = saved(tmp_path / "new", **changes)
     model = adapted(**{key: value for key, value in changes.items() if key not in ("r", "rank_pattern")})

@@ -96,7 +96,7 @@ def test_a_quantized_weight_is_read(tiny_4bit: Any) -> None:
 @pytest.fixture
 def tiny_4bit() -> Any:
     from nbpeft.model.quantize import quantize_model
-    from tests.training.support import tiny_base
+    from tests.tiny_models import llama
 
-    base = quantize_model(tiny_base())
+    base = quantize_model(llama())
     return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

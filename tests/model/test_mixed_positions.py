@@ -6,30 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from tests.tiny_models import gpt2, randomize
 
 NAMES = ["a", "__base__", "b", "a"]
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=32, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    return GPT2LMHeadModel(config).eval()
 
 
 def with_positions(**fields: Any) -> PeftModel:
     """Two adapters on positions, with other values than the base's."""
     model = get_peft_model(gpt2(), LoraConfig(r=2, **fields), adapter_name="a")
     model.add_adapter("b", LoraConfig(r=3, **fields))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name in ("a", "b"):
-            for parameter in model.manager.parameters(name):
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    for seed, name in enumerate("ab"):
+        randomize(model, name, seed)
     model.eval()
     return model
 

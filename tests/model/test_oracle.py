@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import nbpeft.model as nbpeft
-from tests.model.support import classifier, gpt2, llama, logits, tokens
+from tests.tiny_models import classifier, gpt2, llama, logits, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning", "ignore:merging into")
 

@@ -29,7 +29,7 @@ from nbpeft.model import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from tests.model.support import adapted, config, llama, logits, same_state, state, tokens
+from tests.tiny_models import VOCABULARY, adapted, config, llama, logits, same_state, state, tokens
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
 
 def test_attributes_fall_through_and_names_have_pefts_prefix() -> None:
     model = adapted()
-    assert model.config.hidden_size == 32 and model.get_input_embeddings().weight.shape == (128, 32)
+    assert model.config.hidden_size == 32 and model.get_input_embeddings().weight.shape == (VOCABULARY, 32)
     assert all(name.startswith("base_model.model.") for name, _ in model.named_parameters())
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.lora_A["default"].weight.shape == (4, 32)

@@ -27,7 +27,7 @@ from nbpeft.errors import (
 from nbpeft.model import PeftModel, get_peft_model_state_dict
 from nbpeft.model.pool import AdapterPool
 from tests.model.pool_support import BYTES, MB, device_bytes, make_alone, make_folders, near, pool_of, save
-from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
+from tests.tiny_models import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
 
 @pytest.fixture(scope="module")

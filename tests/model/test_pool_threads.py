@@ -18,7 +18,7 @@ from nbpeft.errors import (
     CheckpointNotFoundError,
 )
 from tests.model.pool_support import BYTES, device_bytes, make_alone, make_folders, near, pool_of
-from tests.model.support import logits, tokens
+from tests.tiny_models import logits, tokens
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from nbpeft.model import PeftModel
 from nbpeft.model.quantize import load_quantized, quantization, quantize_model, respect_progress_bar_setting
 from nbpeft.model.weight_storage import stored_parts
 from nbpeft.session.snapshot import Snapshots
-from tests.model.support import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
+from tests.tiny_models import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from tests.smollm2 import GGUF, source
+from tests.tiny_models import logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.slice, pytest.mark.real_model]
 
@@ -21,38 +22,34 @@ def load() -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
 
 
-@torch.no_grad()
-def logits(model: Any, batch: Any) -> torch.Tensor:
-    return model.eval()(**batch).logits
-
-
 def test_trains_saves_merges_and_reloads(tmp_path: Path) -> None:
     base, tokenizer = load()
     assert base.is_quantized
     batch = tokenizer("An order: two chairs for Ana in Lima.", return_tensors="pt")
-    before = logits(base, batch)
+    ids = batch["input_ids"]
+    before = logits(base, ids)
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert torch.equal(logits(model, batch), before)
+    assert torch.equal(logits(model, ids), before)
     optimizer = torch.optim.AdamW(model.manager.parameters("default"), lr=1e-3)
     model.train()
     losses = []
     for _ in range(3):
-        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss = model(**batch, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.1
-    adapted = logits(model, batch)
+    adapted = logits(model.eval(), ids)
     model.save_pretrained(tmp_path / "adapter")
     size = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
     assert size < 12e6
     plain = model.unload()
-    assert torch.equal(logits(plain, batch), before)
+    assert torch.equal(logits(plain, ids), before)
     again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    assert torch.allclose(logits(again, batch), adapted, atol=1e-4)
+    assert torch.allclose(logits(again.eval(), ids), adapted, atol=1e-4)
     merged = again.merge_and_unload()
-    assert torch.allclose(logits(merged, batch), adapted, atol=2e-3)
+    assert torch.allclose(logits(merged, ids), adapted, atol=2e-3)
     merged.save_pretrained(tmp_path / "merged")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(reloaded, batch), logits(merged, batch))
+    assert torch.equal(logits(reloaded, ids), logits(merged, ids))

@@ -17,6 +17,7 @@ from nbpeft.model.weight_storage import stored_parts
 from nbpeft.training import prepare_model_for_kbit_training
 from tests.model.allocations import Allocations, bytes_of
 from tests.smollm2 import GGUF, source
+from tests.tiny_models import logits
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,11 +28,6 @@ pytestmark = [
 
 def fresh() -> Any:
     return load_quantized(source(), quant_type="nf4", double_quant=True, compute_dtype="float32")
-
-
-@torch.no_grad()
-def logits(model: Any, batch: Any) -> torch.Tensor:
-    return model.eval()(**batch).logits.float()
 
 
 def test_quantized_trained_saved_in_peft_and_back_and_merged(tmp_path: Path) -> None:
@@ -45,12 +41,13 @@ def test_quantized_trained_saved_in_peft_and_back_and_merged(tmp_path: Path) -> 
     assert parts["embedding"].kinds == ("fp32",), "the embedding stays as it is"
 
     batch = tokenizer("An order: two chairs for Ana in Lima.", return_tensors="pt")
+    ids = batch["input_ids"]
     prepare_model_for_kbit_training(base)
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW(model.manager.parameters("default"), lr=1e-3)
     losses = []
     for _ in range(3):
-        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss = model(**batch, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -67,16 +64,16 @@ def test_quantized_trained_saved_in_peft_and_back_and_merged(tmp_path: Path) -> 
 
     # Each handle gets its own copy of the base, quantized alike: after a forward in eval mode, state_dict() (which
     # peft calls) makes bitsandbytes round the constants of double quantization a second time.
-    ours = logits(model, batch)
+    ours = logits(model.eval(), ids).float()
     theirs = peft.PeftModel.from_pretrained(fresh(), str(tmp_path / "adapter"))
-    assert torch.allclose(logits(theirs, batch), ours, atol=2e-4, rtol=0)
-    print("peft:", float((logits(theirs, batch) - ours).abs().max()), "of", float(ours.abs().max()))
+    assert torch.allclose(logits(theirs.eval(), ids), ours, atol=2e-4, rtol=0)
+    print("peft:", float((logits(theirs.eval(), ids) - ours).abs().max()), "of", float(ours.abs().max()))
     theirs.save_pretrained(str(tmp_path / "theirs"))
     again = PeftModel.from_pretrained(fresh(), tmp_path / "theirs")
-    assert torch.allclose(logits(again, batch), ours, atol=2e-4, rtol=0)
+    assert torch.allclose(logits(again.eval(), ids), ours, atol=2e-4, rtol=0)
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    difference = (logits(merged, batch) - ours).norm() / ours.norm()
+    difference = (logits(merged, ids) - ours).norm() / ours.norm()
     print("merged copy:", float(difference))
     assert difference < 0.02
     text = tokenizer.decode(merged.generate(**batch, max_new_tokens=5, do_sample=False)[0])

@@ -21,7 +21,7 @@ from nbpeft.errors import (
     TargetError,
 )
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
-from tests.model.support import adapted, classifier, config, llama, logits, same_state, state, tokens
+from tests.tiny_models import adapted, classifier, config, llama, logits, same_state, state, tokens
 
 
 def test_1_failed_injection_changes_nothing() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nbpeft.errors import AdapterError, LayerKindError, MergeError
 from nbpeft.model import LoraConfig, get_peft_model
-from tests.model.support import adapted, classifier, config, logits, state, tokens
+from tests.tiny_models import adapted, classifier, config, logits, state, tokens
 
 
 def three() -> Any:

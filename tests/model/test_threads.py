@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nbpeft.model import PeftModel, hotswap_adapter
 from tests.model.pool_support import save
-from tests.model.support import adapted, llama, tokens
+from tests.tiny_models import adapted, llama, tokens
 
 SECONDS = float(os.environ.get("NBPEFT_THREADS_SECONDS", "60"))
 PATIENCE = 120.0

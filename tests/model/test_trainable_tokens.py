@@ -22,9 +22,9 @@ from nbpeft.model import (
     hotswap_adapter,
     merge_to_folder,
 )
-from tests.model.support import adapted, config, llama, logits, same_state, state, tokens
+from tests.tiny_models import VOCABULARY, adapted, config, llama, logits, same_state, state, tokens
 
-IDS = [5, 3, 127]
+IDS = [5, 3, VOCABULARY - 1]
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
 
@@ -184,7 +184,7 @@ def test_copies_have_rows_of_their_own(tied: bool) -> None:
 
 
 IMPOSSIBLE: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"trainable_token_indices": [128]}, ConfigError, "has 128 rows and no row 128; resize_token_embeddings"),
+    ({"trainable_token_indices": [97]}, ConfigError, "has 97 rows and no row 97; resize_token_embeddings"),
     ({"trainable_token_indices": [-1]}, ConfigError, "no row -1"),
     ({"trainable_token_indices": [3, 3]}, ConfigError, "names a token more than once"),
     ({"trainable_token_indices": ["a"]}, ConfigError, "must be a list of whole numbers"),

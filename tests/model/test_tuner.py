@@ -8,7 +8,7 @@ import peft
 import pytest
 
 import nbpeft
-from tests.model.support import llama, tokens
+from tests.tiny_models import llama, tokens
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from nbpeft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from nbpeft.errors import AdapterExistsError, ConfigError, StaleModelError, UnknownAdapterError, UnknownMethodError
 from nbpeft.model import get_peft_config, get_peft_model_state_dict, inject_adapter_in_model
-from tests.model.support import adapted, config, llama, logits
+from tests.tiny_models import adapted, config, llama, logits
 
 
 @pytest.fixture

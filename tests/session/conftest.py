@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from nbpeft.session import Session
-from tests.session.adapted import randomize
-from tests.training.support import tiny_base
+from tests.tiny_models import llama, randomize
 
 
 @pytest.fixture
@@ -17,7 +16,7 @@ def session() -> Session:
 @pytest.fixture
 def two_adapters(session: Session) -> Any:
     """Adapters ``orders`` (rank 4, active) and ``pirate`` (rank 2, other targets)."""
-    made = session.add(tiny_base(), {"r": 4, "target_modules": ["q_proj", "v_proj"]}, name="pirate", variable="model")
+    made = session.add(llama(), {"r": 4, "target_modules": ["q_proj", "v_proj"]}, name="pirate", variable="model")
     handle = made.model
     session.add(handle, {"r": 2, "target_modules": ["q_proj", "up_proj"], "lora_alpha": 16}, name="orders")
     randomize(handle, "pirate", 1)

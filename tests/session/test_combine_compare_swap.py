@@ -23,9 +23,9 @@ from nbpeft.errors import (
 )
 from nbpeft.model.serving import blended
 from nbpeft.session import Session
-from tests.session.adapted import alone, everything, logits, randomize, same
-from tests.session.letters import Letters
-from tests.training.support import tiny_base
+from tests.char_tokenizer import CharTokenizer
+from tests.session.support import alone, everything
+from tests.tiny_models import llama, logits, randomize, same_state
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_a_combination_that_fails_leaves_all_as_it_was(
     with pytest.raises(error, match=re.escape(words)) as raised:
         session.combine(given.pop("weights"), **given)
     assert "\n" not in str(raised.value)
-    assert same(everything(model), before)
+    assert same_state(everything(model), before)
 
 
 def test_a_combination_can_be_tried_without_a_trace(session: Session, model: Any) -> None:
@@ -141,8 +141,8 @@ def test_a_combination_can_be_tried_without_a_trace(session: Session, model: Any
     names: list[tuple[str, ...]] = []
     session.subscribe(lambda state: names.append(tuple(item.name for item in state.models[0].adapters)))
     options: dict[str, Any] = {"type": "dare_ties_svd", "density": 0.5, "seed": 3}
-    tried = session.try_combination(weights, "Hi", tokenizer=Letters(), max_new_tokens=8, **options)
-    assert same(everything(model), before)
+    tried = session.try_combination(weights, "Hi", tokenizer=CharTokenizer(), max_new_tokens=8, **options)
+    assert same_state(everything(model), before)
     assert set(names) == {("pirate", "orders")}
     assert list(tried.answers) == ["base", "dare_ties_svd: orders + pirate (1 / 0.5)"]
     session.combine(weights, as_name="kept", **options)
@@ -152,7 +152,7 @@ def test_a_combination_can_be_tried_without_a_trace(session: Session, model: Any
 
 def test_results_are_plain_data(session: Session, model: Any) -> None:
     combined = session.combine({"orders": 1}, as_name="c")
-    compared = session.compare("Hi", tokenizer=Letters(), max_new_tokens=1)
+    compared = session.compare("Hi", tokenizer=CharTokenizer(), max_new_tokens=1)
     assert json.loads(json.dumps(dataclasses.asdict(combined)))["kind"] == "exact"
     assert json.loads(json.dumps(dataclasses.asdict(compared)))["prompts"] == ["Hi"]
 
@@ -164,7 +164,7 @@ def test_results_are_plain_data(session: Session, model: Any) -> None:
 def saved(session: Session, model: Any, tmp_path: Path) -> Path:
     """Another ``orders``, of larger rank, in a folder."""
     other = Session()
-    handle = other.add(tiny_base(), {"r": 6, "target_modules": ["q_proj", "up_proj"], "lora_alpha": 3}).model
+    handle = other.add(llama(), {"r": 6, "target_modules": ["q_proj", "up_proj"], "lora_alpha": 3}).model
     randomize(handle, "default", 5)
     other.save(tmp_path / "new")
     return tmp_path / "new"
@@ -176,7 +176,7 @@ def test_a_swap_gives_what_loading_gives(session: Session, model: Any, saved: Pa
     fresh = logits(model)
     session.use("pirate")
     pirate = logits(model)
-    result = session.swap(saved, into="orders", check_prompt="Hi", tokenizer=Letters(), max_new_tokens=6)
+    result = session.swap(saved, into="orders", check_prompt="Hi", tokenizer=CharTokenizer(), max_new_tokens=6)
     assert torch.equal(logits(model), pirate)
     assert session.state.models[0].active == ("pirate",)
     assert (result.adapter.rank, result.layers) == (6, 4)
@@ -205,21 +205,21 @@ def test_a_refused_swap_is_undone(session: Session, model: Any, saved: Path) -> 
     with pytest.raises(HotSwapError, match="did not pass"):
         session.swap(saved, into="orders", validate=refuse)
     assert len(seen) == 1
-    assert same(everything(model), before)
+    assert same_state(everything(model), before)
 
 
 def test_an_adapter_whose_output_is_not_finite_is_refused(
     session: Session, model: Any, saved: Path, tmp_path: Path
 ) -> None:
     other = Session()
-    handle = other.load(saved, model=tiny_base()).model
+    handle = other.load(saved, model=llama()).model
     with torch.no_grad():
         handle.manager.parameters("new")[1].fill_(float("nan"))
     other.save(tmp_path / "broken")
     before = everything(model)
     with pytest.raises(HotSwapError, match="not finite"):
-        session.swap(tmp_path / "broken", into="orders", check_prompt="Hi", tokenizer=Letters())
-    assert same(everything(model), before)
+        session.swap(tmp_path / "broken", into="orders", check_prompt="Hi", tokenizer=CharTokenizer())
+    assert same_state(everything(model), before)
 
 
 def test_mistakes_in_swapping(session: Session, model: Any, saved: Path) -> None:
@@ -232,7 +232,7 @@ def test_mistakes_in_swapping(session: Session, model: Any, saved: Path) -> None
         session.swap(saved, into="order")
     with pytest.raises(AdapterError, match="tokenizer"):
         session.swap(saved, into="orders", check_prompt="Hi")
-    assert same(everything(model), before)
+    assert same_state(everything(model), before)
     session.merge()
     with pytest.raises((HotSwapError, MergeError), match="unmerge"):
         session.swap(saved, into="orders")
@@ -251,11 +251,12 @@ def test_an_impossible_length_is_told_before_anything_happens(
 ) -> None:
     session.save(tmp_path, name="orders")
     before = everything(model)
+    settings: dict[str, Any] = {"tokenizer": CharTokenizer(), "max_new_tokens": tokens}
     for ask in (
-        lambda: session.swap(tmp_path, into="orders", check_prompt="Hi", tokenizer=Letters(), max_new_tokens=tokens),
-        lambda: session.compare("Hi", tokenizer=Letters(), max_new_tokens=tokens),
-        lambda: session.try_combination({"orders": 1.0}, "Hi", tokenizer=Letters(), max_new_tokens=tokens),
+        lambda: session.swap(tmp_path, into="orders", check_prompt="Hi", **settings),
+        lambda: session.compare("Hi", **settings),
+        lambda: session.try_combination({"orders": 1.0}, "Hi", **settings),
     ):
         with pytest.raises(AdapterError, match=f"max_new_tokens must be at least 1, not {tokens!r}"):
             ask()
-    assert same(everything(model), before)
+    assert same_state(everything(model), before)

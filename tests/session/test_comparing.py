@@ -15,9 +15,9 @@ from nbpeft.model.serving import blended
 from nbpeft.session import Session
 from nbpeft.session.answering import Batch
 from nbpeft.session.compared import Answer, Column, CompareResult
-from tests.session.adapted import alone, everything, logits, same
-from tests.session.letters import END, Letters
-from tests.training.support import tiny_base
+from tests.char_tokenizer import END, CharTokenizer
+from tests.session.support import alone, everything
+from tests.tiny_models import llama, logits, same_state
 
 PROMPTS = ["Ana needs 12 chairs", "Hi"]
 
@@ -38,7 +38,7 @@ def test_all_adapters_and_the_base_answer_in_one_generation(
         return generate(**options)
 
     monkeypatch.setattr(model, "generate", counted)
-    result = session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=10)
+    result = session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=10)
     monkeypatch.undo()
     assert len(calls) == 1
     assert (calls[0].names, calls[0].index) == (("pirate", "orders"), (-1, -1, 0, 0, 1, 1))
@@ -55,13 +55,13 @@ def test_comparing_changes_nothing(session: Session, model: Any) -> None:
     model.get_base_model().model.layers[0].eval()
     session.set_scale("orders", 0.5)
     before = everything(model)
-    session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=3, blends=[{"orders": 1, "pirate": -1}])
-    assert same(everything(model), before)
+    session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=3, blends=[{"orders": 1, "pirate": -1}])
+    assert same_state(everything(model), before)
 
 
 def test_a_blend_answers_what_its_exact_combination_answers(session: Session, model: Any) -> None:
     weights = {"orders": 0.7, "pirate": -0.4}
-    blend = session.compare(PROMPTS, adapters=[], blends=[weights], tokenizer=Letters(), max_new_tokens=10)
+    blend = session.compare(PROMPTS, adapters=[], blends=[weights], tokenizer=CharTokenizer(), max_new_tokens=10)
     assert list(blend.answers) == ["base", "orders + pirate (0.7 / -0.4)"]
     assert blend.passes == 2
     session.combine(weights, as_name="both")
@@ -90,7 +90,7 @@ def test_a_blend_counts_scales_and_leaves_zeros_out(session: Session, model: Any
 
 
 def test_adapters_that_are_switched_off_answer_when_they_are_asked(session: Session, model: Any) -> None:
-    asked = session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=10)
+    asked = session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=10)
     assert len(set(asked.answers.values())) == 3
     session.off()
     assert session.compare(PROMPTS, max_new_tokens=10).answers == asked.answers
@@ -100,7 +100,7 @@ def test_adapters_that_are_switched_off_answer_when_they_are_asked(session: Sess
 def test_answers_are_reported_while_they_come(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbpeft.session.answering.INTERVAL", 0.0)
     seen: list[CompareResult] = []
-    result = session.compare(PROMPTS, tokenizer=Letters(), max_new_tokens=6, on_text=seen.append)
+    result = session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=6, on_text=seen.append)
     assert [item.status for item in seen] == ["running"] * len(seen)
     counts = [item.token_count for item in seen]
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] > counts[1] > 0
@@ -112,7 +112,7 @@ def test_answers_are_reported_while_they_come(session: Session, model: Any, monk
 
 def test_it_can_be_stopped_and_interrupted(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = iter([False, False, True])
-    result = session.compare("Hi", tokenizer=Letters(), max_new_tokens=30, should_stop=lambda: next(asked))
+    result = session.compare("Hi", tokenizer=CharTokenizer(), max_new_tokens=30, should_stop=lambda: next(asked))
     assert result.status == "stopped"
     assert {answer.token_count for column in result.columns for answer in column.answers} <= {0, 1, 2, 3}
     assert "stopped" in str(result)
@@ -125,12 +125,12 @@ def test_it_can_be_stopped_and_interrupted(session: Session, model: Any, monkeyp
 
     before = everything(model.train())
     assert session.compare("Hi", max_new_tokens=30, on_text=interrupt).status == "stopped"
-    assert same(everything(model), before)
+    assert same_state(everything(model), before)
     assert session.state.busy == ""
 
 
 def test_an_answer_ends_at_the_end_token() -> None:
-    batch = Batch(("Hi",), ((1,),), Letters(), 95, frozenset({END}))
+    batch = Batch(("Hi",), ((1,),), CharTokenizer(), 95, frozenset({END}))
     words = [ord(letter) - 32 for letter in "yes"]
     assert batch.answer([*words, END, 4, 4], 10) == Answer("yes", 3, ended=True)
     assert batch.answer(words, 3) == Answer("yes", 3, cut=True)
@@ -139,7 +139,7 @@ def test_an_answer_ends_at_the_end_token() -> None:
 
 def test_plain_prompts_go_through_the_chat_template(session: Session, model: Any) -> None:
     base = model.get_base_model()
-    chat, plain = Letters("template"), Letters()
+    chat, plain = CharTokenizer("template"), CharTokenizer()
     assert Batch.of(["Hi"], chat, base).token_ids == (tuple(plain("<Hi>")["input_ids"]),)
     assert Batch.of(["Hi"], chat, base, chat=False).token_ids == (tuple(plain("Hi")["input_ids"]),)
     assert Batch.of(["Hi"], plain, base).token_ids == (tuple(plain("Hi")["input_ids"]),)
@@ -152,7 +152,7 @@ def test_plain_prompts_go_through_the_chat_template(session: Session, model: Any
 
 
 def test_prompts_are_sent_as_the_adapters_were_trained(session: Session, model: Any) -> None:
-    tokenizer, options = Letters("template"), {"max_new_tokens": 6, "tokenizer": Letters("template")}
+    tokenizer, options = CharTokenizer("template"), {"max_new_tokens": 6, "tokenizer": CharTokenizer("template")}
     said = session.compare("Hi", **options)
     assert said.form == "sent as a chat message" and said.aside.endswith("sent as a chat message")
     plain, chat = ({"prompt": "Hi", "completion": " you"}, {"messages": [{"role": "assistant", "content": "Hi"}]})
@@ -163,18 +163,18 @@ def test_prompts_are_sent_as_the_adapters_were_trained(session: Session, model: 
         assert asked.form == ("sent as a chat message" if chosen else "sent as plain text")
         assert session.try_combination({"orders": 1.0}, "Hi", **options).form == asked.form
     assert session.compare("Hi", chat=True, **options).form == "sent as a chat message"
-    assert session.compare("Hi", max_new_tokens=1, tokenizer=Letters()).form == ""
+    assert session.compare("Hi", max_new_tokens=1, tokenizer=CharTokenizer()).form == ""
 
 
 def test_the_tokenizer_is_remembered_with_the_model(session: Session, model: Any) -> None:
     with pytest.raises(AdapterError, match="tokenizer is needed"):
         session.compare("Hi")
-    tokenizer = Letters()
+    tokenizer = CharTokenizer()
     session.compare("Hi", tokenizer=tokenizer, max_new_tokens=1)
     assert session.compare("Hi", max_new_tokens=1).status == "finished"
     gone = weakref.ref(tokenizer)
     other = Session()
-    handle = other.add(tiny_base(), {"r": 2, "target_modules": ["q_proj"]}).model
+    handle = other.add(llama(), {"r": 2, "target_modules": ["q_proj"]}).model
     other.compare("Hi", tokenizer=tokenizer, max_new_tokens=1)
     session.unload()
     del tokenizer, handle, model
@@ -201,17 +201,17 @@ def test_mistakes_in_comparing(
     session: Session, model: Any, options: dict[str, Any], error: type[NbpeftError], words: str
 ) -> None:
     before = everything(model)
-    given: dict[str, Any] = {"prompts": "Hi", "tokenizer": Letters(), "max_new_tokens": 2, **options}
+    given: dict[str, Any] = {"prompts": "Hi", "tokenizer": CharTokenizer(), "max_new_tokens": 2, **options}
     with pytest.raises(error, match=words) as raised:
         session.compare(**given)
     assert "\n" not in str(raised.value)
-    assert same(everything(model), before)
+    assert same_state(everything(model), before)
 
 
 def test_merged_weights_are_not_compared(session: Session, model: Any) -> None:
     session.merge()
     with pytest.raises(MergeError, match="unmerge"):
-        session.compare("Hi", tokenizer=Letters())
+        session.compare("Hi", tokenizer=CharTokenizer())
 
 
 # What comparing shows

@@ -9,8 +9,8 @@ import pytest
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.session import Session
 from nbpeft.widgets import views
+from tests.char_tokenizer import CharTokenizer
 from tests.model.pool_support import make_folders, pool_of
-from tests.session.letters import Letters
 
 
 def test_adapters_that_wait_in_the_pool_are_counted(session: Session, tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_pool_adapter_can_be_named_where_one_on_the_model_can(session: Session
     session.watch(pool.model, name="model")
     made = session.combine({"a": 0.5, "b": -1.0}, as_name="mix", model="model")
     assert made.adapter.name == "mix" and made.relative_error < 1e-4
-    compared = session.compare("ab", adapters=["c"], blends=[{"d": 0.5}], tokenizer=Letters(), max_new_tokens=2)
+    compared = session.compare("ab", adapters=["c"], blends=[{"d": 0.5}], tokenizer=CharTokenizer(), max_new_tokens=2)
     assert [column.title for column in compared.columns] == ["base", "c", "d (0.5)"]
     with pytest.raises(UnknownAdapterError, match="Adapter 'nowhere' not found"):
         session.use("nowhere", model="model")

@@ -18,19 +18,14 @@ from nbpeft.errors import AdapterError, BusyError, ConfigError, NbpeftError, Tar
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.session import Session
 from nbpeft.state import SessionState
-from tests.training.support import tiny_base
+from tests.tiny_models import llama
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture
-def session() -> Session:
-    return Session()
-
-
-@pytest.fixture
 def model(session: Session) -> Any:
-    return session.add(tiny_base(), FIELDS, name="sql", variable="model").model
+    return session.add(llama(), FIELDS, name="sql", variable="model").model
 
 
 def in_thread(work: Callable[[], object]) -> BaseException | None:
@@ -51,7 +46,7 @@ def in_thread(work: Callable[[], object]) -> BaseException | None:
 
 
 def test_a_script_does_what_cells_do(session: Session) -> None:
-    base = tiny_base()
+    base = llama()
     result = session.add(base, LoraConfig(r=4, target_modules=["q_proj"]))
     print(result)
     model = result.model
@@ -62,7 +57,7 @@ def test_a_script_does_what_cells_do(session: Session) -> None:
 
 
 def test_a_shown_result_finds_the_model_as_long_as_the_base_lives(session: Session) -> None:
-    base = tiny_base()
+    base = llama()
     result = session.add(base, FIELDS)
     result._repr_html_()
     gc.collect()
@@ -92,12 +87,12 @@ def test_the_state_is_plain_data(session: Session, model: Any) -> None:
     ("fields", "label"), [({"use_dora": True}, "DoRA"), ({"use_rslora": True}, "rsLoRA"), ({}, "LoRA")]
 )
 def test_methods_are_called_what_people_call_them(session: Session, fields: dict[str, Any], label: str) -> None:
-    result = session.add(tiny_base(), FIELDS | fields)
+    result = session.add(llama(), FIELDS | fields)
     assert result.adapter.method == label
 
 
 def test_mixed_ranks_are_said(session: Session) -> None:
-    result = session.add(tiny_base(), FIELDS | {"rank_pattern": {"q_proj": 2}})
+    result = session.add(llama(), FIELDS | {"rank_pattern": {"q_proj": 2}})
     assert result.adapter.mixed_ranks
 
 
@@ -275,7 +270,7 @@ def test_models_are_named_in_errors(session: Session, model: Any) -> None:
 
 
 def test_a_model_without_a_name_gets_one(session: Session) -> None:
-    kept = [session.add(tiny_base(), FIELDS).model for _ in range(3)]
+    kept = [session.add(llama(), FIELDS).model for _ in range(3)]
     assert session.names == ("model", "model2", "model3")
     assert session.model("model2") is kept[1]
     assert session.state.current == "model3"
@@ -284,7 +279,7 @@ def test_a_model_without_a_name_gets_one(session: Session) -> None:
 
 
 def test_models_are_held_weakly(session: Session) -> None:
-    model = session.add(tiny_base(), FIELDS).model
+    model = session.add(llama(), FIELDS).model
     session.memory()
     _ = session.state
     reference = weakref.ref(model)
@@ -313,7 +308,7 @@ def test_a_handle_that_was_taken_over_is_replaced(session: Session, model: Any) 
 
 
 def test_adopting_variables(session: Session) -> None:
-    mine = get_peft_model(tiny_base(), LoraConfig(r=2, target_modules=["q_proj"]))
+    mine = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     session.adopt({"mine": mine, "_hidden": mine, "number": 3, "same": mine})
     assert session.names == ("mine",)
 

@@ -12,20 +12,16 @@ import torch
 from nbpeft.errors import AdapterError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.session import Session
-from tests.training.support import tiny_base, token_rows
+from tests.tiny_models import llama
+from tests.training.support import token_rows
 
 FIELDS = {"r": 2, "target_modules": ["q_proj"]}
 
 
 @pytest.fixture
-def session() -> Session:
-    return Session()
-
-
-@pytest.fixture
 def two(session: Session) -> tuple[Any, Any]:
     """Two models with an adapter ``x``; the second one is the current one."""
-    return tuple(session.add(tiny_base(), FIELDS, name="x", variable=name).model for name in ("first", "second"))  # type: ignore[return-value]
+    return tuple(session.add(llama(), FIELDS, name="x", variable=name).model for name in ("first", "second"))  # type: ignore[return-value]
 
 
 TAKING: dict[str, Callable[[Session, Path], object]] = {
@@ -74,8 +70,8 @@ def test_what_takes_nothing_away_acts_on_the_current_one(session: Session, two: 
 
 @pytest.mark.parametrize("gone", ["unloaded", "unloaded in Python", "deleted"])
 def test_no_model_takes_the_place_of_one_that_is_gone(session: Session, gone: str) -> None:
-    left = session.add(tiny_base(), FIELDS, name="x", variable="left").model
-    model = session.add(tiny_base(), FIELDS, name="x", variable="model").model
+    left = session.add(llama(), FIELDS, name="x", variable="left").model
+    model = session.add(llama(), FIELDS, name="x", variable="model").model
     if gone == "unloaded":
         session.unload(model="model")
     elif gone == "unloaded in Python":
@@ -94,20 +90,20 @@ def test_no_model_takes_the_place_of_one_that_is_gone(session: Session, gone: st
 
 
 def test_a_model_alone_need_not_be_named(session: Session) -> None:
-    model = session.add(tiny_base(), FIELDS, name="x").model
+    model = session.add(llama(), FIELDS, name="x").model
     session.merge()
     assert model.manager.merged == ("x",)
     session.unmerge()
     session.rename("x", "y")
     session.unload()
-    again = session.add(tiny_base(), FIELDS, name="x").model
+    again = session.add(llama(), FIELDS, name="x").model
     session.delete("x")
     assert again.manager.names == ()
 
 
 def test_what_was_adapted_in_python_takes_no_place(session: Session) -> None:
-    model = session.add(tiny_base(), FIELDS, name="x", variable="model").model
-    other = get_peft_model(tiny_base(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model = session.add(llama(), FIELDS, name="x", variable="model").model
+    other = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     session.adopt({"model": model, "other": other})
     assert session.names == ("model", "other") and session.state.current == "model"
     newer = Session()
@@ -129,8 +125,8 @@ class TestAFailure:
     """What fails after the model was touched takes back what it did; the book is as it was."""
 
     def test_of_adapting(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-        kept = session.add(tiny_base(), FIELDS, name="x", variable="model").model
-        base = tiny_base()
+        kept = session.add(llama(), FIELDS, name="x", variable="model").model
+        base = llama()
         before = {name: (id(p), p.requires_grad) for name, p in base.named_parameters()}
 
         def fail(*_: object, **__: object) -> None:
@@ -143,8 +139,8 @@ class TestAFailure:
         assert session.names == ("model",) and session.model() is kept
 
     def test_of_loading(self, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        session.save(tmp_path / "x", model=session.add(tiny_base(), FIELDS, name="x", variable="one").model)
-        base = tiny_base()
+        session.save(tmp_path / "x", model=session.add(llama(), FIELDS, name="x", variable="one").model)
+        base = llama()
         before = {name: (id(p), p.requires_grad) for name, p in base.named_parameters()}
 
         def fail(*_: object, **__: object) -> None:
@@ -158,7 +154,7 @@ class TestAFailure:
 
     @pytest.mark.parametrize("name", ["a.b", "", "__base__", None])
     def test_of_a_name(self, session: Session, name: Any) -> None:
-        base = tiny_base()
+        base = llama()
         with pytest.raises(AdapterError, match="cannot name an adapter"):
             session.add(base, FIELDS, name=name)
         assert session.names == () and all(parameter.requires_grad for parameter in base.parameters())
@@ -167,7 +163,7 @@ class TestAFailure:
 def test_a_folder_whose_name_cannot_be_an_adapters(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = session.add(tiny_base(), FIELDS, name="x", variable="model").model
+    model = session.add(llama(), FIELDS, name="x", variable="model").model
     session.save(tmp_path / "taken", name="x")
 
     def refuse(name: object) -> None:
@@ -185,7 +181,7 @@ def test_a_folder_whose_name_cannot_be_an_adapters(
 
 @pytest.mark.parametrize("place", ["x" * 256, "a/" * 2100, "a\0b", "\ud800"])
 def test_what_cannot_be_a_path(session: Session, place: str) -> None:
-    model = session.add(tiny_base(), FIELDS, name="x").model
+    model = session.add(llama(), FIELDS, name="x").model
     for command in (session.load, session.save, session.swap, lambda path: session.merge(to=path)):
         with pytest.raises(AdapterError, match="cannot be a path") as caught:
             command(place)

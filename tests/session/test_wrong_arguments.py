@@ -10,8 +10,9 @@ import pytest
 
 from nbpeft.errors import NbpeftError
 from nbpeft.session import Session
-from tests.session.adapted import everything, same
-from tests.session.letters import Letters
+from tests.char_tokenizer import CharTokenizer
+from tests.session.support import everything
+from tests.tiny_models import same_state
 
 MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
     "add-model": (lambda s: s.add(3, {"r": 4}), "expected a model, or the name of one, not 3"),  # type: ignore[arg-type]
@@ -29,8 +30,11 @@ MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
     "combine-type": (lambda s: s.combine({"orders": 1}, as_name="c", type=None), "type None is unknown"),  # type: ignore[arg-type]
     "combine-seed": (lambda s: s.combine({"orders": 1}, as_name="c", seed="x"), "seed is 'x'"),  # type: ignore[arg-type]
     "swap": (lambda s: s.swap(None), "swap needs a folder, not None"),  # type: ignore[arg-type]
-    "compare": (lambda s: s.compare(3, tokenizer=Letters()), "a prompt is a text"),  # type: ignore[arg-type]
-    "compare-option": (lambda s: s.compare("Hi", tokenizer=Letters(), tempratur=1), "generate does not take tempratur"),
+    "compare": (lambda s: s.compare(3, tokenizer=CharTokenizer()), "a prompt is a text"),  # type: ignore[arg-type]
+    "compare-option": (
+        lambda s: s.compare("Hi", tokenizer=CharTokenizer(), tempratur=1),
+        "generate does not take tempratur",
+    ),
     "plan": (lambda s: s.plan_memory(batch_sise=2), "has no setting 'batch_sise'. Did you mean 'batch_size'"),
 }
 
@@ -45,5 +49,5 @@ def test_wrong_kinds_are_told_in_one_line(
     with pytest.raises(NbpeftError, match=message) as caught:
         command(session)
     assert "\n" not in str(caught.value)
-    assert same(everything(model), before)
+    assert same_state(everything(model), before)
     assert list(tmp_path.iterdir()) == [] and session.state.busy == ""

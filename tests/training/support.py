@@ -1,41 +1,23 @@
-"""A tiny Llama with an adapter, rows for it, and a clock that the test moves."""
+"""A tiny Llama with an adapter to train, rows for it, and a clock that the test moves."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
-from nbpeft.model import LoraConfig, get_peft_model
+from tests.tiny_models import VOCABULARY, adapted, llama
 
 torch.set_num_threads(1)
-VOCABULARY = 97
+tiny_base = llama  # the name that tests/faults and tests/fuzz still use
 
 
-def tiny_base(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 64,
-    }
-    model: Any = LlamaForCausalLM(LlamaConfig(**(settings | config)))
-    return model.to(dtype)
-
-
-def adapt(base: Any, name: str = "default", **config: Any) -> Any:
+def trainable(base: nn.Module | None = None, name: str = "default", **config: Any) -> Any:
+    """A model with an adapter as training starts it."""
+    base = base if base is not None else llama()
     torch.manual_seed(1)
-    settings: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "r": 4}
-    return get_peft_model(base, LoraConfig(**(settings | config)), adapter_name=name)
-
-
-def tiny_model(seed: int = 0, **config: Any) -> Any:
-    return adapt(tiny_base(seed), **config)
+    return adapted(base, name, **{"init_lora_weights": True} | config).train()
 
 
 def token_rows(count: int = 32, seed: int = 0) -> list[dict[str, Any]]:
@@ -44,8 +26,13 @@ def token_rows(count: int = 32, seed: int = 0) -> list[dict[str, Any]]:
     return [{"input_ids": torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()} for length in lengths]
 
 
-def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: part.detach().clone() for name, part in model.named_parameters() if part.requires_grad}
+def weights(model: Any, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """What trains, or what belongs to one adapter."""
+    parts = dict(model.named_parameters())
+    chosen = [
+        name for name, part in parts.items() if (part.requires_grad if adapter is None else f".{adapter}." in name)
+    ]
+    return {name: parts[name].detach().clone() for name in chosen}
 
 
 class Clock:

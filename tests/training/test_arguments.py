@@ -9,7 +9,8 @@ import torch
 
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.training import RunControl, train
-from tests.training.support import adapt, tiny_base, token_rows, weights
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable, weights
 
 IMPOSSIBLE = [
     ({"torch_compile_mode": "x"}, "torch_compile_mode 'x' is unknown. It is one of: default"),
@@ -49,7 +50,7 @@ IMPOSSIBLE = [
 @pytest.fixture
 def model() -> Any:
     """A model with ``a``, active and merged, and ``b``."""
-    made = adapt(tiny_base(), "a")
+    made = trainable(llama(), "a")
     made.add_adapter("b", made.peft_config["a"])
     made.manager.activate("a")
     made.manager.merge()
@@ -107,11 +108,11 @@ def test_adapters_that_were_off_are_off_again(model: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:adapters are merged")
 def test_the_adapter_trained_stays_active(model: Any) -> None:
-    before = weights_of(model, "b")
+    before = weights(model, "b")
     result = train(model, token_rows(8), adapter="b", max_steps=2, learning_rate=0.01)
     assert (result.adapter, result.steps) == ("b", 2)
     assert model.manager.active == ("b",) and model.manager.merged == ()
-    assert any(not torch.equal(part, before[name]) for name, part in weights_of(model, "b").items())
+    assert any(not torch.equal(part, before[name]) for name, part in weights(model, "b").items())
 
 
 @pytest.mark.filterwarnings("ignore:adapters are merged")
@@ -141,10 +142,6 @@ def test_stopped_before_the_first_step_nothing_is_switched(model: Any) -> None:
     result = train(model, token_rows(4), adapter="b", max_steps=3, data_collator=stop, control=control)
     assert (result.status, result.steps) == ("stopped", 0)
     assert state_of(model) == before
-
-
-def weights_of(model: Any, adapter: str) -> dict[str, torch.Tensor]:
-    return {name: part.detach().clone() for name, part in model.named_parameters() if f".{adapter}." in name}
 
 
 def test_objects_of_other_libraries_are_left_to_them(model: Any) -> None:

@@ -17,7 +17,8 @@ import nbpeft.training.checkpoints as checkpoints
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.training import Collator, Trainer, train
 from nbpeft.training.checkpoints import flaw_of
-from tests.training.support import adapt, tiny_base, token_rows, weights
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable, weights
 
 TOKEN = "hf_" + "aB3d" * 8
 
@@ -27,7 +28,7 @@ def trainer_of(folder: Path, cls: Any = Trainer, **fields: Any) -> Any:
     options = {"disable_tqdm": True, "dataloader_pin_memory": False, "per_device_train_batch_size": 4}
     arguments = TrainingArguments(str(folder), save_strategy="steps", **(settings | options | fields))
     evaluated = token_rows(4) if "eval_strategy" in fields else None
-    model, collator = adapt(tiny_base(), task_type="CAUSAL_LM"), Collator(copy_labels=True)
+    model, collator = trainable(llama(), task_type="CAUSAL_LM"), Collator(copy_labels=True)
     trainer = cls(
         model=model, args=arguments, train_dataset=token_rows(), eval_dataset=evaluated, data_collator=collator
     )
@@ -113,7 +114,7 @@ def test_where_nothing_is_whole_it_says_what_there_is(run: Path, tmp_path: Path)
         "passed over " + ", ".join(f"checkpoint-{step} (no trainer_state.json)" for step in (6, 4, 2))
     )
     with pytest.raises(ValueError, match="no whole checkpoint"):  # as transformers raises it
-        train(adapt(tiny_base()), token_rows(4), output_dir=str(run), max_steps=2, resume_from_checkpoint=True)
+        train(trainable(llama()), token_rows(4), output_dir=str(run), max_steps=2, resume_from_checkpoint=True)
 
 
 def test_a_broken_one_that_is_asked_for_names_a_whole_one(run: Path) -> None:
@@ -143,7 +144,7 @@ def test_the_best_checkpoint_is_known_by_the_place_it_is_in(tmp_path: Path) -> N
 
 
 def test_older_ones_go_as_with_transformers(tmp_path: Path) -> None:
-    for cls, base in ((Trainer, adapt(tiny_base())), (transformers.Trainer, tiny_base())):
+    for cls, base in ((Trainer, trainable(llama())), (transformers.Trainer, llama())):
         trainer = trainer_of(tmp_path / cls.__module__, cls, save_total_limit=2, save_steps=1)
         trainer.model = trainer.model_wrapped = base
         trainer.train()

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from nbpeft.errors import TrainingError
 from nbpeft.training import Collator, is_plain, prepare_data, train
 from nbpeft.training.data import columns_of
-from tests.training.support import adapt, tiny_base
+from tests.tiny_models import llama
+from tests.training.support import trainable
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -224,7 +225,7 @@ def test_the_collator_with_labels_masks_and_numbers():
 
 
 def test_a_chat_trains(tokenizer):
-    model = adapt(tiny_base(vocab_size=len(tokenizer)))
+    model = trainable(llama(vocab_size=len(tokenizer)))
     chat = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes and no"}]
     result = train(model, [{"messages": chat}] * 8, tokenizer=tokenizer, max_steps=20, learning_rate=3e-2)
     assert result.state.history[-1][1] < result.state.history[0][1] - 0.2

@@ -16,7 +16,8 @@ from nbpeft.model import PeftModel
 from nbpeft.state import TrainState
 from nbpeft.training import RunControl, TrainResult, train
 from tests.pretend_cpu import pretend_cpu
-from tests.training.support import adapt, tiny_base, tiny_model, token_rows, weights
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable, weights
 
 QUICK: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 5}
 
@@ -33,7 +34,7 @@ class At(transformers.TrainerCallback):
 
 
 def test_a_cell_trains_and_gets_a_result(capsys):
-    model = tiny_model()
+    model = trainable()
     states: list[TrainState] = []
     before = weights(model)
     rows = token_rows(16)
@@ -49,7 +50,7 @@ def test_a_cell_trains_and_gets_a_result(capsys):
 
 
 def test_the_model_is_left_as_it_was_found():
-    model = tiny_model().eval()
+    model = trainable().eval()
     model.get_base_model().config.use_cache = True
     train(model, token_rows(), bf16=True, activation_checkpointing=True, **QUICK)
     assert not model.training and model.config.use_cache is True
@@ -64,21 +65,21 @@ def test_the_model_is_left_as_it_was_found():
 
 def test_nothing_is_kept_unless_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = train(tiny_model(), token_rows(), **QUICK)
+    result = train(trainable(), token_rows(), **QUICK)
     assert list(tmp_path.iterdir()) == [] and result.output_dir is None
-    model = tiny_model()
+    model = trainable()
     result = train(model, token_rows(), output_dir="out", save_strategy="steps", save_steps=5, **QUICK)
     assert result.output_dir == "out" and result.token_count > 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "checkpoint-5" / "optimizer.pt").is_file()
-    twin = PeftModel.from_pretrained(tiny_base(), str(tmp_path / "out"), is_trainable=True)
+    twin = PeftModel.from_pretrained(llama(), str(tmp_path / "out"), is_trainable=True)
     assert all(torch.equal(value, weights(twin)[name]) for name, value in weights(model).items())
     more = train(twin, token_rows(), output_dir="out", resume_from_checkpoint=True, **(QUICK | {"max_steps": 7}))
     assert more.steps == 7 and [step for step, _ in more.state.history] == [6, 7]
 
 
 def test_the_trainer_is_not_kept_alive():
-    model = tiny_model()
+    model = trainable()
     trainers: list[weakref.ref[Any]] = []
 
     class Spy(transformers.Trainer):
@@ -101,7 +102,7 @@ def test_the_trainer_is_not_kept_alive():
 
 
 def test_stop_from_another_thread():
-    model, control = tiny_model(), RunControl()
+    model, control = trainable(), RunControl()
     before = weights(model)
     threading.Timer(0.5, control.request_stop, ["enough"]).start()
     result = train(model, token_rows(), token_rows(4), control=control, max_steps=100_000, learning_rate=1e-2)
@@ -114,7 +115,7 @@ def test_stop_from_another_thread():
 
 
 def test_pause_and_resume():
-    control, model = RunControl(), tiny_model()
+    control, model = RunControl(), trainable()
     states: list[TrainState] = []
     pausing = At(2, control.pause)
 
@@ -143,7 +144,7 @@ def test_stop_between_the_batches_of_a_step():
                 clicks.request_stop()
 
     result = train(
-        tiny_model(),
+        trainable(),
         token_rows(64),
         control=clicks,
         callbacks=[Count()],
@@ -154,7 +155,7 @@ def test_stop_between_the_batches_of_a_step():
 
 
 def test_stop_during_an_evaluation_ends_it():
-    clicks, model = RunControl(), tiny_model()
+    clicks, model = RunControl(), trainable()
     batches = []
 
     class Click(transformers.TrainerCallback):
@@ -179,7 +180,7 @@ def test_keyboard_interrupt_is_a_stop():
     def interrupt():
         raise KeyboardInterrupt
 
-    model = tiny_model()
+    model = trainable()
     result = train(model, token_rows(), callbacks=[At(3, interrupt)], **QUICK)
     assert result.status == "stopped" and result.steps == 3
     assert result.state.message == "stopped at step 3"
@@ -190,7 +191,7 @@ def test_interrupted_with_a_folder_still_saves_the_adapter(tmp_path):
     def interrupt():
         raise KeyboardInterrupt
 
-    train(tiny_model(), token_rows(), callbacks=[At(3, interrupt)], output_dir=str(tmp_path), **QUICK)
+    train(trainable(), token_rows(), callbacks=[At(3, interrupt)], output_dir=str(tmp_path), **QUICK)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
@@ -198,7 +199,7 @@ def test_other_errors_pass_through_and_the_model_stays_usable():
     def fail():
         raise ZeroDivisionError("in a callback")
 
-    model = tiny_model()
+    model = trainable()
     states: list[TrainState] = []
     with pytest.raises(ZeroDivisionError):
         train(model, token_rows(), callbacks=[At(2, fail)], publish=states.append, **QUICK)
@@ -225,7 +226,7 @@ def test_out_of_memory_says_what_to_change_and_lets_go(error):
             loss.backward()
             raise error
 
-    model = tiny_model()
+    model = trainable()
     states: list[TrainState] = []
     with pytest.raises(TrainingError, match="per_device_train_batch_size 8 -> 4 saves") as caught:
         train(model, token_rows(), trainer_class=Hungry, publish=states.append, **QUICK)
@@ -250,39 +251,39 @@ def test_out_of_memory_says_what_to_change_and_lets_go(error):
 )
 def test_unknown_arguments_name_the_near_ones(wrong, right):
     with pytest.raises(ConfigError, match=f"{wrong!r} is not a field of TrainingArguments.*{right}"):
-        train(tiny_model(), token_rows(), **dict[str, Any]({wrong: 1}))
+        train(trainable(), token_rows(), **dict[str, Any]({wrong: 1}))
 
 
 def test_one_step_is_one_step():
-    assert " · 1 step · " in str(train(tiny_model(), token_rows(), max_steps=1))
+    assert " · 1 step · " in str(train(trainable(), token_rows(), max_steps=1))
 
 
 def test_impossible_arguments_are_one_line():
     with pytest.raises(ConfigError, match="not possible") as caught:
-        train(tiny_model(), token_rows(), eval_strategy="steps", logging_steps=0)
+        train(trainable(), token_rows(), eval_strategy="steps", logging_steps=0)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^lr_scheduler_type 'cosin' is unknown\. Did you mean 'cosine'") as caught:
-        train(tiny_model(), token_rows(), lr_scheduler_type="cosin")
+        train(trainable(), token_rows(), lr_scheduler_type="cosin")
     assert caught.value.details == {"field": "lr_scheduler_type", "value": "cosin"}
     with pytest.raises(ConfigError, match=r"^optim 'zzz' is unknown\. It is one of: adamw_torch, "):
-        train(tiny_model(), token_rows(), optim="zzz")
+        train(trainable(), token_rows(), optim="zzz")
     with pytest.raises(ConfigError, match="say where with output_dir"):
-        train(tiny_model(), token_rows(), save_strategy="steps")
+        train(trainable(), token_rows(), save_strategy="steps")
     with pytest.raises(ConfigError, match="pass eval_data"):
-        train(tiny_model(), token_rows(), load_best_model_at_end=True)
+        train(trainable(), token_rows(), load_best_model_at_end=True)
 
 
 def test_models_that_cannot_train_are_refused_at_once():
     with pytest.raises(TrainingError, match="has no adapters"):
-        train(tiny_base(), token_rows())
-    model = tiny_model()
+        train(llama(), token_rows())
+    model = trainable()
     model.manager.freeze("default")
     with pytest.raises(TrainingError, match=r"Nothing is trainable .active adapters: 'default'"):
         train(model, token_rows())
 
 
 def test_adapters_that_do_not_act_are_refused():
-    model = tiny_model()
+    model = trainable()
     model.merge_adapter()
     with pytest.raises(TrainingError, match=r"Merged adapters cannot be trained \('default'\)"):
         train(model, token_rows())
@@ -294,7 +295,7 @@ def test_adapters_that_do_not_act_are_refused():
 def test_the_run_is_named_after_what_trains():
     from nbpeft.model import LoraConfig
 
-    model = tiny_model()
+    model = trainable()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
     model.manager.activate(["default", "other"])
     model.manager.freeze("other")
@@ -310,7 +311,7 @@ def test_a_loss_that_is_nan_is_said():
             return loss * float("nan") if self.state.global_step == 3 else loss
 
     with pytest.warns(UserWarning, match="The loss is NaN since step 4"):
-        result = train(tiny_model(), token_rows(), trainer_class=Lost, **QUICK)
+        result = train(trainable(), token_rows(), trainer_class=Lost, **QUICK)
     assert "NaN since step 4" in str(result)
 
 
@@ -318,13 +319,13 @@ def test_an_interrupted_run_leaves_no_noise_on_the_embeddings():
     def interrupt():
         raise KeyboardInterrupt
 
-    model = tiny_model()
+    model = trainable()
     train(model, token_rows(), callbacks=[At(2, interrupt)], neftune_noise_alpha=5.0, **QUICK)
     assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_best_model_with_one_argument():
-    model = tiny_model()
+    model = trainable()
     result = train(
         model, token_rows(), token_rows(4), load_best_model_at_end=True, eval_steps=1, learning_rate=1e-2, **QUICK
     )
@@ -337,7 +338,7 @@ def test_best_model_with_one_argument():
 
 
 def test_a_bf16_base_keeps_its_dtype_and_learns():
-    model = adapt(tiny_base(dtype=torch.bfloat16))
+    model = trainable(llama(dtype=torch.bfloat16))
     result = train(model, token_rows(), learning_rate=3e-2, per_device_train_batch_size=32, max_steps=30)
     assert {parameter.dtype for name, parameter in model.named_parameters() if "lora" not in name} == {torch.bfloat16}
     assert {value.dtype for value in weights(model).values()} == {torch.float32}
@@ -347,10 +348,10 @@ def test_a_bf16_base_keeps_its_dtype_and_learns():
 def test_a_processor_that_is_slow_in_bf16_is_told_once(monkeypatch):
     told = "this CPU has no instructions for bfloat16 and is many times faster in float32: "
     pretend_cpu(monkeypatch)
-    model = adapt(tiny_base(dtype=torch.bfloat16))
+    model = trainable(llama(dtype=torch.bfloat16))
     assert train(model, token_rows(), max_steps=1).message == f"{told}load models with dtype=torch.float32"
-    assert train(tiny_model(), token_rows(), max_steps=1).message == ""
-    assert train(tiny_model(), token_rows(), max_steps=1, bf16=True).message == f"{told}leave bf16=True out"
+    assert train(trainable(), token_rows(), max_steps=1).message == ""
+    assert train(trainable(), token_rows(), max_steps=1, bf16=True).message == f"{told}leave bf16=True out"
     pretend_cpu(monkeypatch, onednn=[torch.bfloat16])
     assert train(model, token_rows(), max_steps=1).message == ""
 
@@ -358,7 +359,7 @@ def test_a_processor_that_is_slow_in_bf16_is_told_once(monkeypatch):
 def test_only_the_active_adapter_changes():
     from nbpeft.model import LoraConfig
 
-    model = tiny_model()
+    model = trainable()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
     other = {name: part.detach().clone() for name, part in model.named_parameters() if ".adapters.other." in name}
     assert train(model, token_rows(), **QUICK).adapter == "default"
@@ -368,13 +369,13 @@ def test_only_the_active_adapter_changes():
 
 def test_a_dataset_with_further_columns():
     rows = datasets.Dataset.from_list([row | {"source": "web"} for row in token_rows()])
-    assert train(tiny_model(), rows, **QUICK).steps == 5
+    assert train(trainable(), rows, **QUICK).steps == 5
 
 
 def test_a_classifier_trains_its_head():
     from nbpeft.model import LoraConfig, get_peft_model
 
-    config = tiny_base().config
+    config = llama().config
     config.num_labels, config.pad_token_id = 3, 0
     base = transformers.LlamaForSequenceClassification(config)
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
@@ -386,7 +387,7 @@ def test_a_classifier_trains_its_head():
 
 
 def test_reentrant_checkpointing_over_frozen_embeddings_names_the_remedy():
-    model = tiny_model()
+    model = trainable()
     base = model.get_base_model()
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     base.disable_input_require_grads()

@@ -12,7 +12,8 @@ from nbpeft.state import TrainState
 from nbpeft.training import track
 from nbpeft.training.fit import _error_to_raise
 from nbpeft.training.learning_check import frozen_head, why_no_gradient
-from tests.training.support import adapt, tiny_base, tiny_model, token_rows
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable
 
 TOKENS = torch.tensor([row["input_ids"][:4] for row in token_rows(8)])
 
@@ -33,7 +34,7 @@ def loop(model, steps=3, rate=1e-2, labels=TOKENS, parameters=None, before_step=
 
 
 def test_a_healthy_run_says_nothing_and_leaves_no_hooks():
-    model = tiny_model()
+    model = trainable()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         state = loop(model, steps=12)
@@ -42,7 +43,7 @@ def test_a_healthy_run_says_nothing_and_leaves_no_hooks():
 
 
 def test_a_step_reported_before_its_backward_is_no_false_alarm():
-    model = tiny_model()
+    model = trainable()
     optimizer = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], lr=1e-2)
     with warnings.catch_warnings(), track(model) as run:
         warnings.simplefilter("error")
@@ -56,14 +57,14 @@ def test_a_step_reported_before_its_backward_is_no_false_alarm():
 
 
 def test_everything_frozen():
-    model = tiny_model()
+    model = trainable()
     model.manager.freeze("default")
     with pytest.warns(UserWarning, match="Nothing is trainable: adapter 'default' is frozen"), track(model):
         pass
 
 
 def test_some_modules_without_gradient_are_named():
-    model = adapt(tiny_base(), target_modules=["q_proj", "lm_head"])
+    model = trainable(llama(), target_modules=["q_proj", "lm_head"])
     layers = model.get_base_model().model.layers
 
     def cut():
@@ -76,7 +77,7 @@ def test_some_modules_without_gradient_are_named():
 
 
 def test_reentrant_checkpointing_with_a_trained_head_is_noticed():
-    model = adapt(tiny_base(), target_modules=["q_proj", "lm_head"])
+    model = trainable(llama(), target_modules=["q_proj", "lm_head"])
     base = model.get_base_model()
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     base.disable_input_require_grads()
@@ -92,7 +93,7 @@ def test_reentrant_checkpointing_with_a_trained_head_is_noticed():
 
 
 def test_reentrant_checkpointing_alone_fails_with_the_remedy_in_the_state():
-    model = tiny_model()
+    model = trainable()
     base = model.get_base_model()
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     base.disable_input_require_grads()
@@ -109,7 +110,7 @@ def test_reentrant_checkpointing_alone_fails_with_the_remedy_in_the_state():
 
 
 def test_non_reentrant_checkpointing_is_fine():
-    model = tiny_model()
+    model = trainable()
     model.get_base_model().activation_checkpointing_enable()
     model.get_base_model().disable_input_require_grads()
     assert why_no_gradient(model) == "" and loop(model).message == ""
@@ -118,14 +119,14 @@ def test_non_reentrant_checkpointing_is_fine():
 def test_labels_without_anything_to_learn():
     labels = torch.full_like(TOKENS, -100)
     with pytest.warns(UserWarning) as caught:
-        state = loop(tiny_model(), labels=labels)
+        state = loop(trainable(), labels=labels)
     messages = [str(warning.message) for warning in caught]
     assert any("is there a label that is not -100" in message for message in messages)
     assert len(messages) == 2 and state.message == " · ".join(messages) and "NaN since step 1" in state.message
 
 
 def scaled_loop(scale, steps):
-    model = tiny_model().train()
+    model = trainable().train()
     optimizer = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], lr=1e-5)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     with track(model) as run:
@@ -153,7 +154,7 @@ def test_a_scaler_that_skips_every_step_is_told():
 
 
 def test_a_head_in_float16_under_a_scaler_is_told_with_the_remedy():
-    model = adapt(tiny_base(dtype=torch.float16), modules_to_save=["lm_head"]).train()
+    model = trainable(llama(dtype=torch.float16), modules_to_save=["lm_head"]).train()
     optimizer = torch.optim.SGD(model.manager.parameters("default"), lr=1e-5)
     scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(ValueError, match="unscale FP16") as caught, track(model) as run:
@@ -166,7 +167,7 @@ def test_a_head_in_float16_under_a_scaler_is_told_with_the_remedy():
 
 
 def test_zero_gradients():
-    model = tiny_model()
+    model = trainable()
     with (
         pytest.warns(UserWarning, match="All first gradients of adapter 'default' are zero"),
         track(model, total_steps=1) as run,
@@ -176,9 +177,9 @@ def test_zero_gradients():
 
 
 def test_an_optimizer_made_before_the_adapter():
-    base = tiny_base()
+    base = llama()
     parameters = list(base.parameters())
-    model = adapt(base)
+    model = trainable(base)
     for parameter in parameters:
         parameter.requires_grad_(False)
     with pytest.warns(UserWarning, match="No weight of adapter 'default' has changed in 10 steps") as caught:
@@ -188,11 +189,11 @@ def test_an_optimizer_made_before_the_adapter():
 
 def test_a_short_run_is_judged_at_its_end():
     with pytest.warns(UserWarning, match="has changed in 2 steps: is the learning rate zero"):
-        loop(tiny_model(), steps=2, rate=0.0)
+        loop(trainable(), steps=2, rate=0.0)
 
 
 def classifier(**config):
-    settings = tiny_base().config
+    settings = llama().config
     settings.num_labels, settings.pad_token_id = 3, 0
     settings.architectures = ["LlamaForCausalLM"]
     base = transformers.LlamaForSequenceClassification(settings)
@@ -210,7 +211,7 @@ def test_a_new_head_that_stays_frozen_is_named():
 def test_a_head_that_is_saved_or_was_loaded_is_fine(tmp_path):
     assert frozen_head(classifier(modules_to_save=["score"])) == ""
     assert frozen_head(classifier(task_type="SEQ_CLS")) == ""
-    assert frozen_head(tiny_model()) == ""
+    assert frozen_head(trainable()) == ""
     classifier().get_base_model().config.save_pretrained(tmp_path)
     model = classifier()
     model.get_base_model().config.architectures = ["LlamaForSequenceClassification"]
@@ -218,13 +219,13 @@ def test_a_head_that_is_saved_or_was_loaded_is_fine(tmp_path):
 
 
 def test_a_head_loaded_from_another_class_is_found(tmp_path):
-    base = tiny_base()
+    base = llama()
     base.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
     loaded.config.pad_token_id = 0
     assert "'score'" in frozen_head(get_peft_model(loaded, LoraConfig(target_modules=["q_proj"])))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert frozen_head(adapt(again)) == ""
+    assert frozen_head(trainable(again)) == ""
 
 
 def test_a_plain_model_is_watched_too():

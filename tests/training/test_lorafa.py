@@ -9,7 +9,8 @@ import torch
 
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.training import create_lorafa_optimizer, train
-from tests.training.support import adapt, tiny_base, tiny_model, token_rows
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable
 
 TOKENS = torch.tensor([row["input_ids"][:4] for row in token_rows(8)])
 
@@ -31,9 +32,9 @@ def steps(model, optimizer, count):
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
 def test_learns_as_with_peft(tmp_path, config):
-    ours = tiny_model(lora_alpha=8, **config)
+    ours = trainable(lora_alpha=8, **config)
     ours.save_pretrained(str(tmp_path))
-    theirs = peft.PeftModel.from_pretrained(tiny_base(), tmp_path, is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lr": 1e-2, "weight_decay": 0.1}
     expected = steps(theirs, peft.optimizers.create_lorafa_optimizer(theirs, **options), 6)
     found = steps(ours, create_lorafa_optimizer(ours, **options), 6)
@@ -43,7 +44,7 @@ def test_learns_as_with_peft(tmp_path, config):
 
 
 def test_a_is_frozen_and_the_projection_is_that_of_the_paper():
-    model = tiny_model(lora_alpha=8)
+    model = trainable(lora_alpha=8)
     parameters = dict(model.named_parameters())
     before = {name: part.detach().clone() for name, part in parameters.items() if "lora_A" in name}
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
@@ -59,7 +60,7 @@ def test_a_is_frozen_and_the_projection_is_that_of_the_paper():
 
 
 def test_the_inverse_is_computed_once_and_again_when_a_changes(monkeypatch):
-    model, calls = tiny_model(), []
+    model, calls = trainable(), []
     pinv = torch.linalg.pinv
 
     def counted(*args, **kwargs):
@@ -77,7 +78,7 @@ def test_the_inverse_is_computed_once_and_again_when_a_changes(monkeypatch):
 
 
 def test_a_dora_magnitude_is_trained_as_it_is():
-    model = tiny_model(use_dora=True)
+    model = trainable(use_dora=True)
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
     losses = steps(model, optimizer, 6)
     assert losses[-1] < losses[0] - 0.01
@@ -87,7 +88,7 @@ def test_a_dora_magnitude_is_trained_as_it_is():
 
 
 def test_it_goes_into_a_training_and_its_state_can_be_loaded():
-    model = tiny_model()
+    model = trainable()
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
     result = train(model, token_rows(), optimizers=(optimizer, None), max_steps=12)
     assert result.message == "" and result.state.history[-1][1] < result.state.history[0][1]
@@ -97,7 +98,7 @@ def test_it_goes_into_a_training_and_its_state_can_be_loaded():
 
 
 def test_impossible_requests():
-    model = adapt(tiny_base())
+    model = trainable(llama())
     with pytest.raises(ConfigError, match="not what the config of 'default' says"):
         create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2, use_rslora=True)
     with pytest.warns(FutureWarning, match="config says it"):
@@ -106,4 +107,4 @@ def test_impossible_requests():
     with pytest.raises(TrainingError, match="No trainable lora_B"):
         create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
     with pytest.raises(ConfigError, match="must not be negative"):
-        create_lorafa_optimizer(tiny_model(), r=4, lora_alpha=8, lr=-1.0)
+        create_lorafa_optimizer(trainable(), r=4, lora_alpha=8, lr=-1.0)

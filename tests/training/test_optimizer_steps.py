@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.training import Collator, track, train
-from tests.training.support import adapt, tiny_base, token_rows
+from tests.training.support import token_rows, trainable
 
 Calls = list[tuple[int, bool]]
 
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def test_in_a_loop_of_ones_own(calls: Calls) -> None:
-    model = adapt(tiny_base())
+    model = trainable()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     before = len(_global_optimizer_post_hooks)
@@ -50,7 +50,7 @@ def test_in_a_loop_of_ones_own(calls: Calls) -> None:
 
 
 def test_in_train_and_in_a_trainer_with_accumulation_and_resuming(calls: Calls, tmp_path: Path) -> None:
-    train(adapt(tiny_base()), token_rows(), max_steps=2, gradient_accumulation_steps=2)
+    train(trainable(), token_rows(), max_steps=2, gradient_accumulation_steps=2)
     assert calls == [(0, True), (1, True)]
     calls.clear()
     common: dict[str, Any] = {"report_to": "none", "use_cpu": True, "dataloader_pin_memory": False}
@@ -61,7 +61,7 @@ def test_in_train_and_in_a_trainer_with_accumulation_and_resuming(calls: Calls, 
             args=arguments,
             train_dataset=token_rows(),
             data_collator=Collator(copy_labels=True),
-            model_init=lambda: adapt(tiny_base()),
+            model_init=lambda: trainable(),
         )
 
     trainer().train()

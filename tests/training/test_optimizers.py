@@ -7,7 +7,8 @@ import torch
 
 from nbpeft.errors import TrainingError
 from nbpeft.training import create_loraplus_optimizer, train
-from tests.training.support import adapt, tiny_base, tiny_model, token_rows
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable
 
 
 @pytest.mark.parametrize(
@@ -22,10 +23,10 @@ from tests.training.support import adapt, tiny_base, tiny_model, token_rows
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True")
 def test_groups_and_rates_are_those_of_peft(settings):
     options = {"lr": 1e-3, "loraplus_lr_ratio": 16, "loraplus_weight_decay": 0.1, "loraplus_lr_embedding": 5e-6}
-    model = adapt(tiny_base(), **{"r": 8, **settings})
+    model = trainable(llama(), **{"r": 8, **settings})
     ours = create_loraplus_optimizer(model, torch.optim.AdamW, betas=(0.8, 0.9), **options)
     theirs = peft.optimizers.create_loraplus_optimizer(
-        peft.get_peft_model(tiny_base(), peft.LoraConfig(**settings)), torch.optim.AdamW, betas=(0.8, 0.9), **options
+        peft.get_peft_model(llama(), peft.LoraConfig(**settings)), torch.optim.AdamW, betas=(0.8, 0.9), **options
     )
     for one, other in zip(ours.param_groups, theirs.param_groups, strict=True):
         assert (one["lr"], one["weight_decay"], one["betas"]) == (other["lr"], other["weight_decay"], other["betas"])
@@ -33,7 +34,7 @@ def test_groups_and_rates_are_those_of_peft(settings):
 
 
 def test_b_learns_faster():
-    model = tiny_model()
+    model = trainable()
     optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=8)
     names = {id(part): name for name, part in model.named_parameters()}
     rates = {
@@ -43,13 +44,13 @@ def test_b_learns_faster():
 
 
 def test_it_goes_into_a_training():
-    model = tiny_model()
+    model = trainable()
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     assert train(model, token_rows(), optimizers=(optimizer, None), max_steps=3).message == ""
 
 
 def test_nothing_to_train():
-    model = tiny_model()
+    model = trainable()
     model.manager.freeze("default")
     with pytest.raises(TrainingError, match="Nothing is trainable"):
         create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)

@@ -16,7 +16,8 @@ from nbpeft.state import TrainState
 from nbpeft.training import track, train
 from nbpeft.training.failures import free_memory
 from tests.model.allocations import Allocations
-from tests.training.support import adapt, tiny_base, weights
+from tests.tiny_models import llama
+from tests.training.support import trainable, weights
 
 LENGTH = 48
 QUICK: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3}
@@ -36,7 +37,7 @@ def needed(model: Any, batch_size: int, **more: Any) -> int:
 
 @pytest.fixture
 def model() -> Any:
-    return adapt(tiny_base(num_hidden_layers=4), target_modules="all-linear", r=8)
+    return trainable(llama(num_hidden_layers=4), target_modules="all-linear", r=8)
 
 
 def test_one_line_then_the_next_setting_runs(model: Any) -> None:
@@ -92,7 +93,7 @@ def test_what_is_promised_is_true(model: Any) -> None:
 
 def test_a_quantized_model_and_checkpointing(model: Any) -> None:
     pytest.importorskip("bitsandbytes")
-    quantized = adapt(quantize_model(tiny_base(num_hidden_layers=6, hidden_size=64)), target_modules="all-linear", r=4)
+    quantized = trainable(quantize_model(llama(num_hidden_layers=6, hidden_size=64)), target_modules="all-linear", r=4)
     fields = {"per_device_train_batch_size": 16, **QUICK}
     with Allocations() as free:
         train(quantized, rows(), gradient_checkpointing=True, **fields)
@@ -146,7 +147,7 @@ def test_a_model_that_cannot_be_foreseen_is_measured() -> None:
             self.proj(torch.nn.functional.one_hot(input_ids % 8, 8).float())
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    model = adapt(Net(), target_modules=["proj"])
+    model = trainable(Net(), target_modules=["proj"])
     states: list[TrainState] = []
     with pytest.raises(TrainingError, match="lower the batch size") as caught:
         train(model, rows(4), publish=states.append, per_device_train_batch_size=4, **QUICK)

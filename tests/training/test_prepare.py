@@ -14,12 +14,13 @@ from torch import nn
 from nbpeft.errors import ConfigError
 from nbpeft.training import prepare_model_for_kbit_training, train
 from nbpeft.training.prepare import is_quantized, prepare_model
-from tests.training.support import adapt, tiny_base, token_rows
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable
 
 
 def four_bit(dtype=torch.bfloat16):
     linear_4bit = getattr(bitsandbytes.nn, "Linear4bit")  # noqa: B009 - not exported explicitly
-    model = tiny_base(hidden_size=64, intermediate_size=64, dtype=dtype)
+    model = llama(hidden_size=64, intermediate_size=64, dtype=dtype)
     for layer in model.model.layers:
         for owner in (layer.self_attn, layer.mlp):
             for name, child in list(owner.named_children()):
@@ -58,7 +59,7 @@ def test_norms_only_by_default(caplog):
 
 
 def test_norms_in_float32_hand_on_the_dtype_they_were_given():
-    model, plain = tiny_base(dtype=torch.bfloat16), tiny_base(dtype=torch.bfloat16)
+    model, plain = llama(dtype=torch.bfloat16), llama(dtype=torch.bfloat16)
     done = prepare_model(model)
     assert (done.upcast_count, done.extra_bytes, done.gradient_checkpointing) == (5, 5 * 32 * 2, False)
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -94,13 +95,13 @@ def test_checkpointing_lets_gradients_through(reentrant):
     options = None if reentrant is None else {"use_reentrant": reentrant}
     done = prepare_model(model, gradient_checkpointing_kwargs=options)
     assert done.gradient_checkpointing and done.inputs_require_grad is bool(reentrant)
-    adapted = adapt(model)
+    adapted = trainable(model)
     result = train(adapted, token_rows(8), max_steps=2, learning_rate=1e-2)
     assert result.message == "" and result.steps == 2
 
 
 def test_a_dense_model_is_not_checkpointed_and_gguf_is_dense():
-    model = tiny_base()
+    model = llama()
     assert not prepare_model(model).gradient_checkpointing
     model.quantization_method = "gguf"
     assert not is_quantized(model)
@@ -109,7 +110,7 @@ def test_a_dense_model_is_not_checkpointed_and_gguf_is_dense():
 
 
 def test_four_bit_base_learns_and_saves_only_the_adapter(tmp_path):
-    model = adapt(prepare_model_for_kbit_training(four_bit()))
+    model = trainable(prepare_model_for_kbit_training(four_bit()))
     result = train(model, token_rows(32), max_steps=30, per_device_train_batch_size=32, learning_rate=3e-2)
     assert result.state.history[-1][1] < result.state.history[0][1] - 0.1
     model.save_pretrained(str(tmp_path))

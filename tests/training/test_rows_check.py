@@ -9,7 +9,8 @@ import torch
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.training import Run, train
 from nbpeft.training.data import check_rows
-from tests.training.support import VOCABULARY, tiny_model, token_rows
+from tests.tiny_models import VOCABULARY
+from tests.training.support import token_rows, trainable
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from tests.training.support import VOCABULARY, tiny_model, token_rows
     ],
 )
 def test_a_row_that_cannot_be_learned_is_named_before_training(row: dict[str, Any], message: str) -> None:
-    model = tiny_model()
+    model = trainable()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TrainingError) as failure:
         train(model, [{"input_ids": [1, 2, 3]}, row], max_steps=1)
@@ -57,11 +58,11 @@ def test_rows_of_every_kind_that_can_be_learned_pass() -> None:
 )
 def test_settings_that_cannot_be_are_told_in_one_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as failure:
-        train(tiny_model(), token_rows(), **({"max_steps": 1} | fields))
+        train(trainable(), token_rows(), **({"max_steps": 1} | fields))
     assert message in str(failure.value) and "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize("steps", [-5, 2.5, "x"])
 def test_a_run_has_a_number_of_steps(steps: Any) -> None:
     with pytest.raises(ConfigError, match="total_steps must be a number of steps or None"):
-        Run(tiny_model(), steps)
+        Run(trainable(), steps)

@@ -19,7 +19,8 @@ from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.model.quantize import quantize_model
 from nbpeft.training import export_script, train
-from tests.training.support import adapt, tiny_base, token_rows
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS: dict[str, Any] = {"max_steps": 3, "learning_rate": 0.05, "per_device_train_batch_size": 2, "seed": 7}
@@ -27,13 +28,13 @@ ARGUMENTS: dict[str, Any] = {"max_steps": 3, "learning_rate": 0.05, "per_device_
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tiny_base().save_pretrained(tmp_path / "base")
+    llama().save_pretrained(tmp_path / "base")
     return tmp_path
 
 
 def loaded(folder: Path, **config: Any) -> Any:
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    return adapt(base, "sql", **config)
+    return trainable(base, "sql", **config)
 
 
 def constants(script: Path) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def test_it_says_what_the_notebook_said(folder: Path) -> None:
 @pytest.mark.parametrize("double", [True, False])
 def test_a_quantized_base_is_loaded_quantized(folder: Path, double: bool) -> None:
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    model = adapt(quantize_model(base, quant_type="fp4", double_quant=double))
+    model = trainable(quantize_model(base, quant_type="fp4", double_quant=double))
     text = export_script(model, folder / "train.py", token_rows(2)).script.read_text()
     assert f"bits=4, quant_type='fp4', double_quant={double}, compute_dtype=" in text
     assert "prepare_model_for_kbit_training(nbpeft.load_quantized(BASE, model_class='LlamaForCausalLM'" in text
@@ -84,7 +85,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(folder: Path) -> None:
     with pytest.raises(ConfigError, match="a script's name ends in \\.py, not 'train'"):
         export_script(model, folder / "train", token_rows(2))
     with pytest.raises(TrainingError, match="does not say where it came from"):
-        export_script(adapt(tiny_base()), folder / "train.py", token_rows(2))
+        export_script(trainable(llama()), folder / "train.py", token_rows(2))
     with pytest.raises(TrainingError, match="need a tokenizer"):
         export_script(model, folder / "train.py", [{"text": "a"}])
     assert sorted(folder.iterdir()) == before

@@ -15,7 +15,8 @@ from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.model import LoraConfig
 from nbpeft.training import Collator, Run, RunCallback, Trainer, adapter_trainer
 from nbpeft.training.trainer_patch import load_adapters
-from tests.training.support import adapt, tiny_base, tiny_model, token_rows, weights
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable, weights
 
 
 def arguments(folder: Path, **fields):
@@ -53,10 +54,10 @@ def losses(trainer):
 
 
 def test_same_losses_as_with_peft(tmp_path):
-    ours = tiny_model()
+    ours = trainable()
     trainer = trainer_for(ours, tmp_path / "ours", gradient_accumulation_steps=2)
     ours.save_pretrained(str(tmp_path / "start"))
-    theirs = peft.PeftModel.from_pretrained(tiny_base(), tmp_path / "start", is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "start", is_trainable=True)
     oracle = trainer_for(theirs, tmp_path / "theirs", trainer_class=transformers.Trainer, gradient_accumulation_steps=2)
     trainer.train()
     oracle.train()
@@ -68,9 +69,9 @@ def test_same_losses_as_with_peft(tmp_path):
 
 
 def test_label_smoothing_shifts_labels_as_with_peft(tmp_path):
-    ours = tiny_model()
+    ours = trainable()
     ours.save_pretrained(str(tmp_path / "start"))
-    theirs = peft.PeftModel.from_pretrained(tiny_base(), tmp_path / "start", is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "start", is_trainable=True)
     trainer = trainer_for(ours, tmp_path, label_smoothing_factor=0.1)
     oracle = trainer_for(theirs, tmp_path, trainer_class=transformers.Trainer, label_smoothing_factor=0.1)
     trainer.train()
@@ -79,7 +80,7 @@ def test_label_smoothing_shifts_labels_as_with_peft(tmp_path):
 
 
 def test_a_checkpoint_holds_the_adapter_only_and_peft_reads_it(tmp_path):
-    model = tiny_model()
+    model = trainable()
     trainer_for(model, tmp_path, save_strategy="steps", save_steps=3).train()
     folder = tmp_path / "checkpoint-6"
     names = {path.name for path in folder.iterdir()}
@@ -94,13 +95,13 @@ def test_a_checkpoint_holds_the_adapter_only_and_peft_reads_it(tmp_path):
     }
     assert not {name for name in names if name.startswith(("model", "pytorch_model")) or name == "config.json"}
     assert (tmp_path / "checkpoint-3" / "adapter_config.json").is_file()
-    theirs = peft.PeftModel.from_pretrained(tiny_base(), folder)
+    theirs = peft.PeftModel.from_pretrained(llama(), folder)
     tokens = torch.tensor([token_rows()[0]["input_ids"]])
     torch.testing.assert_close(model.eval()(input_ids=tokens).logits, theirs.eval()(input_ids=tokens).logits)
 
 
 def test_other_adapters_lie_in_subfolders(tmp_path):
-    model = adapt(tiny_base(), name="sql")
+    model = trainable(llama(), name="sql")
     model.add_adapter("default", LoraConfig(r=2, target_modules=["v_proj"]))
     trainer = trainer_for(model, tmp_path, save_strategy="steps", save_steps=6)
     trainer.train()
@@ -108,7 +109,7 @@ def test_other_adapters_lie_in_subfolders(tmp_path):
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
     assert json.loads((folder / "sql" / "adapter_config.json").read_text())["r"] == 4
     after = weights(model)
-    fresh = adapt(tiny_base(), name="sql")
+    fresh = trainable(llama(), name="sql")
     fresh.add_adapter("default", LoraConfig(r=2, target_modules=["v_proj"]))
     load_adapters(fresh, folder)
     assert fresh.active_adapters == ["sql"]
@@ -119,14 +120,14 @@ def test_other_adapters_lie_in_subfolders(tmp_path):
 
 @pytest.mark.parametrize("name", ["default", "sql"])
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, name):
-    whole = trainer_for(adapt(tiny_base(), name=name, lora_dropout=0.2), tmp_path / "whole", max_steps=8)
+    whole = trainer_for(trainable(llama(), name=name, lora_dropout=0.2), tmp_path / "whole", max_steps=8)
     whole.train()
     first = trainer_for(
-        adapt(tiny_base(), name=name, lora_dropout=0.2), tmp_path, save_strategy="steps", save_steps=4, max_steps=8
+        trainable(llama(), name=name, lora_dropout=0.2), tmp_path, save_strategy="steps", save_steps=4, max_steps=8
     )
     first.train()
     assert losses(first) == losses(whole)
-    model = adapt(tiny_base(), name=name, lora_dropout=0.2)
+    model = trainable(llama(), name=name, lora_dropout=0.2)
     resumed = trainer_for(model, tmp_path, max_steps=8)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert losses(resumed) == losses(whole)
@@ -135,7 +136,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, name):
 
 
 def test_weights_are_restored_in_place(tmp_path):
-    model = tiny_model()
+    model = trainable()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.save_pretrained(str(tmp_path / "saved"))
     before = weights(model)
@@ -150,21 +151,21 @@ def test_weights_are_restored_in_place(tmp_path):
 
 def test_loading_what_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match="none of the model's adapters"):
-        load_adapters(tiny_model(), tmp_path)
-    tiny_model(r=2).save_pretrained(str(tmp_path))
+        load_adapters(trainable(), tmp_path)
+    trainable(r=2).save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError):
-        load_adapters(tiny_model(r=4), tmp_path)
-    tiny_model(target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+        load_adapters(trainable(r=4), tmp_path)
+    trainable(target_modules=["q_proj"]).save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match="was its config changed"):
-        load_adapters(tiny_model(), tmp_path)
+        load_adapters(trainable(), tmp_path)
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
-    model = tiny_model()
+    model = trainable()
     trainer = trainer_for(
         model,
         tmp_path,
-        eval_dataset=token_rows(8, seed=5),
+        eval_dataset=token_rows(),  # learned from, so that the loss only falls
         max_steps=8,
         learning_rate=3e-2,
         eval_strategy="steps",
@@ -190,7 +191,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 
 def test_save_model_writes_the_adapter(tmp_path):
-    model = tiny_model()
+    model = trainable()
     trainer_for(model, tmp_path).save_model(str(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "README.md",
@@ -202,33 +203,33 @@ def test_save_model_writes_the_adapter(tmp_path):
 
 def test_columns_the_base_does_not_know_are_left_out(tmp_path):
     rows = datasets.Dataset.from_list([row | {"note": "text", "score": 0.5} for row in token_rows()])
-    trainer = trainer_for(tiny_model(), tmp_path, rows, max_steps=2)
+    trainer = trainer_for(trainable(), tmp_path, rows, max_steps=2)
     trainer.train()
     assert "note" not in trainer._remove_unused_columns(rows).column_names
     assert trainer._remove_unused_columns(rows).column_names == ["input_ids"]
 
 
 def test_a_model_that_calls_itself_quantized_is_accepted(tmp_path):
-    base = tiny_base()
+    base = llama()
     base.is_quantized = True
-    trainer_for(adapt(base), tmp_path, max_steps=2).train()
-    base = tiny_base()
+    trainer_for(trainable(base), tmp_path, max_steps=2).train()
+    base = llama()
     base.is_quantized = True
     with pytest.raises(ValueError, match="purely quantized"):
         trainer_for(base, tmp_path)
 
 
 def test_a_model_without_adapters_is_trained_as_ever(tmp_path):
-    model = tiny_base()
+    model = llama()
     trainer_for(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
-    trainer = trainer_for(tiny_base(seed=3), tmp_path, max_steps=3)
+    trainer = trainer_for(llama(seed=3), tmp_path, max_steps=3)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert trainer.state.global_step == 3
 
 
 def test_evaluate_predict_and_generate_work_after_training(tmp_path):
-    model = tiny_model()
+    model = trainable()
     trainer = trainer_for(model, tmp_path, max_steps=2, eval_dataset=token_rows(6, seed=2))
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
@@ -245,14 +246,14 @@ def test_any_trainer_class_can_be_made_to_know_adapters(tmp_path):
 
     made = adapter_trainer(Own)
     assert made is Own and adapter_trainer(Trainer) is Trainer
-    trainer = trainer_for(tiny_model(), tmp_path, trainer_class=made, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = trainer_for(trainable(), tmp_path, trainer_class=made, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
     assert trainer.called
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
 
 
 def test_the_callback_feeds_a_run_without_a_block(tmp_path):
-    model = tiny_model()
+    model = trainable()
     run = Run(model, None)
     trainer = trainer_for(model, tmp_path, eval_dataset=token_rows(4), eval_strategy="steps", eval_steps=3)
     trainer.add_callback(RunCallback(run))
@@ -266,7 +267,7 @@ def test_the_callback_feeds_a_run_without_a_block(tmp_path):
 
 
 def test_stop_without_a_block_ends_training_and_writes_a_checkpoint(tmp_path):
-    model = tiny_model()
+    model = trainable()
     run = Run(model, None)
     trainer = trainer_for(model, tmp_path, max_steps=50, save_strategy="steps", save_steps=1000)
 

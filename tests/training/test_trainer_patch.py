@@ -23,7 +23,8 @@ from transformers.trainer_utils import _is_peft_model
 import nbpeft
 from nbpeft.training import Collator
 from nbpeft.training.trainer_patch import patch_when_adapted
-from tests.training.support import adapt, tiny_base, token_rows, weights
+from tests.tiny_models import llama
+from tests.training.support import token_rows, trainable, weights
 
 METHODS = ("training_step", "_save", "_load_from_checkpoint", "_load_best_model")
 
@@ -55,22 +56,22 @@ class Derived(transformers.Trainer):
 
 @pytest.mark.parametrize("cls", [transformers.Trainer, Derived, nbpeft.Trainer])
 def test_checkpoints_hold_adapters_where_weights_are_tied(cls: Any, tmp_path: Path) -> None:
-    model = adapt(tiny_base(tie_word_embeddings=True), task_type="CAUSAL_LM")
+    model = trainable(llama(tie_word_embeddings=True), task_type="CAUSAL_LM")
     trainer = trainer_of(cls, model, tmp_path)
     assert type(trainer) is cls
     trainer.train()
     files = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files
     assert "model.safetensors" not in files
-    loaded = peft.PeftModel.from_pretrained(tiny_base(tie_word_embeddings=True), tmp_path / "checkpoint-4")
+    loaded = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "checkpoint-4")
     ids = torch.arange(10)[None]
     torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    through = adapt(tiny_base(), task_type="CAUSAL_LM")
+    through = trainable(llama(), task_type="CAUSAL_LM")
     trainer_of(transformers.Trainer, through, tmp_path / "one").train()
-    resumed = adapt(tiny_base(), task_type="CAUSAL_LM")
+    resumed = trainable(llama(), task_type="CAUSAL_LM")
     trainer_of(transformers.Trainer, resumed, tmp_path / "one").train(
         resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2")
     )
@@ -78,18 +79,18 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(weights(resumed)[name], weight), name
 
 
-def test_without_a_task_type_the_columns_of_the_base_are_kept_and_the_loss_is_evaluated(tmp_path: Path) -> None:
-    trainer = trainer_of(transformers.Trainer, adapt(tiny_base()), tmp_path)
+def test_without_a_task_type_columns_are_kept_and_the_loss_evaluated(tmp_path: Path) -> None:
+    trainer = trainer_of(transformers.Trainer, trainable(llama()), tmp_path)
     trainer.train()
     assert trainer.evaluate(token_rows(8))["eval_loss"] > 0
     assert {"input_ids", "position_ids", "labels"} <= set(trainer._signature_columns)
 
 
 def test_a_base_that_calls_itself_quantized_is_accepted(tmp_path: Path) -> None:
-    base = tiny_base()
+    base = llama()
     base.is_quantized = True
     base.hf_quantizer = type("Quantizer", (), {"is_trainable": True, "is_qat_trainable": False})()
-    trainer_of(transformers.Trainer, adapt(base), tmp_path, save_strategy="no").train()
+    trainer_of(transformers.Trainer, trainable(base), tmp_path, save_strategy="no").train()
 
 
 # What a derived Trainer overrides
@@ -122,7 +123,7 @@ def test_a_derived_trainer_keeps_its_own_columns(library: Any, tmp_path: Path) -
     rows = datasets.Dataset.from_dict(
         {"input_ids": ids, "completion_mask": [[0] * 5 + [1] * 3] * 16, "note": ["x"] * 16}
     )
-    model = library.get_peft_model(tiny_base(), library.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = library.get_peft_model(llama(), library.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     collator = MaskedCollator()
     trainer_of(Masking, model, tmp_path, rows, collator, save_strategy="no", max_steps=2).train()
     assert collator.columns == {"input_ids", "completion_mask"}
@@ -148,23 +149,23 @@ class Writing(transformers.Trainer):
 
 
 def test_a_derived_trainer_saves_and_loads_in_its_own_way(tmp_path: Path) -> None:
-    trainer_of(Writing, adapt(tiny_base()), tmp_path).train()
+    trainer_of(Writing, trainable(llama()), tmp_path).train()
     folder = tmp_path / "checkpoint-2"
     assert (folder / "mine.txt").read_text() == "mine"
     assert (folder / "adapter_model.safetensors").is_file()
-    resumed = trainer_of(Writing, adapt(tiny_base()), tmp_path)
+    resumed = trainer_of(Writing, trainable(llama()), tmp_path)
     resumed.train(resume_from_checkpoint=str(folder))
     assert resumed.loaded == str(folder)
     settings = {"eval_dataset": token_rows(4), "eval_strategy": "steps", "eval_steps": 2}
-    best = trainer_of(Writing, adapt(tiny_base()), tmp_path / "b", load_best_model_at_end=True, **settings)
+    best = trainer_of(Writing, trainable(llama()), tmp_path / "b", load_best_model_at_end=True, **settings)
     best.train()
     assert best.loaded == "best"
 
 
 def test_other_models_train_as_ever(tmp_path: Path) -> None:
-    trainer_of(transformers.Trainer, tiny_base(), tmp_path / "plain").train()
+    trainer_of(transformers.Trainer, llama(), tmp_path / "plain").train()
     assert (tmp_path / "plain" / "checkpoint-2" / "model.safetensors").is_file()
-    theirs = peft.get_peft_model(tiny_base(), peft.LoraConfig(target_modules=["q_proj"]))
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
     trainer_of(transformers.Trainer, theirs, tmp_path / "peft").train()
     trainer_of(transformers.Trainer, theirs, tmp_path / "peft").train(resume_from_checkpoint=True)
     assert (tmp_path / "peft" / "checkpoint-2" / "adapter_model.safetensors").is_file()
@@ -177,7 +178,7 @@ def test_a_model_that_model_init_makes_is_known(tmp_path: Path) -> None:
     made: list[Any] = []
 
     def make() -> Any:
-        made.append(adapt(tiny_base(tie_word_embeddings=True), task_type="CAUSAL_LM"))
+        made.append(trainable(llama(tie_word_embeddings=True), task_type="CAUSAL_LM"))
         return made[-1]
 
     trainer = trainer_of(transformers.Trainer, None, tmp_path, model_init=make)
@@ -203,7 +204,7 @@ def test_a_hyperparameter_search_writes_adapters(tmp_path: Path, monkeypatch: py
     backends: dict[Any, Any] = transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS
     monkeypatch.setitem(backends, "optuna", Search)
     trainer = trainer_of(
-        transformers.Trainer, None, tmp_path, model_init=lambda trial: adapt(tiny_base(tie_word_embeddings=True))
+        transformers.Trainer, None, tmp_path, model_init=lambda trial: trainable(llama(tie_word_embeddings=True))
     )
     spaces = iter([{"learning_rate": 1e-3}, {"learning_rate": 1e-2}])
     done = trainer.hyperparameter_search(lambda trial: next(spaces), n_trials=2, backend="optuna")
@@ -217,11 +218,11 @@ def test_a_hyperparameter_search_writes_adapters(tmp_path: Path, monkeypatch: py
 
 
 def test_what_asks_for_models_with_adapters_says_yes_to_ours() -> None:
-    ours = adapt(tiny_base())
-    theirs = peft.get_peft_model(tiny_base(), peft.LoraConfig(target_modules=["q_proj"]))
+    ours = trainable(llama())
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
     for asks in (is_peft_model, accelerate.utils.is_peft_model, _is_peft_model, transformers.trainer._is_peft_model):
         assert asks(ours) and asks(theirs)
-        assert not asks(ours.get_base_model()) and not asks(tiny_base())
+        assert not asks(ours.get_base_model()) and not asks(llama())
     assert is_peft_model(torch.nn.DataParallel(ours)) and is_peft_model(torch.compile(ours))
 
 
@@ -230,7 +231,7 @@ def test_it_is_taken_back_and_done_again(unpatched: None, tmp_path: Path) -> Non
     before = {name: trainer.__dict__[name] for name in METHODS}
     assert all(method.__module__ == "transformers.trainer" for method in before.values())
     assert not hasattr(before["_save"], "__wrapped__") and "__init_subclass__" not in trainer.__dict__
-    ours = adapt(tiny_base())
+    ours = trainable(llama())
     assert not is_peft_model(ours) and not _is_peft_model(ours), "who took it back does not get it again unasked"
     nbpeft.patch_trainer()
     once = {name: trainer.__dict__[name] for name in METHODS}
@@ -254,7 +255,7 @@ def test_what_others_put_over_it_stays(unpatched: None, monkeypatch: pytest.Monk
     over = transformers.Trainer._save
     nbpeft.unpatch_trainer()
     assert transformers.Trainer._save is over
-    trainer_of(transformers.Trainer, tiny_base(), tmp_path, max_steps=2).train()
+    trainer_of(transformers.Trainer, llama(), tmp_path, max_steps=2).train()
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
     monkeypatch.undo()
     setattr(transformers.Trainer, "_save", before)  # noqa: B010
@@ -291,7 +292,7 @@ print(json.dumps([untouched, early, waited, waiting(), changed]))
 
 
 @pytest.mark.slow
-def test_importing_changes_nothing_and_a_trainer_imported_after_the_first_model_is_changed(tmp_path: Path) -> None:
+def test_a_trainer_is_patched_after_the_first_model_not_on_import(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ORDER], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == [True, False, 1, 0, True]
 

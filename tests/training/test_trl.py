@@ -90,7 +90,7 @@ def test_a_completion_alone_is_learned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_trainer_learns_what_it_learns_with_peft_also_where_that_is_not_installed(tmp_path: Path) -> None:
+def test_every_trainer_learns_as_with_peft_installed_or_not(tmp_path: Path) -> None:
     alone = tuple(name for name in CASES if name != "sft-nll")
     sides = {"nbpeft": CASES + SPECIAL, "peft": CASES + SPECIAL, "alone": alone + SPECIAL}
     found = results(NEWEST, tmp_path, sides)

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nbpeft.training import Run, RunCallback, Trainer, track
 from nbpeft.training.checkpoints import resume_point
-from tests.training.support import VOCABULARY, tiny_model, weights
+from tests.tiny_models import VOCABULARY
+from tests.training.support import trainable, weights
 
 
 def batches(count: int = 6, rows: int = 4) -> list[torch.Tensor]:
@@ -23,7 +24,7 @@ def batches(count: int = 6, rows: int = 4) -> list[torch.Tensor]:
 
 def own_loop(rank: int, world: int) -> dict[str, Any]:
     """Losses and weights of a loop over shards of each batch; alone, over whole batches."""
-    model = tiny_model(lora_dropout=0.0)
+    model = trainable(lora_dropout=0.0)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(model.manager.parameters("default"), lr=0.5)
     with track(model, total_steps=6) as run:
@@ -42,7 +43,7 @@ def sharded_loop(use_dora: bool) -> list[float]:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    model = tiny_model(use_dora=use_dora)
+    model = trainable(use_dora=use_dora)
     if distributed.is_initialized():
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (distributed.get_world_size(),))
         for layer in model.get_base_model().model.layers:
@@ -63,7 +64,7 @@ def trainer(rank: int, folder: Path) -> dict[str, Any]:
     """A Trainer in both processes; the second one is asked to stop."""
     from transformers import TrainingArguments
 
-    model = tiny_model()
+    model = trainable()
     run = Run(model, 50)
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),

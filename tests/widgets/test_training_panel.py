@@ -268,7 +268,7 @@ def test_in_a_terminal_it_is_a_line(session: Any, monkeypatch: pytest.MonkeyPatc
     assert ("\r" in written) is terminal
 
 
-def test_a_line_in_a_terminal_leaves_nothing_of_a_longer_one_and_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_in_a_terminal_replaces_a_longer_one_and_never_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal(True)
     output = training_panel._TextOutput(stream)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from nbpeft.model import PeftModel, hotswap_adapter, prepare_model_for_compiled_hotswap
 from tests.model.pool_support import save
-from tests.model.support import adapted, classifier, gpt2, llama, tokens
+from tests.tiny_models import adapted, classifier, gpt2, llama, tokens
 
 pytestmark = pytest.mark.slow
 RANKS = (4, 64, 8, 48, 16, 32, 24)
 
 
 @pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield

@@ -1,4 +1,4 @@
-"""Tiny models, and peft as the oracle for their files."""
+"""Files as peft writes them, and what it expects in them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from nbpeft.checkpoint import Expected
-
-
-def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=64)
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
-
-
-def gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)).eval()
 
 
 class Mixed(nn.Module):
