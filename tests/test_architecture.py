@@ -139,9 +139,28 @@ def test_the_top_level_is_fixed() -> None:
     assert {top for top in tops if not top.startswith(".")} == allowed
 
 
+HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
+
+
+def test_headless_layers_hold_no_html() -> None:
+    html = re.compile(r"<div|<table|_html\b|var\(--jp")
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for layer in HEADLESS
+        for path in (PACKAGE / layer).rglob("*.py")
+        for match in html.finditer(path.read_text(encoding="utf-8"))
+    }
+    assert not found
+
+
 VIOLATIONS = {
     "layers": ("engine/adapter.py", "import nbpeft.model", "nbpeft.engine.adapter -> nbpeft.model"),
     "headless": ("engine/adapter.py", "def f(): import IPython", "nbpeft.engine.adapter -> IPython"),
+    "described": (
+        "session/core.py",
+        "import nbpeft.display.html",
+        "nbpeft.session.core -> nbpeft.display.html",
+    ),
     "through-session": ("widgets/__init__.py", "import nbpeft.engine.plan", "nbpeft.widgets -> nbpeft.engine.plan"),
     "engine-layers": ("engine/targets.py", "import nbpeft.engine.plan", "nbpeft.engine.targets -> nbpeft.engine.plan"),
     "methods-independent": (

@@ -47,5 +47,5 @@ def adapt(desk: Desk, options: argparse.Namespace, fields: Mapping[str, Any]) ->
         trainable=not options.frozen,
     )
     desk.bind(variable, result.model)
-    result.let_go()
+    result.release()
     return result

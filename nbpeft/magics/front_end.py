@@ -6,7 +6,8 @@ import os
 import sys
 from typing import Any
 
-from nbpeft.session.doctor import Check, install, older, version_of
+from nbpeft.session.doctor import install, older, version_of
+from nbpeft.session.results import Check
 
 
 def has_widgets() -> bool:

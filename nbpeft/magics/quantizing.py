@@ -71,7 +71,7 @@ def qlora(options: argparse.Namespace, desk: Desk) -> object:
         source, config, name=options.name, variable=variable, allow_missing=options.allow_missing, **own
     )
     desk.bind(variable, result.model)
-    result.let_go()
+    result.release()
     return result
 
 

@@ -13,21 +13,23 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.session.combined import CombineResult, SwapResult
-from nbpeft.session.compared import CompareResult
 from nbpeft.session.core import Session
-from nbpeft.session.inspected import InspectResult
-from nbpeft.session.preview import Preview, PreviewRow
 from nbpeft.session.results import (
     AddResult,
+    CombineResult,
+    CompareResult,
     Done,
     ExportResult,
+    InspectResult,
     LoadResult,
     MemoryReport,
+    Preview,
+    PreviewRow,
     Result,
     SavedAdapter,
     SaveResult,
     StatusReport,
+    SwapResult,
     UnloadResult,
 )
 

@@ -10,11 +10,12 @@ from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.base import SessionBase
 from nbpeft.session.checks import names_of, place_of
-from nbpeft.session.merged import MergedCopy, requantizing_note, write_copy
-from nbpeft.session.results import Done, Holder, UnloadResult
+from nbpeft.session.results import Done, MergedCopy, ModelRef, UnloadResult
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from nbpeft.engine.manager import AdapterManager
 
     ModelLike = nn.Module | str | None
     Names = str | Sequence[str]
@@ -111,8 +112,8 @@ class ActingCommands(SessionBase):
             raise ConfigError(f"{next(iter(copying))!r} goes with a folder to merge into: to=…")
         with self._command("merging", slow=True) as notes:
             if folder is not None:
-                return write_copy(entry.manager, entry.name, folder, chosen, notes, safe=safe, **copying)
-            note = requantizing_note(entry.manager, chosen)
+                return _write_copy(entry.manager, entry.name, folder, chosen, notes, safe=safe, **copying)
+            note = _requantizing_note(entry.manager, chosen)
             entry.manager.merge(chosen, safe=safe)
             notes += [note] if note else []
             return self._done(entry, f"merged {', '.join(map(repr, entry.manager.merged))} into {entry.name}", notes)
@@ -141,4 +142,35 @@ class ActingCommands(SessionBase):
             with HeldInterrupts():
                 base = entry.manager.unload(merge=merge, safe=safe)
                 self._book.leave(entry)
-            return UnloadResult(Holder(base), entry.name, names, merge, tuple(notes))
+            return UnloadResult(ModelRef(base), entry.name, names, merge, tuple(notes))
+
+
+def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
+    """What merging into quantized weights will cost, or the empty string where nothing is quantized."""
+    from nbpeft.model import merge_errors
+
+    chosen = tuple(manager.active if names is None else names)
+    lossy = any(layer.backend.name != "dense" and layer.backend.can_merge for layer in manager.layers.values())
+    if manager.merged or not chosen or not lossy:
+        return ""
+    return f"{merge_errors(manager.model, chosen)}; %lora merge --to DIR keeps full precision"
+
+
+def _write_copy(
+    manager: Any, model_name: str, folder: str, names: list[str] | None, notes: list[str], **how: Any
+) -> MergedCopy:
+    """Writes the copy; see ``nbpeft.merge_to_folder`` for what ``how`` may hold."""
+    from nbpeft.model import merge_to_folder
+
+    done = merge_to_folder(manager.model, names, folder, **how)
+    assert done.errors is not None
+    return MergedCopy(
+        model_name,
+        done.names,
+        str(done.folder),
+        done.dtype,
+        done.byte_count,
+        done.shard_bytes,
+        done.errors,
+        tuple(notes),
+    )

@@ -17,8 +17,8 @@ from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.files import adapter_name_of, folder_hint, save_adapters
 from nbpeft.session.handles import reviver, uncompiled
 from nbpeft.session.planning import foreseen
-from nbpeft.session.preview import Preview, preview_of
-from nbpeft.session.results import AddResult, Done, Holder, LoadResult, SaveResult
+from nbpeft.session.preview import preview_of
+from nbpeft.session.results import AddResult, Done, LoadResult, ModelRef, Preview, SaveResult
 from nbpeft.state import AdapterState, ModelState
 
 if TYPE_CHECKING:
@@ -302,8 +302,8 @@ def _bare_again_on_failure(handle: PeftModel) -> Iterator[None]:
         raise
 
 
-def _hold(entry: Entry) -> Holder:
-    return Holder(entry.model, reviver(entry.manager.model))
+def _hold(entry: Entry) -> ModelRef:
+    return ModelRef(entry.model, reviver(entry.manager.model))
 
 
 def _adapter(state: ModelState, name: str) -> AdapterState:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, in_one_line
-from nbpeft.session.compared import Answer
+from nbpeft.session.results.comparing import Answer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

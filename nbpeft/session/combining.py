@@ -15,9 +15,9 @@ from nbpeft.session.answering import Asked, Batch, Prompt, check_finite, evaluat
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
 from nbpeft.session.checks import adapter_name, place_of, weights_of
-from nbpeft.session.combined import CombineResult, SwapResult
 from nbpeft.session.files import folder_hint
 from nbpeft.session.handles import uncompiled
+from nbpeft.session.results.combining import CombineResult, SwapResult
 from nbpeft.session.tokenizers import Tokenizers
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from nbpeft.session.answering import Asked, Batch, Prompt, answer, evaluating
 from nbpeft.session.book import Entry
 from nbpeft.session.checks import names_of, prompts_of, weights_of
 from nbpeft.session.combining import CombiningCommands, free_name, recipe_of, seeded
-from nbpeft.session.compared import BASE, Answer, Column, CompareResult, blend_title
+from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, blend_title
 
 if TYPE_CHECKING:
     from torch import nn

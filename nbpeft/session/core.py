@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nbpeft.model import PeftModel
-    from nbpeft.session.doctor import DoctorReport
+    from nbpeft.session.results import DoctorReport
     from nbpeft.state import MemoryState
 
     ModelLike = nn.Module | str | None

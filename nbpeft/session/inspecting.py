@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from nbpeft.errors import AdapterError
 from nbpeft.session.base import SessionBase
-from nbpeft.session.inspected import InspectResult
+from nbpeft.session.results.inspecting import InspectResult
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,11 +7,12 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.display.numbers import size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
 from nbpeft.session.base import SessionBase
 from nbpeft.session.configs import build_config, label_of
 from nbpeft.session.handles import uncompiled
-from nbpeft.session.planned import PlanResult, PlanSettings, Room
+from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
 
 if TYPE_CHECKING:
     import torch
@@ -281,7 +282,6 @@ def _room(device: Any, source: Any) -> Room:
 
     from nbpeft.memory.devices import device_memory, is_cpu, placed_on
     from nbpeft.memory.forecast import device_bytes
-    from nbpeft.session import render
 
     placed = placed_on(source)
     if device is None:
@@ -292,7 +292,7 @@ def _room(device: Any, source: Any) -> Room:
         there = None
     if there is None or there.type == "meta":
         total = device_bytes(device)
-        return Room(render.size(total), total)
+        return Room(size(total), total)
     device_bytes(there)
     memory = device_memory(there)
     held = sum(parameter.nbytes for parameter in _parameters(source)) if _is_on(placed, there) else 0

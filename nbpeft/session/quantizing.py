@@ -16,10 +16,8 @@ from nbpeft.session.adapters import AdapterCommands
 from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.configs import build_config
 from nbpeft.session.handles import uncompiled
-from nbpeft.session.quantized import QloraResult
 from nbpeft.session.quantizing_preview import (
     DEFAULTS,
-    QloraPreview,
     asked_for,
     foreseen_qlora,
     part_sizes,
@@ -27,6 +25,7 @@ from nbpeft.session.quantizing_preview import (
     sorted_out,
     source_words,
 )
+from nbpeft.session.results.quantizing import QloraPreview, QloraResult
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +116,7 @@ class QuantizingCommands(AdapterCommands):
                 added = self.add(found.base, made, name=name, variable=variable, allow_missing=allow_missing)
             self._origins.setdefault(found.base, found.origin)
             return QloraResult(
-                holder=added.holder,
+                reference=added.reference,
                 added=added,
                 source=source_words(source, loading) if found.origin.source else type(found.base).__name__,
                 quantized=found.now,

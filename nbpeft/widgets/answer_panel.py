@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.display.models import missing_model
 from nbpeft.errors import NbpeftError
 from nbpeft.state import ModelState
-from nbpeft.widgets import views
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.panel import SessionPanel
 from nbpeft.widgets.worker import Worker
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
-    from nbpeft.session.compared import CompareResult
+    from nbpeft.session.results.comparing import CompareResult
 
 TokenizerSource = Callable[[], Any]
 """Called when a prompt is read; gives the tokenizer, or None."""
@@ -85,7 +85,7 @@ class AnswerPanel(SessionPanel):
         if not prompt:
             raise NbpeftError("Write a prompt first.")
         if model is None:
-            raise NbpeftError(views.missing_model(self._name))
+            raise NbpeftError(missing_model(self._name))
         self._prompt = prompt
         return prompt, model
 

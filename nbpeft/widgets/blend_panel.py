@@ -11,16 +11,17 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from nbpeft.display.blocks import card, dim, line
+from nbpeft.display.html import to_html
+from nbpeft.display.models import missing_model
 from nbpeft.errors import NbpeftError
-from nbpeft.session import render
-from nbpeft.session.compared import Column, CompareResult
+from nbpeft.session.results.comparing import Column, CompareResult
 from nbpeft.state import SessionState
-from nbpeft.widgets import views
 from nbpeft.widgets.answer_panel import AnswerPanel
 from nbpeft.widgets.worker import Stopped
 
 if TYPE_CHECKING:
-    from nbpeft.widgets.blend_parts import BlendParts
+    from nbpeft.widgets.blend_controls import BlendControls
 
 EXACT = "exact"
 DEBOUNCE = 0.35
@@ -51,9 +52,9 @@ class BlendPanel(AnswerPanel):
         self._base: tuple[tuple[str, int, bool | None], Column] | None = None
 
     def _build(self) -> Any:
-        from nbpeft.widgets.blend_parts import BlendParts
+        from nbpeft.widgets.blend_controls import BlendControls
 
-        return BlendParts(self._command, self._prompt, self._tokens, self._chat)
+        return BlendControls(self._command, self._prompt, self._tokens, self._chat)
 
     def _text(self) -> str:
         if self._result is None:
@@ -63,22 +64,22 @@ class BlendPanel(AnswerPanel):
     def _card(self, hint: str) -> str:
         model = self._model()
         if model is None:
-            return render.card("blend", render.note(views.missing_model(self._name)), render.note(hint))
+            return to_html(card("blend", line(dim(missing_model(self._name))), line(dim(hint))))
         if self._result is None:
             names = ", ".join(item.name for item in model.adapters) or "none"
-            return render.card("blend", render.note(f"No answer yet. Adapters: {names}."), render.note(hint))
-        return render.card("blend", self._result.body(), render.note(hint), aside=self._result.aside)
+            return to_html(card("blend", line(dim(f"No answer yet. Adapters: {names}.")), line(dim(hint))))
+        return to_html(card("blend", self._result.blocks(), line(dim(hint)), aside=self._result.aside))
 
     def _draw(self, state: SessionState) -> None:
         model = state.model(self._name)
         if model is None:
             self._base = None
-        self._parts.draw(model, views.missing_model(self._name) if model is None else "")
+        self._parts.draw(model, missing_model(self._name) if model is None else "")
 
     # Commands
 
     def _run(self, *command: Any) -> str:
-        parts: BlendParts | None = self._parts
+        parts: BlendControls | None = self._parts
         if parts is None:
             return ""
         what = command[0]
@@ -92,7 +93,7 @@ class BlendPanel(AnswerPanel):
             return self._save(parts)
         return ""
 
-    def _moved(self, parts: BlendParts) -> str:
+    def _moved(self, parts: BlendControls) -> str:
         """A slider or a setting moved: the exact sum is answered anew, others wait for the button."""
         if not parts.question.prompt:
             return ""
@@ -105,7 +106,7 @@ class BlendPanel(AnswerPanel):
         self._halt()
         return f"Answer computes {parts.type} for these weights; only the exact sum follows the sliders."
 
-    def _ask(self, parts: BlendParts, *, delay: float) -> None:
+    def _ask(self, parts: BlendControls, *, delay: float) -> None:
         prompt, _ = self._asked()
         tokens, weights = parts.tokens, parts.weights
         _require(weights)
@@ -152,7 +153,7 @@ class BlendPanel(AnswerPanel):
             if self._parts is not None:
                 self._parts.show(result)
 
-    def _save(self, parts: BlendParts) -> str:
+    def _save(self, parts: BlendControls) -> str:
         name, weights = parts.name, parts.weights
         if not name:
             raise NbpeftError("Give the new adapter a name.")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nbpeft.session import render
-from nbpeft.session.compared import BASE, CompareResult
+from nbpeft.display.blocks import card, dim, line
+from nbpeft.display.html import to_html
+from nbpeft.display.models import missing_model
+from nbpeft.session.results.comparing import BASE, CompareResult
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets import views
 from nbpeft.widgets.answer_panel import AnswerPanel
 from nbpeft.widgets.lifetime import weakly
 from nbpeft.widgets.worker import Stopped
@@ -50,9 +51,9 @@ class ComparePanel(AnswerPanel):
         if self._result is None:
             model = self._model()
             names = ", ".join(item.name for item in model.adapters) if model is not None else ""
-            words = f"{NOTHING_YET} Adapters: {names}." if names else views.missing_model(self._name)
-            return render.card("compare", render.note(words), render.note(hint), aside=self._name or "")
-        return render.card("compare", self._result.body(), render.note(hint), aside=self._result.aside)
+            words = f"{NOTHING_YET} Adapters: {names}." if names else missing_model(self._name)
+            return to_html(card("compare", line(dim(words)), line(dim(hint)), aside=self._name or ""))
+        return to_html(card("compare", self._result.blocks(), line(dim(hint)), aside=self._result.aside))
 
     def _run(self, *command: Any) -> str:
         parts = self._parts
@@ -117,7 +118,7 @@ class _Parts:
     def __init__(self, command: Any, prompt: str, tokens: int, chat: bool | None) -> None:
         import ipywidgets
 
-        from nbpeft.widgets import answer_parts as parts
+        from nbpeft.widgets import controls as parts
 
         self.question = parts.Question(command, prompt, "Compare")
         self._picks = parts.Picks(command)
@@ -146,7 +147,7 @@ class _Parts:
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
         self._picks.draw(names, [name for name in names if name not in left_out])
         if model is None:
-            self.frame.answers.value = views.panel_note(views.missing_model(name))
+            self.frame.answers.value = to_html(line(dim(missing_model(name))))
 
     def show(self, result: CompareResult) -> None:
         """Shows answers, marked against the chosen column."""
@@ -158,4 +159,4 @@ class _Parts:
         self._marks.layout.display = None if len(titles) > 2 else "none"
         running = result.status == "running"
         self.frame.head("answering …" if running else result.aside, running=running)
-        self.frame.answers.value = result.body(self._against.value, asked=self.question.prompt)
+        self.frame.answers.value = to_html(result.blocks(self._against.value, shown=self.question.prompt))

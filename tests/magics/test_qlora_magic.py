@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.session.planned import PlanResult
-from nbpeft.session.quantized import QloraResult
 from nbpeft.session.quantizing_preview import QloraPreview
+from nbpeft.session.results.planning import PlanResult
+from nbpeft.session.results.quantizing import QloraResult
 from tests.magics.notebook import Notebook
 from tests.training.support import tiny_base
 
@@ -71,7 +71,7 @@ def test_again_it_only_reconfigures(bare: Notebook, folder: Path) -> None:
     base = bare["model"].get_base_model()
     again = bare.do(cell("$place", "--name sql").replace("r = 4", "r = 2"))
     assert bare["model"].get_base_model() is base
-    assert not again.quantized and again.added.reconfigured and again.added.adapter.rank == 2
+    assert not again.quantized and again.added.reconfigured and again.added.adapter.summary["r"] == "2"
     second = bare.do(cell("model", "--name chat", "gradient_checkpointing = False\n"))
     assert not second.quantized and not base.is_activation_checkpointing
     assert set(bare["model"].peft_config) == {"sql", "chat"}

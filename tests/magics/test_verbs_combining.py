@@ -10,7 +10,7 @@ import torch
 
 from nbpeft.session import session
 from nbpeft.session.combining import combination_types
-from nbpeft.session.compared import CompareResult
+from nbpeft.session.results.comparing import CompareResult
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
 from tests.magics.notebook import Notebook
 from tests.magics.test_verbs import logits, train_a_little

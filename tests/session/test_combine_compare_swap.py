@@ -179,7 +179,7 @@ def test_a_swap_gives_what_loading_gives(session: Session, model: Any, saved: Pa
     result = session.swap(saved, into="orders", check_prompt="Hi", tokenizer=Letters(), max_new_tokens=6)
     assert torch.equal(logits(model), pirate)
     assert session.state.models[0].active == ("pirate",)
-    assert (result.adapter.rank, result.layers) == (6, 4)
+    assert (result.adapter.summary["r"], result.layers) == ("6", 4)
     assert result.before != result.after
     assert result.after == alone(model, "Hi", "orders", 6)
     assert "before" in str(result) and "Hi" in result._repr_html_()

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from nbpeft.display.html import to_html
 from nbpeft.errors import AdapterError, NbpeftError, UnknownAdapterError
 from nbpeft.model.blending import blended
 from nbpeft.session import Session
 from nbpeft.session.answering import Batch
-from nbpeft.session.compared import Answer, Column, CompareResult
+from nbpeft.session.results.comparing import Answer, Column, CompareResult
 from tests.session.adapted import alone, everything, logits, same
 from tests.session.letters import END, Letters
 from tests.training.support import tiny_base
@@ -232,7 +233,7 @@ def test_words_that_differ_are_marked() -> None:
     assert "same as a" in html
     assert "&lt;prompt&gt;" in html and "&lt;chairs&gt;" in html and "<chairs>" not in html
     assert "one batched pass · 1.9 s" in html
-    assert marks(shown("count: 12", "count: 13").html(against="b")) == ["12"]
+    assert marks(to_html(shown("count: 12", "count: 13").view("b"))) == ["12"]
     assert marks(shown('"count": 12}', '"count": "12, arr"}')._repr_html_()) == ["&quot;12, arr&quot;"]
     assert marks(shown("one, two-and-three, four", "one, two-three, four")._repr_html_()) == []
 

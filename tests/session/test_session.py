@@ -82,10 +82,10 @@ def test_the_state_is_plain_data(session: Session, model: Any) -> None:
     assert (shown.class_name, shown.dtype, shown.device) == ("LlamaForCausalLM", "float32", "cpu")
     assert (shown.trainable_count, shown.parameter_count) == model.get_nb_trainable_parameters()
     (adapter,) = shown.adapters
-    assert (adapter.name, adapter.method, adapter.rank, adapter.alpha) == ("sql", "LoRA", 4, 8)
+    assert (adapter.name, adapter.method, dict(adapter.summary)) == ("sql", "LoRA", {"r": "4", "α": "8"})
     assert (adapter.module_count, adapter.targets) == (4, ("q_proj", "v_proj"))
     assert adapter.byte_count == 4 * adapter.parameter_count == 4 * shown.trainable_count
-    assert (adapter.active, adapter.trainable, adapter.merged, adapter.mixed_ranks) == (True, True, False, False)
+    assert (adapter.active, adapter.trainable, adapter.merged) == (True, True, False)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_methods_are_called_what_people_call_them(session: Session, fields: dict
 
 def test_mixed_ranks_are_said(session: Session) -> None:
     result = session.add(tiny_base(), FIELDS | {"rank_pattern": {"q_proj": 2}})
-    assert result.adapter.mixed_ranks
+    assert result.adapter.summary["r"] == "4*" and result.adapter.summary["α"] == "8"
 
 
 def test_counts_follow_switching(session: Session, model: Any) -> None:

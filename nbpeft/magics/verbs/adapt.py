@@ -43,7 +43,7 @@ def load(options: argparse.Namespace, desk: Desk) -> object:
     result = desk.session.load(options.path, name=options.name, model=model, variable=variable, trainable=options.train)
     if variable is not None and variable in desk.namespace:
         desk.bind(variable, result.model)
-    result.let_go()
+    result.release()
     return result
 
 

@@ -59,6 +59,6 @@ def unload(options: argparse.Namespace, desk: Desk) -> object:
     handle = desk.session.model(desk.chosen(options.model), command="unload")
     result = desk.session.unload(merge=options.merge, model=handle, safe=options.safe)
     desk.replace(handle, result.base)
-    result.let_go()
+    result.release()
     desk.forget(handle)
     return result

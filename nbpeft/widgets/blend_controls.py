@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import ipywidgets
 
+from nbpeft.display.blocks import Text, dim, line
+from nbpeft.display.html import span, to_html
 from nbpeft.errors import NbpeftError
-from nbpeft.session.compared import CompareResult
+from nbpeft.session.results.comparing import CompareResult
 from nbpeft.state import ModelState
-from nbpeft.widgets import views
-from nbpeft.widgets.answer_parts import Frame, PromptForm, Question, action_button, field_layout, pair
+from nbpeft.widgets.controls import Command, Frame, PromptForm, Question, action_button, field_layout, html, pair
 from nbpeft.widgets.lifetime import close_tree, weakly
-from nbpeft.widgets.panel_parts import Command, html
 
 TYPES = (
     ("exact sum", "exact"),
@@ -39,8 +38,7 @@ class Slider:
 
     def __init__(self, name: str, value: float, command: Command) -> None:
         self._label = html(
-            f'<span title="{escape(name)}" style="white-space:nowrap;overflow:hidden;text-overflow:ellipsis;'
-            f'display:block;width:{LABEL - 6}px">{escape(name)}</span>',
+            span(Text(name, tooltip=name, wrap="cut")),
             flex=f"0 0 {LABEL}px",
             width=f"{LABEL}px",
         )
@@ -63,7 +61,7 @@ class Slider:
         return round(float(self._slider.value), 4)
 
 
-class BlendParts:
+class BlendControls:
     """The widgets of the panel.
 
     Args:
@@ -171,15 +169,15 @@ class BlendParts:
             for name in old.keys() - self._sliders.keys():
                 close_tree(old[name].box)
         if missing:
-            self.frame.answers.value = views.panel_note(missing)
+            self.frame.answers.value = to_html(line(dim(missing)))
         elif not names:
-            self.frame.answers.value = views.panel_note("No adapters to blend yet.")
+            self.frame.answers.value = to_html(line(dim("No adapters to blend yet.")))
 
     def show(self, result: CompareResult) -> None:
         """Shows the answers."""
         running = result.status == "running"
         self.frame.head("answering …" if running else result.aside, running=running)
-        self.frame.answers.value = result.body(asked=self.question.prompt)
+        self.frame.answers.value = to_html(result.blocks(shown=self.question.prompt))
 
     def _type_chosen(self) -> None:
         exact = self.type == "exact"

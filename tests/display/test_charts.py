@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbpeft.widgets import charts
+from nbpeft.display import charts
 from tests.widgets.fakes import train_state
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from nbpeft.state import TrainState
-from nbpeft.widgets import styles
+from nbpeft.display import palette
+from nbpeft.state import ENDED, TrainState
 
 Point = tuple[float, float]
 
@@ -22,12 +22,9 @@ WIDTH, HEIGHT = 900, 172
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 10, 38
 _SMOOTHING = 0.9
 
-ENDED = ("finished", "stopped", "failed")
-"""Statuses after which nothing comes any more."""
-
 
 @dataclass(frozen=True)
-class Palette:
+class ChartStyle:
     """Colours of a chart, as CSS values."""
 
     text: str
@@ -39,19 +36,19 @@ class Palette:
     """Text shrinks with the picture, so it is larger where the page (of an image: the image) is narrow."""
 
 
-THEME = Palette(
-    text=styles.DIM,
-    grid=styles.BORDER,
-    line=styles.ACCENT,
-    evaluated=styles.EVAL,
+THEME = ChartStyle(
+    text=palette.DIM,
+    grid=palette.BORDER,
+    line=palette.ACCENT,
+    evaluated=palette.EVALUATION,
     font="var(--jp-ui-font-family, system-ui, sans-serif)",
     text_size="clamp(11px, calc(27px - 1.45vw), 17px)",
 )
-NEUTRAL = Palette(
+NEUTRAL = ChartStyle(
     text="#808080",
     grid="rgba(128,128,128,.3)",
     line="#2b88e0",
-    evaluated=styles.EVAL,
+    evaluated=palette.EVALUATION,
     font="system-ui, 'DejaVu Sans', sans-serif",
     text_size="clamp(11px, calc(25px - 1.6vw), 17px)",
 )
@@ -93,12 +90,12 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def loss_chart(train: TrainState, palette: Palette = THEME) -> str:
+def loss_chart(train: TrainState, style: ChartStyle = THEME) -> str:
     """The loss curve of a run as an ``<svg>`` element of fixed proportions.
 
     Args:
         train: The run; pairs whose loss is not finite are left out.
-        palette: Colours.
+        style: Colours and fonts.
     """
     raw = _finite(train.history)
     evaluated = _finite(train.eval_history)
@@ -107,18 +104,18 @@ def loss_chart(train: TrainState, palette: Palette = THEME) -> str:
     curve = smooth(raw)
     if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
         curve[-1] = (curve[-1][0], train.smoothed_loss)
-    parts = [frame.draw(palette)]
+    parts = [frame.draw(style)]
     if len(raw) > 1:
-        parts.append(_path(frame.place(decimate(raw)), palette.line, "1", ".45"))
-        parts.append(_path(frame.place(decimate(curve)), palette.line, "2", "1"))
+        parts.append(_path(frame.place(decimate(raw)), style.line, "1", ".45"))
+        parts.append(_path(frame.place(decimate(curve)), style.line, "2", "1"))
     elif raw:
-        parts.append(_dots(frame.place(raw), palette.line))
-    parts.append(_dots(frame.place(evaluated), palette.evaluated))
+        parts.append(_dots(frame.place(raw), style.line))
+    parts.append(_dots(frame.place(evaluated), style.evaluated))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'role="img" aria-label="{escape(describe(train))}" '
-        f'style="display:block;width:100%;max-width:{WIDTH}px;height:auto;font:11px {palette.font};'
-        f'font-size:{palette.text_size};font-variant-numeric:tabular-nums">{"".join(parts)}</svg>'
+        f'style="display:block;width:100%;max-width:{WIDTH}px;height:auto;font:11px {style.font};'
+        f'font-size:{style.text_size};font-variant-numeric:tabular-nums">{"".join(parts)}</svg>'
     )
 
 
@@ -164,7 +161,7 @@ class _Frame:
     def place(self, points: Sequence[Point]) -> list[Point]:
         return [(self._x(step), self._y(value)) for step, value in points]
 
-    def draw(self, palette: Palette) -> str:
+    def draw(self, style: ChartStyle) -> str:
         """Grid lines, their labels and the name of the axis."""
         lines, labels = [], []
         for tick in self.upwards:
@@ -185,8 +182,8 @@ class _Frame:
                 f"{self.empty}</text>"
             )
         return (
-            f'<path d="{"".join(lines)}" fill="none" style="stroke:{palette.grid}"/>'
-            f'<g style="fill:{palette.text}">{"".join(labels)}</g>'
+            f'<path d="{"".join(lines)}" fill="none" style="stroke:{style.grid}"/>'
+            f'<g style="fill:{style.text}">{"".join(labels)}</g>'
         )
 
     def _x(self, step: float) -> float:

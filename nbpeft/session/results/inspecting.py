@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 import statistics
 from dataclasses import dataclass
-from html import escape
 
-from nbpeft.session import render
-from nbpeft.session.describe import with_notes
-from nbpeft.session.results import Result
+from nbpeft.display.blocks import Block, Card, Details, HeatMap, Table, card, dim, line, notes
+from nbpeft.display.models import with_notes
+from nbpeft.display.numbers import NONE, plural
+from nbpeft.session.results.base import Result
 from nbpeft.state import LayerChange
 
 _SHOWN = 5
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
-_CELL = 16
-"""Pixels."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,55 +49,59 @@ class InspectResult(Result):
         if not ranked or ranked[0].relative == 0:
             return "it changes nothing yet: train it first"
         return (
-            f"moves {render.plural(len(ranked), 'layer')} by {percent(self.median)} of their weight in the median "
+            f"moves {plural(len(ranked), 'layer')} by {percent(self.median)} of their weight in the median "
             f"({percent(ranked[-1].relative)} to {percent(ranked[0].relative)})"
         )
 
+    @property
+    def changed(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self.layers) and self.ranked[0].relative > 0
+
     def __str__(self) -> str:
         lines = [f"{self.adapter} on {self.model_name}: {self.summary}"]
-        if self.ranked and self.ranked[0].relative > 0:
+        if self.changed:
+            from nbpeft.display.text import columns
+
             most = [(item.path, percent(item.relative), _directions(item)) for item in self.ranked[:_SHOWN]]
-            lines += ["most changed:", render.columns(most)]
+            lines += ["most changed:", columns(most)]
         return with_notes("\n".join(lines), self.notes)
 
-    def _html(self) -> str:
-        changed = bool(self.ranked) and self.ranked[0].relative > 0
-        return render.card(
+    def view(self) -> Card:
+        """A map of the model, and the layers as a table."""
+        return card(
             f"{self.adapter} · where it changed the model",
-            render.line(escape(self.summary)),
-            self._map() if changed else "",
-            self._table() if changed else "",
-            render.notes(self.notes),
+            line(self.summary),
+            self._map() if self.changed else None,
+            Details("layer by layer, most changed first", self._table()) if self.changed else None,
+            notes(self.notes),
             aside=self.model_name,
         )
 
-    def _map(self) -> str:
-        """One line a kind of layer, one cell a block of the model."""
+    def _map(self) -> tuple[Block, ...]:
+        """One row a kind of layer, one cell a block of the model."""
         kinds: dict[str, dict[int, LayerChange]] = {}
         for layer in self.layers:
             match = _BLOCK.match(layer.path)
             if match:
                 kinds.setdefault(match.group(3), {})[int(match.group(2))] = layer
         if not kinds:
-            return ""
+            return ()
         count = max(max(blocks) for blocks in kinds.values()) + 1
         top = self.ranked[0].relative
-        lines = []
-        for kind, blocks in kinds.items():
-            cells = "".join(_cell(blocks.get(block), top) for block in range(count))
-            label = "font-size:12px;text-align:right;white-space:nowrap;padding-right:8px"
-            lines.append(f'<div style="{label}">{escape(kind)}</div><div style="display:flex;gap:1px">{cells}</div>')
+        rows = tuple(
+            (kind, tuple(_cell(blocks[place], top) if place in blocks else None for place in range(count)))
+            for kind, blocks in kinds.items()
+        )
         legend = f"blocks 0 to {count - 1}, left to right; the strongest colour is {percent(top)} of the layer's weight"
-        grid = "display:grid;grid-template-columns:max-content auto;row-gap:2px;align-items:center"
-        return f'<div style="{grid};margin-top:10px;overflow-x:auto">{"".join(lines)}</div>{render.note(legend)}'
+        return HeatMap(rows), line(dim(legend))
 
-    def _table(self) -> str:
-        rows = [
-            (escape(item.path), "–" if item.rank is None else str(item.rank), percent(item.relative), _directions(item))
+    def _table(self) -> Table:
+        rows = tuple(
+            (item.path, NONE if item.rank is None else str(item.rank), percent(item.relative), _directions(item))
             for item in self.ranked
-        ]
-        table = render.table(("Layer", "Rank", "Change", "Directions"), rows, right=(1, 2))
-        return f'<details style="margin-top:6px"><summary>layer by layer, most changed first</summary>{table}</details>'
+        )
+        return Table(("Layer", "Rank", "Change", "Directions"), rows, right=(1, 2))
 
 
 def percent(share: float) -> str:
@@ -113,10 +115,5 @@ def _directions(layer: LayerChange) -> str:
     return f"90 % of it in {layer.directions} of {layer.rank} directions"
 
 
-def _cell(layer: LayerChange | None, top: float) -> str:
-    size = f"width:{_CELL}px;height:{_CELL}px;border-radius:2px"
-    if layer is None:
-        return f'<div style="{size}"></div>'
-    told = escape(f"{layer.path}: {percent(layer.relative)}", quote=True)
-    opacity = 0.06 + 0.94 * min(layer.relative / top, 1.0)
-    return f'<div title="{told}" style="{size};background:var(--jp-brand-color1, #1976d2);opacity:{opacity:.2f}"></div>'
+def _cell(layer: LayerChange, top: float) -> tuple[float, str]:
+    return min(layer.relative / top, 1.0), f"{layer.path}: {percent(layer.relative)}"

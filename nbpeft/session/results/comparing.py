@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from typing import Literal
 
-from nbpeft.session import render, side_by_side
-from nbpeft.session.describe import with_notes
-from nbpeft.session.results import Result
+from nbpeft.display.blocks import Block, Box, Card, Columns, Text, card, line, notes
+from nbpeft.display.differences import Runs, differences
+from nbpeft.display.models import with_notes
+from nbpeft.session.results.base import Result
 
 BASE = "base"
 
@@ -91,47 +91,38 @@ class CompareResult(Result):
         return " · ".join(parts if self.status == "finished" else [*parts, self.status])
 
     def __str__(self) -> str:
-        titles = [column.title for column in self.columns]
+        from nbpeft.display.text import columns
+
         blocks = []
         for number, prompt in enumerate(self.prompts):
-            texts = [_plain(column.answers[number]) for column in self.columns]
-            blocks.append(f"{' '.join(prompt.split())}\n{side_by_side.text_rows(titles, texts)}")
+            answers = columns([(column.title, _text(column.answers[number])) for column in self.columns])
+            blocks.append(f"{' '.join(prompt.split())}\n{answers}")
         return with_notes("\n".join([*blocks, self.aside]), self.notes)
 
-    def html(self, against: str | None = None, *, title: str = "compare") -> str:
-        """The answers as a card.
+    def view(self, against: str | None = None) -> Card:
+        """The answers side by side.
 
         Args:
             against: title of the column that differences are marked against; the first if left out.
-            title: of the card.
         """
-        return render.card(title, self.body(against), render.notes(self.notes), aside=self.aside)
+        return card("compare", self.blocks(against), notes(self.notes), aside=self.aside)
 
-    def body(self, against: str | None = None, *, asked: str = "") -> str:
+    def blocks(self, against: str | None = None, *, shown: str = "") -> tuple[Block, ...]:
         """The prompts and answers without a frame.
 
         Args:
             against: title of the column that differences are marked against; the first if left out.
-            asked: a prompt that can be read beside them already.
+            shown: a prompt that can be read beside them already.
         """
         titles = [column.title for column in self.columns]
-        place = titles.index(against) if against in titles else 0
-        blocks = []
+        reference = self.columns[titles.index(against) if against in titles else 0]
+        found: list[Block] = []
         for number, prompt in enumerate(self.prompts):
-            bodies, asides = [], []
-            for column in self.columns:
-                marks = self.status != "running" and column is not self.columns[place]
-                reference = self.columns[place].answers[number] if marks else None
-                body, aside = _cell(column.answers[number], reference, titles[place])
-                bodies.append(body)
-                asides.append(aside)
-            words = f'<span style="white-space:pre-wrap;overflow-wrap:anywhere">{render.dim(prompt)}</span>'
-            head = render.line(words) if prompt != asked else ""
-            blocks.append(head + side_by_side.columns(titles, bodies, asides))
-        return "".join(blocks)
-
-    def _html(self) -> str:
-        return self.html()
+            if prompt != shown:
+                found.append(line(Text(prompt, "dim", wrap="as is")))
+            marked_against = None if self.status == "running" else reference
+            found.append(Columns(tuple(_box(column, number, marked_against) for column in self.columns)))
+        return tuple(found)
 
 
 def blend_title(weights: tuple[tuple[str, float], ...]) -> str:
@@ -140,15 +131,16 @@ def blend_title(weights: tuple[tuple[str, float], ...]) -> str:
     return f"{names} ({' / '.join(f'{weight:g}' for _, weight in weights)})"
 
 
-def _plain(answer: Answer) -> str:
+def _text(answer: Answer) -> str:
     return f"{answer.text} …" if answer.cut else answer.text or "(nothing)"
 
 
-def _cell(answer: Answer, reference: Answer | None, name: str) -> tuple[str, str]:
-    """The text of an answer as HTML, and what to say beside its title."""
-    text, aside = side_by_side.marked(answer.text, reference.text) if reference else (escape(answer.text), "")
-    if answer.cut:
-        text += render.dim(" …")
-    elif answer.ended and not answer.text:
-        text = render.dim("(nothing)")
-    return text, f"same as {name}" if aside == "same" else aside
+def _box(column: Column, number: int, reference: Column | None) -> Box:
+    """One answer, with what differs from that of the reference marked."""
+    answer, aside = column.answers[number], ""
+    runs: Runs = ((answer.text, False),)
+    if reference is not None and reference is not column:
+        runs, relation = differences(answer.text, reference.answers[number].text)
+        aside = f"same as {reference.title}" if relation == "same" else relation
+    ending = " …" if answer.cut else "(nothing)" if answer.ended and not answer.text else ""
+    return Box(column.title, runs, aside, ending)

@@ -7,11 +7,11 @@ from typing import Any
 
 import ipywidgets
 
-from nbpeft.session import render
-from nbpeft.session.planned import PlanResult, PlanSettings
-from nbpeft.widgets.answer_parts import Frame, field_layout, pair, settings_label
+from nbpeft.display.blocks import dim, line
+from nbpeft.display.html import to_html
+from nbpeft.session.results.planning import PlanResult, PlanSettings
+from nbpeft.widgets.controls import Command, Frame, field_layout, pair, settings_label
 from nbpeft.widgets.lifetime import weakly
-from nbpeft.widgets.panel_parts import Command
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
@@ -48,7 +48,7 @@ class Steps:
         return int(self._slider.value)
 
 
-class PlanParts:
+class PlanControls:
     """The widgets of the panel.
 
     Args:
@@ -103,11 +103,10 @@ class PlanParts:
             result: The plan.
             current: Whether it is that of the settings shown; else it is drawn faintly.
         """
-        aside = " · ".join(text for text in (result.class_name, result.adapter) if text)
-        self.frame.head(aside if current else "computing …", running=not current)
-        notes = "".join(render.line(render.dim(note)) for note in result.notes)
+        self.frame.head(result.aside if current else "computing …", running=not current)
+        notes = tuple(line(dim(note)) for note in result.notes)
         faint = "" if current else "opacity:.45"
-        self.frame.answers.value = f'<div style="{faint}">{result.body(settings=False)}{notes}</div>'
+        self.frame.answers.value = f'<div style="{faint}">{to_html((*result.blocks(), *notes))}</div>'
 
     def free(self) -> None:
         """Closes widgets that are not shown."""

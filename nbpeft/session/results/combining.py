@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 
-from nbpeft.session import render, side_by_side
-from nbpeft.session.describe import acting, adapter_table, describe, with_notes
-from nbpeft.session.results import Result
+from nbpeft.display.blocks import Box, Card, Columns, Details, Table, card, dim, line, notes
+from nbpeft.display.differences import differences
+from nbpeft.display.models import activity, adapter_table, describe, model_title, with_notes
+from nbpeft.display.numbers import plural
+from nbpeft.session.results.base import Result, adapter_card
 from nbpeft.state import AdapterState, LayerLoss, ModelState
 
 _LOST = 1e-4
@@ -68,32 +69,30 @@ class CombineResult(Result):
         did = "remade" if self.remade else "made"
         line = (
             f"{did} {self.adapter.name!r} = {self.formula} on {self.model_name}: {self.kind}, rank {self.rank}, "
-            f"{render.plural(len(self.layers), 'layer')}, {self.kept}"
+            f"{plural(len(self.layers), 'layer')}, {self.kept}"
         )
         if self.relative_error >= _LOST:
             line += f" (worst: {self.worst.path}, {_percent(self.worst.relative_error)})"
-        return with_notes(f"{line}; %lora use {self.adapter.name} switches to it", self.notes)
+        return with_notes(line, self.notes)
 
-    def _html(self) -> str:
+    def view(self) -> Card:
+        """The new adapter, and what was lost by layer."""
         lost = self.relative_error >= _LOST
-        worst = f"; worst layer {self.worst.path}: {_percent(self.worst.relative_error)}" if lost else ""
-        return render.card(
-            f"{self.adapter.name} · {'combined anew' if self.remade else 'combined'}",
-            render.line(escape(self.formula), render.dim(f"({self.kind}, rank {self.rank})")),
-            adapter_table((self.adapter,)),
-            render.line(escape(self.kept), render.dim(worst.removeprefix("; "))),
-            self._layers() if lost else "",
-            render.notes(self.notes),
-            aside=f"{self.model_name} · {self.state.class_name}",
-        )
-
-    def _layers(self) -> str:
-        rows = [
-            (escape(item.path), str(item.rank), _percent(item.relative_error), _percent(item.energy_kept))
+        worst = f"worst layer {self.worst.path}: {_percent(self.worst.relative_error)}" if lost else ""
+        rows = tuple(
+            (item.path, str(item.rank), _percent(item.relative_error), _percent(item.energy_kept))
             for item in self.layers
-        ]
-        table = render.table(("Layer", "Rank", "Relative error", "Energy kept"), rows, right=(1, 2, 3))
-        return f'<details style="margin-top:6px"><summary>layer by layer</summary>{table}</details>'
+        )
+        table = Table(("Layer", "Rank", "Relative error", "Energy kept"), rows, right=(1, 2, 3))
+        return card(
+            f"{self.adapter.name} · {'combined anew' if self.remade else 'combined'}",
+            line(self.formula, dim(f"({self.kind}, rank {self.rank})")),
+            adapter_table((self.adapter,)),
+            line(self.kept, dim(worst)),
+            Details("layer by layer", table) if lost else None,
+            notes(self.notes),
+            aside=model_title(self.state),
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,33 +131,29 @@ class SwapResult(Result):
             f"swapped {self.adapter.name!r} on {self.model_name} for {self.source}: {describe(self.adapter)}; "
             f"{self._facts()}"
         )
-        checked = side_by_side.text_rows(("before", "after"), (self.before, self.after)) if self.prompt else ""
-        return with_notes(f"{line}\n{self.prompt}\n{checked}" if checked else line, self.notes)
+        if self.prompt:
+            from nbpeft.display.text import columns
+
+            line += f"\n{self.prompt}\n{columns((('before', self.before), ('after', self.after)))}"
+        return with_notes(line, self.notes)
 
     def _facts(self) -> str:
-        facts = [f"{render.plural(self.layers, 'layer')} in {1000 * self.seconds:.0f} ms"]
+        facts = [f"{plural(self.layers, 'layer')} in {1000 * self.seconds:.0f} ms"]
         if self.zeroed:
-            facts.append(f"{render.plural(len(self.zeroed), 'layer')} of the old one add nothing now")
+            facts.append(f"{plural(len(self.zeroed), 'layer')} of the old one add nothing now")
         if self.reset:
             facts.append(f"back to the base model's: {', '.join(self.reset)}")
         return ", ".join(facts)
 
-    def _html(self) -> str:
-        checked = ""
+    def view(self) -> Card:
+        """The adapter, and the answers before and after."""
+        checked = None
         if self.prompt:
-            after, aside = side_by_side.marked(self.after, self.before)
-            words = "same answer" if aside == "same" else aside
-            checked = render.line(render.dim(self.prompt)) + side_by_side.columns(
-                ("before", "after"), (escape(self.before), after), ("", words)
-            )
-        return render.card(
-            f"{self.adapter.name} · swapped",
-            adapter_table((self.adapter,)),
-            render.line(render.dim(f"from {self.source}: {self._facts()}; {acting(self.state)}")),
-            checked,
-            render.notes(self.notes),
-            aside=f"{self.model_name} · {self.state.class_name}",
-        )
+            runs, relation = differences(self.after, self.before)
+            after = Box("after", runs, "same answer" if relation == "same" else relation)
+            checked = (line(dim(self.prompt)), Columns((Box("before", ((self.before, False),)), after)))
+        facts = line(dim(f"from {self.source}: {self._facts()}; {activity(self.state)}"))
+        return adapter_card("swapped", self, facts, checked)
 
 
 def _percent(share: float) -> str:
