@@ -136,6 +136,11 @@ class Box:
     aside: str = ""
     ending: str = ""
 
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(text for text, _ in self.runs) + self.ending
+
 
 @dataclass(frozen=True)
 class Columns:

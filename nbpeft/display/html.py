@@ -38,7 +38,7 @@ _CELL = 16
 @singledispatch
 def to_html(block: blocks.Block | tuple[blocks.Block, ...]) -> str:
     """A block, or several, as HTML."""
-    raise TypeError(f"no block: {block!r:.80}")
+    raise TypeError(f"not a block: {block!r:.80}")
 
 
 @to_html.register
@@ -71,7 +71,8 @@ def head(title: str, aside: blocks.Span = "", *, below: int = 0) -> str:
     margin = f";margin-bottom:{below}px" if below else ""
     return (
         f'<div style="display:flex;justify-content:space-between;gap:16px;align-items:baseline{margin}">'
-        f"{span(blocks.bold(title))}{span(aside)}</div>"
+        f"{span(blocks.bold(title))}"
+        f'<span style="text-align:right">{span(aside)}</span></div>'
     )
 
 

@@ -70,7 +70,7 @@ def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
 def modules(adapter: AdapterState) -> Text:
     """``60 · q_proj v_proj``, ``210 · down_proj + 6``; all kinds in the tooltip."""
     few = adapter.targets if len(adapter.targets) <= 2 else (adapter.targets[0], f"+\u00a0{len(adapter.targets) - 1}")
-    words = f"{adapter.module_count} · {' '.join(few)}" if few else str(adapter.module_count)
+    words = f"{adapter.module_count}\u00a0· {' '.join(few)}" if few else str(adapter.module_count)
     return Text(words, tooltip=" ".join(adapter.targets))
 
 

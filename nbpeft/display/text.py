@@ -8,10 +8,8 @@ from io import StringIO
 from typing import Any
 
 from rich import box
-from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -29,41 +27,41 @@ def to_text(block: blocks.Block, width: int = 100) -> str:
     return _printed(renderable(block), width)
 
 
-def columns(rows: Sequence[Sequence[str]], *, indent: int = 2) -> str:
-    """Rows as aligned plain text; a cell may have several lines."""
-    grid = Table.grid(padding=(0, 2))
-    for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
-    return "\n".join(f"{' ' * indent}{row}" for row in _printed(grid, _WIDEST).split("\n")) if rows else ""
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned and indented plain text; a cell may have several lines."""
+    return "\n".join(f"  {line}" for line in _printed(_grid(rows), _WIDEST).split("\n")) if rows else ""
 
 
 def _printed(item: RenderableType, width: int) -> str:
     # In a kernel rich would display what is printed, whatever the file.
-    console = Console(
-        file=StringIO(), width=width, color_system=None, force_jupyter=False, legacy_windows=False, emoji=False
-    )
+    stream = StringIO()
+    console = Console(file=stream, width=width, color_system=None, force_jupyter=False, legacy_windows=False)
     console.print(item)
-    return "\n".join(row.rstrip() for row in console.file.getvalue().rstrip("\n").split("\n"))  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return grid
 
 
 @singledispatch
 def renderable(block: Any) -> RenderableType:
     """A block, or several, as rich draws it."""
-    raise TypeError(f"no block: {block!r:.80}")
+    raise TypeError(f"not a block: {block!r:.80}")
 
 
 @renderable.register
 def _(block: tuple) -> RenderableType:  # type: ignore[type-arg]
-    return Group(*(renderable(part) for part in block if part is not None and part != blocks.line()))
+    return Group(*(renderable(part) for part in block if part not in (None, (), blocks.line())))
 
 
 @renderable.register
 def _(block: blocks.Card) -> RenderableType:
-    aside = Text(block.aside, style="dim") if block.aside else None
-    return Panel(
-        renderable(block.blocks), title=Text(block.title, style="bold"), title_align="left", subtitle=aside,
-        subtitle_align="right", box=box.ROUNDED, expand=False,
-    )  # fmt: skip
+    title, aside = Text(block.title, "bold"), Text(block.aside, "dim") if block.aside else None
+    return Panel(renderable(block.blocks), title=title, title_align="left", subtitle=aside, expand=False)
 
 
 @renderable.register
@@ -77,15 +75,14 @@ def _(block: blocks.Line) -> RenderableType:
 
 
 def _span(item: blocks.Span) -> Text:
-    return Text(item) if isinstance(item, str) else Text(item.text, style=_TONES.get(item.tone, ""))
+    return Text(item) if isinstance(item, str) else Text(item.text, _TONES.get(item.tone, ""))
 
 
 @renderable.register
 def _(block: blocks.Table) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, title in enumerate(block.head):
-        right = place in block.right
-        table.add_column(Text(title), justify="right" if right else "left", no_wrap=right)
+        table.add_column(Text(title), justify="right" if place in block.right else "left")
     for place, row in enumerate(block.rows):
         cells = (Text("\n").join(map(_span, cell if isinstance(cell, tuple) else (cell,))) for cell in row)
         table.add_row(*cells, style="bold" if place in block.marked else "")
@@ -94,60 +91,40 @@ def _(block: blocks.Table) -> RenderableType:
 
 @renderable.register
 def _(block: blocks.Bar) -> RenderableType:
-    rows = [(part_words(part), part.byte_count) for part in block.parts if part.byte_count]
-    table = Table.grid(padding=(0, 2))
-    for words, byte_count in rows:
-        table.add_row(ProgressBar(block.whole, byte_count, width=24), Text(words))
-    end = Text(f"{block.end_label}: {size(block.end)}" if block.end is not None else "", style="dim")
-    return Group(table, *(text for text in (end, Text(block.remark, style="dim")) if text))
+    end = [f"{block.end_label}: {size(block.end)}"] if block.end is not None else []
+    return _grid([(part_words(part),) for part in block.parts if part.byte_count] + [(*end, block.remark)])
 
 
 @renderable.register
 def _(block: blocks.Columns) -> RenderableType:
-    return Columns(
-        [
-            Panel(
-                Text("").join(Text(piece, style="reverse" if changed else "") for piece, changed in item.runs)
-                + Text(item.ending, style="dim"),
-                title=Text(item.title),
-                subtitle=Text(item.aside) if item.aside else None,
-                width=46,
-            )
-            for item in block.boxes
-        ]
-    )
+    return _grid([(item.title, item.text, item.aside) for item in block.boxes])
 
 
 @renderable.register
 def _(block: blocks.HeatMap) -> RenderableType:
-    shades = " ░▒▓█"
-    grid = Table.grid(padding=(0, 1))
-    for label, cells in block.rows:
-        drawn = "".join(" " if cell is None else shades[min(int(cell[0] * 4.999), 4)] for cell in cells)
-        grid.add_row(Text(label, justify="right"), Text(drawn))
-    return grid
+    def shade(cell: tuple[float, str] | None) -> str:
+        return " " if cell is None else "·░▒▓█"[min(int(cell[0] * 5), 4)]
+
+    return _grid([(label, "".join(map(shade, cells))) for label, cells in block.rows])
 
 
 @renderable.register
 def _(block: blocks.Figures) -> RenderableType:
-    grid = Table.grid(padding=(0, 3))
-    grid.add_row(*(Text(figure, style="bold") for figure, _, _ in block.figures))
-    grid.add_row(*(Text(label, style="dim") for _, label, _ in block.figures))
-    return grid
+    return _grid([[label for _, label, _ in block.figures], [figure for figure, _, _ in block.figures]])
 
 
 @renderable.register
 def _(block: blocks.Progress) -> RenderableType:
-    return ProgressBar(1.0, block.done, width=60, complete_style="red" if block.failed else "blue")
+    return Text(f"{100 * block.done:.0f} %")
 
 
 @renderable.register
 def _(block: blocks.LossChart) -> RenderableType:
     from nbpeft.display.charts import describe
 
-    return Text(describe(block.train), style="dim")
+    return Text(describe(block.train), "dim")
 
 
 @renderable.register
 def _(block: blocks.Details) -> RenderableType:
-    return Group(Text(block.summary, style="dim"), renderable(block.block))
+    return Group(Text(block.summary, "dim"), renderable(block.block))

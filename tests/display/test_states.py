@@ -102,8 +102,8 @@ def test_everything_typed_is_escaped(html: str) -> None:
 
 
 def test_rows_name_few_kinds_of_modules_and_count_many() -> None:
-    assert modules(ADAPTERS[1]).text == "60 · q_proj v_proj"
-    assert modules(ADAPTERS[0]).text == "210 · down_proj +\u00a06"
+    assert modules(ADAPTERS[1]).text == "60\u00a0· q_proj v_proj"
+    assert modules(ADAPTERS[0]).text == "210\u00a0· down_proj +\u00a06"
     assert modules(ADAPTERS[0]).tooltip == "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
     assert modules(adapter(targets=(), module_count=3)).text == "3"
 

@@ -95,7 +95,7 @@ class CompareResult(Result):
 
         blocks = []
         for number, prompt in enumerate(self.prompts):
-            answers = columns([(column.title, _text(column.answers[number])) for column in self.columns])
+            answers = columns([(column.title, _box(column, number).text) for column in self.columns])
             blocks.append(f"{' '.join(prompt.split())}\n{answers}")
         return with_notes("\n".join([*blocks, self.aside]), self.notes)
 
@@ -131,11 +131,7 @@ def blend_title(weights: tuple[tuple[str, float], ...]) -> str:
     return f"{names} ({' / '.join(f'{weight:g}' for _, weight in weights)})"
 
 
-def _text(answer: Answer) -> str:
-    return f"{answer.text} …" if answer.cut else answer.text or "(nothing)"
-
-
-def _box(column: Column, number: int, reference: Column | None) -> Box:
+def _box(column: Column, number: int, reference: Column | None = None) -> Box:
     """One answer, with what differs from that of the reference marked."""
     answer, aside = column.answers[number], ""
     runs: Runs = ((answer.text, False),)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
+from nbpeft.display.blocks import Card, card, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import plural
 from nbpeft.session.results.base import Result
@@ -29,3 +31,7 @@ class ExportResult(Result):
         rows = " and ".join(f"{plural(count, 'row')} in {path}" for path, count in self.data)
         line = f"wrote {self.script}, which trains {self.adapter!r} anew, and {rows}; accelerate launch {self.script}"
         return with_notes(line, self.notes)
+
+    def view(self) -> Card:
+        """What was written."""
+        return card(str(dataclasses.replace(self, notes=())), notes(self.notes))
