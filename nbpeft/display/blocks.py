@@ -52,21 +52,6 @@ def dim(text: str) -> Text:
     return Text(text, "dim")
 
 
-def error(text: str) -> Text:
-    """Text that says that something is wrong."""
-    return Text(text, "error")
-
-
-def warning(text: str) -> Text:
-    """Text that says that something may go wrong."""
-    return Text(text, "warning")
-
-
-def name(text: str) -> Text:
-    """A name or path; a long one may be broken."""
-    return Text(text, wrap="names")
-
-
 @dataclass(frozen=True)
 class Line:
     """A line of text; nothing where all of it is empty."""
@@ -81,7 +66,7 @@ def line(*spans: Span) -> Line:
 
 def notes(items: Iterable[str]) -> tuple[Line, ...]:
     """What a person should know, one a line."""
-    return tuple(line(warning(f"note: {item}")) for item in items)
+    return tuple(line(Text(f"note: {item}", "warning")) for item in items)
 
 
 @dataclass(frozen=True)

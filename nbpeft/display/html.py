@@ -50,6 +50,8 @@ def span(item: blocks.Span) -> str:
     """A stretch of text."""
     if isinstance(item, str):
         return escape(item)
+    if not item.text:
+        return ""
     text = re.sub(r"([_/])(?=.)", r"\1<wbr>", escape(item.text)) if item.wrap == "names" else escape(item.text)
     style = ";".join(part for part in (_TONES.get(item.tone, ""), _WRAPS.get(item.wrap, "")) if part)
     tooltip = f' title="{escape(item.tooltip)}"' if item.tooltip else ""
@@ -82,7 +84,7 @@ def _(block: blocks.Card) -> str:
     return (
         f'<div style="border:1px solid {palette.BORDER};border-radius:6px;padding:10px 14px;max-width:900px;'
         f'overflow-wrap:break-word;color:{palette.TEXT};{palette.FONT}">'
-        f"{head(block.title, blocks.dim(block.aside) if block.aside else '')}{body}</div>"
+        f"{head(block.title, blocks.dim(block.aside))}{body}</div>"
     )
 
 
@@ -93,7 +95,7 @@ def _(block: blocks.Stack) -> str:
 
 @to_html.register
 def _(block: blocks.Line) -> str:
-    words = " ".join(span(item) for item in block.spans if (item if isinstance(item, str) else item.text))
+    words = " ".join(filter(None, map(span, block.spans)))
     return f'<div style="margin-top:6px">{words}</div>' if words else ""
 
 
@@ -145,7 +147,7 @@ def _(block: blocks.Bar) -> str:
         f"{escape(part.name)} {size(part.byte_count)}</span>"
         for part in parts
     )
-    remark = span(blocks.dim(block.remark)) if block.remark else ""
+    remark = span(blocks.dim(block.remark))
     return (
         '<div style="display:flex;height:14px;border-radius:3px;overflow:hidden;margin:8px 0 0;'
         f'{background(palette.FILL)}">{pieces}</div>{_end(block)}'
@@ -190,8 +192,8 @@ def _(block: blocks.Columns) -> str:
 
 def _box(box: blocks.Box) -> str:
     text = "".join(_marked(piece) if changed else escape(piece) for piece, changed in box.runs)
-    aside = span(blocks.dim(box.aside)) if box.aside else ""
-    ending = span(blocks.dim(box.ending)) if box.ending else ""
+    aside = span(blocks.dim(box.aside))
+    ending = span(blocks.dim(box.ending))
     return (
         f'<div style="border:1px solid #9e9e9e;border:1px solid {palette.BORDER};border-radius:4px;padding:6px 8px;'
         f'flex:1 1 {_LEAST_WIDTH}px;min-width:0;min-height:64px;box-sizing:border-box">'

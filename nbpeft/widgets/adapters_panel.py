@@ -25,6 +25,7 @@ from nbpeft.display.models import (
     totals,
 )
 from nbpeft.errors import NbpeftError
+from nbpeft.session.results.comparing import BASE
 from nbpeft.state import ModelState, SessionState
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.lifetime import weakly
@@ -99,7 +100,7 @@ class _Parts:
         self.drawer = Drawer(session, name, tokenizer)
 
         self._head = parts.html()
-        self._choices = parts.Choices(command)
+        self._choices = parts.ToggleRow(command, "0 0 6px 0")
         self._rows = parts.Rows(command)
         self._empty = parts.html()
         self._totals = parts.html()
@@ -129,7 +130,10 @@ class _Parts:
             self._empty.value = "" if model.adapters else to_html(line(dim(no_adapters(model))))
             self._totals.value = to_html(totals(model))
             self._memory.value = to_html(memory_bar(model.memory)) if model.memory is not None else ""
-        self._choices.draw(model)
+        choices: dict[tuple[str, ...], tuple[str, str]]
+        choices = {("off",): (BASE, "Only the base model is active")}
+        choices |= {("use", item.name): (item.name, f"Switch to {item.name}") for item in model.adapters}
+        self._choices.draw(choices, [("use", name) for name in model.active] or [("off",)])
         self._rows.draw(model)
         visible = None if model.adapters else "none"
         for part in (self._choices.box, self._refresh, self.drawer.buttons):

@@ -11,8 +11,19 @@ from nbpeft.display.html import span, to_html
 from nbpeft.errors import NbpeftError
 from nbpeft.session.results.comparing import CompareResult
 from nbpeft.state import ModelState
-from nbpeft.widgets.controls import Command, Frame, PromptForm, Question, action_button, field_layout, html, pair
-from nbpeft.widgets.lifetime import close_tree, weakly
+from nbpeft.widgets.controls import (
+    Command,
+    Frame,
+    PromptForm,
+    Question,
+    action_button,
+    field_layout,
+    html,
+    one_each,
+    pair,
+    tokens_field,
+)
+from nbpeft.widgets.lifetime import weakly
 
 TYPES = (
     ("exact sum", "exact"),
@@ -91,7 +102,7 @@ class BlendControls:
             value=0.5, min=0.05, max=1.0, step=0.05, layout=field_layout("66px")
         )
         self._density.observe(weakly(command, "moved"), names="value")
-        self._tokens = ipywidgets.BoundedIntText(value=tokens, min=1, max=4096, step=16, layout=field_layout("76px"))
+        self._tokens = tokens_field(tokens)
         self._density_pair = pair("density", self._density)
         self._density_pair.layout.display = "none"
         box = ipywidgets.HBox(
@@ -159,15 +170,10 @@ class BlendControls:
     def draw(self, model: ModelState | None, missing: str) -> None:
         """A slider for each adapter; those that stayed keep their place."""
         names = [item.name for item in model.adapters] if model is not None else []
-        if names != list(self._sliders):
-            old, first = self._sliders, not self._sliders
-            acts = model.active if model is not None else ()
-            self._sliders = {
-                name: old.get(name) or Slider(name, float(first and name in acts), self._command) for name in names
-            }
-            self._rows.children = tuple(slider.box for slider in self._sliders.values())
-            for name in old.keys() - self._sliders.keys():
-                close_tree(old[name].box)
+        active = model.active if model is not None and not self._sliders else ()
+        self._sliders = one_each(
+            self._rows, self._sliders, names, lambda name: Slider(name, float(name in active), self._command)
+        )
         if missing:
             self.frame.answers.value = to_html(line(dim(missing)))
         elif not names:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import ipywidgets
 
@@ -14,7 +14,8 @@ from nbpeft.state import AdapterState, ModelState
 from nbpeft.widgets.lifetime import close_tree, weakly
 from nbpeft.widgets.styles import PANEL_CSS
 
-BASE = "base"
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 Command = Callable[..., None]
 """Called with the words of a command, e.g. ``("use", "orders")``; a bound method, held weakly."""
@@ -48,42 +49,60 @@ def panel_root(*children: Any) -> Any:
     return root
 
 
-class Choices:
-    """A row of buttons, one of which (or several) is on: the base model and every adapter."""
+def one_each(box: Any, old: dict[Key, Item], keys: Iterable[Key], make: Callable[[Key], Item]) -> dict[Key, Item]:
+    """Gives a box one child for each key; those of keys that stayed are kept, the others are closed.
 
-    def __init__(self, command: Command) -> None:
+    Args:
+        box: The box.
+        old: The items in it, widgets or objects with a ``box``.
+        keys: What it is to hold.
+        make: Makes the item of a new key.
+    """
+    new = {key: old[key] if key in old else make(key) for key in keys}
+    if list(new) != list(old):
+        others = box.children[: len(box.children) - len(old)]
+        box.children = (*others, *(getattr(item, "box", item) for item in new.values()))
+        for key in old.keys() - new.keys():
+            close_tree(getattr(old[key], "box", old[key]))
+    return new
+
+
+class ToggleRow:
+    """A row of buttons that are on or off, e.g. the base model and every adapter.
+
+    Args:
+        command: Called with the words of the button that was clicked.
+        margin: Around the row.
+    """
+
+    def __init__(self, command: Command, margin: str = "0") -> None:
         self._command = command
-        self._base = self._button(BASE, "Only the base model acts", "off")
-        self._buttons: dict[str, Any] = {}
-        self.box = ipywidgets.HBox([self._base], layout=ipywidgets.Layout(margin="0 0 6px 0"))
+        self._buttons: dict[tuple[str, ...], Any] = {}
+        self.box = ipywidgets.HBox([], layout=ipywidgets.Layout(margin=margin))
         self.box.add_class("nbpeft-choices")
 
-    def draw(self, model: ModelState) -> None:
-        """Shows which adapters are active."""
-        names = [adapter.name for adapter in model.adapters]
-        if names != list(self._buttons):
-            old = self._buttons
-            self._buttons = {
-                name: old.get(name) or self._button(name, f"Switch to {name}", "use", name) for name in names
-            }
-            self.box.children = (self._base, *self._buttons.values())
-            for name in old.keys() - self._buttons.keys():
-                close_tree(old[name])
-        for name, button in self._buttons.items():
-            mark(button, "nbpeft-on", name in model.active)
-        mark(self._base, "nbpeft-on", not model.active)
+    def draw(self, buttons: Mapping[tuple[str, ...], tuple[str, str]], on: Collection[tuple[str, ...]]) -> None:
+        """Shows the buttons.
 
-    def _button(self, text: str, tooltip: str, *command: str) -> Any:
-        button = ipywidgets.Button(description=text, tooltip=tooltip, layout=ipywidgets.Layout(width="auto"))
-        button.on_click(weakly(self._command, *command))
+        Args:
+            buttons: Words of the command -> label and tooltip.
+            on: Those that are on.
+        """
+        self._buttons = one_each(self.box, self._buttons, buttons, lambda words: self._button(words, *buttons[words]))
+        for words, button in self._buttons.items():
+            mark(button, "nbpeft-on", words in on)
+
+    def _button(self, words: tuple[str, ...], label: str, tooltip: str) -> Any:
+        button = ipywidgets.Button(description=label, tooltip=tooltip, layout=ipywidgets.Layout(width="auto"))
+        button.on_click(weakly(self._command, *words))
         return button
 
 
 class Row:
     """One adapter with its save and delete buttons, and what they ask back."""
 
-    def __init__(self, adapter: AdapterState, command: Command) -> None:
-        self._name = adapter.name
+    def __init__(self, name: str, command: Command) -> None:
+        self._name = name
         self._command = command
         self._confirming = False
         self._cells = html(flex="1 1 0%", min_width="0")
@@ -106,11 +125,6 @@ class Row:
         """
         self._cells.value = adapter_row(adapter, titles)
         mark(self.box, "nbpeft-on", adapter.active)
-
-    def close(self) -> None:
-        """Frees the widgets."""
-        self._close_form()
-        close_tree(self.box)
 
     def _first_clicked(self) -> None:
         if self._confirming:
@@ -202,14 +216,7 @@ class Rows:
     def draw(self, model: ModelState) -> None:
         """Shows a model's adapters; rows of adapters that stayed are kept."""
         names = [adapter.name for adapter in model.adapters]
-        if names != list(self._rows):
-            old = self._rows
-            self._rows = {
-                adapter.name: old.get(adapter.name) or Row(adapter, self._command) for adapter in model.adapters
-            }
-            self.box.children = (self._head, *(row.box for row in self._rows.values()))
-            for name in old.keys() - self._rows.keys():
-                old[name].close()
+        self._rows = one_each(self.box, self._rows, names, lambda name: Row(name, self._command))
         titles = adapter_head(model.adapters)
         self._titles.value = row_head(titles)
         for adapter in model.adapters:
@@ -254,6 +261,11 @@ def settings_label(text: str) -> Any:
 def pair(label: str, field: Any) -> Any:
     """A field with its label, kept together where lines wrap."""
     return ipywidgets.HBox([settings_label(label), field], layout=ipywidgets.Layout(align_items="center"))
+
+
+def tokens_field(value: int) -> Any:
+    """The greatest length of an answer."""
+    return ipywidgets.BoundedIntText(value=value, min=1, max=4096, step=16, layout=field_layout("76px"))
 
 
 def field_layout(width: str) -> Any:
@@ -329,38 +341,6 @@ class PromptForm:
     def chat(self) -> bool | None:
         """For ``session.compare``."""
         return FORMS[self._form.value]
-
-
-class Picks:
-    """A row of buttons that are on or off: which columns there are.
-
-    Args:
-        command: Called with ``pick`` and a name.
-    """
-
-    def __init__(self, command: Command) -> None:
-        self._command = command
-        self._buttons: dict[str, Any] = {}
-        self.box = ipywidgets.HBox([], layout=ipywidgets.Layout(margin="0"))
-        self.box.add_class("nbpeft-choices")
-
-    def draw(self, names: Sequence[str], chosen: Sequence[str]) -> None:
-        """Shows the names, those chosen as on."""
-        if list(names) != list(self._buttons):
-            old = self._buttons
-            self._buttons = {name: old.get(name) or self._button(name) for name in names}
-            self.box.children = tuple(self._buttons.values())
-            for name in old.keys() - self._buttons.keys():
-                close_tree(old[name])
-        for name, button in self._buttons.items():
-            mark(button, "nbpeft-on", name in chosen)
-
-    def _button(self, name: str) -> Any:
-        button = ipywidgets.Button(
-            description=name, tooltip=f"With or without {name}", layout=ipywidgets.Layout(width="auto")
-        )
-        button.on_click(weakly(self._command, "pick", name))
-        return button
 
 
 class Frame:

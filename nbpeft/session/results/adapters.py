@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.display.blocks import Block, Card, Stack, Table, card, dim, line, name, notes
+from nbpeft.display.blocks import Block, Card, Stack, Table, Text, card, dim, line, notes
 from nbpeft.display.memory import free_words, parts_text
 from nbpeft.display.models import (
     activity,
@@ -154,7 +154,13 @@ class SaveResult(Result):
     def view(self) -> Card:
         """One row an adapter."""
         rows = tuple(
-            (name(item.name), name(item.folder), ", ".join(item.files), size(item.byte_count)) for item in self.saved
+            (
+                Text(item.name, wrap="names"),
+                Text(item.folder, wrap="names"),
+                ", ".join(item.files),
+                size(item.byte_count),
+            )
+            for item in self.saved
         )
         table = Table(("Adapter", "Folder", "Files", "Size"), rows, right=(3,))
         return card("saved", table, notes(self.notes), aside=self.model_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbpeft.display.blocks import Bar, Block, Card, Table, Text, bold, card, dim, error, line, warning
+from nbpeft.display.blocks import Bar, Block, Card, Table, Text, Tone, bold, card, dim, line
 from nbpeft.display.memory import parts_text, scale_of
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import size
@@ -173,9 +173,9 @@ class PlanResult(Result):
 
     def blocks(self) -> tuple[Block, ...]:
         """The plan without its settings and its frame."""
-        tone = error if self.fits is False else dim if self.fits_now is not False else warning
-        found: list[Block] = [line(bold(f"peak {size(self.peak_bytes)}"), tone(self.verdict)), self.bar()]
-        found += [line(error(f"no room for: {self._exceeding()}"))] if self.exceeding else []
+        tone: Tone = "error" if self.fits is False else "warning" if self.fits_now is False else "dim"
+        found: list[Block] = [line(bold(f"peak {size(self.peak_bytes)}"), Text(self.verdict, tone)), self.bar()]
+        found += [line(Text(f"no room for: {self._exceeding()}", "error"))] if self.exceeding else []
         return (*found, self._change_table()) if self.changes else tuple(found)
 
     def bar(self) -> Bar:
