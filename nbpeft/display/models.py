@@ -132,17 +132,17 @@ def model_card(model: ModelState | None, called: str | None = None, *, hint: str
     return card(
         model_title(model),
         adapter_table(model.adapters) if model.adapters else line(dim(no_adapters(model))),
-        totals(model),
+        totals(model, activity(model)),
         memory_bar(model.memory) if model.memory is not None else None,
         line(dim(hint)),
         aside=model_summary(model),
     )
 
 
-def totals(model: ModelState) -> Line:
-    """How much of the model trains, and which adapters are active."""
-    words = " · ".join(part for part in (activity(model), in_pool(model)) if part)
-    return line(bold(count(model.trainable_count)), _of_all(model), dim(f"· {words}"))
+def totals(model: ModelState, *more: str) -> Line:
+    """How much of the model trains, how many adapters its pool has, and more words."""
+    words = (dim(f"· {part}") for part in (in_pool(model), *more) if part)
+    return line(bold(count(model.trainable_count)), _of_all(model), *words)
 
 
 def no_adapters(model: ModelState) -> str:

@@ -21,8 +21,8 @@ PANEL_CSS = f"""
 .nbpeft-choices .nbpeft-on + .jupyter-button.nbpeft-on {{ border-left-color: {ON_ACCENT}; }}
 .nbpeft-row {{ border-bottom: 1px solid {BORDER}; align-items: center; min-height: 30px; overflow: visible; }}
 .nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
-.nbpeft-grid {{ display: grid; align-items: center; grid-template-columns: minmax(0, 1.5fr) minmax(0, .8fr)
-  minmax(0, .9fr) minmax(0, 1.6fr) minmax(0, 1.2fr) minmax(0, .9fr) minmax(0, 1.4fr); }}
+.nbpeft-grid {{ display: grid; align-items: center; grid-template-columns: minmax(0, 1.4fr) minmax(0, .8fr)
+  minmax(0, .9fr) minmax(0, 1.9fr) minmax(0, 1.2fr) minmax(0, .9fr) minmax(0, 1.3fr); }}
 .nbpeft-grid > div {{ padding: 4px 8px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
 .nbpeft-grid > .nbpeft-number {{ text-align: right; }}
 @container (max-width: 660px) {{

@@ -169,7 +169,8 @@ class FakeSession:
 
     def off(self, *, model: str) -> Any:
         self._take("off")
-        self.change(model, active=(), enabled=False)
+        adapters = tuple(dataclasses.replace(item, active=False) for item in self.models[model].adapters)
+        self.change(model, adapters=adapters, active=(), enabled=False)
         return SimpleNamespace(notes=())
 
     def save(self, folder: str, *, name: str, model: str) -> str:
