@@ -38,7 +38,7 @@ from nbpeft.session.results import (
 from nbpeft.session.results.comparing import Answer, Column
 from nbpeft.session.results.planning import PlanSettings, Room
 from nbpeft.session.results.quantizing import PartSize
-from nbpeft.state import LayerChange, LayerLoss, MemoryPart, SessionState
+from nbpeft.state import AdapterState, LayerChange, LayerLoss, MemoryPart, ModelState, SessionState
 from nbpeft.training.result import TrainResult
 from tests.widgets.answering import ANSWERS, PROMPT
 from tests.widgets.fakes import ADAPTERS, MEMORY, model, train_state
@@ -70,45 +70,16 @@ def plan_result(word: str = "model", room: Room | None = None) -> PlanResult:
 
 def results(word: str = "orders") -> dict[str, Shown]:
     """Every kind of result by name; ``word`` stands for whatever a person may have typed."""
-    adapter = dataclasses.replace(ADAPTERS[0], name=word)
-    notes = (f"{word} has a note",)
-    state = model(word, (adapter, *ADAPTERS[1:]), active=(word,))
-    answers = {**ANSWERS, word: ANSWERS["orders"] + word, "orders (1 / 0.5)": ANSWERS["orders"].replace("12", "13")}
-    columns = tuple(
-        Column(name, (), (Answer(text, 12, True), Answer(word, 1, cut=True))) for name, text in answers.items()
-    )
-    path = "model.layers.{}.self_attn.{}_proj"
-    layers = tuple(
-        LayerChange(path.format(block, kind), 0.01 * (block + 1) * (1 + place), 1.0, 3, 16)
-        for place, kind in enumerate("qkvo")
-        for block in range(30)
-    )
-    lost = tuple(LayerLoss(path.format(block, "q"), 16, 0.02 * block, 1 - 0.01 * block) for block in range(4))
-    rows = tuple(
-        PreviewRow(f"{kind}_proj", 30, ("576 × 576", "192 × 576"), (16,), 829_440, word) for kind in ("q", "v")
-    )
-    preview = Preview(
-        word, word, "LoRA", rows, ("lm_head",), 2, (word,), 1_658_880, 134_515_008, 6_635_520, 19_906_560,
-        notes=notes, memory=plan_result(word),
-    )  # fmt: skip
-    parts = (
-        PartSize("quantized layers", 210, 55_100_000, 212_400_000, 212_400_000, ("nf4 double",)),
-        PartSize("embedding", 1, 56_600_000, 56_600_000, 56_600_000, ("bfloat16", word)),
-        PartSize("norms and biases", 61, 140_000, 70_000, 70_000, ("float32",)),
-    )
-    added = AddResult(ModelRef(Thing()), word, adapter, state, reconfigured=True, notes=notes)
-    errors = MergeErrors(
-        (LayerError(path.format(0, "q"), 1e-6, 0.09, 1.0, 1.0), LayerError(word, 2e-6, 0.12, 1.0, 1.0)), "bfloat16"
-    )
-    swap = SwapResult(
-        word, f"adapters/{word}", adapter, 60, ("lm_head",), (), 0.012, state,
-        PROMPT + word, ANSWERS["orders"], ANSWERS["orders"].replace("12", "13") + word, notes,
-    )  # fmt: skip
-    train = train_state(40, 40, status="finished", adapter=word, remaining=None)
+    return {**_of_adapters(word), **_of_answers_and_layers(word), **_of_plans(word)}
+
+
+def _of_adapters(word: str) -> dict[str, Shown]:
+    adapter, state, notes = _adapter(word), _state(word), (f"{word} has a note",)
     idle = dataclasses.replace(adapter, active=False)
     saved = SavedAdapter(word, f"a/folder_of/{word}", ("adapter_config.json", word), 19_537_920)
+    train = train_state(40, 40, status="finished", adapter=word, remaining=None)
     return {
-        "add": added,
+        "add": AddResult(ModelRef(Thing()), word, adapter, state, reconfigured=True, notes=notes),
         "done": Done(f"{word} is used", state, notes),
         "load": LoadResult(ModelRef(Thing()), word, f"adapters/{word}", idle, state),
         "save": SaveResult(word, (saved,)),
@@ -117,21 +88,69 @@ def results(word: str = "orders") -> dict[str, Shown]:
         "status": StatusReport(SessionState((state, model("second", ADAPTERS[1:], memory=MEMORY)), word)),
         "status of nothing": StatusReport(SessionState()),
         "memory": MemoryReport(dataclasses.replace(MEMORY, device=word, peak=600_000_000)),
+        "doctor": DoctorReport((Check("torch", "2.9"), Check(word, "", "needed", f"pip install {word}"))),
+        "train": TrainResult("finished", word, 40, 40, 0.084, 0.102, 82.0, 9000, 241.0, f"out/{word}", train, word),
+    }
+
+
+def _of_answers_and_layers(word: str) -> dict[str, Shown]:
+    adapter, state, notes = _adapter(word), _state(word), (f"{word} has a note",)
+    other = ANSWERS["orders"].replace("12", "13")
+    answers = {**ANSWERS, word: ANSWERS["orders"] + word, "orders (1 / 0.5)": other}
+    columns = tuple(
+        Column(name, (), (Answer(text, 12, True), Answer(word, 1, cut=True))) for name, text in answers.items()
+    )
+    path = "model.layers.{}.self_attn.{}_proj"
+    changes = tuple(
+        LayerChange(path.format(block, kind), 0.01 * (block + 1) * (1 + place), 1.0, 3, 16)
+        for place, kind in enumerate("qkvo")
+        for block in range(30)
+    )
+    lost = tuple(LayerLoss(path.format(block, "q"), 16, 0.02 * block, 1 - 0.01 * block) for block in range(4))
+    errors = (LayerError(path.format(0, "q"), 1e-6, 0.09, 1.0, 1.0), LayerError(word, 2e-6, 0.12, 1.0, 1.0))
+    return {
         "combine": CombineResult(
             word, ((word, 0.7), ("pirate", -0.3)), adapter, "exact", 16, 0.04, 0.99, lost, state, notes=notes
         ),
-        "swap": swap,
+        "swap": SwapResult(
+            word, f"adapters/{word}", adapter, 60, ("lm_head",), (), 0.012, state,
+            PROMPT + word, ANSWERS["orders"], other + word, notes,
+        ),
         "compare": CompareResult(word, (PROMPT, word), columns, 1.94, 1, form="sent as plain text", notes=notes),
-        "inspect": InspectResult(word, word, layers, notes),
-        "merge": MergedCopy(word, (word,), f"merged/{word}", "bfloat16", 269_000_000, (269_000_000,), errors, notes),
+        "inspect": InspectResult(word, word, changes, notes),
+        "merge": MergedCopy(
+            word, (word,), f"merged/{word}", "bfloat16", 269_000_000, (269_000_000,), MergeErrors(errors, "bfloat16")
+        ),
+    }  # fmt: skip
+
+
+def _of_plans(word: str) -> dict[str, Shown]:
+    rows = tuple(PreviewRow(f"{kind}_proj", 30, ("576 × 576", "192 × 576"), (16,), 829_440, word) for kind in "qv")
+    preview = Preview(
+        word, word, "LoRA", rows, ("lm_head",), 2, (word,), 1_658_880, 134_515_008, 6_635_520, 19_906_560,
+        memory=plan_result(word),
+    )  # fmt: skip
+    parts = (
+        PartSize("quantized layers", 210, 55_100_000, 212_400_000, 212_400_000, ("nf4 double",)),
+        PartSize("embedding", 1, 56_600_000, 56_600_000, 56_600_000, ("bfloat16", word)),
+        PartSize("norms and biases", 61, 140_000, 70_000, 70_000, ("float32",)),
+    )
+    added = AddResult(ModelRef(Thing()), word, _adapter(word), _state(word))
+    return {
         "plan": plan_result(word),
         "plan that fits": plan_result(word, Room("cuda:0 of this machine", 24_000_000_000, 9_000_000_000)),
         "preview": preview,
         "quantize": QloraResult(ModelRef(Thing()), added, word, True, parts, "61 tensors in float32", 0, 4.2),
         "preview of quantizing": QloraPreview(word, "load and quantize", parts, "61 tensors in float32", preview),
-        "doctor": DoctorReport((Check("torch", "2.9"), Check(word, "", "needed", f"pip install {word}"))),
-        "train": TrainResult("finished", word, 40, 40, 0.084, 0.102, 82.0, 9000, 241.0, f"out/{word}", train, word),
-    }  # fmt: skip
+    }
+
+
+def _adapter(word: str) -> AdapterState:
+    return dataclasses.replace(ADAPTERS[0], name=word)
+
+
+def _state(word: str) -> ModelState:
+    return model(word, (_adapter(word), *ADAPTERS[1:]), active=(word,))
 
 
 def states(word: str = "orders") -> dict[str, Block]:
