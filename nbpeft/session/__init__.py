@@ -17,8 +17,8 @@ from nbpeft.session.core import Session
 from nbpeft.session.results import (
     AddResult,
     CombineResult,
+    CommandResult,
     CompareResult,
-    Done,
     ExportResult,
     InspectResult,
     LoadResult,
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AddResult",
     "CombineResult",
+    "CommandResult",
     "CompareResult",
-    "Done",
     "ExportResult",
     "InspectResult",
     "LoadResult",

@@ -10,7 +10,7 @@ from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.base import SessionBase
 from nbpeft.session.checks import names_of, place_of
-from nbpeft.session.results import Done, MergedCopy, ModelRef, UnloadResult
+from nbpeft.session.results import CommandResult, MergedCopy, ModelRef, UnloadResult
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class ActingCommands(SessionBase):
     """Switching, scaling, freezing, merging and unloading."""
 
-    def use(self, names: Names, *, model: ModelLike = None) -> Done:
+    def use(self, names: Names, *, model: ModelLike = None) -> CommandResult:
         """Switches to one adapter, or to several whose deltas add up.
 
         Raises:
@@ -37,21 +37,21 @@ class ActingCommands(SessionBase):
             self._book.enter(entry.name, entry.model)
             return self._done(entry, f"{entry.name} uses {', '.join(map(repr, chosen))}", notes)
 
-    def off(self, *, model: ModelLike = None) -> Done:
+    def off(self, *, model: ModelLike = None) -> CommandResult:
         """Lets only the base model act, until ``on`` or ``use``."""
         entry = self._book.get(model)
         with self._command("switching adapters off") as notes:
             entry.manager.disable()
             return self._done(entry, f"adapters of {entry.name} are off; %lora on brings them back", notes)
 
-    def on(self, *, model: ModelLike = None) -> Done:
+    def on(self, *, model: ModelLike = None) -> CommandResult:
         """Lets the selected adapters act again."""
         entry = self._book.get(model)
         with self._command("switching adapters on") as notes:
             entry.manager.enable()
             return self._done(entry, f"adapters of {entry.name} are on: {', '.join(entry.manager.active)}", notes)
 
-    def set_scale(self, name: str, scale: float, *, model: ModelLike = None) -> Done:
+    def set_scale(self, name: str, scale: float, *, model: ModelLike = None) -> CommandResult:
         """Sets the factor on an adapter's delta; 1 is how it was trained.
 
         Raises:
@@ -62,14 +62,14 @@ class ActingCommands(SessionBase):
             entry.manager.set_scale(name, scale)
             return self._done(entry, f"{name!r} acts with a factor of {scale:g}", notes)
 
-    def freeze(self, name: str, *, model: ModelLike = None) -> Done:
+    def freeze(self, name: str, *, model: ModelLike = None) -> CommandResult:
         """Keeps an adapter from training."""
         entry = self._book.get(model)
         with self._command(f"freezing {name!r}") as notes:
             entry.manager.freeze(name)
             return self._done(entry, f"froze {name!r}", notes)
 
-    def unfreeze(self, name: str, *, model: ModelLike = None) -> Done:
+    def unfreeze(self, name: str, *, model: ModelLike = None) -> CommandResult:
         """Lets an adapter train while it is active."""
         entry = self._book.get(model)
         with self._command(f"unfreezing {name!r}") as notes:
@@ -86,7 +86,7 @@ class ActingCommands(SessionBase):
         safe: bool = False,
         to: str | os.PathLike[str] | None = None,
         **copying: Any,
-    ) -> Done | MergedCopy:
+    ) -> CommandResult | MergedCopy:
         """Adds adapters to the base weights, so that they cost nothing when the model runs.
 
         Args:
@@ -118,7 +118,7 @@ class ActingCommands(SessionBase):
             notes += [note] if note else []
             return self._done(entry, f"merged {', '.join(map(repr, entry.manager.merged))} into {entry.name}", notes)
 
-    def unmerge(self, *, model: ModelLike = None) -> Done:
+    def unmerge(self, *, model: ModelLike = None) -> CommandResult:
         """Puts the base weights back, bit for bit."""
         entry = self._book.get_for("unmerge", model)
         with self._command("unmerging", slow=True) as notes:

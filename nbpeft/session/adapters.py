@@ -18,7 +18,7 @@ from nbpeft.session.files import adapter_name_of, folder_hint, save_adapters
 from nbpeft.session.handles import reviver, uncompiled
 from nbpeft.session.planning import foreseen
 from nbpeft.session.preview import preview_of
-from nbpeft.session.results import AddResult, Done, LoadResult, ModelRef, Preview, SaveResult
+from nbpeft.session.results import AddResult, CommandResult, LoadResult, ModelRef, Preview, SaveResult
 from nbpeft.state import AdapterState, ModelState
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class AdapterCommands(SessionBase):
             saved = save_adapters(entry.model, place, names)
             return SaveResult(entry.name, saved, tuple(notes))
 
-    def delete(self, name: str, *, model: ModelLike = None) -> Done:
+    def delete(self, name: str, *, model: ModelLike = None) -> CommandResult:
         """Takes an adapter out of the model.
 
         Raises:
@@ -182,7 +182,7 @@ class AdapterCommands(SessionBase):
             entry.asked.pop(name, None)
             return done
 
-    def rename(self, name: str, new: str, *, model: ModelLike = None) -> Done:
+    def rename(self, name: str, new: str, *, model: ModelLike = None) -> CommandResult:
         """Renames an adapter.
 
         Raises:
@@ -197,7 +197,7 @@ class AdapterCommands(SessionBase):
                 entry.asked[new] = (entry.manager.configs[new], entry.asked.pop(name)[1])
             return done
 
-    def copy(self, name: str, new: str, *, model: ModelLike = None) -> Done:
+    def copy(self, name: str, new: str, *, model: ModelLike = None) -> CommandResult:
         """Copies an adapter under a new name.
 
         Raises:

@@ -14,7 +14,7 @@ from nbpeft.logs import collapsed
 from nbpeft.session.book import Entry, ModelBook
 from nbpeft.session.handles import handle_over, is_handle, is_live, is_module, uncompiled
 from nbpeft.session.lock import CommandLock, Subscribers
-from nbpeft.session.results import Done
+from nbpeft.session.results import CommandResult
 from nbpeft.state import SessionState
 
 if TYPE_CHECKING:
@@ -162,10 +162,10 @@ class SessionBase:
         entry = None if model is None else self._entry_of(model)
         return entry if entry is not None else self._book.get_for(what, model)
 
-    def _done(self, entry: Entry, line: str, notes: list[str]) -> Done:
+    def _done(self, entry: Entry, line: str, notes: list[str]) -> CommandResult:
         if len(self._book.entries()) > 1 and entry.name not in line:
             line = f"{line} ({entry.name})"
-        return Done(line, entry.state(), tuple(notes))
+        return CommandResult(line, entry.state(), tuple(notes))
 
     def _model_changed(self) -> None:
         """A manager changed: publish now, or once at the end of the running command."""

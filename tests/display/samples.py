@@ -15,9 +15,9 @@ from nbpeft.session.results import (
     AddResult,
     Check,
     CombineResult,
+    CommandResult,
     CompareResult,
     DoctorReport,
-    Done,
     ExportResult,
     InspectResult,
     LoadResult,
@@ -80,7 +80,7 @@ def _of_adapters(word: str) -> dict[str, Shown]:
     train = train_state(40, 40, status="finished", adapter=word, remaining=None)
     return {
         "add": AddResult(ModelRef(Thing()), word, adapter, state, reconfigured=True, notes=notes),
-        "done": Done(f"{word} is used", state, notes),
+        "done": CommandResult(f"{word} is used", state, notes),
         "load": LoadResult(ModelRef(Thing()), word, f"adapters/{word}", idle, state),
         "save": SaveResult(word, (saved,)),
         "export": ExportResult("train.py", word, (("train.jsonl", 200),), notes),

@@ -9,7 +9,7 @@ from nbpeft.display import numbers
 from nbpeft.display.html import to_html
 from nbpeft.display.models import adapter_table, model_card
 from nbpeft.model.rounding import LayerError, MergeErrors
-from nbpeft.session import Done, StatusReport
+from nbpeft.session import CommandResult, StatusReport
 from nbpeft.session.results import MergedCopy
 from nbpeft.state import AdapterState, ModelState, SessionState
 
@@ -45,7 +45,7 @@ def test_text_of_users_is_escaped(field: str) -> None:
     change: dict[str, Any] = {field: (evil,) if field == "targets" else evil}
     adapter = dataclasses.replace(ADAPTER, **change)
     model = dataclasses.replace(MODEL, name=evil, class_name=evil, adapters=(adapter,), active=(evil,))
-    for html in (to_html(model_card(model)), Done(evil, model, (evil,))._repr_html_()):
+    for html in (to_html(model_card(model)), CommandResult(evil, model, (evil,))._repr_html_()):
         assert "<script>" not in html
         assert "&lt;script&gt;" in html
 

@@ -6,7 +6,7 @@ A result never keeps a tensor alive once it was shown: what a notebook keeps in 
 from __future__ import annotations
 
 from nbpeft.session.results.adapters import AddResult as AddResult
-from nbpeft.session.results.adapters import Done as Done
+from nbpeft.session.results.adapters import CommandResult as CommandResult
 from nbpeft.session.results.adapters import LoadResult as LoadResult
 from nbpeft.session.results.adapters import MemoryReport as MemoryReport
 from nbpeft.session.results.adapters import SavedAdapter as SavedAdapter

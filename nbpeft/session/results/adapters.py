@@ -68,7 +68,7 @@ class AddResult(ModelResult):
 
 
 @dataclass(frozen=True, repr=False)
-class Done(Result):
+class CommandResult(Result):
     """A command was carried out.
 
     Attributes:
