@@ -1,6 +1,6 @@
 """Text -> request. Pure: knows neither IPython nor a model.
 
-A magic has verbs (``%lora use``); a verb has arguments. ``parse_line`` finds the verb and reads
+A magic has subcommands (``%lora use``); a subcommand has arguments. ``parse_line`` finds it and reads
 its arguments; every mistake is a ``CellError`` of one line with the nearest valid word.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near, with_article
-from nbpeft.magics.scan import Word, folder, own_names, reference, scan
+from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
 
 _REQUIRED = "the following arguments are required: "
 _EXAMPLE = "example:\n  "
@@ -23,7 +23,7 @@ _DIGITS = 18
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a verb, as argparse takes it.
+    """One argument of a subcommand, as argparse takes it.
 
     Attributes:
         flags: ``("names",)`` or ``("--name", "-n")``.
@@ -60,13 +60,13 @@ def argument(*flags: str, completes: str = "", words: tuple[str, ...] = (), **op
 
 
 @dataclass(frozen=True)
-class Verb:
-    """One command of a magic.
+class Subcommand:
+    """A subcommand of ``%lora``, or a cell magic.
 
     Attributes:
-        name: the word behind ``%lora``.
+        name: the word after ``%lora``, or the cell magic.
         summary: one line for the help.
-        run: does it; gets the parsed options and the desk, returns a result to show.
+        run: gets the parsed options and the notebook, returns a result to show.
         arguments: what it takes.
         fields: which fields ``name=value`` words may set: ``config``, ``training`` or none.
         example: shown in the help.
@@ -85,12 +85,12 @@ class Request:
     """What a line asks for.
 
     Attributes:
-        verb: the command.
+        command: the subcommand.
         options: its arguments; ``options.fields`` holds the ``name=value`` words.
         help: whether only its help is wanted.
     """
 
-    verb: Verb
+    command: Subcommand
     options: argparse.Namespace
     help: bool = False
 
@@ -154,21 +154,21 @@ class LineParser(argparse.ArgumentParser):
             if self.takes_fields and not close:
                 hint = f" A field is set without dashes: {word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint}")
-        raise CellError(f"{self.prog}: {first!r:.60} is one word too many; see {self.prog} --help")
+        raise CellError(f"{self.prog}: unexpected argument {first!r:.60}; see {self.prog} --help")
 
 
-def parser_of(verb: Verb, prog: str) -> LineParser:
-    """The parser of a verb; ``prog`` is how the line begins, e.g. ``%lora use``."""
-    description = verb.summary + ("\n\nField words: name=value, as in the cell form." if verb.fields else "")
-    epilog = verb.example and f"{_EXAMPLE}{verb.example}"
-    return LineParser(prog, description, verb.arguments, epilog=epilog, takes_fields=bool(verb.fields))
+def parser_of(command: Subcommand, prog: str) -> LineParser:
+    """The parser of a subcommand; ``prog`` is how the line begins, e.g. ``%lora use``."""
+    description = command.summary + ("\n\nField words: name=value, as in the cell form." if command.fields else "")
+    epilog = command.example and f"{_EXAMPLE}{command.example}"
+    return LineParser(prog, description, command.arguments, epilog=epilog, takes_fields=bool(command.fields))
 
 
-def parse_verb(verb: Verb, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
-    """Reads the arguments of one verb.
+def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
+    """Reads the arguments of one command.
 
     Args:
-        verb: the command.
+        command: the subcommand.
         prog: how the line begins.
         words: the words behind it.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
@@ -177,36 +177,36 @@ def parse_verb(verb: Verb, prog: str, words: Sequence[Word], namespace: Mapping[
         CellError: the words cannot be read.
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
-        return Request(verb, argparse.Namespace(), help=True)
-    fields = [word for word in words if verb.fields and _is_field(word)]
+        return Request(command, argparse.Namespace(), help=True)
+    fields = [word for word in words if command.fields and _is_field(word)]
     rest = [expand(word, namespace) for word in words if word not in fields]
-    options = parser_of(verb, prog).read(rest)
+    options = parser_of(command, prog).read(rest)
     options.fields = fields
-    return Request(verb, options)
+    return Request(command, options)
 
 
 def parse_line(
-    line: str, verbs: Mapping[str, Verb], namespace: Mapping[str, Any], *, magic: str = "%lora"
+    line: str, subcommands: Mapping[str, Subcommand], namespace: Mapping[str, Any], *, magic: str = "%lora"
 ) -> Request | None:
-    """Finds the verb of a line and reads its arguments.
+    """Find the subcommand of a line and read its arguments.
 
     Returns:
         None for an empty line.
 
     Raises:
-        CellError: there is no such verb, or its arguments cannot be read.
+        CellError: there is no such subcommand, or its arguments cannot be read.
     """
-    words = scan(line)
+    words = tokenize(line)
     if not words:
         return None
     name = words[0].text
-    if name not in verbs:
+    if name not in subcommands:
         if name in namespace:
             add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
             raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
-        message = f"{magic} has no command {name!r:.60}.{did_you_mean(name, verbs)}"
-        raise CellError(message if message.endswith("?") else f"{message} It has: {', '.join(verbs)}")
-    return parse_verb(verbs[name], f"{magic} {name}", words[1:], namespace)
+        message = f"{magic} has no command {name!r:.60}.{did_you_mean(name, subcommands)}"
+        raise CellError(message if message.endswith("?") else f"{message} It has: {', '.join(subcommands)}")
+    return parse_arguments(subcommands[name], f"{magic} {name}", words[1:], namespace)
 
 
 def expand(word: Word, namespace: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What commands are given, checked for its kind: each mistake is one line."""
+"""Checks of what commands are given; each mistake is one line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LONGEST_PART, _LONGEST = 255, 4095
 
 
 def adapter_name(name: Any, *, given: bool = True) -> str:
-    """The name of an adapter to come.
+    """Check the name of an adapter to come.
 
     Args:
         name: the name.
-        given: whether a person gave it, not a folder.
+        given: whether it was given, and not made from the name of a folder.
 
     Raises:
-        AdapterError: it cannot name one.
+        AdapterError: it cannot be the name of one.
     """
     from nbpeft.engine.holder import check_name
 
@@ -29,13 +29,13 @@ def adapter_name(name: Any, *, given: bool = True) -> str:
     except AdapterError as error:
         if given:
             raise
-        raise AdapterError(f"{error}; give the adapter a name (name, --name)", **error.details) from None
+        raise AdapterError(f"{error}; give the adapter a name (name=…)", **error.details) from None
     text: str = name
     return text
 
 
 def place_of(place: object, what: str) -> str:
-    """A folder, file or hub id as text.
+    """Return a folder, file or hub id as text.
 
     Raises:
         AdapterError: it is empty or cannot be a path.
@@ -53,7 +53,7 @@ def place_of(place: object, what: str) -> str:
 
 
 def names_of(names: object) -> tuple[Any, ...]:
-    """One name or several as a tuple.
+    """Return one name or several as a tuple.
 
     Raises:
         AdapterError: they are neither.
@@ -66,7 +66,7 @@ def names_of(names: object) -> tuple[Any, ...]:
 
 
 def weights_of(weights: object) -> Mapping[str, float]:
-    """Weights by adapter.
+    """Check weights by adapter.
 
     Raises:
         AdapterError: they are not given by name.
@@ -77,7 +77,7 @@ def weights_of(weights: object) -> Mapping[str, float]:
 
 
 def prompts_of(prompts: object) -> list[Any]:
-    """One prompt or several as a list.
+    """Return one prompt or several as a list.
 
     Raises:
         AdapterError: they are neither.

@@ -72,7 +72,7 @@ class CombineResult(Result):
         )
         if self.relative_error >= _LOST:
             line += f" (worst: {self.worst.path}, {_percent(self.worst.relative_error)})"
-        return with_notes(f"{line}; %lora use {self.adapter.name} switches to it", self.notes)
+        return with_notes(line, self.notes)
 
     def _html(self) -> str:
         lost = self.relative_error >= _LOST

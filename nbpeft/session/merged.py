@@ -56,7 +56,7 @@ class MergedCopy(Result):
         requantized = self.errors.requantized
         ways = [("this copy", self.dtype, *self._both(self.errors.full_precision))]
         if requantized is not None:
-            ways.append(("into the quantized weights (%lora merge)", "quantized again", *self._both(requantized)))
+            ways.append(("into the quantized weights", "quantized again", *self._both(requantized)))
         files = render.plural(len(self.shard_bytes), "file")
         return render.card(
             f"{', '.join(self.names)} · merged into a copy",
@@ -92,7 +92,7 @@ def requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
     lossy = any(layer.backend.name != "dense" and layer.backend.can_merge for layer in manager.layers.values())
     if manager.merged or not chosen or not lossy:
         return ""
-    return f"{merge_errors(manager.model, chosen)}; %lora merge --to DIR keeps full precision"
+    return f"{merge_errors(manager.model, chosen)}; session.merge(to=…) keeps full precision"
 
 
 def write_copy(

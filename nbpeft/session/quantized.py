@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nbpeft.session import render
 from nbpeft.session.describe import adapter_table, describe, trainable, with_notes
-from nbpeft.session.results import AddResult, _HoldingResult
+from nbpeft.session.results import AddResult, _ModelResult
 
 if TYPE_CHECKING:
     from nbpeft.model import PeftModel
@@ -41,7 +41,7 @@ class PartSize:
 
 
 @dataclass(frozen=True, repr=False)
-class QloraResult(_HoldingResult):
+class QloraResult(_ModelResult):
     """A quantized model was prepared and carries an adapter.
 
     Attributes:
@@ -67,7 +67,7 @@ class QloraResult(_HoldingResult):
         """The adapted model.
 
         Raises:
-            AdapterError: the result was shown or let go, and nothing else holds the model.
+            AdapterError: the result was shown or released, and nothing else holds the model.
         """
         found: PeftModel = self.holder.get("model")
         return found
@@ -82,10 +82,10 @@ class QloraResult(_HoldingResult):
         """What the base weights would take in bfloat16."""
         return sum(part.bfloat16_bytes for part in self.parts)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Keeps the model no longer alive."""
-        self.added.let_go()
-        super().let_go()
+        self.added.release()
+        super().release()
 
     def __str__(self) -> str:
         did = "quantized" if self.quantized else "already quantized"

@@ -44,15 +44,15 @@ class Result:
         printer.text("..." if cycle else repr(self))
 
 
-class Holder:
-    """Holds a model until it is let go, then finds it again as long as anything else holds it."""
+class ModelRef:
+    """Holds a model until it is released, then finds it again as long as anything else holds it."""
 
-    __slots__ = ("_held", "_reference", "_revive")
+    __slots__ = ("_held", "_reference", "_rehandle")
 
-    def __init__(self, held: Any, revive: Callable[[], Any] = lambda: None) -> None:
+    def __init__(self, held: Any, rehandle: Callable[[], Any] = lambda: None) -> None:
         self._held: Any = held
         self._reference = weakref.ref(held)
-        self._revive = revive
+        self._rehandle = rehandle
 
     def get(self, what: str) -> Any:
         """The model.
@@ -60,37 +60,37 @@ class Holder:
         Raises:
             AdapterError: it is gone.
         """
-        found = self._held if self._held is not None else self._reference() or self._revive()
+        found = self._held if self._held is not None else self._reference() or self._rehandle()
         if found is None:
             raise AdapterError(f"the {what} of this result is gone: nothing else holds it")
         return found
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """From now on holds weakly."""
         self._held = None
 
 
 @dataclass(frozen=True, repr=False)
-class _HoldingResult(Result):
+class _ModelResult(Result):
     """A result that hands an object over, strongly until a notebook shows it."""
 
-    holder: Holder = field(compare=False)
+    holder: ModelRef = field(compare=False)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Keeps the object no longer alive. Showing the result in a notebook does it, too."""
-        self.holder.let_go()
+        self.holder.release()
 
     def _repr_html_(self) -> str:
-        self.let_go()
+        self.release()
         return self._html()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        self.let_go()
+        self.release()
         super()._repr_pretty_(printer, cycle)
 
 
 @dataclass(frozen=True, repr=False)
-class AddResult(_HoldingResult):
+class AddResult(_ModelResult):
     """An adapter was configured and applied.
 
     Attributes:
@@ -116,7 +116,7 @@ class AddResult(_HoldingResult):
         """The adapted model.
 
         Raises:
-            AdapterError: the result was shown or let go, and nothing else holds the model.
+            AdapterError: the result was shown or released, and nothing else holds the model.
         """
         found: PeftModel = self.holder.get("model")
         return found
@@ -147,7 +147,7 @@ class AddResult(_HoldingResult):
 
 
 @dataclass(frozen=True, repr=False)
-class Done(Result):
+class CommandResult(Result):
     """A command was carried out.
 
     Attributes:
@@ -173,7 +173,7 @@ class Done(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class LoadResult(_HoldingResult):
+class LoadResult(_ModelResult):
     """An adapter was loaded.
 
     Attributes:
@@ -195,7 +195,7 @@ class LoadResult(_HoldingResult):
         """The adapted model.
 
         Raises:
-            AdapterError: the result was shown or let go, and nothing else holds the model.
+            AdapterError: the result was shown or released, and nothing else holds the model.
         """
         found: PeftModel = self.holder.get("model")
         return found
@@ -203,7 +203,7 @@ class LoadResult(_HoldingResult):
     def __str__(self) -> str:
         line = f"loaded {self.adapter.name!r} on {self.model_name} from {self.source}: {describe(self.adapter)}"
         if not self.adapter.active:
-            line += f"; %lora use {self.adapter.name} switches to it"
+            line += "; it is not active"
         return with_notes(line, self.notes)
 
     def _html(self) -> str:
@@ -291,7 +291,7 @@ class ExportResult(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class UnloadResult(_HoldingResult):
+class UnloadResult(_ModelResult):
     """The adapters are gone and the base model is back.
 
     Attributes:
@@ -310,7 +310,7 @@ class UnloadResult(_HoldingResult):
         """The base model.
 
         Raises:
-            AdapterError: the result was shown or let go, and nothing else holds the model.
+            AdapterError: the result was shown or released, and nothing else holds the model.
         """
         found: nn.Module = self.holder.get("base model")
         return found
@@ -335,7 +335,7 @@ class StatusReport(Result):
 
     def __str__(self) -> str:
         if not self.state.models:
-            return "no adapted model yet; a cell that begins with %%lora MODEL makes one"
+            return "no adapted model yet"
         blocks = []
         for model in self.state.models:
             head = f"{model.name} · {model.class_name} · {acting(model)}; {trainable(model)}"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nbpeft.model.rounding import LayerError, MergeErrors
-from nbpeft.session import Done, StatusReport, render
+from nbpeft.session import CommandResult, StatusReport, render
 from nbpeft.session.describe import adapter_table, model_card
 from nbpeft.session.merged import MergedCopy
 from nbpeft.state import AdapterState, ModelState, SessionState
@@ -41,7 +41,7 @@ def test_text_of_users_is_escaped(field: str) -> None:
     change: dict[str, Any] = {field: (evil,) if field == "targets" else evil}
     adapter = dataclasses.replace(ADAPTER, **change)
     model = dataclasses.replace(MODEL, name=evil, class_name=evil, adapters=(adapter,), active=(evil,))
-    for html in (model_card(model), Done(evil, model, (evil,))._repr_html_()):
+    for html in (model_card(model), CommandResult(evil, model, (evil,))._repr_html_()):
         assert "<script>" not in html
         assert "&lt;script&gt;" in html
 

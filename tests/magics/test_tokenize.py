@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbpeft.errors import CellError
-from nbpeft.magics.scan import reference, scan
+from nbpeft.magics.tokenize import reference, tokenize
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,11 @@ from nbpeft.magics.scan import reference, scan
     ],
 )
 def test_words_are_what_a_person_means(line: str, words: list[str]) -> None:
-    assert [word.text for word in scan(line)] == words
+    assert [word.text for word in tokenize(line)] == words
 
 
 def test_words_know_their_columns() -> None:
-    first, second = scan("  use 'a b'")
+    first, second = tokenize("  use 'a b'")
     assert (first.start, first.end) == (2, 5)
     assert (second.start, second.end, second.quoted) == (6, 11, True)
 
@@ -38,7 +38,7 @@ def test_words_know_their_columns() -> None:
 @pytest.mark.parametrize("line", ['load "folder', "--data ds['train", "'"])
 def test_an_open_quote_is_pointed_at(line: str) -> None:
     with pytest.raises(CellError, match="not closed") as caught:
-        scan(line)
+        tokenize(line)
     assert caught.value.column is not None
     assert line[caught.value.column] in "\"'"
 
@@ -62,13 +62,13 @@ def test_a_variable_is_the_whole_word(text: str, name: str | None) -> None:
 
 
 def test_quotes_keep_a_dollar_as_it_is() -> None:
-    assert [word.reference for word in scan("'$rank' $rank")] == [None, "rank"]
+    assert [word.reference for word in tokenize("'$rank' $rank")] == [None, "rank"]
 
 
 @given(st.text(max_size=40))
 def test_any_text_is_read_or_refused_in_one_line(line: str) -> None:
     try:
-        words = scan(line)
+        words = tokenize(line)
     except CellError as error:
         assert "\n" not in str(error)
         return
@@ -78,4 +78,4 @@ def test_any_text_is_read_or_refused_in_one_line(line: str) -> None:
 
 @given(st.lists(st.from_regex(r"\A[a-z0-9_./=-]+\Z"), max_size=5))
 def test_plain_words_come_back_as_they_are(words: list[str]) -> None:
-    assert [word.text for word in scan(" ".join(words))] == words
+    assert [word.text for word in tokenize(" ".join(words))] == words

@@ -1,4 +1,4 @@
-"""The commands that say whether a run will fit, before it runs."""
+"""Forecasting memory: whether a run will fit, before it runs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
-from nbpeft.session.base import SessionBase
 from nbpeft.session.configs import build_config, label_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.planned import PlanResult, PlanSettings, Room
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.memory.forecast import Forecast
     from nbpeft.memory.simulate import Setting
-
-    ModelLike = nn.Module | str | None
-    ConfigLike = AdapterConfig | Mapping[str, Any]
+    from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
 
 AS_IT_IS = "as it is"
 """Stored as the model is, or as its config says."""
 BATCH_SIZE, SEQUENCE_LENGTH = 4, 1024
-"""What is assumed where nothing is said."""
-_USUAL: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+"""Assumed where nothing else is given."""
+USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+"""Fields of the adapter that is assumed."""
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
     *("optimizer", "training", "device", "variable"),
@@ -36,55 +33,57 @@ _SETTINGS = (
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 
 
-class PlanningCommands(SessionBase):
-    """Forecasts of memory."""
+def plan_memory(
+    ctx: SessionContext, /, model: ModelLike = None, config: ConfigLike | None = None, **settings: Any
+) -> PlanResult:
+    """Forecast what a run will need, by part, and whether a device has it; nothing is loaded or changed.
 
-    def plan_memory(self, model: ModelLike = None, config: ConfigLike | None = None, **settings: Any) -> PlanResult:
-        """What a run will need, by part, and whether a device has it; nothing is loaded or changed.
+    Args:
+        model: a model (its name here, or itself), a transformers config, or the folder or hub
+            id of one; only its config is read.
+        config: the adapter, or its fields; by default the model's active adapter, or LoRA of
+            rank 16 on all linear layers.
+        **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
+            ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
+            ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, a torch device, by default
+            this machine's), ``suggest=False`` to leave out what would make it fit.
 
-        Args:
-            model: a model (its name here, or itself), a transformers config, or the folder or hub
-                id of one; only its config is read.
-            config: the adapter, or its fields; by default the model's active adapter, or LoRA of
-                rank 16 on all linear layers.
-            **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
-                ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
-                ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, a torch device, by default
-                this machine's), ``suggest=False`` to leave out what would make it fit.
+    Raises:
+        ConfigError: a value is impossible, or the model cannot run without data.
+        TargetError: the adapter does not fit the model.
+    """
+    suggest = settings.pop("suggest", True)
+    for name in settings:
+        if name not in _SETTINGS:
+            known = (*_SETTINGS, "suggest")
+            raise ConfigError(f"plan_memory has no setting {name!r}.{did_you_mean(name, known)}", field=name)
+    return memory_planner(ctx, model, config, **settings).exact(suggest=suggest)
 
-        Raises:
-            ConfigError: a value is impossible, or the model cannot run without data.
-            TargetError: the adapter does not fit the model.
-        """
-        suggest = settings.pop("suggest", True)
-        for name in settings:
-            if name not in _SETTINGS:
-                known = (*_SETTINGS, "suggest")
-                raise ConfigError(f"plan_memory has no setting {name!r}.{did_you_mean(name, known)}", field=name)
-        return self.memory_planner(model, config, **settings).exact(suggest=suggest)
 
-    def memory_planner(
-        self, model: ModelLike = None, config: ConfigLike | None = None, *, variable: str | None = None, **settings: Any
-    ) -> MemoryPlanner:
-        """The same for settings that are changed again and again; see ``plan_memory``."""
-        source, name, entry = self._planned(model)
-        adapter = build_config(_USUAL if config is None else config)
-        if config is None and entry is not None and entry.manager.names:
-            manager = entry.manager
-            adapter = manager.configs[(manager.active or manager.names)[0]]
-        return MemoryPlanner(source, adapter, name=variable or name, **settings)
-
-    def _planned(self, model: Any) -> tuple[Any, str, Any]:
-        """What to forecast for, its name, and its entry where it is a model with adapters."""
-        if model is None or (isinstance(model, str) and model in self.names):
-            entry: Any = self._book.get(model)
-            return entry.manager.model, entry.name, entry
-        if isinstance(model, str):
-            return model, model, None
-        entry = self._book.find(uncompiled(model))
-        name = entry.name if entry is not None else type(model).__name__
-        base = uncompiled(model) if entry is None else entry.manager.model
-        return base, name, entry
+def memory_planner(
+    ctx: SessionContext,
+    /,
+    model: ModelLike = None,
+    config: ConfigLike | None = None,
+    *,
+    variable: str | None = None,
+    **settings: Any,
+) -> MemoryPlanner:
+    """Prepare the same for settings that are changed again and again; see ``plan_memory``."""
+    tracked = None
+    if model is None or (isinstance(model, str) and model in ctx.models.names):
+        tracked = ctx.models.get(model)
+    elif not isinstance(model, str):
+        tracked = ctx.models.find(uncompiled(model))
+    if tracked is not None:
+        source, name = tracked.manager.model, tracked.name
+    else:
+        source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
+    adapter = build_config(USUAL_FIELDS if config is None else config)
+    if config is None and tracked is not None and tracked.manager.names:
+        manager = tracked.manager
+        adapter = manager.configs[(manager.active or manager.names)[0]]
+    return MemoryPlanner(source, adapter, name=variable or name, **settings)
 
 
 class MemoryPlanner:
@@ -116,7 +115,7 @@ class MemoryPlanner:
         from nbpeft.memory.forecast import setting_of
 
         self.room = _room(device, source)
-        found = _Found(source, adapter)
+        found = _Detected(source, adapter)
         if gradient_checkpointing is None:
             gradient_checkpointing = found.checkpointing
         length = sequence_length or min(SEQUENCE_LENGTH, found.longest)
@@ -248,8 +247,8 @@ class MemoryPlanner:
         )
 
 
-class _Found:
-    """What a model or a config says about itself."""
+class _Detected:
+    """The settings that a model or a config implies."""
 
     def __init__(self, source: Any, adapter: AdapterConfig) -> None:
         from nbpeft.memory.architecture import architecture_of
@@ -324,8 +323,8 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def foreseen(source: Any, config: AdapterConfig, name: str, settings: Mapping[str, Any]) -> PlanResult | str:
-    """The plan for a model and an adapter, without suggestions, or why there can be none."""
+def plan_or_reason(source: Any, config: AdapterConfig, name: str, settings: Mapping[str, Any]) -> PlanResult | str:
+    """Forecast for a model and an adapter, without suggestions; where that is impossible, return the reason."""
     try:
         return MemoryPlanner(source, config, name=name, **settings).exact(suggest=False)
     except NbpeftError as error:

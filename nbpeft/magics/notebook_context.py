@@ -1,4 +1,4 @@
-"""What a verb works with: the notebook's variables, the session, and the way to show panels."""
+"""What a subcommand works with: the notebook's variables, the session, and the way to show panels."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any, Literal
 
 from nbpeft.errors import CellError, near, with_article
 from nbpeft.magics.body import evaluate_expression, expression_of, look_up
-from nbpeft.magics.scan import reference
+from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
+from nbpeft.session.handles import is_module
+
+_TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
 
 
 @dataclass(frozen=True)
 class TrainingCell:
-    """What a training cell said, kept without the objects of the notebook.
+    """The text of a training cell, kept without the objects of the notebook.
 
     Attributes:
         data: expression of the rows.
         eval_data: expression of the rows to evaluate on.
         tokenizer: expression, where one was given.
-        max_length: tokens a row is cut to.
         arguments: fields whose values can be written down.
         left_out: the other fields.
     """
@@ -29,14 +31,13 @@ class TrainingCell:
     data: str
     eval_data: str | None
     tokenizer: str | None
-    max_length: int | None
     arguments: dict[str, Any] = field(repr=False)  # a token may be among them
     left_out: tuple[str, ...]
 
 
 @dataclass
-class Desk:
-    """The notebook as verbs see it.
+class NotebookContext:
+    """The notebook as subcommands see it.
 
     Attributes:
         namespace: variables of the notebook.
@@ -53,7 +54,7 @@ class Desk:
     trained: dict[str, TrainingCell] = field(default_factory=dict)
 
     def model_names(self) -> list[str]:
-        """Variables that hold a torch module, adapted ones first. Imports nothing."""
+        """Variables that hold a torch module, adapted models first. Imports nothing."""
         known = [name for name in self.session.names if name in self.namespace]
         return known + [
             name
@@ -62,7 +63,7 @@ class Desk:
         ]
 
     def module(self, name: str) -> Any:
-        """The model in a variable, bare or adapted.
+        """Return the model in a variable, bare or adapted.
 
         Raises:
             CellError: the variable is not there, or holds no model; names those that do.
@@ -76,7 +77,7 @@ class Desk:
         return value
 
     def only_model(self, what: str) -> str:
-        """The variable a command without a model means.
+        """Return the only variable that holds a model.
 
         Raises:
             CellError: there is no model, or more than one.
@@ -89,9 +90,9 @@ class Desk:
         raise CellError(f"{what}: say which model: {', '.join(names)}")
 
     def chosen(self, name: str | None) -> Any:
-        """What a command on adapters gets as its model: a module, a session name, or None for the current one.
+        """Return the model of a command as the session takes it: a module, a session name, or None for the current one.
 
-        What a variable holds now goes before a model that was in it once.
+        The present value of a variable has precedence over a model that it held before.
 
         Raises:
             CellError: no model is called that.
@@ -101,19 +102,14 @@ class Desk:
             return name
         return self.module(name)
 
-    def bind(self, name: str, model: Any) -> None:
-        """Lets a variable of the notebook hold the adapted model."""
-        self.namespace[name] = model
-
-    def replace(self, old: object, new: object) -> list[str]:
-        """Lets every variable that holds one object hold another; returns their names."""
+    def replace(self, old: object, new: object) -> None:
+        """Let every variable that holds one object hold another."""
         names = [name for name, value in self.namespace.items() if value is old and not name.startswith("_")]
         for name in names:
             self.namespace[name] = new
-        return names
 
     def value(self, text: str, option: str) -> Any:
-        """A variable or an expression given to an option, e.g. ``train_ds`` or ``ds["train"]``.
+        """Return the value of a variable or expression given to an option, e.g. ``train_ds`` or ``ds["train"]``.
 
         Raises:
             CellError: it is not there or cannot be evaluated.
@@ -123,8 +119,32 @@ class Desk:
             return look_up(name, self.namespace)
         return evaluate_expression(expression_of(text, option), dict(self.namespace))
 
+    def tokenizer(self, name: str | None = None) -> Any:
+        """Return the tokenizer in a variable; None where there is none. Imports nothing.
+
+        Args:
+            name: a variable or an expression; by default a variable of a usual name, or else the only tokenizer
+                there is.
+
+        Raises:
+            CellError: the variable is not there, or does not hold a tokenizer.
+        """
+        if name is not None:
+            found = self.value(name, "--tokenizer")
+            if not _is_tokenizer(found):
+                raise CellError(f"--tokenizer: {name!r} does not hold a tokenizer")
+            return found
+        for usual in _TOKENIZER_NAMES:
+            if _is_tokenizer(found := self.namespace.get(usual)):
+                return found
+        module = sys.modules.get("transformers.tokenization_utils_base")
+        kind = getattr(module, "PreTrainedTokenizerBase", ())
+        items = list(self.namespace.items())
+        others = {id(value): value for key, value in items if not key.startswith("_") and isinstance(value, kind)}
+        return next(iter(others.values())) if len(others) == 1 else None
+
     def forget(self, thing: object) -> None:
-        """Takes an object, and stored tracebacks, out of what the notebook remembers of outputs."""
+        """Remove an object, and stored tracebacks, from what the notebook keeps of outputs."""
         for name, value in list(self.namespace.items()):
             if value is thing and name.startswith("_"):
                 self.namespace[name] = None
@@ -146,16 +166,12 @@ class Desk:
         return f" Models here: {', '.join(models)}." if models else " No variable holds a model yet."
 
 
-def is_module(value: object) -> bool:
-    """Whether a value is a torch module. Imports nothing."""
-    torch = sys.modules.get("torch")
-    nn = getattr(torch, "nn", None)
-    module = getattr(nn, "Module", None)
-    return module is not None and isinstance(value, module)
+def _is_tokenizer(value: object) -> bool:
+    return callable(value) and hasattr(value, "decode")
 
 
 def forget_tracebacks(shell: Any) -> None:
-    """Drops the last traceback, whose frames may hold tensors."""
+    """Drop the last traceback, whose frames may hold tensors."""
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         if hasattr(sys, name):
             setattr(sys, name, None)

@@ -5,44 +5,33 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from nbpeft.errors import CellError
-from nbpeft.magics.comparing import comparing_panel, shown_live
-from nbpeft.magics.desk import Desk, is_module
+from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import ON_MODEL, THE_MODEL, verb
-from nbpeft.magics.tokenizers import CHAT, RAW, TOKENIZER, chosen_tokenizer
+from nbpeft.magics.registry import ON_MODEL, THE_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.subcommands.panels import show_panel
+from nbpeft.session.handles import is_module
 
 TYPES = (
-    "exact",
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
+    *("exact", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties"),
+    *("dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),
 )
 """Ways to combine; named here so that completion imports no torch."""
-
 _SPARSE = ("ties", "dare", "magnitude")
 
-_WEIGHTS = argument(
-    "weights", nargs="+", metavar="NAME=WEIGHT", completes="weight", help="NAME alone weighs 1; - subtracts"
-)
+_RAW = argument("--raw", action="store_true", help="send the prompt as it is, outside the tokenizer's chat template")
+_CHAT = argument("--chat", action="store_true", help="put the prompt into the chat template; default: as in training")
 
 
-@verb(
+@subcommand(
     "combine",
-    "Make a new adapter of a weighted sum of others, and say what of it was lost. "
+    "Make a new adapter of a weighted sum of others, and report what of it was lost. "
     "The default, exact, is the true sum of what the adapters add (cut to --rank by a truncated SVD). "
     "The other types are PEFT's: linear mixes one adapter's A with the other's B and can be far from the sum.",
-    _WEIGHTS,
+    argument("weights", nargs="+", metavar="NAME=WEIGHT", completes="weight", help="NAME alone weighs 1; - subtracts"),
     argument("--as", dest="as_name", required=True, metavar="NAME", help="name of the new adapter"),
     argument("--type", default="exact", metavar="TYPE", words=TYPES, help=f"one of {', '.join(TYPES)}"),
     argument("--rank", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
@@ -53,12 +42,12 @@ _WEIGHTS = argument(
     THE_MODEL,
     example="%lora combine orders=0.7 pirate=0.3 --as both",
 )
-def combine(options: argparse.Namespace, desk: Desk) -> object:
-    """Combines adapters."""
+def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Combine adapters."""
     if options.density is None and options.type.startswith(_SPARSE) and options.type in TYPES:
         raise CellError(f"%lora combine: --type {options.type} needs --density SHARE, e.g. --density 0.5")
-    return desk.session.combine(
-        read_weights(options.weights, "%lora combine"),
+    return notebook.session.combine(
+        _weights(options.weights, "%lora combine"),
         as_name=options.as_name,
         type=options.type,
         rank=options.rank,
@@ -66,11 +55,11 @@ def combine(options: argparse.Namespace, desk: Desk) -> object:
         majority_sign=options.sign,
         seed=options.seed,
         replace=options.replace,
-        model=desk.chosen(options.model),
+        model=notebook.chosen(options.model),
     )
 
 
-@verb(
+@subcommand(
     "compare",
     "Let all adapters and the base model answer the same prompt, side by side, in one batched pass.",
     argument("prompt", nargs="?", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
@@ -86,39 +75,40 @@ def combine(options: argparse.Namespace, desk: Desk) -> object:
     ),
     argument("--tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)"),
     argument("--no-base", action="store_true", help="leave the base model out"),
-    RAW,
-    CHAT,
+    _RAW,
+    _CHAT,
     argument("--panel", action="store_true", help="show a panel with a box for the prompt"),
     TOKENIZER,
     ON_MODEL,
     example='%lora compare "Order: Ana from Lima needs 12 chairs." --blend orders=0.7 pirate=0.3',
 )
-def compare(options: argparse.Namespace, desk: Desk) -> object:
-    """Compares answers, or shows the panel for it."""
-    model = desk.chosen(options.model)
+def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Compare answers, which appear while the cell runs, or show the panel for it."""
     if options.panel:
-        name = model if model is None or isinstance(model, str) else desk.session.watch(model, name=options.model)
         begin = {"prompt": options.prompt or "", "max_new_tokens": options.tokens, "chat": _chat(options)}
-        return comparing_panel(desk, "compare", name, **begin)
-    prompts: Any = _prompts(options, desk)
-    blends = [read_weights(words, "--blend") for words in options.blend or ()]
-    with shown_live(desk) as show:
-        return desk.session.compare(
+        return show_panel(notebook, "compare", options.model, **begin)
+    model = notebook.chosen(options.model)
+    prompts: Any = _prompts(options, notebook)
+    blends = [_weights(words, "--blend") for words in options.blend or ()]
+    from nbpeft.widgets import LiveAnswers
+
+    with closing(LiveAnswers(ui=notebook.ui)) as live:
+        return notebook.session.compare(
             prompts,
             adapters=options.adapters,
             blends=blends,
             include_base=not options.no_base,
             max_new_tokens=options.tokens,
-            tokenizer=chosen_tokenizer(desk, options.tokenizer),
+            tokenizer=notebook.tokenizer(options.tokenizer),
             chat=_chat(options),
-            on_text=show,
+            on_text=live.draw,
             model=model,
         )
 
 
-@verb(
+@subcommand(
     "swap",
-    "Put a saved adapter in the place of one on the model, checked first and without compiling anew.",
+    "Put a saved adapter in the place of one on the model, checked first and without compiling again.",
     argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub"),
     argument("--into", "-i", metavar="NAME", completes="adapter", help="which to replace; the active one if left out"),
     argument(
@@ -134,27 +124,26 @@ def compare(options: argparse.Namespace, desk: Desk) -> object:
         help="called with the model; False or an exception undoes the swap",
     ),
     argument("--tokens", type=positive, default=32, metavar="N", help="longest answer to --check (default: 32)"),
-    RAW,
-    CHAT,
+    _RAW,
+    _CHAT,
     TOKENIZER,
     THE_MODEL,
     example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
 )
-def swap(options: argparse.Namespace, desk: Desk) -> object:
-    """Swaps an adapter."""
-    validate = None if options.validate is None else desk.value(options.validate, "--validate")
+def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Swap an adapter."""
+    validate = None if options.validate is None else notebook.value(options.validate, "--validate")
     if validate is not None and not callable(validate):
-        raise CellError(f"--validate: {options.validate!r} is no function")
-    model = desk.chosen(options.model)
-    return desk.session.swap(
+        raise CellError(f"--validate: {options.validate!r} is not a function")
+    return notebook.session.swap(
         options.path,
         into=options.into,
         validate=validate,
         check_prompt=options.check,
         max_new_tokens=options.tokens,
-        tokenizer=None if options.check is None else chosen_tokenizer(desk, options.tokenizer),
+        tokenizer=None if options.check is None else notebook.tokenizer(options.tokenizer),
         chat=_chat(options),
-        model=_compiled_over(model, desk),
+        model=_compiled(notebook.chosen(options.model), notebook),
     )
 
 
@@ -164,11 +153,11 @@ def _chat(options: argparse.Namespace) -> bool | None:
     return True if options.chat else False if options.raw else None
 
 
-def read_weights(words: Sequence[str], what: str) -> dict[str, float]:
-    """``a=0.7 b`` as ``{"a": 0.7, "b": 1.0}``.
+def _weights(words: Sequence[str], what: str) -> dict[str, float]:
+    """Read ``a=0.7 b`` as ``{"a": 0.7, "b": 1.0}``.
 
     Raises:
-        CellError: a word is no ``name=number``, or names an adapter again.
+        CellError: a word is not ``name=number``, or names an adapter again.
     """
     weights: dict[str, float] = {}
     for word in words:
@@ -178,34 +167,34 @@ def read_weights(words: Sequence[str], what: str) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not name or not math.isfinite(weight):
-            raise CellError(f"{what}: {word!r} is no name=weight, e.g. {name or 'orders'}=0.7")
+            raise CellError(f"{what}: {word!r} is not name=weight, e.g. {name or 'orders'}=0.7")
         if name in weights:
             raise CellError(f"{what}: {name!r} is given twice")
         weights[name] = weight
     return weights
 
 
-def _prompts(options: argparse.Namespace, desk: Desk) -> Any:
+def _prompts(options: argparse.Namespace, notebook: NotebookContext) -> Any:
     if (options.prompt is None) == (options.prompts is None):
         raise CellError('%lora compare needs a prompt in quotes: %lora compare "…" (or --prompts LIST, or --panel)')
     if options.prompts is None:
         return options.prompt
-    found = desk.value(options.prompts, "--prompts")
+    found = notebook.value(options.prompts, "--prompts")
     if isinstance(found, str):
         return found
     try:
         return list(found)
     except TypeError:
-        raise CellError(f"--prompts: {options.prompts!r} is no list of prompts") from None
+        raise CellError(f"--prompts: {options.prompts!r} is not a list of prompts") from None
 
 
-def _compiled_over(model: Any, desk: Desk) -> Any:
+def _compiled(model: Any, notebook: NotebookContext) -> Any:
     """The compiled form of a model where a variable holds one, so that the swap keeps what is compiled."""
     if hasattr(model, "_orig_mod"):
         return model
-    handle = desk.session.model(model, command="swap")
+    handle = notebook.session.model(model, command="swap")
     inner = (handle, handle.get_base_model())
-    for key, value in list(desk.namespace.items()):
+    for key, value in list(notebook.namespace.items()):
         if not key.startswith("_") and is_module(value) and getattr(value, "_orig_mod", None) in inner:
             return value
     return handle

@@ -1,6 +1,6 @@
-"""Splits a magic's line into words, as a person means it.
+"""Splits a magic's line into words.
 
-Spaces part words, except inside quotes and brackets. Quotes around a word (or around the value of
+Spaces separate words, except inside quotes and brackets. Quotes around a word (or around the value of
 ``--option=``) are taken off; quotes inside a word stay, so ``ds["train"]`` and ``targets=["q", "v"]``
 need nothing special. A backslash is an ordinary character. ``{name}`` or ``$name`` is a variable
 of the notebook only where it is the whole word, or the whole value after ``=``, or where a path
@@ -59,12 +59,12 @@ def folder(text: str) -> tuple[str, str] | None:
 
 
 def own_names(namespace: Iterable[str]) -> list[str]:
-    """Names that a person gave, to be proposed for one that is not there."""
+    """Names that the user gave, as proposals for one that is not there."""
     return [name for name in namespace if not name.startswith("_") and name not in _SHELL]
 
 
-def scan(line: str) -> list[Word]:
-    """The words of a line.
+def tokenize(line: str) -> list[Word]:
+    """Split a line into words.
 
     Raises:
         CellError: a quote is not closed; ``column`` is where it opens.

@@ -1,4 +1,4 @@
-"""Prompts to tokens, one batched generation, tokens to text while they come."""
+"""Batched generation: prompts to tokens, and tokens to text while they come."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nbpeft.model import PeftModel
+    from nbpeft.session.context import SessionContext
+    from nbpeft.session.registry import TrackedModel
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation: ``[{"role": "user", "content": "…"}]``."""
@@ -24,11 +26,11 @@ INTERVAL = 0.12
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompts as tokens.
 
     Attributes:
-        prompts: what a person reads.
+        prompts: their texts.
         token_ids: of each prompt.
         tokenizer: what made them, and turns tokens into text.
         pad: token that fills rows up.
@@ -44,8 +46,8 @@ class Batch:
     form: str = ""
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None) -> Batch:
-        """Reads prompts.
+    def of(cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None) -> PromptBatch:
+        """Tokenize prompts.
 
         Args:
             prompts: texts or conversations.
@@ -73,8 +75,8 @@ class Batch:
         ends = _end_tokens(base, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(ends, default=0)
-        asked = "a chat message" if chat or not isinstance(prompts[0], str) else "plain text"
-        form = f"sent as {asked}" if templated else ""
+        sent_as = "a chat message" if chat or not isinstance(prompts[0], str) else "plain text"
+        form = f"sent as {sent_as}" if templated else ""
         return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form)
 
     def inputs(self, device: Any, repeats: int = 1) -> dict[str, Tensor]:
@@ -93,7 +95,7 @@ class Batch:
         return dict(zip(("input_ids", "attention_mask"), both, strict=True))
 
     def answer(self, tokens: Sequence[int], limit: int) -> Answer:
-        """Tokens as an answer: cut at the end token, without special tokens."""
+        """Decode tokens to an answer: cut at the end token, without special tokens."""
         end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
         kept = list(tokens if end is None else tokens[:end])
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
@@ -104,18 +106,18 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """One generation.
 
     Attributes:
-        rows: adapter for each repeat of the prompts, ``"__base__"`` for none; None: what acts now.
+        rows: adapter for each repeat of the prompts, ``"__base__"`` for none; None: the active adapters.
         max_new_tokens: longest answer.
         options: further arguments of ``generate``.
         report: called with the answers so far, one for each row.
         should_stop: asked at each token.
 
     Raises:
-        AdapterError: ``max_new_tokens`` is no number of at least 1.
+        AdapterError: ``max_new_tokens`` is not a number of at least 1.
     """
 
     rows: Sequence[str] | None
@@ -136,9 +138,9 @@ class _StopAnswering(Exception):
 class _Stream:
     """Gathers the tokens of all rows as they come; a streamer of transformers."""
 
-    def __init__(self, batch: Batch, asked: Asked, rows: int) -> None:
+    def __init__(self, batch: PromptBatch, request: GenerationRequest, rows: int) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self._batch, self._asked = batch, asked
+        self._batch, self._request = batch, request
         self._prompt_seen = False
         self._reported = time.monotonic()
 
@@ -148,22 +150,22 @@ class _Stream:
             return
         for row, token in zip(self.tokens, value.reshape(-1).tolist(), strict=True):
             row.append(token)
-        if self._asked.should_stop is not None and self._asked.should_stop():
+        if self._request.should_stop is not None and self._request.should_stop():
             raise _StopAnswering
         now = time.monotonic()
-        if self._asked.report is not None and now - self._reported >= INTERVAL:
+        if self._request.report is not None and now - self._reported >= INTERVAL:
             self._reported = now
-            self._asked.report(self.answers())
+            self._request.report(self.answers())
 
     def end(self) -> None:
-        """Nothing is left to tell: the final answers come from the result."""
+        """Nothing to do: the final answers come from the result of ``generate``."""
 
     def answers(self) -> list[Answer]:
-        return [self._batch.answer(row, self._asked.max_new_tokens) for row in self.tokens]
+        return [self._batch.answer(row, self._request.max_new_tokens) for row in self.tokens]
 
 
-def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], bool]:
-    """Answers a batch in one generation.
+def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequest) -> tuple[list[Answer], bool]:
+    """Answer a batch in one generation.
 
     Returns:
         One answer for each row, and whether it ran to its end: neither ``should_stop`` nor an
@@ -177,17 +179,17 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     base: Any = model.manager.model
     if not hasattr(base, "generate"):
         raise AdapterError(f"a {type(base).__name__} answers no prompts: it has no generate()")
-    repeats = 1 if asked.rows is None else len(asked.rows)
+    repeats = 1 if request.rows is None else len(request.rows)
     inputs = batch.inputs(_input_device(base), repeats)
-    names = None if asked.rows is None else [name for name in asked.rows for _ in batch.prompts]
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": asked.max_new_tokens, **asked.options}
+    names = None if request.rows is None else [name for name in request.rows for _ in batch.prompts]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.max_new_tokens, **request.options}
     options.setdefault("pad_token_id", batch.pad)
     if batch.ends:
         options.setdefault("eos_token_id", sorted(batch.ends))
-    stream = _Stream(batch, asked, repeats * len(batch.prompts))
+    stream = _Stream(batch, request, repeats * len(batch.prompts))
     if options.get("num_beams", 1) == 1:
         options["streamer"] = stream
-    # The adapters that are asked answer also while they are switched off.
+    # Adapters that are named answer even while all are switched off.
     rows = nullcontext() if names is None else serving_rows(model.manager, names, inputs.values(), disabled_too=True)
     try:
         with rows:
@@ -195,16 +197,16 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     except (_StopAnswering, KeyboardInterrupt):
         return stream.answers(), False
     except ValueError as error:
-        if not asked.options:
+        if not request.options:
             raise
         reason = in_one_line(error)
-        raise AdapterError(f"generate does not take {', '.join(asked.options)}: {reason:.200}") from error
+        raise AdapterError(f"generate does not take {', '.join(request.options)}: {reason:.200}") from error
     made = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-    return [batch.answer(row, asked.max_new_tokens) for row in made], True
+    return [batch.answer(row, request.max_new_tokens) for row in made], True
 
 
 def _input_device(base: Any) -> Any:
-    """Where prompts go: to where the input embeddings lie, or are brought to for each call."""
+    """The device of the input embeddings, or the one they are loaded to for each call."""
     from nbpeft.engine.base import offloading
 
     embeddings = base.get_input_embeddings()
@@ -212,23 +214,15 @@ def _input_device(base: Any) -> Any:
     return embeddings.weight.device if hook is None else hook.execution_device
 
 
-def first_answer(model: PeftModel, batch: Batch, asked: Asked) -> str:
-    """The text of a batch with one prompt."""
-    answers, complete = answer(model, batch, asked)
-    if not complete:
-        raise KeyboardInterrupt
-    return answers[0].text
-
-
-def check_finite(model: PeftModel, name: str, batch: Batch) -> None:
-    """Checks the tensors of the one active adapter, and what comes out with it.
+def check_finite(model: PeftModel, name: str, batch: PromptBatch) -> None:
+    """Check the weights of the one active adapter, and the logits with it.
 
     Raises:
         AdapterError: a tensor or the logits are not finite.
     """
     import torch
 
-    # Fast attention turns NaN queries into zeros: the logits alone do not tell.
+    # Fast attention turns NaN queries into zeros: finite logits alone prove nothing.
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.manager.parameters(name)):
         raise AdapterError("its weights are not finite")
     base: Any = model.manager.model
@@ -237,9 +231,35 @@ def check_finite(model: PeftModel, name: str, batch: Batch) -> None:
         raise AdapterError("its output on the prompt is not finite")
 
 
+def prompt_batch(
+    ctx: SessionContext, tracked: TrackedModel, prompts: Sequence[Prompt], tokenizer: Any, chat: bool | None
+) -> PromptBatch:
+    """Tokenize prompts with the tokenizer given, or the one that was given for this model before.
+
+    Args:
+        ctx: remembers the tokenizer.
+        tracked: the model.
+        prompts: texts or conversations.
+        tokenizer: None: the one given before.
+        chat: put texts into the chat template; None: as the adapters were trained last, or else
+            where there is a template.
+
+    Raises:
+        AdapterError: there is no tokenizer, or it is not one, or the prompts do not go with it.
+    """
+    base = tracked.manager.model
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise AdapterError(f"tokenizer is of type {type(tokenizer).__name__}, expected a tokenizer of transformers")
+    found = tokenizer if tokenizer is not None else ctx.tokenizers.get(base)
+    if found is None:
+        raise AdapterError("a tokenizer is needed to read prompts (tokenizer=…)")
+    ctx.tokenizers[base] = found
+    return PromptBatch.of(prompts, found, base, chat=False if chat is None and tracked.trained_on_plain_text else chat)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module is as it was."""
+    """Put a model into evaluation mode inside the block; afterwards each module is as it was."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -261,7 +281,7 @@ def _tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
 
 
 def _words(prompt: Prompt) -> str:
-    """A prompt as a person reads it: of a conversation the last turn."""
+    """The text of a prompt: of a conversation its last turn."""
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
 
 

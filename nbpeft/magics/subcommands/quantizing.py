@@ -1,4 +1,4 @@
-"""What ``%%qlora`` does with its line and body."""
+"""``%%qlora``: quantize, prepare and adapt in one cell."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.errors import CellError, ConfigError, did_you_mean, with_article
-from nbpeft.magics.desk import Desk, is_module
+from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.planning import DRY_SIZES, settings_of, without_dry_run
+from nbpeft.magics.registry import subcommand
+from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
+from nbpeft.session.commands.quantizing import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
 from nbpeft.session.configs import field_names
-from nbpeft.session.quantizing_preview import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
+from nbpeft.session.handles import is_module
 
-_USUAL = "model"
-"""The variable that holds the model where nothing is said."""
+_DEFAULT_VARIABLE = "model"
 OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
 """Fields that are not the adapter's."""
 
-QLORA_OPTIONS = (
+
+@subcommand(
+    "qlora",
+    "Load a model quantized (or quantize one in memory), prepare it for training, and put an adapter on it. "
+    "The cell's lines are fields of the quantization and of the config, name = value.",
     argument(
         "target",
         metavar="SOURCE",
@@ -45,62 +50,64 @@ QLORA_OPTIONS = (
     argument(
         "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and memory"
     ),
-    *DRY_SIZES,
+    *DRY_RUN_SIZES,
     argument("--allow-missing", action="store_true", help="go on where a target matches nothing"),
+    fields="qlora",
+    example="%%qlora HuggingFaceTB/SmolLM2-135M-Instruct --as model --name sql\n  bits = 4\n  r = 16",
+    cell=True,
 )
-
-
-def qlora(options: argparse.Namespace, desk: Desk) -> object:
-    """Quantizes, prepares and adapts, or shows what that would do; ``options.fields`` are those of both kinds.
+def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Quantize, prepare and adapt, or show what that would do; ``options.fields`` are those of both kinds.
 
     Raises:
         CellError: the line is wrong.
         ConfigError: a field is unknown or impossible.
     """
-    desk.session.adopt(desk.namespace)
-    source, variable = _source(options, desk)
+    session = notebook.session
+    session.adopt(notebook.namespace)
+    source, variable = _source(options, notebook)
     own, config = _sorted(options.fields)
     sizes = settings_of(options)
     if options.dry_run:
-        return desk.session.preview_qlora(source, config, name=options.name, variable=variable, **sizes, **own)
+        return session.preview_qlora(source, config, name=options.name, variable=variable, **sizes, **own)
     if sizes:
-        raise without_dry_run()
+        raise sizes_without_dry_run()
     if options.variable is None and isinstance(source, str):
-        _refuse_rebinding(variable, source, own, desk)
-    result = desk.session.qlora(
+        _refuse_rebinding(variable, source, own, notebook)
+    result = session.qlora(
         source, config, name=options.name, variable=variable, allow_missing=options.allow_missing, **own
     )
-    desk.bind(variable, result.model)
-    result.let_go()
+    notebook.namespace[variable] = result.model
+    result.release()
     return result
 
 
-def _source(options: argparse.Namespace, desk: Desk) -> tuple[Any, str]:
+def _source(options: argparse.Namespace, notebook: NotebookContext) -> tuple[Any, str]:
     """What to quantize, and the variable that is to hold it."""
     word = options.target
     if options.variable is not None and not options.variable.isidentifier():
         raise CellError(f"--as takes the name of a variable, not {options.variable!r:.60}")
-    if word in desk.namespace and not os.path.exists(word):
-        value = desk.namespace[word]
+    if word in notebook.namespace and not os.path.exists(word):
+        value = notebook.namespace[word]
         if is_module(value):
             return value, options.variable or word
         if isinstance(value, str | os.PathLike):
-            raise CellError(f"{word!r:.60} is a variable with a text; write ${word:.60} for what it holds")
+            raise CellError(f"{word!r:.60} is a variable that holds text; write ${word:.60} to use its value")
     if word.isidentifier() and not os.path.exists(word):
-        near = did_you_mean(word, desk.model_names())
+        near = did_you_mean(word, notebook.model_names())
         if near:
             raise CellError(f"no variable is called {word!r:.60}, and no folder.{near}")
-    return word, options.variable or _USUAL
+    return word, options.variable or _DEFAULT_VARIABLE
 
 
-def _refuse_rebinding(variable: str, source: str, own: Mapping[str, Any], desk: Desk) -> None:
-    """Refuses to put a new model into a variable that nobody named and that holds something else.
+def _refuse_rebinding(variable: str, source: str, own: Mapping[str, Any], notebook: NotebookContext) -> None:
+    """Refuse to put a new model into a variable that was not named and that holds something else.
 
     Raises:
-        CellError: it does; says what it holds.
+        CellError: it does; the message names what it holds.
     """
-    value = desk.namespace.get(variable)
-    if value is None or desk.session.goes_on_with(value, variable, source, own):
+    value = notebook.namespace.get(variable)
+    if value is None or notebook.session.goes_on_with(value, variable, source, own):
         return
     held = with_article(value)
     adapters = getattr(value, "peft_config", None)
