@@ -30,7 +30,7 @@ UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
 _WIDTH = 120
 """Characters of a line that a message shows."""
 _BITS = 1024
-"""A longer whole number is no field's value, and not even a float can hold it."""
+"""No field takes a longer whole number, and a float cannot represent it."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: C
     """Suggestions in ``COMMAND ARGUMENTS…``.
 
     Args:
-        before: the line up to the cursor, without the magic's name and the space behind it.
+        before: the line up to the cursor, without the magic's name and the space after it.
         subcommands: the subcommands of the magic.
         sources: where names come from.
     """

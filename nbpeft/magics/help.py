@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from html import escape
 
-from nbpeft.magics.parse import Subcommand, parser_of
+from nbpeft.magics.parse import LineParser, Subcommand
 
 
 class HelpText:
@@ -23,7 +23,7 @@ class HelpText:
 
 def command_help(command: Subcommand, prog: str) -> str:
     """The help of one subcommand or cell magic."""
-    return parser_of(command, prog).format_help().rstrip()
+    return LineParser(command, prog).format_help().rstrip()
 
 
 def main_help(cell: Subcommand, subcommands: Mapping[str, Subcommand], others: Iterable[Subcommand] = ()) -> str:

@@ -42,7 +42,7 @@ class Completion:
         return ("%lora", *(f"%{name}" for name in self.cells if name != "lora"), *(f"%%{name}" for name in self.cells))
 
     def suggest(self, text: str, line: int, column: int) -> Suggestions | None:
-        """Suggestions at a place in a cell, or None where the cell is none of ours.
+        """Suggestions at a place in a cell, or None where the cell is not one of these magics.
 
         Args:
             text: the whole cell.
@@ -75,7 +75,7 @@ class Completion:
 
 
 def install(shell: Any, completion: Completion) -> Callable[[], None]:
-    """Registers the completion with a shell; returns how to take it off again."""
+    """Register the completion with a shell; returns the function that removes it."""
     matchers = getattr(shell.Completer, "custom_matchers", None)
     matcher = _matcher(completion) if matchers is not None else None
     if matchers is None or matcher is None:

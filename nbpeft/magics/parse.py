@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -16,7 +16,6 @@ from nbpeft.errors import CellError, did_you_mean, near, with_article
 from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
 
 _REQUIRED = "the following arguments are required: "
-_EXAMPLE = "example:\n  "
 _DIGITS = 18
 """Of the longest whole number that an option takes."""
 
@@ -45,7 +44,7 @@ class Argument:
 
     @property
     def takes_value(self) -> bool:
-        """Whether a word follows it."""
+        """Whether a value follows it."""
         return self.options.get("action") not in ("store_true", "store_false")
 
     @property
@@ -82,7 +81,7 @@ class Subcommand:
 
 @dataclass(frozen=True)
 class Request:
-    """What a line asks for.
+    """A parsed line.
 
     Attributes:
         command: the subcommand.
@@ -96,34 +95,31 @@ class Request:
 
 
 class LineParser(argparse.ArgumentParser):
-    """An argparse parser that neither prints nor exits."""
+    """The parser of a subcommand; it neither prints nor exits.
 
-    def __init__(
-        self,
-        prog: str,
-        description: str,
-        arguments: Iterable[Argument],
-        *,
-        epilog: str = "",
-        takes_fields: bool = False,
-    ) -> None:
+    Args:
+        command: the subcommand.
+        prog: how the line begins, e.g. ``%lora use``.
+    """
+
+    def __init__(self, command: Subcommand, prog: str) -> None:
+        field_words = "\n\nField words: name=value, as in the cell form." if command.fields else ""
         super().__init__(
             prog=prog,
-            description=description,
-            epilog=epilog or None,
+            description=command.summary + field_words,
+            epilog=f"example:\n  {command.example}" if command.example else None,
             add_help=False,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.arguments = tuple(arguments)
-        self.takes_fields = takes_fields
+        self.command = command
         self.register("type", int, _whole)
         self.register("type", float, _number)
-        for item in self.arguments:
+        for item in command.arguments:
             self.add_argument(*item.flags, **item.options)
 
     def error(self, message: str) -> NoReturn:
-        """Turns argparse's complaint into one line.
+        """Turn argparse's message into an error of one line.
 
         Raises:
             CellError: always.
@@ -131,12 +127,12 @@ class LineParser(argparse.ArgumentParser):
         message = re.sub(r"(--[\w-]+)/-\w\b", r"\1", message)
         needed = message.removeprefix(_REQUIRED)
         if needed != message:
-            example = (self.epilog or "").removeprefix(_EXAMPLE).splitlines()
-            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {example[0]}" if example else ""))
+            example = self.command.example.partition("\n")[0]
+            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {example}" if example else ""))
         raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parses words.
+        """Parse words.
 
         Raises:
             CellError: a word is not known, missing or impossible.
@@ -147,21 +143,14 @@ class LineParser(argparse.ArgumentParser):
         first = unknown[0]
         if first.startswith("-"):
             # Without their dashes, which all have in common.
-            known = [flag[2:] for item in self.arguments for flag in item.flags if flag.startswith("--")]
+            known = [flag[2:] for item in self.command.arguments for flag in item.flags if flag.startswith("--")]
             word = first.split("=")[0].lstrip("-")
             close = " or ".join(f"'--{name}'" for name in near(word, known))
             hint = f" Did you mean {close}?" if close else ""
-            if self.takes_fields and not close:
+            if self.command.fields and not close:
                 hint = f" A field is set without dashes: {word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint}")
         raise CellError(f"{self.prog}: unexpected argument {first!r:.60}; see {self.prog} --help")
-
-
-def parser_of(command: Subcommand, prog: str) -> LineParser:
-    """The parser of a subcommand; ``prog`` is how the line begins, e.g. ``%lora use``."""
-    description = command.summary + ("\n\nField words: name=value, as in the cell form." if command.fields else "")
-    epilog = command.example and f"{_EXAMPLE}{command.example}"
-    return LineParser(prog, description, command.arguments, epilog=epilog, takes_fields=bool(command.fields))
 
 
 def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
@@ -170,7 +159,7 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     Args:
         command: the subcommand.
         prog: how the line begins.
-        words: the words behind it.
+        words: the words after it.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
 
     Raises:
@@ -180,7 +169,7 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
         return Request(command, argparse.Namespace(), help=True)
     fields = [word for word in words if command.fields and _is_field(word)]
     rest = [expand(word, namespace) for word in words if word not in fields]
-    options = parser_of(command, prog).read(rest)
+    options = LineParser(command, prog).read(rest)
     options.fields = fields
     return Request(command, options)
 
@@ -210,10 +199,10 @@ def parse_line(
 
 
 def expand(word: Word, namespace: Mapping[str, Any]) -> str:
-    """The word, with the variable's value where the word (or option value, or its first folder) names one.
+    """Return the word, with the variable's value where the word (or option value, or its first folder) names one.
 
     Raises:
-        CellError: the variable is not there, or is no text, number or path.
+        CellError: the variable is not there, or is not text, a number or a path.
     """
     head, text = "", word.text
     if word.text.startswith("--") and "=" in word.text:
@@ -248,7 +237,7 @@ def positive(text: str) -> int:
     """A whole number of at least 1, as an argument's type.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: it is not one.
     """
     if not text.isdecimal() or len(text) > _DIGITS or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r:.60}")

@@ -29,6 +29,15 @@ THE_MODEL = replace(
     ON_MODEL, options={**ON_MODEL.options, "help": "which model; may be left out where one alone carries adapters"}
 )
 """The option of subcommands that take something away from an adapted model: required where there are several."""
+MODEL = argument("target", metavar="MODEL", completes="model", help="variable that holds the model")
+ADAPTER_NAME = argument(
+    *("--name", "-n"),
+    metavar="NAME",
+    default="default",
+    completes="adapter",
+    help="name of the adapter (default: default)",
+)
+ALLOW_MISSING = argument("--allow-missing", action="store_true", help="go on where a target matches nothing")
 ADAPTER = argument("name", metavar="NAME", completes="adapter", help="the adapter")
 NEW_NAME = argument("new", metavar="NEW", help="the new name")
 

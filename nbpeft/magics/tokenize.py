@@ -29,7 +29,7 @@ class Word:
     Attributes:
         text: without the quotes around it.
         start: column where it begins, quotes included.
-        end: column behind it.
+        end: column after it.
         quoted: whether quotes were taken off, which also keeps ``$name`` as it is.
     """
 

@@ -141,7 +141,7 @@ class Session:
     # Models
 
     def model(self, name: ModelLike = None, *, command: str = "") -> PeftModel:
-        """Return the adapted model of that name (or behind a model), the current one for None.
+        """Return the adapted model of that name (or of a model), the current one for None.
 
         Args:
             name: a name or a model.
@@ -192,7 +192,7 @@ class Session:
 
     # For front ends
 
-    goes_on_with = _command(quantizing.goes_on_with)
+    would_reuse = _command(quantizing.would_reuse)
 
     def unwritable(self, arguments: Mapping[str, Any]) -> list[str]:
         """Names of training arguments that ``export`` cannot write into a script."""

@@ -7,22 +7,25 @@ import argparse
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ADAPTER, NEW_NAME, ON_MODEL, THE_MODEL, session_command, subcommand
+from nbpeft.magics.registry import (
+    ADAPTER,
+    ADAPTER_NAME,
+    ALLOW_MISSING,
+    MODEL,
+    NEW_NAME,
+    ON_MODEL,
+    THE_MODEL,
+    session_command,
+    subcommand,
+)
 from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
 
 _ARGUMENTS = (
-    argument("target", metavar="MODEL", completes="model", help="variable that holds the model"),
-    argument(
-        "--name",
-        "-n",
-        metavar="NAME",
-        default="default",
-        completes="adapter",
-        help="name of the adapter (default: default)",
-    ),
+    MODEL,
+    ADAPTER_NAME,
     argument("--dry-run", action="store_true", help="only show what would be adapted, counts and memory"),
     *DRY_RUN_SIZES,
-    argument("--allow-missing", action="store_true", help="go on where a target matches nothing"),
+    ALLOW_MISSING,
     argument("--frozen", action="store_true", help="apply it without training it"),
 )
 

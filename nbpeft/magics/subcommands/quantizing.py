@@ -10,7 +10,7 @@ from typing import Any
 from nbpeft.errors import CellError, ConfigError, did_you_mean, with_article
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import subcommand
+from nbpeft.magics.registry import ADAPTER_NAME, ALLOW_MISSING, subcommand
 from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
 from nbpeft.session.commands.quantizing import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
 from nbpeft.session.configs import field_names
@@ -39,19 +39,12 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
         help="variable to hold the model, also one that holds something else (default: SOURCE itself where it is a "
         "variable, else model, which must be free or hold what this cell made before)",
     ),
-    argument(
-        "--name",
-        "-n",
-        metavar="NAME",
-        default="default",
-        completes="adapter",
-        help="name of the adapter (default: default)",
-    ),
+    ADAPTER_NAME,
     argument(
         "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and memory"
     ),
     *DRY_RUN_SIZES,
-    argument("--allow-missing", action="store_true", help="go on where a target matches nothing"),
+    ALLOW_MISSING,
     fields="qlora",
     example="%%qlora HuggingFaceTB/SmolLM2-135M-Instruct --as model --name sql\n  bits = 4\n  r = 16",
     cell=True,
@@ -107,7 +100,7 @@ def _refuse_rebinding(variable: str, source: str, own: Mapping[str, Any], notebo
         CellError: it does; the message names what it holds.
     """
     value = notebook.namespace.get(variable)
-    if value is None or notebook.session.goes_on_with(value, variable, source, own):
+    if value is None or notebook.session.would_reuse(value, variable, source, own):
         return
     held = with_article(value)
     adapters = getattr(value, "peft_config", None)

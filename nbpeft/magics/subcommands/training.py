@@ -8,7 +8,7 @@ from typing import Any
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell
 from nbpeft.magics.parse import argument, positive
-from nbpeft.magics.registry import subcommand
+from nbpeft.magics.registry import MODEL, subcommand
 
 _RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "publish", "run_factory")
 
@@ -16,7 +16,7 @@ _RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "p
 @subcommand(
     "lora_train",
     "Train the active adapters of a model. The cell's lines are fields of TrainingArguments, name = value.",
-    argument("target", metavar="MODEL", completes="model", help="variable that holds the model"),
+    MODEL,
     argument(
         "--data",
         "-d",

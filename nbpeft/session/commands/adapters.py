@@ -54,23 +54,44 @@ def add(
         ConfigError: a field is unknown or impossible.
         TargetError: the targets do not match the model.
     """
+    from nbpeft.engine.plan import plan
+    from nbpeft.model import files, get_peft_model
+
     made = build_config(config)
     adapter_name(name)
+    fields = meaning(made)
     with ctx.command(f"adding {name!r}", slow=True) as notes:
         tracked = ctx.find(model, variable)
         if tracked is None:
-            return _adapt(ctx, uncompiled(model), variable, made, name, allow_missing, trainable, notes)
-        present = tracked.manager.configs.get(name)
-        if present is None:
-            return _put(tracked, made, name, allow_missing, trainable, notes)
-        if _requested(tracked, name, present) == meaning(made):
-            if name not in tracked.manager.active:
+            bare: Any = uncompiled(model)
+            planned = plan(bare, made, allow_missing=allow_missing)  # checks everything before the model is touched
+            with HeldInterrupts():
+                handle = get_peft_model(bare, made, adapter_name=name)
+                with _unloaded_on_failure(handle):
+                    if not trainable:
+                        handle.manager.freeze(name)
+                    tracked = ctx.models.new(variable, handle)
+                    result = _added(tracked, name, fields, notes, plan=planned)
+                ctx.models.select(tracked)
+                ctx.changed = True
+            return result
+        manager = tracked.manager
+        present = manager.configs.get(name)
+        if present is not None and _requested(tracked, name, present) == fields:
+            if name not in manager.active:
                 notes.append(f"{name!r} is not active; session.use({name!r}) switches to it")
-            result = _added(tracked, name, notes, unchanged=True)
+            result = _added(tracked, name, None, notes, unchanged=True)
             ctx.models.select(tracked)
             return result
-        notes.append("its weights start anew")
-        return _put(tracked, made, name, allow_missing, trainable, notes, reconfigured=True)
+        replace = present is not None
+        if replace:
+            notes.append("its weights start anew")
+        named = files.with_base_name(made, manager.model)
+        put = manager.prepare(name, named, trainable=trainable, allow_missing=allow_missing, replace=replace)
+        with manager.transaction():
+            planned = put()
+            manager.activate(name)
+        return _added(tracked, name, fields, notes, plan=planned, reconfigured=replace)
 
 
 def preview(
@@ -240,66 +261,21 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
         return ctx.result(tracked, f"copied {name!r} to {new!r}", notes)
 
 
-def _adapt(
-    ctx: SessionContext,
-    bare: Any,
-    variable: str | None,
-    config: AdapterConfig,
-    name: str,
-    allow_missing: bool,
-    trainable: bool,
-    notes: list[str],
-) -> AddResult:
-    """Adapt a bare model; everything is checked before it is touched."""
-    from nbpeft.engine.plan import plan
-    from nbpeft.model import get_peft_model
-
-    planned = plan(bare, config, allow_missing=allow_missing)
-    with HeldInterrupts():
-        handle = get_peft_model(bare, config, adapter_name=name)
-        with _unloaded_on_failure(handle):
-            if not trainable:
-                handle.manager.freeze(name)
-            tracked = ctx.models.new(variable, handle)
-            result = _added(tracked, name, notes, plan=planned)
-            tracked.requested[name] = (tracked.manager.configs[name], meaning(config))
-        ctx.models.select(tracked)
-        ctx.changed = True
-    return result
-
-
-def _put(
-    tracked: TrackedModel,
-    config: AdapterConfig,
-    name: str,
-    allow_missing: bool,
-    trainable: bool,
-    notes: list[str],
-    reconfigured: bool = False,
-) -> AddResult:
-    """Put an adapter on an adapted model and activate it."""
-    from nbpeft.model import files
-
-    manager, fields = tracked.manager, meaning(config)
-    named = files.with_base_name(config, manager.model)
-    put = manager.prepare(name, named, trainable=trainable, allow_missing=allow_missing, replace=reconfigured)
-    with manager.transaction():
-        plan = put()
-        manager.activate(name)
-    result = _added(tracked, name, notes, plan=plan, reconfigured=reconfigured)
-    tracked.requested[name] = (manager.configs[name], fields)
-    return result
-
-
 def _requested(tracked: TrackedModel, name: str, present: AdapterConfig) -> dict[str, Any]:
     """The fields that an adapter was asked for with, or else those of its config."""
     config, fields = tracked.requested.get(name, (None, {}))
     return fields if config is present else meaning(present)
 
 
-def _added(tracked: TrackedModel, name: str, notes: list[str], **more: Any) -> AddResult:
-    state, distinct = tracked.state(), tuple(dict.fromkeys(notes))
-    return AddResult(_reference(tracked), tracked.name, adapter_in(state, name), state, notes=distinct, **more)
+def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, notes: list[str], **more: Any) -> AddResult:
+    """Remember the fields that an adapter was asked for with, if they are new, and make the result."""
+    state = tracked.state()
+    result = AddResult(
+        _reference(tracked), tracked.name, adapter_in(state, name), state, notes=tuple(dict.fromkeys(notes)), **more
+    )
+    if fields is not None:
+        tracked.requested[name] = (tracked.manager.configs[name], fields)
+    return result
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def compare(
     columns = _columns(names, blends, include_base)
     batch = prompt_batch(ctx, tracked, prompts_of(prompts), tokenizer, chat)
     with ctx.command("comparing", slow=True) as notes, evaluating(tracked.model):
-        result = _Comparison(tracked, batch, columns, on_text).run(request)
+        result = _answered(tracked, batch, columns, on_text, request)
         return dataclasses.replace(result, notes=tuple(notes))
 
 
@@ -129,7 +129,7 @@ def try_combination(
             columns = [*_columns((), (), True)] if include_base else []
             columns.append(Column(f"{type}: {blend_title(pairs)}", pairs, row=name))
             request = GenerationRequest(None, max_new_tokens, {}, None, should_stop)
-            result = _Comparison(tracked, batch, columns, on_text).run(request)
+            result = _answered(tracked, batch, columns, on_text, request)
         finally:
             with HeldInterrupts(to_the_end=True):
                 if name in tracked.manager.configs:
@@ -137,66 +137,50 @@ def try_combination(
         return dataclasses.replace(result, notes=tuple(notes))
 
 
-class _Comparison:
-    """Fills columns, generation by generation."""
+def _answered(
+    tracked: TrackedModel,
+    batch: PromptBatch,
+    columns: list[Column],
+    on_text: Report | None,
+    request: GenerationRequest,
+) -> CompareResult:
+    """Fill columns, generation by generation, up to one that is stopped."""
+    from nbpeft.model.blending import blended
 
-    def __init__(
-        self,
-        tracked: TrackedModel,
-        batch: PromptBatch,
-        columns: list[Column],
-        on_text: Report | None,
-    ) -> None:
-        self._tracked, self._batch, self._on_text = tracked, batch, on_text
-        empty = (Answer(),) * len(batch.prompts)
-        self._columns = [dataclasses.replace(column, answers=empty) for column in columns]
-        self._started = time.perf_counter()
+    started, count = time.perf_counter(), len(batch.prompts)
+    filled = [dataclasses.replace(column, answers=(Answer(),) * count) for column in columns]
+    together = [place for place, column in enumerate(filled) if column.row]
+    passes = [[place] for place, column in enumerate(filled) if not column.row]
+    if together:
+        passes.insert(0, together)
 
-    def run(self, request: GenerationRequest) -> CompareResult:
-        """Runs all generations, or those up to the one that is stopped."""
-        together = [place for place, column in enumerate(self._columns) if column.row]
-        passes = [[place] for place, column in enumerate(self._columns) if not column.row]
-        if together:
-            passes.insert(0, together)
-        self._passes = len(passes)
-        self._report()
-        for places in passes:
-            if not self._generate(places, request):
-                return self._result("stopped")
-        return self._result("finished")
+    def result(status: Any) -> CompareResult:
+        seconds = time.perf_counter() - started
+        return CompareResult(tracked.name, batch.prompts, tuple(filled), seconds, len(passes), status, batch.form)
 
-    def _generate(self, places: list[int], request: GenerationRequest) -> bool:
-        from nbpeft.model.blending import blended
-
-        first = self._columns[places[0]]
-        rows = [self._columns[place].row for place in places] if first.row else None
-
-        def report(answers: list[Answer]) -> None:
-            self._fill(places, answers)
-            self._report()
-
-        request = dataclasses.replace(request, rows=rows, report=None if self._on_text is None else report)
-        with nullcontext() if first.row else blended(self._tracked.manager, dict(first.weights)):
-            answers, complete = generate_batch(self._tracked.model, self._batch, request)
-        self._fill(places, answers)
-        return complete
-
-    def _fill(self, places: list[int], answers: list[Answer]) -> None:
-        count = len(self._batch.prompts)
+    def fill(places: list[int], answers: list[Answer]) -> None:
         for number, place in enumerate(places):
             mine = tuple(answers[number * count : (number + 1) * count])
-            self._columns[place] = dataclasses.replace(self._columns[place], answers=mine)
+            filled[place] = dataclasses.replace(filled[place], answers=mine)
 
-    def _report(self) -> None:
-        if self._on_text is not None:
-            self._on_text(self._result("running"))
+    if on_text is not None:
+        on_text(result("running"))
+    for places in passes:
 
-    def _result(self, status: Any) -> CompareResult:
-        seconds = time.perf_counter() - self._started
-        batch = self._batch
-        return CompareResult(
-            self._tracked.name, batch.prompts, tuple(self._columns), seconds, self._passes, status, batch.form
-        )
+        def report(answers: list[Answer], places: list[int] = places) -> None:
+            fill(places, answers)
+            if on_text is not None:
+                on_text(result("running"))
+
+        first = filled[places[0]]
+        rows = [filled[place].row for place in places] if first.row else None
+        request = dataclasses.replace(request, rows=rows, report=None if on_text is None else report)
+        with nullcontext() if first.row else blended(tracked.manager, dict(first.weights)):
+            answers, complete = generate_batch(tracked.model, batch, request)
+        fill(places, answers)
+        if not complete:
+            return result("stopped")
+    return result("finished")
 
 
 def _columns(names: Sequence[str], blends: Sequence[Mapping[str, float]], include_base: bool) -> list[Column]:

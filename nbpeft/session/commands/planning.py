@@ -162,7 +162,7 @@ class MemoryPlanner:
     def at_once(self, settings: PlanSettings) -> PlanResult | None:
         """The plan in a few milliseconds; None where it was not prepared.
 
-        Changes are those that can be told at once, too.
+        Suggestions are limited to those that need no simulation.
         """
         from nbpeft.memory.forecast import at_once
 
@@ -301,7 +301,7 @@ def _room(device: Any, source: Any) -> Room:
 
 
 def _is_on(placed: torch.device | None, there: torch.device) -> bool:
-    """Whether a parameter's device is the one meant, which a person may name without its number."""
+    """Whether a parameter lies on a device, which may be named without its number."""
     import torch
 
     if placed is None or placed.type != there.type:

@@ -187,8 +187,8 @@ def preview_qlora(
         )
 
 
-def goes_on_with(ctx: SessionContext, model: Any, variable: str, source: str, how: Mapping[str, Any]) -> bool:
-    """Whether ``qlora`` made the adapted model in a variable of this source, so that it would load none.
+def would_reuse(ctx: SessionContext, model: Any, variable: str, source: str, how: Mapping[str, Any]) -> bool:
+    """Whether ``qlora`` would reuse the model in a variable, because it made it of this source before.
 
     Args:
         model: what the variable holds.
