@@ -32,7 +32,7 @@ def traces(shell: InteractiveShell) -> list[str]:
             item.__qualname__
             for callbacks in shell.events.callbacks.values()
             for item in callbacks
-            if "nbpeft" in repr(item)
+            if (getattr(item, "__module__", None) or "").startswith("nbpeft.")
         ),
     ]
 
