@@ -52,19 +52,6 @@ def place_of(place: object, what: str) -> str:
     return text
 
 
-def names_of(names: object) -> tuple[Any, ...]:
-    """Return one name or several as a tuple.
-
-    Raises:
-        AdapterError: they are neither.
-    """
-    if isinstance(names, str):
-        return (names,)
-    if not isinstance(names, Iterable):
-        raise AdapterError(f"expected the name of an adapter or a list of names, not {names!r:.60}")
-    return tuple(names)
-
-
 def weights_of(weights: object) -> Mapping[str, float]:
     """Check weights by adapter.
 
@@ -76,14 +63,28 @@ def weights_of(weights: object) -> Mapping[str, float]:
     return weights
 
 
-def prompts_of(prompts: object) -> list[Any]:
-    """Return one prompt or several as a list.
+def listed(given: object, what: str) -> list[Any]:
+    """Return one text or several things as a list.
+
+    Args:
+        given: a text, or anything to iterate over.
+        what: what was expected, for the message.
 
     Raises:
-        AdapterError: they are neither.
+        AdapterError: it is neither.
     """
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise AdapterError(f"a prompt is a text, or several are a list of them, not {prompts!r:.60}")
-    return list(prompts)
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise AdapterError(f"{what}, not {given!r:.60}")
+    return list(given)
+
+
+def names_of(names: object) -> tuple[Any, ...]:
+    """Return one name or several as a tuple."""
+    return tuple(listed(names, "expected the name of an adapter or a list of names"))
+
+
+def prompts_of(prompts: object) -> list[Any]:
+    """Return one prompt or several as a list."""
+    return listed(prompts, "a prompt is a text, or several are a list of them")

@@ -87,6 +87,8 @@ def qlora(
         TargetError: the targets do not match the model.
         CheckpointNotFoundError: there is no model at ``source``.
     """
+    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.plan import plan
     from nbpeft.model.quantized import load_quantized, quantize_model
     from nbpeft.model.stored import stored_parts
 
@@ -96,26 +98,28 @@ def qlora(
     adapter_name(name)
     with ctx.command(f"quantizing for {name!r}", slow=True):
         started = time.monotonic()
-        found = _resolve(ctx, source, variable, request)
-        base, before, quantized = found.base, None, False
-        if base is None:
-            base = load_quantized(found.place, **request.settings, **request.loading)
-            quantized = True
-        elif not found.origin.source:
+        origin, base = _resolve(ctx, source, variable, request)
+        before, quantized = None, base is None
+        if origin.source is not None and base is None:
+            base = load_quantized(origin.source, **request.settings, **request.loading)
+        elif origin.source is None:
             before = stored_parts(base)
             quantized = not _is_quantized(before)
-            _check_targets(base, name, request.config, allow_missing)  # before a weight is rounded
+            # What cannot be adapted is refused before a weight is rounded.
+            manager = AdapterManager.of(base)
+            replacing = name if manager is not None and name in manager.configs else None
+            plan(base, request.config, allow_missing=allow_missing, replacing=replacing)
             if quantized:
                 quantize_model(base, **request.settings)
         seconds = time.monotonic() - started
         with _restored_on_failure(base):
             prepared = _prepare(ctx, base, gradient_checkpointing, gradient_checkpointing_kwargs, upcast)
             added = add(ctx, base, request.config, name=name, variable=variable, allow_missing=allow_missing)
-        ctx.qlora_origins.setdefault(base, found.origin)
+        ctx.qlora_origins.setdefault(base, origin)
         return QloraResult(
             holder=added.holder,
             added=added,
-            source=found.title or type(base).__name__,
+            source=_title(origin, base),
             quantized=quantized,
             parts=_part_sizes(stored_parts(base), before if quantized else None),
             prepared=str(prepared) if prepared is not None else "",
@@ -159,11 +163,11 @@ def preview_qlora(
     request = _request(build_config(config), how)
     sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "device": device}
     with ctx.command("planning") as notes:
-        found = _resolve(ctx, source, variable, request)
-        skeleton = _skeleton(found.place, request) if found.base is None else None
-        tracked = ctx.find(found.base) if found.base is not None else None
+        origin, base = _resolve(ctx, source, variable, request)
+        skeleton = _skeleton(origin.source, request) if origin.source is not None and base is None else None
+        tracked = ctx.find(base) if skeleton is None else None
         title = variable or (tracked.name if tracked is not None else "model")
-        base: Any = found.base if skeleton is None else skeleton.model
+        base = base if skeleton is None else skeleton.model
         replaces = tracked is not None and name in tracked.manager.configs
         parts, prepared, to_quantize = _parts_to_come(ctx, base, skeleton, request)
         settings: dict[str, Any] = {"gradient_checkpointing": request.checkpointing}
@@ -179,7 +183,7 @@ def preview_qlora(
         )
         planned = plan_or_reason(base if skeleton is None else skeleton.architecture, request.config, title, settings)
         return QloraPreview(
-            source=found.title or type(base).__name__,
+            source=_title(origin, base),
             action="" if to_quantize is None else "quantize" if skeleton is None else "load and quantize",
             parts=parts,
             prepared=str(prepared) if prepared is not None else "",
@@ -264,25 +268,11 @@ class _Origin:
     loading: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What is to be quantized.
-
-    Attributes:
-        origin: where it comes from.
-        place: folder, hub id or file to load it from.
-        base: the base model, or None where it has to be loaded.
-        title: a name of the source for results; empty for a model in memory.
-    """
-
-    origin: _Origin
-    place: str
-    base: Any
-    title: str
-
-
-def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _Request) -> _Source:
+def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _Request) -> tuple[_Origin, Any]:
     """Find out what a source is.
+
+    Returns:
+        Where the model comes from, and its base model: None where it has to be loaded.
 
     Raises:
         ConfigError: it is a model in memory, but arguments are for loading one or for quantizing it otherwise.
@@ -290,7 +280,7 @@ def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _R
     if isinstance(source, str | os.PathLike):
         place = place_of(source, "qlora")
         origin = _Origin(place, request.settings, request.loading)
-        return _Source(origin, place, _present(ctx, origin, variable or "model"), _title(place, request.loading))
+        return origin, _present(ctx, origin, variable or "model")
     if request.loading:
         raise ConfigError(f"{next(iter(request.loading))!r} is for loading, and this model is loaded already")
     tracked = ctx.find(source)
@@ -300,7 +290,7 @@ def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _R
     if known is not None and any(have.get(field) != value for field, value in request.settings.items()):
         present = ", ".join(f"{field} = {value}" for field, value in have.items())
         raise ConfigError(f"the model is quantized already with {present}; load it again to change that")
-    return _Source(_Origin(None, request.settings, {}), "", base, "")
+    return _Origin(None, request.settings, {}), base
 
 
 def _present(ctx: SessionContext, origin: _Origin, variable: str) -> Any:
@@ -312,20 +302,6 @@ def _present(ctx: SessionContext, origin: _Origin, variable: str) -> Any:
 
 def _is_quantized(parts: tuple[StoredPart, ...]) -> bool:
     return any(part.name == "quantized layers" for part in parts)
-
-
-def _check_targets(base: nn.Module, name: str, config: AdapterConfig, allow_missing: bool) -> None:
-    """Refuse a config that does not match the model.
-
-    Raises:
-        TargetError: it does not.
-    """
-    from nbpeft.engine.manager import AdapterManager
-    from nbpeft.engine.plan import plan
-
-    manager = AdapterManager.of(base)
-    replacing = name if manager is not None and name in manager.configs else None
-    plan(base, config, allow_missing=allow_missing, replacing=replacing)
 
 
 def _is_unprepared(ctx: SessionContext, base: nn.Module) -> bool:
@@ -506,14 +482,14 @@ def _part_sizes(now: tuple[StoredPart, ...], before: tuple[StoredPart, ...] | No
     )
 
 
-def _title(source: Any, loading: Mapping[str, Any]) -> str:
-    """A source to show: a hub id as it is, of a path outside the working folder only its last part."""
-    file = loading.get("gguf_file")
-    if file:
-        return str(file)
-    text = str(os.fspath(source))
-    path = os.path.expanduser(text)
+def _title(origin: _Origin, base: Any) -> str:
+    """The source for results: a hub id as it is, of a path outside the working folder only its last part."""
+    if origin.source is None:
+        return type(base).__name__
+    if origin.loading.get("gguf_file"):
+        return str(origin.loading["gguf_file"])
+    path = os.path.expanduser(origin.source)
     if not os.path.isabs(path):
-        return text
+        return origin.source
     inside = os.path.relpath(path)
     return os.path.basename(os.path.normpath(path)) if inside.startswith(os.pardir) else inside
