@@ -16,7 +16,7 @@ _PHRASES = {
     "model.enable_adapter_layers()": "%lora on",
 }
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
-_ARGUMENT = re.compile(r"\((\w+)=…\)")
+_ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
 
 
 def in_cell_spelling(said: Any) -> Any:

@@ -25,7 +25,7 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
         ("error 0.1; session.merge(to=…) keeps full precision", "error 0.1; %lora merge --to DIR keeps full precision"),
         ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora on)."),
         (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
-        ("plain words (r=8) stay", "plain words (r=8) stay"),
+        ("then run.step(loss=…), (r=8)", "then run.step(loss=…), (r=8)"),
         (None, None),
     ],
 )
@@ -37,7 +37,7 @@ def test_what_messages_name_is_there_in_cells() -> None:
     sources = [path.read_text(encoding="utf-8") for folder in HEADLESS for path in (PACKAGE / folder).rglob("*.py")]
     messages = [text for source in sources for text in re.findall(r'"[^"\n]*"', source)]
     calls = {name for text in messages for name in re.findall(r"session\.(\w+)\(", text)}
-    arguments = {name for text in messages for name in re.findall(r"\((\w+)=…\)", text)}
+    arguments = {name for text in messages for name in re.findall(r"(?<!\w)\((\w+)=…\)", text)}
     flags = {flag for command in SUBCOMMANDS.values() for item in command.arguments for flag in item.flags}
     assert {"use", "on", "merge"} <= calls
     assert all(hasattr(Session, name) and name in SUBCOMMANDS for name in calls)
