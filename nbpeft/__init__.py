@@ -84,7 +84,7 @@ _HOMES = {
         "unpatch_trainer",
     ),
     "nbpeft.memory": ("Forecast", "forecast"),
-    "nbpeft.session": ("Session", "session", "track"),
+    "nbpeft.session": ("Session", "get_session", "session", "track"),
     "nbpeft.state": ("AdapterState", "MemoryState", "ModelState", "SessionState", "TrainState"),
     "nbpeft.errors": (
         "AdapterError",
@@ -192,7 +192,7 @@ if TYPE_CHECKING:
         update_generate_signature,
         update_signature,
     )
-    from nbpeft.session import Session, session, track
+    from nbpeft.session import Session, get_session, session, track
     from nbpeft.state import AdapterState, MemoryState, ModelState, SessionState, TrainState
     from nbpeft.training import (
         Run,
@@ -284,6 +284,7 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "get_session",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",

@@ -12,7 +12,7 @@ import torch
 from nbpeft import LoraConfig, get_peft_model
 from nbpeft.errors import ConfigError, MergeError
 from nbpeft.model.full_precision import merge_to_folder
-from nbpeft.session import answering
+from nbpeft.session import generation
 from tests.training.support import tiny_base
 
 IDS = torch.arange(12).view(2, 6)
@@ -83,4 +83,4 @@ def test_what_needs_the_weights_themselves_is_refused(config: dict[str, Any], me
 
 def test_prompts_go_to_where_the_embeddings_are_brought() -> None:
     for targets in (["q_proj"], ["embed_tokens"]):
-        assert answering._input_device(adapted(base(), target_modules=targets).get_base_model()) == torch.device("cpu")
+        assert generation._input_device(adapted(base(), target_modules=targets).get_base_model()) == torch.device("cpu")

@@ -31,13 +31,13 @@ def uncompiled(model: Any) -> Any:
 
 
 def is_live(handle: PeftModel) -> bool:
-    """Whether a handle still speaks for its base model."""
+    """Whether a handle is the one that owns its base model's adapters."""
     manager: Any = handle.manager
     return bool(manager.alive) and getattr(manager, "owner", None) is handle.__dict__.get("_token")
 
 
 def handle_over(base: nn.Module) -> PeftModel | None:
-    """A handle on a base model that carries adapters although no variable holds one; None for a bare one."""
+    """Make a handle on a base model that carries adapters although no variable holds one; None for a bare one."""
     engine = sys.modules.get("nbpeft.engine.manager")
     manager = engine.AdapterManager.of(base) if engine is not None else None
     if manager is None or not manager.alive or not manager.names:
@@ -48,12 +48,12 @@ def handle_over(base: nn.Module) -> PeftModel | None:
     return PeftModel.for_task(manager.configs[first]).over(base, manager)
 
 
-def reviver(base: nn.Module) -> Callable[[], PeftModel | None]:
-    """A function that makes a handle anew as long as the base model lives."""
+def rehandle(base: nn.Module) -> Callable[[], PeftModel | None]:
+    """Return a function that makes a new handle as long as the base model exists."""
     reference = weakref.ref(base)
 
-    def revive() -> PeftModel | None:
+    def make() -> PeftModel | None:
         found = reference()
         return None if found is None else handle_over(found)
 
-    return revive
+    return make

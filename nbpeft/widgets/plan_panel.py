@@ -16,7 +16,7 @@ from nbpeft.widgets.panel import Panel
 from nbpeft.widgets.worker import Stopped, Worker
 
 if TYPE_CHECKING:
-    from nbpeft.session.planning import MemoryPlanner
+    from nbpeft.session.commands.planning import MemoryPlanner
 
 
 class PlanPanel(Panel):

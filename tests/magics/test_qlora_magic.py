@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.session.quantizing_preview import QloraPreview
 from nbpeft.session.results.planning import PlanResult
-from nbpeft.session.results.quantizing import QloraResult
+from nbpeft.session.results.quantizing import QloraPreview, QloraResult
 from tests.magics.notebook import Notebook
 from tests.training.support import tiny_base
 
@@ -118,7 +117,7 @@ def test_what_preparing_did_is_taken_back_where_adapting_fails(
         kinds = [(parameter.dtype, parameter.requires_grad) for parameter in base.parameters()]
         return [hooks, kinds, base.is_activation_checkpointing]
 
-    notebook.session._origins.clear()
+    notebook.session.context.qlora_origins.clear()
     before = state()
 
     def fail(*_: Any, **__: Any) -> None:
@@ -239,7 +238,7 @@ MISTAKES = [
     (cell("model", "", "gguf_file = 'x'\n"), "'gguf_file' is for loading"),
     (cell("model", "", "upcast = 'all'\n"), "upcast='all' is not one of"),
     (cell("modle"), "no variable is called 'modle', and no folder. Did you mean 'model'?"),
-    (cell("place"), "write $place for what it holds"),
+    (cell("place"), "write $place to use its value"),
     (cell("./nowhere", "--as other"), "no model could be loaded from './nowhere'"),
     (cell("model", "--as 'a b'"), "--as takes the name of a variable"),
     (cell("model", "--nam x"), "has no option --nam"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nbpeft.session.answering import Batch
+from nbpeft.session.generation import PromptBatch
 from tests.session.letters import Letters
 
 INPUT = {"input_ids": torch.arange(12).reshape(2, 6)}
@@ -54,5 +54,7 @@ def alone(model: Any, prompt: str, name: str | None, tokens: int = 10) -> str:
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
         )
     return str(
-        Batch.of([prompt], Letters(), model.get_base_model()).answer(made[0, ids.shape[1] :].tolist(), tokens).text
+        PromptBatch.of([prompt], Letters(), model.get_base_model())
+        .answer(made[0, ids.shape[1] :].tolist(), tokens)
+        .text
     )

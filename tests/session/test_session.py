@@ -230,7 +230,7 @@ def test_a_loop_that_was_dropped_keeps_nobody_out(session: Session, model: Any) 
     run = session.track(model, 2)
     run.begin()
     assert isinstance(in_thread(lambda: session.use("sql")), BusyError)
-    session._running.clear()
+    session.context.runs.clear()
     del run
     gc.collect()
     assert in_thread(lambda: session.use("sql")) is None
