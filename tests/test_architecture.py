@@ -534,6 +534,22 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
     assert not found
 
 
+HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
+MAGIC_SPELLING = re.compile(r"%%?q?lora|[(,] ?--(?!jp-)[a-z]")
+
+
+def test_nothing_below_the_magics_speaks_of_magics() -> None:
+    """A script is never told to type ``%lora`` or ``--name``; ``magics/cell_spelling.py`` adds that in a cell."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in HEADLESS
+        for path in sorted((PACKAGE / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if MAGIC_SPELLING.search(line)
+    ]
+    assert not found
+
+
 def test_the_top_level_is_fixed() -> None:
     allowed = {"LICENSE", "README.md", "nbpeft", "notebooks", "pyproject.toml", "tests"}
     tops = {path.relative_to(ROOT).parts[0] for path in project_files()}
