@@ -16,8 +16,8 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
 from nbpeft.memory.devices import device_memory, join, mark_peak, peak
+from nbpeft.memory.formatting import size_text
 from nbpeft.memory.saved import SavedTensors, tensors_in
-from nbpeft.memory.words import size_text
 from nbpeft.state import MemoryPart, MemoryState
 
 MAX_AGE = 5.0

@@ -24,7 +24,7 @@ from nbpeft.engine.targets import names_part
 from nbpeft.engine.tokens import embedding_of
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean, in_one_line
 from nbpeft.logs import collapsed
-from nbpeft.memory.standin import is_kept
+from nbpeft.memory.fake_quantized import is_kept
 from nbpeft.model.gguf import forget_gguf, obedient_progress
 from nbpeft.model.quantization import dtype_of, quantization, usual_device, usual_dtype
 from nbpeft.model.stored import is_quantized_layer

@@ -14,7 +14,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
 from nbpeft.engine.tokens import embedding_of
-from nbpeft.memory.standin import quantized_bytes
+from nbpeft.memory.fake_quantized import quantized_bytes
 
 BFLOAT16_BYTES = 2
 PARTS = ("quantized layers", "embedding", "head", "other layers", "norms and biases")

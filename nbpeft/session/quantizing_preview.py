@@ -175,7 +175,7 @@ def skeleton_of(source: str, asked: Asked) -> Skeleton:
     """
     import torch
 
-    from nbpeft.memory.threads import quiet
+    from nbpeft.memory.architecture import silenced
 
     config = _config(source, asked.loading)
     stored = getattr(config, "quantization_config", None)
@@ -183,7 +183,7 @@ def skeleton_of(source: str, asked: Asked) -> Skeleton:
     method = str(getattr(how, "value", how or ""))
     architecture = _architecture(config, asked.loading.get("model_class"))
     dtype = _dtype(asked, config)
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), silenced():
         model = architecture.build(dtype)
     known = method in ("", "gguf")
     return Skeleton(model, architecture, dtype, "" if known else f"its weights are stored by {method} and stay so")

@@ -18,8 +18,8 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.memory import measure
 from nbpeft.memory.architecture import Architecture
 from nbpeft.memory.devices import mark_peak, peak
+from nbpeft.memory.fake_quantized import linear_layers_to_quantize
 from nbpeft.memory.saved import SavedTensors
-from nbpeft.memory.standin import quantizable
 
 SMALL: dict[str, Any] = dict(
     vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -41,8 +41,8 @@ def real_model(architecture: Architecture, dtype: torch.dtype, quantization: str
     torch.manual_seed(0)
     model = architecture.build(dtype)
     if quantization is not None:
-        for parent, attribute, layer in quantizable(model):
-            setattr(parent, attribute, _quantized(layer, quantization, double, dtype))
+        for path, layer in linear_layers_to_quantize(model).items():
+            model.set_submodule(path, _quantized(layer, quantization, double, dtype))
     return model
 
 

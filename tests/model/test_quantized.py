@@ -12,7 +12,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
-from nbpeft.memory.standin import quantizable
+from nbpeft.memory.fake_quantized import linear_layers_to_quantize
 from nbpeft.model import PeftModel
 from nbpeft.model.gguf import obedient_progress
 from nbpeft.model.quantization import quantization
@@ -52,7 +52,7 @@ def test_what_a_model_keeps_in_float32_is_not_quantized(bits: int, tmp_path: Pat
     loaded = load_quantized(tmp_path, bits=bits, compute_dtype="float32", model_class="AutoModelForSeq2SeqLM")
     model = quantize_model(copy.deepcopy(dense), bits=bits)
     assert quantized_paths(model) == quantized_paths(loaded) and quantized_paths(model)
-    assert len(list(quantizable(dense))) == len(quantized_paths(model))
+    assert len(linear_layers_to_quantize(dense)) == len(quantized_paths(model))
     with torch.no_grad():
         outputs = [one(input_ids=tokens(), decoder_input_ids=tokens()).logits for one in (dense, model)]
     assert (outputs[1] - outputs[0]).norm() < 0.3 * outputs[0].norm()

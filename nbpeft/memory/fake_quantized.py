@@ -1,13 +1,13 @@
-"""Quantized layers that take the memory of real ones, for a model on fake tensors.
+"""Quantized layers without data, for models on fake or meta tensors.
 
-No quantization library is needed: a stand-in has the stored bytes of the layer it stands for, and
+No quantization library is needed: a fake layer has the stored bytes of the layer it stands for, and
 its forward and backward keep and allocate what the real kernels do: the weight, dequantized for the
 time of one product, and in 8 bits also the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Base
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.targets import names_part
-from nbpeft.errors import ConfigError, did_you_mean
 
-QUANTIZATIONS = ("nf4", "fp4", "int8")
 _BLOCK, _NESTED_BLOCK = 64, 256
 
 
@@ -34,33 +32,26 @@ def quantized_bytes(out_features: int, in_features: int, kind: str, *, double: b
     return -(-count // 2) + table + (nested if double else 4 * blocks)
 
 
-def check_kind(kind: str | None) -> str | None:
-    """``kind`` if it is a known quantization or None.
+def linear_layers_to_quantize(model: nn.Module, skip: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Path -> layer of the layers that transformers quantizes: linear ones, except for the head and kept ones.
 
-    Raises:
-        ConfigError: it is something else.
-    """
-    if kind is not None and kind not in QUANTIZATIONS:
-        raise ConfigError(
-            f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)} or None."
-            + did_you_mean(str(kind), QUANTIZATIONS),
-            quantization=kind,
-        )
-    return kind
-
-
-def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(parent, attribute, layer) of the layers that transformers quantizes: linear ones but the head and kept ones.
-
-    Layers that carry adapters already are given with their wrapper as parent.
+    Args:
+        model: a base model without adapters.
+        skip: names of further modules that stay as they are.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    last = next(reversed(dict(model.named_modules())), "")
-    for path, parent in list(model.named_modules()):
-        for attribute, child in list(parent.named_children()):
-            name = f"{path}.{attribute}" if path else attribute
-            if child is not head and name != last and _is_linear(child) and not is_kept(model, name):
-                yield parent, attribute, child
+    modules = dict(model.named_modules())
+    last = next(reversed(modules), "")
+    return {
+        path: module
+        for path, module in modules.items()
+        if path
+        and path != last
+        and module is not head
+        and (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
+        and not is_kept(model, path)
+        and not any(names_part(name, path) for name in skip)
+    }
 
 
 def is_kept(model: nn.Module, path: str) -> bool:
@@ -69,24 +60,31 @@ def is_kept(model: nn.Module, path: str) -> bool:
     return any(names_part(name, path) for name in names)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+def replace_by_fakes(
+    model: nn.Module, layers: Collection[nn.Module], kind: str, *, double: bool, checkpointed: bool
+) -> None:
+    """Replace linear layers of a fake model, adapted or not, by quantized ones.
 
-
-def put_standins(model: nn.Module, kind: str, *, double: bool, checkpointed: bool = False) -> None:
-    """Replaces every quantizable layer of a fake model by its stand-in.
-
-    With ``checkpointed`` layers the 8-bit kernel's copy of its input stays in memory, because it
-    is not kept in the way that checkpointing can drop.
+    Args:
+        model: the model.
+        layers: what to replace.
+        kind: ``nf4``, ``fp4`` or ``int8``.
+        double: whether 4-bit constants are quantized too.
+        checkpointed: whether layers are computed again in backward. The 8-bit kernel's copy of its input
+            then stays in memory, because it is not kept in the way that checkpointing can drop.
     """
-    for parent, attribute, layer in quantizable(model):
-        standin = StandIn(layer, kind, double=double, hides_input=checkpointed and kind == "int8")
-        setattr(parent, attribute, standin)
-        if isinstance(parent, AdaptedLayer):
-            parent.base = Base(standin, parent.host, parent.backend)
+    chosen = {id(layer) for layer in layers}
+    for parent in list(model.modules()):
+        for attribute, layer in list(parent._modules.items()):
+            if layer is None or id(layer) not in chosen:
+                continue
+            fake = FakeQuantizedLinear(layer, kind, double=double, hides_input=checkpointed and kind == "int8")
+            setattr(parent, attribute, fake)
+            if isinstance(parent, AdaptedLayer):
+                parent.base = Base(fake, parent.host, parent.backend)
 
 
-class StandIn(nn.Module):
+class FakeQuantizedLinear(nn.Module):
     """One quantized layer; ``weight`` dequantizes it anew each time."""
 
     def __init__(self, layer: nn.Module, kind: str, *, double: bool, hides_input: bool = False) -> None:
@@ -106,12 +104,12 @@ class StandIn(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the layer's own orientation; new with every look."""
+        """The dequantized weight in the layer's own orientation; a new tensor with every access."""
         stored: Any = self.stored
         return torch.empty(self.own_shape, dtype=self.dtype, device=stored.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's map, (..., in) -> (..., out)."""
+        """Apply the layer, (..., in) -> (..., out)."""
         bias = self._parameters["bias"]
         if self.kind == "int8" and not torch.is_grad_enabled():
             return _integer_product(x, self.out_features)
@@ -120,7 +118,7 @@ class StandIn(nn.Module):
 
 
 def _integer_product(x: Tensor, out_features: int) -> Tensor:
-    """What the 8-bit product of inference allocates: rounded inputs, 32-bit sums, scaled sums."""
+    """Allocate what the 8-bit product of inference does: rounded inputs, 32-bit sums, scaled sums."""
     half = x.to(torch.float16)
     codes = (half * torch.ones(1, device=x.device)).round().to(torch.int8)
     del half
@@ -133,7 +131,7 @@ class _Product(torch.autograd.Function):
     """A product with a weight that is dequantized for it, in forward and again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: StandIn) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FakeQuantizedLinear) -> Tensor:
         ctx.layer = layer
         ctx.hidden = x if layer.hides_input else None
         ctx.save_for_backward(*([x] if layer.kind == "int8" and not layer.hides_input else []))
