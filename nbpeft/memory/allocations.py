@@ -48,7 +48,7 @@ def fake_tensors() -> Iterator[None]:
     """Make new tensors fake: shapes without data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _DefaultNumbers():
+    with FakeTensorMode(allow_non_fake_inputs=True), _DefaultNumbers():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -82,7 +82,7 @@ def record(model: nn.Module, step: Callable[[], Any], phases: int = 1, *, on_cpu
         on_cpu: whether real tensors would be on a CPU, some of whose kernels copy what they read.
     """
     gradients: list[int] = []
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda done: gradients.append(done.grad.nbytes))
     with SavedTensors(model) as saved:

@@ -1,4 +1,4 @@
-"""What is used now, and by which part of a model and its training."""
+"""Memory in use now, by part of a model and its training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Walk:
 
 
 class Meter:
-    """Measures one model again and again, cheaply enough for a panel that updates twice a second.
+    """Measures one model repeatedly, cheaply enough for a panel that updates twice a second.
 
     Weights are walked once and again when adapters change, when the model moves, or after five
     seconds; gradients and optimizer state are read each time. The model is held weakly.
@@ -63,12 +63,12 @@ class Meter:
         self._optimizer_bytes: tuple[float, int, int] = (float("-inf"), -1, 0)
 
     def mark(self) -> None:
-        """Starts counting the peak anew."""
+        """Start counting the peak anew."""
         for device in self._current_walk().devices:
             mark_peak(device)
 
     def read(self) -> MemoryState:
-        """What is used at this moment; parts of size 0 that were not asked for are left out."""
+        """Memory in use at this moment; activations and KV cache only where they were given."""
         walk = self._current_walk()
         parts = [MemoryPart("base weights", walk.kinds.total(), _by_kind(walk.kinds))]
         parts.append(MemoryPart("adapters", walk.adapter_bytes, ", ".join(walk.adapter_names)))
@@ -116,7 +116,7 @@ class Meter:
 def measure(
     model: nn.Module, optimizer: Any = None, *, saved: SavedTensors | None = None, cache: Any = None
 ) -> MemoryState:
-    """What a model, its adapters and its training take now; see ``Meter`` for the arguments."""
+    """Memory that a model, its adapters and its training use now; see ``Meter`` for the arguments."""
     return Meter(model, optimizer, saved=saved, cache=cache).read()
 
 
