@@ -1,11 +1,15 @@
-"""From a model or a config to models on fake tensors, whole or with fewer layers."""
+"""Models without weights, whole or with fewer layers, from a model, a config or a source of one."""
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
-import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,9 +19,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.model_tree import base_model_of
-from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import ConfigError
-from nbpeft.memory.threads import in_main_thread
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -31,7 +33,7 @@ _AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A kind of model, without weights.
+    """What it takes to build a model without its weights.
 
     Attributes:
         config: its transformers config.
@@ -54,7 +56,7 @@ class Architecture:
         return count
 
     def build(self, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
-        """The model, on whatever kind of tensors the surrounding context makes.
+        """Build the model, on whatever kind of tensors the surrounding context makes.
 
         Args:
             dtype: dtype of its weights.
@@ -67,7 +69,7 @@ class Architecture:
             del config.quantization_config
         maker: Any = self.model_class or _class_of(getattr(transformers, self.auto_class), config)
         if not in_main_thread() and maker is not None:
-            return _built_aside(maker, config, dtype)
+            return _build_beside_main_thread(maker, config, dtype)
         if self.model_class is not None:
             model: nn.Module = maker._from_config(config, dtype=dtype)
         else:
@@ -76,7 +78,7 @@ class Architecture:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether the model has gradient checkpointing, as far as its class tells."""
+        """Whether the model has gradient checkpointing, as far as its class says."""
         import transformers
 
         return can_checkpoint(self.model_class or _class_of(getattr(transformers, self.auto_class), self.config))
@@ -106,7 +108,7 @@ def architecture_of(model_or_config: Any, adapter_config: AdapterConfig | None) 
     """The architecture of a model (with or without adapters), a transformers config, a folder or hub id, or itself.
 
     Raises:
-        ConfigError: it is none of these, or the adapter's config is none.
+        ConfigError: it is none of these, or ``adapter_config`` is not a config.
     """
     if adapter_config is not None and not isinstance(adapter_config, AdapterConfig):
         raise ConfigError(f"the adapter must be given as a config such as LoraConfig, not {adapter_config!r:.60}")
@@ -140,7 +142,7 @@ def _check_known(config: Any, auto_class: str) -> None:
 
 
 def can_checkpoint(model_class: Any) -> bool:
-    """Whether models of a class have gradient checkpointing; yes where the class does not tell."""
+    """Whether models of a class have gradient checkpointing; True where the class does not say."""
     return bool(getattr(model_class, "supports_gradient_checkpointing", True))
 
 
@@ -154,7 +156,7 @@ def _of_model(model: nn.Module) -> Architecture:
     taken = getattr(base, "main_input_name", "input_ids")
     if taken != "input_ids":
         raise ConfigError(
-            f"cannot forecast for a {type(base).__name__}: it takes {taken}, and only text can be foreseen"
+            f"cannot forecast for a {type(base).__name__}: it takes {taken}, and only models of text can be forecast"
         )
     kinds = {name.removeprefix("Auto").removeprefix("Model"): name for name in _AUTO_CLASSES.values()}
     found = (name for ending, name in kinds.items() if ending and type(base).__name__.endswith(ending))
@@ -165,15 +167,15 @@ def _of_model(model: nn.Module) -> Architecture:
 
 
 def _class_of(automatic: Any, config: Any) -> Any:
-    """The class that transformers' automatic choice comes to; None where only it can tell."""
+    """The class that an automatic class of transformers chooses; None where that is not known beforehand."""
     if type(config) not in automatic._model_mapping:
         return None
     found = automatic._model_mapping[type(config)]
     return found if isinstance(found, type) else None
 
 
-def _built_aside(maker: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model, without torch's default dtype being changed for a moment, which is one for all threads."""
+def _build_beside_main_thread(maker: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """Build a model without changing torch's default dtype for a moment, because all threads share it."""
     config.dtype = dtype
     model: nn.Module = maker(config)
     for parameter in model.parameters():
@@ -209,25 +211,40 @@ def _with_layers(config: Any, have: int, wanted: int) -> Any:
 
 
 def layers_are_alike(model: nn.Module, count: int) -> bool:
-    """Whether a model has one list of ``count`` layers whose parameters all have the same shapes."""
+    """Whether a model has one list of ``count`` layers that all have the same tensors, their adapters included."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             shapes = {
-                tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()) for layer in module
+                tuple(
+                    (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+                    for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
+                )
+                for layer in module
             }
             return len(shapes) == 1
     return False
 
 
-def adapters_are_alike(injection: InjectionPlan, count: int) -> bool:
-    """Whether an adapter is the same on each of ``count`` layers; what lies outside of layers does not matter."""
-    layers: dict[int, set[tuple[str, object]]] = {}
-    shapes: dict[str, object] = {target.path: tuple(target.shapes.items()) for target in injection.targets}
-    for path, shape in (*shapes.items(), *((path, None) for path in injection.copies)):
-        number = re.search(r"(?<=\.)\d+(?=\.)", path)
-        if number is not None:
-            place = f"{path[: number.start()]}*{path[number.end() :]}"
-            layers.setdefault(int(number.group()), set()).add((place, shape))
-    if not layers:
-        return True
-    return set(layers) == set(range(count)) and len({frozenset(found) for found in layers.values()}) == 1
+def in_main_thread() -> bool:
+    """Whether this is the thread that cells run in."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Silence warnings, and the tracebacks that torch logs of operations on fake tensors that fail.
+
+    Does nothing outside the main thread, because a cell may run meanwhile and filters hold for all threads.
+    """
+    if not in_main_thread():
+        yield
+        return
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""What a device has, what this process takes on it, and its peak since a mark."""
+"""Total and free memory of a device, what this process uses of it, and the peak since a mark."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device, or None where the system does not tell.
+    """Bytes of a device; None where the system does not report them.
 
     Attributes:
         total: all there is for this process (a container's limit counts).
         free: what could still be allocated.
-        used: what this process takes: for an accelerator what torch allocated, else its resident memory.
+        used: by this process; on an accelerator what torch allocated, else its resident memory.
     """
 
     total: int | None
@@ -49,7 +49,7 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 
 def placed_on(model: object) -> torch.device | None:
-    """Where a model's first parameter lies; None for what has none, such as a config or a name."""
+    """The device of a model's first parameter; None for anything else, such as a config or a name."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     return next((parameter.device for parameter in parameters), None)
 
@@ -68,7 +68,7 @@ def join(memories: Iterable[DeviceMemory]) -> DeviceMemory:
 
 
 def mark_peak(device: torch.device) -> None:
-    """Starts counting the peak anew."""
+    """Start counting the peak anew."""
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).reset_peak_memory_stats(device)
     elif device.type == "cpu":

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from nbpeft.display.blocks import Block, Card, Table
 from nbpeft.display.shown import Shown
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.memory.architecture import Architecture, architecture_of
 from nbpeft.memory.devices import device_memory, is_cpu, placed_on
-from nbpeft.memory.optimizers import kind_of, state_bytes
-from nbpeft.memory.simulate import Setting, Weights, step_peak, weights_of
-from nbpeft.memory.standin import check_kind
-from nbpeft.memory.storing import stored_as
+from nbpeft.memory.estimate import Setting, estimate
+from nbpeft.memory.formatting import size_text
+from nbpeft.memory.measure import weights_by_kind
+from nbpeft.memory.optimizers import kind_of
 from nbpeft.memory.suggest import Suggestion, suggest
-from nbpeft.memory.surface import Surface, known_surface, point_of
-from nbpeft.memory.timeline import Peak
-from nbpeft.memory.words import size_text
+from nbpeft.names import QUANTIZATIONS
 from nbpeft.state import MemoryPart
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-Solve = Callable[[Setting, str, "int | None"], "Forecast | None"]
-"""Gives the forecast of another setting, optimizer and device; None where it cannot tell yet."""
+_UNPACKED_ON_LOADING = ("gguf",)
+"""Formats that transformers turns into ordinary weights; the config goes on to name them."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,6 @@ class Forecast(Shown):
     parts: tuple[MemoryPart, ...]
     device_bytes: int | None
     setting: Setting = field(repr=False)
-    optimizer: str = "adamw"
-    solve: Solve = field(default=lambda setting, optimizer, limit: solved(setting, optimizer, limit), repr=False)
 
     @property
     def peak_bytes(self) -> int:
@@ -63,7 +59,7 @@ class Forecast(Shown):
     @cached_property
     def suggestions(self) -> tuple[Suggestion, ...]:
         """Changes that lower the peak; those that make it fit first, then those that save most."""
-        return suggest(self)
+        return suggest(self.setting, self.device_bytes)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part.name} {size_text(part.byte_count)}" for part in self.parts if part.byte_count)
@@ -92,7 +88,7 @@ def forecast(
     training: bool = True,
     device: int | str | torch.device | None = None,
 ) -> Forecast:
-    """Says what a run will need, from shapes alone; no weight is loaded.
+    """Estimate what a run will need, from shapes alone; no weight is loaded.
 
     The step is run on fake tensors with two and three layers of the model, which gives what every
     further layer adds; weights, adapters and optimizer state are exact. Scratch space inside
@@ -135,7 +131,7 @@ def forecast(
         training=training,
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
     )
-    return simulated(setting, optimizer, device_bytes(device))
+    return Forecast(estimate(setting), device_bytes(device), setting)
 
 
 def setting_of(
@@ -152,7 +148,7 @@ def setting_of(
     double_quant: bool = True,
     on_cpu: bool = False,
 ) -> Setting:
-    """The setting of a forecast, its values checked; see ``forecast``.
+    """Check the values of a forecast and put them together; see ``forecast``.
 
     Raises:
         ConfigError: a value is impossible.
@@ -171,68 +167,23 @@ def setting_of(
         batch_size=batch_size,
         sequence_length=sequence_length,
         dtype=_dtype(dtype, architecture.config),
-        quantization=check_kind(quantization),
+        quantization=_check_quantization(quantization),
         double_quant=double_quant,
         gradient_checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
         training=training,
         on_cpu=on_cpu,
     )
 
 
-def simulated(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
-    """A forecast from running the step on fake tensors."""
-    return assemble(setting, optimizer, limit, weights_of(setting), step_peak(setting))
-
-
-def surveyed(
-    surface: Surface, setting: Setting, optimizer: str, limit: int | None, solve: Solve | None = None
-) -> Forecast:
-    """A forecast from a surface, at once."""
-    point = point_of(setting)
-    found = assemble(setting, optimizer, limit, surface.weights_at(point.rank), surface.peak(point))
-    return found if solve is None else dataclasses.replace(found, solve=solve)
-
-
-def solved(setting: Setting, optimizer: str, limit: int | None) -> Forecast:
-    """A forecast from a surface where there is one, else from running the step."""
-    surface = known_surface(setting)
-    if surface is None:
-        return simulated(setting, optimizer, limit)
-    return surveyed(surface, setting, optimizer, limit)
-
-
-def at_once(setting: Setting, optimizer: str, limit: int | None) -> Forecast | None:
-    """A forecast from a surface where there is one, else None; the same for its suggestions."""
-    surface = known_surface(setting)
-    return None if surface is None else surveyed(surface, setting, optimizer, limit, solve=at_once)
-
-
-def assemble(setting: Setting, optimizer: str, limit: int | None, weights: Weights, step: Peak) -> Forecast:
-    """A forecast from what lies in memory before a step and the step's own peak."""
-    base = sum(weights.kinds.values())
-    kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
-    parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes)]
-    if not setting.training:
-        parts += [MemoryPart("KV cache", step.result), MemoryPart("temporary", step.total - step.result)]
-        return Forecast(tuple(parts), limit, setting, optimizer)
-    states = state_bytes(optimizer, weights.trained)
-    gradients = sum(_bytes(shape, item) for shape, item in weights.trained)
-    parts.append(MemoryPart("optimizer", states, "paged: may go to the host" if kind_of(optimizer)[1] else optimizer))
-    largest = max((_bytes(shape, item) for shape, item in weights.trained), default=0)
-    if gradients + 2 * largest > step.total:
-        parts += [MemoryPart("gradients", gradients), MemoryPart("temporary", 2 * largest, "optimizer step")]
-    else:
-        rest = step.total - step.saved - step.gradients
-        parts += [
-            MemoryPart("gradients", step.gradients),
-            MemoryPart("activations", step.saved, "kept for backward"),
-            MemoryPart("temporary", rest, "logits, loss and single layers at the peak"),
-        ]
-    return Forecast(tuple(parts), limit, setting, optimizer)
-
-
-def _bytes(shape: tuple[int, ...], item: int) -> int:
-    return torch.Size(shape).numel() * item
+def _check_quantization(kind: str | None) -> str | None:
+    if kind is not None and kind not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)} or None."
+            + did_you_mean(str(kind), QUANTIZATIONS),
+            quantization=kind,
+        )
+    return kind
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
@@ -248,7 +199,7 @@ def device_bytes(device: int | str | torch.device | None) -> int | None:
     """Bytes of a device given as a number, a size such as ``16GB``, or a device of this machine.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is none of these.
     """
     if device is None:
         return None
@@ -263,3 +214,47 @@ def device_bytes(device: int | str | torch.device | None) -> int | None:
     if size < 1:
         raise ConfigError(f"device {device!r} is neither a size such as '16GB' nor a device here")
     return size
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How linear layers are stored.
+
+    Attributes:
+        quantization: ``"nf4"``, ``"fp4"``, ``"int8"`` or None.
+        double_quant: whether 4-bit constants are quantized too.
+        note: what a person should know of it; empty otherwise.
+    """
+
+    quantization: str | None = None
+    double_quant: bool = True
+    note: str = ""
+
+
+def stored_as(source: Any, config: Any) -> Stored:
+    """How a loaded model is stored, or how its config says that the weights are.
+
+    Args:
+        source: a model; anything else is ignored.
+        config: its transformers config.
+    """
+    if isinstance(source, nn.Module):
+        for kind in weights_by_kind(source):
+            label = kind.split(" ")[0]
+            if label in QUANTIZATIONS:
+                return Stored(label, kind.endswith(" double") or label == "int8")
+        return Stored()
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return Stored()
+    values = found if isinstance(found, Mapping) else found.to_dict()
+    method = values.get("quant_method", "another library")
+    method = getattr(method, "value", method)
+    if method in _UNPACKED_ON_LOADING:
+        return Stored()
+    if values.get("load_in_8bit"):
+        return Stored("int8")
+    if values.get("load_in_4bit"):
+        double = bool(values.get("bnb_4bit_use_double_quant", False))
+        return Stored(str(values.get("bnb_4bit_quant_type") or "fp4"), double)
+    return Stored("nf4", True, f"weights stored by {method} are counted as nf4")

@@ -1,4 +1,4 @@
-"""What is used now, and by which part of a model and its training."""
+"""Memory in use now, by part of a model and its training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nbpeft.engine.model_tree import base_model_of, manager_of
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
 from nbpeft.memory.devices import device_memory, join, mark_peak, peak
+from nbpeft.memory.formatting import size_text
 from nbpeft.memory.saved import SavedTensors, tensors_in
-from nbpeft.memory.words import size_text
 from nbpeft.state import MemoryPart, MemoryState
 
 MAX_AGE = 5.0
@@ -39,7 +39,7 @@ class _Walk:
 
 
 class Meter:
-    """Measures one model again and again, cheaply enough for a panel that updates twice a second.
+    """Measures one model repeatedly, cheaply enough for a panel that updates twice a second.
 
     Weights are walked once and again when adapters change, when the model moves, or after five
     seconds; gradients and optimizer state are read each time. The model is held weakly.
@@ -62,12 +62,12 @@ class Meter:
         self._optimizer_bytes: tuple[float, int, int] = (float("-inf"), -1, 0)
 
     def mark(self) -> None:
-        """Starts counting the peak anew."""
+        """Start counting the peak anew."""
         for device in self._current_walk().devices:
             mark_peak(device)
 
     def read(self) -> MemoryState:
-        """What is used at this moment; parts of size 0 that were not asked for are left out."""
+        """Memory in use at this moment; activations and KV cache only where they were given."""
         walk = self._current_walk()
         parts = [MemoryPart("base weights", walk.kinds.total(), _by_kind(walk.kinds))]
         parts.append(MemoryPart("adapters", walk.adapter_bytes, ", ".join(walk.adapter_names)))
@@ -115,7 +115,7 @@ class Meter:
 def measure(
     model: nn.Module, optimizer: Any = None, *, saved: SavedTensors | None = None, cache: Any = None
 ) -> MemoryState:
-    """What a model, its adapters and its training take now; see ``Meter`` for the arguments."""
+    """Memory that a model, its adapters and its training use now; see ``Meter`` for the arguments."""
     return Meter(model, optimizer, saved=saved, cache=cache).read()
 
 

@@ -11,22 +11,18 @@ _SMALL = 4096
 """Parameters with fewer elements keep 32-bit state also in 8-bit optimizers (bitsandbytes' default)."""
 _BLOCK = 256
 
-
-def _states(count: int) -> Callable[[tuple[int, ...], int], int]:
-    def size(shape: tuple[int, ...], item: int) -> int:
-        return count * math.prod(shape) * item
-
-    return size
+StateBytes = Callable[[tuple[int, ...], int], int]
+"""Bytes of the state for a parameter of a shape and a number of bytes an element."""
 
 
-def _with_step(count: int) -> Callable[[tuple[int, ...], int], int]:
-    def size(shape: tuple[int, ...], item: int) -> int:
-        return count * math.prod(shape) * item + 4
-
-    return size
+def _states(count: int, step: int = 0) -> StateBytes:
+    """``count`` tensors like the parameter, and ``step`` bytes of a step counter."""
+    return lambda shape, item: count * math.prod(shape) * item + step
 
 
-def _eight_bit(count: int) -> Callable[[tuple[int, ...], int], int]:
+def _eight_bit(count: int) -> StateBytes:
+    """``count`` tensors of one byte an element, with a scale for each block."""
+
     def size(shape: tuple[int, ...], item: int) -> int:
         elements = math.prod(shape)
         return count * (4 * elements if elements < _SMALL else elements + 4 * -(-elements // _BLOCK))
@@ -35,19 +31,20 @@ def _eight_bit(count: int) -> Callable[[tuple[int, ...], int], int]:
 
 
 def _factored(shape: tuple[int, ...], item: int) -> int:
+    """Adafactor's row and column means."""
     if len(shape) < 2:
         return math.prod(shape) * 4
     return 4 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
 
 
-_KINDS: dict[str, Callable[[tuple[int, ...], int], int]] = {
-    "adamw": _with_step(2),
-    "adam": _with_step(2),
+_STATE_BYTES: dict[str, StateBytes] = {
+    "adamw": _states(2, step=4),
+    "adam": _states(2, step=4),
     "adamw_8bit": _eight_bit(2),
     "sgd": _states(0),
     "sgd_momentum": _states(1),
-    "rmsprop": _with_step(1),
-    "adagrad": _with_step(1),
+    "rmsprop": _states(1, step=4),
+    "adagrad": _states(1, step=4),
     "adafactor": _factored,
     "lion": _states(1),
     "lion_8bit": _eight_bit(1),
@@ -59,11 +56,10 @@ _ALIASES = {
     "adamw_bnb_8bit": "adamw_8bit",
     "lion_32bit": "lion",
 }
-OPTIMIZERS = tuple(_KINDS)
 
 
 def kind_of(optimizer: str) -> tuple[str, bool]:
-    """The optimizer's kind, and whether its state is paged (lives on the host when the device is full).
+    """The optimizer's kind, and whether its state is paged (moves to the host when the device is full).
 
     Accepts the names of ``TrainingArguments.optim`` too.
 
@@ -74,9 +70,9 @@ def kind_of(optimizer: str) -> tuple[str, bool]:
     paged = name.startswith("paged_")
     name = name.removeprefix("paged_").removesuffix("_32bit") if paged else name
     name = _ALIASES.get(name, name)
-    if name not in _KINDS:
+    if name not in _STATE_BYTES:
         raise ConfigError(
-            f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}." + did_you_mean(name, OPTIMIZERS),
+            f"optimizer {optimizer!r} is not one of {', '.join(_STATE_BYTES)}." + did_you_mean(name, _STATE_BYTES),
             optimizer=optimizer,
         )
     return name, paged
@@ -89,5 +85,5 @@ def state_bytes(optimizer: str, parameters: Iterable[tuple[tuple[int, ...], int]
         optimizer: its name.
         parameters: (shape, bytes an element) of each trained parameter.
     """
-    size = _KINDS[kind_of(optimizer)[0]]
+    size = _STATE_BYTES[kind_of(optimizer)[0]]
     return sum(size(shape, item) for shape, item in parameters)

@@ -1,4 +1,4 @@
-"""What this machine's processor is good at: in which dtypes it has instructions for products of matrices.
+"""In which dtypes this machine's processor has instructions for matrix products.
 
 Torch hands products in half precision to oneDNN where oneDNN takes them. Elsewhere they are computed
 number by number, 10 and more times slower than in float32, and what is copied for them differs too.
@@ -19,7 +19,7 @@ HALF = tuple(_ASKS)
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes products of matrices in a dtype of half precision."""
+    """Whether oneDNN computes matrix products in a dtype of half precision."""
     if not _onednn.is_available() or not getattr(_onednn, "enabled", True):
         return False
     asked: Any = getattr(torch.ops.mkldnn, _ASKS.get(dtype, ""), None)
@@ -30,7 +30,7 @@ def has_instructions(dtype: torch.dtype) -> bool | None:
     """Whether the processor multiplies matrices in a dtype of half precision with instructions of its own.
 
     Returns:
-        None where torch does not tell, as on Apple's processors.
+        None where torch does not report it, as on Apple's processors.
     """
     if not _onednn.is_available():
         return None
@@ -69,6 +69,6 @@ def slow_here(dtype: torch.dtype) -> bool:
 
 
 def slow_words(*dtypes: torch.dtype, instead: str = "load models with dtype=torch.float32") -> str:
-    """What is to be said of slow dtypes, and what to do instead."""
+    """A sentence that warns of slow dtypes and says what to do instead."""
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"this CPU has no instructions for {names} and is many times faster in float32: {instead}"

@@ -63,7 +63,7 @@ class SavedTensors:
 
 
 class _Kept:
-    """Stands for one saved tensor in the graph; tells the counter when the graph lets it go."""
+    """Stands for one saved tensor in the graph; reports to the counter when the graph releases it."""
 
     __slots__ = ("counter", "key", "tensor")
 

@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import NbpeftError
+from nbpeft.memory.estimate import Setting, estimate
+from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of
-from nbpeft.memory.simulate import Setting
-from nbpeft.memory.surface import has_rank, surface_of
-from nbpeft.memory.words import size_text
 
-_WORTH_SAYING = 0.01
+_LEAST_SHARE = 0.01
 """Suggestions that save less than this share of the peak are left out."""
-_LENGTHS = 64
-"""Lengths are suggested in steps of this."""
-
-
-class Foreseen(Protocol):
-    """What is read of a forecast."""
-
-    @property
-    def setting(self) -> Setting:
-        """What it is for."""
-
-    @property
-    def optimizer(self) -> str:
-        """Name of the optimizer."""
-
-    @property
-    def device_bytes(self) -> int | None:
-        """What the device has."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes needed."""
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the device has that much."""
-
-    @property
-    def solve(self) -> Callable[[Setting, str, int | None], Any]:
-        """Gives the forecast of another setting; None where it cannot tell yet."""
+_LENGTH_STEP = 64
+"""Sequence lengths are suggested in multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -77,183 +51,216 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Change:
-    """One change of a setting.
+class _Change:
+    """One field of a setting with another value."""
 
-    Attributes:
-        words: what to change.
-        cost: what it costs, in words.
-        fields: fields of the setting and their new values; ``optimizer`` among them.
-    """
-
-    words: str
+    field: str
+    value: Any
+    text: str
     cost: str
-    fields: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """What is changed."""
-        return next(iter(self.fields))
 
 
-def suggest(forecast: Foreseen) -> tuple[Suggestion, ...]:
-    """Changes that lower the peak, each alone, those that make it fit first; where none does, several together."""
-    found = [_as_suggestion(forecast, [change]) for change in _changes(forecast)]
-    worth = [one for one in found if one is not None and one.saved_bytes > _WORTH_SAYING * forecast.peak_bytes]
-    worth.sort(key=lambda one: (not one.fits, -one.saved_bytes))
-    if forecast.fits is False and not any(one.fits for one in worth):
-        together = _together(forecast)
-        worth = ([together] if together is not None else []) + worth
-    return tuple(worth)
+def suggest(
+    setting: Setting, device_bytes: int | None, stopped: Callable[[], bool] = lambda: False
+) -> tuple[Suggestion, ...]:
+    """Changes that lower the peak, each alone, those that make it fit first; where none does, several together.
+
+    Args:
+        setting: what does not fit, or could take less.
+        device_bytes: what the device has.
+        stopped: asked before each estimate, which takes up to a second; where it says True, what is found
+            by then is returned.
+    """
+    return _Search(setting, device_bytes, stopped).run()
 
 
-def _as_suggestion(forecast: Foreseen, changes: list[Change]) -> Suggestion | None:
-    fields = {name: value for change in changes for name, value in change.fields.items()}
-    optimizer = fields.pop("optimizer", forecast.optimizer)
-    try:
-        then = forecast.solve(forecast.setting.with_changes(**fields), optimizer, forecast.device_bytes)
-    except NbpeftError:  # the model does not run like that
-        then = None
-    if then is None:
-        return None
-    cost = changes[0].cost if len(changes) == 1 else ""
-    words = ", ".join(change.words for change in changes)
-    return Suggestion(words, forecast.peak_bytes - then.peak_bytes, then.peak_bytes, cost, then.fits)
+class _Search:
+    """Looks for changes of one setting."""
+
+    def __init__(self, setting: Setting, limit: int | None, stopped: Callable[[], bool]) -> None:
+        self._setting = setting
+        self._limit = limit
+        self._stopped = stopped
+        self._peak = _peak_bytes(setting)
+        self._wanted = limit is not None and self._peak > limit
+
+    def run(self) -> tuple[Suggestion, ...]:
+        found = [self._suggestion([change]) for change in self._single_changes()]
+        worth = [one for one in found if one is not None and one.saved_bytes > _LEAST_SHARE * self._peak]
+        worth.sort(key=lambda one: (not one.fits, -one.saved_bytes))
+        if self._wanted and not any(one.fits for one in worth):
+            together = self._together()
+            worth = ([together] if together is not None else []) + worth
+        return tuple(worth)
+
+    def _peak_with(self, changes: Sequence[_Change]) -> int | None:
+        """The peak with changes; None where the model does not run like that, or after a stop."""
+        if self._stopped():
+            return None
+        try:
+            return _peak_bytes(dataclasses.replace(self._setting, **{one.field: one.value for one in changes}))
+        except NbpeftError:
+            return None
+
+    def _fits(self, changes: Sequence[_Change]) -> bool:
+        peak = self._peak_with(changes)
+        return peak is not None and self._limit is not None and peak <= self._limit
+
+    def _suggestion(self, changes: Sequence[_Change]) -> Suggestion | None:
+        peak = self._peak_with(changes)
+        if peak is None:
+            return None
+        cost = changes[0].cost if len(changes) == 1 else ""
+        fits = None if self._limit is None else peak <= self._limit
+        return Suggestion(", ".join(change.text for change in changes), self._peak - peak, peak, cost, fits)
+
+    def _single_changes(self) -> Iterator[_Change]:
+        setting = self._setting
+        yield from _switches(setting)
+        if (size := setting.batch_size) > 1:
+            yield self._largest(_batch, size, 1) or _batch(setting, size // 2)
+        if (length := setting.sequence_length) > _LENGTH_STEP:
+            yield self._largest(_length, length, _LENGTH_STEP) or _length(setting, length // 2)
+        yield from _smaller_adapter(setting)
+
+    def _largest(
+        self,
+        change_to: Callable[[Setting, int], _Change],
+        above: int,
+        step: int,
+        *,
+        least: int | None = None,
+        others: Sequence[_Change] = (),
+    ) -> _Change | None:
+        """The change to the largest multiple of a step with which it fits.
+
+        Args:
+            change_to: makes the change to a value.
+            above: a larger value, with which it does not fit.
+            step: the step.
+            least: the smallest value to try; the step itself if left out.
+            others: changes that are made as well.
+
+        Returns:
+            None where nothing is wanted, or it does not fit even with the smallest value.
+        """
+
+        def peak(value: int) -> int | None:
+            return self._peak_with([*others, change_to(self._setting, value)])
+
+        if not self._wanted or self._limit is None:
+            return None
+        low, high = (least or step) // step, -(-above // step)  # low fits, high does not
+        below, beyond = peak(low * step), peak(above)
+        if below is None or beyond is None or below > self._limit:
+            return None
+        tries = 0
+        while high - low > 1:
+            # The peak grows about linearly, so that a straight line mostly leads there in one step.
+            guess = low + int((self._limit - below) / max(beyond - below, 1) * (high - low))
+            guess = (low + high) // 2 if tries % 3 == 2 else min(max(guess, low + 1), high - 1)
+            found = peak(guess * step)
+            if found is None:
+                return None
+            if found <= self._limit:
+                low, below = guess, found
+            else:
+                high, beyond = guess, found
+            tries += 1
+        return change_to(self._setting, low * step)
+
+    def _together(self) -> Suggestion | None:
+        """Several changes, those that cost least first; None where even all of them are not enough.
+
+        What turns out not to be needed is left out again, and rows are not cut more than necessary.
+        """
+        ladder = list(_ladder(self._setting))
+
+        def first(count: int) -> dict[str, _Change]:
+            return {change.field: change for change in ladder[:count]}
+
+        count = bisect.bisect_left(range(1, len(ladder) + 1), True, key=lambda n: self._fits([*first(n).values()])) + 1
+        if count > len(ladder):
+            return None
+        made = first(count)
+        for field in list(made):
+            fewer = [change for other, change in made.items() if other != field]
+            if fewer and self._fits(fewer):
+                del made[field]
+        ways = (("sequence_length", _length, _LENGTH_STEP), ("batch_size", _batch, 1))
+        for field, change_to, step in ways:
+            if field in made:
+                others = [change for other, change in made.items() if other != field]
+                reached, asked = made[field].value, getattr(self._setting, field)
+                made[field] = self._largest(change_to, asked, step, least=reached, others=others) or made[field]
+        return self._suggestion(list(made.values()))
 
 
-def _changes(forecast: Foreseen) -> Iterator[Change]:
-    setting = forecast.setting
-    yield from _switches(setting, forecast.optimizer)
-    fits = _fitting(forecast)
-    if setting.batch_size > 1:
-        size = setting.batch_size
-        yield _batch(setting, _most(1, size // 2, size, 1, lambda n: fits(batch_size=n)))
-    if setting.sequence_length > _LENGTHS:
-        top = setting.sequence_length
-        yield _length(setting, _most(_LENGTHS, top // 2, top, _LENGTHS, lambda n: fits(sequence_length=n)))
-    yield from _rank(setting)
+def _peak_bytes(setting: Setting) -> int:
+    return sum(part.byte_count for part in estimate(setting))
 
 
-def _switches(setting: Setting, optimizer: str) -> Iterator[Change]:
+def _switches(setting: Setting) -> Iterator[_Change]:
     """What is on or off, or stored in another way."""
     if setting.training and not setting.gradient_checkpointing and setting.architecture.checkpoints:
-        yield Change("gradient_checkpointing=True", "costs about a third more time", {"gradient_checkpointing": True})
+        text = "gradient_checkpointing=True"
+        yield _Change("gradient_checkpointing", True, text, "costs about a third more time")
     if setting.dtype == torch.float32:
-        yield Change("dtype float32 -> bfloat16", "rounds weights", {"dtype": torch.bfloat16})
+        yield _Change("dtype", torch.bfloat16, "dtype float32 -> bfloat16", "rounds weights")
     for kind in ("nf4", "int8"):
         if setting.quantization is None and (setting.adapter_config is not None or not setting.training):
-            yield Change(f"quantization={kind!r}", "rounds weights", {"quantization": kind})
+            yield _Change("quantization", kind, f"quantization={kind!r}", "rounds weights")
     if setting.quantization == "int8":
-        yield Change("quantization int8 -> nf4", "rounds weights more", {"quantization": "nf4"})
-    if setting.training and kind_of(optimizer)[0] == "adamw":
-        yield Change(f"optimizer {optimizer} -> adamw_8bit", "needs bitsandbytes", {"optimizer": "adamw_8bit"})
+        yield _Change("quantization", "nf4", "quantization int8 -> nf4", "rounds weights more")
+    if setting.training and kind_of(setting.optimizer)[0] == "adamw":
+        text = f"optimizer {setting.optimizer} -> adamw_8bit"
+        yield _Change("optimizer", "adamw_8bit", text, "needs bitsandbytes")
 
 
-def _batch(setting: Setting, less: int) -> Change:
+def _batch(setting: Setting, size: int) -> _Change:
     cost = ""
     if setting.training:
-        times = -(-setting.batch_size // less)
+        times = -(-setting.batch_size // size)
         cost = f"keeps its effect with gradient_accumulation_steps times {times}"
-    return Change(f"batch_size {setting.batch_size} -> {less}", cost, {"batch_size": less})
+    return _Change("batch_size", size, f"batch_size {setting.batch_size} -> {size}", cost)
 
 
-def _length(setting: Setting, less: int) -> Change:
-    words = f"sequence_length {setting.sequence_length} -> {less}"
-    return Change(words, "cuts longer texts", {"sequence_length": less})
+def _length(setting: Setting, length: int) -> _Change:
+    text = f"sequence_length {setting.sequence_length} -> {length}"
+    return _Change("sequence_length", length, text, "cuts longer texts")
 
 
-def _rank(setting: Setting) -> Iterator[Change]:
-    """A quarter of the rank, where there is more than 4 of it."""
-    rank = getattr(setting.adapter_config, "r", None)
-    if setting.adapter_config is not None and has_rank(setting) and isinstance(rank, int) and rank > 4:
-        less = max(rank // 4, 4)
-        changed = setting.adapter_config.copy(r=less)
-        yield Change(f"r {rank} -> {less}", "learns less detail", {"adapter_config": changed})
+def _smaller_adapter(setting: Setting) -> Iterator[_Change]:
+    config = setting.adapter_config
+    less = None if config is None else smaller(config)
+    if config is not None and less is not None:
+        now = config.to_dict()
+        text = ", ".join(f"{name} {now[name]} -> {new}" for name, new in less.to_dict().items() if new != now[name])
+        yield _Change("adapter_config", less, text, "learns less detail")
 
 
-def _fitting(forecast: Foreseen) -> Callable[..., bool]:
-    """Says whether a setting with changed fields fits; always no where nothing is wanted or asking takes long."""
-    if forecast.fits is not False or surface_of(forecast.setting) is None:
-        return lambda **changes: False
-
-    def fits(**changes: int) -> bool:
-        then = forecast.solve(forecast.setting.with_changes(**changes), forecast.optimizer, forecast.device_bytes)
-        return then is not None and then.fits is True
-
-    return fits
-
-
-def _most(least: int, otherwise: int, top: int, step: int, fits: Callable[[int], bool]) -> int:
-    """The largest value below ``top`` that fits, in steps; ``otherwise`` where not even the least does."""
-    if not fits(least):
-        return otherwise
-    low, high = 1, -(-top // step)  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle)
-    return low * step
-
-
-def _together(forecast: Foreseen) -> Suggestion | None:
-    """Changes one after the other, what costs least first, until it fits; None where it never does.
-
-    What turns out not to be needed is left out again.
-    """
-    made: dict[str, Change] = {}
-    for change in _ladder(forecast.setting, forecast.optimizer):
-        made[change.name] = change
-        found = _as_suggestion(forecast, list(made.values()))
-        if found is None:
-            return None
-        if found.fits:
-            break
-    else:
+def smaller(config: AdapterConfig) -> AdapterConfig | None:
+    """A cheaper variant of a config: a quarter of its rank, where one rank above 4 holds for all layers."""
+    rank = getattr(config, "r", None)
+    if not isinstance(rank, int) or rank <= 4 or getattr(config, "rank_pattern", None):
         return None
-    for name in [name for name in made if len(made) > 1]:
-        fewer = [change for other, change in made.items() if other != name]
-        without = _as_suggestion(forecast, fewer) if fewer else None
-        if without is not None and without.fits:
-            del made[name]
-            found = without
-    if surface_of(forecast.setting) is not None:
-        found = _eased(forecast, made) or found
-    return found
+    return config.copy(r=max(rank // 4, 4))
 
 
-def _eased(forecast: Foreseen, made: dict[str, Change]) -> Suggestion | None:
-    """The same changes with the rows as many and as long as still fit; halving went too far."""
-    setting = forecast.setting
-    ways: tuple[tuple[str, int, Callable[[Setting, int], Change]], ...] = (
-        ("sequence_length", _LENGTHS, _length),
-        ("batch_size", 1, _batch),
-    )
-    for name, step, build in ways:
-        if name not in made:
-            continue
-
-        def fits(value: int, name: str = name, build: Callable[[Setting, int], Change] = build) -> bool:
-            tried = _as_suggestion(forecast, list({**made, name: build(setting, value)}.values()))
-            return tried is not None and tried.fits is True
-
-        reached = made[name].fields[name]
-        made[name] = build(setting, _most(reached, reached, getattr(setting, name), step, fits))
-    return _as_suggestion(forecast, list(made.values()))
-
-
-def _ladder(setting: Setting, optimizer: str) -> Iterator[Change]:
-    """Changes in the order of what they cost; a later one of the same name goes further."""
-    switches = {change.name: change for change in reversed(list(_switches(setting, optimizer)))}
-    for name in ("gradient_checkpointing", "dtype"):
-        if name in switches:
-            yield switches[name]
+def _ladder(setting: Setting) -> Iterator[_Change]:
+    """Changes in the order of what they cost; a later one of the same field goes further."""
+    switches = {change.field: change for change in reversed(list(_switches(setting)))}
+    for field in ("gradient_checkpointing", "dtype"):
+        if field in switches:
+            yield switches[field]
     batch, length = setting.batch_size, setting.sequence_length
     while batch > 1:
         batch //= 2
         yield _batch(setting, batch)
-    for name in ("quantization", "optimizer"):
-        if name in switches:
-            yield switches[name]
-    yield from _rank(setting)
-    while length > _LENGTHS:
-        length = max(length // 2, _LENGTHS)
+    for field in ("quantization", "optimizer"):
+        if field in switches:
+            yield switches[field]
+    yield from _smaller_adapter(setting)
+    while length > _LENGTH_STEP:
+        length = max(length // 2, _LENGTH_STEP)
         yield _length(setting, length)

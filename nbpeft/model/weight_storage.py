@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, frozen_module
 from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
-from nbpeft.memory.standin import quantized_bytes
+from nbpeft.memory.fake_quantized import quantized_bytes
 
 BFLOAT16_BYTES = 2
 PARTS = ("quantized layers", "embedding", "head", "other layers", "norms and biases")

@@ -16,7 +16,7 @@ from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.memory import Forecast, forecast, measure
 from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.memory.devices import device_memory, placed_on
-from nbpeft.memory.words import size_text
+from nbpeft.memory.formatting import size_text
 from nbpeft.model.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
 from nbpeft.state import MemoryPart, MemoryState

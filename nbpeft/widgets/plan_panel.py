@@ -1,7 +1,7 @@
 """The memory plan with sliders: what a run would need, part by part, while the settings move.
 
-slider ──> planner.at_once(settings) ──> the card, in milliseconds
-       └─> not prepared yet: a worker thread prepares these settings, then the likely next ones
+A move is answered by a worker thread, in about a second: first the parts, then what could be changed.
+A newer move stops what is still being computed for an older one.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ if TYPE_CHECKING:
     from nbpeft.session.commands.planning import MemoryPlanner
 
 
+_DEBOUNCE = 0.15
+"""Seconds without a further move after which a move is computed."""
+
+
 class PlanPanel(Panel):
     """Sliders and choices, and what a run with them would need.
 
     Args:
         planner: Answers.
         ui: How to show it; by default the richest that works here.
-        prefetch: Whether to prepare the settings that are likely to come next.
     """
 
     kind: ClassVar[str] = "plan"
 
-    def __init__(self, planner: MemoryPlanner, *, ui: Ui = "auto", prefetch: bool = True) -> None:
+    def __init__(self, planner: MemoryPlanner, *, ui: Ui = "auto") -> None:
         super().__init__(ui)
         self._planner = planner
-        self._prefetch = prefetch
         self._worker = Worker()
-        self._result = planner.exact(suggest=False)
+        self._result = planner.plan(suggest=False)
 
     @property
     def result(self) -> PlanResult:
@@ -43,12 +45,12 @@ class PlanPanel(Panel):
         return self._result
 
     def close(self, leaving: str = "") -> None:
-        """Stops preparing and frees the widgets. May be called twice."""
+        """Stops computing and frees the widgets. May be called twice."""
         self._worker.stop()
         super().close(leaving)
 
     def wait(self, timeout: float = 60.0) -> bool:
-        """Waits until nothing is being prepared; says whether that came about."""
+        """Waits until nothing is being computed; returns whether that came about."""
         return self._worker.wait(timeout)
 
     @property
@@ -62,7 +64,7 @@ class PlanPanel(Panel):
 
     def _opened(self) -> None:
         self._parts.show(self._result, current=True)
-        self._prepare(self._result.settings)
+        self._compute(self._result.settings)
 
     def _release(self, parts: Any) -> None:
         parts.free()
@@ -88,51 +90,25 @@ class PlanPanel(Panel):
                 self._guarded(self._moved)
 
     def _moved(self) -> str:
-        """Answers the settings that the sliders show, now or as soon as they are prepared."""
-        parts = self._parts
-        if parts is None:
-            return ""
-        settings = parts.settings
-        found = self._planner.at_once(settings)
-        if found is None:
-            parts.show(self._result, current=False)
-            self._prepare(settings)
-        else:
-            self._draw(found)
-        return ""
-
-    def _draw(self, found: PlanResult) -> None:
-        self._result = found
+        """Has the settings that the sliders show computed."""
         if self._parts is not None:
-            self._parts.show(found, current=True)
-            self._say("", "dim")
-
-    def _prepare(self, settings: PlanSettings) -> None:
-        self._worker.submit(lambda stopped: self._guarded(lambda: self._prepared(settings, stopped)))
-
-    def _prepared(self, settings: PlanSettings, stopped: Stopped) -> str:
-        """The worker's part."""
-        quick = self._planner.prepare(settings)
-        found = self._planner.at_once(settings) if quick else self._planner.exact(settings, suggest=False)
-        with self._lock:
-            # What was moved meanwhile has its own job, or was answered.
-            if self._parts is not None and self._parts.settings == settings and found is not None:
-                self._draw(found)
-            elif self._parts is not None and not self._worker.waiting:
-                self._moved()
-        for other in self._planner.neighbours(settings) if quick and self._prefetch else ():
-            if stopped() or self._closed:
-                return ""
-            self._planner.prepare(other)
-            with self._lock:
-                # Prepared settings turn into suggestions.
-                if self._parts is not None and not stopped():
-                    self._moved_if_settled()
+            self._parts.show(self._result, current=False)
+            self._compute(self._parts.settings, delay=_DEBOUNCE)
         return ""
 
-    def _moved_if_settled(self) -> None:
-        parts = self._parts
-        if parts is not None and parts.settings == self._result.settings:
-            found = self._planner.at_once(parts.settings)
-            if found is not None and found != self._result:
-                self._draw(found)
+    def _compute(self, settings: PlanSettings, delay: float = 0.0) -> None:
+        self._worker.submit(lambda stopped: self._guarded(lambda: self._computed(settings, stopped)), delay)
+
+    def _computed(self, settings: PlanSettings, stopped: Stopped) -> str:
+        """The worker's part."""
+        self._draw(self._planner.plan(settings, suggest=False), stopped)
+        self._draw(self._planner.plan(settings, stopped=stopped), stopped)
+        return ""
+
+    def _draw(self, found: PlanResult, stopped: Stopped) -> None:
+        """Shows a plan, unless other settings were asked for meanwhile."""
+        with self._lock:
+            if self._parts is not None and not stopped():
+                self._result = found
+                self._parts.show(found, current=True)
+                self._say("", "dim")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -24,12 +27,13 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory import forecast, measure
+from nbpeft.memory.allocations import fake_tensors
+from nbpeft.memory.estimate import run_step
+from nbpeft.memory.fake_quantized import quantized_bytes
 from nbpeft.memory.forecast import device_bytes
-from nbpeft.memory.optimizers import OPTIMIZERS, state_bytes
-from nbpeft.memory.simulate import run_step
-from nbpeft.memory.standin import quantized_bytes
-from nbpeft.memory.timeline import fake_tensors, record
+from nbpeft.memory.optimizers import state_bytes
 from nbpeft.model import quantize_model
+from nbpeft.names import OPTIMIZERS
 
 CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
@@ -46,7 +50,16 @@ def parts(found):
     return {part.name: part.byte_count for part in found.parts}
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"init_lora_weights": "olora"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "olora"},
+        {"use_dora": True},
+        {"trainable_token_indices": [1, 2]},
+    ],
+    ids=str,
+)
 def test_weights_and_adapters_are_exact(options):
     adapter = lora(**options)
     found = parts(forecast(CONFIG, adapter))
@@ -67,7 +80,7 @@ def test_parts_add_up():
 def test_few_layers_tell_what_many_take():
     for changes in ({}, {"gradient_checkpointing": True}, {"training": False}, {"quantization": "nf4"}):
         found = forecast(CONFIG, lora(lora_dropout=0.1), batch_size=2, sequence_length=48, **changes)
-        (whole,) = run_step(found.setting, None, record)
+        (whole,) = run_step(found.setting)
         step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
         assert step - parts(found).get("optimizer", 0) == whole.total
 
@@ -76,7 +89,7 @@ def test_few_layers_tell_what_many_take():
 def test_an_adapter_on_some_layers_is_counted_on_those(layers):
     adapter = lora(target_modules=["q_proj", "down_proj"], layers_to_transform=layers, lora_dropout=0.1)
     found = forecast(CONFIG, adapter, batch_size=2, sequence_length=48)
-    (whole,) = run_step(found.setting, None, record)
+    (whole,) = run_step(found.setting)
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == whole.total
 
@@ -85,7 +98,7 @@ def test_the_end_of_backward_can_be_the_peak():
     config = copy.deepcopy(CONFIG)
     config.num_hidden_layers = 12
     found = forecast(config, lora(r=64), batch_size=1, sequence_length=8, gradient_checkpointing=True, optimizer="sgd")
-    (whole,) = run_step(found.setting, None, record)
+    (whole,) = run_step(found.setting)
     assert parts(found)["gradients"] > 0.8 * parts(found)["adapters"]
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
     assert abs(step - whole.total) < 0.02 * found.peak_bytes
@@ -219,11 +232,11 @@ def test_optimizer_state(name, make):
     optimizer.step()
     real = next(part.byte_count for part in measure(layer, optimizer).parts if part.name == "optimizer")
     assert state_bytes(name, [((16, 32), 4), ((16,), 4)]) == real
-    assert name in OPTIMIZERS
 
 
-def test_names_of_training_arguments():
-    for name in ("adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "adafactor"):
+def test_names_of_training_arguments_and_those_that_are_offered():
+    arguments = ("adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "adafactor")
+    for name in (*arguments, *OPTIMIZERS):
         assert forecast(CONFIG, lora(), optimizer=name).peak_bytes > 0
 
 
@@ -275,7 +288,7 @@ def test_what_cannot_be_forecast():
         with pytest.raises(ConfigError, match=f"no AutoModelFor.* for a {type(config).__name__}, so its inputs"):
             forecast(config, lora())
     small = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    with pytest.raises(ConfigError, match="ViTModel: it takes pixel_values, and only text can be foreseen"):
+    with pytest.raises(ConfigError, match="ViTModel: it takes pixel_values, and only models of text can be forecast"):
         forecast(ViTModel(small), lora(target_modules="all-linear"))
     for adapter in ({"r": 8}, "lora", 3):
         with pytest.raises(ConfigError, match="the adapter must be given as a config"):
@@ -330,3 +343,34 @@ def test_a_quantized_model_and_its_config_are_foreseen_as_they_are_stored(settin
         assert parts(forecast(source, lora())) == parts(wanted)
     stored = next(part.byte_count for part in measure(model).parts if part.name == "base weights")
     assert abs(parts(wanted)["base weights"] - stored) < 0.01 * stored
+
+
+def test_a_transposed_layer_is_counted_as_it_is_quantized():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64, n_positions=32))
+    wanted = parts(forecast(model.config, lora(), quantization="int8"))["base weights"]
+    stored = next(part.byte_count for part in measure(quantize_model(model, bits=8)).parts)
+    assert wanted == stored
+
+
+def test_beside_the_main_thread_nothing_that_all_threads_share_changes():
+    config = LlamaConfig(**(CONFIG.to_dict() | {"intermediate_size": 320}))
+    adapter = lora(lora_dropout=0.1)
+    settings: dict[str, Any] = {"dtype": "bfloat16", "gradient_checkpointing": True}
+    seen, done, found = set(), threading.Event(), []
+
+    def work() -> None:
+        found.append(forecast(config, adapter, **settings))
+        done.set()
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.wait(0.002):
+        seen.add(torch.get_default_dtype())
+    thread.join()
+    assert seen == {torch.float32}
+    assert torch.equal(torch.get_rng_state(), state)
+    (whole,) = run_step(found[0].setting)
+    step = found[0].peak_bytes - sum(parts(found[0])[name] for name in ("base weights", "adapters", "optimizer"))
+    assert step == whole.total

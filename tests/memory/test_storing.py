@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import BitsAndBytesConfig, LlamaConfig
 
-from nbpeft.memory.storing import Stored, stored_as
+from nbpeft.memory.forecast import Stored, stored_as
 
 
 @pytest.mark.parametrize(

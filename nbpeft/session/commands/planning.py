@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.numbers import size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
+from nbpeft.names import SHORT_DTYPES
 from nbpeft.session.configs import build_config, label_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     import torch
 
     from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.memory.forecast import Forecast
-    from nbpeft.memory.simulate import Setting
+    from nbpeft.memory.estimate import Setting
+    from nbpeft.memory.suggest import Suggestion
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
+    from nbpeft.state import MemoryPart
 
 AS_IT_IS = "as it is"
 """Stored as the model is, or as its config says."""
@@ -58,7 +59,7 @@ def plan_memory(
         if name not in _SETTINGS:
             known = (*_SETTINGS, "suggest")
             raise ConfigError(f"plan_memory has no setting {name!r}.{did_you_mean(name, known)}", field=name)
-    return memory_planner(ctx, model, config, **settings).exact(suggest=suggest)
+    return memory_planner(ctx, model, config, **settings).plan(suggest=suggest)
 
 
 def memory_planner(
@@ -136,7 +137,6 @@ class MemoryPlanner:
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
         )
-        self.optimizer = optimizer
         graphics = self.room.name.startswith("cuda") or (device is not None and self.room.free is None)
         self.notes = tuple(note for note in (found.note, _CUDA_NOTE if graphics else "") if note)
         self.name = name
@@ -146,115 +146,86 @@ class MemoryPlanner:
     @property
     def settings(self) -> PlanSettings:
         """The settings that were asked for."""
-        return self._settings(self.setting, self.optimizer)
+        return self._settings(self.setting)
 
-    def exact(self, settings: PlanSettings | None = None, *, suggest: bool = True) -> PlanResult:
-        """The plan from running a step on fake tensors; takes about a second, suggestions some more."""
-        from nbpeft.memory.forecast import solved
+    def plan(
+        self,
+        settings: PlanSettings | None = None,
+        *,
+        suggest: bool = True,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> PlanResult:
+        """Estimate what a step needs; takes about a second the first time, suggestions some more.
 
-        setting, optimizer = self._setting(settings)
-        found = solved(setting, optimizer, self.room.total)
-        assert found is not None
-        result = self._result(found, found.suggestions if suggest else ())
+        May be called in another thread.
+
+        Args:
+            settings: what to change of the planner's own.
+            suggest: whether to look for changes that lower the peak.
+            stopped: says whether to look no further.
+        """
+        from nbpeft.memory.estimate import estimate
+        from nbpeft.memory.suggest import suggest as suggestions_for
+
+        setting = self._setting(settings)
+        parts = estimate(setting)
+        result = self._result(setting, parts, suggestions_for(setting, self.room.total, stopped) if suggest else ())
         if settings is None and self.assumed:
             return dataclasses.replace(result, notes=(self.assumed, *result.notes))
         return result
 
-    def at_once(self, settings: PlanSettings) -> PlanResult | None:
-        """The plan in a few milliseconds; None where it was not prepared.
-
-        Suggestions are limited to those that need no simulation.
-        """
-        from nbpeft.memory.forecast import at_once
-
-        setting, optimizer = self._setting(settings)
-        found = at_once(setting, optimizer, self.room.total)
-        return None if found is None else self._result(found, found.suggestions)
-
-    def prepare(self, settings: PlanSettings) -> bool:
-        """Prepares answers for these settings at any batch size, length, rank and optimizer, in a second or two.
-
-        Returns:
-            False where this model can only be simulated, setting by setting.
-
-        May be called in another thread.
-        """
-        from nbpeft.memory.surface import surface_of
-
-        return surface_of(self._setting(settings)[0]) is not None
-
-    def neighbours(self, settings: PlanSettings) -> list[PlanSettings]:
-        """The same with other ways to store and other switches, those first that differ in one only."""
-        dtypes = dict.fromkeys((settings.dtype, "bfloat16", "float32"))
-        kinds = dict.fromkeys((settings.quantization, None, "nf4", "int8"))
-        again = (settings.gradient_checkpointing, not settings.gradient_checkpointing)[: 2 if settings.training else 1]
-        found = [
-            dataclasses.replace(settings, gradient_checkpointing=checkpointing, quantization=kind, dtype=dtype)
-            for dtype, kind, checkpointing in itertools.product(dtypes, kinds, again)
-        ]
-
-        def distance(other: PlanSettings) -> int:
-            pairs = (
-                (other.dtype, settings.dtype),
-                (other.quantization, settings.quantization),
-                (other.gradient_checkpointing, settings.gradient_checkpointing),
-            )
-            return sum(one != two for one, two in pairs)
-
-        return sorted(found, key=distance)[1:]
-
-    def _setting(self, settings: PlanSettings | None) -> tuple[Setting, str]:
+    def _setting(self, settings: PlanSettings | None) -> Setting:
         if settings is None:
-            return self.setting, self.optimizer
+            return self.setting
         import torch
 
-        from nbpeft.memory.surface import at
-        from nbpeft.memory.trace import Point
-
-        rank = settings.rank if settings.rank is not None else 1
-        setting = at(self.setting, Point(settings.batch_size, settings.sequence_length, rank))
-        changed = setting.with_changes(
+        adapter = self.setting.adapter_config
+        if adapter is not None and settings.rank is not None and _rank_of(adapter) is not None:
+            adapter = adapter.copy(r=settings.rank)
+        return dataclasses.replace(
+            self.setting,
+            adapter_config=adapter,
+            batch_size=settings.batch_size,
+            sequence_length=settings.sequence_length,
             dtype=getattr(torch, settings.dtype),
             quantization=settings.quantization,
             gradient_checkpointing=settings.gradient_checkpointing,
+            optimizer=settings.optimizer,
             training=settings.training,
         )
-        return changed, settings.optimizer
 
-    def _settings(self, setting: Setting, optimizer: str) -> PlanSettings:
-        from nbpeft.memory.surface import has_rank
-
+    def _settings(self, setting: Setting) -> PlanSettings:
         return PlanSettings(
             setting.batch_size,
             setting.sequence_length,
-            getattr(setting.adapter_config, "r", None) if has_rank(setting) else None,
+            _rank_of(setting.adapter_config),
             str(setting.dtype).removeprefix("torch."),
             setting.quantization,
             setting.gradient_checkpointing,
-            optimizer,
+            setting.optimizer,
             setting.training,
         )
 
-    def _result(self, found: Forecast, suggestions: Any) -> PlanResult:
+    def _result(
+        self, setting: Setting, parts: tuple[MemoryPart, ...], suggestions: tuple[Suggestion, ...]
+    ) -> PlanResult:
         from nbpeft.memory.processor import slow_here, slow_words
 
-        settings = self._settings(found.setting, found.optimizer)
+        settings = self._settings(setting)
         adapter = self.method if settings.rank is None else f"{self.method} r={settings.rank}"
         notes = self.notes
-        if self.room.on_cpu and slow_here(found.setting.dtype):
-            notes = (*notes, slow_words(found.setting.dtype))
-        return PlanResult(
-            self.name, self.class_name, adapter, settings, found.parts, self.room, tuple(suggestions), notes
-        )
+        if self.room.on_cpu and slow_here(setting.dtype):
+            notes = (*notes, slow_words(setting.dtype))
+        return PlanResult(self.name, self.class_name, adapter, settings, parts, self.room, suggestions, notes)
 
 
 class _Detected:
-    """The settings that a model or a config implies."""
+    """What a model or a config says about itself."""
 
     def __init__(self, source: Any, adapter: AdapterConfig) -> None:
         from nbpeft.memory.architecture import architecture_of
         from nbpeft.memory.checkpointing import is_checkpointing
-        from nbpeft.memory.storing import stored_as
+        from nbpeft.memory.forecast import stored_as
 
         self.architecture = architecture_of(source, adapter)
         config = self.architecture.config
@@ -271,8 +242,14 @@ def _dtype_of(model: Any) -> str | None:
     """The dtype of most weights that are not quantized."""
     from nbpeft.memory import weights_by_kind
 
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    return next((names[label] for kind in weights_by_kind(model) if (label := kind.split(" ")[0]) in names), None)
+    labels = (kind.split(" ")[0] for kind in weights_by_kind(model))
+    return next((SHORT_DTYPES[label] for label in labels if label in SHORT_DTYPES), None)
+
+
+def _rank_of(adapter: AdapterConfig | None) -> int | None:
+    """The rank of an adapter, where one rank holds for all of it; else None."""
+    rank = getattr(adapter, "r", None)
+    return rank if isinstance(rank, int) and not getattr(adapter, "rank_pattern", None) else None
 
 
 def _room(device: Any, source: Any) -> Room:
@@ -301,7 +278,7 @@ def _room(device: Any, source: Any) -> Room:
 
 
 def _is_on(placed: torch.device | None, there: torch.device) -> bool:
-    """Whether a parameter lies on a device, which may be named without its number."""
+    """Whether a parameter's device is the one meant, which a person may name without its number."""
     import torch
 
     if placed is None or placed.type != there.type:
@@ -326,6 +303,6 @@ def _best_device() -> str:
 def plan_or_reason(source: Any, config: AdapterConfig, name: str, settings: Mapping[str, Any]) -> PlanResult | str:
     """Forecast for a model and an adapter, without suggestions; where that is impossible, return the reason."""
     try:
-        return MemoryPlanner(source, config, name=name, **settings).exact(suggest=False)
+        return MemoryPlanner(source, config, name=name, **settings).plan(suggest=False)
     except NbpeftError as error:
         return str(error)

@@ -385,7 +385,7 @@ def _skeleton(source: str, request: _Request) -> _Skeleton:
     """
     import torch
 
-    from nbpeft.memory.threads import quiet
+    from nbpeft.memory.architecture import silenced
 
     config = _config(source, request.loading)
     stored = getattr(config, "quantization_config", None)
@@ -393,7 +393,7 @@ def _skeleton(source: str, request: _Request) -> _Skeleton:
     method = str(getattr(how, "value", how or ""))
     architecture = _architecture(config, request.loading.get("model_class"))
     dtype = _dtype(request, config)
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), silenced():
         model = architecture.build(dtype)
     known = method in ("", "gguf")
     return _Skeleton(model, architecture, dtype, "" if known else f"its weights are stored by {method} and stay so")

@@ -1,12 +1,13 @@
-"""Quantized layers that take the memory of real ones, for a model on fake tensors.
+"""Quantized layers without data, for models on fake or meta tensors.
 
-No quantization library is needed: a stand-in has the stored bytes of the layer it stands for, and
+No quantization library is needed: a fake layer has the stored bytes of the layer it stands for, and
 its forward and backward keep and allocate what the real kernels do: the weight, dequantized for the
 time of one product, and in 8 bits also the input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,10 +16,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_tree import linear_layers_to_quantize, walk
-from nbpeft.errors import ConfigError, did_you_mean
 
-QUANTIZATIONS = ("nf4", "fp4", "int8")
 _BLOCK, _NESTED_BLOCK = 64, 256
 
 
@@ -33,39 +31,31 @@ def quantized_bytes(out_features: int, in_features: int, kind: str, *, double: b
     return -(-count // 2) + table + (nested if double else 4 * blocks)
 
 
-def check_kind(kind: str | None) -> str | None:
-    """``kind`` if it is a known quantization or None.
+def replace_by_fakes(
+    model: nn.Module, layers: Collection[nn.Module], kind: str, *, double: bool, checkpointed: bool
+) -> None:
+    """Replace linear layers of a fake model, adapted or not, by quantized ones.
 
-    Raises:
-        ConfigError: it is something else.
+    Args:
+        model: the model.
+        layers: what to replace.
+        kind: ``nf4``, ``fp4`` or ``int8``.
+        double: whether 4-bit constants are quantized too.
+        checkpointed: whether layers are computed again in backward. The 8-bit kernel's copy of its input
+            then stays in memory, because it is not kept in the way that checkpointing can drop.
     """
-    if kind is not None and kind not in QUANTIZATIONS:
-        raise ConfigError(
-            f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)} or None."
-            + did_you_mean(str(kind), QUANTIZATIONS),
-            quantization=kind,
-        )
-    return kind
+    chosen = {id(layer) for layer in layers}
+    for parent in list(model.modules()):
+        for attribute, layer in list(parent._modules.items()):
+            if layer is None or id(layer) not in chosen:
+                continue
+            fake = FakeQuantizedLinear(layer, kind, double=double, hides_input=checkpointed and kind == "int8")
+            setattr(parent, attribute, fake)
+            if isinstance(parent, AdaptedLayer):
+                parent.base = BaseLayer(fake, parent.kind, parent.backend)
 
 
-def put_standins(model: nn.Module, kind: str, *, double: bool, checkpointed: bool = False) -> None:
-    """Replaces every quantizable layer of a fake model by its stand-in.
-
-    With ``checkpointed`` layers the 8-bit kernel's copy of its input stays in memory, because it
-    is not kept in the way that checkpointing can drop.
-    """
-    layers = linear_layers_to_quantize(model)
-    for site in list(walk(model)):
-        if layers.get(site.path) is site.module:
-            standin = StandIn(site.module, kind, double=double, hides_input=checkpointed and kind == "int8")
-            if isinstance(site.wrapper, AdaptedLayer):
-                site.wrapper.base_layer = standin
-                site.wrapper.base = BaseLayer(standin, site.wrapper.kind, site.wrapper.backend)
-            else:
-                setattr(site.parent, site.attribute, standin)
-
-
-class StandIn(nn.Module):
+class FakeQuantizedLinear(nn.Module):
     """One quantized layer; ``weight`` dequantizes it anew each time."""
 
     def __init__(self, layer: nn.Module, kind: str, *, double: bool, hides_input: bool = False) -> None:
@@ -85,12 +75,12 @@ class StandIn(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the layer's own orientation; new with every look."""
+        """The dequantized weight in the layer's own orientation; a new tensor with every access."""
         stored: Any = self.stored
         return torch.empty(self.own_shape, dtype=self.dtype, device=stored.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's map, (..., in) -> (..., out)."""
+        """Apply the layer, (..., in) -> (..., out)."""
         bias = self._parameters["bias"]
         if self.kind == "int8" and not torch.is_grad_enabled():
             return _integer_product(x, self.out_features)
@@ -99,7 +89,7 @@ class StandIn(nn.Module):
 
 
 def _integer_product(x: Tensor, out_features: int) -> Tensor:
-    """What the 8-bit product of inference allocates: rounded inputs, 32-bit sums, scaled sums."""
+    """Allocate what the 8-bit product of inference does: rounded inputs, 32-bit sums, scaled sums."""
     half = x.to(torch.float16)
     codes = (half * torch.ones(1, device=x.device)).round().to(torch.int8)
     del half
@@ -112,7 +102,7 @@ class _Product(torch.autograd.Function):
     """A product with a weight that is dequantized for it, in forward and again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: StandIn) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FakeQuantizedLinear) -> Tensor:
         ctx.layer = layer
         ctx.hidden = x if layer.hides_input else None
         ctx.save_for_backward(*([x] if layer.kind == "int8" and not layer.hides_input else []))

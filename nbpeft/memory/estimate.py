@@ -1,0 +1,261 @@
+"""What a step needs: weights and adapters counted exactly, the rest from running the step on fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.storage import short_name
+from nbpeft.errors import ConfigError, TargetError
+from nbpeft.memory.allocations import Peak, fake_tensors, record
+from nbpeft.memory.architecture import Architecture, can_checkpoint, in_main_thread, layers_are_alike, silenced
+from nbpeft.memory.checkpointing import enable_checkpointing
+from nbpeft.memory.fake_quantized import quantized_bytes, replace_by_fakes
+from nbpeft.memory.formatting import size_text
+from nbpeft.memory.optimizers import kind_of, state_bytes
+from nbpeft.memory.saved import tensors_in
+from nbpeft.state import MemoryPart
+
+SAMPLED_LAYERS = (2, 3)
+"""Numbers of layers that are run; what more of them need follows, because each adds the same."""
+
+_CACHE_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that decides what a step needs; see ``forecast`` for the fields."""
+
+    architecture: Architecture
+    adapter_config: AdapterConfig | None
+    batch_size: int
+    sequence_length: int
+    dtype: torch.dtype
+    quantization: str | None
+    double_quant: bool
+    gradient_checkpointing: bool
+    optimizer: str
+    training: bool
+    on_cpu: bool = False
+
+    def key(self, *, step: bool) -> str:
+        """Equal for settings with the same weights or, with ``step``, the same step."""
+        adapter = None if self.adapter_config is None else self.adapter_config.to_dict()
+        fields: list[Any] = [
+            self.architecture.identity,
+            adapter,
+            str(self.dtype),
+            self.quantization,
+            self.double_quant,
+        ]
+        if step:
+            fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
+        return json.dumps(fields, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is in memory before a step.
+
+    Attributes:
+        kinds: bytes of base weights and buffers by the way they are stored.
+        trained: (shape, bytes an element) of each trained tensor: the adapter's, or all without one.
+        adapter_bytes: bytes of the adapter; 0 without one.
+        alike: whether all layers have the same shapes and the same adapter.
+    """
+
+    kinds: dict[str, int]
+    trained: tuple[tuple[tuple[int, ...], int], ...]
+    adapter_bytes: int
+    alike: bool
+
+
+_weights: dict[str, Weights] = {}
+_steps: dict[str, Peak] = {}
+
+
+def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
+    """The peak of a step, part by part.
+
+    The first answer for a setting takes up to a second; it is kept for the next question.
+
+    Raises:
+        ConfigError: the model cannot run without data.
+        TargetError: the adapter does not fit the model.
+    """
+    weights, step = _weights_of(setting), _peak_of(setting)
+    base = sum(weights.kinds.values())
+    kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
+    parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes)]
+    if not setting.training:
+        return (*parts, MemoryPart("KV cache", step.result), MemoryPart("temporary", step.total - step.result))
+    states = state_bytes(setting.optimizer, weights.trained)
+    paged = "paged: may go to the host" if kind_of(setting.optimizer)[1] else setting.optimizer
+    parts.append(MemoryPart("optimizer", states, paged))
+    sizes = [torch.Size(shape).numel() * item for shape, item in weights.trained]
+    largest = max(sizes, default=0)
+    if sum(sizes) + 2 * largest > step.total:
+        return (*parts, MemoryPart("gradients", sum(sizes)), MemoryPart("temporary", 2 * largest, "optimizer step"))
+    rest = step.total - step.saved - step.gradients
+    return (
+        *parts,
+        MemoryPart("gradients", step.gradients),
+        MemoryPart("activations", step.saved, "kept for backward"),
+        MemoryPart("temporary", rest, "logits, loss and single layers at the peak"),
+    )
+
+
+def _weights_of(setting: Setting) -> Weights:
+    """Bytes of weights and adapters, from their shapes alone."""
+    key = setting.key(step=False)
+    if key not in _weights:
+        _make_room(_weights)
+        _weights[key] = _count_weights(setting)
+    return _weights[key]
+
+
+def _count_weights(setting: Setting) -> Weights:
+    with torch.device("meta"), silenced():
+        model = setting.architecture.build(setting.dtype)
+        base = [*model.parameters(), *model.buffers()]
+        quantized: dict[int, nn.Module] = {}
+        if setting.quantization is not None:
+            quantized = {id(layer.weight): layer for layer in linear_layers_to_quantize(model).values()}
+        _add_adapter(model, setting)
+    double = setting.double_quant and setting.quantization != "int8"
+    kinds: Counter[str] = Counter()
+    for tensor in sorted(base, key=lambda tensor: id(tensor) not in quantized):
+        if id(tensor) in quantized:
+            rows, columns = tensor.shape if isinstance(quantized[id(tensor)], nn.Linear) else reversed(tensor.shape)
+            label = f"{setting.quantization}{' double' if double else ''}"
+            kinds[label] += quantized_bytes(rows, columns, str(setting.quantization), double=double)
+        else:
+            kinds[short_name(tensor.dtype)] += tensor.nbytes
+    there = {id(tensor) for tensor in base}
+    added = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in there]
+    trained = tuple((tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad)
+    alike = layers_are_alike(model, setting.architecture.layer_count)
+    return Weights(dict(kinds), trained, sum(tensor.nbytes for tensor in added), alike)
+
+
+def _peak_of(setting: Setting) -> Peak:
+    """The peak of one step beyond weights and optimizer state."""
+    key = setting.key(step=True)
+    if key not in _steps:
+        _make_room(_steps)
+        _steps[key] = _extrapolated_peak(setting)
+    return _steps[key]
+
+
+def _extrapolated_peak(setting: Setting) -> Peak:
+    count = setting.architecture.layer_count
+    peaks: list[Peak] = []
+    if count > max(SAMPLED_LAYERS) and _weights_of(setting).alike:
+        with contextlib.suppress(TargetError):  # the config names later layers
+            low, high = (run_step(setting, layers) for layers in SAMPLED_LAYERS)
+            # In between, backward frees one layer after another: the peak is at one of its ends.
+            peaks = [_extrapolate(low[end], high[end], count) for end in (0, -1)]
+    return max(peaks or run_step(setting), key=lambda peak: peak.total)
+
+
+def _extrapolate(low: Peak, high: Peak, count: int) -> Peak:
+    """What ``count`` layers need, from what the sampled numbers of layers need."""
+    steps = (count - SAMPLED_LAYERS[0]) / (SAMPLED_LAYERS[1] - SAMPLED_LAYERS[0])
+    values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
+    return Peak(*(round(a + (b - a) * steps) for a, b in values))
+
+
+def run_step(setting: Setting, layers: int | None = None) -> list[Peak]:
+    """Run one step on fake tensors and return its peak in each phase.
+
+    Args:
+        setting: what to run.
+        layers: how many layers; all of them, in one phase, for None.
+
+    Raises:
+        ConfigError: the model cannot run without data.
+    """
+    phases = 1 if layers is None or not setting.training else layers
+    with fake_tensors(), silenced():
+        model = _prepared(setting, layers)
+        step = _train_step if setting.training else _prefill
+        try:
+            return record(model, lambda: step(model, setting), phases, on_cpu=setting.on_cpu)
+        except TargetError:
+            raise
+        except Exception as error:
+            kind = type(model).__name__
+            reason = _too_long(setting) or (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"cannot forecast {kind}: it does not run without data ({reason})", model=kind) from error
+
+
+def _too_long(setting: Setting) -> str:
+    """That the model has fewer positions than the sequence is long, if so."""
+    positions = getattr(setting.architecture.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or setting.sequence_length <= positions:
+        return ""
+    return f"sequence_length {setting.sequence_length} is more than its {positions} positions"
+
+
+def _prepared(setting: Setting, layers: int | None) -> nn.Module:
+    model = setting.architecture.build(setting.dtype, layers)
+    checkpointed = setting.gradient_checkpointing and setting.training
+    chosen = linear_layers_to_quantize(model).values() if setting.quantization is not None else ()
+    _add_adapter(model, setting)
+    if setting.adapter_config is None:
+        model.requires_grad_(setting.training)
+    if setting.quantization is not None:
+        replace_by_fakes(model, chosen, setting.quantization, double=setting.double_quant, checkpointed=checkpointed)
+    model.train(setting.training)
+    if checkpointed:
+        _checkpoint(model)
+    return model
+
+
+def _add_adapter(model: nn.Module, setting: Setting) -> None:
+    if setting.adapter_config is not None:
+        AdapterManager.attach(model).add("forecast", setting.adapter_config, allow_missing=False)
+
+
+def _checkpoint(model: nn.Module) -> None:
+    if not can_checkpoint(type(model)):
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing")
+    config: Any = model.config
+    config.use_cache = False  # as transformers does by itself, with a warning
+    # Elsewhere the main thread may draw random numbers meanwhile; there is one generator for all.
+    enable_checkpointing(model, {"preserve_rng_state": in_main_thread()})
+
+
+def _train_step(model: nn.Module, setting: Setting) -> None:
+    batch = setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True)
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        loss = next(tensors_in(dict(output))).sum()
+    del output
+    loss.backward()
+
+
+def _prefill(model: nn.Module, setting: Setting) -> Any:
+    batch: dict[str, Any] = dict(setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=False))
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        batch["logits_to_keep"] = 1
+    with torch.no_grad():
+        output = model(**batch)
+    return next((value for value in dict(output).values() if not isinstance(value, torch.Tensor)), None)
+
+
+def _make_room(cache: dict[str, Any]) -> None:
+    while len(cache) >= _CACHE_SIZE:
+        cache.pop(next(iter(cache)))
