@@ -1,332 +1,52 @@
 """nbpeft: parameter-efficient fine-tuning in Jupyter.
 
 In a notebook ``%load_ext nbpeft`` brings ``%%lora``, ``%lora`` and ``%%lora_train``. In Python the
-names below are those of PEFT. Nothing heavy is imported before one of them is used.
+names in ``__init__.pyi`` are those of PEFT; the config class of every registered method is one of
+them. Nothing heavy is imported before a name is used, and importing changes nothing in other libraries.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import Any
 
 from nbpeft.hooks import when_adapted
+from nbpeft.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "nbpeft.model": (
-        "AdapterPool",
-        "AutoPeftModel",
-        "AutoPeftModelForCausalLM",
-        "AutoPeftModelForFeatureExtraction",
-        "AutoPeftModelForQuestionAnswering",
-        "AutoPeftModelForSeq2SeqLM",
-        "AutoPeftModelForSequenceClassification",
-        "AutoPeftModelForTokenClassification",
-        "DoraCaching",
-        "LayerStatus",
-        "LoraConfig",
-        "LoraLayer",
-        "LoraRuntimeConfig",
-        "ModelStatus",
-        "ModulesToSaveWrapper",
-        "PeftConfig",
-        "PeftModel",
-        "PeftModelForCausalLM",
-        "PeftModelForFeatureExtraction",
-        "PeftModelForQuestionAnswering",
-        "PeftModelForSeq2SeqLM",
-        "PeftModelForSequenceClassification",
-        "PeftModelForTokenClassification",
-        "PeftType",
-        "TaskType",
-        "cast_adapter_dtype",
-        "cast_mixed_precision_params",
-        "check_if_peft_model",
-        "delete_adapter",
-        "disable_input_dtype_casting",
-        "get_base_model_state_dict",
-        "get_layer_status",
-        "get_model_status",
-        "get_peft_config",
-        "get_peft_model",
-        "get_peft_model_state_dict",
-        "hotswap_adapter",
-        "hotswap_adapter_from_state_dict",
-        "inject_adapter_in_model",
-        "load_peft_weights",
-        "load_quantized",
-        "merge_errors",
-        "merge_to_folder",
-        "prepare_model_for_compiled_hotswap",
-        "quantize_model",
-        "rescale_adapter_scale",
-        "set_adapter",
-        "set_base_model_state_dict",
-        "set_peft_model_state_dict",
-        "set_requires_grad",
-        "update_forward_signature",
-        "update_generate_signature",
-        "update_signature",
-    ),
-    "nbpeft.training": (
-        "Run",
-        "RunCallback",
-        "RunControl",
-        "TrainResult",
-        "Trainer",
-        "adapter_trainer",
-        "create_lorafa_optimizer",
-        "create_loraplus_optimizer",
-        "patch_trainer",
-        "prepare_model_for_kbit_training",
-        "train",
-        "unpatch_trainer",
-    ),
-    "nbpeft.memory": ("Forecast", "forecast"),
-    "nbpeft.session": ("Session", "session", "track"),
-    "nbpeft.state": ("AdapterState", "MemoryState", "ModelState", "SessionState", "TrainState"),
-    "nbpeft.errors": (
-        "AdapterError",
-        "AdapterExistsError",
-        "BaseMismatchError",
-        "BusyError",
-        "CellError",
-        "CheckpointError",
-        "CheckpointNotFoundError",
-        "ConfigError",
-        "CorruptCheckpointError",
-        "HotSwapError",
-        "LayerKindError",
-        "MergeError",
-        "NbpeftError",
-        "NoMatchingPeftModuleError",
-        "PeftError",
-        "PeftWarning",
-        "StaleModelError",
-        "TargetError",
-        "TrainingError",
-        "UnknownAdapterError",
-        "UnknownMethodError",
-    ),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-if TYPE_CHECKING:
-    from nbpeft.errors import (
-        AdapterError,
-        AdapterExistsError,
-        BaseMismatchError,
-        BusyError,
-        CellError,
-        CheckpointError,
-        CheckpointNotFoundError,
-        ConfigError,
-        CorruptCheckpointError,
-        HotSwapError,
-        LayerKindError,
-        MergeError,
-        NbpeftError,
-        NoMatchingPeftModuleError,
-        PeftError,
-        PeftWarning,
-        StaleModelError,
-        TargetError,
-        TrainingError,
-        UnknownAdapterError,
-        UnknownMethodError,
-    )
-    from nbpeft.memory.forecast import Forecast, forecast
-    from nbpeft.model import (
-        AdapterPool,
-        AutoPeftModel,
-        AutoPeftModelForCausalLM,
-        AutoPeftModelForFeatureExtraction,
-        AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM,
-        AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification,
-        DoraCaching,
-        LayerStatus,
-        LoraConfig,
-        LoraLayer,
-        LoraRuntimeConfig,
-        ModelStatus,
-        ModulesToSaveWrapper,
-        PeftConfig,
-        PeftModel,
-        PeftModelForCausalLM,
-        PeftModelForFeatureExtraction,
-        PeftModelForQuestionAnswering,
-        PeftModelForSeq2SeqLM,
-        PeftModelForSequenceClassification,
-        PeftModelForTokenClassification,
-        PeftType,
-        TaskType,
-        cast_adapter_dtype,
-        cast_mixed_precision_params,
-        check_if_peft_model,
-        delete_adapter,
-        disable_input_dtype_casting,
-        get_base_model_state_dict,
-        get_layer_status,
-        get_model_status,
-        get_peft_config,
-        get_peft_model,
-        get_peft_model_state_dict,
-        hotswap_adapter,
-        hotswap_adapter_from_state_dict,
-        inject_adapter_in_model,
-        load_peft_weights,
-        load_quantized,
-        merge_errors,
-        merge_to_folder,
-        prepare_model_for_compiled_hotswap,
-        quantize_model,
-        rescale_adapter_scale,
-        set_adapter,
-        set_base_model_state_dict,
-        set_peft_model_state_dict,
-        set_requires_grad,
-        update_forward_signature,
-        update_generate_signature,
-        update_signature,
-    )
-    from nbpeft.session import Session, session, track
-    from nbpeft.state import AdapterState, MemoryState, ModelState, SessionState, TrainState
-    from nbpeft.training import (
-        Run,
-        RunCallback,
-        RunControl,
-        Trainer,
-        TrainResult,
-        adapter_trainer,
-        create_lorafa_optimizer,
-        create_loraplus_optimizer,
-        patch_trainer,
-        prepare_model_for_kbit_training,
-        train,
-        unpatch_trainer,
-    )
-
-__all__ = [
-    "AdapterError",
-    "AdapterExistsError",
-    "AdapterPool",
-    "AdapterState",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "BaseMismatchError",
-    "BusyError",
-    "CellError",
-    "CheckpointError",
-    "CheckpointNotFoundError",
-    "ConfigError",
-    "CorruptCheckpointError",
-    "DoraCaching",
-    "Forecast",
-    "HotSwapError",
-    "LayerKindError",
-    "LayerStatus",
-    "LoraConfig",
-    "LoraLayer",
-    "LoraRuntimeConfig",
-    "MemoryState",
-    "MergeError",
-    "ModelState",
-    "ModelStatus",
-    "ModulesToSaveWrapper",
-    "NbpeftError",
-    "NoMatchingPeftModuleError",
-    "PeftConfig",
-    "PeftError",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftType",
-    "PeftWarning",
-    "Run",
-    "RunCallback",
-    "RunControl",
-    "Session",
-    "SessionState",
-    "StaleModelError",
-    "TargetError",
-    "TaskType",
-    "TrainResult",
-    "TrainState",
-    "Trainer",
-    "TrainingError",
-    "UnknownAdapterError",
-    "UnknownMethodError",
-    "__version__",
-    "adapter_trainer",
-    "cast_adapter_dtype",
-    "cast_mixed_precision_params",
-    "check_if_peft_model",
-    "create_lorafa_optimizer",
-    "create_loraplus_optimizer",
-    "delete_adapter",
-    "disable_input_dtype_casting",
-    "forecast",
-    "get_base_model_state_dict",
-    "get_layer_status",
-    "get_model_status",
-    "get_peft_config",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "hotswap_adapter",
-    "hotswap_adapter_from_state_dict",
-    "inject_adapter_in_model",
-    "load_peft_weights",
-    "load_quantized",
-    "merge_errors",
-    "merge_to_folder",
-    "patch_trainer",
-    "prepare_model_for_compiled_hotswap",
-    "prepare_model_for_kbit_training",
-    "quantize_model",
-    "rescale_adapter_scale",
-    "session",
-    "set_adapter",
-    "set_base_model_state_dict",
-    "set_peft_model_state_dict",
-    "set_requires_grad",
-    "track",
-    "train",
-    "unpatch_trainer",
-    "update_forward_signature",
-    "update_generate_signature",
-    "update_signature",
-]
+_NAMES = lazy_names(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    if name in _NAMES:
+        value = globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
+        return value
+    if name == "__all__":
+        return sorted({"__version__", *_NAMES, *_config_classes()})
+    # Not kept: a method that is registered anew brings a new class.
+    if name.endswith("Config") and (config_class := _config_classes().get(name)):
+        return config_class
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+    configs = _config_classes() if "nbpeft.model" in sys.modules else ()
+    return sorted({*globals(), *_NAMES, *configs})
+
+
+def _config_classes() -> dict[str, type]:
+    """Name -> class of the configs of all registered methods."""
+    importlib.import_module("nbpeft.model")  # registers the methods, and gives configs the files they are saved in
+    registry = importlib.import_module("nbpeft.engine.registry")
+    return {method.config_class.__name__: method.config_class for method in registry.methods()}
 
 
 def _patch_trainer() -> None:
-    from nbpeft.training.patching import patch_for_models
+    from nbpeft.training.trainer_patch import patch_when_adapted
 
-    patch_for_models()
+    patch_when_adapted()
 
 
 when_adapted(_patch_trainer)

@@ -185,7 +185,7 @@ def few(names: Iterable[object], count: int = 5) -> str:
 
 
 def near(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
-    """The choices most like ``word``, best first; none for a word that is no name, being too long."""
+    """The choices most like ``word``, best first; none for a word that is too long to be a name."""
     if len(word) > _LONGEST_NAME:
         return []
     return difflib.get_close_matches(word, list(itertools.islice(choices, _MOST_CHOICES)), n=count, cutoff=0.5)

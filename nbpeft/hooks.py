@@ -1,6 +1,7 @@
-"""What is to happen once a model with adapters exists: layers above register it, the model layer runs it.
+"""The one place where the first adapted model is announced: upper layers register, the model layer calls.
 
-So that importing nbpeft changes nothing in other libraries, and the first adapted model does.
+So importing nbpeft changes nothing in other libraries (the package root registers the patch of the
+Trainers here), and the model layer imports nothing from the layers above it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ _calls: list[Callable[[], None]] = []
 
 
 def when_adapted(call: Callable[[], None]) -> None:
-    """Has ``call`` run whenever a handle on an adapted model is made; it should be quick the second time."""
+    """Registers ``call`` to run whenever a handle on an adapted model is made; it should be quick the second time."""
     if call not in _calls:
         _calls.append(call)
 
 
 def adapted() -> None:
-    """Runs what was registered."""
+    """Runs what was registered; ``AdapterTuner`` calls it when it is made, copied or unpickled."""
     for call in _calls:
         call()

@@ -1,12 +1,12 @@
 """Collapses equal warnings in the logs of other libraries into one line with a count.
 
 bitsandbytes and transformers log the same warning for every layer and every step. Inside
-``collapsed()`` such a warning is held back and counted, and told once when the block ends::
+``collapsed()`` such a warning is held back and counted, and shown once when the block ends::
 
     MatMul8bitLt: inputs will be cast from torch.float32 to float16 during quantization (210 times)
 
-Nothing is lost but ``IDLE_TALK``: each distinct warning is told, errors and everything of other libraries pass at
-once, and in a block that runs long a warning is told after ten seconds and counted on.
+Nothing is lost but ``DROPPED``: each distinct warning is shown, errors and everything of other libraries pass at
+once, and in a block that runs long a warning is shown after ten seconds and counted on.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
 HOLD_SECONDS = 10.0
 """How long a warning is held back at most, given that another one follows."""
 
-IDLE_TALK = ("Failed to load CPU gemm_4bit_forward",)
+DROPPED = ("Failed to load CPU gemm_4bit_forward",)
 """Beginnings of warnings that are dropped: an optional kernel of bitsandbytes is not installed,
 which it says on import, also where nothing is quantized."""
 
 _MARK = "_nbpeft_counted"
-_TOLD = "_nbpeft_told"
+_SHOWN = "_nbpeft_shown"
 
 _Key = tuple[str, str]
 
@@ -37,7 +37,7 @@ class RepeatFilter(logging.Filter):
     It sits on handlers because a filter on a logger does not see what its children log.
 
     Args:
-        libraries: first parts of the names of the loggers it acts on.
+        libraries: first parts of the names of the loggers it applies to.
         clock: seconds that go on.
     """
 
@@ -48,16 +48,16 @@ class RepeatFilter(logging.Filter):
         self._lock = threading.RLock()
         self._held: dict[_Key, list[logging.LogRecord]] = {}
         self._counts: dict[_Key, int] = {}
-        self._told: set[_Key] = set()
+        self._shown_before: set[_Key] = set()
         self._since = clock()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a handler shows a record now."""
-        if record.levelno != logging.WARNING or hasattr(record, _TOLD):
+        if record.levelno != logging.WARNING or hasattr(record, _SHOWN):
             return True
         if record.name.partition(".")[0] not in self._libraries:
             return True
-        if record.getMessage().startswith(IDLE_TALK):
+        if record.getMessage().startswith(DROPPED):
             return False
         if not hasattr(record, _MARK):  # several handlers ask about the same record
             setattr(record, _MARK, True)
@@ -71,28 +71,28 @@ class RepeatFilter(logging.Filter):
                 self._since = self._clock()
             self._held.setdefault(key, [record])
             self._counts[key] = self._counts.get(key, 0) + 1
-            late = self._clock() - self._since > HOLD_SECONDS and key not in self._told
+            late = self._clock() - self._since > HOLD_SECONDS and key not in self._shown_before
         if late:
             self.flush()
 
     def flush(self) -> None:
-        """Tells every warning that is held back, with its count, in the order they first came."""
+        """Shows every warning that is held back, with its count, in the order they first came."""
         with self._lock:
             held, counts = self._held, self._counts
             self._held, self._counts = {}, {}
-            before = set(self._told)
-            self._told.update(held)
+            before = set(self._shown_before)
+            self._shown_before.update(held)
         for key, (record,) in held.items():
             count, more = counts[key], " more" if key in before else ""
             times = f" ({count:,}{more} time{'' if count == 1 else 's'})" if count > 1 or more else ""
             record.msg, record.args = key[1] + times, None
-            setattr(record, _TOLD, True)
+            setattr(record, _SHOWN, True)
             logging.getLogger(record.name).handle(record)
 
     def forget(self) -> None:
-        """Starts anew: what was told counts as never told."""
+        """Starts anew: what was shown counts as never shown."""
         with self._lock:
-            self._told.clear()
+            self._shown_before.clear()
 
 
 class _Collapsing:
@@ -133,7 +133,7 @@ _collapsing = _Collapsing()
 def collapsed() -> Iterator[None]:
     """Equal warnings of other libraries inside the block become one line with a count at its end.
 
-    Blocks may be nested; the outermost one tells. An inner one also takes in handlers that were
+    Blocks may be nested; the outermost one shows the warnings. An inner one also takes in handlers that were
     made since, such as the one transformers makes when it is imported.
     """
     _collapsing.enter()

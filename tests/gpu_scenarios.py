@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from nbpeft import AdapterPool, LoraConfig, PeftModel, get_peft_model
 from nbpeft.checkpoint import fingerprint
 from nbpeft.memory import measure
-from nbpeft.model.full_precision import merge_to_folder
 from nbpeft.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from nbpeft.model.merge_export import merge_to_folder
 from nbpeft.training import track
 from tests.pretend_gpu import pretended, waits
 from tests.tiny_models import llama

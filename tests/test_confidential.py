@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from nbpeft.confidential import is_secret, masked, without_secrets
 from nbpeft.errors import ConfigError
-from nbpeft.model.pool_files import Place
+from nbpeft.model.host_cache import AdapterSource
 
 TOKEN = "hf_" + "aB3d" * 8
 
@@ -53,4 +53,4 @@ def test_secrets_inside_of_values() -> None:
 def test_neither_messages_nor_places_show_one() -> None:
     error = ConfigError(f"report_to must be a list, not {TOKEN!r}")
     assert TOKEN not in str(error) + repr(error) + error.message
-    assert TOKEN not in repr(Place("org/name", {"token": TOKEN}))
+    assert TOKEN not in repr(AdapterSource("org/name", {"token": TOKEN}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nbpeft.errors import ConfigError, MergeError
-from nbpeft.model.full_precision import merge_to_folder
+from nbpeft.model.merge_export import merge_to_folder
 from nbpeft.session import answering
 from tests.tiny_models import adapted, llama
 

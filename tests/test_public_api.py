@@ -68,13 +68,40 @@ def test_the_names_are_those_of_the_tutorials() -> None:
     assert [name for name in sorted(TUTORIAL_NAMES) if not hasattr(peft, name)] == []
 
 
-def test_editors_see_the_same_names() -> None:
-    tree = ast.parse(inspect.getsource(nbpeft))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = [alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
-    assert sorted(seen) == sorted(set(nbpeft.__all__) - {"__version__"})
-    assert set(nbpeft.__all__) <= set(dir(nbpeft))
+def test_the_stub_holds_each_name_once() -> None:
+    stub = ast.parse((ROOT / "nbpeft" / "__init__.pyi").read_text(encoding="utf-8"))
+    seen = [alias for node in stub.body if isinstance(node, ast.ImportFrom) and node.level for alias in node.names]
+    assert all(alias.asname == alias.name for alias in seen), "type checkers take only `A as A` for a public name"
+    names = [alias.name for alias in seen]
+    assert len(set(names)) == len(names)
+    # Configs of further methods come from the registry.
+    assert {name for name in set(nbpeft.__all__) - {"__version__"} if not name.endswith("Config")} <= set(names)
+    assert {*names, "__version__"} <= set(nbpeft.__all__) <= set(dir(nbpeft))
     assert len(set(nbpeft.__all__)) == len(nbpeft.__all__)
+
+
+def test_a_star_import_gives_every_public_name() -> None:
+    space: dict[str, Any] = {}
+    exec("from nbpeft import *", space)
+    assert set(nbpeft.__all__) <= set(space)
+
+
+def test_the_config_of_a_registered_method_is_a_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbpeft.engine import registry
+    from nbpeft.engine.adapter import Adapter
+
+    class ToyConfig(nbpeft.PeftConfig):
+        pass
+
+    class ToyAdapter(Adapter):
+        pass
+
+    assert not hasattr(nbpeft, "ToyConfig")
+    monkeypatch.setattr(registry, "_methods", [*registry.methods()])
+    registry.register(ToyConfig, peft_type="TOY", label="Toy")(ToyAdapter)
+    assert nbpeft.ToyConfig is ToyConfig
+    assert "ToyConfig" in nbpeft.__all__ and "ToyConfig" in dir(nbpeft)
+    assert nbpeft.LoraConfig is next(m.config_class for m in registry.methods() if m.peft_type == "LORA")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

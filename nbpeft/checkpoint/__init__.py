@@ -5,73 +5,42 @@ Importing it gives ``AdapterConfig.from_pretrained`` and ``save_pretrained`` the
 
 from __future__ import annotations
 
-from nbpeft.checkpoint.atomic import NewFile, disk_errors
-from nbpeft.checkpoint.card import card_text
-from nbpeft.checkpoint.config_format import condense_targets, config_text, config_to_save, parse_config
-from nbpeft.checkpoint.folder import (
-    Checkpoint,
-    FolderStore,
-    WrittenFiles,
-    read_checkpoint,
-    read_config,
-    write_card,
-    write_checkpoint,
-    write_checkpoints,
-    write_config,
-)
-from nbpeft.checkpoint.hub import push
-from nbpeft.checkpoint.identity import Fingerprint, compare, fingerprint
-from nbpeft.checkpoint.model_files import ModelFolder, TensorSpec, in_shards, other_files, write_model
-from nbpeft.checkpoint.model_keys import is_of_a_model, keys_of_a_file
-from nbpeft.checkpoint.renames import renames_of
-from nbpeft.checkpoint.staging import scratch_folder
-from nbpeft.checkpoint.weights_format import (
-    Expected,
-    Loaded,
-    adapted_paths,
-    from_file,
-    remapped,
-    to_file,
-    without_prefix,
-)
+from nbpeft.checkpoint.atomic import NewFile as NewFile
+from nbpeft.checkpoint.atomic import disk_errors as disk_errors
+from nbpeft.checkpoint.card import card_text as card_text
+from nbpeft.checkpoint.config_format import condense_targets as condense_targets
+from nbpeft.checkpoint.config_format import config_text as config_text
+from nbpeft.checkpoint.config_format import config_to_save as config_to_save
+from nbpeft.checkpoint.config_format import parse_config as parse_config
+from nbpeft.checkpoint.folder import Checkpoint as Checkpoint
+from nbpeft.checkpoint.folder import FolderStore
+from nbpeft.checkpoint.folder import WrittenFiles as WrittenFiles
+from nbpeft.checkpoint.folder import read_checkpoint as read_checkpoint
+from nbpeft.checkpoint.folder import read_config as read_config
+from nbpeft.checkpoint.folder import write_card as write_card
+from nbpeft.checkpoint.folder import write_checkpoint as write_checkpoint
+from nbpeft.checkpoint.folder import write_checkpoints as write_checkpoints
+from nbpeft.checkpoint.folder import write_config as write_config
+from nbpeft.checkpoint.identity import Fingerprint as Fingerprint
+from nbpeft.checkpoint.identity import compare as compare
+from nbpeft.checkpoint.identity import fingerprint as fingerprint
+from nbpeft.checkpoint.model_files import ModelFolder as ModelFolder
+from nbpeft.checkpoint.model_files import TensorSpec as TensorSpec
+from nbpeft.checkpoint.model_files import in_shards as in_shards
+from nbpeft.checkpoint.model_files import other_files as other_files
+from nbpeft.checkpoint.model_files import write_model as write_model
+from nbpeft.checkpoint.model_keys import is_of_a_model as is_of_a_model
+from nbpeft.checkpoint.model_keys import keys_of_a_file as keys_of_a_file
+from nbpeft.checkpoint.renames import renames_of as renames_of
+from nbpeft.checkpoint.source import push as push
+from nbpeft.checkpoint.staging import scratch_folder as scratch_folder
+from nbpeft.checkpoint.weights_format import Expected as Expected
+from nbpeft.checkpoint.weights_format import Loaded as Loaded
+from nbpeft.checkpoint.weights_format import adapted_paths as adapted_paths
+from nbpeft.checkpoint.weights_format import from_file as from_file
+from nbpeft.checkpoint.weights_format import remapped as remapped
+from nbpeft.checkpoint.weights_format import to_file as to_file
+from nbpeft.checkpoint.weights_format import without_prefix as without_prefix
 from nbpeft.engine.adapter import AdapterConfig
-
-__all__ = [
-    "Checkpoint",
-    "Expected",
-    "Fingerprint",
-    "Loaded",
-    "ModelFolder",
-    "NewFile",
-    "TensorSpec",
-    "WrittenFiles",
-    "adapted_paths",
-    "card_text",
-    "compare",
-    "condense_targets",
-    "config_text",
-    "config_to_save",
-    "disk_errors",
-    "fingerprint",
-    "from_file",
-    "in_shards",
-    "is_of_a_model",
-    "keys_of_a_file",
-    "other_files",
-    "parse_config",
-    "push",
-    "read_checkpoint",
-    "read_config",
-    "remapped",
-    "renames_of",
-    "scratch_folder",
-    "to_file",
-    "without_prefix",
-    "write_card",
-    "write_checkpoint",
-    "write_checkpoints",
-    "write_config",
-    "write_model",
-]
 
 AdapterConfig.store = FolderStore()

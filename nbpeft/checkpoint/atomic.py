@@ -196,7 +196,7 @@ def flush_file(path: Path) -> None:
 
 @contextmanager
 def disk_errors(folder: Path, byte_count: int = 0) -> Iterator[None]:
-    """Tells an error of the system while a folder is written in one line.
+    """Reports an error of the system while a folder is written in one line.
 
     Args:
         folder: what is written.
@@ -218,7 +218,7 @@ def disk_errors(folder: Path, byte_count: int = 0) -> Iterator[None]:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path as a message tells it: in one line, and shortened in the middle when it is very long."""
+    """A path for a message: in one line, and shortened in the middle when it is very long."""
     text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
     text = text if text.isprintable() else repr(text)[1:-1]
     half = _SHOWN // 2

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
+
+import yaml
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.registry import method_of
@@ -35,9 +38,7 @@ _CARD_FIELDS = (
 )
 _SETTINGS_BEGIN = "<!-- settings: kept up to date by nbpeft -->"
 _SETTINGS_END = "<!-- end of settings -->"
-_OTHER_TYPE = re.compile(r"[\d.+-]+|true|false|null|yes|no|on|off", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]{1,96}(?:/[\w.-]{1,96})?", re.ASCII)
-_PLAIN_SCALAR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:+ -]*")
 
 
 def card_text(config: AdapterConfig, present: str | None = None, *, tags: Sequence[str] = ()) -> str:
@@ -57,11 +58,11 @@ def card_text(config: AdapterConfig, present: str | None = None, *, tags: Sequen
     body = _with_settings(body if body.strip() else _body(config), config)
     entries = _entries(front)
     if base:
-        _put(entries, "base_model", [f"base_model: {_scalar(base)}"])
-    _put(entries, "library_name", ["library_name: peft"])
+        _put(entries, "base_model", _block("base_model", base))
+    _put(entries, "library_name", _block("library_name", "peft"))
     pipeline = _PIPELINES.get(TaskType(config.task_type)) if config.task_type else None
     if pipeline and not any(name == "pipeline_tag" for name, _ in entries):
-        entries.append(("pipeline_tag", [f"pipeline_tag: {pipeline}"]))
+        entries.append(("pipeline_tag", _block("pipeline_tag", pipeline)))
     _put_tags(entries, own)
     lines = [line for _, block in entries for line in block]
     return "\n".join([_FENCE, *lines, _FENCE, body]).replace("\n", newline)
@@ -108,43 +109,25 @@ def _put(entries: list[tuple[str, list[str]]], name: str, block: list[str]) -> N
 
 def _put_tags(entries: list[tuple[str, list[str]]], own: Sequence[str]) -> None:
     """Adds our tags to those that are there; a tag that names another base model goes."""
-    block = next((lines for name, lines in entries if name == "tags"), None)
-    present = _list_items(block) if block is not None else []
-    if present is None:
+    block = next((lines for name, lines in entries if name == "tags"), ["tags: []"])
+    try:
+        present = yaml.load("\n".join(block), yaml.BaseLoader)["tags"] or []  # all scalars as the text they are
+    except (yaml.YAMLError, RecursionError, KeyError, TypeError):
+        return
+    commented = any(line.lstrip().startswith("#") for line in block)
+    if commented or not isinstance(present, list) or not all(isinstance(tag, str) for tag in present):
         return
     if any(tag.startswith("base_model:adapter:") for tag in own):
         present = [tag for tag in present if not tag.startswith("base_model:adapter:")]
     tags = sorted({*present, *own})
     if tags:
-        _put(entries, "tags", ["tags:", *(f"- {_scalar(tag)}" for tag in tags)])
+        _put(entries, "tags", _block("tags", tags))
 
 
-def _list_items(block: Sequence[str]) -> list[str] | None:
-    """The items of a YAML list in either notation, or None if it is something else."""
-    head = block[0].partition(":")[2].strip()
-    if head.startswith("[") and head.endswith("]") and len(block) == 1:
-        return [_unquoted(item) for item in head[1:-1].split(",") if item.strip()]
-    if head:
-        return None
-    items = []
-    for line in block[1:]:
-        match = re.fullmatch(r"\s*-\s+(.*?)\s*", line)
-        if match:
-            items.append(_unquoted(match.group(1)))
-        elif line.strip():
-            return None
-    return items
-
-
-def _unquoted(item: str) -> str:
-    item = item.strip()
-    return item[1:-1] if len(item) > 1 and item[0] == item[-1] and item[0] in "'\"" else item
-
-
-def _scalar(text: str) -> str:
-    """Text as a YAML scalar, quoted where it has to be."""
-    plain = _PLAIN_SCALAR.fullmatch(text) and ": " not in text and not text.endswith((":", " "))
-    return text if plain and not _OTHER_TYPE.fullmatch(text) else json.dumps(text)
+def _block(name: str, value: object) -> list[str]:
+    """Lines of YAML."""
+    text: str = yaml.safe_dump({name: value}, allow_unicode=True, width=math.inf)
+    return text.splitlines()
 
 
 def _body(config: AdapterConfig) -> str:

@@ -1,4 +1,4 @@
-"""A saved adapter as a whole: config, tensors and card of one folder."""
+"""A saved adapter: config, tensors and card of one folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Checkpoint:
 
     Attributes:
         config: its config.
-        tensors: key in the file -> tensor, on the device asked for.
+        tensors: key in the file -> tensor, on the requested device.
         metadata: what the file says about itself; the fingerprint of the base is in it.
         folder: where the files lie (a folder of the cache for one of the hub).
         unknown_fields: names of config fields that this version does not know and left out.
@@ -94,7 +94,7 @@ def read_config(
     place = Source.of(source, subfolder, options)
     path = place.config_file()
     config, unknown = parse_config(_config_text_of(path, None), str(path))
-    _tell_unknown(unknown, path)
+    _warn_of_unknown(unknown, path)
     return config
 
 
@@ -130,7 +130,7 @@ def read_checkpoint(
         if _version(weights_path) == version:
             break
     config, unknown = parse_config(text, str(path))
-    _tell_unknown(unknown, path)
+    _warn_of_unknown(unknown, path)
     return Checkpoint(config, tensors, metadata, weights_path.parent, tuple(sorted(unknown)))
 
 
@@ -177,7 +177,7 @@ def write_checkpoints(
         folder: made if need be; other files in it stay.
         adapters: subfolder, or ``""`` for the folder itself -> config and tensors, as for ``write_checkpoint``.
         fingerprint: of the base model, kept in the tensors' metadata.
-        card: what the README of the folder tells: a config, or the whole text; None writes none.
+        card: what the README of the folder describes: a config, or the whole text; None writes none.
         tags: tags of the README besides those that follow from the config.
 
     Returns:
@@ -192,7 +192,7 @@ def write_checkpoints(
     names: dict[str, list[str]] = {}
     byte_count = 0
     with disk_errors(target):
-        sweep(target)  # before it is asked what is there
+        sweep(target)  # before looking what is there
         for subfolder, (config, tensors) in adapters.items():
             if not tensors:
                 raise CheckpointError(f"there are no tensors to save to {target / subfolder}")
@@ -244,7 +244,7 @@ class FolderStore:
     def make(self, fields: dict[str, Any]) -> AdapterConfig:
         """See ``config_of``; warns of fields that are not known."""
         config, unknown = config_of(fields, "the config")
-        _tell_unknown(unknown, "the config")
+        _warn_of_unknown(unknown, "the config")
         return config
 
     def write(self, config: AdapterConfig, folder: str, **options: Any) -> None:
@@ -274,7 +274,7 @@ def _size(path: Path) -> int:
 def _card_file(
     path: Path, card: AdapterConfig | str | None, tags: Sequence[str], *, needed: bool = False
 ) -> list[NewFile]:
-    """The README to write; none where it would not change, is no text, or cannot be read (an error if needed)."""
+    """The README to write; none where it would not change, is not text, or cannot be read (an error if needed)."""
     if card is None:
         return []
     present = None
@@ -352,7 +352,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _tell_unknown(unknown: Mapping[str, Any], path: Path | str) -> None:
+def _warn_of_unknown(unknown: Mapping[str, Any], path: Path | str) -> None:
     """Warns of fields that are left out, unless they say nothing (None, False, empty)."""
     speaking = sorted(name for name, value in unknown.items() if value)
     if speaking:

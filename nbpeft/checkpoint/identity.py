@@ -23,7 +23,7 @@ from nbpeft.errors import BaseMismatchError
 _PREFIX = "nbpeft.base."
 _SAMPLES = 8
 _LONGEST_SIZE = 100
-"""Letters of a size or a class; what is longer is no fingerprint."""
+"""Letters of a size or a class; what is longer is not a fingerprint."""
 _MOST_SIZES = 10_000
 _COMPARABLE = frozenset({"float32", "bfloat16"})
 
@@ -112,7 +112,7 @@ def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
         model: the base model. None of its adapters may be merged.
 
     Returns:
-        None if it does, else one line that says what differs or why it cannot be told.
+        None if it does, else one line that says what differs or why that is not known.
 
     Raises:
         BaseMismatchError: the model has no weight of a shape that the adapter's base had.

@@ -1,29 +1,31 @@
 """Whole models on disk: reads and writes safetensors shards one tensor at a time.
 
 A shard is a header (its length as eight bytes, then JSON: name -> dtype, shape, place) and the
-tensors' bytes one after the other. Going through it tensor by tensor, a model of any size is
-copied with the memory of its largest tensor.
+tensors' bytes one after the other. safetensors' own ``save_file`` wants all tensors of a file at
+once; written one after the other, a model of any size is copied with the memory of its largest tensor.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files, shown
 from nbpeft.checkpoint.staging import sweep
+from nbpeft.checkpoint.tensor_file import UNREADABLE, unreadable
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_HEADER_LIMIT = 100_000_000
 _ALIGNMENT = 8
 _NAMES = {
     torch.float64: "F64",
@@ -57,19 +59,12 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Place:
-    path: Path
-    start: int
-    spec: TensorSpec
-
-
 class ModelFolder:
     """The weights in a model's folder, read one at a time.
 
     Attributes:
         folder: where they are.
-        shards: the tensors of each file, in the order they lie in it.
+        shards: the tensors of each file.
 
     Raises:
         CheckpointNotFoundError: there are no safetensors weights.
@@ -78,34 +73,35 @@ class ModelFolder:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(os.path.expanduser(os.fspath(folder)))
-        self._places: dict[str, _Place] = {}
+        self._files: dict[str, Path] = {}
         self.shards: list[list[TensorSpec]] = []
         for path in _weight_files(self.folder):
-            places = sorted(_places(path), key=lambda place: place.start)
-            self._places.update((place.spec.name, place) for place in places)
-            self.shards.append([place.spec for place in places])
+            with _opened(path) as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+                self.shards.append(
+                    [
+                        TensorSpec(name, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                        for name, part in parts.items()
+                    ]
+                )
+            self._files |= dict.fromkeys(parts, path)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._files
 
     def read(self, name: str) -> Tensor:
         """A tensor of its own memory, on the CPU.
 
         Raises:
-            CorruptCheckpointError: the file ends before it.
+            CorruptCheckpointError: the file has changed and cannot be read any more.
         """
-        place = self._places[name]
-        data = torch.empty(place.spec.byte_count, dtype=torch.uint8)
-        if data.numel():
-            with open(place.path, "rb") as file:
-                file.seek(place.start)
-                if file.readinto(data.numpy().data) != data.numel():
-                    raise CorruptCheckpointError(f"{place.path} is truncated: {name} is not all there")
-        return data.view(place.spec.dtype).view(place.spec.shape)
+        with _opened(self._files[name]) as file:
+            # The file is mapped for as long as one of its tensors lives.
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Config, tokenizer and whatever else in a model's folder is no weight; no hidden files, no folders."""
+    """Config, tokenizer and whatever else in a model's folder is not a weight; no hidden files, no folders."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -125,7 +121,7 @@ def write_model(
     Args:
         folder: made if need be; must not hold a model yet. What a call that died left there is taken away.
         shards: what goes into each file.
-        tensor: gives a tensor when its turn comes; it is let go before the next one.
+        tensor: returns a tensor when its turn comes; it is released before the next one.
         files: config, tokenizer, ….
 
     Raises:
@@ -151,7 +147,7 @@ def write_model(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         made.append(NewFile.of_text(INDEX, json.dumps(index, indent=2) + "\n"))
     # Weights without their config would be loaded as a model of some other size: they come last, and the index,
-    # without which shards are no model, at the very end.
+    # without which shards are not a model, at the very end.
     return list(replace_files(target, [*files, *made], byte_count=total, finish_others=False))
 
 
@@ -175,7 +171,7 @@ def _weight_files(folder: Path) -> list[Path]:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             paths = [folder / name for name in sorted(set(names))]
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise CorruptCheckpointError(f"{index} is no index of weights") from None
+            raise CorruptCheckpointError(f"{index} is not an index of weights") from None
         missing = next((path for path in paths if not path.is_file()), None)
         if missing is not None:
             raise CheckpointNotFoundError(f"{missing} is missing, which {INDEX} names")
@@ -185,38 +181,13 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointNotFoundError(f"{folder} holds no {SINGLE} and no {INDEX}", source=str(folder))
 
 
-def _places(path: Path) -> Iterator[_Place]:
-    header, start = _header(path)
-    size = path.stat().st_size
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype = _DTYPES[entry["dtype"]]
-            spec = TensorSpec(name, dtype, tuple(int(length) for length in entry["shape"]))
-            begin, end = (int(value) for value in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise CorruptCheckpointError(f"{path} describes {name} in a way that is not understood") from None
-        if begin < 0 or end - begin != spec.byte_count or start + end > size:
-            raise CorruptCheckpointError(f"{path} is truncated or altered: {name} does not lie inside it")
-        yield _Place(path, start + begin, spec)
-
-
-def _header(path: Path) -> tuple[Mapping[str, Any], int]:
-    """The header and where the data begins."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_HEADER_LIMIT, path.stat().st_size - 8):
-                raise CorruptCheckpointError(f"{path} is truncated or no safetensors file")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
-        if isinstance(error, CorruptCheckpointError):
-            raise
-        raise CorruptCheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(header, dict):
-        raise CorruptCheckpointError(f"{path} has no header")
-    return header, 8 + length
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
 
 
 def _write_shard(path: Path, shard: Sequence[TensorSpec], tensor: Callable[[str], Tensor]) -> None:

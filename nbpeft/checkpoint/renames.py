@@ -19,7 +19,7 @@ def renames_of(model: nn.Module) -> Rename | None:
     """What an old name in a model's checkpoints is called now, or None if nothing was renamed.
 
     Args:
-        model: a base model; transformers is asked only if the model comes from it.
+        model: a base model; transformers is used only if the model comes from it.
 
     Returns:
         A function from a key without prefix to the key of today, for ``from_file``.

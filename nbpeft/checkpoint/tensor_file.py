@@ -21,7 +21,7 @@ LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 _READ_AT_ONCE = 2**30
 """Files of more bytes are copied tensor by tensor: slower, but never twice in memory."""
 
-_UNREADABLE = (safetensors.SafetensorError, OSError, MemoryError, KeyError, ValueError, TypeError, RuntimeError)
+UNREADABLE = (safetensors.SafetensorError, OSError, MemoryError, KeyError, ValueError, TypeError, RuntimeError)
 """What reading a damaged file raises; a KeyError names a dtype that the libraries here do not know."""
 
 _DIRECT_DEVICES = frozenset({"cpu", "cuda"})
@@ -76,8 +76,8 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[s
     direct = str(device) if target.type in _DIRECT_DEVICES else "cpu"
     try:
         metadata, tensors = _read_owned(path) if direct == "cpu" else _read_mapped(path, direct)
-    except _UNREADABLE as error:
-        raise _corrupt(path, error) from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
     if direct == "cpu" and target.type != "cpu":
         tensors = {key: tensor.to(target) for key, tensor in tensors.items()}
     return tensors, metadata
@@ -94,8 +94,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}
-    except _UNREADABLE as error:
-        raise _corrupt(path, error) from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -131,7 +131,7 @@ def _read_legacy(path: Path, device: str | torch.device) -> dict[str, Tensor]:
         _refuse_compressed(path)
         tensors: Any = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a pickle that somebody else made can raise anything
-        raise _corrupt(path, error) from None
+        raise unreadable(path, error) from None
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
     ):
@@ -147,11 +147,12 @@ def _refuse_compressed(path: Path) -> None:
                 raise ValueError("its archive is compressed")
 
 
-def _corrupt(path: Path, error: Exception) -> CorruptCheckpointError:
+def unreadable(path: Path, error: Exception) -> CorruptCheckpointError:
+    """The error to raise for one of ``UNREADABLE``."""
     text = f"its dtype {error} is not known here" if isinstance(error, KeyError) else str(error)
     if "weights_only" in text:  # torch's advice is to run what is in there
         text = "it holds more than tensors, and was not opened"
     reason = (text.strip().splitlines() or [type(error).__name__])[0][:200]
     return CorruptCheckpointError(
-        f"{path} cannot be read: it is truncated, altered or no adapter file ({reason})", path=str(path)
+        f"{path} cannot be read: it is truncated, altered or not a file of tensors ({reason})", path=str(path)
     )

@@ -552,12 +552,12 @@ class LearnsWithHooks:
     """Takes part in training beside the gradient; an ``Adapter`` or a ``SharedState``.
 
     The Trainer, ``nbpeft.train`` and ``track()`` call the hooks of the active adapters; a training loop of
-    one's own calls ``model.base_model.manager.after_backward(step)`` between ``backward()`` and the
-    optimizer's step, and adds ``extra_loss()`` to its loss.
+    one's own calls ``model.base_model.manager.after_backward(step)`` between the optimizer's step and
+    ``zero_grad()``. The extra loss is in the loss that the model returns.
     """
 
     def after_backward(self, step: int) -> None:
-        """Called with the gradients of one optimizer step, before it; ``step`` counts from 0."""
+        """Called after an optimizer step, while its gradients are still there; ``step`` counts from 0."""
 
     def extra_loss(self) -> Tensor | None:
         """A scalar to add to the loss, or None."""

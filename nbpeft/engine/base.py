@@ -124,14 +124,20 @@ class BaseLayer:
         module: the frozen layer itself.
         kind: what kind of layer it is.
         backend: how its weight is stored.
+        context: in a forward, what the adapter's method prepared for this call of the model; else None.
     """
 
-    __slots__ = ("backend", "kind", "module")
+    __slots__ = ("backend", "context", "kind", "module")
 
-    def __init__(self, module: nn.Module, kind: LayerKind, backend: Backend) -> None:
+    def __init__(self, module: nn.Module, kind: LayerKind, backend: Backend, context: Any = None) -> None:
         self.module = module
         self.kind = kind
         self.backend = backend
+        self.context = context
+
+    def within(self, context: Any) -> BaseLayer:
+        """The same layer in a call with a context."""
+        return BaseLayer(self.module, self.kind, self.backend, context)
 
     @property
     def in_features(self) -> int:

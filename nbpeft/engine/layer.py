@@ -105,21 +105,20 @@ class AdaptedLayer(PeftLayerMixin):
             return merged
         alone = self._alone(active)
         if isinstance(alone, TransformsInput):
-            base = self._own_base()
+            base = self._base_in(active, active.names[0])
             transformed: Tensor = self.base_layer(alone.transform_input(x, base), *args, **kwargs)
             return transformed
         output: Tensor = self.base_layer(x, *args, **kwargs)
-        base = self._own_base()
         if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
             x = x.to(output.device)
         if active.rows is not None:
-            return self._mixed(x, output, active.rows)
+            return self._mixed(x, output, active, active.rows)
         if isinstance(alone, TransformsOutput):
-            return alone.transform_output(output, base)
+            return alone.transform_output(output, self._base_in(active, active.names[0]))
         if alone is not None and alone.supports_fused_add:
-            fused: Tensor = alone(x, output, base, True)
+            fused: Tensor = alone(x, output, self._base_in(active, active.names[0]), True)
             return fused
-        return self._with_deltas(x, output, base, active)
+        return self._with_deltas(x, output, active)
 
     def _alone(self, active: Active) -> Any:
         """The adapter here that is active at its trained strength, where no other is active in the model."""
@@ -127,14 +126,14 @@ class AdaptedLayer(PeftLayerMixin):
             return None
         return self.adapters._modules.get(active.names[0])
 
-    def _with_deltas(self, x: Tensor, output: Tensor, base: BaseLayer, active: Active) -> Tensor:
+    def _with_deltas(self, x: Tensor, output: Tensor, active: Active) -> Tensor:
         total: Tensor | None = None
         adapters = self.adapters._modules
         for name, scale in zip(active.names, active.scales, strict=True):
             adapter = adapters.get(name)
             if adapter is None:
                 continue
-            delta: Tensor = adapter(x, output, base)
+            delta: Tensor = adapter(x, output, self._base_in(active, name))
             if scale != 1.0:
                 delta = delta * scale
             total = delta if total is None else total + delta
@@ -143,6 +142,11 @@ class AdaptedLayer(PeftLayerMixin):
         if total.device != output.device:
             total = total.to(output.device)
         return add_delta(output, total)
+
+    def _base_in(self, active: Active, name: str) -> BaseLayer:
+        """The layer as an adapter sees it in the call that runs."""
+        base = self._own_base()
+        return base.within(active.context[name]) if name in active.context else base
 
     def _own_base(self) -> BaseLayer:
         """``base``; a replica that nn.DataParallel made on another device has a frozen layer of its own."""
@@ -156,7 +160,7 @@ class AdaptedLayer(PeftLayerMixin):
         replica.__dict__["switch"] = ReplicaSwitch(self.switch)
         return replica
 
-    def _mixed(self, x: Tensor, output: Tensor, rows: Rows) -> Tensor:
+    def _mixed(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
         """A batch whose rows are served by different adapters."""
         adapters = self.adapters._modules
         present = [name for name in rows.names if name in adapters]
@@ -175,7 +179,9 @@ class AdaptedLayer(PeftLayerMixin):
         for name in present:
             chosen = rows.rows_of(name, batch, output.device)
             if len(chosen):
-                delta = self.adapter(name)(x[chosen], output[chosen], self.base) * rows.scales[rows.names.index(name)]
+                base = self._base_in(active, name)
+                base = base if base.context is None else base.within(_rows_of(base.context, chosen, batch))
+                delta = self.adapter(name)(x[chosen], output[chosen], base) * rows.scales[rows.names.index(name)]
                 result[chosen] = add_delta(output[chosen], delta)
         return result
 
@@ -345,6 +351,12 @@ class AdaptedLayer(PeftLayerMixin):
                 raise
         found = by_name(modules["adapters"]._modules, name)
         return getattr(modules["base_layer"], name) if found is None else found
+
+
+def _rows_of(context: Any, chosen: Tensor, batch: int) -> Any:
+    """The part of a call's context that belongs to some rows, where it holds one entry for each row."""
+    whole = isinstance(context, Tensor) and context.ndim > 0 and context.shape[0] == batch
+    return context[chosen.to(context.device)] if whole else context
 
 
 def add_deltas(weight: Tensor, base: BaseLayer, adapters: Sequence[tuple[Adapter, float]]) -> None:

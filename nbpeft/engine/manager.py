@@ -8,13 +8,14 @@ switch; ``requires_grad`` is touched only for the adapters whose trainability ch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.holder import AdapterHolder, check_name, check_scale, cloned, names_in
 from nbpeft.engine.merging import (
@@ -29,6 +30,7 @@ from nbpeft.engine.merging import (
 )
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.plan import InjectionPlan, plan
+from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.engine.switch import NOTHING, Active
 from nbpeft.engine.tied_weights import untie_embeddings_
@@ -430,6 +432,59 @@ class AdapterManager(AdapterHolder):
 
     def _acting(self, names: tuple[str, ...]) -> Active:
         return Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NOTHING
+
+    # Calls and training
+
+    @property
+    def prepares_calls(self) -> bool:
+        """Whether the method of an active adapter prepares something for each call of the model."""
+        return any(method_of(self.configs[name]).call_context is not None for name in self.active)
+
+    def in_call(self, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Active:
+        """What is active in one call of the model, with what the methods prepare for it.
+
+        Args:
+            active: what is active.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+        """
+        names = active.names if active.rows is None else active.rows.names
+        context = {}
+        for name in names:
+            prepare = method_of(self.configs[name]).call_context if name in self.configs else None
+            if prepare is not None:
+                context[name] = prepare(self.configs[name], args, kwargs)
+        return replace(active, context=context) if context else active
+
+    def after_backward(self, step: int) -> None:
+        """Calls the hooks of the adapters that train; for training loops, once their gradients are there.
+
+        Call it after the optimizer's step and before ``zero_grad()``, as PEFT's ``update_and_allocate``.
+
+        Args:
+            step: number of the optimizer step, from 0.
+        """
+        for hooked in self._hooked():
+            hooked.after_backward(step)
+
+    def extra_loss(self) -> Tensor | None:
+        """The sum of what the adapters that train add to the loss, a scalar; None if that is nothing."""
+        losses = [loss for hooked in self._hooked() if (loss := hooked.extra_loss()) is not None]
+        return sum(losses[1:], losses[0]) if losses else None
+
+    def _hooked(self) -> Iterator[LearnsWithHooks]:
+        """What of the adapters that train takes part in training beside the gradient."""
+        for name in self.active if self.enabled else ():
+            method = method_of(self.configs[name])
+            hooked = (
+                issubclass(method.adapter_class, LearnsWithHooks),
+                issubclass(method.shared or object, LearnsWithHooks),
+            )
+            if name in self.frozen or not any(hooked):
+                continue
+            found: list[Any] = [self.shared(name)]
+            found += [layer.adapters._modules.get(name) for layer in self.layers.values()]
+            yield from (one for one in found if isinstance(one, LearnsWithHooks))
 
     # Merging
 

@@ -251,7 +251,7 @@ def _check_names(names: Sequence[str], modules: Mapping[nn.Module, str]) -> None
         if not any(names_part(name, path) for path in modules.values()):
             known = {path.rpartition(".")[2] for module, path in modules.items() if path and is_plain_linear(module)}
             raise ConfigError(
-                f"skip_modules names {name!r}, which is no module of the model.{did_you_mean(name, known)}",
+                f"skip_modules names {name!r}, which is not a module of the model.{did_you_mean(name, known)}",
                 field="skip_modules",
             )
 

@@ -78,6 +78,8 @@ class Method:
         smaller: config -> one with fewer parameters, for forecasts that do not fit; None where there is none.
         sample_configs: name -> fields of a config, without targets; the tests try the method with each.
         shared: class of what its layers share, if anything.
+        call_context: (config, args, kwargs of a call of the model) -> what its adapters find in ``base.context``
+            while the call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
@@ -97,6 +99,7 @@ class Method:
     smaller: Callable[[Any], Any] = lambda config: None
     sample_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shared: type[SharedState] | None = None
+    call_context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
     combine: Combine | None = None
     companion: Companion | None = None
     layer_name: str = ""

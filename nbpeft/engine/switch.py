@@ -23,7 +23,7 @@ from torch import Tensor
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.interrupts import HeldInterrupts, RunningBlock, wait_for
 
-_ENTERED_BY = ("nbpeft.model.rows", "nbpeft.model.blending")
+_ENTERED_BY = ("nbpeft.model.serving", "nbpeft.model.serving")
 """Modules with contexts around a call, whose own frames are not those of the block."""
 
 
@@ -84,11 +84,13 @@ class Active:
         names: active adapters, in order.
         scales: factor on each one's delta.
         rows: the assignment of a mixed batch; ``names`` is then ignored.
+        context: adapter name -> what its method prepared for the call that runs.
     """
 
     names: tuple[str, ...] = ()
     scales: tuple[float, ...] = ()
     rows: Rows | None = None
+    context: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 NOTHING = Active()

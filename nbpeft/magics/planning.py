@@ -11,11 +11,9 @@ from typing import Any
 from nbpeft.errors import CellError, did_you_mean
 from nbpeft.magics.desk import Desk, is_module
 from nbpeft.magics.parse import Argument, argument, positive
+from nbpeft.names import OPTIMIZERS, QUANTIZATIONS, SHORT_DTYPES
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
-"""Named here so that completion imports no torch."""
+_QUANTIZATIONS = ("none", *QUANTIZATIONS)
 
 SIZES: tuple[Argument, ...] = (
     argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
@@ -27,8 +25,8 @@ DRY_SIZES: tuple[Argument, ...] = tuple(
 )
 SETTINGS: tuple[Argument, ...] = (
     *SIZES,
-    argument("--dtype", metavar="DTYPE", words=tuple(DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
-    argument("--quant", metavar="KIND", words=QUANTIZATIONS, help="none, nf4, fp4, int8 (default: as it is)"),
+    argument("--dtype", metavar="DTYPE", words=tuple(SHORT_DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
+    argument("--quant", metavar="KIND", words=_QUANTIZATIONS, help="none, nf4, fp4, int8 (default: as it is)"),
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
@@ -53,13 +51,13 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         if given.get(option) is not None:
             found[option] = given[option]
     if given.get("dtype") is not None:
-        found["dtype"] = DTYPES.get(given["dtype"], given["dtype"])
-        if found["dtype"] not in DTYPES.values():
-            raise CellError(f"--dtype {given['dtype']!r} is not one of {', '.join(DTYPES)}")
+        found["dtype"] = SHORT_DTYPES.get(given["dtype"], given["dtype"])
+        if found["dtype"] not in SHORT_DTYPES.values():
+            raise CellError(f"--dtype {given['dtype']!r} is not one of {', '.join(SHORT_DTYPES)}")
     if given.get("quant") is not None:
-        if given["quant"] not in QUANTIZATIONS:
-            near = did_you_mean(given["quant"], QUANTIZATIONS)
-            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(QUANTIZATIONS)}.{near}")
+        if given["quant"] not in _QUANTIZATIONS:
+            near = did_you_mean(given["quant"], _QUANTIZATIONS)
+            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(_QUANTIZATIONS)}.{near}")
         found["quantization"] = None if given["quant"] == "none" else given["quant"]
     if given.get("checkpointing"):
         found["gradient_checkpointing"] = True

@@ -1,114 +1,62 @@
 """PEFT's face over the engine and the files: the names its users know."""
 
-from nbpeft.engine.adapter import AdapterConfig as PeftConfig
-from nbpeft.engine.adapter import PeftType, TaskType
-from nbpeft.engine.copies import CopiedModule as ModulesToSaveWrapper
-from nbpeft.engine.methods.lora.config import LoraConfig, LoraRuntimeConfig
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter import PeftType as PeftType
+from nbpeft.engine.adapter import TaskType as TaskType
+from nbpeft.engine.copies import CopiedModule
+from nbpeft.engine.methods.lora.config import LoraConfig as LoraConfig
+from nbpeft.engine.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
 from nbpeft.engine.peft_layer_api import layer_type
-from nbpeft.model.auto import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-)
-from nbpeft.model.base_state import get_base_model_state_dict, set_base_model_state_dict
-from nbpeft.model.combining import Combined
-from nbpeft.model.full_precision import MergedFolder, merge_errors, merge_to_folder
-from nbpeft.model.functional import (
-    DoraCaching,
-    cast_adapter_dtype,
-    cast_mixed_precision_params,
-    delete_adapter,
-    get_peft_config,
-    set_adapter,
-    set_requires_grad,
-)
-from nbpeft.model.helpers import (
-    check_if_peft_model,
-    disable_input_dtype_casting,
-    rescale_adapter_scale,
-    update_forward_signature,
-    update_generate_signature,
-    update_signature,
-)
-from nbpeft.model.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
-from nbpeft.model.peft_model import PeftModel
-from nbpeft.model.pool import AdapterPool
-from nbpeft.model.pool_residents import PoolStatistics
-from nbpeft.model.quantized import load_quantized, quantize_model
-from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from nbpeft.model.tasks import (
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-    inject_adapter_in_model,
-)
-from nbpeft.model.tensors import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from nbpeft.model.auto import AutoPeftModel as AutoPeftModel
+from nbpeft.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from nbpeft.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from nbpeft.model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from nbpeft.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from nbpeft.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from nbpeft.model.combining import Combined as Combined
+from nbpeft.model.functional import DoraCaching as DoraCaching
+from nbpeft.model.functional import cast_adapter_dtype as cast_adapter_dtype
+from nbpeft.model.functional import cast_mixed_precision_params as cast_mixed_precision_params
+from nbpeft.model.functional import delete_adapter as delete_adapter
+from nbpeft.model.functional import get_peft_config as get_peft_config
+from nbpeft.model.functional import set_adapter as set_adapter
+from nbpeft.model.functional import set_requires_grad as set_requires_grad
+from nbpeft.model.helpers import check_if_peft_model as check_if_peft_model
+from nbpeft.model.helpers import disable_input_dtype_casting as disable_input_dtype_casting
+from nbpeft.model.helpers import rescale_adapter_scale as rescale_adapter_scale
+from nbpeft.model.helpers import update_forward_signature as update_forward_signature
+from nbpeft.model.helpers import update_generate_signature as update_generate_signature
+from nbpeft.model.helpers import update_signature as update_signature
+from nbpeft.model.hotswap import hotswap_adapter as hotswap_adapter
+from nbpeft.model.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+from nbpeft.model.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from nbpeft.model.merge_export import MergedFolder as MergedFolder
+from nbpeft.model.merge_export import merge_errors as merge_errors
+from nbpeft.model.merge_export import merge_to_folder as merge_to_folder
+from nbpeft.model.peft_model import PeftModel as PeftModel
+from nbpeft.model.pool import AdapterPool as AdapterPool
+from nbpeft.model.pool import PoolStatistics as PoolStatistics
+from nbpeft.model.quantize import load_quantized as load_quantized
+from nbpeft.model.quantize import quantize_model as quantize_model
+from nbpeft.model.state_dicts import get_base_model_state_dict as get_base_model_state_dict
+from nbpeft.model.state_dicts import get_peft_model_state_dict as get_peft_model_state_dict
+from nbpeft.model.state_dicts import load_peft_weights as load_peft_weights
+from nbpeft.model.state_dicts import set_base_model_state_dict as set_base_model_state_dict
+from nbpeft.model.state_dicts import set_peft_model_state_dict as set_peft_model_state_dict
+from nbpeft.model.status import LayerStatus as LayerStatus
+from nbpeft.model.status import ModelStatus as ModelStatus
+from nbpeft.model.status import get_layer_status as get_layer_status
+from nbpeft.model.status import get_model_status as get_model_status
+from nbpeft.model.tasks import PeftModelForCausalLM as PeftModelForCausalLM
+from nbpeft.model.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from nbpeft.model.tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from nbpeft.model.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from nbpeft.model.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from nbpeft.model.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+from nbpeft.model.tasks import get_peft_model as get_peft_model
+from nbpeft.model.tasks import inject_adapter_in_model as inject_adapter_in_model
 
+PeftConfig = AdapterConfig
 LoraLayer = layer_type("LORA", "LoraLayer")
-
-__all__ = [
-    "AdapterPool",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "Combined",
-    "DoraCaching",
-    "LayerStatus",
-    "LoraConfig",
-    "LoraLayer",
-    "LoraRuntimeConfig",
-    "MergedFolder",
-    "ModelStatus",
-    "ModulesToSaveWrapper",
-    "PeftConfig",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftType",
-    "PoolStatistics",
-    "TaskType",
-    "cast_adapter_dtype",
-    "cast_mixed_precision_params",
-    "check_if_peft_model",
-    "delete_adapter",
-    "disable_input_dtype_casting",
-    "get_base_model_state_dict",
-    "get_layer_status",
-    "get_model_status",
-    "get_peft_config",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "hotswap_adapter",
-    "hotswap_adapter_from_state_dict",
-    "inject_adapter_in_model",
-    "load_peft_weights",
-    "load_quantized",
-    "merge_errors",
-    "merge_to_folder",
-    "prepare_model_for_compiled_hotswap",
-    "quantize_model",
-    "rescale_adapter_scale",
-    "set_adapter",
-    "set_base_model_state_dict",
-    "set_peft_model_state_dict",
-    "set_requires_grad",
-    "update_forward_signature",
-    "update_generate_signature",
-    "update_signature",
-]
+ModulesToSaveWrapper = CopiedModule

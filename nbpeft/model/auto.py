@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, TaskType
+from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import BaseNotFoundError, CheckpointError, ConfigError, in_one_line, shown
 from nbpeft.model.peft_model import PeftModel
 
@@ -104,7 +105,7 @@ class AutoPeftModel:
 
 
 def _resize_for_tokenizer(base: Any, source: str, options: dict[str, Any], *, trusted: bool) -> None:
-    """Grows the embeddings where the adapter was saved with a larger tokenizer."""
+    """Resizes the embeddings if the adapter was saved with a larger tokenizer."""
     folder = os.path.join(source, options.get("subfolder") or "")
     if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         return
@@ -113,7 +114,8 @@ def _resize_for_tokenizer(base: Any, source: str, options: dict[str, Any], *, tr
         tokenizer = tokenizers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # a file that somebody else made can raise anything
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {in_one_line(error)}") from error
-    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+    embedding: Any = embedding_of(base)
+    if len(tokenizer) > embedding.num_embeddings:
         base.resize_token_embeddings(len(tokenizer))
 
 

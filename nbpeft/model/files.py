@@ -1,4 +1,4 @@
-"""Loading and saving adapters of a manager: between the engine and the checkpoint package."""
+"""Loading and saving the adapters of a manager: the step between the engine and the checkpoint package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +16,10 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.holder import check_name
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import embedding_of, walk
+from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import method_of
-from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few, shortened
+from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -34,29 +33,8 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-@dataclass
-class Loading:
-    """How to load one adapter.
-
-    Attributes:
-        name: name to give it.
-        trainable: whether it trains while active.
-        config: replaces the saved config.
-        half: keep it in a half-precision base's dtype.
-        key_mapping: regular expressions that rename keys of the file.
-        options: PEFT's further keywords: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
-    """
-
-    name: str
-    trainable: bool = False
-    config: AdapterConfig | None = None
-    half: bool = False
-    key_mapping: Mapping[str, str] | None = None
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # a token may be among them
-
-
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    """A copy of a config that names its base model."""
+    """Returns a copy of a config that names its base model."""
     name = model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
     given = config.base_model_name_or_path
     if name and given not in (None, name):
@@ -64,59 +42,64 @@ def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     return config.copy(base_model_name_or_path=name or given)
 
 
-def load(
-    manager: AdapterManager, source: str | os.PathLike[str], loading: Loading, *, replace: bool = False
-) -> LoadResult:
-    """Puts a saved adapter on a manager's model; all or nothing. See ``read``."""
-    return read(manager, source, loading, replace=replace)()
-
-
 def read(
-    manager: AdapterManager, source: str | os.PathLike[str], loading: Loading, *, replace: bool = False
+    manager: AdapterManager,
+    source: str | os.PathLike[str],
+    name: str,
+    *,
+    trainable: bool,
+    half: bool,
+    config: AdapterConfig | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    replace: bool = False,
+    options: Mapping[str, Any],
 ) -> Callable[[], LoadResult]:
     """Reads a saved adapter and checks that it fits; changes nothing yet.
 
     Args:
         manager: of the base model.
         source: a folder or a hub id.
-        loading: how.
+        name: name to give it.
+        trainable: whether it trains while active.
+        half: keep it in a half-precision base's dtype.
+        config: replaces the saved config.
+        key_mapping: regular expressions that rename keys of the file.
         replace: let it take the place of one with the same name.
+        options: PEFT's further keywords: hub options, ``torch_device``, ``ignore_mismatched_sizes``.
 
     Returns:
-        What puts it on the model.
+        A function that puts it on the model.
 
     Raises:
         AdapterExistsError: the name is taken.
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
     manager.check_alive()
-    check_name(loading.name)
-    if not isinstance(loading.config, AdapterConfig | None):
-        raise ConfigError(f"config must be a config such as LoraConfig, not {loading.config!r:.60}", field="config")
-    if loading.name in manager.configs and not replace:
+    check_name(name)
+    if not isinstance(config, AdapterConfig | None):
+        raise ConfigError(f"config must be a config such as LoraConfig, not {config!r:.60}", field="config")
+    if name in manager.configs and not replace:
         raise AdapterExistsError(
-            f"the base model already carries an adapter {loading.name!r}: give this one another adapter_name, "
+            f"the base model already carries an adapter {name!r}: give this one another adapter_name, "
             "or use load_adapter() on the model that has it to replace it"
         )
-    hub = {key: value for key, value in loading.options.items() if key in HUB_OPTIONS and value is not None}
-    saved = checkpoint.read_checkpoint(str(source), device=_device(manager, loading), **hub)
-    config = (loading.config or saved.config).copy(inference_mode=not loading.trainable)
-    # Merged weights are not the base's: they would be told to be another base.
+    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
+    saved = checkpoint.read_checkpoint(str(source), device=_device(manager, options.get("torch_device")), **hub)
+    config = (config or saved.config).copy(inference_mode=not trainable)
+    # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
-    plan = manager.plan(config, loading.name)
+    plan = manager.plan(config, name)
     loaded = checkpoint.from_file(
         saved.tensors,
         expected(manager.model, plan),
         peft_type=str(config.peft_type),
-        key_mapping=loading.key_mapping,
+        key_mapping=key_mapping,
         rename=checkpoint.renames_of(manager.model),
-        ignore_mismatched=bool(loading.options.get("ignore_mismatched_sizes", False)),
+        ignore_mismatched=bool(options.get("ignore_mismatched_sizes", False)),
     )
-    _tell(source, loaded, note)
-    _tell_replaced(manager, loading.name, plan, loaded.weights)
-    put = manager.prepare(
-        loading.name, plan, loaded.weights, trainable=loading.trainable, half=loading.half, replace=replace
-    )
+    _warn_of_mismatches(source, loaded, note)
+    _check_base_tensors(manager, name, plan, loaded.weights)
+    put = manager.prepare(name, plan, loaded.weights, trainable=trainable, half=half, replace=replace)
 
     def load() -> LoadResult:
         put()
@@ -126,8 +109,8 @@ def read(
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
-    """What a file must hold for a plan."""
-    modules = {site.path: site.module for site in walk(model)} if plan.copies or plan.biases else {}
+    """Returns what a file must hold for a plan."""
+    modules = dict(bare_modules(model)) if plan.copies or plan.biases else {}
     copies = {
         path: {name: tuple(tensor.shape) for name, tensor in modules[path].state_dict().items()} for path in plan.copies
     }
@@ -145,7 +128,7 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
 
 
 def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
-    """Name -> dtype of all tensors of modules that hold no floating numbers."""
+    """Returns name -> dtype of all tensors of modules that are not floating-point."""
     return {
         f"{path}.{name}": tensor.dtype
         for path, module in modules.items()
@@ -155,39 +138,48 @@ def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
 
 
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Names in the bare model -> weights of the input and output embeddings, where it has any."""
-    wanted: set[int] = set()
-    for output in (False, True):
-        module = embedding_of(model, output=output)
-        if module is not None:
-            wanted.update(id(child) for child in module.modules())
-    if not wanted:
-        return {}
+    """Returns name in the bare model -> weight of the input and output embeddings, where there are any."""
+    embeddings = [embedding_of(model, output=output) for output in (False, True)]
+    wanted = {module for found in embeddings if found is not None for _, module in bare_modules(found)}
     return {
-        f"{site.path}.weight": weight
-        for site in walk(model)
-        if (id(site.module) in wanted or id(site.wrapper) in wanted)
-        and isinstance(weight := site.module._parameters.get("weight"), Tensor)
+        f"{path}.weight": weight
+        for path, module in (bare_modules(model) if wanted else ())
+        if module in wanted and isinstance(weight := module._parameters.get("weight"), Tensor)
     }
 
 
-def _tell_replaced(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
-    """Warns of tensors of the base that a file brings with other values, and leaves out those it has already.
+def drop_unchanged(weights: AdapterWeights, present: Mapping[str, Tensor]) -> list[str]:
+    """Drops the base tensors of a file that the base model has with the same values.
+
+    Args:
+        weights: as read from the file; changed in place.
+        present: name in the bare model -> the base model's own tensor.
+
+    Returns:
+        Names of those among ``present`` that are left, because their values differ.
+    """
+    brought = [key for key in weights.base if key in present]
+    for key in brought:
+        if torch.equal(weights.base[key].to(present[key]), present[key]):
+            del weights.base[key]
+    return [key for key in brought if key in weights.base]
+
+
+def _check_base_tensors(manager: AdapterManager, name: str, plan: InjectionPlan, weights: AdapterWeights) -> None:
+    """Drops base tensors of a file that the base has already, and warns of those with other values.
 
     Raises:
-        CheckpointError: the base's own has no data here, so that it could not be brought back.
+        CheckpointError: the base's own tensor has no data here, so that it could not be restored.
     """
     brought = [key for key in weights.base if key not in plan.biases]
-    present = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
-    for key in brought:
-        own, new = present[key], weights.base[key]
-        if own.is_meta:
-            raise CheckpointError(
-                f"the adapter brings its own {key}, which is not in memory here: load the model whole"
-            )
-        if torch.equal(new.to(own.device, own.dtype), own):
-            del weights.base[key]
-    replaced = [key for key in brought if key in weights.base]
+    known = {**embedding_weights(manager.model), **manager.replaced_in_base(name)} if brought else {}
+    present = {key: known[key] for key in brought}
+    offloaded = next((key for key, own in present.items() if own.is_meta), None)
+    if offloaded is not None:
+        raise CheckpointError(
+            f"the adapter brings its own {offloaded}, which is not in memory here: load the model whole"
+        )
+    replaced = drop_unchanged(weights, present)
     if replaced:
         warnings.warn(
             f"adapter {name!r} brings its own {few(replaced)}: the base model has them, whichever adapter is active, "
@@ -196,23 +188,19 @@ def _tell_replaced(manager: AdapterManager, name: str, plan: InjectionPlan, weig
         )
 
 
-def _device(manager: AdapterManager, loading: Loading) -> str:
-    """Where to read to: the device asked for, or the base model's when it is on one only."""
-    asked = loading.options.get("torch_device")
-    if asked is not None:
-        return str(asked)
+def _device(manager: AdapterManager, wanted: object) -> str:
+    """Returns the device to read to: the one asked for, or the base model's if it is on one device only."""
+    if wanted is not None:
+        return str(wanted)
     devices = {str(parameter.device) for parameter in manager.model.parameters()}
     return devices.pop() if len(devices) == 1 and devices != {"meta"} else "cpu"
 
 
-def _tell(source: object, loaded: checkpoint.Loaded, note: str | None) -> None:
+def _warn_of_mismatches(source: object, loaded: checkpoint.Loaded, note: str | None) -> None:
     for what, keys in (("missing from {source}", loaded.missing), ("in the file for nothing here", loaded.unexpected)):
         if keys:
-            shown = ", ".join(shortened(key, 120) for key in keys[:3])
-            shown += f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            count = "1 adapter key" if len(keys) == 1 else f"{len(keys)} adapter keys"
-            verb = "is" if len(keys) == 1 else "are"
-            warnings.warn(f"{count} {verb} {what.format(source=source)}: {shown}", stacklevel=5)
+            count = "1 adapter key is" if len(keys) == 1 else f"{len(keys)} adapter keys are"
+            warnings.warn(f"{count} {what.format(source=source)}: {few(keys, 3)}", stacklevel=5)
     if loaded.mismatched:
         warnings.warn(f"{len(loaded.mismatched)} tensors of another shape were left out", stacklevel=5)
     if note is not None and not note.startswith("the adapter does not say"):
@@ -284,7 +272,7 @@ def _first_config(manager: AdapterManager) -> AdapterConfig:
 
 
 def _card_tags(model: nn.Module) -> list[str]:
-    """What the base model says of itself, and its library."""
+    """Returns the base model's own tags, and its library."""
     tags = [tag for tag in getattr(model, "model_tags", None) or () if isinstance(tag, str)]
     of_transformers = getattr(getattr(model, "config", None), "model_type", None) is not None
     return [*tags, *(["transformers"] if of_transformers else [])]
@@ -297,7 +285,7 @@ def file_tensors(
     embeddings: str | bool = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter under the keys of a file."""
+    """Returns the tensors of an adapter under the keys of a file."""
     weights = _saved_weights(manager, name, embeddings, state_dict)
     return _under_keys(manager.configs[name], weights)
 
@@ -310,14 +298,14 @@ def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Ten
 def _saved_weights(
     manager: AdapterManager, name: str, embeddings: str | bool, state_dict: Mapping[str, Tensor] | None
 ) -> AdapterWeights:
-    """The tensors that a file of an adapter holds; see ``save`` for the arguments."""
+    """Returns the tensors that a file of an adapter holds; see ``save`` for the arguments."""
     weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
     if embeddings is True or (embeddings == "auto" and (targeted or _vocabulary_resized(manager.model))):
         present = embedding_weights(manager.model)
         if not present:
             warnings.warn(
-                "save_embedding_layers: the model has no get_input_embeddings() that tells its embeddings; none is "
+                "save_embedding_layers: the model has no get_input_embeddings() that names its embeddings; none is "
                 "saved",
                 stacklevel=4,
             )
@@ -329,7 +317,7 @@ def _saved_weights(
 
 
 def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]) -> AdapterWeights:
-    """The same tensors out of a state dict that was gathered from elsewhere."""
+    """Returns the same tensors taken from a state dict, such as one gathered from a sharded model."""
 
     def find(key: str, own: Tensor | None = None) -> Tensor:
         path, _, leaf = key.rpartition(".")
@@ -364,8 +352,8 @@ def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
     ]
 
 
-def tell_of_embeddings(manager: AdapterManager, names: Sequence[str] | None, embeddings: str | bool) -> None:
-    """Warns whoever called the caller where whole embeddings are saved though nobody asked for them."""
+def warn_of_saved_embeddings(manager: AdapterManager, names: Sequence[str] | None, embeddings: str | bool) -> None:
+    """Warns if whole embeddings are saved although that was not asked for."""
     adapted = [path for name in names or manager.names for path in _adapted_embeddings(manager, name)]
     if embeddings == "auto" and (adapted or _vocabulary_resized(manager.model)):
         why = f"{adapted[0]} is adapted" if adapted else "the vocabulary was resized"
@@ -373,9 +361,9 @@ def tell_of_embeddings(manager: AdapterManager, names: Sequence[str] | None, emb
 
 
 def _vocabulary_resized(model: nn.Module) -> bool:
-    """Whether the vocabulary differs from the one in the folder the base was loaded from.
+    """Returns whether the vocabulary differs from the one in the folder the base was loaded from.
 
-    A base from the hub is not asked for: saving never goes to the network.
+    False for a base from the hub: saving never goes to the network.
     """
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)

@@ -16,7 +16,7 @@ from nbpeft.errors import ConfigError
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
-    """The config that a dictionary, such as the content of ``adapter_config.json``, means.
+    """Returns the config for a dictionary such as the content of ``adapter_config.json``.
 
     Raises:
         ConfigError: it has no ``peft_type``, or a value is impossible.
@@ -41,7 +41,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "lora_") -> list[str] | None:
-    """Takes an adapter out.
+    """Removes an adapter.
 
     Args:
         model: a PeftModel or an adapted base model.
@@ -72,7 +72,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Makes the half-precision tensors of an adapter float32.
+    """Casts the half-precision tensors of an adapter to float32.
 
     Args:
         model: a PeftModel or an adapted base model.
@@ -85,7 +85,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes frozen parameters half precision and trainable ones float32, as automatic mixed precision wants it.
+    """Casts frozen parameters to half precision and trainable ones to float32, for automatic mixed precision.
 
     Quantized weights stay as they are stored.
 
@@ -104,7 +104,7 @@ def _cast(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
 
 
 class DoraCaching:
-    """Does nothing: what DoRA can keep between forwards is always kept, and found anew when a weight changes.
+    """Does nothing: DoRA always caches its norm, and computes it again when a weight changes.
 
     Args:
         enabled: accepted for PEFT's sake.
@@ -114,7 +114,7 @@ class DoraCaching:
         self.enabled = enabled
 
     def __call__(self, enabled: bool = True) -> None:
-        """Changes nothing either."""
+        """Changes nothing."""
         self.enabled = enabled
 
     def __enter__(self) -> Self:

@@ -15,10 +15,15 @@ from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, paramet
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError
 from nbpeft.model import files
-from nbpeft.model.gguf import forget_gguf
-from nbpeft.model.rows import serving
+from nbpeft.model.quantize import clear_gguf_flags
+from nbpeft.model.serving import serving
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from nbpeft.model.tuner import AdapterTuner, enable_input_grads_for_checkpointing, remove, tell_of_biases
+from nbpeft.model.tuner import (
+    AdapterTuner,
+    enable_input_grads_for_checkpointing,
+    remove_adapter,
+    warn_of_trained_biases,
+)
 
 
 class PeftModel(nn.Module):
@@ -48,7 +53,7 @@ class PeftModel(nn.Module):
 
     @staticmethod
     def for_task(config: AdapterConfig) -> type[PeftModel]:
-        """The handle class of a config's task."""
+        """Returns the handle class of a config's task."""
         return PeftModel if config.task_type is None else PeftModel._by_task[TaskType(config.task_type)]
 
     def __init__(
@@ -85,12 +90,12 @@ class PeftModel(nn.Module):
             self.__dict__[MANAGER] = manager
             self.__dict__["_token"] = manager.owner = object()
             self.training = model.training
-            forget_gguf(model, change)
+            clear_gguf_flags(model, change)
             enable_input_grads_for_checkpointing(model, change)
 
     @classmethod
     def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
-        """A handle on a model whose manager already has adapters."""
+        """Makes a handle on a model whose manager already has adapters."""
         handle = cls.__new__(cls)
         nn.Module.__init__(handle)
         with manager.transaction(during_calls=True, quiet=True):
@@ -107,7 +112,7 @@ class PeftModel(nn.Module):
         return found
 
     def _complete(self, config: AdapterConfig) -> AdapterConfig:
-        """The config with what a task adds to it; nothing here."""
+        """Returns the config with what a task adds to it; here nothing."""
         return config
 
     def _check_live(self) -> None:
@@ -149,12 +154,12 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter acts."""
+        """Whether an adapter is active and enabled."""
         return bool(self.manager.active) and self.manager.enabled
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of modules that adapters train as a whole."""
+        """Names of the modules that adapters train whole (``modules_to_save``)."""
         names = {
             name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()
         }
@@ -166,11 +171,11 @@ class PeftModel(nn.Module):
         return getattr(self.get_base_model(), "dtype", None)
 
     def get_base_model(self) -> nn.Module:
-        """The base model, with the wrappers still in it."""
+        """Returns the base model, with the adapters' layers still in it."""
         return self.base_model.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters; a packed 4-bit weight counts what it stands for."""
+        """Returns the number of (trainable, all) parameters; a packed 4-bit weight counts as what it stands for."""
         return parameter_counts(self)
 
     def print_trainable_parameters(self) -> None:
@@ -181,17 +186,17 @@ class PeftModel(nn.Module):
         )
 
     def get_layer_status(self) -> list[LayerStatus]:
-        """One record for each adapted layer."""
+        """Returns one record for each adapted layer."""
         return get_layer_status(self)
 
     def get_model_status(self) -> ModelStatus:
-        """One record for the whole model."""
+        """Returns one record for the whole model."""
         return get_model_status(self)
 
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with the active adapters.
+        """Runs the base model's forward with the active adapters.
 
         Args:
             *args: handed to the base model.
@@ -209,19 +214,27 @@ class PeftModel(nn.Module):
     def _forward_compiled(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         if adapter_names is None:
             return self.base_model.model(*args, **kwargs)
-        # Rows are assigned anew in each call, and a compiled layer cannot tell for which it was compiled.
+        # Rows are assigned anew in each call, and a compiled layer does not know for which it was compiled.
         alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
         return alone(adapter_names, *args, **kwargs)
 
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
-        with serving(self.manager, adapter_names, (*args[:1], *kwargs.values()), training=self.training):
-            return self.base_model.model(*args, **kwargs)
+        with serving(self.manager, adapter_names, args, kwargs, training=self.training):
+            return self._with_extra_loss(self.base_model.model(*args, **kwargs))
+
+    def _with_extra_loss(self, output: Any) -> Any:
+        """Adds what the adapters' methods add to the loss, where the output of a training step has one."""
+        loss: Any = getattr(output, "loss", None) if self.training else None
+        extra = None if loss is None else self.manager.extra_loss()
+        if extra is not None:
+            output.loss = loss + extra.to(loss.device)
+        return output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's ``generate``; a switch made meanwhile acts from the next call on."""
+        """Runs the base model's ``generate``; activating other adapters meanwhile takes effect in the next call."""
         self._check_live()
-        with serving(self.manager, adapter_names, (*args[:1], *kwargs.values()), training=self.training):
+        with serving(self.manager, adapter_names, args, kwargs, training=self.training):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     # Managing
@@ -233,7 +246,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Puts another adapter into the model; it does not become active."""
+        """Adds another adapter to the model; it does not become active."""
         self._check_live()
         config = files.with_base_name(self._complete(peft_config), self.get_base_model())
         self.manager.add(adapter_name, config, trainable=not config.inference_mode, half=not autocast_adapter_dtype)
@@ -249,32 +262,32 @@ class PeftModel(nn.Module):
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out; where no active one is left the oldest becomes active."""
+        """Removes an adapter; if no active one is left, the oldest becomes active."""
         self._check_live()
-        remove(self.manager, adapter_name)
+        remove_adapter(self.manager, adapter_name)
 
     def disable_adapter(self) -> ScopedChoice:
-        """The base model alone inside the block; afterwards everything is as it was.
+        """Context manager: disables all adapters inside the block; afterwards everything is as before.
 
-        It holds for the thread or asyncio task that runs the block; others go on as they are. Code that
-        ``torch.compile`` has compiled cannot tell threads apart: there the block opened last holds for all.
+        This applies to the thread or asyncio task that runs the block only. Code compiled by ``torch.compile``
+        cannot distinguish threads: there the block entered last applies to all.
         """
         self._check_live()
-        tell_of_biases(self.manager, stacklevel=3)
+        warn_of_trained_biases(self.manager)
         return self.manager.disabled()
 
     def use(self, adapter_names: str | Sequence[str]) -> ScopedChoice:
-        """Other active adapters inside the block, for its thread or task as with ``disable_adapter``."""
+        """Context manager: activates other adapters inside the block, for its thread or task as ``disable_adapter``."""
         self._check_live()
         return self.manager.use(adapter_names)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Folds adapters (default: the active ones) into the base weights."""
+        """Merges adapters (default: the active ones) into the base weights."""
         self._check_live()
         self.base_model.merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Puts the frozen weights back, bit for bit."""
+        """Restores the base weights, bit for bit."""
         self._check_live()
         self.base_model.unmerge_adapter()
 
@@ -306,7 +319,7 @@ class PeftModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Puts a saved adapter on a base model.
+        """Loads a saved adapter onto a base model.
 
         Args:
             model: the base model; changed in place.
@@ -326,8 +339,16 @@ class PeftModel(nn.Module):
         """
         model = base_model_of(model)
         manager = manager_of(model) or AdapterManager(model)
-        loading = files.Loading(adapter_name, is_trainable, config, not autocast_adapter_dtype, key_mapping, kwargs)
-        put = files.read(manager, model_id, loading)
+        put = files.read(
+            manager,
+            model_id,
+            adapter_name,
+            trainable=is_trainable,
+            half=not autocast_adapter_dtype,
+            config=config,
+            key_mapping=key_mapping,
+            options=kwargs,
+        )
         with manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):
@@ -355,8 +376,16 @@ class PeftModel(nn.Module):
         An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
         """
         self._check_live()
-        loading = files.Loading(adapter_name, is_trainable, None, not autocast_adapter_dtype, key_mapping, kwargs)
-        put = files.read(self.manager, model_id, loading, replace=True)
+        put = files.read(
+            self.manager,
+            model_id,
+            adapter_name,
+            trainable=is_trainable,
+            half=not autocast_adapter_dtype,
+            key_mapping=key_mapping,
+            replace=True,
+            options={"torch_device": torch_device, **kwargs},
+        )
         with self.manager.transaction() as change:
             result = put()
             if is_trainable:
@@ -399,7 +428,7 @@ class PeftModel(nn.Module):
             return
         if not safe_serialization:
             raise AdapterError("safe_serialization=False is not supported: adapters are saved as safetensors only")
-        files.tell_of_embeddings(self.manager, selected_adapters, save_embedding_layers)
+        files.warn_of_saved_embeddings(self.manager, selected_adapters, save_embedding_layers)
         files.save(
             self.manager,
             save_directory,

@@ -14,15 +14,15 @@ from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import parameter_counts, unwrapped
 
 _IRREGULAR = "irregular"
-"""PEFT's word where not all have the same value."""
+"""PEFT's word for values that differ."""
 
 _BACKENDS = {"dense": None, "bnb4bit": "bnb 4bit", "bnb8bit": "bnb 8bit"}
-"""PEFT's names of ways to store a weight, where they are others."""
+"""PEFT's names of weight backends, where they differ."""
 
 
 @dataclass
 class LayerStatus:
-    """One adapted layer, or one module trained as a whole. Field names and values are PEFT's."""
+    """One adapted layer, or one module of ``modules_to_save``. Field names and values are PEFT's."""
 
     name: str
     module_type: str
@@ -55,7 +55,7 @@ class ModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
-    """One record for each adapted layer, and module trained as a whole, of a handle or an adapted base model.
+    """Returns one record for each adapted layer and each module of ``modules_to_save``.
 
     Names are those the modules have below ``model.base_model`` of a handle, or in the base model.
     """
@@ -108,7 +108,7 @@ def _of_modules(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
 
 
 def _of_tensors(parameters: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, Any]:
-    """The fields that the tensors of each adapter tell."""
+    """Returns the fields that follow from the tensors of each adapter."""
     return {
         "requires_grad": {name: _same(p.requires_grad for p in own) for name, own in parameters.items() if own},
         "available_adapters": sorted(parameters),
@@ -117,13 +117,13 @@ def _of_tensors(parameters: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, A
 
 
 def _same(values: Iterable[Any]) -> Any:
-    """The one value that all have."""
+    """Returns the value that all have, or "irregular"."""
     different = set(values)
     return different.pop() if len(different) == 1 else _IRREGULAR
 
 
 def get_model_status(model: nn.Module) -> ModelStatus:
-    """One record for a handle or an adapted base model."""
+    """Returns one record for a handle or an adapted base model."""
     manager = require_manager(model)
     trainable, total = parameter_counts(model)
     layers = get_layer_status(model)

@@ -13,7 +13,7 @@ from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import base_model_of, manager_of
 from nbpeft.engine.plan import InjectionPlan
-from nbpeft.errors import AdapterError, ConfigError, TargetError
+from nbpeft.errors import AdapterError, ConfigError, TargetError, few
 from nbpeft.model.peft_model import PeftModel
 
 
@@ -21,7 +21,7 @@ class _TaskModel(PeftModel):
     """A handle whose forward names the usual inputs, so that a Trainer knows which columns to keep."""
 
     heads: ClassVar[tuple[str, ...]] = ()
-    """Names of heads that start random and so are trained and saved along."""
+    """Names of heads that start random and are therefore trained and saved too."""
 
     def _complete(self, config: AdapterConfig) -> AdapterConfig:
         if not self.heads or not hasattr(config, "modules_to_save"):
@@ -48,7 +48,7 @@ class _SingleStack(_TaskModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward, with the active adapters."""
+        """Runs the base model's forward with the active adapters."""
         return self._run(_named(locals()), kwargs)
 
 
@@ -77,26 +77,26 @@ class PeftModelForSeq2SeqLM(_TaskModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward, with the active adapters."""
+        """Runs the base model's forward with the active adapters."""
         return self._run(_named(locals()), kwargs)
 
 
 class PeftModelForSequenceClassification(_SingleStack):
-    """A sequence classifier with adapters; its head is trained and saved along."""
+    """A sequence classifier with adapters; its head is trained and saved too."""
 
     task = TaskType.SEQ_CLS
     heads = TASK_HEADS[task]
 
 
 class PeftModelForTokenClassification(_SingleStack):
-    """A token classifier with adapters; its head is trained and saved along."""
+    """A token classifier with adapters; its head is trained and saved too."""
 
     task = TaskType.TOKEN_CLS
     heads = TASK_HEADS[task]
 
 
 class PeftModelForQuestionAnswering(_TaskModel):
-    """An extractive question answering model with adapters; its head is trained and saved along."""
+    """An extractive question answering model with adapters; its head is trained and saved too."""
 
     task = TaskType.QUESTION_ANS
     heads = TASK_HEADS[task]
@@ -115,7 +115,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward, with the active adapters."""
+        """Runs the base model's forward with the active adapters."""
         return self._run(_named(locals()), kwargs)
 
 
@@ -134,7 +134,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward, with the active adapters."""
+        """Runs the base model's forward with the active adapters."""
         return self._run(_named(locals()), kwargs)
 
 
@@ -151,9 +151,9 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Puts a new adapter on a model and returns the handle. The model is changed in place.
+    """Adds a new adapter to a model and returns the handle. The model is changed in place.
 
-    Done again under the same name it reconfigures that adapter: it starts anew with the new
+    A second call with the same name replaces that adapter: it is initialised anew with the new
     config, and nothing is wrapped twice.
 
     Args:
@@ -199,7 +199,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Puts an adapter on a model without a handle and returns the model itself.
+    """Adds an adapter to a model without a handle and returns the model itself.
 
     Args:
         peft_config: config of the adapter.
@@ -236,9 +236,9 @@ def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterabl
         meant = set()
     differing = meant ^ set(made.paths)
     if meant and differing:
-        shown = ", ".join(sorted(differing)[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         warnings.warn(
-            f"the state_dict and the config mean different modules ({shown}): those of the state_dict are adapted",
+            f"the state_dict and the config mean different modules ({few(sorted(differing), 3)}): "
+            "those of the state_dict are adapted",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -17,7 +17,7 @@ from nbpeft.model.combining import Combined, combine_adapters
 
 
 class AdapterTuner(nn.Module):
-    """Holds the base model as ``.model``, which gives state dict keys PEFT's prefix.
+    """Holds the base model as ``.model``, so that state dict keys have PEFT's prefix.
 
     Attributes the tuner lacks are the base model's.
     """
@@ -63,7 +63,7 @@ class AdapterTuner(nn.Module):
         return [path for path, layer in layers if any(not layer.adapter(name).is_tied for name in layer.adapters)]
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
-        """Lets reentrant checkpointing give gradients where the embeddings are frozen.
+        """Makes reentrant gradient checkpointing work with frozen embeddings.
 
         Nothing is done to a quantized model: ``prepare_model_for_kbit_training`` does it there.
 
@@ -79,7 +79,7 @@ class AdapterTuner(nn.Module):
         return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with the active adapters."""
+        """Runs the base model's forward with the active adapters."""
         return self.model(*args, **kwargs)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -92,17 +92,17 @@ class AdapterTuner(nn.Module):
             self.manager.set_requires_grad(name, requires_grad)
 
     def enable_adapter_layers(self) -> None:
-        """Lets the active adapters act."""
+        """Enables the active adapters."""
         self.manager.enable()
 
     def disable_adapter_layers(self) -> None:
-        """Lets the base model act alone."""
-        tell_of_biases(self.manager)
+        """Disables all adapters: the base model alone is active."""
+        warn_of_trained_biases(self.manager)
         self.manager.disable()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out; where no active one is left the oldest becomes active."""
-        remove(self.manager, adapter_name)
+        """Removes an adapter; if no active one is left, the oldest becomes active."""
+        remove_adapter(self.manager, adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -153,11 +153,11 @@ class AdapterTuner(nn.Module):
         return combine_adapters(self.manager, list(adapters), list(weights), adapter_name, settings)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Folds adapters (default: the active ones) into the base weights, beside those merged already."""
+        """Merges adapters (default: the active ones) into the base weights, in addition to those merged already."""
         self.manager.merge(adapter_names, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Puts the frozen weights back, bit for bit."""
+        """Restores the base weights, bit for bit."""
         self.manager.unmerge()
 
     def merge_and_unload(
@@ -186,11 +186,13 @@ class AdapterTuner(nn.Module):
 
 
 def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) -> None:
-    """Reentrant checkpointing gives no gradient where no input needs one, as with frozen embeddings.
+    """Lets the embeddings' output require gradients if gradient checkpointing is on.
+
+    Reentrant checkpointing computes no gradient if no input requires one, as with frozen embeddings.
 
     Args:
         model: the base model.
-        change: records the hooks that are hung on the embeddings.
+        change: records the hooks that are added to the embeddings.
     """
     enable = getattr(model, "enable_input_require_grads", None)
     active = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
@@ -202,21 +204,21 @@ def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) 
         enable()
 
 
-def remove(manager: AdapterManager, name: str) -> None:
-    """Takes an adapter out and tells whoever called the caller which one is active in its place."""
+def remove_adapter(manager: AdapterManager, name: str) -> None:
+    """Removes an adapter, and warns which one is active in its place."""
     alone = manager.active == (name,)
     manager.remove(name)
     if alone and manager.active:
         warnings.warn(f"adapter {name!r} was active and is deleted: {manager.active[0]!r} is active now", stacklevel=3)
 
 
-def tell_of_biases(manager: AdapterManager, *, stacklevel: int = 3) -> None:
-    """Warns where a model whose adapters are off is not the base model, because they train its biases."""
+def warn_of_trained_biases(manager: AdapterManager) -> None:
+    """Warns if a model with its adapters disabled differs from the base model, because they train its biases."""
     for name in manager.active:
         kind = getattr(manager.configs[name], "bias", "none")
         if kind != "none":
             warnings.warn(
                 f"adapter {name!r} trains the base's biases (bias={kind!r}), which stay while it is disabled: the "
                 "output is not the untouched base's",
-                stacklevel=stacklevel,
+                stacklevel=3,
             )

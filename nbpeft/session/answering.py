@@ -172,7 +172,7 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     Raises:
         AdapterError: the model cannot generate text, or not with these options.
     """
-    from nbpeft.model.rows import serving_rows
+    from nbpeft.model.serving import serving_rows
 
     base: Any = model.manager.model
     if not hasattr(base, "generate"):
@@ -188,7 +188,7 @@ def answer(model: PeftModel, batch: Batch, asked: Asked) -> tuple[list[Answer], 
     if options.get("num_beams", 1) == 1:
         options["streamer"] = stream
     # The adapters that are asked answer also while they are switched off.
-    rows = nullcontext() if names is None else serving_rows(model.manager, names, inputs.values(), disabled_too=True)
+    rows = nullcontext() if names is None else serving_rows(model.manager, names, (), inputs, disabled_too=True)
     try:
         with rows:
             tokens = model.generate(**inputs, **options)  # type: ignore[arg-type]

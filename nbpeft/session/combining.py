@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
 from nbpeft.interrupts import HeldInterrupts
+from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.answering import Asked, Batch, Prompt, check_finite, evaluating, first_answer
 from nbpeft.session.base import SessionBase
 from nbpeft.session.book import Entry
@@ -25,18 +26,9 @@ if TYPE_CHECKING:
 
     ModelLike = nn.Module | str | None
 
-_RANKED = ("exact", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+_RANKED = tuple(name for name in COMBINATION_TYPES if name == "exact" or name.endswith("svd"))
 _PRUNING = ("ties", "dare_", "magnitude_prune")
 _LINEAR_NOTE = 0.05
-
-
-def combination_types() -> tuple[str, ...]:
-    """Names of all ways to combine, of whatever method, the exact one first. Imports torch."""
-    import nbpeft.engine  # registers the methods
-    from nbpeft.engine.registry import methods
-
-    del nbpeft
-    return tuple(dict.fromkeys(name for method in methods() if method.combine for name in method.combine.types))
 
 
 class CombiningCommands(SessionBase):
@@ -281,9 +273,9 @@ def recipe_of(
     Raises:
         ConfigError: an option is impossible or one that the type would not look at, or there is no such type.
     """
-    types = combination_types()
-    if type not in types:
-        raise ConfigError(f"type {type!r} is unknown; choose from {', '.join(types)}." + did_you_mean(str(type), types))
+    if type not in COMBINATION_TYPES:
+        near = did_you_mean(str(type), COMBINATION_TYPES)
+        raise ConfigError(f"type {type!r} is unknown; choose from {', '.join(COMBINATION_TYPES)}.{near}")
     for option, value in (("rank", rank), ("clamp", clamp)):
         if value is not None and type not in _RANKED:
             near = f"; {type}_svd takes one" if f"{type}_svd" in _RANKED else ""

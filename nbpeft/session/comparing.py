@@ -183,7 +183,7 @@ class _Comparison:
         return complete
 
     def _blended(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
-        from nbpeft.model.blending import blended
+        from nbpeft.model.serving import blended
 
         return blended(self._entry.manager, weights)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import shlex
 import sys
 from dataclasses import dataclass
 from html import escape
+
+from packaging.version import Version
 
 from nbpeft.errors import in_one_line
 from nbpeft.session import render
@@ -103,8 +104,8 @@ def version_of(package: str) -> str:
 
 
 def older(version: str, minimum: str) -> bool:
-    """Whether a version is below another, by the numbers at their start."""
-    return _numbers(version) < _numbers(minimum)
+    """Whether a version is below another; a pre-release or local build counts as its release."""
+    return Version(Version(version).base_version) < Version(minimum)
 
 
 def install(packages: str) -> str:
@@ -165,8 +166,3 @@ def _slow_dtypes() -> str:
 
 def _advice(check: Check) -> str:
     return f"{check.problem}: {check.remedy}" if check.problem and check.remedy else check.problem or check.remark
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in match.group().split(".")) if match else ()

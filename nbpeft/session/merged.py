@@ -12,7 +12,7 @@ from nbpeft.session.results import Result
 
 if TYPE_CHECKING:
     from nbpeft.engine.manager import AdapterManager
-    from nbpeft.model.rounding import MergeErrors
+    from nbpeft.model.merge_export import MergeErrors
 
 _SHOWN = 5
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.model.stored import StoredPart
+    from nbpeft.model.weight_storage import StoredPart
     from nbpeft.session.book import Entry
     from nbpeft.training.prepare import Preparation
 
@@ -77,7 +77,7 @@ class QuantizingCommands(AdapterCommands):
             bits: 4 or 8; 4 if left out.
             quant_type: ``"nf4"`` (if left out) or ``"fp4"``.
             double_quant: whether the constants of 4-bit blocks are quantized too; they are if left out.
-            compute_dtype: what 4-bit layers compute in; see ``nbpeft.model.quantization``.
+            compute_dtype: what 4-bit layers compute in; see ``nbpeft.model.quantize``.
             quant_storage: dtype that holds the 4-bit codes.
             gradient_checkpointing: whether training recomputes activations.
             gradient_checkpointing_kwargs: e.g. ``{"use_reentrant": True}``.
@@ -89,7 +89,7 @@ class QuantizingCommands(AdapterCommands):
             TargetError: the targets do not match the model.
             CheckpointNotFoundError: there is no model at ``source``.
         """
-        from nbpeft.model.stored import stored_parts
+        from nbpeft.model.weight_storage import stored_parts
 
         given = {
             "bits": bits,
@@ -209,7 +209,7 @@ class QuantizingCommands(AdapterCommands):
 
     def _loaded(self, source: str, settings: dict[str, Any], loading: dict[str, Any], variable: str) -> _Found:
         """The model of a source: the one that this variable holds already, or loaded now."""
-        from nbpeft.model.quantized import load_quantized
+        from nbpeft.model.quantize import load_quantized
 
         origin = _Origin(source, settings, loading)
         present = self._present(origin, variable)
@@ -228,8 +228,8 @@ class QuantizingCommands(AdapterCommands):
         """The base model, quantized now unless it was so; refuses what cannot be adapted before a weight is rounded."""
         from nbpeft.engine.model_tree import manager_of
         from nbpeft.engine.plan import plan
-        from nbpeft.model.quantized import quantize_model
-        from nbpeft.model.stored import stored_parts
+        from nbpeft.model.quantize import quantize_model
+        from nbpeft.model.weight_storage import stored_parts
 
         base = self._base_of(source)
         before, origin = stored_parts(base), _Origin(None, settings, {})

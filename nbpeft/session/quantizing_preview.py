@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
+from nbpeft.names import DTYPES
 from nbpeft.session import render
 from nbpeft.session.describe import with_notes
 from nbpeft.session.planning import foreseen
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.memory.architecture import Architecture
-    from nbpeft.model.stored import StoredPart
+    from nbpeft.model.weight_storage import StoredPart
     from nbpeft.training.prepare import Upcast
 
 DEFAULTS: dict[str, Any] = {"bits": 4, "quant_type": "nf4", "double_quant": True}
@@ -131,7 +132,7 @@ def asked_for(config: AdapterConfig, how: Mapping[str, Any]) -> Asked:
     Raises:
         ConfigError: a value is impossible.
     """
-    from nbpeft.model.quantization import quantization
+    from nbpeft.model.quantize import quantization
     from nbpeft.training.prepare import check_upcast
 
     settings, loading = sorted_out(how)
@@ -215,8 +216,8 @@ def foreseen_qlora(
         sizes: of the forecast.
         notes: put into the preview.
     """
-    from nbpeft.model.quantized import check_quantizable, layers_to_quantize
-    from nbpeft.model.stored import foreseen_parts, stored_parts
+    from nbpeft.model.quantize import check_quantizable, layers_to_quantize
+    from nbpeft.model.weight_storage import estimated_parts, stored_parts
     from nbpeft.training.prepare import Preparation, becoming_float32
 
     before = stored_parts(base) if bare is None else None
@@ -228,7 +229,7 @@ def foreseen_qlora(
     chosen = {id(base.get_submodule(path).weight) for path in paths}
     raised = [one for one in becoming_float32(base, asked.upcast) if id(one) not in chosen] if fresh else []
     extra = sum(parameter.numel() * (4 - parameter.element_size()) for parameter in raised)
-    parts = foreseen_parts(base, paths, kind=asked.kind, double=asked.double, raised=raised)
+    parts = estimated_parts(base, paths, kind=asked.kind, double=asked.double, raised=raised)
     settings: dict[str, Any] = {"gradient_checkpointing": asked.checkpointing, **sizes}
     if not done:
         settings |= {"quantization": asked.kind, "double_quant": asked.double}
@@ -252,7 +253,7 @@ def foreseen_qlora(
 def _config(source: str, loading: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    from nbpeft.model.quantized import place_of
+    from nbpeft.model.quantize import place_of
 
     place, file = place_of(source, loading.get("gguf_file"))
     options: dict[str, Any] = {name: loading[name] for name in _OF_CONFIG if name in loading}
@@ -280,14 +281,14 @@ def _architecture(config: Any, model_class: Any) -> Architecture:
 
 def _dtype(asked: Asked, config: Any) -> Any:
     """What ``load_quantized`` would load weights in."""
-    from nbpeft.model.quantization import FLOATS, dtype_of, usual_dtype
+    from nbpeft.model.quantize import dtype_of, usual_dtype
 
     chosen, computes = asked.loading.get("dtype"), asked.settings.get("compute_dtype")
     if chosen == "auto":
         return getattr(config, "dtype", None) or usual_dtype()
     if chosen is not None:
-        return dtype_of(chosen, "dtype", FLOATS)
-    return usual_dtype() if computes is None else dtype_of(computes, "compute_dtype", FLOATS)
+        return dtype_of(chosen, "dtype", DTYPES)
+    return usual_dtype() if computes is None else dtype_of(computes, "compute_dtype", DTYPES)
 
 
 def part_sizes(now: tuple[StoredPart, ...], before: tuple[StoredPart, ...] | None) -> tuple[PartSize, ...]:

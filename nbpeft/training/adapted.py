@@ -1,4 +1,4 @@
-"""What training asks of a model with adapters, whatever wraps it."""
+"""Questions that training has about a model with adapters, whatever wraps it."""
 
 from __future__ import annotations
 

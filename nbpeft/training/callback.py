@@ -1,4 +1,4 @@
-"""Connects a transformers Trainer to a run: it feeds the run and obeys its Stop and Pause."""
+"""Connects a transformers Trainer to a run: it feeds the run and carries out its Stop and Pause."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunCallback(TrainerCallback):
         self.run = run
         self.batch_shape: tuple[int, int] | None = None
 
-    def saw(self, inputs: Mapping[str, Any]) -> None:
+    def count_batch(self, inputs: Mapping[str, Any]) -> None:
         """Counts the input tokens of a batch, without waiting for the device."""
         self.batch_shape = shape_of(inputs)
         tokens = count_tokens(inputs)
@@ -40,19 +40,19 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tells the run how many steps there will be."""
+        """Gives the run the number of steps to come."""
         self.run.begin(total_steps=state.max_steps if state.max_steps > 0 else None, step=state.global_step)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Obeys Stop and Pause between the batches of one optimizer step."""
-        self._obey(args, control)
+        """Carries out Stop and Pause between the batches of one optimizer step."""
+        self._stop_if_requested(args, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Notes the step, then obeys Stop and Pause."""
+        """Notes the step, then carries out Stop and Pause."""
         self.run.record(state.global_step, epoch=state.epoch)
-        self._obey(args, control)
+        self._stop_if_requested(args, control)
 
     def on_log(
         self,
@@ -86,8 +86,8 @@ class RunCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Obeys Pause during an evaluation, and Stop where the run can end it at once."""
-        if self.run.checkpoint() and self.run.entered and not _several_processes():
+        """Carries out Pause during an evaluation, and Stop where the run can end it at once."""
+        if self.run.wait_or_stop() and self.run.entered and not _several_processes():
             raise StopRun(self.run)
 
     def on_epoch_end(
@@ -108,8 +108,8 @@ class RunCallback(TrainerCallback):
         else:
             self.run.finish("finished")
 
-    def _obey(self, args: TrainingArguments, control: TrainerControl) -> None:
-        if any_process(self.run.checkpoint(), args.device):
+    def _stop_if_requested(self, args: TrainingArguments, control: TrainerControl) -> None:
+        if any_process(self.run.wait_or_stop(), args.device):
             control.should_training_stop = True
             control.should_evaluate = False
             control.should_save = control.should_save or str(getattr(args.save_strategy, "value", "no")) == "steps"
@@ -124,16 +124,16 @@ def shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def any_process(asked: bool, device: torch.device) -> bool:
-    """Whether any process of a distributed run asks for something; every process must call it.
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether any process of a distributed run has the flag set; every process must call it.
 
     Processes that end at different steps would wait for each other for ever.
     """
     if not _several_processes():
-        return asked
-    flag = torch.tensor([int(asked)], device=device)
-    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-    return bool(flag.item())
+        return flag
+    flags = torch.tensor([int(flag)], device=device)
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def _several_processes() -> bool:

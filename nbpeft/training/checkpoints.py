@@ -59,7 +59,7 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
                 staging = Staging(home, place.name)
             wait()
             with _redirected(trainer, place, pushes):
-                _tell_best(trainer, home)
+                _set_best(trainer, home)
                 save()
             wait()
             _correct_best(trainer, place / name, home / name, main=main)
@@ -94,25 +94,25 @@ def save_beside(folder: Path, tokenizer: Any, arguments: Any) -> None:
         replace_files(folder, [NewFile.copy_of(path, str(path.relative_to(scratch))) for path in files])
 
 
-def resume_point(trainer: Any, asked: Any) -> Any:
+def resume_point(trainer: Any, requested: Any) -> Any:
     """The checkpoint to resume from. Called by all processes.
 
     Args:
         trainer: a ``transformers.Trainer``.
-        asked: True for the last one that is whole, a folder, or None or False for none.
+        requested: True for the last one that is whole, a folder, or None or False for none.
 
     Returns:
-        A folder, or ``asked`` where nothing is resumed.
+        A folder, or ``requested`` where nothing is resumed.
 
     Raises:
-        CheckpointNotFoundError: there is none, or the folder asked for is not whole.
+        CheckpointNotFoundError: there is none, or the requested folder is not whole.
     """
-    if asked is not True and not isinstance(asked, str | os.PathLike):
-        return asked
+    if requested is not True and not isinstance(requested, str | os.PathLike):
+        return requested
     found: list[Any] = [None]
     if trainer.is_world_process_zero():
         try:
-            found = [_last_whole(Path(trainer.args.output_dir)) if asked is True else _checked(Path(asked))]
+            found = [_last_whole(Path(trainer.args.output_dir)) if requested is True else _checked(Path(requested))]
         except CheckpointError as error:
             found = [error]
     found = broadcast_object_list(found)
@@ -203,8 +203,8 @@ def _redirected(trainer: Any, place: Path, pushes: list[str]) -> Iterator[None]:
         vars(trainer).update(before)
 
 
-def _tell_best(trainer: Any, home: Path) -> None:
-    """What the Trainer looks up in the folder it believes to write to: where the best checkpoint is."""
+def _set_best(trainer: Any, home: Path) -> None:
+    """Sets the place of the best checkpoint, which the Trainer looks up in the folder it believes to write to."""
     best = home / f"{_PREFIX}-{trainer.state.best_global_step}"
     if trainer.state.best_global_step and best.is_dir():
         trainer.state.best_model_checkpoint = str(best)
@@ -263,7 +263,7 @@ def _rotate(trainer: Any, home: Path) -> None:
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """``disk_errors``, also for those that torch tells in words of its own."""
+    """``disk_errors``, also for those that torch raises as RuntimeError."""
     try:
         with disk_errors(folder):
             yield

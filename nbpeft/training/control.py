@@ -1,4 +1,4 @@
-"""Stop and Pause for a running training, asked for from anywhere, obeyed between steps."""
+"""Stop and Pause for a running training, requested from anywhere, carried out between steps."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Callable
 
 
 class RunControl:
-    """What a front end asks of a run.
+    """What a front end requests of a run.
 
-    Requests may come from any thread. The training loop obeys them in :meth:`checkpoint`, so
-    that no step is cut in half. Each says what is wanted, so that asking again changes nothing: a
-    request may be obeyed long after it was made.
+    Requests may come from any thread. The training loop carries them out in :meth:`wait_or_stop`, so
+    that no step is cut in half. Each says what is wanted, so that requesting it again changes nothing: a
+    request may be carried out long after it was made.
 
     Attributes:
-        poll: Called at each checkpoint and, while paused, every ``poll_interval`` seconds. A
+        deliver_clicks: Called between steps and, while paused, every ``poll_interval`` seconds. A
             front end whose clicks do not arrive while a cell runs delivers them here. A
             function that fails is dropped with a warning: training goes on.
-        reason: Why a stop was asked for, in the words of who asked.
+        reason: Why a stop was requested, in one line.
     """
 
     poll_interval = 0.05
 
     def __init__(self) -> None:
-        self.poll: Callable[[], None] | None = None
+        self.deliver_clicks: Callable[[], None] | None = None
         self.reason = ""
         self._changed = threading.Condition()
         self._stop = False
@@ -32,12 +32,12 @@ class RunControl:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the run shall end after the step it is in."""
+        """Whether the run is to end after the step it is in."""
         return self._stop
 
     @property
     def paused(self) -> bool:
-        """Whether the run shall wait before its next step."""
+        """Whether the run is to wait before its next step."""
         return self._paused and not self._stop
 
     def request_stop(self, reason: str = "") -> None:
@@ -55,14 +55,14 @@ class RunControl:
         """Lets a waiting run go on."""
         self._set_paused(False)
 
-    def checkpoint(self, on_wait: Callable[[], None] | None = None) -> bool:
+    def wait_or_stop(self, on_wait: Callable[[], None] | None = None) -> bool:
         """Called by the training loop between steps; blocks while paused.
 
         Args:
             on_wait: Called once, before the first wait of this call.
 
         Returns:
-            Whether the loop shall end.
+            Whether the loop is to end.
         """
         self._deliver()
         if self.paused and on_wait is not None:
@@ -80,12 +80,12 @@ class RunControl:
             self._changed.notify_all()
 
     def _deliver(self) -> None:
-        if self.poll is None:
+        if self.deliver_clicks is None:
             return
         try:
-            self.poll()
+            self.deliver_clicks()
         except Exception as error:
-            self.poll = None
+            self.deliver_clicks = None
             warnings.warn(
                 f"The buttons of this run do not answer any more ({type(error).__name__}: {error}); "
                 "interrupting the kernel still stops it.",

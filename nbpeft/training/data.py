@@ -19,15 +19,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nbpeft.errors import TrainingError, did_you_mean, with_article
-from nbpeft.training.chat import render_chat
-from nbpeft.training.spans import IGNORED, Encoded, encode
 
 DEFAULT_MAX_LENGTH = 1024
+IGNORED = -100
+"""The label that no loss is taken on."""
+_CHECKED_ROWS = 10_000
+"""How many rows are checked; the others are assumed to be like them."""
 _FORMATS = "input_ids, text, prompt and completion, or messages"
 _COLUMNS = ("input_ids", "labels", "text", "prompt", "completion", "messages")
 
+Span = tuple[int, int]
+"""First character, and the one after the last."""
 
-class Rows(Dataset[dict[str, Any]]):
+
+class TokenizedRows(Dataset[dict[str, Any]]):
     """Tokenised rows in memory.
 
     Attributes:
@@ -80,7 +85,7 @@ def prepare_data(
     """
     columns = columns_of(data)
     if "input_ids" in columns:
-        return Rows(data) if isinstance(data, (list, tuple)) else data
+        return TokenizedRows(data) if isinstance(data, (list, tuple)) else data
     kind = _kind(columns)
     if tokenizer is None:
         raise TrainingError(f"Rows with {kind} need a tokenizer: pass tokenizer=… (--tokenizer)", columns=columns)
@@ -101,7 +106,7 @@ def prepare_data(
             f"{'text' if kind == 'text' else 'completion or assistant turns'}, which is empty or cut off.",
             dropped=dropped,
         )
-    return Rows(rows, truncated=truncated, dropped=dropped)
+    return TokenizedRows(rows, truncated=truncated, dropped=dropped)
 
 
 def columns_of(data: Any) -> tuple[str, ...]:
@@ -192,6 +197,180 @@ def _encode_row(row: Mapping[str, Any], index: int, kind: str, tokenizer: Any, e
             f"Row {index} does not have the form of the first row ({kind}): {type(error).__name__}: {error}.",
             index=index,
         ) from error
+
+
+# Text with marked parts becomes token ids and labels.
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised row; for decoders both lists have one entry per token."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode(tokenizer: Any, text: str, spans: Sequence[Span], *, special: bool = True, whole: bool = False) -> Encoded:
+    """Tokenises ``text``, with labels on the tokens that touch one of ``spans``.
+
+    Prompt and completion are tokenised together, as they would be read together; a token that
+    reaches over the border belongs to the completion.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        text: The whole row.
+        spans: Parts to learn, in characters.
+        special: Whether the tokenizer may add its special tokens, and an end-of-text token is
+            learned after the row. False for chats, whose template has written them.
+        whole: Whether every token is learned.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids = list(encoding["input_ids"])
+        learned = [
+            any(start < last and end > first for first, last in spans) for start, end in encoding["offset_mapping"]
+        ]
+    else:
+        ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        learned = _by_prefix(tokenizer, text, ids, spans, special)
+    labels = [token if whole or learns else IGNORED for token, learns in zip(ids, learned, strict=True)]
+    end = getattr(tokenizer, "eos_token_id", None)
+    if special and end is not None:
+        if ids and ids[-1] == end:
+            labels[-1] = end
+        else:
+            ids, labels = [*ids, end], [*labels, end]
+    return Encoded(ids, labels)
+
+
+def _by_prefix(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span], special: bool) -> list[bool]:
+    """Without offsets: how many tokens a beginning of the text has in common with the whole."""
+
+    def tokens_before(character: int) -> int:
+        if character >= len(text):
+            return len(ids)
+        beginning = tokenizer(text[:character], add_special_tokens=special)["input_ids"]
+        pairs = enumerate(zip(beginning, ids, strict=False))
+        return next((index for index, (one, other) in pairs if one != other), min(len(beginning), len(ids)))
+
+    borders = [(tokens_before(first), tokens_before(last)) for first, last in spans]
+    return [any(first <= index < last for first, last in borders) for index in range(len(ids))]
+
+
+# Chats become text with the turns of the assistant marked.
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, first: int = 0, tools: Any = None
+) -> tuple[str, list[Span]]:
+    """Renders messages with the tokenizer's chat template.
+
+    Args:
+        tokenizer: A tokenizer of transformers that has a chat template.
+        messages: Dictionaries with ``role`` and ``content``.
+        first: Messages before this one are not learned.
+        tools: Handed on to the template.
+
+    Returns:
+        The text, and where in it the assistant speaks, end-of-turn marks included.
+
+    Raises:
+        TrainingError: there is no template, or no turn of the assistant.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise TrainingError(
+            "The tokenizer has no chat template: set tokenizer.chat_template, or give rows with prompt and completion."
+        )
+    turns = [index for index in range(first, len(messages)) if messages[index].get("role") == "assistant"]
+    if not turns:
+        roles = sorted({str(message.get("role")) for message in messages})
+        raise TrainingError(f"No turn of the assistant to learn from; the roles found are {', '.join(roles)}.")
+
+    def render(count: int, prompt: bool = False) -> str:
+        options = {} if tools is None else {"tools": tools}
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages[:count]), tokenize=False, add_generation_prompt=prompt, **options
+            )
+        )
+
+    text = render(len(messages))
+    spans, cursor = [], 0
+    for index in turns:
+        span = _by_rendering(render, text, index) or _by_content(tokenizer, text, messages[index], cursor)
+        if span is None:
+            raise TrainingError(f"The chat template does not show turn {index} of the assistant as it is written.")
+        spans.append(span)
+        cursor = span[1]
+    return text, spans
+
+
+def _by_rendering(render: Any, text: str, index: int) -> Span | None:
+    """From the end of the prompt for a turn to the end of the chat up to and with it."""
+    before = render(index, prompt=True) if index else ""
+    through = render(index + 1)
+    if through.startswith(before) and text.startswith(through):
+        return len(before), len(through)
+    return None
+
+
+def _by_content(tokenizer: Any, text: str, message: Mapping[str, Any], cursor: int) -> Span | None:
+    """For templates that rewrite earlier turns: where the content stands, and the mark after it."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content:
+        return None
+    start = text.find(content, cursor)
+    if start < 0:
+        return None
+    end = start + len(content)
+    mark = getattr(tokenizer, "eos_token", None)
+    return start, end + len(mark) if mark and text.startswith(mark, end) else end
+
+
+# Whether rows fit a model, before a step fails on them with an error that names no row.
+
+
+def check_rows(rows: Any, *, vocabulary: int | None, causal: bool) -> None:
+    """Looks at the token ids and labels of rows.
+
+    Args:
+        rows: A dataset of dictionaries with ``input_ids``.
+        vocabulary: How many ids the model's embedding has, or None.
+        causal: Whether labels stand beside the ids, one for one.
+
+    Raises:
+        TrainingError: a row cannot be learned; the message names it.
+    """
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        return
+    for index in range(min(len(rows), _CHECKED_ROWS)):
+        row = rows[index]
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            return
+        ids = _token_ids(row["input_ids"], index)
+        outside = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[:0]
+        if len(outside):
+            raise TrainingError(
+                f"Row {index} has the token id {int(outside[0])}, but the model knows ids from 0 to "
+                f"{(vocabulary or 0) - 1}: tokenise with the tokenizer of this model.",
+                index=index,
+            )
+        labels = row.get("labels")
+        if causal and labels is not None and len(labels) != len(ids):
+            raise TrainingError(f"Row {index} has {len(labels)} labels for {len(ids)} tokens.", index=index)
+
+
+def _token_ids(value: Any, index: int) -> Tensor:
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0, 0)
+    if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+        raise TrainingError(f"Row {index}: input_ids must be a list of token ids, not {value!r:.60}.", index=index)
+    return ids
+
+
+# Batches
 
 
 @dataclass

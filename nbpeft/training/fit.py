@@ -23,11 +23,10 @@ from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
-from nbpeft.training.data import Collator, Rows, prepare_data
-from nbpeft.training.learning_check import explain_failure, is_out_of_memory, trains_in_half, why_no_gradient
-from nbpeft.training.out_of_memory import free_memory, shortage
+from nbpeft.training.data import Collator, TokenizedRows, check_rows, prepare_data
+from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
+from nbpeft.training.learning_check import why_no_gradient
 from nbpeft.training.result import TrainResult
-from nbpeft.training.rows_check import check_rows
 from nbpeft.training.run import Run
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
@@ -49,9 +48,9 @@ def train(
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
 
-    Stop, Pause and KeyboardInterrupt are obeyed: a stopped training returns its result like any
+    Stop, Pause and KeyboardInterrupt are carried out: a stopped training returns its result like any
     other, and the model keeps what it learned. Whatever fails before the first step leaves the
-    model, and which adapters act or are merged, as before.
+    model, and which adapters are active or merged, as before.
 
     Args:
         model: A model with adapters.
@@ -61,7 +60,7 @@ def train(
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
-        control: Where Stop and Pause are asked for.
+        control: Where Stop and Pause are requested.
         publish: Called with each new state of the run.
         run_factory: Makes the run, called like :class:`Run`.
         trainer_class: A Trainer class of another library to use.
@@ -88,14 +87,18 @@ def train(
         options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
         failure: Exception | None = None
         try:
-            with _switched(model, adapter) as switched:
-                switched.run = run = run_factory(model, None, control=control, publish=publish)
-                run.note("; ".join(part.notes for part in (rows, eval_rows) if isinstance(part, Rows) and part.notes))
+            with _activated(model, adapter) as activation:
+                activation.run = run = run_factory(model, None, control=control, publish=publish)
+                run.note(
+                    "; ".join(
+                        part.notes for part in (rows, eval_rows) if isinstance(part, TokenizedRows) and part.notes
+                    )
+                )
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
                 metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
         except Exception as error:
-            failure = _translated(error, model, settings)
+            failure = _error_to_raise(error, model, settings)
             if failure is error and not isinstance(error, NbpeftError):
                 raise
     if failure is not None:  # raised out here, the new error does not hold the frames of the old one
@@ -128,8 +131,8 @@ def _can_learn(model: nn.Module) -> None:
         raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")
 
 
-class _Switched:
-    """A run that may begin with a switch."""
+class _Activation:
+    """A run for which an adapter may have been activated."""
 
     run: Run | None = None
 
@@ -140,11 +143,11 @@ class _Switched:
 
 
 @contextmanager
-def _switched(model: Any, adapter: str | None) -> Iterator[_Switched]:
-    """Lets an adapter act; what acted or was merged before does so again where nothing was learned."""
-    switched = _Switched()
+def _activated(model: Any, adapter: str | None) -> Iterator[_Activation]:
+    """Activates an adapter; what was active or merged before is so again where nothing was learned."""
+    activation = _Activation()
     if adapter is None:
-        yield switched
+        yield activation
         return
     manager = model.manager
     active, enabled, merged = manager.active, manager.enabled, manager.merged
@@ -154,9 +157,9 @@ def _switched(model: Any, adapter: str | None) -> Iterator[_Switched]:
             if not enabled:
                 manager.enable()
             _can_learn(model)
-        yield switched
+        yield activation
     finally:
-        if not switched.learned:
+        if not activation.learned:
             with HeldInterrupts(to_the_end=True), manager.transaction():
                 if active:
                     manager.activate(active)
@@ -206,9 +209,9 @@ def _fit(
     trainer: Any = None
     metrics: dict[str, float] = {}
     try:
-        with _as_before(model):
+        with _restoring(model):
             with run:
-                trainer = _made(trainer_class, model, options)
+                trainer = _make_trainer(trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
                 callback = RunCallback(run)
                 trainer.add_callback(callback)
@@ -227,7 +230,7 @@ def _fit(
             trainer.model_wrapped = None
 
 
-def _made(trainer_class: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:
+def _make_trainer(trainer_class: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:
     try:
         return trainer_class(model=model, **options)
     except Exception as error:
@@ -246,7 +249,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             if isinstance(error, NbpeftError) or callback.run.total_steps is not None:
                 raise
             raise ConfigError(f"The run cannot start with these arguments: {reason_of(error)}") from error
-        failure = shortage(
+        failure = oom_error(
             error,
             model,
             settings,
@@ -258,7 +261,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
+def _restoring(model: nn.Module) -> Iterator[None]:
     """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward."""
     base: Any = base_of(model)
     was_training = model.training
@@ -279,7 +282,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
             vars(model).pop(name, None)
 
 
-def _translated(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:
+def _error_to_raise(error: Exception, model: nn.Module, settings: TrainingArguments) -> Exception:
     """The error to raise: one line for what is known, with the memory given back; else itself."""
     if isinstance(error, NbpeftError):
         free_memory()
@@ -287,7 +290,7 @@ def _translated(error: Exception, model: nn.Module, settings: TrainingArguments)
     if not is_out_of_memory(error):
         lost = "does not require grad" in str(error) and isinstance(error, RuntimeError) and why_no_gradient(model)
         return TrainingError(explain_failure(error, model)) if lost or trains_in_half(error) else error
-    return shortage(error, model, settings, None, optimizer=None, step=0)
+    return oom_error(error, model, settings, None, optimizer=None, step=0)
 
 
 def _result(run: Run, metrics: dict[str, float], folder: str | None) -> TrainResult:

@@ -1,4 +1,4 @@
-"""Does the adapter learn? Asked at the first steps, answered in one line with the remedy.
+"""Checks at the first steps whether the adapter learns; reports in one line with the remedy.
 
 Training that cannot learn looks like training that learns slowly. What is looked at:
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nbpeft.engine.model_tree import embedding_of
-from nbpeft.errors import NbpeftError
 from nbpeft.training.adapted import base_of, is_adapted, module_path, trainable
 
 PATIENCE = 10
@@ -27,11 +26,6 @@ _SAMPLE = 64
 _REMEDY_CHECKPOINTING = (
     "gradient checkpointing with use_reentrant=True cuts the graph off because the embeddings are frozen; "
     "call model.enable_input_require_grads(), or use use_reentrant=False"
-)
-
-_REMEDY_HALF = (
-    "modules trained as a whole and base biases have the base's dtype; call "
-    "nbpeft.cast_mixed_precision_params(model, torch.float16), or use bf16"
 )
 
 
@@ -88,7 +82,7 @@ class LearningCheck:
         return message
 
     def close(self) -> None:
-        """Lets go of the model and takes all hooks off it."""
+        """Releases the model and removes all hooks from it."""
         self._release_hooks()
         self._model = None
         self._before, self._parameters = {}, {}
@@ -209,40 +203,3 @@ def _head_names(base: Any) -> list[str]:
         for name, child in base.named_children()
         if child is not backbone and any(id(parameter) not in inside for parameter in child.parameters())
     ]
-
-
-def explain_failure(error: BaseException, model: nn.Module | None) -> str:
-    """One line about an exception that ended a run, with the remedy where it is known."""
-    if isinstance(error, NbpeftError):
-        return str(error)
-    text = str(error).strip().splitlines()
-    line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    if is_out_of_memory(error):  # and no model to measure
-        return f"Out of memory: {OUT_OF_MEMORY_REMEDY}."
-    if trains_in_half(error):
-        return f"A GradScaler takes no weights that are trained in float16: {_REMEDY_HALF}."
-    if model is not None and "does not require grad" in line:
-        why = why_no_gradient(model) or "nothing that is trainable took part in the loss"
-        return f"No gradient reaches the adapter: {why}."
-    return line
-
-
-OUT_OF_MEMORY_REMEDY = (
-    "lower the batch size (and raise gradient_accumulation_steps by as much), shorten the rows (max_length), "
-    "switch on activation checkpointing, or lower the rank"
-)
-
-
-def trains_in_half(error: BaseException) -> bool:
-    """Whether a GradScaler met gradients in float16, as of a head copied from a base in float16."""
-    return isinstance(error, ValueError) and "unscale FP16 gradients" in str(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host ran out of memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    )

@@ -93,13 +93,13 @@ def prepare_model(
     *,
     upcast: Upcast = "norms",
 ) -> Preparation:
-    """As :func:`prepare_model_for_kbit_training`, and tells what was done."""
+    """As :func:`prepare_model_for_kbit_training`, and returns what was done."""
     check_upcast(upcast)
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.requires_grad_(False)
     if upcast == "norms":
-        _let_norms_compute_in_float32(model)
+        _compute_norms_in_float32(model)
     cast = _to_float32(becoming_float32(model, upcast))
     if auto_clear_cache and cast[0] and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -109,7 +109,7 @@ def prepare_model(
         options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         inputs = bool(options["use_reentrant"])
         if inputs:
-            _let_inputs_require_grad(model)
+            _make_inputs_require_grad(model)
         enable_checkpointing(model, options)
     return Preparation(sum(parameter.numel() for parameter in parameters), *cast, checkpointing, inputs)
 
@@ -156,21 +156,21 @@ def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
             yield module, halves
 
 
-def _let_norms_compute_in_float32(model: nn.Module) -> None:
+def _compute_norms_in_float32(model: nn.Module) -> None:
     for module, halves in _norms(model):
         module.register_forward_pre_hook(functools.partial(_compute_in_float32))
-        module.register_forward_hook(functools.partial(_give_back, halves[0].dtype))
+        module.register_forward_hook(functools.partial(_restore_dtype, halves[0].dtype))
 
 
 def _compute_in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value for value in inputs)
 
 
-def _give_back(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+def _restore_dtype(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     return output.to(dtype) if isinstance(output, Tensor) and output.dtype == torch.float32 else output
 
 
-def _let_inputs_require_grad(model: Any) -> None:
+def _make_inputs_require_grad(model: Any) -> None:
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     else:

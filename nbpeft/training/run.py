@@ -2,7 +2,7 @@
 
     loop ── run.step(loss) ──> Run ── publish(TrainState), a few times a second ──> panels
       ^                         |
-      └──── StopRun ────────────┴── control.checkpoint() <── Stop and Pause buttons
+      └──── StopRun ────────────┴── control.wait_or_stop() <── Stop and Pause buttons
 
 Feeding a run costs no device synchronisation: losses stay tensors until the next publication.
 """
@@ -20,15 +20,16 @@ from typing import Any, Self
 
 from torch import nn
 
-from nbpeft.errors import ConfigError, NbpeftError, TrainingError
+from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.memory.processor import slow_dtype, slow_words
 from nbpeft.state import MemoryState, TrainState, TrainStatus
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
-from nbpeft.training.frames import release_frames
-from nbpeft.training.learning_check import LearningCheck, explain_failure, is_out_of_memory
-from nbpeft.training.out_of_memory import shortage_in_loop
+from nbpeft.training.failures import explain_failure
+from nbpeft.training.learning_check import LearningCheck
+from nbpeft.training.optimizer_steps import watch_steps
 from nbpeft.training.record import Number, Record
+from nbpeft.training.tracebacks import release_frames
 
 
 class StopRun(BaseException):  # not an Exception: a loop's ``except Exception`` must not swallow it
@@ -59,14 +60,14 @@ class Run:
         model: The model in training; held weakly.
         total_steps: Optimizer steps planned, or None where that is not known.
         adapter: Name shown; the active adapters by default.
-        control: Where Stop and Pause are asked for; a new one by default.
+        control: Where Stop and Pause are requested; a new one by default.
         publish: Called with each new state from the training thread, at most once every
             ``interval`` seconds, and always with the last one.
         clock: Seconds, growing.
         memory: Measures memory for the states, at most every ``memory_interval`` seconds.
 
     Raises:
-        ConfigError: ``total_steps`` is no number of steps.
+        ConfigError: ``total_steps`` is not a number of steps.
 
     Attributes:
         entered: Whether the run is inside its ``with`` block.
@@ -102,6 +103,7 @@ class Run:
         self._status: TrainStatus = "starting"
         self._message = ""
         self._check: LearningCheck | None = None
+        self._end_watching: Callable[[], None] = lambda: None
         self._record = Record()
         self._memory_state: MemoryState | None = None
         self._memory_at = float("-inf")
@@ -131,6 +133,7 @@ class Run:
             model = self._model()
             if model is not None:
                 self._check = LearningCheck(model, self.adapter)
+                self._end_watching = watch_steps(model, lambda: self._record.step)
                 self._warn(self._check.before())
                 slow = slow_dtype(model)
                 self.note(slow_words(slow) if slow is not None else "")
@@ -144,7 +147,7 @@ class Run:
         tokens: Number | None = None,
         epoch: float | None = None,
     ) -> None:
-        """Notes one optimizer step, and obeys Stop and Pause. Call it after the step.
+        """Notes one optimizer step, and carries out Stop and Pause. Call it after the step.
 
         Args:
             loss: The step's loss, a number or a tensor with one element.
@@ -158,7 +161,7 @@ class Run:
         if not self.entered:
             raise TrainingError("A run is fed inside its block: `with track(model) as run:` and then run.step(loss=…).")
         self.record(self._record.step + 1, loss=loss, learning_rate=learning_rate, tokens=tokens, epoch=epoch)
-        if self.checkpoint():
+        if self.wait_or_stop():
             raise StopRun(self)
 
     def evaluated(self, loss: Number, step: int | None = None) -> None:
@@ -197,8 +200,8 @@ class Run:
         with self._lock:
             self._message = " · ".join(part for part in (self._message, message) if part)
 
-    def checkpoint(self) -> bool:
-        """Waits while paused. Returns whether the loop shall end."""
+    def wait_or_stop(self) -> bool:
+        """Waits while paused. Returns whether the loop is to end."""
         before = self._clock()
         waited = False
 
@@ -207,7 +210,7 @@ class Run:
             waited = True
             self.publish(force=True)
 
-        stop = self.control.checkpoint(on_wait)
+        stop = self.control.wait_or_stop(on_wait)
         if waited:
             with self._lock:
                 self._waited += self._clock() - before
@@ -226,6 +229,7 @@ class Run:
             if self._ended is not None:
                 return
             self._ended = self._clock()
+            self._end_watching()
             if self._check is not None:
                 if status == "finished" and self.steps_done:
                     self._warn(self._check.after_step(self.steps_done, last=True))
@@ -253,16 +257,10 @@ class Run:
         elif error is None:
             self.finish("finished")
         else:
-            words = self._explained(error)
+            message = explain_failure(error, self._model())
             release_frames(error)
-            self.finish("failed", words)
+            self.finish("failed", message)
         return stopped
-
-    def _explained(self, error: BaseException) -> str:
-        model = self._model()
-        if model is not None and not isinstance(error, NbpeftError) and is_out_of_memory(error):
-            return shortage_in_loop(error, model)
-        return explain_failure(error, model)
 
     # What a front end reads
 
@@ -270,7 +268,7 @@ class Run:
     def state(self) -> TrainState:
         """The run now. Any thread may ask."""
         with self._lock:
-            self._take_in()
+            self._collect()
             return self._build()
 
     def publish(self, *, force: bool = False) -> None:
@@ -280,7 +278,7 @@ class Run:
             if not force and now - self._published_at < self.interval:
                 return
             self._published_at = now
-            self._take_in()
+            self._collect()
             self._record.mark(self._elapsed())
             self._measure_memory(now)
             state = self._build()
@@ -301,7 +299,7 @@ class Run:
     def token_count(self) -> int:
         """Input tokens seen so far."""
         with self._lock:
-            self._take_in()
+            self._collect()
             return int(self._record.token_count)
 
     @property
@@ -311,7 +309,7 @@ class Run:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the run ends, or has ended, before its last step because somebody asked for it."""
+        """Whether the run ends, or has ended, before its last step because a stop was requested."""
         return self.control.stop_requested and (self.total_steps is None or self._record.step < self.total_steps)
 
     # Inside
@@ -321,8 +319,8 @@ class Run:
             return 0.0
         return (self._clock() if self._ended is None else self._ended) - self._started - self._waited
 
-    def _take_in(self) -> None:
-        lost = self._record.take_in()
+    def _collect(self) -> None:
+        lost = self._record.collect()
         if lost is not None and "NaN" not in self._message:
             self._warn(f"The loss is NaN since step {lost}: try a lower learning rate, or look at the labels.")
 
@@ -392,7 +390,7 @@ def track(
         model: The model in training.
         total_steps: Optimizer steps planned, or None where that is not known.
         publish: Called with each new state.
-        control: Where Stop and Pause are asked for.
+        control: Where Stop and Pause are requested.
         **options: Further arguments of :class:`Run`.
     """
     return Run(model, total_steps, publish=publish, control=control, **options)

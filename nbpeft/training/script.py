@@ -22,7 +22,8 @@ from torch import nn
 from nbpeft.checkpoint.atomic import NewFile, replace_files
 from nbpeft.confidential import LOG_IN, without_secrets
 from nbpeft.errors import ConfigError, TrainingError
-from nbpeft.model.stored import stored_parts
+from nbpeft.model.weight_storage import stored_parts
+from nbpeft.names import QUANTIZATIONS
 from nbpeft.training.adapted import base_of, main_dtype, trained_names
 from nbpeft.training.data import prepare_data
 
@@ -133,7 +134,7 @@ def export_script(
         **arguments: fields of ``TrainingArguments``, as for ``train``.
 
     Raises:
-        ConfigError: an argument cannot be written down, or the path is no ``.py`` file.
+        ConfigError: an argument cannot be written down, or the path is not a ``.py`` file.
         TrainingError: it is not known how to load the base model, or rows cannot be read.
     """
     target = Path(os.path.expanduser(os.fspath(path)))
@@ -230,14 +231,14 @@ def _load(model: Any, source: str) -> str:
 
     name = type(model).__name__
     if not isinstance(getattr(transformers, name, None), type):
-        raise TrainingError(f"{name} is no class of transformers, so a script cannot load it")
+        raise TrainingError(f"{name} is not a class of transformers, so a script cannot load it")
     options = [f'dtype="{str(main_dtype(model)).removeprefix("torch.")}"']
     file = _gguf_file(Path(source))
     options += [f"gguf_file={file!r}"] if file else []
     kinds = {kind for part in stored_parts(model) if part.name == "quantized layers" for kind in part.kinds}
     if not kinds:
         return f"transformers.{name}.from_pretrained(BASE, {', '.join(options)})"
-    kind = next((kind for kind in ("nf4", "fp4", "int8") if any(found.startswith(kind) for found in kinds)), None)
+    kind = next((kind for kind in QUANTIZATIONS if any(found.startswith(kind) for found in kinds)), None)
     if kind is None:
         raise TrainingError(f"a script cannot load layers stored as {', '.join(sorted(kinds))}; only nf4, fp4 and int8")
     how = f"model_class={name!r}, bits={8 if kind == 'int8' else 4}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from nbpeft.training.patching import patch_trainer
+from nbpeft.training.trainer_patch import patch_trainer
 
 
 class Trainer(transformers.Trainer):

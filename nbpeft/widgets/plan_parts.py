@@ -7,6 +7,7 @@ from typing import Any
 
 import ipywidgets
 
+from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS
 from nbpeft.session import render
 from nbpeft.session.planned import PlanResult, PlanSettings
 from nbpeft.widgets.answer_parts import Frame, field_layout, pair, settings_label
@@ -16,9 +17,7 @@ from nbpeft.widgets.panel_parts import Command
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-DTYPES = ("bfloat16", "float16", "float32")
-QUANTIZATIONS = (("not quantized", ""), ("nf4", "nf4"), ("fp4", "fp4"), ("int8", "int8"))
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
+_STORED_AS = (("not quantized", ""), *((name, name) for name in QUANTIZATIONS))
 
 
 class Steps:
@@ -63,7 +62,7 @@ class PlanParts:
         self._length = Steps("sequence length", LENGTHS, settings.sequence_length, command)
         self._rank = None if settings.rank is None else Steps("rank", RANKS, settings.rank, command)
         self._dtype = _choice([(name, name) for name in DTYPES], settings.dtype, "112px", command)
-        self._kind = _choice(QUANTIZATIONS, settings.quantization or "", "122px", command)
+        self._kind = _choice(_STORED_AS, settings.quantization or "", "122px", command)
         self._optimizer = _choice([(name, name) for name in OPTIMIZERS], settings.optimizer, "150px", command)
         self._again = ipywidgets.Checkbox(
             value=settings.gradient_checkpointing,

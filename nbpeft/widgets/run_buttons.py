@@ -56,8 +56,8 @@ class RunButtons:
         for clicked, request in self._requests.items():
             clicked.on_click(weakly(self._clicked, request))
         self._delivery = self._listen()
-        self._previous_poll = control.poll
-        control.poll = self._poll
+        self._previous_poll = control.deliver_clicks
+        control.deliver_clicks = self._poll
         self._display: Any = None
 
     def show(self) -> None:
@@ -85,8 +85,8 @@ class RunButtons:
         if self._ended:
             return
         self._ended = True
-        if self._control.poll == self._poll:
-            self._control.poll = self._previous_poll
+        if self._control.deliver_clicks == self._poll:
+            self._control.deliver_clicks = self._previous_poll
         if self._delivery is not None:
             self._delivery.close()
         if self._display is not None:

@@ -76,6 +76,10 @@ def test_other_notations_of_tags() -> None:
     assert front(card_text(CONFIG, "---\ntags: [x, 'y z']\n---\n"))["tags"][-2:] == ["x", "y z"]
     assert front(card_text(CONFIG, "---\ntags:\n  - deep\n---\n"))["tags"][1] == "deep"
     assert front(card_text(CONFIG, "---\ntags: one\n---\n"))["tags"] == "one", "not understood, not touched"
+    commented = "---\ntags:\n- a # why\n# more\n- b\n"
+    assert card_text(CONFIG, f"{commented}---\n").startswith(commented), "a comment is not lost"
+    for broken in ("tags: [", "tags:x: y", "tags:x", f"tags: {'[' * 2000}"):
+        assert card_text(CONFIG, f"---\n{broken}\n---\n").splitlines()[1] == broken
 
 
 def test_a_card_without_front_matter_and_with_windows_lines() -> None:

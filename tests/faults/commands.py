@@ -19,7 +19,7 @@ from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter
 from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.model import AdapterPool, set_peft_model_state_dict
-from nbpeft.model.base_state import get_base_model_state_dict, set_base_model_state_dict
+from nbpeft.model.state_dicts import get_base_model_state_dict, set_base_model_state_dict
 
 WIDTH, WORDS = 64, 7
 IDS = torch.tensor([[0, 3, 6], [5, 2, 1]])
@@ -280,7 +280,7 @@ def state_of(stage: Stage) -> dict[str, Any]:
             manager.enabled,
             manager.merged,
             stage.pool.names,
-            dict(stage.pool._residents.leases),
+            dict(stage.pool._device.refs),
         )
         state["open"] = manager.switch.scopes, len(manager.switch._calls), manager.switch._writer
     elif manager is not None:

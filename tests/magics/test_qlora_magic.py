@@ -312,5 +312,5 @@ def test_merging_into_a_copy(notebook: Notebook, tmp_path: Path) -> None:
     assert "dtype is 'int4'" in notebook.run(f"%lora merge --to {tmp_path / 'b'} --dtype int4").line
     merged = notebook.do("%lora merge")
     assert any("quantized again" in note and "--to DIR" in note for note in merged.notes)
-    assert "unmerge first" in notebook.run(f"%lora merge --to {tmp_path / 'b'}").line
+    assert "unmerge before merging into a copy" in notebook.run(f"%lora merge --to {tmp_path / 'b'}").line
     notebook.do("%lora unmerge")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from nbpeft.session import session
-from nbpeft.session.combining import combination_types
 from nbpeft.session.compared import CompareResult
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
 from tests.char_tokenizer import CharTokenizer
@@ -236,12 +235,6 @@ def test_help(bare: Notebook, verb: str) -> None:
     text = str(bare.do(f"%lora {verb} --help"))
     assert f"usage: %lora {verb}" in text and "example" in text
     assert f"%lora {verb}" in str(bare.shell.find_line_magic("lora").__doc__)
-
-
-def test_all_types_are_offered() -> None:
-    from nbpeft.magics.verbs.combining import TYPES
-
-    assert sorted(TYPES) == sorted(combination_types())
 
 
 def test_completion(trained: Notebook, tmp_path: Path) -> None:

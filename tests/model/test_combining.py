@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.methods.lora.combining import COMBINATION_TYPES
 from nbpeft.errors import AdapterError, AdapterExistsError, UnknownAdapterError
 from nbpeft.model import Combined, PeftModel, get_peft_model
+from nbpeft.names import COMBINATION_TYPES
 from tests.tiny_models import adapted, classifier, config, gpt2, llama, logits, tokens
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]

@@ -13,7 +13,7 @@ from torch import nn
 
 import nbpeft.model as nbpeft
 from nbpeft.errors import AdapterError, HotSwapError, MergeError
-from nbpeft.model.full_precision import merge_to_folder
+from nbpeft.model.merge_export import merge_to_folder
 from tests.model.test_oracle import settings
 from tests.tiny_models import llama, logits
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from nbpeft.errors import AdapterError, CheckpointError, CheckpointNotFoundError, ConfigError, MergeError
 from nbpeft.model import PeftModel
-from nbpeft.model.full_precision import merge_errors, merge_to_folder
-from nbpeft.model.quantized import quantize_model
+from nbpeft.model.merge_export import merge_errors, merge_to_folder
+from nbpeft.model.quantize import quantize_model
 from tests.model.allocations import Allocations, bytes_of
 from tests.tiny_models import adapted, gpt2, llama, logits, same_state, state
 
@@ -310,6 +310,8 @@ def test_refusals(tmp_path: Path) -> None:
     llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     with pytest.raises(MergeError, match="together with another use"):
         merge_to_folder(tmp_path / "tied", tmp_path / "adapter", tmp_path / "new")
+    with pytest.raises(MergeError, match="together with another use"):
+        merge_to_folder(fresh, None, tmp_path / "new", base=tmp_path / "tied")
     assert not (tmp_path / "new").exists()
 
 

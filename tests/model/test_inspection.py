@@ -95,7 +95,7 @@ def test_a_quantized_weight_is_read(tiny_4bit: Any) -> None:
 
 @pytest.fixture
 def tiny_4bit() -> Any:
-    from nbpeft.model.quantized import quantize_model
+    from nbpeft.model.quantize import quantize_model
     from tests.tiny_models import llama
 
     base = quantize_model(llama())

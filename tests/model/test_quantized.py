@@ -14,10 +14,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from nbpeft.engine.model_tree import linear_layers_to_quantize
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 from nbpeft.model import PeftModel
-from nbpeft.model.gguf import obedient_progress
-from nbpeft.model.quantization import quantization
-from nbpeft.model.quantized import load_quantized, quantize_model
-from nbpeft.model.stored import stored_parts
+from nbpeft.model.quantize import load_quantized, quantization, quantize_model, respect_progress_bar_setting
+from nbpeft.model.weight_storage import stored_parts
 from nbpeft.session.snapshot import Snapshots
 from tests.tiny_models import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
 
@@ -214,7 +212,7 @@ def test_names_to_skip_are_checked() -> None:
     assert type(one.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
     assert type(one.get_submodule("model.layers.0.self_attn.k_proj")) is not nn.Linear
     model = llama()
-    with pytest.raises(ConfigError, match=r"skip_modules names 'q_prj', which is no module.*Did you mean 'q_proj'"):
+    with pytest.raises(ConfigError, match=r"skip_modules names 'q_prj', which is not a module.*Did you mean 'q_proj'"):
         quantize_model(model, skip_modules=["embed_tokens", "q_prj"])
     assert type(model.get_submodule("model.layers.0.self_attn.k_proj")) is nn.Linear
     for skip in (None, 5, [1], [""]):
@@ -264,7 +262,7 @@ def test_the_progress_bar_of_gguf_files_obeys() -> None:
     plain: Any = reader.tqdm
     logging.disable_progress_bar()
     try:
-        with obedient_progress():
+        with respect_progress_bar_setting():
             bar: Any = reader.tqdm([1, 2])
             assert type(bar).__name__ == "EmptyTqdm" and list(bar) == [1, 2]
             logging.enable_progress_bar()

@@ -21,7 +21,7 @@ from nbpeft.errors import (
     NbpeftError,
     UnknownAdapterError,
 )
-from nbpeft.model.blending import blended
+from nbpeft.model.serving import blended
 from nbpeft.session import Session
 from tests.char_tokenizer import CharTokenizer
 from tests.session.support import alone, everything

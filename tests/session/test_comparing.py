@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nbpeft.errors import AdapterError, MergeError, NbpeftError, UnknownAdapterError
-from nbpeft.model.blending import blended
+from nbpeft.model.serving import blended
 from nbpeft.session import Session
 from nbpeft.session.answering import Batch
 from nbpeft.session.compared import Answer, Column, CompareResult

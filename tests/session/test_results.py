@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nbpeft.model.rounding import LayerError, MergeErrors
+from nbpeft.model.merge_export import LayerError, MergeErrors
 from nbpeft.session import Done, StatusReport, render
 from nbpeft.session.describe import adapter_table, model_card
 from nbpeft.session.merged import MergedCopy

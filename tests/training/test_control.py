@@ -9,10 +9,10 @@ from nbpeft.training.control import RunControl
 
 def test_goes_on_until_stop_is_asked_for():
     control = RunControl()
-    assert control.checkpoint() is False
+    assert control.wait_or_stop() is False
     control.request_stop("enough")
     control.request_stop("second click")
-    assert control.checkpoint() is True
+    assert control.wait_or_stop() is True
     assert control.stop_requested and control.reason == "enough"
 
 
@@ -23,7 +23,7 @@ def test_pause_blocks_until_another_thread_resumes():
     passed = threading.Event()
 
     def loop():
-        control.checkpoint(on_wait=waiting.set)
+        control.wait_or_stop(on_wait=waiting.set)
         passed.set()
 
     thread = threading.Thread(target=loop)
@@ -39,7 +39,7 @@ def test_stop_ends_a_pause():
     control = RunControl()
     control.pause()
     threading.Timer(0.05, control.request_stop).start()
-    assert control.checkpoint() is True
+    assert control.wait_or_stop() is True
     assert not control.paused
 
 
@@ -64,8 +64,8 @@ def test_poll_delivers_clicks_also_while_paused():
         if len(calls) == 4:
             control.resume()
 
-    control.poll = poll
-    assert control.checkpoint() is False
+    control.deliver_clicks = poll
+    assert control.wait_or_stop() is False
     assert calls == [False, True, True, True]
 
 
@@ -75,10 +75,10 @@ def test_a_failing_poll_is_dropped_with_a_warning():
     def poll():
         raise OSError("socket closed")
 
-    control.poll = poll
+    control.deliver_clicks = poll
     with pytest.warns(UserWarning, match="buttons of this run"):
-        assert control.checkpoint() is False
-    assert control.poll is None
+        assert control.wait_or_stop() is False
+    assert control.deliver_clicks is None
 
 
 def test_interrupt_in_poll_passes_through():
@@ -87,6 +87,6 @@ def test_interrupt_in_poll_passes_through():
     def poll():
         raise KeyboardInterrupt
 
-    control.poll = poll
+    control.deliver_clicks = poll
     with pytest.raises(KeyboardInterrupt):
-        control.checkpoint()
+        control.wait_or_stop()

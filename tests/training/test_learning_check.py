@@ -10,7 +10,7 @@ import nbpeft
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.state import TrainState
 from nbpeft.training import track
-from nbpeft.training.fit import _translated
+from nbpeft.training.fit import _error_to_raise
 from nbpeft.training.learning_check import frozen_head, why_no_gradient
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable
@@ -161,7 +161,7 @@ def test_a_head_in_float16_under_a_scaler_is_told_with_the_remedy():
         scaler.scale(model(input_ids=TOKENS, labels=TOKENS).loss).backward()
         scaler.step(optimizer)
     assert "cast_mixed_precision_params(model, torch.float16)" in run.state.message
-    assert "cast_mixed_precision_params" in str(_translated(caught.value, model, None))
+    assert "cast_mixed_precision_params" in str(_error_to_raise(caught.value, model, None))
     nbpeft.cast_mixed_precision_params(model, torch.float16)
     assert {parameter.dtype for parameter in model.manager.parameters("default")} == {torch.float32}
 

@@ -11,10 +11,10 @@ import transformers
 
 from nbpeft.errors import TrainingError
 from nbpeft.memory import forecast
-from nbpeft.model.quantized import quantize_model
+from nbpeft.model.quantize import quantize_model
 from nbpeft.state import TrainState
 from nbpeft.training import track, train
-from nbpeft.training.out_of_memory import free_memory
+from nbpeft.training.failures import free_memory
 from tests.model.allocations import Allocations
 from tests.tiny_models import llama
 from tests.training.support import trainable, weights

@@ -8,7 +8,7 @@ import torch
 
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.training import Run, train
-from nbpeft.training.rows_check import check_rows
+from nbpeft.training.data import check_rows
 from tests.tiny_models import VOCABULARY
 from tests.training.support import token_rows, trainable
 

@@ -139,7 +139,7 @@ def test_pause_and_resume_do_not_count_as_time():
         elif next(pauses, False):
             control.pause()
 
-    control.poll = poll
+    control.deliver_clicks = poll
     with track(loop.model, 10, control=control, publish=states.append, clock=clock) as run:
         for _ in range(10):
             clock.advance(1.0)

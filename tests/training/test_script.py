@@ -17,7 +17,7 @@ import transformers
 
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
-from nbpeft.model.quantized import quantize_model
+from nbpeft.model.quantize import quantize_model
 from nbpeft.training import export_script, train
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.model import LoraConfig
 from nbpeft.training import Collator, Run, RunCallback, Trainer, adapter_trainer
-from nbpeft.training.adapted_trainer import load_adapters
+from nbpeft.training.trainer_patch import load_adapters
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable, weights
 

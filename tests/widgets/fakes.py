@@ -242,7 +242,7 @@ class FakeRun:
         self._state = dataclasses.replace(made, elapsed=number * 0.05, remaining=remaining)
         if time.monotonic() - self._published_at >= INTERVAL:
             self._publish()
-        stop = self.control.checkpoint(on_wait=self._publish)
+        stop = self.control.wait_or_stop(on_wait=self._publish)
         return stop
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:

@@ -124,7 +124,7 @@ def test_the_buttons_pause_resume_and_stop(session: Any, outputs: list[Output]) 
     buttons.stop.click()
     thread.join(5)
     assert "stopped: step" in views.training_text(run.state)
-    assert run.control.poll is None
+    assert run.control.deliver_clicks is None
 
 
 @pytest.mark.parametrize("delivered", ["by the widget", "while the cell runs"])

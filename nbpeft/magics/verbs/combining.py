@@ -13,23 +13,9 @@ from nbpeft.magics.desk import Desk, is_module
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import ON_MODEL, THE_MODEL, verb
 from nbpeft.magics.tokenizers import CHAT, RAW, TOKENIZER, chosen_tokenizer
+from nbpeft.names import COMBINATION_TYPES
 
-TYPES = (
-    "exact",
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-)
-"""Ways to combine; named here so that completion imports no torch."""
-
+_ONE_OF = f"one of {', '.join(COMBINATION_TYPES)}"
 _SPARSE = ("ties", "dare", "magnitude")
 
 _WEIGHTS = argument(
@@ -44,7 +30,13 @@ _WEIGHTS = argument(
     "The other types are PEFT's: linear mixes one adapter's A with the other's B and can be far from the sum.",
     _WEIGHTS,
     argument("--as", dest="as_name", required=True, metavar="NAME", help="name of the new adapter"),
-    argument("--type", default="exact", metavar="TYPE", words=TYPES, help=f"one of {', '.join(TYPES)}"),
+    argument(
+        "--type",
+        default="exact",
+        metavar="TYPE",
+        words=COMBINATION_TYPES,
+        help=_ONE_OF,
+    ),
     argument("--rank", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
     argument("--density", type=float, metavar="SHARE", help="share of the entries that ties, dare and prune keep"),
     argument("--sign", metavar="METHOD", default="total", choices=("total", "frequency"), help="how ties elects signs"),
@@ -55,7 +47,7 @@ _WEIGHTS = argument(
 )
 def combine(options: argparse.Namespace, desk: Desk) -> object:
     """Combines adapters."""
-    if options.density is None and options.type.startswith(_SPARSE) and options.type in TYPES:
+    if options.density is None and options.type.startswith(_SPARSE) and options.type in COMBINATION_TYPES:
         raise CellError(f"%lora combine: --type {options.type} needs --density SHARE, e.g. --density 0.5")
     return desk.session.combine(
         read_weights(options.weights, "%lora combine"),

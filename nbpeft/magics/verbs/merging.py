@@ -9,8 +9,8 @@ from nbpeft.magics.desk import Desk
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import THE_MODEL, verb
 from nbpeft.magics.tokenizers import TOKENIZER, chosen_tokenizer
+from nbpeft.names import DTYPES
 
-FLOATS = ("bfloat16", "float16", "float32")
 _SAFE = argument("--safe", action="store_true", help="refuse where a merged weight would not be finite")
 
 
@@ -22,7 +22,7 @@ _SAFE = argument("--safe", action="store_true", help="refuse where a merged weig
     argument(
         "--to", metavar="DIR", completes="path", help="write a merged copy in full precision; the model stays as it is"
     ),
-    argument("--dtype", metavar="DTYPE", words=FLOATS, help="with --to: of its weights; the model's if left out"),
+    argument("--dtype", metavar="DTYPE", words=DTYPES, help="with --to: of its weights; the model's if left out"),
     argument("--base", metavar="DIR", completes="path", help="with --to: add to the original weights in this folder"),
     TOKENIZER,
     THE_MODEL,

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from nbpeft.engine.combination import check_weights
 from nbpeft.engine.methods.lora.combining import (
-    COMBINATION_TYPES,
     Combination,
     Factors,
     Recipe,
@@ -26,6 +25,7 @@ from nbpeft.engine.methods.lora.combining import (
 from nbpeft.engine.methods.lora.combining.truncate import measure_loss, truncate_factors
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.names import COMBINATION_TYPES
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
 PRUNING = [name for name in PEFT_TYPES if name.startswith(("ties", "dare", "magnitude"))]

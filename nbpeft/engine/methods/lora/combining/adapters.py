@@ -16,9 +16,10 @@ from nbpeft.engine.methods.lora.combining.config import combined_config
 from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws
 from nbpeft.engine.methods.lora.combining.factors import Factors
 from nbpeft.engine.methods.lora.combining.layers import CombinedLayer, combine
-from nbpeft.engine.methods.lora.combining.recipe import COMBINATION_TYPES, Recipe
+from nbpeft.engine.methods.lora.combining.recipe import Recipe
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
+from nbpeft.names import COMBINATION_TYPES
 from nbpeft.state import LayerLoss
 
 

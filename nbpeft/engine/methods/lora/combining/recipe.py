@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 from nbpeft.engine.combination import is_number
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.names import COMBINATION_TYPES
 
 _ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 _ON_DELTAS = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
-
-COMBINATION_TYPES = ("exact", "linear", "cat", "svd", *_ON_FACTORS[1:], *_ON_DELTAS)
-"""Names of all combination types; all but ``exact`` are PEFT's."""
 
 SIGN_METHODS = ("total", "frequency")
 SVD_DRIVERS = ("gesvd", "gesvdj", "gesvda")
@@ -73,12 +71,12 @@ class Recipe:
     @property
     def on_factors(self) -> bool:
         """Whether the rule acts on A and on B apart, so that ranks must agree."""
-        return self.combination_type in _ON_FACTORS
+        return self.combination_type not in ("exact", "cat", "svd") and not self.on_deltas
 
     @property
     def on_deltas(self) -> bool:
         """Whether the rule acts on the full deltas, elementwise."""
-        return self.combination_type in _ON_DELTAS
+        return self.combination_type.endswith("_svd")
 
     @property
     def rule(self) -> str:

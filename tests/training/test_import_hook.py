@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from nbpeft.training.late_imports import LateImports
+from nbpeft.training.import_hook import ImportHook
 
 
 @pytest.fixture
@@ -26,56 +26,56 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_it_tells_when_a_module_is_imported_and_then_is_gone(module: str) -> None:
-    told: list[ModuleType] = []
-    finder = LateImports({module: told.append})
-    assert finder in sys.meta_path and not told
+    seen: list[ModuleType] = []
+    finder = ImportHook({module: seen.append})
+    assert finder in sys.meta_path and not seen
     imported = importlib.import_module(module)
-    assert told == [imported] and imported.VALUE == 7
+    assert seen == [imported] and imported.VALUE == 7
     assert finder not in sys.meta_path
     assert isinstance(imported.__loader__, importlib.machinery.SourceFileLoader)
     assert imported.__spec__ is not None and imported.__spec__.loader is imported.__loader__
     importlib.reload(imported)
-    assert len(told) == 1
+    assert len(seen) == 1
 
 
 def test_what_is_imported_already_is_told_at_once(module: str) -> None:
     imported = importlib.import_module(module)
-    told: list[ModuleType] = []
-    finder = LateImports({module: told.append})
-    assert told == [imported] and finder not in sys.meta_path
+    seen: list[ModuleType] = []
+    finder = ImportHook({module: seen.append})
+    assert seen == [imported] and finder not in sys.meta_path
 
 
 def test_what_came_in_another_way_is_told_when_it_is_asked(module: str) -> None:
-    told: list[ModuleType] = []
-    finder = LateImports({module: told.append})
+    seen: list[ModuleType] = []
+    finder = ImportHook({module: seen.append})
     sys.modules[module] = made = ModuleType(module)
-    finder.serve()
-    assert told == [made] and finder not in sys.meta_path
+    finder.run_pending()
+    assert seen == [made] and finder not in sys.meta_path
 
 
 def test_a_module_that_does_not_exist_is_missing_as_ever(module: str) -> None:
-    finder = LateImports({"late_example.absent": lambda module: None})
+    finder = ImportHook({"late_example.absent": lambda module: None})
     with pytest.raises(ModuleNotFoundError, match=r"late_example\.absent"):
         importlib.import_module("late_example.absent")
-    finder.stop()
+    finder.remove()
     assert finder not in sys.meta_path
 
 
 def test_a_module_that_fails_is_told_only_when_it_succeeds(module: str, tmp_path: Path) -> None:
     path = tmp_path / "late_example" / "part.py"
     path.write_text("raise ValueError('broken')\n")
-    told: list[ModuleType] = []
-    finder = LateImports({module: told.append})
+    seen: list[ModuleType] = []
+    finder = ImportHook({module: seen.append})
     with pytest.raises(ValueError, match="broken"):
         importlib.import_module(module)
-    assert not told and finder in sys.meta_path
+    assert not seen and finder in sys.meta_path
     path.write_text("VALUE = 'a longer file, so that no cached one is taken'\n")
     importlib.import_module(module)
-    assert len(told) == 1
+    assert len(seen) == 1
 
 
 def test_stopped_it_tells_nothing(module: str) -> None:
-    told: list[ModuleType] = []
-    LateImports({module: told.append}).stop()
+    seen: list[ModuleType] = []
+    ImportHook({module: seen.append}).remove()
     importlib.import_module(module)
-    assert not told
+    assert not seen

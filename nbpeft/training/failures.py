@@ -1,4 +1,7 @@
-"""Out of memory: which part grew, what to change and by how much, in one line."""
+"""One line about what ended a run, with the remedy where it is known.
+
+Out of memory: which part grew, what to change and by how much.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,30 @@ from nbpeft.memory import Forecast, forecast, measure
 from nbpeft.memory.checkpointing import is_checkpointing
 from nbpeft.memory.devices import device_memory, placed_on
 from nbpeft.memory.words import size_text
-from nbpeft.model.stored import stored_parts
+from nbpeft.model.weight_storage import stored_parts
+from nbpeft.names import QUANTIZATIONS
 from nbpeft.state import MemoryPart, MemoryState
 from nbpeft.training.adapted import active_names, base_of, main_dtype
-from nbpeft.training.frames import release_frames
-from nbpeft.training.learning_check import OUT_OF_MEMORY_REMEDY
+from nbpeft.training.learning_check import why_no_gradient
+from nbpeft.training.tracebacks import release_frames
 
+_HALF_REMEDY = (
+    "modules trained as a whole and base biases have the base's dtype; call "
+    "nbpeft.cast_mixed_precision_params(model, torch.float16), or use bf16"
+)
+_OOM_REMEDY = (
+    "lower the batch size (and raise gradient_accumulation_steps by as much), shorten the rows (max_length), "
+    "switch on activation checkpointing, or lower the rank"
+)
 _FIXED = ("base weights", "adapters")
-_SHOWN = 4
+_SHOWN_CHANGES = 4
 _NAMES = {
     "batch_size": "per_device_train_batch_size",
     "sequence_length": "max_length",
     "optimizer": "optim",
 }
 """How training arguments call what a forecast names."""
-_FORESEEN = {
+_ESTIMATED = {
     "activations": "activations kept for backward need",
     "temporary": "logits and other temporary tensors need",
     "optimizer": "the optimizer's state needs",
@@ -45,10 +57,41 @@ _HELPS_OPTIMIZER = ("optimizer", "r ", "quantization", "dtype")
 """How changes begin that also help where no activation is left."""
 
 
-def shortage(
+def explain_failure(error: BaseException, model: nn.Module | None) -> str:
+    """One line about an exception that ended a run, with the remedy where it is known."""
+    if isinstance(error, NbpeftError):
+        return str(error)
+    text = str(error).strip().splitlines()
+    line = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    if is_out_of_memory(error):
+        return f"Out of memory: {_OOM_REMEDY}." if model is None else _oom_message(error, model)
+    if trains_in_half(error):
+        return f"A GradScaler takes no weights that are trained in float16: {_HALF_REMEDY}."
+    if model is not None and "does not require grad" in line:
+        why = why_no_gradient(model) or "nothing that is trainable took part in the loss"
+        return f"No gradient reaches the adapter: {why}."
+    return line
+
+
+def trains_in_half(error: BaseException) -> bool:
+    """Whether a GradScaler met gradients in float16, as of a head copied from a base in float16."""
+    return isinstance(error, ValueError) and "unscale FP16 gradients" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host ran out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    )
+
+
+def oom_error(
     error: Exception, model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, optimizer: Any, step: int
 ) -> TrainingError:
-    """The error to raise for one that ran out of memory; lets go of what the failed step held.
+    """The error to raise for one that ran out of memory; releases what the failed step held.
 
     Args:
         error: what was raised.
@@ -73,9 +116,9 @@ def shortage(
     where = f"in {stage} after {step} step{'' if step == 1 else 's'}"
     how = f"at batch size {size}" + (f" and {batch[1]} tokens a row" if batch is not None else "")
     parts = expected.parts if expected is not None else measured.parts
-    changes = _changes(expected, stage, size)
+    largest = _largest_part(parts, measured, stage, expected is not None)
     return TrainingError(
-        f"Out of memory {where}, {how}: {_who(parts, measured, stage, expected is not None)}. To change: {changes}.",
+        f"Out of memory {where}, {how}: {largest}. To change: {_changes(expected, stage, size)}.",
         batch_size=size,
         stage=stage,
         parts={part.name: part.byte_count for part in parts},
@@ -84,8 +127,8 @@ def shortage(
     )
 
 
-def shortage_in_loop(error: BaseException, model: nn.Module) -> str:
-    """The line for a loop of one's own, whose batch nobody knows: the part that had grown when it failed.
+def _oom_message(error: BaseException, model: nn.Module) -> str:
+    """The line for a loop of one's own, whose batch is not known: the part that had grown when it failed.
 
     Args:
         error: what was raised, with its traceback still on it.
@@ -94,12 +137,12 @@ def shortage_in_loop(error: BaseException, model: nn.Module) -> str:
     stage = _stage(error.__traceback__)
     measured = measure(model)
     return (
-        f"Out of memory in {stage}: {_who(measured.parts, measured, stage, False)}. To change: {OUT_OF_MEMORY_REMEDY}."
+        f"Out of memory in {stage}: {_largest_part(measured.parts, measured, stage, False)}. To change: {_OOM_REMEDY}."
     )
 
 
 def free_memory() -> None:
-    """Gives back what nobody holds any more."""
+    """Returns memory that nothing holds any more to the device."""
     gc.collect()
     for library in (torch.cuda, torch.xpu, torch.mps):
         if library.is_available():
@@ -123,14 +166,14 @@ def _stage(trace: TracebackType | None) -> str:
 
 
 def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool) -> Forecast | None:
-    """What the step needs in whole, by forecast; None where that cannot be told."""
+    """What the step needs in whole, by forecast; None where that is not known."""
     base: Any = base_of(model)
     names = active_names(model)
     configs = getattr(model, "peft_config", {})
     if batch is None or not names or names[0] not in configs:
         return None
     kinds = {kind for part in stored_parts(base) if part.name == "quantized layers" for kind in part.kinds}
-    kind = next((name for name in ("nf4", "fp4", "int8") if any(item.startswith(name) for item in kinds)), None)
+    kind = next((name for name in QUANTIZATIONS if any(item.startswith(name) for item in kinds)), None)
     if kinds and kind is None:
         return None
     optim = str(getattr(settings.optim, "value", settings.optim))
@@ -150,7 +193,7 @@ def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *,
             device=_limit(base),
         )
     except (NbpeftError, RuntimeError, ValueError, TypeError, AttributeError):
-        return None  # a model or an optimizer that cannot be foreseen: what was measured has to do
+        return None  # a model or an optimizer that cannot be forecast: what was measured has to do
 
 
 def _limit(base: nn.Module) -> int | None:
@@ -162,7 +205,7 @@ def _limit(base: nn.Module) -> int | None:
     return None if memory.free is None or memory.used is None else memory.free + memory.used
 
 
-def _who(parts: tuple[MemoryPart, ...], measured: MemoryState, stage: str, foreseen: bool) -> str:
+def _largest_part(parts: tuple[MemoryPart, ...], measured: MemoryState, stage: str, estimated: bool) -> str:
     """``activations need 4.2 GB of 5.6 GB (base weights …)``."""
     sizes = {part.name: part.byte_count for part in parts if part.byte_count}
     grown = {name: size for name, size in sizes.items() if name not in _FIXED}
@@ -173,9 +216,9 @@ def _who(parts: tuple[MemoryPart, ...], measured: MemoryState, stage: str, fores
     name = max(grown, key=lambda part: grown[part])
     size = grown[name]
     others = ", ".join(f"{other} {size_text(sizes[other])}" for other in sizes if other != name)
-    words = (_FORESEEN if foreseen else _MEASURED).get(name, f"{name}:")
+    words = (_ESTIMATED if estimated else _MEASURED).get(name, f"{name}:")
     device = ""
-    if foreseen and measured.device_total is not None and not measured.device.startswith("cpu"):
+    if estimated and measured.device_total is not None and not measured.device.startswith("cpu"):
         device = f" on a device of {size_text(measured.device_total)}"
     return f"{words} {size_text(size)} of {size_text(sum(sizes.values()))}{device} (the rest: {others})"
 
@@ -189,17 +232,17 @@ def _changes(expected: Forecast | None, stage: str, size: int) -> str:
             else ("shorten the rows (max_length)")
         )
     if expected is None or not expected.suggestions:
-        return OUT_OF_MEMORY_REMEDY
+        return _OOM_REMEDY
     words = []
     helpful = [
         one for one in expected.suggestions if stage != _OPTIMIZER_STEP or one.change.startswith(_HELPS_OPTIMIZER)
     ]
-    for one in helpful[:_SHOWN]:
+    for one in helpful[:_SHOWN_CHANGES]:
         change = ", ".join(_renamed(part) for part in one.change.split(", "))
         cost = f" ({one.cost})" if one.cost else ""
         fits = ", then it fits" if one.fits else ""
         words.append(f"{change} saves {size_text(one.saved_bytes)}{fits}{cost}")
-    return "; ".join(words) or OUT_OF_MEMORY_REMEDY
+    return "; ".join(words) or _OOM_REMEDY
 
 
 def _renamed(change: str) -> str:

@@ -1,8 +1,7 @@
-"""Quantized base models: loaded through bitsandbytes, or quantized where they lie in memory.
+"""Quantized base models: loaded through bitsandbytes, or quantized in memory.
 
     load_quantized(source, …)        a folder, hub id or GGUF file -> a model with quantized layers
     quantize_model(model, …)         the same for a model that is loaded already
-    stored_parts(model)              what each part takes, and what it would take in bfloat16
 
 Works on CPU and on accelerators. References: QLoRA, https://arxiv.org/abs/2305.14314; LLM.int8(),
 https://arxiv.org/abs/2208.07339.
@@ -12,7 +11,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -26,10 +26,14 @@ from nbpeft.engine.model_tree import (
     manager_of,
 )
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
+from nbpeft.engine.transaction import Transaction
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean, in_one_line
 from nbpeft.logs import collapsed
-from nbpeft.model.gguf import forget_gguf, obedient_progress
-from nbpeft.model.quantization import FLOATS, dtype_of, quantization, usual_device, usual_dtype
+from nbpeft.memory.processor import has_instructions
+from nbpeft.names import DTYPES, QUANT_TYPES, SHORT_DTYPES
+
+_STORAGES = ("uint8", *DTYPES)
+_ALIASES = {**SHORT_DTYPES, "half": "float16", "float": "float32"}
 
 
 def load_quantized(
@@ -91,7 +95,7 @@ def load_quantized(
         raise ConfigError(f"model_class is {chosen!r:.60}; expected a class of transformers, or its name")
     options: dict[str, Any] = {"dtype": compute_dtype or usual_dtype(), **from_pretrained}
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
-        options["dtype"] = dtype_of(options["dtype"], "dtype", FLOATS)
+        options["dtype"] = dtype_of(options["dtype"], "dtype", DTYPES)
     if device_map is not None:
         options["device_map"] = device_map
     with collapsed():
@@ -101,9 +105,9 @@ def load_quantized(
                 model = _from_pretrained(loader, place, {**options, "quantization_config": settings})
                 _prepare(model)
                 return model
-            with obedient_progress():
+            with respect_progress_bar_setting():
                 model = _from_pretrained(loader, place, {**options, "gguf_file": file})
-            forget_gguf(model)
+            clear_gguf_flags(model)
             target = None if device_map is not None else usual_device()
             return _quantize(model, settings, device=target, own=True)
 
@@ -118,7 +122,7 @@ def quantize_model(
     quant_storage: torch.dtype | str | None = None,
     skip_modules: Sequence[str] = (),
 ) -> nn.Module:
-    """Quantizes the linear layers of a model where it lies, and returns it.
+    """Quantizes the linear layers of a model in place, and returns it.
 
     Biases, norms, embeddings, the head and layers that share their weight stay as they are. All
     layers or none: until the last one is quantized the old weights are kept.
@@ -152,7 +156,7 @@ def quantize_model(
 
 
 def check_quantizable(model: nn.Module) -> None:
-    """Refuses a model that ``quantize_model`` cannot take.
+    """Checks that ``quantize_model`` can take a model.
 
     Raises:
         ConfigError: it has adapters, or is quantized already.
@@ -177,7 +181,7 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, 
 
 
 def place_of(source: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
-    """Folder or hub id, and the GGUF file in it."""
+    """Returns folder or hub id, and the GGUF file in it."""
     text = os.path.expanduser(os.fspath(source))
     if gguf_file is None and text.endswith(".gguf"):
         return os.path.dirname(text) or ".", os.path.basename(text)
@@ -185,7 +189,7 @@ def place_of(source: str | os.PathLike[str], gguf_file: str | None) -> tuple[str
 
 
 def _library() -> Any:
-    """bitsandbytes, imported."""
+    """Returns bitsandbytes, imported."""
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -210,12 +214,12 @@ def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
 def _quantize(
     model: nn.Module, settings: Any, *, own: bool, skip: Sequence[str] = (), device: torch.device | None = None
 ) -> nn.Module:
-    """Replaces layers; with ``own`` one after the other, which frees each old weight at once."""
+    """Replaces layers; with ``own`` one by one, which frees each old weight at once."""
     layers = layers_to_quantize(model, skip)
     stay = [path for path, module in model.named_modules() if path not in layers and is_plain_linear(module)]
-    for path, layer in layers.items():
-        if layer._parameters["weight"].is_meta:  # type: ignore[union-attr]
-            raise ConfigError(f"{path} has no weights (meta device): load the model before quantizing it")
+    empty = next((path for path in layers if model.get_submodule(path).weight.is_meta), None)
+    if empty is not None:
+        raise ConfigError(f"{empty} has no weights (meta device): load the model before quantizing it")
     library = _library()
     made: list[tuple[str, nn.Module]] = []
     for path in list(layers):
@@ -228,13 +232,13 @@ def _quantize(
         model.set_submodule(path, new)
     if device is not None:
         model.to(device)
-    _tell_transformers(model, settings, stay)
+    _set_transformers_flags(model, settings, stay)
     _prepare(model)
     return model
 
 
 def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device | None) -> nn.Module:
-    """A quantized layer with the weight and the bias of ``old``."""
+    """Returns a quantized layer with the weight and the bias of ``old``."""
     weight = old.weight.detach()
     transposed = type(old) is not nn.Linear
     weight = weight.t().contiguous() if transposed else weight
@@ -244,11 +248,7 @@ def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device
     with torch.device("meta"):
         if settings.load_in_8bit:
             new = library.nn.Linear8bitLt(
-                columns,
-                rows,
-                old.bias is not None,
-                has_fp16_weights=False,
-                threshold=settings.llm_int8_threshold,
+                columns, rows, old.bias is not None, has_fp16_weights=False, threshold=settings.llm_int8_threshold
             )
         else:
             new = library.nn.Linear4bit(
@@ -267,28 +267,24 @@ def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device
         new.weight = library.nn.Params4bit(weight, requires_grad=False, module=new, **kept).to(target)
     if old.bias is not None:
         new.bias = nn.Parameter(old.bias.detach().to(target), requires_grad=False)
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        getattr(new, hooks).update(getattr(old, hooks))
+    for kind in ("forward", "forward_pre"):
+        for hooks in (f"_{kind}_hooks", f"_{kind}_hooks_with_kwargs"):
+            getattr(new, hooks).update(getattr(old, hooks))
     new.source_cls = type(old)
     new.train(old.training)
     return cast(nn.Module, new)
 
 
 def _prepare(model: nn.Module) -> None:
-    """Lets the backend see to every quantized layer, as it does when adapters are added."""
+    """Prepares every quantized layer through its backend, as adding adapters does."""
     for module in model.modules():
         if is_quantized_layer(module):
             backend: Any = resolve_backend(module)
             backend.prepare(module)
 
 
-def _tell_transformers(model: Any, settings: Any, stay: Sequence[str]) -> None:
-    """Sets what transformers sets on a model that it quantized while loading."""
+def _set_transformers_flags(model: Any, settings: Any, stay: Sequence[str]) -> None:
+    """Sets the flags that transformers sets on a model that it quantized while loading."""
     setattr(model, "is_loaded_in_8bit" if settings.load_in_8bit else "is_loaded_in_4bit", True)
     if not hasattr(type(model), "from_pretrained"):
         return
@@ -301,3 +297,130 @@ def _tell_transformers(model: Any, settings: Any, stay: Sequence[str]) -> None:
     for module in model.modules():
         if hasattr(type(module), "from_pretrained") and hasattr(module, "config"):
             module.config._is_quantized = True
+
+
+# Settings
+
+
+def quantization(
+    *,
+    bits: int = 4,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | str | None = None,
+    quant_storage: torch.dtype | str | None = None,
+    skip_modules: Sequence[str] | None = None,
+) -> Any:
+    """Returns settings as a ``transformers.BitsAndBytesConfig``.
+
+    Args:
+        bits: 4 or 8.
+        quant_type: ``"nf4"`` or ``"fp4"``; for 4 bits.
+        double_quant: whether the constants of 4-bit blocks are quantized too (0.4 bits less a weight).
+        compute_dtype: what 4-bit layers compute in; by default bfloat16 where the device is good
+            at it, else float16 on an accelerator and float32 on a CPU.
+        quant_storage: dtype that holds the 4-bit codes; FSDP wants it equal to the other weights'.
+        skip_modules: names of layers that stay as they are, beside the head.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+    transformers = importlib.import_module("transformers")
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise ConfigError(f"bits is {bits!r}; expected 4 or 8", field="bits")
+    if not isinstance(double_quant, bool):
+        raise ConfigError(f"double_quant is {double_quant!r}; expected True or False", field="double_quant")
+    if quant_type not in QUANT_TYPES:
+        near = did_you_mean(str(quant_type), QUANT_TYPES)
+        raise ConfigError(f"quant_type is {quant_type!r}; expected 'nf4' or 'fp4'.{near}", field="quant_type")
+    skipped = None if skip_modules is None else list(skip_modules)
+    if bits == 8:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    storage = torch.uint8 if quant_storage is None else dtype_of(quant_storage, "quant_storage", _STORAGES)
+    computes = usual_dtype() if compute_dtype is None else dtype_of(compute_dtype, "compute_dtype", DTYPES)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=computes,
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def usual_device() -> torch.device:
+    """Returns the accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else found
+
+
+def usual_dtype() -> torch.dtype:
+    """Returns bfloat16 where the device computes in it natively, else float16, on other CPUs float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    if torch.accelerator.is_available():
+        return torch.bfloat16
+    return torch.bfloat16 if has_instructions(torch.bfloat16) else torch.float32
+
+
+def dtype_of(value: torch.dtype | str, field: str, allowed: Sequence[str]) -> torch.dtype:
+    """Returns a dtype given as itself or by name.
+
+    Raises:
+        ConfigError: it is not one of ``allowed``.
+    """
+    name = str(value).removeprefix("torch.")
+    name = _ALIASES.get(name, name)
+    if name not in allowed:
+        near = did_you_mean(name, allowed)
+        raise ConfigError(f"{field} is {value!r}; expected one of {', '.join(allowed)}.{near}", field=field)
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+# GGUF files
+
+
+@contextmanager
+def respect_progress_bar_setting() -> Iterator[None]:
+    """Context manager: transformers' progress bar for GGUF files respects ``disable_progress_bar``, as its others do.
+
+    transformers makes that one by tqdm directly, and in a notebook it is a widget, which a saved notebook cannot show.
+    """
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    plain = getattr(reader, "tqdm", None)
+    if plain is None:
+        yield
+        return
+    reader.tqdm = importlib.import_module("transformers.utils.logging").tqdm
+    try:
+        yield
+    finally:
+        reader.tqdm = plain
+
+
+def clear_gguf_flags(model: nn.Module, change: Transaction | None = None) -> None:
+    """Clears transformers' quantization flags on a model read from a GGUF file.
+
+    transformers dequantizes such a file while reading, so the weights are ordinary floating
+    tensors; yet the flags stay, and it refuses to save or train the model because of them.
+
+    Args:
+        model: the base model.
+        change: records the flags, if that may have to be undone.
+    """
+    config = getattr(model, "config", None)
+    quantization = getattr(config, "quantization_config", None)
+    method = getattr(quantization, "quant_method", None)
+    if method is None and isinstance(quantization, dict):
+        method = quantization.get("quant_method")
+    if str(getattr(method, "value", method)).lower() != "gguf":
+        return
+    if change is not None:
+        change.keep_attributes(config, "quantization_config")
+        change.keep_attributes(model, "hf_quantizer", "is_quantized", "quantization_method")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # type: ignore[union-attr]
+    for name, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
+        if name in model.__dict__:
+            model.__dict__[name] = value

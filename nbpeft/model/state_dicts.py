@@ -1,4 +1,4 @@
-"""State dicts of adapters under the keys of PEFT's files."""
+"""State dicts: an adapter's under the keys of PEFT's files, and the base model's without its adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.manager import require_manager
-from nbpeft.engine.model_tree import bare_modules, unwrapped
+from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
+from nbpeft.errors import BaseMismatchError, did_you_mean, few
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
 
 
@@ -22,7 +23,7 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter under the keys of its file.
+    """Returns the tensors of one adapter under the keys of its file.
 
     Args:
         model: a PeftModel or an adapted base model.
@@ -55,7 +56,7 @@ def set_peft_model_state_dict(
     Args:
         model: a PeftModel or an adapted base model.
         peft_model_state_dict: key -> tensor; also (part of) the state dict of a whole model, whose keys
-            name the adapter, in the spelling here or in PEFT's; of such a one the base's tensors are passed over.
+            name the adapter, in the spelling here or in PEFT's; the base's tensors in such a one are ignored.
             Biases of the base among the keys of a file are written, whatever ``bias`` the config has, as in PEFT.
         adapter_name: which adapter.
         ignore_mismatched_sizes: leave tensors of another shape out instead of refusing.
@@ -105,20 +106,68 @@ def set_peft_model_state_dict(
     return LoadResult(loaded.missing, unexpected)
 
 
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the base model's tensors under the keys they have without adapters.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+
+    Returns:
+        References to the tensors.
+    """
+    base = require_manager(model).model
+    bare = bare_names(base)
+    return {own: tensor for key, tensor in base.state_dict().items() if (own := bare(key)) is not None}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Loads tensors under the keys of the bare base model; adapters stay as they are.
+
+    Args:
+        model: a PeftModel or an adapted base model.
+        state_dict: key in the bare base model -> tensor.
+        strict: refuse keys that are missing or unknown.
+
+    Raises:
+        BaseMismatchError: keys do not fit (``strict``), or shapes do not; nothing was loaded.
+        MergeError: adapters are merged into the weights.
+    """
+    manager = require_manager(model)
+    manager.refuse_merged("loading base weights")
+    base = manager.model
+    bare = bare_names(base)
+    present = base.state_dict()
+    wrapped = {own: key for key in present if (own := bare(key)) is not None}
+    missing = [key for key in wrapped if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in wrapped]
+    if strict and (missing or unexpected):
+        hint = did_you_mean(unexpected[0], wrapped) if unexpected else ""
+        parts = [f"{what}: {few(keys, 3)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+        raise BaseMismatchError(f"the state dict does not fit the base model; {'; '.join(parts)}.{hint}")
+    given = {wrapped[key]: tensor for key, tensor in state_dict.items() if key in wrapped}
+    for key, tensor in given.items():
+        if isinstance(present[key], Tensor) and present[key].shape != tensor.shape:
+            raise BaseMismatchError(f"{bare(key)} is {tuple(tensor.shape)}, expected {tuple(present[key].shape)}")
+    with manager.transaction() as change:
+        change.keep_values([present[key] for key in given if isinstance(present[key], Tensor)])
+        base.load_state_dict(given, strict=False)
+    return LoadResult(missing, unexpected)
+
+
 def load_peft_weights(
     model_id: str | os.PathLike[str],
     device: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     **hub: Any,
 ) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, from a folder or the hub, under the keys of the file."""
+    """Reads the tensors of a saved adapter, from a folder or the hub, under the keys of the file."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return checkpoint.remapped(checkpoint.read_checkpoint(str(model_id), device=device, **hub).tensors, key_mapping)
 
 
 def _biases(model: nn.Module) -> dict[str, Tensor]:
-    """Names in the bare model -> its biases."""
+    """Returns name in the bare model -> bias."""
     owners = ((f"{path}.bias".lstrip("."), module._parameters.get("bias")) for path, module in bare_modules(model))
     return {name: bias for name, bias in owners if bias is not None}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbpeft.training.history import History, Smoothed
+from nbpeft.training.record import History, Smoothed
 
 
 def test_short_runs_keep_every_point():

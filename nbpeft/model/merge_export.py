@@ -4,13 +4,17 @@ A QLoRA adapter can be merged into the quantized weights (dequantize, add, quant
 ``PeftModel.merge_adapter``), which rounds the sum again, or into a copy in full precision, which
 keeps it. The copy is written tensor by tensor: what is needed beyond the model itself is one
 weight and its sum, however large the model is.
+
+Base weights come from the live model (dequantized layer by layer) or from the safetensors files of
+a full-precision base; deltas come from the adapters on the live model or from a saved adapter.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,27 +28,86 @@ from nbpeft.engine.holder import names_in
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import AdapterError, ConfigError, MergeError
-from nbpeft.model.merge_parts import (
-    Deltas,
-    FolderWeights,
-    LayerDelta,
-    LiveWeights,
-    Weights,
-    check_names,
-    check_tied,
-    deltas_in,
-    deltas_of,
-    skeleton_of,
-)
-from nbpeft.model.quantization import FLOATS, dtype_of
-from nbpeft.model.rounding import LayerError, MergeErrors, relative_error, requantized_error
+from nbpeft.model.merge_deltas import Deltas, LayerDelta, check_names, check_tied, deltas_in, deltas_of
+from nbpeft.model.merge_weights import FolderWeights, LiveWeights, Weights, meta_model
+from nbpeft.model.quantize import dtype_of
+from nbpeft.names import DTYPES
 
 SHARD_BYTES = 5_000_000_000
-_GOES_ALONG = (
+_TOKENIZER_FILES = (
     "added_tokens", "chat_template", "generation_config", "merges", "preprocessor", "processor", "sentencepiece",
     "special_tokens", "spiece", "tokenizer", "vocab",
 )  # fmt: skip
-"""How the names of files begin that belong to a model beside its weights and its config."""
+"""How the names of the files begin that belong to a model beside its weights and its config."""
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Distance of a merged weight to the exact sum of base weight and delta, relative to the norm of that sum.
+
+    Attributes:
+        path: where the layer is.
+        full_precision: for the copy in full precision.
+        requantized: for the weight quantized again; None for a layer that is not quantized.
+        norm: of the exact weight.
+        delta_norm: of what the adapters add to it.
+    """
+
+    path: str
+    full_precision: float
+    requantized: float | None
+    norm: float
+    delta_norm: float
+
+
+@dataclass(frozen=True)
+class MergeErrors:
+    """The error of each choice, by layer and in total.
+
+    An error small beside the weight can be large beside what the adapter adds: quantized again,
+    an element that moves less than half a step of its grid falls back to where it was.
+
+    Attributes:
+        layers: one entry a layer, in model order.
+        dtype: of the copy in full precision.
+    """
+
+    layers: tuple[LayerError, ...]
+    dtype: str
+
+    @property
+    def full_precision(self) -> float:
+        """Relative error of the copy in full precision over all layers."""
+        return _combined_error((layer.full_precision, layer.norm) for layer in self.layers)
+
+    @property
+    def requantized(self) -> float | None:
+        """Relative error of quantizing again over all quantized layers; None if there are none."""
+        found = [(layer.requantized, layer.norm) for layer in self.layers if layer.requantized is not None]
+        return _combined_error(found) if found else None
+
+    def of_delta(self, error: float) -> float:
+        """Returns a total error relative to the norm of what the adapters add, instead of the weights'."""
+        added = math.hypot(*(layer.delta_norm for layer in self.layers))
+        return error * math.hypot(*(layer.norm for layer in self.layers)) / added if added else 0.0
+
+    def delta_words(self, error: float) -> str:
+        """Returns ``of_delta`` as text: ``7.1 %``, ``112 %``."""
+        percent = 100 * self.of_delta(error)
+        return f"{percent:.2g} %" if percent < 99.5 else f"{percent:,.0f} %"
+
+    def worst(self) -> LayerError | None:
+        """Returns the layer with the largest error of quantizing again (or of rounding, if none is quantized)."""
+        return max(self.layers, key=lambda layer: (layer.requantized or 0.0, layer.full_precision), default=None)
+
+    def __str__(self) -> str:
+        ways = [] if self.requantized is None else [("quantized again", self.requantized)]
+        parts = [
+            f"{way} {error:.2g} ({self.delta_words(error)} of what the adapter adds)"
+            for way, error in [*ways, (f"in {self.dtype}", self.full_precision)]
+        ]
+        return f"relative error of the merged weights: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +121,7 @@ class MergedFolder:
         byte_count: of its weights.
         shard_bytes: bytes of each file with weights.
         dtype: of its weights.
-        errors: of both ways to merge; None if they were not asked for.
+        errors: of both ways to merge; None if they were not measured.
     """
 
     folder: Path
@@ -88,7 +151,7 @@ def merge_to_folder(
     measure_errors: bool = True,
     safe: bool = False,
 ) -> MergedFolder:
-    """Writes the base model with adapters added to its weights. The model itself is not changed.
+    """Writes the base model with adapters merged into its weights to a folder. The model itself is not changed.
 
     Args:
         model: an adapted model, quantized or not; or the folder of a base in full precision,
@@ -97,20 +160,20 @@ def merge_to_folder(
             the folder or hub id of a saved adapter.
         folder: where the merged model goes; must not hold weights yet. All or nothing.
         base: add the deltas to the full-precision weights in this folder instead of the
-            dequantized ones of the model. They are not what the adapter was trained on: the
-            errors tell how far off.
+            dequantized ones of the model. The adapter was not trained on them: the errors say
+            how far off the result is.
         dtype: of the weights written; by default the base's own.
         tokenizer: saved along; without it the files of the base's folder are copied, if it has one.
         max_shard_bytes: largest file; the files of a folder are kept as they are split there.
-        measure_errors: also tell the error of each way to merge.
+        measure_errors: also measure the error of each way to merge.
         safe: refuse a weight that is not finite.
 
     Raises:
         MergeError: adapters are merged already, cannot be merged, or give weights that are not finite.
         CheckpointError: a folder cannot be read or written; then nothing is written.
-        ConfigError: an argument is impossible.
+        ConfigError: an argument is invalid.
     """
-    wanted = None if dtype is None else dtype_of(dtype, "dtype", FLOATS)
+    wanted = None if dtype is None else dtype_of(dtype, "dtype", DTYPES)
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise ConfigError(f"a merged model needs a folder to be written to, not {folder!r:.60}")
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
@@ -133,9 +196,9 @@ def merge_to_folder(
 def merge_errors(
     model: nn.Module, adapter: str | Sequence[str] | None = None, *, dtype: torch.dtype | str | None = None
 ) -> MergeErrors:
-    """The error of merging into the weights as they are stored, and into a full-precision copy.
+    """Measures the error of merging into the weights as they are stored, and into a full-precision copy.
 
-    Nothing is changed and nothing written.
+    Nothing is changed or written.
 
     Args:
         model: an adapted model.
@@ -147,7 +210,7 @@ def merge_errors(
     """
     manager = _manager(model)
     deltas = deltas_of(manager, _names(manager, adapter))
-    wanted = _own_dtype(manager.model) if dtype is None else dtype_of(dtype, "dtype", FLOATS)
+    wanted = _own_dtype(manager.model) if dtype is None else dtype_of(dtype, "dtype", DTYPES)
     merger = _Merger(deltas, LiveWeights(manager.model, deltas.changed), wanted, True, False)
     for path in deltas.layers:
         merger.tensor(f"{path}.weight")
@@ -155,7 +218,7 @@ def merge_errors(
 
 
 class _Merger:
-    """Makes the merged tensors one by one, and notes their errors."""
+    """Computes the merged tensors one by one, and records their errors."""
 
     def __init__(self, deltas: Deltas, weights: Weights, dtype: torch.dtype | None, measure: bool, safe: bool) -> None:
         self.errors: dict[str, LayerError] = {}
@@ -169,7 +232,7 @@ class _Merger:
 
     @property
     def dtype_name(self) -> str:
-        """Of most of what is written."""
+        """Name of the dtype of most of what is written."""
         dtype = self._dtype
         if dtype is None:
             floats = [spec for spec in self._specs.values() if spec.dtype.is_floating_point]
@@ -177,13 +240,13 @@ class _Merger:
         return str(dtype).removeprefix("torch.")
 
     def spec(self, spec: TensorSpec) -> TensorSpec:
-        """What the tensor will be."""
+        """Returns dtype and shape of a tensor once it is merged."""
         dtype = self._dtype if self._dtype is not None and spec.dtype.is_floating_point else spec.dtype
         return TensorSpec(spec.name, dtype, spec.shape)
 
     @torch.no_grad()
     def tensor(self, name: str) -> Tensor:
-        """The merged tensor of that name."""
+        """Returns the merged tensor of a name."""
         spec = self.spec(self._specs[name])
         replaced = self._deltas.replaced.get(name)
         value, own = (replaced.detach(), False) if replaced is not None else self._weights.read(name)
@@ -197,37 +260,39 @@ class _Merger:
         return self._weight(path, layer, value, own, spec.dtype)
 
     def _weight(self, path: str, layer: LayerDelta, value: Tensor, own: bool, dtype: torch.dtype) -> Tensor:
-        value = value.t().contiguous() if layer.turned else value
-        # Weights read from files come to the adapters, whose device multiplies faster than a CPU.
+        value = value.t().contiguous() if layer.transposed else value
+        # Weights read from files are moved to the adapters, whose device multiplies faster than a CPU.
         exact = value.to(layer.device, torch.float32, copy=self._measure or not own)
         layer.add_to_(exact)
         if self._safe and not bool(torch.isfinite(exact).all()):
             raise MergeError(f"the merged weight of {path} is not finite; nothing was written", path=path)
         stored = exact.to(dtype)
         if self._measure:
-            delta_norm = relative_error(value, exact) * float(exact.norm())
+            delta_norm = _relative_error(value, exact) * float(exact.norm())
             del value
-            self._note(path, layer, stored, exact, delta_norm)
-        return stored.t().contiguous() if layer.turned else stored
+            self._record_error(path, layer, stored, exact, delta_norm)
+        return stored.t().contiguous() if layer.transposed else stored
 
-    def _note(self, path: str, layer: LayerDelta, stored: Tensor, exact: Tensor, delta_norm: float) -> None:
+    def _record_error(self, path: str, layer: LayerDelta, stored: Tensor, exact: Tensor, delta_norm: float) -> None:
         if not self._live and layer.quantized:  # the adapter was trained on the quantized weight
             del exact
             exact = layer.base.backend.dequantize(layer.base.module).to(torch.float32, copy=True)
             layer.add_to_(exact)
-        again = requantized_error(layer, exact)
-        self.errors[path] = LayerError(path, relative_error(stored, exact), again, float(exact.norm()), delta_norm)
+        again = _requantized_error(layer, exact)
+        self.errors[path] = LayerError(path, _relative_error(stored, exact), again, float(exact.norm()), delta_norm)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is merged with what.
+class _Merge:
+    """The inputs of a merge.
 
     Attributes:
-        model: the base, or its skeleton.
-        source: folder whose tokenizer goes along, or None.
+        model: the base model, or one on the meta device.
+        deltas: what the adapters add.
+        weights: where the base weights come from.
+        source: folder whose tokenizer is copied, or None.
         dtype: of what is written, or None to keep each tensor's.
-        parted: whether embedding and head no longer share their weight.
+        untied: whether embedding and head no longer share their weight.
     """
 
     model: nn.Module
@@ -235,22 +300,22 @@ class _Plan:
     weights: Weights
     source: Path | None
     dtype: torch.dtype | None
-    parted: bool = False
+    untied: bool = False
 
 
-def _of_folder(folder: str | os.PathLike[str], adapter: Any, base: Any) -> _Plan:
-    """A base in a folder and a saved adapter."""
+def _of_folder(folder: str | os.PathLike[str], adapter: Any, base: Any) -> _Merge:
+    """Returns the inputs for a base in a folder and a saved adapter."""
     if not isinstance(adapter, str | os.PathLike):
         raise ConfigError("for a base model in a folder, give the folder of a saved adapter")
     if base is not None:
         raise ConfigError("base= goes with a loaded model; a folder as model is the base itself")
-    skeleton = skeleton_of(folder)
-    deltas = deltas_in(adapter, skeleton)
-    return _from_files(skeleton, deltas, folder)
+    base_model = meta_model(folder)
+    deltas = deltas_in(adapter, base_model)
+    return _from_files(base_model, deltas, folder)
 
 
-def _of_model(model: nn.Module, adapter: Any, base: Any) -> _Plan:
-    """Adapters on a loaded model."""
+def _of_model(model: nn.Module, adapter: Any, base: Any) -> _Merge:
+    """Returns the inputs for adapters on a loaded model."""
     manager = _manager(model)
     deltas = deltas_of(manager, _names(manager, adapter))
     if base is not None:
@@ -259,14 +324,14 @@ def _of_model(model: nn.Module, adapter: Any, base: Any) -> _Plan:
     check_names(deltas, {spec.name for spec in weights.specs}, "the model")
     source = str(getattr(getattr(manager.model, "config", None), "_name_or_path", "") or "")
     place = Path(source) if source and os.path.isdir(source) else None
-    return _Plan(manager.model, deltas, weights, place, _own_dtype(manager.model), weights.parted)
+    return _Merge(manager.model, deltas, weights, place, _own_dtype(manager.model), weights.untied)
 
 
-def _from_files(model: nn.Module, deltas: Deltas, folder: str | os.PathLike[str]) -> _Plan:
+def _from_files(model: nn.Module, deltas: Deltas, folder: str | os.PathLike[str]) -> _Merge:
     weights = FolderWeights(folder)
     check_tied(deltas, model, os.fspath(folder))
     check_names(deltas, {spec.name for spec in weights.specs}, os.fspath(folder))
-    return _Plan(model, deltas, weights, weights.files.folder, None)
+    return _Merge(model, deltas, weights, weights.files.folder, None)
 
 
 def _manager(model: nn.Module) -> AdapterManager:
@@ -286,20 +351,20 @@ def _names(manager: AdapterManager, adapter: Any) -> tuple[str, ...]:
 
 
 def _own_dtype(model: nn.Module) -> torch.dtype:
-    """What the model was loaded in, unless all of it is something else now: norms alone may have been raised since."""
-    told = getattr(getattr(model, "config", None), "dtype", None)
+    """Returns the dtype a model was loaded in, unless none of it still has it: norms alone may have been cast since."""
+    configured = getattr(getattr(model, "config", None), "dtype", None)
     floats = [p for p in model.parameters() if p.is_floating_point()]
-    kept = any(p.dtype == told for p in floats) or is_quantized(model)
-    if isinstance(told, torch.dtype) and kept:
-        return told
+    kept = any(p.dtype == configured for p in floats) or is_quantized(model)
+    if isinstance(configured, torch.dtype) and kept:
+        return configured
     return max(floats, key=lambda p: p.numel()).dtype if floats else torch.float32
 
 
-def _other_files(plan: _Plan, tokenizer: Any, scratch: Path, dtype: str) -> list[NewFile]:
-    """Config, generation config and tokenizer."""
+def _other_files(plan: _Merge, tokenizer: Any, scratch: Path, dtype: str) -> list[NewFile]:
+    """Returns the config, the generation config and the tokenizer's files."""
     files: dict[str, NewFile] = {}
     if plan.source is not None:
-        kept = [path for path in checkpoint.other_files(plan.source) if path.name.startswith(_GOES_ALONG)]
+        kept = [path for path in checkpoint.other_files(plan.source) if path.name.startswith(_TOKENIZER_FILES)]
         files.update((path.name, NewFile.copy_of(path)) for path in kept)
     model: Any = plan.model
     if hasattr(getattr(model, "config", None), "to_json_string"):
@@ -308,7 +373,7 @@ def _other_files(plan: _Plan, tokenizer: Any, scratch: Path, dtype: str) -> list
             del config.quantization_config
         config.dtype = getattr(torch, dtype)
         config.architectures = [type(model).__name__]
-        if plan.parted:
+        if plan.untied:
             config.tie_word_embeddings = False
         files["config.json"] = NewFile.of_text("config.json", config.to_json_string(use_diff=True))
     generation: Any = getattr(model, "generation_config", None)
@@ -318,3 +383,40 @@ def _other_files(plan: _Plan, tokenizer: Any, scratch: Path, dtype: str) -> list
         tokenizer.save_pretrained(str(scratch))
         files.update((path.name, NewFile.copy_of(path)) for path in sorted(scratch.iterdir()) if path.is_file())
     return list(files.values())
+
+
+# Errors
+
+
+@torch.no_grad()
+def _requantized_error(delta: LayerDelta, exact: Tensor) -> float | None:
+    """Returns the error of quantizing a merged weight as the layer is; the layer itself is not changed.
+
+    Args:
+        delta: of the layer.
+        exact: the merged weight, (out, in) or as the module stores it, float32.
+    """
+    backend, module = delta.base.backend, delta.base.module
+    if not delta.quantized or not backend.can_merge:
+        return None
+    twin = copy.deepcopy(module)
+    backend.store(twin, exact)
+    return _relative_error(backend.dequantize(twin), exact)
+
+
+def _relative_error(value: Tensor, exact: Tensor) -> float:
+    """Returns the norm of the difference over the norm of ``exact``; row by row, to save memory."""
+    difference = total = 0.0
+    for start in range(0, max(exact.shape[0], 1), _ROWS):
+        true = exact[start : start + _ROWS].float()
+        difference += float((value[start : start + _ROWS].to(true.device).float() - true).square().sum())
+        total += float(true.square().sum())
+    return math.sqrt(difference / total) if total else 0.0
+
+
+def _combined_error(parts: Iterable[tuple[float | None, float]]) -> float:
+    errors = norms = 0.0
+    for error, norm in parts:
+        errors += ((error or 0.0) * norm) ** 2
+        norms += norm**2
+    return math.sqrt(errors / norms) if norms else 0.0

@@ -22,7 +22,7 @@ from transformers.trainer_utils import _is_peft_model
 
 import nbpeft
 from nbpeft.training import Collator
-from nbpeft.training.patching import patch_for_models
+from nbpeft.training.trainer_patch import patch_when_adapted
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable, weights
 
@@ -262,10 +262,10 @@ def test_what_others_put_over_it_stays(unpatched: None, monkeypatch: pytest.Monk
 
 
 def test_a_second_patch_changes_nothing(unpatched: None) -> None:
-    patch_for_models()
+    patch_when_adapted()
     assert "__init_subclass__" not in transformers.Trainer.__dict__
     nbpeft.patch_trainer()
-    patch_for_models()
+    patch_when_adapted()
     assert transformers.Trainer._save.__wrapped__.__module__ == "transformers.trainer"
     assert not hasattr(transformers.Trainer._save.__wrapped__, "__wrapped__")
 
@@ -295,3 +295,32 @@ print(json.dumps([untouched, early, waited, waiting(), changed]))
 def test_a_trainer_is_patched_after_the_first_model_not_on_import(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ORDER], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == [True, False, 1, 0, True]
+
+
+RESTORED = """
+import json, sys
+import accelerate.utils, accelerate.utils.fsdp_utils, torch, transformers.trainer as library
+from transformers import Trainer
+asks = (accelerate.utils.is_peft_model, library._is_peft_model)
+def state():
+    modules = {module.__name__: dict(vars(module)) for module in (library, accelerate.utils.fsdp_utils)}
+    return dict(vars(Trainer)), modules, [ask.__code__ for ask in asks], list(sys.meta_path)
+def same(one, other):
+    pairs = [(one[0], other[0]), *((one[1][name], other[1][name]) for name in one[1])]
+    return all(a.keys() == b.keys() and all(a[name] is b[name] for name in a) for a, b in pairs) and (
+        all(a is b for a, b in zip(one[2], other[2])) and one[3] == other[3]
+    )
+before = state()
+import nbpeft
+from nbpeft import LoraConfig, get_peft_model, patch_trainer, unpatch_trainer
+imported = same(before, state())
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+patched = hasattr(Trainer._save, "__wrapped__") and asks[0](model) and asks[1](model)
+unpatch_trainer()
+print(json.dumps([imported, patched, same(before, state()), Trainer.__init__ is before[0]["__init__"]]))
+"""
+
+
+def test_importing_patches_nothing_and_unpatching_restores_all(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", RESTORED], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True, True]

@@ -1,0 +1,27 @@
+"""Packages whose names are imported when they are first used, so that importing the package costs nothing.
+
+The stub beside a package's ``__init__.py`` holds each name once, as ``from .module import Name as Name``:
+type checkers and editors read it, and so does :func:`lazy_names`.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib.util import resolve_name
+from pathlib import Path
+
+
+def lazy_names(package: str, file: str) -> dict[str, str]:
+    """Reads the stub of a package.
+
+    Args:
+        package: full name of the package, its ``__name__``.
+        file: its ``__file__``.
+
+    Returns:
+        Public name -> full name of the module to import it from.
+    """
+    stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom) and node.level]
+    home = {node: resolve_name("." * node.level + (node.module or ""), package) for node in imports}
+    return {alias.name: home[node] for node in imports for alias in node.names}

@@ -1,0 +1,206 @@
+"""What adapters add to the weights of a base model: those on a live model, or one saved in a folder."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft.engine.adapter import Adapter, AdapterSite
+from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.build import shared_state
+from nbpeft.engine.layer import add_deltas
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.merge_checks import merge_refusal
+from nbpeft.engine.merging import check_together
+from nbpeft.engine.model_tree import bare_modules, embedding_of, frozen_module
+from nbpeft.engine.plan import Target, make_adapters
+from nbpeft.engine.registry import backend_named, layer_kind_named
+from nbpeft.errors import MergeError, few
+from nbpeft.model import files
+from nbpeft.model.merge_weights import is_transposed
+
+
+@dataclass(frozen=True)
+class LayerDelta:
+    """What adapters add to one layer.
+
+    Attributes:
+        base: the layer; without weights if the base model is not loaded.
+        adapters: (adapter, factor on its delta).
+    """
+
+    base: BaseLayer
+    adapters: tuple[tuple[Adapter, float], ...]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the layer is a quantized one in place of one that stores its weight transposed."""
+        return is_transposed(self.base.module)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the live layer is stored quantized."""
+        return self.base.backend.name != "dense"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the adapters."""
+        adapter, _ = self.adapters[0]
+        return next(itertools.chain(adapter.parameters(), adapter.buffers())).device
+
+    def add_to_(self, weight: Tensor) -> None:
+        """Adds to a floating-point weight, (out, in) or as the module stores it, in place."""
+        add_deltas(self.base.kind.canonical(self.base.module, weight), self.base, self.adapters)
+
+    def bias(self) -> Tensor | None:
+        """Returns what is added to the layer's bias, (out,), or None."""
+        parts = [(adapter.delta_bias(self.base), scale) for adapter, scale in self.adapters]
+        added = [part * scale for part, scale in parts if part is not None]
+        return torch.stack(added).sum(0) if added else None
+
+
+@dataclass
+class Deltas:
+    """What a merge changes, by names in the base model.
+
+    Attributes:
+        layers: path -> what is added to the weight of that layer.
+        replaced: name -> tensor that takes the place of the base's: trained copies and biases.
+        names: the adapters.
+    """
+
+    layers: dict[str, LayerDelta] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the tensors that the merge changes."""
+        names = [f"{path}.weight" for path in self.layers] + list(self.replaced)
+        return names + [f"{path}.bias" for path, layer in self.layers.items() if layer.bias() is not None]
+
+
+def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
+    """Returns the deltas of adapters on a live model.
+
+    Raises:
+        MergeError: adapters are merged, or cannot be merged into a weight.
+        AdapterError: two of them each trained a copy of one module.
+    """
+    manager.require(*names)
+    check_together(manager.copies, manager.layers, names)
+    manager.refuse_merged("merging into a copy")
+    found = Deltas(names=tuple(names))
+    for path, layer in manager.layers.items():
+        chosen = [(layer.adapter(name), manager.scale(name)) for name in names if name in layer.adapters._modules]
+        if not chosen:
+            continue
+        for adapter, _ in chosen:
+            refusal = adapter.merge_refusal(layer.base)
+            if refusal:
+                raise MergeError(f"{path}: {', '.join(map(repr, names))} cannot be merged into {refusal}", path=path)
+        refusal = merge_refusal(layer.base)
+        if refusal:
+            raise MergeError(f"{path}: {refusal}", path=path)
+        found.layers[path] = LayerDelta(layer.base, tuple(chosen))
+    for path, module in manager.copies.items():
+        having = [name for name in names if name in module.modules_to_save._modules]
+        if having:
+            copy = module.modules_to_save[having[-1]]
+            found.replaced.update({f"{path}.{key}": value for key, value in copy.state_dict().items()})
+    for name in names:
+        found.replaced.update(manager.weights(name).base)
+    return found
+
+
+def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
+    """Returns the deltas of a saved adapter, for a base model that is not loaded.
+
+    Args:
+        source: a folder or a hub id.
+        model: the base model on the meta device.
+
+    Raises:
+        CheckpointError: the adapter cannot be read or does not fit.
+    """
+    saved = checkpoint.read_checkpoint(source)
+    # Raises for another base. Its note is ignored: weights that are not loaded cannot be compared.
+    checkpoint.compare(saved.metadata, model)
+    if saved.config.initialised_from_weight:
+        raise MergeError(
+            f"{source} started in a part of the weights it was trained on: load it on that model and merge there"
+        )
+    plan = AdapterManager(model).plan(saved.config)
+    loaded = checkpoint.from_file(
+        saved.tensors,
+        files.expected(model, plan),
+        peft_type=str(saved.config.peft_type),
+        rename=checkpoint.renames_of(model),
+    )
+    if loaded.missing:
+        raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
+    name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
+    found = Deltas(names=(name,))
+    bases: dict[str, BaseLayer] = {}
+    shared = shared_state(plan, loaded.weights, torch.device("cpu"), torch.float32)
+
+    def create(target: Target) -> Adapter:
+        module = model.get_submodule(target.path)
+        base = BaseLayer(module, layer_kind_named(target.kind), backend_named(target.backend))
+        tensors = {key: value.float() for key, value in loaded.weights.adapters.get(target.path, {}).items()}
+        bases[target.path] = base
+        site = AdapterSite(target.path, base, target.shapes, torch.float32, shared)
+        adapter = target.adapter_class.create(target.config, site, tensors)
+        refusal = adapter.merge_refusal(base)
+        if refusal:
+            raise MergeError(f"{target.path}: the adapter cannot be merged into {refusal}", path=target.path)
+        return adapter
+
+    for target, adapter in make_adapters(plan, create):
+        found.layers[target.path] = LayerDelta(bases[target.path], ((adapter, 1.0),))
+    for path, named in loaded.weights.copies.items():
+        found.replaced.update({f"{path}.{key}": value for key, value in named.items()})
+    found.replaced.update(loaded.weights.base)
+    return found
+
+
+def check_names(deltas: Deltas, weights: Collection[str], where: str) -> None:
+    """Checks that the base has a weight for each delta.
+
+    Raises:
+        MergeError: one is missing.
+    """
+    missing = [name for name in deltas.changed if name not in weights]
+    if missing:
+        raise MergeError(
+            f"{where} lacks {len(missing)} of the {len(deltas.changed)} tensors that the adapter changes, "
+            f"e.g. {missing[0]}"
+        )
+
+
+def check_tied(deltas: Deltas, model: Any, where: str) -> None:
+    """Checks that deltas change no weight that the files of a base hold once for two modules.
+
+    Raises:
+        MergeError: the adapter changes the embedding or the head, which share their weight.
+    """
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    head = embedding_of(model, output=True)
+    ends = {
+        f"{path}.weight"
+        for path, module in bare_modules(model)
+        if isinstance(module, nn.Embedding) or (head is not None and module is frozen_module(head))
+    }
+    hit = next((name for name in deltas.changed if name in ends), None)
+    if hit is not None:
+        raise MergeError(
+            f"the adapter changes {hit}, which {where} holds together with another use: merge a loaded model"
+        )

@@ -1,0 +1,24 @@
+"""Names that several packages offer or check, each written once. Imports no torch, so that completion is fast."""
+
+from __future__ import annotations
+
+DTYPES = ("bfloat16", "float16", "float32")
+"""Floating dtypes that models are loaded, computed and merged in."""
+
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Abbreviations of them."""
+
+QUANT_TYPES = ("nf4", "fp4")
+"""Data types of 4-bit weights."""
+
+QUANTIZATIONS = (*QUANT_TYPES, "int8")
+"""Ways in which linear layers are quantized."""
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
+"""Optimizers that a memory plan offers; it knows the state of others too."""
+
+COMBINATION_TYPES = (
+    *("exact", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd"),
+    *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),
+)
+"""Ways to combine adapters; all but ``exact`` are PEFT's."""

@@ -1,0 +1,20 @@
+"""The names of the package, each written once; ``__init__.py`` resolves them."""
+
+from ..engine.methods.lora.optimizers import LoraFAOptimizer as LoraFAOptimizer
+from ..engine.methods.lora.optimizers import create_lorafa_optimizer as create_lorafa_optimizer
+from ..engine.methods.lora.optimizers import create_loraplus_optimizer as create_loraplus_optimizer
+from .callback import RunCallback as RunCallback
+from .control import RunControl as RunControl
+from .data import Collator as Collator
+from .data import is_plain as is_plain
+from .data import prepare_data as prepare_data
+from .fit import train as train
+from .prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .result import TrainResult as TrainResult
+from .run import Run as Run
+from .run import track as track
+from .script import export_script as export_script
+from .trainer import Trainer as Trainer
+from .trainer import adapter_trainer as adapter_trainer
+from .trainer_patch import patch_trainer as patch_trainer
+from .trainer_patch import unpatch_trainer as unpatch_trainer

@@ -1,0 +1,58 @@
+"""The one place where methods that learn with hooks (AdaLoRA) get their turn in a training step.
+
+    loss.backward() -> optimizer.step() -> manager.after_backward(step) -> optimizer.zero_grad()
+
+The gradients are still there and the weights have moved already: what such a method prunes stays
+pruned. torch calls back after every optimizer step, whoever makes it: a Trainer or a loop in ``track()``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from nbpeft.engine.model_tree import manager_of
+
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[], None]:
+    """Calls ``manager.after_backward`` after each step of an optimizer that holds parameters of ``model``.
+
+    A model that is watched already (by the run that a Trainer feeds) is not watched twice.
+
+    Args:
+        model: with adapters, or one without, which is not watched.
+        steps_done: returns the number of optimizer steps before the current one.
+
+    Returns:
+        A function that ends it.
+    """
+    manager = manager_of(model)
+    if manager is None or manager in _watched:
+        return lambda: None
+    in_training = weakref.ref(model)
+    is_ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        model = in_training()
+        if model is None:
+            return
+        if optimizer not in is_ours:
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            is_ours[optimizer] = any(id(parameter) in held for parameter in model.parameters())
+        if is_ours[optimizer]:
+            manager.after_backward(steps_done())
+
+    handle = register_optimizer_step_post_hook(after_step)
+    _watched.add(manager)
+
+    def end() -> None:
+        handle.remove()
+        _watched.discard(manager)
+
+    return end
