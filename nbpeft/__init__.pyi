@@ -82,6 +82,7 @@ from .model import update_forward_signature as update_forward_signature
 from .model import update_generate_signature as update_generate_signature
 from .model import update_signature as update_signature
 from .session import Session as Session
+from .session import get_session as get_session
 from .session import session as session
 from .session import track as track
 from .state import AdapterState as AdapterState

@@ -5,10 +5,14 @@ Every class turns into JSON with ``dataclasses.asdict``; sizes are in bytes, tim
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 TrainStatus = Literal["starting", "running", "paused", "stopping", "finished", "stopped", "failed"]
+
+ENDED: tuple[TrainStatus, ...] = ("finished", "stopped", "failed")
+"""Statuses of a run that will publish no other state."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +22,6 @@ class AdapterState:
     name: str
     method: str
     """How a person calls it: ``LoRA``, ``DoRA``, ``rsLoRA``."""
-    rank: int
-    alpha: float
-    mixed_ranks: bool
-    """Whether a rank or alpha pattern gives some modules other values."""
     module_count: int
     targets: tuple[str, ...]
     """Distinct last path segments of the adapted modules, sorted."""
@@ -31,6 +31,8 @@ class AdapterState:
     active: bool
     merged: bool
     scale: float = 1.0
+    summary: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Its method's main settings, e.g. ``{"r": "16", "α": "32"}``; a star where some modules have other values."""
 
 
 @dataclass(frozen=True)

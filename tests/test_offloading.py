@@ -11,7 +11,7 @@ import torch
 
 from nbpeft.errors import ConfigError, MergeError
 from nbpeft.model.merge_export import merge_to_folder
-from nbpeft.session import answering
+from nbpeft.session import generation
 from tests.tiny_models import adapted, llama
 
 IDS = torch.arange(12).view(2, 6)
@@ -77,4 +77,4 @@ def test_what_needs_the_weights_themselves_is_refused(config: dict[str, Any], me
 
 def test_prompts_go_to_where_the_embeddings_are_brought() -> None:
     for targets in (["q_proj"], ["embed_tokens"]):
-        assert answering._input_device(adapted(base(), target_modules=targets).get_base_model()) == torch.device("cpu")
+        assert generation._input_device(adapted(base(), target_modules=targets).get_base_model()) == torch.device("cpu")

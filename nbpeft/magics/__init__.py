@@ -12,12 +12,12 @@ _installed: dict[int, Any] = {}
 
 
 def load(shell: Any) -> None:
-    """Registers magics and completion with an IPython shell; a stale instance goes first."""
+    """Register magics and completion with an IPython shell; a stale instance goes first."""
     from traitlets import TraitError
     from traitlets.config import Config
 
     from nbpeft.magics import cell_logs
-    from nbpeft.magics.lora import CELLS, VERBS, NbpeftMagics, vocabulary
+    from nbpeft.magics.lora import CELLS, SUBCOMMANDS, NbpeftMagics, completion_sources
     from nbpeft.magics.matcher import Completion, install
 
     unload(shell)
@@ -30,12 +30,12 @@ def load(shell: Any) -> None:
     shell.register_magics(magics)
     if magics not in shell.configurables:
         shell.configurables.append(magics)
-    removers = (install(shell, Completion(VERBS, CELLS, vocabulary(magics))), cell_logs.install(shell))
+    removers = (install(shell, Completion(SUBCOMMANDS, CELLS, completion_sources(magics))), cell_logs.install(shell))
     _installed[id(shell)] = (magics, removers)
 
 
 def unload(shell: Any) -> None:
-    """Takes everything off a shell; adapters stay in their models."""
+    """Remove everything from a shell; adapters stay in their models."""
     magics, removers = _installed.pop(id(shell), (None, ()))
     for remove in removers:
         remove()

@@ -9,7 +9,7 @@ from typing import Any
 
 from nbpeft.confidential import masked_assignment
 from nbpeft.errors import CellError, did_you_mean, in_one_line
-from nbpeft.magics.scan import Word, own_names, reference
+from nbpeft.magics.tokenize import Word, own_names, reference
 
 _KINDS = {
     ast.Import: "an import",
@@ -30,7 +30,7 @@ UNREADABLE = (SyntaxError, ValueError, MemoryError, RecursionError)
 _WIDTH = 120
 """Characters of a line that a message shows."""
 _BITS = 1024
-"""A longer whole number is no field's value, and not even a float can hold it."""
+"""No field takes a longer whole number, and a float cannot represent it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Assignment:
 
 
 def parse_body(source: str) -> tuple[Assignment, ...]:
-    """The assignments of a cell body, in order; an empty tuple for comments only.
+    """Parse a cell body into its assignments, in order; an empty tuple for comments only.
 
     Raises:
         CellError: the body is not Python, or something other than plain assignments; carries
@@ -73,7 +73,7 @@ def parse_body(source: str) -> tuple[Assignment, ...]:
 
 
 def evaluate(assignments: Iterable[Assignment], namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Field values. A line may use variables of the notebook and fields above it.
+    """Evaluate fields. A line may use variables of the notebook and fields above it.
 
     Raises:
         CellError: an expression fails; carries its line.
@@ -87,7 +87,7 @@ def evaluate(assignments: Iterable[Assignment], namespace: Mapping[str, Any]) ->
 
 
 def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: int | None = None) -> Any:
-    """One expression, with every failure told in a line.
+    """Evaluate one expression; every failure is an error of one line.
 
     Raises:
         CellError: the expression fails.
@@ -106,7 +106,7 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
 
 
 def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The one-line form of a body: ``r=8 target_modules=q_proj,v_proj``.
+    """Read the one-line form of a body: ``r=8 target_modules=q_proj,v_proj``.
 
     A value is a Python literal where it reads as one, a list where it holds commas, and text
     otherwise; ``{name}`` or ``$name`` as the whole value is the notebook's variable.
@@ -127,7 +127,7 @@ def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[st
 
 
 def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = None) -> Any:
-    """A variable of the notebook.
+    """Return the value of a notebook variable.
 
     Raises:
         CellError: it is not defined.
@@ -138,7 +138,7 @@ def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = Non
 
 
 def expression_of(text: str, what: str) -> ast.expr:
-    """An expression in a line.
+    """Parse an expression in a line.
 
     Raises:
         CellError: it cannot be read; the message begins with ``what``.
@@ -146,11 +146,11 @@ def expression_of(text: str, what: str) -> ast.expr:
     try:
         return ast.parse(text, mode="eval").body
     except UNREADABLE as error:
-        raise CellError(f"{what}: {text!r:.60} is no expression: {_syntax_error(error)}") from None
+        raise CellError(f"{what}: {text!r:.60} is not a valid expression: {_syntax_error(error)}") from None
 
 
 def excerpt(source: str, error: CellError) -> str:
-    """The line of a body that an error points at, with a caret; empty without a position."""
+    """Return the line of a body that an error points at, with a caret; empty without a position."""
     lines = source.splitlines()
     if error.line is None or not 1 <= error.line <= len(lines):
         return ""
@@ -214,7 +214,7 @@ def _refuse_comma(statement: ast.Assign, source: str) -> None:
     text = ast.get_source_segment(source, value) or ""
     if not text.startswith("("):
         line = value.end_lineno or statement.lineno
-        raise CellError("take the comma at the end of the line away", line=line, column=(value.end_col_offset or 1) - 1)
+        raise CellError("remove the comma at the end of the line", line=line, column=(value.end_col_offset or 1) - 1)
 
 
 def _syntax_error(error: BaseException) -> CellError:

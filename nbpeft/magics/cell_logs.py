@@ -9,42 +9,29 @@ from typing import Any
 from nbpeft.logs import collapsed
 
 
-class CellLogs:
-    """Opens a ``collapsed()`` block when a cell begins and closes it when it ends.
+def install(shell: Any) -> Callable[[], None]:
+    """Open a ``collapsed()`` block when a cell begins and close it when it ends; returns how to stop that.
 
     Cells may be nested (``get_ipython().run_cell``); one that began before this was installed is
     left alone.
     """
+    blocks: list[ExitStack] = []
 
-    def __init__(self) -> None:
-        self._open: list[ExitStack] = []
+    def begin(*_: Any) -> None:
+        block = ExitStack()
+        block.enter_context(collapsed())
+        blocks.append(block)
 
-    def begin(self, *_: Any) -> None:
-        """A cell begins."""
-        stack = ExitStack()
-        stack.enter_context(collapsed())
-        self._open.append(stack)
-
-    def end(self, *_: Any) -> None:
-        """A cell ends."""
-        if self._open:
-            self._open.pop().close()
-
-    def close(self) -> None:
-        """Ends what is open."""
-        while self._open:
-            self._open.pop().close()
-
-
-def install(shell: Any) -> Callable[[], None]:
-    """Registers with a shell's events; returns how to take it off again."""
-    logs = CellLogs()
-    shell.events.register("pre_run_cell", logs.begin)
-    shell.events.register("post_run_cell", logs.end)
+    def end(*_: Any) -> None:
+        if blocks:
+            blocks.pop().close()
 
     def remove() -> None:
-        shell.events.unregister("pre_run_cell", logs.begin)
-        shell.events.unregister("post_run_cell", logs.end)
-        logs.close()
+        shell.events.unregister("pre_run_cell", begin)
+        shell.events.unregister("post_run_cell", end)
+        while blocks:
+            end()
 
+    shell.events.register("pre_run_cell", begin)
+    shell.events.register("post_run_cell", end)
     return remove

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbpeft.errors import CellError
-from nbpeft.magics.parse import Argument, Verb
-from nbpeft.magics.scan import Word, scan
+from nbpeft.magics.parse import Argument, Subcommand
+from nbpeft.magics.tokenize import Word, tokenize
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ Source = Callable[[], Iterable[str]]
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class CompletionSources:
     """Where words come from; each is asked only when it is needed.
 
     Attributes:
@@ -49,35 +49,37 @@ class Vocabulary:
     fields: Mapping[str, Source] = field(default_factory=dict)
 
 
-def complete_line(before: str, verbs: Mapping[str, Verb], vocabulary: Vocabulary) -> Suggestions:
-    """Suggestions in ``VERB ARGUMENTS…``.
+def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: CompletionSources) -> Suggestions:
+    """Suggestions in ``COMMAND ARGUMENTS…``.
 
     Args:
-        before: the line up to the cursor, without the magic's name and the space behind it.
-        verbs: the verbs of the magic.
-        vocabulary: where names come from.
+        before: the line up to the cursor, without the magic's name and the space after it.
+        subcommands: the subcommands of the magic.
+        sources: where names come from.
     """
     words, fragment = split(before)
     if not words:
-        return choose(fragment, verbs)
-    verb = verbs.get(words[0].text)
-    if verb is None:
+        return choose(fragment, subcommands)
+    command = subcommands.get(words[0].text)
+    if command is None:
         return Suggestions(fragment, ())
-    return complete_arguments(verb, words[1:], fragment, vocabulary)
+    return complete_arguments(command, words[1:], fragment, sources)
 
 
-def complete_arguments(verb: Verb, words: Sequence[Word], fragment: str, vocabulary: Vocabulary) -> Suggestions:
-    """Suggestions among the arguments of a verb, ``words`` being the finished ones."""
-    option = _open_option(verb, words, fragment)
+def complete_arguments(
+    command: Subcommand, words: Sequence[Word], fragment: str, sources: CompletionSources
+) -> Suggestions:
+    """Suggestions among the arguments of a subcommand, ``words`` being the finished ones."""
+    option = _open_option(command, words, fragment)
     if option is not None:
-        return _left(option, _values(option, fragment, vocabulary), words)
+        return _left(option, _values(option, fragment, sources), words)
     if fragment.startswith("-"):
-        flags = [flag for item in verb.arguments for flag in item.flags if flag.startswith("--")]
+        flags = [flag for item in command.arguments for flag in item.flags if flag.startswith("--")]
         return choose(fragment, [*flags, "--help"])
-    place = _place(verb, words)
+    place = _place(command, words)
     if place is None:
-        return _field_words(verb, fragment, vocabulary)
-    return _left(place, _values(place, fragment, vocabulary), words)
+        return _field_words(command, fragment, sources)
+    return _left(place, _values(place, fragment, sources), words)
 
 
 def complete_body(source: str, line: int, column: int, names: Source) -> Suggestions | None:
@@ -102,7 +104,7 @@ def complete_body(source: str, line: int, column: int, names: Source) -> Suggest
 def split(before: str) -> tuple[list[Word], str]:
     """The finished words and what is typed of the next."""
     try:
-        words = scan(before)
+        words = tokenize(before)
     except CellError:
         at = max(before.rfind(" "), before.rfind("\t")) + 1
         return split(before[:at])[0] if before[:at] != before else [], before[at:].lstrip("\"'")
@@ -124,21 +126,21 @@ def paths(fragment: str) -> Suggestions:
     return Suggestions(fragment, tuple(f'"{word}"' if " " in word else word for word in words))
 
 
-def _values(item: Argument, fragment: str, vocabulary: Vocabulary) -> Suggestions:
+def _values(item: Argument, fragment: str, sources: CompletionSources) -> Suggestions:
     if item.completes == "path":
         return paths(fragment)
     if item.completes == "source":
         found = paths(fragment) if fragment else Suggestions(fragment, ())
-        return Suggestions(fragment, choose(fragment, vocabulary.models()).words + found.words)
+        return Suggestions(fragment, choose(fragment, sources.models()).words + found.words)
     if item.options.get("choices"):
         return choose(fragment, [str(choice) for choice in item.options["choices"]])
-    sources: dict[str, Source] = {
-        "model": vocabulary.models,
-        "adapter": vocabulary.adapters,
-        "variable": vocabulary.variables,
-        "weight": lambda: [f"{name}=" for name in vocabulary.adapters()],
+    named: dict[str, Source] = {
+        "model": sources.models,
+        "adapter": sources.adapters,
+        "variable": sources.variables,
+        "weight": lambda: [f"{name}=" for name in sources.adapters()],
     }
-    return choose(fragment, [*item.words, *sources.get(item.completes, tuple)()])
+    return choose(fragment, [*item.words, *named.get(item.completes, tuple)()])
 
 
 def _left(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggestions:
@@ -149,32 +151,32 @@ def _left(item: Argument, values: Suggestions, words: Sequence[Word]) -> Suggest
     return Suggestions(values.fragment, tuple(word for word in values.words if word.rstrip("=") not in given))
 
 
-def _open_option(verb: Verb, words: Sequence[Word], fragment: str) -> Argument | None:
+def _open_option(command: Subcommand, words: Sequence[Word], fragment: str) -> Argument | None:
     """The option whose value comes next: the last word, or one before it that takes several."""
     for place in range(len(words) - 1, -1, -1):
-        option = _option(verb, words[place].text)
+        option = _option(command, words[place].text)
         if option is not None:
             last = place == len(words) - 1
             return option if option.takes_value and (last or (option.many and not fragment.startswith("-"))) else None
     return None
 
 
-def _option(verb: Verb, word: str) -> Argument | None:
-    return next((item for item in verb.arguments if not item.positional and word in item.flags), None)
+def _option(command: Subcommand, word: str) -> Argument | None:
+    return next((item for item in command.arguments if not item.positional and word in item.flags), None)
 
 
-def _place(verb: Verb, words: Sequence[Word]) -> Argument | None:
+def _place(command: Subcommand, words: Sequence[Word]) -> Argument | None:
     """The positional argument that comes next."""
     given, skip = 0, False
     for word in words:
-        option = _option(verb, word.text)
+        option = _option(command, word.text)
         if skip:
             skip = False
         elif option is not None:
             skip = option.takes_value
-        elif not word.text.startswith("-") and not (verb.fields and "=" in word.text):
+        elif not word.text.startswith("-") and not (command.fields and "=" in word.text):
             given += 1
-    places = [item for item in verb.arguments if item.positional]
+    places = [item for item in command.arguments if item.positional]
     for place in places:
         if place.many or given == 0:
             return place
@@ -182,8 +184,8 @@ def _place(verb: Verb, words: Sequence[Word]) -> Argument | None:
     return None
 
 
-def _field_words(verb: Verb, fragment: str, vocabulary: Vocabulary) -> Suggestions:
-    names = vocabulary.fields.get(verb.fields)
+def _field_words(command: Subcommand, fragment: str, sources: CompletionSources) -> Suggestions:
+    names = sources.fields.get(command.fields)
     if names is None or "=" in fragment:
         return Suggestions(fragment, ())
     return choose(fragment, [f"{name}=" for name in names()])

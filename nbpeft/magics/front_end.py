@@ -6,7 +6,8 @@ import os
 import sys
 from typing import Any
 
-from nbpeft.session.doctor import Check, install, older, version_of
+from nbpeft.session.doctor import install, older, version_of
+from nbpeft.session.results import Check
 
 
 def has_widgets() -> bool:
@@ -15,7 +16,7 @@ def has_widgets() -> bool:
 
 
 def front_end_name(shell: Any) -> str:
-    """The front end as far as the kernel can tell, for a person; nothing depends on it."""
+    """A name of the front end, as far as the kernel knows it, for display only."""
     if "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ:
         return "Google Colab"
     if any(name in os.environ for name in ("VSCODE_PID", "VSCODE_CWD", "VSCODE_IPC_HOOK_CLI")):

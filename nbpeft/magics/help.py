@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from html import escape
 
-from nbpeft.magics.parse import Verb, parser_of
+from nbpeft.magics.parse import LineParser, Subcommand
 
 
 class HelpText:
-    """A help text that shows itself as it is laid out."""
+    """A help text that keeps its layout when it is shown."""
 
-    def __init__(self, text: str | None) -> None:
-        self.text = text or ""
+    def __init__(self, text: str) -> None:
+        self.text = text
 
     def __repr__(self) -> str:
         return self.text
@@ -21,33 +21,29 @@ class HelpText:
         return f'<pre style="background:transparent">{escape(self.text)}</pre>'
 
 
-def verb_help(verb: Verb, prog: str) -> str:
-    """The help of one verb or cell magic."""
-    return parser_of(verb, prog).format_help().rstrip()
+def command_help(command: Subcommand, prog: str) -> str:
+    """The help of one subcommand or cell magic."""
+    return LineParser(command, prog).format_help().rstrip()
 
 
-def main_help(cell: Verb, verbs: Mapping[str, Verb], others: Iterable[Verb] = ()) -> str:
-    """The help of ``%lora``: its cell form, its verbs and the other cells, one line each."""
-    width = max(map(len, verbs))
-    lines = [f"  %lora {name.ljust(width)}  {_first_sentence(item.summary)}" for name, item in verbs.items()]
+def main_help(cell: Subcommand, subcommands: Mapping[str, Subcommand], others: Iterable[Subcommand] = ()) -> str:
+    """The help of ``%lora``: its cell form, its subcommands and the other cells, one line each."""
+    width = max(map(len, subcommands))
+    lines = [f"  %lora {name.ljust(width)}  {_first_sentence(item.summary)}" for name, item in subcommands.items()]
     cells = [f"  {f'%%{item.name}'.ljust(width + 6)}  {_first_sentence(item.summary)}" for item in others]
-    return "\n".join(
-        [
-            verb_help(cell, "%%lora"),
-            "",
-            "line form:",
-            f"  %lora {' ' * width}  Show the adapted models and their adapters.",
-            *lines,
-            "",
-            "other cells:",
-            *cells,
-            "",
-            "Without --model a command acts on the model that was adapted, loaded into, trained or switched last.",
-            "Where several models carry adapters, one that takes something away (merge, unload, delete, …) needs it.",
-            "",
-            "%lora VERB --help tells more about one of them.",
-        ]
-    )
+    return f"""{command_help(cell, "%%lora")}
+
+line form:
+  %lora {" " * width}  Show the adapted models and their adapters.
+{chr(10).join(lines)}
+
+other cells:
+{chr(10).join(cells)}
+
+Without --model a command uses the model that was adapted, loaded into, trained or switched last.
+Where several models carry adapters, one that takes something away (merge, unload, delete, …) needs it.
+
+%lora COMMAND --help describes one of them."""
 
 
 def _first_sentence(summary: str) -> str:

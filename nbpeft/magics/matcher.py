@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nbpeft.magics.complete import Suggestions, Vocabulary, complete_arguments, complete_body, complete_line, split
-from nbpeft.magics.parse import Verb
+from nbpeft.magics.complete import (
+    CompletionSources,
+    Suggestions,
+    complete_arguments,
+    complete_body,
+    complete_line,
+    split,
+)
+from nbpeft.magics.parse import Subcommand
 
 IDENTIFIER = "nbpeft.magics"
 
@@ -17,15 +24,17 @@ class Completion:
     """Suggestions for all magics of the extension.
 
     Args:
-        verbs: verbs of ``%lora``.
-        cells: cell magic -> the verb whose arguments its line takes.
-        vocabulary: where names come from.
+        subcommands: subcommands of ``%lora``.
+        cells: cell magic -> the command whose arguments its line takes.
+        sources: where names come from.
     """
 
-    def __init__(self, verbs: Mapping[str, Verb], cells: Mapping[str, Verb], vocabulary: Vocabulary) -> None:
-        self.verbs = verbs
+    def __init__(
+        self, subcommands: Mapping[str, Subcommand], cells: Mapping[str, Subcommand], sources: CompletionSources
+    ) -> None:
+        self.subcommands = subcommands
         self.cells = cells
-        self.vocabulary = vocabulary
+        self.sources = sources
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -33,7 +42,7 @@ class Completion:
         return ("%lora", *(f"%{name}" for name in self.cells if name != "lora"), *(f"%%{name}" for name in self.cells))
 
     def suggest(self, text: str, line: int, column: int) -> Suggestions | None:
-        """Suggestions at a place in a cell, or None where the cell is none of ours.
+        """Suggestions at a place in a cell, or None where the cell is not one of these magics.
 
         Args:
             text: the whole cell.
@@ -44,29 +53,29 @@ class Completion:
         head = lines[0].lstrip() if lines else ""
         if head.startswith("%%"):
             name, _, rest = head[2:].partition(" ")
-            verb = self.cells.get(name)
-            if verb is None:
+            command = self.cells.get(name)
+            if command is None:
                 return None
             if line == 0:
                 before = lines[0][:column].lstrip()[2 + len(name) :]
-                return self._arguments(verb, before) if before[:1].isspace() else None
-            names = self.vocabulary.fields.get(verb.fields)
+                return self._arguments(command, before) if before[:1].isspace() else None
+            names = self.sources.fields.get(command.fields)
             return None if names is None else complete_body("\n".join(lines[1:]), line - 1, column, names)
         before = lines[line][:column].lstrip() if line < len(lines) else ""
         name, space, rest = before[1:].partition(" ")
         if not before.startswith("%") or not space:
             return None
         if name == "lora":
-            return complete_line(rest, self.verbs, self.vocabulary)
+            return complete_line(rest, self.subcommands, self.sources)
         return self._arguments(self.cells[name], f" {rest}") if name in self.cells else None
 
-    def _arguments(self, verb: Verb, before: str) -> Suggestions:
+    def _arguments(self, command: Subcommand, before: str) -> Suggestions:
         words, fragment = split(before)
-        return complete_arguments(verb, words, fragment, self.vocabulary)
+        return complete_arguments(command, words, fragment, self.sources)
 
 
 def install(shell: Any, completion: Completion) -> Callable[[], None]:
-    """Registers the completion with a shell; returns how to take it off again."""
+    """Register the completion with a shell; returns the function that removes it."""
     matchers = getattr(shell.Completer, "custom_matchers", None)
     matcher = _matcher(completion) if matchers is not None else None
     if matchers is None or matcher is None:

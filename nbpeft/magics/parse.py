@@ -1,6 +1,6 @@
 """Text -> request. Pure: knows neither IPython nor a model.
 
-A magic has verbs (``%lora use``); a verb has arguments. ``parse_line`` finds the verb and reads
+A magic has subcommands (``%lora use``); a subcommand has arguments. ``parse_line`` finds it and reads
 its arguments; every mistake is a ``CellError`` of one line with the nearest valid word.
 """
 
@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near, with_article
-from nbpeft.magics.scan import Word, folder, own_names, reference, scan
+from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
 
 _REQUIRED = "the following arguments are required: "
-_EXAMPLE = "example:\n  "
 _DIGITS = 18
 """Of the longest whole number that an option takes."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a verb, as argparse takes it.
+    """One argument of a subcommand, as argparse takes it.
 
     Attributes:
         flags: ``("names",)`` or ``("--name", "-n")``.
@@ -45,7 +44,7 @@ class Argument:
 
     @property
     def takes_value(self) -> bool:
-        """Whether a word follows it."""
+        """Whether a value follows it."""
         return self.options.get("action") not in ("store_true", "store_false")
 
     @property
@@ -60,13 +59,13 @@ def argument(*flags: str, completes: str = "", words: tuple[str, ...] = (), **op
 
 
 @dataclass(frozen=True)
-class Verb:
-    """One command of a magic.
+class Subcommand:
+    """A subcommand of ``%lora``, or a cell magic.
 
     Attributes:
-        name: the word behind ``%lora``.
+        name: the word after ``%lora``, or the cell magic.
         summary: one line for the help.
-        run: does it; gets the parsed options and the desk, returns a result to show.
+        run: gets the parsed options and the notebook, returns a result to show.
         arguments: what it takes.
         fields: which fields ``name=value`` words may set: ``config``, ``training`` or none.
         example: shown in the help.
@@ -82,48 +81,45 @@ class Verb:
 
 @dataclass(frozen=True)
 class Request:
-    """What a line asks for.
+    """A parsed line.
 
     Attributes:
-        verb: the command.
+        command: the subcommand.
         options: its arguments; ``options.fields`` holds the ``name=value`` words.
         help: whether only its help is wanted.
     """
 
-    verb: Verb
+    command: Subcommand
     options: argparse.Namespace
     help: bool = False
 
 
 class LineParser(argparse.ArgumentParser):
-    """An argparse parser that neither prints nor exits."""
+    """The parser of a subcommand; it neither prints nor exits.
 
-    def __init__(
-        self,
-        prog: str,
-        description: str,
-        arguments: Iterable[Argument],
-        *,
-        epilog: str = "",
-        takes_fields: bool = False,
-    ) -> None:
+    Args:
+        command: the subcommand.
+        prog: how the line begins, e.g. ``%lora use``.
+    """
+
+    def __init__(self, command: Subcommand, prog: str) -> None:
+        field_words = "\n\nField words: name=value, as in the cell form." if command.fields else ""
         super().__init__(
             prog=prog,
-            description=description,
-            epilog=epilog or None,
+            description=command.summary + field_words,
+            epilog=f"example:\n  {command.example}" if command.example else None,
             add_help=False,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.arguments = tuple(arguments)
-        self.takes_fields = takes_fields
+        self.command = command
         self.register("type", int, _whole)
         self.register("type", float, _number)
-        for item in self.arguments:
+        for item in command.arguments:
             self.add_argument(*item.flags, **item.options)
 
     def error(self, message: str) -> NoReturn:
-        """Turns argparse's complaint into one line.
+        """Turn argparse's message into an error of one line.
 
         Raises:
             CellError: always.
@@ -131,12 +127,12 @@ class LineParser(argparse.ArgumentParser):
         message = re.sub(r"(--[\w-]+)/-\w\b", r"\1", message)
         needed = message.removeprefix(_REQUIRED)
         if needed != message:
-            example = (self.epilog or "").removeprefix(_EXAMPLE).splitlines()
-            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {example[0]}" if example else ""))
+            example = self.command.example.partition("\n")[0]
+            raise CellError(f"{self.prog} needs {needed}" + (f", e.g. {example}" if example else ""))
         raise CellError(f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parses words.
+        """Parse words.
 
         Raises:
             CellError: a word is not known, missing or impossible.
@@ -147,73 +143,66 @@ class LineParser(argparse.ArgumentParser):
         first = unknown[0]
         if first.startswith("-"):
             # Without their dashes, which all have in common.
-            known = [flag[2:] for item in self.arguments for flag in item.flags if flag.startswith("--")]
+            known = [flag[2:] for item in self.command.arguments for flag in item.flags if flag.startswith("--")]
             word = first.split("=")[0].lstrip("-")
             close = " or ".join(f"'--{name}'" for name in near(word, known))
             hint = f" Did you mean {close}?" if close else ""
-            if self.takes_fields and not close:
+            if self.command.fields and not close:
                 hint = f" A field is set without dashes: {word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint}")
-        raise CellError(f"{self.prog}: {first!r:.60} is one word too many; see {self.prog} --help")
+        raise CellError(f"{self.prog}: unexpected argument {first!r:.60}; see {self.prog} --help")
 
 
-def parser_of(verb: Verb, prog: str) -> LineParser:
-    """The parser of a verb; ``prog`` is how the line begins, e.g. ``%lora use``."""
-    description = verb.summary + ("\n\nField words: name=value, as in the cell form." if verb.fields else "")
-    epilog = verb.example and f"{_EXAMPLE}{verb.example}"
-    return LineParser(prog, description, verb.arguments, epilog=epilog, takes_fields=bool(verb.fields))
-
-
-def parse_verb(verb: Verb, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
-    """Reads the arguments of one verb.
+def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], namespace: Mapping[str, Any]) -> Request:
+    """Reads the arguments of one command.
 
     Args:
-        verb: the command.
+        command: the subcommand.
         prog: how the line begins.
-        words: the words behind it.
+        words: the words after it.
         namespace: variables of the notebook, for ``{name}`` and ``$name``.
 
     Raises:
         CellError: the words cannot be read.
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
-        return Request(verb, argparse.Namespace(), help=True)
-    fields = [word for word in words if verb.fields and _is_field(word)]
+        return Request(command, argparse.Namespace(), help=True)
+    fields = [word for word in words if command.fields and _is_field(word)]
     rest = [expand(word, namespace) for word in words if word not in fields]
-    options = parser_of(verb, prog).read(rest)
+    options = LineParser(command, prog).read(rest)
     options.fields = fields
-    return Request(verb, options)
+    return Request(command, options)
 
 
 def parse_line(
-    line: str, verbs: Mapping[str, Verb], namespace: Mapping[str, Any], *, magic: str = "%lora"
+    line: str, subcommands: Mapping[str, Subcommand], namespace: Mapping[str, Any], *, magic: str = "%lora"
 ) -> Request | None:
-    """Finds the verb of a line and reads its arguments.
+    """Find the subcommand of a line and read its arguments.
 
     Returns:
         None for an empty line.
 
     Raises:
-        CellError: there is no such verb, or its arguments cannot be read.
+        CellError: there is no such subcommand, or its arguments cannot be read.
     """
-    words = scan(line)
+    words = tokenize(line)
     if not words:
         return None
     name = words[0].text
-    if name not in verbs:
+    if name not in subcommands:
         if name in namespace:
             add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
             raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
-        message = f"{magic} has no command {name!r:.60}.{did_you_mean(name, verbs)}"
-        raise CellError(message if message.endswith("?") else f"{message} It has: {', '.join(verbs)}")
-    return parse_verb(verbs[name], f"{magic} {name}", words[1:], namespace)
+        message = f"{magic} has no command {name!r:.60}.{did_you_mean(name, subcommands)}"
+        raise CellError(message if message.endswith("?") else f"{message} It has: {', '.join(subcommands)}")
+    return parse_arguments(subcommands[name], f"{magic} {name}", words[1:], namespace)
 
 
 def expand(word: Word, namespace: Mapping[str, Any]) -> str:
-    """The word, with the variable's value where the word (or option value, or its first folder) names one.
+    """Return the word, with the variable's value where the word (or option value, or its first folder) names one.
 
     Raises:
-        CellError: the variable is not there, or is no text, number or path.
+        CellError: the variable is not there, or is not text, a number or a path.
     """
     head, text = "", word.text
     if word.text.startswith("--") and "=" in word.text:
@@ -248,7 +237,7 @@ def positive(text: str) -> int:
     """A whole number of at least 1, as an argument's type.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: it is not one.
     """
     if not text.isdecimal() or len(text) > _DIGITS or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r:.60}")

@@ -1,4 +1,4 @@
-"""The verbs of ``%lora``: every file in ``verbs/`` registers its own."""
+"""Registers subcommands of ``%lora`` and cell magics: every file in ``subcommands/`` registers its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from nbpeft.magics.parse import Argument, Verb, argument
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import Argument, Subcommand, argument
 
-Run = Callable[[argparse.Namespace, Any], object]
+Run = Callable[[argparse.Namespace, NotebookContext], object]
 
-_verbs: dict[str, Verb] = {}
+_subcommands: dict[str, Subcommand] = {}
+_cells: dict[str, Subcommand] = {}
 
 ON_MODEL = argument(
     "--model",
@@ -22,34 +24,75 @@ ON_MODEL = argument(
     completes="model",
     help="which model; if left out the one adapted, loaded into, trained or switched last",
 )
-"""The option of verbs that act on an adapted model."""
+"""The option of subcommands that need an adapted model."""
 THE_MODEL = replace(
     ON_MODEL, options={**ON_MODEL.options, "help": "which model; may be left out where one alone carries adapters"}
 )
-"""The option of verbs that take something away from an adapted model: where there are several, it is needed."""
+"""The option of subcommands that take something away from an adapted model: required where there are several."""
+MODEL = argument("target", metavar="MODEL", completes="model", help="variable that holds the model")
+ADAPTER_NAME = argument(
+    *("--name", "-n"),
+    metavar="NAME",
+    default="default",
+    completes="adapter",
+    help="name of the adapter (default: default)",
+)
+ALLOW_MISSING = argument("--allow-missing", action="store_true", help="go on where a target matches nothing")
+ADAPTER = argument("name", metavar="NAME", completes="adapter", help="the adapter")
+NEW_NAME = argument("new", metavar="NEW", help="the new name")
+
+TOKENIZER = argument(
+    "--tokenizer",
+    "-t",
+    metavar="TOKENIZER",
+    completes="variable",
+    help="variable that holds the tokenizer; the notebook's only one if left out",
+)
 
 
-def verb(name: str, summary: str, *arguments: Argument, fields: str = "", example: str = "") -> Callable[[Run], Run]:
-    """Registers a function as a verb.
+def subcommand(
+    name: str, summary: str, *arguments: Argument, fields: str = "", example: str = "", cell: bool = False
+) -> Callable[[Run], Run]:
+    """Register a function as a subcommand of ``%lora`` or as a cell magic.
 
     Args:
-        name: the word behind ``%lora``.
+        name: the word after ``%lora``, or the cell magic.
         summary: one line for the help.
         *arguments: what it takes.
-        fields: which fields ``name=value`` words set: ``config``, ``training`` or none.
+        fields: which fields ``name=value`` words and cell bodies set: ``config``, ``training``, ``qlora`` or none.
         example: shown in the help.
+        cell: whether it is a cell magic.
     """
 
     def decorate(run: Run) -> Run:
-        _verbs[name] = Verb(name, summary, run, arguments, fields, example)
+        (_cells if cell else _subcommands)[name] = Subcommand(name, summary, run, arguments, fields, example)
         return run
 
     return decorate
 
 
-def verbs() -> dict[str, Verb]:
-    """All verbs by name, in the order of their files."""
-    package = importlib.import_module("nbpeft.magics.verbs")
+def session_command(name: str, summary: str, *arguments: Argument, method: str = "", example: str = "") -> None:
+    """Register a subcommand that only hands its positional arguments and the model to a method of the session.
+
+    Args:
+        name: the word after ``%lora``.
+        summary: one line for the help.
+        *arguments: what it takes.
+        method: the method; the one of that name if left out.
+        example: shown in the help.
+    """
+    places = [item.flags[0] for item in arguments if item.positional]
+
+    def run(options: argparse.Namespace, notebook: NotebookContext) -> Any:
+        given = [getattr(options, place) for place in places]
+        return getattr(notebook.session, method or name)(*given, model=notebook.chosen(options.model))
+
+    subcommand(name, summary, *arguments, example=example)(run)
+
+
+def registered() -> tuple[dict[str, Subcommand], dict[str, Subcommand]]:
+    """All subcommands and all cell magics by name, in the order of their files."""
+    package = importlib.import_module("nbpeft.magics.subcommands")
     for item in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{item.name}")
-    return dict(_verbs)
+    return dict(_subcommands), dict(_cells)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import html
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from nbpeft.display.blocks import Block, Card, Table
+from nbpeft.display.shown import Shown
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import ConfigError
 from nbpeft.memory.architecture import Architecture, architecture_of
@@ -35,7 +36,7 @@ Solve = Callable[[Setting, str, "int | None"], "Forecast | None"]
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Shown):
     """What a step will need at its peak.
 
     Attributes:
@@ -71,13 +72,10 @@ class Forecast:
             verdict = f"; {'fits' if self.fits else 'does not fit'} {size_text(self.device_bytes)}"
         return f"peak {size_text(self.peak_bytes)} ({parts}){verdict}"
 
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(part.name)}</td><td style='text-align:right'>{size_text(part.byte_count)}</td>"
-            f"<td>{html.escape(part.detail)}</td></tr>"
-            for part in self.parts
-        )
-        return f"<div>{html.escape(str(self))}<table>{rows}</table></div>"
+    def view(self) -> Block:
+        """The parts as a table."""
+        rows = tuple((part.name, size_text(part.byte_count), part.detail) for part in self.parts)
+        return Card(str(self), (Table(("Part", "Size", ""), rows, right=(1,)),))
 
 
 def forecast(

@@ -1,10 +1,9 @@
 """Sessions: the shared state that magics, panels and scripts act through.
 
-    session()   the session of this process, made on first use
-    Session     commands in, frozen ``SessionState`` out
+    get_session()   the session of this process, made on first use
+    Session         commands in, frozen ``SessionState`` out
 
-Importing this imports neither torch nor transformers; the first command does. The module can be
-called like its function ``session``, because both are ``nbpeft.session``.
+Importing this imports neither torch nor transformers; the first command does.
 """
 
 from __future__ import annotations
@@ -13,14 +12,10 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.session.combined import CombineResult, SwapResult
-from nbpeft.session.compared import CompareResult
 from nbpeft.session.core import Session
-from nbpeft.session.inspected import InspectResult
-from nbpeft.session.preview import Preview, PreviewRow
 from nbpeft.session.results import (
     AddResult,
-    Done,
+    CommandResult,
     ExportResult,
     LoadResult,
     MemoryReport,
@@ -30,17 +25,21 @@ from nbpeft.session.results import (
     StatusReport,
     UnloadResult,
 )
+from nbpeft.session.results.combining import CombineResult, SwapResult
+from nbpeft.session.results.comparing import CompareResult
+from nbpeft.session.results.inspecting import InspectResult
+from nbpeft.session.results.preview import Preview, PreviewRow
 
 if TYPE_CHECKING:
-    # For the annotations of those who meet runs only through a session.
+    # For annotations of modules that may import runs only from the session.
     from nbpeft.training import Run as Run
     from nbpeft.training import RunControl as RunControl
 
 __all__ = [
     "AddResult",
     "CombineResult",
+    "CommandResult",
     "CompareResult",
-    "Done",
     "ExportResult",
     "InspectResult",
     "LoadResult",
@@ -55,6 +54,7 @@ __all__ = [
     "SwapResult",
     "UnloadResult",
     "close_session",
+    "get_session",
     "session",
     "track",
 ]
@@ -62,21 +62,25 @@ __all__ = [
 _session: Session | None = None
 
 
-def session() -> Session:
-    """The session of this process, made on first use."""
+def get_session() -> Session:
+    """Return the session of this process, made on first use; magics, panels and scripts share it."""
     global _session
     if _session is None:
         _session = Session()
     return _session
 
 
+session = get_session
+"""Old spelling of ``get_session``."""
+
+
 def track(model: Any = None, total_steps: int | None = None, **options: Any) -> Run:
-    """A run for a training loop of one's own, through the session; see ``Session.track``."""
-    return session().track(model, total_steps, **options)
+    """Make a run for a training loop of one's own, through the session; see ``Session.track``."""
+    return get_session().track(model, total_steps, **options)
 
 
 def close_session() -> None:
-    """Ends the session of this process; adapters stay in their models, the next call makes a new one."""
+    """End the session of this process; adapters stay in their models, the next call makes a new one."""
     global _session
     if _session is not None:
         _session.close()
@@ -84,10 +88,10 @@ def close_session() -> None:
 
 
 class _CallableModule(types.ModuleType):
-    """Lets ``nbpeft.session()`` work although importing this package makes ``nbpeft.session`` a module."""
+    """Keeps the old spelling ``nbpeft.session()``: the import system binds that name to this package."""
 
     def __call__(self) -> Session:
-        return session()
+        return get_session()
 
 
 sys.modules[__name__].__class__ = _CallableModule

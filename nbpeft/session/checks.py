@@ -1,4 +1,4 @@
-"""What commands are given, checked for its kind: each mistake is one line."""
+"""Checks of what commands are given; each mistake is one line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LONGEST_PART, _LONGEST = 255, 4095
 
 
 def adapter_name(name: Any, *, given: bool = True) -> str:
-    """The name of an adapter to come.
+    """Check the name of an adapter to come.
 
     Args:
         name: the name.
-        given: whether a person gave it, not a folder.
+        given: whether it was given, and not made from the name of a folder.
 
     Raises:
-        AdapterError: it cannot name one.
+        AdapterError: it cannot be the name of one.
     """
     from nbpeft.engine.holder import check_name
 
@@ -29,13 +29,13 @@ def adapter_name(name: Any, *, given: bool = True) -> str:
     except AdapterError as error:
         if given:
             raise
-        raise AdapterError(f"{error}; give the adapter a name (name, --name)", **error.details) from None
+        raise AdapterError(f"{error}; give the adapter a name (name=…)", **error.details) from None
     text: str = name
     return text
 
 
 def place_of(place: object, what: str) -> str:
-    """A folder, file or hub id as text.
+    """Return a folder, file or hub id as text.
 
     Raises:
         AdapterError: it is empty or cannot be a path.
@@ -52,21 +52,8 @@ def place_of(place: object, what: str) -> str:
     return text
 
 
-def names_of(names: object) -> tuple[Any, ...]:
-    """One name or several as a tuple.
-
-    Raises:
-        AdapterError: they are neither.
-    """
-    if isinstance(names, str):
-        return (names,)
-    if not isinstance(names, Iterable):
-        raise AdapterError(f"expected the name of an adapter or a list of names, not {names!r:.60}")
-    return tuple(names)
-
-
 def weights_of(weights: object) -> Mapping[str, float]:
-    """Weights by adapter.
+    """Check weights by adapter.
 
     Raises:
         AdapterError: they are not given by name.
@@ -76,14 +63,28 @@ def weights_of(weights: object) -> Mapping[str, float]:
     return weights
 
 
-def prompts_of(prompts: object) -> list[Any]:
-    """One prompt or several as a list.
+def listed(given: object, what: str) -> list[Any]:
+    """Return one text or several things as a list.
+
+    Args:
+        given: a text, or anything to iterate over.
+        what: what was expected, for the message.
 
     Raises:
-        AdapterError: they are neither.
+        AdapterError: it is neither.
     """
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise AdapterError(f"a prompt is a text, or several are a list of them, not {prompts!r:.60}")
-    return list(prompts)
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise AdapterError(f"{what}, not {given!r:.60}")
+    return list(given)
+
+
+def names_of(names: object) -> tuple[Any, ...]:
+    """Return one name or several as a tuple."""
+    return tuple(listed(names, "expected the name of an adapter or a list of names"))
+
+
+def prompts_of(prompts: object) -> list[Any]:
+    """Return one prompt or several as a list."""
+    return listed(prompts, "a prompt is a text, or several are a list of them")

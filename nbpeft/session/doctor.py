@@ -7,69 +7,12 @@ import platform
 import shlex
 import sys
 from dataclasses import dataclass
-from html import escape
 
 from packaging.version import Version
 
+from nbpeft.display.numbers import size
 from nbpeft.errors import in_one_line
-from nbpeft.session import render
-from nbpeft.session.results import Result
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report.
-
-    Attributes:
-        name: what was looked at.
-        found: its version or state, or the empty string when it is not there.
-        problem: what is wrong, or the empty string.
-        remedy: what to do about it.
-        optional: whether everything else works without it.
-        remark: what is good to know where nothing is wrong.
-    """
-
-    name: str
-    found: str
-    problem: str = ""
-    remedy: str = ""
-    optional: bool = False
-    remark: str = ""
-
-
-@dataclass(frozen=True, repr=False)
-class DoctorReport(Result):
-    """What is installed and what is wrong with it."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def problems(self) -> tuple[Check, ...]:
-        """The checks that failed."""
-        return tuple(check for check in self.checks if check.problem)
-
-    def with_checks(self, *more: Check) -> DoctorReport:
-        """The report with more lines."""
-        return DoctorReport((*self.checks, *more))
-
-    def __str__(self) -> str:
-        rows = [(check.name, check.found or "not installed", _advice(check)) for check in self.checks]
-        bad = len(self.problems)
-        verdict = f"{render.plural(bad, 'problem')} found" if bad else "everything is in order"
-        return f"nbpeft doctor: {verdict}\n{render.columns(rows)}"
-
-    def _html(self) -> str:
-        rows = [
-            (
-                escape(check.name),
-                escape(check.found or "not installed"),
-                render.bad(_advice(check)) if check.problem and not check.optional else render.dim(_advice(check)),
-            )
-            for check in self.checks
-        ]
-        bad = len(self.problems)
-        verdict = f"{render.plural(bad, 'problem')} found" if bad else "everything is in order"
-        return render.card(f"nbpeft doctor · {verdict}", render.table(("What", "Found", "Remark"), rows))
+from nbpeft.session.results.doctor import Check, DoctorReport
 
 
 @dataclass(frozen=True)
@@ -148,7 +91,7 @@ def _accelerator() -> Check:
     if torch.cuda.is_available():
         try:
             free, total = torch.cuda.mem_get_info()
-            return Check("device", f"{torch.cuda.get_device_name()}, {render.size(free)} free of {render.size(total)}")
+            return Check("device", f"{torch.cuda.get_device_name()}, {size(free)} free of {size(total)}")
         except RuntimeError as error:  # no room left for a CUDA context, or an earlier kernel broke it
             return Check("device", "cuda", f"does not answer ({in_one_line(error):.120})", "restart the kernel")
     if torch.backends.mps.is_available():
@@ -162,7 +105,3 @@ def _slow_dtypes() -> str:
 
     slow = [dtype for dtype in HALF if slow_here(dtype)]
     return slow_words(*slow) if slow else ""
-
-
-def _advice(check: Check) -> str:
-    return f"{check.problem}: {check.remedy}" if check.problem and check.remedy else check.problem or check.remark

@@ -31,7 +31,7 @@ def uncompiled(model: Any) -> Any:
 
 
 def is_live(handle: PeftModel) -> bool:
-    """Whether a handle still speaks for its base model."""
+    """Whether a handle is the one that owns its base model's adapters."""
     manager: Any = handle.manager
     return bool(manager.alive) and getattr(manager, "owner", None) is handle.__dict__.get("_token")
 
@@ -48,12 +48,12 @@ def handle_over(base: nn.Module) -> PeftModel | None:
     return PeftModel.for_task(manager.configs[first]).over(base, manager)
 
 
-def reviver(base: nn.Module) -> Callable[[], PeftModel | None]:
-    """A function that makes a handle anew as long as the base model lives."""
+def rehandle(base: nn.Module) -> Callable[[], PeftModel | None]:
+    """Return a function that makes a new handle as long as the base model exists."""
     reference = weakref.ref(base)
 
-    def revive() -> PeftModel | None:
+    def make() -> PeftModel | None:
         found = reference()
         return None if found is None else handle_over(found)
 
-    return revive
+    return make

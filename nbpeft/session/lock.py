@@ -14,32 +14,34 @@ Callback = Callable[..., object]
 
 
 class CommandLock:
-    """A lock that one thread may take again and that others never wait for."""
+    """A lock that its thread may take again, and that other threads never wait for."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._running: list[str] = []
-        self._claims: dict[str, tuple[int, str, weakref.ref[object]]] = {}
+        self._reservations: dict[str, tuple[int, str, weakref.ref[object]]] = {}
 
     @property
     def busy(self) -> str:
-        """What is running, in words, or the empty string."""
-        running = list(self._running) or [words for _, words, owner in self._claims.values() if owner() is not None]
+        """A description of what is running, or the empty string."""
+        running = list(self._running) or [
+            description for _, description, owner in self._reservations.values() if owner() is not None
+        ]
         return running[0] if running else ""
 
-    def claim(self, key: str, words: str, owner: object) -> None:
-        """Keeps commands of other threads out while a loop of the user's runs.
+    def reserve(self, key: str, description: str, owner: object) -> None:
+        """Keep commands of other threads out while a loop of the user's runs.
 
         Args:
             key: what ``release`` is called with.
-            words: what runs.
-            owner: held weakly; the claim ends with it at the latest.
+            description: what runs.
+            owner: held weakly; the reservation ends with it at the latest.
         """
-        self._claims[key] = (threading.get_ident(), words, weakref.ref(owner))
+        self._reservations[key] = (threading.get_ident(), description, weakref.ref(owner))
 
     def release(self, key: str) -> None:
-        """Ends a claim."""
-        self._claims.pop(key, None)
+        """End a reservation."""
+        self._reservations.pop(key, None)
 
     @property
     def depth(self) -> int:
@@ -47,11 +49,11 @@ class CommandLock:
         return len(self._running)
 
     @contextmanager
-    def command(self, words: str) -> Iterator[None]:
-        """Holds the lock.
+    def command(self, description: str) -> Iterator[None]:
+        """Hold the lock.
 
         Args:
-            words: what the command does, e.g. ``merging 'sql'``; other threads are told.
+            description: what the command does, e.g. ``merging 'sql'``; other threads see it.
 
         Raises:
             BusyError: another thread runs a command.
@@ -60,28 +62,28 @@ class CommandLock:
             running = self.busy or "another command"
             raise _busy(running)
         try:
-            self._check_claims()
+            self._check_reservations()
         except BusyError:
             self._lock.release()
             raise
-        self._running.append(words)
+        self._running.append(description)
         try:
             yield
         finally:
             self._running.pop()
             self._lock.release()
 
-    def _check_claims(self) -> None:
+    def _check_reservations(self) -> None:
         me = threading.get_ident()
-        for key, (thread, words, owner) in list(self._claims.items()):
+        for key, (thread, description, owner) in list(self._reservations.items()):
             if owner() is None:
-                self._claims.pop(key, None)
+                self._reservations.pop(key, None)
             elif thread != me:
-                raise _busy(words)
+                raise _busy(description)
 
     @contextmanager
-    def glance(self) -> Iterator[bool]:
-        """Takes the lock if it is free for this thread; gives whether it was."""
+    def try_lock(self) -> Iterator[bool]:
+        """Take the lock if it is free for this thread; yields whether it was."""
         free = self._lock.acquire(blocking=False)
         try:
             yield free
@@ -95,13 +97,13 @@ def _busy(running: str) -> BusyError:
 
 
 class Subscribers:
-    """Callbacks that are told of events; bound methods are held weakly."""
+    """Callbacks for events; bound methods are held weakly."""
 
     def __init__(self) -> None:
         self._references: list[Callable[[], Callback | None]] = []
 
     def add(self, callback: Callback) -> Callable[[], None]:
-        """Adds a callback and returns the function that removes it again."""
+        """Add a callback; returns the function that removes it again."""
         reference: Callable[[], Callback | None]
         reference = weakref.WeakMethod(callback) if inspect.ismethod(callback) else (lambda: callback)
         self._references.append(reference)
@@ -112,8 +114,8 @@ class Subscribers:
 
         return remove
 
-    def tell(self, *event: object) -> list[str]:
-        """Calls every callback; returns one line for each that failed."""
+    def notify(self, *event: object) -> list[str]:
+        """Call every callback; returns one line for each that failed."""
         failures = []
         for reference in list(self._references):
             callback = reference()
@@ -129,5 +131,5 @@ class Subscribers:
         return failures
 
     def clear(self) -> None:
-        """Forgets all callbacks."""
+        """Forget all callbacks."""
         self._references.clear()

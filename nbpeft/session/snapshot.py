@@ -5,6 +5,7 @@ What costs a walk over the model is kept until its adapters change; flags are re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ class _AdapterFacts:
 
     config: AdapterConfig
     label: str
+    summary: Mapping[str, str]
     module_count: int
     targets: tuple[str, ...]
     parameter_count: int
@@ -121,13 +123,9 @@ class Snapshots:
 
     def _adapter(self, name: str, manager: AdapterManager) -> AdapterState:
         facts = self._adapters[name]
-        config: Any = facts.config
         return AdapterState(
             name=name,
             method=facts.label,
-            rank=int(getattr(config, "r", 0)),
-            alpha=float(getattr(config, "lora_alpha", 0.0)),
-            mixed_ranks=bool(getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None)),
             module_count=facts.module_count,
             targets=facts.targets,
             parameter_count=facts.parameter_count,
@@ -136,6 +134,7 @@ class Snapshots:
             active=name in _acting(manager),
             merged=name in manager.merged,
             scale=manager.scale(name),
+            summary=facts.summary,
         )
 
 
@@ -146,11 +145,21 @@ def _facts(name: str, config: AdapterConfig, manager: AdapterManager) -> _Adapte
     return _AdapterFacts(
         config=config,
         label=label_of(config),
+        summary=summary_of(config),
         module_count=len(paths),
         targets=tuple(sorted({path.rpartition(".")[2] for path in paths})),
         parameter_count=sum(parameter.numel() for parameter in parameters),
         byte_count=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     )
+
+
+def summary_of(config: Any) -> dict[str, str]:
+    """A config's main settings, as ``AdapterState.summary`` has them."""
+    rank, alpha = getattr(config, "r", None), getattr(config, "lora_alpha", None)
+    if rank is None or alpha is None:
+        return {}
+    stars = ["*" if getattr(config, field, None) else "" for field in ("rank_pattern", "alpha_pattern")]
+    return {"r": f"{rank}{stars[0]}", "α": f"{alpha:g}{stars[1]}"}
 
 
 def _acting(manager: AdapterManager) -> tuple[str, ...]:

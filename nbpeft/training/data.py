@@ -88,7 +88,7 @@ def prepare_data(
         return TokenizedRows(data) if isinstance(data, (list, tuple)) else data
     kind = _kind(columns)
     if tokenizer is None:
-        raise TrainingError(f"Rows with {kind} need a tokenizer: pass tokenizer=… (--tokenizer)", columns=columns)
+        raise TrainingError(f"Rows with {kind} need a tokenizer (tokenizer=…)", columns=columns)
     limit = max_length or min(int(getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)), DEFAULT_MAX_LENGTH)
     rows: list[dict[str, Any]] = []
     truncated = dropped = 0

@@ -125,7 +125,9 @@ def _can_train(model: nn.Module, adapter: str | None) -> None:
 
 def _can_learn(model: nn.Module) -> None:
     if not getattr(getattr(model, "manager", None), "enabled", True):
-        raise TrainingError("The adapters are off, so that nothing would be learned: enable them first (%lora on).")
+        raise TrainingError(
+            "The adapters are off, so that nothing would be learned: enable them first (model.enable_adapter_layers())."
+        )
     if next(trainable(model), None) is None:
         names = ", ".join(map(repr, active_names(model))) or "none"
         raise TrainingError(f"Nothing is trainable (active adapters: {names}): unfreeze one, or activate one that is.")

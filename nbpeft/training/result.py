@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nbpeft.display.blocks import Line, bold, line
+from nbpeft.display.shown import Shown
 from nbpeft.state import TrainState
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Shown):
     """How a training ended. Holds numbers only, so it may stay in ``Out``."""
 
     status: Literal["finished", "stopped"]
@@ -38,9 +39,10 @@ class TrainResult:
     def __repr__(self) -> str:
         return f"TrainResult({self})"
 
-    def _repr_html_(self) -> str:
-        head, *rest = (html.escape(part) for part in self._parts())
-        return f"<div><b>{head}</b>{''.join(f' · {part}' for part in rest)}</div>"
+    def view(self) -> Line:
+        """The same as ``str``, what ended in bold."""
+        first, *others = self._parts()
+        return line(bold(first), *(f"· {part}" for part in others))
 
     def _parts(self) -> list[str]:
         steps = (

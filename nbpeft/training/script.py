@@ -220,7 +220,7 @@ def _source(model: Any, given: str | None) -> str:
     source = given or str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     if not source:
         raise TrainingError(
-            f"this {type(model).__name__} does not say where it came from: give base=… (--base), a folder or hub id"
+            f"this {type(model).__name__} does not say where it came from; give a folder or hub id (base=…)"
         )
     return str(Path(source).resolve()) if os.path.exists(source) else source
 

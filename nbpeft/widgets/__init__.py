@@ -7,7 +7,6 @@
     LiveAnswers()                          answers while a cell runs
     PlanPanel(planner)                     sliders, and what a run with them would need
     close_all()                            closes what is shown, e.g. when the extension is unloaded
-    views                                  states as HTML and text, for everything else
 
 Importing this imports neither torch nor ipywidgets.
 """

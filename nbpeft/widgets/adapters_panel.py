@@ -12,9 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from nbpeft.display.blocks import Text, dim, line
+from nbpeft.display.html import head, to_html
+from nbpeft.display.memory import memory_bar
+from nbpeft.display.models import (
+    missing_model,
+    model_card,
+    model_summary,
+    model_text,
+    model_title,
+    no_adapters,
+    totals,
+)
 from nbpeft.errors import NbpeftError
+from nbpeft.session.results.comparing import BASE
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets import styles, views
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.lifetime import weakly
 from nbpeft.widgets.panel import SessionPanel
@@ -50,10 +62,10 @@ class AdaptersPanel(SessionPanel):
         parts.drawer.close()
 
     def _text(self) -> str:
-        return views.model_text(self._model(), self._name)
+        return model_text(self._model(), self._name)
 
     def _card(self, hint: str) -> str:
-        return views.model_card(self._model(), self._name, hint=hint)
+        return to_html(model_card(self._model(), self._name, hint=hint))
 
     def _draw(self, state: SessionState) -> None:
         self._parts.draw(state.model(self._name), self._name, state.busy)
@@ -82,13 +94,13 @@ class _Parts:
     def __init__(self, command: Callable[..., None], session: Session, name: str | None, tokenizer: Any) -> None:
         import ipywidgets
 
-        from nbpeft.widgets import panel_parts as parts
+        from nbpeft.widgets import controls as parts
         from nbpeft.widgets.drawer import Drawer
 
         self.drawer = Drawer(session, name, tokenizer)
 
         self._head = parts.html()
-        self._choices = parts.Choices(command)
+        self._choices = parts.ToggleRow(command, "0 0 6px 0")
         self._rows = parts.Rows(command)
         self._empty = parts.html()
         self._totals = parts.html()
@@ -97,28 +109,31 @@ class _Parts:
             "measure memory", "Measure what the model uses now", "116px", weakly(command, "memory")
         )
         self.message = parts.Message()
-        style = parts.html(f"<style>{styles.PANEL_CSS}</style>", display="none")
         buttons = ipywidgets.HBox([self._refresh, self.drawer.buttons], layout=ipywidgets.Layout(flex="0 0 auto"))
         foot = ipywidgets.HBox(
             [self._totals, buttons],
             layout=ipywidgets.Layout(justify_content="space-between", align_items="flex-end"),
         )
         below = [foot, self._memory, self.message.box, self.drawer.slot]
-        self.root = ipywidgets.VBox([style, self._head, self._choices.box, self._rows.box, self._empty, *below])
-        self.root.add_class("nbpeft-panel")
+        self.root = parts.panel_root(self._head, self._choices.box, self._rows.box, self._empty, *below)
 
     def draw(self, model: ModelState | None, name: str | None, busy: str) -> None:
         """Shows a state; widgets whose value stays send nothing."""
-        self._head.value = views.panel_head(model, name, busy)
+        title = model_title(model) if model is not None else name or "model"
+        aside = Text(f"{busy} …", "accent") if busy else dim(model_summary(model) if model is not None else "")
+        self._head.value = head(title, aside, below=8)
         if model is None:
             model = ModelState(name or "", "", "", "", 0, 0)
-            self._empty.value = views.panel_note(views.missing_model(name))
+            self._empty.value = to_html(line(dim(missing_model(name))))
             self._totals.value = self._memory.value = ""
         else:
-            self._empty.value = "" if model.adapters else views.panel_note(views.no_adapters(model))
-            self._totals.value = views.totals(model)
-            self._memory.value = views.memory_bar(model.memory) if model.memory is not None else ""
-        self._choices.draw(model)
+            self._empty.value = "" if model.adapters else to_html(line(dim(no_adapters(model))))
+            self._totals.value = to_html(totals(model))
+            self._memory.value = to_html(memory_bar(model.memory)) if model.memory is not None else ""
+        choices: dict[tuple[str, ...], tuple[str, str]]
+        choices = {("off",): (BASE, "Only the base model is active")}
+        choices |= {("use", item.name): (item.name, f"Switch to {item.name}") for item in model.adapters}
+        self._choices.draw(choices, [("use", name) for name in model.active] or [("off",)])
         self._rows.draw(model)
         visible = None if model.adapters else "none"
         for part in (self._choices.box, self._refresh, self.drawer.buttons):
@@ -126,5 +141,5 @@ class _Parts:
 
 
 def _notes(result: Any) -> str:
-    """What a result tells besides that it was done."""
+    """What a result reports besides that it was done."""
     return " ".join(getattr(result, "notes", ()))

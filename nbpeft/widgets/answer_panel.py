@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.display.blocks import card, dim, line
+from nbpeft.display.html import to_html
+from nbpeft.display.models import missing_model
 from nbpeft.errors import NbpeftError
 from nbpeft.state import ModelState
-from nbpeft.widgets import views
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.panel import SessionPanel
-from nbpeft.widgets.worker import Worker
+from nbpeft.widgets.worker import Stopped, Worker
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
-    from nbpeft.session.compared import CompareResult
+    from nbpeft.session.results.comparing import CompareResult
+
+NOTHING_YET = "No answers yet."
 
 TokenizerSource = Callable[[], Any]
 """Called when a prompt is read; gives the tokenizer, or None."""
@@ -85,17 +89,60 @@ class AnswerPanel(SessionPanel):
         if not prompt:
             raise NbpeftError("Write a prompt first.")
         if model is None:
-            raise NbpeftError(views.missing_model(self._name))
+            raise NbpeftError(missing_model(self._name))
         self._prompt = prompt
         return prompt, model
 
-    def _begin(self) -> None:
-        """Shows that an answer is on its way."""
+    def _text(self) -> str:
+        if self._result is None:
+            return f"{self.kind} {self._name}: {NOTHING_YET}"
+        return f"{self.kind} {self._name}: {self._answered_by(self._result)}; {self._result.aside}."
+
+    def _answered_by(self, result: CompareResult) -> str:
+        """The columns of a result in words."""
+        return ", ".join(column.title for column in result.columns)
+
+    def _card(self, hint: str) -> str:
+        result, model = self._result, self._model()
+        if result is not None:
+            return to_html(card(self.kind, result.blocks(), line(dim(hint)), aside=result.aside))
+        names = ", ".join(item.name for item in model.adapters) if model is not None else ""
+        words = missing_model(self._name) if model is None else f"{NOTHING_YET} Adapters: {names or 'none'}."
+        return to_html(card(self.kind, line(dim(words)), line(dim(hint)), aside=self._name or ""))
+
+    def _submit(self, ask: Callable[..., CompareResult], tokens: int, delay: float = 0.0) -> None:
+        """Has the worker ask for answers.
+
+        Args:
+            ask: A command of the session, which gets what all of them take.
+            tokens: Longest answer.
+            delay: Seconds to wait for a newer question first.
+        """
         self._parts.question.running(True)
         self._parts.frame.head("answering …", running=True)
+        options = {"model": self._name, "tokenizer": self._source(), "chat": self._parts.form.chat}
+        options["max_new_tokens"] = tokens
+        self._worker.submit(lambda stopped: self._guarded(lambda: self._answer(ask, options, stopped)), delay)
+
+    def _answer(self, ask: Callable[..., CompareResult], options: dict[str, Any], stopped: Stopped) -> str:
+        """The worker's part; returns what is to be known about the answers."""
+        try:
+            result = ask(on_text=self._answered, should_stop=stopped, **options)
+            if not self._worker.waiting:
+                self._answered(result)
+            return " ".join(result.notes)
+        finally:
+            self._ended()
+
+    def _answered(self, result: CompareResult) -> None:
+        """Shows the answers so far."""
+        self._result = result
+        with self._lock:
+            if self._parts is not None:
+                self._parts.show(result)
 
     def _ended(self) -> None:
-        """Shows that no answer is on its way any more; one that failed is told below."""
+        """Shows that no answer is on its way any more; why one failed is shown below."""
         with self._lock:
             if self._parts is not None and not self._worker.waiting:
                 result = self._result

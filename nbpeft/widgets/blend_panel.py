@@ -9,18 +9,18 @@ alone. What has to be computed first (TIES, DARE) is answered by the button, and
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from nbpeft.display.models import missing_model
 from nbpeft.errors import NbpeftError
-from nbpeft.session import render
-from nbpeft.session.compared import Column, CompareResult
+from nbpeft.session.results.comparing import Column, CompareResult
 from nbpeft.state import SessionState
-from nbpeft.widgets import views
 from nbpeft.widgets.answer_panel import AnswerPanel
-from nbpeft.widgets.worker import Stopped
 
 if TYPE_CHECKING:
-    from nbpeft.widgets.blend_parts import BlendParts
+    from nbpeft.widgets.blend_controls import BlendControls
 
 EXACT = "exact"
 DEBOUNCE = 0.35
@@ -32,17 +32,7 @@ SEED = 0
 
 
 class BlendPanel(AnswerPanel):
-    """A slider an adapter, the answer of the blend beside the base model's, and a way to keep it.
-
-    Args:
-        session: Takes the commands, publishes the states.
-        model_name: A model of the session; the current one by default.
-        ui: How to show it; by default the richest that works here.
-        tokenizer: A tokenizer, or a function that gives one; by default the one given last.
-        prompt: To begin with.
-        max_new_tokens: Longest answer to begin with.
-        chat: Whether the prompt goes into the tokenizer's chat template, to begin with; see ``session.compare``.
-    """
+    """A slider an adapter, what the blend answers beside the base model, and a way to keep it; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "blend"
 
@@ -51,34 +41,23 @@ class BlendPanel(AnswerPanel):
         self._base: tuple[tuple[str, int, bool | None], Column] | None = None
 
     def _build(self) -> Any:
-        from nbpeft.widgets.blend_parts import BlendParts
+        from nbpeft.widgets.blend_controls import BlendControls
 
-        return BlendParts(self._command, self._prompt, self._tokens, self._chat)
+        return BlendControls(self._command, self._prompt, self._tokens, self._chat)
 
-    def _text(self) -> str:
-        if self._result is None:
-            return f"blend {self._name}: no answer yet."
-        return f"blend {self._name}: {self._result.columns[-1].title}; {self._result.aside}."
-
-    def _card(self, hint: str) -> str:
-        model = self._model()
-        if model is None:
-            return render.card("blend", render.note(views.missing_model(self._name)), render.note(hint))
-        if self._result is None:
-            names = ", ".join(item.name for item in model.adapters) or "none"
-            return render.card("blend", render.note(f"No answer yet. Adapters: {names}."), render.note(hint))
-        return render.card("blend", self._result.body(), render.note(hint), aside=self._result.aside)
+    def _answered_by(self, result: CompareResult) -> str:
+        return result.columns[-1].title
 
     def _draw(self, state: SessionState) -> None:
         model = state.model(self._name)
         if model is None:
             self._base = None
-        self._parts.draw(model, views.missing_model(self._name) if model is None else "")
+        self._parts.draw(model, missing_model(self._name) if model is None else "")
 
     # Commands
 
     def _run(self, *command: Any) -> str:
-        parts: BlendParts | None = self._parts
+        parts: BlendControls | None = self._parts
         if parts is None:
             return ""
         what = command[0]
@@ -92,7 +71,7 @@ class BlendPanel(AnswerPanel):
             return self._save(parts)
         return ""
 
-    def _moved(self, parts: BlendParts) -> str:
+    def _moved(self, parts: BlendControls) -> str:
         """A slider or a setting moved: the exact sum is answered anew, others wait for the button."""
         if not parts.question.prompt:
             return ""
@@ -105,54 +84,34 @@ class BlendPanel(AnswerPanel):
         self._halt()
         return f"Answer computes {parts.type} for these weights; only the exact sum follows the sliders."
 
-    def _ask(self, parts: BlendParts, *, delay: float) -> None:
+    def _ask(self, parts: BlendControls, *, delay: float) -> None:
         prompt, _ = self._asked()
-        tokens, weights = parts.tokens, parts.weights
+        weights = parts.weights
         _require(weights)
-        known = self._base is not None and self._base[0] == (prompt, tokens, parts.form.chat)
-        options: dict[str, Any] = {
-            "include_base": not known,
-            "max_new_tokens": tokens,
-            "chat": parts.form.chat,
-            "tokenizer": self._source(),
-            "model": self._name,
-        }
-        kind, density = parts.type, parts.density
-        self._begin()
-        if kind == EXACT:
-            options.update(adapters=[], blends=[weights])
-            self._worker.submit(lambda stopped: self._answer(self._session.compare, (prompt,), options, stopped), delay)
+        key = (prompt, parts.tokens, parts.form.chat)
+        known = self._base is not None and self._base[0] == key
+        command: Callable[..., CompareResult]
+        if parts.type == EXACT:
+            command = functools.partial(self._session.compare, prompt, adapters=[], blends=[weights])
         else:
-            options.update(type=kind, density=density, seed=SEED)
-            trial = self._session.try_combination
-            self._worker.submit(lambda stopped: self._answer(trial, (weights, prompt), options, stopped), delay)
+            command = functools.partial(
+                self._session.try_combination, weights, prompt, type=parts.type, density=parts.density, seed=SEED
+            )
 
-    def _answer(self, ask: Any, arguments: tuple[Any, ...], options: dict[str, Any], stopped: Stopped) -> None:
-        """The worker's part."""
-        key = (self._prompt, options["max_new_tokens"], options["chat"])
+        def ask(**options: Any) -> CompareResult:
+            result = command(include_base=not known, **options)
+            if not known and result.status == "finished":
+                self._base = (key, result.columns[0])
+            return result
 
-        def act() -> str:
-            try:
-                result = ask(*arguments, on_text=self._answered, should_stop=stopped, **options)
-                if options["include_base"] and result.status == "finished":
-                    self._base = (key, result.columns[0])
-                if not self._worker.waiting:
-                    self._answered(result)
-                return " ".join(result.notes)
-            finally:
-                self._ended()
-
-        self._guarded(act)
+        self._submit(ask, parts.tokens, delay)
 
     def _answered(self, result: CompareResult) -> None:
         if len(result.columns) == 1 and self._base is not None:
             result = dataclasses.replace(result, columns=(self._base[1], *result.columns))
-        self._result = result
-        with self._lock:
-            if self._parts is not None:
-                self._parts.show(result)
+        super()._answered(result)
 
-    def _save(self, parts: BlendParts) -> str:
+    def _save(self, parts: BlendControls) -> str:
         name, weights = parts.name, parts.weights
         if not name:
             raise NbpeftError("Give the new adapter a name.")

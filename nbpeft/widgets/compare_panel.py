@@ -5,31 +5,20 @@ click ──> worker thread ──> session.compare ── answers so far ──
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
-from nbpeft.session import render
-from nbpeft.session.compared import BASE, CompareResult
+from nbpeft.display.blocks import dim, line
+from nbpeft.display.html import to_html
+from nbpeft.display.models import missing_model
+from nbpeft.session.results.comparing import BASE, CompareResult
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets import views
 from nbpeft.widgets.answer_panel import AnswerPanel
 from nbpeft.widgets.lifetime import weakly
-from nbpeft.widgets.worker import Stopped
-
-NOTHING_YET = "No answers yet."
 
 
 class ComparePanel(AnswerPanel):
-    """A prompt box, the adapters as columns, and the words marked in which answers differ.
-
-    Args:
-        session: Takes the commands, publishes the states.
-        model_name: A model of the session; the current one by default.
-        ui: How to show it; by default the richest that works here.
-        tokenizer: A tokenizer, or a function that gives one; by default the one given last.
-        prompt: To begin with.
-        max_new_tokens: Longest answer to begin with.
-        chat: Whether the prompt goes into the tokenizer's chat template, to begin with; see ``session.compare``.
-    """
+    """A prompt box, the adapters as columns, and the words marked in which answers differ; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "compare"
 
@@ -39,20 +28,6 @@ class ComparePanel(AnswerPanel):
 
     def _build(self) -> Any:
         return _Parts(self._command, self._prompt, self._tokens, self._chat)
-
-    def _text(self) -> str:
-        if self._result is None:
-            return f"compare {self._name}: {NOTHING_YET}"
-        titles = ", ".join(column.title for column in self._result.columns)
-        return f"compare {self._name}: {titles}; {self._result.aside}."
-
-    def _card(self, hint: str) -> str:
-        if self._result is None:
-            model = self._model()
-            names = ", ".join(item.name for item in model.adapters) if model is not None else ""
-            words = f"{NOTHING_YET} Adapters: {names}." if names else views.missing_model(self._name)
-            return render.card("compare", render.note(words), render.note(hint), aside=self._name or "")
-        return render.card("compare", self._result.body(), render.note(hint), aside=self._result.aside)
 
     def _run(self, *command: Any) -> str:
         parts = self._parts
@@ -73,39 +48,13 @@ class ComparePanel(AnswerPanel):
     def _ask(self, parts: _Parts) -> None:
         prompt, model = self._asked()
         names = [item.name for item in model.adapters if item.name not in self._left_out]
-        options: dict[str, Any] = {
-            "adapters": names,
-            "include_base": BASE not in self._left_out,
-            "max_new_tokens": parts.tokens,
-            "chat": parts.form.chat,
-            "tokenizer": self._source(),
-        }
-        self._begin()
-        self._worker.submit(lambda stopped: self._answer(prompt, options, stopped))
-
-    def _answer(self, prompt: str, options: dict[str, Any], stopped: Stopped) -> None:
-        """The worker's part."""
-
-        def act() -> str:
-            try:
-                result = self._session.compare(
-                    prompt, model=self._name, on_text=self._answered, should_stop=stopped, **options
-                )
-                self._answered(result)
-                return " ".join(result.notes)
-            finally:
-                self._ended()
-
-        self._guarded(act)
-
-    def _answered(self, result: CompareResult) -> None:
-        self._result = result
-        self._show()
+        include_base = BASE not in self._left_out
+        ask = functools.partial(self._session.compare, prompt, adapters=names, include_base=include_base)
+        self._submit(ask, parts.tokens)
 
     def _show(self) -> None:
-        with self._lock:
-            if self._parts is not None and self._result is not None:
-                self._parts.show(self._result)
+        if self._result is not None:
+            self._answered(self._result)
 
     def _draw(self, state: SessionState) -> None:
         self._parts.draw(state.model(self._name), self._name, self._left_out)
@@ -117,13 +66,11 @@ class _Parts:
     def __init__(self, command: Any, prompt: str, tokens: int, chat: bool | None) -> None:
         import ipywidgets
 
-        from nbpeft.widgets import answer_parts as parts
+        from nbpeft.widgets import controls as parts
 
         self.question = parts.Question(command, prompt, "Compare")
-        self._picks = parts.Picks(command)
-        self._tokens = ipywidgets.BoundedIntText(
-            value=tokens, min=1, max=4096, step=16, layout=parts.field_layout("76px")
-        )
+        self._picks = parts.ToggleRow(command)
+        self._tokens = parts.tokens_field(tokens)
         self.form = parts.PromptForm(command, chat)
         self._against = ipywidgets.Dropdown(options=[BASE], value=BASE, layout=parts.field_layout("130px"))
         self._against.observe(weakly(command, "against"), names="value")
@@ -144,9 +91,11 @@ class _Parts:
     def draw(self, model: ModelState | None, name: str | None, left_out: set[str]) -> None:
         """Shows which columns there are."""
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
-        self._picks.draw(names, [name for name in names if name not in left_out])
+        picks: dict[tuple[str, ...], tuple[str, str]]
+        picks = {("pick", item): (item, f"With or without {item}") for item in names}
+        self._picks.draw(picks, [("pick", item) for item in names if item not in left_out])
         if model is None:
-            self.frame.answers.value = views.panel_note(views.missing_model(name))
+            self.frame.answers.value = to_html(line(dim(missing_model(name))))
 
     def show(self, result: CompareResult) -> None:
         """Shows answers, marked against the chosen column."""
@@ -158,4 +107,4 @@ class _Parts:
         self._marks.layout.display = None if len(titles) > 2 else "none"
         running = result.status == "running"
         self.frame.head("answering …" if running else result.aside, running=running)
-        self.frame.answers.value = result.body(self._against.value, asked=self.question.prompt)
+        self.frame.answers.value = to_html(result.blocks(self._against.value, shown=self.question.prompt))

@@ -8,8 +8,8 @@ import ipywidgets
 
 from nbpeft.widgets.blend_panel import BlendPanel
 from nbpeft.widgets.compare_panel import ComparePanel
+from nbpeft.widgets.controls import mark, small_button
 from nbpeft.widgets.lifetime import close_tree, weakly
-from nbpeft.widgets.panel_parts import mark, small_button
 
 if TYPE_CHECKING:
     from nbpeft.session import Session

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.display.html import to_html
 from nbpeft.widgets.environment import Ui, shown_as
 
 if TYPE_CHECKING:
-    from nbpeft.session.compared import CompareResult
+    from nbpeft.session.results.comparing import CompareResult
 
 HINT = "Interrupting the kernel keeps the answers so far."
 
@@ -27,7 +28,7 @@ class LiveAnswers:
         """Shows the answers so far."""
         if self._silent:
             return
-        bundle = {"text/html": result.html(), "text/plain": f"{HINT}"}
+        bundle = {"text/html": to_html(result.view()), "text/plain": HINT}
         if self._output is None:
             from IPython.display import display
 

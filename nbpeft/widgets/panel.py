@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
-from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from nbpeft.display.blocks import Tone, dim
+from nbpeft.display.html import span
 from nbpeft.errors import BusyError, NbpeftError
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets import styles
 from nbpeft.widgets.environment import WIDGET_VIEW, Ui, shown_as
 from nbpeft.widgets.lifetime import close_tree, view_of
 
@@ -136,27 +136,27 @@ class Panel:
 
     def _guarded(self, act: Callable[[], str]) -> None:
         """Does something and shows what came of it, errors included."""
+        tone: Tone
         try:
-            self._say(act(), styles.DIM)
+            self._say(act(), "dim")
             return
-        except BusyError as error:
-            words, colour = str(error), styles.WARN
         except NbpeftError as error:
-            words, colour = str(error), styles.ERROR
+            words = str(error)
+            tone = "warning" if isinstance(error, BusyError) else "error"
         except Exception as error:  # in a handler it would be lost in a log
-            words, colour = f"{type(error).__name__}: {error}", styles.ERROR
+            words, tone = f"{type(error).__name__}: {error}", "error"
         with self._lock:
             if self._parts is not None:
                 self._failed()
-        self._say(words, colour)
+        self._say(words, tone)
 
-    def _say(self, words: str, colour: str) -> None:
+    def _say(self, words: str, tone: Tone) -> None:
         """Shows a message; none for the empty string."""
         with self._lock:
             if self._parts is None:
                 return
             if words:
-                self._parts.message.show(f'<span style="color:{colour}">{escape(words)}</span>')
+                self._parts.message.show(words, tone)
             else:
                 self._parts.message.clear()
 
@@ -233,7 +233,7 @@ def _leave(root: Any, line: str) -> None:
     import ipywidgets
 
     children = root.children
-    root.children = (ipywidgets.HTML(f'<span style="color:{styles.DIM}">{escape(line)}</span>'),)
+    root.children = (ipywidgets.HTML(span(dim(line))),)
     for child in children:
         close_tree(child)
     _left.append(root)

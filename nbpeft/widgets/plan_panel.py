@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.session import render
-from nbpeft.session.planned import PlanResult, PlanSettings
-from nbpeft.widgets import styles
+from nbpeft.display.blocks import card, dim, line
+from nbpeft.display.html import to_html
+from nbpeft.session.results.planning import PlanResult, PlanSettings
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.panel import Panel
 from nbpeft.widgets.worker import Stopped, Worker
 
 if TYPE_CHECKING:
-    from nbpeft.session.planning import MemoryPlanner
+    from nbpeft.session.commands.planning import MemoryPlanner
 
 
 class PlanPanel(Panel):
@@ -56,9 +56,9 @@ class PlanPanel(Panel):
         return self._planner.name
 
     def _build(self) -> Any:
-        from nbpeft.widgets.plan_parts import PlanParts
+        from nbpeft.widgets.plan_controls import PlanControls
 
-        return PlanParts(self._command, self._title, self._result.settings)
+        return PlanControls(self._command, self._title, self._result.settings)
 
     def _opened(self) -> None:
         self._parts.show(self._result, current=True)
@@ -74,10 +74,8 @@ class PlanPanel(Panel):
         return str(self._result)
 
     def _card(self, hint: str) -> str:
-        result = self._result
-        aside = " · ".join(text for text in (result.class_name, result.adapter) if text)
-        told = "".join(render.line(render.dim(note)) for note in (*result.notes, hint) if note)
-        return render.card(self._title, result.body(), told, aside=aside)
+        view = self._result.view()
+        return to_html(card(view.title, *view.blocks, line(dim(hint)), aside=view.aside))
 
     @property
     def _title(self) -> str:
@@ -107,7 +105,7 @@ class PlanPanel(Panel):
         self._result = found
         if self._parts is not None:
             self._parts.show(found, current=True)
-            self._say("", styles.DIM)
+            self._say("", "dim")
 
     def _prepare(self, settings: PlanSettings) -> None:
         self._worker.submit(lambda stopped: self._guarded(lambda: self._prepared(settings, stopped)))

@@ -1,32 +1,8 @@
-"""Colours and style strings of the panels.
-
-Everything is inline: JupyterLab drops style sheets from notebooks it does not trust. A value
-that its sanitizer does not know (``var(…)``) is dropped too, so what must survive is written
-before it in plain CSS, and the theme's value after it.
-"""
+"""Style sheet of the panels, whose widgets never reach a notebook that is not trusted."""
 
 from __future__ import annotations
 
-ACCENT = "var(--jp-brand-color1, #1976d2)"
-ON_ACCENT = "var(--jp-layout-color0, #fff)"
-BORDER = "var(--jp-border-color2, rgba(128,128,128,.35))"
-DIM = "var(--jp-ui-font-color2, #757575)"
-ERROR = "var(--jp-error-color1, #d32f2f)"
-FILL = "var(--jp-layout-color2, rgba(128,128,128,.2))"
-STRONG = "var(--jp-ui-font-color0, inherit)"
-TEXT = "var(--jp-ui-font-color1, inherit)"
-WARN = "var(--jp-warn-color0, #b26a00)"
-
-SERIES = ("#4c78a8", "#f58518", "#e45756", "#72b7b2", "#b279a2", "#54a24b", "#9d755d", "#bab0ac")
-"""Colours of parts of a whole, readable on light and dark."""
-
-ELSEWHERE = "rgba(128,128,128,.55)"
-"""Colour of memory that others use."""
-
-EVAL = SERIES[1]
-"""Colour of evaluation losses."""
-
-FONT = "font:13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);font-variant-numeric:tabular-nums"
+from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT
 
 PANEL_CSS = f"""
 .nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: 100%; max-width: 930px;
@@ -45,8 +21,8 @@ PANEL_CSS = f"""
 .nbpeft-choices .nbpeft-on + .jupyter-button.nbpeft-on {{ border-left-color: {ON_ACCENT}; }}
 .nbpeft-row {{ border-bottom: 1px solid {BORDER}; align-items: center; min-height: 30px; overflow: visible; }}
 .nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
-.nbpeft-grid {{ display: grid; align-items: center; grid-template-columns: minmax(0, 1.5fr) minmax(0, .8fr)
-  minmax(0, .9fr) minmax(0, 1.6fr) minmax(0, 1.2fr) minmax(0, .9fr) minmax(0, 1.4fr); }}
+.nbpeft-grid {{ display: grid; align-items: center; grid-template-columns: minmax(0, 1.4fr) minmax(0, .8fr)
+  minmax(0, .9fr) minmax(0, 1.9fr) minmax(0, 1.2fr) minmax(0, .9fr) minmax(0, 1.3fr); }}
 .nbpeft-grid > div {{ padding: 4px 8px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
 .nbpeft-grid > .nbpeft-number {{ text-align: right; }}
 @container (max-width: 660px) {{
@@ -62,5 +38,14 @@ PANEL_CSS = f"""
 .nbpeft-panel .jupyter-button.nbpeft-small.nbpeft-on {{ border-color: {ACCENT}; color: {ACCENT}; }}
 .nbpeft-panel .nbpeft-danger {{ background: {ERROR}; border-color: {ERROR}; color: #fff; }}
 .nbpeft-panel .nbpeft-bare {{ border-color: transparent; background: transparent; color: {DIM}; text-overflow: clip; }}
+.nbpeft-panel textarea, .nbpeft-panel input, .nbpeft-panel select {{ font-size: 13px; }}
+.nbpeft-panel select {{ appearance: auto; background-image: none; }}
+.nbpeft-panel textarea {{ line-height: 1.4; padding: 5px 8px; box-sizing: border-box; }}
+.nbpeft-panel .nbpeft-action {{ height: 28px; line-height: 26px; padding: 0 10px; margin: 0 0 0 8px; flex: 0 0 auto;
+  border: 1px solid {BORDER}; border-radius: 3px; background: {FILL}; color: {TEXT}; }}
+.nbpeft-panel .jupyter-button.nbpeft-primary, .nbpeft-panel .jupyter-button.nbpeft-primary:hover:enabled {{
+  background: {ACCENT}; border-color: {ACCENT}; color: {ON_ACCENT}; }}
+.nbpeft-inner {{ margin-top: 12px; max-width: none; }}
+.nbpeft-settings {{ flex-wrap: wrap; align-items: center; gap: 4px 14px; overflow: visible; }}
+.nbpeft-settings > * {{ flex: 0 0 auto; }}
 """
-"""Style sheet of the interactive panel, whose widgets never reach a notebook that is not trusted."""

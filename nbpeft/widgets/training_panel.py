@@ -15,9 +15,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
-from nbpeft.state import SessionState, TrainState
-from nbpeft.widgets import views
-from nbpeft.widgets.charts import ENDED
+from nbpeft.display.html import to_html
+from nbpeft.display.training import training_card, training_text
+from nbpeft.state import ENDED, SessionState, TrainState
 from nbpeft.widgets.environment import Ui, shown_as, widgets_hint
 from nbpeft.widgets.run_buttons import RunButtons
 
@@ -137,8 +137,8 @@ class _HtmlOutput:
 
         hint = self._hint if train.status not in ENDED else ""
         bundle = {
-            "text/html": views.training_card(train, model_name=self._model_name, hint=hint),
-            "text/plain": views.training_text(train),
+            "text/html": to_html(training_card(train, model_name=self._model_name, hint=hint)),
+            "text/plain": training_text(train),
         }
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)
@@ -157,7 +157,7 @@ class _TextOutput:
         self._written_at = float("-inf")
 
     def draw(self, train: TrainState) -> None:
-        line, ended = views.training_text(train), train.status in ENDED
+        line, ended = training_text(train), train.status in ENDED
         if self._stream.isatty():
             columns = shutil.get_terminal_size().columns - 1
             line = (

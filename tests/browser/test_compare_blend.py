@@ -23,7 +23,7 @@ model, tokenizer = llama(), CharTokenizer()
 randomize(model, 'pirate', 1)
 randomize(model, 'orders', 2)
 """
-STATE = "print('adapters:', *(item.name for item in nbpeft.session().state.models[0].adapters))"
+STATE = "print('adapters:', *(item.name for item in nbpeft.get_session().state.models[0].adapters))"
 BOOK = """\
 from nbpeft.widgets import BlendPanel, ComparePanel
 from tests.widgets.answering import ANSWERS, BLENDED, AnsweringSession

@@ -226,7 +226,7 @@ def test_the_panel_has_a_snapshot_and_clicks_reach_the_session(notebook: Noteboo
         if message["msg_type"] in ("execute_result", "display_data")
     )
     assert set(shown) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
-    button = "panel._parts._choices._buttons['sql']"
+    button = "panel._parts._choices._buttons[('use', 'sql')]"
     comm_id = notebook.run(f"print({button}.comm.comm_id)").strip()
     notebook.click(comm_id)
     notebook.wait(lambda: notebook.run("print('ACTIVE', *session.state.model('model').active)") == "ACTIVE sql\n")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from nbpeft.widgets import views
+from nbpeft.display.html import to_html
+from nbpeft.display.models import model_card
+from nbpeft.display.training import training_card
 from nbpeft.widgets.panel import AGAIN
 from tests.browser.conftest import Opener
 from tests.widgets.fakes import MEMORY, model, train_state
@@ -154,7 +156,7 @@ def test_a_saved_notebook_shows_the_last_picture(open_notebook: Opener, pictures
 
 def test_a_notebook_that_is_not_trusted_shows_the_snapshots(open_notebook: Opener, pictures: Path, app: str) -> None:
     final = train_state(40, status="stopped", message="stopped at step 40", remaining=None)
-    cards = (views.training_card(final, model_name="model"), views.model_card(model(memory=MEMORY), hint=AGAIN))
+    cards = (to_html(training_card(final, model_name="model")), to_html(model_card(model(memory=MEMORY), hint=AGAIN)))
     page = open_notebook(shown=[{"text/html": card, "text/plain": "hidden"} for card in cards])
     page.wait_for("stopped at step 40", cell=0)
     image = page.output(0).locator("img")

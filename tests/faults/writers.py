@@ -19,7 +19,8 @@ from nbpeft.model import LoraConfig, PeftModel, get_peft_model, merge_to_folder
 from nbpeft.model.files import write_card
 from nbpeft.training import Collator, Trainer, export_script
 from nbpeft.training.checkpoints import flaw_of
-from tests.training.support import tiny_base, token_rows
+from tests.tiny_models import llama
+from tests.training.support import token_rows
 
 OLD, NEW = 2, 3
 """Ranks of the adapters that are written, by which the two states are told apart."""
@@ -51,7 +52,7 @@ class Models:
 
     def __init__(self, home: Path) -> None:
         torch.set_num_threads(1)
-        tiny_base().save_pretrained(home / "base")
+        llama().save_pretrained(home / "base")
         self.base = home / "base"
         self.one = {rank: self._adapted(rank, NAMES[:1]) for rank in (OLD, NEW)}
         self.several = {rank: self._adapted(rank, NAMES) for rank in (OLD, NEW)}

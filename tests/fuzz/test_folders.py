@@ -29,7 +29,7 @@ FIRST = int(os.environ.get("NBPEFT_FUZZ_FROM", "0"))
 SECONDS = 2.0
 MEGABYTES = 600
 LONGEST = 520
-"""Letters of a message."""
+"""CharTokenizer of a message."""
 BLOCKS = 10
 
 

@@ -16,12 +16,12 @@ import torch
 from IPython.core.error import UsageError
 from torch import Tensor
 
-from nbpeft.magics.lora import CELLS, VERBS
-from nbpeft.magics.parse import Argument, Verb
+from nbpeft.magics.lora import CELLS, SUBCOMMANDS
+from nbpeft.magics.parse import Argument, Subcommand
+from tests.char_tokenizer import CharTokenizer
 from tests.effort import effort
 from tests.magics.notebook import Notebook, Outcome
-from tests.session.letters import Letters
-from tests.training.support import tiny_base
+from tests.tiny_models import llama
 
 COUNT = effort(quick=300, full=1_000, long=20_000)
 SEED = int(os.environ.get("NBPEFT_SEED", "7"))
@@ -104,12 +104,12 @@ class Grammar:
             return self._cell(self._random.choice(list(CELLS.values())))
         if self._one_in(40):
             return "%lora " + " ".join(self._random.choices((*HOSTILE, *PLAIN), k=self._random.randint(0, 4)))
-        verb = self._random.choice(list(VERBS.values()))
+        verb = self._random.choice(list(SUBCOMMANDS.values()))
         if verb.name in SLOW and not self._one_in(8):
             return self._drawn()
         return f"%lora {verb.name} {self._line(verb)}"
 
-    def _cell(self, verb: Verb) -> str:
+    def _cell(self, verb: Subcommand) -> str:
         """A cell, half of the time with one field that may be wrong and nothing else."""
         single = self._one_in(2)
         line = LINES[verb.name] if single or (verb.name == "lora_train" and self._one_in(2)) else self._line(verb)
@@ -122,7 +122,7 @@ class Grammar:
             lines.insert(0, self._random.choice(OTHER_LINES))
         return f"%%{verb.name} {line}\n" + "\n".join(lines)
 
-    def _line(self, verb: Verb) -> str:
+    def _line(self, verb: Subcommand) -> str:
         found: list[str] = []
         for item in verb.arguments:
             if item.positional:
@@ -164,7 +164,7 @@ class Grammar:
         return self._random.randrange(count) == 0
 
 
-class SavedLetters(Letters):
+class SavedLetters(CharTokenizer):
     """A tokenizer that a Trainer can save."""
 
     def save_pretrained(self, folder: str) -> None: ...
@@ -185,7 +185,7 @@ class Bench:
             del space[name]
         small = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
         for name in ("model", "second"):
-            self.notebook[name] = tiny_base(**small)
+            self.notebook[name] = llama(**small)
         self.notebook["rows"] = [{"input_ids": [1, 2, 3, 4]}] * 4
         self.notebook["text"], self.notebook["number"] = "hello there", 3
         self.notebook["tok"] = SavedLetters()

@@ -11,7 +11,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
-from nbpeft.session import Session, session
+from nbpeft.session import Session, get_session
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Notebook:
 
     @property
     def session(self) -> Session:
-        return session()
+        return get_session()
 
     def complete(self, text: str, cursor: int | None = None) -> list[str]:
         """What the kernel would offer at the cursor, in order."""

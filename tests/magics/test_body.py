@@ -6,7 +6,7 @@ import pytest
 
 from nbpeft.errors import CellError
 from nbpeft.magics.body import evaluate, excerpt, parse_body, parse_fields
-from nbpeft.magics.scan import scan
+from nbpeft.magics.tokenize import tokenize
 
 
 def values(source: str, **namespace: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_an_interrupt_is_not_taken_for_a_mistake() -> None:
     ],
 )
 def test_field_words(line: str, fields: dict[str, Any]) -> None:
-    assert parse_fields(scan(line), {"rank": 4}) == fields
+    assert parse_fields(tokenize(line), {"rank": 4}) == fields
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_field_words(line: str, fields: dict[str, Any]) -> None:
 )
 def test_field_words_that_cannot_be_read(line: str, message: str) -> None:
     with pytest.raises(CellError) as caught:
-        parse_fields(scan(line), {"rank": 4})
+        parse_fields(tokenize(line), {"rank": 4})
     assert message in str(caught.value)
 
 

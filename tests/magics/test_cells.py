@@ -33,7 +33,7 @@ def test_a_cell_adapts_the_model_in_its_variable(notebook: Notebook) -> None:
     assert (config.r, config.lora_alpha) == (4, 8)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert str(result) == (
-        "added 'sql' on model: LoRA r=4 alpha=8 on 4 modules (q_proj, v_proj), 896 parameters; "
+        "added 'sql' on model: LoRA r=4 α=8 on 4 modules (q_proj, v_proj), 896 parameters; "
         f"896 trainable of {total:,} ({100 * 896 / total:.2f} %)"
     )
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -206,7 +206,7 @@ def test_a_variable_that_gets_a_new_model_starts_anew(notebook: Notebook) -> Non
         ("%%lora model\ntarget_modules = ['act_fn']", "act_fn"),
         ("%%lora model\nmodules_to_save = ['nothing']", "nothing"),
         ("%%lora model\nimport os", "line 1: only lines like 'field = value' can stand here, not an import"),
-        ("%lora add model r", "'r' is one word too many"),
+        ("%lora add model r", "unexpected argument 'r'"),
         ("%lora add model lora_alfa=3", "LoraConfig has no field 'lora_alfa'"),
     ],
 )

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from nbpeft.magics.complete import Vocabulary, complete_body, complete_line, paths
-from nbpeft.magics.lora import CELLS, VERBS
+from nbpeft.magics.complete import CompletionSources, complete_body, complete_line, paths
+from nbpeft.magics.lora import CELLS, SUBCOMMANDS
 from nbpeft.magics.matcher import Completion
 
-VOCABULARY = Vocabulary(
+SOURCES = CompletionSources(
     models=lambda: ["model", "other"],
     adapters=lambda: ["sql", "chat", "support"],
     variables=lambda: ["model", "train_ds", "tok"],
     fields={"config": lambda: ["r", "rank_pattern", "target_modules"], "training": lambda: ["max_steps"]},
 )
-COMPLETION = Completion(VERBS, CELLS, VOCABULARY)
+COMPLETION = Completion(SUBCOMMANDS, CELLS, SOURCES)
 
 
 def words(before: str) -> tuple[str, ...]:
-    return complete_line(before, VERBS, VOCABULARY).words
+    return complete_line(before, SUBCOMMANDS, SOURCES).words
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_what_may_come_next(before: str, expected: tuple[str, ...]) -> None:
 
 
 def test_an_empty_line_offers_all_verbs() -> None:
-    assert set(words("")) == set(VERBS)
+    assert set(words("")) == set(SUBCOMMANDS)
 
 
 def test_paths_come_with_folders_first(tmp_path: Path) -> None:

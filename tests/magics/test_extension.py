@@ -9,7 +9,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from nbpeft.magics.matcher import IDENTIFIER
-from nbpeft.session import session
+from nbpeft.session import get_session
 from tests.magics.notebook import Notebook
 
 HOOKS = ("%lora", "%%lora", "%lora_train", "%%lora_train", "%qlora", "%%qlora")
@@ -30,19 +30,19 @@ def traces(shell: InteractiveShell) -> list[str]:
             item.__qualname__
             for callbacks in shell.events.callbacks.values()
             for item in callbacks
-            if "nbpeft" in repr(item)
+            if (getattr(item, "__module__", None) or "").startswith("nbpeft.")
         ),
     ]
 
 
 def test_unloading_leaves_nothing_behind(bare: Notebook) -> None:
-    before = session()
-    watchers = before._run_watchers
+    before = get_session()
+    watchers = before.context.run_subscribers
     assert len(traces(bare.shell)) == 11
     bare.do("%unload_ext nbpeft")
     assert traces(bare.shell) == []
     assert watchers._references == []
-    assert session() is not before
+    assert get_session() is not before
 
 
 def test_loading_twice_is_loading_once(bare: Notebook) -> None:

@@ -6,36 +6,36 @@ from typing import Any
 import pytest
 
 from nbpeft.errors import CellError
-from nbpeft.magics.lora import CELLS, VERBS
-from nbpeft.magics.parse import Request, parse_line, parse_verb
-from nbpeft.magics.scan import scan
+from nbpeft.magics.lora import CELLS, SUBCOMMANDS
+from nbpeft.magics.parse import Request, parse_arguments, parse_line
+from nbpeft.magics.tokenize import tokenize
 
 
 def parsed(line: str, **namespace: Any) -> Request:
-    request = parse_line(line, VERBS, namespace)
+    request = parse_line(line, SUBCOMMANDS, namespace)
     assert request is not None
     return request
 
 
 def test_the_verbs_of_the_design_are_there() -> None:
     wanted = ["add", "use", "off", "on", "load", "save", "delete", "merge", "unmerge", "unload", "panel", "doctor"]
-    assert set(wanted) <= set(VERBS)
+    assert set(wanted) <= set(SUBCOMMANDS)
 
 
 def test_every_verb_tells_what_it_does() -> None:
-    for verb in VERBS.values():
+    for verb in SUBCOMMANDS.values():
         assert verb.summary.endswith(".")
         assert "\n" not in verb.summary
         assert all(item.options.get("help") for item in verb.arguments)
 
 
 def test_no_line_is_no_request() -> None:
-    assert parse_line("   ", VERBS, {}) is None
+    assert parse_line("   ", SUBCOMMANDS, {}) is None
 
 
 def test_a_verb_and_its_arguments() -> None:
     request = parsed("use sql chat --model m")
-    assert request.verb.name == "use"
+    assert request.command.name == "use"
     assert (request.options.names, request.options.model) == (["sql", "chat"], "m")
 
 
@@ -86,30 +86,30 @@ def test_help_can_be_asked_for_without_arguments() -> None:
         ("use", "%lora use needs NAME, e.g. %lora use sql"),
         ("use a --modle m", "%lora use has no option --modle. Did you mean '--model'?"),
         ("use a --mod m", "%lora use has no option --mod. Did you mean '--model'?"),
-        ("rename a b c", "%lora rename: 'c' is one word too many"),
+        ("rename a b c", "%lora rename: unexpected argument 'c'"),
         ("scale a much", "%lora scale: FACTOR: expected a number, not 'much'"),
         ("load {fodler}", "name 'fodler' is not defined. Did you mean 'folder'"),
         ("load {folder} --name {model}", "{model} is an object, not text, a number or a path"),
         ("load 'a", "a quote is not closed"),
-        ("off now", "'now' is one word too many"),
+        ("off now", "unexpected argument 'now'"),
         ("use a --model", "%lora use: --model: expected one argument"),
     ],
 )
 def test_a_mistake_is_one_line(line: str, message: str) -> None:
     with pytest.raises(CellError) as caught:
-        parse_line(line, VERBS, {"folder": "x", "model": object()})
+        parse_line(line, SUBCOMMANDS, {"folder": "x", "model": object()})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_nothing_is_printed_for_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CellError):
-        parse_line("use", VERBS, {})
+        parse_line("use", SUBCOMMANDS, {})
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_line_of_a_training_cell() -> None:
     line = 'model --data ds["train"] --eval ds["test"] --tokenizer tok num_train_epochs=1'
-    options = parse_verb(CELLS["lora_train"], "%%lora_train", scan(line), {}).options
+    options = parse_arguments(CELLS["lora_train"], "%%lora_train", tokenize(line), {}).options
     assert (options.target, options.data, options.eval_data) == ("model", 'ds["train"]', 'ds["test"]')
     assert [word.text for word in options.fields] == ["num_train_epochs=1"]

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from nbpeft.memory import forecast
-from nbpeft.session.planned import PlanResult
+from nbpeft.session.results.planning import PlanResult
 from nbpeft.widgets import PlanPanel
 from tests.magics.notebook import Notebook
 from tests.pretend_cpu import pretend_cpu

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.session.planned import PlanResult
-from nbpeft.session.quantized import QloraResult
-from nbpeft.session.quantizing_preview import QloraPreview
+from nbpeft.session.results.planning import PlanResult
+from nbpeft.session.results.quantizing import QloraPreview, QloraResult
 from tests.magics.notebook import Notebook
 from tests.tiny_models import llama
 
@@ -71,7 +70,7 @@ def test_again_it_only_reconfigures(bare: Notebook, folder: Path) -> None:
     base = bare["model"].get_base_model()
     again = bare.do(cell("$place", "--name sql").replace("r = 4", "r = 2"))
     assert bare["model"].get_base_model() is base
-    assert not again.quantized and again.added.reconfigured and again.added.adapter.rank == 2
+    assert not again.quantized and again.added.reconfigured and again.added.adapter.summary["r"] == "2"
     second = bare.do(cell("model", "--name chat", "gradient_checkpointing = False\n"))
     assert not second.quantized and not base.is_activation_checkpointing
     assert set(bare["model"].peft_config) == {"sql", "chat"}
@@ -118,7 +117,7 @@ def test_what_preparing_did_is_taken_back_where_adapting_fails(
         kinds = [(parameter.dtype, parameter.requires_grad) for parameter in base.parameters()]
         return [hooks, kinds, base.is_activation_checkpointing]
 
-    notebook.session._origins.clear()
+    notebook.session.context.qlora_origins.clear()
     before = state()
 
     def fail(*_: Any, **__: Any) -> None:
@@ -239,7 +238,7 @@ MISTAKES = [
     (cell("model", "", "gguf_file = 'x'\n"), "'gguf_file' is for loading"),
     (cell("model", "", "upcast = 'all'\n"), "upcast='all' is not one of"),
     (cell("modle"), "no variable is called 'modle', and no folder. Did you mean 'model'?"),
-    (cell("place"), "write $place for what it holds"),
+    (cell("place"), "write $place to use its value"),
     (cell("./nowhere", "--as other"), "no model could be loaded from './nowhere'"),
     (cell("model", "--as 'a b'"), "--as takes the name of a variable"),
     (cell("model", "--nam x"), "has no option --nam"),

@@ -54,7 +54,7 @@ def test_an_error_with_a_traceback_before(adapted: Notebook) -> None:
 
 def test_results_never_hold_a_model(notebook: Notebook) -> None:
     notebook.do("result = %lora add model target_modules=q_proj")
-    assert notebook["result"].holder._held is None
+    assert notebook["result"].reference._model is None
     assert notebook["result"].model is notebook["model"]
     reference = weakref.ref(notebook["model"])
     del notebook.shell.user_ns["model"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nbpeft.magics.desk import TrainingCell
+from nbpeft.magics.notebook_context import TrainingCell
 from nbpeft.state import SessionState
 from nbpeft.training import Run
 from tests.magics.notebook import Notebook
@@ -87,7 +87,7 @@ def test_stop_from_elsewhere(ready: Notebook) -> None:
         ("%%lora_train model --data rows\nlr = 1", "Did you mean 'learning_rate'?"),
         ("%%lora_train model --data rows\ndata = 1", "data is given in the magic's line"),
         ("%%lora_train model --data rows[9]['x']\nmax_steps = 1", "IndexError"),
-        ("%%lora_train model --data rows[\nmax_steps = 1", "--data: 'rows[' is no expression"),
+        ("%%lora_train model --data rows[\nmax_steps = 1", "--data: 'rows[' is not a valid expression"),
         ("%%lora_train model --data rows --adapter nope\nmax_steps = 1", "'nope' not found"),
         ("%%lora_train bare --data rows\nmax_steps = 1", "no adapters"),
         ("%%lora_train model --data number\nmax_steps = 1", ""),
@@ -159,7 +159,7 @@ def test_a_token_of_the_cell_reaches_neither_the_script_nor_what_is_shown(ready:
     result = ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
     assert "hub_token left out of the script" in str(result) and "HF_TOKEN" in str(result)
     shown = told + str(result) + result._repr_html_() + (tmp_path / "train.py").read_text()
-    assert token not in shown + repr(TrainingCell("rows", None, None, None, {"hub_token": token}, ()))
+    assert token not in shown + repr(TrainingCell("rows", None, None, {"hub_token": token}, ()))
 
 
 @pytest.mark.parametrize("said", ["--max-length 4\nmax_steps = 1", "\nmax_length = 4\nmax_steps = 1"])

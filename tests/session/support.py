@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nbpeft.session.answering import Batch
+from nbpeft.session.generation import PromptBatch
 from tests.char_tokenizer import CharTokenizer
 
 
@@ -29,5 +29,8 @@ def alone(model: Any, prompt: str, name: str | None, tokens: int = 10) -> str:
         made = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
         )
-    batch = Batch.of([prompt], CharTokenizer(), model.get_base_model())
-    return str(batch.answer(made[0, ids.shape[1] :].tolist(), tokens).text)
+    return str(
+        PromptBatch.of([prompt], CharTokenizer(), model.get_base_model())
+        .answer(made[0, ids.shape[1] :].tolist(), tokens)
+        .text
+    )

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from nbpeft.display.html import to_html
 from nbpeft.errors import AdapterError, MergeError, NbpeftError, UnknownAdapterError
 from nbpeft.model.serving import blended
 from nbpeft.session import Session
-from nbpeft.session.answering import Batch
-from nbpeft.session.compared import Answer, Column, CompareResult
+from nbpeft.session.generation import PromptBatch
+from nbpeft.session.results.comparing import Answer, Column, CompareResult
 from tests.char_tokenizer import END, CharTokenizer
 from tests.session.support import alone, everything
 from tests.tiny_models import llama, logits, same_state
@@ -98,7 +99,7 @@ def test_adapters_that_are_switched_off_answer_when_they_are_asked(session: Sess
 
 
 def test_answers_are_reported_while_they_come(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbpeft.session.answering.INTERVAL", 0.0)
+    monkeypatch.setattr("nbpeft.session.generation.INTERVAL", 0.0)
     seen: list[CompareResult] = []
     result = session.compare(PROMPTS, tokenizer=CharTokenizer(), max_new_tokens=6, on_text=seen.append)
     assert [item.status for item in seen] == ["running"] * len(seen)
@@ -117,7 +118,7 @@ def test_it_can_be_stopped_and_interrupted(session: Session, model: Any, monkeyp
     assert {answer.token_count for column in result.columns for answer in column.answers} <= {0, 1, 2, 3}
     assert "stopped" in str(result)
 
-    monkeypatch.setattr("nbpeft.session.answering.INTERVAL", 0.0)
+    monkeypatch.setattr("nbpeft.session.generation.INTERVAL", 0.0)
 
     def interrupt(partial: CompareResult) -> None:
         if partial.token_count:
@@ -130,7 +131,7 @@ def test_it_can_be_stopped_and_interrupted(session: Session, model: Any, monkeyp
 
 
 def test_an_answer_ends_at_the_end_token() -> None:
-    batch = Batch(("Hi",), ((1,),), CharTokenizer(), 95, frozenset({END}))
+    batch = PromptBatch(("Hi",), ((1,),), CharTokenizer(), 95, frozenset({END}))
     words = [ord(letter) - 32 for letter in "yes"]
     assert batch.answer([*words, END, 4, 4], 10) == Answer("yes", 3, ended=True)
     assert batch.answer(words, 3) == Answer("yes", 3, cut=True)
@@ -140,15 +141,15 @@ def test_an_answer_ends_at_the_end_token() -> None:
 def test_plain_prompts_go_through_the_chat_template(session: Session, model: Any) -> None:
     base = model.get_base_model()
     chat, plain = CharTokenizer("template"), CharTokenizer()
-    assert Batch.of(["Hi"], chat, base).token_ids == (tuple(plain("<Hi>")["input_ids"]),)
-    assert Batch.of(["Hi"], chat, base, chat=False).token_ids == (tuple(plain("Hi")["input_ids"]),)
-    assert Batch.of(["Hi"], plain, base).token_ids == (tuple(plain("Hi")["input_ids"]),)
+    assert PromptBatch.of(["Hi"], chat, base).token_ids == (tuple(plain("<Hi>")["input_ids"]),)
+    assert PromptBatch.of(["Hi"], chat, base, chat=False).token_ids == (tuple(plain("Hi")["input_ids"]),)
+    assert PromptBatch.of(["Hi"], plain, base).token_ids == (tuple(plain("Hi")["input_ids"]),)
     talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-    batch = Batch.of([talk], chat, base)
+    batch = PromptBatch.of([talk], chat, base)
     assert batch.token_ids == (tuple(plain("<Be kind.><Hi>")["input_ids"]),)
     assert batch.prompts == ("Hi",)
     with pytest.raises(AdapterError, match="no chat template"):
-        Batch.of([talk], plain, base)
+        PromptBatch.of([talk], plain, base)
 
 
 def test_prompts_are_sent_as_the_adapters_were_trained(session: Session, model: Any) -> None:
@@ -178,7 +179,7 @@ def test_the_tokenizer_is_remembered_with_the_model(session: Session, model: Any
     other.compare("Hi", tokenizer=tokenizer, max_new_tokens=1)
     session.unload()
     del tokenizer, handle, model
-    session._tokenizers._of.clear()
+    session.context.tokenizers.clear()
     gc.collect()
     assert gone() is None
 
@@ -232,7 +233,7 @@ def test_words_that_differ_are_marked() -> None:
     assert "same as a" in html
     assert "&lt;prompt&gt;" in html and "&lt;chairs&gt;" in html and "<chairs>" not in html
     assert "one batched pass · 1.9 s" in html
-    assert marks(shown("count: 12", "count: 13").html(against="b")) == ["12"]
+    assert marks(to_html(shown("count: 12", "count: 13").view("b"))) == ["12"]
     assert marks(shown('"count": 12}', '"count": "12, arr"}')._repr_html_()) == ["&quot;12, arr&quot;"]
     assert marks(shown("one, two-and-three, four", "one, two-three, four")._repr_html_()) == []
 

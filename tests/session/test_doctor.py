@@ -7,6 +7,7 @@ import torch
 
 from nbpeft.magics.front_end import front_end_checks
 from nbpeft.session import doctor
+from nbpeft.session.results import DoctorReport
 from tests.pretend_cpu import pretend_cpu
 
 
@@ -18,7 +19,7 @@ def test_versions_compare_by_number(version: str, minimum: str, older: bool) -> 
     assert doctor.older(version, minimum) is older
 
 
-def installed(versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> doctor.DoctorReport:
+def installed(versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> DoctorReport:
     real = importlib.metadata.version
 
     def version(name: str) -> str:

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.memory.suggest import Suggestion
 from nbpeft.session import Session
-from nbpeft.session.planned import PlanResult, PlanSettings, Room
-from nbpeft.session.planning import _room
+from nbpeft.session.commands.planning import _room
+from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
 from nbpeft.state import MemoryPart
 from tests.pretend_cpu import pretend_cpu
 

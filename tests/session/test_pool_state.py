@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from nbpeft.display.html import to_html
+from nbpeft.display.models import model_card, model_text
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.session import Session
-from nbpeft.widgets import views
 from tests.char_tokenizer import CharTokenizer
 from tests.model.pool_support import make_folders, pool_of
 
@@ -23,8 +24,8 @@ def test_adapters_that_wait_in_the_pool_are_counted(session: Session, tmp_path: 
     assert state is not None
     assert {item.name for item in state.adapters} == {"a", "b"} and state.active == ("b",)
     assert state.waiting_count == len(folders) - 2
-    assert "4 more in the pool" in views.model_card(state)
-    assert "a (LoRA), b* (LoRA) and 4 more in the pool" in views.model_text(state)
+    assert "4 more in the pool" in to_html(model_card(state))
+    assert "a (LoRA), b* (LoRA) and 4 more in the pool" in model_text(state)
     pool.register("g", folders["a"])
     assert session.state.models[0].waiting_count == 5
     session.use("c", model="model")

@@ -77,10 +77,10 @@ def test_the_state_is_plain_data(session: Session, model: Any) -> None:
     assert (shown.class_name, shown.dtype, shown.device) == ("LlamaForCausalLM", "float32", "cpu")
     assert (shown.trainable_count, shown.parameter_count) == model.get_nb_trainable_parameters()
     (adapter,) = shown.adapters
-    assert (adapter.name, adapter.method, adapter.rank, adapter.alpha) == ("sql", "LoRA", 4, 8)
+    assert (adapter.name, adapter.method, dict(adapter.summary)) == ("sql", "LoRA", {"r": "4", "α": "8"})
     assert (adapter.module_count, adapter.targets) == (4, ("q_proj", "v_proj"))
     assert adapter.byte_count == 4 * adapter.parameter_count == 4 * shown.trainable_count
-    assert (adapter.active, adapter.trainable, adapter.merged, adapter.mixed_ranks) == (True, True, False, False)
+    assert (adapter.active, adapter.trainable, adapter.merged) == (True, True, False)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_methods_are_called_what_people_call_them(session: Session, fields: dict
 
 def test_mixed_ranks_are_said(session: Session) -> None:
     result = session.add(llama(), FIELDS | {"rank_pattern": {"q_proj": 2}})
-    assert result.adapter.mixed_ranks
+    assert result.adapter.summary["r"] == "4*" and result.adapter.summary["α"] == "8"
 
 
 def test_counts_follow_switching(session: Session, model: Any) -> None:
@@ -225,7 +225,7 @@ def test_a_loop_that_was_dropped_keeps_nobody_out(session: Session, model: Any) 
     run = session.track(model, 2)
     run.begin()
     assert isinstance(in_thread(lambda: session.use("sql")), BusyError)
-    session._running.clear()
+    session.context.runs.clear()
     del run
     gc.collect()
     assert in_thread(lambda: session.use("sql")) is None

@@ -51,7 +51,7 @@ def test_what_takes_something_away_asks_which_of_several(
     session.save(tmp_path / "x", name="x", model="first")
     before = state_of(*two)
     command = what.partition(" ")[0]
-    words = rf"several models carry adapters: first, second; say which one to {command} \(model, --model\)"
+    words = rf"several models carry adapters: first, second; say which one to {command} \(model=…\)"
     with pytest.raises(AdapterError, match=words) as caught:
         TAKING[what](session, tmp_path)
     assert caught.value.details["available"] == ("first", "second")
@@ -79,7 +79,7 @@ def test_no_model_takes_the_place_of_one_that_is_gone(session: Session, gone: st
     del model
     assert session.names == ("left",) and session.state.current is None
     for command in (session.merge, session.off, session.unload, session.unmerge, session.model):
-        words = r"the model used last is unloaded or gone; say which one is meant \(model, --model\): left"
+        words = r"the model used last is unloaded or gone; say which one is meant \(model=…\): left"
         with pytest.raises(AdapterError, match=words):
             command()
     assert left.manager.merged == () and left.manager.enabled
@@ -109,7 +109,7 @@ def test_what_was_adapted_in_python_takes_no_place(session: Session) -> None:
     newer = Session()
     newer.adopt({"model": model, "other": other})
     assert newer.state.current is None
-    with pytest.raises(AdapterError, match=r"say which one is meant \(model, --model\): model, other"):
+    with pytest.raises(AdapterError, match=r"say which one is meant \(model=…\): model, other"):
         newer.off()
     alone = Session()
     alone.adopt({"other": other})
@@ -132,7 +132,7 @@ class TestAFailure:
         def fail(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("nbpeft.session.adapters.AddResult", fail)
+        monkeypatch.setattr("nbpeft.session.commands.adapters.AddResult", fail)
         with pytest.raises(KeyboardInterrupt):
             session.add(base, FIELDS, name="y", variable="model", trainable=False)
         assert {name: (id(p), p.requires_grad) for name, p in base.named_parameters()} == before
@@ -146,7 +146,7 @@ class TestAFailure:
         def fail(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("nbpeft.session.adapters.LoadResult", fail)
+        monkeypatch.setattr("nbpeft.session.commands.adapters.LoadResult", fail)
         with pytest.raises(KeyboardInterrupt):
             session.load(tmp_path / "x", model=base)
         assert {name: (id(p), p.requires_grad) for name, p in base.named_parameters()} == before
@@ -171,7 +171,7 @@ def test_a_folder_whose_name_cannot_be_an_adapters(
             raise AdapterError("'taken' cannot name an adapter", name=name)
 
     monkeypatch.setattr("nbpeft.engine.holder.check_name", refuse)
-    with pytest.raises(AdapterError, match=r"'taken' cannot name an adapter; give the adapter a name \(name, --name\)"):
+    with pytest.raises(AdapterError, match=r"'taken' cannot name an adapter; give the adapter a name \(name=…\)"):
         session.load(tmp_path / "taken")
     with pytest.raises(AdapterError, match=r"'taken' cannot name an adapter$"):
         session.load(tmp_path / "taken", name="taken")

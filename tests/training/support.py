@@ -10,7 +10,6 @@ from torch import nn
 from tests.tiny_models import VOCABULARY, adapted, llama
 
 torch.set_num_threads(1)
-tiny_base = llama  # the name that tests/faults and tests/fuzz still use
 
 
 def trainable(base: nn.Module | None = None, name: str = "default", **config: Any) -> Any:

@@ -44,7 +44,7 @@ def test_a_cell_trains_and_gets_a_result(capsys):
     assert result.token_count == 2 * sum(len(row["input_ids"]) for row in rows)
     assert result.eval_loss == result.state.eval_history[-1][1] and len(result.state.eval_history) == 2
     assert states[0].status == "running" and states[-1] == result.state and result.message == ""
-    assert str(result).startswith("default finished · 4 steps · ") and "<b>default finished</b>" in result._repr_html_()
+    assert str(result).startswith("default finished · 4 steps · ") and ">default finished</b>" in result._repr_html_()
     assert any(not torch.equal(before[name], value) for name, value in weights(model).items())
     assert capsys.readouterr().out == ""
 

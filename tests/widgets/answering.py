@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError
-from nbpeft.session.compared import BASE, Answer, Column, CompareResult, blend_title
+from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, blend_title
 from tests.widgets.fakes import FakeSession, adapter
 
 PROMPT = "Order: Ana from Lima needs 12 chairs."

@@ -12,10 +12,10 @@ from inspect import ismethod
 from types import SimpleNamespace
 from typing import Any
 
+from nbpeft.display.charts import smooth
 from nbpeft.errors import BusyError, UnknownAdapterError
 from nbpeft.state import AdapterState, MemoryPart, MemoryState, ModelState, SessionState, TrainState
 from nbpeft.training.control import RunControl
-from nbpeft.widgets.charts import smooth
 
 INTERVAL = 0.2
 
@@ -25,9 +25,7 @@ def adapter(name: str = "orders", **changes: Any) -> AdapterState:
     plain = AdapterState(
         name=name,
         method="LoRA",
-        rank=16,
-        alpha=32.0,
-        mixed_ranks=False,
+        summary={"r": "16", "α": "32"},
         module_count=210,
         targets=("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
         parameter_count=4_884_480,
@@ -44,8 +42,7 @@ ADAPTERS = (
     adapter(
         "pirate",
         method="DoRA",
-        rank=8,
-        alpha=16.0,
+        summary={"r": "8", "α": "16"},
         module_count=60,
         targets=("q_proj", "v_proj"),
         parameter_count=506_880,
@@ -54,14 +51,12 @@ ADAPTERS = (
     ),
     adapter(
         "sql",
-        rank=8,
-        alpha=8.0,
+        summary={"r": "8*", "α": "8"},
         module_count=60,
         targets=("q_proj", "v_proj"),
         parameter_count=460_800,
         byte_count=1_843_200,
         trainable=False,
-        mixed_ranks=True,
     ),
 )
 MEMORY = MemoryState(
@@ -174,7 +169,8 @@ class FakeSession:
 
     def off(self, *, model: str) -> Any:
         self._take("off")
-        self.change(model, active=(), enabled=False)
+        adapters = tuple(dataclasses.replace(item, active=False) for item in self.models[model].adapters)
+        self.change(model, adapters=adapters, active=(), enabled=False)
         return SimpleNamespace(notes=())
 
     def save(self, folder: str, *, name: str, model: str) -> str:

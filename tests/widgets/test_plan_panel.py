@@ -13,7 +13,7 @@ import pytest
 from transformers import LlamaConfig
 
 from nbpeft.session import Session
-from nbpeft.session.planning import MemoryPlanner
+from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.widgets import PlanPanel, close_all
 from nbpeft.widgets.environment import WIDGET_VIEW
 from tests.widgets.test_adapters_panel import walk

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from nbpeft.widgets import charts, environment, run_buttons, show_run, training_panel, views
+from nbpeft.display import charts
+from nbpeft.display.training import training_text
+from nbpeft.widgets import environment, run_buttons, show_run, training_panel
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.training_panel import RunView
 from tests.widgets.fakes import FakeRun, FakeSession, model, simulate, train_state
@@ -123,7 +125,7 @@ def test_the_buttons_pause_resume_and_stop(session: Any, outputs: list[Output]) 
     assert seen(buttons) == ["Pause", "Stop"]
     buttons.stop.click()
     thread.join(5)
-    assert "stopped: step" in views.training_text(run.state)
+    assert "stopped: step" in training_text(run.state)
     assert run.control.deliver_clicks is None
 
 

@@ -1,0 +1,234 @@
+"""Loss curves as SVG: drawn from decimated points, in the colours of the theme.
+
+``loss_chart`` draws into a page; ``loss_image`` is the same picture as a self-contained
+``<img>``, which stays when a notebook is saved, reopened, or not trusted. An image sees no theme,
+so its colours are chosen to be readable on light and on dark.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from nbpeft.display import palette
+from nbpeft.state import ENDED, TrainState
+
+Point = tuple[float, float]
+
+WIDTH, HEIGHT = 900, 172
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 10, 38
+_SMOOTHING = 0.9
+
+
+@dataclass(frozen=True)
+class ChartStyle:
+    """Colours of a chart, as CSS values."""
+
+    text: str
+    grid: str
+    line: str
+    evaluated: str
+    font: str
+    text_size: str
+    """Text shrinks with the picture, so it is larger where the page (of an image: the image) is narrow."""
+
+
+THEME = ChartStyle(
+    text=palette.DIM,
+    grid=palette.BORDER,
+    line=palette.ACCENT,
+    evaluated=palette.EVALUATION,
+    font="var(--jp-ui-font-family, system-ui, sans-serif)",
+    text_size="clamp(11px, calc(27px - 1.45vw), 17px)",
+)
+NEUTRAL = ChartStyle(
+    text="#808080",
+    grid="rgba(128,128,128,.3)",
+    line="#2b88e0",
+    evaluated=palette.EVALUATION,
+    font="system-ui, 'DejaVu Sans', sans-serif",
+    text_size="clamp(11px, calc(25px - 1.6vw), 17px)",
+)
+
+
+def decimate(points: Sequence[Point], buckets: int = 240) -> list[Point]:
+    """At most ``2 * buckets`` of the points: the lowest and the highest of each bucket, in order."""
+    if len(points) <= 2 * buckets:
+        return list(points)
+    kept: list[Point] = []
+    for number in range(buckets):
+        chunk = range(number * len(points) // buckets, (number + 1) * len(points) // buckets)
+        low = min(chunk, key=lambda index: points[index][1])
+        high = max(chunk, key=lambda index: points[index][1])
+        kept.extend(points[index] for index in sorted({low, high}))
+    return kept
+
+
+def smooth(points: Sequence[Point], weight: float = _SMOOTHING) -> list[Point]:
+    """Exponential moving average of the values, without a pull towards zero at the start."""
+    total = mass = 0.0
+    smoothed = []
+    for place, value in points:
+        total = weight * total + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        smoothed.append((place, total / mass))
+    return smoothed
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round values from at or below ``low`` to at or above ``high``, about ``most`` of them."""
+    span, largest = high - low, max(abs(low), abs(high))
+    if span <= largest * 1e-9 or span < 1e-300:  # nothing to tell apart
+        span = largest if largest > 1e-300 else 1.0
+    raw = span / max(1, most - 1)
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]
+
+
+def loss_chart(train: TrainState, style: ChartStyle = THEME) -> str:
+    """The loss curve of a run as an ``<svg>`` element of fixed proportions.
+
+    Args:
+        train: The run; pairs whose loss is not finite are left out.
+        style: Colours and fonts.
+    """
+    raw = _finite(train.history)
+    evaluated = _finite(train.eval_history)
+    planned = 0 if train.status in ENDED else train.total_steps or 0
+    frame = _Frame.around(raw, evaluated, max(train.step, planned), _no_curve(train))
+    curve = smooth(raw)
+    if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
+        curve[-1] = (curve[-1][0], train.smoothed_loss)
+    parts = [frame.draw(style)]
+    if len(raw) > 1:
+        parts.append(_path(frame.place(decimate(raw)), style.line, "1", ".45"))
+        parts.append(_path(frame.place(decimate(curve)), style.line, "2", "1"))
+    elif raw:
+        parts.append(_dots(frame.place(raw), style.line))
+    parts.append(_dots(frame.place(evaluated), style.evaluated))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'role="img" aria-label="{escape(describe(train))}" '
+        f'style="display:block;width:100%;max-width:{WIDTH}px;height:auto;font:11px {style.font};'
+        f'font-size:{style.text_size};font-variant-numeric:tabular-nums">{"".join(parts)}</svg>'
+    )
+
+
+def loss_image(train: TrainState) -> str:
+    """The loss curve of a run as an ``<img>`` that carries its picture in itself."""
+    svg = loss_chart(train, NEUTRAL)
+    data = base64.b64encode(svg.encode()).decode()
+    return (
+        f'<img src="data:image/svg+xml;base64,{data}" width="{WIDTH}" height="{HEIGHT}" '
+        f'alt="{escape(describe(train))}" style="display:block;width:100%;max-width:{WIDTH}px;height:auto;margin:0">'
+    )
+
+
+def describe(train: TrainState) -> str:
+    """What the chart shows, for those who cannot see it."""
+    points = _finite(train.history)
+    if not points:
+        return _no_curve(train)
+    (first, start), (last, end) = points[0], points[-1]
+    return f"training loss {start:.4g} at step {first:g}, {end:.4g} at step {last:g}"
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where values lie in the picture."""
+
+    across: tuple[float, ...]
+    upwards: tuple[float, ...]
+    end: float
+    empty: str
+
+    @classmethod
+    def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], total: int, without: str) -> _Frame:
+        """The frame that holds the points; ``without`` is what it says where there are none."""
+        values = [value for _, value in (*raw, *evaluated)]
+        low, high = (min(values), max(values)) if values else (0.0, 1.0)
+        if low >= 0 and low < high / 2:
+            low = 0.0
+        end = float(max([total, 1, *(step for step, _ in (*raw, *evaluated))]))
+        across = tuple(tick for tick in ticks(0, end, 6) if tick <= end * (1 + 1e-9) and tick == int(tick))
+        return cls(across, tuple(ticks(low, high, 4)), end, "" if values else without)
+
+    def place(self, points: Sequence[Point]) -> list[Point]:
+        return [(self._x(step), self._y(value)) for step, value in points]
+
+    def draw(self, style: ChartStyle) -> str:
+        """Grid lines, their labels and the name of the axis."""
+        lines, labels = [], []
+        for tick in self.upwards:
+            y = self._y(tick)
+            lines.append(f"M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}")
+            if not self.empty:
+                labels.append(
+                    f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_label(tick, self.upwards)}</text>'
+                )
+        for tick in self.across:
+            x, anchor = self._x(tick), "start" if tick == 0 else "end" if tick > 0.98 * self.end else "middle"
+            labels.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="{anchor}">{tick:,.0f}</text>')
+        middle = (_LEFT + WIDTH - _RIGHT) / 2
+        labels.append(f'<text x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
+        if self.empty:
+            labels.append(
+                f'<text x="{middle:.0f}" y="{(HEIGHT - _BOTTOM + _TOP) / 2 + 4:.0f}" text-anchor="middle">'
+                f"{self.empty}</text>"
+            )
+        return (
+            f'<path d="{"".join(lines)}" fill="none" style="stroke:{style.grid}"/>'
+            f'<g style="fill:{style.text}">{"".join(labels)}</g>'
+        )
+
+    def _x(self, step: float) -> float:
+        return _LEFT + step / self.end * (WIDTH - _LEFT - _RIGHT)
+
+    def _y(self, value: float) -> float:
+        low, high = self.upwards[0], self.upwards[-1]
+        return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+
+
+def _no_curve(train: TrainState) -> str:
+    """Why there is nothing to draw."""
+    if train.history or (train.loss is not None and not math.isfinite(train.loss)):
+        return "the loss is not a finite number"
+    if train.status in ENDED:
+        return "no loss was noted" if train.step else "no step was finished"
+    return "waiting for the first loss"
+
+
+def _finite(points: Sequence[tuple[int, float]]) -> list[Point]:
+    return [(float(step), value) for step, value in points if math.isfinite(value)]
+
+
+def _label(tick: float, all_ticks: Sequence[float]) -> str:
+    """A tick with as many decimals as tell it from its neighbours."""
+    step = all_ticks[1] - all_ticks[0]
+    decimals = max(0, -math.floor(math.log10(step)))
+    if not math.isclose(step, round(step, decimals), rel_tol=1e-6):
+        decimals += 1
+    largest = max(abs(value) for value in all_ticks)
+    if decimals <= 6 and largest < 1e6:
+        return f"{tick:,.{decimals}f}"
+    if tick == 0:
+        return "0"
+    mantissa, exponent = f"{tick:.{max(1, math.ceil(math.log10(largest / step)))}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _path(points: Sequence[Point], colour: str, width: str, opacity: str) -> str:
+    corners = " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return (
+        f'<path d="M{corners}" fill="none" stroke-width="{width}" stroke-linejoin="round" '
+        f'style="stroke:{colour};stroke-opacity:{opacity}"/>'
+    )
+
+
+def _dots(points: Sequence[Point], colour: str) -> str:
+    return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>' for x, y in points)

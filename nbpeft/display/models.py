@@ -1,0 +1,166 @@
+"""Adapters and models in words and as blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nbpeft.display.blocks import Card, Line, Span, Table, Text, bold, card, dim, line
+from nbpeft.display.memory import memory_bar
+from nbpeft.display.numbers import NONE, count, plural, share, short_count, size
+from nbpeft.state import AdapterState, ModelState
+
+ADAPTER_FIGURES = (2, 4, 5)
+"""Columns of ``adapter_cells`` that hold figures."""
+
+
+def with_notes(text: str, notes: tuple[str, ...]) -> str:
+    """A line with its notes behind it."""
+    return text + "".join(f" [note: {note}]" for note in notes)
+
+
+def settings(adapter: AdapterState) -> str:
+    """``r=16 α=32``."""
+    return " ".join(f"{key}={value}" for key, value in adapter.summary.items())
+
+
+def describe(adapter: AdapterState) -> str:
+    """``LoRA r=16 α=32 on 210 modules (q_proj, v_proj), 4,884,480 parameters``."""
+    what = " ".join(part for part in (adapter.method, settings(adapter)) if part)
+    where = ", ".join(adapter.targets[:8]) + (", …" if len(adapter.targets) > 8 else "")
+    return f"{what} on {plural(adapter.module_count, 'module')} ({where}), {count(adapter.parameter_count)} parameters"
+
+
+def trainable(model: ModelState) -> str:
+    """``4,884,480 trainable of 140,366,688 (3.48 %)``."""
+    return f"{count(model.trainable_count)} {_of_all(model)}"
+
+
+def _of_all(model: ModelState) -> str:
+    return f"trainable of {count(model.parameter_count)} ({share(model.trainable_count, model.parameter_count)})"
+
+
+def activity(model: ModelState) -> str:
+    """Which adapters are active, in words."""
+    if model.merged:
+        return f"merged: {', '.join(model.merged)}"
+    if not model.enabled:
+        return "off: only the base model acts"
+    return f"active: {', '.join(model.active)}" if model.active else "no adapter is active"
+
+
+def in_pool(model: ModelState) -> str:
+    """How many adapters its pool has besides those on it; empty where there are none."""
+    return f"{model.waiting_count:,} more in the pool" if model.waiting_count else ""
+
+
+def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
+    """``active, trainable``.
+
+    Args:
+        adapter: the adapter.
+        with_active: say that it is active, where that is not shown otherwise.
+    """
+    words = ["merged"] if adapter.merged else ["active"] if adapter.active and with_active else []
+    words.append("trainable" if adapter.trainable else "frozen")
+    if adapter.scale != 1.0:
+        words.append(f"× {adapter.scale:g}")
+    return ", ".join(words)
+
+
+def modules(adapter: AdapterState) -> Text:
+    """``60 · q_proj v_proj``, ``210 · down_proj + 6``; all kinds in the tooltip."""
+    few = adapter.targets if len(adapter.targets) <= 2 else (adapter.targets[0], f"+\u00a0{len(adapter.targets) - 1}")
+    words = f"{adapter.module_count}\u00a0· {' '.join(few)}" if few else str(adapter.module_count)
+    return Text(words, tooltip=" ".join(adapter.targets))
+
+
+def adapter_head(adapters: Sequence[AdapterState]) -> tuple[str, ...]:
+    """Titles of the columns of ``adapter_cells``."""
+    keys = {tuple(adapter.summary) for adapter in adapters if adapter.summary}
+    summary = " / ".join(keys.pop()) if len(keys) == 1 else "Settings"
+    return ("Adapter", "Method", summary, "Adapted modules", "Parameters", "Size", "State")
+
+
+def adapter_cells(adapter: AdapterState, head: Sequence[str]) -> tuple[Span, ...]:
+    """One adapter as a row; ``head`` as ``adapter_head`` gives it."""
+    alone = head[2] == " / ".join(adapter.summary)
+    summary = " / ".join(adapter.summary.values()) if alone else settings(adapter)
+    varies = "*: some modules have other values" if "*" in summary else ""
+    return (
+        Text(adapter.name, tooltip=adapter.name, wrap="names"),
+        adapter.method,
+        Text(summary or NONE, tooltip=varies),
+        modules(adapter),
+        count(adapter.parameter_count),
+        size(adapter.byte_count),
+        condition(adapter),
+    )
+
+
+def adapter_table(adapters: Sequence[AdapterState]) -> Table:
+    """The adapters, those that are active marked."""
+    head = adapter_head(adapters)
+    return Table(
+        head,
+        tuple(adapter_cells(adapter, head) for adapter in adapters),
+        right=ADAPTER_FIGURES,
+        marked=tuple(place for place, adapter in enumerate(adapters) if adapter.active),
+    )
+
+
+def model_title(model: ModelState) -> str:
+    """``model · LlamaForCausalLM``."""
+    return f"{model.name} · {model.class_name}"
+
+
+def model_summary(model: ModelState) -> str:
+    """``134.5 M parameters · bfloat16 · cpu``."""
+    stored = f" · {model.quantization}" if model.quantization else ""
+    return f"{short_count(model.parameter_count)} parameters · {model.dtype}{stored} · {model.device}"
+
+
+def model_card(model: ModelState | None, called: str | None = None, *, hint: str = "") -> Card:
+    """A model with its adapters.
+
+    Args:
+        model: the model, or None where it is gone.
+        called: what it was called.
+        hint: a line at the end.
+    """
+    if model is None:
+        return card(called or "model", line(dim(missing_model(called))))
+    return card(
+        model_title(model),
+        adapter_table(model.adapters) if model.adapters else line(dim(no_adapters(model))),
+        totals(model, activity(model)),
+        memory_bar(model.memory) if model.memory is not None else None,
+        line(dim(hint)),
+        aside=model_summary(model),
+    )
+
+
+def totals(model: ModelState, *more: str) -> Line:
+    """How much of the model trains, how many adapters its pool has, and more words."""
+    words = (dim(f"· {part}") for part in (in_pool(model), *more) if part)
+    return line(bold(count(model.trainable_count)), _of_all(model), *words)
+
+
+def no_adapters(model: ModelState) -> str:
+    """What to do where a model has no adapter."""
+    return f"No adapters yet. A cell that begins with %%lora {model.name} adds one."
+
+
+def missing_model(called: str | None) -> str:
+    """What to do where there is no model."""
+    if called:
+        return f"There is no model {called!r} any more: it was unloaded or deleted."
+    return "No model yet. A cell that begins with %%lora and the name of a model adapts it."
+
+
+def model_text(model: ModelState | None, called: str | None = None) -> str:
+    """A model in one line of plain text."""
+    if model is None:
+        return missing_model(called)
+    adapters = ", ".join(f"{item.name}{'*' if item.active else ''} ({item.method})" for item in model.adapters)
+    pool = f" and {in_pool(model)}" if model.waiting_count else ""
+    return f"{model_title(model)}: {adapters or 'no adapters'}{pool}; {trainable(model)}"

@@ -1,0 +1,88 @@
+"""Numbers for a person."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+NONE = "–"
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(byte_count: int | None) -> str:
+    """Bytes in decimal units: ``18.6 MB``."""
+    if byte_count is None:
+        return NONE
+    value, unit = float(byte_count), 0
+    while value >= 999.95 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{int(value)} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def count(number: int) -> str:
+    """A whole number with thousands apart: ``4,884,480``."""
+    return f"{number:,}"
+
+
+def short_count(number: int) -> str:
+    """A whole number for a heading: ``134.5 M``."""
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**4, "k")):
+        if number >= limit:
+            return f"{number / (limit if unit != 'k' else 1000):.1f} {unit}"
+    return f"{number:,}"
+
+
+def share(part: int, whole: int) -> str:
+    """A part of a whole in per cent: ``3.48 %``."""
+    return f"{100 * part / whole:.2f} %" if whole else "0 %"
+
+
+def plural(number: int, noun: str, many: str | None = None) -> str:
+    """``1 module``, ``2 modules``."""
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
+
+
+def names(items: Iterable[str], limit: int = 6) -> str:
+    """``'a', 'b' and 3 more``."""
+    quoted = [repr(item) for item in items]
+    if len(quoted) <= limit:
+        return ", ".join(quoted)
+    return f"{', '.join(quoted[:limit])} and {len(quoted) - limit} more"
+
+
+def loss(value: float | None) -> str:
+    """A loss: three decimals where they are enough."""
+    if value is None:
+        return NONE
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞"
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.2e}"
+
+
+def rate(value: float | None) -> str:
+    """Tokens a second."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def learning_rate(value: float | None) -> str:
+    """``7.1e-4``."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def clock(seconds: float | None) -> str:
+    """``0:31``, ``1:02:03``."""
+    if seconds is None or not math.isfinite(seconds):
+        return NONE
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,55 @@
+"""The colours of everything that is shown, as CSS values.
+
+Those of the theme are JupyterLab's variables with a fallback, so light and dark come for free. The sanitizer of
+a notebook that is not trusted drops ``var(…)``: ``PLAIN`` has what has to be written before it.
+"""
+
+from __future__ import annotations
+
+ACCENT = "var(--jp-brand-color1, #1976d2)"
+ON_ACCENT = "var(--jp-layout-color0, #fff)"
+BORDER = "var(--jp-border-color2, rgba(128,128,128,.35))"
+DIM = "var(--jp-ui-font-color2, #757575)"
+ERROR = "var(--jp-error-color1, #d32f2f)"
+FILL = "var(--jp-layout-color2, rgba(128,128,128,.2))"
+STRONG = "var(--jp-ui-font-color0, inherit)"
+TEXT = "var(--jp-ui-font-color1, inherit)"
+WARNING = "var(--jp-warn-color0, #b26a00)"
+
+PLAIN = {ACCENT: "#1976d2", ERROR: "#d32f2f", FILL: "rgba(128,128,128,.2)"}
+
+PARTS = {
+    "base weights": "#4c78a8",
+    "adapters": "#f58518",
+    "gradients": "#e45756",
+    "optimizer": "#72b7b2",
+    "activations": "#b279a2",
+    "KV cache": "#54a24b",
+    "temporary": "#9d755d",
+    "other": "#bab0ac",
+    "elsewhere": "rgba(128,128,128,.55)",
+}
+"""Colours of the parts of memory, readable on light and dark."""
+
+EVALUATION = PARTS["adapters"]
+"""Evaluation losses in a chart."""
+
+CHANGED = "rgba(114,183,178,.38)"
+"""Behind words that differ."""
+
+LIMIT = "rgba(128,128,128,.8)"
+"""Where a device ends that has room."""
+
+FONT = "font:13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);font-variant-numeric:tabular-nums"
+MONOSPACE = "font-family:monospace;font-family:var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace)"
+
+
+def of_part(name: str) -> str:
+    """The colour of a part of memory, by its name."""
+    return PARTS.get(name, PARTS["other"])
+
+
+def background(colour: str) -> str:
+    """A background that stays coloured where ``var(…)`` is dropped."""
+    plain = PLAIN.get(colour)
+    return f"background:{plain};background:{colour}" if plain else f"background:{colour}"

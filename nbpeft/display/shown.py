@@ -1,0 +1,39 @@
+"""The base class of what a notebook shows as HTML and a terminal as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbpeft.display.blocks import Block, Card
+
+
+class Shown:
+    """Shown as HTML in a notebook, as a card by rich, and as ``str`` in a terminal; ``view`` says what."""
+
+    def view(self) -> Block:
+        """What a notebook shows."""
+        return Card(str(self))
+
+    def displayed(self) -> None:
+        """Called when a notebook or a terminal shows this."""
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __rich__(self) -> Any:
+        from nbpeft.display.text import renderable
+
+        return renderable(self.view())
+
+    def _repr_html_(self) -> str:
+        from nbpeft.display.html import to_html
+
+        self.displayed()
+        return to_html(self.view())
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        self.displayed()
+        printer.text("..." if cycle else repr(self))

@@ -1,0 +1,130 @@
+"""Blocks as text for a terminal, drawn by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+from io import StringIO
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from nbpeft.display import blocks
+from nbpeft.display.memory import part_words
+from nbpeft.display.numbers import size
+
+_TONES = {"bold": "bold", "dim": "dim", "accent": "bold blue", "error": "red", "warning": "yellow"}
+_WIDEST = 100_000
+"""Columns that no line reaches: it is the terminal that breaks lines of plain text."""
+
+
+def to_text(block: blocks.Block, width: int = 100) -> str:
+    """A block as plain text."""
+    return _printed(renderable(block), width)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned and indented plain text; a cell may have several lines."""
+    return "\n".join(f"  {line}" for line in _printed(_grid(rows), _WIDEST).split("\n")) if rows else ""
+
+
+def _printed(item: RenderableType, width: int) -> str:
+    # In a kernel rich would display what is printed, whatever the file.
+    stream = StringIO()
+    console = Console(file=stream, width=width, color_system=None, force_jupyter=False, legacy_windows=False)
+    console.print(item)
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return grid
+
+
+@singledispatch
+def renderable(block: Any) -> RenderableType:
+    """A block, or several, as rich draws it."""
+    raise TypeError(f"not a block: {block!r:.80}")
+
+
+@renderable.register
+def _(block: tuple) -> RenderableType:  # type: ignore[type-arg]
+    return Group(*(renderable(part) for part in block if part not in (None, (), blocks.line())))
+
+
+@renderable.register
+def _(block: blocks.Card) -> RenderableType:
+    title, aside = Text(block.title, "bold"), Text(block.aside, "dim") if block.aside else None
+    return Panel(renderable(block.blocks), title=title, title_align="left", subtitle=aside, expand=False)
+
+
+@renderable.register
+def _(block: blocks.Stack) -> RenderableType:
+    return renderable(block.blocks)
+
+
+@renderable.register
+def _(block: blocks.Line) -> RenderableType:
+    return Text(" ").join(text for text in map(_span, block.spans) if text)
+
+
+def _span(item: blocks.Span) -> Text:
+    return Text(item) if isinstance(item, str) else Text(item.text, _TONES.get(item.tone, ""))
+
+
+@renderable.register
+def _(block: blocks.Table) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, title in enumerate(block.head):
+        table.add_column(Text(title), justify="right" if place in block.right else "left")
+    for place, row in enumerate(block.rows):
+        cells = (Text("\n").join(map(_span, cell if isinstance(cell, tuple) else (cell,))) for cell in row)
+        table.add_row(*cells, style="bold" if place in block.marked else "")
+    return table
+
+
+@renderable.register
+def _(block: blocks.Bar) -> RenderableType:
+    end = [f"{block.end_label}: {size(block.end)}"] if block.end is not None else []
+    return _grid([(part_words(part),) for part in block.parts if part.byte_count] + [(*end, block.remark)])
+
+
+@renderable.register
+def _(block: blocks.Columns) -> RenderableType:
+    return _grid([(item.title, item.text, item.aside) for item in block.boxes])
+
+
+@renderable.register
+def _(block: blocks.HeatMap) -> RenderableType:
+    def shade(cell: tuple[float, str] | None) -> str:
+        return " " if cell is None else "·░▒▓█"[min(int(cell[0] * 5), 4)]
+
+    return _grid([(label, "".join(map(shade, cells))) for label, cells in block.rows])
+
+
+@renderable.register
+def _(block: blocks.Figures) -> RenderableType:
+    return _grid([[label for _, label, _ in block.figures], [figure for figure, _, _ in block.figures]])
+
+
+@renderable.register
+def _(block: blocks.Progress) -> RenderableType:
+    return Text(f"{100 * block.done:.0f} %")
+
+
+@renderable.register
+def _(block: blocks.LossChart) -> RenderableType:
+    from nbpeft.display.charts import describe
+
+    return Text(describe(block.train), "dim")
+
+
+@renderable.register
+def _(block: blocks.Details) -> RenderableType:
+    return Group(Text(block.summary, "dim"), renderable(block.block))

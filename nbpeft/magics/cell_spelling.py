@@ -1,0 +1,35 @@
+"""Adds the spelling of cells to what the session reports.
+
+The session speaks of Python: ``session.use('sql')``, ``(name=…)``. In a cell that is ``%lora use sql``,
+``(name, --name)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+_PHRASES = {
+    "session.add(model, config)": "a cell that begins with %%lora MODEL",
+    "session.merge(to=…)": "%lora merge --to DIR",
+    "model.enable_adapter_layers()": "%lora on",
+}
+_CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
+_ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
+
+
+def in_cell_spelling(said: Any) -> Any:
+    """Return a message, or a result with its notes, in the spelling of cells."""
+    if isinstance(said, tuple):
+        return tuple(map(in_cell_spelling, said))
+    if isinstance(said, str):
+        for phrase, cell in _PHRASES.items():
+            said = said.replace(phrase, cell)
+        said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
+        return _ARGUMENT.sub(r"(\1, --\1)", said)
+    if dataclasses.is_dataclass(said) and not isinstance(said, type):
+        parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}
+        changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part)) != part}
+        return dataclasses.replace(said, **changed) if changed else said
+    return said

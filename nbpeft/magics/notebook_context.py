@@ -1,0 +1,181 @@
+"""What a subcommand works with: the notebook's variables, the session, and the way to show panels."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nbpeft.errors import CellError, near, with_article
+from nbpeft.magics.body import evaluate_expression, expression_of, look_up
+from nbpeft.magics.tokenize import reference
+from nbpeft.session import Session
+from nbpeft.session.handles import is_module
+
+_TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
+
+
+@dataclass(frozen=True)
+class TrainingCell:
+    """The text of a training cell, kept without the objects of the notebook.
+
+    Attributes:
+        data: expression of the rows.
+        eval_data: expression of the rows to evaluate on.
+        tokenizer: expression, where one was given.
+        arguments: fields whose values can be written down.
+        left_out: the other fields.
+    """
+
+    data: str
+    eval_data: str | None
+    tokenizer: str | None
+    arguments: dict[str, Any] = field(repr=False)  # a token may be among them
+    left_out: tuple[str, ...]
+
+
+@dataclass
+class NotebookContext:
+    """The notebook as subcommands see it.
+
+    Attributes:
+        namespace: variables of the notebook.
+        session: where commands go.
+        ui: how panels are shown: ``auto``, ``widgets``, ``html`` or ``text``.
+        shell: the IPython shell, or None outside one.
+        trained: model variable -> the last cell that trained it.
+    """
+
+    namespace: MutableMapping[str, Any]
+    session: Session
+    ui: Literal["auto", "widgets", "html", "text"] = "auto"
+    shell: Any = None
+    trained: dict[str, TrainingCell] = field(default_factory=dict)
+
+    def model_names(self) -> list[str]:
+        """Variables that hold a torch module, adapted models first. Imports nothing."""
+        known = [name for name in self.session.names if name in self.namespace]
+        return known + [
+            name
+            for name, value in list(self.namespace.items())
+            if not name.startswith("_") and is_module(value) and name not in known
+        ]
+
+    def module(self, name: str) -> Any:
+        """Return the model in a variable, bare or adapted.
+
+        Raises:
+            CellError: the variable is not there, or holds no model; names those that do.
+        """
+        text = reference(name) or name
+        if text not in self.namespace:
+            raise CellError(f"no variable is called {text!r:.60}.{self._models_instead(text)}")
+        value = self.namespace[text]
+        if not is_module(value):
+            raise CellError(f"{text!r:.60} is {with_article(value)}, not a model.{self._models_instead(text)}")
+        return value
+
+    def only_model(self, what: str) -> str:
+        """Return the only variable that holds a model.
+
+        Raises:
+            CellError: there is no model, or more than one.
+        """
+        names = self.model_names()
+        if len(names) == 1:
+            return names[0]
+        if not names:
+            raise CellError(f"{what} needs a model, and no variable holds one")
+        raise CellError(f"{what}: say which model: {', '.join(names)}")
+
+    def chosen(self, name: str | None) -> Any:
+        """Return the model of a command as the session takes it: a module, a session name, or None for the current one.
+
+        The present value of a variable has precedence over a model that it held before.
+
+        Raises:
+            CellError: no model is called that.
+        """
+        self.session.adopt(self.namespace)
+        if name is None or (name in self.session.names and not is_module(self.namespace.get(name))):
+            return name
+        return self.module(name)
+
+    def replace(self, old: object, new: object) -> None:
+        """Let every variable that holds one object hold another."""
+        names = [name for name, value in self.namespace.items() if value is old and not name.startswith("_")]
+        for name in names:
+            self.namespace[name] = new
+
+    def value(self, text: str, option: str) -> Any:
+        """Return the value of a variable or expression given to an option, e.g. ``train_ds`` or ``ds["train"]``.
+
+        Raises:
+            CellError: it is not there or cannot be evaluated.
+        """
+        name = reference(text) or text
+        if name.isidentifier():
+            return look_up(name, self.namespace)
+        return evaluate_expression(expression_of(text, option), dict(self.namespace))
+
+    def tokenizer(self, name: str | None = None) -> Any:
+        """Return the tokenizer in a variable; None where there is none. Imports nothing.
+
+        Args:
+            name: a variable or an expression; by default a variable of a usual name, or else the only tokenizer
+                there is.
+
+        Raises:
+            CellError: the variable is not there, or does not hold a tokenizer.
+        """
+        if name is not None:
+            found = self.value(name, "--tokenizer")
+            if not _is_tokenizer(found):
+                raise CellError(f"--tokenizer: {name!r} does not hold a tokenizer")
+            return found
+        for usual in _TOKENIZER_NAMES:
+            if _is_tokenizer(found := self.namespace.get(usual)):
+                return found
+        module = sys.modules.get("transformers.tokenization_utils_base")
+        kind = getattr(module, "PreTrainedTokenizerBase", ())
+        items = list(self.namespace.items())
+        others = {id(value): value for key, value in items if not key.startswith("_") and isinstance(value, kind)}
+        return next(iter(others.values())) if len(others) == 1 else None
+
+    def forget(self, thing: object) -> None:
+        """Remove an object, and stored tracebacks, from what the notebook keeps of outputs."""
+        for name, value in list(self.namespace.items()):
+            if value is thing and name.startswith("_"):
+                self.namespace[name] = None
+        history = self.namespace.get("Out")
+        if isinstance(history, dict):
+            for number in [number for number, value in history.items() if value is thing]:
+                del history[number]
+        displayhook = getattr(self.shell, "displayhook", None)
+        for attribute in ("_", "__", "___"):
+            if getattr(displayhook, attribute, None) is thing:
+                setattr(displayhook, attribute, None)
+        forget_tracebacks(self.shell)
+
+    def _models_instead(self, name: str) -> str:
+        models = self.model_names()
+        close = near(name, models)
+        if close:
+            return f" Did you mean {' or '.join(map(repr, close))}?"
+        return f" Models here: {', '.join(models)}." if models else " No variable holds a model yet."
+
+
+def _is_tokenizer(value: object) -> bool:
+    return callable(value) and hasattr(value, "decode")
+
+
+def forget_tracebacks(shell: Any) -> None:
+    """Drop the last traceback, whose frames may hold tensors."""
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        if hasattr(sys, name):
+            setattr(sys, name, None)
+    for name in ("InteractiveTB", "SyntaxTB"):
+        handler: Any = getattr(shell, name, None)
+        if getattr(handler, "tb", None) is not None:
+            handler.tb = None

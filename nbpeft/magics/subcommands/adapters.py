@@ -1,0 +1,117 @@
+"""Configuring, loading, saving, deleting, renaming, copying and freezing adapters."""
+
+from __future__ import annotations
+
+import argparse
+
+from nbpeft.errors import CellError
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import (
+    ADAPTER,
+    ADAPTER_NAME,
+    ALLOW_MISSING,
+    MODEL,
+    NEW_NAME,
+    ON_MODEL,
+    THE_MODEL,
+    session_command,
+    subcommand,
+)
+from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
+
+_ARGUMENTS = (
+    MODEL,
+    ADAPTER_NAME,
+    argument("--dry-run", action="store_true", help="only show what would be adapted, counts and memory"),
+    *DRY_RUN_SIZES,
+    ALLOW_MISSING,
+    argument("--frozen", action="store_true", help="apply it without training it"),
+)
+
+
+@subcommand(
+    "lora",
+    "Configure an adapter and apply it to a model. The cell's lines are fields of the config, name = value.",
+    *_ARGUMENTS,
+    fields="config",
+    example="%%lora model --name sql\n  r = 16\n  target_modules = 'all-linear'",
+    cell=True,
+)
+@subcommand(
+    "add",
+    "Configure and apply an adapter: the one-line form of %%lora.",
+    *_ARGUMENTS,
+    fields="config",
+    example="%lora add model --name sql r=8 target_modules=q_proj,v_proj",
+)
+def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Adapt the model in a variable, or show what that would do."""
+    variable, fields, sizes = options.target, options.fields, settings_of(options)
+    model = notebook.module(variable)
+    notebook.session.adopt(notebook.namespace)
+    if options.dry_run:
+        return notebook.session.preview(model, fields, name=options.name, variable=variable, **sizes)
+    if sizes:
+        raise sizes_without_dry_run()
+    result = notebook.session.add(
+        model,
+        fields,
+        name=options.name,
+        variable=variable,
+        allow_missing=options.allow_missing,
+        trainable=not options.frozen,
+    )
+    notebook.namespace[variable] = result.model
+    result.release()
+    return result
+
+
+@subcommand(
+    "load",
+    "Load a saved adapter from a folder or the hub.",
+    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub"),
+    argument("--name", "-n", metavar="NAME", help="what to call it; the last part of PATH if left out"),
+    argument("--train", action="store_true", help="load it to train it further; otherwise it is frozen"),
+    ON_MODEL,
+    example="%lora load adapters/sql --name sql",
+)
+def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Load an adapter; a bare model becomes an adapted one in its variable."""
+    model, variable = notebook.chosen(options.model), options.model
+    if model is None and not notebook.session.names:
+        variable = notebook.only_model("%lora load")
+        model = notebook.module(variable)
+    result = notebook.session.load(
+        options.path, name=options.name, model=model, variable=variable, trainable=options.train
+    )
+    if variable is not None and variable in notebook.namespace:
+        notebook.namespace[variable] = result.model
+    result.release()
+    return result
+
+
+@subcommand(
+    "save",
+    "Save adapters as PEFT does.",
+    argument("folder", metavar="DIR", completes="path", help="made if need be"),
+    argument("--name", "-n", metavar="NAME", completes="adapter", help="only this adapter; all if left out"),
+    ON_MODEL,
+    example="%lora save adapters/sql --name sql",
+)
+def save(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Save one adapter or all."""
+    if not options.folder.strip():
+        raise CellError("%lora save needs a folder")
+    return notebook.session.save(options.folder, name=options.name, model=notebook.chosen(options.model))
+
+
+session_command("delete", "Delete an adapter from the model.", ADAPTER, THE_MODEL, example="%lora delete sql")
+session_command(
+    "rename", "Give an adapter another name.", ADAPTER, NEW_NAME, THE_MODEL, example="%lora rename sql sql_v1"
+)
+session_command(
+    "copy", "Copy an adapter under a new name.", ADAPTER, NEW_NAME, ON_MODEL, example="%lora copy sql sql_backup"
+)
+session_command("freeze", "Keep an adapter from training.", ADAPTER, ON_MODEL, example="%lora freeze sql")
+session_command("unfreeze", "Let an adapter train while it is active.", ADAPTER, ON_MODEL, example="%lora unfreeze sql")

@@ -1,0 +1,203 @@
+"""Combining adapters, comparing their answers, and swapping one for another in place."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from nbpeft.errors import CellError
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument, positive, prompt_text
+from nbpeft.magics.registry import ON_MODEL, THE_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.subcommands.panels import show_panel
+from nbpeft.names import COMBINATION_TYPES
+from nbpeft.session.handles import is_module
+
+_ONE_OF = f"one of {', '.join(COMBINATION_TYPES)}"
+_SPARSE = ("ties", "dare", "magnitude")
+
+_RAW = argument("--raw", action="store_true", help="send the prompt as it is, outside the tokenizer's chat template")
+_CHAT = argument("--chat", action="store_true", help="put the prompt into the chat template; default: as in training")
+
+
+@subcommand(
+    "combine",
+    "Make a new adapter of a weighted sum of others, and report what of it was lost. "
+    "The default, exact, is the true sum of what the adapters add (cut to --rank by a truncated SVD). "
+    "The other types are PEFT's: linear mixes one adapter's A with the other's B and can be far from the sum.",
+    argument("weights", nargs="+", metavar="NAME=WEIGHT", completes="weight", help="NAME alone weighs 1; - subtracts"),
+    argument("--as", dest="as_name", required=True, metavar="NAME", help="name of the new adapter"),
+    argument(
+        "--type",
+        default="exact",
+        metavar="TYPE",
+        words=COMBINATION_TYPES,
+        help=_ONE_OF,
+    ),
+    argument("--rank", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
+    argument("--density", type=float, metavar="SHARE", help="share of the entries that ties, dare and prune keep"),
+    argument("--sign", metavar="METHOD", default="total", choices=("total", "frequency"), help="how ties elects signs"),
+    argument("--seed", type=int, metavar="N", help="of the entries that dare drops"),
+    argument("--replace", action="store_true", help="replace an adapter of that name"),
+    THE_MODEL,
+    example="%lora combine orders=0.7 pirate=0.3 --as both",
+)
+def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Combine adapters."""
+    if options.density is None and options.type.startswith(_SPARSE) and options.type in COMBINATION_TYPES:
+        raise CellError(f"%lora combine: --type {options.type} needs --density SHARE, e.g. --density 0.5")
+    return notebook.session.combine(
+        _weights(options.weights, "%lora combine"),
+        as_name=options.as_name,
+        type=options.type,
+        rank=options.rank,
+        density=options.density,
+        majority_sign=options.sign,
+        seed=options.seed,
+        replace=options.replace,
+        model=notebook.chosen(options.model),
+    )
+
+
+@subcommand(
+    "compare",
+    "Let all adapters and the base model answer the same prompt, side by side, in one batched pass.",
+    argument("prompt", nargs="?", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
+    argument("--prompts", metavar="LIST", completes="variable", help="a variable or expression with several prompts"),
+    argument("--adapters", "-a", nargs="+", metavar="NAME", completes="adapter", help="only these adapters"),
+    argument(
+        "--blend",
+        nargs="+",
+        action="append",
+        metavar="NAME=WEIGHT",
+        completes="weight",
+        help="a weighted sum as one more column; may be given again",
+    ),
+    argument("--tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)"),
+    argument("--no-base", action="store_true", help="leave the base model out"),
+    _RAW,
+    _CHAT,
+    argument("--panel", action="store_true", help="show a panel with a box for the prompt"),
+    TOKENIZER,
+    ON_MODEL,
+    example='%lora compare "Order: Ana from Lima needs 12 chairs." --blend orders=0.7 pirate=0.3',
+)
+def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Compare answers, which appear while the cell runs, or show the panel for it."""
+    if options.panel:
+        begin = {"prompt": options.prompt or "", "max_new_tokens": options.tokens, "chat": _chat(options)}
+        return show_panel(notebook, "compare", options.model, **begin)
+    model = notebook.chosen(options.model)
+    prompts: Any = _prompts(options, notebook)
+    blends = [_weights(words, "--blend") for words in options.blend or ()]
+    from nbpeft.widgets import LiveAnswers
+
+    with closing(LiveAnswers(ui=notebook.ui)) as live:
+        return notebook.session.compare(
+            prompts,
+            adapters=options.adapters,
+            blends=blends,
+            include_base=not options.no_base,
+            max_new_tokens=options.tokens,
+            tokenizer=notebook.tokenizer(options.tokenizer),
+            chat=_chat(options),
+            on_text=live.draw,
+            model=model,
+        )
+
+
+@subcommand(
+    "swap",
+    "Put a saved adapter in the place of one on the model, checked first and without compiling again.",
+    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub"),
+    argument("--into", "-i", metavar="NAME", completes="adapter", help="which to replace; the active one if left out"),
+    argument(
+        "--check",
+        type=prompt_text,
+        metavar="PROMPT",
+        help="answer this before and after; numbers that are not finite undo it",
+    ),
+    argument(
+        "--validate",
+        metavar="FUNCTION",
+        completes="variable",
+        help="called with the model; False or an exception undoes the swap",
+    ),
+    argument("--tokens", type=positive, default=32, metavar="N", help="longest answer to --check (default: 32)"),
+    _RAW,
+    _CHAT,
+    TOKENIZER,
+    THE_MODEL,
+    example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
+)
+def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Swap an adapter."""
+    validate = None if options.validate is None else notebook.value(options.validate, "--validate")
+    if validate is not None and not callable(validate):
+        raise CellError(f"--validate: {options.validate!r} is not a function")
+    return notebook.session.swap(
+        options.path,
+        into=options.into,
+        validate=validate,
+        check_prompt=options.check,
+        max_new_tokens=options.tokens,
+        tokenizer=None if options.check is None else notebook.tokenizer(options.tokenizer),
+        chat=_chat(options),
+        model=_compiled(notebook.chosen(options.model), notebook),
+    )
+
+
+def _chat(options: argparse.Namespace) -> bool | None:
+    if options.raw and options.chat:
+        raise CellError("--raw and --chat exclude each other")
+    return True if options.chat else False if options.raw else None
+
+
+def _weights(words: Sequence[str], what: str) -> dict[str, float]:
+    """Read ``a=0.7 b`` as ``{"a": 0.7, "b": 1.0}``.
+
+    Raises:
+        CellError: a word is not ``name=number``, or names an adapter again.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.rpartition("=") if "=" in word else (word, "", "1")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise CellError(f"{what}: {word!r} is not name=weight, e.g. {name or 'orders'}=0.7")
+        if name in weights:
+            raise CellError(f"{what}: {name!r} is given twice")
+        weights[name] = weight
+    return weights
+
+
+def _prompts(options: argparse.Namespace, notebook: NotebookContext) -> Any:
+    if (options.prompt is None) == (options.prompts is None):
+        raise CellError('%lora compare needs a prompt in quotes: %lora compare "…" (or --prompts LIST, or --panel)')
+    if options.prompts is None:
+        return options.prompt
+    found = notebook.value(options.prompts, "--prompts")
+    if isinstance(found, str):
+        return found
+    try:
+        return list(found)
+    except TypeError:
+        raise CellError(f"--prompts: {options.prompts!r} is not a list of prompts") from None
+
+
+def _compiled(model: Any, notebook: NotebookContext) -> Any:
+    """The compiled form of a model where a variable holds one, so that the swap keeps what is compiled."""
+    if hasattr(model, "_orig_mod"):
+        return model
+    handle = notebook.session.model(model, command="swap")
+    inner = (handle, handle.get_base_model())
+    for key, value in list(notebook.namespace.items()):
+        if not key.startswith("_") and is_module(value) and getattr(value, "_orig_mod", None) in inner:
+            return value
+    return handle

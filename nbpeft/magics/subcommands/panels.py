@@ -1,0 +1,84 @@
+"""Panels, measurements, and what is wrong with the installation."""
+
+from __future__ import annotations
+
+import argparse
+
+from nbpeft.errors import CellError, did_you_mean
+from nbpeft.magics.front_end import front_end_checks
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import ON_MODEL, session_command, subcommand
+from nbpeft.magics.subcommands.planning import show_plan_panel
+from nbpeft.magics.tokenize import reference
+from nbpeft.session import MemoryReport
+
+PANELS = ("adapters", "compare", "blend", "plan")
+"""The panels of ``%lora panel``; the first one if none is named."""
+
+
+@subcommand(
+    "panel",
+    "Show the adapters with buttons to switch, save and delete them; or compare, blend, or plan memory.",
+    argument("kind", nargs="?", metavar="PANEL", words=PANELS, completes="model", help=f"one of {', '.join(PANELS)}"),
+    argument("name", nargs="?", metavar="MODEL", completes="model", help="the current one if left out"),
+    example="%lora panel compare",
+)
+def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Show a panel; the adapters' panel needs no word, as in ``%lora panel model``."""
+    kind, variable = options.kind or PANELS[0], options.name
+    if kind == "plan":
+        return show_plan_panel(notebook, variable, None, {})
+    if kind not in PANELS:
+        models = notebook.model_names()
+        is_model = reference(kind) or kind in notebook.namespace or kind in notebook.session.names
+        if variable is not None or not is_model:
+            near = did_you_mean(kind, [*PANELS, *models])
+            also = f"; models: {', '.join(models)}" if models else ""
+            raise CellError(f"%lora panel has no panel {kind!r}.{near} It has: {', '.join(PANELS)}{also}")
+        kind, variable = PANELS[0], kind
+    return show_panel(notebook, kind, variable)
+
+
+def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **content: object) -> object:
+    """The panel of a model.
+
+    Args:
+        notebook: the notebook.
+        kind: ``adapters``, ``compare`` or ``blend``.
+        variable: the model; None for the current one.
+        **content: what to begin with, e.g. the prompt.
+
+    Raises:
+        AdapterError: there is no such model.
+    """
+    session, name = notebook.session, notebook.chosen(variable)
+    if not (name is None or isinstance(name, str)):
+        name = session.watch(name, name=variable)
+    session.model(name)
+    from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
+
+    made = {"adapters": AdaptersPanel, "compare": ComparePanel, "blend": BlendPanel}[kind]
+    # The tokenizer is asked for when the panel needs it, because it may be made after the panel.
+    return made(session, name, ui=notebook.ui, tokenizer=notebook.tokenizer, **content)
+
+
+session_command(
+    "inspect",
+    "Show where an adapter changed the model: how far it moves each layer's weight.",
+    argument("name", nargs="?", metavar="NAME", completes="adapter", help="the active one if left out"),
+    ON_MODEL,
+    example="%lora inspect orders",
+)
+
+
+@subcommand("memory", "Measure what a model uses, by part.", ON_MODEL)
+def memory(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Measure memory."""
+    return MemoryReport(notebook.session.memory(notebook.chosen(options.model)))
+
+
+@subcommand("doctor", "Report what is installed, what is wrong with it and what to install.")
+def doctor(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Examine the installation and the front end."""
+    return notebook.session.doctor().with_checks(*front_end_checks(notebook.shell))

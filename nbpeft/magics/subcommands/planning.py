@@ -1,0 +1,140 @@
+"""Will it fit? The options of a memory forecast, and the forecast itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from dataclasses import replace
+from typing import Any
+
+from nbpeft.errors import CellError, ConfigError, did_you_mean
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument, positive
+from nbpeft.magics.registry import subcommand
+from nbpeft.session.commands.planning import USUAL_FIELDS
+from nbpeft.session.handles import is_module
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
+"""Named here so that completion imports no torch."""
+
+_SIZES = (
+    argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
+    argument("--seq", type=positive, metavar="N", help="tokens of each (default: 1024)"),
+    argument("--device", metavar="SIZE", words=("cpu", "cuda"), help="16GB, cuda:0, … (default: this machine's)"),
+)
+DRY_RUN_SIZES = tuple(
+    replace(item, options={**item.options, "help": f"for --dry-run: {item.options['help']}"}) for item in _SIZES
+)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as keywords of ``Session.plan_memory``, without those that were not given.
+
+    Raises:
+        CellError: a size has no unit, or a word is not known.
+    """
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    names = {"batch": "batch_size", "seq": "sequence_length", "device": "device", "optimizer": "optimizer"}
+    found: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
+    device = str(given.get("device", ""))
+    if re.fullmatch(r"[\d.]+", device):  # it would be read as bytes, which nobody means
+        raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
+    if "dtype" in given:
+        found["dtype"] = DTYPES.get(given["dtype"], given["dtype"])
+        if found["dtype"] not in DTYPES.values():
+            raise CellError(f"--dtype {given['dtype']!r} is not one of {', '.join(DTYPES)}")
+    if "quant" in given:
+        if given["quant"] not in QUANTIZATIONS:
+            near = did_you_mean(given["quant"], QUANTIZATIONS)
+            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(QUANTIZATIONS)}.{near}")
+        found["quantization"] = None if given["quant"] == "none" else given["quant"]
+    if given.get("checkpointing"):
+        found["gradient_checkpointing"] = True
+    if given.get("inference"):
+        found["training"] = False
+    return found
+
+
+def sizes_without_dry_run() -> CellError:
+    """The error for sizes where nothing is forecast."""
+    return CellError("--batch, --seq and --device say what --dry-run forecasts; they have no effect without it")
+
+
+@subcommand(
+    "plan",
+    "Forecast what training will need, part by part, whether it fits, and what to change so that it does. "
+    "Nothing is loaded: of a repository or folder only its config is read.",
+    argument(
+        "target",
+        nargs="?",
+        metavar="MODEL",
+        completes="model",
+        help="a variable with a model, a folder, a .gguf file or a repository",
+    ),
+    *_SIZES,
+    argument("--dtype", metavar="DTYPE", words=tuple(DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
+    argument("--quant", metavar="KIND", words=QUANTIZATIONS, help="none, nf4, fp4, int8 (default: as it is)"),
+    argument("--checkpointing", action="store_true", help="compute layers again in backward"),
+    argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
+    argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
+    argument("--rank", type=positive, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),
+    argument("--targets", metavar="NAMES", help="all-linear, or names with commas (default: all-linear)"),
+    argument("--panel", action="store_true", help="show a panel with sliders"),
+    fields="config",
+    example="%lora plan meta-llama/Llama-3.1-8B --batch 4 --seq 1024 --device 16GB --quant nf4 --checkpointing",
+)
+def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Plan memory, or show the panel for it."""
+    settings, fields = settings_of(options), dict(options.fields)
+    if options.rank is not None:
+        fields["r"] = options.rank
+    if options.targets is not None:
+        names = [name.strip() for name in options.targets.split(",") if name.strip()]
+        fields["target_modules"] = "all-linear" if options.targets == "all-linear" else names
+    config = USUAL_FIELDS | fields if fields else None
+    if options.panel:
+        return show_plan_panel(notebook, options.target, config, settings)
+    source, title = _source(options.target, notebook)
+    try:
+        return notebook.session.plan_memory(source, config, variable=title, **settings)
+    except ConfigError as error:
+        if not isinstance(source, str) or "source" not in error.details:
+            raise
+        if "/" in source or "." in source:
+            raise CellError(str(error)) from None
+        raise CellError(f"no variable is called {source!r}, and as a repository: {error}") from None
+
+
+def show_plan_panel(notebook: NotebookContext, name: str | None, config: Any, settings: dict[str, Any]) -> object:
+    """The panel with sliders."""
+    from nbpeft.widgets import PlanPanel
+
+    source, title = _source(name, notebook)
+    return PlanPanel(notebook.session.memory_planner(source, config, variable=title, **settings), ui=notebook.ui)
+
+
+def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:
+    """What to plan for: a model or config in a variable, or a folder or hub id; and what to call it.
+
+    Raises:
+        CellError: a variable holds something else.
+    """
+    notebook.session.adopt(notebook.namespace)
+    if name is None:
+        current = notebook.session.state.current
+        if current is not None:
+            return None, current
+        name = notebook.only_model("%lora plan")
+    if name in notebook.namespace:
+        value = notebook.namespace[name]
+        if isinstance(value, str):
+            return value, value
+        is_source = is_module(value) or hasattr(value, "model_type")
+        return (value if is_source else notebook.module(name)), name
+    close = did_you_mean(name, notebook.model_names())
+    if close and "/" not in name and not os.path.exists(name):  # a typing error need not go to the hub
+        raise CellError(f"no variable is called {name!r}.{close}")
+    return name, name

@@ -1,0 +1,126 @@
+"""``%%qlora``: quantize, prepare and adapt in one cell."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from nbpeft.errors import CellError, ConfigError, did_you_mean, with_article
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import ADAPTER_NAME, ALLOW_MISSING, subcommand
+from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
+from nbpeft.session.commands.quantizing import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
+from nbpeft.session.configs import field_names
+from nbpeft.session.handles import is_module
+
+_DEFAULT_VARIABLE = "model"
+OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
+"""Fields that are not the adapter's."""
+
+
+@subcommand(
+    "qlora",
+    "Load a model quantized (or quantize one in memory), prepare it for training, and put an adapter on it. "
+    "The cell's lines are fields of the quantization and of the config, name = value.",
+    argument(
+        "target",
+        metavar="SOURCE",
+        completes="source",
+        help="folder, hub id, .gguf file, or variable with a loaded model",
+    ),
+    argument(
+        "--as",
+        dest="variable",
+        metavar="MODEL",
+        completes="model",
+        help="variable to hold the model, also one that holds something else (default: SOURCE itself where it is a "
+        "variable, else model, which must be free or hold what this cell made before)",
+    ),
+    ADAPTER_NAME,
+    argument(
+        "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and memory"
+    ),
+    *DRY_RUN_SIZES,
+    ALLOW_MISSING,
+    fields="qlora",
+    example="%%qlora HuggingFaceTB/SmolLM2-135M-Instruct --as model --name sql\n  bits = 4\n  r = 16",
+    cell=True,
+)
+def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Quantize, prepare and adapt, or show what that would do; ``options.fields`` are those of both kinds.
+
+    Raises:
+        CellError: the line is wrong.
+        ConfigError: a field is unknown or impossible.
+    """
+    session = notebook.session
+    session.adopt(notebook.namespace)
+    source, variable = _source(options, notebook)
+    own, config = _sorted(options.fields)
+    sizes = settings_of(options)
+    if options.dry_run:
+        return session.preview_qlora(source, config, name=options.name, variable=variable, **sizes, **own)
+    if sizes:
+        raise sizes_without_dry_run()
+    if options.variable is None and isinstance(source, str):
+        _refuse_rebinding(variable, source, own, notebook)
+    result = session.qlora(
+        source, config, name=options.name, variable=variable, allow_missing=options.allow_missing, **own
+    )
+    notebook.namespace[variable] = result.model
+    result.release()
+    return result
+
+
+def _source(options: argparse.Namespace, notebook: NotebookContext) -> tuple[Any, str]:
+    """What to quantize, and the variable that is to hold it."""
+    word = options.target
+    if options.variable is not None and not options.variable.isidentifier():
+        raise CellError(f"--as takes the name of a variable, not {options.variable!r:.60}")
+    if word in notebook.namespace and not os.path.exists(word):
+        value = notebook.namespace[word]
+        if is_module(value):
+            return value, options.variable or word
+        if isinstance(value, str | os.PathLike):
+            raise CellError(f"{word!r:.60} is a variable that holds text; write ${word:.60} to use its value")
+    if word.isidentifier() and not os.path.exists(word):
+        near = did_you_mean(word, notebook.model_names())
+        if near:
+            raise CellError(f"no variable is called {word!r:.60}, and no folder.{near}")
+    return word, options.variable or _DEFAULT_VARIABLE
+
+
+def _refuse_rebinding(variable: str, source: str, own: Mapping[str, Any], notebook: NotebookContext) -> None:
+    """Refuse to put a new model into a variable that was not named and that holds something else.
+
+    Raises:
+        CellError: it does; the message names what it holds.
+    """
+    value = notebook.namespace.get(variable)
+    if value is None or notebook.session.would_reuse(value, variable, source, own):
+        return
+    held = with_article(value)
+    adapters = getattr(value, "peft_config", None)
+    if isinstance(adapters, dict):
+        held += f" with {', '.join(map(repr, adapters))}"
+    raise CellError(
+        f"{variable!r} holds {held}; say --as NAME for the new model, --as {variable} to put it in its place"
+    )
+
+
+def _sorted(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of quantization, preparing and loading; and those of the adapter's config.
+
+    Raises:
+        ConfigError: a name belongs to neither.
+    """
+    own = {name: value for name, value in fields.items() if name in OWN_FIELDS}
+    config = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
+    known = field_names(config.get("peft_type") or "LORA")
+    for name in config:
+        if name not in known:
+            raise ConfigError(f"%%qlora has no field {name!r}.{did_you_mean(name, [*OWN_FIELDS, *known])}", field=name)
+    return own, config

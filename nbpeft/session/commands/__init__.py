@@ -1,0 +1,1 @@
+"""The commands of a session: plain functions over its context, one file for each idea."""

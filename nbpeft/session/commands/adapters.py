@@ -1,0 +1,328 @@
+"""Adding, previewing, loading, saving, deleting, renaming and copying adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointNotFoundError, UnknownAdapterError
+from nbpeft.interrupts import HeldInterrupts
+from nbpeft.session.checks import adapter_name, place_of
+from nbpeft.session.commands.planning import plan_or_reason
+from nbpeft.session.configs import build_config, meaning
+from nbpeft.session.handles import rehandle, uncompiled
+from nbpeft.session.preview import preview_of
+from nbpeft.session.results import AddResult, LoadResult, ModelRef, Preview, SavedAdapter, SaveResult
+
+if TYPE_CHECKING:
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.model import PeftModel
+    from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
+    from nbpeft.session.registry import TrackedModel
+    from nbpeft.session.results import CommandResult
+    from nbpeft.state import AdapterState, ModelState
+
+_CONFIG_FILE = "adapter_config.json"
+
+
+def add(
+    ctx: SessionContext,
+    model: ModelLike,
+    config: ConfigLike,
+    *,
+    name: str = "default",
+    variable: str | None = None,
+    allow_missing: bool = False,
+    trainable: bool = True,
+) -> AddResult:
+    """Configure and apply an adapter; an adapter of that name is reconfigured.
+
+    Args:
+        model: a bare or an adapted model.
+        config: a config, or its fields.
+        name: the adapter.
+        variable: what to call a model that is new here.
+        allow_missing: go on where a target matches nothing, as long as others match.
+        trainable: whether it trains while it is active.
+
+    Raises:
+        ConfigError: a field is unknown or impossible.
+        TargetError: the targets do not match the model.
+    """
+    from nbpeft.engine.plan import plan
+    from nbpeft.model import files, get_peft_model
+
+    made = build_config(config)
+    adapter_name(name)
+    fields = meaning(made)
+    with ctx.command(f"adding {name!r}", slow=True) as notes:
+        tracked = ctx.find(model, variable)
+        if tracked is None:
+            bare: Any = uncompiled(model)
+            planned = plan(bare, made, allow_missing=allow_missing)  # checks everything before the model is touched
+            with HeldInterrupts():
+                handle = get_peft_model(bare, made, adapter_name=name)
+                with _unloaded_on_failure(handle):
+                    if not trainable:
+                        handle.manager.freeze(name)
+                    tracked = ctx.models.new(variable, handle)
+                    result = _added(tracked, name, fields, notes, plan=planned)
+                ctx.models.select(tracked)
+                ctx.changed = True
+            return result
+        manager = tracked.manager
+        present = manager.configs.get(name)
+        if present is not None and _requested(tracked, name, present) == fields:
+            if name not in manager.active:
+                notes.append(f"{name!r} is not active; session.use({name!r}) switches to it")
+            result = _added(tracked, name, None, notes, unchanged=True)
+            ctx.models.select(tracked)
+            return result
+        replace = present is not None
+        if replace:
+            notes.append("its weights start anew")
+        named = files.with_base_name(made, manager.model)
+        put = manager.prepare(name, named, trainable=trainable, allow_missing=allow_missing, replace=replace)
+        with manager.transaction():
+            planned = put()
+            manager.activate(name)
+        return _added(tracked, name, fields, notes, plan=planned, reconfigured=replace)
+
+
+def preview(
+    ctx: SessionContext,
+    /,
+    model: ModelLike,
+    config: ConfigLike,
+    *,
+    name: str = "default",
+    variable: str | None = None,
+    **settings: Any,
+) -> Preview:
+    """Report what ``add`` would do and what training would need; nothing is changed or tracked.
+
+    Args:
+        model: a bare or an adapted model.
+        config: of the adapter to come, or its fields.
+        name: of the adapter to come.
+        variable: what to call a model that is new here.
+        **settings: of the memory forecast, as for ``plan_memory``.
+
+    Raises:
+        ConfigError: a field is unknown or impossible.
+        TargetError: the targets do not match the model.
+    """
+    made = build_config(config)
+    with ctx.command("planning") as notes:
+        tracked = ctx.find(model, variable)
+        base = tracked.manager.model if tracked is not None else uncompiled(model)
+        title = tracked.name if tracked is not None else variable or "model"
+        replaces = tracked is not None and name in tracked.manager.configs
+        result = preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
+        return dataclasses.replace(result, memory=plan_or_reason(base, made, title, settings))
+
+
+def load(
+    ctx: SessionContext,
+    source: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    model: ModelLike = None,
+    variable: str | None = None,
+    trainable: bool = False,
+) -> LoadResult:
+    """Load a saved adapter under a new name; the first adapter of a model becomes active.
+
+    Args:
+        source: a folder or a hub id.
+        name: None: the last part of ``source``.
+        model: a bare or an adapted model.
+        variable: what to call a model that is new here.
+        trainable: whether it trains while it is active.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or belongs to another base.
+        AdapterExistsError: the name is taken.
+    """
+    from nbpeft.model import PeftModel
+
+    place = place_of(source, "load")
+    chosen = adapter_name(_name_from(place) if name is None else name, given=name is not None)
+    with ctx.command(f"loading {chosen!r}", slow=True) as notes, nested_adapters_in_error(place):
+
+        def loaded(tracked: TrackedModel) -> LoadResult:
+            state = tracked.state()
+            return LoadResult(
+                _reference(tracked), tracked.name, place, adapter_in(state, chosen), state, notes=tuple(notes)
+            )
+
+        tracked = ctx.find(model, variable)
+        if tracked is not None:
+            if chosen in tracked.manager.configs:
+                raise AdapterExistsError(
+                    f"{tracked.name} has an adapter {chosen!r} already; give the loaded one another name (name=…) "
+                    f"or delete {chosen!r} first",
+                    name=chosen,
+                )
+            tracked.model.load_adapter(place, chosen, is_trainable=trainable)
+            ctx.changed = True
+            return loaded(tracked)
+        handle = PeftModel.from_pretrained(uncompiled(model), place, adapter_name=chosen, is_trainable=trainable)
+        with _unloaded_on_failure(handle):
+            tracked = ctx.models.new(variable, handle)
+            result = loaded(tracked)
+        ctx.models.select(tracked)
+        ctx.changed = True
+        return result
+
+
+def save(
+    ctx: SessionContext, folder: str | os.PathLike[str], *, name: str | None = None, model: ModelLike = None
+) -> SaveResult:
+    """Save adapters in PEFT's format, each folder completely or not at all.
+
+    Args:
+        folder: one adapter is written right into it, several each into a folder of its name.
+        name: None: all of the model's adapters.
+        model: an adapted model.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        CheckpointError: the folder cannot be written.
+    """
+    from nbpeft.model import files
+
+    place = place_of(folder, "save")
+    tracked = ctx.models.get(model)
+    names = (name,) if name is not None else tracked.manager.names
+    tracked.manager.require(*names)
+    if not names:
+        raise AdapterError(f"{tracked.name} has no adapter to save")
+    with ctx.command(f"saving {', '.join(names)}", slow=True) as notes:
+        written = files.save(tracked.manager, place, names=list(names), flat=len(names) == 1)
+        saved = tuple(
+            SavedAdapter(
+                adapter,
+                str(Path(made.paths[0]).parent) if made.paths else place,
+                tuple(sorted(Path(path).name for path in made.paths)),
+                made.byte_count,
+            )
+            for adapter, made in written.items()
+        )
+        return SaveResult(tracked.name, saved, tuple(notes))
+
+
+def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
+    """Delete an adapter from the model.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        MergeError: adapters are merged.
+    """
+    tracked = ctx.models.get(model, command="delete")
+    with ctx.command(f"deleting {name!r}") as notes:
+        tracked.manager.remove(name)
+        result = ctx.result(tracked, f"deleted {name!r}", notes)
+        tracked.requested.pop(name, None)
+        return result
+
+
+def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -> CommandResult:
+    """Rename an adapter.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterExistsError: the new name is taken.
+    """
+    tracked = ctx.models.get(model, command="rename")
+    with ctx.command(f"renaming {name!r}") as notes:
+        tracked.manager.rename(name, new)
+        result = ctx.result(tracked, f"renamed {name!r} to {new!r}", notes)
+        if name in tracked.requested:
+            tracked.requested[new] = (tracked.manager.configs[new], tracked.requested.pop(name)[1])
+        return result
+
+
+def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -> CommandResult:
+    """Copy an adapter under a new name.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterExistsError: the new name is taken.
+    """
+    tracked = ctx.models.get(model)
+    with ctx.command(f"copying {name!r}") as notes:
+        tracked.manager.copy(name, new)
+        return ctx.result(tracked, f"copied {name!r} to {new!r}", notes)
+
+
+def _requested(tracked: TrackedModel, name: str, present: AdapterConfig) -> dict[str, Any]:
+    """The fields that an adapter was asked for with, or else those of its config."""
+    config, fields = tracked.requested.get(name, (None, {}))
+    return fields if config is present else meaning(present)
+
+
+def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, notes: list[str], **more: Any) -> AddResult:
+    """Remember the fields that an adapter was asked for with, if they are new, and make the result."""
+    state = tracked.state()
+    result = AddResult(
+        _reference(tracked), tracked.name, adapter_in(state, name), state, notes=tuple(dict.fromkeys(notes)), **more
+    )
+    if fields is not None:
+        tracked.requested[name] = (tracked.manager.configs[name], fields)
+    return result
+
+
+@contextmanager
+def _unloaded_on_failure(handle: PeftModel) -> Iterator[None]:
+    """Take a new handle's adapters off its model again if the block fails."""
+    try:
+        yield
+    except BaseException:
+        with HeldInterrupts(to_the_end=True):
+            handle.unload()
+        raise
+
+
+def _reference(tracked: TrackedModel) -> ModelRef:
+    return ModelRef(tracked.model, rehandle(tracked.manager.model))
+
+
+def adapter_in(state: ModelState, name: str) -> AdapterState:
+    """Find an adapter in the state of a model.
+
+    Raises:
+        UnknownAdapterError: there is none of that name.
+    """
+    found = next((item for item in state.adapters if item.name == name), None)
+    if found is None:
+        raise UnknownAdapterError(f"no adapter {name!r} on {state.name}", name=name)
+    return found
+
+
+def _name_from(source: str) -> str:
+    """A name for the adapter in a folder or hub repository: its last part, dots as ``_``."""
+    last = re.split(r"[/\\]+", source.rstrip("/\\"))[-1]
+    return re.sub(r"[^\w-]+", "_", last).strip("_") or "default"
+
+
+@contextmanager
+def nested_adapters_in_error(source: str) -> Iterator[None]:
+    """Name the adapters in sub-folders in the error where the folder itself holds none."""
+    try:
+        yield
+        return
+    except CheckpointNotFoundError as error:
+        failure = error
+    inside = (
+        sorted(path.parent.name for path in Path(source).glob(f"*/{_CONFIG_FILE}")) if os.path.isdir(source) else []
+    )
+    if inside:
+        examples = " or ".join(os.path.join(source, name) for name in inside[:3])
+        raise CheckpointNotFoundError(f"{source} holds no adapter itself; did you mean {examples}?", **failure.details)
+    raise failure

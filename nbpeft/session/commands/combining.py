@@ -1,0 +1,202 @@
+"""Making a new adapter of a weighted combination of others."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
+from nbpeft.interrupts import HeldInterrupts
+from nbpeft.names import COMBINATION_TYPES
+from nbpeft.session.checks import adapter_name, weights_of
+from nbpeft.session.commands.adapters import adapter_in
+from nbpeft.session.results.combining import CombineResult
+
+if TYPE_CHECKING:
+    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.registry import TrackedModel
+
+_RANKED = tuple(name for name in COMBINATION_TYPES if name == "exact" or name.endswith("svd"))
+_PRUNING = ("ties", "dare_", "magnitude_prune")
+_LINEAR_NOTE = 0.05
+"""Relative error from which on a note explains why ``linear`` is off."""
+
+
+def combine(
+    ctx: SessionContext,
+    weights: Mapping[str, float],
+    *,
+    as_name: str,
+    type: str = "exact",
+    rank: int | None = None,
+    density: float | None = None,
+    majority_sign: str = "total",
+    clamp: float | None = None,
+    seed: int | None = None,
+    replace: bool = False,
+    model: ModelLike = None,
+) -> CombineResult:
+    """Make a new adapter of a weighted combination of others; it starts frozen and inactive.
+
+    Doing it again under the same name remakes the combination; an adapter that was made in
+    another way, or was trained since, is only replaced when asked to.
+
+    Args:
+        weights: adapter -> weight; negative ones subtract.
+        as_name: the new adapter.
+        type: ``exact`` (the default) is the true weighted sum of what the adapters add, cut
+            to ``rank`` by a truncated SVD, or complete without one. The others are PEFT's, under
+            their names; ``linear`` and what is built on it mix factors and differ from the sum.
+        rank: of the result, for ``exact``, ``svd`` and the types that end in ``_svd``.
+        density: share of the entries that TIES, DARE and magnitude pruning keep.
+        majority_sign: how TIES elects a sign: ``total`` or ``frequency``.
+        clamp: quantile in (0, 1] at which entries are clamped, for types with an SVD.
+        seed: of the entries that DARE drops; None: torch's generator as it is.
+        replace: replace any adapter of that name.
+        model: an adapted model.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterExistsError: the name is taken.
+        AdapterError: they cannot be combined.
+        ConfigError: an option is impossible or means nothing for this type.
+    """
+    settings = combination_settings(type, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp)
+    weights = weights_of(weights)
+    adapter_name(as_name)
+    tracked = ctx.models.get(model, command="combine")
+    tracked.manager.require_reachable(*weights)
+    if not weights:
+        raise AdapterError("no adapters to combine: name at least one")
+    with ctx.command(f"combining {', '.join(weights)}", slow=True) as notes, seeded(seed):
+        remade = _may_replace(ctx, tracked, as_name, weights, replace)
+        combined = make_combination(tracked, weights, as_name, settings, replaces=remade)
+        ctx.combinations[tracked.name, as_name] = weakref.ref(tracked.manager.configs[as_name])
+        if type == "linear" and combined.relative_error > _LINEAR_NOTE:
+            notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
+        state = tracked.state()
+        return CombineResult(
+            tracked.name,
+            tuple((name, float(weight)) for name, weight in weights.items()),
+            adapter_in(state, as_name),
+            combined.combination_type,
+            combined.rank,
+            combined.relative_error,
+            combined.energy_kept,
+            combined.layers,
+            state,
+            remade,
+            tuple(notes),
+        )
+
+
+def combination_settings(
+    type: str,
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    majority_sign: str = "total",
+    clamp: float | None = None,
+) -> dict[str, Any]:
+    """Check the options of ``combine`` and return the settings of the combination.
+
+    Raises:
+        ConfigError: an option is impossible or has no effect for this type, or there is no such type.
+    """
+    if type not in COMBINATION_TYPES:
+        known = ", ".join(COMBINATION_TYPES)
+        raise ConfigError(f"type {type!r} is unknown; choose from {known}.{did_you_mean(str(type), COMBINATION_TYPES)}")
+    for option, value in (("rank", rank), ("clamp", clamp)):
+        if value is not None and type not in _RANKED:
+            near = f"; {type}_svd takes one" if f"{type}_svd" in _RANKED else ""
+            raise ConfigError(f"{option} means nothing for type {type!r}, which keeps the adapters' ranks{near}")
+    if density is not None and not type.startswith(_PRUNING):
+        raise ConfigError(f"density means nothing for type {type!r}, which drops nothing; ties and dare take one")
+    return {
+        "combination_type": type,
+        "svd_rank": rank,
+        "svd_clamp": clamp,
+        "density": density,
+        "majority_sign_method": majority_sign,
+    }
+
+
+def make_combination(
+    tracked: TrackedModel,
+    weights: Mapping[str, float],
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    replaces: bool = False,
+) -> Any:
+    """Combine adapters; an adapter that is replaced is removed when the new one is complete."""
+    from nbpeft.model.combining import combine_adapters
+
+    manager, made = tracked.manager, free_name(name, tracked.manager.names) if replaces else name
+    with HeldInterrupts():
+        combined = combine_adapters(manager, tuple(weights), tuple(weights.values()), made, settings)
+        if not replaces:
+            return combined
+        try:
+            with manager.transaction():
+                if name in manager.active:
+                    manager.activate([made if other == name else other for other in manager.active])
+                manager.remove(name)
+                manager.rename(made, name)
+        except BaseException:
+            with HeldInterrupts(to_the_end=True):
+                manager.remove(made)
+            raise
+        tracked.requested.pop(name, None)
+        return combined
+
+
+def _may_replace(
+    ctx: SessionContext, tracked: TrackedModel, name: str, weights: Mapping[str, float], replace: bool
+) -> bool:
+    """Whether there is an adapter of that name to replace.
+
+    Raises:
+        AdapterExistsError: there is one that must not be replaced.
+    """
+    manager = tracked.manager
+    if name not in manager.configs:
+        return False
+    if name in weights:
+        raise AdapterExistsError(f"{name!r} is one of the adapters that are combined; take another name", name=name)
+    known = ctx.combinations.get((tracked.name, name))
+    same = known is not None and known() is manager.configs[name]
+    if replace or (same and name in manager.frozen):
+        return True
+    raise AdapterExistsError(
+        f"{tracked.name} has an adapter {name!r} already; take another name, or replace it (replace=…)", name=name
+    )
+
+
+def free_name(name: str, taken: tuple[str, ...]) -> str:
+    """Return a name that no adapter has: this one, or one like it."""
+    free, number = name, 2
+    while free in taken:
+        free, number = f"{name}-{number}", number + 1
+    return free
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch inside the block and restore its generators afterwards.
+
+    Raises:
+        ConfigError: it is not a number that torch takes.
+    """
+    if seed is None:
+        yield
+        return
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed is {seed!r}; expected a whole number of at most 64 bits")
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,48 @@
+"""Where an adapter changed a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nbpeft.errors import AdapterError
+from nbpeft.session.results.inspecting import InspectResult
+
+if TYPE_CHECKING:
+    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.state import MemoryState
+
+
+def inspect(ctx: SessionContext, name: str | None = None, *, model: ModelLike = None) -> InspectResult:
+    """Report how far an adapter moves the weights, layer by layer; nothing is changed.
+
+    Args:
+        name: the active adapter, or the only one, if left out.
+        model: an adapted model.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterError: weights are merged, or it is not clear which adapter is meant.
+    """
+    from nbpeft.model.inspection import inspect_adapter
+
+    tracked = ctx.models.get(model)
+    manager = tracked.manager
+    if name is None:
+        candidates = manager.active if len(manager.active) == 1 else manager.names
+        if not candidates:
+            raise AdapterError(f"{tracked.name} has no adapter to inspect")
+        if len(candidates) > 1:
+            raise AdapterError(f"say which adapter to inspect: {', '.join(candidates)}")
+        name = candidates[0]
+    with ctx.command(f"inspecting {name!r}", slow=True) as notes:
+        return InspectResult(tracked.name, name, inspect_adapter(manager, name), tuple(notes))
+
+
+def memory(ctx: SessionContext, model: ModelLike = None) -> MemoryState:
+    """Measure what a model uses; the session's state contains it from then on."""
+    from nbpeft.memory import measure
+
+    tracked = ctx.models.get(model)
+    tracked.memory = measure(tracked.model)
+    ctx.publish()
+    return tracked.memory

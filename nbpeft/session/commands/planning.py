@@ -1,0 +1,331 @@
+"""Forecasting memory: whether a run will fit, before it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.display.numbers import size
+from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
+from nbpeft.session.configs import build_config, label_of
+from nbpeft.session.handles import uncompiled
+from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.memory.forecast import Forecast
+    from nbpeft.memory.simulate import Setting
+    from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
+
+AS_IT_IS = "as it is"
+"""Stored as the model is, or as its config says."""
+BATCH_SIZE, SEQUENCE_LENGTH = 4, 1024
+"""Assumed where nothing else is given."""
+USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+"""Fields of the adapter that is assumed."""
+_SETTINGS = (
+    *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
+    *("optimizer", "training", "device", "variable"),
+)
+_CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
+
+
+def plan_memory(
+    ctx: SessionContext, /, model: ModelLike = None, config: ConfigLike | None = None, **settings: Any
+) -> PlanResult:
+    """Forecast what a run will need, by part, and whether a device has it; nothing is loaded or changed.
+
+    Args:
+        model: a model (its name here, or itself), a transformers config, or the folder or hub
+            id of one; only its config is read.
+        config: the adapter, or its fields; by default the model's active adapter, or LoRA of
+            rank 16 on all linear layers.
+        **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
+            ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
+            ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, a torch device, by default
+            this machine's), ``suggest=False`` to leave out what would make it fit.
+
+    Raises:
+        ConfigError: a value is impossible, or the model cannot run without data.
+        TargetError: the adapter does not fit the model.
+    """
+    suggest = settings.pop("suggest", True)
+    for name in settings:
+        if name not in _SETTINGS:
+            known = (*_SETTINGS, "suggest")
+            raise ConfigError(f"plan_memory has no setting {name!r}.{did_you_mean(name, known)}", field=name)
+    return memory_planner(ctx, model, config, **settings).exact(suggest=suggest)
+
+
+def memory_planner(
+    ctx: SessionContext,
+    /,
+    model: ModelLike = None,
+    config: ConfigLike | None = None,
+    *,
+    variable: str | None = None,
+    **settings: Any,
+) -> MemoryPlanner:
+    """Prepare the same for settings that are changed again and again; see ``plan_memory``."""
+    tracked = None
+    if model is None or (isinstance(model, str) and model in ctx.models.names):
+        tracked = ctx.models.get(model)
+    elif not isinstance(model, str):
+        tracked = ctx.models.find(uncompiled(model))
+    if tracked is not None:
+        source, name = tracked.manager.model, tracked.name
+    else:
+        source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
+    adapter = build_config(USUAL_FIELDS if config is None else config)
+    if config is None and tracked is not None and tracked.manager.names:
+        manager = tracked.manager
+        adapter = manager.configs[(manager.active or manager.names)[0]]
+    return MemoryPlanner(source, adapter, name=variable or name, **settings)
+
+
+class MemoryPlanner:
+    """Forecasts for one model and many settings; knows the model's shapes and holds no weights.
+
+    Args:
+        source: a model, a config, a folder or a hub id.
+        adapter: what is trained.
+        name: of the model.
+        batch_size: as in ``Session.plan_memory``, like the others.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        adapter: AdapterConfig,
+        *,
+        name: str,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        quantization: str | None = AS_IT_IS,
+        gradient_checkpointing: bool | None = None,
+        optimizer: str = "adamw",
+        training: bool = True,
+        device: Any = None,
+        double_quant: bool | None = None,
+    ) -> None:
+        from nbpeft.memory.forecast import setting_of
+
+        self.room = _room(device, source)
+        found = _Detected(source, adapter)
+        if gradient_checkpointing is None:
+            gradient_checkpointing = found.checkpointing
+        length = sequence_length or min(SEQUENCE_LENGTH, found.longest)
+        assumed = [f"batch {BATCH_SIZE}"] if batch_size is None else []
+        assumed += [f"length {length}"] if sequence_length is None else []
+        self.assumed = f"{' and '.join(assumed)} {'is' if len(assumed) == 1 else 'are'} assumed" if assumed else ""
+        self.setting: Setting = setting_of(
+            found.architecture,
+            adapter,
+            batch_size=BATCH_SIZE if batch_size is None else batch_size,
+            sequence_length=length if sequence_length is None else sequence_length,
+            dtype=dtype or found.dtype,
+            quantization=found.quantization if quantization == AS_IT_IS else quantization,
+            gradient_checkpointing=gradient_checkpointing,
+            optimizer=optimizer,
+            training=training,
+            double_quant=found.double_quant if double_quant is None else double_quant,
+            on_cpu=self.room.on_cpu,
+        )
+        self.optimizer = optimizer
+        graphics = self.room.name.startswith("cuda") or (device is not None and self.room.free is None)
+        self.notes = tuple(note for note in (found.note, _CUDA_NOTE if graphics else "") if note)
+        self.name = name
+        self.class_name = found.class_name
+        self.method = label_of(adapter)
+
+    @property
+    def settings(self) -> PlanSettings:
+        """The settings that were asked for."""
+        return self._settings(self.setting, self.optimizer)
+
+    def exact(self, settings: PlanSettings | None = None, *, suggest: bool = True) -> PlanResult:
+        """The plan from running a step on fake tensors; takes about a second, suggestions some more."""
+        from nbpeft.memory.forecast import solved
+
+        setting, optimizer = self._setting(settings)
+        found = solved(setting, optimizer, self.room.total)
+        assert found is not None
+        result = self._result(found, found.suggestions if suggest else ())
+        if settings is None and self.assumed:
+            return dataclasses.replace(result, notes=(self.assumed, *result.notes))
+        return result
+
+    def at_once(self, settings: PlanSettings) -> PlanResult | None:
+        """The plan in a few milliseconds; None where it was not prepared.
+
+        Suggestions are limited to those that need no simulation.
+        """
+        from nbpeft.memory.forecast import at_once
+
+        setting, optimizer = self._setting(settings)
+        found = at_once(setting, optimizer, self.room.total)
+        return None if found is None else self._result(found, found.suggestions)
+
+    def prepare(self, settings: PlanSettings) -> bool:
+        """Prepares answers for these settings at any batch size, length, rank and optimizer, in a second or two.
+
+        Returns:
+            False where this model can only be simulated, setting by setting.
+
+        May be called in another thread.
+        """
+        from nbpeft.memory.surface import surface_of
+
+        return surface_of(self._setting(settings)[0]) is not None
+
+    def neighbours(self, settings: PlanSettings) -> list[PlanSettings]:
+        """The same with other ways to store and other switches, those first that differ in one only."""
+        dtypes = dict.fromkeys((settings.dtype, "bfloat16", "float32"))
+        kinds = dict.fromkeys((settings.quantization, None, "nf4", "int8"))
+        again = (settings.gradient_checkpointing, not settings.gradient_checkpointing)[: 2 if settings.training else 1]
+        found = [
+            dataclasses.replace(settings, gradient_checkpointing=checkpointing, quantization=kind, dtype=dtype)
+            for dtype, kind, checkpointing in itertools.product(dtypes, kinds, again)
+        ]
+
+        def distance(other: PlanSettings) -> int:
+            pairs = (
+                (other.dtype, settings.dtype),
+                (other.quantization, settings.quantization),
+                (other.gradient_checkpointing, settings.gradient_checkpointing),
+            )
+            return sum(one != two for one, two in pairs)
+
+        return sorted(found, key=distance)[1:]
+
+    def _setting(self, settings: PlanSettings | None) -> tuple[Setting, str]:
+        if settings is None:
+            return self.setting, self.optimizer
+        import torch
+
+        from nbpeft.memory.surface import at
+        from nbpeft.memory.trace import Point
+
+        rank = settings.rank if settings.rank is not None else 1
+        setting = at(self.setting, Point(settings.batch_size, settings.sequence_length, rank))
+        changed = setting.with_changes(
+            dtype=getattr(torch, settings.dtype),
+            quantization=settings.quantization,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            training=settings.training,
+        )
+        return changed, settings.optimizer
+
+    def _settings(self, setting: Setting, optimizer: str) -> PlanSettings:
+        from nbpeft.memory.surface import has_rank
+
+        return PlanSettings(
+            setting.batch_size,
+            setting.sequence_length,
+            getattr(setting.adapter_config, "r", None) if has_rank(setting) else None,
+            str(setting.dtype).removeprefix("torch."),
+            setting.quantization,
+            setting.gradient_checkpointing,
+            optimizer,
+            setting.training,
+        )
+
+    def _result(self, found: Forecast, suggestions: Any) -> PlanResult:
+        from nbpeft.memory.processor import slow_here, slow_words
+
+        settings = self._settings(found.setting, found.optimizer)
+        adapter = self.method if settings.rank is None else f"{self.method} r={settings.rank}"
+        notes = self.notes
+        if self.room.on_cpu and slow_here(found.setting.dtype):
+            notes = (*notes, slow_words(found.setting.dtype))
+        return PlanResult(
+            self.name, self.class_name, adapter, settings, found.parts, self.room, tuple(suggestions), notes
+        )
+
+
+class _Detected:
+    """The settings that a model or a config implies."""
+
+    def __init__(self, source: Any, adapter: AdapterConfig) -> None:
+        from nbpeft.memory.architecture import architecture_of
+        from nbpeft.memory.checkpointing import is_checkpointing
+        from nbpeft.memory.storing import stored_as
+
+        self.architecture = architecture_of(source, adapter)
+        config = self.architecture.config
+        self.longest = int(getattr(config, "max_position_embeddings", None) or SEQUENCE_LENGTH)
+        self.checkpointing = is_checkpointing(source)
+        self.dtype = _dtype_of(source) if hasattr(source, "parameters") else None
+        stored = stored_as(source, config)
+        self.quantization, self.double_quant, self.note = stored.quantization, stored.double_quant, stored.note
+        kind = self.architecture.model_class
+        self.class_name = kind.__name__ if kind is not None else next(iter(config.architectures or ()), "")
+
+
+def _dtype_of(model: Any) -> str | None:
+    """The dtype of most weights that are not quantized."""
+    from nbpeft.memory import weights_by_kind
+
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    return next((names[label] for kind in weights_by_kind(model) if (label := kind.split(" ")[0]) in names), None)
+
+
+def _room(device: Any, source: Any) -> Room:
+    """The device to fit, by default that of the model, or this machine's best one."""
+    import torch
+
+    from nbpeft.memory.devices import device_memory, is_cpu, placed_on
+    from nbpeft.memory.forecast import device_bytes
+
+    placed = placed_on(source)
+    if device is None:
+        device = placed if placed is not None and placed.type != "meta" else _best_device()
+    try:
+        there = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        there = None
+    if there is None or there.type == "meta":
+        total = device_bytes(device)
+        return Room(size(total), total)
+    device_bytes(there)
+    memory = device_memory(there)
+    held = sum(parameter.nbytes for parameter in _parameters(source)) if _is_on(placed, there) else 0
+    on_cpu = is_cpu(there)
+    name = "this machine (CPU)" if on_cpu else f"{there} of this machine"
+    return Room(name, memory.total, memory.free, held, on_cpu)
+
+
+def _is_on(placed: torch.device | None, there: torch.device) -> bool:
+    """Whether a parameter lies on a device, which may be named without its number."""
+    import torch
+
+    if placed is None or placed.type != there.type:
+        return False
+    return there.type == "cpu" or placed.index == (
+        torch.accelerator.current_device_index() if there.index is None else there.index
+    )
+
+
+def _parameters(source: Any) -> Iterator[Any]:
+    return iter(source.parameters()) if hasattr(source, "parameters") else iter(())
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def plan_or_reason(source: Any, config: AdapterConfig, name: str, settings: Mapping[str, Any]) -> PlanResult | str:
+    """Forecast for a model and an adapter, without suggestions; where that is impossible, return the reason."""
+    try:
+        return MemoryPlanner(source, config, name=name, **settings).exact(suggest=False)
+    except NbpeftError as error:
+        return str(error)

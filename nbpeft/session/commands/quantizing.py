@@ -1,0 +1,495 @@
+"""QLoRA in one command: load or quantize a model, prepare it for training, add an adapter; and its dry run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
+from nbpeft.interrupts import HeldInterrupts
+from nbpeft.names import DTYPES
+from nbpeft.session.checks import adapter_name, place_of
+from nbpeft.session.commands.adapters import add
+from nbpeft.session.commands.planning import plan_or_reason
+from nbpeft.session.configs import build_config
+from nbpeft.session.handles import uncompiled
+from nbpeft.session.preview import preview_of
+from nbpeft.session.results.quantizing import PartSize, QloraPreview, QloraResult
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.memory.architecture import Architecture
+    from nbpeft.model.weight_storage import StoredPart
+    from nbpeft.session.context import ConfigLike, SessionContext
+    from nbpeft.training.prepare import Preparation, Upcast
+
+DEFAULTS: dict[str, Any] = {"bits": 4, "quant_type": "nf4", "double_quant": True}
+"""How to quantize where nothing else is given."""
+QUANTIZATION_FIELDS = ("bits", "quant_type", "double_quant", "compute_dtype", "quant_storage")
+LOADING_FIELDS = (
+    *("gguf_file", "device_map", "model_class", "dtype", "revision", "subfolder", "cache_dir", "token"),
+    *("local_files_only", "trust_remote_code", "attn_implementation", "max_memory"),
+)
+PREPARING_FIELDS = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "upcast")
+_OF_CONFIG = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "trust_remote_code")
+"""Fields of loading that also locate a config."""
+
+
+def qlora(
+    ctx: SessionContext,
+    /,
+    source: nn.Module | str | os.PathLike[str],
+    config: ConfigLike,
+    *,
+    name: str = "default",
+    variable: str | None = None,
+    allow_missing: bool = False,
+    bits: int | None = None,
+    quant_type: str | None = None,
+    double_quant: bool | None = None,
+    compute_dtype: Any = None,
+    quant_storage: Any = None,
+    gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    upcast: Any = "norms",
+    **loading: Any,
+) -> QloraResult:
+    """Load a model quantized (or quantize one in memory), prepare it, and add an adapter.
+
+    Run again with the same source and quantization it only reconfigures the adapter.
+
+    Args:
+        source: a folder, a hub id, a ``.gguf`` file, or a loaded model, which is quantized in place.
+        config: a config, or its fields.
+        name: the adapter.
+        variable: what to call the model.
+        allow_missing: go on where a target matches nothing, as long as others match.
+        bits: 4 or 8; 4 if left out.
+        quant_type: ``"nf4"`` (if left out) or ``"fp4"``.
+        double_quant: whether the constants of 4-bit blocks are quantized too; they are if left out.
+        compute_dtype: what 4-bit layers compute in; see ``nbpeft.model.quantize``.
+        quant_storage: dtype that holds the 4-bit codes.
+        gradient_checkpointing: whether training recomputes activations.
+        gradient_checkpointing_kwargs: e.g. ``{"use_reentrant": True}``.
+        upcast: what becomes float32: ``"norms"``, ``"peft"`` or ``"none"``.
+        **loading: ``gguf_file``, ``device_map``, ``model_class`` and what else ``from_pretrained`` takes.
+
+    Raises:
+        ConfigError: a field is unknown or impossible, or the model is quantized otherwise already.
+        TargetError: the targets do not match the model.
+        CheckpointNotFoundError: there is no model at ``source``.
+    """
+    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.engine.plan import plan
+    from nbpeft.model.quantize import load_quantized, quantize_model
+    from nbpeft.model.weight_storage import stored_parts
+
+    given = {"bits": bits, "quant_type": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
+    given |= {"quant_storage": quant_storage, "upcast": upcast, "gradient_checkpointing": gradient_checkpointing}
+    request = _request(config, given | loading)  # what is impossible is refused before loading
+    adapter_name(name)
+    with ctx.command(f"quantizing for {name!r}", slow=True):
+        started = time.monotonic()
+        origin, base = _resolve(ctx, source, variable, request)
+        before, quantized = None, base is None
+        if origin.source is not None and base is None:
+            base = load_quantized(origin.source, **request.settings, **request.loading)
+        elif origin.source is None:
+            before = stored_parts(base)
+            quantized = not _is_quantized(before)
+            # What cannot be adapted is refused before a weight is rounded.
+            manager = manager_of(base)
+            replacing = name if manager is not None and name in manager.configs else None
+            plan(base, request.config, allow_missing=allow_missing, replacing=replacing)
+            if quantized:
+                quantize_model(base, **request.settings)
+        seconds = time.monotonic() - started
+        with _restored_on_failure(base):
+            prepared = _prepare(ctx, base, gradient_checkpointing, gradient_checkpointing_kwargs, upcast)
+            added = add(ctx, base, request.config, name=name, variable=variable, allow_missing=allow_missing)
+        ctx.qlora_origins.setdefault(base, origin)
+        return QloraResult(
+            reference=added.reference,
+            added=added,
+            source=_title(origin, base),
+            quantized=quantized,
+            parts=_part_sizes(stored_parts(base), before if quantized else None),
+            prepared=str(prepared) if prepared is not None else "",
+            prepare_bytes=prepared.extra_bytes if prepared is not None else 0,
+            seconds=seconds,
+        )
+
+
+def preview_qlora(
+    ctx: SessionContext,
+    /,
+    source: nn.Module | str | os.PathLike[str],
+    config: ConfigLike,
+    *,
+    name: str = "default",
+    variable: str | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    device: Any = None,
+    **how: Any,
+) -> QloraPreview:
+    """Report what ``qlora`` would load, quantize and adapt, and what training would need; nothing is changed.
+
+    Of a folder, a hub id or a GGUF file only the config is read.
+
+    Args:
+        source: as for ``qlora``.
+        config: of the adapter to come, or its fields.
+        name: of the adapter to come.
+        variable: what to call the model.
+        batch_size: for the forecast of memory, like the next two; see ``plan_memory``.
+        sequence_length: tokens of each row.
+        device: where it should fit.
+        **how: quantization, preparation and loading, as for ``qlora``.
+
+    Raises:
+        ConfigError: a field is unknown or impossible, or the model cannot be quantized.
+        TargetError: the targets do not match the model.
+        CheckpointNotFoundError: there is no model at ``source``.
+    """
+    request = _request(build_config(config), how)
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "device": device}
+    with ctx.command("planning") as notes:
+        origin, base = _resolve(ctx, source, variable, request)
+        skeleton = _skeleton(origin.source, request) if origin.source is not None and base is None else None
+        tracked = ctx.find(base) if skeleton is None else None
+        title = variable or (tracked.name if tracked is not None else "model")
+        base = base if skeleton is None else skeleton.model
+        replaces = tracked is not None and name in tracked.manager.configs
+        parts, prepared, to_quantize = _parts_to_come(ctx, base, skeleton, request)
+        settings: dict[str, Any] = {"gradient_checkpointing": request.checkpointing}
+        settings |= {size: value for size, value in sizes.items() if value is not None}
+        if to_quantize is not None:
+            settings |= {"quantization": request.kind, "double_quant": request.double}
+        if skeleton is not None:
+            settings["dtype"] = skeleton.dtype
+            notes += [skeleton.note] if skeleton.note else []
+        stored = dict.fromkeys(to_quantize or (), "bnb8bit" if request.kind == "int8" else "bnb4bit")
+        adapter = preview_of(
+            base, request.config, name=name, model_name=title, replaces=replaces, notes=notes, stored=stored
+        )
+        planned = plan_or_reason(base if skeleton is None else skeleton.architecture, request.config, title, settings)
+        return QloraPreview(
+            source=_title(origin, base),
+            action="" if to_quantize is None else "quantize" if skeleton is None else "load and quantize",
+            parts=parts,
+            prepared=str(prepared) if prepared is not None else "",
+            adapter=dataclasses.replace(adapter, memory=planned),
+        )
+
+
+def would_reuse(ctx: SessionContext, model: Any, variable: str, source: str, how: Mapping[str, Any]) -> bool:
+    """Whether ``qlora`` would reuse the model in a variable, because it made it of this source before.
+
+    Args:
+        model: what the variable holds.
+        variable: its name.
+        source: a folder, a hub id or a ``.gguf`` file.
+        how: quantization, preparation and loading, as for ``qlora``.
+    """
+    tracked = ctx.models.find(uncompiled(model))
+    present = _present(ctx, _Origin(source, *_sorted(how)), variable)
+    return present is not None and tracked is not None and tracked.manager.model is present
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of ``qlora``, checked and sorted.
+
+    Attributes:
+        config: of the adapter.
+        settings: of quantizing, as they were given.
+        loading: arguments of ``from_pretrained``.
+        upcast: what becomes float32.
+        checkpointing: whether training recomputes activations.
+    """
+
+    config: AdapterConfig
+    settings: dict[str, Any]
+    loading: dict[str, Any]
+    upcast: Upcast
+    checkpointing: bool
+
+    @property
+    def kind(self) -> str:
+        """How layers will be stored: ``nf4``, ``fp4`` or ``int8``."""
+        chosen = DEFAULTS | self.settings
+        return "int8" if chosen["bits"] == 8 else str(chosen["quant_type"])
+
+    @property
+    def double(self) -> bool:
+        """Whether the constants of 4-bit blocks will be quantized, too."""
+        return self.kind != "int8" and bool((DEFAULTS | self.settings)["double_quant"])
+
+
+def _request(config: ConfigLike, how: Mapping[str, Any]) -> _Request:
+    """Check and sort the arguments of ``qlora``.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+    from nbpeft.model.quantize import quantization
+    from nbpeft.training.prepare import check_upcast
+
+    made = build_config(config)
+    settings, loading = _sorted(how)
+    upcast = how.get("upcast", "norms")
+    quantization(**settings)
+    check_upcast(upcast)
+    return _Request(made, settings, loading, upcast, bool(how.get("gradient_checkpointing", True)))
+
+
+def _sorted(how: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of quantizing, and those of ``from_pretrained``."""
+    settings = {field: how[field] for field in QUANTIZATION_FIELDS if how.get(field) is not None}
+    own = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS)
+    return settings, {field: value for field, value in how.items() if field not in own}
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a model came from (None: from memory) and how it was quantized."""
+
+    source: str | None
+    settings: dict[str, Any]
+    loading: dict[str, Any]
+
+
+def _resolve(ctx: SessionContext, source: Any, variable: str | None, request: _Request) -> tuple[_Origin, Any]:
+    """Find out what a source is.
+
+    Returns:
+        Where the model comes from, and its base model: None where it has to be loaded.
+
+    Raises:
+        ConfigError: it is a model in memory, but arguments are for loading one or for quantizing it otherwise.
+    """
+    if isinstance(source, str | os.PathLike):
+        place = place_of(source, "qlora")
+        origin = _Origin(place, request.settings, request.loading)
+        return origin, _present(ctx, origin, variable or "model")
+    if request.loading:
+        raise ConfigError(f"{next(iter(request.loading))!r} is for loading, and this model is loaded already")
+    tracked = ctx.find(source)
+    base = tracked.manager.model if tracked is not None else uncompiled(source)
+    known = ctx.qlora_origins.get(base)
+    have = DEFAULTS | known.settings if known is not None else {}
+    if known is not None and any(have.get(field) != value for field, value in request.settings.items()):
+        present = ", ".join(f"{field} = {value}" for field, value in have.items())
+        raise ConfigError(f"the model is quantized already with {present}; load it again to change that")
+    return _Origin(None, request.settings, {}), base
+
+
+def _present(ctx: SessionContext, origin: _Origin, variable: str) -> Any:
+    """The base model that a variable holds, if it came from there and was quantized like that."""
+    tracked = next((tracked for tracked in ctx.models.all() if tracked.name == variable), None)
+    same = tracked is not None and ctx.qlora_origins.get(tracked.manager.model) == origin
+    return tracked.manager.model if tracked is not None and same else None
+
+
+def _is_quantized(parts: tuple[StoredPart, ...]) -> bool:
+    return any(part.name == "quantized layers" for part in parts)
+
+
+def _is_unprepared(ctx: SessionContext, base: nn.Module) -> bool:
+    """Whether a model still has to be prepared for training: it never carried adapters."""
+    from nbpeft.engine.model_tree import manager_of
+
+    return manager_of(base) is None and base not in ctx.qlora_origins
+
+
+def _prepare(
+    ctx: SessionContext, base: nn.Module, checkpointing: bool, options: dict[str, Any] | None, upcast: Any
+) -> Preparation | None:
+    """Prepare a model that carries no adapter yet; for others only switch checkpointing."""
+    from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
+    from nbpeft.training.prepare import prepare_model
+
+    if _is_unprepared(ctx, base):
+        return prepare_model(base, checkpointing, options, upcast=upcast)
+    now = is_checkpointing(base)
+    if checkpointing and not now:
+        enable_checkpointing(base, options)
+    elif now and not checkpointing:
+        disable_checkpointing(base)
+    return None
+
+
+@contextmanager
+def _restored_on_failure(base: nn.Module) -> Iterator[None]:
+    """Undo what preparing does to a model (dtypes, flags, hooks, checkpointing) if the block fails.
+
+    What is kept for that are references: a tensor that is cast stays alive until the block ends.
+    """
+    from nbpeft.memory.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
+
+    checkpoints = is_checkpointing(base)
+    parameters = [(parameter, parameter.requires_grad, parameter.data) for parameter in base.parameters()]
+    hooks = [
+        (registered, dict(registered))
+        for module in base.modules()
+        for registered in (module._forward_pre_hooks, module._forward_hooks)
+    ]
+    try:
+        yield
+    except BaseException:
+        with HeldInterrupts(to_the_end=True):
+            if checkpoints != is_checkpointing(base):
+                (enable_checkpointing if checkpoints else disable_checkpointing)(base)
+            for registered, were in hooks:
+                for key in registered.keys() - were.keys():
+                    del registered[key]
+            for parameter, trained, data in parameters:
+                if parameter.dtype != data.dtype:
+                    parameter.data = data
+                parameter.requires_grad_(trained)
+        raise
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """A model of a folder, hub id or GGUF file on the meta device.
+
+    Attributes:
+        model: modules and shapes, no weights.
+        architecture: what it was built from.
+        dtype: of its weights, as they would be loaded.
+        note: a remark on its config; mostly empty.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    dtype: torch.dtype
+    note: str
+
+
+def _skeleton(source: str, request: _Request) -> _Skeleton:
+    """Read a config and build its model without weights, in the dtype that it would be loaded in.
+
+    Raises:
+        CheckpointNotFoundError: there is no config at ``source``.
+        ConfigError: its class or a dtype is not known.
+    """
+    import torch
+
+    from nbpeft.memory.threads import quiet
+
+    config = _config(source, request.loading)
+    stored = getattr(config, "quantization_config", None)
+    how = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
+    method = str(getattr(how, "value", how or ""))
+    architecture = _architecture(config, request.loading.get("model_class"))
+    dtype = _dtype(request, config)
+    with torch.device("meta"), quiet():
+        model = architecture.build(dtype)
+    known = method in ("", "gguf")
+    return _Skeleton(model, architecture, dtype, "" if known else f"its weights are stored by {method} and stay so")
+
+
+def _parts_to_come(
+    ctx: SessionContext, base: Any, skeleton: _Skeleton | None, request: _Request
+) -> tuple[tuple[PartSize, ...], Preparation | None, list[str] | None]:
+    """Count what would be quantized and prepared; the model is not changed.
+
+    Returns:
+        The parts as they would be, the preparation (None where it is prepared already), and the
+        paths of layers to quantize (None where they are quantized already).
+    """
+    from nbpeft.model.quantize import check_quantizable, layers_to_quantize
+    from nbpeft.model.weight_storage import estimated_parts, stored_parts
+    from nbpeft.training.prepare import Preparation, becoming_float32
+
+    before = stored_parts(base) if skeleton is None else None
+    done = before is not None and _is_quantized(before)
+    paths: list[str] = []
+    if not done:
+        check_quantizable(base)
+        paths = list(layers_to_quantize(base))
+    unprepared = skeleton is not None or _is_unprepared(ctx, base)
+    chosen = {id(base.get_submodule(path).weight) for path in paths}
+    raised = [one for one in becoming_float32(base, request.upcast) if id(one) not in chosen] if unprepared else []
+    extra = sum(parameter.numel() * (4 - parameter.element_size()) for parameter in raised)
+    parts = estimated_parts(base, paths, kind=request.kind, double=request.double, raised=raised)
+    preparation = Preparation(0, len(raised), extra, request.checkpointing, False) if unprepared else None
+    return _part_sizes(parts, None if done else before), preparation, None if done else paths
+
+
+def _config(source: str, loading: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    from nbpeft.model.quantize import place_of
+
+    place, file = place_of(source, loading.get("gguf_file"))
+    options: dict[str, Any] = {name: loading[name] for name in _OF_CONFIG if name in loading}
+    failure = ""
+    try:
+        return AutoConfig.from_pretrained(place, **options, **({"gguf_file": file} if file else {}))
+    except (OSError, ValueError, ImportError) as error:
+        failure = in_one_line(error)[:300]
+    raise CheckpointNotFoundError(f"no model could be loaded from {place!r}: {failure}", source=place)
+
+
+def _architecture(config: Any, model_class: Any) -> Architecture:
+    import transformers
+
+    from nbpeft.memory.architecture import Architecture
+
+    automatic = "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "AutoModelForCausalLM"
+    chosen = model_class or automatic
+    name = chosen if isinstance(chosen, str) else chosen.__name__
+    found = getattr(transformers, name, None) if isinstance(chosen, str) else chosen
+    if found is None:
+        raise ConfigError(f"transformers has no class {chosen!r}", field="model_class")
+    return Architecture(config, None if name.startswith("Auto") else found, name)
+
+
+def _dtype(request: _Request, config: Any) -> Any:
+    """What ``load_quantized`` would load weights in."""
+    from nbpeft.model.quantize import dtype_of, usual_dtype
+
+    chosen, computes = request.loading.get("dtype"), request.settings.get("compute_dtype")
+    if chosen == "auto":
+        return getattr(config, "dtype", None) or usual_dtype()
+    if chosen is not None:
+        return dtype_of(chosen, "dtype", DTYPES)
+    return usual_dtype() if computes is None else dtype_of(computes, "compute_dtype", DTYPES)
+
+
+def _part_sizes(now: tuple[StoredPart, ...], before: tuple[StoredPart, ...] | None) -> tuple[PartSize, ...]:
+    """The parts now, beside what the same weights took before (None: they were never loaded otherwise)."""
+    old = {part.name: part.byte_count for part in before or ()}
+    if before is not None and "quantized layers" not in old:
+        # What is quantized now was among the other layers; the rest of those stayed.
+        stayed = sum(part.byte_count for part in now if part.name == "other layers")
+        old["quantized layers"] = old.get("other layers", 0) - stayed
+        old["other layers"] = stayed
+    return tuple(
+        PartSize(part.name, part.module_count, part.byte_count, old.get(part.name), part.bfloat16_bytes, part.kinds)
+        for part in now
+    )
+
+
+def _title(origin: _Origin, base: Any) -> str:
+    """The source for results: a hub id as it is, of a path outside the working folder only its last part."""
+    if origin.source is None:
+        return type(base).__name__
+    if origin.loading.get("gguf_file"):
+        return str(origin.loading["gguf_file"])
+    path = os.path.expanduser(origin.source)
+    if not os.path.isabs(path):
+        return origin.source
+    inside = os.path.relpath(path)
+    return os.path.basename(os.path.normpath(path)) if inside.startswith(os.pardir) else inside

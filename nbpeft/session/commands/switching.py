@@ -1,0 +1,70 @@
+"""Which adapters are active, how strongly, and which train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nbpeft.session.checks import names_of
+
+if TYPE_CHECKING:
+    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.results import CommandResult
+
+
+def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = None) -> CommandResult:
+    """Switch to one adapter, or to several whose deltas add up.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+    chosen = names_of(names)
+    tracked = ctx.models.get(model)
+    with ctx.command(f"switching to {', '.join(chosen)}") as notes:
+        tracked.manager.activate(list(chosen), enable=True)
+        ctx.models.select(tracked)
+        return ctx.result(tracked, f"{tracked.name} uses {', '.join(map(repr, chosen))}", notes)
+
+
+def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
+    """Switch all adapters off, until ``on`` or ``use``: the base model runs alone."""
+    tracked = ctx.models.get(model)
+    with ctx.command("switching adapters off") as notes:
+        tracked.manager.disable()
+        return ctx.result(tracked, f"adapters of {tracked.name} are off; session.on() brings them back", notes)
+
+
+def on(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
+    """Switch the selected adapters on again."""
+    tracked = ctx.models.get(model)
+    with ctx.command("switching adapters on") as notes:
+        tracked.manager.enable()
+        return ctx.result(tracked, f"adapters of {tracked.name} are on: {', '.join(tracked.manager.active)}", notes)
+
+
+def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike = None) -> CommandResult:
+    """Set the factor on an adapter's delta; 1 is how it was trained.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+    tracked = ctx.models.get(model)
+    with ctx.command(f"scaling {name!r}") as notes:
+        tracked.manager.set_scale(name, scale)
+        return ctx.result(tracked, f"{name!r} is scaled by {scale:g}", notes)
+
+
+def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
+    """Keep an adapter from training."""
+    tracked = ctx.models.get(model)
+    with ctx.command(f"freezing {name!r}") as notes:
+        tracked.manager.freeze(name)
+        return ctx.result(tracked, f"froze {name!r}", notes)
+
+
+def unfreeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
+    """Let an adapter train while it is active."""
+    tracked = ctx.models.get(model)
+    with ctx.command(f"unfreezing {name!r}") as notes:
+        tracked.manager.unfreeze(name)
+        return ctx.result(tracked, f"{name!r} trains while it is active", notes)

@@ -1,0 +1,196 @@
+"""What all commands of a session share: the models, the lock, and publishing their state."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import AdapterError, in_one_line
+from nbpeft.logs import collapsed
+from nbpeft.session.handles import handle_over, is_handle, is_module, uncompiled
+from nbpeft.session.lock import CommandLock, Subscribers
+from nbpeft.session.registry import ModelRegistry, TrackedModel
+from nbpeft.session.results import CommandResult
+from nbpeft.state import SessionState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.training import Run
+
+    ConfigLike = AdapterConfig | Mapping[str, Any]
+    ModelLike = nn.Module | str | None
+
+_MOST_NOTES = 20
+_FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
+"""Warnings that are not turned into notes."""
+
+
+class SessionContext:
+    """The state of one session and the protocol of its commands.
+
+    Attributes:
+        lock: lets one command run at a time.
+        models: the adapted models.
+        subscribers: called with every new state.
+        run_subscribers: called with every run that starts.
+        runs: model name -> the run that trains it now.
+        tokenizers: base model -> the tokenizer that was given for it last.
+        combinations: (model name, adapter name) -> config of an adapter that ``combine`` made.
+        qlora_origins: base model -> where ``qlora`` loaded it from, and how.
+        notes: what went wrong outside any command, e.g. in a subscriber.
+        changed: whether something changed that was not published yet.
+    """
+
+    def __init__(self) -> None:
+        self.lock = CommandLock()
+        self.models = ModelRegistry(self._model_changed)
+        self.subscribers, self.run_subscribers = Subscribers(), Subscribers()
+        self.runs: dict[str, Run] = {}
+        self.tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self.combinations: dict[tuple[str, str], weakref.ref[Any]] = {}
+        self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
+        self.changed = False
+        self._published_busy = False
+        self._revision = 0
+        self._last = SessionState()
+
+    @property
+    def state(self) -> SessionState:
+        """The state now; while another thread runs a command, the last one published."""
+        with self.lock.try_lock() as free:
+            if not free:
+                last = self._last
+                return SessionState(last.models, last.current, self.lock.busy, last.revision, last.notes)
+            current = self.models.current
+            self._last = SessionState(
+                models=tuple(tracked.state() for tracked in self.models.all()),
+                current=current.name if current is not None else None,
+                busy=self.lock.busy,
+                revision=self._revision,
+                notes=tuple(self.notes),
+            )
+            return self._last
+
+    def publish(self) -> None:
+        """Sends the state to all subscribers."""
+        self.changed = False
+        self._revision += 1
+        state = self.state
+        self._published_busy = bool(state.busy)
+        for failure in self.subscribers.notify(state):
+            if failure not in self.notes:
+                self.notes.append(failure)
+
+    @contextmanager
+    def command(self, description: str, *, slow: bool = False, gather: bool = True) -> Iterator[list[str]]:
+        """Run one command: take the lock, collect warnings as notes, publish once at the end.
+
+        Args:
+            description: what is done, for ``busy``.
+            slow: publish at the start as well, so that panels show what is running.
+            gather: turn user warnings into notes.
+
+        Yields:
+            The notes so far, which the command may add to.
+
+        Raises:
+            BusyError: another thread runs a command.
+        """
+        try:
+            with self.lock.command(description):
+                if slow:
+                    self.publish()
+                    self.changed = True
+                notes: list[str] = []
+                with collapsed(), _warnings_as_notes(notes) if gather else nullcontext():
+                    yield notes
+        finally:
+            # A run may publish "busy" without changing anything: that has to be taken back, too.
+            if self.lock.depth == 0 and (self.changed or self._published_busy):
+                self.publish()
+
+    def find(self, model: Any, variable: str | None = None) -> TrackedModel | None:
+        """Find a model, tracking it where it is adapted already; None for a bare model.
+
+        Args:
+            model: a model, a name, or None for the current model.
+            variable: what to call a model that is new here.
+
+        Raises:
+            AdapterError: it is not a model, or there is none of that name.
+        """
+        if model is None or isinstance(model, str):
+            return self.models.get(model)
+        model = uncompiled(model)
+        if not is_module(model):
+            raise AdapterError(f"expected a model, or the name of one, not {model!r:.60}")
+        tracked = self.models.find(model)
+        if tracked is None:
+            handle: Any = model if is_handle(model) else handle_over(model)
+            if handle is not None:
+                handle._check_live()
+                tracked = self.models.add(variable, handle)
+        return tracked
+
+    def find_adapted(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel:
+        """Find a model as ``find`` does, but refuse a bare one.
+
+        Args:
+            model: a model, a name, or None for the current model.
+            variable: what to call a model that is new here.
+            command: as for ``ModelRegistry.get``.
+
+        Raises:
+            AdapterError: there is no such model, or it carries no adapters.
+        """
+        tracked = None if model is None else self.find(model, variable)
+        return tracked if tracked is not None else self.models.get(model, command=command)
+
+    def result(self, tracked: TrackedModel, line: str, notes: list[str]) -> CommandResult:
+        """The result of a command that only has a line to report."""
+        if len(self.models.all()) > 1 and tracked.name not in line:
+            line = f"{line} ({tracked.name})"
+        return CommandResult(line, tracked.state(), tuple(notes))
+
+    def close(self) -> None:
+        """Forget models and subscribers."""
+        self.models.clear()
+        self.subscribers.clear()
+        self.run_subscribers.clear()
+
+    def _model_changed(self) -> None:
+        """Publish now, or at the end of the running command."""
+        self.changed = True
+        if self.lock.depth == 0:
+            self.publish()
+
+
+@contextmanager
+def _warnings_as_notes(notes: list[str]) -> Iterator[None]:
+    """Turn user warnings into notes as they come, each once; other warnings are raised again at the end."""
+    others: list[tuple[Any, ...]] = []
+
+    def take(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+    ) -> None:
+        text = in_one_line(message)
+        if issubclass(category, _FOR_PROGRAMMERS):
+            others.append((message, category, filename, lineno))
+        elif text not in notes:
+            notes.append(text)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = take
+        yield
+    for item in others:
+        warnings.warn_explicit(*item)

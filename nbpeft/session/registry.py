@@ -1,0 +1,209 @@
+"""The models that a session knows, by the name of their notebook variable, held weakly."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import AdapterError, did_you_mean
+from nbpeft.session.handles import is_live, uncompiled
+from nbpeft.session.snapshot import Snapshots
+from nbpeft.state import MemoryState, ModelState, TrainState
+
+if TYPE_CHECKING:
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.model import PeftModel
+
+
+class TrackedModel:
+    """One adapted model: weak references and what the session remembers of it.
+
+    Attributes:
+        name: of the notebook variable.
+        memory: the last measurement.
+        training: the state of the last run.
+        trained_on_plain_text: whether the text it was last trained on had no chat template around it.
+        requested: adapter name -> its config, and the fields that were asked for when it was made.
+    """
+
+    def __init__(self, name: str, model: PeftModel, changed: Callable[[], None]) -> None:
+        self.name = name
+        self.memory: MemoryState | None = None
+        self.training: TrainState | None = None
+        self.trained_on_plain_text = False
+        self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
+        self._model = weakref.ref(model)
+        self._manager = weakref.ref(model.manager)
+        self._snapshots = Snapshots()
+        self._changed = changed
+        model.manager.subscribe(self.on_change)
+
+    def on_change(self) -> None:
+        """Report a change of the adapters; a method, because managers hold those weakly."""
+        self._changed()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model still exists and is still adapted."""
+        model = self._model()
+        return model is not None and is_live(model)
+
+    @property
+    def model(self) -> PeftModel:
+        """The model.
+
+        Raises:
+            AdapterError: it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise AdapterError(f"the model {self.name!r} is gone: no variable holds it any more")
+        return model
+
+    @property
+    def manager(self) -> AdapterManager:
+        """Its adapters."""
+        return self.model.manager
+
+    def matches(self, thing: object) -> bool:
+        """Whether something is this model, its base model, its manager or another handle on them."""
+        manager = self._manager()
+        return manager is not None and (
+            thing is self._model()
+            or thing is manager
+            or thing is manager.model
+            or getattr(thing, "manager", None) is manager
+        )
+
+    def state(self) -> ModelState:
+        """The model's state now."""
+        return self._snapshots.build(self.name, self.manager, memory=self.memory, training=self.training)
+
+    def recount(self) -> None:
+        """Count all parameters again for the next state."""
+        self._snapshots.forget()
+
+
+class ModelRegistry:
+    """Tracked models by name, and the current one: the default of commands that get no model.
+
+    That is the model that was adapted, loaded into, trained or switched last. When it is unloaded
+    or gone, no other takes its place until a command names one.
+    """
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._models: dict[str, TrackedModel] = {}
+        self._changed = changed
+        self._current: str | None = None
+
+    def all(self) -> tuple[TrackedModel, ...]:
+        """The models that still exist."""
+        for name, tracked in list(self._models.items()):
+            if not tracked.alive:
+                del self._models[name]
+        return tuple(self._models.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the models."""
+        return tuple(tracked.name for tracked in self.all())
+
+    @property
+    def current(self) -> TrackedModel | None:
+        """The current model, if it still exists."""
+        self.all()
+        return None if self._current is None else self._models.get(self._current)
+
+    def new(self, name: str | None, model: PeftModel) -> TrackedModel:
+        """Prepare a model for ``select``, which alone adds it: what may fail can be done in between."""
+        return TrackedModel(name or self._free_name(), model, self._changed)
+
+    def add(self, name: str | None, model: PeftModel, *, select: bool = True) -> TrackedModel:
+        """Track a model and make it the current one.
+
+        A model that is known keeps its name; another model of that name is forgotten.
+
+        Args:
+            name: of its variable; None for a free one.
+            model: an adapted model.
+            select: make it the current one.
+        """
+        tracked = self.find(model) or self.new(name, model)
+        self._models[tracked.name] = tracked
+        if select:
+            self._current = tracked.name
+        return tracked
+
+    def select(self, tracked: TrackedModel) -> None:
+        """Make a model the current one, tracking it if it is new; cannot fail."""
+        self._models[tracked.name] = tracked
+        self._current = tracked.name
+
+    def find(self, model: object) -> TrackedModel | None:
+        """Find a model by itself, its base model or its manager; None if it is not tracked."""
+        return next((tracked for tracked in self.all() if tracked.matches(model)), None)
+
+    def get(self, model: object = None, *, command: str = "") -> TrackedModel:
+        """Find a model by its name or itself, the current one for None.
+
+        A model that is named while none is current becomes the current one.
+
+        Args:
+            model: a name, a model, or None.
+            command: a command that takes something away, e.g. ``merge``: None is refused then where
+                there are several models.
+
+        Raises:
+            AdapterError: there is no such model, or it has to be named; the message names the models.
+        """
+        current, names = self.current, self.names
+        if model is None and command and len(names) > 1:
+            message = f"several models carry adapters: {', '.join(names)}; say which one to {command} (model=…)"
+            raise AdapterError(message, available=names)
+        if model is None:
+            found = current
+        elif isinstance(model, str):
+            found = self._models.get(model)
+        else:
+            found = self.find(uncompiled(model))
+        if found is None:
+            raise self._missing(model)
+        if current is None:
+            self._current = found.name
+        return found
+
+    def remove(self, tracked: TrackedModel) -> None:
+        """Forget a model."""
+        self._models.pop(tracked.name, None)
+        if self._current == tracked.name:
+            self._current = None
+
+    def clear(self) -> None:
+        """Forget all models."""
+        self._models.clear()
+        self._current = None
+
+    def _missing(self, model: object) -> AdapterError:
+        names = self.names
+        there = ", ".join(names)
+        if not names:
+            what = f"{model!r:.60} carries no adapters" if isinstance(model, str) else "no model carries adapters"
+            message = f"{what} yet; add one with session.add(model, config), or load one"
+        elif model is None:
+            message = f"the model used last is unloaded or gone; say which one is meant (model=…): {there}"
+        elif isinstance(model, str):
+            message = f"no adapted model is called {model!r:.60}; there is: {there}.{did_you_mean(model, names)}"
+        else:
+            message = (
+                "this model carries no adapters yet; add one with session.add(model, config), "
+                f"or take a model that has some: {there}"
+            )
+        return AdapterError(message, **({"available": names} if names else {}))
+
+    def _free_name(self) -> str:
+        name, number = "model", 2
+        while name in self._models:
+            name, number = f"model{number}", number + 1
+        return name

@@ -1,0 +1,30 @@
+"""What commands return: frozen data, a line in a terminal and a card in a notebook.
+
+A result never keeps a tensor alive once it was shown: what a notebook keeps in ``Out`` is numbers and names.
+"""
+
+from __future__ import annotations
+
+from nbpeft.session.results.adapters import AddResult as AddResult
+from nbpeft.session.results.adapters import CommandResult as CommandResult
+from nbpeft.session.results.adapters import LoadResult as LoadResult
+from nbpeft.session.results.adapters import MemoryReport as MemoryReport
+from nbpeft.session.results.adapters import SavedAdapter as SavedAdapter
+from nbpeft.session.results.adapters import SaveResult as SaveResult
+from nbpeft.session.results.adapters import StatusReport as StatusReport
+from nbpeft.session.results.adapters import UnloadResult as UnloadResult
+from nbpeft.session.results.base import ModelRef as ModelRef
+from nbpeft.session.results.base import Result as Result
+from nbpeft.session.results.combining import CombineResult as CombineResult
+from nbpeft.session.results.combining import SwapResult as SwapResult
+from nbpeft.session.results.comparing import CompareResult as CompareResult
+from nbpeft.session.results.doctor import Check as Check
+from nbpeft.session.results.doctor import DoctorReport as DoctorReport
+from nbpeft.session.results.inspecting import InspectResult as InspectResult
+from nbpeft.session.results.merging import MergedCopy as MergedCopy
+from nbpeft.session.results.planning import PlanResult as PlanResult
+from nbpeft.session.results.preview import Preview as Preview
+from nbpeft.session.results.preview import PreviewRow as PreviewRow
+from nbpeft.session.results.quantizing import QloraPreview as QloraPreview
+from nbpeft.session.results.quantizing import QloraResult as QloraResult
+from nbpeft.session.results.runs import ExportResult as ExportResult

@@ -1,0 +1,249 @@
+"""What adding, loading, saving and unloading adapters gives, and the state of things."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.display.blocks import Block, Card, Stack, Table, Text, card, dim, line, notes
+from nbpeft.display.memory import free_words, parts_text
+from nbpeft.display.models import (
+    activity,
+    condition,
+    describe,
+    model_card,
+    model_title,
+    settings,
+    trainable,
+    with_notes,
+)
+from nbpeft.display.numbers import count, names, size
+from nbpeft.session.results.base import ModelResult, Result, adapter_card
+from nbpeft.state import AdapterState, MemoryState, ModelState, SessionState
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, repr=False)
+class AddResult(ModelResult):
+    """An adapter was configured and applied.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        adapter: the adapter as it is now.
+        state: the model as it is now.
+        reconfigured: whether it replaced an adapter of the same name.
+        unchanged: whether the same adapter was there already, so that nothing was done.
+        plan: what was adapted (no tensors); None where ``unchanged``.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    adapter: AdapterState
+    state: ModelState
+    reconfigured: bool = False
+    unchanged: bool = False
+    plan: Any = field(default=None, compare=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def did(self) -> str:
+        """``added``, ``reconfigured`` or ``unchanged``."""
+        return "unchanged" if self.unchanged else "reconfigured" if self.reconfigured else "added"
+
+    def __str__(self) -> str:
+        what = (
+            f"{self.did} {self.adapter.name!r} on {self.model_name}: {describe(self.adapter)}; {trainable(self.state)}"
+        )
+        if self.unchanged:
+            what = f"{self.adapter.name!r} on {self.model_name} is set up like this already; nothing changed"
+        return with_notes(what, self.notes)
+
+    def view(self) -> Card:
+        """The adapter and what trains."""
+        did = "already set up like this, nothing changed" if self.unchanged else self.did
+        return adapter_card(did, self, line(dim(trainable(self.state))))
+
+
+@dataclass(frozen=True, repr=False)
+class CommandResult(Result):
+    """A command was carried out.
+
+    Attributes:
+        line: what was done.
+        state: the model as it is now.
+        notes: what a person should know.
+    """
+
+    line: str
+    state: ModelState
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return with_notes(self.line, self.notes)
+
+    def view(self) -> Card:
+        """What was done and which adapters are active."""
+        words = f"{activity(self.state)}; {trainable(self.state)}"
+        return card(self.line, line(dim(words)), notes(self.notes), aside=model_title(self.state))
+
+
+@dataclass(frozen=True, repr=False)
+class LoadResult(ModelResult):
+    """An adapter was loaded.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        source: folder or hub id it came from.
+        adapter: the adapter as it is now.
+        state: the model as it is now.
+        notes: what a person should know, e.g. that the checkpoint names no base.
+    """
+
+    model_name: str
+    source: str
+    adapter: AdapterState
+    state: ModelState
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        what = f"loaded {self.adapter.name!r} on {self.model_name} from {self.source}: {describe(self.adapter)}"
+        return with_notes(what if self.adapter.active else f"{what}; it is not active", self.notes)
+
+    def view(self) -> Card:
+        """The adapter and where it came from."""
+        return adapter_card("loaded", self, line(dim(f"from {self.source}; {activity(self.state)}")))
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """One adapter on disk.
+
+    Attributes:
+        name: the adapter.
+        folder: where its files are.
+        files: their names.
+        byte_count: their size.
+    """
+
+    name: str
+    folder: str
+    files: tuple[str, ...]
+    byte_count: int
+
+
+@dataclass(frozen=True, repr=False)
+class SaveResult(Result):
+    """Adapters were saved.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        saved: what was written.
+    """
+
+    model_name: str
+    saved: tuple[SavedAdapter, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{item.name!r} to {item.folder} ({size(item.byte_count)})" for item in self.saved]
+        return with_notes(f"saved {', '.join(parts)}", self.notes)
+
+    def view(self) -> Card:
+        """One row an adapter."""
+        rows = tuple(
+            (
+                Text(item.name, wrap="names"),
+                Text(item.folder, wrap="names"),
+                ", ".join(item.files),
+                size(item.byte_count),
+            )
+            for item in self.saved
+        )
+        table = Table(("Adapter", "Folder", "Files", "Size"), rows, right=(3,))
+        return card("saved", table, notes(self.notes), aside=self.model_name)
+
+
+@dataclass(frozen=True, repr=False)
+class UnloadResult(ModelResult):
+    """The adapters are gone and the base model is back.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        names: the adapters that were there.
+        merged: whether their deltas are in the base weights now.
+    """
+
+    model_name: str
+    names: tuple[str, ...]
+    merged: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> nn.Module:
+        """The base model.
+
+        Raises:
+            AdapterError: the result was shown or released, and nothing else holds the model.
+        """
+        found: nn.Module = self.reference.get("base model")
+        return found
+
+    def __str__(self) -> str:
+        how = "merged into the base and unloaded" if self.merged else "unloaded"
+        return with_notes(f"{how}: {names(self.names)}; {self.model_name} is the base model again", self.notes)
+
+    def view(self) -> Card:
+        """What was unloaded."""
+        return card(str(dataclasses.replace(self, notes=())), notes(self.notes), aside=self.model_name)
+
+
+@dataclass(frozen=True, repr=False)
+class StatusReport(Result):
+    """The state of things.
+
+    Attributes:
+        state: of the session, or of one model of it.
+    """
+
+    state: SessionState
+
+    def __str__(self) -> str:
+        if not self.state.models:
+            return "no adapted model yet"
+        from nbpeft.display.text import columns
+
+        blocks = []
+        for model in self.state.models:
+            blocks.append(f"{model_title(model)} · {activity(model)}; {trainable(model)}")
+            rows = [
+                (item.name, item.method, settings(item), count(item.parameter_count), condition(item))
+                for item in model.adapters
+            ]
+            blocks += [columns(rows)] if rows else []
+        return "\n".join(blocks + ([f"busy: {self.state.busy}"] if self.state.busy else []))
+
+    def view(self) -> Block:
+        """One card a model."""
+        return Stack(tuple(model_card(model) for model in self.state.models or (None,)))
+
+
+@dataclass(frozen=True, repr=False)
+class MemoryReport(Result):
+    """What a model uses, by part."""
+
+    memory: MemoryState
+
+    def __str__(self) -> str:
+        free = free_words(self.memory)
+        return f"memory on {self.memory.device}: {parts_text(self.memory.parts)}{f'; {free}' if free else ''}"
+
+    def view(self) -> Card:
+        """The parts with their details."""
+        rows = tuple((part.name, size(part.byte_count), dim(part.detail)) for part in self.memory.parts)
+        peak = f"peak {size(self.memory.peak)}" if self.memory.peak is not None else ""
+        words = "; ".join(text for text in (peak, free_words(self.memory)) if text)
+        table = Table(("Part", "Size", ""), rows, right=(1,))
+        return card("memory", table, line(dim(words)), aside=self.memory.device)

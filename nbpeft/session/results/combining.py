@@ -1,0 +1,160 @@
+"""What combining and hot-swapping give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbpeft.display.blocks import Box, Card, Columns, Details, Table, card, dim, line, notes
+from nbpeft.display.differences import differences
+from nbpeft.display.models import activity, adapter_table, describe, model_title, with_notes
+from nbpeft.display.numbers import plural
+from nbpeft.session.results.base import Result, adapter_card
+from nbpeft.state import AdapterState, LayerLoss, ModelState
+
+_LOST = 1e-4
+"""Relative error from which on something counts as lost: rounding stays below it."""
+
+
+@dataclass(frozen=True, repr=False)
+class CombineResult(Result):
+    """A new adapter was made of others.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        weights: (adapter, weight) pairs.
+        adapter: the new adapter.
+        kind: how it was made.
+        rank: its rank, the largest where layers differ.
+        relative_error: distance to the true weighted delta over its norm, over all layers.
+        energy_kept: share of the true delta's energy that lies along the result, over all layers.
+        layers: the same, layer by layer.
+        state: the model as it is now.
+        remade: whether it replaced an adapter of the same name.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    weights: tuple[tuple[str, float], ...]
+    adapter: AdapterState
+    kind: str
+    rank: int
+    relative_error: float
+    energy_kept: float
+    layers: tuple[LayerLoss, ...]
+    state: ModelState
+    remade: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> LayerLoss:
+        """The layer that lost most."""
+        return max(self.layers, key=lambda layer: layer.relative_error)
+
+    @property
+    def formula(self) -> str:
+        """``0.7 · orders + 0.3 · pirate``."""
+        first, *others = self.weights
+        terms = [f"{first[1]:g} · {first[0]}"]
+        terms += [f"{'-' if weight < 0 else '+'} {abs(weight):g} · {name}" for name, weight in others]
+        return " ".join(terms)
+
+    @property
+    def kept(self) -> str:
+        """What was kept, in words."""
+        if self.relative_error < _LOST:
+            return "nothing lost"
+        return f"relative error {_percent(self.relative_error)}, energy kept {_percent(self.energy_kept)}"
+
+    def __str__(self) -> str:
+        did = "remade" if self.remade else "made"
+        line = (
+            f"{did} {self.adapter.name!r} = {self.formula} on {self.model_name}: {self.kind}, rank {self.rank}, "
+            f"{plural(len(self.layers), 'layer')}, {self.kept}"
+        )
+        if self.relative_error >= _LOST:
+            line += f" (worst: {self.worst.path}, {_percent(self.worst.relative_error)})"
+        return with_notes(line, self.notes)
+
+    def view(self) -> Card:
+        """The new adapter, and what was lost by layer."""
+        lost = self.relative_error >= _LOST
+        worst = f"worst layer {self.worst.path}: {_percent(self.worst.relative_error)}" if lost else ""
+        rows = tuple(
+            (item.path, str(item.rank), _percent(item.relative_error), _percent(item.energy_kept))
+            for item in self.layers
+        )
+        table = Table(("Layer", "Rank", "Relative error", "Energy kept"), rows, right=(1, 2, 3))
+        return card(
+            f"{self.adapter.name} · {'combined anew' if self.remade else 'combined'}",
+            line(self.formula, dim(f"({self.kind}, rank {self.rank})")),
+            adapter_table((self.adapter,)),
+            line(self.kept, dim(worst)),
+            Details("layer by layer", table) if lost else None,
+            notes(self.notes),
+            aside=model_title(self.state),
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class SwapResult(Result):
+    """A saved adapter took the place of one on the model.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        source: folder or hub id it came from.
+        adapter: the adapter as it is now.
+        layers: how many layers took new tensors.
+        zeroed: layers that the new adapter does not have; they add nothing now.
+        reset: modules trained as a whole that went back to the base model's.
+        seconds: how long it took, checks by a prompt or a function left out.
+        state: the model as it is now.
+        prompt: of the check, or empty.
+        before, after: answers to the prompt.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    source: str
+    adapter: AdapterState
+    layers: int
+    zeroed: tuple[str, ...]
+    reset: tuple[str, ...]
+    seconds: float
+    state: ModelState
+    prompt: str = ""
+    before: str = ""
+    after: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        line = (
+            f"swapped {self.adapter.name!r} on {self.model_name} for {self.source}: {describe(self.adapter)}; "
+            f"{self._facts()}"
+        )
+        if self.prompt:
+            from nbpeft.display.text import columns
+
+            line += f"\n{self.prompt}\n{columns((('before', self.before), ('after', self.after)))}"
+        return with_notes(line, self.notes)
+
+    def _facts(self) -> str:
+        facts = [f"{plural(self.layers, 'layer')} in {1000 * self.seconds:.0f} ms"]
+        if self.zeroed:
+            facts.append(f"{plural(len(self.zeroed), 'layer')} of the old one add nothing now")
+        if self.reset:
+            facts.append(f"back to the base model's: {', '.join(self.reset)}")
+        return ", ".join(facts)
+
+    def view(self) -> Card:
+        """The adapter, and the answers before and after."""
+        checked = None
+        if self.prompt:
+            runs, relation = differences(self.after, self.before)
+            after = Box("after", runs, "same answer" if relation == "same" else relation)
+            checked = (line(dim(self.prompt)), Columns((Box("before", ((self.before, False),)), after)))
+        facts = line(dim(f"from {self.source}: {self._facts()}; {activity(self.state)}"))
+        return adapter_card("swapped", self, facts, checked)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.0005 else f"{100 * share:.1g} %"

@@ -1,0 +1,119 @@
+"""What inspecting an adapter gives: a map of the model, darker where the adapter changed more."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from dataclasses import dataclass
+
+from nbpeft.display.blocks import Block, Card, Details, HeatMap, Table, card, dim, line, notes
+from nbpeft.display.models import with_notes
+from nbpeft.display.numbers import NONE, plural
+from nbpeft.session.results.base import Result
+from nbpeft.state import LayerChange
+
+_SHOWN = 5
+_BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True, repr=False)
+class InspectResult(Result):
+    """Where an adapter changed a model.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        adapter: which adapter.
+        layers: layer by layer, in the model's order.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    adapter: str
+    layers: tuple[LayerChange, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ranked(self) -> tuple[LayerChange, ...]:
+        """The layers, most changed first."""
+        return tuple(sorted(self.layers, key=lambda layer: -layer.relative))
+
+    @property
+    def median(self) -> float:
+        """The relative change in the middle of all layers."""
+        return statistics.median(layer.relative for layer in self.layers) if self.layers else 0.0
+
+    @property
+    def summary(self) -> str:
+        """How much changed, in words."""
+        ranked = self.ranked
+        if not ranked or ranked[0].relative == 0:
+            return "it changes nothing yet: train it first"
+        return (
+            f"moves {plural(len(ranked), 'layer')} by {percent(self.median)} of their weight in the median "
+            f"({percent(ranked[-1].relative)} to {percent(ranked[0].relative)})"
+        )
+
+    @property
+    def changed(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self.layers) and self.ranked[0].relative > 0
+
+    def __str__(self) -> str:
+        lines = [f"{self.adapter} on {self.model_name}: {self.summary}"]
+        if self.changed:
+            from nbpeft.display.text import columns
+
+            most = [(item.path, percent(item.relative), _directions(item)) for item in self.ranked[:_SHOWN]]
+            lines += ["most changed:", columns(most)]
+        return with_notes("\n".join(lines), self.notes)
+
+    def view(self) -> Card:
+        """A map of the model, and the layers as a table."""
+        return card(
+            f"{self.adapter} · where it changed the model",
+            line(self.summary),
+            self._map() if self.changed else None,
+            Details("layer by layer, most changed first", self._table()) if self.changed else None,
+            notes(self.notes),
+            aside=self.model_name,
+        )
+
+    def _map(self) -> tuple[Block, ...]:
+        """One row a kind of layer, one cell a block of the model."""
+        kinds: dict[str, dict[int, LayerChange]] = {}
+        for layer in self.layers:
+            match = _BLOCK.match(layer.path)
+            if match:
+                kinds.setdefault(match.group(3), {})[int(match.group(2))] = layer
+        if not kinds:
+            return ()
+        count = max(max(blocks) for blocks in kinds.values()) + 1
+        top = self.ranked[0].relative
+        rows = tuple(
+            (kind, tuple(_cell(blocks[place], top) if place in blocks else None for place in range(count)))
+            for kind, blocks in kinds.items()
+        )
+        legend = f"blocks 0 to {count - 1}, left to right; the strongest colour is {percent(top)} of the layer's weight"
+        return HeatMap(rows), line(dim(legend))
+
+    def _table(self) -> Table:
+        rows = tuple(
+            (item.path, NONE if item.rank is None else str(item.rank), percent(item.relative), _directions(item))
+            for item in self.ranked
+        )
+        return Table(("Layer", "Rank", "Change", "Directions"), rows, right=(1, 2))
+
+
+def percent(share: float) -> str:
+    """``1.3 %``; as many digits as tell small changes apart."""
+    return f"{share * 100:.2g} %" if share < 1 else f"{share * 100:.0f} %"
+
+
+def _directions(layer: LayerChange) -> str:
+    if layer.directions is None:
+        return ""
+    return f"90 % of it in {layer.directions} of {layer.rank} directions"
+
+
+def _cell(layer: LayerChange, top: float) -> tuple[float, str]:
+    return min(layer.relative / top, 1.0), f"{layer.path}: {percent(layer.relative)}"

@@ -1,0 +1,83 @@
+"""What merging into a copy gives: a copy in full precision on disk, and the error of each way to merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nbpeft.display.blocks import Card, Table, card, dim, line, notes
+from nbpeft.display.models import with_notes
+from nbpeft.display.numbers import NONE, plural, size
+from nbpeft.session.results.base import Result
+
+if TYPE_CHECKING:
+    from nbpeft.model.merge_export import MergeErrors
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, repr=False)
+class MergedCopy(Result):
+    """A merged model was written to disk; the model in memory is as it was.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        names: the adapters in the copy.
+        folder: where it is; ``from_pretrained`` loads it.
+        dtype: of its weights.
+        byte_count: of its weights.
+        shard_bytes: of each of its files with weights.
+        errors: of both ways to merge, by layer and in total.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    names: tuple[str, ...]
+    folder: str
+    dtype: str
+    byte_count: int
+    shard_bytes: tuple[int, ...]
+    errors: MergeErrors
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        what = f"merged {', '.join(map(repr, self.names))} of {self.model_name} into a copy in {self.folder}"
+        return with_notes(f"{what} ({self._stored()}); {self.errors}", self.notes)
+
+    def _stored(self) -> str:
+        return f"{self.dtype}, {size(self.byte_count)} in {plural(len(self.shard_bytes), 'file')}"
+
+    def _both(self, error: float) -> tuple[str, str]:
+        return _figure(error), self.errors.delta_words(error)
+
+    def view(self) -> Card:
+        """The error of each way to merge, and the layers that lose most."""
+        requantized = self.errors.requantized
+        ways = [("this copy", self.dtype, *self._both(self.errors.full_precision))]
+        if requantized is not None:
+            ways.append(("into the quantized weights", "quantized again", *self._both(requantized)))
+        head = ("Way to merge", "Weights", "Relative error", "Of what the adapter adds")
+        return card(
+            f"{', '.join(self.names)} · merged into a copy",
+            line(dim(f"{self.folder}: {self._stored()}")),
+            Table(head, tuple(ways), right=(2, 3)),
+            self._worst(),
+            notes(self.notes),
+            aside=self.model_name,
+        )
+
+    def _worst(self) -> Table | None:
+        """The layers that lose most; None where none loses anything."""
+        layers = [item for item in self.errors.layers if item.requantized or item.full_precision]
+        layers.sort(key=lambda item: -(item.requantized or item.full_precision))
+        again = self.errors.requantized is not None
+        rows = tuple(
+            (item.path, _figure(item.full_precision), *((_figure(item.requantized),) if again else ()))
+            for item in layers[:_SHOWN]
+        )
+        title = f"Layers that suffer most, of {len(self.errors.layers)}"
+        return Table((title, "Copy", *(("Quantized again",) if again else ())), rows, right=(1, 2)) if rows else None
+
+
+def _figure(error: float | None) -> str:
+    return NONE if error is None else f"{error:.2e}" if error else "0"

@@ -1,0 +1,178 @@
+"""What quantizing, preparing and adapting a model gives, or would give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbpeft.display.blocks import Card, Table, card, dim, line, notes
+from nbpeft.display.models import adapter_table, describe, model_title, trainable, with_notes
+from nbpeft.display.numbers import count, plural, size
+from nbpeft.session.results.adapters import AddResult
+from nbpeft.session.results.base import ModelResult, Result
+from nbpeft.session.results.preview import Preview
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """What one part of the base weights takes.
+
+    Attributes:
+        name: ``quantized layers``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
+        module_count: modules that hold its weights.
+        byte_count: what it takes now.
+        before: what it took before, or None where it was never loaded otherwise.
+        bfloat16_bytes: what it would take in bfloat16.
+        kinds: how it is stored.
+    """
+
+    name: str
+    module_count: int
+    byte_count: int
+    before: int | None
+    bfloat16_bytes: int
+    kinds: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Bytes as a share of those in bfloat16."""
+        return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class QloraResult(ModelResult):
+    """A quantized model was prepared and carries an adapter.
+
+    Attributes:
+        added: what applying the adapter gave.
+        source: where the model came from, in words.
+        quantized: whether this command quantized it; else it was so already.
+        parts: the base weights, part by part.
+        prepared: what was prepared for training, in words; empty where it was so already.
+        prepare_bytes: memory that preparing cost.
+        seconds: how long loading and quantizing took.
+    """
+
+    added: AddResult
+    source: str
+    quantized: bool
+    parts: tuple[PartSize, ...]
+    prepared: str
+    prepare_bytes: int
+    seconds: float
+
+    @property
+    def byte_count(self) -> int:
+        """What the base weights take."""
+        return sum(part.byte_count for part in self.parts)
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        """What the base weights would take in bfloat16."""
+        return sum(part.bfloat16_bytes for part in self.parts)
+
+    def release(self) -> None:
+        """Keeps the model no longer alive."""
+        self.added.release()
+        super().release()
+
+    def __str__(self) -> str:
+        added, did = self.added, "quantized" if self.quantized else "already quantized"
+        prepared = f"; {self.prepared}" if self.prepared else ""
+        adapter = f"{added.did} {added.adapter.name!r} on {added.model_name}: {describe(added.adapter)}"
+        return with_notes(f"{did} {self.source}: {stored_words(self.parts)}{prepared}; {adapter}", added.notes)
+
+    def view(self) -> Card:
+        """The base weights part by part, and the adapter."""
+        took = f"{self.seconds:.1f} s" if self.quantized else "no weight was touched"
+        return card(
+            f"{self.added.adapter.name} · {self.added.did} on a {'newly ' if self.quantized else ''}quantized model",
+            part_table(self.parts),
+            line(dim("; ".join(text for text in (self.prepared, took) if text))),
+            adapter_table((self.added.adapter,)),
+            line(dim(trainable(self.added.state))),
+            notes(self.added.notes),
+            aside=model_title(self.added.state),
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class QloraPreview(Result):
+    """What ``qlora`` would do; nothing was loaded or changed.
+
+    Attributes:
+        source: where the model would come from, in words.
+        action: ``load and quantize``, ``quantize`` or, where that is done already, the empty string.
+        parts: the base weights as they would be, part by part.
+        prepared: what would be prepared for training, in words; empty where it is so already.
+        adapter: what would be adapted, and what training would need.
+    """
+
+    source: str
+    action: str
+    parts: tuple[PartSize, ...]
+    prepared: str
+    adapter: Preview
+
+    @property
+    def byte_count(self) -> int:
+        """What the base weights would take."""
+        return sum(part.byte_count for part in self.parts)
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        """What the base weights would take in bfloat16."""
+        return sum(part.bfloat16_bytes for part in self.parts)
+
+    def __str__(self) -> str:
+        did = f"would {self.action} {self.source}" if self.action else f"{self.source} is quantized already"
+        prepared = f"; {self.prepared}" if self.prepared else ""
+        what = f"dry run: {did}: {stored_words(self.parts)}{prepared}; {self.adapter.what()}; nothing was changed"
+        return with_notes(what, self.adapter.all_notes()) + self.adapter.forecast_text()
+
+    def view(self) -> Card:
+        """The base weights part by part, and the adapter."""
+        touched = "loaded or changed" if self.action.startswith("load") else "changed"
+        return card(
+            f"{self.adapter.name} · dry run, nothing was {touched}",
+            line(dim(f"would {self.action} {self.source}" if self.action else "quantized already")),
+            part_table(self.parts),
+            line(dim(f"would be prepared: {self.prepared}" if self.prepared else "")),
+            self.adapter.blocks(),
+            aside=f"{self.adapter.model_name} · {self.adapter.method}",
+        )
+
+
+def stored_words(parts: tuple[PartSize, ...]) -> str:
+    """``210 layers in nf4 double: 55.1 MB, 0.259 of bfloat16; the rest 113.3 MB``."""
+    layers = next((part for part in parts if part.name == "quantized layers"), None)
+    rest = f"the rest {size(sum(part.byte_count for part in parts if part is not layers))}"
+    if layers is None:
+        return rest
+    return (
+        f"{plural(layers.module_count, 'layer')} in {', '.join(layers.kinds)}: "
+        f"{size(layers.byte_count)}, {layers.share:.3f} of bfloat16; {rest}"
+    )
+
+
+def part_table(parts: tuple[PartSize, ...]) -> Table:
+    """The parts as a table, with a last row for all of them."""
+    measured = all(part.before is not None for part in parts)
+    now, before, dense = (
+        sum(sizes) for sizes in zip(*((p.byte_count, p.before or 0, p.bfloat16_bytes) for p in parts), strict=True)
+    )
+    total = PartSize("base weights", 0, now, before, dense, ())
+    head = ("Part", "Modules", "Stored", *(("Before",) if measured else ()), "In bfloat16", "Now", "Share")
+    rows = tuple(_row(part, measured) for part in (*parts, total))
+    return Table(head, rows, right=(1, *range(3, len(head))))
+
+
+def _row(part: PartSize, measured: bool) -> tuple[str, ...]:
+    return (
+        part.name,
+        count(part.module_count) if part.module_count else "",
+        ", ".join(part.kinds),
+        *((size(part.before),) if measured else ()),
+        size(part.bfloat16_bytes),
+        size(part.byte_count),
+        f"{part.share:.3f}",
+    )

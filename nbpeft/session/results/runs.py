@@ -1,0 +1,37 @@
+"""What exporting a training gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from nbpeft.display.blocks import Card, card, notes
+from nbpeft.display.models import with_notes
+from nbpeft.display.numbers import plural
+from nbpeft.session.results.base import Result
+
+
+@dataclass(frozen=True, repr=False)
+class ExportResult(Result):
+    """A script was written.
+
+    Attributes:
+        script: its path.
+        adapter: the adapter it trains.
+        data: path and number of rows of each file beside it.
+        notes: what a person should know.
+    """
+
+    script: str
+    adapter: str
+    data: tuple[tuple[str, int], ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = " and ".join(f"{plural(count, 'row')} in {path}" for path, count in self.data)
+        line = f"wrote {self.script}, which trains {self.adapter!r} anew, and {rows}; accelerate launch {self.script}"
+        return with_notes(line, self.notes)
+
+    def view(self) -> Card:
+        """What was written."""
+        return card(str(dataclasses.replace(self, notes=())), notes(self.notes))

@@ -1,0 +1,123 @@
+"""Widgets of the memory plan: a slider or a choice for each setting, and the answer below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import ipywidgets
+
+from nbpeft.display.blocks import dim, line
+from nbpeft.display.html import to_html
+from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS
+from nbpeft.session.results.planning import PlanResult, PlanSettings
+from nbpeft.widgets.controls import Command, Frame, field_layout, pair, settings_label
+from nbpeft.widgets.lifetime import weakly
+
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_STORED_AS = (("not quantized", ""), *((name, name) for name in QUANTIZATIONS))
+
+
+class Steps:
+    """A slider over numbers that grow by about the same factor.
+
+    Args:
+        label: What it sets.
+        values: The numbers.
+        value: To begin with; put among the numbers.
+        command: Called with ``moved``.
+    """
+
+    def __init__(self, label: str, values: Iterable[int], value: int, command: Command) -> None:
+        self._slider = ipywidgets.SelectionSlider(
+            options=[(f"{number:,}", number) for number in sorted({*values, value})],
+            value=value,
+            layout=ipywidgets.Layout(flex="1 1 auto", width="auto", margin="0"),
+        )
+        self._slider.observe(weakly(command, "moved"), names="value")
+        name = settings_label(label)
+        name.layout.width, name.layout.flex = "130px", "0 0 130px"
+        self.box = ipywidgets.HBox([name, self._slider], layout=ipywidgets.Layout(width="100%", align_items="center"))
+
+    @property
+    def value(self) -> int:
+        """Where it stands."""
+        return int(self._slider.value)
+
+
+class PlanControls:
+    """The widgets of the panel.
+
+    Args:
+        command: Called with ``moved``.
+        title: Of the card.
+        settings: To begin with.
+    """
+
+    def __init__(self, command: Command, title: str, settings: PlanSettings) -> None:
+        self._training = settings.training
+        self._batch = Steps("batch", BATCHES, settings.batch_size, command)
+        self._length = Steps("sequence length", LENGTHS, settings.sequence_length, command)
+        self._rank = None if settings.rank is None else Steps("rank", RANKS, settings.rank, command)
+        self._dtype = _choice([(name, name) for name in DTYPES], settings.dtype, "112px", command)
+        self._kind = _choice(_STORED_AS, settings.quantization or "", "122px", command)
+        self._optimizer = _choice([(name, name) for name in OPTIMIZERS], settings.optimizer, "150px", command)
+        self._again = ipywidgets.Checkbox(
+            value=settings.gradient_checkpointing,
+            description="gradient checkpointing",
+            indent=False,
+            layout=ipywidgets.Layout(width="180px", margin="0"),
+        )
+        self._again.observe(weakly(command, "moved"), names="value")
+        choices = [pair("dtype", self._dtype), pair("stored as", self._kind)]
+        if settings.training:
+            choices += [pair("optimizer", self._optimizer), self._again]
+        box = ipywidgets.HBox(choices, layout=ipywidgets.Layout(width="100%", margin="6px 0 4px 0"))
+        box.add_class("nbpeft-settings")
+        sliders = [slider.box for slider in (self._batch, self._length, self._rank) if slider is not None]
+        self._unused = [] if settings.training else [self._optimizer, self._again]
+        self.frame = Frame(title, *sliders, box)
+        self.root, self.message = self.frame.root, self.frame.message
+
+    @property
+    def settings(self) -> PlanSettings:
+        """What the widgets say."""
+        return PlanSettings(
+            self._batch.value,
+            self._length.value,
+            None if self._rank is None else self._rank.value,
+            str(self._dtype.value),
+            str(self._kind.value) or None,
+            bool(self._again.value),
+            str(self._optimizer.value),
+            self._training,
+        )
+
+    def show(self, result: PlanResult, *, current: bool) -> None:
+        """Shows a plan.
+
+        Args:
+            result: The plan.
+            current: Whether it is that of the settings shown; else it is drawn faintly.
+        """
+        self.frame.head(result.aside if current else "computing …", running=not current)
+        notes = tuple(line(dim(note)) for note in result.notes)
+        faint = "" if current else "opacity:.45"
+        self.frame.answers.value = f'<div style="{faint}">{to_html((*result.blocks(), *notes))}</div>'
+
+    def free(self) -> None:
+        """Closes widgets that are not shown."""
+        for widget in self._unused:
+            for part in (widget.layout, widget.style, widget):
+                part.close()
+
+
+def _choice(options: Iterable[tuple[str, str]], value: str, width: str, command: Command) -> Any:
+    found = list(options)
+    if value not in [key for _, key in found]:
+        found.append((value, value))
+    dropdown = ipywidgets.Dropdown(options=found, value=value, layout=field_layout(width))
+    dropdown.observe(weakly(command, "moved"), names="value")
+    return dropdown

@@ -1,0 +1,158 @@
+"""Loss curves: few points, finite coordinates, and a picture that stands alone."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbpeft.display import charts
+from tests.widgets.fakes import train_state
+
+NAMESPACE = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{NAMESPACE}text")]
+
+
+def test_few_points_are_kept_as_they_are() -> None:
+    points = [(float(step), float(step)) for step in range(100)]
+    assert charts.decimate(points) == points
+
+
+def test_many_points_are_bounded_and_spikes_survive() -> None:
+    points = [(float(step), 1.0) for step in range(50_000)]
+    points[31_234] = (31_234.0, 9.0)
+    points[7] = (7.0, -3.0)
+    kept = charts.decimate(points, buckets=100)
+    assert len(kept) <= 200
+    assert (31_234.0, 9.0) in kept
+    assert (7.0, -3.0) in kept
+    assert kept == sorted(kept)
+
+
+def test_smoothing_starts_at_the_first_value_and_follows() -> None:
+    smoothed = charts.smooth([(0, 4.0), (1, 4.0), (2, 0.0)])
+    assert smoothed[0] == (0, 4.0)
+    assert smoothed[1][1] == pytest.approx(4.0)
+    assert 0 < smoothed[2][1] < 4
+
+
+@given(
+    st.floats(-1e6, 1e6, allow_nan=False),
+    st.floats(0, 1e6, allow_nan=False),
+    st.integers(2, 8),
+)
+def test_ticks_enclose_the_values_and_are_few(low: float, span: float, most: int) -> None:
+    made = charts.ticks(low, low + span, most)
+    step = made[1] - made[0]
+    assert made[0] <= low + step * 1e-6
+    assert made[-1] >= low + span - step * 1e-6
+    assert 2 <= len(made) <= most + 2
+
+
+def test_ticks_are_round() -> None:
+    assert charts.ticks(0, 2.3, 4) == [0, 1, 2, 3]
+    assert charts.ticks(0, 0.9, 4) == pytest.approx([0, 0.5, 1.0])
+
+
+def test_the_chart_names_its_axes() -> None:
+    shown = texts(charts.loss_chart(train_state(25, 40)))
+    assert "step" in shown
+    assert {"0", "10", "20", "30", "40"} <= set(shown)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 500])
+def test_every_coordinate_is_finite_and_inside(step: int) -> None:
+    svg = charts.loss_chart(train_state(step, 500))
+    for data in re.findall(r' d="([^"]*)"', svg):
+        for number in re.findall(r"-?\d+\.?\d*", data):
+            assert -1 <= float(number) <= charts.WIDTH + 1
+    assert "nan" not in svg.lower()
+    assert "inf" not in svg.lower()
+
+
+def test_losses_that_are_not_finite_are_left_out() -> None:
+    state = train_state(3, 3, history=((1, 2.0), (2, math.nan), (3, math.inf)), smoothed_loss=math.nan)
+    svg = charts.loss_chart(state)
+    assert "nan" not in svg.lower()
+    assert svg.count("<circle") == 1
+
+
+def test_a_chart_without_points_says_that_it_waits() -> None:
+    assert "waiting for the first loss" in texts(charts.loss_chart(train_state(0)))
+    assert charts.describe(train_state(0)) == "waiting for the first loss"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"status": "failed", "step": 0}, "no step was finished"),
+        ({"status": "finished", "step": 3}, "no loss was noted"),
+        ({"loss": math.nan}, "the loss is not a finite number"),
+        ({"history": ((1, math.nan), (2, math.inf))}, "the loss is not a finite number"),
+    ],
+)
+def test_a_chart_without_points_says_why(changes: dict[str, Any], words: str) -> None:
+    state = dataclasses.replace(train_state(0), eval_history=(), **changes)
+    assert words in texts(charts.loss_chart(state))
+    assert charts.describe(state) == words
+
+
+@pytest.mark.parametrize("scale", [1e-9, 3.4e12])
+def test_labels_of_very_small_and_large_losses_have_room(scale: float) -> None:
+    history = tuple((number, scale * (1 + number % 3 / 10)) for number in range(1, 9))
+    shown = texts(charts.loss_chart(train_state(8, 8, history=history, smoothed_loss=scale, eval_history=())))
+    upwards = [text for text in shown if "e" in text and text != "step"]
+    assert len(upwards) == len(set(upwards)) >= 3
+    assert max(map(len, upwards)) <= 7
+
+
+def test_text_is_larger_where_the_picture_is_small() -> None:
+    assert "font-size:clamp(" in charts.loss_chart(train_state())
+
+
+def test_equal_losses_are_drawn() -> None:
+    svg = charts.loss_chart(train_state(2, 2, history=((1, 0.0), (2, 0.0)), smoothed_loss=0.0, eval_history=()))
+    assert svg.count("<path") == 3
+
+
+def test_tick_labels_tell_neighbours_apart() -> None:
+    shown = texts(charts.loss_chart(train_state(2, 2, history=((1, 0.01001), (2, 0.01002)), eval_history=())))
+    upwards = [text for text in shown if text.startswith("0.0")]
+    assert len(upwards) == len(set(upwards)) >= 3
+
+
+def test_a_long_run_stays_small() -> None:
+    state = train_state(480, 100_000)
+    assert len(charts.loss_chart(state)) < 25_000
+
+
+def test_the_image_is_a_picture_of_its_own() -> None:
+    image = charts.loss_image(train_state())
+    found = re.fullmatch(r'<img src="data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)" .*>', image)
+    assert found
+    svg = base64.b64decode(found[1]).decode()
+    assert ElementTree.fromstring(svg).tag == f"{NAMESPACE}svg"
+    assert "var(" not in svg  # an image sees no theme
+    assert 'alt="training loss' in image
+
+
+def test_a_step_beyond_the_total_stays_in_the_picture() -> None:
+    assert "50" in texts(charts.loss_chart(train_state(50, 40)))
+
+
+def test_a_run_that_ended_early_fills_the_picture() -> None:
+    running, stopped = (
+        texts(charts.loss_chart(train_state(30, 600, status=status))) for status in ("running", "stopped")
+    )
+    assert "600" in running
+    assert "600" not in stopped and "30" in stopped

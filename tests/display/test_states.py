@@ -1,0 +1,252 @@
+"""What cards and lines tell, and that nothing a person typed becomes markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from nbpeft.display import numbers
+from nbpeft.display.blocks import Block, Text
+from nbpeft.display.html import head, to_html
+from nbpeft.display.memory import memory_bar
+from nbpeft.display.models import adapter_cells, adapter_head, adapter_table, model_card, model_text, modules
+from nbpeft.display.training import training_card, training_text
+from nbpeft.session.results import MemoryReport
+from nbpeft.state import AdapterState, MemoryPart, MemoryState
+from nbpeft.widgets import styles
+from nbpeft.widgets.controls import adapter_row, row_head
+from tests.widgets.fakes import ADAPTERS, MEMORY, adapter, model, train_state
+
+EVIL = '<script>alert("x")</script>\' onerror="y"'
+HEAD = adapter_head(ADAPTERS)
+VOID = {"img", "br", "path", "circle", "wbr"}
+
+
+class Reader(HTMLParser):
+    """The text of some HTML; fails where tags do not match or a tag is not one of ours."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.attributes: set[str] = set()
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag != "script"
+        assert tag != "style"
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read(block: Block) -> Reader:
+    return Reader(to_html(block))
+
+
+def test_the_model_card_shows_adapters_and_totals() -> None:
+    text = read(model_card(model(memory=MEMORY))).text
+    assert "model · LlamaForCausalLM" in text
+    assert "140.4 M parameters · bfloat16 · cpu" in text
+    assert "orders LoRA 16 / 32" in text
+    assert "4,884,480 trainable of 140,366,688 (3.48 %)" in text
+    assert "optimizer 37.0 MB" in text
+    assert "free 131.0 MB of 582.0 MB on cpu" in text
+
+
+def test_a_model_without_adapters_says_how_to_add_one() -> None:
+    assert "%%lora model" in read(model_card(model(adapters=()))).text
+
+
+def test_a_model_that_is_gone_is_said_to_be() -> None:
+    assert "no model 'bert' any more" in read(model_card(None, "bert")).text
+    assert "No model yet" in read(model_card(None)).text
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        to_html(model_card(model(EVIL, (adapter(EVIL, method=EVIL, targets=(EVIL,)),), class_name=EVIL), hint=EVIL)),
+        to_html(model_card(None, EVIL)),
+        head(EVIL, EVIL),
+        row_head(adapter_head([adapter(summary={EVIL: EVIL})])),
+        adapter_row(adapter(EVIL, method=EVIL, targets=(EVIL, EVIL, EVIL), summary={EVIL: EVIL}), HEAD),
+        to_html(memory_bar(MemoryState(EVIL, (MemoryPart(EVIL, 5, EVIL),), 10, 5))),
+        to_html(training_card(train_state(adapter=EVIL, message=EVIL), model_name=EVIL, hint=EVIL)),
+        to_html(training_card(train_state(adapter=EVIL, message=EVIL, status="failed"), model_name=EVIL)),
+    ],
+)
+def test_everything_typed_is_escaped(html: str) -> None:
+    read = Reader(html)
+    assert "onerror" not in read.attributes
+    assert "<script>alert(" in "".join(read.words)
+
+
+def test_rows_name_few_kinds_of_modules_and_count_many() -> None:
+    assert modules(ADAPTERS[1]).text == "60\u00a0· q_proj v_proj"
+    assert modules(ADAPTERS[0]).text == "210\u00a0· down_proj +\u00a06"
+    assert modules(ADAPTERS[0]).tooltip == "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+    assert modules(adapter(targets=(), module_count=3)).text == "3"
+
+
+@pytest.mark.parametrize(
+    ("adapters", "title", "texts"),
+    [
+        (ADAPTERS, "r / α", ["16 / 32", "8 / 16", "8* / 8"]),
+        ((adapter(), adapter(summary={})), "r / α", ["16 / 32", "–"]),
+        ((adapter(), adapter(summary={"init": "ones"})), "Settings", ["r=16 α=32", "init=ones"]),
+        ((adapter(summary={}),), "Settings", ["–"]),
+    ],
+)
+def test_a_method_says_what_its_settings_are(adapters: tuple[AdapterState, ...], title: str, texts: list[str]) -> None:
+    titles = adapter_head(adapters)
+    assert titles == adapter_table(adapters).head
+    assert titles[2] == title
+    cells = [adapter_cells(item, titles)[2] for item in adapters]
+    assert [cell.text for cell in cells if isinstance(cell, Text)] == texts
+    assert [("*" in cell.text) == bool(cell.tooltip) for cell in cells if isinstance(cell, Text)]
+
+
+def test_rows_and_their_head_have_the_same_columns() -> None:
+    titles, row = (
+        re.findall(r'<div class="([^"]*)"', html) for html in (row_head(HEAD), adapter_row(ADAPTERS[0], HEAD))
+    )
+    assert titles == row
+    assert len(titles) == 8
+    named = {name for kinds in titles for name in kinds.split()}
+    assert all(f".{name}" in styles.PANEL_CSS for name in named)
+
+
+def test_colours_that_an_untrusted_notebook_drops_have_a_plain_one_before() -> None:
+    html = to_html((training_card(train_state(status="finished")), memory_bar(MEMORY)))
+    for style in re.findall(r'style="([^"]*)"', html):
+        backgrounds = re.findall(r"background:([^;]*)", style)
+        assert not backgrounds or "var(" not in backgrounds[0]
+
+
+def test_the_memory_bar_fills_what_is_used_and_leaves_what_is_free() -> None:
+    half = MemoryState("cuda:0", (MemoryPart("base weights", 40), MemoryPart("adapters", 10)), 100, 50)
+    html = to_html(memory_bar(half))
+    assert "width:40.00%" in html
+    assert "width:10.00%" in html
+    assert "elsewhere" not in html
+
+
+def test_memory_of_others_is_told_from_free_memory() -> None:
+    shared = MemoryState("cuda:0", (MemoryPart("base weights", 40),), 100, 10)
+    assert "elsewhere 50 B" in read(memory_bar(shared)).text
+
+
+def test_parts_of_a_large_device_fill_the_bar() -> None:
+    small = MemoryState("cpu", (MemoryPart("base weights", 3), MemoryPart("adapters", 1)), 10_000, 5_000)
+    assert "width:75.00%" in to_html(memory_bar(small))
+
+
+def test_memory_without_a_device_total_is_shown() -> None:
+    nothing = MemoryState("cpu", (), None, None)
+    assert "on cpu" in read(memory_bar(nothing)).text
+    assert "peak 3 B" in read(memory_bar(dataclasses.replace(nothing, peak=3))).text
+    assert str(MemoryReport(nothing)) == "memory on cpu: nothing measured"
+
+
+def test_the_training_card_shows_its_figures() -> None:
+    text = read(training_card(train_state(25, 40, smoothed_loss=0.084), model_name="model")).text
+    for words in (
+        "training · orders",
+        "running · model",
+        "0.084 loss (smoothed)",
+        "0.102 eval loss, step 20",
+        "25 / 40 step · epoch 0.62",
+        "241 tokens / s",
+        "0:31 left of 1:22",
+        "7.1e-4 learning rate",
+    ):
+        assert words in text
+
+
+def test_the_figures_keep_their_places_before_they_are_known() -> None:
+    unknown = train_state(0, None, learning_rate=None, tokens_per_second=None, remaining=None)
+    early, late = to_html(training_card(unknown)), to_html(training_card(train_state(25, 40)))
+    assert early.count("min-width:") == late.count("min-width:") == 6
+    assert Reader(early).text.count(numbers.NONE) == 4
+
+
+def test_a_running_chart_is_drawn_and_a_final_one_is_an_image() -> None:
+    running, final = (to_html(training_card(train_state(status=status))) for status in ("running", "stopped"))
+    assert "<svg" in running and "<img" not in running
+    assert "<img" in final and "<svg" not in final
+
+
+def test_messages_are_shown() -> None:
+    stopped = train_state(status="stopped", message="stopped at step 25", remaining=None)
+    assert "stopped at step 25" in read(training_card(stopped)).text
+    assert "stopping after this step" in read(training_card(train_state(status="stopping"))).text
+
+
+def test_lines_of_text() -> None:
+    assert training_text(train_state(25, 40, smoothed_loss=0.084)) == (
+        "training orders running: step 25/40 · loss 0.084 · eval loss 0.102 · 241 tokens/s · 0:31 left"
+    )
+    ended = train_state(25, 40, status="failed", message="out of memory", eval_loss=None, tokens_per_second=None)
+    assert training_text(ended).endswith("· 0:51 · out of memory")
+    assert model_text(model()).startswith("model · LlamaForCausalLM: orders* (LoRA), pirate (DoRA), sql (LoRA);")
+    assert "no adapters" in model_text(model(adapters=()))
+    assert "bert" in model_text(None, "bert")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (2.34567, "2.346"),
+        (0, "0.000"),
+        (0.00012, "1.20e-04"),
+        (12345.0, "12,345"),
+        (3e9, "3.00e+09"),
+        (math.nan, "NaN"),
+    ],
+)
+def test_losses(value: float | None, text: str) -> None:
+    assert numbers.loss(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (0, "0:00"), (31, "0:31"), (82.4, "1:22"), (3723, "1:02:03"), (math.inf, "–"), (-1, "0:00")],
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert numbers.clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0, "0"), (7.1e-4, "7.1e-4"), (1e-10, "1.0e-10"), (1, "1.0e0")]
+)
+def test_learning_rates(value: float | None, text: str) -> None:
+    assert numbers.learning_rate(value) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(999, "999"), (9_999, "9,999"), (12_345, "12.3 k"), (134_515_008, "134.5 M"), (7 * 10**9, "7.0 B")],
+)
+def test_counts_of_headings(number: int, text: str) -> None:
+    assert numbers.short_count(number) == text

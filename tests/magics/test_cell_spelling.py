@@ -1,0 +1,45 @@
+"""What the session says in words of Python, said in words of cells."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import nbpeft.session
+from nbpeft.magics.cell_spelling import in_cell_spelling
+from nbpeft.magics.lora import SUBCOMMANDS
+from nbpeft.session import Session
+
+PACKAGE = Path(nbpeft.session.__file__).parent.parent
+HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
+
+
+@pytest.mark.parametrize(
+    ("said", "in_a_cell"),
+    [
+        ("'a' is not active; session.use('a') switches to it", "'a' is not active; %lora use a switches to it"),
+        ("they are off; session.on() brings them back", "they are off; %lora on brings them back"),
+        ("say which one is meant (model=…): a, b", "say which one is meant (model, --model): a, b"),
+        ("error 0.1; session.merge(to=…) keeps full precision", "error 0.1; %lora merge --to DIR keeps full precision"),
+        ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora on)."),
+        (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
+        ("then run.step(loss=…), (r=8)", "then run.step(loss=…), (r=8)"),
+        (None, None),
+    ],
+)
+def test_messages(said: object, in_a_cell: object) -> None:
+    assert in_cell_spelling(said) == in_a_cell
+
+
+def test_what_messages_name_is_there_in_cells() -> None:
+    sources = [path.read_text(encoding="utf-8") for folder in HEADLESS for path in (PACKAGE / folder).rglob("*.py")]
+    messages = [text for source in sources for text in re.findall(r'"[^"\n]*"', source)]
+    calls = {name for text in messages for name in re.findall(r"session\.(\w+)\(", text)}
+    arguments = {name for text in messages for name in re.findall(r"(?<!\w)\((\w+)=…\)", text)}
+    flags = {flag for command in SUBCOMMANDS.values() for item in command.arguments for flag in item.flags}
+    assert {"use", "on", "merge"} <= calls
+    assert all(hasattr(Session, name) and name in SUBCOMMANDS for name in calls)
+    assert {"model", "name"} <= arguments
+    assert {f"--{name}" for name in arguments} <= flags
