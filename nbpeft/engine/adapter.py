@@ -131,6 +131,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_types(self, passing=(*self.not_implemented, *self.checked_apart))
+        for name in self.not_implemented:
+            if getattr(self, name):
+                raise ConfigError(f"{name} is not implemented; leave it out", field=name)
         self.peft_version = self.peft_version or PEFT_VERSION
         if self.task_type is None:
             return
@@ -162,6 +165,13 @@ class AdapterConfig:
     def is_adaption_prompt(self) -> bool:
         """PEFT's question; no method here is an adaption prompt."""
         return False
+
+    def fill_in(self, model_type: str | None) -> None:
+        """Fills in what the method derives from a model's type; called on a copy of a config, its targets resolved.
+
+        Raises:
+            ConfigError: a field has no default for this type of model.
+        """
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
         """Sets the config to one size (rank) for all layers, and keeps the strength of each of the paths.

@@ -59,7 +59,9 @@ class Combine(Protocol):
     """How adapters of one method, or of several that can be combined, are combined."""
 
     types: Sequence[str]
-    """Names of the ways; the first is the default."""
+    """Names of the ways."""
+    usual_type: str
+    """The one that PEFT takes where none is named."""
 
     def __call__(
         self,

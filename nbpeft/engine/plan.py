@@ -138,6 +138,7 @@ def plan(
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
+    resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
     matcher = Matcher(

@@ -201,7 +201,7 @@ def method_of(config: AdapterConfig) -> Method:
 
 def method_of_adapter(adapter: Adapter) -> Method | None:
     """The method that an adapter is made by; None if none is."""
-    return next((method for method in _methods if method.adapter_class is type(adapter)), None)
+    return next((method for method in _methods if isinstance(adapter, method.adapter_class)), None)
 
 
 def methods_of_type(peft_type: str) -> tuple[Method, ...]:

@@ -16,7 +16,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import method_of
-from nbpeft.errors import AdapterError, AdapterExistsError
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
 from nbpeft.state import LayerLoss
 
 
@@ -95,6 +95,14 @@ def _combined(
     copies = _only_copies(manager, adapters)
     configs: list[Any] = [manager.configs[adapter] for adapter in adapters]
     combine = _combine_of(adapters, configs)
+    chosen = settings.get("combination_type") or combine.usual_type
+    if chosen not in combine.types:
+        raise ConfigError(
+            f"combination_type {chosen!r} is not one for {method_of(configs[0]).label}; choose from "
+            f"{', '.join(combine.types)}." + did_you_mean(str(chosen), combine.types),
+            combination_type=chosen,
+        )
+    settings = {**settings, "combination_type": chosen}
     combination = combine(_members(manager, adapters), configs, adapters, weights, settings)
     plan = _plan(manager, combination)
     half = all(tensor.dtype != torch.float32 for named in combination.tensors.values() for tensor in named.values())

@@ -109,7 +109,7 @@ class AdapterTuner(nn.Module):
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
-        combination_type: str = "svd",
+        combination_type: str | None = None,
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = True,
@@ -127,7 +127,7 @@ class AdapterTuner(nn.Module):
             adapters: names of what is combined.
             weights: one for each; negative ones subtract.
             adapter_name: of the new adapter.
-            combination_type: how; which there are depends on the method.
+            combination_type: how; which there are, and the default, depend on the method (``svd`` for LoRA).
             svd_rank: rank of the result, for types that choose one.
             svd_clamp: quantile at which the entries of the result are clamped.
             svd_full_matrices: as in ``torch.linalg.svd``.

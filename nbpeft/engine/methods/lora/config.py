@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nbpeft.engine.adapter import AdapterConfig, PeftType
+from nbpeft.engine.config_checks import check_alpha, check_rank, check_target_fields
 from nbpeft.engine.field_types import plain
-from nbpeft.engine.module_paths import PLAIN_PATTERN, pattern_table
-from nbpeft.engine.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
+from nbpeft.engine.module_paths import pattern_table
 from nbpeft.errors import BiasError, ConfigError, did_you_mean, few, shown
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa")
@@ -22,8 +22,6 @@ _MOST_ITERATIONS = 128
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _BIASES = ("none", "all", "lora_only")
-_LARGEST_RANK = 2**24
-"""Upper bound on a rank; larger values are typos."""
 
 
 @dataclass
@@ -108,17 +106,17 @@ class LoraConfig(AdapterConfig):
         self.peft_type = PeftType("LORA")
         self._check_numbers()
         self._check_choices()
-        self._check_targets()
+        check_target_fields(self, pattern_fields=_PATTERNS)
 
     def _check_numbers(self) -> None:
         self.r = plain(self.r)
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
+        check_rank("r", self.r)
+        check_alpha("lora_alpha", self.lora_alpha, field="lora_alpha")
         if self.lora_dropout is None or not 0.0 <= self.lora_dropout <= 1.0:
             raise ConfigError(
                 f"lora_dropout must be between 0 and 1, not {shown(self.lora_dropout)}", field="lora_dropout"
             )
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
             patterns = getattr(self, name) or {}
             for pattern, value in patterns.items():
                 check(f"{name}[{shown(pattern)}]", value, field=name)
@@ -132,9 +130,6 @@ class LoraConfig(AdapterConfig):
                 field="bias",
             )
         _check_init_name(self.init_lora_weights)
-        for name in self.not_implemented:
-            if getattr(self, name):
-                raise ConfigError(f"{name} is not implemented; leave it out", field=name)
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias=True does not go with use_dora=True", field="lora_bias")
         if self.lora_bias and isinstance(self.init_lora_weights, str):
@@ -142,34 +137,6 @@ class LoraConfig(AdapterConfig):
                 f"lora_bias=True goes with init_lora_weights True or False, not {self.init_lora_weights!r}",
                 field="lora_bias",
             )
-
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            names = _names(name, getattr(self, name))
-            setattr(self, name, set(names) if isinstance(names, list) else names)  # sets, as in PEFT
-        saved = _names("modules_to_save", self.modules_to_save)
-        self.modules_to_save = [saved] if isinstance(saved, str) else saved
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"{name} needs target_modules to be a list of names, not a pattern", field=name)
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern needs layers_to_transform", field="layers_pattern")
-        _names("layers_pattern", self.layers_pattern)
-        check_patterns(self._patterns())
-
-    def _patterns(self) -> Iterator[tuple[str, str, str]]:
-        """All regular expressions among the values, as ``check_patterns`` takes them."""
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value != "all-linear":
-                yield name, value, WHOLE
-        for name in ("rank_pattern", "alpha_pattern"):
-            yield from (
-                (name, pattern, ENDING) for pattern in getattr(self, name) if not PLAIN_PATTERN.fullmatch(pattern)
-            )
-        names = self.layers_pattern or ()
-        yield from (("layers_pattern", name, LAYER_INDEX) for name in ([names] if isinstance(names, str) else names))
 
     @property
     def init_name(self) -> str:
@@ -241,28 +208,3 @@ def _check_init_name(init: object) -> None:
         + did_you_mean(str(init), names),
         field="init_lora_weights",
     )
-
-
-def _check_rank(name: str, rank: object, *, field: str = "r") -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _LARGEST_RANK:
-        small = f" of at most {_LARGEST_RANK:,}" if isinstance(rank, int) and rank > _LARGEST_RANK else ""
-        raise ConfigError(f"{name} must be a positive whole number{small}, not {shown(rank)}", field=field, value=rank)
-
-
-def _check_alpha(name: str, alpha: object, *, field: str = "lora_alpha") -> None:
-    try:
-        finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    except OverflowError:
-        finite = False
-    if not finite:
-        raise ConfigError(f"{name} must be a finite number, not {shown(alpha)}", field=field, value=alpha)
-
-
-def _names(name: str, value: Any) -> Any:
-    """A pattern as it is, any other collection of names as a list without repeats."""
-    if value is None or isinstance(value, str):
-        return value
-    names = list(value) if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping) else [None]
-    if not all(isinstance(item, str) for item in names):
-        raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r:.60}", field=name)
-    return list(dict.fromkeys(names))

@@ -27,6 +27,7 @@ class _CombineLowRank:
     """Combines adapters with low-rank factors; see ``Recipe`` for the settings."""
 
     types = COMBINATION_TYPES
+    usual_type = "svd"
 
     def __call__(
         self,
