@@ -321,6 +321,6 @@ print(json.dumps([imported, patched, same(before, state()), Trainer.__init__ is 
 """
 
 
-def test_importing_changes_nothing_and_unpatching_restores_the_very_objects(tmp_path: Path) -> None:
+def test_importing_patches_nothing_and_unpatching_restores_all(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", RESTORED], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == [True, True, True, True]
