@@ -6,12 +6,14 @@ itself decides are brought up to date. One without any text gets ours.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import yaml
 
@@ -26,16 +28,6 @@ _PIPELINES = {
     TaskType.QUESTION_ANS: "question-answering",
     TaskType.FEATURE_EXTRACTION: "feature-extraction",
 }
-_CARD_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_dora",
-    "use_rslora",
-    "bias",
-    "target_modules",
-    "modules_to_save",
-)
 _SETTINGS_BEGIN = "<!-- settings: kept up to date by nbpeft -->"
 _SETTINGS_END = "<!-- end of settings -->"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(?:/[\w.-]{1,96})?", re.ASCII)
@@ -50,7 +42,7 @@ def card_text(config: AdapterConfig, present: str | None = None, *, tags: Sequen
         tags: tags besides those that follow from the config (``transformers``).
     """
     base = _hub_id(config.base_model_name_or_path)
-    own = [*tags, *(["lora"] if config.peft_type == "LORA" else []), *(["transformers"] if config.task_type else [])]
+    own = [*tags, *config.card_tags, *(["transformers"] if config.task_type else [])]
     if base:
         own.append(f"base_model:adapter:{base}")
     newline = "\r\n" if present and "\r\n" in present else "\n"
@@ -167,8 +159,21 @@ def _with_settings(body: str, config: AdapterConfig) -> str:
     if not end:
         return body
     fields = config.to_dict()
-    rows = [f"| `{name}` | {_code(fields[name])} |" for name in _CARD_FIELDS if name in fields]
+    rows = [f"| `{name}` | {_code(fields[name])} |" for name in _listed_fields(config)]
     return f"{before}{begin}\n" + "\n".join(["| field | value |", "|---|---|", *rows]) + f"\n{end}{after}"
+
+
+def _listed_fields(config: AdapterConfig) -> list[str]:
+    """Names of the fields that a card lists."""
+    if config.card_fields:
+        return list(config.card_fields)
+    common = {item.name for item in dataclasses.fields(AdapterConfig)}
+    own = [item for item in dataclasses.fields(config) if item.name not in common]
+    return [item.name for item in own if getattr(config, item.name) != _default_of(item)]
+
+
+def _default_of(item: dataclasses.Field[Any]) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def _code(value: object) -> str:

@@ -124,6 +124,12 @@ class AdapterConfig:
     """Fields whose type is checked with their value."""
     condenses_targets: ClassVar[bool] = True
     """Whether a long list of targets may be saved as the suffixes that mean the same modules."""
+    value_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that change what an adapter computes and not which tensors it has."""
+    card_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that a model card lists; if empty, the method's own fields that are not at their default."""
+    card_tags: ClassVar[tuple[str, ...]] = ()
+    """Tags of a model card."""
     slot_fields: ClassVar[tuple[str, ...]] = (
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     )
@@ -172,6 +178,15 @@ class AdapterConfig:
         Raises:
             ConfigError: a field has no default for this type of model.
         """
+
+    @property
+    def size(self) -> int | None:
+        """The size (rank) of the adapter, where the method has one and it is the same for all layers."""
+        return None
+
+    def resized(self, size: int) -> Self:
+        """A copy with another size; only where ``size`` is not None."""
+        raise NotImplementedError
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
         """Sets the config to one size (rank) for all layers, and keeps the strength of each of the paths.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.registry import method_of
 from nbpeft.errors import NbpeftError
 from nbpeft.memory.estimate import Setting, estimate
 from nbpeft.memory.formatting import size_text
@@ -232,19 +232,11 @@ def _length(setting: Setting, length: int) -> _Change:
 
 def _smaller_adapter(setting: Setting) -> Iterator[_Change]:
     config = setting.adapter_config
-    less = None if config is None else smaller(config)
+    less = None if config is None else method_of(config).smaller(config)
     if config is not None and less is not None:
         now = config.to_dict()
         text = ", ".join(f"{name} {now[name]} -> {new}" for name, new in less.to_dict().items() if new != now[name])
         yield _Change("adapter_config", less, text, "learns less detail")
-
-
-def smaller(config: AdapterConfig) -> AdapterConfig | None:
-    """A cheaper variant of a config: a quarter of its rank, where one rank above 4 holds for all layers."""
-    rank = getattr(config, "r", None)
-    if not isinstance(rank, int) or rank <= 4 or getattr(config, "rank_pattern", None):
-        return None
-    return config.copy(r=max(rank // 4, 4))
 
 
 def _ladder(setting: Setting) -> Iterator[_Change]:

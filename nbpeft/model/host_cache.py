@@ -28,7 +28,6 @@ from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model.files import drop_unchanged, embedding_weights, expected
 
 _NO_EFFECT_ON_SHAPES = (
-    *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
 )
 """Config fields that do not change which tensors an adapter has."""
@@ -147,7 +146,11 @@ class AdapterReader:
         return HostAdapter(config, weights, layout.signature, byte_count, self._note(saved.metadata))
 
     def _layout(self, name: str, config: AdapterConfig) -> _Layout:
-        fields = {key: value for key, value in vars(config).items() if key not in _NO_EFFECT_ON_SHAPES}
+        fields = {
+            key: value
+            for key, value in vars(config).items()
+            if key not in (*_NO_EFFECT_ON_SHAPES, *config.value_fields)
+        }
         key = json.dumps(fields, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
         with HeldInterrupts(), self._lock:
             if key not in self._layouts:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nbpeft.session.configs import label_of
+from nbpeft.session.configs import label_of, summary_of
 from nbpeft.state import AdapterState, MemoryState, ModelState, TrainState
 
 if TYPE_CHECKING:
@@ -151,15 +151,6 @@ def _facts(name: str, config: AdapterConfig, manager: AdapterManager) -> _Adapte
         parameter_count=sum(parameter.numel() for parameter in parameters),
         byte_count=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     )
-
-
-def summary_of(config: Any) -> dict[str, str]:
-    """A config's main settings, as ``AdapterState.summary`` has them."""
-    rank, alpha = getattr(config, "r", None), getattr(config, "lora_alpha", None)
-    if rank is None or alpha is None:
-        return {}
-    stars = ["*" if getattr(config, field, None) else "" for field in ("rank_pattern", "alpha_pattern")]
-    return {"r": f"{rank}{stars[0]}", "α": f"{alpha:g}{stars[1]}"}
 
 
 def _acting(manager: AdapterManager) -> tuple[str, ...]:

@@ -53,8 +53,8 @@ _MEASURED = {
     "gradients": "gradients took",
 }
 _OPTIMIZER_STEP = "the optimizer's step"
-_HELPS_OPTIMIZER = ("optimizer", "r ", "quantization", "dtype")
-"""How changes begin that also help where no activation is left."""
+_SAVES_ACTIVATIONS = ("batch_size", "sequence_length", "gradient_checkpointing")
+"""How changes begin that do not help where no activation is left."""
 
 
 def explain_failure(error: BaseException, model: nn.Module | None) -> str:
@@ -235,7 +235,7 @@ def _changes(expected: Forecast | None, stage: str, size: int) -> str:
         return _OOM_REMEDY
     words = []
     helpful = [
-        one for one in expected.suggestions if stage != _OPTIMIZER_STEP or one.change.startswith(_HELPS_OPTIMIZER)
+        one for one in expected.suggestions if stage != _OPTIMIZER_STEP or not one.change.startswith(_SAVES_ACTIVATIONS)
     ]
     for one in helpful[:_SHOWN_CHANGES]:
         change = ", ".join(_renamed(part) for part in one.change.split(", "))

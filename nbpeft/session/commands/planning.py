@@ -180,8 +180,8 @@ class MemoryPlanner:
         import torch
 
         adapter = self.setting.adapter_config
-        if adapter is not None and settings.rank is not None and _rank_of(adapter) is not None:
-            adapter = adapter.copy(r=settings.rank)
+        if adapter is not None and settings.rank is not None and adapter.size is not None:
+            adapter = adapter.resized(settings.rank)
         return dataclasses.replace(
             self.setting,
             adapter_config=adapter,
@@ -198,7 +198,7 @@ class MemoryPlanner:
         return PlanSettings(
             setting.batch_size,
             setting.sequence_length,
-            _rank_of(setting.adapter_config),
+            None if setting.adapter_config is None else setting.adapter_config.size,
             str(setting.dtype).removeprefix("torch."),
             setting.quantization,
             setting.gradient_checkpointing,
@@ -244,12 +244,6 @@ def _dtype_of(model: Any) -> str | None:
 
     labels = (kind.split(" ")[0] for kind in weights_by_kind(model))
     return next((SHORT_DTYPES[label] for label in labels if label in SHORT_DTYPES), None)
-
-
-def _rank_of(adapter: AdapterConfig | None) -> int | None:
-    """The rank of an adapter, where one rank holds for all of it; else None."""
-    rank = getattr(adapter, "r", None)
-    return rank if isinstance(rank, int) and not getattr(adapter, "rank_pattern", None) else None
 
 
 def _room(device: Any, source: Any) -> Room:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.engine.config_checks import check_alpha, check_rank, check_target_fields
@@ -100,6 +100,13 @@ class LoraConfig(AdapterConfig):
     )
 
     slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "lora_bias")
+    value_fields: ClassVar[tuple[str, ...]] = (
+        *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
+    )
+    card_fields: ClassVar[tuple[str, ...]] = (
+        *("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "target_modules", "modules_to_save"),
+    )
+    card_tags: ClassVar[tuple[str, ...]] = ("lora",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +178,15 @@ class LoraConfig(AdapterConfig):
         """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
         rank = self.rank_at(path)
         return self.alpha_at(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def size(self) -> int | None:
+        """The rank, where no pattern gives some layers another."""
+        return None if self.rank_pattern else self.r
+
+    def resized(self, size: int) -> Self:
+        """A copy with another rank."""
+        return self.copy(r=size)
 
     def set_size(self, size: int, paths: Sequence[str]) -> None:
         """Sets one rank for all layers and keeps the scaling of each path; see ``AdapterConfig``."""

@@ -10,26 +10,23 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.conversion import as_plain_lora
 from nbpeft.engine.targets import usual_targets
 
+_LEAST_RANK = 4
+"""A smaller adapter saves next to nothing."""
+
 
 def _summary(config: LoraConfig) -> Mapping[str, str]:
+    """A star marks what a pattern gives some layers another value of."""
     return {
-        "r": _span([config.r, *config.rank_pattern.values()]),
-        "α": _span([config.lora_alpha, *config.alpha_pattern.values()]),
+        "r": f"{config.r}{'*' if config.rank_pattern else ''}",
+        "α": f"{config.lora_alpha:g}{'*' if config.alpha_pattern else ''}",
     }
 
 
-def _span(values: list[Any]) -> str:
-    least, most = min(values), max(values)
-    return f"{least:g}" if least == most else f"{least:g}–{most:g}"
-
-
 def _smaller(config: LoraConfig) -> LoraConfig | None:
-    """The same at half the rank and the same scaling."""
-    ranks = [config.r, *config.rank_pattern.values()]
-    if max(ranks) < 2:
+    """A quarter of the rank, where one rank holds for all layers."""
+    if config.size is None or config.size <= _LEAST_RANK:
         return None
-    halved = {pattern: max(1, rank // 2) for pattern, rank in config.rank_pattern.items()}
-    return config.copy(r=max(1, config.r // 2), rank_pattern=halved)
+    return config.resized(max(config.size // 4, _LEAST_RANK))
 
 
 FAMILY: dict[str, Any] = {
