@@ -1,8 +1,8 @@
 """Keys of a whole model's state dict, in which adapters stand by name, as keys of an adapter's file.
 
-here   base_model.model.<path>.adapters.<name>.lora_A      base_model.model.<path>.modules_to_save.<name>.weight
-PEFT   base_model.model.<path>.lora_A.<name>.weight        the same
-file   base_model.model.<path>.lora_A.weight               base_model.model.<path>.weight
+here   base_model.model.<path>.adapters.<name>.core        base_model.model.<path>.modules_to_save.<name>.weight
+PEFT   base_model.model.<path>.core.<name>.weight          the same
+file   base_model.model.<path>.core.weight                 base_model.model.<path>.weight
 """
 
 from __future__ import annotations

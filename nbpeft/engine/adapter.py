@@ -250,7 +250,7 @@ class AdapterWeights:
     """The tensors of one adapter, apart from any file format.
 
     Attributes:
-        adapters: path of the adapted module -> parameter name (``lora_A``) -> tensor.
+        adapters: path of the adapted module -> parameter name -> tensor.
         copies: path of a module trained as a whole (``modules_to_save``) -> parameter or
             buffer name inside that module -> tensor.
         base: name of a trained base parameter (``bias="all"``), without any wrapper -> tensor.
@@ -344,7 +344,7 @@ class Adapter(nn.Module):
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
 
     wrapped_parameters: ClassVar[tuple[str, ...]] = ()
-    """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.lora_A["default"].weight``."""
+    """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
 
     peft_attributes: ClassVar[Mapping[str, str]] = {}
     """PEFT's name of an attribute of an adapted layer -> that of the adapter behind it."""

@@ -1,6 +1,6 @@
 """An adapted layer as users of PEFT know it: attributes by adapter name that read and write the adapters.
 
-layer.scaling["default"] = 2.0        layer.lora_A["default"].weight        layer.set_scale("default", 0.5)
+layer.scaling["default"] = 2.0        layer.core["default"].weight        layer.set_scale("default", 0.5)
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class PerAdapterView(MutableMapping[str, Any]):
 
 
 class ParameterView:
-    """A parameter in PEFT's spelling: ``layer.lora_A["default"].weight``; ``bias`` is that of ``lora_bias``."""
+    """A parameter in PEFT's spelling: ``layer.core["default"].weight``; ``bias`` is that of ``lora_bias``."""
 
     __slots__ = ("_adapter", "_name")
 

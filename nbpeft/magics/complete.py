@@ -30,6 +30,10 @@ class Suggestions:
 
 
 Source = Callable[[], Iterable[str]]
+FieldSource = Callable[[str], Iterable[str]]
+"""Gets the method that the fields are for; empty for the usual one."""
+
+_METHOD = re.compile(r"""(?:--method[ =]+|\bpeft_type\s*=\s*)["']?(\w+)""")
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,15 @@ class CompletionSources:
         models: variables that hold models.
         adapters: adapters of the models.
         variables: other variables of the notebook.
+        methods: names of the methods.
         fields: kind of fields (``config``, ``training``) -> their names.
     """
 
     models: Source = tuple
     adapters: Source = tuple
     variables: Source = tuple
-    fields: Mapping[str, Source] = field(default_factory=dict)
+    methods: Source = tuple
+    fields: Mapping[str, FieldSource] = field(default_factory=dict)
 
 
 def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: CompletionSources) -> Suggestions:
@@ -78,7 +84,7 @@ def complete_arguments(
         return choose(fragment, [*flags, "--help"])
     place = _place(command, words)
     if place is None:
-        return _field_words(command, fragment, sources)
+        return _field_words(command, " ".join(word.text for word in words), fragment, sources)
     return _left(place, _values(place, fragment, sources), words)
 
 
@@ -138,6 +144,7 @@ def _values(item: Argument, fragment: str, sources: CompletionSources) -> Sugges
         "model": sources.models,
         "adapter": sources.adapters,
         "variable": sources.variables,
+        "method": sources.methods,
         "weight": lambda: [f"{name}=" for name in sources.adapters()],
     }
     return choose(fragment, [*item.words, *named.get(item.completes, tuple)()])
@@ -184,11 +191,17 @@ def _place(command: Subcommand, words: Sequence[Word]) -> Argument | None:
     return None
 
 
-def _field_words(command: Subcommand, fragment: str, sources: CompletionSources) -> Suggestions:
+def _field_words(command: Subcommand, before: str, fragment: str, sources: CompletionSources) -> Suggestions:
     names = sources.fields.get(command.fields)
     if names is None or "=" in fragment:
         return Suggestions(fragment, ())
-    return choose(fragment, [f"{name}=" for name in names()])
+    return choose(fragment, [f"{name}=" for name in names(chosen_method(before))])
+
+
+def chosen_method(text: str) -> str:
+    """The method that a line or a body names, or the empty string."""
+    found = _METHOD.search(text)
+    return found.group(1) if found else ""
 
 
 def _inside_expression(lines: Sequence[str]) -> bool:

@@ -151,10 +151,11 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         models=lambda: magics.notebook.model_names(),
         adapters=adapters,
         variables=variables,
+        methods=magics.session.method_names,
         fields={
             "config": magics.session.config_fields,
-            "training": magics.session.training_fields,
-            "qlora": lambda: [*OWN_FIELDS, *magics.session.config_fields()],
+            "training": lambda method: magics.session.training_fields(),
+            "qlora": lambda method: [*OWN_FIELDS, *magics.session.config_fields(method)],
         },
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from nbpeft.magics.complete import (
     CompletionSources,
     Suggestions,
+    chosen_method,
     complete_arguments,
     complete_body,
     complete_line,
@@ -60,7 +61,10 @@ class Completion:
                 before = lines[0][:column].lstrip()[2 + len(name) :]
                 return self._arguments(command, before) if before[:1].isspace() else None
             names = self.sources.fields.get(command.fields)
-            return None if names is None else complete_body("\n".join(lines[1:]), line - 1, column, names)
+            if names is None:
+                return None
+            method = chosen_method(text)
+            return complete_body("\n".join(lines[1:]), line - 1, column, lambda: names(method))
         before = lines[line][:column].lstrip() if line < len(lines) else ""
         name, space, rest = before[1:].partition(" ")
         if not before.startswith("%") or not space:

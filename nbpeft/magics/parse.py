@@ -27,7 +27,7 @@ class Argument:
     Attributes:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
-        completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``model``,
+        completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``method``, ``model``,
             ``variable``, ``path``, ``name`` (a new one), or empty.
         words: further values to complete.
     """

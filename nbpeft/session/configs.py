@@ -41,6 +41,15 @@ def field_names(peft_type: str = DEFAULT_METHOD) -> tuple[str, ...]:
     return tuple(item.name for item in dataclasses.fields(config_class(peft_type)) if item.init)
 
 
+def method_names() -> tuple[str, ...]:
+    """What ``--method`` and ``peft_type`` take, in small letters."""
+    import nbpeft.engine  # registers the methods
+    from nbpeft.engine.registry import methods
+
+    del nbpeft
+    return tuple(sorted({method.peft_type.lower() for method in methods()}))
+
+
 def build_config(config: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
     """A config as it is, or one made of fields.
 

@@ -19,7 +19,7 @@ from nbpeft.session.commands import (
     switching,
     training,
 )
-from nbpeft.session.configs import field_names
+from nbpeft.session.configs import DEFAULT_METHOD, field_names, method_names
 from nbpeft.session.context import SessionContext
 from nbpeft.session.handles import is_handle, is_live
 
@@ -200,9 +200,15 @@ class Session:
 
         return unwritable(arguments)
 
-    def config_fields(self, peft_type: str = "LORA") -> tuple[str, ...]:
+    def config_fields(self, method: str = "") -> tuple[str, ...]:
         """Fields of a method's config, for completion; none while torch is not imported, so that asking is cheap."""
-        return field_names(peft_type) if "torch" in sys.modules else ()
+        if "torch" not in sys.modules or (method and method.lower() not in method_names()):
+            return ()
+        return field_names(method or DEFAULT_METHOD)
+
+    def method_names(self) -> tuple[str, ...]:
+        """Names of the methods, for completion; none while torch is not imported."""
+        return method_names() if "torch" in sys.modules else ()
 
     def training_fields(self) -> tuple[str, ...]:
         """Fields of ``TrainingArguments``, for completion; none while transformers is not imported."""

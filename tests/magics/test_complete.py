@@ -12,7 +12,7 @@ SOURCES = CompletionSources(
     models=lambda: ["model", "other"],
     adapters=lambda: ["sql", "chat", "support"],
     variables=lambda: ["model", "train_ds", "tok"],
-    fields={"config": lambda: ["r", "rank_pattern", "target_modules"], "training": lambda: ["max_steps"]},
+    fields={"config": lambda method: ["r", "rank_pattern", "target_modules"], "training": lambda method: ["max_steps"]},
 )
 COMPLETION = Completion(SUBCOMMANDS, CELLS, SOURCES)
 
