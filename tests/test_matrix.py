@@ -216,6 +216,7 @@ def test_what_does_not_work_is_refused_in_one_line(kind: str, sample: str) -> No
 
 
 @every_pair
+@torch.no_grad()  # bitsandbytes takes another kernel where its input learns
 def test_identity_at_start(kind: str, sample: str) -> None:
     case = CASES[kind]
     base = make(case)
@@ -283,6 +284,7 @@ def test_unmerge_is_bit_equal(kind: str, sample: str) -> None:
 
 
 @every_pair
+@torch.no_grad()
 def test_save_remove_load_is_equal(kind: str, sample: str, tmp_path: Any) -> None:
     case = CASES[kind]
     base, model = adapted(case, sample)
@@ -329,6 +331,7 @@ def test_two_active_adapters_in_either_order_are_equal(kind: str, first: str, se
 
 
 @beside
+@torch.no_grad()
 def test_one_batch_is_served_row_by_row(kind: str, first: str, second: str) -> None:
     case = CASES[kind]
     model = two_adapters(case, first, second)
@@ -338,7 +341,9 @@ def test_one_batch_is_served_row_by_row(kind: str, first: str, second: str) -> N
     for row, name in enumerate(names):
         with model.disable_adapter() if name == "__base__" else model.use(name):
             expected = model(x)[row]
-        assert torch.allclose(found[row], expected, atol=case.tolerance * 10, rtol=0), name
+        # A quantized layer rounds its input, and a method may change that instead of adding to the output.
+        tolerance = 5e-2 if case.quantized else case.tolerance * 10
+        assert torch.allclose(found[row], expected, atol=tolerance, rtol=0), name
 
 
 @every_pair
@@ -349,6 +354,12 @@ def test_equal_to_peft_for_the_same_weights(kind: str, sample: str, tmp_path: An
         pytest.skip("peft has no such method, or initialises it from the weight anew when it loads (test_inits.py)")
     if (kind, sample) in PEFT_IS_WRONG:
         pytest.skip(f"peft {PEFT_IS_WRONG[kind, sample]}")
+    theirs = peft.get_peft_config({**config.to_dict(), **case.peft_config, "peft_type": str(config.peft_type)})
+    try:
+        peft.get_peft_model(make(case), theirs)
+    except ValueError as error:
+        assert "not supported" in str(error)
+        pytest.skip("peft has the method not for this kind of layer")
     _, model = adapted(case, sample, **case.peft_config)
     x = case.batch()
     # In eval mode bitsandbytes takes another kernel, and peft reads the re-packed weight wrongly for DoRA.
