@@ -133,7 +133,9 @@ class Run:
             model = self._model()
             if model is not None:
                 self._check = LearningCheck(model, self.adapter)
-                self._end_watching = watch_steps(model, lambda: self._record.step)
+                record = self._record  # the hook must not keep a run alive that nobody holds any more
+                self._end_watching = watch_steps(model, lambda: record.step)
+                weakref.finalize(self, self._end_watching)
                 self._warn(self._check.before())
                 slow = slow_dtype(model)
                 self.note(slow_words(slow) if slow is not None else "")

@@ -202,7 +202,7 @@ class LoraConfig(AdapterConfig):
         last_names = sorted({path.rsplit(".", 1)[-1] for path in paths})
         parts = []
         for name in _PATTERNS:
-            unused = pattern_table(self, name).unused(paths)
+            unused = pattern_table(self, name).unused(paths) if getattr(self, name) else ()
             if unused:
                 hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
                 parts.append(
