@@ -1,0 +1,185 @@
+"""(IA)³ in every place of the product, against peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import nbpeft
+from nbpeft.errors import AdapterError, ConfigError, HotSwapError
+from nbpeft.memory import forecast
+from nbpeft.model import AdapterPool, PeftModel, get_peft_model, hotswap_adapter
+from nbpeft.session import Session
+from tests.tiny_models import adapted, gpt2, llama, logits, tokens
+
+
+def ia3(name: str = "default", base: Any = None, seed: int = 1, **fields: Any) -> PeftModel:
+    """A model with vectors that are not ones."""
+    model = get_peft_model(base if base is not None else llama(), nbpeft.IA3Config(**fields), name)
+    draw(model, name, seed)
+    return model.eval()
+
+
+def draw(model: PeftModel, name: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for vector in model.manager.parameters(name):
+            vector.copy_(1 + 0.3 * torch.randn(vector.shape, generator=generator))
+
+
+def folder_of(path: Path, seed: int) -> Path:
+    ia3(seed=seed).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_defaults_are_those_of_peft_and_files_go_both_ways(build: Any, tmp_path: Path) -> None:
+    ours, theirs = ia3(base=build()), peft.get_peft_model(build(), peft.IA3Config())
+    mine = {name: (tuple(value.shape)) for name, value in nbpeft.get_peft_model_state_dict(ours).items()}
+    assert mine == {key: tuple(value.shape) for key, value in peft.get_peft_model_state_dict(theirs).items()}
+    ours.save_pretrained(tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(loaded), logits(ours))
+    loaded.save_pretrained(tmp_path / "theirs")
+    again = PeftModel.from_pretrained(build(), tmp_path / "theirs")
+    assert torch.equal(logits(again), logits(ours))
+    assert again.peft_config["default"].feedforward_modules == loaded.peft_config["default"].feedforward_modules
+
+
+def test_it_starts_at_the_base_trains_and_merges() -> None:
+    base = llama()
+    before = logits(base)
+    model = get_peft_model(base, nbpeft.IA3Config())
+    assert torch.equal(logits(model), before)
+    model.train()
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(vector.grad is not None and vector.grad.any() for vector in model.manager.parameters("default"))
+    draw(model.eval(), "default", 1)
+    expected = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected)
+
+
+def test_alone_it_costs_no_second_product() -> None:
+    model, calls = ia3(), 0
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    kind = layer.base.kind
+
+    class Counting(type(kind)):  # type: ignore[misc]
+        def apply(self, *arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return super().apply(*arguments)
+
+    layer.base.kind = Counting()
+    logits(model)
+    assert calls == 0
+    model.add_adapter("other", nbpeft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
+    model.set_adapter(["default", "other"])
+    logits(model)
+    assert calls == 1
+
+
+def test_beside_low_rank_rows_switches_and_scales() -> None:
+    model = ia3("ia3")
+    model.add_adapter("lora", nbpeft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    ids = tokens(rows=3)
+    alone = {}
+    for name in ("ia3", "lora"):
+        with model.use(name):
+            alone[name] = logits(model, ids)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model, ids)
+    with torch.no_grad():
+        mixed = model(input_ids=ids, adapter_names=["lora", "ia3", "__base__"]).logits
+    for row, name in enumerate(("lora", "ia3", "__base__")):
+        torch.testing.assert_close(mixed[row], alone[name][row])
+    session = Session()
+    session.watch(model, name="model")
+    session.set_scale("ia3", 0.0)
+    torch.testing.assert_close(logits(model, ids), alone["__base__"])
+    session.set_scale("ia3", 1.0)
+    torch.testing.assert_close(logits(model, ids), alone["ia3"])
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    layer.scale_layer(2.0)  # as PEFT's loop over layers does; vectors have no scaling
+    torch.testing.assert_close(logits(model, ids), alone["ia3"])
+    assert not isinstance(layer, nbpeft.LoraLayer)
+    assert isinstance(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj"), nbpeft.LoraLayer)
+
+
+def test_combining_its_own_kind_and_no_other() -> None:
+    model = ia3("a")
+    model.add_adapter("b", nbpeft.IA3Config())
+    draw(model, "b", 2)
+    model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "peft")
+    model.add_weighted_adapter(["a", "b"], [0.7, 0.5], "exact", combination_type="exact")
+    first, second = (model.manager.weights(name).adapters for name in ("a", "b"))
+    for path, made in model.manager.weights("peft").adapters.items():
+        torch.testing.assert_close(made["ia3_l"], 0.7 * first[path]["ia3_l"] + 0.3 * second[path]["ia3_l"])
+    for path, made in model.manager.weights("exact").adapters.items():
+        wanted = 1 + 0.7 * (first[path]["ia3_l"] - 1) + 0.5 * (second[path]["ia3_l"] - 1)
+        torch.testing.assert_close(made["ia3_l"], wanted)
+    with pytest.raises(ConfigError, match=r"'svd' is not one for .IA.³; choose from exact, linear"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="svd")
+    model.add_adapter("lora", nbpeft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"'a' is .IA.³ and 'lora' is LoRA: only adapters of one kind"):
+        model.add_weighted_adapter(["a", "lora"], [1.0, 1.0], "c", combination_type="exact")
+
+
+def test_hot_swapping_and_pools(tmp_path: Path) -> None:
+    folders = {name: folder_of(tmp_path / name, seed) for seed, name in enumerate("ab", start=3)}
+    expected = {name: logits(PeftModel.from_pretrained(llama(), folder)) for name, folder in folders.items()}
+    model = ia3()
+    hotswap_adapter(model, folders["a"], "default")
+    assert torch.equal(logits(model), expected["a"])
+    adapted().save_pretrained(tmp_path / "lora")
+    with pytest.raises(HotSwapError, match=r"'default' is .IA.³ and cannot be swapped for LoRA"):
+        hotswap_adapter(model, tmp_path / "lora", "default")
+    assert torch.equal(logits(model), expected["a"])
+    size = (folders["a"] / "adapter_model.safetensors").stat().st_size / 1e6
+    pool = AdapterPool(llama(), 1.4 * size, adapters=folders)
+    for name in ("a", "b", "a"):
+        pool.set_adapter(name)
+        torch.testing.assert_close(logits(pool.model), expected[name])
+
+
+def test_forecast_preview_panel_card_and_script(tmp_path: Path) -> None:
+    config = nbpeft.IA3Config(feedforward_modules=["down_proj"], target_modules=["k_proj", "v_proj", "down_proj"])
+    part = next(
+        part for part in forecast(llama(), config, batch_size=1, sequence_length=8).parts if part.name == "adapters"
+    )
+    model = ia3()
+    count = sum(vector.numel() for vector in model.manager.parameters("default"))
+    assert part.byte_count == 4 * count
+    session = Session()
+    preview = session.preview(llama(), {"peft_type": "ia3"})
+    assert str(count) in f"{preview}".replace(",", "") and "(IA)³" in str(preview)
+    result = session.add(llama(), {"peft_type": "IA3"}, name="scales")
+    assert result.adapter.method == "(IA)³" and result.adapter.summary == {"vectors": "inputs and outputs"}
+    assert "(IA)³" in str(session.state.models[0].adapters[0].method)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "(IA)³" in card and "`feedforward_modules`" in card and "lora" not in card
+    script = nbpeft.training.export_script(
+        model, tmp_path / "train.py", [{"input_ids": [1, 2, 3]}], base="somebody/base"
+    )
+    assert "nbpeft.IA3Config(**CONFIG)" in script.script.read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "IA3"
+
+
+def test_what_is_impossible_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="feedforward_modules should be a subset of target_modules, which lack c"):
+        nbpeft.IA3Config(target_modules=["a", "b"], feedforward_modules=["c"])
+    with pytest.raises(ConfigError, match="Please specify `feedforward_modules`"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), nbpeft.IA3Config(target_modules=["0"]))
+    with pytest.raises(ConfigError, match=r"embed_tokens: .IA.³ does not work on an embedding; exclude it"):
+        ia3(target_modules=["embed_tokens"])
