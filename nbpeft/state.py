@@ -149,7 +149,7 @@ class ModelState:
     training: TrainState | None = None
     quantization: str = ""
     """Backend of the quantized layers, e.g. ``bnb4bit``; empty for a dense model."""
-    waiting_count: int = 0
+    offloaded_count: int = 0
     """Adapters of its pool that are not on the model now; they come when they are named."""
 
 

@@ -20,7 +20,7 @@ import pytest
 
 # --- The data of the rules below ---------------------------------------------------------------------
 
-MOST_FILE_LINES = 700
+MOST_FILE_LINES = 800
 MOST_BODY_LINES = 60
 MOST_TEST_NAME_LETTERS = 70
 
@@ -114,36 +114,8 @@ STANDING_TEST_NAMES: set[str] = {
     "test_a_command_that_runs_out_of_memory_leaves_the_model_before_or_after",
 }
 STANDING_NAMES: set[str] = {
-    "AdapterHolder",
-    "CopiedModule",
-    "Drawer",
-    "Steps",
-    "Supplier",
-    "Switch",
-    "acts",
-    "check_together",
-    "chosen_copy",
-    "distinct_storages",
-    "drawer",
-    "gain",
-    "holder",
     "host",
-    "lossy_note",
-    "merge_besides",
-    "merge_refusal",
-    "product_refusal",
-    "reachable",
-    "remark",
-    "renames",
-    "require_reachable",
     "resident",
-    "spelling",
-    "supplied",
-    "supplier",
-    "supply",
-    "tell",
-    "waiting_count",
-    "zero_factor",
 }
 
 # --- Rules over the sources --------------------------------------------------------------------------

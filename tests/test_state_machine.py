@@ -397,7 +397,7 @@ class AdapterMachine(RuleBasedStateMachine):
         with torch.no_grad():
             found = self.handle(IDS)
             torch.testing.assert_close(found, self.expected.output(), rtol=1e-6, atol=1e-6)
-            with self.manager.switch.call():
+            with self.manager.active_state.call():
                 assert torch.equal(model(IDS), found)
 
     @invariant()

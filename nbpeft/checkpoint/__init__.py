@@ -24,6 +24,7 @@ from nbpeft.checkpoint.folder import write_config as write_config
 from nbpeft.checkpoint.identity import Fingerprint as Fingerprint
 from nbpeft.checkpoint.identity import compare as compare
 from nbpeft.checkpoint.identity import fingerprint as fingerprint
+from nbpeft.checkpoint.key_conversion import key_conversion_of as key_conversion_of
 from nbpeft.checkpoint.model_files import ModelFolder as ModelFolder
 from nbpeft.checkpoint.model_files import TensorSpec as TensorSpec
 from nbpeft.checkpoint.model_files import in_shards as in_shards
@@ -31,7 +32,6 @@ from nbpeft.checkpoint.model_files import other_files as other_files
 from nbpeft.checkpoint.model_files import write_model as write_model
 from nbpeft.checkpoint.model_keys import is_of_a_model as is_of_a_model
 from nbpeft.checkpoint.model_keys import keys_of_a_file as keys_of_a_file
-from nbpeft.checkpoint.renames import renames_of as renames_of
 from nbpeft.checkpoint.source import push as push
 from nbpeft.checkpoint.staging import scratch_folder as scratch_folder
 from nbpeft.checkpoint.weights_format import Expected as Expected

@@ -18,11 +18,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nbpeft.checkpoint.spelling import BASE_LAYER, ORIGINAL_MODULE, PREFIX, SHARED_PREFIX
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.numerics import is_finite
 from nbpeft.engine.registry import file_keys, methods_of_type
 from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
+
+PREFIX = "base_model.model."
+"""Starts every key of a file, but those of tensors that all layers of an adapter share."""
+SHARED_PREFIX = "base_model."
+"""Starts the key of such a tensor."""
+BASE_LAYER = "base_layer"
+"""The frozen layer inside an adapted one."""
+ORIGINAL_MODULE = "original_module"
+"""The frozen module beside a copy that is trained as a whole."""
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Mapping[str, Shape]]

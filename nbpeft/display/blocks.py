@@ -95,14 +95,14 @@ class Bar:
         whole: bytes that the full width stands for.
         end: where the device ends; drawn below the bar.
         end_label: what the device is.
-        remark: behind the legend.
+        note: behind the legend.
     """
 
     parts: tuple[MemoryPart, ...]
     whole: int
     end: int | None = None
     end_label: str = ""
-    remark: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -147,11 +147,11 @@ def _(block: blocks.Bar) -> str:
         f"{escape(part.name)} {size(part.byte_count)}</span>"
         for part in parts
     )
-    remark = span(blocks.dim(block.remark))
+    note = span(blocks.dim(block.note))
     return (
         '<div style="display:flex;height:14px;border-radius:3px;overflow:hidden;margin:8px 0 0;'
         f'{background(palette.FILL)}">{pieces}</div>{_end(block)}'
-        f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px">{legend}{remark}</div>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px">{legend}{note}</div>'
     )
 
 

@@ -33,7 +33,7 @@ def memory_bar(memory: MemoryState) -> Bar:
             parts = (*parts, MemoryPart("elsewhere", elsewhere, "other programs and the system"))
     peak = f"peak {size(memory.peak)} · " if memory.peak is not None else ""
     free = free_words(memory)
-    return Bar(parts, whole, remark=f"{peak}{free} on {memory.device}" if free else f"{peak}on {memory.device}")
+    return Bar(parts, whole, note=f"{peak}{free} on {memory.device}" if free else f"{peak}on {memory.device}")
 
 
 def free_words(memory: MemoryState) -> str:

@@ -50,7 +50,7 @@ def activity(model: ModelState) -> str:
 
 def in_pool(model: ModelState) -> str:
     """How many adapters its pool has besides those on it; empty where there are none."""
-    return f"{model.waiting_count:,} more in the pool" if model.waiting_count else ""
+    return f"{model.offloaded_count:,} more in the pool" if model.offloaded_count else ""
 
 
 def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
@@ -162,5 +162,5 @@ def model_text(model: ModelState | None, called: str | None = None) -> str:
     if model is None:
         return missing_model(called)
     adapters = ", ".join(f"{item.name}{'*' if item.active else ''} ({item.method})" for item in model.adapters)
-    pool = f" and {in_pool(model)}" if model.waiting_count else ""
+    pool = f" and {in_pool(model)}" if model.offloaded_count else ""
     return f"{model_title(model)}: {adapters or 'no adapters'}{pool}; {trainable(model)}"

@@ -92,7 +92,7 @@ def _(block: blocks.Table) -> RenderableType:
 @renderable.register
 def _(block: blocks.Bar) -> RenderableType:
     end = [f"{block.end_label}: {size(block.end)}"] if block.end is not None else []
-    return _grid([(part_words(part),) for part in block.parts if part.byte_count] + [(*end, block.remark)])
+    return _grid([(part_words(part),) for part in block.parts if part.byte_count] + [(*end, block.note)])
 
 
 @renderable.register

@@ -401,7 +401,7 @@ class Adapter(nn.Module):
         """
         add_scaled_(weight, self.delta_weight(weight, base), scale)
 
-    def merge_refusal(self, base: BaseLayer) -> str:
+    def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why what it adds is not a change of the layer's weight and bias, as part of a sentence; else empty."""
         return ""
 

@@ -25,7 +25,7 @@ class Backend(Protocol):
     peft_name: str
     """PEFT's name of an adapted layer with such a weight, ``Linear4bit``; empty where the kind of layer gives it."""
     can_merge: bool
-    merge_refusal: str
+    unmergeable_reason: str
     """Why ``can_merge`` is False, for the error's message; empty otherwise."""
 
     def matches(self, module: nn.Module) -> bool:

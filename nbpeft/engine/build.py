@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, SharedState
 from nbpeft.engine.base import offloading
-from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import Site, walk
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.storage import StoredWeight, loaded
-from nbpeft.engine.switch import Switch
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
 from nbpeft.interrupts import check_interrupt
@@ -38,14 +38,14 @@ class Parts:
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
-    copies: list[tuple[list[Site], CopiedModule, nn.Module]]
+    copies: list[tuple[list[Site], ModulesToSaveWrapper, nn.Module]]
     shared: SharedState | None = None
 
 
 def build(
     model: nn.Module,
     plan: InjectionPlan,
-    switch: Switch,
+    active_state: ActiveState,
     weights: AdapterWeights | None,
     *,
     half: bool = False,
@@ -55,7 +55,7 @@ def build(
     Args:
         model: the base model.
         plan: what to create.
-        switch: what new wrappers read.
+        active_state: what new wrappers read.
         weights: loaded tensors to bind instead of initialising; for a path or parameter that
             is not in them the usual init is used.
         half: keep adapters in the base's dtype also where that is a half one; otherwise they
@@ -71,7 +71,7 @@ def build(
         sites.setdefault(id(site.module), []).append(site)
         if site.path in wanted:
             by_path[site.path] = site
-    layers = {target.path: _layer(by_path[target.path], target, switch) for target in plan.targets}
+    layers = {target.path: _layer(by_path[target.path], target, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
     shared = None if first is None else shared_state(plan, weights, first.device, adapter_dtype(first.dtype, half=half))
     parts = Parts([], [], shared)
@@ -92,16 +92,20 @@ def build(
         site = by_path[path]
         if any(offloading(part) is not None for part in site.module.modules()):
             raise ConfigError(f"{path} is offloaded and cannot be copied as a whole: load the model without offloading")
-        wrapper = site.wrapper if isinstance(site.wrapper, CopiedModule) else CopiedModule(site.module, switch)
+        wrapper = (
+            site.wrapper
+            if isinstance(site.wrapper, ModulesToSaveWrapper)
+            else ModulesToSaveWrapper(site.module, active_state)
+        )
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path))
         parts.copies.append((sites[id(site.module)], wrapper, trained))
     return parts
 
 
-def _layer(site: Site, target: Target, switch: Switch) -> AdaptedLayer:
+def _layer(site: Site, target: Target, active_state: ActiveState) -> AdaptedLayer:
     if isinstance(site.wrapper, AdaptedLayer):
         return site.wrapper
-    return AdaptedLayer(site.module, layer_kind_named(target.kind), backend_named(target.backend), switch)
+    return AdaptedLayer(site.module, layer_kind_named(target.kind), backend_named(target.backend), active_state)
 
 
 def shared_state(
@@ -193,7 +197,7 @@ def commit(
     name: str,
     parts: Parts,
     layers: dict[str, AdaptedLayer],
-    copies: dict[str, CopiedModule],
+    copies: dict[str, ModulesToSaveWrapper],
     change: Transaction,
 ) -> None:
     """Hangs built parts into the model.
@@ -221,7 +225,7 @@ def drop(
     model: nn.Module,
     name: str,
     layers: dict[str, AdaptedLayer],
-    copies: dict[str, CopiedModule],
+    copies: dict[str, ModulesToSaveWrapper],
     change: Transaction,
     keep: Parts | None = None,
 ) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.active_state import Active, ActiveState, ReplicaState, Rows
 from nbpeft.engine.adapter import Adapter, ServesRows, TransformsInput, TransformsOutput
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
-from nbpeft.engine.merge_checks import merge_refusal
+from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, by_name
 from nbpeft.engine.spool import Spool
-from nbpeft.engine.switch import Active, ReplicaSwitch, Rows, Switch
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
 
@@ -65,7 +65,7 @@ class AdaptedLayer(PeftLayerMixin):
     base_layer: nn.Module
     adapters: AdapterDict
 
-    def __init__(self, base_layer: nn.Module, kind: LayerKind, backend: Backend, switch: Switch) -> None:
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, backend: Backend, active_state: ActiveState) -> None:
         super().__init__()
         modules = self.__dict__["_modules"]
         modules["base_layer"] = base_layer
@@ -74,7 +74,7 @@ class AdaptedLayer(PeftLayerMixin):
             kind=kind,
             backend=backend,
             base=BaseLayer(base_layer, kind, backend),
-            switch=switch,
+            active_state=active_state,
             merged=(),
             training=base_layer.training,
             _frozen=None,
@@ -84,7 +84,7 @@ class AdaptedLayer(PeftLayerMixin):
     kind: LayerKind
     backend: Backend
     base: BaseLayer
-    switch: Switch
+    active_state: ActiveState
     merged: tuple[str, ...]
     _frozen: Stored | None
 
@@ -99,7 +99,7 @@ class AdaptedLayer(PeftLayerMixin):
         Returns:
             The base layer's output with the deltas added, in the base output's dtype.
         """
-        active = self.switch.current()
+        active = self.active_state.current()
         if self.merged:
             merged: Tensor = self.base_layer(x, *args, **kwargs)
             return merged
@@ -157,7 +157,7 @@ class AdaptedLayer(PeftLayerMixin):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.__dict__["switch"] = ReplicaSwitch(self.switch)
+        replica.__dict__["active_state"] = ReplicaState(self.active_state)
         return replica
 
     def _mixed(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
@@ -254,7 +254,7 @@ class AdaptedLayer(PeftLayerMixin):
         """Raises MergeError where ``merge`` would."""
         present = [name for name in names if name in self.adapters._modules]
         if present and not self.backend.can_merge:
-            raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.merge_refusal}")
+            raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.unmergeable_reason}")
         if present and offloading(self.base_layer) is not None:
             raise MergeError(
                 "its weight is offloaded, and what is merged into it would be lost with the next call: load the model "
@@ -263,11 +263,11 @@ class AdaptedLayer(PeftLayerMixin):
         if present and any(tensor.is_meta for tensor in self.base_layer.parameters(recurse=False)):
             raise MergeError("its weight has no data here (meta device): load the model whole")
         for name in present:
-            refusal = self.adapter(name).merge_refusal(self.base)
+            refusal = self.adapter(name).unmergeable_reason(self.base)
             if refusal:
                 raise MergeError(f"adapter {name!r} cannot be merged into {refusal}")
         biased = any(self.adapter(name).delta_bias(self.base) is not None for name in present)
-        refusal = merge_refusal(self.base, biased=biased) if present else ""
+        refusal = unmergeable_reason(self.base, biased=biased) if present else ""
         if refusal:
             raise MergeError(refusal)
         for name in present:

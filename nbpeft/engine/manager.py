@@ -7,35 +7,51 @@ switch; ``requires_grad`` is touched only for the adapters whose trainability ch
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks
+from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks, SharedState
+from nbpeft.engine.adapter_names import check_name, check_scale, names_in
+from nbpeft.engine.adapter_tensors import copied_weights, parameter_slots, saved_weights, shared_state_of
+from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
-from nbpeft.engine.holder import AdapterHolder, check_name, check_scale, cloned, names_in
+from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import (
     check_addable,
+    check_compatible,
     check_merge,
-    check_together,
-    chosen_copy,
-    lossy_note,
-    merge_besides,
+    merge_additional,
     merge_layers,
+    module_to_keep,
     unmerge_layers,
+    warn_of_requantization,
 )
+from nbpeft.engine.method_hooks import call_contexts, hooks_of, prepares_calls
 from nbpeft.engine.model_tree import MANAGER, manager_of
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, plan
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.provider import AdapterProvider
 from nbpeft.engine.scopes import ScopedChoice
-from nbpeft.engine.switch import NOTHING, Active
 from nbpeft.engine.tied_weights import untie_embeddings_
 from nbpeft.engine.transaction import Block, Transaction
-from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, MergeError
+from nbpeft.errors import (
+    AdapterError,
+    AdapterExistsError,
+    BusyError,
+    MergeError,
+    StaleModelError,
+    UnknownAdapterError,
+    did_you_mean,
+)
+from nbpeft.subscribers import Subscribers
 
 _ATTRIBUTES = (MANAGER, "peft_config")
 """What a base model carries while it is adapted."""
@@ -53,8 +69,151 @@ def require_manager(model: nn.Module) -> AdapterManager:
     return found
 
 
-class AdapterManager(AdapterHolder):
-    """The adapters of one base model and every command on them."""
+class AdapterManager:
+    """The adapters of one base model and every command on them.
+
+    Attributes:
+        model: the base model.
+        active_state: what acts now; read by all wrappers.
+        configs: adapter name -> its config, targets resolved.
+        layers: path -> adapted layer.
+        copies: path -> module with copies trained as a whole.
+        alive: False once the adapters were unloaded; every command then refuses.
+        revision: grows with every change.
+        frozen: adapters that do not train even while active.
+        owner: token of the one handle that may use the manager.
+        supplier: where adapters come from that are named and not on the model, if anywhere.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.active_state = ActiveState()
+        self.configs: dict[str, AdapterConfig] = {}
+        self.layers: dict[str, AdaptedLayer] = {}
+        self.copies: dict[str, ModulesToSaveWrapper] = {}
+        self.alive = True
+        self.revision = 0
+        self.frozen: set[str] = set()
+        self._selected: tuple[str, ...] = ()
+        self._enabled = True
+        self._scales: dict[str, float] = {}
+        self._merged: tuple[str, ...] = ()
+        self._parked: tuple[str, ...] = ()
+        self._parked_weights: list[Callable[[], None]] = []
+        self._slots: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
+        self._biases = BaseBiases(model)
+        self._was_trainable: list[nn.Parameter] = []
+        self._subscribers = Subscribers()
+        self._transaction = Transaction(self.active_state, self.changed)
+        self.owner = object()
+        self.provider: AdapterProvider | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All adapters, oldest first."""
+        return tuple(self.configs)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Selected adapters, inside a block of ``use`` those of the block; they act unless disabled."""
+        scope = self.active_state.scope
+        return self._selected if scope is None else scope.names
+
+    @property
+    def selected(self) -> tuple[str, ...]:
+        """Selected adapters outside of all blocks."""
+        return self._selected
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the selected adapters act; False inside a block of ``disabled``."""
+        scope = self.active_state.scope
+        return self._enabled if scope is None else scope.enabled
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Adapters whose deltas are in the base weights now."""
+        return self._merged
+
+    def scale(self, name: str) -> float:
+        """Factor on an adapter's delta; 1 unless set."""
+        return self._scales.get(name, 1.0)
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """All trainable tensors of an adapter, copies and trained base biases included."""
+        self.require(name)
+        slots = self._slots.get(name)
+        if slots is None:
+            slots = self._slots[name] = parameter_slots(self.layers, self.copies, name)
+        # Looked up each time: sharding and moves put other tensors into the same places.
+        found = [parameters[key] for parameters, key in slots]
+        return [*(parameter for parameter in found if parameter is not None), *self._biases.of(name).values()]
+
+    def weights(self, name: str) -> AdapterWeights:
+        """References to the tensors of an adapter."""
+        self.require(name)
+        weights = saved_weights(self.layers, self.copies, name, self.configs[name])
+        weights.base = self.base_biases(name)
+        return weights
+
+    def shared(self, name: str) -> SharedState | None:
+        """What the layers of an adapter share, where its method has that."""
+        return shared_state_of(self.layers, name)
+
+    def base_biases(self, name: str) -> dict[str, Tensor]:
+        """Name in the bare base model -> bias that an adapter trains along."""
+        return dict(self._biases.of(name))
+
+    def replaced_in_base(self, name: str) -> dict[str, Tensor]:
+        """Name in the bare base model -> what was there before an adapter brought or trained its own."""
+        return self._biases.originals(name)
+
+    def provided(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
+        """Holds adapters on the model while the block runs; see ``AdapterProvider``. Without one it does nothing."""
+        return nullcontext() if self.provider is None else self.provider.provide(names, switching=switching)
+
+    def require(self, *names: str) -> None:
+        """Raises unless the manager is alive and has all the names.
+
+        Raises:
+            StaleModelError: the adapters were unloaded.
+            UnknownAdapterError: there is no such adapter.
+        """
+        self.check_alive()
+        for name in names:
+            if not isinstance(name, str) or name not in self.configs:
+                have = ", ".join(map(repr, self.configs)) or "none"
+                raise UnknownAdapterError(
+                    f"Adapter {name!r} not found; the model has: {have}." + did_you_mean(str(name), self.configs),
+                    name=name,
+                    available=self.names,
+                )
+
+    def require_available(self, *names: str) -> None:
+        """As ``require``, where an adapter that the supplier can bring counts as there."""
+        self.require(*(name for name in names if not self.available(name)))
+
+    def available(self, name: str) -> bool:
+        """Whether an adapter is on the model or the supplier can bring it."""
+        return name in self.configs or (self.provider is not None and self.provider.can_provide(name))
+
+    def check_alive(self) -> None:
+        """Raises StaleModelError once the adapters were unloaded."""
+        if not self.alive:
+            raise StaleModelError(
+                "this handle is dead: its adapters were merged into the base model or unloaded; "
+                "use the model that merge_and_unload() or unload() returned"
+            )
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back after every change; bound methods are held weakly. Returns how to stop."""
+        return self._subscribers.add(callback)
+
+    def changed(self) -> None:
+        """Notifies subscribers that something changed; for code that wrote tensors itself."""
+        self.revision += 1
+        for failure in self._subscribers.notify():
+            warnings.warn(f"{failure} (after the adapters were changed)", stacklevel=4)
 
     @classmethod
     def attach(cls, model: nn.Module, manager: AdapterManager | None = None) -> AdapterManager:
@@ -129,7 +288,7 @@ class AdapterManager(AdapterHolder):
                     made = self.plan(made, name, allow_missing=allow_missing)
                 self._biases.check(name, made.biases)
                 check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
-                return self.revision, made, build(self.model, made, self.switch, weights, half=half)
+                return self.revision, made, build(self.model, made, self.active_state, weights, half=half)
 
         prepared = built()
 
@@ -185,7 +344,7 @@ class AdapterManager(AdapterHolder):
             self._selected = tuple(other for other in self._selected if other != name)
             if was_active and not self._selected:
                 self._selected = self.names[:1]
-            for scope in self.switch.scopes:
+            for scope in self.active_state.scopes:
                 scope.names = tuple(other for other in scope.names if other != name)
             self.refresh(self._selected, change)
 
@@ -215,7 +374,7 @@ class AdapterManager(AdapterHolder):
             if old in self.frozen:
                 self.frozen = (self.frozen - {old}) | {new}
             self._selected = tuple(new if name == old else name for name in self._selected)
-            for scope in self.switch.scopes:
+            for scope in self.active_state.scopes:
                 scope.names = tuple(new if name == old else name for name in scope.names)
             self.refresh((), change)
 
@@ -225,8 +384,7 @@ class AdapterManager(AdapterHolder):
         weights = self.weights(name)
         if weights.base:
             raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
-        shared = {key: value.detach().clone() for key, value in weights.shared.items()}
-        twin = AdapterWeights(cloned(weights.adapters), cloned(weights.copies), shared=shared)
+        twin = copied_weights(weights)
         dtypes = {value.dtype for named in twin.adapters.values() for value in named.values()}
         with self.transaction():
             self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
@@ -259,8 +417,8 @@ class AdapterManager(AdapterHolder):
         change.keep_attributes(
             self, "_selected", "_enabled", "_merged", "_parked", "_parked_weights", "frozen", "_scales"
         )
-        change.keep_attributes(self.switch, "live", "traced")
-        for scope in self.switch.scopes:
+        change.keep_attributes(self.active_state, "live", "traced")
+        for scope in self.active_state.scopes:
             change.keep_attributes(scope, "names", "enabled", "active")
 
     def _keep_structure(self, change: Transaction) -> None:
@@ -284,14 +442,14 @@ class AdapterManager(AdapterHolder):
             UnknownAdapterError: there is no such adapter.
         """
         chosen = names_in(names)
-        with self.supplied(chosen, switching=True), self.transaction(during_calls=not self._merged) as change:
+        with self.provided(chosen, switching=True), self.transaction(during_calls=not self._merged) as change:
             self._activate(chosen, trainable, change)
             if enable and not self.enabled:
                 self.enable()
 
     def _activate(self, chosen: tuple[str, ...], trainable: bool | None, change: Transaction) -> None:
         self.check_choice(chosen)
-        scope = self.switch.scope
+        scope = self.active_state.scope
         if scope is None and self._merged and chosen != self._merged:
             warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
             self.unmerge()
@@ -313,7 +471,7 @@ class AdapterManager(AdapterHolder):
         self.require(*names)
         if not names:
             raise AdapterError("no adapter named to activate; use disable() for the base model alone")
-        check_together(self.copies, self.layers, names)
+        check_compatible(self.copies, self.layers, names)
 
     def enable(self) -> None:
         """Lets the selected adapters act again."""
@@ -326,7 +484,7 @@ class AdapterManager(AdapterHolder):
     def _set_enabled(self, enabled: bool) -> None:
         self.check_alive()
         with self.transaction(during_calls=not self._merged) as change:
-            scope = self.switch.scope
+            scope = self.active_state.scope
             if scope is None and not enabled and self._merged:
                 warnings.warn("adapters are merged: unmerging before they are disabled", stacklevel=4)
                 self.unmerge()
@@ -347,7 +505,7 @@ class AdapterManager(AdapterHolder):
 
     def select_again(self, names: Sequence[str]) -> None:
         """Activates those that are still there or can be brought, unless others were chosen meanwhile."""
-        left = tuple(name for name in names if self.reachable(name))
+        left = tuple(name for name in names if self.available(name))
         if left and left != self._selected:
             self.activate(left)
 
@@ -363,7 +521,7 @@ class AdapterManager(AdapterHolder):
 
     def merge_parked(self) -> None:
         """Merges again what ``park`` took out, as far as it is still there and nothing else was chosen meanwhile."""
-        if not self._parked or self.switch.scopes:
+        if not self._parked or self.active_state.scopes:
             return
         with self.transaction() as change:
             self._keep_choice(change)
@@ -379,7 +537,7 @@ class AdapterManager(AdapterHolder):
 
     def idle(self, names: Iterable[str]) -> set[str]:
         """Those of the adapters that are selected nowhere: in no scope, and not outside of them."""
-        return set(names).difference(self._selected, *(scope.names for scope in self.switch.scopes))
+        return set(names).difference(self._selected, *(scope.names for scope in self.active_state.scopes))
 
     def set_scale(self, name: str, scale: float) -> None:
         """Sets the factor on an adapter's delta (1 is the trained strength).
@@ -426,19 +584,21 @@ class AdapterManager(AdapterHolder):
         self._publish_active()
 
     def _publish_active(self) -> None:
-        for scope in self.switch.scopes:
+        for scope in self.active_state.scopes:
             scope.active = self._acting(self._merged or (scope.names if scope.enabled else ()))
-        self.switch.publish(self._acting(self._merged or self._parked or (self._selected if self._enabled else ())))
+        self.active_state.publish(
+            self._acting(self._merged or self._parked or (self._selected if self._enabled else ()))
+        )
 
     def _acting(self, names: tuple[str, ...]) -> Active:
-        return Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NOTHING
+        return Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NONE_ACTIVE
 
     # Calls and training
 
     @property
     def prepares_calls(self) -> bool:
         """Whether the method of an active adapter prepares something for each call of the model."""
-        return any(method_of(self.configs[name]).call_context is not None for name in self.active)
+        return any(prepares_calls(self.configs[name]) for name in self.active)
 
     def in_call(self, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Active:
         """What is active in one call of the model, with what the methods prepare for it.
@@ -449,11 +609,7 @@ class AdapterManager(AdapterHolder):
             kwargs: keyword arguments of the call.
         """
         names = active.names if active.rows is None else active.rows.names
-        context = {}
-        for name in names:
-            prepare = method_of(self.configs[name]).call_context if name in self.configs else None
-            if prepare is not None:
-                context[name] = prepare(self.configs[name], args, kwargs)
+        context = call_contexts({name: self.configs[name] for name in names if name in self.configs}, args, kwargs)
         return replace(active, context=context) if context else active
 
     def after_backward(self, step: int) -> None:
@@ -473,18 +629,9 @@ class AdapterManager(AdapterHolder):
         return sum(losses[1:], losses[0]) if losses else None
 
     def _hooked(self) -> Iterator[LearnsWithHooks]:
-        """What of the adapters that train takes part in training beside the gradient."""
         for name in self.active if self.enabled else ():
-            method = method_of(self.configs[name])
-            hooked = (
-                issubclass(method.adapter_class, LearnsWithHooks),
-                issubclass(method.shared or object, LearnsWithHooks),
-            )
-            if name in self.frozen or not any(hooked):
-                continue
-            found: list[Any] = [self.shared(name)]
-            found += [layer.adapters._modules.get(name) for layer in self.layers.values()]
-            yield from (one for one in found if isinstance(one, LearnsWithHooks))
+            if name not in self.frozen:
+                yield from hooks_of(self.layers, name, self.configs[name])
 
     # Merging
 
@@ -506,20 +653,20 @@ class AdapterManager(AdapterHolder):
         if self._merged and together == self._merged:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
             return
-        check_together(self.copies, self.layers, together)
-        lossy_note(self.layers)
+        check_compatible(self.copies, self.layers, together)
+        warn_of_requantization(self.layers)
         with self.transaction() as change:
             self._refuse_in_scopes("merging")
             self._merge(together, change, safe=safe)
 
     def _merge(self, together: tuple[str, ...], change: Transaction, *, safe: bool = False) -> None:
         self._keep_choice(change)
-        merge_besides(self.model, self.layers, self._merged, together, self.scale, change, safe=safe)
+        merge_additional(self.model, self.layers, self._merged, together, self.scale, change, safe=safe)
         self._merged, self._enabled = together, True
         self._publish_active()
 
     def _refuse_in_scopes(self, what: str) -> None:
-        if self.switch.scopes:
+        if self.active_state.scopes:
             raise BusyError(f"a use() or disable_adapter() block is open: leave it before {what}")
 
     def unmerge(self) -> None:
@@ -547,10 +694,10 @@ class AdapterManager(AdapterHolder):
         if merge:
             chosen = self.active if names is None else names_in(names)
             self.require(*chosen)
-            check_together(self.copies, self.layers, chosen)
+            check_compatible(self.copies, self.layers, chosen)
             if not self._merged:
                 check_merge(self.layers, chosen, self.scale, safe=safe)
-                lossy_note(self.layers)
+                warn_of_requantization(self.layers)
         with self.transaction() as change:
             self._refuse_in_scopes("unloading")
             self._keep_structure(change)
@@ -573,7 +720,7 @@ class AdapterManager(AdapterHolder):
             else:
                 self._biases.stop(name, change)
         replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self.layers.values()}
-        replacements.update({id(module): chosen_copy(module, merged) for module in self.copies.values()})
+        replacements.update({id(module): module_to_keep(module, merged) for module in self.copies.values()})
         replace_modules(self.model, replacements, change)
         change.set_requires_grad(self._was_trainable, True)
         change.keep_attributes(self, "layers", "copies", "configs")
@@ -581,7 +728,7 @@ class AdapterManager(AdapterHolder):
         self.alive = False
         self.layers, self.copies, self.configs, self._slots = {}, {}, {}, {}
         self._was_trainable, self._selected, self._merged = [], (), ()
-        self.switch.publish(NOTHING)
+        self.active_state.publish(NONE_ACTIVE)
         for attribute in _ATTRIBUTES:
             self.model.__dict__.pop(attribute, None)
 
@@ -593,3 +740,26 @@ class AdapterManager(AdapterHolder):
         """
         if self._merged:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {
+            **self.__dict__,
+            "_subscribers": Subscribers(),
+            "_slots": {},
+            "_parked": (),
+            "_parked_weights": [],
+            "provider": None,
+        }
+        del state["_transaction"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._transaction = Transaction(self.active_state, self.changed)
+        self._publish_active()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return twin

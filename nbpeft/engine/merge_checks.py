@@ -40,7 +40,7 @@ _RELATIVE_ERROR = {torch.float32: 3e-3, torch.float64: 1e-6}
 _HALF_RELATIVE_ERROR = 5e-2
 
 
-def merge_refusal(base: BaseLayer, *, biased: bool = False) -> str:
+def unmergeable_reason(base: BaseLayer, *, biased: bool = False) -> str:
     """Why a weight merged into a layer would not act as the adapter does; empty where it does.
 
     Args:

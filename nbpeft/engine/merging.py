@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.tied_weights import layers_to_untie
 from nbpeft.engine.transaction import Transaction
@@ -76,7 +76,7 @@ def merge_layers(
         layer.merge(names, scales, change, keep_frozen=keep_frozen, apart=path in parted)
 
 
-def merge_besides(
+def merge_additional(
     model: nn.Module,
     layers: Mapping[str, AdaptedLayer],
     merged: Sequence[str],
@@ -138,8 +138,8 @@ def _starts_there(place: str, merged: Sequence[str]) -> MergeError:
     return MergeError(f"{names} merged: unmerge before adding an adapter that starts from {place}", path=place)
 
 
-def check_together(
-    copies: Mapping[str, CopiedModule], layers: Mapping[str, AdaptedLayer], names: Sequence[str]
+def check_compatible(
+    copies: Mapping[str, ModulesToSaveWrapper], layers: Mapping[str, AdaptedLayer], names: Sequence[str]
 ) -> None:
     """Raises AdapterError if two of the adapters cannot act at once.
 
@@ -170,7 +170,7 @@ def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
         layer.unmerge(change)
 
 
-def lossy_note(layers: Mapping[str, AdaptedLayer]) -> None:
+def warn_of_requantization(layers: Mapping[str, AdaptedLayer]) -> None:
     """Warns once where merging has to quantize again."""
     kinds = sorted({layer.backend.name for layer in layers.values() if layer.backend.name != "dense"})
     if kinds:
@@ -180,7 +180,7 @@ def lossy_note(layers: Mapping[str, AdaptedLayer]) -> None:
         )
 
 
-def chosen_copy(module: CopiedModule, names: Sequence[str]) -> nn.Module:
+def module_to_keep(module: ModulesToSaveWrapper, names: Sequence[str]) -> nn.Module:
     """The copy that stays when adapters are merged for good, or the original."""
     copies = module.modules_to_save._modules
     having = [name for name in names if name in copies]

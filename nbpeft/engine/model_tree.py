@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.targets import names_part
 from nbpeft.errors import ConfigError, did_you_mean
@@ -42,7 +42,7 @@ class Site:
     path: str
     module: nn.Module
     """The base module, also where a wrapper hangs there now."""
-    wrapper: AdaptedLayer | CopiedModule | None
+    wrapper: AdaptedLayer | ModulesToSaveWrapper | None
 
 
 def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
@@ -70,7 +70,7 @@ def walk(model: nn.Module, *, repeat: bool = False) -> Iterator[Site]:
 def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
     for attribute, child in list(parent._modules.items()):
         if child is not None:
-            wrapper = child if isinstance(child, AdaptedLayer | CopiedModule) else None
+            wrapper = child if isinstance(child, AdaptedLayer | ModulesToSaveWrapper) else None
             yield Site(parent, attribute, prefix + attribute, frozen_module(child), wrapper)
 
 
@@ -78,7 +78,7 @@ def frozen_module(module: nn.Module) -> nn.Module:
     """Returns the base module inside an adapter's wrapper, or the module itself."""
     if isinstance(module, AdaptedLayer):
         return module.base_layer
-    return module.original_module if isinstance(module, CopiedModule) else module
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def bare_modules(model: nn.Module, *, repeat: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -93,7 +93,7 @@ def bare_names(model: nn.Module) -> Callable[[str], str | None]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, AdaptedLayer):
             frozen[name] = "base_layer"
-        elif isinstance(module, CopiedModule):
+        elif isinstance(module, ModulesToSaveWrapper):
             frozen[name] = "original_module"
 
     def bare(key: str) -> str | None:

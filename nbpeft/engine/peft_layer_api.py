@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.adapter import Adapter, Rescales
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.registry import method_of_adapter
-from nbpeft.engine.switch import Switch
 from nbpeft.errors import UnknownAdapterError, did_you_mean
 
 
@@ -118,7 +118,7 @@ class PeftLayerMixin(nn.Module):
     """PEFT's attributes and methods of one adapted layer; ``AdaptedLayer`` is one."""
 
     base: BaseLayer
-    switch: Switch
+    active_state: ActiveState
     merged: tuple[str, ...]
 
     def _named(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class PeftLayerMixin(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that act now."""
-        return list(self.switch.current().names)
+        return list(self.active_state.current().names)
 
     @property
     def active_adapter(self) -> list[str]:

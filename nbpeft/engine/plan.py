@@ -26,10 +26,10 @@ from nbpeft.engine.config_warnings import (
     warn_of_experts,
     warn_of_tied,
 )
-from nbpeft.engine.copies import CopiedModule, only_holds
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
 from nbpeft.engine.module_paths import suffixes
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper, only_holds
 from nbpeft.engine.registry import Method, companions, method_of, resolve_backend, resolve_layer_kind
 from nbpeft.engine.targets import (
     ALL_LINEAR,
@@ -255,7 +255,7 @@ def _match(
         if matcher.excluded(path) or path in copies or (inside and path.startswith(inside)):
             excluded.append(path)
             continue
-        if isinstance(site.wrapper, CopiedModule):
+        if isinstance(site.wrapper, ModulesToSaveWrapper):
             raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
         check_called(model, path)
         targets.append(_target(site, config, method))
@@ -272,7 +272,7 @@ def _companion_targets(model: nn.Module, config: AdapterConfig, sites: list[Site
             part = parts.get(site.path)
             if part is None:
                 continue
-            if site.path in taken or isinstance(site.wrapper, CopiedModule):
+            if site.path in taken or isinstance(site.wrapper, ModulesToSaveWrapper):
                 raise LayerKindError(
                     f"{site.path} is adapted or trained as a whole already; it cannot have an adapter of "
                     f"{method.companion.field} too"

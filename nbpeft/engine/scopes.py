@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from nbpeft.engine.switch import Scope, Switch
+from nbpeft.engine.active_state import ActiveState, Scope
 from nbpeft.engine.transaction import Block, Transaction
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.interrupts import HeldInterrupts
@@ -19,7 +19,7 @@ class Manager(Protocol):
     """What a block needs of the adapters' manager."""
 
     alive: bool
-    switch: Switch
+    active_state: ActiveState
 
     @property
     def active(self) -> tuple[str, ...]: ...  # noqa: D102
@@ -38,7 +38,7 @@ class Manager(Protocol):
 
     def select_again(self, names: tuple[str, ...]) -> None: ...  # noqa: D102
 
-    def supplied(self, names: tuple[str, ...], *, switching: bool = False) -> AbstractContextManager[None]:  # noqa: D102
+    def provided(self, names: tuple[str, ...], *, switching: bool = False) -> AbstractContextManager[None]:  # noqa: D102
         ...
 
     def transaction(self, *, during_calls: bool = False, quiet: bool = False) -> Block: ...  # noqa: D102
@@ -101,21 +101,21 @@ class ScopedChoice(ContextDecorator):
     def _bring(self, names: tuple[str, ...]) -> None:
         """Has adapters on the model that come from elsewhere; the selected ones may have to go for them meanwhile."""
         before = self._manager.selected
-        with self._manager.supplied(names, switching=True):
-            self._supply.enter_context(self._manager.supplied(names))
+        with self._manager.provided(names, switching=True):
+            self._supply.enter_context(self._manager.provided(names))
         now = self._manager.selected
         if now != before:
             self._again = before  # once the lease on these has ended, which have to make room
 
     def _open(self, change: Transaction) -> None:
-        switch = self._manager.switch
+        active_state = self._manager.active_state
         names = self._manager.active if self._names is None else self._names
         chooses = self._names is not None
-        scope = Scope(names, enabled=chooses, chooses=chooses, outer=switch.scope)
+        scope = Scope(names, enabled=chooses, chooses=chooses, outer=active_state.scope)
 
         def undo() -> None:
             self._scope = None
-            switch.leave(scope)
+            active_state.leave(scope)
 
         change.on_undo(undo)
         self._scope = scope
@@ -125,7 +125,7 @@ class ScopedChoice(ContextDecorator):
             name: [(parameter, parameter.requires_grad) for parameter in self._manager.parameters(name)]
             for name in woken
         }
-        switch.enter(scope)
+        active_state.enter(scope)
         self._manager.refresh(woken, change)
 
     def __exit__(
@@ -144,7 +144,7 @@ class ScopedChoice(ContextDecorator):
 
     def _close(self, scope: Scope) -> None:
         manager = self._manager
-        manager.switch.leave(scope)
+        manager.active_state.leave(scope)
         if manager.alive:
             with manager.transaction(during_calls=True, quiet=True) as change:
                 manager.refresh(manager.idle(scope.names) - self._woken.keys(), change)

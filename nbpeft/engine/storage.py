@@ -24,7 +24,7 @@ class StoredWeight:
     priority: int = 100
     """Backends of higher priority are asked first; a dense weight is the last guess."""
     can_merge: bool = True
-    merge_refusal: str = ""
+    unmergeable_reason: str = ""
 
     def prepare(self, module: nn.Module) -> None:
         """Called on every module of a model that gets its first adapter. Idempotent; most need nothing."""
@@ -43,14 +43,14 @@ class StoredWeight:
 
     def byte_count(self, module: nn.Module) -> int:
         """Bytes of all tensors, each storage once."""
-        return sum(distinct_storages(self.tensors(module)).values())
+        return sum(unique_storages(self.tensors(module)).values())
 
 
 class ReadOnlyWeight(StoredWeight):
     """Base of backends whose library can compute with a weight but not store another one.
 
     The weight is read by sending the identity through the layer, which is right whatever the
-    layout and the kernel. A subclass gives ``name``, ``matches`` and ``merge_refusal``.
+    layout and the kernel. A subclass gives ``name``, ``matches`` and ``unmergeable_reason``.
     """
 
     can_merge = False
@@ -91,7 +91,7 @@ class ReadOnlyWeight(StoredWeight):
         Raises:
             MergeError: the library cannot quantize a weight on its own.
         """
-        raise MergeError(f"a {self.name} weight cannot be written: {self.merge_refusal}", backend=self.name)
+        raise MergeError(f"a {self.name} weight cannot be written: {self.unmergeable_reason}", backend=self.name)
 
     def snapshot(self, module: nn.Module) -> None:
         """Nothing: ``store`` changes nothing."""
@@ -132,7 +132,7 @@ def short_name(dtype: torch.dtype) -> str:
     return _SHORT.get(dtype, name.replace("float", "fp"))
 
 
-def distinct_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address of each storage on a real device -> its size in bytes. Meta tensors have none."""
     storages: dict[int, int] = {}
     for tensor in tensors:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.spool import Spool
-from nbpeft.engine.switch import Switch
 from nbpeft.interrupts import HeldInterrupts, check_interrupt
 
 
@@ -28,15 +28,15 @@ class Transaction:
     """What a command changes, and how to undo it. One for each manager; a thread has it to itself.
 
     Args:
-        switch: of the model; keeps calls out.
+        active_state: of the model; keeps calls out.
         done: called after the outermost block, if it succeeded.
 
     Attributes:
         spool: keeps large tensors until the outermost block ends.
     """
 
-    def __init__(self, switch: Switch, done: Callable[[], None]) -> None:
-        self.switch = switch
+    def __init__(self, active_state: ActiveState, done: Callable[[], None]) -> None:
+        self.active_state = active_state
         self._done = done
         self._lock = threading.Lock()
         self._owner: int | None = None
@@ -82,7 +82,7 @@ class Transaction:
                 self._lock.release()
         return outermost and not failed
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Calls ``done``."""
         self._done()
 
@@ -188,7 +188,7 @@ class Block:
     def __init__(self, transaction: Transaction, during_calls: bool, quiet: bool) -> None:
         self._transaction = transaction
         self._quiet = quiet
-        self._gate = None if during_calls else transaction.switch
+        self._gate = None if during_calls else transaction.active_state
         self._held = HeldInterrupts()
 
     def __enter__(self) -> Transaction:
@@ -217,7 +217,7 @@ class Block:
                 if self._gate is not None:
                     self._gate.open()
             if stands and not self._quiet:
-                self._transaction.tell()
+                self._transaction.notify()
         finally:
             self._held.__exit__(kind, error, trace)
 

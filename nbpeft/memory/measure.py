@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.model_tree import base_model_of, manager_of
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
+from nbpeft.engine.storage import StoredWeight, short_name, unique_storages
 from nbpeft.memory.devices import device_memory, join, mark_peak, peak
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.saved import SavedTensors, tensors_in
@@ -76,7 +76,7 @@ class Meter:
         if self.saved is not None:
             parts.append(MemoryPart("activations", self.saved.byte_count, f"peak {size_text(self.saved.peak)}"))
         if self.cache is not None:
-            parts.append(MemoryPart("KV cache", sum(distinct_storages(tensors_in(self.cache)).values())))
+            parts.append(MemoryPart("KV cache", sum(unique_storages(tensors_in(self.cache)).values())))
         memory = join(map(device_memory, walk.devices))
         if memory.used is not None:
             rest = memory.used - sum(part.byte_count for part in parts)
@@ -106,7 +106,7 @@ class Meter:
             return 0
         made, size, byte_count = self._optimizer_bytes
         if size != len(optimizer.state) or time.monotonic() - made > MAX_AGE:
-            storages = distinct_storages(tensors_in(dict(optimizer.state)))
+            storages = unique_storages(tensors_in(dict(optimizer.state)))
             byte_count = sum(value for address, value in storages.items() if address not in walk.storages)
             self._optimizer_bytes = (time.monotonic(), len(optimizer.state), byte_count)
         return byte_count
@@ -156,7 +156,7 @@ def _count(walk: _Walk, tensors: Iterable[Tensor], devices: Counter[torch.device
     """Bytes of the storages that were not counted before."""
     total = 0
     for tensor in tensors:
-        for address, byte_count in distinct_storages([tensor]).items():
+        for address, byte_count in unique_storages([tensor]).items():
             if address not in walk.storages:
                 walk.storages.add(address)
                 devices[tensor.device] += byte_count
@@ -177,7 +177,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
 
 def _gradient_bytes(parameters: Iterable[weakref.ref[nn.Parameter]]) -> int:
     gradients = (parameter.grad for reference in parameters if (parameter := reference()) is not None)
-    return sum(distinct_storages(gradient for gradient in gradients if gradient is not None).values())
+    return sum(unique_storages(gradient for gradient in gradients if gradient is not None).values())
 
 
 def _by_kind(kinds: Counter[str]) -> str:

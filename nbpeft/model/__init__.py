@@ -3,9 +3,9 @@
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.adapter import PeftType as PeftType
 from nbpeft.engine.adapter import TaskType as TaskType
-from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.methods.lora.config import LoraConfig as LoraConfig
 from nbpeft.engine.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
 from nbpeft.model.auto import AutoPeftModel as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -59,4 +59,3 @@ from nbpeft.model.tasks import inject_adapter_in_model as inject_adapter_in_mode
 
 PeftConfig = AdapterConfig
 LoraLayer = layer_type("LORA", "LoraLayer")
-ModulesToSaveWrapper = CopiedModule

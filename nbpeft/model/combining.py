@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterWeights
+from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.combination import Combination, Combine, Member, check_weights
-from nbpeft.engine.holder import check_name
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
@@ -80,11 +80,11 @@ def combine_adapters(
         ConfigError: the settings are impossible, or do not work on these adapters.
     """
     check_weights(adapters, weights)
-    manager.require_reachable(*adapters)
+    manager.require_available(*adapters)
     check_name(name)
     if name in manager.configs:
         raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
-    with manager.supplied(adapters):
+    with manager.provided(adapters):
         return _combined(manager, adapters, weights, name, settings)
 
 

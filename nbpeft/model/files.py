@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
-from nbpeft.engine.holder import check_name
+from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.plan import InjectionPlan
@@ -94,7 +94,7 @@ def read(
         expected(manager.model, plan),
         peft_type=str(config.peft_type),
         key_mapping=key_mapping,
-        rename=checkpoint.renames_of(manager.model),
+        rename=checkpoint.key_conversion_of(manager.model),
         ignore_mismatched=bool(options.get("ignore_mismatched_sizes", False)),
     )
     _warn_of_mismatches(source, loaded, note)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.holder import names_in
+from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.manager import require_manager
 from nbpeft.errors import ConfigError
 

@@ -115,7 +115,7 @@ class AdapterReader:
     def __init__(self, manager: AdapterManager, *, half: bool) -> None:
         self._manager = manager
         self._half = half
-        self._rename = checkpoint.renames_of(manager.model)
+        self._rename = checkpoint.key_conversion_of(manager.model)
         self._lock = threading.Lock()
         self._layouts: OrderedDict[str, _Layout] = OrderedDict()
         self._notes: dict[str, str | None] = {}

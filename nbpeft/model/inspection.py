@@ -27,8 +27,8 @@ def inspect_adapter(manager: AdapterManager, name: str) -> tuple[LayerChange, ..
         UnknownAdapterError: there is no such adapter.
         MergeError: adapters are merged, so that the frozen weights cannot be seen.
     """
-    manager.require_reachable(name)
-    with manager.supplied([name]):
+    manager.require_available(name)
+    with manager.provided([name]):
         manager.require(name)
         manager.refuse_merged("inspecting")
         return (*_layers(manager, name), *_copies(manager, name))

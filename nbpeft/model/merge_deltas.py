@@ -17,8 +17,8 @@ from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.build import shared_state
 from nbpeft.engine.layer import add_deltas
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.merge_checks import merge_refusal
-from nbpeft.engine.merging import check_together
+from nbpeft.engine.merge_checks import unmergeable_reason
+from nbpeft.engine.merging import check_compatible
 from nbpeft.engine.model_tree import bare_modules, embedding_of, frozen_module
 from nbpeft.engine.plan import Target, make_adapters
 from nbpeft.engine.registry import backend_named, layer_kind_named
@@ -95,7 +95,7 @@ def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
         AdapterError: two of them each trained a copy of one module.
     """
     manager.require(*names)
-    check_together(manager.copies, manager.layers, names)
+    check_compatible(manager.copies, manager.layers, names)
     manager.refuse_merged("merging into a copy")
     found = Deltas(names=tuple(names))
     for path, layer in manager.layers.items():
@@ -103,10 +103,10 @@ def deltas_of(manager: AdapterManager, names: Sequence[str]) -> Deltas:
         if not chosen:
             continue
         for adapter, _ in chosen:
-            refusal = adapter.merge_refusal(layer.base)
+            refusal = adapter.unmergeable_reason(layer.base)
             if refusal:
                 raise MergeError(f"{path}: {', '.join(map(repr, names))} cannot be merged into {refusal}", path=path)
-        refusal = merge_refusal(layer.base)
+        refusal = unmergeable_reason(layer.base)
         if refusal:
             raise MergeError(f"{path}: {refusal}", path=path)
         found.layers[path] = LayerDelta(layer.base, tuple(chosen))
@@ -142,7 +142,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         saved.tensors,
         files.expected(model, plan),
         peft_type=str(saved.config.peft_type),
-        rename=checkpoint.renames_of(model),
+        rename=checkpoint.key_conversion_of(model),
     )
     if loaded.missing:
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
@@ -158,7 +158,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         bases[target.path] = base
         site = AdapterSite(target.path, base, target.shapes, torch.float32, shared)
         adapter = target.adapter_class.create(target.config, site, tensors)
-        refusal = adapter.merge_refusal(base)
+        refusal = adapter.unmergeable_reason(base)
         if refusal:
             raise MergeError(f"{target.path}: the adapter cannot be merged into {refusal}", path=target.path)
         return adapter

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.checkpoint import NewFile, TensorSpec
-from nbpeft.engine.holder import names_in
+from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import AdapterError, ConfigError, MergeError

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from nbpeft.engine.holder import check_name
+from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import unwrapped
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError, UnknownAdapterError, did_you_mean
@@ -121,7 +121,7 @@ class AdapterPool:
         if not (_is_finite(limit_mb) and _is_finite(host_limit_mb) and limit_mb > 0 and host_limit_mb >= 0):
             raise AdapterError(f"a pool needs limit_mb > 0 and host_limit_mb >= 0, not {limit_mb} and {host_limit_mb}")
         self.manager, self._handle = _manager_and_handle(model)
-        if self.manager.supplier is not None:
+        if self.manager.provider is not None:
             raise AdapterError("the model has an adapter pool already: close() that one first")
         half = not autocast_adapter_dtype
         self._reader = AdapterReader(self.manager, half=half)
@@ -136,7 +136,7 @@ class AdapterPool:
         self._closed = False
         for name, source in (adapters or {}).items():
             self.register(name, source)
-        self.manager.supplier = self
+        self.manager.provider = self
 
     # What there is
 
@@ -165,12 +165,12 @@ class AdapterPool:
         return self._host.names
 
     @property
-    def waiting_count(self) -> int:
+    def offloaded_count(self) -> int:
         """How many registered adapters are not on the model."""
         with HeldInterrupts(), self._lock:
             return len(self._sources) - len(self._device.names)
 
-    def knows(self, name: str) -> bool:
+    def can_provide(self, name: str) -> bool:
         """Whether an adapter is registered."""
         return name in self._sources
 
@@ -264,7 +264,7 @@ class AdapterPool:
         Raises:
             AdapterError: it does not fit beside the others that have to stay.
         """
-        with self.supply(self._known([name])):
+        with self.provide(self._known([name])):
             self._device.pinned.add(name)
 
     def unpin(self, name: str) -> None:
@@ -278,7 +278,7 @@ class AdapterPool:
 
     def hold(self, names: str | Sequence[str]) -> AbstractContextManager[None]:
         """Context manager: keeps adapters resident while the block runs."""
-        return self.supply(self._known([names] if isinstance(names, str) else names))
+        return self.provide(self._known([names] if isinstance(names, str) else names))
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Activates adapters, which stay frozen; those active before may be evicted for them."""
@@ -311,8 +311,8 @@ class AdapterPool:
         if self._prefetcher is not None:
             self._prefetcher.shutdown(wait=True, cancel_futures=True)
         self._closed = True
-        if self.manager.supplier is self:
-            self.manager.supplier = None
+        if self.manager.provider is self:
+            self.manager.provider = None
         for name in self._host.names:
             self._host.drop(name)
 
@@ -327,7 +327,7 @@ class AdapterPool:
     # Loading
 
     @contextmanager
-    def supply(self, names: Sequence[str], *, switching: bool = False) -> Iterator[None]:
+    def provide(self, names: Sequence[str], *, switching: bool = False) -> Iterator[None]:
         """Context manager: loads those of the adapters that are registered and keeps them until the block ends.
 
         Args:

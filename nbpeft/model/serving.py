@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from nbpeft.engine.active_state import NONE_ACTIVE, Active, Rows
+from nbpeft.engine.adapter_names import BASE_NAME
 from nbpeft.engine.combination import check_weights
-from nbpeft.engine.holder import BASE_NAME
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.switch import NOTHING, Active, Rows
 from nbpeft.errors import AdapterError
 
 
@@ -38,8 +38,8 @@ def serving(
     """
     if adapter_names is None:
         prepared = manager.prepares_calls
-        with manager.switch.call(
-            (lambda: manager.in_call(manager.switch.current(), args, kwargs)) if prepared else None
+        with manager.active_state.call(
+            (lambda: manager.in_call(manager.active_state.current(), args, kwargs)) if prepared else None
         ):
             yield
         return
@@ -78,8 +78,8 @@ def serving_rows(
         raise AdapterError(f"adapter_names must have one name for each row of the batch, not {strange!r}")
     # Rows are assigned inside the call: before it, another thread may still take an adapter out.
     with (
-        manager.supplied(names),
-        manager.switch.call(lambda: _assigned(manager, names, args, kwargs, disabled_too=disabled_too)),
+        manager.provided(names),
+        manager.active_state.call(lambda: _assigned(manager, names, args, kwargs, disabled_too=disabled_too)),
     ):
         yield
 
@@ -103,7 +103,7 @@ def _assigned(
     names = tuple(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
     manager.require(*names)
     if not manager.enabled and not disabled_too:
-        return NOTHING
+        return NONE_ACTIVE
     order = {name: position for position, name in enumerate(names)}
     index = tuple(order.get(name, -1) for name in adapter_names)
     active = Active(rows=Rows(names, index, tuple(manager.scale(name) for name in names)))
@@ -129,9 +129,9 @@ def blended(manager: AdapterManager, weights: Mapping[str, float]) -> Iterator[N
     check_weights(tuple(weights), tuple(weights.values()))
     manager.refuse_merged("blending")
     names = tuple(name for name, weight in weights.items() if weight)
-    manager.require_reachable(*weights)
-    with manager.supplied(names):
+    manager.require_available(*weights)
+    with manager.provided(names):
         manager.require(*names)
         scales = tuple(weights[name] * manager.scale(name) for name in names)
-        with manager.switch.call(Active(names, scales) if names else NOTHING):
+        with manager.active_state.call(Active(names, scales) if names else NONE_ACTIVE):
             yield

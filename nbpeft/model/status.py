@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import parameter_counts, unwrapped
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 
 _IRREGULAR = "irregular"
 """PEFT's word for values that differ."""
@@ -65,7 +65,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     for path, module in manager.model.named_modules():
         if isinstance(module, AdaptedLayer):
             found.append(_layer(manager, prefix + path, module))
-        elif isinstance(module, CopiedModule):
+        elif isinstance(module, ModulesToSaveWrapper):
             found.append(_copy(manager, prefix + path, module))
     return found
 
@@ -87,7 +87,7 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
     )
 
 
-def _copy(manager: AdapterManager, name: str, module: CopiedModule) -> LayerStatus:
+def _copy(manager: AdapterManager, name: str, module: ModulesToSaveWrapper) -> LayerStatus:
     copies = {own: module.modules_to_save[own] for own in module.modules_to_save}
     return LayerStatus(
         name=name,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, frozen_module
 from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
-from nbpeft.engine.storage import StoredWeight, distinct_storages, short_name
+from nbpeft.engine.storage import StoredWeight, short_name, unique_storages
 from nbpeft.memory.fake_quantized import quantized_bytes
 
 BFLOAT16_BYTES = 2
@@ -73,7 +73,7 @@ def estimated_parts(
     seen: set[int] = set()
     for module, part, label, tensors, numbers in _weights(model):
         first = tensors[0]
-        storages = {id(first): first.nbytes} if first.is_meta else distinct_storages(tensors)
+        storages = {id(first): first.nbytes} if first.is_meta else unique_storages(tensors)
         size = sum(count for key, count in storages.items() if key not in seen)
         seen.update(storages)
         if not size:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import AdapterError, in_one_line
 from nbpeft.logs import collapsed
 from nbpeft.session.handles import handle_over, is_handle, is_module, uncompiled
-from nbpeft.session.lock import CommandLock, Subscribers
+from nbpeft.session.lock import CommandLock
 from nbpeft.session.registry import ModelRegistry, TrackedModel
 from nbpeft.session.results import CommandResult
 from nbpeft.state import SessionState
+from nbpeft.subscribers import Subscribers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

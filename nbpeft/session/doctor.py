@@ -96,7 +96,7 @@ def _accelerator() -> Check:
             return Check("device", "cuda", f"does not answer ({in_one_line(error):.120})", "restart the kernel")
     if torch.backends.mps.is_available():
         return Check("device", "mps")
-    return Check("device", "cpu", remark=_slow_dtypes())
+    return Check("device", "cpu", note=_slow_dtypes())
 
 
 def _slow_dtypes() -> str:

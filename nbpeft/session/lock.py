@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nbpeft.errors import BusyError
-
-Callback = Callable[..., object]
 
 
 class CommandLock:
@@ -94,42 +91,3 @@ class CommandLock:
 
 def _busy(running: str) -> BusyError:
     return BusyError(f"busy: {running}; try again when it has finished", running=running)
-
-
-class Subscribers:
-    """Callbacks for events; bound methods are held weakly."""
-
-    def __init__(self) -> None:
-        self._references: list[Callable[[], Callback | None]] = []
-
-    def add(self, callback: Callback) -> Callable[[], None]:
-        """Add a callback; returns the function that removes it again."""
-        reference: Callable[[], Callback | None]
-        reference = weakref.WeakMethod(callback) if inspect.ismethod(callback) else (lambda: callback)
-        self._references.append(reference)
-
-        def remove() -> None:
-            if reference in self._references:
-                self._references.remove(reference)
-
-        return remove
-
-    def notify(self, *event: object) -> list[str]:
-        """Call every callback; returns one line for each that failed."""
-        failures = []
-        for reference in list(self._references):
-            callback = reference()
-            if callback is None:
-                if reference in self._references:
-                    self._references.remove(reference)
-                continue
-            try:
-                callback(*event)
-            except Exception as error:
-                name = getattr(callback, "__qualname__", repr(callback))
-                failures.append(f"a subscriber failed: {name}: {type(error).__name__}: {error}")
-        return failures
-
-    def clear(self) -> None:
-        """Forget all callbacks."""
-        self._references.clear()

@@ -70,7 +70,7 @@ class Snapshots:
         """
         built, (dtype, device) = self._built, _kind(manager.model)
         if built is not None and self._revision == manager.revision and (built.dtype, built.device) == (dtype, device):
-            same = built.name == name and built.waiting_count == _waiting(manager)
+            same = built.name == name and built.offloaded_count == _waiting(manager)
             if same and built.memory is memory and built.training is training:
                 return built
         elif built is not None and (built.dtype, built.device) != (dtype, device):
@@ -107,7 +107,7 @@ class Snapshots:
             memory=memory,
             training=training,
             quantization=self._model.quantization,
-            waiting_count=_waiting(manager),
+            offloaded_count=_waiting(manager),
         )
 
     def _update_adapters(self, manager: AdapterManager) -> bool:
@@ -160,7 +160,7 @@ def _acting(manager: AdapterManager) -> tuple[str, ...]:
 
 def _waiting(manager: AdapterManager) -> int:
     """Adapters of the model's pool that are not on it."""
-    return 0 if manager.supplier is None else manager.supplier.waiting_count
+    return 0 if manager.provider is None else manager.provider.offloaded_count
 
 
 def _count(manager: AdapterManager, adapted: int) -> _ModelFacts:

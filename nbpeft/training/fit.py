@@ -58,7 +58,7 @@ def train(
         eval_data: Rows to measure on, in the same forms.
         tokenizer: Needed unless the rows are tokenised.
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
-        adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
+        adapter: ActiveState to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
         control: Where Stop and Pause are requested.
         publish: Called with each new state of the run.
@@ -114,7 +114,7 @@ def _can_train(model: nn.Module, adapter: str | None) -> None:
     if adapter is not None:
         if manager is None:
             raise TrainingError(f"{type(model).__name__} cannot be switched to {adapter!r:.60} here: switch it first.")
-        manager.require_reachable(adapter)
+        manager.require_available(adapter)
     merged = getattr(manager, "merged", ())
     if merged and (adapter is None or merged == (adapter,)):
         names = ", ".join(map(repr, merged))

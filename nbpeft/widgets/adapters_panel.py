@@ -59,7 +59,7 @@ class AdaptersPanel(SessionPanel):
 
     def _release(self, parts: Any) -> None:
         super()._release(parts)
-        parts.drawer.close()
+        parts.side_panel.close()
 
     def _text(self) -> str:
         return model_text(self._model(), self._name)
@@ -95,9 +95,9 @@ class _Parts:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
-        from nbpeft.widgets.drawer import Drawer
+        from nbpeft.widgets.side_panel import SidePanel
 
-        self.drawer = Drawer(session, name, tokenizer)
+        self.side_panel = SidePanel(session, name, tokenizer)
 
         self._head = parts.html()
         self._choices = parts.ToggleRow(command, "0 0 6px 0")
@@ -109,12 +109,12 @@ class _Parts:
             "measure memory", "Measure what the model uses now", "116px", weakly(command, "memory")
         )
         self.message = parts.Message()
-        buttons = ipywidgets.HBox([self._refresh, self.drawer.buttons], layout=ipywidgets.Layout(flex="0 0 auto"))
+        buttons = ipywidgets.HBox([self._refresh, self.side_panel.buttons], layout=ipywidgets.Layout(flex="0 0 auto"))
         foot = ipywidgets.HBox(
             [self._totals, buttons],
             layout=ipywidgets.Layout(justify_content="space-between", align_items="flex-end"),
         )
-        below = [foot, self._memory, self.message.box, self.drawer.slot]
+        below = [foot, self._memory, self.message.box, self.side_panel.slot]
         self.root = parts.panel_root(self._head, self._choices.box, self._rows.box, self._empty, *below)
 
     def draw(self, model: ModelState | None, name: str | None, busy: str) -> None:
@@ -132,11 +132,11 @@ class _Parts:
             self._memory.value = to_html(memory_bar(model.memory)) if model.memory is not None else ""
         choices: dict[tuple[str, ...], tuple[str, str]]
         choices = {("off",): (BASE, "Only the base model is active")}
-        choices |= {("use", item.name): (item.name, f"Switch to {item.name}") for item in model.adapters}
+        choices |= {("use", item.name): (item.name, f"ActiveState to {item.name}") for item in model.adapters}
         self._choices.draw(choices, [("use", name) for name in model.active] or [("off",)])
         self._rows.draw(model)
         visible = None if model.adapters else "none"
-        for part in (self._choices.box, self._refresh, self.drawer.buttons):
+        for part in (self._choices.box, self._refresh, self.side_panel.buttons):
             part.layout.display = visible
 
 

@@ -20,7 +20,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _STORED_AS = (("not quantized", ""), *((name, name) for name in QUANTIZATIONS))
 
 
-class Steps:
+class LogSlider:
     """A slider over numbers that grow by about the same factor.
 
     Args:
@@ -58,9 +58,9 @@ class PlanControls:
 
     def __init__(self, command: Command, title: str, settings: PlanSettings) -> None:
         self._training = settings.training
-        self._batch = Steps("batch", BATCHES, settings.batch_size, command)
-        self._length = Steps("sequence length", LENGTHS, settings.sequence_length, command)
-        self._rank = None if settings.rank is None else Steps("rank", RANKS, settings.rank, command)
+        self._batch = LogSlider("batch", BATCHES, settings.batch_size, command)
+        self._length = LogSlider("sequence length", LENGTHS, settings.sequence_length, command)
+        self._rank = None if settings.rank is None else LogSlider("rank", RANKS, settings.rank, command)
         self._dtype = _choice([(name, name) for name in DTYPES], settings.dtype, "112px", command)
         self._kind = _choice(_STORED_AS, settings.quantization or "", "122px", command)
         self._optimizer = _choice([(name, name) for name in OPTIMIZERS], settings.optimizer, "150px", command)

@@ -346,7 +346,7 @@ def test_validation_sees_the_new_adapter_alone_and_others_wait() -> None:
     elsewhere: list[Tensor] = []
 
     def call() -> None:
-        with manager.switch.call():
+        with manager.active_state.call():
             elsewhere.append(model(IDS))
 
     thread = threading.Thread(target=call)
@@ -373,7 +373,7 @@ def test_a_swap_waits_for_a_running_call() -> None:
         swap(manager, "default", config_of(4), trained(config_of(4), seed=3))
         done.set()
 
-    with manager.switch.call():
+    with manager.active_state.call():
         thread = threading.Thread(target=work)
         thread.start()
         assert not done.wait(0.2)

@@ -104,7 +104,7 @@ def test_blocks_nest_and_overlap() -> None:
     assert torch.equal(output(model), legal[None])
     second.__exit__(None, None, None)
     assert torch.equal(output(model), legal["a"])
-    assert model.manager.switch.scopes == ()
+    assert model.manager.active_state.scopes == ()
 
 
 def test_an_error_in_a_block_ends_it_and_one_at_its_start_opens_none() -> None:
@@ -115,7 +115,7 @@ def test_an_error_in_a_block_ends_it_and_one_at_its_start_opens_none() -> None:
     with pytest.raises(Exception, match="nowhere"), model.use("nowhere"):
         raise AssertionError
     assert torch.equal(output(model), legal["a"])
-    assert model.manager.switch.scopes == ()
+    assert model.manager.active_state.scopes == ()
 
 
 def test_a_choice_made_in_a_block_ends_with_it() -> None:
@@ -175,7 +175,7 @@ def test_recomputing_in_autograds_threads_uses_the_block(monkeypatch: pytest.Mon
     seen: list[tuple[str, ...]] = []
     with model.use("b"):
         monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
-        thread = threading.Thread(target=lambda: seen.append(model.manager.switch.current().names))
+        thread = threading.Thread(target=lambda: seen.append(model.manager.active_state.current().names))
         thread.start()
         thread.join(10)
     assert seen == [("b",)]
@@ -256,7 +256,7 @@ def test_threads_and_tasks_with_nested_blocks_see_their_own_state_only() -> None
         one.join(120)
     assert errors == []
     assert (model.active_adapter, model.manager.enabled, flags(model)) == ("a", True, before)
-    assert model.manager.switch.scopes == ()
+    assert model.manager.active_state.scopes == ()
     assert torch.equal(output(model), legal["a"])
 
 
@@ -267,7 +267,7 @@ def test_replicas_of_data_parallel_act_as_the_thread_that_makes_them_says() -> N
         with chosen(model, name):
             replica = layer._replicate_for_data_parallel()
         seen: list[tuple[str, ...]] = []
-        thread = threading.Thread(target=lambda: seen.append(replica.switch.current().names))  # noqa: B023
+        thread = threading.Thread(target=lambda: seen.append(replica.active_state.current().names))  # noqa: B023
         thread.start()
         thread.join(10)
         assert seen == [names]
@@ -278,7 +278,7 @@ def test_a_block_is_open_once() -> None:
     block = model.use("b")
     with block, pytest.raises(AdapterError, match="open already"), block:
         raise AssertionError
-    assert model.manager.switch.scopes == () and model.active_adapter == "a"
+    assert model.manager.active_state.scopes == () and model.active_adapter == "a"
 
 
 def test_a_task_that_outlives_a_block_goes_on_without_it() -> None:

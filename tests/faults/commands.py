@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter
-from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model import AdapterPool, set_peft_model_state_dict
 from nbpeft.model.state_dicts import get_base_model_state_dict, set_base_model_state_dict
 
@@ -210,7 +210,7 @@ COMMANDS: dict[str, Command] = {
     "rename": Command(adapted, lambda s: s.model.manager.rename("a", "z")),
     "rename copies": Command(adapted, lambda s: s.model.manager.rename("whole", "z")),
     "copy": Command(adapted, lambda s: s.model.manager.copy("b", "twin")),
-    "switch": Command(adapted, lambda s: s.model.set_adapter("b")),
+    "active_state": Command(adapted, lambda s: s.model.set_adapter("b")),
     "switch several": Command(adapted, lambda s: s.model.set_adapter(["rows", "dora"], inference_mode=True)),
     "switch merged": Command(merged, lambda s: s.model.set_adapter("b")),
     "off": Command(adapted, lambda s: s.model.manager.disable()),
@@ -263,7 +263,7 @@ def state_of(stage: Stage) -> dict[str, Any]:
             state[f"merged {name}"] = module.merged, module._frozen is None
             for key, adapter in module.adapters.items():
                 state[f"scaling {name} {key}"] = float(getattr(adapter, "scaling", 0)), adapter.__dict__.get("padded")
-        if isinstance(module, CopiedModule):
+        if isinstance(module, ModulesToSaveWrapper):
             state[f"copies {name}"] = tuple(module.modules_to_save)
         backend = module.backend if isinstance(module, AdaptedLayer) else None
         for place, tensor in enumerate(backend.tensors(module.base_layer) if backend is not None else ()):
@@ -282,16 +282,16 @@ def state_of(stage: Stage) -> dict[str, Any]:
             stage.pool.names,
             dict(stage.pool._device.refs),
         )
-        state["open"] = manager.switch.scopes, len(manager.switch._calls), manager.switch._writer
+        state["open"] = manager.active_state.scopes, len(manager.active_state._calls), manager.active_state._writer
     elif manager is not None:
         state["who"] = (manager.names, manager.active, manager.enabled, manager.merged, sorted(manager.frozen))
         state["scales"] = [manager.scale(name) for name in manager.names]
-        with manager.switch.call():  # as a call of the model finds it
-            state["acts"] = manager.switch.current(), manager.switch.live, manager.switch.traced
+        with manager.active_state.call():  # as a call of the model finds it
+            state["acts"] = manager.active_state.current(), manager.active_state.live, manager.active_state.traced
         state["configs"] = {name: dict(vars(one)) for name, one in manager.configs.items()}
         state["paths"] = sorted(manager.layers), sorted(manager.copies)
         state["biases"] = {name: sorted(manager.base_biases(name)) for name in manager.names}
-        state["open"] = manager.switch.scopes, len(manager.switch._calls), manager.switch._writer
+        state["open"] = manager.active_state.scopes, len(manager.active_state._calls), manager.active_state._writer
         state["handle"] = stage.model is None or manager.owner is stage.model._token
     return state
 

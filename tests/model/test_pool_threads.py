@@ -121,7 +121,7 @@ def test_a_thread_that_holds_what_is_in_its_own_way_is_told(folders: dict[str, P
         with pytest.raises(BusyError, match="in use by a running call"):
             pool.unregister("a")
     pool.load("b")
-    with pool.manager.switch.call(), pytest.raises(BusyError, match="inside a call"):
+    with pool.manager.active_state.call(), pytest.raises(BusyError, match="inside a call"):
         pool.load("a")
 
 

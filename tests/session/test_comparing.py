@@ -35,7 +35,7 @@ def test_all_adapters_and_the_base_answer_in_one_generation(
     generate = model.generate
 
     def counted(**options: Any) -> Any:
-        calls.append(model.manager.switch.current().rows)
+        calls.append(model.manager.active_state.current().rows)
         return generate(**options)
 
     monkeypatch.setattr(model, "generate", counted)

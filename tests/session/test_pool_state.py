@@ -23,14 +23,14 @@ def test_adapters_that_wait_in_the_pool_are_counted(session: Session, tmp_path: 
     state = session.state.model("model")
     assert state is not None
     assert {item.name for item in state.adapters} == {"a", "b"} and state.active == ("b",)
-    assert state.waiting_count == len(folders) - 2
+    assert state.offloaded_count == len(folders) - 2
     assert "4 more in the pool" in to_html(model_card(state))
     assert "a (LoRA), b* (LoRA) and 4 more in the pool" in model_text(state)
     pool.register("g", folders["a"])
-    assert session.state.models[0].waiting_count == 5
+    assert session.state.models[0].offloaded_count == 5
     session.use("c", model="model")
     state = session.state.model("model")
-    assert state is not None and state.waiting_count == 5 and state.active == ("c",)
+    assert state is not None and state.offloaded_count == 5 and state.active == ("c",)
     pool.close()
 
 

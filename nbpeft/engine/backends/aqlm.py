@@ -21,7 +21,7 @@ class Aqlm(ReadOnlyWeight):
     """``aqlm.QuantizedLinear``."""
 
     name = "aqlm"
-    merge_refusal = (
+    unmergeable_reason = (
         "finding codebooks takes hours; keep the adapter unmerged, or merge into a full-precision copy of the base"
     )
 

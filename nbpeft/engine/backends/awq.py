@@ -17,7 +17,7 @@ class Awq(ReadOnlyWeight):
     """``awq.modules.linear.WQLinear_*``."""
 
     name = "awq"
-    merge_refusal = (
+    unmergeable_reason = (
         "quantizing needs calibration data; keep the adapter unmerged, or merge into a full-precision copy of the base"
     )
 

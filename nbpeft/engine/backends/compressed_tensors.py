@@ -17,7 +17,7 @@ class CompressedTensors(ReadOnlyWeight):
 
     name = "compressed-tensors"
     priority = 110
-    merge_refusal = (
+    unmergeable_reason = (
         "its scheme is fixed by a recipe; keep the adapter unmerged, or merge into a decompressed copy of the base"
     )
 

@@ -13,7 +13,7 @@ class Eetq(ReadOnlyWeight):
     """``EetqLinear`` of eetq and of transformers."""
 
     name = "eetq"
-    merge_refusal = (
+    unmergeable_reason = (
         "its layout belongs to a GPU kernel; keep the adapter unmerged, or merge into a full-precision copy of the base"
     )
 

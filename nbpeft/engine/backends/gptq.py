@@ -13,7 +13,7 @@ class Gptq(ReadOnlyWeight):
     """Every quantized linear layer of the two libraries."""
 
     name = "gptq"
-    merge_refusal = (
+    unmergeable_reason = (
         "quantizing needs calibration data; keep the adapter unmerged, or merge into a full-precision copy of the base"
     )
 

@@ -10,9 +10,9 @@ from typing import Protocol
 from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
-from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.hotswap.writes import Writes
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.registry import companions, method_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import HotSwapError, in_one_line
@@ -24,7 +24,7 @@ class Manager(Protocol):
 
     configs: dict[str, AdapterConfig]
     layers: dict[str, AdaptedLayer]
-    copies: dict[str, CopiedModule]
+    copies: dict[str, ModulesToSaveWrapper]
 
     @property
     def merged(self) -> tuple[str, ...]: ...  # noqa: D102

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Pads
-from nbpeft.engine.copies import CopiedModule
 from nbpeft.engine.hotswap.padding import put_larger
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, HotSwapError
 
@@ -149,7 +149,9 @@ class Writes:
         self._targets.append(target)
         self._sources.append(source)
 
-    def collect_copies(self, slot: Mapping[str, CopiedModule], given: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def collect_copies(
+        self, slot: Mapping[str, ModulesToSaveWrapper], given: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
         """The modules trained as a whole; those without new tensors go back to the base model's.
 
         Raises:

@@ -67,7 +67,7 @@ def combine(
     weights = weights_of(weights)
     adapter_name(as_name)
     tracked = ctx.models.get(model, command="combine")
-    tracked.manager.require_reachable(*weights)
+    tracked.manager.require_available(*weights)
     if not weights:
         raise AdapterError("no adapters to combine: name at least one")
     with ctx.command(f"combining {', '.join(weights)}", slow=True) as notes, seeded(seed):

@@ -73,7 +73,7 @@ def compare(
     manager.refuse_merged("comparing")
     names = manager.names if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
     blends = [weights_of(weights) for weights in blends]
-    manager.require_reachable(*names, *(name for weights in blends for name in weights))
+    manager.require_available(*names, *(name for weights in blends for name in weights))
     columns = _columns(names, blends, include_base)
     batch = prompt_batch(ctx, tracked, prompts_of(prompts), tokenizer, chat)
     with ctx.command("comparing", slow=True) as notes, evaluating(tracked.model):

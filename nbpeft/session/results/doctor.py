@@ -19,7 +19,7 @@ class Check:
         problem: what is wrong, or the empty string.
         remedy: what to do about it.
         optional: whether everything else works without it.
-        remark: what is good to know where nothing is wrong.
+        note: what is good to know where nothing is wrong.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Check:
     problem: str = ""
     remedy: str = ""
     optional: bool = False
-    remark: str = ""
+    note: str = ""
 
     @property
     def advice(self) -> str:
-        """What is wrong and what to do about it, or the remark."""
-        return f"{self.problem}: {self.remedy}" if self.problem and self.remedy else self.problem or self.remark
+        """What is wrong and what to do about it, or the note."""
+        return f"{self.problem}: {self.remedy}" if self.problem and self.remedy else self.problem or self.note
 
 
 @dataclass(frozen=True, repr=False)

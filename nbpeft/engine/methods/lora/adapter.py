@@ -122,16 +122,16 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         reached = energies.cumsum(0) >= _ENERGY * total
         return total**0.5, (int(reached.int().argmax()) + 1 if total > 0 else 0)
 
-    def row_gain(self, base: BaseLayer) -> Tensor | None:
+    def row_scale(self, base: BaseLayer) -> Tensor | None:
         """The factor (out,) on the rows of the adapted weight ``W + s B A``, detached; None means 1."""
         return None
 
-    def set_row_gain_(self, gain: Tensor | None, base: BaseLayer) -> None:
+    def set_row_scale_(self, row_scale: Tensor | None, base: BaseLayer) -> None:
         """Sets that factor, where there is one."""
 
-    def merge_refusal(self, base: BaseLayer) -> str:
+    def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why the product is not a weight of the layer; else empty."""
-        return self.low_rank.product_refusal(base.module)
+        return self.low_rank.no_product_reason(base.module)
 
     @classmethod
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
@@ -141,7 +141,7 @@ class LowRankAdapter(Adapter, Rescales, Pads):
             subject = f"{bare[0]} and {len(bare) - 1} more have" if len(bare) > 1 else f"{bare[0]} has"
             yield f"lora_bias=True, but {subject} no bias in the base: the adapter cannot be merged there"
         for path, module, kind in modules:
-            refusal = low_rank_of(kind).product_refusal(module)
+            refusal = low_rank_of(kind).no_product_reason(module)
             if refusal:
                 yield f"{path} cannot be merged: it is {refusal}"
                 return

@@ -34,7 +34,7 @@ class Dropout:
     training: bool
 
     @property
-    def acts(self) -> bool:
+    def is_active(self) -> bool:
         """Whether anything is dropped."""
         return self.training and self.probability > 0.0
 
@@ -92,7 +92,7 @@ def _drop(x: Tensor, probability: float, seed: int) -> Tensor:
 
 def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
     """Dropout of ``x`` (any shape) that saves no mask for backward."""
-    if not dropout.acts:
+    if not dropout.is_active:
         return x
     if dropout.probability >= 1.0 or composes():
         return F.dropout(x, dropout.probability)
@@ -254,7 +254,7 @@ def low_rank_linear(
     if x.device != lora_A.device:
         x = x.to(lora_A.device)
     dtype = compute_dtype(x, lora_A)
-    probability = dropout.probability if dropout.acts else 0.0
+    probability = dropout.probability if dropout.is_active else 0.0
     if probability >= 1.0 or composes():
         dropped = F.dropout(x.to(lora_A.dtype), probability) if probability else x.to(lora_A.dtype)
         delta = F.linear(F.linear(dropped, lora_A), lora_B) * scaling

@@ -58,7 +58,7 @@ class DoRA(LowRankAdapter):
     ) -> dict[str, tuple[int, ...]]:
         """A, B and the magnitude, (out,) with the dimensions of the layer's output; see ``Adapter``."""
         low_rank = low_rank_of(kind)
-        refusal = low_rank.product_refusal(module)
+        refusal = low_rank.no_product_reason(module)
         if refusal:
             raise ConfigError(f"{path}: DoRA cannot norm {refusal}; exclude it or use use_dora=False", path=path)
         check_init(config, path, module, kind)
@@ -151,7 +151,7 @@ class DoRA(LowRankAdapter):
         norm = self.row_norm(base, learning=torch.is_grad_enabled() and magnitude.requires_grad)
         scale = kind.per_channel(module, magnitude.view(-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny))
         dropout = Dropout(self.dropout, self.training and x.is_floating_point())
-        if dropout.acts:
+        if dropout.is_active:
             x = seeded_dropout(x.to(lora_A.dtype), dropout)
             plain = kind.apply(module, x, base.weight().to(x.dtype))
         else:
@@ -174,17 +174,17 @@ class DoRA(LowRankAdapter):
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites the factors with zeros and the magnitude with the norm of the weight."""
         super().reset_(base)
-        self.set_row_gain_(None, base)
+        self.set_row_scale_(None, base)
 
-    def row_gain(self, base: BaseLayer) -> Tensor | None:
+    def row_scale(self, base: BaseLayer) -> Tensor | None:
         """``m / ||W + s B A||``."""
         return self.get_parameter(MAGNITUDE).detach().view(-1) / self.row_norm(base)
 
     @torch.no_grad()
-    def set_row_gain_(self, gain: Tensor | None, base: BaseLayer) -> None:
-        """Sets the magnitude that gives this gain."""
+    def set_row_scale_(self, row_scale: Tensor | None, base: BaseLayer) -> None:
+        """Sets the magnitude that gives this row_scale."""
         magnitude, norm = self.get_parameter(MAGNITUDE), self.row_norm(base)
-        magnitude.copy_((norm if gain is None else norm * gain).view(magnitude.shape))
+        magnitude.copy_((norm if row_scale is None else norm * row_scale).view(magnitude.shape))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_weight_square": None, "_norm": None}

@@ -74,7 +74,7 @@ def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None)
     first, second, *rest = tensors.values()
     for extra in rest:
         extra.zero_()
-    init, lookup = config.init_name, low_rank_of(site.base.kind).zero_factor == 0
+    init, lookup = config.init_name, low_rank_of(site.base.kind).zero_init_factor == 0
     if initial is not None:
         first.copy_(initial[0])
         second.copy_(initial[1])

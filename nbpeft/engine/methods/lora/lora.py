@@ -61,7 +61,7 @@ class LoRA(LowRankAdapter, ServesRows):
         low_rank = low_rank_of(kind)
         shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
         if config.lora_bias:
-            if low_rank.zero_factor == 0:
+            if low_rank.zero_init_factor == 0:
                 raise ConfigError(f"{path}: lora_bias=True does not work on an {kind.name}; exclude it", path=path)
             shapes[f"{low_rank.factor_names[1]}_bias"] = (kind.features(module)[1],)
         return shapes

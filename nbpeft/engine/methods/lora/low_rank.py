@@ -36,7 +36,7 @@ class LowRank:
     """
 
     factor_names = ("lora_A", "lora_B")
-    zero_factor = 1
+    zero_init_factor = 1
     """Which factor starts at zero under the usual init: 1 (B), or 0 (A, for lookups)."""
 
     def __init__(self, kind: Any) -> None:
@@ -81,11 +81,11 @@ class LowRank:
         """B A as a canonical weight.
 
         Raises:
-            MergeError: it is not a weight of the layer, see ``product_refusal``.
+            MergeError: it is not a weight of the layer, see ``no_product_reason``.
         """
         return lora_B @ lora_A
 
-    def product_refusal(self, module: nn.Module) -> str:
+    def no_product_reason(self, module: nn.Module) -> str:
         """Why B A is not a weight of this layer, so that it can neither be merged nor normalised; else empty."""
         return ""
 
@@ -94,7 +94,7 @@ class LowRankLookup(LowRank):
     """The product on an embedding."""
 
     factor_names = ("lora_embedding_A", "lora_embedding_B")
-    zero_factor = 0
+    zero_init_factor = 0
 
     def shapes(self, module: nn.Module, rank: int) -> Shapes:
         """Shapes of A and B; see ``LowRank.shapes``."""
@@ -158,7 +158,7 @@ class LowRankConvolution(LowRank):
         if x.device != lora_A.device:
             x = x.to(lora_A.device)
         dtype = compute_dtype(x, lora_A)
-        probability = dropout.probability if dropout.acts else 0.0
+        probability = dropout.probability if dropout.is_active else 0.0
         if probability >= 1.0 or composes():
             dropped = F.dropout(x.to(dtype), probability) if probability else x.to(dtype)
             return self.compose(module, dropped, lora_A, lora_B, scaling)
@@ -176,12 +176,12 @@ class LowRankConvolution(LowRank):
 
     def product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """B A as a canonical weight (out, in, *kernel); see ``LowRank.product``."""
-        refusal = self.product_refusal(module)
+        refusal = self.no_product_reason(module)
         if refusal:
             raise MergeError(refusal)
         return (lora_B.flatten(1) @ lora_A.flatten(1)).view(module.weight.shape)
 
-    def product_refusal(self, module: Any) -> str:
+    def no_product_reason(self, module: Any) -> str:
         """Why the product of a grouped convolution is not its weight."""
         if module.groups == 1:
             return ""

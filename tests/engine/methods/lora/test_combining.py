@@ -321,13 +321,13 @@ def test_dora_gains_combine_exactly() -> None:
     for name, seed in (("a", 1), ("b", 2), ("plain", 3)):
         factors = random_factors(4, (20, 30), 0.5, seed=seed)
         change = factors.scaling * product(factors.lora_A, factors.lora_B)
-        gain = None if name == "plain" else torch.rand(20) + 0.5
-        parts[name] = Factors(factors.lora_A, factors.lora_B, factors.scaling, gain=gain)
-        deltas[name] = change if gain is None else gain.double()[:, None] * (weight + change) - weight
+        row_scale = None if name == "plain" else torch.rand(20) + 0.5
+        parts[name] = Factors(factors.lora_A, factors.lora_B, factors.scaling, row_scale=row_scale)
+        deltas[name] = change if row_scale is None else row_scale.double()[:, None] * (weight + change) - weight
     weights = {"a": 0.6, "b": -0.3, "plain": 1.1}
     layer = combine({"x": parts}, list(weights), list(weights.values()), Recipe()).layers["x"]
-    assert layer.gain is not None
-    found = layer.gain.double()[:, None] * (weight + product(layer.lora_A, layer.lora_B)) - weight
+    assert layer.row_scale is not None
+    found = layer.row_scale.double()[:, None] * (weight + product(layer.lora_A, layer.lora_B)) - weight
     torch.testing.assert_close(found, sum(weights[name] * deltas[name] for name in weights), rtol=1e-5, atol=1e-5)
 
 

@@ -55,7 +55,7 @@ class _CombineLowRank:
         def finish(path: str, adapter: Adapter, base: BaseLayer) -> None:
             """Gives a DoRA result the magnitude that makes its delta the exact sum."""
             if recipe.combination_type == "exact" and isinstance(adapter, LowRankAdapter):
-                adapter.set_row_gain_(combined.layers[path].gain, base)
+                adapter.set_row_scale_(combined.layers[path].row_scale, base)
 
         return Combination(
             combined_config(configs, combined),
@@ -94,7 +94,7 @@ def _factors(name: str, member: Member) -> Factors:
         scaling=float(adapter.scaling) * member.scale,
         groups=groups if isinstance(groups, int) else 1,
         bias=member.tensors.get(f"{name_B}_bias"),
-        gain=adapter.row_gain(base),
+        row_scale=adapter.row_scale(base),
         transposed=_is_transposed(base),
     )
 

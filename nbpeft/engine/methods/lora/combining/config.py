@@ -30,7 +30,7 @@ def combined_config(configs: Sequence[Any], combination: Combination) -> Any:
         lora_bias=any(layer.bias is not None for layer in layers),
         use_dora=first.use_dora
         if combination.recipe.combination_type != "exact"
-        else any(layer.gain is not None for layer in layers),
+        else any(layer.row_scale is not None for layer in layers),
         modules_to_save=_joined_names(config.modules_to_save for config in configs) or None,
         **_targets(configs, combination),
     )

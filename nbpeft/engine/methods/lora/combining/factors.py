@@ -20,7 +20,7 @@ class Factors:
         scaling: factor of the product.
         groups: groups of a convolution; each has its own r / groups rows of A.
         bias: (out,) bias of B, or None.
-        gain: (out,) factor on the rows of the adapted weight, of DoRA: magnitude over
+        row_scale: (out,) factor on the rows of the adapted weight, of DoRA: magnitude over
             the norm of ``W + scaling B A``; None means 1.
         transposed: whether the layer stores its weight as (in, out): embeddings and
             transformers' ``Conv1D``. Pruning of full deltas goes through them in that order.
@@ -31,7 +31,7 @@ class Factors:
     scaling: float = 1.0
     groups: int = 1
     bias: Tensor | None = None
-    gain: Tensor | None = None
+    row_scale: Tensor | None = None
     transposed: bool = False
 
     @property
@@ -52,8 +52,8 @@ class Factors:
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Factors:
         bias = None if self.bias is None else change(self.bias)
-        gain = None if self.gain is None else change(self.gain)
-        return replace(self, lora_A=change(self.lora_A), lora_B=change(self.lora_B), bias=bias, gain=gain)
+        row_scale = None if self.row_scale is None else change(self.row_scale)
+        return replace(self, lora_A=change(self.lora_A), lora_B=change(self.lora_B), bias=bias, row_scale=row_scale)
 
     def delta(self) -> Tensor:
         """``scaling * B A``: (out, in, *kernel), (in, out) if transposed, or by groups.

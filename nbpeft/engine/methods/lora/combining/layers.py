@@ -24,14 +24,14 @@ class CombinedLayer:
     Attributes:
         lora_A, lora_B: factors in the layer's own shapes and the adapters' dtype.
         bias: (out,) bias of B, or None.
-        gain: (out,) factor on the rows of ``W + B A`` of a combination of DoRA adapters, or None.
+        row_scale: (out,) factor on the rows of ``W + B A`` of a combination of DoRA adapters, or None.
         loss: distance to the true weighted delta.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
-    gain: Tensor | None
+    row_scale: Tensor | None
     loss: Loss
 
     @property
@@ -188,7 +188,9 @@ def _combined_finite(
         name
         for name, part in zip(names, parts, strict=True)
         if not all(
-            bool(torch.isfinite(tensor).all()) for tensor in (part.lora_A, part.lora_B, part.gain) if tensor is not None
+            bool(torch.isfinite(tensor).all())
+            for tensor in (part.lora_A, part.lora_B, part.row_scale)
+            if tensor is not None
         )
     ]
     whose = f"adapter {broken[0]!r} holds" if broken else f"{', '.join(map(repr, names))} give"
@@ -198,9 +200,9 @@ def _combined_finite(
 def _combine_layer(parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe) -> CombinedLayer:
     dtype, first = parts[0].dtype, parts[0]
     wide = [part.widened() for part in parts]
-    gain = _combined_gain(wide, weights) if recipe.combination_type == "exact" else None
-    if gain is not None:
-        wide = [_with_gain(part, gain) for part in wide]
+    row_scale = _combined_row_scale(wide, weights) if recipe.combination_type == "exact" else None
+    if row_scale is not None:
+        wide = [_with_row_scale(part, row_scale) for part in wide]
     true_B, true_A = stack(wide, weights)
     kept_A, kept_B = _kept(wide, weights, rank, recipe, true_B, true_A)
     loss = measure_loss(true_B, true_A, matrix_B(kept_B, first.groups), matrix_A(kept_A, first.groups))
@@ -209,7 +211,7 @@ def _combine_layer(parts: Sequence[Factors], weights: Sequence[float], rank: int
         kept_A.to(dtype),
         kept_B.to(dtype),
         None if bias is None else bias.to(dtype),
-        gain,
+        row_scale,
         loss,
     )
 
@@ -257,25 +259,27 @@ def _combined_bias(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor
     return torch.stack(biases).sum(0) if biases else None
 
 
-def _combined_gain(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor | None:
-    """The gain with which one DoRA adapter gives the weighted sum of DoRA's deltas.
+def _combined_row_scale(parts: Sequence[Factors], weights: Sequence[float]) -> Tensor | None:
+    """The row_scale with which one DoRA adapter gives the weighted sum of DoRA's deltas.
 
-    A delta of DoRA is ``g (W + B A) - W`` with a gain g for each row. The weighted sum of such
-    deltas has the same form, with the gain ``1 + sum of weight (g - 1)``.
+    A delta of DoRA is ``g (W + B A) - W`` with a row_scale g for each row. The weighted sum of such
+    deltas has the same form, with the row_scale ``1 + sum of weight (g - 1)``.
     """
-    gains = [(part.gain, weight) for part, weight in zip(parts, weights, strict=True) if part.gain is not None]
-    if not gains:
+    row_scales = [
+        (part.row_scale, weight) for part, weight in zip(parts, weights, strict=True) if part.row_scale is not None
+    ]
+    if not row_scales:
         return None
-    total = torch.ones_like(gains[0][0])
-    for gain, weight in gains:
-        total = total + weight * (gain - 1)
+    total = torch.ones_like(row_scales[0][0])
+    for row_scale, weight in row_scales:
+        total = total + weight * (row_scale - 1)
     if bool((total.abs() < 1e-6).any()):
         raise AdapterError("these weights cancel whole rows of the base weight; DoRA cannot express that")
     return total
 
 
-def _with_gain(part: Factors, gain: Tensor) -> Factors:
-    """Factors whose product, times the combined gain, is the part's own share of the delta."""
-    share = gain.reciprocal() if part.gain is None else part.gain / gain
+def _with_row_scale(part: Factors, row_scale: Tensor) -> Factors:
+    """Factors whose product, times the combined row_scale, is the part's own share of the delta."""
+    share = row_scale.reciprocal() if part.row_scale is None else part.row_scale / row_scale
     lora_B = part.lora_B * share.view(-1, *[1] * (part.lora_B.dim() - 1))
     return replace(part, lora_B=lora_B, bias=None if part.bias is None else part.bias * share)

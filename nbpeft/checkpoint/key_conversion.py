@@ -15,7 +15,7 @@ from torch import nn
 from nbpeft.checkpoint.weights_format import Rename, by_patterns
 
 
-def renames_of(model: nn.Module) -> Rename | None:
+def key_conversion_of(model: nn.Module) -> Rename | None:
     """What an old name in a model's checkpoints is called now, or None if nothing was renamed.
 
     Args:

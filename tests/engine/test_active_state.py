@@ -12,12 +12,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nbpeft.engine.switch import NOTHING, Active, Rows, Switch
+from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState, Rows
 from nbpeft.errors import AdapterError, BusyError
 
 
 @contextmanager
-def exclusive(switch: Switch) -> Iterator[None]:
+def exclusive(switch: ActiveState) -> Iterator[None]:
     """What a command does: nobody else's calls run in the block."""
     switch.close()
     try:
@@ -27,7 +27,7 @@ def exclusive(switch: Switch) -> Iterator[None]:
 
 
 def test_a_running_call_keeps_what_it_started_with() -> None:
-    switch = Switch()
+    switch = ActiveState()
     switch.live = Active(("a",), (1.0,))
     seen = []
     started, go_on = threading.Event(), threading.Event()
@@ -52,7 +52,7 @@ def test_a_running_call_keeps_what_it_started_with() -> None:
 
 
 def test_changes_wait_for_calls_and_calls_for_changes() -> None:
-    switch = Switch()
+    switch = ActiveState()
     order: list[str] = []
     inside = threading.Event()
 
@@ -77,19 +77,19 @@ def test_changes_wait_for_calls_and_calls_for_changes() -> None:
 
 
 def test_a_change_from_inside_a_call_is_refused() -> None:
-    switch = Switch()
+    switch = ActiveState()
     with switch.call(), pytest.raises(BusyError, match="inside a call"), exclusive(switch):
         pass
 
 
 def test_the_thread_that_changes_may_call() -> None:
-    switch = Switch()
+    switch = ActiveState()
     with exclusive(switch), exclusive(switch), switch.call():
-        assert switch.current() is NOTHING
+        assert switch.current() is NONE_ACTIVE
 
 
 def test_copies_have_their_own_gate() -> None:
-    switch = Switch()
+    switch = ActiveState()
     switch.live = Active(("a",), (1.0,))
     for twin in (copy.deepcopy(switch), pickle.loads(pickle.dumps(switch))):
         assert twin.live == switch.live

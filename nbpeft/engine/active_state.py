@@ -93,7 +93,7 @@ class Active:
     context: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
-NOTHING = Active()
+NONE_ACTIVE = Active()
 
 
 @dataclass(eq=False)
@@ -113,7 +113,7 @@ class Scope:
     enabled: bool
     chooses: bool = True
     outer: Scope | None = None
-    active: Active = NOTHING
+    active: Active = NONE_ACTIVE
     closed: bool = False
 
 
@@ -135,11 +135,11 @@ class _Pin:
     outer: Scope | _Pin | None
 
 
-_HERE: ContextVar[Mapping[Switch, Scope | _Pin]] = ContextVar("nbpeft_active", default={})  # noqa: B039
-"""For this thread or asyncio task: switch -> its innermost scope, or what a running call has pinned."""
+_HERE: ContextVar[Mapping[ActiveState, Scope | _Pin]] = ContextVar("nbpeft_active", default={})  # noqa: B039
+"""For this thread or asyncio task: state -> its innermost scope, or what a running call has pinned."""
 
 
-class Switch:
+class ActiveState:
     """The shared value and the gate around it.
 
     Attributes:
@@ -149,7 +149,7 @@ class Switch:
     """
 
     def __init__(self) -> None:
-        self.live = self.traced = NOTHING
+        self.live = self.traced = NONE_ACTIVE
         self._start()
 
     def _start(self) -> None:
@@ -308,11 +308,11 @@ class Switch:
         self._start()
 
 
-class ReplicaSwitch:
+class ReplicaState:
     """What a replica of nn.DataParallel reads, which runs in a thread of torch's: what acted where it was made."""
 
-    def __init__(self, switch: Switch) -> None:
-        self._active = switch.current()
+    def __init__(self, active_state: ActiveState) -> None:
+        self._active = active_state.current()
 
     def current(self) -> Active:
         """What acts in the replica."""
@@ -325,8 +325,8 @@ class Call:
     It counts as running while it exists and its block is on the stack of its thread.
     """
 
-    def __init__(self, switch: Switch, active: Active | Callable[[], Active] | None) -> None:
-        self._switch = switch
+    def __init__(self, active_state: ActiveState, active: Active | Callable[[], Active] | None) -> None:
+        self._state = active_state
         self._active = active
         self._outer: Scope | _Pin | None = None
         self._block: RunningBlock | None = None
@@ -341,14 +341,14 @@ class Call:
         self._block = RunningBlock(__name__, *_ENTERED_BY)
         try:
             with HeldInterrupts():
-                self._switch._begin(self)
-                self._outer = self._switch._here()
+                self._state._begin(self)
+                self._outer = self._state._here()
                 active = self._active() if callable(self._active) else self._active
-                chosen = self._switch.current() if active is None else active
-                _set_here(self._switch, _Pin(weakref.ref(self), chosen, self._outer))
+                chosen = self._state.current() if active is None else active
+                _set_here(self._state, _Pin(weakref.ref(self), chosen, self._outer))
                 self._pinned = True
                 if self._active is not None:
-                    self._switch.traced = chosen
+                    self._state.traced = chosen
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -360,13 +360,13 @@ class Call:
         with HeldInterrupts():
             pinned, self._pinned = self._pinned, False
             if pinned:
-                _set_here(self._switch, self._outer)
-                self._switch.trace()
-            self._switch._end(self)
+                _set_here(self._state, self._outer)
+                self._state.trace()
+            self._state._end(self)
 
 
-def _set_here(switch: Switch, value: Scope | _Pin | None) -> None:
-    here = {key: held for key, held in _HERE.get().items() if key is not switch}
+def _set_here(active_state: ActiveState, value: Scope | _Pin | None) -> None:
+    here = {key: held for key, held in _HERE.get().items() if key is not active_state}
     if value is not None:
-        here[switch] = value
+        here[active_state] = value
     _HERE.set(here)

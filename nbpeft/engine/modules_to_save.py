@@ -1,4 +1,4 @@
-"""CopiedModule: a module trained as a whole, once per adapter (``modules_to_save``)."""
+"""ModulesToSaveWrapper: a module trained as a whole, once per adapter (``modules_to_save``)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nbpeft.engine.active_state import ActiveState, ReplicaState, Rows
 from nbpeft.engine.layer import AdaptedLayer, AdapterDict
-from nbpeft.engine.switch import ReplicaSwitch, Rows, Switch
 from nbpeft.errors import AdapterError, LayerKindError
 
 
-class CopiedModule(nn.Module):
+class ModulesToSaveWrapper(nn.Module):
     """A frozen module and its trained copies by adapter name.
 
     Forward and attributes are those of the active adapter's copy, or of the original where no
@@ -25,19 +25,19 @@ class CopiedModule(nn.Module):
     original_module: nn.Module
     modules_to_save: AdapterDict
 
-    def __init__(self, original_module: nn.Module, switch: Switch) -> None:
+    def __init__(self, original_module: nn.Module, active_state: ActiveState) -> None:
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = AdapterDict()
-        self.__dict__["switch"] = switch
+        self.__dict__["active_state"] = active_state
         self.training = original_module.training
 
-    switch: Switch
+    active_state: ActiveState
 
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that act now and have a copy here."""
-        return [name for name in self.switch.current().names if name in self.modules_to_save._modules]
+        return [name for name in self.active_state.current().names if name in self.modules_to_save._modules]
 
     def chosen(self) -> nn.Module:
         """The module that acts now.
@@ -46,7 +46,7 @@ class CopiedModule(nn.Module):
             AdapterError: two active adapters each trained a copy.
         """
         copies = self.modules_to_save._modules
-        having = [name for name in self.switch.current().names if name in copies]
+        having = [name for name in self.active_state.current().names if name in copies]
         if len(having) > 1:
             raise AdapterError(
                 f"adapters {' and '.join(map(repr, having))} each trained their own copy of a "
@@ -58,14 +58,14 @@ class CopiedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the acting module returns."""
-        active = self.switch.current()
+        active = self.active_state.current()
         if active.rows is None:
             return self.chosen()(*args, **kwargs)
         return self._mixed(active.rows, *args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.__dict__["switch"] = ReplicaSwitch(self.switch)
+        replica.__dict__["active_state"] = ReplicaState(self.active_state)
         return replica
 
     def _mixed(self, rows: Rows, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ class CopiedModule(nn.Module):
         return getattr(self.chosen(), name)
 
 
-def only_holds(wrapper: AdaptedLayer | CopiedModule | None, name: str | None) -> bool:
+def only_holds(wrapper: AdaptedLayer | ModulesToSaveWrapper | None, name: str | None) -> bool:
     """Whether a wrapper holds an adapter of that name and no other."""
     if wrapper is None:
         return False

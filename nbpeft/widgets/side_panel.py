@@ -21,7 +21,7 @@ _KINDS: dict[str, tuple[type[AnswerPanel], str]] = {
 }
 
 
-class Drawer:
+class SidePanel:
     """Two buttons, and a place below that holds at most one of the panels.
 
     Args:

@@ -1,0 +1,79 @@
+"""The tensors of one adapter, wherever they hang in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
+
+Layers = Mapping[str, AdaptedLayer]
+Copies = Mapping[str, ModulesToSaveWrapper]
+Slot = tuple[dict[str, nn.Parameter | None], str]
+"""Parameters of a module, and a key of them."""
+
+
+def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
+    """Returns where the trained tensors of an adapter hang, those of copied modules last."""
+    return [
+        (owner._parameters, key)
+        for owner in _owners(layers, copies, name)
+        for key, parameter in owner._parameters.items()
+        if parameter is not None and parameter.is_floating_point()
+    ]
+
+
+def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[nn.Module]:
+    for layer in layers.values():
+        adapter = layer.adapters._modules.get(name)
+        if adapter is not None:
+            yield from adapter.modules() if adapter._modules else (adapter,)
+    for copied in copies.values():
+        trained = copied.modules_to_save._modules.get(name)
+        if trained is not None:
+            yield from trained.modules()
+
+
+def saved_weights(layers: Layers, copies: Copies, name: str, config: AdapterConfig) -> AdapterWeights:
+    """Returns references to the tensors that a file of an adapter holds, but for those of the base."""
+    weights = AdapterWeights()
+    for path, layer in layers.items():
+        if name in layer.adapters._modules:
+            weights.adapters[path] = _saved_tensors(path, layer, name, config)
+    for path, module in copies.items():
+        if name in module.modules_to_save._modules:
+            weights.copies[path] = dict(module.modules_to_save[name].state_dict(keep_vars=True))
+    shared = shared_state_of(layers, name)
+    weights.shared = {} if shared is None else shared.saved_tensors()
+    return weights
+
+
+def _saved_tensors(path: str, layer: AdaptedLayer, name: str, config: AdapterConfig) -> dict[str, Tensor]:
+    adapter = layer.adapter(name)
+    return adapter.saved_tensors(lambda: type(adapter).parameter_shapes(config, path, layer.base.module, layer.kind))
+
+
+def shared_state_of(layers: Layers, name: str) -> SharedState | None:
+    """Returns what the layers of an adapter share, where its method has that."""
+    for layer in layers.values():
+        adapter = layer.adapters._modules.get(name)
+        held = None if adapter is None else adapter._modules.get("shared")
+        if isinstance(held, SharedState):
+            return held
+    return None
+
+
+def copied_weights(weights: AdapterWeights) -> AdapterWeights:
+    """Returns copies of tensors, without history; those of the base are left out."""
+    return AdapterWeights(
+        {path: _copied(named) for path, named in weights.adapters.items()},
+        {path: _copied(named) for path, named in weights.copies.items()},
+        shared=_copied(weights.shared),
+    )
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in tensors.items()}

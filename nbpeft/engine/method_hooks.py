@@ -1,0 +1,46 @@
+"""What a method does in each call of a model and in each step of a training, beside the maths of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nbpeft.engine.adapter import AdapterConfig, LearnsWithHooks
+from nbpeft.engine.adapter_tensors import Layers, shared_state_of
+from nbpeft.engine.registry import method_of
+
+
+def prepares_calls(config: AdapterConfig) -> bool:
+    """Whether a method prepares something for each call of the model."""
+    return method_of(config).call_context is not None
+
+
+def call_contexts(
+    configs: Mapping[str, AdapterConfig], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what methods prepare for one call of the model.
+
+    Args:
+        configs: adapter name -> config of what is active.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        Adapter name -> context, for the adapters whose method prepares one.
+    """
+    contexts = {}
+    for name, config in configs.items():
+        prepare = method_of(config).call_context
+        if prepare is not None:
+            contexts[name] = prepare(config, args, kwargs)
+    return contexts
+
+
+def hooks_of(layers: Layers, name: str, config: AdapterConfig) -> Iterator[LearnsWithHooks]:
+    """Yields what of an adapter takes part in training beside the gradient."""
+    method = method_of(config)
+    if not any(issubclass(kind, LearnsWithHooks) for kind in (method.adapter_class, method.shared or object)):
+        return
+    found: list[Any] = [shared_state_of(layers, name)]
+    found += [layer.adapters._modules.get(name) for layer in layers.values()]
+    yield from (one for one in found if isinstance(one, LearnsWithHooks))
