@@ -82,7 +82,7 @@ class AdapterManager:
         revision: grows with every change.
         frozen: adapters that do not train even while active.
         owner: token of the one handle that may use the manager.
-        supplier: where adapters come from that are named and not on the model, if anywhere.
+        provider: where adapters come from that are named and not on the model, if anywhere.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -190,11 +190,11 @@ class AdapterManager:
                 )
 
     def require_available(self, *names: str) -> None:
-        """As ``require``, where an adapter that the supplier can bring counts as there."""
+        """As ``require``, where an adapter that the provider can bring counts as there."""
         self.require(*(name for name in names if not self.available(name)))
 
     def available(self, name: str) -> bool:
-        """Whether an adapter is on the model or the supplier can bring it."""
+        """Whether an adapter is on the model or the provider can bring it."""
         return name in self.configs or (self.provider is not None and self.provider.can_provide(name))
 
     def check_alive(self) -> None:

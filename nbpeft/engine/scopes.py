@@ -70,7 +70,7 @@ class ScopedChoice(ContextDecorator):
         self._scope: Scope | None = None
         self._again: tuple[str, ...] = ()
         self._woken: dict[str, list[tuple[Tensor, bool]]] = {}
-        self._supply = ExitStack()
+        self._provided = ExitStack()
 
     @property
     def _aim(self) -> str:
@@ -102,7 +102,7 @@ class ScopedChoice(ContextDecorator):
         """Has adapters on the model that come from elsewhere; the selected ones may have to go for them meanwhile."""
         before = self._manager.selected
         with self._manager.provided(names, switching=True):
-            self._supply.enter_context(self._manager.provided(names))
+            self._provided.enter_context(self._manager.provided(names))
         now = self._manager.selected
         if now != before:
             self._again = before  # once the lease on these has ended, which have to make room
@@ -137,7 +137,7 @@ class ScopedChoice(ContextDecorator):
                 if scope is not None:
                     self._close(scope)
             finally:
-                self._supply.__exit__(kind, error, trace)
+                self._provided.__exit__(kind, error, trace)
             again, self._again = self._again, ()
             if again and self._manager.alive:
                 self._manager.select_again(again)

@@ -17,7 +17,7 @@ def is_checkpointing(model: object) -> bool:
 
 
 def enable_checkpointing(model: object, options: Mapping[str, Any] | None = None) -> None:
-    """ActiveState it on, not reentrant by default.
+    """Switch it on, not reentrant by default.
 
     Args:
         model: a model of transformers.
@@ -32,7 +32,7 @@ def enable_checkpointing(model: object, options: Mapping[str, Any] | None = None
 
 
 def disable_checkpointing(model: object) -> None:
-    """ActiveState it off.
+    """Switch it off.
 
     Raises:
         AttributeError: the model has no such method.

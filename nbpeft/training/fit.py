@@ -58,7 +58,7 @@ def train(
         eval_data: Rows to measure on, in the same forms.
         tokenizer: Needed unless the rows are tokenised.
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
-        adapter: ActiveState to this one first; merged ones are unmerged for it. It stays active when a step
+        adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
         control: Where Stop and Pause are requested.
         publish: Called with each new state of the run.

@@ -20,7 +20,7 @@ from nbpeft.engine.model_tree import embedding_of
 from nbpeft.training.adapted import base_of, is_adapted, module_path, trainable
 
 PATIENCE = 10
-"""LogSlider after which the weights must have changed; a warm-up may spend the first at rate zero."""
+"""Steps after which the weights must have changed; a warm-up may spend the first at rate zero."""
 
 _SAMPLE = 64
 _REMEDY_CHECKPOINTING = (
@@ -61,7 +61,7 @@ class LearningCheck:
         """The message after ``steps`` optimizer steps, or the empty string.
 
         Args:
-            steps: LogSlider done in this run.
+            steps: Steps done in this run.
             last: Whether no further step follows.
         """
         message = ""

@@ -90,7 +90,7 @@ class Record:
     def __init__(self) -> None:
         self.step = 0
         self.first_step = 0
-        """LogSlider done before this run, where it was resumed."""
+        """Steps done before this run, where it was resumed."""
         self.epoch: float | None = None
         self.learning_rate: float | None = None
         self.loss: float | None = None

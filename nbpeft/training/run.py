@@ -118,8 +118,8 @@ class Run:
         """Starts the clock; ``with run:`` does it too.
 
         Args:
-            total_steps: LogSlider planned, once they are known.
-            step: LogSlider done before, in a run that is resumed.
+            total_steps: Steps planned, once they are known.
+            step: Steps done before, in a run that is resumed.
         """
         with self._lock:
             if total_steps is not None:

@@ -132,7 +132,7 @@ class _Parts:
             self._memory.value = to_html(memory_bar(model.memory)) if model.memory is not None else ""
         choices: dict[tuple[str, ...], tuple[str, str]]
         choices = {("off",): (BASE, "Only the base model is active")}
-        choices |= {("use", item.name): (item.name, f"ActiveState to {item.name}") for item in model.adapters}
+        choices |= {("use", item.name): (item.name, f"Switch to {item.name}") for item in model.adapters}
         self._choices.draw(choices, [("use", name) for name in model.active] or [("off",)])
         self._rows.draw(model)
         visible = None if model.adapters else "none"

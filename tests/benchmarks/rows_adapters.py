@@ -83,6 +83,6 @@ def disable(name: str, size: Size) -> Measure:
 ROWS = [
     Row("load", "load a 2nd adapter, 301 modules, 9.9 MB", "seconds", 0.2, another),
     Row("load-first", "from_pretrained, 301 modules", "seconds", 0.2, first),
-    Row("active_state", "switch adapter, 1,001 modules, 16 adapters", "seconds", 0.02, switch),
+    Row("switch", "switch adapter, 1,001 modules, 16 adapters", "seconds", 0.02, switch),
     Row("disable", "disable_adapter(), the same model", "seconds", 0.02, disable),
 ]

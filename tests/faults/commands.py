@@ -210,7 +210,7 @@ COMMANDS: dict[str, Command] = {
     "rename": Command(adapted, lambda s: s.model.manager.rename("a", "z")),
     "rename copies": Command(adapted, lambda s: s.model.manager.rename("whole", "z")),
     "copy": Command(adapted, lambda s: s.model.manager.copy("b", "twin")),
-    "active_state": Command(adapted, lambda s: s.model.set_adapter("b")),
+    "switch": Command(adapted, lambda s: s.model.set_adapter("b")),
     "switch several": Command(adapted, lambda s: s.model.set_adapter(["rows", "dora"], inference_mode=True)),
     "switch merged": Command(merged, lambda s: s.model.set_adapter("b")),
     "off": Command(adapted, lambda s: s.model.manager.disable()),

@@ -7,13 +7,13 @@ from nbpeft.magics.registry import ADAPTER, ON_MODEL, session_command
 
 session_command(
     "use",
-    "ActiveState to one adapter, or to several whose deltas add up.",
+    "Switch to one adapter, or to several whose deltas add up.",
     argument("names", nargs="+", metavar="NAME", completes="adapter", help="one or several"),
     ON_MODEL,
     example="%lora use sql",
 )
-session_command("off", "ActiveState all adapters off: the base model runs alone.", ON_MODEL)
-session_command("on", "ActiveState the adapters on again.", ON_MODEL)
+session_command("off", "Switch all adapters off: the base model runs alone.", ON_MODEL)
+session_command("on", "Switch the adapters on again.", ON_MODEL)
 session_command(
     "scale",
     "Set the factor on what an adapter adds; 1 is how it was trained.",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = None) -> CommandResult:
-    """ActiveState to one adapter, or to several whose deltas add up.
+    """Switch to one adapter, or to several whose deltas add up.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -27,7 +27,7 @@ def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = N
 
 
 def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
-    """ActiveState all adapters off, until ``on`` or ``use``: the base model runs alone."""
+    """Switch all adapters off, until ``on`` or ``use``: the base model runs alone."""
     tracked = ctx.models.get(model)
     with ctx.command("switching adapters off") as notes:
         tracked.manager.disable()
@@ -35,7 +35,7 @@ def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
 
 
 def on(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
-    """ActiveState the selected adapters on again."""
+    """Switch the selected adapters on again."""
     tracked = ctx.models.get(model)
     with ctx.command("switching adapters on") as notes:
         tracked.manager.enable()
