@@ -14,7 +14,7 @@ from nbpeft.engine.adapter import Adapter, ServesRows, TransformsInput, Transfor
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
-from nbpeft.engine.peft_layer_api import PeftLayerMixin, by_name
+from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
@@ -169,10 +169,11 @@ class AdaptedLayer(PeftLayerMixin):
         x, output = rows.spread(x), rows.spread(output)
         batch = output.shape[0]
         kinds = {type(self.adapter(name)) for name in present}
-        if len(kinds) == 1 and issubclass(serving := kinds.pop(), ServesRows):
+        prepared = any(name in active.context for name in present)
+        if not prepared and len(kinds) == 1 and issubclass(serving := kinds.pop(), ServesRows):
             kept = rows.cache.setdefault(id(self), {})
             found: list[Any] = [adapters.get(name) for name in rows.names]
-            served = serving.mixed(found, rows.scales, self.base, kept)
+            served = serving.mixed(found, rows.scales, self._own_base(), kept)
             if served is not None:
                 return add_delta(output, served(x, rows.expanded(batch, x.device)))
         result = output.clone()
@@ -239,14 +240,15 @@ class AdaptedLayer(PeftLayerMixin):
         if apart:
             shared: Any = self.base_layer._parameters["weight"]
             self.base_layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+        # Every delta is taken against the frozen layer: a method's may be a multiple of its bias.
+        bias_deltas = [(self.adapter(name).delta_bias(self.base), scale) for name, scale in chosen]
         weight = self.backend.dequantize(self.base_layer)
         self._add_deltas(self.kind.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
         self.backend.store(self.base_layer, weight)
         bias = self.base.bias
-        for name, scale in chosen:
-            delta = self.adapter(name).delta_bias(self.base)
+        for delta, scale in bias_deltas:
             if delta is not None and bias is not None:
-                bias.add_(delta.to(bias.dtype), alpha=scale)
+                add_scaled_(bias, delta.to(bias.dtype), scale)
         self.merged = tuple(name for name, _ in chosen)
         self._frozen = frozen if keep_frozen else None
 
@@ -349,8 +351,11 @@ class AdaptedLayer(PeftLayerMixin):
         except AttributeError:
             if "base_layer" not in modules or name.startswith("__"):
                 raise
-        found = by_name(modules["adapters"]._modules, name)
-        return getattr(modules["base_layer"], name) if found is None else found
+        adapters, base_layer = modules["adapters"]._modules, modules["base_layer"]
+        found = by_name(adapters, name)
+        if found is None and not hasattr(base_layer, name):
+            found = attribute_by_name(adapters, name)
+        return getattr(base_layer, name) if found is None else found
 
 
 def _rows_of(context: Any, chosen: Tensor, batch: int) -> Any:

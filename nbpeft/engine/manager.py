@@ -2,7 +2,7 @@
 
 Every command checks and builds first and changes the model last, inside one transaction, so that
 one that fails or is interrupted leaves it as it was. Activation is one assignment on the shared
-switch; ``requires_grad`` is touched only for the adapters whose trainability changes.
+``ActiveState``; ``requires_grad`` is touched only for the adapters whose trainability changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks, SharedState
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks, Rescales, SharedState
 from nbpeft.engine.adapter_names import check_name, check_scale, names_in
 from nbpeft.engine.adapter_tensors import copied_weights, parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
@@ -302,6 +302,7 @@ class AdapterManager:
                     change.set_requires_grad(trainable_now, False)
                 if name in self.configs:
                     self._forget(name, change)
+                    self._scales.pop(name, None)
                     drop(self.model, name, self.layers, self.copies, change, keep=parts)
                 if not self.configs:
                     prepare_storage(self.model, change)
@@ -389,6 +390,10 @@ class AdapterManager:
         with self.transaction():
             self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
             self.set_scale(new, self.scale(name))
+            for layer in self.layers.values():
+                old, added = layer.adapters._modules.get(name), layer.adapters._modules.get(new)
+                if isinstance(old, Rescales) and isinstance(added, Rescales):
+                    added.rescale(float(old.scaling))
 
     def _holders(self) -> list[dict[str, Any]]:
         return [layer.adapters._modules for layer in self.layers.values()] + [
@@ -576,7 +581,7 @@ class AdapterManager:
             change.set_requires_grad(self.parameters(name), requires_grad)
 
     def refresh(self, changed: Iterable[str], change: Transaction) -> None:
-        """Brings ``requires_grad`` of some adapters and the shared switch up to date."""
+        """Brings ``requires_grad`` of some adapters and the shared state up to date."""
         idle = self.idle(changed)
         for name in changed:
             if name in self.configs:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 def fits(factor: float, dtype: torch.dtype) -> bool:
     """Whether torch's in-place sums take a factor (``alpha``) on tensors of a dtype: not one beyond its range."""
-    return abs(factor) <= torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+    return abs(factor) <= torch.finfo(dtype).max
 
 
 @torch.no_grad()

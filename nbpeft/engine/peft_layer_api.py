@@ -222,29 +222,37 @@ class PeftLayerMixin(nn.Module):
 
 
 def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
-    """An attribute that some adapters of a layer have, in PEFT's spelling; None if none of them has it.
+    """An attribute of adapted layers that PEFT knows; None if no adapter of a layer has it.
 
     Args:
         adapters: adapter name -> adapter.
-        name: a parameter's, one of ``Adapter.peft_attributes``, or any attribute of an adapter.
+        name: a parameter's, or one of ``Adapter.peft_attributes``.
     """
-    if name.startswith("_") or name == "training":
-        return None
     for adapter in adapters.values():
         if isinstance(adapter, Adapter) and name in adapter.peft_attributes:
             return PerAdapterView(adapters, adapter.peft_attributes[name], attrgetter(adapter.peft_attributes[name]))
-    having = [adapter for adapter in adapters.values() if _has(adapter, name)]
+    having = [adapter for adapter in adapters.values() if name in adapter._parameters]
     if not having:
         return None
-    if name not in having[0]._parameters:
-        return PerAdapterView(
-            adapters, name, lambda adapter: adapter.__dict__[name], lambda a, value: setattr(a, name, value)
-        )
     if name not in having[0].wrapped_parameters:
         return PerAdapterView(
             adapters, name, lambda a: a._parameters[name], lambda a, value: _set_parameter(a, name, value)
         )
     return PerAdapterView(adapters, name, lambda adapter: ParameterView(adapter, name))
+
+
+def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
+    """Any other attribute that adapters of a layer carry; None if none does.
+
+    Args:
+        adapters: adapter name -> adapter.
+        name: the attribute's.
+    """
+    if name.startswith("_") or name == "training" or not any(name in a.__dict__ for a in adapters.values()):
+        return None
+    return PerAdapterView(
+        adapters, name, lambda adapter: adapter.__dict__[name], lambda a, value: setattr(a, name, value)
+    )
 
 
 def _has(adapter: nn.Module, attribute: str) -> bool:

@@ -104,6 +104,9 @@ def _combined(
         )
     settings = {**settings, "combination_type": chosen}
     combination = combine(_members(manager, adapters), configs, adapters, weights, settings)
+    copied = [name for config in configs for name in getattr(config, "modules_to_save", None) or ()]
+    if copied:
+        combination.config.modules_to_save = list(dict.fromkeys(copied))
     plan = _plan(manager, combination)
     half = all(tensor.dtype != torch.float32 for named in combination.tensors.values() for tensor in named.values())
     with manager.transaction():

@@ -147,3 +147,20 @@ def test_an_adapter_inside_the_copy_of_another_acts_only_alone() -> None:
         with pytest.raises(AdapterError, match=r"'b' trained its own copy of .*mlp, inside of which 'a'"):
             refused(["a", "b"])
     assert manager.active == ("a",) and not manager.merged and manager.alive
+
+
+def test_what_takes_an_adapters_place_is_at_its_trained_strength() -> None:
+    manager = adapted("a")
+    manager.set_scale("a", 0.25)
+    manager.add("a", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), replace=True)
+    assert manager.scale("a") == 1.0
+
+
+def test_a_copy_is_as_strong_on_every_layer() -> None:
+    manager = adapted("a")
+    manager.layers["0"].set_scale("a", 3.0)
+    manager.set_scale("a", 0.5)
+    before = output(manager)
+    manager.copy("a", "b")
+    manager.activate("b")
+    assert torch.equal(output(manager), before)

@@ -170,8 +170,16 @@ def test_attributes_that_nobody_has_are_missing() -> None:
     layer = layers(pair()[0])["inner.0"]
     assert not hasattr(layer, "lora_magnitude_vector") and not hasattr(layer, "lora_embedding_A")
     assert not hasattr(layer, "nonsense") and not hasattr(layer.scaling, "nonsense")
+    assert not hasattr(layer, "factors") and not hasattr(layer, "delta_weight") and not hasattr(layer, "reads_weight")
     with pytest.raises(TypeError, match="delete_adapter"):
         del layer.scaling["default"]
+
+
+def test_attributes_of_the_frozen_layer_come_first() -> None:
+    base = Small()
+    base.inner[0].dropout = 0.75
+    layer = layers(get_peft_model(base, LoraConfig(target_modules=["0"])))["inner.0"]
+    assert layer.dropout == 0.75
 
 
 def test_every_tensor_of_the_family_is_named_as_such() -> None:

@@ -141,13 +141,16 @@ class _CombineIA3:
         weighted = list(zip(adapters, weights, strict=True))
         tensors: dict[str, dict[str, Tensor]] = {}
         losses = []
+        inputs = set()
         for path, members in layers.items():
             here = [(members[name], weight * members[name].scale) for name, weight in weighted if name in members]
             if not here:
                 continue
             vectors = [(_vector_of(path, member), weight) for member, weight in here]
-            if len({vector.shape for vector, _ in vectors}) > 1:
+            if len({isinstance(member.adapter, IA3OnInput) for member, _ in here}) > 1:
                 raise AdapterError(f"adapters scale the input and the output of {path}: they cannot be combined")
+            if isinstance(here[0][0].adapter, IA3OnInput):
+                inputs.add(path)
             true = sum((vector.float() - 1) * weight for vector, weight in vectors)
             made = 1 + true if kind == "exact" else sum(vector.float() * weight for vector, weight in vectors)
             tensors[path] = {VECTOR: torch.as_tensor(made).to(vectors[0][0].dtype)}
@@ -158,14 +161,10 @@ class _CombineIA3:
         energies = [loss.energy_kept for loss in losses]
         config = configs[0].copy(
             target_modules=set(tensors),
-            feedforward_modules={path for path in tensors if any(_scales_input(path, one) for one in configs)},
+            feedforward_modules=inputs,
             exclude_modules=None,
         )
         return Combination(config, tensors, kind, tuple(losses), max(errors), min(energies))
-
-
-def _scales_input(path: str, config: IA3Config) -> bool:
-    return config.scales_input(path)
 
 
 def _vector_of(path: str, member: Member) -> Tensor:
@@ -178,6 +177,8 @@ def _vector_of(path: str, member: Member) -> Tensor:
 def _loss(path: str, true: Tensor, made: Tensor) -> LayerLoss:
     size = float(true.norm())
     error = float((made - true).norm())
+    if error <= 1e-6 * float((1 + made).norm()):  # what rounding of the vectors themselves gives
+        error = 0.0
     relative = error / size if size > 0 else (0.0 if error == 0 else float("inf"))
     overlap = float((made * true).sum()) ** 2
     energy = min(overlap / (size**2 * float(made.norm()) ** 2), 1.0) if size > 0 and float(made.norm()) > 0 else 1.0

@@ -135,6 +135,39 @@ def test_combining_its_own_kind_and_no_other() -> None:
         model.add_weighted_adapter(["a", "lora"], [1.0, 1.0], "c", combination_type="exact")
 
 
+def test_a_combination_keeps_the_copies_and_the_orientation_of_its_parts() -> None:
+    names = {"target_modules": ["q_proj", "down_proj"]}
+    model = ia3("a", feedforward_modules=["down_proj"], modules_to_save=None, **names)
+    pattern, head = r".*\.(q|down)_proj", ["lm_head"]
+    model.add_adapter("b", nbpeft.IA3Config(feedforward_modules=pattern, target_modules=["down_proj"]))
+    model.add_adapter("c", nbpeft.IA3Config(feedforward_modules=[], target_modules=["q_proj"], modules_to_save=head))
+    for seed, name in enumerate("bc"):
+        draw(model, name, seed)
+    model.add_weighted_adapter(["a", "b", "c"], [0.5, 0.25, 0.25], "all", combination_type="exact")
+    config = model.peft_config["all"]
+    assert config.modules_to_save == head
+    assert {path.rpartition(".")[2] for path in config.feedforward_modules} == {"down_proj"}
+    copies = model.manager.copies["lm_head"].modules_to_save
+    assert torch.equal(copies["all"].weight, copies["c"].weight)
+
+
+def test_two_merged_at_once_are_their_sum_with_the_bias_too() -> None:
+    base = gpt2()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model = ia3("a", base=base)
+    model.add_adapter("b", nbpeft.IA3Config())
+    draw(model, "b", 2)
+    model.set_adapter(["a", "b"])
+    before = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+
+
 def test_hot_swapping_and_pools(tmp_path: Path) -> None:
     folders = {name: folder_of(tmp_path / name, seed) for seed, name in enumerate("ab", start=3)}
     expected = {name: logits(PeftModel.from_pretrained(llama(), folder)) for name, folder in folders.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nbpeft.engine.methods.lora.combining.layers import Combination
@@ -31,7 +31,6 @@ def combined_config(configs: Sequence[Any], combination: Combination) -> Any:
         use_dora=first.use_dora
         if combination.recipe.combination_type != "exact"
         else any(layer.row_scale is not None for layer in layers),
-        modules_to_save=_joined_names(config.modules_to_save for config in configs) or None,
         **_targets(configs, combination),
     )
 
@@ -57,7 +56,3 @@ def _targets(configs: Sequence[Any], combination: Combination) -> dict[str, Any]
         if all(isinstance(target, str) and target != "all-linear" for target in targets):
             return {"target_modules": "|".join(f"({target})" for target in targets)}
     return {"target_modules": set(combination.layers), **dict.fromkeys(_SELECTORS)}
-
-
-def _joined_names(groups: Iterable[Iterable[str] | None]) -> list[str]:
-    return list(dict.fromkeys(name for group in groups for name in group or ()))
