@@ -161,6 +161,6 @@ def model_text(model: ModelState | None, called: str | None = None) -> str:
     """A model in one line of plain text."""
     if model is None:
         return missing_model(called)
-    adapters = ", ".join(f"{item.name}{'*' if item.active else ''} ({item.method})" for item in model.adapters)
+    adapters = ", ".join(f"{item.name}{'*' if item.active else ''} [{item.method}]" for item in model.adapters)
     pool = f" and {in_pool(model)}" if model.offloaded_count else ""
     return f"{model_title(model)}: {adapters or 'no adapters'}{pool}; {trainable(model)}"

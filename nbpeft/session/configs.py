@@ -50,13 +50,16 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted({method.peft_type.lower() for method in methods()}))
 
 
-def build_config(config: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
+def build_config(
+    config: AdapterConfig | Mapping[str, Any], *, instead_of: AdapterConfig | None = None
+) -> AdapterConfig:
     """A config as it is, or one made of fields.
 
     Args:
         config: a config, or fields by name; ``peft_type`` among them chooses the method,
-            LoRA without it. Among fields, targets that are one plain name mean that name, not a
-            pattern.
+            without it that of ``instead_of``, else LoRA. Among fields, targets that are one plain
+            name mean that name, not a pattern.
+        instead_of: config of the adapter that is reconfigured.
 
     Raises:
         ConfigError: a field is unknown (the message names near ones) or its value impossible;
@@ -68,17 +71,29 @@ def build_config(config: AdapterConfig | Mapping[str, Any]) -> AdapterConfig:
             raise ConfigError(f"a config such as LoraConfig, or its fields by name, is expected, not {config!r:.60}")
         return config
     fields = {name: _as_names(value) if name in _NAME_FIELDS else value for name, value in config.items()}
-    cls = config_class(fields.get("peft_type") or DEFAULT_METHOD)
-    known = field_names(fields.pop("peft_type", None) or DEFAULT_METHOD)
+    usual = DEFAULT_METHOD if instead_of is None else instead_of.peft_type
+    chosen = fields.pop("peft_type", None) or usual
+    cls, known = config_class(chosen), field_names(chosen)
     for name in fields:
         if name not in known:
             raise ConfigError(
-                f"{cls.__name__} has no field {name!r}.{did_you_mean(name, known)}", field=name, known=known
+                f"{cls.__name__} has no field {name!r}.{did_you_mean(name, known) or _elsewhere(name)}",
+                field=name,
+                known=known,
             )
     try:
         return cls(**fields)
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{cls.__name__}: {error}") from None
+
+
+def _elsewhere(name: str) -> str:
+    """Names the methods whose configs have a field."""
+    from nbpeft.engine.registry import methods
+
+    having = [method for method in methods() if name in field_names(method.peft_type)]
+    types = dict.fromkeys(f"peft_type={str(method.peft_type)!r}" for method in having)
+    return f" {' and '.join(types)} has it." if types else ""
 
 
 def meaning(config: AdapterConfig) -> dict[str, Any]:

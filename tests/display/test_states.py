@@ -208,7 +208,7 @@ def test_lines_of_text() -> None:
     )
     ended = train_state(25, 40, status="failed", message="out of memory", eval_loss=None, tokens_per_second=None)
     assert training_text(ended).endswith("· 0:51 · out of memory")
-    assert model_text(model()).startswith("model · LlamaForCausalLM: orders* (LoRA), pirate (DoRA), sql (LoRA);")
+    assert model_text(model()).startswith("model · LlamaForCausalLM: orders* [LoRA], pirate [DoRA], sql [LoRA];")
     assert "no adapters" in model_text(model(adapters=()))
     assert "bert" in model_text(None, "bert")
 

@@ -25,7 +25,7 @@ def test_adapters_that_wait_in_the_pool_are_counted(session: Session, tmp_path: 
     assert {item.name for item in state.adapters} == {"a", "b"} and state.active == ("b",)
     assert state.offloaded_count == len(folders) - 2
     assert "4 more in the pool" in to_html(model_card(state))
-    assert "a (LoRA), b* (LoRA) and 4 more in the pool" in model_text(state)
+    assert "a [LoRA], b* [LoRA] and 4 more in the pool" in model_text(state)
     pool.register("g", folders["a"])
     assert session.state.models[0].offloaded_count == 5
     session.use("c", model="model")

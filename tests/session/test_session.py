@@ -357,3 +357,30 @@ def test_a_state_without_news_costs_nothing(session: Session) -> None:
         _ = session.state
     assert (time.process_time() - start) / 100 < 0.001
     del model
+
+
+def test_fields_without_a_method_are_those_of_the_adapter_that_they_reconfigure(session: Session) -> None:
+    result = session.add(llama(), {"peft_type": "ia3"}, name="scales", variable="model")
+    model = result.model
+    with pytest.raises(ConfigError, match=r"IA3Config has no field 'r'\. peft_type='LORA' has it\."):
+        session.add(model, {"r": 16}, name="scales")
+    with pytest.raises(ConfigError, match="has no field 'r'"):
+        session.preview("model", {"r": 16}, name="scales")
+    assert session.add(model, {}, name="scales").unchanged
+    assert session.add(model, {"target_modules": ["k_proj"]}, name="scales").reconfigured
+    assert model.peft_config["scales"].peft_type == "IA3"
+    assert session.add(model, {"peft_type": "lora", "r": 2}, name="scales").reconfigured
+    assert model.peft_config["scales"].r == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "token_indices is empty"),
+        ({"token_indices": [1000]}, r"token_indices: model.embed_tokens has \d+ rows and no row 1000"),
+        ({"token_indices": [1], "target_modules": ["zz"]}, "target_modules 'zz' matches no module"),
+    ],
+)
+def test_trainable_tokens_name_their_own_fields(session: Session, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, TargetError), match=f"^{message}"):
+        session.add(llama(), {"peft_type": "trainable_tokens", **fields}, variable="model")

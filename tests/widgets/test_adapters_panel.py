@@ -237,7 +237,7 @@ def test_without_widgets_it_is_html_or_text(session: Any) -> None:
     assert set(AdaptersPanel(session, "model", ui="html")._repr_mimebundle_()) == {"text/plain", "text/html"}
     assert set(AdaptersPanel(session, "model", ui="text")._repr_mimebundle_()) == {"text/plain"}
     assert set(AdaptersPanel(session, "model")._repr_mimebundle_()) == {"text/plain"}  # no kernel
-    assert repr(AdaptersPanel(session)).startswith("model · LlamaForCausalLM: orders* (LoRA)")
+    assert repr(AdaptersPanel(session)).startswith("model · LlamaForCausalLM: orders* [LoRA]")
     assert session.subscriber_count == 0
 
 

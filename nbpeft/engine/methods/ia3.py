@@ -113,10 +113,21 @@ class IA3Config(AdapterConfig):
                     field="feedforward_modules",
                 )
             self.feedforward_modules = set(usual[1])
+        targets, inputs = self.target_modules, self.feedforward_modules
+        if isinstance(targets, set) and isinstance(inputs, set) and not inputs <= targets:
+            matcher = Matcher(inputs)  # files must name a subset of the targets, which may be whole paths
+            self.feedforward_modules = {target for target in targets if matcher.matches(target)}
 
     def scales_input(self, path: str) -> bool:
         """Whether the layer at a path is a feed-forward one."""
         return Matcher(self.feedforward_modules or ()).matches(path)
+
+
+def _scaled(config: IA3Config) -> str:
+    """What the vectors of a config scale, as far as it tells."""
+    if not config.feedforward_modules:
+        return "outputs"
+    return "inputs" if config.feedforward_modules == config.target_modules else "inputs and outputs"
 
 
 class _CombineIA3:
@@ -190,7 +201,7 @@ def _loss(path: str, true: Tensor, made: Tensor) -> LayerLoss:
     peft_type="IA3",
     label="(IA)³",
     default_targets=lambda model_type: found[0] if (found := _usual(model_type)) else None,
-    summary=lambda config: {"vectors": "inputs and outputs" if config.feedforward_modules else "outputs"},
+    summary=lambda config: {"vectors": _scaled(config)},
     sample_configs={
         "output": {"feedforward_modules": []},
         "input": {"feedforward_modules": ["target"]},

@@ -54,6 +54,11 @@ class TrainableTokensConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = PeftType("TRAINABLE_TOKENS")
 
+    def fill_in(self, model_type: str | None) -> None:
+        """Refuses to train no token."""
+        if isinstance(self.token_indices, Sequence) and not self.token_indices:
+            raise ConfigError("token_indices is empty: name the tokens whose rows are trained", field="token_indices")
+
     @property
     def trainable_token_indices(self) -> Any:
         """The same as the field of other methods: ids, or name of an embedding -> ids."""
@@ -88,15 +93,17 @@ class _Companion:
             return {}
         named = wanted if isinstance(wanted, Mapping) else {_input_embedding(model, modules): wanted}
         starts = bool(getattr(config, "init_weights", True))
+        own = isinstance(config, TrainableTokensConfig)
+        field = "token_indices" if own else _FIELD
         found: dict[str, TokenRows] = {}
         seen: dict[int, str] = {}
         for name, indices in named.items():
             matching = [(path, module) for path, module in modules if matches_segment_names(path, [name])]
             if not matching:
-                raise no_match([name], [path for path, _ in modules], what=_FIELD)
+                raise no_match([name], [path for path, _ in modules], what="target_modules" if own else _FIELD)
             for path, module in matching:
                 if seen.setdefault(id(module), path) == path:
-                    found[path] = TokenRows(_checked(path, module, indices), starts)
+                    found[path] = TokenRows(_checked(path, module, indices, field), starts)
         return _with_tied(found, modules)
 
 
@@ -240,22 +247,24 @@ def _input_embedding(model: nn.Module, modules: Modules) -> str:
     )
 
 
-def _checked(path: str, module: nn.Module, indices: Any) -> tuple[int, ...]:
+def _checked(path: str, module: nn.Module, indices: Any, field: str) -> tuple[int, ...]:
     kind, backend = resolve_layer_kind(module), resolve_backend(module)
     if kind is None or backend is None or not (kind.takes_ids or kind.is_linear):
         raise TargetError(f"{path} is a {type(module).__name__}: only rows of embeddings and heads can be trained")
     if backend.name != "dense":
         raise TargetError(f"{path} is quantized ({backend.name}): its rows cannot be trained")
     if not isinstance(indices, Sequence) or not indices or not all(type(index) is int for index in indices):
-        raise ConfigError(f"{_FIELD} for {path} must be a list of token ids, not {shown(indices)}")
+        raise ConfigError(f"{field} for {path} must be a list of token ids, not {shown(indices)}", field=field)
     rows = kind.features(module)[0 if kind.takes_ids else 1]
     wrong = next((index for index in indices if not 0 <= index < rows), None)
     if wrong is not None:
         raise ConfigError(
-            f"{_FIELD}: {path} has {rows} rows and no row {wrong}; resize_token_embeddings() comes first", index=wrong
+            f"{field}: {path} has {rows} rows and no row {wrong}; resize_token_embeddings() comes first",
+            field=field,
+            index=wrong,
         )
     if len(set(indices)) < len(indices):
-        raise ConfigError(f"{_FIELD} for {path} names a token more than once")
+        raise ConfigError(f"{field} for {path} names a token more than once", field=field)
     return tuple(indices)
 
 

@@ -57,8 +57,8 @@ def add(
     from nbpeft.engine.plan import plan
     from nbpeft.model import files, get_peft_model
 
-    made = build_config(config)
     adapter_name(name)
+    made = build_config(config, instead_of=_present(ctx, model, name))
     fields = meaning(made)
     with ctx.command(f"adding {name!r}", slow=True) as notes:
         tracked = ctx.find(model, variable)
@@ -117,7 +117,7 @@ def preview(
         ConfigError: a field is unknown or impossible.
         TargetError: the targets do not match the model.
     """
-    made = build_config(config)
+    made = build_config(config, instead_of=_present(ctx, model, name))
     with ctx.command("planning") as notes:
         tracked = ctx.find(model, variable)
         base = tracked.manager.model if tracked is not None else uncompiled(model)
@@ -125,6 +125,14 @@ def preview(
         replaces = tracked is not None and name in tracked.manager.configs
         result = preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
         return dataclasses.replace(result, memory=plan_or_reason(base, made, title, settings))
+
+
+def _present(ctx: SessionContext, model: ModelLike, name: str) -> AdapterConfig | None:
+    """The config of the adapter of that name, if the model has one."""
+    from nbpeft.engine.model_tree import manager_of
+
+    manager = manager_of(ctx.models.get(model).model if model is None or isinstance(model, str) else model)
+    return None if manager is None else manager.configs.get(name)
 
 
 def load(

@@ -23,7 +23,7 @@ def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = N
     with ctx.command(f"switching to {', '.join(chosen)}") as notes:
         tracked.manager.activate(list(chosen), enable=True)
         ctx.models.select(tracked)
-        return ctx.result(tracked, f"{tracked.name} uses {', '.join(map(repr, chosen))}", notes)
+        return ctx.result(tracked, f"{tracked.name} uses {', '.join(map(repr, dict.fromkeys(chosen)))}", notes)
 
 
 def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:

@@ -51,6 +51,27 @@ def test_defaults_are_those_of_peft_and_files_go_both_ways(build: Any, tmp_path:
     assert again.peft_config["default"].feedforward_modules == loaded.peft_config["default"].feedforward_modules
 
 
+@pytest.mark.parametrize(
+    ("fields", "inputs"),
+    [
+        ({"target_modules": ["k_proj"]}, 0),
+        ({"target_modules": "all-linear"}, 2),
+        ({"target_modules": "all-linear", "feedforward_modules": ["down_proj", "up_proj"]}, 4),
+        ({"target_modules": ["q_proj", "down_proj"]}, 2),
+    ],
+)
+def test_feed_forward_layers_are_among_the_targets_and_folders_load_again(
+    fields: dict[str, Any], inputs: int, tmp_path: Path
+) -> None:
+    model = ia3(**fields)
+    config = model.peft_config["default"]
+    assert config.feedforward_modules <= config.target_modules
+    assert sum(layer.adapters["default"].ia3_l.shape[0] == 1 for layer in model.manager.layers.values()) == inputs
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()), logits(model))
+
+
 def test_it_starts_at_the_base_trains_and_merges() -> None:
     base = llama()
     before = logits(base)
