@@ -1,4 +1,4 @@
-"""The one place where methods that learn with hooks (AdaLoRA) get their turn in a training step.
+"""The one place where methods that learn with hooks (``LearnsWithHooks``) get their turn in a training step.
 
     loss.backward() -> optimizer.step() -> manager.after_backward(step) -> optimizer.zero_grad()
 
