@@ -23,8 +23,8 @@ from torch import Tensor
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.interrupts import HeldInterrupts, RunningBlock, wait_for
 
-_ENTERED_BY = ("nbpeft.model.serving", "nbpeft.model.serving")
-"""Modules with contexts around a call, whose own frames are not those of the block."""
+_ENTERED_BY = "nbpeft.model.serving"
+"""The module with the contexts around a call, whose own frames are not those of the block."""
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,7 @@ class Call:
         return self._block is not None and self._block.runs()
 
     def __enter__(self) -> Self:
-        self._block = RunningBlock(__name__, *_ENTERED_BY)
+        self._block = RunningBlock(__name__, _ENTERED_BY)
         try:
             with HeldInterrupts():
                 self._state._begin(self)

@@ -1,7 +1,7 @@
 """The contract of a method: its config, its adapters, and what else an adapter may be able to do.
 
     Adapter        the maths of one method on one layer: what to ADD to the output and to the weight
-    SharedState    what the layers of one adapter share, where a method needs that (VeRA's projections)
+    SharedState    what the layers of one adapter share, where a method needs that (a common projection)
 
 An adapter knows no name, no activation and no quantization: M methods, K kinds of layers and N ways to
 store a weight (``base.py``) are M + K + N files. What only some methods can do is a capability, a class to

@@ -1,17 +1,13 @@
-"""Checks of config fields that several methods have: targets, ranks and alphas."""
+"""Checks of the config fields that several methods have: which modules they target."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nbpeft.engine.module_paths import PLAIN_PATTERN
 from nbpeft.engine.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
-from nbpeft.errors import ConfigError, shown
-
-_LARGEST_RANK = 2**24
-"""Upper bound on a rank; larger values are typos."""
+from nbpeft.errors import ConfigError
 
 
 def check_target_fields(config: Any, *, name_fields: Sequence[str] = (), pattern_fields: Sequence[str] = ()) -> None:
@@ -59,23 +55,6 @@ def _patterns(config: Any, fields: Sequence[str], pattern_fields: Sequence[str])
         yield from ((name, pattern, ENDING) for pattern in patterns)
     names = getattr(config, "layers_pattern", None) or ()
     yield from (("layers_pattern", name, LAYER_INDEX) for name in ([names] if isinstance(names, str) else names))
-
-
-def check_rank(name: str, rank: object, *, field: str = "r") -> None:
-    """Raises ConfigError for a rank that is not a positive whole number of a possible size."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _LARGEST_RANK:
-        small = f" of at most {_LARGEST_RANK:,}" if isinstance(rank, int) and rank > _LARGEST_RANK else ""
-        raise ConfigError(f"{name} must be a positive whole number{small}, not {shown(rank)}", field=field, value=rank)
-
-
-def check_alpha(name: str, alpha: object, *, field: str = "alpha") -> None:
-    """Raises ConfigError for an alpha that is not a finite number."""
-    try:
-        finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    except OverflowError:
-        finite = False
-    if not finite:
-        raise ConfigError(f"{name} must be a finite number, not {shown(alpha)}", field=field, value=alpha)
 
 
 def _names(name: str, value: Any) -> Any:

@@ -8,6 +8,8 @@ each entry point names a module whose import registers.
 from __future__ import annotations
 
 import importlib.metadata
+import threading
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -17,7 +19,7 @@ from torch import nn
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
 from nbpeft.engine.base import Backend, LayerKind
 from nbpeft.engine.combination import Combine
-from nbpeft.errors import UnknownMethodError, did_you_mean
+from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 
@@ -121,6 +123,8 @@ _methods: list[Method] = []
 _layer_kinds: list[LayerKind] = []
 _backends: list[Backend] = []
 _entry_points_loaded = False
+_entry_points_loading = False
+_entry_points_lock = threading.RLock()
 
 
 def register(
@@ -200,8 +204,12 @@ def method_of(config: AdapterConfig) -> Method:
 
 
 def method_of_adapter(adapter: Adapter) -> Method | None:
-    """The method that an adapter is made by; None if none is."""
-    return next((method for method in _methods if isinstance(adapter, method.adapter_class)), None)
+    """The method that an adapter is made by, that of the nearest registered class; None if there is none."""
+    for cls in type(adapter).__mro__:
+        for method in _methods:
+            if method.adapter_class is cls:
+                return method
+    return None
 
 
 def methods_of_type(peft_type: str) -> tuple[Method, ...]:
@@ -280,9 +288,28 @@ def _insert(ranked: list[Any], new: _Ranked) -> None:
 
 
 def _load_entry_points() -> None:
-    global _entry_points_loaded
+    """Lets other packages register their methods, once; one that cannot be loaded is skipped with a warning."""
+    global _entry_points_loaded, _entry_points_loading
     if _entry_points_loaded:
         return
-    _entry_points_loaded = True
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        entry_point.load()
+    failures = []
+    with _entry_points_lock:
+        if _entry_points_loaded or _entry_points_loading:  # a package may use the registry while it is imported
+            return
+        _entry_points_loading = True
+        try:
+            for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+                try:
+                    entry_point.load()
+                except Exception as error:
+                    failures.append((entry_point, error))
+            _entry_points_loaded = True
+        finally:
+            _entry_points_loading = False
+    for entry_point, error in failures:
+        package = entry_point.value if entry_point.dist is None else entry_point.dist.name
+        warnings.warn(
+            f"the method {entry_point.name!r} of the package {package} cannot be loaded and is left out: "
+            f"{type(error).__name__}: {shortened(in_one_line(error), 200)}",
+            stacklevel=3,
+        )

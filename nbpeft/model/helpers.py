@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.adapter import Rescales
 from nbpeft.errors import AdapterError, ConfigError, NbpeftError, did_you_mean
 from nbpeft.model.peft_model import PeftModel
 
@@ -43,13 +43,15 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, int | float):
         raise TypeError(f"multiplier must be a number, not {type(multiplier).__name__}")
-    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer) and module.scaling]
-    if not layers:
+    # The adapters themselves: inside the block one may get another name, or be deleted.
+    adapters = [module for module in model.modules() if isinstance(module, Rescales)]
+    if not adapters:
         raise AdapterError("the model has no adapter with a scaling that could be changed")
     with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(setattr, layer, "scaling", {name: float(value) for name, value in layer.scaling.items()})
-            layer.scaling = {name: float(value) * multiplier for name, value in layer.scaling.items()}
+        for adapter in adapters:
+            scaling = float(adapter.scaling)
+            stack.callback(adapter.rescale, scaling)
+            adapter.rescale(scaling * multiplier)
         yield
 
 

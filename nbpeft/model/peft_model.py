@@ -13,7 +13,7 @@ from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
 from nbpeft.engine.scopes import ScopedChoice
-from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError
+from nbpeft.errors import AdapterError, UnknownAdapterError
 from nbpeft.model import files
 from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import serving
@@ -88,7 +88,6 @@ class PeftModel(nn.Module):
             change.keep_attributes(manager, "owner")
             self.base_model = AdapterTuner(model, manager)
             self.__dict__[MANAGER] = manager
-            self.__dict__["_token"] = manager.owner = object()
             self.training = model.training
             clear_gguf_flags(model, change)
             enable_input_grads_for_checkpointing(model, change)
@@ -103,8 +102,6 @@ class PeftModel(nn.Module):
             handle._take(model, manager)
         return handle
 
-    _token: object
-
     @property
     def manager(self) -> AdapterManager:
         """The manager of the base model's adapters."""
@@ -116,12 +113,7 @@ class PeftModel(nn.Module):
         return config
 
     def _check_live(self) -> None:
-        self.manager.check_alive()
-        if self.manager.owner is not self._token:
-            raise StaleModelError(
-                "this handle is dead: another PeftModel was made on the same base model and took it over; "
-                "use that one, or load the base model again"
-            )
+        self.base_model.check_live()
 
     # What there is
 
@@ -253,12 +245,10 @@ class PeftModel(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activates one adapter or several and makes them trainable, or frozen for inference."""
-        self._check_live()
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets whether gradients reach adapters, whatever is active."""
-        self._check_live()
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -283,24 +273,20 @@ class PeftModel(nn.Module):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters (default: the active ones) into the base weights."""
-        self._check_live()
         self.base_model.merge_adapter(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Restores the base weights, bit for bit."""
-        self._check_live()
         self.base_model.unmerge_adapter()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """Merges for good and returns the base model without any wrapper; this handle is then dead."""
-        self._check_live()
         return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
         """Returns the base model as it was, without any wrapper; this handle is then dead."""
-        self._check_live()
         return self.base_model.unload()
 
     # Files
@@ -445,6 +431,7 @@ class PeftModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Writes or updates the README of a saved adapter."""
+        self._check_live()
         files.write_card(self.manager, output_dir)
 
     def __getattr__(self, name: str) -> Any:

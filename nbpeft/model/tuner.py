@@ -12,22 +12,25 @@ from nbpeft import hooks
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, StaleModelError
 from nbpeft.model.combining import Combined, combine_adapters
 
 
 class AdapterTuner(nn.Module):
     """Holds the base model as ``.model``, so that state dict keys have PEFT's prefix.
 
+    A new one takes the base model over: the commands of the one before, and of its handle, refuse from then on.
     Attributes the tuner lacks are the base model's.
     """
 
     model: nn.Module
+    _token: object
 
     def __init__(self, model: nn.Module, manager: AdapterManager) -> None:
         super().__init__()
         self.model = model
         self.__dict__[MANAGER] = manager
+        self.__dict__["_token"] = manager.owner = object()
         self.training = model.training
         hooks.adapted()
 
@@ -40,6 +43,15 @@ class AdapterTuner(nn.Module):
         """The manager of the base model's adapters."""
         found: AdapterManager = self.__dict__[MANAGER]
         return found
+
+    def check_live(self) -> None:
+        """Raises StaleModelError once the adapters were unloaded or another handle took the base model over."""
+        self.manager.check_alive()
+        if self.manager.owner is not self._token:
+            raise StaleModelError(
+                "this handle is dead: another PeftModel was made on the same base model and took it over; "
+                "use that one, or load the base model again"
+            )
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -84,24 +96,29 @@ class AdapterTuner(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activates one adapter or several and makes them trainable, or frozen for inference."""
+        self.check_live()
         self.manager.activate(adapter_name, trainable=not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Sets whether gradients reach adapters, whatever is active."""
+        self.check_live()
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self.manager.set_requires_grad(name, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Enables the active adapters."""
+        self.check_live()
         self.manager.enable()
 
     def disable_adapter_layers(self) -> None:
         """Disables all adapters: the base model alone is active."""
+        self.check_live()
         warn_of_trained_biases(self.manager)
         self.manager.disable()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; if no active one is left, the oldest becomes active."""
+        self.check_live()
         remove_adapter(self.manager, adapter_name)
 
     def add_weighted_adapter(
@@ -138,6 +155,7 @@ class AdapterTuner(nn.Module):
         Returns:
             What was made and how much of the true weighted delta was lost, layer by layer.
         """
+        self.check_live()
         settings = {
             "combination_type": combination_type,
             "svd_rank": svd_rank,
@@ -154,10 +172,12 @@ class AdapterTuner(nn.Module):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters (default: the active ones) into the base weights, in addition to those merged already."""
+        self.check_live()
         self.manager.merge(adapter_names, safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Restores the base weights, bit for bit."""
+        self.check_live()
         self.manager.unmerge()
 
     def merge_and_unload(
@@ -170,10 +190,12 @@ class AdapterTuner(nn.Module):
             safe_merge: refuse if a merged weight would not be finite.
             adapter_names: what to merge; the active adapters if None.
         """
+        self.check_live()
         return self.manager.unload(merge=True, names=adapter_names, safe=safe_merge)
 
     def unload(self) -> nn.Module:
         """Returns the base model as it was, without any wrapper."""
+        self.check_live()
         return self.manager.unload(merge=False)
 
     def __getattr__(self, name: str) -> Any:

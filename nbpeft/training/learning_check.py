@@ -9,6 +9,7 @@ Training that cannot learn looks like training that learns slowly. What is looke
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,29 +34,31 @@ class LearningCheck:
     """Watches the first steps of a run.
 
     Args:
-        model: The model in training.
+        model: The model in training; held weakly, with its parameters.
         adapter: What the messages call that which is trained.
     """
 
     def __init__(self, model: nn.Module, adapter: str) -> None:
-        self._model: nn.Module | None = model
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
         self._subject = f"adapter {adapter!r}" if adapter else "the model"
         named = dict(trainable(model))
         self._paths = {name: module_path(name) for name in named}
-        self._parameters = named
+        self._parameters = weakref.WeakValueDictionary(named)
         self._before = {name: _sample(parameter) for name, parameter in named.items()}
         self._largest: dict[str, Tensor] = {}
         self._hooks = [self._watch(name, parameter) for name, parameter in named.items()]
+        weakref.finalize(self, _remove, self._hooks).atexit = False
         self._gradients_checked = False
 
     def before(self) -> str:
         """The message before the first step, or the empty string."""
-        if self._model is None:
+        model = self._model()
+        if model is None:
             return ""
         if not self._paths:
             self.close()
             return f"Nothing is trainable: {self._subject} is frozen. Unfreeze it, or activate one that is trainable."
-        return frozen_head(self._model)
+        return frozen_head(model)
 
     def after_step(self, steps: int, *, last: bool = False) -> str:
         """The message after ``steps`` optimizer steps, or the empty string.
@@ -65,7 +68,8 @@ class LearningCheck:
             last: Whether no further step follows.
         """
         message = ""
-        if self._model is None:
+        model = self._model()
+        if model is None:
             return message
         # A loop may report a step before its backward pass: then nothing has arrived at step 1.
         if not self._gradients_checked and (self._largest or steps > 1 or last):
@@ -73,7 +77,7 @@ class LearningCheck:
                 self._largest = {}
                 return message
             self._gradients_checked = True
-            message = self._judge_gradients()
+            message = self._judge_gradients(model)
             self._release_hooks()
         if not message and (steps >= PATIENCE or last):
             message = self._judge_weights(steps)
@@ -84,21 +88,23 @@ class LearningCheck:
     def close(self) -> None:
         """Releases the model and removes all hooks from it."""
         self._release_hooks()
-        self._model = None
-        self._before, self._parameters = {}, {}
+        self._model = lambda: None
+        self._before = {}
 
     def _watch(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
+        this = weakref.ref(self)  # a hook is held by its parameter, out of the garbage collector's sight
+
         def note(parameter: Tensor) -> None:
-            if parameter.grad is not None and name not in self._largest:
-                self._largest[name] = parameter.grad.detach().abs().amax().float()
+            check = this()
+            if check is not None and parameter.grad is not None and name not in check._largest:
+                check._largest[name] = parameter.grad.detach().abs().amax().float()
 
         register: Callable[..., RemovableHandle] = parameter.register_post_accumulate_grad_hook
         return register(note)
 
     def _release_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._largest = [], {}
+        _remove(self._hooks)
+        self._largest = {}
 
     def _was_skipped(self) -> bool:
         """Whether the gradients overflow and yet spoil no weight, as while a GradScaler looks for its scale."""
@@ -111,14 +117,13 @@ class LearningCheck:
         values = list(self._largest.values())
         return torch.stack([value.to(values[0].device) for value in values]).to("cpu")
 
-    def _judge_gradients(self) -> str:
-        assert self._model is not None
+    def _judge_gradients(self, model: nn.Module) -> str:
         modules = set(self._paths.values())
         reached = {self._paths[name] for name in self._largest}
         missed = sorted(modules - reached)
         if missed:
             why = (
-                why_no_gradient(self._model)
+                why_no_gradient(model)
                 or "are these modules used in the forward pass, and is the loss computed from it?"
             )
             who = f"none of the {len(modules)}" if not reached else f"{len(missed)} of {len(modules)}"
@@ -137,13 +142,18 @@ class LearningCheck:
 
     def _judge_weights(self, steps: int) -> str:
         # A Trainer brings the model to its device after the samples were taken.
-        pairs = ((_sample(self._parameters[name]).to(before.device), before) for name, before in self._before.items())
-        if not all(torch.equal(now, before) for now, before in pairs):
+        pairs = ((_sample(parameter), self._before[name]) for name, parameter in self._parameters.items())
+        if not all(torch.equal(now.to(before.device), before) for now, before in pairs):
             return ""
         return (
             f"No weight of {self._subject} has changed in {steps} step{'' if steps == 1 else 's'}: is the learning "
             "rate zero, or was the optimizer made before the adapter?"
         )
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    while hooks:
+        hooks.pop().remove()
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one place where methods that learn with hooks (AdaLoRA) get their turn in a training step.
+"""The one place where methods that learn with hooks (``LearnsWithHooks``) get their turn in a training step.
 
     loss.backward() -> optimizer.step() -> manager.after_backward(step) -> optimizer.zero_grad()
 
@@ -26,7 +26,7 @@ def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[],
     A model that is watched already (by the run that a Trainer feeds) is not watched twice.
 
     Args:
-        model: with adapters, or one without, which is not watched.
+        model: with adapters, or one without, which is not watched; held weakly.
         steps_done: returns the number of optimizer steps before the current one.
 
     Returns:
@@ -35,12 +35,12 @@ def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[],
     manager = manager_of(model)
     if manager is None or manager in _watched:
         return lambda: None
-    in_training = weakref.ref(model)
+    in_training, its_manager = weakref.ref(model), weakref.ref(manager)
     is_ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        model = in_training()
-        if model is None:
+        model, manager = in_training(), its_manager()
+        if model is None or manager is None:
             return
         if optimizer not in is_ours:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -50,9 +50,12 @@ def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[],
 
     handle = register_optimizer_step_post_hook(after_step)
     _watched.add(manager)
+    weakref.finalize(manager, handle.remove).atexit = False
 
     def end() -> None:
         handle.remove()
-        _watched.discard(manager)
+        manager = its_manager()
+        if manager is not None:
+            _watched.discard(manager)
 
     return end

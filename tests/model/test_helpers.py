@@ -61,6 +61,18 @@ def test_scales_are_other_ones_inside_the_block_only(use_dora: bool) -> None:
             assert torch.equal(logits(model), base)
 
 
+def test_adapters_renamed_or_deleted_inside_the_block_get_their_scales_back() -> None:
+    model = adapted()
+    model.add_adapter("gone", config())
+    layer: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    before, scaling = logits(model), layer.scaling["default"]
+    with rescale_adapter_scale(model, 3):
+        model.delete_adapter("gone")
+        model.manager.rename("default", "new")
+        assert layer.scaling == {"new": 3 * scaling}
+    assert layer.scaling == {"new": scaling} and torch.equal(logits(model), before)
+
+
 def test_an_error_inside_the_block_brings_the_scales_back() -> None:
     model = adapted()
     before = logits(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from nbpeft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from nbpeft.errors import AdapterExistsError, ConfigError, StaleModelError, UnknownAdapterError, UnknownMethodError
 from nbpeft.model import get_peft_config, get_peft_model_state_dict, inject_adapter_in_model
-from tests.tiny_models import adapted, config, llama, logits
+from tests.tiny_models import adapted, config, llama, logits, same_state, state
 
 
 @pytest.fixture
@@ -44,6 +45,39 @@ def test_a_handle_of_a_handle_reconfigures_its_base(tmp_path: Path) -> None:
     second.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(second))
     assert not any("base_model.model.base_model" in key for key in get_peft_model_state_dict(second))
+
+
+COMMANDS_OF_A_DEAD_HANDLE: dict[str, Callable[[Any], Any]] = {
+    "card": lambda old: old.create_or_update_model_card("unused"),
+    "set_adapter": lambda old: old.base_model.set_adapter("x"),
+    "set_requires_grad": lambda old: old.base_model.set_requires_grad("x"),
+    "enable": lambda old: old.base_model.enable_adapter_layers(),
+    "disable": lambda old: old.base_model.disable_adapter_layers(),
+    "disable through the handle": lambda old: old.disable_adapter_layers(),
+    "delete": lambda old: old.base_model.delete_adapter("x"),
+    "combine": lambda old: old.base_model.add_weighted_adapter(["x"], [1.0], "y"),
+    "merge": lambda old: old.base_model.merge_adapter(),
+    "unmerge": lambda old: old.base_model.unmerge_adapter(),
+    "merge and unload": lambda old: old.base_model.merge_and_unload(),
+    "unload": lambda old: old.base_model.unload(),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_A_DEAD_HANDLE)
+def test_no_command_of_a_handle_works_once_another_has_the_base(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = adapted()
+    old.add_adapter("x", config())
+    new = PeftModel(old, config(), "third")
+    before = state(new), new.active_adapter, new.manager.revision
+    with pytest.raises(StaleModelError, match="another PeftModel"):
+        COMMANDS_OF_A_DEAD_HANDLE[command](old)
+    assert same_state(before[0], state(new)) and before[1:] == (new.active_adapter, new.manager.revision)
+    assert not list(tmp_path.iterdir())
+    new.base_model.set_adapter("x")
+    assert copy.deepcopy(new).base_model.set_adapter("default") is None
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

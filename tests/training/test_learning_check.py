@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -226,6 +228,37 @@ def test_a_head_loaded_from_another_class_is_found(tmp_path):
     assert "'score'" in frozen_head(get_peft_model(loaded, LoraConfig(target_modules=["q_proj"])))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert frozen_head(trainable(again)) == ""
+
+
+def test_a_run_that_is_never_ended_keeps_nothing_alive():
+    model = trainable()
+    run = track(model, 3)
+    run.begin()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    parameters = model.manager.parameters("default")
+    hooked = sum(bool(parameter._post_accumulate_grad_hooks) for parameter in parameters)
+    held = [weakref.ref(each) for each in (model, model.get_base_model(), model.manager, parameters[0])]
+    del run
+    gc.collect()
+    assert hooked == len(parameters)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in parameters), "the hooks went with the run"
+    del model, parameters
+    gc.collect()
+    assert [reference() for reference in held] == [None] * len(held)
+
+
+def test_a_run_that_goes_on_does_not_keep_its_model():
+    model = trainable()
+    run = track(model, 3)
+    run.begin()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    held = [weakref.ref(each) for each in (model, model.get_base_model(), model.manager)]
+    del model
+    gc.collect()
+    assert [reference() for reference in held] == [None] * len(held)
+    run.record(1, loss=1.0)
+    run.finish("finished")
+    assert run.state.message == "" and run.state.step == 1
 
 
 def test_a_plain_model_is_watched_too():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.training import Collator, track, train
+from nbpeft.training.optimizer_steps import watch_steps
 from tests.training.support import token_rows, trainable
 
 Calls = list[tuple[int, bool]]
@@ -47,6 +50,19 @@ def test_in_a_loop_of_ones_own(calls: Calls) -> None:
     assert calls == [(0, True), (1, True)]
     optimizer.step()
     assert len(calls) == 2 and len(_global_optimizer_post_hooks) == before, "the run is over"
+
+
+def test_a_watched_model_is_not_kept_and_takes_its_hook_along() -> None:
+    before = len(_global_optimizer_post_hooks)
+    model = trainable()
+    held = [weakref.ref(model), weakref.ref(model.manager)]
+    end = watch_steps(model, lambda: 0)
+    assert len(_global_optimizer_post_hooks) == before + 1
+    del model
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+    assert len(_global_optimizer_post_hooks) == before
+    end()
 
 
 def test_in_train_and_in_a_trainer_with_accumulation_and_resuming(calls: Calls, tmp_path: Path) -> None:

@@ -43,6 +43,17 @@ def test_b_learns_faster():
     assert rates == {"lora_A": 1e-3, "lora_B": 8e-3}
 
 
+@pytest.mark.parametrize("name", ["lora_B_v2", "lora_embedding_mine", "bias"])
+def test_the_name_of_the_adapter_does_not_matter(name):
+    settings = {"lr": 1e-3, "loraplus_lr_ratio": 8}
+    usual, named = (
+        create_loraplus_optimizer(trainable(name=name, lora_bias=True), torch.optim.SGD, **settings)
+        for name in ("default", name)
+    )
+    for one, other in zip(usual.param_groups, named.param_groups, strict=True):
+        assert [part.shape for part in one["params"]] == [part.shape for part in other["params"]]
+
+
 def test_it_goes_into_a_training():
     model = trainable()
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)

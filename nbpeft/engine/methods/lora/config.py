@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from nbpeft.engine.adapter import AdapterConfig, PeftType
-from nbpeft.engine.config_checks import check_alpha, check_rank, check_target_fields
+from nbpeft.engine.config_checks import check_target_fields
 from nbpeft.engine.field_types import plain
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.errors import BiasError, ConfigError, did_you_mean, few, shown
@@ -19,6 +19,9 @@ INITS = ("gaussian", "orthogonal", "olora", "pissa")
 _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
+
+_LARGEST_RANK = 2**24
+"""Upper bound on a rank; larger values are typos."""
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _BIASES = ("none", "all", "lora_only")
@@ -117,13 +120,13 @@ class LoraConfig(AdapterConfig):
 
     def _check_numbers(self) -> None:
         self.r = plain(self.r)
-        check_rank("r", self.r)
-        check_alpha("lora_alpha", self.lora_alpha, field="lora_alpha")
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha, field="lora_alpha")
         if self.lora_dropout is None or not 0.0 <= self.lora_dropout <= 1.0:
             raise ConfigError(
                 f"lora_dropout must be between 0 and 1, not {shown(self.lora_dropout)}", field="lora_dropout"
             )
-        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", check_alpha)):
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             patterns = getattr(self, name) or {}
             for pattern, value in patterns.items():
                 check(f"{name}[{shown(pattern)}]", value, field=name)
@@ -210,6 +213,23 @@ class LoraConfig(AdapterConfig):
                     f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
                 )
         return " ".join(parts)
+
+
+def _check_rank(name: str, rank: object, *, field: str = "r") -> None:
+    """Raises ConfigError for a rank that is not a positive whole number of a possible size."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _LARGEST_RANK:
+        small = f" of at most {_LARGEST_RANK:,}" if isinstance(rank, int) and rank > _LARGEST_RANK else ""
+        raise ConfigError(f"{name} must be a positive whole number{small}, not {shown(rank)}", field=field, value=rank)
+
+
+def _check_alpha(name: str, alpha: object, *, field: str = "alpha") -> None:
+    """Raises ConfigError for an alpha that is not a finite number."""
+    try:
+        finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ConfigError(f"{name} must be a finite number, not {shown(alpha)}", field=field, value=alpha)
 
 
 def _check_init_name(init: object) -> None:

@@ -23,7 +23,7 @@ from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.layer_kinds.embedding import Embedding
 from nbpeft.engine.methods.lora.autograd import Dropout, draw_seed, keep_mask, keep_scale, low_rank_linear
 from nbpeft.engine.numerics import add_delta, composes, compute_dtype, without_autocast
-from nbpeft.errors import ConfigError, MergeError
+from nbpeft.errors import ConfigError, LayerKindError, MergeError
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -195,12 +195,24 @@ _BY_KIND: dict[LayerKind, LowRank] = {}
 
 
 def low_rank_of(kind: LayerKind) -> LowRank:
-    """The product on a kind of layer."""
-    found = _BY_KIND.get(kind)
-    if found is None:
-        made = LowRankLookup if isinstance(kind, Embedding) else LowRank
-        found = _BY_KIND[kind] = (LowRankConvolution if isinstance(kind, Convolution) else made)(kind)
-    return found
+    """The product on a kind of layer.
+
+    Raises:
+        LayerKindError: there is none for that kind.
+    """
+    if kind not in _BY_KIND:
+        _BY_KIND[kind] = _made_for(kind)
+    return _BY_KIND[kind]
+
+
+def _made_for(kind: LayerKind) -> LowRank:
+    if kind.is_linear:
+        return LowRank(kind)
+    if isinstance(kind, Embedding):
+        return LowRankLookup(kind)
+    if isinstance(kind, Convolution):
+        return LowRankConvolution(kind)
+    raise LayerKindError(f"LoRA does not work on layers of the kind {kind.name!r}", kind=kind.name)
 
 
 def _dropped(x: Tensor, probability: float, seed: int, dtype: torch.dtype) -> Tensor:

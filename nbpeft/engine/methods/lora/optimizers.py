@@ -210,12 +210,12 @@ def create_loraplus_optimizer(
     return optimizer
 
 
-def _group(name: str, parameter: nn.Parameter, in_norm: bool) -> str:
-    segments = name.split(".")
-    if any(segment.startswith("lora_embedding_") for segment in segments):
+def _group(path: str, parameter: nn.Parameter, in_norm: bool) -> str:
+    name = path.rpartition(".")[2]  # of the parameter alone: adapters and modules may have any name
+    if name.startswith("lora_embedding_"):
         return "embedding"
-    if any(segment.startswith("lora_B") for segment in segments) or parameter.ndim == 1:
-        return "B without decay" if in_norm or "bias" in segments[-1] else "B"
+    if name.startswith("lora_B") or parameter.ndim == 1:
+        return "B without decay" if in_norm or "bias" in name else "B"
     return "A"
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nbpeft.engine.methods.lora.combining.layers import Combination
+from nbpeft.engine.methods.lora.combining.layers import CombinedFactors
 
 _SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
-def combined_config(configs: Sequence[Any], combination: Combination) -> Any:
+def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any:
     """A config that describes a combination, from those of its adapters (LoRA configs).
 
     It is the first one's with the rank of the combination and an alpha that makes every
@@ -35,7 +35,7 @@ def combined_config(configs: Sequence[Any], combination: Combination) -> Any:
     )
 
 
-def _patterns(combination: Combination) -> dict[str, int]:
+def _patterns(combination: CombinedFactors) -> dict[str, int]:
     """Path pattern -> rank, longest path first, because the first match at the end of a path wins."""
     apart = combination.ranks_apart
     patterns = {}
@@ -45,7 +45,7 @@ def _patterns(combination: Combination) -> dict[str, int]:
     return patterns
 
 
-def _targets(configs: Sequence[Any], combination: Combination) -> dict[str, Any]:
+def _targets(configs: Sequence[Any], combination: CombinedFactors) -> dict[str, Any]:
     targets = [config.target_modules for config in configs]
     selectors = [[getattr(config, name) for name in _SELECTORS] for config in configs]
     if all(selector == selectors[0] for selector in selectors):

@@ -51,7 +51,7 @@ class CombinedLayer:
 
 
 @dataclass(frozen=True)
-class Combination:
+class CombinedFactors:
     """The result on all layers.
 
     Attributes:
@@ -84,11 +84,6 @@ class Combination:
         """Share of the true delta's energy that lies along the kept one."""
         return self.loss.energy_kept
 
-    @property
-    def worst_layer(self) -> str:
-        """Path of the layer with the largest relative error."""
-        return max(self.layers, key=lambda path: self.layers[path].relative_error)
-
     def __str__(self) -> str:
         return (
             f"{self.recipe.combination_type}: {len(self.layers)} layers, rank {self.rank}, "
@@ -99,7 +94,7 @@ class Combination:
 @torch.no_grad()
 def combine(
     layers: Mapping[str, Mapping[str, Factors]], adapters: Sequence[str], weights: Sequence[float], recipe: Recipe
-) -> Combination:
+) -> CombinedFactors:
     """Combines adapters layer by layer.
 
     Args:
@@ -133,7 +128,7 @@ def combine(
         rank = parts[0].rank if recipe.on_factors else chosen
         _check_layer(path, names, parts, rank, recipe)
         combined[path] = _combined_finite(path, names, parts, weight_pairs[path], rank, recipe)
-    return Combination(combined, chosen, recipe)
+    return CombinedFactors(combined, chosen, recipe)
 
 
 def _common_rank(

@@ -9,9 +9,6 @@ from nbpeft.engine.combination import is_number
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import COMBINATION_TYPES
 
-_ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-_ON_DELTAS = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
-
 SIGN_METHODS = ("total", "frequency")
 SVD_DRIVERS = ("gesvd", "gesvdj", "gesvda")
 
