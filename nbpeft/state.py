@@ -62,13 +62,13 @@ class LayerLoss:
 
     Attributes:
         path: where the layer is.
-        rank: rank of the result.
+        rank: rank of the result; None where the method has none.
         relative_error: distance to the true weighted delta over its norm.
         energy_kept: share of the true delta's energy that lies along the result.
     """
 
     path: str
-    rank: int
+    rank: int | None
     relative_error: float
     energy_kept: float
 

@@ -20,7 +20,6 @@ from nbpeft.session.preview import preview_of
 from nbpeft.session.results import AddResult, LoadResult, ModelRef, Preview, SavedAdapter, SaveResult
 
 if TYPE_CHECKING:
-    from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.model import PeftModel
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
