@@ -50,7 +50,7 @@ class Preview(Result):
         byte_count: of the new adapter.
         training_bytes: gradients and AdamW's two moments for it.
         replaces: whether an adapter of that name would be reconfigured.
-        memory: what training would need, or why that cannot be told.
+        memory: what training would need, or why there is no forecast.
     """
 
     model_name: str
