@@ -88,7 +88,7 @@ def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
         ("combine sql=nan --as c", "not name=weight"),
         ("combine sql=1 sql=2 --as c", "'sql' is given twice"),
         ("combine sqll=1 --as c", "Did you mean 'sql'?"),
-        ("combine sql=1 chat=1 --as c --type tie", "type 'tie' is not one for LoRA"),
+        ("combine sql=1 chat=1 --as c --type tie", "type 'tie' is unknown"),
         ("combine sql=1 chat=1 --as c --type ties", "--type ties needs --density SHARE, e.g. --density 0.5"),
         ("combine sql=1 chat=1 --as c --type linear", "needs equal ranks"),
         ("combine sql=1 --as c --rank big", "--rank: expected a whole number of at least 1, not 'big'"),

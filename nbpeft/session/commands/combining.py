@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import adapter_name, weights_of
 from nbpeft.session.commands.adapters import adapter_in
@@ -148,7 +148,7 @@ def make_combination(
 
 
 def _check_options(manager: AdapterManager, weights: Mapping[str, float], settings: Mapping[str, Any]) -> None:
-    """Refuse options that mean nothing for a type; PEFT's own function ignores them."""
+    """Refuse a type that the method does not have, and options that mean nothing for it; PEFT ignores those."""
     from nbpeft.engine.combination import check_weights
     from nbpeft.model.combining import combine_of
 
@@ -158,12 +158,13 @@ def _check_options(manager: AdapterManager, weights: Mapping[str, float], settin
         combine = combine_of(manager, tuple(weights))
     chosen = settings["combination_type"]
     if chosen not in combine.types:
-        return  # combining says so
+        known, near = ", ".join(combine.types), did_you_mean(str(chosen), combine.types)
+        raise ConfigError(f"type {chosen!r} is unknown; choose from {known}.{near}", field="type")
     for setting, option in _OPTIONS.items():
         if settings[setting] is None or setting in combine.takes(chosen):
             continue
         others = [name for name in combine.types if setting in combine.takes(name)]
-        near = next((name for name in others if name == f"{chosen}_svd"), others[0] if others else "")
+        near = f"{chosen}_svd" if f"{chosen}_svd" in others else next(iter(others), "")
         hint = f"; {near} takes one" if near else ""
         raise ConfigError(f"{option} means nothing for type {chosen!r}{hint}", field=option)
 
