@@ -178,7 +178,7 @@ def shown(value: object, limit: int = 60) -> str:
 
 
 def few(names: Iterable[object], count: int = 5) -> str:
-    """The first of some names for a message, and how many more there are."""
+    """The first of some names for a person, and how many more there are: ``'a', 'b' and 3 more``."""
     given = list(names)
     more = f" and {len(given) - count} more" if len(given) > count else ""
     return ", ".join(shown(name) for name in given[:count]) + more

@@ -21,4 +21,4 @@ COMBINATION_TYPES = (
     *("exact", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd"),
     *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),
 )
-"""Ways to combine adapters; all but ``exact`` are PEFT's."""
+"""Ways to combine LoRA and DoRA adapters; all but ``exact`` are PEFT's. Other methods name their own."""

@@ -62,13 +62,13 @@ class LayerLoss:
 
     Attributes:
         path: where the layer is.
-        rank: rank of the result.
+        rank: rank of the result; None where the method has none.
         relative_error: distance to the true weighted delta over its norm.
         energy_kept: share of the true delta's energy that lies along the result.
     """
 
     path: str
-    rank: int
+    rank: int | None
     relative_error: float
     energy_kept: float
 
@@ -142,7 +142,7 @@ class ModelState:
     trainable_count: int
     adapters: tuple[AdapterState, ...] = ()
     active: tuple[str, ...] = ()
-    """Active adapters; empty when only the base model acts."""
+    """Active adapters; empty when only the base model is active."""
     enabled: bool = True
     merged: tuple[str, ...] = ()
     memory: MemoryState | None = None
@@ -159,7 +159,7 @@ class SessionState:
 
     models: tuple[ModelState, ...] = ()
     current: str | None = None
-    """Name of the model that commands without a model act on."""
+    """Name of the model that commands without a model apply to."""
     busy: str = ""
     """What is running, in words, or the empty string."""
     revision: int = 0

@@ -30,7 +30,7 @@ _COMPARABLE = frozenset({"float32", "bfloat16"})
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells base models apart.
+    """What distinguishes base models.
 
     Attributes:
         architecture: the model's class.

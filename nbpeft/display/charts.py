@@ -81,7 +81,7 @@ def smooth(points: Sequence[Point], weight: float = _SMOOTHING) -> list[Point]:
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round values from at or below ``low`` to at or above ``high``, about ``most`` of them."""
     span, largest = high - low, max(abs(low), abs(high))
-    if span <= largest * 1e-9 or span < 1e-300:  # nothing to tell apart
+    if span <= largest * 1e-9 or span < 1e-300:  # no differences to show
         span = largest if largest > 1e-300 else 1.0
     raw = span / max(1, most - 1)
     unit = 10.0 ** math.floor(math.log10(raw))
@@ -208,7 +208,7 @@ def _finite(points: Sequence[tuple[int, float]]) -> list[Point]:
 
 
 def _label(tick: float, all_ticks: Sequence[float]) -> str:
-    """A tick with as many decimals as tell it from its neighbours."""
+    """A tick with as many decimals as distinguish it from its neighbours."""
     step = all_ticks[1] - all_ticks[0]
     decimals = max(0, -math.floor(math.log10(step)))
     if not math.isclose(step, round(step, decimals), rel_tol=1e-6):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 NONE = "–"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -26,9 +25,9 @@ def count(number: int) -> str:
 
 def short_count(number: int) -> str:
     """A whole number for a heading: ``134.5 M``."""
-    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**4, "k")):
-        if number >= limit:
-            return f"{number / (limit if unit != 'k' else 1000):.1f} {unit}"
+    for least, divisor, unit in ((999_950_000, 10**9, "B"), (999_950, 10**6, "M"), (10_000, 1000, "k")):
+        if number >= least:
+            return f"{number / divisor:.1f} {unit}"
     return f"{number:,}"
 
 
@@ -40,14 +39,6 @@ def share(part: int, whole: int) -> str:
 def plural(number: int, noun: str, many: str | None = None) -> str:
     """``1 module``, ``2 modules``."""
     return f"{number:,} {noun if number == 1 else many or noun + 's'}"
-
-
-def names(items: Iterable[str], limit: int = 6) -> str:
-    """``'a', 'b' and 3 more``."""
-    quoted = [repr(item) for item in items]
-    if len(quoted) <= limit:
-        return ", ".join(quoted)
-    return f"{', '.join(quoted[:limit])} and {len(quoted) - limit} more"
 
 
 def loss(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The adapter engine: torch only, knows no files and no notebook."""
+"""The adapter engine: torch only; it knows neither PEFT's files nor a notebook."""
 
 from nbpeft.engine import backends, layer_kinds, methods
 

@@ -194,7 +194,7 @@ class AdapterConfig:
         Raises:
             ConfigError: adapters of this method have no size that could be set.
         """
-        raise ConfigError(f"a {type(self).__name__} has no rank that could be set")
+        raise ConfigError(f"{type(self).__name__} has no size that could be set")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but those of this process alone, nested configs as dictionaries, as PEFT's ``to_dict``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,6 +62,10 @@ class Combine(Protocol):
     """Names of the ways."""
     usual_type: str
     """The one that PEFT takes where none is named."""
+
+    def takes(self, combination_type: str) -> Collection[str]:
+        """Names of the settings that mean something for a type, among ``svd_rank``, ``svd_clamp`` and ``density``."""
+        ...
 
     def __call__(
         self,

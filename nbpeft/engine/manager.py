@@ -391,7 +391,8 @@ class AdapterManager:
             self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
             self.set_scale(new, self.scale(name))
             for layer in self.layers.values():
-                old, added = layer.adapters._modules.get(name), layer.adapters._modules.get(new)
+                held: dict[str, Any] = layer.adapters._modules
+                old, added = held.get(name), held.get(new)
                 if isinstance(old, Rescales) and isinstance(added, Rescales):
                     added.rescale(float(old.scaling))
 

@@ -45,6 +45,7 @@ class CompletionSources:
         adapters: adapters of the models.
         variables: other variables of the notebook.
         methods: names of the methods.
+        combinations: adapters that are combined -> the ways to combine them.
         fields: kind of fields (``config``, ``training``) -> their names.
     """
 
@@ -52,6 +53,7 @@ class CompletionSources:
     adapters: Source = tuple
     variables: Source = tuple
     methods: Source = tuple
+    combinations: Callable[[Sequence[str]], Iterable[str]] = lambda adapters: ()
     fields: Mapping[str, FieldSource] = field(default_factory=dict)
 
 
@@ -78,14 +80,14 @@ def complete_arguments(
     """Suggestions among the arguments of a subcommand, ``words`` being the finished ones."""
     option = _open_option(command, words, fragment)
     if option is not None:
-        return _left(option, _values(option, fragment, sources), words)
+        return _left(option, _values(option, fragment, words, sources), words)
     if fragment.startswith("-"):
         flags = [flag for item in command.arguments for flag in item.flags if flag.startswith("--")]
         return choose(fragment, [*flags, "--help"])
     place = _place(command, words)
     if place is None:
         return _field_words(command, " ".join(word.text for word in words), fragment, sources)
-    return _left(place, _values(place, fragment, sources), words)
+    return _left(place, _values(place, fragment, words, sources), words)
 
 
 def complete_body(source: str, line: int, column: int, names: Source) -> Suggestions | None:
@@ -132,7 +134,7 @@ def paths(fragment: str) -> Suggestions:
     return Suggestions(fragment, tuple(f'"{word}"' if " " in word else word for word in words))
 
 
-def _values(item: Argument, fragment: str, sources: CompletionSources) -> Suggestions:
+def _values(item: Argument, fragment: str, words: Sequence[Word], sources: CompletionSources) -> Suggestions:
     if item.completes == "path":
         return paths(fragment)
     if item.completes == "source":
@@ -145,6 +147,7 @@ def _values(item: Argument, fragment: str, sources: CompletionSources) -> Sugges
         "adapter": sources.adapters,
         "variable": sources.variables,
         "method": sources.methods,
+        "combination": lambda: sources.combinations([word.text.partition("=")[0] for word in words]),
         "weight": lambda: [f"{name}=" for name in sources.adapters()],
     }
     return choose(fragment, [*item.words, *named.get(item.completes, tuple)()])

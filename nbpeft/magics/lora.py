@@ -152,6 +152,7 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         adapters=adapters,
         variables=variables,
         methods=magics.session.method_names,
+        combinations=magics.session.combination_types,
         fields={
             "config": magics.session.config_fields,
             "training": lambda method: magics.session.training_fields(),

@@ -27,8 +27,8 @@ class Argument:
     Attributes:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
-        completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``method``, ``model``,
-            ``variable``, ``path``, ``name`` (a new one), or empty.
+        completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``combination``,
+            ``method``, ``model``, ``variable``, ``path``, ``name`` (a new one), or empty.
         words: further values to complete.
     """
 

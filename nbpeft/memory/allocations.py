@@ -76,7 +76,7 @@ def record(model: nn.Module, step: Callable[[], Any], phases: int = 1, *, on_cpu
         model: the fake model that the step runs; its parameters and buffers count as there before.
             It cannot be recorded a second time.
         step: forward, or forward and backward.
-        phases: how many parts, of equally many finished gradients each, to tell apart. With one part
+        phases: how many parts, of equally many finished gradients each, to distinguish. With one part
             a layer the first is forward, loss and the last layer's backward, and the last one is the
             first layer's backward.
         on_cpu: whether real tensors would be on a CPU, some of whose kernels copy what they read.

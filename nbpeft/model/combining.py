@@ -27,7 +27,7 @@ class Combined:
     Attributes:
         name: the new adapter.
         combination_type: how it was made.
-        rank: its rank (the largest, if layers differ).
+        rank: its rank (the largest, if layers differ); None where the method has none.
         relative_error: over all layers together.
         energy_kept: over all layers together.
         layers: layer by layer, in the model's order.
@@ -35,7 +35,7 @@ class Combined:
 
     name: str
     combination_type: str
-    rank: int
+    rank: int | None
     relative_error: float
     energy_kept: float
     layers: tuple[LayerLoss, ...]
@@ -47,8 +47,9 @@ class Combined:
 
     def __str__(self) -> str:
         lost = "nothing lost" if self.relative_error < 1e-4 else f"relative error {self.relative_error:.1%}"
+        rank = "" if self.rank is None else f"rank {self.rank}, "
         return (
-            f"{self.name}: {self.combination_type}, rank {self.rank}, {len(self.layers)} layers, "
+            f"{self.name}: {self.combination_type}, {rank}{len(self.layers)} layers, "
             f"{lost}, energy kept {self.energy_kept:.1%}"
         )
 
@@ -94,7 +95,7 @@ def _combined(
     manager.require(*adapters)
     copies = _only_copies(manager, adapters)
     configs: list[Any] = [manager.configs[adapter] for adapter in adapters]
-    combine = _combine_of(adapters, configs)
+    combine = combine_of(manager, adapters)
     chosen = settings.get("combination_type") or combine.usual_type
     if chosen not in combine.types:
         raise ConfigError(
@@ -114,18 +115,18 @@ def _combined(
         for path in combination.tensors:
             layer = manager.layers[path]
             combination.finish(path, layer.adapter(name), layer.base)
-    rank = max(loss.rank for loss in combination.losses)
+    rank = max((loss.rank for loss in combination.losses if loss.rank is not None), default=None)
     kind, error, energy = combination.combination_type, combination.relative_error, combination.energy_kept
     return Combined(name, kind, rank, error, energy, combination.losses)
 
 
-def _combine_of(adapters: Sequence[str], configs: Sequence[Any]) -> Combine:
-    """How the adapters are combined.
+def combine_of(manager: AdapterManager, adapters: Sequence[str]) -> Combine:
+    """How adapters of the model are combined.
 
     Raises:
         AdapterError: their method cannot be, or they are of methods that do not go together.
     """
-    methods = [method_of(config) for config in configs]
+    methods = [method_of(manager.configs[adapter]) for adapter in adapters]
     for name, method in zip(adapters, methods, strict=True):
         if method.combine is None:
             raise AdapterError(

@@ -60,7 +60,7 @@ def hotswap_adapter(
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS and value is not None}
     with CollectionPaused():
         saved = checkpoint.read_checkpoint(str(model_name_or_path), device=torch_device or "cpu", **hub)
-        # Merged weights are not the base's: they would be told to be another base.
+        # Merged weights are not the base's: the comparison would report another base.
         note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = kwargs.get("config") or saved.config
     swapped = _swap(model, manager, adapter_name, config, saved.tensors, kwargs.get("key_mapping"), validate)

@@ -16,7 +16,7 @@ from nbpeft.state import LayerChange
 def inspect_adapter(manager: AdapterManager, name: str) -> tuple[LayerChange, ...]:
     """How far an adapter moves the weight of each layer, in Frobenius norms.
 
-    The factor that the adapter acts with counts. Modules trained as a whole are compared with the
+    The factor that the adapter is applied with counts. Modules trained as a whole are compared with the
     frozen originals. Nothing is changed; of an adapter with plain factors no delta is built.
 
     Args:

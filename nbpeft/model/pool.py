@@ -395,7 +395,7 @@ class AdapterPool:
                     self._lock.wait(_RETRY_SECONDS)
 
     def _notify_waiting(self) -> None:
-        """Wakes threads that wait for room."""
+        """Notifies threads that wait for room."""
         with HeldInterrupts(), self._lock:
             self._releases += 1
             self._lock.notify_all()

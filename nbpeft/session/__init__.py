@@ -1,4 +1,4 @@
-"""Sessions: the shared state that magics, panels and scripts act through.
+"""Sessions: the shared state behind magics, panels and scripts.
 
     get_session()   the session of this process, made on first use
     Session         commands in, frozen ``SessionState`` out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import ConfigError, did_you_mean
@@ -72,7 +72,7 @@ def build_config(
         return config
     fields = {name: _as_names(value) if name in _NAME_FIELDS else value for name, value in config.items()}
     usual = DEFAULT_METHOD if instead_of is None else instead_of.peft_type
-    chosen = fields.pop("peft_type", None) or usual
+    chosen = fields.pop("peft_type", None) or usual or DEFAULT_METHOD
     cls, known = config_class(chosen), field_names(chosen)
     for name in fields:
         if name not in known:
@@ -109,6 +109,12 @@ def label_of(config: AdapterConfig) -> str:
 def summary_of(config: AdapterConfig) -> dict[str, str]:
     """What people see of a config: ``{"r": "16", "α": "32"}``."""
     return dict(_method(config).summary(config))
+
+
+def combination_types(configs: Iterable[AdapterConfig]) -> tuple[str, ...]:
+    """The ways in which adapters of all these configs can be combined."""
+    ways = [combine.types if (combine := _method(config).combine) is not None else () for config in configs]
+    return tuple(name for name in ways[0] if all(name in way for way in ways)) if ways else ()
 
 
 def _method(config: AdapterConfig) -> Method:

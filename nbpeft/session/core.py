@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.commands import (
     adapters,
     combining,
@@ -19,7 +20,7 @@ from nbpeft.session.commands import (
     switching,
     training,
 )
-from nbpeft.session.configs import DEFAULT_METHOD, field_names, method_names
+from nbpeft.session.configs import DEFAULT_METHOD, combination_types, field_names, method_names
 from nbpeft.session.context import SessionContext
 from nbpeft.session.handles import is_handle, is_live
 
@@ -209,6 +210,17 @@ class Session:
     def method_names(self) -> tuple[str, ...]:
         """Names of the methods, for completion; none while torch is not imported."""
         return method_names() if "torch" in sys.modules else ()
+
+    def combination_types(self, adapters: Iterable[str] = ()) -> tuple[str, ...]:
+        """Ways to combine adapters, for completion: of those of the names that are adapters, else of LoRA."""
+        names = set(adapters)
+        configs = [
+            config
+            for tracked in self.context.models.all()
+            for name, config in tracked.manager.configs.items()
+            if name in names
+        ]
+        return combination_types(configs) if configs else COMBINATION_TYPES
 
     def training_fields(self) -> tuple[str, ...]:
         """Fields of ``TrainingArguments``, for completion; none while transformers is not imported."""

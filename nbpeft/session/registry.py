@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, did_you_mean
+from nbpeft.session.configs import meaning
 from nbpeft.session.handles import is_live, uncompiled
 from nbpeft.session.snapshot import Snapshots
 from nbpeft.state import MemoryState, ModelState, TrainState
@@ -39,6 +40,12 @@ class TrackedModel:
         self._snapshots = Snapshots()
         self._changed = changed
         model.manager.subscribe(self.on_change)
+
+    def requested_fields(self, name: str) -> dict[str, Any]:
+        """The fields that an adapter was made with, or else those of its config."""
+        present = self.manager.configs[name]
+        config, fields = self.requested.get(name, (None, {}))
+        return fields if config is present else meaning(present)
 
     def on_change(self) -> None:
         """Report a change of the adapters; a method, because managers hold those weakly."""

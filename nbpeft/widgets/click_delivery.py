@@ -11,7 +11,7 @@ and handed on unchanged:
     anything else    not at all: ``deliver_clicks`` returns None, and interrupting the kernel still works
 
 Every message is delivered a second time, by the kernel itself, when the cell is done: whoever
-listens here must not act on both. All of this is private API of ipykernel, so it is looked for
+listens here must not handle both. All of this is private API of ipykernel, so it is looked for
 before it is used.
 """
 

@@ -1,4 +1,4 @@
-"""What every panel shares: it shows itself, is one of its kind for its model, and tells errors."""
+"""What every panel shares: it shows itself, is one of its kind for its model, and shows errors."""
 
 from __future__ import annotations
 

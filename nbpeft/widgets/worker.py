@@ -49,7 +49,7 @@ class Worker:
         """Drops the job that waits and asks the one that runs to stop; does not wait for it.
 
         Returns:
-            Whether none runs: then no job will tell that it has ended.
+            Whether none runs: then no job will report its end.
         """
         with self._condition:
             self._waiting = None

@@ -246,7 +246,16 @@ def test_learning_rates(value: float | None, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(999, "999"), (9_999, "9,999"), (12_345, "12.3 k"), (134_515_008, "134.5 M"), (7 * 10**9, "7.0 B")],
+    [
+        (999, "999"),
+        (9_999, "9,999"),
+        (12_345, "12.3 k"),
+        (134_515_008, "134.5 M"),
+        (7 * 10**9, "7.0 B"),
+        (999_949, "999.9 k"),
+        (999_960, "1.0 M"),
+        (999_950_000, "1.0 B"),
+    ],
 )
 def test_counts_of_headings(number: int, text: str) -> None:
     assert numbers.short_count(number) == text

@@ -177,7 +177,7 @@ def test_attributes_that_nobody_has_are_missing() -> None:
 
 def test_attributes_of_the_frozen_layer_come_first() -> None:
     base = Small()
-    base.inner[0].dropout = 0.75
+    base.inner[0].__dict__["dropout"] = 0.75
     layer = layers(get_peft_model(base, LoraConfig(target_modules=["0"])))["inner.0"]
     assert layer.dropout == 0.75
 

@@ -12,6 +12,7 @@ SOURCES = CompletionSources(
     models=lambda: ["model", "other"],
     adapters=lambda: ["sql", "chat", "support"],
     variables=lambda: ["model", "train_ds", "tok"],
+    combinations=lambda adapters: ["exact", "mean"] if "chat" in adapters else ["exact"],
     fields={"config": lambda method: ["r", "rank_pattern", "target_modules"], "training": lambda method: ["max_steps"]},
 )
 COMPLETION = Completion(SUBCOMMANDS, CELLS, SOURCES)
@@ -30,6 +31,8 @@ def words(before: str) -> tuple[str, ...]:
         ("use sql ", ("chat", "support")),
         ("use sql --m", ("--model",)),
         ("use sql --model ", ("model", "other")),
+        ("combine sql=1 chat --as c --type ", ("exact", "mean")),
+        ("combine sql=1 --as c --type ", ("exact",)),
         ("delete sql ", ()),
         ("add ", ("model", "other")),
         ("add model r", ("r=", "rank_pattern=")),

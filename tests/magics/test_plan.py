@@ -78,6 +78,29 @@ def test_a_bare_model_and_a_config_in_a_variable(notebook: Notebook) -> None:
     assert "not a model" in notebook.run("%lora plan rows").line
 
 
+def test_fields_change_the_active_adapter(adapted: Notebook) -> None:
+    plan = adapted.do("%lora plan model --seq 32 --targets q_proj,k_proj,v_proj")
+    assert (plan.settings.rank, plan.adapter) == (4, "LoRA r=4")
+    assert plan.parts != adapted.do("%lora plan model --seq 32").parts
+    again = adapted.do("%lora plan model --seq 32 --rank 2")
+    assert again.parts == adapted.do("%lora plan model --seq 32 r=2 target_modules=['q_proj','v_proj']").parts
+    panel = adapted.do("%lora plan model --seq 32 --rank 2 --panel")
+    assert isinstance(panel, PlanPanel)
+    panel.close()
+
+
+def test_another_method_is_planned_with_its_own_fields(adapted: Notebook) -> None:
+    plan = adapted.do("%lora plan model --seq 32 peft_type=ia3")
+    assert (plan.adapter, plan.settings.rank) == ("(IA)³", None)
+    assert "no single rank" in adapted.run("%lora plan model --seq 32 peft_type=ia3 --rank 8").line
+    adapted.do("%lora delete sql")
+    adapted.do("%lora delete chat")
+    adapted.do("%lora add model --name scales --method ia3")
+    scales = adapted.do("%lora plan model --seq 32 --targets q_proj")
+    assert scales.adapter == "(IA)³" and scales.parts != plan.parts
+    assert adapted.do("%lora plan model --seq 32 peft_type=lora").adapter.startswith("LoRA r=16")
+
+
 @pytest.mark.slow
 def test_what_a_repository_says_of_its_weights_counts(bare: Notebook, tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=256, dtype="bfloat16")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session import get_session
 from nbpeft.session.results.comparing import CompareResult
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
@@ -64,6 +65,17 @@ def test_combine_takes_types_and_ranks(trained: Notebook) -> None:
     dare = "%lora combine sql=1 chat=1 --as d --type dare_linear_svd --density 0.5 --seed 4"
     assert trained.do(dare).relative_error == trained.do(dare).relative_error
     assert trained.do("%lora combine sql=2 --as chat --replace").remade
+
+
+def test_the_types_are_those_of_the_method(trained: Notebook) -> None:
+    trained.do("%lora add model --name one --method ia3")
+    trained.do("%lora copy one two")
+    types = get_session().combination_types
+    assert types(["one", "two"]) == ("exact", "linear")
+    assert types([]) == types(["sql"]) == COMBINATION_TYPES
+    assert "choose from exact, linear" in trained.run("%lora combine one two --as c --type ties --density 0.5").line
+    made = trained.do("%lora combine one two --as c")
+    assert made.rank is None and all(layer.rank is None for layer in made.layers)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
 from torch import nn
 
+from nbpeft.engine.methods.ia3 import IA3Config
 from nbpeft.errors import (
     BaseMismatchError,
     ConfigError,
@@ -229,6 +230,8 @@ def test_prepare_refuses_what_it_cannot_do() -> None:
         prepare_model_for_compiled_hotswap(adapted(), target_rank=2)
     with pytest.raises(ConfigError, match="Did you mean 'ignore'"):
         prepare_model_for_compiled_hotswap(adapted(), target_rank=8, check_compiled="ignor")
+    with pytest.raises(ConfigError, match="IA3Config has no size that could be set"):
+        prepare_model_for_compiled_hotswap(adapted(), target_rank=8, config=IA3Config())
 
 
 def test_embeddings_that_the_file_brings_along(tmp_path: Path) -> None:

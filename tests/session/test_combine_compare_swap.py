@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from nbpeft.engine.combination import Combination
+from nbpeft.engine.methods.lora.combining import combine_low_rank
+from nbpeft.engine.registry import method_of
 from nbpeft.errors import (
     AdapterError,
     AdapterExistsError,
@@ -133,6 +136,46 @@ def test_a_combination_that_fails_leaves_all_as_it_was(
         session.combine(given.pop("weights"), **given)
     assert "\n" not in str(raised.value)
     assert same_state(everything(model), before)
+
+
+class Mean:
+    """Another method's way to combine: LoRA's sum under a name of its own, of which only one takes a rank."""
+
+    types = ("mean", "mean_cut")
+    usual_type = "mean"
+
+    def takes(self, combination_type: str) -> tuple[str, ...]:
+        return ("svd_rank",) if combination_type == "mean_cut" else ()
+
+    def __call__(self, layers: Any, configs: Any, adapters: Any, weights: Any, settings: Any) -> Combination:
+        return combine_low_rank(layers, configs, adapters, weights, {**settings, "combination_type": "exact"})
+
+
+def test_the_types_and_their_options_are_the_methods_own(
+    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = dataclasses.replace(method_of(model.manager.configs["orders"]), combine=Mean())
+    monkeypatch.setattr("nbpeft.model.combining.method_of", lambda config: changed)
+    weights = {"orders": 1, "pirate": 1}
+    assert session.combine(weights, as_name="sum", type="mean").rank == 6
+    assert session.combine(weights, as_name="cut", type="mean_cut", rank=2).rank == 2
+    with pytest.raises(ConfigError, match="rank means nothing for type 'mean'; mean_cut takes one"):
+        session.combine(weights, as_name="new", type="mean", rank=2)
+    with pytest.raises(ConfigError, match=r"density means nothing for type 'mean'$"):
+        session.combine(weights, as_name="new", type="mean", density=0.5)
+    with pytest.raises(ConfigError, match="choose from mean, mean_cut"):
+        session.combine(weights, as_name="new", type="ties", density=0.5)
+
+
+def test_without_a_rank_none_is_shown(session: Session, model: Any) -> None:
+    for name in ("one", "two"):
+        session.add(model, {"peft_type": "ia3"}, name=name)
+        randomize(model, name, len(name))
+    made = session.combine({"one": 1, "two": 0.5}, as_name="both", type="linear")
+    assert made.rank is None and made.relative_error > 0.01
+    assert "rank" not in str(made).lower() and "rank" not in made._repr_html_().lower()
+    assert "rank" not in str(model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "again"))
+    assert ">Rank<" in session.combine({"orders": 1, "pirate": 1}, as_name="cut", rank=2)._repr_html_()
 
 
 def test_a_combination_can_be_tried_without_a_trace(session: Session, model: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 from nbpeft.display import numbers
 from nbpeft.display.html import to_html
 from nbpeft.display.models import adapter_table, model_card
+from nbpeft.errors import few
 from nbpeft.model.merge_export import LayerError, MergeErrors
 from nbpeft.session import CommandResult, StatusReport
 from nbpeft.session.results import MergedCopy
@@ -36,7 +37,7 @@ def test_sizes(byte_count: int | None, text: str) -> None:
 
 
 def test_names_are_cut_when_there_are_many() -> None:
-    assert numbers.names(["a", "b", "c"], limit=2) == "'a', 'b' and 1 more"
+    assert few(["a", "b", "c"], 2) == "'a', 'b' and 1 more"
 
 
 @pytest.mark.parametrize("field", ["name", "method", "targets"])

@@ -136,6 +136,10 @@ class _CombineIA3:
     types = ("exact", "linear")
     usual_type = "linear"
 
+    def takes(self, combination_type: str) -> Sequence[str]:
+        """Nothing: there is no rank, and no entry is dropped."""
+        return ()
+
     def __call__(
         self,
         layers: Mapping[str, Mapping[str, Member]],
@@ -193,7 +197,7 @@ def _loss(path: str, true: Tensor, made: Tensor) -> LayerLoss:
     relative = error / size if size > 0 else (0.0 if error == 0 else float("inf"))
     overlap = float((made * true).sum()) ** 2
     energy = min(overlap / (size**2 * float(made.norm()) ** 2), 1.0) if size > 0 and float(made.norm()) > 0 else 1.0
-    return LayerLoss(path, 1, relative, energy)
+    return LayerLoss(path, None, relative, energy)
 
 
 @register(

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from nbpeft.errors import CellError
+from nbpeft.errors import CellError, ConfigError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import ON_MODEL, THE_MODEL, TOKENIZER, subcommand
 from nbpeft.magics.subcommands.panels import show_panel
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.handles import is_module
-
-_ONE_OF = f"one of {', '.join(COMBINATION_TYPES)}"
-_SPARSE = ("ties", "dare", "magnitude")
 
 _RAW = argument("--raw", action="store_true", help="send the prompt as it is, outside the tokenizer's chat template")
 _CHAT = argument("--chat", action="store_true", help="put the prompt into the chat template; default: as in training")
@@ -34,8 +31,8 @@ _CHAT = argument("--chat", action="store_true", help="put the prompt into the ch
         "--type",
         default="exact",
         metavar="TYPE",
-        words=COMBINATION_TYPES,
-        help=_ONE_OF,
+        completes="combination",
+        help=f"for LoRA one of {', '.join(COMBINATION_TYPES)}; other methods have their own",
     ),
     argument("--rank", type=positive, metavar="R", help="rank of the result; for exact, svd and ..._svd"),
     argument("--density", type=float, metavar="SHARE", help="share of the entries that ties, dare and prune keep"),
@@ -47,19 +44,23 @@ _CHAT = argument("--chat", action="store_true", help="put the prompt into the ch
 )
 def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Combine adapters."""
-    if options.density is None and options.type.startswith(_SPARSE) and options.type in COMBINATION_TYPES:
-        raise CellError(f"%lora combine: --type {options.type} needs --density SHARE, e.g. --density 0.5")
-    return notebook.session.combine(
-        _weights(options.weights, "%lora combine"),
-        as_name=options.as_name,
-        type=options.type,
-        rank=options.rank,
-        density=options.density,
-        majority_sign=options.sign,
-        seed=options.seed,
-        replace=options.replace,
-        model=notebook.chosen(options.model),
-    )
+    try:
+        return notebook.session.combine(
+            _weights(options.weights, "%lora combine"),
+            as_name=options.as_name,
+            type=options.type,
+            rank=options.rank,
+            density=options.density,
+            majority_sign=options.sign,
+            seed=options.seed,
+            replace=options.replace,
+            model=notebook.chosen(options.model),
+        )
+    except ConfigError as error:
+        if error.details.get("missing") != "density":
+            raise
+        needs = f"--type {options.type} needs --density SHARE, e.g. --density 0.5"
+        raise CellError(f"%lora combine: {needs}") from None
 
 
 @subcommand(

@@ -28,7 +28,7 @@ def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show a panel; the adapters' panel needs no word, as in ``%lora panel model``."""
     kind, variable = options.kind or PANELS[0], options.name
     if kind == "plan":
-        return show_plan_panel(notebook, variable, None, {})
+        return show_plan_panel(notebook, variable, {})
     if kind not in PANELS:
         models = notebook.model_names()
         is_model = reference(kind) or kind in notebook.namespace or kind in notebook.session.names

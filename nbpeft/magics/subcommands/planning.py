@@ -12,7 +12,6 @@ from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import subcommand
-from nbpeft.session.commands.planning import USUAL_FIELDS
 from nbpeft.session.handles import is_module
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -81,7 +80,11 @@ def sizes_without_dry_run() -> CellError:
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
     argument("--rank", type=positive, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),
-    argument("--targets", metavar="NAMES", help="all-linear, or names with commas (default: all-linear)"),
+    argument(
+        "--targets",
+        metavar="NAMES",
+        help="all-linear, or names with commas (default: the active adapter's, or all-linear for LoRA)",
+    ),
     argument("--panel", action="store_true", help="show a panel with sliders"),
     fields="config",
     example="%lora plan meta-llama/Llama-3.1-8B --batch 4 --seq 1024 --device 16GB --quant nf4 --checkpointing",
@@ -89,17 +92,15 @@ def sizes_without_dry_run() -> CellError:
 def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Plan memory, or show the panel for it."""
     settings, fields = settings_of(options), dict(options.fields)
-    if options.rank is not None:
-        fields["r"] = options.rank
     if options.targets is not None:
         names = [name.strip() for name in options.targets.split(",") if name.strip()]
         fields["target_modules"] = "all-linear" if options.targets == "all-linear" else names
-    config = USUAL_FIELDS | fields if fields else None
+    settings |= {"changes": fields, "rank": options.rank}
     if options.panel:
-        return show_plan_panel(notebook, options.target, config, settings)
+        return show_plan_panel(notebook, options.target, settings)
     source, title = _source(options.target, notebook)
     try:
-        return notebook.session.plan_memory(source, config, variable=title, **settings)
+        return notebook.session.plan_memory(source, variable=title, **settings)
     except ConfigError as error:
         if not isinstance(source, str) or "source" not in error.details:
             raise
@@ -108,12 +109,12 @@ def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
         raise CellError(f"no variable is called {source!r}, and as a repository: {error}") from None
 
 
-def show_plan_panel(notebook: NotebookContext, name: str | None, config: Any, settings: dict[str, Any]) -> object:
+def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[str, Any]) -> object:
     """The panel with sliders."""
     from nbpeft.widgets import PlanPanel
 
     source, title = _source(name, notebook)
-    return PlanPanel(notebook.session.memory_planner(source, config, variable=title, **settings), ui=notebook.ui)
+    return PlanPanel(notebook.session.memory_planner(source, variable=title, **settings), ui=notebook.ui)
 
 
 def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:

@@ -77,7 +77,7 @@ def add(
             return result
         manager = tracked.manager
         present = manager.configs.get(name)
-        if present is not None and _requested(tracked, name, present) == fields:
+        if present is not None and tracked.requested_fields(name) == fields:
             if name not in manager.active:
                 notes.append(f"{name!r} is not active; session.use({name!r}) switches to it")
             result = _added(tracked, name, None, notes, unchanged=True)
@@ -267,12 +267,6 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
     with ctx.command(f"copying {name!r}") as notes:
         tracked.manager.copy(name, new)
         return ctx.result(tracked, f"copied {name!r} to {new!r}", notes)
-
-
-def _requested(tracked: TrackedModel, name: str, present: AdapterConfig) -> dict[str, Any]:
-    """The fields that an adapter was asked for with, or else those of its config."""
-    config, fields = tracked.requested.get(name, (None, {}))
-    return fields if config is present else meaning(present)
 
 
 def _added(tracked: TrackedModel, name: str, fields: dict[str, Any] | None, notes: list[str], **more: Any) -> AddResult:

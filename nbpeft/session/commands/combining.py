@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
 from nbpeft.interrupts import HeldInterrupts
-from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.checks import adapter_name, weights_of
 from nbpeft.session.commands.adapters import adapter_in
 from nbpeft.session.results.combining import CombineResult
 
 if TYPE_CHECKING:
+    from nbpeft.engine.manager import AdapterManager
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
 
-_RANKED = tuple(name for name in COMBINATION_TYPES if name == "exact" or name.endswith("svd"))
-_PRUNING = ("ties", "dare_", "magnitude_prune")
+_OPTIONS = {"svd_rank": "rank", "svd_clamp": "clamp", "density": "density"}
+"""Setting of the engine -> what the option is called here."""
 _LINEAR_NOTE = 0.05
 """Relative error from which on a note explains why ``linear`` is off."""
 
@@ -49,6 +49,7 @@ def combine(
         type: ``exact`` (the default) is the true weighted sum of what the adapters add, cut
             to ``rank`` by a truncated SVD, or complete without one. The others are PEFT's, under
             their names; ``linear`` and what is built on it mix factors and differ from the sum.
+            Which types there are depends on the method of the adapters.
         rank: of the result, for ``exact``, ``svd`` and the types that end in ``_svd``.
         density: share of the entries that TIES, DARE and magnitude pruning keep.
         majority_sign: how TIES elects a sign: ``total`` or ``frequency``.
@@ -100,20 +101,7 @@ def combination_settings(
     majority_sign: str = "total",
     clamp: float | None = None,
 ) -> dict[str, Any]:
-    """Check the options of ``combine`` and return the settings of the combination.
-
-    Raises:
-        ConfigError: an option is impossible or has no effect for this type, or there is no such type.
-    """
-    if type not in COMBINATION_TYPES:
-        known = ", ".join(COMBINATION_TYPES)
-        raise ConfigError(f"type {type!r} is unknown; choose from {known}.{did_you_mean(str(type), COMBINATION_TYPES)}")
-    for option, value in (("rank", rank), ("clamp", clamp)):
-        if value is not None and type not in _RANKED:
-            near = f"; {type}_svd takes one" if f"{type}_svd" in _RANKED else ""
-            raise ConfigError(f"{option} means nothing for type {type!r}, which keeps the adapters' ranks{near}")
-    if density is not None and not type.startswith(_PRUNING):
-        raise ConfigError(f"density means nothing for type {type!r}, which drops nothing; ties and dare take one")
+    """The options of ``combine`` under the engine's names."""
     return {
         "combination_type": type,
         "svd_rank": rank,
@@ -131,10 +119,16 @@ def make_combination(
     *,
     replaces: bool = False,
 ) -> Any:
-    """Combine adapters; an adapter that is replaced is removed when the new one is complete."""
+    """Combine adapters; an adapter that is replaced is removed when the new one is complete.
+
+    Raises:
+        AdapterError: they cannot be combined.
+        ConfigError: an option is impossible or has no effect for this type, or there is no such type.
+    """
     from nbpeft.model.combining import combine_adapters
 
     manager, made = tracked.manager, free_name(name, tracked.manager.names) if replaces else name
+    _check_options(manager, weights, settings)
     with HeldInterrupts():
         combined = combine_adapters(manager, tuple(weights), tuple(weights.values()), made, settings)
         if not replaces:
@@ -151,6 +145,28 @@ def make_combination(
             raise
         tracked.requested.pop(name, None)
         return combined
+
+
+def _check_options(manager: AdapterManager, weights: Mapping[str, float], settings: Mapping[str, Any]) -> None:
+    """Refuse a type that the method does not have, and options that mean nothing for it; PEFT ignores those."""
+    from nbpeft.engine.combination import check_weights
+    from nbpeft.model.combining import combine_of
+
+    check_weights(tuple(weights), tuple(weights.values()))
+    manager.require_available(*weights)
+    with manager.provided(tuple(weights)):
+        combine = combine_of(manager, tuple(weights))
+    chosen = settings["combination_type"]
+    if chosen not in combine.types:
+        known, near = ", ".join(combine.types), did_you_mean(str(chosen), combine.types)
+        raise ConfigError(f"type {chosen!r} is unknown; choose from {known}.{near}", field="type")
+    for setting, option in _OPTIONS.items():
+        if settings[setting] is None or setting in combine.takes(chosen):
+            continue
+        others = [name for name in combine.types if setting in combine.takes(name)]
+        near = f"{chosen}_svd" if f"{chosen}_svd" in others else next(iter(others), "")
+        hint = f"; {near} takes one" if near else ""
+        raise ConfigError(f"{option} means nothing for type {chosen!r}{hint}", field=option)
 
 
 def _may_replace(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.display.numbers import size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
 from nbpeft.names import SHORT_DTYPES
-from nbpeft.session.configs import build_config, label_of
+from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nbpeft.memory.estimate import Setting
     from nbpeft.memory.suggest import Suggestion
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
+    from nbpeft.session.registry import TrackedModel
     from nbpeft.state import MemoryPart
 
 AS_IT_IS = "as it is"
@@ -30,7 +31,7 @@ USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_t
 """Fields of the adapter that is assumed."""
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
-    *("optimizer", "training", "device", "variable"),
+    *("optimizer", "training", "device", "variable", "changes", "rank"),
 )
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 
@@ -48,7 +49,9 @@ def plan_memory(
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
             ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, a torch device, by default
-            this machine's), ``suggest=False`` to leave out what would make it fit.
+            this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and ``changes``
+            (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not the
+            config's means an adapter of that method with these fields.
 
     Raises:
         ConfigError: a value is impossible, or the model cannot run without data.
@@ -68,6 +71,8 @@ def memory_planner(
     model: ModelLike = None,
     config: ConfigLike | None = None,
     *,
+    changes: Mapping[str, Any] = {},
+    rank: int | None = None,
     variable: str | None = None,
     **settings: Any,
 ) -> MemoryPlanner:
@@ -81,11 +86,37 @@ def memory_planner(
         source, name = tracked.manager.model, tracked.name
     else:
         source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
-    adapter = build_config(USUAL_FIELDS if config is None else config)
+    return MemoryPlanner(source, _planned(tracked, config, changes, rank), name=variable or name, **settings)
+
+
+def _planned(
+    tracked: TrackedModel | None, config: ConfigLike | None, changes: Mapping[str, Any], rank: int | None
+) -> AdapterConfig:
+    """The adapter to plan for; see ``plan_memory``.
+
+    Raises:
+        ConfigError: a field is unknown or impossible, or the adapter has no rank that could be changed.
+    """
     if config is None and tracked is not None and tracked.manager.names:
         manager = tracked.manager
-        adapter = manager.configs[(manager.active or manager.names)[0]]
-    return MemoryPlanner(source, adapter, name=variable or name, **settings)
+        name = (manager.active or manager.names)[0]
+        adapter, fields = manager.configs[name], tracked.requested_fields(name)
+    else:
+        adapter = build_config(USUAL_FIELDS if config is None else config)
+        fields = meaning(adapter)
+    if changes:
+        method = changes.get("peft_type") or adapter.peft_type
+        method = str(getattr(method, "value", method)).upper()
+        if method != adapter.peft_type:
+            fields = USUAL_FIELDS if method == DEFAULT_METHOD else {"task_type": USUAL_FIELDS["task_type"]}
+        adapter = build_config({**fields, **changes})
+    if rank is None:
+        return adapter
+    if type(rank) is not int or rank < 1:
+        raise ConfigError(f"rank is {rank!r}, expected a whole number of at least 1", field="rank")
+    if adapter.size is None:
+        raise ConfigError(f"this {label_of(adapter)} adapter has no single rank that could be changed", field="rank")
+    return adapter.resized(rank)
 
 
 class MemoryPlanner:
@@ -141,7 +172,6 @@ class MemoryPlanner:
         self.notes = tuple(note for note in (found.note, _CUDA_NOTE if graphics else "") if note)
         self.name = name
         self.class_name = found.class_name
-        self.method = label_of(adapter)
 
     @property
     def settings(self) -> PlanSettings:
@@ -211,12 +241,18 @@ class MemoryPlanner:
     ) -> PlanResult:
         from nbpeft.memory.processor import slow_here, slow_words
 
-        settings = self._settings(setting)
-        adapter = self.method if settings.rank is None else f"{self.method} r={settings.rank}"
+        settings, config = self._settings(setting), setting.adapter_config
+        adapter = "" if config is None else _in_words(config)
         notes = self.notes
         if self.room.on_cpu and slow_here(setting.dtype):
             notes = (*notes, slow_words(setting.dtype))
         return PlanResult(self.name, self.class_name, adapter, settings, parts, self.room, suggestions, notes)
+
+
+def _in_words(adapter: AdapterConfig) -> str:
+    """The method and, as its summary spells it, the size: ``LoRA r=16``. The rest of a summary needs the model."""
+    size_words = [f"{key}={value}" for key, value in summary_of(adapter).items() if value == str(adapter.size)]
+    return " ".join((label_of(adapter), *size_words[:1]))
 
 
 class _Detected:

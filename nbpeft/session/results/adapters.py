@@ -18,7 +18,8 @@ from nbpeft.display.models import (
     trainable,
     with_notes,
 )
-from nbpeft.display.numbers import count, names, size
+from nbpeft.display.numbers import count, size
+from nbpeft.errors import few
 from nbpeft.session.results.base import ModelResult, Result, adapter_card
 from nbpeft.state import AdapterState, MemoryState, ModelState, SessionState
 
@@ -193,7 +194,7 @@ class UnloadResult(ModelResult):
 
     def __str__(self) -> str:
         how = "merged into the base and unloaded" if self.merged else "unloaded"
-        return with_notes(f"{how}: {names(self.names)}; {self.model_name} is the base model again", self.notes)
+        return with_notes(f"{how}: {few(self.names)}; {self.model_name} is the base model again", self.notes)
 
     def view(self) -> Card:
         """What was unloaded."""

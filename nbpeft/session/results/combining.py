@@ -24,7 +24,7 @@ class CombineResult(Result):
         weights: (adapter, weight) pairs.
         adapter: the new adapter.
         kind: how it was made.
-        rank: its rank, the largest where layers differ.
+        rank: its rank, the largest where layers differ; None where the method has none.
         relative_error: distance to the true weighted delta over its norm, over all layers.
         energy_kept: share of the true delta's energy that lies along the result, over all layers.
         layers: the same, layer by layer.
@@ -37,7 +37,7 @@ class CombineResult(Result):
     weights: tuple[tuple[str, float], ...]
     adapter: AdapterState
     kind: str
-    rank: int
+    rank: int | None
     relative_error: float
     energy_kept: float
     layers: tuple[LayerLoss, ...]
@@ -59,6 +59,11 @@ class CombineResult(Result):
         return " ".join(terms)
 
     @property
+    def how(self) -> str:
+        """The type, and the rank where there is one."""
+        return self.kind if self.rank is None else f"{self.kind}, rank {self.rank}"
+
+    @property
     def kept(self) -> str:
         """What was kept, in words."""
         if self.relative_error < _LOST:
@@ -68,7 +73,7 @@ class CombineResult(Result):
     def __str__(self) -> str:
         did = "remade" if self.remade else "made"
         line = (
-            f"{did} {self.adapter.name!r} = {self.formula} on {self.model_name}: {self.kind}, rank {self.rank}, "
+            f"{did} {self.adapter.name!r} = {self.formula} on {self.model_name}: {self.how}, "
             f"{plural(len(self.layers), 'layer')}, {self.kept}"
         )
         if self.relative_error >= _LOST:
@@ -79,14 +84,21 @@ class CombineResult(Result):
         """The new adapter, and what was lost by layer."""
         lost = self.relative_error >= _LOST
         worst = f"worst layer {self.worst.path}: {_percent(self.worst.relative_error)}" if lost else ""
+        ranked = ("Rank",) if self.rank is not None else ()
         rows = tuple(
-            (item.path, str(item.rank), _percent(item.relative_error), _percent(item.energy_kept))
+            (
+                item.path,
+                *(str(item.rank) for _ in ranked),
+                _percent(item.relative_error),
+                _percent(item.energy_kept),
+            )
             for item in self.layers
         )
-        table = Table(("Layer", "Rank", "Relative error", "Energy kept"), rows, right=(1, 2, 3))
+        head = ("Layer", *ranked, "Relative error", "Energy kept")
+        table = Table(head, rows, right=tuple(range(1, len(head))))
         return card(
             f"{self.adapter.name} · {'combined anew' if self.remade else 'combined'}",
-            line(self.formula, dim(f"({self.kind}, rank {self.rank})")),
+            line(self.formula, dim(f"({self.how})")),
             adapter_table((self.adapter,)),
             line(self.kept, dim(worst)),
             Details("layer by layer", table) if lost else None,

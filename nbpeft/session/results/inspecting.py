@@ -105,7 +105,7 @@ class InspectResult(Result):
 
 
 def percent(share: float) -> str:
-    """``1.3 %``; as many digits as tell small changes apart."""
+    """``1.3 %``; as many digits as small changes need to differ."""
     return f"{share * 100:.2g} %" if share < 1 else f"{share * 100:.0f} %"
 
 

@@ -60,7 +60,7 @@ class Room:
 
     Attributes:
         name: of the device, for a person.
-        total: its bytes; None where the system does not tell.
+        total: its bytes; None where the system does not report them.
         free: what is free on it now; None for a device elsewhere.
         held: what the model holds on it already.
         on_cpu: whether it is the host.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from nbpeft.display.blocks import Block, Card, Table, bold, card, dim, line, notes
 from nbpeft.display.models import with_notes
-from nbpeft.display.numbers import NONE, count, names, plural, share, size
+from nbpeft.display.numbers import NONE, count, plural, share, size
+from nbpeft.errors import few
 from nbpeft.session.results.base import Result
 from nbpeft.session.results.planning import PlanResult
 
@@ -49,7 +50,7 @@ class Preview(Result):
         byte_count: of the new adapter.
         training_bytes: gradients and AdamW's two moments for it.
         replaces: whether an adapter of that name would be reconfigured.
-        memory: what training would need, or why that cannot be told.
+        memory: what training would need, or why there is no forecast.
     """
 
     model_name: str
@@ -92,7 +93,7 @@ class Preview(Result):
 
     def all_notes(self) -> tuple[str, ...]:
         """Notes, and what matches nothing."""
-        missing = (f"nothing matches {names(self.missing)}",) if self.missing else ()
+        missing = (f"nothing matches {few(self.missing)}",) if self.missing else ()
         return (*missing, *self.notes)
 
     def view(self) -> Card:

@@ -66,7 +66,8 @@ def test_feed_forward_layers_are_among_the_targets_and_folders_load_again(
     model = ia3(**fields)
     config = model.peft_config["default"]
     assert config.feedforward_modules <= config.target_modules
-    assert sum(layer.adapters["default"].ia3_l.shape[0] == 1 for layer in model.manager.layers.values()) == inputs
+    vectors = [layer.adapters["default"].get_parameter("ia3_l") for layer in model.manager.layers.values()]
+    assert sum(vector.shape[0] == 1 for vector in vectors) == inputs
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path).eval()), logits(model))

@@ -16,7 +16,7 @@ from nbpeft.engine.methods.lora.combining.config import combined_config
 from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws
 from nbpeft.engine.methods.lora.combining.factors import Factors
 from nbpeft.engine.methods.lora.combining.layers import CombinedLayer, combine
-from nbpeft.engine.methods.lora.combining.recipe import Recipe
+from nbpeft.engine.methods.lora.combining.recipe import Recipe, settings_for
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
 from nbpeft.names import COMBINATION_TYPES
@@ -28,6 +28,10 @@ class _CombineLowRank:
 
     types = COMBINATION_TYPES
     usual_type = "svd"
+
+    def takes(self, combination_type: str) -> Sequence[str]:
+        """See ``nbpeft.engine.combination.Combine``."""
+        return settings_for(combination_type)
 
     def __call__(
         self,

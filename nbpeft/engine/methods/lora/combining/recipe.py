@@ -9,6 +9,8 @@ from nbpeft.engine.combination import is_number
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import COMBINATION_TYPES
 
+_PRUNING_RULES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
 SIGN_METHODS = ("total", "frequency")
 SVD_DRIVERS = ("gesvd", "gesvdj", "gesvda")
 
@@ -58,7 +60,7 @@ class Recipe:
     @property
     def prunes(self) -> bool:
         """Whether entries are dropped, so that ``density`` is needed."""
-        return self.rule in ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+        return self.rule in _PRUNING_RULES
 
     @property
     def draws(self) -> bool:
@@ -87,6 +89,13 @@ class Recipe:
         return Recipe("linear")
 
 
+def settings_for(combination_type: str) -> tuple[str, ...]:
+    """Those of ``svd_rank``, ``svd_clamp`` and ``density`` that mean something for a type."""
+    ranked = ("svd_rank", "svd_clamp") if combination_type == "exact" or combination_type.endswith("svd") else ()
+    pruned = ("density",) if combination_type.removesuffix("_svd") in _PRUNING_RULES else ()
+    return (*ranked, *pruned)
+
+
 def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(
@@ -100,6 +109,7 @@ def _check_density(name: str, density: float | None, *, random: bool) -> None:
         raise ConfigError(
             f"combination_type {name!r} needs density: the share of entries to keep, e.g. density=0.5",
             combination_type=name,
+            missing="density",
         )
     if not is_number(density) or not density >= 0 or (random and density == 0):
         bound = "> 0" if random else ">= 0"
