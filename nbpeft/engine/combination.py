@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.base import BaseLayer
 from nbpeft.errors import AdapterError
-from nbpeft.state import LayerLoss
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,48 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """How far the delta of a combination is from the true weighted delta, in squared Frobenius norms.
+
+    Attributes:
+        true: of the true delta T.
+        kept: of the kept delta K.
+        error: of T - K.
+        overlap: inner product of T and K.
+    """
+
+    true: float = 0.0
+    kept: float = 0.0
+    error: float = 0.0
+    overlap: float = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """‖T - K‖ / ‖T‖; 0 when both are zero, infinite when only T is."""
+        if self.true > 0:
+            return math.sqrt(self.error / self.true)
+        return math.inf if self.kept > 0 else 0.0
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of ‖T‖² that lies along K, in [0, 1]: for a truncated SVD the energy of what it keeps."""
+        if self.true > 0 and self.kept > 0:
+            return min(max(self.overlap, 0.0) ** 2 / (self.true * self.kept), 1.0)
+        return 1.0 if self.true == self.kept else 0.0
+
+    @classmethod
+    def between(cls, true: Tensor, kept: Tensor) -> Loss:
+        """The loss of a delta, of the shape of the true one."""
+        whole, part, missed = (float(torch.linalg.vector_norm(delta)) ** 2 for delta in (true, kept, true - kept))
+        return cls(whole, part, missed, float((true * kept).sum()))
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(
+            self.true + other.true, self.kept + other.kept, self.error + other.error, self.overlap + other.overlap
+        )
+
+
+@dataclass(frozen=True)
 class Combination:
     """A new adapter.
 
@@ -40,18 +82,15 @@ class Combination:
         config: its config.
         tensors: path -> parameter name -> tensor.
         combination_type: how it was made.
-        losses: distance to the true weighted delta, layer by layer.
-        relative_error: over all layers together.
-        energy_kept: over all layers together.
+        losses: path -> distance to the true weighted delta; None where it takes the frozen weights to tell, and is
+            measured once the adapter is built.
         finish: (path, new adapter, layer) -> None, called once it is built; for what depends on the layer.
     """
 
     config: Any
     tensors: dict[str, dict[str, Tensor]]
     combination_type: str
-    losses: tuple[LayerLoss, ...]
-    relative_error: float
-    energy_kept: float
+    losses: Mapping[str, Loss] | None = None
     finish: Callable[[str, Adapter, BaseLayer], None] = lambda path, adapter, base: None
 
 

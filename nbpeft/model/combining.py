@@ -11,12 +11,13 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.adapter_names import check_name
-from nbpeft.engine.combination import Combination, Combine, Member, check_weights
+from nbpeft.engine.combination import Combination, Combine, Loss, Member, check_weights
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
+from nbpeft.interrupts import check_interrupt
 from nbpeft.state import LayerLoss
 
 
@@ -105,6 +106,8 @@ def _combined(
         )
     settings = {**settings, "combination_type": chosen}
     combination = combine(_members(manager, adapters), configs, adapters, weights, settings)
+    if combination.losses is None:
+        manager.refuse_merged("adapters whose change depends on the frozen weights are combined")
     copied = [name for config in configs for name in getattr(config, "modules_to_save", None) or ()]
     if copied:
         combination.config.modules_to_save = list(dict.fromkeys(copied))
@@ -115,9 +118,32 @@ def _combined(
         for path in combination.tensors:
             layer = manager.layers[path]
             combination.finish(path, layer.adapter(name), layer.base)
-    rank = max((loss.rank for loss in combination.losses if loss.rank is not None), default=None)
-    kind, error, energy = combination.combination_type, combination.relative_error, combination.energy_kept
-    return Combined(name, kind, rank, error, energy, combination.losses)
+        losses = combination.losses
+        if losses is None:
+            weighted = [(one, weight * manager.scale(one)) for one, weight in zip(adapters, weights, strict=True)]
+            losses = {path: _measured(manager.layers[path], weighted, name) for path in combination.tensors}
+        ranks = {path: manager.layers[path].adapter(name).delta_rank for path in losses}
+    total = sum(losses.values(), Loss())
+    return Combined(
+        name,
+        combination.combination_type,
+        max((rank for rank in ranks.values() if rank is not None), default=None),
+        total.relative_error,
+        total.energy_kept,
+        tuple(LayerLoss(path, ranks[path], loss.relative_error, loss.energy_kept) for path, loss in losses.items()),
+    )
+
+
+def _measured(layer: AdaptedLayer, weighted: Sequence[tuple[str, float]], name: str) -> Loss:
+    """What an adapter on a layer lost of the weighted deltas of others, each against the frozen weight."""
+    check_interrupt()
+    weight = layer.base.weight().float()
+    kept = layer.adapter(name).delta_weight(weight, layer.base)
+    true = torch.zeros_like(kept)
+    for one, factor in weighted:
+        if one in layer.adapters._modules:
+            true += layer.adapter(one).delta_weight(weight, layer.base) * factor
+    return Loss.between(true, kept)
 
 
 def combine_of(manager: AdapterManager, adapters: Sequence[str]) -> Combine:

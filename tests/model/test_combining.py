@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nbpeft
 from nbpeft.errors import AdapterError, AdapterExistsError, UnknownAdapterError
 from nbpeft.model import Combined, PeftModel, get_peft_model
 from nbpeft.names import COMBINATION_TYPES
-from tests.tiny_models import adapted, classifier, config, gpt2, llama, logits, tokens
+from tests.tiny_models import adapted, classifier, config, gpt2, llama, logits, randomize, tokens
 
 PEFT_TYPES = [name for name in COMBINATION_TYPES if name != "exact"]
 BASES: dict[str, tuple[Any, list[str]]] = {
@@ -115,6 +116,29 @@ def test_a_truncated_sum_says_what_it_lost() -> None:
         assert layer.energy_kept == pytest.approx(1 - layer.relative_error**2, abs=1e-5)
     assert result.layers[0].path == "model.layers.0.self_attn.q_proj"
     assert not any(isinstance(value, Tensor | nn.Module) for value in vars(result).values())
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "exact"])
+@pytest.mark.parametrize("kinds", [(True, True), (False, True)])
+def test_losses_count_what_dora_makes_of_the_factors(kinds: tuple[bool, bool], kind: str) -> None:
+    model = adapted(llama(), r=4, target_modules=["q_proj"], use_dora=kinds[0])
+    model.add_adapter("two", nbpeft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=kinds[1]))
+    for name in ("default", "two"):
+        randomize(model, name)
+    layers = model.manager.layers
+    for layer in layers.values():
+        for adapter in layer.adapters.values():
+            for key, tensor in adapter.named_parameters():
+                if "magnitude" in key:
+                    tensor.data *= 1.5
+    combined = model.add_weighted_adapter(["default", "two"], [1.0, 0.5], "mix", combination_type=kind)
+    missed = whole = 0.0
+    for layer in layers.values():
+        true = layer.get_delta_weight("default") + 0.5 * layer.get_delta_weight("two")
+        missed += float((layer.get_delta_weight("mix") - true).norm() ** 2)
+        whole += float(true.norm() ** 2)
+    assert combined.relative_error == pytest.approx((missed / whole) ** 0.5, abs=1e-5)
+    assert ("nothing lost" in str(combined)) == (kind == "exact")
 
 
 def test_10_rslora_is_not_scaled_twice() -> None:

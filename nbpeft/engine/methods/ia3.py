@@ -31,7 +31,6 @@ from nbpeft.engine.config_checks import check_target_fields
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import Matcher
 from nbpeft.errors import AdapterError, ConfigError
-from nbpeft.state import LayerLoss
 
 VECTOR = "ia3_l"
 
@@ -155,7 +154,6 @@ class _CombineIA3:
         kind = settings["combination_type"]
         weighted = list(zip(adapters, weights, strict=True))
         tensors: dict[str, dict[str, Tensor]] = {}
-        losses = []
         inputs = set()
         for path, members in layers.items():
             here = [(members[name], weight * members[name].scale) for name, weight in weighted if name in members]
@@ -166,20 +164,17 @@ class _CombineIA3:
                 raise AdapterError(f"adapters scale the input and the output of {path}: they cannot be combined")
             if isinstance(here[0][0].adapter, IA3OnInput):
                 inputs.add(path)
-            true = sum((vector.float() - 1) * weight for vector, weight in vectors)
-            made = 1 + true if kind == "exact" else sum(vector.float() * weight for vector, weight in vectors)
-            tensors[path] = {VECTOR: torch.as_tensor(made).to(vectors[0][0].dtype)}
-            losses.append(_loss(path, torch.as_tensor(true), torch.as_tensor(made) - 1))
+            start = 1 if kind == "exact" else 0
+            made = start + torch.stack([(vector.float() - start) * weight for vector, weight in vectors]).sum(0)
+            tensors[path] = {VECTOR: made.to(vectors[0][0].dtype)}
         if not tensors:
             raise AdapterError(f"none of the adapters {', '.join(adapters)} has a vector on any layer")
-        errors = [loss.relative_error for loss in losses]
-        energies = [loss.energy_kept for loss in losses]
         config = configs[0].copy(
             target_modules=set(tensors),
             feedforward_modules=inputs,
             exclude_modules=None,
         )
-        return Combination(config, tensors, kind, tuple(losses), max(errors), min(energies))
+        return Combination(config, tensors, kind)
 
 
 def _vector_of(path: str, member: Member) -> Tensor:
@@ -187,17 +182,6 @@ def _vector_of(path: str, member: Member) -> Tensor:
     if vector is None or not bool(torch.isfinite(vector).all()):
         raise AdapterError(f"an adapter has no finite vector at {path}: it cannot be combined", path=path)
     return vector.detach()
-
-
-def _loss(path: str, true: Tensor, made: Tensor) -> LayerLoss:
-    size = float(true.norm())
-    error = float((made - true).norm())
-    if error <= 1e-6 * float((1 + made).norm()):  # what rounding of the vectors themselves gives
-        error = 0.0
-    relative = error / size if size > 0 else (0.0 if error == 0 else float("inf"))
-    overlap = float((made * true).sum()) ** 2
-    energy = min(overlap / (size**2 * float(made.norm()) ** 2), 1.0) if size > 0 and float(made.norm()) > 0 else 1.0
-    return LayerLoss(path, None, relative, energy)
 
 
 @register(

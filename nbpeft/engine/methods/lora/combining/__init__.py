@@ -12,13 +12,13 @@ adapters.py   from adapters on layers to factors and back: what the engine calls
 
 from __future__ import annotations
 
+from nbpeft.engine.combination import Loss
 from nbpeft.engine.methods.lora.combining.adapters import combine_low_rank
 from nbpeft.engine.methods.lora.combining.config import combined_config
 from nbpeft.engine.methods.lora.combining.draws import skip_initial_draws
 from nbpeft.engine.methods.lora.combining.factors import Factors
 from nbpeft.engine.methods.lora.combining.layers import CombinedFactors, CombinedLayer, combine
 from nbpeft.engine.methods.lora.combining.recipe import Recipe
-from nbpeft.engine.methods.lora.combining.truncate import Loss
 
 __all__ = [
     "CombinedFactors",

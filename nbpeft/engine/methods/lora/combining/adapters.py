@@ -20,7 +20,6 @@ from nbpeft.engine.methods.lora.combining.recipe import Recipe, settings_for
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
 from nbpeft.names import COMBINATION_TYPES
-from nbpeft.state import LayerLoss
 
 
 class _CombineLowRank:
@@ -51,10 +50,10 @@ class _CombineLowRank:
             _skip_draws(factors, kinds, configs[0], recipe)
         combined = combine(factors, adapters, weights, recipe)
         tensors = {path: _tensors(kinds[path], layer) for path, layer in combined.layers.items()}
-        losses = tuple(
-            LayerLoss(path, layer.rank, layer.relative_error, layer.energy_kept)
-            for path, layer in combined.layers.items()
-        )
+        # Only ``exact`` looks at what DoRA makes of the factors.
+        rescaled = any(part.row_scale is not None for named in factors.values() for part in named.values())
+        known = not rescaled or recipe.combination_type == "exact"
+        losses = {path: layer.loss for path, layer in combined.layers.items()} if known else None
 
         def finish(path: str, adapter: Adapter, base: BaseLayer) -> None:
             """Gives a DoRA result the magnitude that makes its delta the exact sum."""
@@ -66,8 +65,6 @@ class _CombineLowRank:
             tensors,
             combined.recipe.combination_type,
             losses,
-            combined.relative_error,
-            combined.energy_kept,
             finish,
         )
 

@@ -2,50 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from nbpeft.engine.combination import Loss
 from nbpeft.engine.methods.lora.combining.recipe import Recipe
 from nbpeft.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Loss:
-    """How far kept factors are from the true weighted delta, in squared Frobenius norms.
-
-    Attributes:
-        true: of the true delta T.
-        kept: of the kept delta K.
-        error: of T - K.
-        overlap: inner product of T and K.
-    """
-
-    true: float = 0.0
-    kept: float = 0.0
-    error: float = 0.0
-    overlap: float = 0.0
-
-    @property
-    def relative_error(self) -> float:
-        """‖T - K‖ / ‖T‖; 0 when both are zero, infinite when only T is."""
-        if self.true > 0:
-            return math.sqrt(self.error / self.true)
-        return math.inf if self.kept > 0 else 0.0
-
-    @property
-    def energy_kept(self) -> float:
-        """Share of ‖T‖² that lies along K, in [0, 1]: for a truncated SVD the energy of what it keeps."""
-        if self.true > 0 and self.kept > 0:
-            return min(max(self.overlap, 0.0) ** 2 / (self.true * self.kept), 1.0)
-        return 1.0 if self.true == self.kept else 0.0
-
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(
-            self.true + other.true, self.kept + other.kept, self.error + other.error, self.overlap + other.overlap
-        )
 
 
 def measure_loss(true_B: Tensor, true_A: Tensor, kept_B: Tensor, kept_A: Tensor) -> Loss:
