@@ -306,10 +306,10 @@ def _load_entry_points() -> None:
             _entry_points_loaded = True
         finally:
             _entry_points_loading = False
-    for entry_point, error in failures:
+    for entry_point, failure in failures:
         package = entry_point.value if entry_point.dist is None else entry_point.dist.name
         warnings.warn(
             f"the method {entry_point.name!r} of the package {package} cannot be loaded and is left out: "
-            f"{type(error).__name__}: {shortened(in_one_line(error), 200)}",
+            f"{type(failure).__name__}: {shortened(in_one_line(failure), 200)}",
             stacklevel=3,
         )
