@@ -16,7 +16,9 @@ from nbpeft.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-_NAMES = lazy_names(__name__, __file__)
+# Configs come from the registry, which gives them the files they are saved in; the stub has them for type checkers.
+_METHODS = f"{__name__}.engine.methods."
+_NAMES = {name: home for name, home in lazy_names(__name__, __file__).items() if not home.startswith(_METHODS)}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,17 @@
 """The public names, each written once: what editors and type checkers see, and what ``__init__.py`` resolves.
 
-Configs of methods need no line here to be found; one makes editors know them.
+Configs come from the registry, whether they have a line here or not: it makes type checkers know them.
 """
 
 from typing import Any
 
+from .engine.methods.ia3 import IA3Config as IA3Config
+from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .errors import AdapterError as AdapterError
 from .errors import AdapterExistsError as AdapterExistsError
 from .errors import BaseMismatchError as BaseMismatchError
+from .errors import BaseNotFoundError as BaseNotFoundError
+from .errors import BiasError as BiasError
 from .errors import BusyError as BusyError
 from .errors import CellError as CellError
 from .errors import CheckpointError as CheckpointError
@@ -26,6 +30,7 @@ from .errors import TargetError as TargetError
 from .errors import TrainingError as TrainingError
 from .errors import UnknownAdapterError as UnknownAdapterError
 from .errors import UnknownMethodError as UnknownMethodError
+from .errors import UntypedConfigError as UntypedConfigError
 from .memory import Forecast as Forecast
 from .memory import forecast as forecast
 from .model import AdapterPool as AdapterPool

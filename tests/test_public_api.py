@@ -80,6 +80,24 @@ def test_the_stub_holds_each_name_once() -> None:
     assert len(set(nbpeft.__all__)) == len(nbpeft.__all__)
 
 
+def test_type_checkers_know_every_error() -> None:
+    from nbpeft import errors
+
+    stub = (ROOT / "nbpeft" / "__init__.pyi").read_text(encoding="utf-8")
+    lines = {
+        f"import {name} as {name}"
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == errors.__name__
+    }
+    assert sorted(line for line in lines if line not in stub) == [], "add them to nbpeft/__init__.pyi"
+
+
+def test_a_config_of_the_stub_can_be_saved_at_once(tmp_path: Path) -> None:
+    code = f"import nbpeft; nbpeft.IA3Config().save_pretrained({str(tmp_path)!r}); print(nbpeft.IA3Config.__module__)"
+    assert python(code) == "nbpeft.engine.methods.ia3"
+    assert (tmp_path / "adapter_config.json").exists()
+
+
 def test_a_star_import_gives_every_public_name() -> None:
     space: dict[str, Any] = {}
     exec("from nbpeft import *", space)

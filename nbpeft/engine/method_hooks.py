@@ -15,6 +15,12 @@ def prepares_calls(config: AdapterConfig) -> bool:
     return method_of(config).call_context is not None
 
 
+def learns_with_hooks(config: AdapterConfig) -> bool:
+    """Whether a method takes part in training beside the gradient."""
+    method = method_of(config)
+    return any(issubclass(kind, LearnsWithHooks) for kind in (method.adapter_class, method.shared or object))
+
+
 def call_contexts(
     configs: Mapping[str, AdapterConfig], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -38,8 +44,7 @@ def call_contexts(
 
 def hooks_of(layers: Layers, name: str, config: AdapterConfig) -> Iterator[LearnsWithHooks]:
     """Yields what of an adapter takes part in training beside the gradient."""
-    method = method_of(config)
-    if not any(issubclass(kind, LearnsWithHooks) for kind in (method.adapter_class, method.shared or object)):
+    if not learns_with_hooks(config):
         return
     found: list[Any] = [shared_state_of(layers, name)]
     found += [layer.adapters._modules.get(name) for layer in layers.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import AdapterError, UnknownAdapterError
@@ -24,6 +25,9 @@ from nbpeft.model.tuner import (
     remove_adapter,
     warn_of_trained_biases,
 )
+
+_LABELS = ("labels", "start_positions")
+"""Inputs for which transformers' models return their loss first, where they return a tuple."""
 
 
 class PeftModel(nn.Module):
@@ -204,23 +208,39 @@ class PeftModel(nn.Module):
         return self._forward_pinned(adapter_names, *args, **kwargs)
 
     def _forward_compiled(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
-        if adapter_names is None:
+        if adapter_names is None and not self._acts_on_calls(self.manager.active_state.traced.names, self.training):
             return self.base_model.model(*args, **kwargs)
-        # Rows are assigned anew in each call, and a compiled layer does not know for which it was compiled.
+        # Rows are assigned anew in each call, and a compiled layer does not know for which it was compiled. Nor does
+        # it know what a method prepares for each call or adds to each loss.
         alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
         return alone(adapter_names, *args, **kwargs)
+
+    def _acts_on_calls(self, names: tuple[str, ...], training: bool) -> bool:
+        """Whether the method of an active adapter does something in each call beside the maths of its layers."""
+        configs = [self.manager.configs[name] for name in names]
+        return any(prepares_calls(config) or (training and learns_with_hooks(config)) for config in configs)
+
+    # Compiled code takes the result for a constant and is guarded on the arguments. What says so in public,
+    # torch.compiler.assume_constant_result, would import the compiler with this module.
+    _acts_on_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
         with serving(self.manager, adapter_names, args, kwargs, training=self.training):
-            return self._with_extra_loss(self.base_model.model(*args, **kwargs))
+            output = self.base_model.model(*args, **kwargs)
+            return self._with_extra_loss(output, kwargs) if self.training else output
 
-    def _with_extra_loss(self, output: Any) -> Any:
+    def _with_extra_loss(self, output: Any, kwargs: Mapping[str, Any]) -> Any:
         """Adds what the adapters' methods add to the loss, where the output of a training step has one."""
-        loss: Any = getattr(output, "loss", None) if self.training else None
+        in_tuple = isinstance(output, tuple) and any(kwargs.get(name) is not None for name in _LABELS)
+        loss: Any = output[0] if in_tuple else getattr(output, "loss", None)
         extra = None if loss is None else self.manager.extra_loss()
-        if extra is not None:
-            output.loss = loss + extra.to(loss.device)
+        if extra is None:
+            return output
+        total = loss + extra.to(loss.device)
+        if in_tuple:
+            return total, *output[1:]
+        output.loss = total
         return output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:

@@ -44,6 +44,11 @@ class AdapterTuner(nn.Module):
         found: AdapterManager = self.__dict__[MANAGER]
         return found
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the adapters are on the model and no other handle took it over."""
+        return self.manager.alive and self.manager.owner is self._token
+
     def check_live(self) -> None:
         """Raises StaleModelError once the adapters were unloaded or another handle took the base model over."""
         self.manager.check_alive()

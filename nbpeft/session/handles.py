@@ -32,8 +32,7 @@ def uncompiled(model: Any) -> Any:
 
 def is_live(handle: PeftModel) -> bool:
     """Whether a handle is the one that owns its base model's adapters."""
-    manager: Any = handle.manager
-    return bool(manager.alive) and getattr(manager, "owner", None) is handle.__dict__.get("_token")
+    return handle.base_model.is_live
 
 
 def handle_over(base: nn.Module) -> PeftModel | None:

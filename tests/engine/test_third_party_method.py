@@ -157,6 +157,23 @@ with nbpeft.track(model, total_steps=2) as run:
         run.step(loss=loss)
 found["steps"], found["loss"] = model.manager.shared("default").steps, float(loss) > 100
 
+# a compiled model and one that returns tuples do the same, and LoRA beside it stays compiled
+inputs = {"input_ids": ids, "labels": ids}
+with torch.no_grad():
+    eager, compiled = model(**inputs), torch.compile(model, backend="eager")
+    outputs, tuples = compiled(**inputs), model(**inputs, return_dict=False)
+    found["compiled"] = [float(outputs.loss) == float(eager.loss) > 100, torch.equal(outputs.logits, eager.logits)]
+    found["tuples"] = [tuples[0].item() == eager.loss.item(), torch.equal(tuples[1], eager.logits), len(tuples) > 1]
+    found["no loss"] = torch.equal(model(input_ids=ids, return_dict=False)[0], eager.logits)
+    model.eval()
+    found["contexts"] = torch.equal(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+    from torch._dynamo.utils import counters
+    counters.clear()
+    model.set_adapter("lora")
+    found["switched"] = torch.allclose(compiled(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
+    found["breaks"] = [counters["stats"]["unique_graphs"], len(counters["graph_break"])]
+    model.set_adapter("default")
+
 # the rest of the product
 model.eval()
 parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, sequence_length=8).parts}
@@ -199,6 +216,12 @@ def test_a_method_of_another_package_works_everywhere_or_says_why_not(installed:
         "copies": True,
         "steps": [0, 1],
         "loss": True,
+        "compiled": [True, True],
+        "tuples": [True, True, True],
+        "no loss": True,
+        "contexts": True,
+        "switched": True,
+        "breaks": [1, 0],
         "forecast": True,
         "session": ["Strange", {"size": "4"}],
         "combine": "adapter 'default' is Strange, which cannot be combined: activate several at once",

@@ -61,7 +61,7 @@ def test_scales_are_other_ones_inside_the_block_only(use_dora: bool) -> None:
             assert torch.equal(logits(model), base)
 
 
-def test_adapters_renamed_or_deleted_inside_the_block_get_their_scales_back() -> None:
+def test_adapters_renamed_or_deleted_inside_get_their_scales_back() -> None:
     model = adapted()
     model.add_adapter("gone", config())
     layer: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")

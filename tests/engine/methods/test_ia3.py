@@ -218,7 +218,8 @@ def test_forecast_preview_panel_card_and_script(tmp_path: Path) -> None:
     session = Session()
     preview = session.preview(llama(), {"peft_type": "ia3"})
     assert str(count) in f"{preview}".replace(",", "") and "(IA)³" in str(preview)
-    result = session.add(llama(), {"peft_type": "IA3"}, name="scales")
+    base = llama()
+    result = session.add(base, {"peft_type": "IA3"}, name="scales")
     assert result.adapter.method == "(IA)³" and result.adapter.summary == {"vectors": "inputs and outputs"}
     assert "(IA)³" in str(session.state.models[0].adapters[0].method)
     model.save_pretrained(tmp_path)
