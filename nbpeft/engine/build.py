@@ -84,7 +84,7 @@ def build(
 
     for target, adapter in make_adapters(plan, create):
         layer = layers[target.path]
-        adapter.training = layer.training
+        adapter.__dict__["training"] = layer.training
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.path].module)], layer, adapter))
@@ -127,10 +127,12 @@ def shared_state(
 
 
 def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:
+    if given is None:
+        return target.adapter_class.create(target.config, site, None)
     options: Any = {"device": site.base.device, "dtype": site.dtype}
-    if given is None or set(site.shapes) - set(given):
+    if set(site.shapes) - set(given):
         adapter = target.adapter_class.create(target.config, site, None)
-        for name, tensor in (given or {}).items():
+        for name, tensor in given.items():
             adapter._parameters[name] = nn.Parameter(tensor.to(**options))
         return adapter
     return target.adapter_class.create(target.config, site, {name: given[name].to(**options) for name in site.shapes})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, Pads, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
 from nbpeft.engine.transaction import Transaction
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -38,6 +38,11 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         padded: whether the factors have more rows than the adapter uses, filled with zeros.
     """
 
+    low_rank: LowRank
+    scaling: float | Tensor
+    dropout: float
+    padded: bool
+
     wrapped_parameters: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDE)
     peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_dropout": "dropout_view"}
 
@@ -51,10 +56,8 @@ class LowRankAdapter(Adapter, Rescales, Pads):
     ) -> None:
         super().__init__()
         self._parameters.update(tensors)
-        self.low_rank = low_rank_of(kind)
-        self.scaling = scaling
-        self.dropout = dropout
-        self.padded = False
+        # nn.Module's way to set an attribute would be a tenth of what it costs to add an adapter.
+        self.__dict__.update(low_rank=low_rank_of(kind), scaling=scaling, dropout=dropout, padded=False)
         if initial is not None:
             for name, tensor in zip(_INITIAL, (initial[0], -initial[1]), strict=True):
                 self.register_buffer(name, tensor, persistent=False)

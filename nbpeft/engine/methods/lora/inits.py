@@ -68,9 +68,8 @@ def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None)
     Returns:
         Parameter name -> tensor.
     """
-    tensors = {
-        name: torch.empty(shape, device=site.base.device, dtype=site.dtype) for name, shape in site.shapes.items()
-    }
+    device, dtype = site.base.device, site.dtype
+    tensors = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in site.shapes.items()}
     first, second, *rest = tensors.values()
     for extra in rest:
         extra.zero_()
