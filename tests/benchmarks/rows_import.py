@@ -43,7 +43,7 @@ def first_use(name: str, size: Size) -> Measure:
 
 
 ROWS = [
-    Row("load_ext", "%load_ext nbpeft / import peft", "seconds", 0.15, load_extension, absolute=True, repeats=3),
-    Row("import", "import", "seconds", 0.15, import_only, absolute=True, repeats=3),
+    Row("load_ext", "`%load_ext nbpeft` / `import peft`", "seconds", 0.15, load_extension, absolute=True, repeats=3),
+    Row("import", "`import nbpeft` / `import peft`", "seconds", 0.15, import_only, absolute=True, repeats=3),
     Row("first-use", "first use / import torch, transformers", "seconds", 1.2, first_use, rival=TORCH, repeats=3),
 ]

@@ -47,7 +47,11 @@ def as_text(results: Sequence[Result]) -> str:
 def as_markdown(results: Sequence[Result]) -> str:
     """A table for the README."""
     head = "| work | peft | nbpeft | ratio | target |\n|---|---:|---:|---:|---:|"
-    return "\n".join([head, *("| " + " | ".join(cells(result)[:5]) + " |" for result in results), "", machine()])
+    lines = []
+    for result in results:
+        *columns, target, verdict = cells(result)
+        lines.append(" | ".join([*columns, f"**{target} missed**" if verdict == "missed" else target]))
+    return "\n".join([head, *(f"| {line} |" for line in lines), "", machine()])
 
 
 def as_dict(result: Result) -> dict[str, Any]:
