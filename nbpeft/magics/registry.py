@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import Argument, Subcommand, argument
 
@@ -38,6 +39,12 @@ ADAPTER_NAME = argument(
     help="name of the adapter (default: default)",
 )
 ALLOW_MISSING = argument("--allow-missing", action="store_true", help="go on where a target matches nothing")
+METHOD = argument(
+    "--method",
+    metavar="METHOD",
+    completes="method",
+    help="lora, ia3, …; decides the fields (default: that of the adapter there is, else lora)",
+)
 ADAPTER = argument("name", metavar="NAME", completes="adapter", help="the adapter")
 NEW_NAME = argument("new", metavar="NEW", help="the new name")
 
@@ -69,6 +76,18 @@ def subcommand(
         return run
 
     return decorate
+
+
+def fields_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a config, with the ``peft_type`` that ``--method`` names.
+
+    Raises:
+        CellError: a field names another one.
+    """
+    fields = dict(options.fields)
+    if options.method is not None and fields.setdefault("peft_type", options.method) != options.method:
+        raise CellError(f"--method {options.method} and peft_type = {fields['peft_type']!r} contradict each other")
+    return fields
 
 
 def session_command(name: str, summary: str, *arguments: Argument, method: str = "", example: str = "") -> None:

@@ -92,6 +92,7 @@ def test_fields_change_the_active_adapter(adapted: Notebook) -> None:
 def test_another_method_is_planned_with_its_own_fields(adapted: Notebook) -> None:
     plan = adapted.do("%lora plan model --seq 32 peft_type=ia3")
     assert (plan.adapter, plan.settings.rank) == ("(IA)³", None)
+    assert adapted.do("%lora plan model --seq 32 --method ia3").parts == plan.parts
     assert "no single rank" in adapted.run("%lora plan model --seq 32 peft_type=ia3 --rank 8").line
     adapted.do("%lora delete sql")
     adapted.do("%lora delete chat")

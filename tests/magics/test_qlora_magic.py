@@ -54,6 +54,13 @@ def test_a_model_in_memory_is_quantized_prepared_and_adapted(notebook: Notebook)
     assert (state.name, state.quantization) == ("model", "bnb4bit")
 
 
+def test_a_method_is_chosen_as_for_lora(notebook: Notebook) -> None:
+    preview = notebook.do("%%qlora model --dry-run --method ia3\nbits = 4")
+    assert "(IA)³" in str(preview)
+    line = notebook.run("%%qlora model --method ia3\npeft_type = 'lora'").line
+    assert "--method ia3 and peft_type = 'lora' contradict each other" in line
+
+
 def test_a_folder_is_loaded_quantized_into_a_variable(bare: Notebook, folder: Path) -> None:
     result = bare.do(cell(str(folder), "--as tiny --name sql", "dtype = 'bfloat16'\n"))
     assert quantized_layers(bare["tiny"]) == 14 and "model" not in bare.shell.user_ns

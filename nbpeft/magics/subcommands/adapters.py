@@ -11,10 +11,12 @@ from nbpeft.magics.registry import (
     ADAPTER,
     ADAPTER_NAME,
     ALLOW_MISSING,
+    METHOD,
     MODEL,
     NEW_NAME,
     ON_MODEL,
     THE_MODEL,
+    fields_of,
     session_command,
     subcommand,
 )
@@ -23,7 +25,7 @@ from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes
 _ARGUMENTS = (
     MODEL,
     ADAPTER_NAME,
-    argument("--method", metavar="METHOD", completes="method", help="lora (the default), ia3, …; decides the fields"),
+    METHOD,
     argument("--dry-run", action="store_true", help="only show what would be adapted, counts and memory"),
     *DRY_RUN_SIZES,
     ALLOW_MISSING,
@@ -48,9 +50,7 @@ _ARGUMENTS = (
 )
 def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Adapt the model in a variable, or show what that would do."""
-    variable, fields, sizes = options.target, options.fields, settings_of(options)
-    if options.method is not None and fields.setdefault("peft_type", options.method) != options.method:
-        raise CellError(f"--method {options.method} and peft_type = {fields['peft_type']!r} contradict each other")
+    variable, fields, sizes = options.target, fields_of(options), settings_of(options)
     model = notebook.module(variable)
     notebook.session.adopt(notebook.namespace)
     if options.dry_run:

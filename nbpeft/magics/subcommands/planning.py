@@ -11,7 +11,7 @@ from typing import Any
 from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
-from nbpeft.magics.registry import subcommand
+from nbpeft.magics.registry import METHOD, fields_of, subcommand
 from nbpeft.session.handles import is_module
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -79,6 +79,7 @@ def sizes_without_dry_run() -> CellError:
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
+    METHOD,
     argument("--rank", type=positive, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),
     argument(
         "--targets",
@@ -91,7 +92,7 @@ def sizes_without_dry_run() -> CellError:
 )
 def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Plan memory, or show the panel for it."""
-    settings, fields = settings_of(options), dict(options.fields)
+    settings, fields = settings_of(options), fields_of(options)
     if options.targets is not None:
         names = [name.strip() for name in options.targets.split(",") if name.strip()]
         fields["target_modules"] = "all-linear" if options.targets == "all-linear" else names

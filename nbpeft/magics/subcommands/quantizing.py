@@ -10,7 +10,7 @@ from typing import Any
 from nbpeft.errors import CellError, ConfigError, did_you_mean, with_article
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ADAPTER_NAME, ALLOW_MISSING, subcommand
+from nbpeft.magics.registry import ADAPTER_NAME, ALLOW_MISSING, METHOD, fields_of, subcommand
 from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
 from nbpeft.session.commands.quantizing import LOADING_FIELDS, PREPARING_FIELDS, QUANTIZATION_FIELDS
 from nbpeft.session.configs import field_names
@@ -40,6 +40,7 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
         "variable, else model, which must be free or hold what this cell made before)",
     ),
     ADAPTER_NAME,
+    METHOD,
     argument(
         "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and memory"
     ),
@@ -59,7 +60,7 @@ def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
     session = notebook.session
     session.adopt(notebook.namespace)
     source, variable = _source(options, notebook)
-    own, config = _sorted(options.fields)
+    own, config = _sorted(fields_of(options))
     sizes = settings_of(options)
     if options.dry_run:
         return session.preview_qlora(source, config, name=options.name, variable=variable, **sizes, **own)
