@@ -123,9 +123,8 @@ class AdapterMachine(RuleBasedStateMachine):
         return self.expected.adapters
 
     def put(self, name: str, tracked: Tracked, *, scale: float = 1.0) -> None:
-        """What the engine does with a new adapter; one that is replaced keeps its scale."""
-        known = self.adapters.get(name)
-        tracked.scale = scale if known is None else known.scale
+        """What the engine does with a new adapter, also in the place of another one."""
+        tracked.scale = scale
         self.adapters[name] = tracked
         if not self.expected.selected and len(self.adapters) == 1:
             self.expected.selected = (name,)
