@@ -460,4 +460,4 @@ def test_any_sequence_of_commands(steps: int) -> None:
         warnings.filterwarnings("ignore", message="adapters are merged|Already unmerged|All adapters are already")
         run_state_machine_as_test(machine, settings=chosen)
     assert next(steps_taken) - before >= steps // 2
-    assert next(troubles_met) - met >= steps // 100
+    assert next(troubles_met) - met >= steps // 200  # most commands have no such place, or not behind so many others
