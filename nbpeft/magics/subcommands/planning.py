@@ -12,12 +12,10 @@ from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import METHOD, fields_of, subcommand
+from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS, SHORT_DTYPES
 from nbpeft.session.handles import is_module
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
-"""Named here so that completion imports no torch."""
+_QUANTS = ("none", *QUANTIZATIONS)
 
 _SIZES = (
     argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
@@ -42,13 +40,13 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     if re.fullmatch(r"[\d.]+", device):  # it would be read as bytes, which nobody means
         raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
     if "dtype" in given:
-        found["dtype"] = DTYPES.get(given["dtype"], given["dtype"])
-        if found["dtype"] not in DTYPES.values():
-            raise CellError(f"--dtype {given['dtype']!r} is not one of {', '.join(DTYPES)}")
+        found["dtype"] = SHORT_DTYPES.get(given["dtype"], given["dtype"])
+        if found["dtype"] not in DTYPES:
+            raise CellError(f"--dtype {given['dtype']!r} is not one of {', '.join(SHORT_DTYPES)}")
     if "quant" in given:
-        if given["quant"] not in QUANTIZATIONS:
-            near = did_you_mean(given["quant"], QUANTIZATIONS)
-            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(QUANTIZATIONS)}.{near}")
+        if given["quant"] not in _QUANTS:
+            near = did_you_mean(given["quant"], _QUANTS)
+            raise CellError(f"--quant {given['quant']!r} is not one of {', '.join(_QUANTS)}.{near}")
         found["quantization"] = None if given["quant"] == "none" else given["quant"]
     if given.get("checkpointing"):
         found["gradient_checkpointing"] = True
@@ -74,8 +72,8 @@ def sizes_without_dry_run() -> CellError:
         help="a variable with a model, a folder, a .gguf file or a repository",
     ),
     *_SIZES,
-    argument("--dtype", metavar="DTYPE", words=tuple(DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
-    argument("--quant", metavar="KIND", words=QUANTIZATIONS, help="none, nf4, fp4, int8 (default: as it is)"),
+    argument("--dtype", metavar="DTYPE", words=tuple(SHORT_DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
+    argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4, int8 (default: as it is)"),
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--inference", action="store_true", help="reading a prompt of that length, no training"),

@@ -38,8 +38,24 @@ class PartSize:
         return self.byte_count / self.bfloat16_bytes if self.bfloat16_bytes else 1.0
 
 
+class _BaseWeights:
+    """Sums over the parts of the base weights."""
+
+    parts: tuple[PartSize, ...]
+
+    @property
+    def byte_count(self) -> int:
+        """What the base weights take, or would take."""
+        return sum(part.byte_count for part in self.parts)
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        """What the base weights would take in bfloat16."""
+        return sum(part.bfloat16_bytes for part in self.parts)
+
+
 @dataclass(frozen=True, repr=False)
-class QloraResult(ModelResult):
+class QloraResult(_BaseWeights, ModelResult):
     """A quantized model was prepared and carries an adapter.
 
     Attributes:
@@ -59,16 +75,6 @@ class QloraResult(ModelResult):
     prepared: str
     prepare_bytes: int
     seconds: float
-
-    @property
-    def byte_count(self) -> int:
-        """What the base weights take."""
-        return sum(part.byte_count for part in self.parts)
-
-    @property
-    def bfloat16_bytes(self) -> int:
-        """What the base weights would take in bfloat16."""
-        return sum(part.bfloat16_bytes for part in self.parts)
 
     def release(self) -> None:
         """Keeps the model no longer alive."""
@@ -96,7 +102,7 @@ class QloraResult(ModelResult):
 
 
 @dataclass(frozen=True, repr=False)
-class QloraPreview(Result):
+class QloraPreview(_BaseWeights, Result):
     """What ``qlora`` would do; nothing was loaded or changed.
 
     Attributes:
@@ -112,16 +118,6 @@ class QloraPreview(Result):
     parts: tuple[PartSize, ...]
     prepared: str
     adapter: Preview
-
-    @property
-    def byte_count(self) -> int:
-        """What the base weights would take."""
-        return sum(part.byte_count for part in self.parts)
-
-    @property
-    def bfloat16_bytes(self) -> int:
-        """What the base weights would take in bfloat16."""
-        return sum(part.bfloat16_bytes for part in self.parts)
 
     def __str__(self) -> str:
         did = f"would {self.action} {self.source}" if self.action else f"{self.source} is quantized already"
