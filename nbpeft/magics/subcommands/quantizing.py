@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nbpeft.errors import CellError, ConfigError, did_you_mean, with_article
@@ -40,7 +41,7 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
         "variable, else model, which must be free or hold what this cell made before)",
     ),
     ADAPTER_NAME,
-    METHOD,
+    replace(METHOD, options={**METHOD.options, "help": "lora (the default), ia3, …; decides the fields"}),
     argument(
         "--dry-run", action="store_true", help="only show what would be loaded, quantized and adapted, and memory"
     ),
