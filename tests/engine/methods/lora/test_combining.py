@@ -228,7 +228,7 @@ def test_exact_is_the_weighted_sum(kind: str) -> None:
     assert ours.rank == layer.rank == 12
     expected = true_delta(parts, weights)
     torch.testing.assert_close(product(layer.lora_A, layer.lora_B, groups), expected, rtol=1e-5, atol=1e-5)
-    assert layer.relative_error < 1e-5 and layer.energy_kept == pytest.approx(1.0, abs=1e-6)
+    assert layer.loss.relative_error < 1e-5 and layer.loss.energy_kept == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -247,8 +247,8 @@ def test_truncation_is_the_best_rank_k(kind: str) -> None:
     layer, expected = ours.layers["x"], torch.cat(best)
     found = product(layer.lora_A, layer.lora_B, groups)
     assert float((found - expected).norm() / expected.norm()) < 1e-5
-    assert layer.relative_error == pytest.approx(float((delta - found).norm() / delta.norm()), abs=1e-5)
-    assert layer.energy_kept == pytest.approx(kept / total, abs=1e-5)
+    assert layer.loss.relative_error == pytest.approx(float((delta - found).norm() / delta.norm()), abs=1e-5)
+    assert layer.loss.energy_kept == pytest.approx(kept / total, abs=1e-5)
 
 
 def test_cat_of_grouped_convolutions_keeps_each_group_apart() -> None:
@@ -261,7 +261,7 @@ def test_cat_of_grouped_convolutions_keeps_each_group_apart() -> None:
     torch.testing.assert_close(
         product(layer.lora_A, layer.lora_B, 2), true_delta(parts, {"a": 1.0, "b": -2.0}), rtol=1e-5, atol=1e-5
     )
-    assert layer.relative_error < 1e-6
+    assert layer.loss.relative_error < 1e-6
 
 
 def test_an_adapter_minus_itself_is_nothing() -> None:
@@ -271,7 +271,7 @@ def test_an_adapter_minus_itself_is_nothing() -> None:
     assert float(product(layer.lora_A, layer.lora_B).norm()) < 1e-4
     empty = Factors(part.lora_A, torch.zeros_like(part.lora_B))
     nothing = combine({"x": {"a": empty}}, ["a"], [1.0], Recipe())
-    assert nothing.relative_error == 0.0 and nothing.energy_kept == 1.0
+    assert nothing.loss.relative_error == 0.0 and nothing.loss.energy_kept == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -295,10 +295,10 @@ def test_linear_reports_how_far_it_is_from_the_weighted_sum() -> None:
     layer = combine({"x": parts}, ["a", "b"], [0.5, 0.5], Recipe("linear")).layers["x"]
     delta = true_delta(parts, {"a": 0.5, "b": 0.5})
     kept = product(layer.lora_A, layer.lora_B)
-    assert layer.relative_error == pytest.approx(float((delta - kept).norm() / delta.norm()), rel=1e-5)
-    assert layer.relative_error > 0.9
+    assert layer.loss.relative_error == pytest.approx(float((delta - kept).norm() / delta.norm()), rel=1e-5)
+    assert layer.loss.relative_error > 0.9
     cosine = float((delta * kept).sum() / delta.norm() / kept.norm())
-    assert layer.energy_kept == pytest.approx(cosine**2, rel=1e-5)
+    assert layer.loss.energy_kept == pytest.approx(cosine**2, rel=1e-5)
 
 
 def test_loss_over_all_layers() -> None:
@@ -309,7 +309,7 @@ def test_loss_over_all_layers() -> None:
     ours = combine(layers, ["a", "b"], [1.0, 1.0], Recipe("svd"))
     errors = sum(layer.loss.error for layer in ours.layers.values())
     truths = sum(layer.loss.true for layer in ours.layers.values())
-    assert ours.relative_error == pytest.approx(math.sqrt(errors / truths))
+    assert ours.loss.relative_error == pytest.approx(math.sqrt(errors / truths))
     assert "svd: 2 layers, rank 2" in str(ours)
 
 

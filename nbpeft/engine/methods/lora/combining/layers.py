@@ -40,16 +40,6 @@ class CombinedLayer:
         """Rows of A."""
         return self.lora_A.shape[0]
 
-    @property
-    def relative_error(self) -> float:
-        """‖true - kept‖ / ‖true‖ of the delta."""
-        return self.loss.relative_error
-
-    @property
-    def energy_kept(self) -> float:
-        """Share of the true delta's energy that lies along the kept one."""
-        return self.loss.energy_kept
-
 
 @dataclass(frozen=True)
 class CombinedFactors:
@@ -75,20 +65,11 @@ class CombinedFactors:
         """The loss over all layers together."""
         return sum((layer.loss for layer in self.layers.values()), Loss())
 
-    @property
-    def relative_error(self) -> float:
-        """‖true - kept‖ / ‖true‖ of the delta."""
-        return self.loss.relative_error
-
-    @property
-    def energy_kept(self) -> float:
-        """Share of the true delta's energy that lies along the kept one."""
-        return self.loss.energy_kept
-
     def __str__(self) -> str:
+        loss = self.loss
         return (
             f"{self.recipe.combination_type}: {len(self.layers)} layers, rank {self.rank}, "
-            f"relative error {self.relative_error:.2%}, energy kept {self.energy_kept:.2%}"
+            f"relative error {loss.relative_error:.2%}, energy kept {loss.energy_kept:.2%}"
         )
 
 
