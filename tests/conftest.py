@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -21,6 +22,15 @@ def pytest_collection_finish() -> None:
     """Spares collections what was imported by now, which stays: going over it takes half a second each time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown() -> None:
+    """Forgets an exception that Python takes for one that is still handled.
+
+    CPython leaves it behind where a signal ends an ``except`` clause at its ``return``, as the tests of
+    interruptions do; the errors of all later tests in the process would have it as their context.
+    """
+    ctypes.pythonapi.PyErr_SetHandledException(ctypes.py_object(None))
 
 
 @pytest.fixture(autouse=True)
