@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-TrainStatus = Literal["starting", "running", "paused", "stopping", "finished", "stopped", "failed"]
+TrainStatus = Literal["starting", "running", "pausing", "paused", "stopping", "finished", "stopped", "failed"]
 
 ENDED: tuple[TrainStatus, ...] = ("finished", "stopped", "failed")
 """Statuses of a run that will publish no other state."""
@@ -33,6 +33,8 @@ class AdapterState:
     scale: float = 1.0
     summary: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Its method's main settings, e.g. ``{"r": "16", "α": "32"}``; a star where some modules have other values."""
+    unsaved: bool = False
+    """Whether it was trained since it was added, loaded or saved."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,30 @@ class LayerChange:
         return float("inf") if self.delta_norm > 0 else 0.0
 
 
+Curve = tuple[tuple[int, float], ...]
+"""(step, value) pairs, decimated for drawing: bounded however long the run is."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one prompt was answered while a run went on.
+
+    Attributes:
+        step: when it was asked.
+        prompt: as given.
+        answer: the adapter's, as it was then.
+        base: the base model's, which does not change.
+    """
+
+    step: int
+    prompt: str
+    answer: str
+    base: str = ""
+
+
 @dataclass(frozen=True)
 class TrainState:
-    """A training run at one moment.
-
-    ``history`` and ``eval_history`` are (step, loss) pairs; ``history`` is decimated for
-    drawing, so it is bounded however long the run is.
-    """
+    """A training run at one moment."""
 
     run_id: str
     adapter: str
@@ -121,11 +140,25 @@ class TrainState:
     tokens_per_second: float | None = None
     elapsed: float = 0.0
     remaining: float | None = None
-    history: tuple[tuple[int, float], ...] = ()
-    eval_history: tuple[tuple[int, float], ...] = ()
+    history: Curve = ()
+    """The loss of each step."""
+    eval_history: Curve = ()
     memory: MemoryState | None = None
     message: str = ""
     """One line for a person: why it stopped, or a warning that it cannot learn."""
+    first_step: int = 0
+    """Steps done before this run, where it goes on from an earlier one."""
+    gradient_norm: float | None = None
+    series: Mapping[str, Curve] = field(default_factory=dict, hash=False)
+    """Further values over time: ``learning rate``, ``gradient norm``, ``tokens/s``, ``memory`` (bytes)."""
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """The last values of ``compute_metrics``, without the prefix ``eval_``."""
+    metric_history: Mapping[str, Curve] = field(default_factory=dict, hash=False)
+    best_step: int | None = None
+    """Step of the lowest evaluation loss, or of the best value of ``metric_for_best_model``."""
+    samples: tuple[Sample, ...] = ()
+    folder: str = ""
+    """Where the run is kept, or the empty string."""
 
 
 @dataclass(frozen=True)
