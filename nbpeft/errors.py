@@ -22,6 +22,8 @@
     ├── TrainingError             the run cannot start or cannot learn
     └── CellError                 a magic's line or cell cannot be read
 
+and TrainingInterrupted, a KeyboardInterrupt.
+
 Classes also derive from the built-in error that PEFT raises in the same place, so that
 ``except ValueError`` in existing code keeps working. The message is one line for a person;
 the values behind it are in ``details``.
@@ -32,7 +34,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nbpeft.confidential import masked
 
@@ -138,6 +140,25 @@ class TrainingError(NbpeftError, RuntimeError):
     """A training run cannot start or cannot learn."""
 
     longest = 1_000  # out of memory: where it went, and each change that would help
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """An interruption (Ctrl-C, the kernel's stop button) ended a run, and what it learned was kept.
+
+    It is raised after everything is in order, so that the cells queued behind do not run. A notebook shows it as
+    one line.
+
+    Args:
+        message: one line.
+        result: the ``TrainResult`` of the run, where there is one.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 class CellError(NbpeftError, ValueError):

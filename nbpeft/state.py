@@ -133,6 +133,9 @@ class TrainState:
     total_steps: int | None
     epoch: float | None = None
     loss: float | None = None
+    """Of the last step."""
+    mean_loss: float | None = None
+    """Over all steps of this run."""
     smoothed_loss: float | None = None
     eval_loss: float | None = None
     eval_step: int | None = None

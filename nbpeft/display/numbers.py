@@ -52,6 +52,11 @@ def loss(value: float | None) -> str:
     return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.2e}"
 
 
+def metric(value: float) -> str:
+    """A metric: ``0.913``, ``12.5``."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
+
+
 def rate(value: float | None) -> str:
     """Tokens a second."""
     if value is None or not math.isfinite(value):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.training import Run
+    from nbpeft.training import Run, TrainResult
 
     ConfigLike = AdapterConfig | Mapping[str, Any]
     ModelLike = nn.Module | str | None
@@ -46,6 +46,8 @@ class SessionContext:
         tokenizers: base model -> the tokenizer that was given for it last.
         combinations: (model name, adapter name) -> config of an adapter that ``combine`` made.
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
+        last_result: of the last training that finished or was stopped, by whatever.
+        last_traceback: of the last command that failed, as text.
         notes: what went wrong outside any command, e.g. in a subscriber.
         changed: whether something changed that was not published yet.
     """
@@ -58,6 +60,8 @@ class SessionContext:
         self.tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.combinations: dict[tuple[str, str], weakref.ref[Any]] = {}
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self.last_result: TrainResult | None = None
+        self.last_traceback = ""
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
         self._published_busy = False

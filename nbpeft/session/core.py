@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from nbpeft.confidential import masked
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.commands import (
     adapters,
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike
     from nbpeft.session.results import DoctorReport
     from nbpeft.state import SessionState
-    from nbpeft.training import Run
+    from nbpeft.training import Run, TrainResult
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+_LONGEST_TRACEBACK = 200_000
+"""Characters."""
 
 
 def _command(
@@ -115,6 +119,21 @@ class Session:
     def names(self) -> tuple[str, ...]:
         """Names of the models."""
         return self.context.models.names
+
+    @property
+    def last_result(self) -> TrainResult | None:
+        """The result of the last training that finished, was stopped or interrupted; None before the first."""
+        return self.context.last_result
+
+    @property
+    def last_traceback(self) -> str:
+        """The traceback of the last command that failed, as text: it keeps no tensor alive."""
+        return self.context.last_traceback
+
+    def note_failure(self, error: BaseException) -> None:
+        """Keep the traceback of an error as text, for ``last_traceback``; tokens in it are masked."""
+        text = "".join(traceback.format_exception(error))
+        self.context.last_traceback = masked(text[-_LONGEST_TRACEBACK:]).rstrip()
 
     def subscribe(self, callback: Callable[[SessionState], object]) -> Callable[[], None]:
         """Call back with every new state, until the returned function is called.

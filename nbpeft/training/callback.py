@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft.training.run import Run, StopRun
+
+_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What a Trainer reports of an evaluation besides its loss and the values of ``compute_metrics``."""
 
 
 class RunCallback(TrainerCallback):
@@ -40,7 +44,10 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives the run the number of steps to come."""
+        """Gives the run the number of steps to come, and the optimizer, whose memory is shown."""
+        optimizer = kwargs.get("optimizer")
+        if optimizer is not None:
+            self.run.optimizer = weakref.ref(getattr(optimizer, "optimizer", optimizer))
         self.run.begin(total_steps=state.max_steps if state.max_steps > 0 else None, step=state.global_step)
 
     def on_substep_end(
@@ -69,6 +76,7 @@ class RunCallback(TrainerCallback):
                 loss=float(logs["loss"]),
                 learning_rate=logs.get("learning_rate"),
                 epoch=state.epoch,
+                gradient_norm=logs.get("grad_norm"),
             )
 
     def on_evaluate(
@@ -79,9 +87,12 @@ class RunCallback(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Notes a loss on held-out data."""
-        if metrics and "eval_loss" in metrics:
-            self.run.evaluated(metrics["eval_loss"], state.global_step)
+        """Notes the loss on held-out data, and the values of ``compute_metrics``."""
+        if metrics:
+            values = metrics_of(metrics)
+            self.run.evaluated(
+                metrics.get("eval_loss"), state.global_step, metrics=values, score=score_of(args, metrics)
+            )
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,6 +124,26 @@ class RunCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_evaluate = False
             control.should_save = control.should_save or str(getattr(args.save_strategy, "value", "no")) == "steps"
+
+
+def metrics_of(reported: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of ``compute_metrics`` in what a Trainer reports of an evaluation, without ``eval_``."""
+    named = {name.removeprefix("eval_"): value for name, value in reported.items() if name.startswith("eval_")}
+    return {
+        name: float(value)
+        for name, value in named.items()
+        if isinstance(value, int | float) and name != "loss" and not name.endswith(_TIMES)
+    }
+
+
+def score_of(args: TrainingArguments, reported: Mapping[str, Any]) -> float | None:
+    """What the best evaluation is found by, lower is better: the loss, or ``metric_for_best_model``."""
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    value = reported.get(f"eval_{name}")
+    if not isinstance(value, int | float):
+        return None
+    greater = args.greater_is_better if args.greater_is_better is not None else not name.endswith("loss")
+    return -float(value) if greater else float(value)
 
 
 def shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:

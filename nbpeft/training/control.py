@@ -1,4 +1,4 @@
-"""Stop and Pause for a running training, requested from anywhere, carried out between steps."""
+"""Stop, Pause and Save for a running training, requested from anywhere, carried out between steps."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ class RunControl:
         self.deliver_clicks: Callable[[], None] | None = None
         self.reason = ""
         self._changed = threading.Condition()
+        self._listeners: list[Callable[[], object]] = []
         self._stop = False
         self._paused = False
+        self._waiting = False
+        self._save = False
 
     @property
     def stop_requested(self) -> bool:
@@ -40,12 +43,44 @@ class RunControl:
         """Whether the run is to wait before its next step."""
         return self._paused and not self._stop
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the run waits now: a pause that was requested begins when the step has ended."""
+        return self._waiting
+
+    @property
+    def save_requested(self) -> bool:
+        """Whether the adapter is to be saved after the step the run is in."""
+        return self._save
+
+    def on_request(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Calls back after each request, in the thread that made it, until the returned function is called.
+
+        Args:
+            callback: must return at once, and may be called in the thread that receives the kernel's messages.
+        """
+        self._listeners.append(callback)
+
+        def remove() -> None:
+            if callback in self._listeners:
+                self._listeners.remove(callback)
+
+        return remove
+
     def request_stop(self, reason: str = "") -> None:
         """Asks the run to end after the step it is in; ends a pause too."""
         with self._changed:
             if not self._stop:
                 self._stop, self.reason = True, reason
             self._changed.notify_all()
+        self._report()
+
+    def request_save(self) -> None:
+        """Asks the run to save the adapter after the step it is in."""
+        with self._changed:
+            self._save = True
+            self._changed.notify_all()
+        self._report()
 
     def pause(self) -> None:
         """Asks the run to wait before its next step."""
@@ -55,29 +90,51 @@ class RunControl:
         """Lets a waiting run go on."""
         self._set_paused(False)
 
-    def wait_or_stop(self, on_wait: Callable[[], None] | None = None) -> bool:
+    def wait_or_stop(
+        self, on_wait: Callable[[], None] | None = None, on_save: Callable[[], None] | None = None
+    ) -> bool:
         """Called by the training loop between steps; blocks while paused.
 
         Args:
             on_wait: Called once, before the first wait of this call.
+            on_save: Called where saving was requested, during a pause, too.
 
         Returns:
             Whether the loop is to end.
         """
         self._deliver()
-        if self.paused and on_wait is not None:
-            on_wait()
-        while self.paused:
-            with self._changed:
-                if self.paused:
-                    self._changed.wait(self.poll_interval)
-            self._deliver()
+        self._save_if_requested(on_save)
+        if not self.paused:
+            return self._stop
+        self._waiting = True
+        try:
+            if on_wait is not None:
+                on_wait()
+            while self.paused:
+                with self._changed:
+                    if self.paused and not self._save:
+                        self._changed.wait(self.poll_interval)
+                self._deliver()
+                self._save_if_requested(on_save)
+        finally:
+            self._waiting = False
         return self._stop
 
     def _set_paused(self, paused: bool) -> None:
         with self._changed:
             self._paused = paused
             self._changed.notify_all()
+        self._report()
+
+    def _report(self) -> None:
+        for callback in list(self._listeners):
+            callback()
+
+    def _save_if_requested(self, save: Callable[[], None] | None) -> None:
+        if self._save:
+            self._save = False
+            if save is not None:
+                save()
 
     def _deliver(self) -> None:
         if self.deliver_clicks is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
 from nbpeft.engine.model_tree import embedding_of
-from nbpeft.errors import ConfigError, NbpeftError, TrainingError
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_here, slow_words
@@ -49,7 +49,8 @@ def train(
     """Trains the active adapters of ``model``.
 
     Stop, Pause and KeyboardInterrupt are carried out: a stopped training returns its result like any
-    other, and the model keeps what it learned. Whatever fails before the first step leaves the
+    other, and the model keeps what it learned. An interrupted one does the same and then raises
+    ``TrainingInterrupted``, which holds the result. Whatever fails before the first step leaves the
     model, and which adapters are active or merged, as before.
 
     Args:
@@ -72,6 +73,7 @@ def train(
     Raises:
         ConfigError: an argument is unknown or impossible.
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
+        TrainingInterrupted: an interruption ended the run; the model keeps what it learned.
     """
     _can_train(model, adapter)
     trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))
@@ -103,7 +105,10 @@ def train(
                 raise
     if failure is not None:  # raised out here, the new error does not hold the frames of the old one
         raise failure.with_traceback(None)
-    return _result(run, metrics, fields.get("output_dir"))
+    result = _result(run, metrics, fields.get("output_dir"))
+    if run.interrupted:
+        raise TrainingInterrupted(f"{result} · what it learned is kept", result)
+    return result
 
 
 def _can_train(model: nn.Module, adapter: str | None) -> None:
@@ -212,7 +217,7 @@ def _fit(
     metrics: dict[str, float] = {}
     try:
         with _restoring(model):
-            with run:
+            with suppress(TrainingInterrupted), run:  # raised again when everything is in order
                 trainer = _make_trainer(trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
                 callback = RunCallback(run)
@@ -302,7 +307,8 @@ def _result(run: Run, metrics: dict[str, float], folder: str | None) -> TrainRes
         adapter=state.adapter,
         steps=state.step,
         total_steps=state.total_steps,
-        loss=state.smoothed_loss,
+        loss=state.loss,
+        train_loss=state.mean_loss,
         eval_loss=state.eval_loss,
         seconds=state.elapsed,
         token_count=run.token_count,
@@ -311,4 +317,5 @@ def _result(run: Run, metrics: dict[str, float], folder: str | None) -> TrainRes
         message=state.message,
         metrics=metrics,
         state=state,
+        shown=run.shown,
     )

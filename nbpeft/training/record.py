@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 Number = float | Tensor
+_SMALL = 60
+"""Buckets of the curves that are drawn small."""
 
 
 class History:
@@ -95,11 +98,19 @@ class Record:
         self.learning_rate: float | None = None
         self.loss: float | None = None
         self.token_count = 0.0
+        self.gradient_norm: float | None = None
         self.evaluated: tuple[int, float] | None = None
+        self.metrics: dict[str, float] = {}
+        self.best: tuple[int, float] | None = None
+        """Step and score of the best evaluation; a lower score is better."""
         self.smoothed = Smoothed()
         self.history = History()
         self.eval_history = History()
+        self.series: dict[str, History] = {}
+        self.metric_history: dict[str, History] = {}
+        self._loss_total, self._loss_count = 0.0, 0
         self._pending: list[tuple[int, Number]] = []
+        self._pending_norms: list[tuple[int, Number]] = []
         self._pending_tokens: Number = 0
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=60)
 
@@ -115,6 +126,7 @@ class Record:
         learning_rate: float | None,
         tokens: Number | None,
         epoch: float | None,
+        gradient_norm: Number | None = None,
     ) -> bool:
         """Notes what is known about a step. Returns whether it is a new one."""
         advanced, self.step = step > self.step, max(step, self.step)
@@ -123,13 +135,43 @@ class Record:
         if tokens is not None:
             self._pending_tokens = self._pending_tokens + (tokens.detach() if isinstance(tokens, Tensor) else tokens)
         self.epoch = self.epoch if epoch is None else epoch
-        self.learning_rate = self.learning_rate if learning_rate is None else learning_rate
+        if learning_rate is not None:
+            self.learning_rate = learning_rate
+            self.trace("learning rate", learning_rate, step)
+        if gradient_norm is not None:
+            norm = gradient_norm.detach() if isinstance(gradient_norm, Tensor) else float(gradient_norm)
+            self._pending_norms.append((step, norm))
         return advanced
 
-    def add_evaluation(self, step: int, loss: float) -> None:
-        """Notes a loss on held-out data."""
-        self.evaluated = (step, loss)
-        self.eval_history.add(step, loss)
+    def add_evaluation(
+        self, step: int, loss: float | None, metrics: Mapping[str, float], score: float | None = None
+    ) -> None:
+        """Notes what was measured on held-out data.
+
+        Args:
+            step: when.
+            loss: None where there is none.
+            metrics: further values by name.
+            score: what the best evaluation is found by, lower is better; the loss by default.
+        """
+        if loss is not None:
+            self.evaluated = (step, loss)
+            self.eval_history.add(step, loss)
+        self.metrics |= metrics
+        for name, value in metrics.items():
+            self.metric_history.setdefault(name, History(_SMALL)).add(step, value)
+        score = loss if score is None else score
+        if score is not None and math.isfinite(score) and (self.best is None or score < self.best[1]):
+            self.best = (step, score)
+
+    def trace(self, name: str, value: float, step: int | None = None) -> None:
+        """Notes one value of a further curve, at this step by default."""
+        self.series.setdefault(name, History(_SMALL)).add(self.step if step is None else step, value)
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean of all losses of the run that are finite; None before the first."""
+        return self._loss_total / self._loss_count if self._loss_count else None
 
     def collect(self) -> int | None:
         """Turns what is pending into numbers. Returns the first new step whose loss is NaN."""
@@ -139,8 +181,14 @@ class Record:
             self.loss = value
             self.smoothed.add(value)
             self.history.add(step, value)
+            if math.isfinite(value):
+                self._loss_total, self._loss_count = self._loss_total + value, self._loss_count + 1
             if lost is None and value != value:
                 lost = step
+        norms, self._pending_norms = self._pending_norms, []
+        for (step, _), value in zip(norms, _numbers([norm for _, norm in norms]), strict=True):
+            self.gradient_norm = value
+            self.trace("gradient norm", value, step)
         tokens, self._pending_tokens = self._pending_tokens, 0
         self.token_count += float(tokens)
         return lost

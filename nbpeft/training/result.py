@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nbpeft.display import numbers
 from nbpeft.display.blocks import Line, bold, line
 from nbpeft.display.shown import Shown
 from nbpeft.state import TrainState
@@ -19,7 +20,7 @@ class TrainResult(Shown):
     steps: int
     total_steps: int | None
     loss: float | None
-    """Smoothed loss at the end."""
+    """Of the last step that was logged, as the Trainer reports it."""
     eval_loss: float | None
     seconds: float
     """Time spent training and evaluating, without pauses."""
@@ -29,15 +30,29 @@ class TrainResult(Shown):
     """Folder with the adapter and its checkpoints, or None where nothing was asked to be kept."""
     state: TrainState = field(repr=False)
     """The run's last state, with its curves."""
+    train_loss: float | None = None
+    """Mean of the losses of all steps of this run."""
     message: str = ""
+    shown: bool = field(default=False, repr=False, compare=False)
+    """Whether a front end has shown the run's last state: then this need not be shown once more below it."""
     metrics: dict[str, float] = field(default_factory=dict, repr=False)
     """What the Trainer reports about the whole run."""
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the best evaluation, or None."""
+        return self.state.best_step
 
     def __str__(self) -> str:
         return " · ".join(self._parts())
 
     def __repr__(self) -> str:
         return f"TrainResult({self})"
+
+    def _ipython_display_(self) -> None:
+        if not self.shown:
+            raise NotImplementedError  # for IPython: as anything else is shown
+        object.__setattr__(self, "shown", False)  # the next time there is nothing above it
 
     def view(self) -> Line:
         """The same as ``str``, what ended in bold."""
@@ -51,11 +66,15 @@ class TrainResult(Shown):
         noun = "step" if (self.total_steps or self.steps) == 1 else "steps"
         parts = [f"{self.adapter or 'model'} {self.status}", f"{steps} {noun}", _duration(self.seconds)]
         if self.loss is not None:
-            parts.append(f"loss {self.loss:.4g}")
+            mean = f" (mean {numbers.loss(self.train_loss)})" if self.train_loss is not None else ""
+            parts.append(f"loss {numbers.loss(self.loss)}{mean}")
         if self.eval_loss is not None:
-            parts.append(f"eval loss {self.eval_loss:.4g}")
+            best = self.best_step
+            at = f" (best at step {best:,})" if best is not None and best != self.state.eval_step else ""
+            parts.append(f"eval loss {numbers.loss(self.eval_loss)}{at}")
+        parts += [f"{name} {numbers.metric(value)}" for name, value in self.state.metrics.items()]
         if self.tokens_per_second is not None:
-            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+            parts.append(f"{numbers.rate(self.tokens_per_second)} tokens/s")
         if self.output_dir is not None:
             parts.append(f"saved in {self.output_dir}")
         if self.message and self.status != "stopped":

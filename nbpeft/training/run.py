@@ -9,26 +9,29 @@ Feeding a run costs no device synchronisation: losses stay tensors until the nex
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from torch import nn
 
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.memory.processor import slow_dtype, slow_words
-from nbpeft.state import MemoryState, TrainState, TrainStatus
+from nbpeft.state import MemoryState, Sample, TrainState, TrainStatus
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
 from nbpeft.training.failures import explain_failure
 from nbpeft.training.learning_check import LearningCheck
 from nbpeft.training.optimizer_steps import watch_steps
 from nbpeft.training.record import Number, Record
+from nbpeft.training.save_now import save_adapters
 from nbpeft.training.tracebacks import release_frames
 
 
@@ -53,8 +56,9 @@ class Run:
                 optimizer.zero_grad()
                 run.step(loss, tokens=batch["input_ids"].numel())
 
-    Stop and KeyboardInterrupt end the block: the model keeps what it learned, the code after the
-    block goes on, and ``run.state.status`` is ``"stopped"``. Other exceptions pass through.
+    Stop ends the block: the model keeps what it learned, the code after the block goes on, and
+    ``run.state.status`` is ``"stopped"``. KeyboardInterrupt ends it in the same order, and leaves it as
+    ``TrainingInterrupted``: what comes after it does not run. Other exceptions pass through.
 
     Args:
         model: The model in training; held weakly.
@@ -64,17 +68,24 @@ class Run:
         publish: Called with each new state from the training thread, at most once every
             ``interval`` seconds, and always with the last one.
         clock: Seconds, growing.
-        memory: Measures memory for the states, at most every ``memory_interval`` seconds.
+        memory: Measures memory for the states, at most every ``memory_interval`` seconds and so rarely
+            that it takes less than a hundredth of the time. Called in any thread.
 
     Raises:
         ConfigError: ``total_steps`` is not a number of steps.
 
     Attributes:
         entered: Whether the run is inside its ``with`` block.
+        shown: Whether a front end shows the run: then warnings are in its message alone.
+        interrupted: Whether an interruption ended it.
+        optimizer: Returns the optimizer, whose state counts as memory, or None.
+        folder: Where the run is kept, or the empty string.
+        output_dir: Where its adapter goes at the end, or the empty string.
     """
 
     interval = 0.2
-    memory_interval = 2.0
+    memory_interval = 0.5
+    most_samples = 40
 
     def __init__(
         self,
@@ -98,17 +109,26 @@ class Run:
         self._clock = clock
         self._memory = memory
         self._lock = threading.RLock()
-        self.entered = False
+        self._memory_lock = threading.Lock()
+        self.entered = self.shown = self.interrupted = False
+        self.optimizer: Callable[[], Any] = lambda: None
+        self.folder = self.output_dir = ""
         self._display_failed = False
         self._status: TrainStatus = "starting"
-        self._message = ""
+        self._notes: list[str] = []
+        self._warnings: list[str] = []
+        self._saved = ""
+        self._samples: deque[Sample] = deque(maxlen=self.most_samples)
+        self._latest: TrainState | None = None
         self._check: LearningCheck | None = None
         self._end_watching: Callable[[], None] = lambda: None
         self._record = Record()
         self._memory_state: MemoryState | None = None
-        self._memory_at = float("-inf")
+        self._readings: deque[tuple[int, int]] = deque(maxlen=1000)
+        self._memory_due = float("-inf")
         self._started: float | None = None
         self._waited = 0.0
+        self._waiting_since: float | None = None
         self._ended: float | None = None
         self._published_at = float("-inf")
 
@@ -148,6 +168,7 @@ class Run:
         learning_rate: float | None = None,
         tokens: Number | None = None,
         epoch: float | None = None,
+        gradient_norm: Number | None = None,
     ) -> None:
         """Notes one optimizer step, and carries out Stop and Pause. Call it after the step.
 
@@ -156,26 +177,50 @@ class Run:
             learning_rate: As used in the step.
             tokens: Input tokens of the step, for the speed shown.
             epoch: Passes over the data so far.
+            gradient_norm: Of the step, before clipping.
 
         Raises:
             TrainingError: the run is not in a ``with`` block.
         """
         if not self.entered:
             raise TrainingError("A run is fed inside its block: `with track(model) as run:` and then run.step(loss=…).")
-        self.record(self._record.step + 1, loss=loss, learning_rate=learning_rate, tokens=tokens, epoch=epoch)
+        self.record(
+            self._record.step + 1,
+            loss=loss,
+            learning_rate=learning_rate,
+            tokens=tokens,
+            epoch=epoch,
+            gradient_norm=gradient_norm,
+        )
         if self.wait_or_stop():
             raise StopRun(self)
 
-    def evaluated(self, loss: Number, step: int | None = None) -> None:
-        """Notes a loss on held-out data.
+    def evaluated(
+        self,
+        loss: Number | None,
+        step: int | None = None,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Notes what was measured on held-out data.
 
         Args:
-            loss: A number or a tensor with one element.
+            loss: A number or a tensor with one element, or None.
             step: When it was measured; now by default.
+            metrics: Further values by name, e.g. ``{"accuracy": 0.9}``.
+            score: What the best evaluation is found by, lower is better; the loss by default.
         """
         with self._lock:
-            self._record.add_evaluation(self._record.step if step is None else step, float(loss))
+            place = self._record.step if step is None else step
+            self._record.add_evaluation(place, None if loss is None else float(loss), metrics or {}, score)
         self.publish()
+
+    def sampled(self, samples: Iterable[Sample]) -> None:
+        """Notes what the model answered; the last ``most_samples`` are kept."""
+        with self._lock:
+            self._samples.extend(samples)
+        self.publish(force=True)
 
     def record(
         self,
@@ -185,38 +230,42 @@ class Run:
         learning_rate: float | None = None,
         tokens: Number | None = None,
         epoch: float | None = None,
+        gradient_norm: Number | None = None,
     ) -> None:
         """Notes what is known about ``step``; never raises, never waits.
 
         May be called several times a step, as the parts become known.
         """
         with self._lock:
-            advanced = self._record.add(step, loss, learning_rate, tokens, epoch)
+            advanced = self._record.add(step, loss, learning_rate, tokens, epoch, gradient_norm)
             if advanced and self._check is not None:
                 last = self.total_steps is not None and self._record.step >= self.total_steps
                 self._warn(self._check.after_step(self.steps_done, last=last))
         self.publish()
 
     def note(self, message: str) -> None:
-        """Adds to the line shown with the run."""
+        """Adds to the line shown with the run; what it says already is not said again."""
         with self._lock:
-            self._message = " · ".join(part for part in (self._message, message) if part)
+            if message and message not in self._notes:
+                self._notes.append(message)
 
     def wait_or_stop(self) -> bool:
         """Waits while paused. Returns whether the loop is to end."""
-        before = self._clock()
-        waited = False
 
         def on_wait() -> None:
-            nonlocal waited
-            waited = True
+            self._waiting_since = self._clock()
             self.publish(force=True)
 
-        stop = self.control.wait_or_stop(on_wait)
-        if waited:
+        try:
+            stop = self.control.wait_or_stop(on_wait, self._save_now)
+        finally:
+            waited = self._waiting_since is not None
             with self._lock:
-                self._waited += self._clock() - before
-                self._record.forget_pace()
+                if self._waiting_since is not None:
+                    self._waited += self._clock() - self._waiting_since
+                    self._waiting_since = None
+                    self._record.forget_pace()
+        if waited:
             self.publish(force=True)
         return stop
 
@@ -238,8 +287,9 @@ class Run:
                 self._check.close()
                 self._check = None
             self._status = status
-            self._message = message or self._message
-            self._memory_at = float("-inf")
+            if message:
+                self._notes = [message]
+            self._memory_due = float("-inf")
         self.publish(force=True)
 
     def __enter__(self) -> Self:
@@ -251,11 +301,14 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self.entered = False
-        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, StopRun) and error.run is self)
-        if stopped or (error is None and self.cut_short):
+        self.interrupted = isinstance(error, KeyboardInterrupt)
+        stopped = isinstance(error, StopRun) and error.run is self
+        if self.interrupted or stopped or (error is None and self.cut_short):
             if error is not None:
                 release_frames(error)
             self.finish("stopped", self.stop_message())
+            if self.interrupted:
+                raise TrainingInterrupted(f"{self.adapter or 'training'} {self.stop_message()}") from None
         elif error is None:
             self.finish("finished")
         else:
@@ -273,6 +326,28 @@ class Run:
             self._collect()
             return self._build()
 
+    def tick(self) -> TrainState | None:
+        """The state published last, with the status, the clock and the memory of this moment; None before the first.
+
+        Waits neither for the training thread nor for a device: a front end may ask every second while a step
+        takes a minute.
+        """
+        if self._ended is None:
+            self._measure_memory()
+        latest = self._latest
+        if latest is None or self._ended is not None:
+            return latest
+        elapsed = self._elapsed()
+        remaining = None if latest.remaining is None else max(0.0, latest.remaining - (elapsed - latest.elapsed))
+        return dataclasses.replace(
+            latest,
+            status=self._status_now(),
+            elapsed=elapsed,
+            remaining=remaining,
+            memory=self._memory_state,
+            message=self._message(),
+        )
+
     def publish(self, *, force: bool = False) -> None:
         """Hands the state to ``publish``, unless that was done less than ``interval`` ago."""
         with self._lock:
@@ -282,20 +357,24 @@ class Run:
             self._published_at = now
             self._collect()
             self._record.mark(self._elapsed())
-            self._measure_memory(now)
+            _, speed = self._record.pace(self._elapsed(), overall=False)
+            if speed is not None and self._ended is None:
+                self._record.trace("tokens/s", speed)
+            self._measure_memory()
             state = self._build()
-        if self._publish_to is None:
-            return
-        try:
-            self._publish_to(state)
-        except Exception as error:  # a panel that cannot draw must not end a training
-            self._warn_once(f"The display of this run fails ({type(error).__name__}: {error}); training goes on.")
+        if self._publish_to is not None:
+            try:
+                self._publish_to(state)
+            except Exception as error:  # a panel that cannot draw must not end a training
+                self._warn_once(f"The display of this run fails ({type(error).__name__}: {error}); training goes on.")
+        said, self._warnings = self._warnings, []
+        for message in said if not self.shown else ():
+            warnings.warn(message, stacklevel=3)
 
     def stop_message(self) -> str:
         """``stopped at step 12``, with the reason where one was given."""
         reason = f": {self.control.reason}" if self.control.reason else ""
-        note = f" · {self._message}" if self._message else ""
-        return f"stopped at step {self._record.step}{reason}{note}"
+        return " · ".join([f"stopped at step {self._record.step}{reason}", *self._notes])
 
     @property
     def token_count(self) -> int:
@@ -319,41 +398,73 @@ class Run:
     def _elapsed(self) -> float:
         if self._started is None:
             return 0.0
-        return (self._clock() if self._ended is None else self._ended) - self._started - self._waited
+        stands = self._ended if self._ended is not None else self._waiting_since
+        return (self._clock() if stands is None else stands) - self._started - self._waited
 
     def _collect(self) -> None:
+        while self._readings:
+            step, byte_count = self._readings.popleft()
+            self._record.trace("memory", byte_count, step)
         lost = self._record.collect()
-        if lost is not None and "NaN" not in self._message:
+        if lost is not None and not any("NaN" in note for note in self._notes):
             self._warn(f"The loss is NaN since step {lost}: try a lower learning rate, or look at the labels.")
 
-    def _measure_memory(self, now: float) -> None:
-        if self._memory is not None and now - self._memory_at >= self.memory_interval:
-            self._memory_at = now
-            try:
-                self._memory_state = self._memory()
-            except Exception as error:  # nor must a measurement
-                self._memory = None
-                self._warn_once(f"Memory cannot be measured ({type(error).__name__}: {error}); training goes on.")
+    def _save_now(self) -> None:
+        try:
+            folder = save_adapters(self._model(), self.output_dir or self.folder, self._record.step)
+            self._saved = f"saved in {folder}"
+        except Exception as error:  # a full disk, say: training goes on
+            self._saved = f"not saved: {error}"
+        self.publish(force=True)
+
+    def _measure_memory(self) -> None:
+        """Measures where it is time, in whatever thread; one that comes while another measures goes on."""
+        now = self._clock()
+        if self._memory is None or now < self._memory_due or not self._memory_lock.acquire(blocking=False):
+            return
+        try:
+            began = time.perf_counter()
+            found = self._memory()
+            self._memory_due = now + max(self.memory_interval, 100 * (time.perf_counter() - began))
+            if found is not None:
+                self._memory_state = found
+                self._readings.append((self._record.step, sum(part.byte_count for part in found.parts)))
+        except Exception as error:  # nor must a measurement
+            if isinstance(error, RuntimeError) and "during iteration" in str(error):
+                return  # the optimizer's first step makes its state right now
+            self._memory = None
+            self._warn_once(f"Memory cannot be measured ({type(error).__name__}: {error}); training goes on.")
+        finally:
+            self._memory_lock.release()
+
+    def _status_now(self) -> TrainStatus:
+        if self._status != "running":
+            return self._status
+        if self.control.stop_requested:
+            return "stopping"
+        if self.control.paused:
+            return "paused" if self.control.waiting else "pausing"
+        return "running"
+
+    def _message(self) -> str:
+        saving = "saving after this step" if self.control.save_requested and self._ended is None else self._saved
+        return " · ".join([*self._notes, *([saving] if saving else [])])
 
     def _build(self) -> TrainState:
-        status = self._status
-        if status == "running" and self.control.stop_requested:
-            status = "stopping"
-        elif status == "running" and self.control.paused:
-            status = "paused"
         record, elapsed = self._record, self._elapsed()
         pace, tokens_per_second = record.pace(elapsed, overall=self._ended is not None)
         remaining = None
         if pace is not None and self.total_steps is not None and self._ended is None:
             remaining = max(0.0, (self.total_steps - record.step) * pace)
-        return TrainState(
+        self._latest = TrainState(
             run_id=self.run_id,
             adapter=self.adapter,
-            status=status,
+            status=self._status_now(),
             step=record.step,
             total_steps=self.total_steps,
             epoch=record.epoch,
             loss=record.loss,
+            mean_loss=record.mean_loss,
             smoothed_loss=record.smoothed.value,
             eval_loss=record.evaluated[1] if record.evaluated else None,
             eval_step=record.evaluated[0] if record.evaluated else None,
@@ -364,13 +475,22 @@ class Run:
             history=record.history.points(),
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
-            message=self._message,
+            message=self._message(),
+            first_step=record.first_step,
+            gradient_norm=record.gradient_norm,
+            series={name: curve.points() for name, curve in list(record.series.items())},
+            metrics=dict(record.metrics),
+            metric_history={name: curve.points() for name, curve in record.metric_history.items()},
+            best_step=record.best[0] if record.best else None,
+            samples=tuple(self._samples),
+            folder=self.folder,
         )
+        return self._latest
 
     def _warn(self, message: str) -> None:
         if message:
             self.note(message)
-            warnings.warn(message, stacklevel=3)
+            self._warnings.append(message)  # said by the next publication, where nothing shows the run
 
     def _warn_once(self, message: str) -> None:
         if not self._display_failed:

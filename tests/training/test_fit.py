@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
 from nbpeft.state import TrainState
 from nbpeft.training import RunControl, TrainResult, train
@@ -176,12 +176,15 @@ def test_stop_during_an_evaluation_ends_it():
     assert result.status == "stopped" and result.steps == 1 and len(batches) == 1
 
 
-def test_keyboard_interrupt_is_a_stop():
+def test_a_keyboard_interrupt_keeps_what_was_learned_and_goes_on():
     def interrupt():
         raise KeyboardInterrupt
 
     model = trainable()
-    result = train(model, token_rows(), callbacks=[At(3, interrupt)], **QUICK)
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(model, token_rows(), callbacks=[At(3, interrupt)], **QUICK)
+    result = caught.value.result
+    assert str(caught.value).startswith("default stopped · 3 of 5 steps") and "kept" in str(caught.value)
     assert result.status == "stopped" and result.steps == 3
     assert result.state.message == "stopped at step 3"
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -191,7 +194,8 @@ def test_interrupted_with_a_folder_still_saves_the_adapter(tmp_path):
     def interrupt():
         raise KeyboardInterrupt
 
-    train(trainable(), token_rows(), callbacks=[At(3, interrupt)], output_dir=str(tmp_path), **QUICK)
+    with pytest.raises(TrainingInterrupted):
+        train(trainable(), token_rows(), callbacks=[At(3, interrupt)], output_dir=str(tmp_path), **QUICK)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
@@ -320,7 +324,8 @@ def test_an_interrupted_run_leaves_no_noise_on_the_embeddings():
         raise KeyboardInterrupt
 
     model = trainable()
-    train(model, token_rows(), callbacks=[At(2, interrupt)], neftune_noise_alpha=5.0, **QUICK)
+    with pytest.raises(TrainingInterrupted):
+        train(model, token_rows(), callbacks=[At(2, interrupt)], neftune_noise_alpha=5.0, **QUICK)
     assert not model.get_input_embeddings()._forward_hooks
 
 

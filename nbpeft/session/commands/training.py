@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.errors import TrainingInterrupted
 from nbpeft.session.checks import place_of
 from nbpeft.session.results import ExportResult
 
@@ -52,8 +53,9 @@ def train(
 ) -> TrainResult:
     """Train the active adapters with transformers' Trainer; shown live where a front end listens.
 
-    Stop and KeyboardInterrupt end it gracefully: the result says so and the model keeps what
-    it learned.
+    Stop ends it gracefully: the result says so and the model keeps what it learned. So does an interruption,
+    which then goes on as ``TrainingInterrupted``: cells queued behind do not run. ``last_result`` is the result
+    either way.
 
     Args:
         model: an adapted model.
@@ -65,6 +67,7 @@ def train(
 
     Raises:
         TrainingError: the run cannot start, e.g. because no adapter can train.
+        TrainingInterrupted: an interruption ended the run.
     """
     from nbpeft.training import is_plain, train
 
@@ -72,15 +75,22 @@ def train(
     trained = tracked.model
 
     def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
-        return _run(ctx, tracked, watched, total_steps, memory=_measuring(trained), **options)
+        return _run(ctx, tracked, watched, total_steps, **options)
 
     with ctx.command(f"training {adapter or ', '.join(tracked.manager.active)}", slow=True, gather=False):
         arguments |= {"tokenizer": tokenizer, "adapter": adapter, "run_factory": make_run}
-        result = train(trained, data, eval_data, **arguments)
+        interrupted: TrainingInterrupted | None = None
+        try:
+            result = train(trained, data, eval_data, **arguments)
+        except TrainingInterrupted as error:
+            interrupted, result = error, error.result
         plain = is_plain(data)
         tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
         ctx.models.select(tracked)
-        return result
+        ctx.last_result = result
+    if interrupted is not None:
+        raise interrupted.with_traceback(None)
+    return result
 
 
 def export(
@@ -132,7 +142,7 @@ def _run(
     """Make a run that publishes its states through the session."""
     from nbpeft.training import Run
 
-    options.setdefault("memory", _measuring(watched))
+    options.setdefault("memory", _measuring(watched, lambda: run.optimizer()))
     run = Run(watched, total_steps, publish=lambda state: _published(ctx, run, tracked, state), **options)
     return run
 
@@ -151,14 +161,20 @@ def _published(ctx: SessionContext, run: Run, tracked: TrackedModel | None, stat
     ctx.publish()
 
 
-def _measuring(model: Any) -> Callable[[], MemoryState | None]:
-    """Return a function that measures a model's memory and holds it weakly."""
-    from nbpeft.memory import measure
+def _measuring(model: Any, optimizer: Callable[[], Any]) -> Callable[[], MemoryState | None]:
+    """Return a function that measures the memory of a model and its optimizer, and holds both weakly."""
+    from nbpeft.memory.measure import Meter
 
     reference = weakref.ref(model)
+    meters: dict[int, Meter] = {}
 
     def look() -> MemoryState | None:
-        found = reference()
-        return None if found is None else measure(found)
+        found, current = reference(), optimizer()
+        if found is None:
+            return None
+        if id(current) not in meters:
+            meters.clear()
+            meters[id(current)] = Meter(found, current)
+        return meters[id(current)].read()
 
     return look

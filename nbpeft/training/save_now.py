@@ -1,0 +1,44 @@
+"""Saving what is trained while the run goes on, because a person asked for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.errors import TrainingError
+from nbpeft.training.adapted import trained_names
+
+
+def save_adapters(model: Any, folder: str, step: int) -> str:
+    """Saves the adapters in training, as PEFT would, into a new folder of their name and step.
+
+    Args:
+        model: in training.
+        folder: where the new folder goes; the working directory where it is empty.
+        step: optimizer steps done.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        TrainingError: the model carries no adapters.
+        CheckpointError: it cannot be written.
+    """
+    manager = manager_of(model)
+    if manager is None:
+        raise TrainingError("the model carries no adapters")
+    from nbpeft.model import files  # tracking a loop imports no more than it needs
+
+    names = trained_names(model)
+    place = _free(Path(folder or "."), f"{names[0] if len(names) == 1 else 'adapters'}-step-{step}")
+    files.save(manager, place, names=names, flat=len(names) == 1)
+    return str(place)
+
+
+def _free(folder: Path, name: str) -> Path:
+    """A path in the folder that is not taken: an earlier run may have been saved at the same step."""
+    place, number = folder / name, 2
+    while place.exists():
+        place, number = folder / f"{name}-{number}", number + 1
+    return place
