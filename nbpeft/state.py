@@ -106,6 +106,23 @@ Curve = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One answer to one prompt.
+
+    Attributes:
+        text: without special tokens.
+        token_count: tokens of it.
+        ended: whether the model ended it.
+        cut: whether it reached the greatest length before that.
+    """
+
+    text: str = ""
+    token_count: int = 0
+    ended: bool = False
+    cut: bool = False
+
+
+@dataclass(frozen=True)
 class Sample:
     """What one prompt was answered while a run went on.
 

@@ -11,7 +11,7 @@ import torch
 
 from nbpeft.errors import ConfigError, MergeError
 from nbpeft.model.merge_export import merge_to_folder
-from nbpeft.session import generation
+from nbpeft.training import generation
 from tests.tiny_models import adapted, llama
 
 IDS = torch.arange(12).view(2, 6)

@@ -12,13 +12,14 @@ from nbpeft.errors import AdapterError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import names_of, prompts_of, weights_of
 from nbpeft.session.commands.combining import combination_settings, free_name, make_combination, seeded
-from nbpeft.session.generation import GenerationRequest, PromptBatch, evaluating, generate_batch, prompt_batch
+from nbpeft.session.prompts import prompt_batch
 from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, blend_title
+from nbpeft.training.generation import GenerationRequest, PromptBatch, evaluating, generate_batch
 
 if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
-    from nbpeft.session.generation import Prompt
     from nbpeft.session.registry import TrackedModel
+    from nbpeft.training.generation import Prompt
 
     Report = Callable[[CompareResult], object]
 

@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import AdapterError
 from nbpeft.session.checks import place_of
 from nbpeft.session.commands.adapters import adapter_in, nested_adapters_in_error
-from nbpeft.session.generation import (
-    GenerationRequest,
-    PromptBatch,
-    check_finite,
-    evaluating,
-    generate_batch,
-    prompt_batch,
-)
 from nbpeft.session.handles import uncompiled
+from nbpeft.session.prompts import prompt_batch
 from nbpeft.session.results.combining import SwapResult
+from nbpeft.training.generation import GenerationRequest, PromptBatch, check_finite, evaluating, generate_batch
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,27 +9,11 @@ from nbpeft.display.blocks import Block, Box, Card, Columns, Text, card, line, n
 from nbpeft.display.differences import Runs, differences
 from nbpeft.display.models import with_notes
 from nbpeft.session.results.base import Result
+from nbpeft.state import Answer as Answer
 
 BASE = "base"
 
 Status = Literal["running", "finished", "stopped"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer to one prompt.
-
-    Attributes:
-        text: without special tokens.
-        token_count: tokens of it.
-        ended: whether the model ended it.
-        cut: whether it reached the greatest length before that.
-    """
-
-    text: str = ""
-    token_count: int = 0
-    ended: bool = False
-    cut: bool = False
 
 
 @dataclass(frozen=True)
