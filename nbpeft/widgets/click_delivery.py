@@ -7,7 +7,8 @@ and handed on unchanged:
 
     ipykernel >= 7   in the thread that receives shell messages; it is alive while a cell runs
     ipykernel 5, 6   in ``Delivery.poll()``, which the running loop calls: it takes waiting messages off
-                     the socket and puts them into the kernel's own queue, in order
+                     the socket and puts them into the kernel's own queue, in order. While a step keeps
+                     the main thread, ``Delivery.peek()`` of another thread does the first half of it
     anything else    not at all: ``deliver_clicks`` returns None, and interrupting the kernel still works
 
 Every message is delivered a second time, by the kernel itself, when the cell is done: whoever
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,6 +48,16 @@ class Delivery:
         """Looks at messages that wait; the running loop calls it often. Cheap."""
         if self._tap is not None:
             self._tap.poll()
+
+    @property
+    def needs_peeking(self) -> bool:
+        """Whether clicks are seen during a step only where a thread calls ``peek`` often."""
+        return self._tap is not None and self._tap.needs_peeking
+
+    def peek(self) -> None:
+        """Looks at messages that wait while the main thread is inside a step. Cheap; for another thread."""
+        if self._tap is not None:
+            self._tap.peek()
 
     def close(self) -> None:
         """Ends the delivery. May be called twice."""
@@ -75,7 +87,10 @@ def deliver_clicks(listeners: Mapping[str, Listener]) -> Delivery | None:
         tap = _tap_of(kernel)
     except Exception:  # a kernel that only looks like one we know: interrupting it still works
         return None
-    return Delivery(tap, listeners) if tap is not None else None
+    if tap is None:
+        return None
+    tap.cell_runs()
+    return Delivery(tap, listeners)
 
 
 def running_kernel() -> Any:
@@ -90,9 +105,17 @@ def running_kernel() -> Any:
 class _Tap:
     """Looks at the shell messages of one kernel."""
 
+    needs_peeking = False
+
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.listeners: dict[str, Listener] = {}
+
+    def cell_runs(self) -> None:
+        """Called in the cell that makes a delivery."""
+
+    def peek(self) -> None:
+        """Looks at messages that wait, in a thread of its own."""
 
     def poll(self) -> None:
         """Looks at messages that wait, where no thread does."""
@@ -151,28 +174,69 @@ class _ThreadTap(_Tap):
 
 
 class _QueueTap(_Tap):
-    """ipykernel 5 and 6: moves waiting messages from the socket into the kernel's queue."""
+    """ipykernel 5 and 6: moves waiting messages from the socket into the kernel's queue.
+
+    The socket is the main thread's, and free while that runs a cell. So another thread may take messages off it
+    between ``cell_runs`` and the end of the cell; it only keeps them, and the main thread hands them on.
+    """
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(kernel)
         self._stream = getattr(kernel, "shell_stream", None) or kernel.shell_streams[0]
         # 5.x: schedule_dispatch(priority, dispatch, stream, frames); 6.x: (dispatch, frames)
         self._with_priority = "priority" in inspect.signature(kernel.schedule_dispatch).parameters
+        self._lock = threading.Lock()
+        self._kept: deque[list[Any]] = deque()
+
+    def cell_runs(self) -> None:
+        from IPython import get_ipython
+
+        shell = get_ipython()
+        if shell is None or self.needs_peeking or not _in_main_thread():
+            return
+
+        def cell_ended() -> None:
+            shell.events.unregister("post_execute", cell_ended)
+            self.remove()
+
+        with self._lock:
+            self.needs_peeking = True
+        shell.events.register("post_execute", cell_ended)
+
+    def peek(self) -> None:
+        with self._lock:
+            if self.needs_peeking:
+                self._receive()
 
     def poll(self) -> None:
+        if not _in_main_thread():
+            return
+        with self._lock:
+            self._receive()
+        self._hand_on()
+
+    def remove(self) -> None:
+        with self._lock:
+            self.needs_peeking = False
+        if _in_main_thread():
+            self._hand_on()
+        elif self._kept:
+            self.kernel.io_loop.add_callback(self._hand_on)
+
+    def _receive(self) -> None:
         import zmq
 
-        if threading.current_thread() is not threading.main_thread():
-            return  # the socket belongs to the main thread
         while True:
             try:
-                frames = self._stream.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                self._kept.append(self._stream.socket.recv_multipart(zmq.NOBLOCK, copy=False))
             except zmq.Again:
                 return
-            try:
-                self.look(frames)
-            finally:
-                self._queue(frames)
+            self.look(self._kept[-1])
+
+    def _hand_on(self) -> None:
+        while self._kept:
+            self._queue(self._kept[0])
+            self._kept.popleft()
 
     def _queue(self, frames: list[Any]) -> None:
         kernel = self.kernel
@@ -216,6 +280,10 @@ def _release(tap: _Tap) -> None:
             tap.remove()
         except Exception:  # it hands messages on unchanged, so it may stay
             return
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _is_click(data: Any) -> bool:

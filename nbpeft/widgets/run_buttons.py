@@ -1,7 +1,8 @@
-"""Stop and Pause buttons of one run. They work while the cell runs, and vanish with the run.
+"""Pause, Stop and Save now of one run. They work while the cell runs, and vanish with the run.
 
 Pause and Resume are two buttons in one place, of which one is seen: a click means what its button says
-even when it arrives after the other has taken the place, and a second click on Pause pauses, too.
+even when it arrives after the other has taken the place. Resume takes it when the run waits and not before, so that
+an impatient second click on Pause is none on Resume.
 """
 
 from __future__ import annotations
@@ -38,20 +39,23 @@ class RunButtons:
         self._lock = threading.Lock()
         self._seen = self._handled = 0
         self._ended = False
-        self._shown: tuple[bool, bool] = (False, False)
+        self._shown: tuple[bool, ...] = (False,) * 4
 
         def button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:
-            layout = ipywidgets.Layout(width="96px", height="26px", margin="4px 8px 4px 0", display=display)
+            layout = ipywidgets.Layout(width="112px", height="28px", margin="4px 8px 4px 0", display=display)
             return ipywidgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
 
         self.pause = button("Pause", "pause", "Wait after this step")
         self.resume = button("Resume", "play", "Go on", "none")
         self.stop = button("Stop", "stop", "End the run after this step and keep what was learned")
-        self.box = ipywidgets.HBox([self.pause, self.resume, self.stop])
+        self.save = button("Save now", "save", "Save the adapter after this step and go on")
+        layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
+        self.box = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save], layout=layout)
         self._requests: dict[Any, Callable[[], None]] = {
             self.pause: control.pause,
             self.resume: control.resume,
             self.stop: control.request_stop,
+            self.save: control.request_save,
         }
         for clicked, request in self._requests.items():
             clicked.on_click(weakly(self._clicked, request))
@@ -64,21 +68,36 @@ class RunButtons:
         """Displays the buttons in the running cell."""
         from IPython.display import display
 
-        bundle = {WIDGET_VIEW: view_of(self.box), "text/plain": "Pause, Stop"}
+        bundle = {WIDGET_VIEW: view_of(self.box), "text/plain": "Pause, Stop, Save now"}
         self._display = display(bundle, raw=True, display_id=True)
 
     def sync(self) -> None:
-        """Lets the buttons say what was asked for. Called by the training thread."""
-        if self._ended:
-            return
-        wanted = (self._control.paused, self._control.stop_requested)
-        if wanted == self._shown:
-            return
-        self._shown = wanted
-        paused, stopping = wanted
-        self.pause.layout.display = "none" if paused else None
-        self.resume.layout.display = None if paused else "none"
-        self.stop.disabled = self.pause.disabled = stopping
+        """Lets the buttons say what was asked for. May be called in any thread."""
+        control = self._control
+        wanted = (control.paused, control.waiting, control.stop_requested, control.save_requested)
+        with self._lock:
+            if self._ended or wanted == self._shown:
+                return
+            self._shown = wanted
+        paused, waiting, stopping, saving = wanted
+        waits = paused and waiting
+        self.pause.layout.display = "none" if waits else None
+        self.resume.layout.display = None if waits else "none"
+        self.pause.description = "Pausing…" if paused else "Pause"
+        self.stop.description = "Stopping…" if stopping else "Stop"
+        self.save.description = "Saving…" if saving else "Save now"
+        self.pause.disabled = paused or stopping
+        self.stop.disabled, self.save.disabled = stopping, saving
+
+    @property
+    def needs_peeking(self) -> bool:
+        """Whether clicks are seen during a step only where a thread calls ``peek`` often."""
+        return self._delivery is not None and self._delivery.needs_peeking
+
+    def peek(self) -> None:
+        """Looks for clicks while the main thread is inside a step."""
+        if self._delivery is not None:
+            self._delivery.peek()
 
     def close(self) -> None:
         """Takes the buttons away. May be called twice."""
@@ -113,12 +132,13 @@ class RunButtons:
         self._ask(request)
 
     def _clicked(self, request: Callable[[], None]) -> None:
-        if self._delivery is None:
-            self._ask(request)
-            return
         with self._lock:
             self._handled += 1
+            missed = self._handled > self._seen  # nobody looked at it on its way
+            self._seen += missed
             last = self._ended and self._handled >= self._seen
+        if missed:
+            self._ask(request)
         if last:
             self._free()
 

@@ -2,7 +2,10 @@
 
     state   HTML pushed into one output, at most five times a second: it is saved with the notebook
     chart   SVG while the run goes on, an image in the last state
-    clicks  Stop and Pause in an output of their own, which is emptied when the run ends
+    clicks  Pause, Stop and Save now in an output of their own, which is emptied when the run ends
+
+States come from the training thread between steps. A step may take a minute: one light thread moves the clock
+each second and answers a click at once.
 
 A widget in the output would leave "Error displaying widget" when the notebook is opened again.
 """
@@ -13,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from nbpeft.display.html import to_html
@@ -27,6 +31,12 @@ if TYPE_CHECKING:
 INTERRUPT_HINT = "Interrupting the kernel ends the run after this step; what it learned stays."
 _INTERVAL = 0.15
 """Least seconds between two updates; a run publishes every 0.2 s, and must not lose every other."""
+_SHARE = 100
+"""An update is followed by this many times what it took before the next: drawing costs a hundredth of the time."""
+_TICK = 1.0
+"""Seconds after which the clock moves by itself."""
+_PEEK = 0.1
+"""Seconds between two looks for clicks, on kernels where only a thread sees them during a step."""
 
 
 def show_run(run: Run, session: Session, model_name: str, *, ui: Ui = "auto") -> RunView:
@@ -63,6 +73,9 @@ class RunView:
         self._output: _HtmlOutput | _TextOutput | None = None
         self._buttons: RunButtons | None = None
         self._unsubscribe: Any = None
+        self._wait = _INTERVAL
+        self._wake = threading.Event()
+        self._ticks = False
 
     def start(self) -> None:
         """Shows the first state and follows the session."""
@@ -72,14 +85,20 @@ class RunView:
         text = self._shown_as == "text"
         hint = "" if self._shown_as != "html" else " ".join(part for part in (INTERRUPT_HINT, widgets_hint()) if part)
         self._output = _TextOutput() if text else _HtmlOutput(self._model_name, hint)
+        run.shown = True
         self.draw(run.state)
         if self._run is not None and self._shown_as == "widgets":
             self._buttons = RunButtons(run.control)
             self._buttons.show()
         if self._run is not None:
-            self._unsubscribe = self._session.subscribe(self._published)
+            removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]
+            self._unsubscribe = lambda: [remove() for remove in removals]
+            self._ticks = True
+            threading.Thread(target=self._tick, name="nbpeft-run-view", daemon=True).start()
+            if threading.current_thread() is threading.main_thread():
+                _after_cell(self._stop_ticking)
 
-    def draw(self, train: TrainState) -> None:
+    def draw(self, train: TrainState, *, at_once: bool = False) -> None:
         """Draws a state, unless the last one is too new; a change of status is always drawn."""
         with self._lock:
             if self._output is None:
@@ -88,10 +107,12 @@ class RunView:
             now = time.monotonic()
             before = self._drawn
             changed = before is None or before.status != train.status
-            if train == before or not (changed or ended or now - self._drawn_at >= _INTERVAL):
+            if train == before or not (changed or ended or at_once or now - self._drawn_at >= self._wait):
                 return
-            self._drawn, self._drawn_at = train, now
+            began = time.perf_counter()
             self._output.draw(train)
+            self._wait = max(_INTERVAL, _SHARE * (time.perf_counter() - began))
+            self._drawn, self._drawn_at = train, now
             if self._buttons is not None:
                 self._buttons.sync()
             if ended:
@@ -99,6 +120,7 @@ class RunView:
 
     def close(self) -> None:
         """Stops following the run; the last state drawn stays."""
+        self._stop_ticking()
         with self._lock:
             if self._unsubscribe is not None:
                 self._unsubscribe()
@@ -119,9 +141,38 @@ class RunView:
         self.draw(train if train is not None and train.run_id == self._run_id else run.state)
 
     def _end(self, train: TrainState) -> None:
-        if isinstance(self._output, _HtmlOutput):
-            _again_after_cell(self._output, train)
+        output = self._output
+        if isinstance(output, _HtmlOutput):
+            # Once more when the cell is done: a flood of output may have swallowed it.
+            _after_cell(lambda: output.draw(train))
         self.close()
+
+    def _stop_ticking(self) -> None:
+        self._ticks = False
+        self._wake.set()
+
+    def _tick(self) -> None:
+        """Moves the clock and answers clicks until the run has ended, or the cell that shows it."""
+        while self._ticks:
+            buttons, run = self._buttons, self._run
+            if run is None:
+                return
+            self._wake.wait(_PEEK if buttons is not None and buttons.needs_peeking else _TICK)
+            if buttons is not None and self._ticks:
+                buttons.peek()
+            clicked = self._wake.is_set()
+            self._wake.clear()
+            state = run.tick() if self._ticks and self._run is run else None
+            if state is None or state.status in ENDED:
+                continue
+            if clicked or time.monotonic() - self._drawn_at >= _TICK:
+                self._draw_between_steps(state)
+
+    def _draw_between_steps(self, state: TrainState) -> None:
+        try:
+            self.draw(state, at_once=True)
+        except Exception:  # the run's own updates say what is wrong
+            self._ticks = False
 
 
 class _HtmlOutput:
@@ -171,19 +222,19 @@ class _TextOutput:
         self._stream.flush()
 
 
-def _again_after_cell(output: _HtmlOutput, train: TrainState) -> None:
-    """Sends the last state once more when the cell is done: a flood of output may have swallowed it."""
+def _after_cell(act: Callable[[], object]) -> None:
+    """Calls a function once, when the running cell is done."""
     from IPython import get_ipython
 
     shell = get_ipython()
     if shell is None:
         return
 
-    def again(*_: object) -> None:
-        shell.events.unregister("post_run_cell", again)
-        output.draw(train)
+    def once(*_: object) -> None:
+        shell.events.unregister("post_run_cell", once)
+        act()
 
-    shell.events.register("post_run_cell", again)
+    shell.events.register("post_run_cell", once)
 
 
 _live: dict[tuple[int, str], RunView] = {}

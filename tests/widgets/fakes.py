@@ -212,6 +212,8 @@ class FakeRun:
         self._session = session
         self._model_name = model_name
         self._published_at = float("-inf")
+        self._began = time.monotonic()
+        self.shown = False
         self._lock = threading.RLock()
         self._state = train_state(0, total_steps, run_id=self.run_id, remaining=None, elapsed=0.0)
 
@@ -220,8 +222,15 @@ class FakeRun:
         """The run now."""
         status = self._state.status
         if status == "running":
-            status = "stopping" if self.control.stop_requested else "paused" if self.control.paused else status
+            paused: Any = "paused" if self.control.waiting else "pausing"
+            status = "stopping" if self.control.stop_requested else paused if self.control.paused else status
         return dataclasses.replace(self._state, status=status)
+
+    def tick(self) -> TrainState:
+        """The run now, its clock included."""
+        now = self.state
+        elapsed = now.elapsed if now.status == "paused" else time.monotonic() - self._began
+        return dataclasses.replace(now, elapsed=elapsed)
 
     def __enter__(self) -> FakeRun:
         for callback in self._session.started:
