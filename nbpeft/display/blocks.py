@@ -2,7 +2,7 @@
 
     Card     a frame with a title
     Line     a line of text; ``Text`` is a stretch of it with a tone
-    Table, Bar, Columns, HeatMap, Figures, Progress, LossChart, Details, Stack
+    Table, Bar, Columns, HeatMap, Figures, Progress, LossChart, SmallCharts, Details, Stack
 
 ``nbpeft.display.html`` draws them for a notebook, ``nbpeft.display.text`` for a terminal.
 """
@@ -15,7 +15,7 @@ from typing import Literal
 
 from nbpeft.state import MemoryPart, TrainState
 
-Tone = Literal["", "bold", "dim", "accent", "error", "warning"]
+Tone = Literal["", "bold", "dim", "accent", "success", "error", "warning"]
 Wrap = Literal["", "names", "never", "cut", "as is"]
 
 
@@ -35,6 +35,11 @@ class Text:
     tone: Tone = ""
     tooltip: str = ""
     wrap: Wrap = ""
+
+
+@dataclass(frozen=True)
+class Pill(Text):
+    """A state in a word or two, on a background of its tone."""
 
 
 Span = str | Text
@@ -96,6 +101,7 @@ class Bar:
         end: where the device ends; drawn below the bar.
         end_label: what the device is.
         note: behind the legend.
+        thin: a bar that takes little room.
     """
 
     parts: tuple[MemoryPart, ...]
@@ -103,6 +109,7 @@ class Bar:
     end: int | None = None
     end_label: str = ""
     note: str = ""
+    thin: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,10 +153,29 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Large figures with small labels: (figure, label, least width in pixels)."""
+class Figure:
+    """A number that is read first.
 
-    figures: tuple[tuple[str, str, int], ...]
+    Attributes:
+        label: above it.
+        figure: the number.
+        note: below it, faintly.
+        width: least width in pixels.
+        tooltip: more about it.
+    """
+
+    label: str
+    figure: str
+    note: str = ""
+    width: int = 0
+    tooltip: str = ""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Large figures with small labels, in a row."""
+
+    figures: tuple[Figure, ...]
 
 
 @dataclass(frozen=True)
@@ -163,6 +189,13 @@ class Progress:
 @dataclass(frozen=True)
 class LossChart:
     """The loss curve of a run; an image, which stays in a saved notebook, once the run has ended."""
+
+    train: TrainState
+
+
+@dataclass(frozen=True)
+class SmallCharts:
+    """What else a run has measured over time, each as a small curve; images, as the loss curve."""
 
     train: TrainState
 
@@ -194,12 +227,12 @@ class Card:
 
     title: str
     blocks: tuple[Block | tuple[Block, ...] | None, ...] = ()
-    aside: str = ""
+    aside: str | tuple[Span, ...] = ""
 
 
-Block = Line | Table | Bar | Columns | HeatMap | Figures | Progress | LossChart | Details | Stack | Card
+Block = Line | Table | Bar | Columns | HeatMap | Figures | Progress | LossChart | SmallCharts | Details | Stack | Card
 
 
-def card(title: str, *blocks: Block | tuple[Block, ...] | None, aside: str = "") -> Card:
+def card(title: str, *blocks: Block | tuple[Block, ...] | None, aside: str | tuple[Span, ...] = "") -> Card:
     """A frame around blocks; None is left out."""
     return Card(title, blocks, aside)

@@ -1,26 +1,36 @@
-"""Loss curves as SVG: drawn from decimated points, in the colours of the theme.
+"""Curves of a run as SVG: drawn from decimated points, in the colours of the theme.
 
 ``loss_chart`` draws into a page; ``loss_image`` is the same picture as a self-contained
 ``<img>``, which stays when a notebook is saved, reopened, or not trusted. An image sees no theme,
 so its colours are chosen to be readable on light and on dark.
+
+The loss is drawn on a logarithmic axis where all its values are positive and span more than two decades.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from nbpeft.display import palette
-from nbpeft.state import ENDED, TrainState
+from nbpeft.display import numbers, palette
+from nbpeft.state import ENDED, Curve, TrainState
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 900, 172
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 10, 38
+WIDTH, HEIGHT = 900, 220
+LEFT, RIGHT = 58, 8
+"""What lies beside the curves, in the units of ``WIDTH``."""
+_TOP, _BOTTOM = 10, 38
+_SMALL_WIDTH, _SMALL_HEIGHT = 200, 40
 _SMOOTHING = 0.9
+_DECADES = 100.0
+"""A larger ratio of the largest to the smallest value is drawn on a logarithmic axis."""
+_STRIPS = 80
+"""Places where the mouse finds values."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +109,20 @@ def loss_chart(train: TrainState, style: ChartStyle = THEME) -> str:
     """
     raw = _finite(train.history)
     evaluated = _finite(train.eval_history)
-    planned = 0 if train.status in ENDED else train.total_steps or 0
-    frame = _Frame.around(raw, evaluated, max(train.step, planned), _no_curve(train))
+    frame = _Frame.around(raw, evaluated, train.first_step, _end(train), _no_curve(train))
     curve = smooth(raw)
     if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
         curve[-1] = (curve[-1][0], train.smoothed_loss)
     parts = [frame.draw(style)]
     if len(raw) > 1:
-        parts.append(_path(frame.place(decimate(raw)), style.line, "1", ".45"))
-        parts.append(_path(frame.place(decimate(curve)), style.line, "2", "1"))
+        parts.append(_path(frame.place(decimate(curve, 60)), style.line, "5", ".28"))
+        parts.append(_path(frame.place(decimate(raw)), style.line, "1.5", "1"))
     elif raw:
         parts.append(_dots(frame.place(raw), style.line))
+    if len(evaluated) > 1:
+        parts.append(_path(frame.place(evaluated), style.evaluated, "1.5", ".8"))
     parts.append(_dots(frame.place(evaluated), style.evaluated))
+    parts += [_ring(frame.place([point])[0], style.evaluated) for point in evaluated if point[0] == train.best_step]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'role="img" aria-label="{escape(describe(train))}" '
@@ -122,11 +134,78 @@ def loss_chart(train: TrainState, style: ChartStyle = THEME) -> str:
 def loss_image(train: TrainState) -> str:
     """The loss curve of a run as an ``<img>`` that carries its picture in itself."""
     svg = loss_chart(train, NEUTRAL)
-    data = base64.b64encode(svg.encode()).decode()
     return (
-        f'<img src="data:image/svg+xml;base64,{data}" width="{WIDTH}" height="{HEIGHT}" '
+        f'<img src="{_data_uri(svg)}" width="{WIDTH}" height="{HEIGHT}" '
         f'alt="{escape(describe(train))}" style="display:block;width:100%;max-width:{WIDTH}px;height:auto;margin:0">'
     )
+
+
+def is_logarithmic(train: TrainState) -> bool:
+    """Whether the losses are drawn on a logarithmic axis."""
+    values = [value for _, value in (*_finite(train.history), *_finite(train.eval_history))]
+    return bool(values) and _spans_decades(min(values), max(values))
+
+
+def hover_values(train: TrainState) -> list[tuple[float, str]]:
+    """What the mouse finds along the chart: the share of its width, and the values there in words."""
+    first, end = float(train.first_step), _end(train)
+    edges = [first + (end - first) * number / _STRIPS for number in range(_STRIPS + 1)]
+    evaluated = dict(train.eval_history)
+    strips: list[tuple[float, str]] = []
+    for low, high in itertools.pairwise(edges):
+        inside = [(step, value) for step, value in train.history if low < step <= high]
+        words = []
+        if inside:
+            step, value = inside[-1]
+            words = [f"step {step:,}: loss {numbers.loss(value)}"]
+            words += [f"eval loss {numbers.loss(evaluated[at])}" for at in evaluated if low < at <= high]
+            words += [_value_words(name, value) for name, value in _at(train.series, low, high)]
+        if not words and strips:  # a step is wider than a strip: its value reaches from the one before
+            strips[-1] = (strips[-1][0] + 1 / _STRIPS, strips[-1][1])
+        else:
+            strips.append((1 / _STRIPS, " · ".join(words)))
+    return strips
+
+
+def _at(series: Mapping[str, Curve], low: float, high: float) -> Iterator[tuple[str, float]]:
+    for name in ("learning rate", "gradient norm"):
+        inside = [value for step, value in series.get(name, ()) if low < step <= high]
+        if inside:
+            yield name, inside[-1]
+
+
+def _value_words(name: str, value: float) -> str:
+    return f"{name} {numbers.learning_rate(value) if name == 'learning rate' else numbers.metric(value)}"
+
+
+def small_chart(curve: Curve, train: TrainState) -> str:
+    """A curve without axes, as wide as its place: ``<svg>`` while the run goes on, ``<img>`` once it has ended."""
+    ended = train.status in ENDED
+    style = NEUTRAL if ended else THEME
+    points = decimate(_finite(curve), 60)
+    first, end = float(train.first_step), _end(train)
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    span = high - low
+    placed = [
+        (
+            (step - first) / max(end - first, 1.0) * _SMALL_WIDTH,
+            _SMALL_HEIGHT - 3 - ((value - low) / span if span > 0 else 0.5) * (_SMALL_HEIGHT - 6),
+        )
+        for step, value in points
+    ]
+    if len(placed) == 1:
+        placed.append((placed[0][0] + 2, placed[0][1]))
+    corners = " ".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+    box = f'width="{_SMALL_WIDTH}" height="{_SMALL_HEIGHT}"'
+    shape = f"display:block;width:100%;height:{_SMALL_HEIGHT}px;margin:0"
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_SMALL_WIDTH} {_SMALL_HEIGHT}" {box} '
+        f'preserveAspectRatio="none" style="{shape}">'
+        f'<path d="M0 {_SMALL_HEIGHT - 0.5}H{_SMALL_WIDTH}" fill="none" style="stroke:{style.grid}"/>'
+        f'<path d="M{corners}" fill="none" stroke-width="1.5" stroke-linejoin="round" '
+        f'vector-effect="non-scaling-stroke" style="stroke:{style.line}"/></svg>'
+    )
+    return f'<img src="{_data_uri(svg)}" {box} alt="" style="{shape}">' if ended else svg
 
 
 def describe(train: TrainState) -> str:
@@ -138,25 +217,50 @@ def describe(train: TrainState) -> str:
     return f"training loss {start:.4g} at step {first:g}, {end:.4g} at step {last:g}"
 
 
+def _data_uri(svg: str) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def _end(train: TrainState) -> float:
+    """The last step of the picture: the last one planned while the run goes on."""
+    planned = 0 if train.status in ENDED else train.total_steps or 0
+    drawn = [step for curve in (train.history, train.eval_history) for step, _ in curve]
+    return float(max([planned, train.step, train.first_step + 1, *drawn]))
+
+
+def _spans_decades(low: float, high: float) -> bool:
+    return low > 0 and high / low > _DECADES
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten around the values, at most about six of them."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    stride = -(-(last - first) // 5)
+    return [10.0**power for power in range(first, last + stride, stride)]
+
+
 @dataclass(frozen=True)
 class _Frame:
     """Where values lie in the picture."""
 
     across: tuple[float, ...]
     upwards: tuple[float, ...]
+    begin: float
     end: float
+    logarithmic: bool
     empty: str
 
     @classmethod
-    def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], total: int, without: str) -> _Frame:
+    def around(cls, raw: Sequence[Point], evaluated: Sequence[Point], begin: float, end: float, without: str) -> _Frame:
         """The frame that holds the points; ``without`` is what it says where there are none."""
         values = [value for _, value in (*raw, *evaluated)]
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
+        logarithmic = _spans_decades(low, high)
         if low >= 0 and low < high / 2:
-            low = 0.0
-        end = float(max([total, 1, *(step for step, _ in (*raw, *evaluated))]))
-        across = tuple(tick for tick in ticks(0, end, 6) if tick <= end * (1 + 1e-9) and tick == int(tick))
-        return cls(across, tuple(ticks(low, high, 4)), end, "" if values else without)
+            low = 0.0 if not logarithmic else low
+        inside = (tick for tick in ticks(begin, end, 6) if begin <= tick <= end * (1 + 1e-9) and tick == int(tick))
+        upwards = _decades(low, high) if logarithmic else ticks(low, high, 4)
+        return cls(tuple(inside), tuple(upwards), begin, end, logarithmic, "" if values else without)
 
     def place(self, points: Sequence[Point]) -> list[Point]:
         return [(self._x(step), self._y(value)) for step, value in points]
@@ -166,15 +270,15 @@ class _Frame:
         lines, labels = [], []
         for tick in self.upwards:
             y = self._y(tick)
-            lines.append(f"M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}")
+            lines.append(f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}")
             if not self.empty:
-                labels.append(
-                    f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_label(tick, self.upwards)}</text>'
-                )
+                words = f"{tick:g}" if self.logarithmic else _label(tick, self.upwards)
+                labels.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{words}</text>')
         for tick in self.across:
-            x, anchor = self._x(tick), "start" if tick == 0 else "end" if tick > 0.98 * self.end else "middle"
+            x, share = self._x(tick), (tick - self.begin) / (self.end - self.begin)
+            anchor = "start" if share < 0.02 else "end" if share > 0.98 else "middle"
             labels.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="{anchor}">{tick:,.0f}</text>')
-        middle = (_LEFT + WIDTH - _RIGHT) / 2
+        middle = (LEFT + WIDTH - RIGHT) / 2
         labels.append(f'<text x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
         if self.empty:
             labels.append(
@@ -187,10 +291,12 @@ class _Frame:
         )
 
     def _x(self, step: float) -> float:
-        return _LEFT + step / self.end * (WIDTH - _LEFT - _RIGHT)
+        return LEFT + (step - self.begin) / (self.end - self.begin) * (WIDTH - LEFT - RIGHT)
 
     def _y(self, value: float) -> float:
         low, high = self.upwards[0], self.upwards[-1]
+        if self.logarithmic:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
         return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
 
 
@@ -228,6 +334,11 @@ def _path(points: Sequence[Point], colour: str, width: str, opacity: str) -> str
         f'<path d="M{corners}" fill="none" stroke-width="{width}" stroke-linejoin="round" '
         f'style="stroke:{colour};stroke-opacity:{opacity}"/>'
     )
+
+
+def _ring(point: Point, colour: str) -> str:
+    x, y = point
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke-width="1.5" style="stroke:{colour}"/>'
 
 
 def _dots(points: Sequence[Point], colour: str) -> str:

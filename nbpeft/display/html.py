@@ -11,16 +11,18 @@ from functools import singledispatch
 from html import escape
 
 from nbpeft.display import blocks, palette
-from nbpeft.display.charts import loss_chart, loss_image
+from nbpeft.display.charts import LEFT, RIGHT, WIDTH, hover_values, is_logarithmic, loss_chart, loss_image, small_chart
 from nbpeft.display.memory import part_words
 from nbpeft.display.numbers import size
 from nbpeft.display.palette import background
-from nbpeft.state import ENDED
+from nbpeft.display.training import small_curves
+from nbpeft.state import ENDED, TrainState
 
 _TONES = {
     "bold": f"color:{palette.STRONG};font-weight:600",
     "dim": f"color:{palette.DIM}",
     "accent": f"color:{palette.ACCENT};font-weight:600",
+    "success": f"color:{palette.SUCCESS}",
     "error": f"color:{palette.ERROR}",
     "warning": f"color:{palette.WARNING}",
 }
@@ -52,6 +54,11 @@ def span(item: blocks.Span) -> str:
         return escape(item)
     if not item.text:
         return ""
+    if isinstance(item, blocks.Pill):
+        return (
+            f'<span style="{_TONES.get(item.tone, "")};font-weight:600;font-size:12px;white-space:nowrap;'
+            f'border:1px solid currentColor;border-radius:10px;padding:1px 9px">{escape(item.text)}</span>'
+        )
     text = re.sub(r"([_/])(?=.)", r"\1<wbr>", escape(item.text)) if item.wrap == "names" else escape(item.text)
     style = ";".join(part for part in (_TONES.get(item.tone, ""), _WRAPS.get(item.wrap, "")) if part)
     tooltip = f' title="{escape(item.tooltip)}"' if item.tooltip else ""
@@ -62,7 +69,7 @@ def span(item: blocks.Span) -> str:
     return f"<{tag}{tooltip}{style}>{text}</{tag}>"
 
 
-def head(title: str, aside: blocks.Span = "", *, below: int = 0) -> str:
+def head(title: str, aside: blocks.Span | tuple[blocks.Span, ...] = "", *, below: int = 0) -> str:
     """The title line of a card or a panel.
 
     Args:
@@ -71,10 +78,11 @@ def head(title: str, aside: blocks.Span = "", *, below: int = 0) -> str:
         below: pixels to what follows.
     """
     margin = f";margin-bottom:{below}px" if below else ""
+    right = " ".join(map(span, aside if isinstance(aside, tuple) else (aside,)))
     return (
         f'<div style="display:flex;justify-content:space-between;gap:16px;align-items:baseline{margin}">'
         f"{span(blocks.bold(title))}"
-        f'<span style="text-align:right">{span(aside)}</span></div>'
+        f'<span style="text-align:right">{right}</span></div>'
     )
 
 
@@ -84,7 +92,7 @@ def _(block: blocks.Card) -> str:
     return (
         f'<div style="border:1px solid {palette.BORDER};border-radius:6px;padding:10px 14px;max-width:900px;'
         f'overflow-wrap:break-word;color:{palette.TEXT};{palette.FONT}">'
-        f"{head(block.title, blocks.dim(block.aside))}{body}</div>"
+        f"{head(block.title, blocks.dim(block.aside) if isinstance(block.aside, str) else block.aside)}{body}</div>"
     )
 
 
@@ -137,9 +145,10 @@ def _content(item: blocks.Cell) -> str:
 @to_html.register
 def _(block: blocks.Bar) -> str:
     parts = [part for part in block.parts if part.byte_count]
+    height, letters = ("6px", "11px") if block.thin else ("14px", "12px")
     pieces = "".join(
-        f'<div title="{escape(part_words(part))}" style="width:{100 * part.byte_count / block.whole:.2f}%;height:14px;'
-        f'background:{palette.of_part(part.name)}"></div>'
+        f'<div title="{escape(part_words(part))}" style="width:{100 * part.byte_count / block.whole:.2f}%;'
+        f'height:{height};background:{palette.of_part(part.name)}"></div>'
         for part in parts
     )
     legend = "".join(
@@ -149,9 +158,9 @@ def _(block: blocks.Bar) -> str:
     )
     note = span(blocks.dim(block.note))
     return (
-        '<div style="display:flex;height:14px;border-radius:3px;overflow:hidden;margin:8px 0 0;'
+        f'<div style="display:flex;height:{height};border-radius:3px;overflow:hidden;margin:8px 0 0;'
         f'{background(palette.FILL)}">{pieces}</div>{_end(block)}'
-        f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px">{legend}{note}</div>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:{letters}">{legend}{note}</div>'
     )
 
 
@@ -170,10 +179,10 @@ def _end(bar: blocks.Bar) -> str:
     )
 
 
-def _swatch(colour: str) -> str:
+def _swatch(colour: str, opacity: str = "1") -> str:
     return (
         '<span style="display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px;'
-        f'{background(colour)}"></span>'
+        f'opacity:{opacity};{background(colour)}"></span>'
     )
 
 
@@ -238,13 +247,15 @@ def _heat(cell: tuple[float, str] | None) -> str:
 
 @to_html.register
 def _(block: blocks.Figures) -> str:
+    small = f"font-size:11px;line-height:1.4;white-space:nowrap;color:{palette.DIM}"
     cells = "".join(
-        f'<div style="min-width:{width}px"><div style="font-size:19px;line-height:1.35;white-space:nowrap;'
-        f'color:{palette.STRONG}">{escape(figure)}</div>'
-        f'<div style="font-size:11px;white-space:nowrap;color:{palette.DIM}">{escape(label)}</div></div>'
-        for figure, label, width in block.figures
+        f'<div title="{escape(item.tooltip)}" style="min-width:{item.width}px">'
+        f'<div style="{small}">{escape(item.label)}</div>'
+        f'<div style="font-size:19px;line-height:1.3;white-space:nowrap;color:{palette.STRONG}">'
+        f'{escape(item.figure)}</div><div style="{small};min-height:15px">{escape(item.note)}</div></div>'
+        for item in block.figures
     )
-    return f'<div style="display:flex;flex-wrap:wrap;gap:4px 28px;margin:8px 0">{cells}</div>'
+    return f'<div style="display:flex;flex-wrap:wrap;gap:6px 22px;margin:8px 0 4px">{cells}</div>'
 
 
 @to_html.register
@@ -259,11 +270,45 @@ def _(block: blocks.Progress) -> str:
 @to_html.register
 def _(block: blocks.LossChart) -> str:
     train = block.train
-    entries = [(palette.ACCENT, "training loss")]
-    entries += [(palette.EVALUATION, "eval loss")] if train.eval_history else []
-    legend = "".join(f"<span>{_swatch(colour)}{label}</span>" for colour, label in entries)
+    entries = [(palette.ACCENT, "1", "loss"), (palette.ACCENT, ".35", "smoothed")]
+    entries += [(palette.EVALUATION, "1", "eval loss, the best ringed")] if train.eval_history else []
+    legend = "".join(f"<span>{_swatch(colour, opacity)}{label}</span>" for colour, opacity, label in entries)
+    scale = span(blocks.dim("log scale" if is_logarithmic(train) else ""))
     chart = loss_image(train) if train.status in ENDED else loss_chart(train)
-    return f'{chart}<div style="display:flex;gap:16px;margin-top:4px;font-size:12px">{legend}</div>'
+    return (
+        f'<div style="margin-top:8px">{_with_values(chart, train)}</div>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:2px;font-size:12px">{legend}{scale}</div>'
+    )
+
+
+def _with_values(chart: str, train: TrainState) -> str:
+    """A chart with the values where the mouse rests: invisible strips in front of it, in the same cell of a grid.
+
+    A running chart is replaced too often for a tooltip to be seen. Where the grid is dropped the strips have no height.
+    """
+    if train.status not in (*ENDED, "paused"):
+        return chart
+    strips = "".join(
+        f'<div title="{escape(words)}" style="flex:{share:.4f} 1 0"></div>' for share, words in hover_values(train)
+    )
+    left, right = (f"{100 * edge / WIDTH:.2f}%" for edge in (LEFT, RIGHT))
+    return (
+        f'<div style="display:grid;max-width:{WIDTH}px"><div style="grid-area:1/1">{chart}</div>'
+        f'<div style="grid-area:1/1;display:flex;margin:0 {right} 0 {left}">{strips}</div></div>'
+    )
+
+
+@to_html.register
+def _(block: blocks.SmallCharts) -> str:
+    train = block.train
+    small = f"display:flex;justify-content:space-between;gap:8px;font-size:11px;color:{palette.DIM}"
+    cells = "".join(
+        f'<div title="{escape(f"{name}: from {low} to {high}, now {last}")}" style="flex:1 1 140px;max-width:210px">'
+        f'<div style="{small}"><span>{escape(name)}</span><span style="color:{palette.STRONG}">{escape(last)}</span>'
+        f"</div>{small_chart(curve, train)}</div>"
+        for name, curve, last, low, high in small_curves(train)
+    )
+    return f'<div style="display:flex;flex-wrap:wrap;gap:8px 20px;margin-top:10px">{cells}</div>' if cells else ""
 
 
 def grid_row(cells: Iterable[tuple[blocks.Span, str]]) -> str:

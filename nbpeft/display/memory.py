@@ -22,8 +22,13 @@ def scale_of(used: int, total: int | None) -> int | None:
     return total if total is not None and used >= total / 20 else None
 
 
-def memory_bar(memory: MemoryState) -> Bar:
-    """What a model uses, what others use, and what is free on the device."""
+def memory_bar(memory: MemoryState, *, thin: bool = False) -> Bar:
+    """What a model uses, what others use, and what is free on the device.
+
+    Args:
+        memory: as measured.
+        thin: for a bar that is there beside other things.
+    """
     parts, used = memory.parts, sum(part.byte_count for part in memory.parts)
     total = scale_of(used, memory.device_total)
     whole = max(total or 0, used) or 1
@@ -33,7 +38,8 @@ def memory_bar(memory: MemoryState) -> Bar:
             parts = (*parts, MemoryPart("elsewhere", elsewhere, "other programs and the system"))
     peak = f"peak {size(memory.peak)} · " if memory.peak is not None else ""
     free = free_words(memory)
-    return Bar(parts, whole, note=f"{peak}{free} on {memory.device}" if free else f"{peak}on {memory.device}")
+    note = f"{peak}{free} on {memory.device}" if free else f"{peak}on {memory.device}"
+    return Bar(parts, whole, note=note, thin=thin)
 
 
 def free_words(memory: MemoryState) -> str:

@@ -17,7 +17,7 @@ from nbpeft.display import blocks
 from nbpeft.display.memory import part_words
 from nbpeft.display.numbers import size
 
-_TONES = {"bold": "bold", "dim": "dim", "accent": "bold blue", "error": "red", "warning": "yellow"}
+_TONES = {"bold": "bold", "dim": "dim", "accent": "bold blue", "success": "green", "error": "red", "warning": "yellow"}
 _WIDEST = 100_000
 """Columns that no line reaches: it is the terminal that breaks lines of plain text."""
 
@@ -60,7 +60,8 @@ def _(block: tuple) -> RenderableType:  # type: ignore[type-arg]
 
 @renderable.register
 def _(block: blocks.Card) -> RenderableType:
-    title, aside = Text(block.title, "bold"), Text(block.aside, "dim") if block.aside else None
+    spans = (blocks.dim(block.aside),) if isinstance(block.aside, str) else block.aside
+    title, aside = Text(block.title, "bold"), Text(" ").join(text for text in map(_span, spans) if text) or None
     return Panel(renderable(block.blocks), title=title, title_align="left", subtitle=aside, expand=False)
 
 
@@ -110,7 +111,8 @@ def _(block: blocks.HeatMap) -> RenderableType:
 
 @renderable.register
 def _(block: blocks.Figures) -> RenderableType:
-    return _grid([[label for _, label, _ in block.figures], [figure for figure, _, _ in block.figures]])
+    columns = block.figures
+    return _grid([[item.label for item in columns], [item.figure for item in columns], [item.note for item in columns]])
 
 
 @renderable.register
@@ -123,6 +125,13 @@ def _(block: blocks.LossChart) -> RenderableType:
     from nbpeft.display.charts import describe
 
     return Text(describe(block.train), "dim")
+
+
+@renderable.register
+def _(block: blocks.SmallCharts) -> RenderableType:
+    from nbpeft.display.training import small_curves
+
+    return Text(" · ".join(f"{name} {last}" for name, _, last, _, _ in small_curves(block.train)), "dim")
 
 
 @renderable.register

@@ -2,64 +2,177 @@
 
 from __future__ import annotations
 
-from nbpeft.display import numbers
-from nbpeft.display.blocks import Card, Figures, LossChart, Progress, Text, Tone, card, dim, line
-from nbpeft.state import ENDED, TrainState
+import math
 
-_TONES: dict[str, Tone] = {"failed": "error", "finished": "dim", "stopped": "dim"}
+from nbpeft.display import numbers
+from nbpeft.display.blocks import (
+    Block,
+    Box,
+    Card,
+    Columns,
+    Details,
+    Figure,
+    Figures,
+    LossChart,
+    Pill,
+    Progress,
+    SmallCharts,
+    Table,
+    Text,
+    Tone,
+    card,
+    dim,
+    line,
+)
+from nbpeft.display.memory import memory_bar
+from nbpeft.state import ENDED, Curve, Sample, TrainState
+
+_MESSAGE_TONES: dict[str, Tone] = {"failed": "error", "finished": "dim", "stopped": "dim"}
+_STATUS_TONES: dict[str, Tone] = {
+    "failed": "error",
+    "finished": "success",
+    "stopped": "dim",
+    "paused": "warning",
+    "pausing": "warning",
+    "stopping": "warning",
+}
+_WORDS = {"pausing": "pausing after this step", "stopping": "stopping after this step"}
+_MORE = "%lora traceback shows where it failed."
+_LONGEST_ANSWER = 400
 
 
 def training_card(train: TrainState, *, model_name: str = "", hint: str = "") -> Card:
-    """A run: figures, progress, loss curve and what a person should know.
+    """A run: figures, progress, curves, samples, memory and what a person should know.
 
     Args:
         train: the run.
         model_name: what its model is called.
         hint: how to end the run, where there are no buttons.
     """
-    done = min(1.0, train.step / train.total_steps) if train.total_steps else float(train.status == "finished")
+    begun = train.first_step
+    planned = (train.total_steps or 0) - begun
+    done = min(1.0, (train.step - begun) / planned) if planned > 0 else float(train.status == "finished")
     return card(
-        f"training · {train.adapter}" if train.adapter else "training",
+        f"Training {train.adapter}".strip(),
         _figures(train),
         Progress(done, train.status == "failed"),
+        line(Text(train.message, _MESSAGE_TONES.get(train.status, "warning"))),
+        line(dim(_MORE if train.status == "failed" else "")),
         LossChart(train),
-        line(Text(train.message, _TONES.get(train.status, "warning"))),
+        SmallCharts(train),
+        _samples(train),
+        memory_bar(train.memory, thin=True) if train.memory is not None else None,
         line(dim(hint)),
-        aside=" · ".join(part for part in (status_words(train), model_name) if part),
+        aside=(dim(model_name), Pill(status_words(train), _STATUS_TONES.get(train.status, "accent"))),
     )
 
 
 def _figures(train: TrainState) -> Figures:
     total = f" / {train.total_steps:,}" if train.total_steps else ""
-    elapsed = (numbers.clock(train.elapsed), "time")
+    epoch = f"epoch {train.epoch:.2g}" if train.epoch is not None else ""
+    begun = f"continues from step {train.first_step:,}" if train.first_step else ""
+    elapsed = Figure("time", numbers.clock(train.elapsed), "", 70)
     if train.remaining is not None and train.status not in ENDED:
-        elapsed = (numbers.clock(train.remaining), f"left of {numbers.clock(train.elapsed + train.remaining)}")
-    evaluated = f", step {train.eval_step:,}" if train.eval_step is not None else ""
+        elapsed = Figure("time left", numbers.clock(train.remaining), f"after {numbers.clock(train.elapsed)}", 70)
+    memory = train.memory
+    used = sum(part.byte_count for part in memory.parts) if memory is not None else None
+    peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
+    mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
     return Figures(
         (
-            (numbers.loss(train.smoothed_loss), "loss (smoothed)", 92),
-            (numbers.loss(train.eval_loss), f"eval loss{evaluated}", 96),
-            (f"{train.step:,}{total}", "step" + (f" · epoch {train.epoch:.2g}" if train.epoch is not None else ""), 92),
-            (numbers.rate(train.tokens_per_second), "tokens / s", 72),
-            (*elapsed, 82),
-            (numbers.learning_rate(train.learning_rate), "learning rate", 80),
+            Figure("loss", numbers.loss(train.loss), mean, 84),
+            Figure("eval loss", numbers.loss(train.eval_loss), _best_words(train), 84, _perplexity(train.eval_loss)),
+            *(
+                Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
+                for name, value in train.metrics.items()
+            ),
+            Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
+            Figure("tokens/s", numbers.rate(train.tokens_per_second), "", 64),
+            elapsed,
+            Figure("memory", numbers.size(used), peak, 76),
         )
     )
 
 
+def _best_words(train: TrainState) -> str:
+    if train.best_step is None:
+        return f"at step {train.eval_step:,}" if train.eval_step is not None else ""
+    best = next((value for step, value in train.eval_history if step == train.best_step), None)
+    if best is None or train.best_step == train.eval_step:
+        return f"best, at step {train.best_step:,}"
+    return f"best {numbers.loss(best)} at step {train.best_step:,}"
+
+
+def _perplexity(eval_loss: float | None) -> str:
+    if eval_loss is None or not eval_loss < math.log(1e6):
+        return ""
+    return f"perplexity {math.exp(eval_loss):,.4g}"
+
+
+def _samples(train: TrainState) -> tuple[Block, ...]:
+    """The last answers beside the base model's; earlier ones folded, where no update would fold them again."""
+    if not train.samples:
+        return ()
+    last = max(sample.step for sample in train.samples)
+    newest = [sample for sample in train.samples if sample.step == last]
+    earlier = [sample for sample in reversed(train.samples) if sample.step != last]
+    shown: list[Block] = []
+    for sample in newest:
+        shown += [line(dim("prompt"), Text(sample.prompt, "bold")), _beside_base(sample, train.adapter)]
+    if earlier and train.status in (*ENDED, "paused"):
+        several = len(newest) > 1
+        rows = tuple(
+            (f"{sample.step:,}", *((sample.prompt,) if several else ()), Text(_cut(sample.answer), wrap="as is"))
+            for sample in earlier
+        )
+        head = ("Step", *(("Prompt",) if several else ()), "Answer")
+        shown.append(Details(f"{numbers.plural(len(earlier), 'earlier answer')}", Table(head, rows, right=(0,))))
+    return tuple(shown)
+
+
+def _beside_base(sample: Sample, adapter: str) -> Columns:
+    mine = Box(adapter or "model", ((_cut(sample.answer), False),), aside=f"step {sample.step:,}")
+    return Columns((Box("base", ((_cut(sample.base), False),)), mine) if sample.base else (mine,))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_ANSWER else f"{text[: _LONGEST_ANSWER - 1]}…"
+
+
+def small_curves(train: TrainState) -> tuple[tuple[str, Curve, str, str, str], ...]:
+    """What is drawn small: name, curve, and its last, lowest and highest value in words."""
+    formats = {"learning rate": numbers.learning_rate, "tokens/s": numbers.rate, "memory": _size}
+    order = ("learning rate", "gradient norm", "tokens/s", "memory")
+    named = {name: train.series[name] for name in order if name in train.series}
+    named |= {name: curve for name, curve in train.series.items() if name not in named}
+    named |= {name: curve for name, curve in train.metric_history.items() if len(curve) > 1}
+    found = []
+    for name, curve in named.items():
+        points = [value for _, value in curve if math.isfinite(value)]
+        if points:
+            words = formats.get(name, numbers.metric)
+            found.append((name, curve, words(points[-1]), words(min(points)), words(max(points))))
+    return tuple(found)
+
+
+def _size(value: float) -> str:
+    return numbers.size(int(value))
+
+
 def status_words(train: TrainState) -> str:
     """The status for a person."""
-    return "stopping after this step" if train.status == "stopping" else train.status
+    return _WORDS.get(train.status, train.status)
 
 
 def training_text(train: TrainState) -> str:
     """A run in one line of plain text."""
     total = f"/{train.total_steps}" if train.total_steps else ""
     parts = [f"{status_words(train)}: step {train.step}{total}"]
-    if train.smoothed_loss is not None:
-        parts.append(f"loss {numbers.loss(train.smoothed_loss)}")
+    if train.loss is not None:
+        parts.append(f"loss {numbers.loss(train.loss)}")
     if train.eval_loss is not None:
         parts.append(f"eval loss {numbers.loss(train.eval_loss)}")
+    parts += [f"{name} {numbers.metric(value)}" for name, value in train.metrics.items()]
     if train.tokens_per_second is not None:
         parts.append(f"{numbers.rate(train.tokens_per_second)} tokens/s")
     if train.remaining is not None and train.status not in ENDED:

@@ -30,13 +30,13 @@ class TrainResult(Shown):
     """Folder with the adapter and its checkpoints, or None where nothing was asked to be kept."""
     state: TrainState = field(repr=False)
     """The run's last state, with its curves."""
-    train_loss: float | None = None
-    """Mean of the losses of all steps of this run."""
     message: str = ""
-    shown: bool = field(default=False, repr=False, compare=False)
-    """Whether a front end has shown the run's last state: then this need not be shown once more below it."""
     metrics: dict[str, float] = field(default_factory=dict, repr=False)
     """What the Trainer reports about the whole run."""
+    train_loss: float | None = None
+    """Mean of the losses of all steps of this run."""
+    shown: bool = field(default=False, repr=False, compare=False)
+    """Whether a front end has shown the run's last state: then this need not be shown once more below it."""
 
     @property
     def best_step(self) -> int | None:

@@ -169,16 +169,18 @@ def test_memory_without_a_device_total_is_shown() -> None:
 
 
 def test_the_training_card_shows_its_figures() -> None:
-    text = read(training_card(train_state(25, 40, smoothed_loss=0.084), model_name="model")).text
+    state = train_state(25, 40, loss=0.084, mean_loss=0.31, metrics={"accuracy": 0.91}, best_step=10, memory=MEMORY)
+    text = read(training_card(state, model_name="model")).text
     for words in (
-        "training · orders",
-        "running · model",
-        "0.084 loss (smoothed)",
-        "0.102 eval loss, step 20",
-        "25 / 40 step · epoch 0.62",
-        "241 tokens / s",
-        "0:31 left of 1:22",
-        "7.1e-4 learning rate",
+        "Training orders model running",
+        "loss 0.084 mean 0.310",
+        "eval loss 0.102 best 0.813 at step 10",
+        "accuracy 0.910 at step 20",
+        "step 25 / 40 epoch 0.62",
+        "tokens/s 241",
+        "time left 0:31 after 0:51",
+        "memory 451.0 MB",
+        "optimizer 37.0 MB",
     ):
         assert words in text
 
@@ -203,7 +205,7 @@ def test_messages_are_shown() -> None:
 
 
 def test_lines_of_text() -> None:
-    assert training_text(train_state(25, 40, smoothed_loss=0.084)) == (
+    assert training_text(train_state(25, 40, loss=0.084)) == (
         "training orders running: step 25/40 · loss 0.084 · eval loss 0.102 · 241 tokens/s · 0:31 left"
     )
     ended = train_state(25, 40, status="failed", message="out of memory", eval_loss=None, tokens_per_second=None)
