@@ -179,10 +179,10 @@ def _end(bar: blocks.Bar) -> str:
     )
 
 
-def _swatch(colour: str, opacity: str = "1") -> str:
+def _swatch(colour: str, opacity: str = "") -> str:
     return (
         '<span style="display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px;'
-        f'opacity:{opacity};{background(colour)}"></span>'
+        f'{f"opacity:{opacity};" if opacity else ""}{background(colour)}"></span>'
     )
 
 
@@ -270,8 +270,8 @@ def _(block: blocks.Progress) -> str:
 @to_html.register
 def _(block: blocks.LossChart) -> str:
     train = block.train
-    entries = [(palette.ACCENT, "1", "loss"), (palette.ACCENT, ".35", "smoothed")]
-    entries += [(palette.EVALUATION, "1", "eval loss, the best ringed")] if train.eval_history else []
+    entries = [(palette.ACCENT, "", "loss"), (palette.ACCENT, ".35", "smoothed")]
+    entries += [(palette.EVALUATION, "", "eval loss, the best ringed")] if train.eval_history else []
     legend = "".join(f"<span>{_swatch(colour, opacity)}{label}</span>" for colour, opacity, label in entries)
     scale = span(blocks.dim("log scale" if is_logarithmic(train) else ""))
     chart = loss_image(train) if train.status in ENDED else loss_chart(train)

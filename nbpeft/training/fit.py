@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
-from nbpeft.training.data import Collator, TokenizedRows, check_rows, prepare_data
+from nbpeft.training.data import Collator, TokenizedRows, check_rows, is_plain, prepare_data
+from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
+from nbpeft.training.generation import PromptBatch
 from nbpeft.training.learning_check import why_no_gradient
 from nbpeft.training.result import TrainResult
 from nbpeft.training.run import Run
+from nbpeft.training.sampling import Sampling, sample_batch
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
 
@@ -39,6 +42,9 @@ def train(
     tokenizer: Any = None,
     max_length: int | None = None,
     adapter: str | None = None,
+    patience: int | None = None,
+    sample: str | Sequence[str] | None = None,
+    every: int | None = None,
     control: RunControl | None = None,
     publish: Callable[[TrainState], None] | None = None,
     run_factory: Callable[..., Run] = Run,
@@ -61,6 +67,11 @@ def train(
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
+        patience: End after so many evaluations without a better one, and put the state of the best back. Evaluations
+            are of ``eval_data``, ten times a run unless ``eval_strategy`` or ``eval_steps`` says when.
+        sample: A prompt, or several, that the adapter and the base answer while training goes on, in
+            ``result.state.samples``.
+        every: Steps from one time to the next; by default about five times a run.
         control: Where Stop and Pause are requested.
         publish: Called with each new state of the run.
         run_factory: Makes the run, called like :class:`Run`.
@@ -82,6 +93,8 @@ def train(
     check_options(options)
     rows = _rows(model, data, tokenizer, max_length)
     eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
+    check_patience(patience, fields, evaluates=eval_rows is not None)
+    batch = _sample_batch(model, data, sample, tokenizer, every)
     given = {name: value for name, value in options.items() if value is not None}
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
     with scratch_folder() as folder:
@@ -91,6 +104,7 @@ def train(
         try:
             with _activated(model, adapter) as activation:
                 activation.run = run = run_factory(model, None, control=control, publish=publish)
+                run.output_dir = str(fields.get("output_dir", ""))
                 run.note(
                     "; ".join(
                         part.notes for part in (rows, eval_rows) if isinstance(part, TokenizedRows) and part.notes
@@ -98,7 +112,9 @@ def train(
                 )
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
-                metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
+                early = None if patience is None else EarlyStop(run, model, patience)
+                sampling = None if batch is None else Sampling(run, model, batch, every)
+                metrics = _fit(trainer_class, model, run, options, early, sampling, keep="output_dir" in fields)
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
             if failure is error and not isinstance(error, NbpeftError):
@@ -194,6 +210,14 @@ def _rows(model: nn.Module, data: Any, tokenizer: Any, max_length: int | None) -
     return rows
 
 
+def _sample_batch(model: nn.Module, data: Any, sample: Any, tokenizer: Any, every: Any) -> PromptBatch | None:
+    if sample is not None:
+        return sample_batch(model, sample, tokenizer, every, plain=is_plain(data))
+    if every is not None:
+        raise ConfigError("every says how often to sample: pass sample=…, too", field="every")
+    return None
+
+
 def _is_causal(model: nn.Module) -> bool:
     base = base_of(model)
     decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
@@ -210,7 +234,14 @@ def _collator(model: nn.Module, tokenizer: Any) -> Collator:
 
 
 def _fit(
-    trainer_class: type[Any], model: nn.Module, run: Run, options: dict[str, Any], *, keep: bool
+    trainer_class: type[Any],
+    model: nn.Module,
+    run: Run,
+    options: dict[str, Any],
+    early: EarlyStop | None,
+    sampling: Sampling | None,
+    *,
+    keep: bool,
 ) -> dict[str, float]:
     """Runs a Trainer, and takes everything of it off the model again."""
     trainer: Any = None
@@ -221,8 +252,11 @@ def _fit(
                 trainer = _make_trainer(trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
                 callback = RunCallback(run)
-                trainer.add_callback(callback)
-                metrics = _train(trainer, model, callback, options["args"])
+                for item in (callback, early, sampling):
+                    if item is not None:
+                        trainer.add_callback(item)
+                with nullcontext() if early is None else early.kept():
+                    metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:
                 trainer.save_model()
         return metrics

@@ -1,0 +1,102 @@
+"""Patience: an evaluation that is no better counts, and the best state is put back without a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from nbpeft.errors import ConfigError, TrainingInterrupted
+from nbpeft.training import train
+from tests.training.support import token_rows, trainable, weights
+
+SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 0.05, "max_steps": 40}
+
+
+class Kept(TrainerCallback):
+    """The weights after each evaluation, and when it was; may fail at a step."""
+
+    def __init__(self, model: Any, interrupt_at: int = -1) -> None:
+        self.model, self.interrupt_at = model, interrupt_at
+        self.losses: dict[int, float] = {}
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.losses[state.global_step] = metrics["eval_loss"]
+        self.weights[state.global_step] = weights(self.model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.interrupt_at:
+            raise KeyboardInterrupt
+
+
+def trained(kept: Kept | None = None, **more: Any) -> tuple[Any, Kept, Any]:
+    model = trainable()
+    kept = Kept(model) if kept is None else kept
+    kept.model = model
+    # Rows of noise learned by heart: evaluation on other noise gets worse soon.
+    return model, kept, train(model, token_rows(8), token_rows(8, 5), callbacks=[kept], **{**SETTINGS, **more})
+
+
+def test_it_stops_and_puts_the_best_state_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    model, kept, result = trained(patience=3, eval_steps=1)
+    best = min(kept.losses, key=lambda step: kept.losses[step])
+    assert result.status == "finished" and result.steps == best + 3 < 40
+    assert result.best_step == best
+    assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
+    assert (
+        result.message
+        == f"stopped early: no better in 3 evaluations · the state of step {best}, the best, was put back"
+    )
+    assert f"best at step {best}" in str(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_evaluates_ten_times_where_nobody_said_when():
+    _, kept, result = trained(patience=3, max_steps=20)
+    assert list(kept.losses)[:2] == [2, 4]
+    assert result.best_step in kept.losses
+
+
+def test_an_interrupted_run_keeps_the_best_too():
+    kept = Kept(None, interrupt_at=6)
+    model = trainable()
+    kept.model = model
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(model, token_rows(8), token_rows(8, 5), callbacks=[kept], patience=50, eval_steps=1, **SETTINGS)
+    best = min(kept.losses, key=lambda step: kept.losses[step])
+    assert caught.value.result.best_step == best
+    assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
+
+
+def test_the_best_is_that_of_the_metric_asked_for():
+    def accuracy(predictions: Any) -> dict[str, float]:
+        accuracy.calls += 1  # type: ignore[attr-defined]
+        return {"accuracy": [0.5, 0.9, 0.7, 0.6][min(accuracy.calls, 4) - 1]}  # type: ignore[attr-defined]
+
+    accuracy.calls = 0  # type: ignore[attr-defined]
+    _, _, result = trained(patience=2, eval_steps=2, metric_for_best_model="accuracy", compute_metrics=accuracy)
+    assert (result.steps, result.best_step) == (8, 4)
+    assert result.state.metrics == {"accuracy": 0.6}
+    assert result.state.metric_history["accuracy"] == ((2, 0.5), (4, 0.9), (6, 0.7), (8, 0.6))
+    assert "accuracy 0.600" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"patience": 0}, "number of evaluations"),
+        ({"patience": True}, "number of evaluations"),
+        ({"patience": "3"}, "number of evaluations"),
+        ({"patience": 3, "eval_data": None}, "needs data to evaluate on"),
+        ({"patience": 3, "load_best_model_at_end": True}, "leave load_best_model_at_end out"),
+        ({"patience": 3, "eval_strategy": "no"}, "needs evaluations"),
+    ],
+)
+def test_a_patience_that_cannot_be_is_one_line(given: dict[str, Any], words: str):
+    with pytest.raises(ConfigError, match=words):
+        train(trainable(), token_rows(), **{"eval_data": token_rows(4), **SETTINGS, **given})
