@@ -48,6 +48,7 @@ class SessionContext:
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
         notes: what went wrong outside any command, e.g. in a subscriber.
         changed: whether something changed that was not published yet.
+        runs_dir: where runs are kept; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in the working directory.
     """
 
     def __init__(self) -> None:
@@ -60,6 +61,7 @@ class SessionContext:
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
+        self.runs_dir: str | None = None
         self._published_busy = False
         self._revision = 0
         self._last = SessionState()

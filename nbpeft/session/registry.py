@@ -27,6 +27,8 @@ class TrackedModel:
         training: the state of the last run.
         trained_on_plain_text: whether the text it was last trained on had no chat template around it.
         requested: adapter name -> its config, and the fields that were asked for when it was made.
+        trained_steps: adapter name -> its config, the steps it was trained for, and the run that did the last of them.
+        first_random: adapter name -> its config, and the random numbers that its first weights were drawn with.
     """
 
     def __init__(self, name: str, model: PeftModel, changed: Callable[[], None]) -> None:
@@ -35,6 +37,8 @@ class TrackedModel:
         self.training: TrainState | None = None
         self.trained_on_plain_text = False
         self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
+        self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
+        self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self._model = weakref.ref(model)
         self._manager = weakref.ref(model.manager)
         self._snapshots = Snapshots()

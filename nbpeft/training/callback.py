@@ -41,7 +41,8 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the run the number of steps to come."""
-        self.run.begin(total_steps=state.max_steps if state.max_steps > 0 else None, step=state.global_step)
+        total = state.max_steps if state.max_steps > 0 else None
+        self.run.begin(total_steps=total, step=state.global_step, earlier=state.log_history)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -71,6 +71,8 @@ class Run:
 
     Attributes:
         entered: Whether the run is inside its ``with`` block.
+        folder: Where the run is kept on disk, or the empty string.
+        steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
     """
 
     interval = 0.2
@@ -99,6 +101,8 @@ class Run:
         self._memory = memory
         self._lock = threading.RLock()
         self.entered = False
+        self.folder = ""
+        self.steps_before = 0
         self._display_failed = False
         self._status: TrainStatus = "starting"
         self._message = ""
@@ -114,18 +118,21 @@ class Run:
 
     # What the loop calls
 
-    def begin(self, *, total_steps: int | None = None, step: int = 0) -> None:
+    def begin(
+        self, *, total_steps: int | None = None, step: int = 0, earlier: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
         """Starts the clock; ``with run:`` does it too.
 
         Args:
             total_steps: Steps planned, once they are known.
             step: Steps done before, in a run that is resumed.
+            earlier: What was logged in them, as a Trainer's ``log_history`` has it.
         """
         with self._lock:
             if total_steps is not None:
                 self.total_steps = total_steps
             if step:
-                self._record.resume(step)
+                self._record.resume(step, earlier)
             if self._status != "starting":
                 return
             self._status = "running"
@@ -365,6 +372,8 @@ class Run:
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
             message=self._message,
+            first_step=record.first_step or self.steps_before,
+            folder=self.folder,
         )
 
     def _warn(self, message: str) -> None:
