@@ -2,7 +2,7 @@
 
     Card     a frame with a title
     Line     a line of text; ``Text`` is a stretch of it with a tone
-    Table, Bar, Columns, HeatMap, Figures, Progress, LossChart, Details, Stack
+    Table, Bar, Columns, HeatMap, Figures, Progress, LossChart, CurveChart, Details, Stack
 
 ``nbpeft.display.html`` draws them for a notebook, ``nbpeft.display.text`` for a terminal.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from nbpeft.state import MemoryPart, TrainState
+from nbpeft.state import Curve, MemoryPart, TrainState
 
 Tone = Literal["", "bold", "dim", "accent", "error", "warning"]
 Wrap = Literal["", "names", "never", "cut", "as is"]
@@ -167,6 +167,17 @@ class LossChart:
     train: TrainState
 
 
+LabelledCurves = tuple[str, Curve, Curve]
+"""Label, losses and evaluation losses of one run."""
+
+
+@dataclass(frozen=True)
+class CurveChart:
+    """The loss curves of several runs over each other."""
+
+    curves: tuple[LabelledCurves, ...]
+
+
 @dataclass(frozen=True)
 class Details:
     """A block that opens below its summary."""
@@ -197,7 +208,7 @@ class Card:
     aside: str = ""
 
 
-Block = Line | Table | Bar | Columns | HeatMap | Figures | Progress | LossChart | Details | Stack | Card
+Block = Line | Table | Bar | Columns | HeatMap | Figures | Progress | LossChart | CurveChart | Details | Stack | Card
 
 
 def card(title: str, *blocks: Block | tuple[Block, ...] | None, aside: str = "") -> Card:

@@ -14,6 +14,7 @@ from nbpeft.display import blocks, palette
 from nbpeft.display.charts import loss_chart, loss_image
 from nbpeft.display.memory import part_words
 from nbpeft.display.numbers import size
+from nbpeft.display.overlay import colour_of, overlay_image
 from nbpeft.display.palette import background
 from nbpeft.state import ENDED
 
@@ -264,6 +265,16 @@ def _(block: blocks.LossChart) -> str:
     legend = "".join(f"<span>{_swatch(colour)}{label}</span>" for colour, label in entries)
     chart = loss_image(train) if train.status in ENDED else loss_chart(train)
     return f'{chart}<div style="display:flex;gap:16px;margin-top:4px;font-size:12px">{legend}</div>'
+
+
+@to_html.register
+def _(block: blocks.CurveChart) -> str:
+    legend = "".join(
+        f"<span>{_swatch(colour_of(place))}{escape(label)}</span>" for place, (label, _, _) in enumerate(block.curves)
+    )
+    evaluated = f"<span style='color:{palette.DIM}'>dashed: eval loss</span>" if any(c[2] for c in block.curves) else ""
+    style = "display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:4px;font-size:12px"
+    return f'{overlay_image(block.curves)}<div style="{style}">{legend}{evaluated}</div>'
 
 
 def grid_row(cells: Iterable[tuple[blocks.Span, str]]) -> str:

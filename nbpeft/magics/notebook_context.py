@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nbpeft.confidential import masked, masked_assignment
 from nbpeft.errors import CellError, near, with_article
 from nbpeft.magics.body import evaluate_expression, expression_of, look_up
 from nbpeft.magics.tokenize import reference
@@ -45,6 +46,8 @@ class NotebookContext:
         ui: how panels are shown: ``auto``, ``widgets``, ``html`` or ``text``.
         shell: the IPython shell, or None outside one.
         trained: model variable -> the last cell that trained it.
+        line: text of the magic's line.
+        cell: text of its cell; None for a line alone.
     """
 
     namespace: MutableMapping[str, Any]
@@ -52,6 +55,14 @@ class NotebookContext:
     ui: Literal["auto", "widgets", "html", "text"] = "auto"
     shell: Any = None
     trained: dict[str, TrainingCell] = field(default_factory=dict)
+    line: str = ""
+    cell: str | None = None
+
+    @property
+    def source(self) -> dict[str, str]:
+        """The text of the magic without what looks like a token or password, to run it again another day."""
+        body = [line for line in (self.cell or "").splitlines() if masked_assignment(line) == line]
+        return {"line": masked(self.line), "cell": "\n".join(body)}
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted models first. Imports nothing."""

@@ -47,7 +47,11 @@ class RunStore:
         stem = re.sub(r"[^\w.+-]+", "+", adapter).strip("+.-")[:80] or "run"
         with disk_errors(self.place):
             self._make_place()
-            taken = [match[1] for name in os.listdir(self.place) if (match := re.fullmatch(rf"{re.escape(stem)}-(\d{{1,9}})", name))]
+            taken = [
+                match[1]
+                for name in os.listdir(self.place)
+                if (match := re.fullmatch(rf"{re.escape(stem)}-(\d{{1,9}})", name))
+            ]
             for number in itertools.count(max(map(int, taken), default=0) + 1):
                 folder = RunFolder(self.place / f"{stem}-{number}")
                 try:
@@ -106,7 +110,9 @@ class RunStore:
             surplus = oldest[: max(len(records) - most_runs, 0)]
             for record in surplus:
                 self.delete(record.name)
-            sizes = {record.name: RunFolder(Path(record.path)).byte_count() for record in records if record not in surplus}
+            sizes = {
+                record.name: RunFolder(Path(record.path)).byte_count() for record in records if record not in surplus
+            }
             for record in oldest[len(surplus) :]:
                 if sum(sizes.values()) <= most_bytes:
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import deque
@@ -48,7 +49,8 @@ class SessionContext:
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
         notes: what went wrong outside any command, e.g. in a subscriber.
         changed: whether something changed that was not published yet.
-        runs_dir: where runs are kept; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in the working directory.
+        runs_dir: where runs are kept; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in ``home``.
+        home: the working directory when the session began.
     """
 
     def __init__(self) -> None:
@@ -62,6 +64,7 @@ class SessionContext:
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
         self.runs_dir: str | None = None
+        self.home = _working_directory()
         self._published_busy = False
         self._revision = 0
         self._last = SessionState()
@@ -175,6 +178,13 @@ class SessionContext:
         self.changed = True
         if self.lock.depth == 0:
             self.publish()
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return os.curdir
 
 
 @contextmanager

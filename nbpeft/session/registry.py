@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, did_you_mean
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.engine.manager import AdapterManager
     from nbpeft.model import PeftModel
+    from nbpeft.training import Run
 
 
 class TrackedModel:
@@ -50,6 +52,18 @@ class TrackedModel:
         present = self.manager.configs[name]
         config, fields = self.requested.get(name, (None, {}))
         return fields if config is present else meaning(present)
+
+    def steps_of(self, names: Iterable[str]) -> tuple[int, str]:
+        """How many steps adapters were trained for since they were made or loaded, and the last run that did."""
+        configs = [self.manager.configs[name] for name in names]
+        found = [item for item in self.trained_steps.values() if any(item[0] is config for config in configs)]
+        return max(((steps, run) for _, steps, run in found), default=(0, ""))
+
+    def count_steps(self, names: Iterable[str], run: Run) -> None:
+        """Remember that a run trained adapters."""
+        for name in names:
+            steps = run.steps_before + run.state.step
+            self.trained_steps[name] = (self.manager.configs[name], steps, os.path.basename(run.folder))
 
     def on_change(self) -> None:
         """Report a change of the adapters; a method, because managers hold those weakly."""

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
@@ -31,11 +29,11 @@ from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import CheckpointError, TrainingError, in_one_line
 from nbpeft.model import files
 from nbpeft.runs.folder import RunFolder
-from nbpeft.runs.record import RunRecord
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
-from nbpeft.training.checkpoints import last_whole, put_checkpoint
+from nbpeft.training.checkpoints import put_checkpoint
+from nbpeft.training.random_states import drawing_from, random_states
 from nbpeft.training.run import Run
 
 SHARE = 0.02
@@ -139,7 +137,7 @@ class RunKeeper(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Remembers the random numbers that belong to the step."""
         self._in_step = False
-        self._random = _random_states()
+        self._random = random_states()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes what was logged."""
@@ -153,12 +151,9 @@ class RunKeeper(TrainerCallback):
         """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
         if self.folder is None:
             return
-        self._random = _random_states()
-        if self._saved_step == self.trainer.state.global_step:
-            due = self._evaluated  # which drew random numbers
-        else:
-            due = self._clock() >= self._next
-        if due:
+        self._random = random_states()
+        saved = self._saved_step == self.trainer.state.global_step
+        if self._evaluated if saved else self._clock() >= self._next:  # an evaluation draws random numbers
             with self._noting():
                 self._save()
 
@@ -179,7 +174,7 @@ class RunKeeper(TrainerCallback):
             elif state.status == "finished":
                 self._save(whole=False)
             elif not self._in_step and self.trainer.optimizer is not None and state.step > self._saved_step:
-                with _random_set(self._random):
+                with drawing_from(self._random or random_states()):
                     self._save()
             else:
                 self._write_facts()
@@ -242,7 +237,8 @@ class RunKeeper(TrainerCallback):
             "started": time.time(),
             "settings": self._adapter_settings() | fields | plain | {"rows": self._data.get("rows")},
             "arguments": plain,
-            "left_out": [*left_out, *(name for name in given if name not in plain)],
+            "secrets": list(left_out),
+            "objects": [name for name in given if name not in plain],
             "source": dict(self._place.source),
             "data": dict(self._data),
         }
@@ -295,18 +291,11 @@ def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, A
     for prefix, what in (("", "rows"), ("eval_", "rows to evaluate on")):
         count, present = then.get(f"{prefix}rows"), now.get(f"{prefix}rows")
         if count != present:
-            raise TrainingError(f"run {name} was trained with {count or 'no'} {what}, and these are {present or 'none'}")
+            raise TrainingError(
+                f"run {name} was trained with {count or 'no'} {what}, and these are {present or 'none'}"
+            )
         if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
             raise TrainingError(f"run {name} was trained with other {what}: the first of these are not those")
-
-
-def state_to_go_on_from(record: RunRecord) -> Path:
-    """The last whole state of a run.
-
-    Raises:
-        CheckpointNotFoundError: none is kept.
-    """
-    return last_whole(Path(record.path))
 
 
 def is_plain_value(value: Any) -> bool:
@@ -336,32 +325,6 @@ def _summary(state: TrainState) -> dict[str, Any]:
         "updated": time.time(),
         "message": state.message,
     }
-
-
-def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.random.get_rng_state()
-    return states
-
-
-@contextmanager
-def _random_set(states: Mapping[str, Any]) -> Iterator[None]:
-    """Random numbers as they were, while the block runs."""
-    before = _random_states()
-    _set_random(states or before)
-    try:
-        yield
-    finally:
-        _set_random(before)
-
-
-def _set_random(states: Mapping[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.random.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.random.set_rng_state(states["cuda"])
 
 
 def _comparable(row: Any) -> Any:

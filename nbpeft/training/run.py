@@ -209,6 +209,18 @@ class Run:
         with self._lock:
             self._message = " · ".join(part for part in (self._message, message) if part)
 
+    def goes_on_from(self, steps: int, run_name: str = "") -> None:
+        """Says that the weights at its start are those of earlier runs.
+
+        Args:
+            steps: How many steps they were trained for; with none, nothing is said.
+            run_name: The run that did the last of them.
+        """
+        self.steps_before = steps
+        if steps:
+            whose = f" of run {run_name}" if run_name else ""
+            self.note(f"goes on with the weights after step {steps:,}{whose}, with a new schedule")
+
     def wait_or_stop(self) -> bool:
         """Waits while paused. Returns whether the loop is to end."""
         before = self._clock()

@@ -106,7 +106,7 @@ class TrackCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the numbers: ``train/loss``, ``eval/loss``, …"""
+        """Writes the numbers: ``train/loss``, ``eval/loss`` and others."""
         numbers = {name: value for name, value in rewrite_logs(logs or {}).items() if isinstance(value, int | float)}
         for tracker in self._open:
             tracker.log(numbers, state.global_step)
