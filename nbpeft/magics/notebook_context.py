@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbpeft.confidential import masked, masked_assignment
+from nbpeft.confidential import masked, without_secrets
 from nbpeft.errors import CellError, near, with_article
-from nbpeft.magics.body import evaluate_expression, expression_of, look_up
+from nbpeft.magics.body import evaluate_expression, expression_of, look_up, parse_body
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
 from nbpeft.session.handles import is_module
@@ -58,11 +60,19 @@ class NotebookContext:
     line: str = ""
     cell: str | None = None
 
-    @property
-    def source(self) -> dict[str, str]:
-        """The text of the magic without what looks like a token or password, to run it again another day."""
-        body = [line for line in (self.cell or "").splitlines() if masked_assignment(line) == line]
-        return {"line": masked(self.line), "cell": "\n".join(body)}
+    def source(self, fields: Mapping[str, Any]) -> dict[str, str]:
+        """The text of the magic, to run it again another day, without fields that hold a token or password.
+
+        Args:
+            fields: of the magic, evaluated.
+        """
+        secret = {name.partition(".")[0] for name in without_secrets(fields)[1]}
+        shown = [item for item in parse_body(self.cell or "") if item.name not in secret]
+        words = "|".join(map(re.escape, secret)) or r"(?!)"
+        return {
+            "line": masked(re.sub(rf"(?<!\S)(?:{words})=\S*", "", self.line)).strip(),
+            "cell": "\n".join(masked(f"{item.name} = {ast.unparse(item.value)}") for item in shown),
+        }
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted models first. Imports nothing."""

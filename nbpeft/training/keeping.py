@@ -94,6 +94,7 @@ class RunKeeper(TrainerCallback):
         self._facts: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
         self._saved_step = -1
+        self._seconds_before = 0.0
         self._evaluated = False
         self._in_step = False
         self._random: dict[str, Any] = {}
@@ -116,6 +117,7 @@ class RunKeeper(TrainerCallback):
                 self._before = folder.facts()
                 self._saved_step = state.global_step
                 state.log_history = folder.cut_after(state.global_step)
+                self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
                 self._facts["resumed"] = [*self._before.get("resumed", ()), state.global_step]
             self._run.folder = str(folder.path)
             own = {"process": os.getpid(), "host": platform.node()}
@@ -145,7 +147,7 @@ class RunKeeper(TrainerCallback):
             entry = state.log_history[-1]
             self._evaluated = self._evaluated or "eval_loss" in entry
             with self._noting():
-                self.folder.append({**entry, "seconds": round(self._run.state.elapsed, 3)})
+                self.folder.append({**entry, "seconds": self._seconds()})
 
     def after_step(self) -> None:
         """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
@@ -235,13 +237,21 @@ class RunKeeper(TrainerCallback):
             "adapter": self._run.adapter,
             "model": self._place.model,
             "started": time.time(),
-            "settings": self._adapter_settings() | fields | plain | {"rows": self._data.get("rows")},
+            "settings": self._adapter_settings() | fields | plain | self._own_settings(),
             "arguments": plain,
             "secrets": list(left_out),
             "objects": [name for name in given if name not in plain],
             "source": dict(self._place.source),
             "data": dict(self._data),
         }
+
+    def _seconds(self) -> float:
+        """Time spent on the run, without pauses, in all processes that it went on in."""
+        return round(self._seconds_before + self._run.state.elapsed, 3)
+
+    def _own_settings(self) -> dict[str, Any]:
+        own = {"rows": self._data.get("rows"), "starts from": self._run.starts_from}
+        return {name: value for name, value in own.items() if value}
 
     def _adapter_settings(self) -> dict[str, Any]:
         config = self._model.peft_config[trained_names(self._model)[0]]
@@ -255,7 +265,7 @@ class RunKeeper(TrainerCallback):
     def _write_facts(self) -> None:
         assert self.folder is not None
         state = self._run.state
-        self._facts |= _summary(state)
+        self._facts |= _summary(state) | {"seconds": self._seconds()}
         series = {name: points for name, points in {**state.series, **state.metric_history}.items() if points}
         self.folder.write(self._facts, series, [dataclasses.asdict(sample) for sample in state.samples])
 
@@ -321,7 +331,6 @@ def _summary(state: TrainState) -> dict[str, Any]:
         "best_loss": best[1],
         "best_step": best[0] if state.best_step is None else state.best_step,
         "metrics": dict(state.metrics),
-        "seconds": round(state.elapsed, 3),
         "updated": time.time(),
         "message": state.message,
     }

@@ -73,6 +73,7 @@ class Run:
         entered: Whether the run is inside its ``with`` block.
         folder: Where the run is kept on disk, or the empty string.
         steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
+        starts_from: That in words; empty for weights that no run has trained.
     """
 
     interval = 0.2
@@ -102,7 +103,7 @@ class Run:
         self._lock = threading.RLock()
         self.entered = False
         self.folder = ""
-        self.steps_before = 0
+        self.steps_before, self.starts_from = 0, ""
         self._display_failed = False
         self._status: TrainStatus = "starting"
         self._message = ""
@@ -218,8 +219,8 @@ class Run:
         """
         self.steps_before = steps
         if steps:
-            whose = f" of run {run_name}" if run_name else ""
-            self.note(f"goes on with the weights after step {steps:,}{whose}, with a new schedule")
+            self.starts_from = f"the weights after step {steps:,}" + (f" of run {run_name}" if run_name else "")
+            self.note(f"goes on with {self.starts_from}, with a new schedule")
 
     def wait_or_stop(self) -> bool:
         """Waits while paused. Returns whether the loop is to end."""

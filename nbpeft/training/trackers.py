@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import netrc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -142,9 +143,7 @@ class _Wandb:
     def __init__(self, run_name: str, folder: Path, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        with contextlib.suppress(Exception):  # a broken netrc is no reason not to write
-            known = bool(wandb.api.api_key)
-        mode = os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         project = os.environ.get("WANDB_PROJECT") or PROJECT
         self._run = wandb.init(
             project=project,
@@ -153,7 +152,7 @@ class _Wandb:
             mode=mode,
             config=dict(settings),
             reinit="create_new",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, console="off"),
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -161,6 +160,16 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+    """Whether there is an account to send runs to; without one wandb would ask for it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "api.wandb.ai").rpartition("/")[2]
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
 
 
 class _Trackio:

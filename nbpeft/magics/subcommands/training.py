@@ -85,7 +85,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         adapter=options.adapter,
         keep=not options.no_keep,
         restart=options.restart,
-        source=notebook.source,
+        source=notebook.source(options.fields),
         **arguments,
         **({"track": options.track} if options.track else {}),
     )
