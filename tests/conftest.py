@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
 import random
 import shutil
 import sys
+import tempfile
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "NBPEFT_RUNS" not in os.environ:  # where trainings are kept; a test that looks at them names a place of its own
+    os.environ["NBPEFT_RUNS"] = tempfile.mkdtemp(prefix="nbpeft-runs-")
+    atexit.register(shutil.rmtree, os.environ["NBPEFT_RUNS"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MKL_NUM_THREADS", "1")

@@ -69,7 +69,7 @@ class Staging:
             self.path = parent / (name or staging_name())
             os.mkdir(self.path, mode)
             try:
-                self._lock = _locked(self.path)
+                self._lock = lock_folder(self.path)
                 return
             except (BlockingIOError, FileNotFoundError):
                 continue  # a sweep came between the two calls
@@ -141,7 +141,7 @@ def _sweep_one(path: Path, folder: Path, finish: bool) -> None:
     found = os.lstat(path)
     if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
         return
-    lock = _locked(path)
+    lock = lock_folder(path)
     try:
         if lock is None and time.time() - found.st_mtime < _STALE_SECONDS:
             return
@@ -218,7 +218,7 @@ def _noted_moves(staging: Path) -> dict[str, Mark]:
     return marks if inside else {}
 
 
-def _locked(path: Path) -> int | None:
+def lock_folder(path: Path) -> int | None:
     """A handle that holds the lock of a folder; None where folders cannot be locked.
 
     Raises:

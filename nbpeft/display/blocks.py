@@ -2,7 +2,7 @@
 
     Card     a frame with a title
     Line     a line of text; ``Text`` is a stretch of it with a tone
-    Table, Bar, Columns, HeatMap, Figures, Progress, LossChart, SmallCharts, Details, Stack
+    Table, Bar, Columns, HeatMap, Figures, Progress, LossChart, SmallCharts, CurveChart, Details, Stack
 
 ``nbpeft.display.html`` draws them for a notebook, ``nbpeft.display.text`` for a terminal.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from nbpeft.state import MemoryPart, TrainState
+from nbpeft.state import Curve, MemoryPart, TrainState
 
 Tone = Literal["", "bold", "dim", "accent", "success", "error", "warning"]
 Wrap = Literal["", "names", "never", "cut", "as is"]
@@ -193,6 +193,17 @@ class LossChart:
     train: TrainState
 
 
+LabelledCurves = tuple[str, Curve, Curve]
+"""Label, losses and evaluation losses of one run."""
+
+
+@dataclass(frozen=True)
+class CurveChart:
+    """The loss curves of several runs over each other."""
+
+    curves: tuple[LabelledCurves, ...]
+
+
 @dataclass(frozen=True)
 class SmallCharts:
     """What else a run has measured over time, each as a small curve; images, as the loss curve."""
@@ -230,7 +241,21 @@ class Card:
     aside: str | tuple[Span, ...] = ""
 
 
-Block = Line | Table | Bar | Columns | HeatMap | Figures | Progress | LossChart | SmallCharts | Details | Stack | Card
+Block = (
+    Line
+    | Table
+    | Bar
+    | Columns
+    | HeatMap
+    | Figures
+    | Progress
+    | LossChart
+    | SmallCharts
+    | CurveChart
+    | Details
+    | Stack
+    | Card
+)
 
 
 def card(title: str, *blocks: Block | tuple[Block, ...] | None, aside: str | tuple[Span, ...] = "") -> Card:

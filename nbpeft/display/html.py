@@ -14,6 +14,7 @@ from nbpeft.display import blocks, palette
 from nbpeft.display.charts import LEFT, RIGHT, WIDTH, hover_values, is_logarithmic, loss_chart, loss_image, small_chart
 from nbpeft.display.memory import part_words
 from nbpeft.display.numbers import size
+from nbpeft.display.overlay import colour_of, overlay_image
 from nbpeft.display.palette import background
 from nbpeft.display.training import small_curves
 from nbpeft.state import ENDED, TrainState
@@ -309,6 +310,16 @@ def _(block: blocks.SmallCharts) -> str:
         for name, curve, last, low, high in small_curves(train)
     )
     return f'<div style="display:flex;flex-wrap:wrap;gap:8px 20px;margin-top:10px">{cells}</div>' if cells else ""
+
+
+@to_html.register
+def _(block: blocks.CurveChart) -> str:
+    legend = "".join(
+        f"<span>{_swatch(colour_of(place))}{escape(label)}</span>" for place, (label, _, _) in enumerate(block.curves)
+    )
+    evaluated = f"<span style='color:{palette.DIM}'>dashed: eval loss</span>" if any(c[2] for c in block.curves) else ""
+    style = "display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:4px;font-size:12px"
+    return f'{overlay_image(block.curves)}<div style="{style}">{legend}{evaluated}</div>'
 
 
 def grid_row(cells: Iterable[tuple[blocks.Span, str]]) -> str:

@@ -135,5 +135,12 @@ def _(block: blocks.SmallCharts) -> RenderableType:
 
 
 @renderable.register
+def _(block: blocks.CurveChart) -> RenderableType:
+    from nbpeft.display.overlay import describe
+
+    return Text(describe(block.curves), "dim")
+
+
+@renderable.register
 def _(block: blocks.Details) -> RenderableType:
     return Group(Text(block.summary, "dim"), renderable(block.block))

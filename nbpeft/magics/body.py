@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,18 @@ def parse_fields(words: Iterable[Word], namespace: Mapping[str, Any]) -> dict[st
         variable = reference(text)
         values[name] = _literal(text) if variable is None else look_up(variable, namespace, column=word.start)
     return values
+
+
+def with_fields(options: Namespace, cell: str | None, namespace: Mapping[str, Any]) -> Namespace:
+    """Options of a line whose ``fields`` are evaluated, those of a cell's body among them.
+
+    Raises:
+        CellError: a field cannot be read or evaluated.
+    """
+    options.fields = parse_fields(options.fields, namespace)
+    if cell is not None:
+        options.fields |= evaluate(parse_body(cell), namespace)
+    return options
 
 
 def look_up(name: str, namespace: Mapping[str, Any], *, column: int | None = None) -> Any:

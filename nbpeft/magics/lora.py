@@ -8,10 +8,10 @@ from typing import Any
 
 from IPython.core import magic
 from IPython.core.error import UsageError
-from traitlets import Enum
+from traitlets import Enum, Unicode, observe
 
 from nbpeft.errors import CellError, NbpeftError, in_one_line
-from nbpeft.magics.body import evaluate, excerpt, parse_body, parse_fields
+from nbpeft.magics.body import excerpt, parse_body, with_fields
 from nbpeft.magics.cell_spelling import in_cell_spelling
 from nbpeft.magics.complete import CompletionSources
 from nbpeft.magics.help import HelpText, command_help, main_help
@@ -42,17 +42,29 @@ class NbpeftMagics(magic.Magics):
         help="How panels are shown: widgets, html, text, or whatever works (auto).",
     ).tag(config=True)
 
+    runs_dir: Any = Unicode(
+        None,
+        allow_none=True,
+        help="Folder in which trainings are kept; '' keeps none. By default nbpeft_runs, or what NBPEFT_RUNS names.",
+    ).tag(config=True)
+
     shell: Any
 
     def __init__(self, shell: Any, **options: Any) -> None:
         super().__init__(shell, **options)
         self.session: Session = get_session()
+        self.session.context.runs_dir = self.runs_dir
         self._trained: dict[str, Any] = {}
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
 
     def close(self) -> None:
         """Detach the magics from the session."""
         self._unsubscribe()
+
+    @observe("runs_dir")
+    def _move_runs(self, change: Any) -> None:
+        if hasattr(self, "session"):
+            self.session.context.runs_dir = change["new"]
 
     @property
     def notebook(self) -> NotebookContext:
@@ -84,6 +96,7 @@ class NbpeftMagics(magic.Magics):
     def _run(self, name: str, line: str, cell: str | None) -> object:
         """Run a magic; fields stand in its line, in its body, or in both."""
         notebook = self.notebook
+        notebook.line, notebook.cell = line, cell
         if name == "lora" and cell is None:
             word, _, rest = line.strip().partition(" ")
             if word in ("help", "-h", "--help"):
@@ -100,10 +113,7 @@ class NbpeftMagics(magic.Magics):
             request = parse_arguments(CELLS[name], prog, tokenize(line), notebook.namespace)
         if request.help:
             return HelpText(_MAIN_HELP if prog == "%%lora" else command_help(request.command, prog))
-        options = request.options
-        options.fields = parse_fields(options.fields, notebook.namespace)
-        if cell is not None:
-            options.fields |= evaluate(parse_body(cell), notebook.namespace)
+        options = with_fields(request.options, cell, notebook.namespace)
         return request.command.run(options, notebook)
 
     def _answer(self, name: str, line: str, cell: str | None) -> object:

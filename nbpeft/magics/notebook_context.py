@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nbpeft.confidential import masked, without_secrets
 from nbpeft.errors import CellError, near, with_article
-from nbpeft.magics.body import evaluate_expression, expression_of, look_up
+from nbpeft.magics.body import evaluate_expression, expression_of, look_up, parse_body
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
 from nbpeft.session.handles import is_module
@@ -45,6 +48,8 @@ class NotebookContext:
         ui: how panels are shown: ``auto``, ``widgets``, ``html`` or ``text``.
         shell: the IPython shell, or None outside one.
         trained: model variable -> the last cell that trained it.
+        line: text of the magic's line.
+        cell: text of its cell; None for a line alone.
     """
 
     namespace: MutableMapping[str, Any]
@@ -52,6 +57,22 @@ class NotebookContext:
     ui: Literal["auto", "widgets", "html", "text"] = "auto"
     shell: Any = None
     trained: dict[str, TrainingCell] = field(default_factory=dict)
+    line: str = ""
+    cell: str | None = None
+
+    def source(self, fields: Mapping[str, Any]) -> dict[str, str]:
+        """The text of the magic, to run it again another day, without fields that hold a token or password.
+
+        Args:
+            fields: of the magic, evaluated.
+        """
+        secret = {name.partition(".")[0] for name in without_secrets(fields)[1]}
+        shown = [item for item in parse_body(self.cell or "") if item.name not in secret]
+        words = "|".join(map(re.escape, secret)) or r"(?!)"
+        return {
+            "line": masked(re.sub(rf"(?<!\S)(?:{words})=\S*", "", self.line)).strip(),
+            "cell": "\n".join(masked(f"{item.name} = {ast.unparse(item.value)}") for item in shown),
+        }
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted models first. Imports nothing."""

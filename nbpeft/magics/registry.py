@@ -109,6 +109,11 @@ def session_command(name: str, summary: str, *arguments: Argument, method: str =
     subcommand(name, summary, *arguments, example=example)(run)
 
 
+def cell_command(name: str) -> Subcommand:
+    """The cell magic of that name."""
+    return _cells[name]
+
+
 def registered() -> tuple[dict[str, Subcommand], dict[str, Subcommand]]:
     """All subcommands and all cell magics by name, in the order of their files."""
     package = importlib.import_module("nbpeft.magics.subcommands")

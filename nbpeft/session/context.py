@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import deque
@@ -50,6 +51,8 @@ class SessionContext:
         last_traceback: of the last command that failed, as text.
         notes: what went wrong outside any command, e.g. in a subscriber.
         changed: whether something changed that was not published yet.
+        runs_dir: where runs are kept; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in ``home``.
+        home: the working directory when the session began.
     """
 
     def __init__(self) -> None:
@@ -64,6 +67,8 @@ class SessionContext:
         self.last_traceback = ""
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
+        self.runs_dir: str | None = None
+        self.home = _working_directory()
         self._published_busy = False
         self._revision = 0
         self._last = SessionState()
@@ -177,6 +182,13 @@ class SessionContext:
         self.changed = True
         if self.lock.depth == 0:
             self.publish()
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return os.curdir
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from nbpeft.session.commands import (
     switching,
     training,
 )
+from nbpeft.session.commands import runs as run_commands
 from nbpeft.session.configs import DEFAULT_METHOD, combination_types, field_names, method_names
 from nbpeft.session.context import SessionContext
 from nbpeft.session.handles import is_handle, is_live
@@ -99,11 +100,20 @@ class Session:
     try_combination = _command(comparing.try_combination)
     swap = _command(swapping.swap)
 
-    # Training and memory
+    # Training
     train = _command(training.train)
     track = _command(training.track)
     control = _command(training.control)
     export = _command(training.export)
+
+    # Runs on disk
+    runs = _command(run_commands.runs)
+    resume = _command(run_commands.resume)
+    kept_run = _command(run_commands.kept_run)
+    rename_run = _command(run_commands.rename_run)
+    delete_run = _command(run_commands.delete_run)
+
+    # Memory
     memory = _command(inspecting.memory)
     plan_memory = _command(planning.plan_memory)
     memory_planner = _command(planning.memory_planner)

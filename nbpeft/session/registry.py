@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, did_you_mean
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.engine.manager import AdapterManager
     from nbpeft.model import PeftModel
+    from nbpeft.training import Run
 
 
 class TrackedModel:
@@ -27,6 +29,8 @@ class TrackedModel:
         training: the state of the last run.
         trained_on_plain_text: whether the text it was last trained on had no chat template around it.
         requested: adapter name -> its config, and the fields that were asked for when it was made.
+        trained_steps: adapter name -> its config, the steps it was trained for, and the run that did the last of them.
+        first_random: adapter name -> its config, and the random numbers that its first weights were drawn with.
     """
 
     def __init__(self, name: str, model: PeftModel, changed: Callable[[], None]) -> None:
@@ -35,6 +39,8 @@ class TrackedModel:
         self.training: TrainState | None = None
         self.trained_on_plain_text = False
         self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
+        self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
+        self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
         self._model = weakref.ref(model)
         self._manager = weakref.ref(model.manager)
         self._snapshots = Snapshots()
@@ -46,6 +52,18 @@ class TrackedModel:
         present = self.manager.configs[name]
         config, fields = self.requested.get(name, (None, {}))
         return fields if config is present else meaning(present)
+
+    def steps_of(self, names: Iterable[str]) -> tuple[int, str]:
+        """How many steps adapters were trained for since they were made or loaded, and the last run that did."""
+        configs = [self.manager.configs[name] for name in names]
+        found = [item for item in self.trained_steps.values() if any(item[0] is config for config in configs)]
+        return max(((steps, run) for _, steps, run in found), default=(0, ""))
+
+    def count_steps(self, names: Iterable[str], run: Run) -> None:
+        """Remember that a run trained adapters."""
+        for name in names:
+            steps = run.steps_before + run.state.step
+            self.trained_steps[name] = (self.manager.configs[name], steps, os.path.basename(run.folder))
 
     def on_change(self) -> None:
         """Report a change of the adapters; a method, because managers hold those weakly."""

@@ -48,7 +48,8 @@ class RunCallback(TrainerCallback):
         optimizer = kwargs.get("optimizer")
         if optimizer is not None:
             self.run.optimizer = weakref.ref(getattr(optimizer, "optimizer", optimizer))
-        self.run.begin(total_steps=state.max_steps if state.max_steps > 0 else None, step=state.global_step)
+        total = state.max_steps if state.max_steps > 0 else None
+        self.run.begin(total_steps=total, step=state.global_step, earlier=state.log_history)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

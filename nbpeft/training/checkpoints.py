@@ -76,6 +76,33 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
         _rotate(trainer, home)
 
 
+def put_checkpoint(home: Path, step: int, write: Callable[[Path], object], *, most: int) -> None:
+    """Puts ``checkpoint-STEP`` into a folder, whole or not at all, and removes the oldest ones beyond a number.
+
+    Args:
+        home: a folder that is there.
+        step: optimizer steps done.
+        write: writes the files into the folder it is given.
+        most: checkpoints that stay.
+
+    Raises:
+        CheckpointError: it cannot be written; earlier checkpoints are as they were.
+    """
+    name = f"{_PREFIX}-{step}"
+    with _write_errors(home):
+        sweep(home)
+        staging = Staging(home)
+        try:
+            (staging.path / name).mkdir()
+            write(staging.path / name)
+            _flush_tree(staging.path / name)
+            _put(staging.path, home, name)
+            for folder in _checkpoints(home)[most:]:
+                os.replace(folder, staging.path / f"old-{folder.name}")
+        finally:
+            staging.close()
+
+
 def save_beside(folder: Path, tokenizer: Any, arguments: Any) -> None:
     """Writes what a Trainer keeps beside the weights: the tokenizer, if any, and its arguments without tokens.
 
@@ -112,7 +139,7 @@ def resume_point(trainer: Any, requested: Any) -> Any:
     found: list[Any] = [None]
     if trainer.is_world_process_zero():
         try:
-            found = [_last_whole(Path(trainer.args.output_dir)) if requested is True else _checked(Path(requested))]
+            found = [last_whole(Path(trainer.args.output_dir)) if requested is True else _checked(Path(requested))]
         except CheckpointError as error:
             found = [error]
     found = broadcast_object_list(found)
@@ -143,7 +170,12 @@ def flaw_of(folder: Path) -> str | None:
     return None
 
 
-def _last_whole(home: Path) -> Path:
+def last_whole(home: Path) -> Path:
+    """The last checkpoint in a folder that is whole; warns of those that are passed over.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+    """
     sweep(home)
     flaws: dict[str, str] = {}
     for folder in _checkpoints(home):

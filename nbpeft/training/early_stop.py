@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,8 @@ EVALUATIONS = 10
 
 class EarlyStop(TrainerCallback):
     """Ends training after so many evaluations without a better one, and keeps the state of the best.
+
+    The block ``with early_stop:`` is around the training.
 
     Args:
         run: told why it ends.
@@ -55,15 +55,13 @@ class EarlyStop(TrainerCallback):
         if self._worse >= self._patience:
             control.should_training_stop = True
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Context manager around a training: at its end, also an early one, the best state is put back."""
-        try:
-            yield
-        except (KeyboardInterrupt, StopRun):
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """At the end of a training, also an early one, puts the best state back."""
+        if kind is None or issubclass(kind, KeyboardInterrupt | StopRun):
             self._put_back()
-            raise
-        self._put_back()
 
     def _put_back(self) -> None:
         if self._worse >= self._patience:

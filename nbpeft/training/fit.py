@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInter
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_here, slow_words
+from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
@@ -27,10 +29,12 @@ from nbpeft.training.data import Collator, TokenizedRows, check_rows, is_plain, 
 from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
+from nbpeft.training.keeping import RunKeeper, check_rows_are_those, mark_of_rows
 from nbpeft.training.learning_check import why_no_gradient
 from nbpeft.training.result import TrainResult
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import Sampling, sample_batch
+from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
 
@@ -50,6 +54,8 @@ def train(
     run_factory: Callable[..., Run] = Run,
     trainer_class: type[Any] = Trainer,
     arguments_class: type[TrainingArguments] = TrainingArguments,
+    run_dir: RunPlace | str | os.PathLike[str] | None = None,
+    track: str | Sequence[str] | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -77,6 +83,9 @@ def train(
         run_factory: Makes the run, called like :class:`Run`.
         trainer_class: A Trainer class of another library to use.
         arguments_class: The arguments class that belongs to it.
+        run_dir: A folder in which the run gets one of its own, ``ADAPTER-N``, with its settings, its curve and
+            every few seconds the state to go on from. Where it cannot be written, training goes on without.
+        track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them: where the numbers go as well.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
             options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
@@ -91,6 +100,8 @@ def train(
     arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
     check_options(options)
+    check_report_to(fields.get("report_to"))
+    trackers = tracker_names(track)
     rows = _rows(model, data, tokenizer, max_length)
     eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
     check_patience(patience, fields, evaluates=eval_rows is not None)
@@ -112,9 +123,14 @@ def train(
                 )
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
-                early = None if patience is None else EarlyStop(run, model, patience)
-                sampling = None if batch is None else Sampling(run, model, batch, every)
-                metrics = _fit(trainer_class, model, run, options, early, sampling, keep="output_dir" in fields)
+                kept = given | fields | ({} if max_length is None else {"max_length": max_length})
+                keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows, eval_rows))
+                tracking = TrackCallback(trackers, run, kept) if trackers else None
+                around = [part for part in (keeper, tracking) if part is not None]
+                inside: list[EarlyStop | Sampling] = []
+                inside += [] if patience is None else [EarlyStop(run, model, patience)]
+                inside += [] if batch is None else [Sampling(run, model, batch, every)]
+                metrics = _fit(trainer_class, model, run, options, around, inside, keep="output_dir" in fields)
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
             if failure is error and not isinstance(error, NbpeftError):
@@ -233,30 +249,64 @@ def _collator(model: nn.Module, tokenizer: Any) -> Collator:
     return Collator(pad_token_id=pad, copy_labels=_is_causal(model))
 
 
+def _keeper(
+    place: RunPlace | str | os.PathLike[str] | None,
+    run: Run,
+    model: nn.Module,
+    given: Mapping[str, Any],
+    data: Mapping[str, Any],
+) -> RunKeeper | None:
+    """What keeps the run on disk, if it is to be kept."""
+    if place is None:
+        return None
+    chosen = RunPlace.of(place)
+    if chosen.name is not None:
+        check_rows_are_those(chosen.name, chosen.store.find(chosen.name).facts().get("data", {}), data)
+    return RunKeeper(chosen, run, model, given, data)
+
+
 def _fit(
     trainer_class: type[Any],
     model: nn.Module,
     run: Run,
     options: dict[str, Any],
-    early: EarlyStop | None,
-    sampling: Sampling | None,
+    around: Sequence[RunKeeper | TrackCallback],
+    inside: Sequence[EarlyStop | Sampling],
     *,
     keep: bool,
 ) -> dict[str, float]:
-    """Runs a Trainer, and takes everything of it off the model again."""
+    """Runs a Trainer, and takes everything of it off the model again.
+
+    Args:
+        trainer_class: of the Trainer.
+        model: in training.
+        run: is told how it goes.
+        options: of the Trainer.
+        around: callbacks that see the run end.
+        inside: callbacks that end before the run does.
+        keep: save the adapter at the end.
+    """
     trainer: Any = None
     metrics: dict[str, float] = {}
     try:
         with _restoring(model):
-            with suppress(TrainingInterrupted), run:  # raised again when everything is in order
+            with ExitStack() as block:
+                for part in around:
+                    block.enter_context(part)
+                block.enter_context(suppress(TrainingInterrupted))  # raised again when everything is in order
+                block.enter_context(run)
                 trainer = _make_trainer(trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
                 callback = RunCallback(run)
-                for item in (callback, early, sampling):
-                    if item is not None:
-                        trainer.add_callback(item)
-                with nullcontext() if early is None else early.kept():
-                    metrics = _train(trainer, model, callback, options["args"])
+                for part in around:
+                    if isinstance(part, RunKeeper):
+                        part.trainer = trainer
+                for item in (*around, callback, *inside):
+                    trainer.add_callback(item)
+                for item in inside:
+                    if isinstance(item, EarlyStop):
+                        block.enter_context(item)
+                metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:
                 trainer.save_model()
         return metrics

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,9 +115,19 @@ class Record:
         self._pending_tokens: Number = 0
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=60)
 
-    def resume(self, step: int) -> None:
-        """Starts counting at a step that was done before."""
+    def resume(self, step: int, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Starts counting at a step that was done before.
+
+        Args:
+            step: that one.
+            earlier: what was logged until then, as a Trainer's ``log_history`` has it.
+        """
         self.step = self.first_step = step
+        for entry in earlier:
+            if isinstance(entry.get("loss"), int | float):
+                self.add(int(entry["step"]), entry["loss"], entry.get("learning_rate"), None, entry.get("epoch"))
+            if isinstance(entry.get("eval_loss"), int | float):
+                self.add_evaluation(int(entry["step"]), entry["eval_loss"])
         self.forget_pace()
 
     def add(

@@ -79,8 +79,10 @@ class Run:
         shown: Whether a front end shows the run: then warnings are in its message alone.
         interrupted: Whether an interruption ended it.
         optimizer: Returns the optimizer, whose state counts as memory, or None.
-        folder: Where the run is kept, or the empty string.
+        folder: Where the run is kept on disk, or the empty string.
         output_dir: Where its adapter goes at the end, or the empty string.
+        steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
+        starts_from: That in words; empty for weights that no run has trained.
     """
 
     interval = 0.2
@@ -113,6 +115,7 @@ class Run:
         self.entered = self.shown = self.interrupted = False
         self.optimizer: Callable[[], Any] = lambda: None
         self.folder = self.output_dir = ""
+        self.steps_before, self.starts_from = 0, ""
         self._display_failed = False
         self._status: TrainStatus = "starting"
         self._notes: list[str] = []
@@ -134,18 +137,21 @@ class Run:
 
     # What the loop calls
 
-    def begin(self, *, total_steps: int | None = None, step: int = 0) -> None:
+    def begin(
+        self, *, total_steps: int | None = None, step: int = 0, earlier: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
         """Starts the clock; ``with run:`` does it too.
 
         Args:
             total_steps: Steps planned, once they are known.
             step: Steps done before, in a run that is resumed.
+            earlier: What was logged in them, as a Trainer's ``log_history`` has it.
         """
         with self._lock:
             if total_steps is not None:
                 self.total_steps = total_steps
             if step:
-                self._record.resume(step)
+                self._record.resume(step, earlier)
             if self._status != "starting":
                 return
             self._status = "running"
@@ -248,6 +254,18 @@ class Run:
         with self._lock:
             if message and message not in self._notes:
                 self._notes.append(message)
+
+    def goes_on_from(self, steps: int, run_name: str = "") -> None:
+        """Says that the weights at its start are those of earlier runs.
+
+        Args:
+            steps: How many steps they were trained for; with none, nothing is said.
+            run_name: The run that did the last of them.
+        """
+        self.steps_before = steps
+        if steps:
+            self.starts_from = f"the weights after step {steps:,}" + (f" of run {run_name}" if run_name else "")
+            self.note(f"goes on with {self.starts_from}, with a new schedule")
 
     def wait_or_stop(self) -> bool:
         """Waits while paused. Returns whether the loop is to end."""
@@ -476,7 +494,7 @@ class Run:
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
             message=self._message(),
-            first_step=record.first_step,
+            first_step=record.first_step or self.steps_before,
             gradient_norm=record.gradient_norm,
             series={name: curve.points() for name, curve in list(record.series.items())},
             metrics=dict(record.metrics),

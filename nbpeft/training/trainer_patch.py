@@ -148,6 +148,15 @@ def train(
     return original(trainer, resume_point(trainer, resume_from_checkpoint), *args, **kwargs)
 
 
+def log_save_evaluate(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """As the Trainer's; then callbacks that keep the state of the step (``after_step``) have their turn."""
+    original(trainer, *args, **kwargs)
+    for callback in trainer.callback_handler.callbacks:
+        after_step = getattr(callback, "after_step", None)
+        if after_step is not None:
+            after_step()
+
+
 def training_loop(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """As the Trainer's, with their turn for methods that learn with hooks."""
     end = watch_steps(trainer.model, lambda: int(trainer.state.global_step))
@@ -173,6 +182,7 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "training_step": training_step,
     "train": train,
     "_inner_training_loop": training_loop,
+    "_maybe_log_save_evaluate": log_save_evaluate,
     "_save": save,
     "_save_checkpoint": save_checkpoint,
     "_load_from_checkpoint": load_from_checkpoint,

@@ -75,7 +75,8 @@ def test_nothing_is_kept_unless_asked_for(tmp_path, monkeypatch):
     twin = PeftModel.from_pretrained(llama(), str(tmp_path / "out"), is_trainable=True)
     assert all(torch.equal(value, weights(twin)[name]) for name, value in weights(model).items())
     more = train(twin, token_rows(), output_dir="out", resume_from_checkpoint=True, **(QUICK | {"max_steps": 7}))
-    assert more.steps == 7 and [step for step, _ in more.state.history] == [6, 7]
+    assert (more.steps, more.state.first_step) == (7, 5)
+    assert [step for step, _ in more.state.history] == [1, 2, 3, 4, 5, 6, 7]  # the curve begins where the first run did
 
 
 def test_the_trainer_is_not_kept_alive():

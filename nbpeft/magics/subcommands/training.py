@@ -10,7 +10,18 @@ from nbpeft.magics.notebook_context import NotebookContext, TrainingCell
 from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import MODEL, subcommand
 
-_RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "publish", "run_factory")
+_RESERVED = (
+    "data",
+    "eval_data",
+    "model",
+    "tokenizer",
+    "adapter",
+    "control",
+    "publish",
+    "run_factory",
+    "run_dir",
+    "source",
+)
 
 
 @subcommand(
@@ -31,6 +42,16 @@ _RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "p
     ),
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
     argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to"),
+    argument("--restart", action="store_true", help="start from the weights the adapter was made with"),
+    argument("--no-keep", action="store_true", help="keep no run folder of it on disk"),
+    argument(
+        "--track",
+        metavar="TRACKER",
+        action="append",
+        choices=("tensorboard", "wandb", "trackio"),
+        words=("tensorboard", "wandb", "trackio"),
+        help="send the numbers to tensorboard, wandb or trackio as well",
+    ),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
     fields="training",
     example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\n  num_train_epochs = 1",
@@ -44,13 +65,8 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """
     model = notebook.module(options.target)
     notebook.session.adopt(notebook.namespace)
-    data, eval_data, tokenizer = _data(options, notebook)
-    for name in _RESERVED:
-        if name in options.fields:
-            raise CellError(f"{name} is given in the magic's line, not in the cell")
-    arguments: dict[str, Any] = dict(options.fields)
-    if options.max_length is not None:
-        arguments["max_length"] = options.max_length
+    data, eval_data, tokenizer = training_data(options, notebook)
+    arguments = training_arguments(options, notebook)
     left_out = notebook.session.unwritable(arguments)
     cell = TrainingCell(
         data=options.data,
@@ -61,9 +77,35 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     )
     if options.trainer is not None:
         arguments["trainer_class"] = notebook.value(options.trainer, "--trainer")
-    result = notebook.session.train(model, data, eval_data, tokenizer=tokenizer, adapter=options.adapter, **arguments)
+    result = notebook.session.train(
+        model,
+        data,
+        eval_data,
+        tokenizer=tokenizer,
+        adapter=options.adapter,
+        keep=not options.no_keep,
+        restart=options.restart,
+        source=notebook.source(options.fields),
+        **arguments,
+        **({"track": options.track} if options.track else {}),
+    )
     notebook.trained[options.target] = cell
     return result
+
+
+def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -> dict[str, Any]:
+    """The fields of a cell, and what its line says of them.
+
+    Raises:
+        CellError: a field is given that belongs into the line.
+    """
+    for name in _RESERVED:
+        if name in options.fields:
+            raise CellError(f"{name} is given in the magic's line, not in the cell")
+    arguments: dict[str, Any] = dict(options.fields)
+    if options.max_length is not None:
+        arguments["max_length"] = options.max_length
+    return arguments
 
 
 @subcommand(
@@ -88,7 +130,7 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
         raise CellError(f"{what} by a %%lora_train cell in this notebook, so there is nothing to export yet")
     if cell.left_out:
         raise CellError(f"{', '.join(cell.left_out)}: objects of the notebook cannot be written into a script")
-    data, eval_data, tokenizer = _data(cell, notebook)
+    data, eval_data, tokenizer = training_data(cell, notebook)
     return notebook.session.export(
         options.path,
         data,
@@ -100,7 +142,7 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
     )
 
 
-def _data(cell: argparse.Namespace | TrainingCell, notebook: NotebookContext) -> tuple[Any, Any, Any]:
+def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookContext) -> tuple[Any, Any, Any]:
     """The values of the expressions for the rows, the rows to evaluate on, and the tokenizer."""
     data = notebook.value(cell.data, "--data")
     eval_data = None if cell.eval_data is None else notebook.value(cell.eval_data, "--eval")

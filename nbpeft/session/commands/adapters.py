@@ -56,12 +56,13 @@ def add(
     """
     from nbpeft.engine.plan import plan
     from nbpeft.model import files, get_peft_model
+    from nbpeft.training.random_states import random_states
 
     adapter_name(name)
     made = build_config(config, instead_of=_present(ctx, model, name))
     fields = meaning(made)
     with ctx.command(f"adding {name!r}", slow=True) as notes:
-        tracked = ctx.find(model, variable)
+        tracked, first_random = ctx.find(model, variable), random_states()
         if tracked is None:
             bare: Any = uncompiled(model)
             planned = plan(bare, made, allow_missing=allow_missing)  # checks everything before the model is touched
@@ -72,6 +73,7 @@ def add(
                         handle.manager.freeze(name)
                     tracked = ctx.models.new(variable, handle)
                     result = _added(tracked, name, fields, notes, plan=planned)
+                    tracked.first_random[name] = (handle.manager.configs[name], first_random)
                 ctx.models.select(tracked)
                 ctx.changed = True
             return result
@@ -91,6 +93,7 @@ def add(
         with manager.transaction():
             planned = put()
             manager.activate(name)
+        tracked.first_random[name] = (manager.configs[name], first_random)
         return _added(tracked, name, fields, notes, plan=planned, reconfigured=replace)
 
 

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import TrainingInterrupted
 from nbpeft.session.checks import place_of
+from nbpeft.session.first_weights import draw_anew, weights_kept_unless
 from nbpeft.session.results import ExportResult
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
+    from nbpeft.runs.store import RunPlace
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
     from nbpeft.state import MemoryState, TrainState
     from nbpeft.training import Run, RunControl, TrainResult
 
 _ENDED = ("finished", "stopped", "failed")
+_RUNS_DIR = "nbpeft_runs"
+_OFF = ("", "0", "off", "no", "none")
+"""Values of the place that keep nothing."""
+_SEED = 42
+"""Of ``TrainingArguments``."""
 
 
 def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | None = None, **options: Any) -> Run:
@@ -49,13 +60,16 @@ def train(
     *,
     tokenizer: Any = None,
     adapter: str | None = None,
+    keep: bool = True,
+    restart: bool = False,
+    source: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """Train the active adapters with transformers' Trainer; shown live where a front end listens.
 
     Stop ends it gracefully: the result says so and the model keeps what it learned. So does an interruption,
     which then goes on as ``TrainingInterrupted``: cells queued behind do not run. ``last_result`` is the result
-    either way.
+    either way. The run is kept on disk as it goes on (see ``runs`` and ``resume``).
 
     Args:
         model: an adapted model.
@@ -63,27 +77,76 @@ def train(
         eval_data: the same, for evaluation.
         tokenizer: for data that is text.
         adapter: switch to this one first; it stays active when a step was done.
+        keep: whether the run is kept on disk: its settings and curve, the adapter and the state of training.
+        restart: start from the weights that the adapter was made with, instead of those it has now.
+        source: text that the call was made from, kept with the run to make it again.
         **arguments: fields of ``TrainingArguments`` and further arguments of ``nbpeft.training.train``.
 
     Raises:
         TrainingError: the run cannot start, e.g. because no adapter can train.
         TrainingInterrupted: an interruption ended the run.
     """
-    from nbpeft.training import is_plain, train
-
     tracked = ctx.find_adapted(model, command="train")
-    trained = tracked.model
+    if keep:
+        arguments.setdefault("run_dir", run_place(ctx, tracked.name, source))
+    arguments |= {"tokenizer": tokenizer, "adapter": adapter}
+    return train_tracked(ctx, tracked, data, eval_data, restart=restart, **arguments)
+
+
+def train_tracked(
+    ctx: SessionContext,
+    tracked: TrackedModel,
+    data: Any,
+    eval_data: Any,
+    *,
+    restart: bool = False,
+    replaced: tuple[str, ...] = (),
+    **arguments: Any,
+) -> TrainResult:
+    """Train a model that is known, and remember how many steps its adapters were trained for.
+
+    Args:
+        ctx: of the session.
+        tracked: the model.
+        data: rows to learn.
+        eval_data: rows to evaluate on.
+        restart: draw the first weights of the adapters again.
+        replaced: adapters whose weights the training replaces before its first step.
+        **arguments: of ``nbpeft.training.train``.
+    """
+    from nbpeft.training import is_plain, train
+    from nbpeft.training.adapted import trained_names
+
+    trained, manager = tracked.model, tracked.manager
+    adapter = arguments.get("adapter")
+    if adapter is not None:
+        manager.require_available(adapter)
+    names = tuple(name for name in ((adapter,) if adapter else trained_names(trained)) if name in manager.configs)
+    made: list[Run] = []
 
     def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
-        return _run(ctx, tracked, watched, total_steps, **options)
+        run = _run(ctx, tracked, watched, total_steps, **options)
+        if not arguments.get("resume_from_checkpoint"):
+            run.goes_on_from(*tracked.steps_of(names))
+        made.append(run)
+        return run
 
-    with ctx.command(f"training {adapter or ', '.join(tracked.manager.active)}", slow=True, gather=False):
-        arguments |= {"tokenizer": tokenizer, "adapter": adapter, "run_factory": make_run}
-        interrupted: TrainingInterrupted | None = None
+    def learned() -> bool:
+        return any(run.steps_done for run in made)
+
+    interrupted: TrainingInterrupted | None = None
+    with ctx.command(f"training {adapter or ', '.join(manager.active)}", slow=True, gather=False):
         try:
-            result = train(trained, data, eval_data, **arguments)
+            with weights_kept_unless(tracked, names if restart else replaced, learned):
+                if restart:
+                    for name in names:
+                        draw_anew(tracked, name, seed=int(arguments.get("seed", _SEED)))
+                result = train(trained, data, eval_data, **arguments, run_factory=make_run)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
+        finally:
+            if learned():
+                tracked.count_steps(names, made[-1])
         plain = is_plain(data)
         tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
         ctx.models.select(tracked)
@@ -91,6 +154,17 @@ def train(
     if interrupted is not None:
         raise interrupted.with_traceback(None)
     return result
+
+
+def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | None = None) -> RunPlace | None:
+    """Where runs of this session are kept; None where that is switched off."""
+    from nbpeft.runs.store import RunPlace, RunStore
+
+    chosen = os.environ.get("NBPEFT_RUNS", _RUNS_DIR) if ctx.runs_dir is None else ctx.runs_dir
+    if chosen.strip().lower() in _OFF:
+        return None
+    place = Path(ctx.home, os.path.expanduser(chosen))
+    return RunPlace(RunStore(place), model=model, source=source or {})
 
 
 def export(

@@ -1,0 +1,252 @@
+"""Runs on disk: listing and comparing them, going on with one that was broken off, renaming and deleting."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import AdapterError, BaseMismatchError, CheckpointNotFoundError, TrainingError
+from nbpeft.interrupts import HeldInterrupts
+from nbpeft.session.commands.adapters import load
+from nbpeft.session.commands.training import run_place, train_tracked
+from nbpeft.session.handles import is_module, rehandle, uncompiled
+from nbpeft.session.results import ModelRef
+from nbpeft.session.results.kept_runs import ResumeResult, RunChanged, RunsComparison, RunsResult, sorted_records
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nbpeft.runs.record import RunRecord
+    from nbpeft.runs.store import RunStore
+    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.registry import TrackedModel
+
+_SAME = ("peft_type", "r", "lora_alpha")
+"""Settings that decide at once whether an adapter is the one of a run."""
+_ROOT_ADAPTER = "default"
+
+
+def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult | RunsComparison:
+    """List the runs that are kept, or lay some of them over each other.
+
+    Args:
+        *names: of runs to compare; all are listed without any.
+        sort: ``time`` (the newest first), ``loss``, ``eval``, ``best``, ``steps``, ``seconds``, ``name`` or ``status``.
+
+    Raises:
+        CheckpointNotFoundError: there is no run of a name.
+        ConfigError: there is no such order.
+    """
+    from nbpeft.runs.record import curve_of
+
+    store = _store(ctx)
+    if not names:
+        return RunsResult(str(store.place), sorted_records(tuple(store.records()), sort))
+    folders = [store.find(name) for name in dict.fromkeys(names)]
+    entries = [folder.entries() for folder in folders]
+    return RunsComparison(
+        records=tuple(_record(store, folder.name) for folder in folders),
+        curves=tuple(curve_of(logged, "loss") for logged in entries),
+        eval_curves=tuple(curve_of(logged, "eval_loss") for logged in entries),
+    )
+
+
+def rename_run(ctx: SessionContext, name: str, new: str) -> RunChanged:
+    """Give a run that has ended another name.
+
+    Raises:
+        CheckpointError: there is none of that name, the new name is taken, or it is still running.
+    """
+    _store(ctx).rename(name, new)
+    return RunChanged(f"renamed run {name} to {new}")
+
+
+def delete_run(ctx: SessionContext, name: str) -> RunChanged:
+    """Delete a run that has ended, with all that is kept of it; the adapter on the model stays.
+
+    Raises:
+        CheckpointError: there is none of exactly that name, or it is still running.
+    """
+    _store(ctx).delete(name)
+    return RunChanged(f"deleted run {name}")
+
+
+def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Mapping[str, Any]]:
+    """Return the run that ``resume`` would go on with, and what is known about how it was started.
+
+    Args:
+        run: its name; None for the newest one.
+
+    Raises:
+        CheckpointNotFoundError: there is none, or no state of it is kept.
+        TrainingError: it is still running.
+    """
+    store = _store(ctx)
+    ended = [record for record in store.records() if record.status != "running"]
+    if run is None and not ended:
+        raise CheckpointNotFoundError(f"no run that has ended is kept in {store.place}, so there is nothing to resume")
+    record = ended[0] if run is None else _record(store, run)
+    if record.status == "running":
+        raise TrainingError(f"run {record.name} is still running")
+    if not record.kept_steps:
+        raise CheckpointNotFoundError(f"of run {record.name} only the curve is kept any more, no state to go on from")
+    return record, store.find(record.name).facts()
+
+
+def resume(
+    ctx: SessionContext,
+    run: str | None = None,
+    *,
+    model: ModelLike = None,
+    data: Any = None,
+    eval_data: Any = None,
+    tokenizer: Any = None,
+    variable: str | None = None,
+    **arguments: Any,
+) -> ResumeResult:
+    """Go on with a run that was broken off, from the last state that is kept of it.
+
+    The adapter comes back with its config and weights, the optimizer, the schedule and the random numbers
+    with it: the loss goes on as if nothing had happened. Of a run that had finished the adapter comes back.
+
+    Args:
+        run: its name; None for the newest one.
+        model: the base model of the run, bare or adapted; by default the model that the session calls as then.
+        data: the rows of the run again; not needed for a run that had finished.
+        eval_data: its rows to evaluate on, if it had any.
+        tokenizer: as for ``train``.
+        variable: what to call a model that is new here.
+        **arguments: further arguments of ``train`` that could not be kept; others replace those of the run.
+
+    Raises:
+        CheckpointNotFoundError: there is no such run, or no state of it.
+        BaseMismatchError: the model is another one than that of the run.
+        TrainingError: the rows are other ones, or something of the run has to be given again.
+    """
+    from nbpeft.training.checkpoints import last_whole
+
+    record, facts = kept_run(ctx, run)
+    given = {**facts.get("arguments", {}), **arguments}
+    if record.status != "finished":
+        _check_given(record, facts, data, arguments)
+    target = record.model if model is None else model
+    base = uncompiled(target) if is_module(target) else None
+    tracked = ctx.find(target, variable) if base is not None or target in ctx.models.names else ctx.models.get(model)
+    state = last_whole(Path(record.path))
+    step = int(state.name.rpartition("-")[2])
+    names = tuple(record.adapter.split(", "))
+    places = {name: state if name == _ROOT_ADAPTER else state / name for name in names}
+    under: Any = tracked.manager.model if tracked is not None else base
+    for place in places.values():
+        _check_base(record, place, under)
+    with ctx.command(f"resuming {record.name}", slow=True):
+        back, present = _put_back(ctx, record, target if tracked is None else tracked.model, places, variable)
+        tracked = ctx.models.get(back)
+        result = None
+        if record.status != "finished":
+            with ExitStack() as undo:
+                undo.push(_taken_off_unless_learned(tracked, names, present))
+                place = run_place(ctx, record.model)
+                assert place is not None
+                result = train_tracked(
+                    ctx,
+                    tracked,
+                    data,
+                    eval_data,
+                    replaced=present,
+                    tokenizer=tokenizer,
+                    adapter=names[0] if len(names) == 1 else None,
+                    run_dir=type(place)(place.store, record.name, record.model),
+                    resume_from_checkpoint=str(state),
+                    **given,
+                )
+        ctx.changed = True
+        reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
+        return ResumeResult(reference, record.name, step, names, result)
+
+
+def _put_back(
+    ctx: SessionContext, record: RunRecord, model: Any, places: Mapping[str, Path], variable: str | None
+) -> tuple[Any, tuple[str, ...]]:
+    """Loads the adapters that the model lacks. Returns the model, and the adapters that it had already."""
+    from nbpeft.engine.model_tree import manager_of
+
+    manager = manager_of(model)
+    present = tuple(name for name in places if manager is not None and name in manager.configs)
+    for name in present:
+        assert manager is not None
+        if record.status == "finished":
+            raise AdapterError(
+                f"run {record.name} had finished, and {name!r} is on the model: delete or rename that one first "
+                "to have the adapter of the run back"
+            )
+        _check_config(record, name, manager.configs[name])
+    for name, place in places.items():
+        if name not in present:
+            model = load(ctx, place, name=name, model=model, variable=variable, trainable=True).model
+    if not present:
+        ctx.models.get(model).manager.activate(list(places))
+    return model, present
+
+
+def _taken_off_unless_learned(tracked: TrackedModel, names: tuple[str, ...], present: tuple[str, ...]) -> Any:
+    """Takes adapters that were put back off again where the run fails before its first step."""
+    revision = dict(tracked.trained_steps)
+
+    def leave(kind: type[BaseException] | None, *_: object) -> bool:
+        if kind is not None and tracked.trained_steps == revision:
+            with HeldInterrupts(to_the_end=True):
+                added = [name for name in names if name not in present]
+                if len(added) == len(tracked.manager.names):
+                    tracked.model.unload()
+                else:
+                    for name in added:
+                        tracked.manager.remove(name)
+        return False
+
+    return leave
+
+
+def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]) -> None:
+    if data is None:
+        raise TrainingError(f"run {record.name} goes on with the rows it had: give them again (data=…)")
+    missing = [name for name in facts.get("objects", ()) if name not in arguments]
+    if missing:
+        words = ", ".join(f"{name}=…" for name in missing)
+        raise TrainingError(f"run {record.name} was trained with objects that no file holds; give them again: {words}")
+
+
+def _check_base(record: RunRecord, place: Path, base: Any) -> None:
+    """Raises BaseMismatchError unless the adapter was trained on this base model."""
+    from nbpeft.checkpoint import compare
+    from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata
+
+    told = compare(read_metadata(place / WEIGHTS_NAME), base)
+    if told is not None:
+        raise BaseMismatchError(f"run {record.name} does not go on on this model: {told}")
+
+
+def _check_config(record: RunRecord, name: str, config: Any) -> None:
+    """Raises AdapterError where the adapter of that name is another than that of the run."""
+    present = config.to_dict()
+    for field in _SAME:
+        then, now = record.settings.get(field), getattr(present.get(field), "value", present.get(field))
+        if field in record.settings and then != now:
+            raise AdapterError(
+                f"{name!r} has {field}={now!r}, and in run {record.name} it had {then!r}: delete or rename it first"
+            )
+
+
+def _record(store: RunStore, name: str) -> RunRecord:
+    record = store.find(name).record()
+    if record is None:
+        raise CheckpointNotFoundError(f"run.json of {name} cannot be read")
+    return record
+
+
+def _store(ctx: SessionContext) -> RunStore:
+    place = run_place(ctx)
+    if place is None:
+        raise CheckpointNotFoundError("runs are not kept: that is switched off (NBPEFT_RUNS, or runs_dir)")
+    return place.store

@@ -1,0 +1,222 @@
+"""What the runs on disk look like: a table of all, and some beside each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, card, dim, line
+from nbpeft.display.numbers import clock, loss, plural
+from nbpeft.display.text import columns
+from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.runs.record import RunRecord, differing
+from nbpeft.session.results.base import ModelResult, Result
+from nbpeft.state import Curve
+from nbpeft.training.result import TrainResult
+
+SORTS = ("time", "name", "status", "steps", "loss", "eval", "best", "seconds")
+_HEAD = ("Run", "Status", "Steps", "Loss", "Eval loss", "Best", "Time", "Started", "Settings that differ")
+_RIGHT = (2, 3, 4, 5, 6)
+_MOST_SETTINGS = 6
+_LONGEST_VALUE = 40
+_TONES: Mapping[str, Any] = {"failed": "error", "crashed": "warning", "stopped": "warning", "running": "accent"}
+
+
+def sorted_records(records: tuple[RunRecord, ...], sort: str) -> tuple[RunRecord, ...]:
+    """Runs by time (the newest first), or by another column (the best, the least, the first first).
+
+    Raises:
+        ConfigError: there is no such column.
+    """
+    if sort not in SORTS:
+        raise ConfigError(f"runs cannot be sorted by {sort!r:.60}.{did_you_mean(sort, SORTS)}", field="sort")
+    last = float("inf")
+    keys: dict[str, Any] = {
+        "time": lambda record: -record.started,
+        "name": lambda record: record.name,
+        "status": lambda record: record.status,
+        "steps": lambda record: -record.step,
+        "loss": lambda record: last if record.loss is None else record.loss,
+        "eval": lambda record: last if record.eval_loss is None else record.eval_loss,
+        "best": lambda record: last if record.best_loss is None else record.best_loss,
+        "seconds": lambda record: record.seconds,
+    }
+    return tuple(sorted(records, key=keys[sort]))
+
+
+@dataclass(frozen=True, repr=False)
+class RunsResult(Result):
+    """The runs that are kept.
+
+    Attributes:
+        place: the folder they are in.
+        records: the runs, in the order in which they are shown.
+    """
+
+    place: str
+    records: tuple[RunRecord, ...]
+
+    def __str__(self) -> str:
+        if not self.records:
+            return f"no run is kept in {self.place} yet"
+        rows = [tuple(_flat(cell) for cell in row) for row in (_HEAD, *self._rows())]
+        return f"{plural(len(self.records), 'run')} in {self.place}\n{columns(rows)}"
+
+    def view(self) -> Card:
+        """All of them as a table."""
+        if not self.records:
+            return card("Runs", line(dim("No run is kept here yet: every training adds one.")), aside=self.place)
+        table = Table(_HEAD, tuple(self._rows()), right=_RIGHT)
+        return card(plural(len(self.records), "run"), table, aside=self.place)
+
+    def to_dataframe(self) -> Any:
+        """The runs as a pandas DataFrame, a column for each setting.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError("to_dataframe() needs a package that is not installed: pip install pandas") from None
+        return pandas.DataFrame([_fields(record) for record in self.records])
+
+    def _rows(self) -> list[tuple[Any, ...]]:
+        settings = differing(self.records)
+        return [
+            (
+                (Text(record.name, "bold", tooltip=record.path, wrap="names"), dim(_of_model(record))),
+                Text(record.status, _TONES.get(record.status, ""), tooltip=record.message),
+                f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""),
+                loss(record.loss),
+                loss(record.eval_loss),
+                loss(record.best_loss) + (f" @ {record.best_step:,}" if record.best_step is not None else ""),
+                clock(record.seconds),
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started)),
+                _settings_words(settings, place),
+            )
+            for place, record in enumerate(self.records)
+        ]
+
+
+@dataclass(frozen=True, repr=False)
+class RunsComparison(Result):
+    """Some runs beside each other.
+
+    Attributes:
+        records: the runs.
+        curves: the loss of each.
+        eval_curves: the evaluation loss of each.
+    """
+
+    records: tuple[RunRecord, ...]
+    curves: tuple[Curve, ...]
+    eval_curves: tuple[Curve, ...]
+
+    @property
+    def differing(self) -> dict[str, tuple[Any, ...]]:
+        """Setting -> its value in each run, for those that differ."""
+        return differing(self.records)
+
+    def __str__(self) -> str:
+        return f"{' · '.join(record.name for record in self.records)}\n{columns([('', *self._names()), *self._rows()])}"
+
+    def view(self) -> Card:
+        """Their curves in one chart, and what differs."""
+        names = self._names()
+        labelled = tuple(zip(names, self.curves, self.eval_curves, strict=True))
+        width = range(1, 1 + len(names))
+        table = Table(("", *names), tuple(self._rows()), right=tuple(width))
+        same = None if self.differing else line(dim("Their settings are the same."))
+        return card(plural(len(names), "run"), CurveChart(labelled) if len(names) else None, table, same)
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(record.name for record in self.records)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        results = [
+            ("status", *(record.status for record in self.records)),
+            ("steps", *(f"{record.step:,}" for record in self.records)),
+            ("loss", *(loss(record.loss) for record in self.records)),
+            ("eval loss", *(loss(record.eval_loss) for record in self.records)),
+            ("best eval loss", *(loss(record.best_loss) for record in self.records)),
+            ("time", *(clock(record.seconds) for record in self.records)),
+        ]
+        return results + [(name, *map(_value_words, values)) for name, values in self.differing.items()]
+
+
+@dataclass(frozen=True, repr=False)
+class RunChanged(Result):
+    """A run was renamed or deleted.
+
+    Attributes:
+        line: what was done.
+    """
+
+    line: str
+
+    def __str__(self) -> str:
+        return self.line
+
+
+@dataclass(frozen=True, repr=False)
+class ResumeResult(ModelResult):
+    """A run that was broken off has gone on, or the adapter of one that had finished is back.
+
+    Attributes:
+        run: its name.
+        step: of the state it went on from.
+        adapters: those that the state held.
+        training: how it ended; None where nothing was left to train.
+    """
+
+    run: str
+    step: int
+    adapters: tuple[str, ...]
+    training: TrainResult | None = None
+
+    def __str__(self) -> str:
+        if self.training is None:
+            return f"run {self.run} had finished: {', '.join(self.adapters)} is back as it was after step {self.step:,}"
+        return f"run {self.run} went on from step {self.step:,}: {self.training}"
+
+    def view(self) -> Block:
+        """Where it went on, and how it ended."""
+        if self.training is None:
+            return Card(str(self))
+        return Stack((line(dim(f"run {self.run} went on from step {self.step:,}")), self.training.view()))
+
+
+def _of_model(record: RunRecord) -> str:
+    return f"{record.adapter} on {record.model}" if record.model else record.adapter
+
+
+def _settings_words(settings: Mapping[str, tuple[Any, ...]], place: int) -> Text:
+    words = [f"{name} {_value_words(values[place])}" for name, values in settings.items() if values[place] is not None]
+    shown = ", ".join(words[:_MOST_SETTINGS]) + (", …" if len(words) > _MOST_SETTINGS else "")
+    return Text(shown, "dim", tooltip=", ".join(words))
+
+
+def _value_words(value: Any) -> str:
+    if value is None:
+        return "–"
+    text = (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+
+
+def _flat(cell: Any) -> str:
+    spans = cell if isinstance(cell, tuple) else (cell,)
+    return " ".join(span if isinstance(span, str) else span.text for span in spans)
+
+
+def _fields(record: RunRecord) -> dict[str, Any]:
+    own = {name: value for name, value in vars(record).items() if name not in ("settings", "kept_steps")}
+    return {**own, **{name: value for name, value in record.settings.items() if name not in own}}

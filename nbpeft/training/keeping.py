@@ -1,0 +1,342 @@
+"""Keeps a training on disk as it goes on: when its process dies, some seconds of it are lost.
+
+A state is the adapter in training with its optimizer, scheduler and random numbers, never the base. The
+first one is written before the first step, the next after some seconds, and from then on as often as
+costs at most two per cent of the time. Stop, an interruption and a failure write a last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+
+from nbpeft.confidential import without_secrets
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.errors import CheckpointError, TrainingError, in_one_line
+from nbpeft.model import files
+from nbpeft.runs.folder import RunFolder
+from nbpeft.runs.store import RunPlace
+from nbpeft.state import TrainState
+from nbpeft.training.adapted import trained_names
+from nbpeft.training.checkpoints import put_checkpoint
+from nbpeft.training.random_states import drawing_from, random_states
+from nbpeft.training.run import Run
+
+SHARE = 0.02
+"""Of the time, that writing states may take."""
+SHORTEST = 10.0
+"""Seconds from one state to the next, at least."""
+_MOST_STATES = 2
+_MARKED_ROWS = 8
+_SHOWN_FIELDS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "optim",
+    "seed",
+)
+"""Fields of ``TrainingArguments`` that are settings of every run, whether they are given or not."""
+_MAIN_FIELDS = ("peft_type", "r", "lora_alpha", "target_modules")
+_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
+
+
+class RunKeeper(TrainerCallback):
+    """Writes one run's folder while a Trainer trains; ``with keeper:`` around the block of the run.
+
+    What cannot be written is noted once with the run, and training goes on without.
+
+    Args:
+        place: where, and what the run goes on from.
+        run: gets notes and the place of the folder.
+        model: in training.
+        given: arguments as given, which start the run again.
+        data: what the rows are known by, see ``mark_of_rows``.
+        clock: seconds, growing.
+
+    Attributes:
+        folder: of the run; None before the first step, and where nothing is kept.
+        trainer: has to be set before it trains.
+    """
+
+    def __init__(
+        self,
+        place: RunPlace,
+        run: Run,
+        model: Any,
+        given: Mapping[str, Any],
+        data: Mapping[str, Any],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.trainer: Any = None
+        self.folder: RunFolder | None = None
+        self._place, self._run, self._model, self._given, self._data = place, run, model, given, data
+        self._clock = clock
+        self._facts: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}
+        self._saved_step = -1
+        self._seconds_before = 0.0
+        self._evaluated = False
+        self._in_step = False
+        self._random: dict[str, Any] = {}
+        self._next = float("inf")
+
+    # What the Trainer calls
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the folder; a run that goes on is cut back to the step that it goes on from."""
+        if args.world_size > 1:
+            self._run.note("runs of several processes are not kept")
+            return
+        name, store = self._place.name, self._place.store
+        with self._noting():
+            self.folder = folder = store.create(self._run.adapter) if name is None else store.find(name)
+            if name is not None:
+                folder.open()
+                self._before = folder.facts()
+                self._saved_step = state.global_step
+                state.log_history = folder.cut_after(state.global_step)
+                self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
+                self._facts["resumed"] = [*self._before.get("resumed", ()), state.global_step]
+            self._run.folder = str(folder.path)
+            own = {"process": os.getpid(), "host": platform.node()}
+            self._facts = self._first_facts(args) | self._before | self._facts | own
+            self._write_facts()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the state before the first step."""
+        if self.folder is not None and self._saved_step < 0:
+            with self._noting():
+                self._save()
+        elif self._next == float("inf"):
+            self._next = self._clock() + SHORTEST
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """From here on the weights belong to no step, until the step has ended."""
+        self._in_step = True
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Remembers the random numbers that belong to the step."""
+        self._in_step = False
+        self._random = random_states()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes what was logged."""
+        if self.folder is not None and state.log_history:
+            entry = state.log_history[-1]
+            self._evaluated = self._evaluated or "eval_loss" in entry
+            with self._noting():
+                self.folder.append({**entry, "seconds": self._seconds()})
+
+    def after_step(self) -> None:
+        """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
+        if self.folder is None:
+            return
+        self._random = random_states()
+        saved = self._saved_step == self.trainer.state.global_step
+        if self._evaluated if saved else self._clock() >= self._next:  # an evaluation draws random numbers
+            with self._noting():
+                self._save()
+
+    # Around the run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        folder, state = self.folder, self._run.state
+        if folder is None:
+            return
+        with self._noting():
+            if self._run.steps_done == 0 and state.status == "failed":
+                self._undo(folder)
+            elif state.status == "finished":
+                self._save(whole=False)
+            elif not self._in_step and self.trainer.optimizer is not None and state.step > self._saved_step:
+                with drawing_from(self._random or random_states()):
+                    self._save()
+            else:
+                self._write_facts()
+            folder.close()
+            self._place.store.tidy()
+        folder.close()
+
+    def _undo(self, folder: RunFolder) -> None:
+        """Leaves the disk as it was before a run that failed before its first step."""
+        if self._place.name is None:
+            folder.close()
+            self._place.store.delete(folder.name)
+            self._run.folder = ""
+        else:
+            folder.write(self._before)
+
+    # Writing
+
+    def _save(self, *, whole: bool = True) -> None:
+        """Keeps the state now; of a run that has ended all the same (not ``whole``) the adapter alone."""
+        assert self.folder is not None
+        begun, step = self._clock(), int(self.trainer.state.global_step)
+        write = self._write_state if whole else self._write_adapter
+        put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
+        self._saved_step, self._evaluated = step, False
+        self._write_facts()
+        now = self._clock()
+        self._next = now + max(SHORTEST, (now - begun) / SHARE)
+
+    def _write_adapter(self, folder: Path) -> None:
+        manager = manager_of(self._model)
+        assert manager is not None
+        files.save(manager, folder, names=trained_names(self._model), embeddings=False)
+        self._write_trainer_state(folder)
+
+    def _write_state(self, folder: Path) -> None:
+        self._write_adapter(folder)
+        trainer = self.trainer
+        trainer._save_optimizer_and_scheduler(str(folder))
+        trainer._save_scaler(str(folder))
+        trainer._save_rng_state(str(folder))
+
+    def _write_trainer_state(self, folder: Path) -> None:
+        """Without what was logged, which the curve has: the file would grow with every step."""
+        trainer = self.trainer
+        state = dataclasses.replace(trainer.state, log_history=[])
+        state.stateful_callbacks = dict(state.stateful_callbacks)
+        for callback in (*trainer.callback_handler.callbacks, trainer.control):
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks[type(callback).__name__] = callback.state()
+        state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _first_facts(self, args: TrainingArguments) -> dict[str, Any]:
+        given, left_out = without_secrets(self._given)
+        plain = {name: value for name, value in given.items() if is_plain_value(value)}
+        fields = {name: getattr(args, name) for name in _SHOWN_FIELDS if hasattr(args, name)}
+        return {
+            "adapter": self._run.adapter,
+            "model": self._place.model,
+            "started": time.time(),
+            "settings": self._adapter_settings() | fields | plain | self._own_settings(),
+            "arguments": plain,
+            "secrets": list(left_out),
+            "objects": [name for name in given if name not in plain],
+            "source": dict(self._place.source),
+            "data": dict(self._data),
+        }
+
+    def _seconds(self) -> float:
+        """Time spent on the run, without pauses, in all processes that it went on in."""
+        return round(self._seconds_before + self._run.state.elapsed, 3)
+
+    def _own_settings(self) -> dict[str, Any]:
+        own = {"rows": self._data.get("rows"), "starts from": self._run.starts_from}
+        return {name: value for name, value in own.items() if value}
+
+    def _adapter_settings(self) -> dict[str, Any]:
+        config = self._model.peft_config[trained_names(self._model)[0]]
+        usual = {item.name: item.default for item in dataclasses.fields(config)}
+        return {
+            name: value
+            for name, value in config.to_dict().items()
+            if name in _MAIN_FIELDS or (value and value != usual.get(name) and name not in _BOOKKEEPING)
+        }
+
+    def _write_facts(self) -> None:
+        assert self.folder is not None
+        state = self._run.state
+        self._facts |= _summary(state) | {"seconds": self._seconds()}
+        series = {name: points for name, points in {**state.series, **state.metric_history}.items() if points}
+        self.folder.write(self._facts, series, [dataclasses.asdict(sample) for sample in state.samples])
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """What cannot be written ends the keeping, not the training."""
+        try:
+            yield
+        except (CheckpointError, OSError) as error:
+            if self.folder is not None:
+                self.folder.close()
+                self.folder = None
+            self._run.note(f"this run is not kept on disk from here on: {in_one_line(error)}")
+
+
+def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:
+    """What rows are known by when a run goes on: how many there are, and a digest of the first ones."""
+    mark: dict[str, Any] = {}
+    for prefix, part in (("", rows), ("eval_", eval_rows)):
+        if hasattr(part, "__len__") and hasattr(part, "__getitem__"):
+            first = [_comparable(part[index]) for index in range(min(len(part), _MARKED_ROWS))]
+            text = json.dumps(first, sort_keys=True, default=repr)
+            mark |= {f"{prefix}rows": len(part), f"{prefix}digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return mark
+
+
+def check_rows_are_those(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other rows.
+
+    Raises:
+        TrainingError: there are more or fewer of them, or the first ones differ.
+    """
+    for prefix, what in (("", "rows"), ("eval_", "rows to evaluate on")):
+        count, present = then.get(f"{prefix}rows"), now.get(f"{prefix}rows")
+        if count != present:
+            raise TrainingError(
+                f"run {name} was trained with {count or 'no'} {what}, and these are {present or 'none'}"
+            )
+        if then.get(f"{prefix}digest") != now.get(f"{prefix}digest"):
+            raise TrainingError(f"run {name} was trained with other {what}: the first of these are not those")
+
+
+def is_plain_value(value: Any) -> bool:
+    """Whether JSON holds a value as it is."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and is_plain_value(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(is_plain_value, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _summary(state: TrainState) -> dict[str, Any]:
+    """How a run stands, for ``run.json``."""
+    best = min(state.eval_history, key=lambda point: point[1], default=(None, None))
+    status = state.status if state.status in ("finished", "stopped", "failed") else "running"
+    return {
+        "status": status,
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "first_step": state.first_step,
+        "loss": state.loss,
+        "eval_loss": state.eval_loss,
+        "best_loss": best[1],
+        "best_step": best[0] if state.best_step is None else state.best_step,
+        "metrics": dict(state.metrics),
+        "updated": time.time(),
+        "message": state.message,
+    }
+
+
+def _comparable(row: Any) -> Any:
+    if isinstance(row, Mapping):
+        return {str(name): _comparable(value) for name, value in row.items()}
+    return row.tolist() if isinstance(row, Tensor | np.ndarray) else row

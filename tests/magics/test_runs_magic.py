@@ -1,0 +1,197 @@
+"""``%lora resume``, ``%lora runs``, ``--restart``, ``--no-keep`` and ``--track`` in a real shell."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.training import keeping
+from tests.char_tokenizer import CharTokenizer
+from tests.faults.killing import forked
+from tests.magics.notebook import Notebook
+from tests.runs.killed import die_when
+from tests.tiny_models import llama
+
+CELL = """%%lora_train model --data data['train'] --eval data["held out"] --tokenizer tok --max-length 12
+max_steps = 6
+per_device_train_batch_size = batch
+learning_rate = 0.05  # high"""
+TOKEN = "hf_" + "aB3d" * 8
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NBPEFT_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def prepare(notebook: Notebook, *, adapter: bool = True) -> Notebook:
+    """What the cells above the training do."""
+    notebook["model"], notebook["tok"], notebook["batch"] = llama(), CharTokenizer(), 2
+    rows = [{"prompt": f"{number} and", "completion": f" {number + 1}"} for number in range(8)]
+    notebook["data"] = {"train": rows, "held out": rows[:2]}
+    if adapter:
+        torch.manual_seed(3)
+        notebook.do("%%lora model --name sql\nr = 4\nlora_dropout = 0.1\ntarget_modules = ['q_proj', 'v_proj']")
+    return notebook
+
+
+def killed(step: int, cell: str = CELL) -> None:
+    """A kernel that is killed while the cell runs."""
+
+    def act() -> None:
+        keeping.SHORTEST, keeping.SHARE = 0.0, 1e9
+        notebook = prepare(Notebook())
+        notebook.session.on_run(lambda run, name: die_when(run, step))
+        notebook.run(cell)
+
+    assert forked(act)
+
+
+def test_a_new_kernel_goes_on_where_the_last_was_killed(bare: Notebook, place: Path) -> None:
+    killed(4)
+    fresh = prepare(bare, adapter=False)
+    result = fresh.do("%lora resume")
+    assert (result.run, result.step, result.training.steps) == ("sql-1", 3, 6)
+    assert fresh["model"].manager.active == ("sql",)
+    through = prepare(fresh).do(CELL)
+    assert through.state.history == result.training.state.history
+    assert through.eval_loss == result.training.eval_loss
+    assert "sql-1" in str(fresh.do("%lora runs"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("del data", "name 'data' is not defined."),
+        ("data['train'] = data['train'][:5]", "run sql-1 was trained with 8 rows, and these are 5"),
+        ("del model", "no variable is called 'model'."),
+        ("del batch", "name 'batch' is not defined."),
+        ("model = 3", "'model' is an int, not a model."),
+    ],
+)
+def test_what_is_missing_in_the_new_kernel_is_one_line(bare: Notebook, change: str, told: str) -> None:
+    killed(2)
+    prepare(bare, adapter=False).do(change)
+    assert told in bare.run("%lora resume sql-1").line
+    assert not hasattr(bare.shell.user_ns.get("model"), "peft_config")
+
+
+def test_a_model_of_another_name_is_given(bare: Notebook) -> None:
+    killed(2)
+    prepare(bare, adapter=False).do("base = model; del model")
+    assert bare.do("%lora resume --model base").training.steps == 6
+    assert bare["base"].manager.names == ("sql",)
+
+
+def test_a_run_of_a_script_says_how_it_goes_on(bare: Notebook) -> None:
+    prepare(bare)
+    bare.session.on_run(lambda run, name: run.control.request_stop())
+    bare.session.train(bare["model"], bare["data"]["train"], tokenizer=bare["tok"], max_steps=4)
+    told = bare.run("%lora resume").line
+    assert told.startswith(
+        "run sql-1 was not started by a cell, so its rows are not known here: session.resume('sql-1'"
+    )
+
+
+def test_running_a_cell_again_and_restarting_it(bare: Notebook) -> None:
+    prepare(bare)
+    first = bare.do(CELL)
+    second = bare.do(CELL)
+    assert "goes on with the weights after step 6 of run sql-1, with a new schedule" in str(second)
+    assert second.state.first_step == 6 and second.state.history != first.state.history
+    third = bare.do(CELL.replace("--max-length", "--restart --max-length"))
+    assert third.state.history == first.state.history and "goes on" not in str(third)
+
+
+def test_runs_are_listed_sorted_compared_renamed_and_deleted(bare: Notebook, place: Path) -> None:
+    prepare(bare)
+    bare.do(CELL)
+    bare.do(CELL.replace("0.05", "0.01"))
+    assert [record.name for record in bare.do("%lora runs").records] == ["sql-2", "sql-1"]
+    assert [record.name for record in bare.do("%lora runs --sort name").records] == ["sql-1", "sql-2"]
+    assert "invalid choice: 'los'" in bare.run("%lora runs --sort los").line
+    compared = bare.do("%lora runs sql-1 sql-2")
+    assert compared.differing["learning_rate"] == (0.05, 0.01)
+    assert "Did you mean 'sql-1'" in bare.run("%lora runs sql-1 sql1").line
+    bare.do("%lora runs --rename sql-1 slow")
+    assert "no run is called 'slo'" in bare.run("%lora runs --delete slo").line
+    bare.do("%lora runs --delete slow")
+    assert sorted(path.name for path in place.iterdir()) == [".gitignore", "sql-2"]
+
+
+def test_where_and_whether_runs_are_kept(bare: Notebook, place: Path, tmp_path: Path) -> None:
+    prepare(bare)
+    bare.do(CELL.replace("--max-length", "--no-keep --max-length"))
+    assert not place.exists()
+    bare.do(f"%config NbpeftMagics.runs_dir = '{tmp_path}/mine'")
+    assert bare.do(CELL).state.folder == f"{tmp_path}/mine/sql-1"
+    bare.do("%config NbpeftMagics.runs_dir = ''")
+    assert bare.do(CELL).state.folder == ""
+    assert "switched off" in bare.run("%lora runs").line
+
+
+def test_no_token_of_a_cell_is_kept(bare: Notebook, place: Path) -> None:
+    prepare(bare)
+    bare.do(f"{CELL}\nhub_token = 'a password'\nrun_name = {TOKEN!r}")
+    bare.do(f"%lora_train model --data data['train'] --tokenizer tok max_steps=1 hub_token=other run_name={TOKEN}")
+    text = b"".join(path.read_bytes() for path in place.rglob("*") if path.is_file())
+    assert TOKEN.encode() not in text and b"a password" not in text and b"other" not in text
+    source = json.loads((place / "sql-1" / "run.json").read_text())["source"]
+    assert source["cell"].splitlines() == [
+        "max_steps = 6",
+        "per_device_train_batch_size = batch",
+        "learning_rate = 0.05",
+    ]
+
+
+def test_tracking_by_a_word(bare: Notebook) -> None:
+    prepare(bare)
+    result = bare.do(CELL.replace("--max-length", "--track tensorboard --max-length"))
+    assert list(Path(result.state.folder).glob("tensorboard/events*"))
+    assert "invalid choice: 'wandbb'" in bare.run(CELL.replace("--max-length", "--track wandbb --max-length")).line
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+def test_a_tracker_that_is_not_installed_is_one_line(
+    bare: Notebook, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbpeft.training import trackers
+
+    monkeypatch.setattr(trackers, "find_spec", lambda module: None)
+    prepare(bare)
+    told = f"needs a package that is not installed: pip install {name}"
+    assert told in bare.run(CELL.replace("--max-length", f"--track {name} --max-length")).line
+    assert told in bare.run(f"{CELL}\nreport_to = '{name}'").line
+
+
+def test_completion_offers_the_columns(bare: Notebook) -> None:
+    assert "loss" in bare.complete("%lora runs --sort l")
+    assert {"runs", "resume"} <= set(bare.complete("%lora r"))
+
+
+def test_an_interrupted_cell_can_go_on(bare: Notebook) -> None:
+    prepare(bare)
+    done: list[Any] = []
+
+    def interrupt(run: Any, name: str) -> None:
+        record = run.record
+
+        def recording(step: int, **values: Any) -> None:
+            record(step, **values)
+            if step == 3 and "loss" in values and not done:
+                done.append(os.kill(os.getpid(), signal.SIGINT))
+
+        run.record = recording
+
+    end = bare.session.on_run(interrupt)
+    bare.run(CELL)
+    end()
+    assert [record.status for record in bare.do("%lora runs").records] == ["stopped"]
+    assert bare.do("%lora resume").step == 3

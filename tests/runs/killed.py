@@ -1,0 +1,89 @@
+"""Trainings of a session that are killed, in processes forked for it, and what they would have been."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from nbpeft.session import Session
+from nbpeft.training import Run
+from tests.faults.killing import forked
+from tests.tiny_models import llama
+from tests.training.support import token_rows, weights
+
+ARGUMENTS: dict[str, Any] = {
+    "max_steps": 14,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "cosine",
+    "seed": 7,
+}
+"""Two epochs and a half of 24 rows."""
+LORA: dict[str, Any] = {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
+
+
+def session_in(place: Path) -> Session:
+    session = Session()
+    session.context.runs_dir = str(place)
+    return session
+
+
+def adapted_session(place: Path) -> tuple[Session, Any]:
+    """A session with an adapter ``sql`` on a tiny model, always with the same weights."""
+    session = session_in(place)
+    base = llama()
+    torch.manual_seed(11)
+    return session, session.add(base, LORA, name="sql", variable="model").model
+
+
+def rows() -> list[dict[str, Any]]:
+    return token_rows(24)
+
+
+class DiesAt(TrainerCallback):
+    """Ends the process after an optimizer step, as ``kill -9`` does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(place: Path, step: int, prepare: Callable[[], object] = lambda: None, **arguments: Any) -> bool:
+    """Trains in a forked process that dies after a step. Returns whether it was killed."""
+
+    def act() -> None:
+        prepare()
+        session, model = adapted_session(place)
+        session.on_run(lambda run, name: die_when(run, step))
+        session.train(model, rows(), **ARGUMENTS | arguments)
+
+    return forked(act)
+
+
+def die_when(run: Run, step: int) -> None:
+    """Lets a run end its process when a step was noted."""
+    record = run.record
+
+    def dying(at: int, **values: Any) -> None:
+        record(at, **values)
+        if at >= step and "loss" in values:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run.record = dying  # type: ignore[method-assign]
+
+
+def unbroken(place: Path, **arguments: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The result and the weights of a run that nothing broke off."""
+    session, model = adapted_session(place)
+    result = session.train(model, rows(), **ARGUMENTS | arguments)
+    return result, weights(model, "sql")

@@ -1,0 +1,174 @@
+"""Folders of runs: names, locks, what is read back, and what becomes of old ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError
+from nbpeft.runs.folder import RunFolder
+from nbpeft.runs.record import differing
+from nbpeft.runs.store import RunPlace, RunStore
+from tests.faults.killing import die, forked
+
+
+def made(store: RunStore, adapter: str = "sql", *, status: str = "finished", started: float = 0.0, **more: Any) -> str:
+    """A run that has ended, or whose process has."""
+    folder = store.create(adapter)
+    folder.write({"adapter": adapter, "status": status, "started": started, **more})
+    folder.close()
+    return folder.name
+
+
+def with_state(store: RunStore, name: str, byte_count: int, step: int = 3) -> str:
+    state = store.place / name / f"checkpoint-{step}"
+    state.mkdir()
+    (state / "optimizer.pt").write_bytes(b"x" * byte_count)
+    return name
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path / "runs")
+
+
+def test_names_count_up_and_are_never_given_twice(store: RunStore) -> None:
+    assert [made(store, name) for name in ("sql", "sql", "a, b", "sql")] == ["sql-1", "sql-2", "a+b-1", "sql-3"]
+    store.delete("sql-2")
+    assert made(store) == "sql-4"
+    assert made(store, "../x y/") == "x+y-1"
+
+
+def test_the_folders_are_private(store: RunStore) -> None:
+    made(store)
+    assert stat.S_IMODE(os.stat(store.place).st_mode) == stat.S_IMODE(os.stat(store.place / "sql-1").st_mode) == 0o700
+    assert (store.place / ".gitignore").read_text() == "*\n"
+
+
+def test_processes_that_make_runs_at_once_get_different_ones(store: RunStore, tmp_path: Path) -> None:
+    parts = [tmp_path / f"names-{number}" for number in range(4)]
+    children = []
+    for part in parts:
+        child = os.fork()
+        if child == 0:
+            try:
+                part.write_text("\n".join(made(store) for _ in range(15)))
+            finally:
+                os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    names = [name for part in parts for name in part.read_text().split()]
+    assert sorted(names) == sorted({f"sql-{number}" for number in range(1, 61)})
+
+
+def test_a_run_whose_process_died_has_crashed(store: RunStore) -> None:
+    def act() -> None:
+        store.create("sql").write({"adapter": "sql", "status": "running", "step": 7})
+        die()
+
+    assert forked(act)
+    (record,) = store.records()
+    assert (record.name, record.status, record.step) == ("sql-1", "crashed", 7)
+
+
+def test_a_run_that_is_written_is_running_for_everybody(store: RunStore) -> None:
+    folder = store.create("sql")
+    folder.write({"adapter": "sql", "status": "running"})
+    assert [record.status for record in store.records()] == ["running"]
+    for act in (lambda: store.delete("sql-1"), lambda: store.rename("sql-1", "best"), RunFolder(folder.path).open):
+        with pytest.raises(CheckpointError, match="run sql-1 is still running"):
+            act()
+    folder.close()
+    store.delete("sql-1")
+    assert os.listdir(store.place) == [".gitignore"]
+
+
+def test_renaming(store: RunStore) -> None:
+    made(store), made(store)
+    store.rename("sql-1", "best.of-all")
+    assert sorted(record.name for record in store.records()) == ["best.of-all", "sql-2"]
+    for new, told in (
+        ("sql-2", "there is a run 'sql-2' already"),
+        ("a/b", "cannot be"),
+        ("", "cannot be"),
+        ("..", "cannot be"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            store.rename("best.of-all", new)
+    with pytest.raises(CheckpointNotFoundError, match=r"no run is called 'sql-3' in .*Did you mean 'sql-2'"):
+        store.rename("sql-3", "x")
+
+
+@pytest.mark.parametrize("name", ["../outside", ".", "", "/etc"])
+def test_what_is_no_run_is_never_deleted(store: RunStore, name: str) -> None:
+    made(store)
+    outside = store.place.parent / "outside"
+    outside.mkdir()
+    (outside / "run.json").write_text("{}")
+    with pytest.raises(CheckpointNotFoundError):
+        store.delete(name)
+    assert (outside / "run.json").exists() and len(store.records()) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 99, "adapter": "a", "status": "x"}']
+)
+def test_what_cannot_be_read_is_passed_over(store: RunStore, text: str) -> None:
+    made(store)
+    folder = store.place / "other-1"
+    folder.mkdir()
+    (folder / "run.json").write_text(text)
+    assert [record.name for record in store.records()] == ["sql-1"]
+
+
+def test_the_curve_is_readable_line_by_line(store: RunStore) -> None:
+    folder = store.create("sql")
+    for step in (1, 2, 3):
+        folder.append({"step": step, "loss": float("nan") if step == 2 else 1.0 / step})
+    with open(folder.path / "curve.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')  # what a killed process leaves
+    assert [entry["loss"] for entry in folder.entries()] == [1.0, None, 1 / 3]
+    assert [entry["step"] for entry in folder.cut_after(2)] == [1, 2]
+    assert [json.loads(line)["step"] for line in (folder.path / "curve.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_no_token_is_written(store: RunStore) -> None:
+    token = "hf_" + "aB3d" * 8
+    folder = store.create("sql")
+    folder.write({"adapter": "sql", "status": "running", "message": f"denied to {token}"}, samples=[{"prompt": token}])
+    folder.append({"step": 1, "note": token})
+    assert token not in "".join(path.read_text() for path in folder.path.iterdir())
+
+
+def test_old_runs_go_and_the_newest_and_running_stay(store: RunStore) -> None:
+    for number in range(5):
+        made(store, started=number, status="crashed" if number == 0 else "finished")
+    running = store.create("sql")
+    running.write({"adapter": "sql", "status": "running", "started": 0.5})
+    store.tidy(most_runs=3)
+    assert sorted(record.name for record in store.records()) == ["sql-1", "sql-5", "sql-6"]
+
+
+def test_old_states_go_and_their_curves_stay(store: RunStore) -> None:
+    for number in range(3):
+        with_state(store, made(store, started=number), 4000)
+    store.tidy(most_bytes=9000)
+    assert {record.name: record.kept_steps for record in store.records()} == {"sql-1": (), "sql-2": (3,), "sql-3": (3,)}
+    store.tidy(most_bytes=1)
+    assert {record.name: record.kept_steps for record in store.records()} == {"sql-1": (), "sql-2": (), "sql-3": (3,)}
+
+
+def test_which_settings_differ(store: RunStore) -> None:
+    made(store, settings={"r": 8, "seed": 1}), made(store, settings={"r": 16, "seed": 1, "optim": "sgd"})
+    first, second = sorted(store.records(), key=lambda record: record.name)
+    assert differing([first, second]) == {"r": (8, 16), "optim": (None, "sgd")}
+
+
+def test_a_place_is_a_folder_or_says_more(tmp_path: Path) -> None:
+    assert RunPlace.of(str(tmp_path)) == RunPlace(RunStore(tmp_path))
+    assert RunPlace.of(RunPlace(RunStore(tmp_path), "sql-1")).name == "sql-1"

@@ -1,0 +1,284 @@
+"""Runs of a session: broken off and resumed, started anew, listed, compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from nbpeft.errors import AdapterError, BaseMismatchError, CheckpointNotFoundError, ConfigError, TrainingError
+from nbpeft.training import keeping
+from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken
+from tests.session.support import everything
+from tests.tiny_models import gpt2, llama, same_state
+from tests.training.support import token_rows, weights
+
+
+def often() -> None:
+    keeping.SHORTEST, keeping.SHARE = 0.0, 1e9
+
+
+def rarely() -> None:
+    """Only the state before the first step."""
+    keeping.SHORTEST = 1e9
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that nothing broke off: its result and weights."""
+    return unbroken(tmp_path_factory.mktemp("straight"), eval_data=token_rows(4, seed=5))
+
+
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The place of a run whose process was killed in step 8, with a state of step 7."""
+    place = tmp_path_factory.mktemp("broken")
+    assert train_and_die(place, 8, often, eval_data=token_rows(4, seed=5))
+    return place
+
+
+def resumed(place: Path, base: Any | None = None, **more: Any) -> Any:
+    options = {"model": llama() if base is None else base, "variable": "model", "data": rows()}
+    return session_in(place).resume(**options | {"eval_data": token_rows(4, seed=5)} | more)
+
+
+@pytest.mark.parametrize(("step", "prepare", "first"), [(3, rarely, 0), (6, often, 5), (11, often, 10)])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    step: int, prepare: Any, first: int, straight: Any, tmp_path: Path
+) -> None:
+    """With dropout, accumulated gradients and shuffled epochs; the adapter comes back by itself."""
+    assert train_and_die(tmp_path, step, prepare, eval_data=token_rows(4, seed=5))
+    assert [record.status for record in session_in(tmp_path).runs().records] == ["crashed"]
+    result = resumed(tmp_path)
+    assert (result.run, result.step, result.training.state.first_step) == ("sql-1", first, first)
+    through, ended = straight[0].state, result.training.state
+    assert ended.history == through.history and ended.eval_history == through.eval_history
+    after = weights(result.model, "sql")
+    assert all((value - after[name]).abs().max() <= 1e-6 for name, value in straight[1].items())
+    (record,) = session_in(tmp_path).runs().records
+    assert (record.status, record.step, record.best_loss) == ("finished", 14, min(v for _, v in through.eval_history))
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_adapter_there_is(straight: Any, tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    end = session.on_run(lambda run, name: run.control.request_stop("enough"))
+    session.train(model, rows(), token_rows(4, seed=5), **ARGUMENTS)
+    end()
+    result = session.resume(model="model", data=rows(), eval_data=token_rows(4, seed=5))
+    assert (result.step, result.training.steps) == (1, 14)
+    assert same_state(weights(model, "sql"), straight[1])
+    assert str(result).startswith("run sql-1 went on from step 1: sql finished · 14 steps")
+
+
+class Mine(TrainerCallback):
+    pass
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no rows": ({"data": None}, TrainingError, "run sql-1 goes on with the rows it had: give them again (data=…)"),
+    "more rows": ({"data": token_rows(25)}, TrainingError, "run sql-1 was trained with 24 rows, and these are 25"),
+    "other rows": ({"data": token_rows(24, seed=9)}, TrainingError, "run sql-1 was trained with other rows"),
+    "no rows to evaluate on": ({"eval_data": None}, TrainingError, "4 rows to evaluate on, and these are none"),
+    "an unknown field": ({"learning_rat": 1}, ConfigError, "Did you mean 'learning_rate'?"),
+    "another base": ({"model": llama(seed=4)}, BaseMismatchError, "trained on other weights of the same shapes"),
+    "another architecture": ({"model": gpt2()}, BaseMismatchError, "trained on another base model"),
+    "no such run": ({"run": "sql-7"}, CheckpointNotFoundError, "no run is called 'sql-7'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_belong_to_the_run_is_one_line_and_changes_nothing(case: str, broken_off: Path) -> None:
+    given, error, told = WRONG[case]
+    base = given.get("model", llama())
+    before, files = {name: value.clone() for name, value in base.state_dict().items()}, listing(broken_off)
+    with pytest.raises(error) as caught:
+        resumed(broken_off, **{"model": base} | given)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert same_state(dict(base.state_dict()), before)
+    assert not hasattr(base, "peft_config") and listing(broken_off) == files
+
+
+def listing(place: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def test_an_adapter_that_is_configured_otherwise_is_refused(broken_off: Path) -> None:
+    session = session_in(broken_off)
+    model = session.add(llama(), {**LORA, "r": 2}, name="sql", variable="model").model
+    before = everything(model)
+    with pytest.raises(AdapterError, match="'sql' has r=2, and in run sql-1 it had 4: delete or rename it first"):
+        session.resume(model=model, data=rows())
+    assert same_state(everything(model), before)
+
+
+def test_weights_are_as_before_when_a_resumed_run_cannot_begin(broken_off: Path) -> None:
+    """They were replaced by those of the state already."""
+
+    class Fails(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            raise ValueError("no such row")
+
+    session = session_in(broken_off)
+    torch.manual_seed(5)
+    model = session.add(llama(), LORA, name="sql", variable="model").model
+    before, files = everything(model), listing(broken_off)
+    with pytest.raises(ValueError, match="no such row"):
+        session.resume(model=model, data=rows(), eval_data=token_rows(4, seed=5), callbacks=[Fails()])
+    assert same_state(everything(model), before)
+    changed = {name for name, data in listing(broken_off).items() if files.get(name) != data}
+    assert {Path(name).name for name in changed} <= {"curve.jsonl"}
+    assert [record.status for record in session.runs().records] == ["crashed"]
+
+
+def test_a_run_that_had_finished_gives_its_adapter_back(straight: Any, tmp_path: Path) -> None:
+    unbroken(tmp_path, eval_data=token_rows(4, seed=5))
+    result = session_in(tmp_path).resume(model=llama(), variable="model")
+    assert str(result) == "run sql-1 had finished: sql is back as it was after step 14"
+    assert same_state(weights(result.model, "sql"), straight[1])
+    with pytest.raises(AdapterError, match="run sql-1 had finished, and 'sql' is on the model"):
+        session_in(tmp_path).resume(model=result.model)
+
+
+def test_objects_of_the_run_have_to_be_given_again(tmp_path: Path) -> None:
+    assert train_and_die(tmp_path, 3, callbacks=[Mine()])
+    with pytest.raises(TrainingError, match=r"objects that no file holds; give them again: callbacks=…"):
+        resumed(tmp_path, eval_data=None)
+    assert resumed(tmp_path, eval_data=None, callbacks=[Mine()]).training.steps == 14
+
+
+def test_of_a_run_without_states_only_the_curve_is_left(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="so there is nothing to resume"):
+        session.resume(model=model, data=rows())
+    assert train_and_die(tmp_path, 2)
+    for path in sorted((tmp_path / "sql-1").glob("checkpoint-*/**/*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (tmp_path / "sql-1/checkpoint-0").rmdir()
+    with pytest.raises(CheckpointNotFoundError, match="of run sql-1 only the curve is kept any more"):
+        session.resume(model=model, data=rows())
+
+
+def test_training_again_says_from_where_it_goes_on(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    first = session.train(model, rows(), **ARGUMENTS | {"max_steps": 5})
+    assert first.state.first_step == 0 and "goes on" not in str(first)
+    session.rename("sql", "orders")
+    second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 3})
+    assert (second.state.first_step, second.steps) == (5, 3)
+    assert "goes on with the weights after step 5 of run sql-1, with a new schedule" in str(second)
+    assert session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state.first_step == 8
+    session.add(model, {**LORA, "r": 2}, name="orders")  # its weights start anew
+    assert session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state.first_step == 0
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_dora": True}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "pissa"}]
+)
+def test_restarting_gives_the_numbers_of_the_first_time(tmp_path: Path, fields: dict[str, Any]) -> None:
+    session = session_in(tmp_path)
+    model = session.add(llama(), LORA | fields, name="sql", variable="model").model
+    short = ARGUMENTS | {"max_steps": 4}
+    first, after = session.train(model, rows(), **short), weights(model, "sql")
+    second = session.train(model, rows(), **short)
+    assert second.state.history != first.state.history
+    session.set_scale("sql", 0.5)
+    session.set_scale("sql", 1.0)
+    third = session.train(model, rows(), restart=True, **short)
+    assert third.state.history == first.state.history and third.state.first_step == 0
+    assert same_state(weights(model, "sql"), after)
+    assert session.train(model, rows(), restart=True, **short).state.history == first.state.history
+
+
+def test_restarting_keeps_other_adapters_and_what_is_active(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.add(model, LORA, name="chat")
+    session.use("sql")
+    session.set_scale("sql", 2.0)
+    before = weights(model, "chat")
+    session.train(model, rows(), restart=True, **ARGUMENTS | {"max_steps": 2})
+    assert model.manager.active == ("sql",) and model.manager.scale("sql") == 2.0
+    assert same_state(weights(model, "chat"), before)
+
+
+@pytest.mark.parametrize("wrong", [{"max_steps": "x"}, {"data": [{"input_ids": [1]}, {"x": 1}]}, {"adapter": "nope"}])
+def test_a_restart_that_cannot_begin_leaves_the_weights(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    session, model = adapted_session(tmp_path)
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 2})
+    before = everything(model)
+    with pytest.raises(Exception, match=r".+"):
+        session.train(model, **{"data": rows(), "restart": True, **ARGUMENTS} | wrong)
+    assert same_state(everything(model), before)
+    assert session.state.models[0].adapters[0].name == "sql"
+
+
+def test_an_adapter_that_was_loaded_starts_from_the_seed(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path / "runs")
+    session.save(tmp_path / "saved")
+    other = session_in(tmp_path / "runs")
+    loaded = other.load(tmp_path / "saved", name="sql", model=llama(), variable="model", trainable=True).model
+    histories = [
+        other.train(loaded, rows(), restart=True, **ARGUMENTS | {"max_steps": 2}).state.history for _ in range(2)
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_the_place_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NBPEFT_RUNS")
+    session, model = adapted_session(tmp_path / "set")
+    session.context.runs_dir = None
+    quick = ARGUMENTS | {"max_steps": 1}
+    monkeypatch.chdir("/")  # the folder of the notebook stays where it was
+    assert session.train(model, rows(), **quick).state.folder == str(tmp_path / "nbpeft_runs/sql-1")
+    monkeypatch.setenv("NBPEFT_RUNS", str(tmp_path / "elsewhere"))
+    assert session.train(model, rows(), **quick).state.folder == str(tmp_path / "elsewhere/sql-1")
+    assert session.train(model, rows(), keep=False, **quick).state.folder == ""
+    monkeypatch.setenv("NBPEFT_RUNS", "off")
+    assert session.train(model, rows(), **quick).state.folder == ""
+    with pytest.raises(CheckpointNotFoundError, match="runs are not kept: that is switched off"):
+        session.runs()
+
+
+def test_listing_sorting_and_comparing(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    assert str(session.runs()) == f"no run is kept in {tmp_path} yet"
+    for rate, steps in ((0.001, 4), (0.01, 2), (0.02, 3)):
+        session.train(
+            model, rows(), token_rows(4), restart=True, **ARGUMENTS | {"learning_rate": rate, "max_steps": steps}
+        )
+    names = [record.name for record in session.runs().records]
+    assert names == ["sql-3", "sql-2", "sql-1"]
+    assert [record.name for record in session.runs(sort="loss").records] == [
+        name for _, name in sorted((record.loss, record.name) for record in session.runs().records)
+    ]
+    assert [record.step for record in session.runs(sort="steps").records] == [4, 3, 2]
+    with pytest.raises(ConfigError, match=r"cannot be sorted by 'los'. Did you mean 'loss'"):
+        session.runs(sort="los")
+    compared = session.runs("sql-1", "sql-3")
+    assert compared.differing == {"learning_rate": (0.001, 0.02), "max_steps": (4, 3)}
+    assert [len(curve) for curve in compared.curves] == [4, 3] and all(compared.eval_curves)
+    page = compared._repr_html_()
+    assert page.count("<img") == 1 and "sql-1" in page and "learning_rate" in page and "lora_alpha" not in page
+    table = session.runs()._repr_html_()
+    assert "<table" in table and "<script" not in table and "learning_rate 0.02" in table
+
+
+def test_the_table_as_a_dataframe(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 2})
+    frame = session.runs().to_dataframe()
+    assert list(frame["name"]) == ["sql-1"] and list(frame["step"]) == [2] and list(frame["r"]) == [4]
+    assert {"status", "loss", "eval_loss", "best_loss", "seconds", "learning_rate", "lora_dropout"} <= set(frame)
+
+
+def test_renaming_and_deleting(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    assert str(session.rename_run("sql-1", "best")) == "renamed run sql-1 to best"
+    with pytest.raises(CheckpointNotFoundError, match="no run is called 'bes'.*Did you mean 'best'"):
+        session.delete_run("bes")
+    assert str(session.delete_run("best")) == "deleted run best"
+    assert session.runs().records == ()
