@@ -12,6 +12,7 @@ from nbpeft.session.commands import (
     adapters,
     combining,
     comparing,
+    data,
     inspecting,
     merging,
     planning,
@@ -96,6 +97,7 @@ class Session:
     swap = _command(swapping.swap)
 
     # Training and memory
+    data = _command(data.data)
     train = _command(training.train)
     track = _command(training.track)
     control = _command(training.control)

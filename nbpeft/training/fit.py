@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
-from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
@@ -23,10 +22,11 @@ from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
-from nbpeft.training.data import Collator, TokenizedRows, check_rows, prepare_data
+from nbpeft.training.data import Collator, is_stream
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.learning_check import why_no_gradient
 from nbpeft.training.result import TrainResult
+from nbpeft.training.rows import is_causal, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
@@ -38,6 +38,8 @@ def train(
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_hint: str = "",
     adapter: str | None = None,
     control: RunControl | None = None,
     publish: Callable[[TrainState], None] | None = None,
@@ -54,10 +56,14 @@ def train(
 
     Args:
         model: A model with adapters.
-        data: Rows to learn; see :mod:`nbpeft.training.data` for their forms.
-        eval_data: Rows to measure on, in the same forms.
+        data: Rows to learn, or where they are; see :mod:`nbpeft.training.data` for their forms and
+            :func:`nbpeft.training.data.open_data` for sources. A stream needs ``max_steps``.
+        eval_data: Rows to measure on, in the same forms; or a share (0.1) or number (64) of the rows of
+            ``data`` to hold out, drawn by ``seed``.
         tokenizer: Needed unless the rows are tokenised.
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
+        columns: What the columns of the data are called: ``{"prompt": "question", "completion": "answer"}``.
+        data_hint: Where a person sees what was cut or left out; follows the note that says so.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
         control: Where Stop and Pause are requested.
@@ -78,22 +84,26 @@ def train(
     arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
     check_options(options)
-    rows = _rows(model, data, tokenizer, max_length)
-    eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
+    rows = training_rows(
+        model,
+        data,
+        eval_data,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        columns=columns,
+        seed=fields.get("seed"),
+    )
+    _has_an_end(rows.train, fields)
     given = {name: value for name, value in options.items() if value is not None}
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
     with scratch_folder() as folder:
-        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=eval_rows is not None)
-        options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
+        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
+        options |= {"args": settings, "train_dataset": rows.train, "eval_dataset": rows.evaluation}
         failure: Exception | None = None
         try:
             with _activated(model, adapter) as activation:
                 activation.run = run = run_factory(model, None, control=control, publish=publish)
-                run.note(
-                    "; ".join(
-                        part.notes for part in (rows, eval_rows) if isinstance(part, TokenizedRows) and part.notes
-                    )
-                )
+                run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
                 metrics = _fit(trainer_class, model, run, options, keep="output_dir" in fields)
@@ -177,22 +187,14 @@ def _checked_class(given: Any, base: type[Any], name: str) -> Any:
     return given
 
 
-def _rows(model: nn.Module, data: Any, tokenizer: Any, max_length: int | None) -> Any:
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-        raise ConfigError(f"max_length must be a whole number of at least 1, not {max_length!r}", field="max_length")
-    if tokenizer is not None and not callable(tokenizer):
-        raise ConfigError(f"tokenizer must be a tokenizer, not a {type(tokenizer).__name__}", field="tokenizer")
-    encoder_decoder = bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
-    rows = prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder)
-    size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
-    check_rows(rows, vocabulary=size if isinstance(size, int) else None, causal=_is_causal(model))
-    return rows
-
-
-def _is_causal(model: nn.Module) -> bool:
-    base = base_of(model)
-    decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return decoder and embedding_of(base, output=True) is not None
+def _has_an_end(rows: Any, fields: Mapping[str, Any]) -> None:
+    """Refuses a stream without a number of steps."""
+    steps = fields.get("max_steps")
+    if is_stream(rows) and not (isinstance(steps, int) and steps > 0):
+        raise ConfigError(
+            "The rows are a stream, whose end is not known: say how many steps to train, e.g. max_steps=200",
+            field="max_steps",
+        )
 
 
 def _collator(model: nn.Module, tokenizer: Any) -> Collator:
@@ -201,7 +203,7 @@ def _collator(model: nn.Module, tokenizer: Any) -> Collator:
         getattr(owner, name, None) for owner in (tokenizer, config) for name in ("pad_token_id", "eos_token_id")
     ]
     pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
-    return Collator(pad_token_id=pad, copy_labels=_is_causal(model))
+    return Collator(pad_token_id=pad, copy_labels=is_causal(model))
 
 
 def _fit(

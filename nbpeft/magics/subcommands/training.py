@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell
-from nbpeft.magics.parse import argument, positive
-from nbpeft.magics.registry import MODEL, subcommand
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, subcommand
 
-_RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "publish", "run_factory")
+_RESERVED = ("data", "eval_data", "columns", "model", "tokenizer", "adapter", "control", "publish", "run_factory")
 
 
 @subcommand(
     "lora_train",
     "Train the active adapters of a model. The cell's lines are fields of TrainingArguments, name = value.",
     MODEL,
+    DATA,
     argument(
-        "--data",
-        "-d",
-        required=True,
+        "--eval",
+        "-e",
+        dest="eval_data",
         metavar="DATA",
-        completes="variable",
-        help="variable or expression: rows to learn",
+        completes="data",
+        help="rows to evaluate on, as for --data; or how many to hold out: 0.1, or 64",
     ),
-    argument("--eval", "-e", dest="eval_data", metavar="DATA", completes="variable", help="rows to evaluate on"),
+    COLUMNS,
     argument(
         "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="needed unless the rows are tokenised"
     ),
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
-    argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to"),
+    MAX_LENGTH,
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
     fields="training",
     example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\n  num_train_epochs = 1",
@@ -51,6 +53,8 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     arguments: dict[str, Any] = dict(options.fields)
     if options.max_length is not None:
         arguments["max_length"] = options.max_length
+    if options.columns is not None:
+        arguments["columns"] = dict(options.columns)
     left_out = notebook.session.unwritable(arguments)
     cell = TrainingCell(
         data=options.data,
@@ -61,6 +65,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     )
     if options.trainer is not None:
         arguments["trainer_class"] = notebook.value(options.trainer, "--trainer")
+    arguments["data_hint"] = f"{_look(options, arguments)} shows them"
     result = notebook.session.train(model, data, eval_data, tokenizer=tokenizer, adapter=options.adapter, **arguments)
     notebook.trained[options.target] = cell
     return result
@@ -102,6 +107,16 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 def _data(cell: argparse.Namespace | TrainingCell, notebook: NotebookContext) -> tuple[Any, Any, Any]:
     """The values of the expressions for the rows, the rows to evaluate on, and the tokenizer."""
-    data = notebook.value(cell.data, "--data")
-    eval_data = None if cell.eval_data is None else notebook.value(cell.eval_data, "--eval")
-    return data, eval_data, notebook.value(cell.tokenizer, "--tokenizer") if cell.tokenizer else notebook.tokenizer()
+    data = notebook.data(cell.data, "--data")
+    eval_data = None if cell.eval_data is None else notebook.data(cell.eval_data, "--eval")
+    return data, eval_data, notebook.tokenizer(cell.tokenizer)
+
+
+def _look(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
+    """The command that shows the rows of a training."""
+    name = f'"{options.data}"' if " " in options.data else options.data
+    words = [f"%lora data {name}"]
+    words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
+    words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
+    pairs = [f"{name}={column}" for name, column in options.columns or ()]
+    return " ".join([*words, *(["--columns", *pairs] if pairs else [])])

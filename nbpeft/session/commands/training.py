@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.session.checks import place_of
@@ -47,6 +47,7 @@ def train(
     eval_data: Any = None,
     *,
     tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
     adapter: str | None = None,
     **arguments: Any,
 ) -> TrainResult:
@@ -57,16 +58,18 @@ def train(
 
     Args:
         model: an adapted model.
-        data: a dataset or a list of dictionaries; see ``nbpeft.training.train``.
-        eval_data: the same, for evaluation.
+        data: a dataset, a list of dictionaries, a DataFrame, a file or the name of a dataset on the hub; see
+            ``nbpeft.training.train``.
+        eval_data: the same, for evaluation; or how many rows of ``data`` to hold out: a share (0.1) or a number (64).
         tokenizer: for data that is text.
+        columns: what the columns are called, e.g. ``{"prompt": "question", "completion": "answer"}``.
         adapter: switch to this one first; it stays active when a step was done.
         **arguments: fields of ``TrainingArguments`` and further arguments of ``nbpeft.training.train``.
 
     Raises:
         TrainingError: the run cannot start, e.g. because no adapter can train.
     """
-    from nbpeft.training import is_plain, train
+    from nbpeft.training import is_plain, open_data, train
 
     tracked = ctx.find_adapted(model, command="train")
     trained = tracked.model
@@ -75,9 +78,10 @@ def train(
         return _run(ctx, tracked, watched, total_steps, memory=_measuring(trained), **options)
 
     with ctx.command(f"training {adapter or ', '.join(tracked.manager.active)}", slow=True, gather=False):
-        arguments |= {"tokenizer": tokenizer, "adapter": adapter, "run_factory": make_run}
+        data = open_data(data)
+        arguments |= {"tokenizer": tokenizer, "columns": columns, "adapter": adapter, "run_factory": make_run}
         result = train(trained, data, eval_data, **arguments)
-        plain = is_plain(data)
+        plain = is_plain(data, tokenizer, columns)
         tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
         ctx.models.select(tracked)
         return result

@@ -31,17 +31,22 @@ def check_rows(rows: Any, *, vocabulary: int | None, causal: bool) -> None:
         row = rows[index]
         if not isinstance(row, Mapping) or "input_ids" not in row:
             return
-        ids = _token_ids(row["input_ids"], index)
-        outside = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[:0]
-        if len(outside):
-            raise TrainingError(
-                f"Row {index} has the token id {int(outside[0])}, but the model knows ids from 0 to "
-                f"{(vocabulary or 0) - 1}: tokenise with the tokenizer of this model.",
-                index=index,
-            )
-        labels = row.get("labels")
-        if causal and labels is not None and len(labels) != len(ids):
-            raise TrainingError(f"Row {index} has {len(labels)} labels for {len(ids)} tokens.", index=index)
+        check_row(row, index, vocabulary=vocabulary, causal=causal)
+
+
+def check_row(row: Mapping[str, Any], index: int, *, vocabulary: int | None, causal: bool) -> None:
+    """Looks at the token ids and labels of one row; see :func:`check_rows`."""
+    ids = _token_ids(row["input_ids"], index)
+    outside = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[:0]
+    if len(outside):
+        raise TrainingError(
+            f"Row {index} has the token id {int(outside[0])}, but the model knows ids from 0 to "
+            f"{(vocabulary or 0) - 1}: tokenise with the tokenizer of this model.",
+            index=index,
+        )
+    labels = row.get("labels")
+    if causal and labels is not None and len(labels) != len(ids):
+        raise TrainingError(f"Row {index} has {len(labels)} labels for {len(ids)} tokens.", index=index)
 
 
 def _token_ids(value: Any, index: int) -> Tensor:
