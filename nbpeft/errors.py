@@ -205,11 +205,11 @@ def few(names: Iterable[object], count: int = 5) -> str:
     return ", ".join(shown(name) for name in given[:count]) + more
 
 
-def near(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
+def near(word: str, choices: Iterable[str], count: int = 3, *, cutoff: float = 0.5) -> list[str]:
     """The choices most like ``word``, best first; none for a word that is too long to be a name."""
     if len(word) > _LONGEST_NAME:
         return []
-    return difflib.get_close_matches(word, list(itertools.islice(choices, _MOST_CHOICES)), n=count, cutoff=0.5)
+    return difflib.get_close_matches(word, list(itertools.islice(choices, _MOST_CHOICES)), n=count, cutoff=cutoff)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

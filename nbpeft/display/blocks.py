@@ -2,7 +2,8 @@
 
     Card     a frame with a title
     Line     a line of text; ``Text`` is a stretch of it with a tone
-    Table, Bar, Columns, HeatMap, Figures, Progress, LossChart, SmallCharts, CurveChart, Details, Stack
+    Table, Bar, Columns, HeatMap, Histogram, Tokens, Figures, Progress, LossChart, SmallCharts, CurveChart, Details,
+    Stack
 
 ``nbpeft.display.html`` draws them for a notebook, ``nbpeft.display.text`` for a terminal.
 """
@@ -153,6 +154,59 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many things are how large.
+
+    Attributes:
+        bins: first and last size of each, and how many things are in it; neighbours, smallest first.
+        limit: a size to mark, where it is the last one of a bin; what is beyond stands out.
+        limit_label: what that is.
+        size_noun: what sizes are counted in, e.g. ``token``.
+        noun: what is counted, e.g. ``row``.
+    """
+
+    bins: tuple[tuple[int, int, int], ...]
+    limit: int | None = None
+    limit_label: str = ""
+    size_noun: str = "token"
+    noun: str = "row"
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Neighbouring tokens of one kind.
+
+    Attributes:
+        text: what they stand for.
+        learned: whether a loss is taken on them.
+        special: whether it is one of the tokenizer's special tokens.
+        cut: whether they are beyond the maximal length, and not read at all.
+        skipped: as many tokens are left out here, and there is no text.
+    """
+
+    text: str
+    learned: bool = False
+    special: bool = False
+    cut: bool = False
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Text as a model reads it.
+
+    Attributes:
+        title: above it.
+        spans: the text.
+        framed: whether it stands in a frame.
+    """
+
+    title: str
+    spans: tuple[TokenSpan, ...]
+    framed: bool = True
+
+
+@dataclass(frozen=True)
 class Figure:
     """A number that is read first.
 
@@ -247,6 +301,8 @@ Block = (
     | Bar
     | Columns
     | HeatMap
+    | Histogram
+    | Tokens
     | Figures
     | Progress
     | LossChart

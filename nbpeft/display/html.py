@@ -13,7 +13,7 @@ from html import escape
 from nbpeft.display import blocks, palette
 from nbpeft.display.charts import LEFT, RIGHT, WIDTH, hover_values, is_logarithmic, loss_chart, loss_image, small_chart
 from nbpeft.display.memory import part_words
-from nbpeft.display.numbers import size
+from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_image
 from nbpeft.display.palette import background
 from nbpeft.display.training import small_curves
@@ -34,6 +34,7 @@ _WRAPS = {
 }
 _MOST_IN_A_ROW = 4
 _LEAST_WIDTH = 165
+_HISTOGRAM = 64
 _CELL = 16
 """Pixels."""
 
@@ -244,6 +245,79 @@ def _heat(cell: tuple[float, str] | None) -> str:
     value, tooltip = cell
     opacity = 0.06 + 0.94 * min(value, 1.0)
     return f'<div title="{escape(tooltip)}" style="{shape};{background(palette.ACCENT)};opacity:{opacity:.2f}"></div>'
+
+
+@to_html.register
+def _(block: blocks.Histogram) -> str:
+    most = max((number for *_, number in block.bins), default=0) or 1
+    bars = "".join(_histogram_bar(block, edges, most) for edges in block.bins)
+    within = [last for _, last, _ in block.bins if block.limit is not None and last <= block.limit]
+    share = 100 * len(within) / len(block.bins) if block.limit in within else None
+    faint = f"font-size:11px;color:{palette.DIM}"
+    return (
+        f'<div role="img" aria-label="{escape(histogram_words(block))}" style="display:flex;align-items:flex-end;'
+        f'gap:1px;height:{_HISTOGRAM}px;margin-top:8px">{bars}</div>'
+        f'<div style="height:1px;background:{palette.LIMIT}"></div>{_limit_mark(block.limit_label, share)}'
+        f'<div style="display:flex;justify-content:space-between;{faint}"><span>{block.bins[0][0]}</span>'
+        f"<span>{escape(f'{block.size_noun}s per {block.noun}; the tallest bar is {plural(most, block.noun)}')}</span>"
+        f"<span>{count(block.bins[-1][1])}</span></div>"
+    )
+
+
+def _histogram_bar(block: blocks.Histogram, edges: tuple[int, int, int], most: int) -> str:
+    first, last, number = edges
+    height = max(2, round(_HISTOGRAM * number / most)) if number else 0
+    beyond = block.limit is not None and first > block.limit
+    sizes = plural(last, block.size_noun) if first == last else f"{count(first)} to {plural(last, block.size_noun)}"
+    colour = f"background:{palette.CUT}" if beyond else background(palette.ACCENT)
+    return (
+        f'<div title="{escape(f"{sizes}: {plural(number, block.noun)}")}" '
+        f'style="flex:1 1 0;height:{height}px;{colour}"></div>'
+    )
+
+
+def _limit_mark(label: str, share: float | None) -> str:
+    """A tick below the bars where the limit is, with its label on the side that has room."""
+    if share is None:
+        return ""
+    left, right = f"margin-left:{share:.2f}%;border-left", f"width:{share:.2f}%;text-align:right;border-right"
+    side = left if share <= 50 else right
+    return (
+        f'<div style="box-sizing:border-box;{side}:2px solid {palette.CUT};padding:0 4px;font-size:11px;'
+        f'white-space:nowrap">{escape(label)}</div>'
+    )
+
+
+def histogram_words(block: blocks.Histogram) -> str:
+    """A histogram for those who cannot see it."""
+    total = sum(number for *_, number in block.bins)
+    return f"{plural(total, block.noun)} of {block.bins[0][0]} to {plural(block.bins[-1][1], block.size_noun)}"
+
+
+@to_html.register
+def _(block: blocks.Tokens) -> str:
+    text = "".join(map(_token_span, block.spans))
+    title = f'<div style="margin-top:10px;font-size:12px">{span(blocks.dim(block.title))}</div>' if block.title else ""
+    frame = (
+        f"border:1px solid #9e9e9e;border:1px solid {palette.BORDER};border-radius:4px;padding:6px 8px;"
+        "max-height:260px;overflow:auto;"
+    )
+    return (
+        f'{title}<div style="{frame if block.framed else ""}margin-top:{3 if title else 10}px;{palette.MONOSPACE};'
+        f'font-size:12px;line-height:1.55;white-space:pre-wrap;overflow-wrap:anywhere">{text}</div>'
+    )
+
+
+def _token_span(item: blocks.TokenSpan) -> str:
+    if item.skipped:
+        return span(blocks.dim(f" … {plural(item.skipped, 'token')} … "))
+    styles = [
+        f"background:{palette.LEARNED};border-radius:2px" if item.learned and not item.cut else "",
+        f"text-decoration:line-through;color:{palette.DIM}" if item.cut else "",
+        f"border:1px solid {palette.LIMIT};border-radius:4px;padding:0 2px;font-size:11px" if item.special else "",
+    ]
+    style = ";".join(filter(None, styles))
+    return f'<span style="{style}">{escape(item.text)}</span>' if style else escape(item.text)
 
 
 @to_html.register

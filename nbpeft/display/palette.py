@@ -38,6 +38,12 @@ EVALUATION = PARTS["adapters"]
 CHANGED = "rgba(114,183,178,.38)"
 """Behind words that differ."""
 
+LEARNED = "rgba(84,162,75,.30)"
+"""Behind tokens that a loss is taken on."""
+
+CUT = "#e45756"
+"""What is beyond a limit."""
+
 LIMIT = "rgba(128,128,128,.8)"
 """Where a device ends that has room."""
 

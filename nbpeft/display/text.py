@@ -110,6 +110,33 @@ def _(block: blocks.HeatMap) -> RenderableType:
 
 
 @renderable.register
+def _(block: blocks.Histogram) -> RenderableType:
+    most = max((number for *_, number in block.bins), default=0) or 1
+    rows = [
+        (f"{first}–{last}", "█" * max(1, round(30 * number / most)), str(number))
+        for first, last, number in block.bins
+        if number
+    ]
+    marked = [block.limit_label] if block.limit_label else []
+    return Group(
+        Text(f"{block.size_noun}s per {block.noun}", "dim"), _grid(rows), *(Text(text, "dim") for text in marked)
+    )
+
+
+@renderable.register
+def _(block: blocks.Tokens) -> RenderableType:
+    title = [Text(block.title, "dim")] if block.title else []
+    return Group(*title, Text.assemble(*map(_token_span, block.spans)))
+
+
+def _token_span(item: blocks.TokenSpan) -> Text:
+    if item.skipped:
+        return Text(f" … {item.skipped} tokens … ", "dim")
+    style = "strike dim" if item.cut else "green" if item.learned else ""
+    return Text(item.text, f"{style} bold" if item.special else style)
+
+
+@renderable.register
 def _(block: blocks.Figures) -> RenderableType:
     columns = block.figures
     return _grid([[item.label for item in columns], [item.figure for item in columns], [item.note for item in columns]])

@@ -16,7 +16,15 @@ _PHRASES = {
     "model.enable_adapter_layers()": "%lora on",
 }
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
+_COLUMNS = re.compile(r"columns=\{('\w+': '.*?')\}")
 _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
+_PAIR = r"'(\w+)': '(.*?)'(?:, )?(?=(')?)"
+
+
+def _as_option(pair: re.Match[str]) -> str:
+    """``'prompt': 'my question', `` as ``prompt="my question" ``."""
+    column = f'"{pair[2]}"' if " " in pair[2] else pair[2]
+    return f"{pair[1]}={column}{' ' if pair[3] else ''}"
 
 
 def in_cell_spelling(said: Any) -> Any:
@@ -27,6 +35,7 @@ def in_cell_spelling(said: Any) -> Any:
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
         said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
+        said = _COLUMNS.sub(lambda found: f"--columns {re.sub(_PAIR, _as_option, found[1])}", said)
         return _ARGUMENT.sub(r"(\1, --\1)", said)
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
         parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}

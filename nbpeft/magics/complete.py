@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbpeft.errors import CellError
+from nbpeft.magics.notebook_context import DATA_SUFFIXES
 from nbpeft.magics.parse import Argument, Subcommand
 from nbpeft.magics.tokenize import Word, tokenize
 
@@ -137,6 +138,10 @@ def paths(fragment: str) -> Suggestions:
 def _values(item: Argument, fragment: str, words: Sequence[Word], sources: CompletionSources) -> Suggestions:
     if item.completes == "path":
         return paths(fragment)
+    if item.completes == "data":
+        files = paths(fragment).words if fragment else ()
+        fitting = [word for word in files if word.rstrip('"').endswith(("/", *DATA_SUFFIXES))]
+        return Suggestions(fragment, (*choose(fragment, sources.variables()).words, *fitting))
     if item.completes == "source":
         found = paths(fragment) if fragment else Suggestions(fragment, ())
         return Suggestions(fragment, choose(fragment, sources.models()).words + found.words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -14,8 +15,14 @@ from nbpeft.errors import CellError, near, with_article
 from nbpeft.magics.body import evaluate_expression, expression_of, look_up, parse_body
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import Session
-from nbpeft.session.handles import is_module
+from nbpeft.session.handles import is_handle, is_module
 
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_NAMES_DATA = re.compile(
+    rf"[^\[\]()]+(?:{'|'.join(map(re.escape, DATA_SUFFIXES))})(?:\[[^\]]*\])?"
+    r"|[\w.-]+/[\w.-]+(?::[\w.-]+){0,2}(?:\[[^\]]*\])?"
+)
+"""A file, or ``user/name:config:split[:1000]``."""
 _TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
 
 
@@ -24,8 +31,8 @@ class TrainingCell:
     """The text of a training cell, kept without the objects of the notebook.
 
     Attributes:
-        data: expression of the rows.
-        eval_data: expression of the rows to evaluate on.
+        data: expression of the rows, or where they are.
+        eval_data: the same of the rows to evaluate on, or how many to hold out.
         tokenizer: expression, where one was given.
         arguments: fields whose values can be written down.
         left_out: the other fields.
@@ -140,6 +147,18 @@ class NotebookContext:
             return look_up(name, self.namespace)
         return evaluate_expression(expression_of(text, option), dict(self.namespace))
 
+    def data(self, text: str, option: str) -> Any:
+        """Return what an option for rows names: a variable or expression, a file, or a dataset on the hub.
+
+        Raises:
+            CellError: it is a variable that is not there, or an expression that cannot be evaluated.
+        """
+        first = re.match(r"\w*", text)
+        known = first is not None and first[0] in self.namespace
+        if os.path.exists(text) or (not known and _NAMES_DATA.fullmatch(text)):
+            return text
+        return self.value(text, option)
+
     def tokenizer(self, name: str | None = None) -> Any:
         """Return the tokenizer in a variable; None where there is none. Imports nothing.
 
@@ -153,7 +172,12 @@ class NotebookContext:
         if name is not None:
             found = self.value(name, "--tokenizer")
             if not _is_tokenizer(found):
-                raise CellError(f"--tokenizer: {name!r} does not hold a tokenizer")
+                there = [key for key, value in self.namespace.items() if key[:1] != "_" and _is_tokenizer(value)]
+                instead = f" Tokenizers here: {', '.join(there)}." if there else ""
+                kind = f"{'an adapted model' if is_handle(found) else 'a model'}" if is_module(found) else ""
+                raise CellError(
+                    f"--tokenizer: {name!r:.60} does not hold a tokenizer, but {kind or with_article(found)}.{instead}"
+                )
             return found
         for usual in _TOKENIZER_NAMES:
             if _is_tokenizer(found := self.namespace.get(usual)):
@@ -188,7 +212,7 @@ class NotebookContext:
 
 
 def _is_tokenizer(value: object) -> bool:
-    return callable(value) and hasattr(value, "decode")
+    return callable(value) and hasattr(value, "decode") and not is_module(value) and not isinstance(value, type)
 
 
 def forget_tracebacks(shell: Any) -> None:

@@ -16,6 +16,8 @@ from nbpeft.errors import CellError, did_you_mean, near, with_article
 from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
 
 _REQUIRED = "the following arguments are required: "
+_CLOSE = 0.8
+"""How like a name of an option's own a word must be to be meant as one, and not as a field."""
 _DIGITS = 18
 """Of the longest whole number that an option takes."""
 
@@ -28,8 +30,9 @@ class Argument:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
         completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``combination``,
-            ``method``, ``model``, ``variable``, ``path``, ``name`` (a new one), or empty.
-        words: further values to complete.
+            ``method``, ``model``, ``variable``, ``data``, ``path``, ``name`` (a new one), or empty.
+        words: further values to complete; those like ``name=`` are what an option's own ``name=value`` words
+            begin with, which are no fields.
     """
 
     flags: tuple[str, ...]
@@ -167,11 +170,30 @@ def parse_arguments(command: Subcommand, prog: str, words: Sequence[Word], names
     """
     if any(word.text in ("-h", "--help") and not word.quoted for word in words):
         return Request(command, argparse.Namespace(), help=True)
-    fields = [word for word in words if command.fields and _is_field(word)]
+    own = _own_pairs(command, words)
+    fields = [word for word in words if command.fields and _is_field(word) and word not in own]
     rest = [expand(word, namespace) for word in words if word not in fields]
     options = LineParser(command, prog).read(rest)
     options.fields = fields
     return Request(command, options)
+
+
+def _own_pairs(command: Subcommand, words: Sequence[Word]) -> list[Word]:
+    """The ``name=value`` words that belong to an option, as in ``--columns prompt=question``."""
+    own: list[Word] = []
+    names: list[str] = []
+    first = False
+    for word in words:
+        if word.text.startswith("-"):
+            option = next((item for item in command.arguments if word.text in item.flags), None)
+            names = [name[:-1] for name in option.words if name.endswith("=")] if option is not None else []
+            first = bool(names)
+        elif names and _is_field(word) and (first or near(word.text.partition("=")[0], names, cutoff=_CLOSE)):
+            own.append(word)
+            first = False
+        else:
+            names = []
+    return own
 
 
 def parse_line(
@@ -231,6 +253,18 @@ def prompt_text(text: str) -> str:
     if isinstance(text, Verbatim):
         return str(text)
     return re.sub(r"\\([nt\\])", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), text)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """``name=value``, as an argument's type.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"expected name=column, e.g. prompt=question, not {text!r:.60}")
+    return name, value
 
 
 def positive(text: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import Argument, Subcommand, argument
+from nbpeft.magics.parse import Argument, Subcommand, argument, pair, positive
 
 Run = Callable[[argparse.Namespace, NotebookContext], object]
 
@@ -54,6 +54,25 @@ TOKENIZER = argument(
     metavar="TOKENIZER",
     completes="variable",
     help="variable that holds the tokenizer; the notebook's only one if left out",
+)
+DATA = argument(
+    "--data",
+    "-d",
+    required=True,
+    metavar="DATA",
+    completes="data",
+    help="rows to learn: a variable or expression, a .jsonl, .json, .csv, .tsv or .parquet file, or user/name:split",
+)
+MAX_LENGTH = argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to")
+_COLUMNS = ("prompt", "completion", "text", "messages", "conversations", "instruction", "input", "output", "system")
+COLUMNS = argument(
+    "--columns",
+    nargs="+",
+    type=pair,
+    metavar="NAME=COLUMN",
+    words=tuple(f"{name}=" for name in (*_COLUMNS, "tools", "input_ids", "labels")),
+    help="what the columns are called, e.g. prompt=question completion=answer; instruction=question output=answer "
+    "puts the chat template around them",
 )
 
 

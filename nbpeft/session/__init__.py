@@ -27,6 +27,7 @@ from nbpeft.session.results import (
 )
 from nbpeft.session.results.combining import CombineResult, SwapResult
 from nbpeft.session.results.comparing import CompareResult
+from nbpeft.session.results.data import DataResult
 from nbpeft.session.results.inspecting import InspectResult
 from nbpeft.session.results.preview import Preview, PreviewRow
 
@@ -40,6 +41,7 @@ __all__ = [
     "CombineResult",
     "CommandResult",
     "CompareResult",
+    "DataResult",
     "ExportResult",
     "InspectResult",
     "LoadResult",

@@ -14,6 +14,7 @@ from nbpeft.session.commands import (
     adapters,
     combining,
     comparing,
+    data,
     inspecting,
     merging,
     planning,
@@ -101,6 +102,7 @@ class Session:
     swap = _command(swapping.swap)
 
     # Training
+    data = _command(data.data)
     train = _command(training.train)
     track = _command(training.track)
     control = _command(training.control)

@@ -7,7 +7,9 @@ from .callback import RunCallback as RunCallback
 from .control import RunControl as RunControl
 from .data import Collator as Collator
 from .data import is_plain as is_plain
+from .data import open_data as open_data
 from .data import prepare_data as prepare_data
+from .data import summarize as summarize
 from .fit import train as train
 from .prepare import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from .result import TrainResult as TrainResult

@@ -14,7 +14,6 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
-from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
@@ -25,13 +24,14 @@ from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
-from nbpeft.training.data import Collator, TokenizedRows, check_rows, is_plain, prepare_data
+from nbpeft.training.data import Collator, is_plain, is_stream, open_data
 from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
 from nbpeft.training.keeping import RunKeeper, check_rows_are_those, mark_of_rows
 from nbpeft.training.learning_check import why_no_gradient
 from nbpeft.training.result import TrainResult
+from nbpeft.training.rows import is_causal, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import Sampling, sample_batch
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
@@ -45,6 +45,8 @@ def train(
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_hint: str = "",
     adapter: str | None = None,
     patience: int | None = None,
     sample: str | Sequence[str] | None = None,
@@ -67,10 +69,14 @@ def train(
 
     Args:
         model: A model with adapters.
-        data: Rows to learn; see :mod:`nbpeft.training.data` for their forms.
-        eval_data: Rows to measure on, in the same forms.
+        data: Rows to learn, or where they are; see :mod:`nbpeft.training.data` for their forms and
+            :func:`nbpeft.training.data.open_data` for sources. A stream needs ``max_steps``.
+        eval_data: Rows to measure on, in the same forms; or a share (0.1) or number (64) of the rows of
+            ``data`` to hold out, drawn by ``seed``.
         tokenizer: Needed unless the rows are tokenised.
         max_length: Tokens a row is cut to; by default what the tokenizer allows, at most 1024.
+        columns: What the columns of the data are called: ``{"prompt": "question", "completion": "answer"}``.
+        data_hint: Where a person sees what was cut or left out; follows the note that says so.
         adapter: Switch to this one first; merged ones are unmerged for it. It stays active when a step
             was done.
         patience: End after so many evaluations without a better one, and put the state of the best back. Evaluations
@@ -102,29 +108,34 @@ def train(
     check_options(options)
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
-    rows = _rows(model, data, tokenizer, max_length)
-    eval_rows = None if eval_data is None else _rows(model, eval_data, tokenizer, max_length)
-    check_patience(patience, fields, evaluates=eval_rows is not None)
-    batch = _sample_batch(model, data, sample, tokenizer, every)
+    data = open_data(data)
+    rows = training_rows(
+        model,
+        data,
+        eval_data,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        columns=columns,
+        seed=fields.get("seed"),
+    )
+    _has_an_end(rows.train, fields)
+    check_patience(patience, fields, evaluates=rows.evaluation is not None)
+    batch = _sample_batch(model, sample, tokenizer, every, plain=is_plain(data, tokenizer, columns))
     given = {name: value for name, value in options.items() if value is not None}
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
     with scratch_folder() as folder:
-        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=eval_rows is not None)
-        options |= {"args": settings, "train_dataset": rows, "eval_dataset": eval_rows}
+        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
+        options |= {"args": settings, "train_dataset": rows.train, "eval_dataset": rows.evaluation}
         failure: Exception | None = None
         try:
             with _activated(model, adapter) as activation:
                 activation.run = run = run_factory(model, None, control=control, publish=publish)
                 run.output_dir = str(fields.get("output_dir", ""))
-                run.note(
-                    "; ".join(
-                        part.notes for part in (rows, eval_rows) if isinstance(part, TokenizedRows) and part.notes
-                    )
-                )
+                run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
                 kept = given | fields | ({} if max_length is None else {"max_length": max_length})
-                keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows, eval_rows))
+                keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
                 tracking = TrackCallback(trackers, run, kept) if trackers else None
                 around = [part for part in (keeper, tracking) if part is not None]
                 inside: list[EarlyStop | Sampling] = []
@@ -214,30 +225,24 @@ def _checked_class(given: Any, base: type[Any], name: str) -> Any:
     return given
 
 
-def _rows(model: nn.Module, data: Any, tokenizer: Any, max_length: int | None) -> Any:
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-        raise ConfigError(f"max_length must be a whole number of at least 1, not {max_length!r}", field="max_length")
-    if tokenizer is not None and not callable(tokenizer):
-        raise ConfigError(f"tokenizer must be a tokenizer, not a {type(tokenizer).__name__}", field="tokenizer")
-    encoder_decoder = bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
-    rows = prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder)
-    size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
-    check_rows(rows, vocabulary=size if isinstance(size, int) else None, causal=_is_causal(model))
-    return rows
-
-
-def _sample_batch(model: nn.Module, data: Any, sample: Any, tokenizer: Any, every: Any) -> PromptBatch | None:
+def _sample_batch(
+    model: nn.Module, sample: Any, tokenizer: Any, every: Any, *, plain: bool | None
+) -> PromptBatch | None:
     if sample is not None:
-        return sample_batch(model, sample, tokenizer, every, plain=is_plain(data))
+        return sample_batch(model, sample, tokenizer, every, plain=plain)
     if every is not None:
         raise ConfigError("every says how often to sample: pass sample=…, too", field="every")
     return None
 
 
-def _is_causal(model: nn.Module) -> bool:
-    base = base_of(model)
-    decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return decoder and embedding_of(base, output=True) is not None
+def _has_an_end(rows: Any, fields: Mapping[str, Any]) -> None:
+    """Refuses a stream without a number of steps."""
+    steps = fields.get("max_steps")
+    if is_stream(rows) and not (isinstance(steps, int) and steps > 0):
+        raise ConfigError(
+            "The rows are a stream, whose end is not known: say how many steps to train, e.g. max_steps=200",
+            field="max_steps",
+        )
 
 
 def _collator(model: nn.Module, tokenizer: Any) -> Collator:
@@ -246,7 +251,7 @@ def _collator(model: nn.Module, tokenizer: Any) -> Collator:
         getattr(owner, name, None) for owner in (tokenizer, config) for name in ("pad_token_id", "eos_token_id")
     ]
     pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
-    return Collator(pad_token_id=pad, copy_labels=_is_causal(model))
+    return Collator(pad_token_id=pad, copy_labels=is_causal(model))
 
 
 def _keeper(

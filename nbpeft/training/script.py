@@ -25,7 +25,8 @@ from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model.weight_storage import stored_parts
 from nbpeft.names import QUANTIZATIONS
 from nbpeft.training.adapted import base_of, main_dtype, trained_names
-from nbpeft.training.data import prepare_data
+from nbpeft.training.data import is_stream
+from nbpeft.training.rows import training_rows
 
 _OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 """Fields of a config that say where it comes from, not what to make."""
@@ -112,6 +113,7 @@ def export_script(
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
     base: str | None = None,
     **arguments: Any,
 ) -> ScriptFiles:
@@ -125,10 +127,11 @@ def export_script(
     Args:
         model: a model with adapters.
         path: of the script, ``name.py``.
-        data: rows to learn, as for ``train``.
-        eval_data: rows to measure on.
+        data: rows to learn, as for ``train``; no stream.
+        eval_data: rows to measure on, or how many to hold out, as for ``train``.
         tokenizer: needed unless the rows are tokenised.
         max_length: tokens a row is cut to.
+        columns: as for ``train``.
         base: where the script loads the base model from: a folder or a hub id; by default where
             this one came from.
         **arguments: fields of ``TrainingArguments``, as for ``train``.
@@ -148,12 +151,19 @@ def export_script(
     if len(names) != 1:
         raise TrainingError(f"one adapter must be active to be exported, not {len(names)}")
     plain_base: Any = base_of(model)
-    encoder_decoder = bool(getattr(getattr(plain_base, "config", None), "is_encoder_decoder", False))
-    parts = [part for part in (data, eval_data) if part is not None]
-    prepared = [
-        list(map(_row, prepare_data(part, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder)))
-        for part in parts
-    ]
+    found = training_rows(
+        model,
+        data,
+        eval_data,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        columns=columns,
+        seed=arguments.get("seed"),
+    )
+    parts = [part for part in (found.train, found.evaluation) if part is not None]
+    if any(map(is_stream, parts)):
+        raise TrainingError("a stream cannot be written beside a script: give as many of its rows as are to be learned")
+    prepared = [list(map(_row, part)) for part in parts]
     rows = [
         NewFile.of_text(f"{target.stem}_{kind}-{_digest(text)}.jsonl", text)
         for kind, text in zip(("data", "eval"), map(_lines, prepared), strict=False)

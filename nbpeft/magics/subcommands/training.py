@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell
-from nbpeft.magics.parse import argument, positive
-from nbpeft.magics.registry import MODEL, subcommand
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, subcommand
 
 _RESERVED = (
     "data",
     "eval_data",
+    "columns",
     "model",
     "tokenizer",
     "adapter",
@@ -28,20 +30,21 @@ _RESERVED = (
     "lora_train",
     "Train the active adapters of a model. The cell's lines are fields of TrainingArguments, name = value.",
     MODEL,
+    DATA,
     argument(
-        "--data",
-        "-d",
-        required=True,
+        "--eval",
+        "-e",
+        dest="eval_data",
         metavar="DATA",
-        completes="variable",
-        help="variable or expression: rows to learn",
+        completes="data",
+        help="rows to evaluate on, as for --data; or how many to hold out: 0.1, or 64",
     ),
-    argument("--eval", "-e", dest="eval_data", metavar="DATA", completes="variable", help="rows to evaluate on"),
+    COLUMNS,
     argument(
         "--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="needed unless the rows are tokenised"
     ),
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
-    argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to"),
+    MAX_LENGTH,
     argument("--restart", action="store_true", help="start from the weights the adapter was made with"),
     argument("--no-keep", action="store_true", help="keep no run folder of it on disk"),
     argument(
@@ -86,6 +89,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         keep=not options.no_keep,
         restart=options.restart,
         source=notebook.source(options.fields),
+        data_hint=f"{_look(options, arguments)} shows them",
         **arguments,
         **({"track": options.track} if options.track else {}),
     )
@@ -105,6 +109,8 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     arguments: dict[str, Any] = dict(options.fields)
     if options.max_length is not None:
         arguments["max_length"] = options.max_length
+    if options.columns is not None:
+        arguments["columns"] = dict(options.columns)
     return arguments
 
 
@@ -144,6 +150,16 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 def training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookContext) -> tuple[Any, Any, Any]:
     """The values of the expressions for the rows, the rows to evaluate on, and the tokenizer."""
-    data = notebook.value(cell.data, "--data")
-    eval_data = None if cell.eval_data is None else notebook.value(cell.eval_data, "--eval")
-    return data, eval_data, notebook.value(cell.tokenizer, "--tokenizer") if cell.tokenizer else notebook.tokenizer()
+    data = notebook.data(cell.data, "--data")
+    eval_data = None if cell.eval_data is None else notebook.data(cell.eval_data, "--eval")
+    return data, eval_data, notebook.tokenizer(cell.tokenizer)
+
+
+def _look(options: argparse.Namespace, arguments: Mapping[str, Any]) -> str:
+    """The command that shows the rows of a training."""
+    name = f'"{options.data}"' if " " in options.data else options.data
+    words = [f"%lora data {name}"]
+    words += [f"--tokenizer {options.tokenizer}"] if options.tokenizer else []
+    words += [f"--max-length {arguments['max_length']}"] if "max_length" in arguments else []
+    pairs = [f"{name}={column}" for name, column in options.columns or ()]
+    return " ".join([*words, *(["--columns", *pairs] if pairs else [])])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ def train(
     eval_data: Any = None,
     *,
     tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
     adapter: str | None = None,
     keep: bool = True,
     restart: bool = False,
@@ -73,9 +74,11 @@ def train(
 
     Args:
         model: an adapted model.
-        data: a dataset or a list of dictionaries; see ``nbpeft.training.train``.
-        eval_data: the same, for evaluation.
+        data: a dataset, a list of dictionaries, a DataFrame, a file or the name of a dataset on the hub; see
+            ``nbpeft.training.train``.
+        eval_data: the same, for evaluation; or how many rows of ``data`` to hold out: a share (0.1) or a number (64).
         tokenizer: for data that is text.
+        columns: what the columns are called, e.g. ``{"prompt": "question", "completion": "answer"}``.
         adapter: switch to this one first; it stays active when a step was done.
         keep: whether the run is kept on disk: its settings and curve, the adapter and the state of training.
         restart: start from the weights that the adapter was made with, instead of those it has now.
@@ -89,7 +92,7 @@ def train(
     tracked = ctx.find_adapted(model, command="train")
     if keep:
         arguments.setdefault("run_dir", run_place(ctx, tracked.name, source))
-    arguments |= {"tokenizer": tokenizer, "adapter": adapter}
+    arguments |= {"tokenizer": tokenizer, "columns": columns, "adapter": adapter}
     return train_tracked(ctx, tracked, data, eval_data, restart=restart, **arguments)
 
 
@@ -114,7 +117,7 @@ def train_tracked(
         replaced: adapters whose weights the training replaces before its first step.
         **arguments: of ``nbpeft.training.train``.
     """
-    from nbpeft.training import is_plain, train
+    from nbpeft.training import is_plain, open_data, train
     from nbpeft.training.adapted import trained_names
 
     trained, manager = tracked.model, tracked.manager
@@ -136,6 +139,7 @@ def train_tracked(
 
     interrupted: TrainingInterrupted | None = None
     with ctx.command(f"training {adapter or ', '.join(manager.active)}", slow=True, gather=False):
+        data = open_data(data)
         try:
             with weights_kept_unless(tracked, names if restart else replaced, learned):
                 if restart:
@@ -147,7 +151,7 @@ def train_tracked(
         finally:
             if learned():
                 tracked.count_steps(names, made[-1])
-        plain = is_plain(data)
+        plain = is_plain(data, arguments.get("tokenizer"), arguments.get("columns"))
         tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
         ctx.models.select(tracked)
         ctx.last_result = result

@@ -1,0 +1,35 @@
+"""Training data as a model will read it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument, positive
+from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, ON_MODEL, TOKENIZER, subcommand
+
+
+@subcommand(
+    "data",
+    "Show rows as the model will read them: template, special tokens, what is learned and what is cut off; and how "
+    "long all of them are.",
+    replace(DATA, flags=("data",), options={name: DATA.options[name] for name in ("metavar", "help")}),
+    TOKENIZER,
+    MAX_LENGTH,
+    COLUMNS,
+    argument("--rows", type=positive, metavar="N", default=3, help="how many to show (default: 3)"),
+    ON_MODEL,
+    example="%lora data train.jsonl --tokenizer tok --columns prompt=question completion=answer",
+)
+def data(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Look at data before a training."""
+    return notebook.session.data(
+        notebook.data(options.data, "data"),
+        notebook.tokenizer(options.tokenizer),
+        max_length=options.max_length,
+        columns=None if options.columns is None else dict(options.columns),
+        rows=options.rows,
+        name=options.data,
+        model=notebook.chosen(options.model),
+    )

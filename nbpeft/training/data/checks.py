@@ -1,0 +1,59 @@
+"""Whether rows fit a model, before a step fails on them with an error that names no row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft.errors import TrainingError
+
+_CHECKED_ROWS = 10_000
+"""How many rows are checked; the others are assumed to be like them."""
+
+
+def check_rows(rows: Any, *, vocabulary: int | None, causal: bool) -> None:
+    """Looks at the token ids and labels of rows.
+
+    Args:
+        rows: A dataset of dictionaries with ``input_ids``.
+        vocabulary: How many ids the model's embedding has, or None.
+        causal: Whether labels stand beside the ids, one for one.
+
+    Raises:
+        TrainingError: a row cannot be learned; the message names it.
+    """
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        return
+    for index in range(min(len(rows), _CHECKED_ROWS)):
+        row = rows[index]
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            return
+        check_row(row, index, vocabulary=vocabulary, causal=causal)
+
+
+def check_row(row: Mapping[str, Any], index: int, *, vocabulary: int | None, causal: bool) -> None:
+    """Looks at the token ids and labels of one row; see :func:`check_rows`."""
+    ids = _token_ids(row["input_ids"], index)
+    outside = ids[(ids < 0) | (ids >= vocabulary)] if vocabulary is not None else ids[:0]
+    if len(outside):
+        raise TrainingError(
+            f"Row {index} has the token id {int(outside[0])}, but the model knows ids from 0 to "
+            f"{(vocabulary or 0) - 1}: tokenise with the tokenizer of this model.",
+            index=index,
+        )
+    labels = row.get("labels")
+    if causal and labels is not None and len(labels) != len(ids):
+        raise TrainingError(f"Row {index} has {len(labels)} labels for {len(ids)} tokens.", index=index)
+
+
+def _token_ids(value: Any, index: int) -> Tensor:
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0, 0)
+    if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+        raise TrainingError(f"Row {index}: input_ids must be a list of token ids, not {value!r:.60}.", index=index)
+    return ids

@@ -1,0 +1,66 @@
+"""Rows become batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft.training.data.encoding import IGNORED
+
+
+@dataclass
+class Collator:
+    """Pads rows on the right into batches of tensors.
+
+    ``labels`` are padded with -100, ``input_ids`` with the padding token, everything else with 0;
+    single numbers become a (batch,) tensor, and ``label`` is called ``labels``.
+
+    Attributes:
+        pad_token_id: What ``input_ids`` are padded with.
+        copy_labels: Whether rows without labels get their ``input_ids`` as labels.
+        pad_to_multiple_of: Lengths are rounded up to it.
+    """
+
+    pad_token_id: int = 0
+    copy_labels: bool = False
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Rows as one batch; sequences become (batch, longest)."""
+        renamed = [
+            {"labels" if key in ("label", "label_ids") else key: value for key, value in row.items()} for row in rows
+        ]
+        complete = [self._complete(row) for row in renamed]
+        batch = {}
+        for key in complete[0]:
+            values = [torch.as_tensor(row[key]) for row in complete]
+            if values[0].ndim == 0:
+                batch[key] = torch.stack(values)
+                continue
+            length = max(len(value) for value in values)
+            if self.pad_to_multiple_of and values[0].ndim == 1:
+                length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+            filler = {"input_ids": self.pad_token_id, "labels": IGNORED}.get(key, 0)
+            batch[key] = torch.stack([_padded(value, length, filler) for value in values])
+        return batch
+
+    def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
+        if "input_ids" not in row:
+            return row
+        if "attention_mask" not in row:
+            row["attention_mask"] = [1] * len(row["input_ids"])
+        if self.copy_labels and "labels" not in row:
+            mask = zip(row["input_ids"], row["attention_mask"], strict=True)
+            row["labels"] = [int(token) if seen else IGNORED for token, seen in mask]
+        return row
+
+
+def _padded(value: Tensor, length: int, filler: int) -> Tensor:
+    if len(value) == length:
+        return value
+    padding = value.new_full((length - len(value), *value.shape[1:]), filler)
+    return torch.cat([value, padding])

@@ -1,0 +1,98 @@
+"""Where rows come from: lists, datasets, streams, tables, files and names on the hub."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from nbpeft.errors import TrainingError, with_article
+from nbpeft.training.data.files import SUFFIXES, read_file, suffix_of
+from nbpeft.training.data.hub import DatasetName, load_named, slice_of
+
+SOURCES = "a list of rows, a dataset, a DataFrame, a file or the name of a dataset"
+_NAME = re.compile(r"(?P<place>[^\[\]:]+)(?::(?P<first>[\w.-]+))?(?::(?P<second>[\w.-]+))?(?P<part>\[[^\]]*\])?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_data(data: Any) -> Any:
+    """Rows of any source: a sequence with a length, or a stream that can only be gone through.
+
+    Calling it with what it returned returns that again.
+
+    Args:
+        data: a list, a ``datasets.Dataset`` or ``IterableDataset``, a torch dataset, a DataFrame of pandas or
+            polars, the path of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the name of a
+            dataset on the hub: ``user/name``, ``user/name:split``, ``user/name:config:split[:1000]``.
+
+    Raises:
+        TrainingError: it is none of these, cannot be read, or has no rows.
+    """
+    if isinstance(data, Mapping):
+        raise _dictionary(data)
+    if isinstance(data, (str, os.PathLike)):
+        return _named(os.fspath(data))
+    if hasattr(data, "columns") and not hasattr(data, "column_names"):
+        data = _records(data)
+    if not is_stream(data) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        instead = " Make a list of it: list(…)." if hasattr(data, "__next__") else ""
+        raise TrainingError(f"Expected {SOURCES}, found {with_article(data)}.{instead}")
+    if isinstance(data, (bytes, bytearray)):
+        raise TrainingError(f"Expected {SOURCES}, found {with_article(data)}.")
+    if not is_stream(data) and len(data) == 0:
+        raise TrainingError(f"The {'dataset' if hasattr(data, 'column_names') else 'data'} has no rows.")
+    return data
+
+
+def is_stream(data: Any) -> bool:
+    """Whether rows come one after the other and nobody knows how many there are."""
+    return not hasattr(data, "__len__") and (
+        isinstance(data, IterableDataset) or (hasattr(data, "column_names") and hasattr(data, "__iter__"))
+    )
+
+
+def first_row(rows: Any) -> Any:
+    """The first row of a sequence or a stream.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if not is_stream(rows):
+        return rows[0]
+    found = list(itertools.islice(rows, 1))
+    if not found:
+        raise TrainingError("The stream has no rows.")
+    return found[0]
+
+
+def _named(text: str) -> Any:
+    found = _NAME.fullmatch(text)
+    place, part = (text, "") if found is None or os.path.exists(text) else (found["place"], found["part"] or "")
+    if suffix_of(place) and not os.path.isdir(place):
+        rows = read_file(place)
+        return rows[slice_of(part)] if part else rows
+    if found is not None and (os.path.isdir(place) or _HUB_ID.fullmatch(place)):
+        first, second = found["first"] or "", found["second"] or ""
+        config, split = (first, second) if second else ("", first)
+        return load_named(DatasetName(place, config, split, part))
+    ways = f"a file ({', '.join(SUFFIXES)}), a folder, or a dataset on the hub (user/name, user/name:split)"
+    raise TrainingError(f"{text!r:.100} does not name data; expected {ways}.")
+
+
+def _records(table: Any) -> Any:
+    """The rows of a DataFrame, by what it can do: neither pandas nor polars is needed here."""
+    if hasattr(table, "to_dicts"):
+        return table.to_dicts()
+    return table.to_dict("records") if hasattr(table, "to_dict") else table
+
+
+def _dictionary(data: Mapping[Any, Any]) -> TrainingError:
+    names = [str(name) for name in data]
+    if any(hasattr(part, "column_names") for part in data.values()):
+        return TrainingError(f"This is a dictionary of datasets; pass one of them: {', '.join(names)}.", splits=names)
+    listed = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") if names else "no keys"
+    return TrainingError(f"Expected {SOURCES}, found a dictionary with {listed}.")

@@ -1,0 +1,260 @@
+"""Rows as a model will read them, and how long all of them are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbpeft.display.blocks import TokenSpan
+from nbpeft.errors import TrainingError
+from nbpeft.training.data.encoding import IGNORED
+from nbpeft.training.data.sources import is_stream
+from nbpeft.training.data.tokenized import CodedRow, count_learned, named_rows, reading
+
+_STREAMED = 1000
+"""Rows of a stream that are looked at."""
+_BINS = 24
+_SHOWN_TOKENS = 400
+"""Of one row; of a longer one the beginning, and what is around the end."""
+_EXTRA = 2
+
+
+@dataclass(frozen=True)
+class RowSummary:
+    """One row.
+
+    Attributes:
+        number: 0 for the first.
+        token_count: of what is read.
+        learned_count: tokens a loss is taken on.
+        cut_count: tokens beyond the maximal length.
+        missing: why nothing is learned from it; empty if something is.
+        spans: its tokens.
+        target: of an encoder-decoder model, what it is to answer.
+    """
+
+    number: int
+    token_count: int
+    learned_count: int
+    cut_count: int
+    missing: str
+    spans: tuple[TokenSpan, ...]
+    target: tuple[TokenSpan, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a training would read.
+
+    Attributes:
+        form: what the rows are.
+        row_count: rows that are learned from.
+        token_count: tokens of these rows.
+        learned_count: tokens of them that a loss is taken on.
+        cut_rows: rows longer than the maximal length.
+        cut_tokens: tokens beyond it.
+        left_out: rows without anything to learn, by number and reason.
+        left_out_count: how many.
+        longest: tokens of the longest row, before anything is cut.
+        median: tokens of a row in the middle.
+        limit: the maximal length; None where rows are tokenised, which are not cut.
+        bins: first and last length, and how many rows are that long.
+        rows: some of the rows.
+        partial: whether only the first rows of a stream were looked at.
+    """
+
+    form: str
+    row_count: int
+    token_count: int
+    learned_count: int
+    cut_rows: int
+    cut_tokens: int
+    left_out: str
+    left_out_count: int
+    longest: int
+    median: int
+    limit: int | None
+    bins: tuple[tuple[int, int, int], ...]
+    rows: tuple[RowSummary, ...]
+    partial: bool = False
+
+
+def summarize(
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    max_length: int | None = None,
+    encoder_decoder: bool = False,
+    columns: Mapping[str, str] | None = None,
+    rows: int = 3,
+) -> DataSummary:
+    """Looks at all rows, through the same code as a training; of a stream at the first 1,000.
+
+    Args:
+        data: as for ``prepare_data``.
+        tokenizer: as for ``prepare_data``; rows that are tokenised are shown as numbers without one.
+        max_length: as for ``prepare_data``.
+        encoder_decoder: as for ``prepare_data``.
+        columns: as for ``prepare_data``.
+        rows: how many to show; up to two that are cut or left out come after them.
+
+    Raises:
+        TrainingError: as for ``prepare_data``, except that rows without anything to learn are reported.
+    """
+    how = reading(data, tokenizer, max_length=max_length, encoder_decoder=encoder_decoder, columns=columns)
+    streamed = is_stream(how.rows)
+    coded: Iterator[CodedRow] = itertools.islice(how.coded(), _STREAMED if streamed else None)
+    lengths: list[int] = []
+    left_out: list[tuple[int, str]] = []
+    kept: list[CodedRow] = []
+    token_count = learned = cut_rows = cut_tokens = 0
+    for row in coded:
+        lengths.append(_length(row))
+        cut_rows += row.cut
+        cut_tokens += max(0, lengths[-1] - row.limit)
+        if row.missing:
+            left_out.append((row.number, row.missing))
+        else:
+            token_count += len(row.row["input_ids"])
+            learned += count_learned(row.row["labels"], row.encoder_decoder)
+        if len(lengths) <= rows or (len(kept) < rows + _EXTRA and _is_first_of_its_kind(row, kept[rows:])):
+            kept.append(row)
+    if not lengths:
+        raise TrainingError("The stream has no rows.")
+    return DataSummary(
+        form=how.form.name if how.form is not None else "tokenised",
+        row_count=len(lengths) - len(left_out),
+        token_count=token_count,
+        learned_count=learned,
+        cut_rows=cut_rows,
+        cut_tokens=cut_tokens,
+        left_out=named_rows(left_out),
+        left_out_count=len(left_out),
+        longest=max(lengths),
+        median=round(statistics.median(lengths)),
+        limit=how.limit if how.form is not None else None,
+        bins=bins_of(lengths, how.limit if cut_rows else None),
+        rows=tuple(_summary(row, tokenizer) for row in kept),
+        partial=streamed and len(lengths) == _STREAMED,
+    )
+
+
+def bins_of(lengths: Sequence[int], border: int | None = None) -> tuple[tuple[int, int, int], ...]:
+    """A histogram of lengths: first and last length of each bin, and how many are in it.
+
+    Args:
+        lengths: whole numbers.
+        border: no bin holds lengths on both sides of it: ``border`` ends one, ``border + 1`` begins one.
+    """
+    longest = max(lengths)
+    width = _round_width(max(longest / _BINS, 1))
+    if border is not None:  # a width that the border is a multiple of, and as few bins as that allows
+        width = max(1, math.ceil(border / max(1, round(border / width))))
+    found = Counter(_bin(length, width, border) for length in lengths)
+    edges = [_bin(0, width, border)]
+    while edges[-1][1] < longest:
+        edges.append(_bin(edges[-1][1] + 1, width, border))
+    return tuple((*edge, found[edge]) for edge in edges)
+
+
+def _bin(length: int, width: int, border: int | None) -> tuple[int, int]:
+    """The bin of a length; bins begin at 1, 1 + width, …, and the first holds 0 too."""
+    if border is not None and length > border:
+        place = (length - border - 1) // width
+        return border + 1 + place * width, border + (place + 1) * width
+    place = max(0, length - 1) // width
+    last = (place + 1) * width
+    return (1 + place * width if place else 0), (min(last, border) if border is not None else last)
+
+
+def _round_width(raw: float) -> int:
+    unit = 10 ** math.floor(math.log10(raw))
+    return int(next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw * (1 - 1e-9)))
+
+
+def _length(row: CodedRow) -> int:
+    return max(len(row.whole.input_ids), len(row.whole.labels) if row.encoder_decoder else 0)
+
+
+def _is_first_of_its_kind(row: CodedRow, shown: Iterable[CodedRow]) -> bool:
+    """Whether this is the first row that is cut, or the first that is left out for its reason."""
+    return (row.cut or bool(row.missing)) and all(
+        (bool(row.missing), row.cut) != (bool(other.missing), other.cut) for other in shown
+    )
+
+
+def _summary(row: CodedRow, tokenizer: Any) -> RowSummary:
+    learned = [label != IGNORED and not row.missing for label in row.whole.labels]
+    if row.encoder_decoder:
+        spans = _spans_of(tokenizer, row.whole.input_ids, [False] * len(row.whole.input_ids), row.limit)
+        target = _spans_of(tokenizer, row.whole.labels, learned, row.limit)
+    else:
+        learned = [False, *learned[1:]] if learned else []
+        learned += [False] * (len(row.whole.input_ids) - len(learned))
+        spans, target = _spans_of(tokenizer, row.whole.input_ids, learned, row.limit), ()
+    return RowSummary(
+        row.number,
+        min(len(row.whole.input_ids), row.limit),
+        count_learned(row.row["labels"], row.encoder_decoder),
+        max(0, _length(row) - row.limit),
+        row.missing,
+        spans,
+        target,
+    )
+
+
+def _spans_of(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool], limit: int) -> tuple[TokenSpan, ...]:
+    """Tokens as text: neighbours of one kind together, each special token apart."""
+    special = _special_ids(tokenizer)
+    kinds = [(learned[place], token in special, place >= limit) for place, token in enumerate(ids)]
+    borders = [0] + [place for place in range(1, len(ids)) if kinds[place] != kinds[place - 1] or kinds[place][1]]
+    spans: list[TokenSpan] = []
+    shown = 0
+    for start, stop in _shown(len(ids), limit):
+        if start > shown:
+            spans.append(TokenSpan("", skipped=start - shown))
+        inside = [border for border in borders if start < border < stop]
+        for first, last in itertools.pairwise([start, *inside, stop]):
+            learns, is_special, cut = kinds[first]
+            spans.append(TokenSpan(_text(tokenizer, ids, first, last, is_special), learns, is_special, cut))
+        shown = stop
+    return (*spans, TokenSpan("", skipped=len(ids) - shown)) if shown < len(ids) else tuple(spans)
+
+
+def _shown(length: int, limit: int) -> list[tuple[int, int]]:
+    """Which tokens of a row are shown: of a long one its ends, and the beginning of what is cut."""
+    half, end = _SHOWN_TOKENS // 2, min(limit, length)
+    read = [(0, end)] if end <= 2 * half else [(0, half), (end - half, end)]
+    return [part for part in (*read, (end, min(length, end + half // 2))) if part[0] < part[1]]
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {token for token, what in added.items() if getattr(what, "special", False)}
+    return {*getattr(tokenizer, "all_special_ids", ()), *marked}
+
+
+def _text(tokenizer: Any, ids: Sequence[int], first: int, last: int, special: bool) -> str:
+    """The text of some of a row's tokens: what decoding up to their end adds to decoding up to their start.
+
+    Decoded alone, the first token of many tokenizers loses its space.
+    """
+    if not hasattr(tokenizer, "decode"):
+        return " ".join(str(token) for token in ids[first:last]) + " "
+    if special and hasattr(tokenizer, "convert_ids_to_tokens"):
+        return str(tokenizer.convert_ids_to_tokens(int(ids[first])))
+    from_here = max(0, first - 8)  # enough of what is before for the space, whatever the row's length
+    before, through = (_decoded(tokenizer, ids[from_here:end]) for end in (first, last))
+    alone = _decoded(tokenizer, ids[first:last])
+    text = through[len(before) :] if through.startswith(before) else alone
+    return text or alone or "".join(f"<{token}>" for token in ids[first:last])
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    options = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
+    return str(tokenizer.decode([int(token) for token in ids], skip_special_tokens=False, **options))

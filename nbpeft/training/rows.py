@@ -1,0 +1,115 @@
+"""The rows that a model is trained and evaluated on: prepared for it, and checked against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from nbpeft.display.numbers import count, plural
+from nbpeft.engine.model_tree import embedding_of
+from nbpeft.errors import ConfigError, with_article
+from nbpeft.training.adapted import base_of
+from nbpeft.training.data import StreamedRows, TokenizedRows, check_rows, hold_out, is_amount, prepare_data
+from nbpeft.training.data.checks import check_row
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a Trainer is given.
+
+    Attributes:
+        train: rows to learn.
+        evaluation: rows to measure on, or None.
+        notes: what was cut, left out or held out, one each.
+        lossy: whether something was cut or left out.
+    """
+
+    train: Any
+    evaluation: Any = None
+    notes: tuple[str, ...] = ()
+    lossy: bool = False
+
+
+def training_rows(
+    model: nn.Module,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    seed: Any = None,
+) -> TrainingRows:
+    """Prepares data for a model.
+
+    Args:
+        model: adapted or bare.
+        data: see :func:`prepare_data`.
+        eval_data: the same; or how many rows of ``data`` to hold out: a share (0.1) or a number (64).
+        tokenizer: see :func:`prepare_data`.
+        max_length: see :func:`prepare_data`.
+        columns: see :func:`prepare_data`; of ``eval_data``, too.
+        seed: of the training, by which held-out rows are drawn; by default that of a Trainer, 42.
+
+    Raises:
+        ConfigError: an argument is impossible.
+        TrainingError: the data cannot be read, or does not fit the model.
+    """
+    prepare = partial(_prepared, model, tokenizer=tokenizer, max_length=max_length, columns=columns)
+    rows = prepare(data)
+    if not is_amount(eval_data):
+        evaluation = None if eval_data is None else prepare(eval_data)
+        notes = _notes(rows, evaluation)
+        return TrainingRows(rows, evaluation, notes, bool(notes))
+    train, evaluation = hold_out(rows, eval_data, seed if isinstance(seed, int) else 42)
+    known = f" of {count(len(rows))}" if hasattr(rows, "__len__") else ""
+    held = f"{plural(len(evaluation), 'row')}{known} held out to evaluate on"
+    notes = _notes(rows)
+    return TrainingRows(train, evaluation, (*notes, held), bool(notes))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether prompt and completion go to different halves of the model."""
+    return bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether labels stand beside the ids, one for one."""
+    return not is_encoder_decoder(model) and embedding_of(base_of(model), output=True) is not None
+
+
+def check_reading(tokenizer: Any, max_length: Any) -> None:
+    """Refuses what cannot tokenise.
+
+    Raises:
+        ConfigError: the tokenizer is none, or the length is impossible.
+    """
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ConfigError(f"max_length must be a whole number of at least 1, not {max_length!r}", field="max_length")
+    if tokenizer is not None and (not callable(tokenizer) or isinstance(tokenizer, nn.Module)):
+        what = ", which is a model" if isinstance(tokenizer, nn.Module) else ""
+        raise ConfigError(f"tokenizer must be a tokenizer, not {with_article(tokenizer)}{what}", field="tokenizer")
+
+
+def _prepared(
+    model: nn.Module, data: Any, *, tokenizer: Any, max_length: int | None, columns: Mapping[str, str] | None
+) -> Any:
+    check_reading(tokenizer, max_length)
+    rows = prepare_data(
+        data, tokenizer, max_length=max_length, encoder_decoder=is_encoder_decoder(model), columns=columns
+    )
+    size = getattr(embedding_of(base_of(model)), "num_embeddings", None)
+    check: dict[str, Any] = {"vocabulary": size if isinstance(size, int) else None, "causal": is_causal(model)}
+    if isinstance(rows, StreamedRows):
+        rows.check = partial(check_row, **check)
+    else:
+        check_rows(rows, **check)
+    return rows
+
+
+def _notes(*parts: Any) -> tuple[str, ...]:
+    return tuple(part.notes for part in parts if isinstance(part, TokenizedRows) and part.notes)

@@ -1,0 +1,126 @@
+"""``%lora data``, and where a training cell finds its rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from IPython.display import HTML
+
+from nbpeft.session import DataResult
+from tests.char_tokenizer import CharTokenizer
+from tests.magics.notebook import Notebook
+
+PAIRS = [{"prompt": f"{number} and {number} is ", "completion": str(2 * number)} for number in range(8)]
+
+
+@pytest.fixture
+def ready(adapted: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A notebook in a folder with ``sums.jsonl``, a tokenizer, and the same rows under other names."""
+    monkeypatch.chdir(tmp_path)
+    Path("sums.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in PAIRS))
+    Path("with space.jsonl").write_text(json.dumps(PAIRS[0]))
+    adapted["tok"], adapted["rows"] = CharTokenizer(), PAIRS
+    adapted["asked"] = [{"question": row["prompt"], "answer": row["completion"]} for row in PAIRS]
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "data", ["rows", "sums.jsonl", "'sums.jsonl'", "asked --columns prompt=question completion=answer", "rows[:]"]
+)
+def test_a_cell_takes_rows_from_everywhere(ready: Notebook, data: str) -> None:
+    result = ready.do(f"%%lora_train model --data {data} --eval 0.25 --tokenizer tok\nmax_steps = 2")
+    assert result.steps == 2 and result.eval_loss is not None
+    assert "2 rows of 8 held out to evaluate on" in result.message
+    same = ready.session.train(ready["model"], PAIRS, 0.25, tokenizer=ready["tok"], adapter="chat", max_steps=2)
+    assert same.token_count == result.token_count
+
+
+def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
+    line = "%lora_train model --data asked --tokenizer tok --columns prompt=question completion=answer max_steps=1"
+    assert ready.do(line).steps == 1
+    assert ready.do(line.replace("--columns", "num_train_epochs=1 --columns")).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("data.jsonl", "There is no file 'data.jsonl'."),
+        ("sum.jsonl", "There is no file 'sum.jsonl'. Did you mean 'sums.jsonl'"),
+        ("user/name:train[:10]", "'user/name' is not a folder here, the hub is offline or cannot be reached"),
+        ("rows --eval 0", "eval_data=0 is neither data, nor a share of the rows between 0 and 1 (0.1)"),
+        ("rows --eval 8", "holds out 8 of 8 rows, which leaves nothing to train on"),
+        ("rows --tokenizer model", "--tokenizer: 'model' does not hold a tokenizer, but an adapted model."),
+        ("rows --tokenizer rows", "does not hold a tokenizer, but a list. Tokenizers here: tok."),
+        ("rows --columns prompt", "expected name=column, e.g. prompt=question, not 'prompt'"),
+        ("asked --columns promt=question completion=answer", "'promt' is none of"),
+        ("asked --columns prompt=question complation=answer", "'complation' is none of"),
+        ("asked", "--columns prompt=question completion=answer"),
+        ("[{'text': 'a'}, {'text': None}]", "Row 1: 'text' is None."),
+    ],
+)
+@pytest.mark.parametrize("verb", ["%lora_train model --data", "%lora data"])
+def test_a_mistake_is_one_line(ready: Notebook, verb: str, line: str, message: str) -> None:
+    if "--eval" in line and verb == "%lora data":
+        return
+    fields = " max_steps=1" if "train" in verb else ""
+    told = ready.run(f"{verb} {line}{fields}").line
+    assert message in told and "\n" not in told
+
+
+def test_data_shows_what_a_cell_would_read(ready: Notebook) -> None:
+    result = ready.do("%lora data sums.jsonl --rows 2")
+    assert isinstance(result, DataResult)
+    assert result == ready.session.data(PAIRS, ready["tok"], rows=2, name="sums.jsonl")
+    assert [row.number for row in result.summary.rows] == [0, 1]
+    assert str(result).startswith("sums.jsonl (prompt and completion): 8 rows, ")
+    assert ready.do("%lora data asked --columns prompt=question completion=answer").summary.rows == (
+        ready.do("%lora data rows").summary.rows
+    )
+
+
+def test_what_is_shown_is_plain_html_of_bounded_size(ready: Notebook) -> None:
+    ready["rows"] = [{"prompt": "<script>alert(1)</script> & ", "completion": "word " * 5000}] * 30
+    result = ready.do("%lora data rows")
+    html = HTML(result._repr_html_()).data
+    assert "<script" not in html and "&lt;script&gt;" in html
+    assert len(html) < 50_000
+    assert "30 of 30 rows cut to 1,024 tokens" in html
+    assert result.__rich__() is not None
+
+
+def test_a_training_says_where_to_see_what_was_cut(ready: Notebook) -> None:
+    cell = "%%lora_train model --data rows --tokenizer tok{}\nmax_steps = 1"
+    told = ready.do(cell.format(" --max-length 13")).message
+    assert "3 of 8 rows were cut" in told
+    assert told.endswith("(%lora data rows --tokenizer tok --max-length 13 shows them)")
+    shown = ready.do("%lora data rows --tokenizer tok --max-length 13").summary
+    assert shown.cut_rows == 3
+    assert "%lora data" not in ready.do(cell.format("")).message
+
+
+@pytest.mark.parametrize("source", ["sums.jsonl", "asked --columns prompt=question completion=answer"])
+def test_a_training_from_a_file_is_exported(ready: Notebook, source: str) -> None:
+    ready.do(f"%%lora_train model --data {source} --eval 0.25 --tokenizer tok\nmax_steps = 1")
+    result = ready.do("%lora export train.py --base somewhere")
+    assert [count for _, count in result.data] == [6, 2]
+    ready["stream"] = __import__("datasets").Dataset.from_list(PAIRS).to_iterable_dataset()
+    ready.do("%%lora_train model --data stream --tokenizer tok\nmax_steps = 1")
+    assert "a stream cannot be written beside a script" in ready.run("%lora export train.py --base somewhere").line
+
+
+def test_a_stream_needs_a_number_of_steps(ready: Notebook) -> None:
+    ready["stream"] = __import__("datasets").Dataset.from_list(PAIRS).to_iterable_dataset()
+    told = ready.run("%%lora_train model --data stream --tokenizer tok\nlearning_rate = 1e-3").line
+    assert "say how many steps to train" in told and "max_steps" in told
+
+
+def test_data_is_completed(ready: Notebook) -> None:
+    assert "sums.jsonl" in ready.complete("%lora_train model --data su")
+    assert ready.complete("%lora data su") == ["sums.jsonl"]
+    assert '"with space.jsonl"' in ready.complete("%lora data wi")
+    assert "rows" in ready.complete("%lora_train model --data ro")
+    assert ready.complete("%lora data rows --columns pro") == ["prompt="]
+    assert "completion=" in ready.complete("%lora data rows --columns prompt=question comp")
