@@ -17,6 +17,7 @@ _PHRASES = {
 }
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
 _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
+_MODEL = re.compile(r"\bmodel='(\w+)'")
 
 
 def in_cell_spelling(said: Any) -> Any:
@@ -27,7 +28,7 @@ def in_cell_spelling(said: Any) -> Any:
         for phrase, cell in _PHRASES.items():
             said = said.replace(phrase, cell)
         said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
-        return _ARGUMENT.sub(r"(\1, --\1)", said)
+        return _ARGUMENT.sub(r"(\1, --\1)", _MODEL.sub(r"--model \1", said))
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
         parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}
         changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part)) != part}

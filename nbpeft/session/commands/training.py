@@ -35,7 +35,7 @@ def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | No
         total_steps: optimizer steps planned, or None where that is not known.
         **options: further arguments of ``Run``.
     """
-    tracked = ctx.find(model)
+    tracked = ctx.find(model, command="track")
     return _run(ctx, tracked, model if tracked is None else tracked.model, total_steps, **options)
 
 
@@ -112,7 +112,7 @@ def export(
     """
     from nbpeft.training import export_script
 
-    tracked, place = ctx.models.get(model), place_of(path, "export")
+    tracked, place = ctx.models.get(model, command="export"), place_of(path, "export")
     with ctx.command(f"exporting to {place}", slow=True) as notes:
         files = export_script(tracked.model, place, data, eval_data, tokenizer=tokenizer, base=base, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
