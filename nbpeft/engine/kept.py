@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,7 +176,7 @@ def is_half(weights: AdapterWeights) -> bool:
 
 def _scalings(manager: AdapterManager, name: str) -> dict[str, float]:
     """Path -> factor of the layers whose factor is not the one that the config asks for."""
-    found = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    found: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
     return {
         path: float(one.scaling)
         for path, one in found.items()

@@ -16,9 +16,9 @@ from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.planning import plan_or_reason
 from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.handles import rehandle, uncompiled
-from nbpeft.session.history import Undoable, unsaved_words
 from nbpeft.session.preview import preview_of
 from nbpeft.session.results import AddResult, LoadResult, ModelRef, Preview, SavedAdapter, SaveResult
+from nbpeft.session.undoable import Undoable, unsaved_words
 
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig

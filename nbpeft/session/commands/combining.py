@@ -11,8 +11,8 @@ from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import adapter_name, weights_of
 from nbpeft.session.commands.adapters import adapter_in
-from nbpeft.session.history import Undoable, unsaved_words
 from nbpeft.session.results.combining import CombineResult
+from nbpeft.session.undoable import Undoable, unsaved_words
 
 if TYPE_CHECKING:
     from nbpeft.engine.manager import AdapterManager

@@ -19,8 +19,8 @@ from nbpeft.session.generation import (
     prompt_batch,
 )
 from nbpeft.session.handles import uncompiled
-from nbpeft.session.history import Undoable
 from nbpeft.session.results.combining import SwapResult
+from nbpeft.session.undoable import Undoable
 
 if TYPE_CHECKING:
     from torch import nn

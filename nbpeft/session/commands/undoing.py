@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
-from nbpeft.session.history import Undoable
+from nbpeft.session.undoable import Undoable
 
 if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
