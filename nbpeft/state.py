@@ -33,6 +33,8 @@ class AdapterState:
     scale: float = 1.0
     summary: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Its method's main settings, e.g. ``{"r": "16", "α": "32"}``; a star where some modules have other values."""
+    frozen: bool = False
+    """Whether it is kept from training also while it is active."""
     unsaved: bool = False
     """Whether it was trained since it was added, loaded or saved."""
 
@@ -212,7 +214,7 @@ class SessionState:
 
     models: tuple[ModelState, ...] = ()
     current: str | None = None
-    """Name of the model that commands without a model apply to."""
+    """Name of the model that was used last."""
     busy: str = ""
     """What is running, in words, or the empty string."""
     revision: int = 0
@@ -220,6 +222,6 @@ class SessionState:
     notes: tuple[str, ...] = field(default=())
 
     def model(self, name: str | None = None) -> ModelState | None:
-        """The model of that name, the current one for None, or None if it is not there."""
+        """The model of that name, the one used last for None, or None if it is not there."""
         wanted = self.current if name is None else name
         return next((model for model in self.models if model.name == wanted), None)

@@ -54,14 +54,21 @@ def in_pool(model: ModelState) -> str:
 
 
 def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
-    """``active, trainable``.
+    """``active, trainable``, ``inactive, not saved``.
 
     Args:
         adapter: the adapter.
         with_active: say that it is active, where that is not shown otherwise.
     """
-    words = ["merged"] if adapter.merged else ["active"] if adapter.active and with_active else []
-    words.append("trainable" if adapter.trainable else "frozen")
+    if adapter.merged:
+        words = ["merged"]
+    elif adapter.active:
+        words = ["active"] if with_active else []
+        words.append("trainable" if adapter.trainable else "frozen")
+    else:
+        words = ["inactive", "frozen"] if adapter.frozen else ["inactive"]
+    if adapter.unsaved:
+        words.append("not saved")
     if adapter.scale != 1.0:
         words.append(f"× {adapter.scale:g}")
     return ", ".join(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
@@ -66,14 +67,22 @@ def shared_state_of(layers: Layers, name: str) -> SharedState | None:
     return None
 
 
-def copied_weights(weights: AdapterWeights) -> AdapterWeights:
-    """Returns copies of tensors, without history; those of the base are left out."""
+@torch.inference_mode(False)
+@torch.no_grad()
+def copied_weights(weights: AdapterWeights, device: str | None = None) -> AdapterWeights:
+    """Returns copies of tensors, without history; those of the base are left out.
+
+    Args:
+        weights: of an adapter.
+        device: where to; None: each stays where it is.
+    """
     return AdapterWeights(
-        {path: _copied(named) for path, named in weights.adapters.items()},
-        {path: _copied(named) for path, named in weights.copies.items()},
-        shared=_copied(weights.shared),
+        {path: copied(named, device) for path, named in weights.adapters.items()},
+        {path: copied(named, device) for path, named in weights.copies.items()},
+        shared=copied(weights.shared, device),
     )
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in tensors.items()}
+def copied(tensors: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
+    """Returns copies of tensors; see ``copied_weights``."""
+    return {key: value.detach().to(device or value.device, copy=True) for key, value in tensors.items()}

@@ -101,6 +101,10 @@ class BaseBiases:
         """Name -> what was there before the adapter, of all that it took."""
         return dict(self._originals.get(adapter, {}))
 
+    def present(self, adapter: str) -> dict[str, Tensor]:
+        """Name -> what is there now, of all that an adapter took."""
+        return {name: parameter.detach() for name, parameter in self._owners(self._originals.get(adapter, ())).items()}
+
     def _owners(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         wanted: dict[str, list[str]] = {}
         for name in names:

@@ -41,6 +41,7 @@ from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.provider import AdapterProvider
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.engine.tied_weights import untie_embeddings_
+from nbpeft.engine.trained import watch
 from nbpeft.engine.transaction import Block, Transaction
 from nbpeft.errors import (
     AdapterError,
@@ -81,6 +82,7 @@ class AdapterManager:
         alive: False once the adapters were unloaded; every command then refuses.
         revision: grows with every change.
         frozen: adapters that do not train even while active.
+        unsaved: adapters that were trained since they were added, loaded or saved.
         owner: token of the one handle that may use the manager.
         provider: where adapters come from that are named and not on the model, if anywhere.
     """
@@ -94,6 +96,7 @@ class AdapterManager:
         self.alive = True
         self.revision = 0
         self.frozen: set[str] = set()
+        self.unsaved: set[str] = set()
         self._selected: tuple[str, ...] = ()
         self._enabled = True
         self._scales: dict[str, float] = {}
@@ -107,6 +110,7 @@ class AdapterManager:
         self._transaction = Transaction(self.active_state, self.changed)
         self.owner = object()
         self.provider: AdapterProvider | None = None
+        watch(self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -167,6 +171,10 @@ class AdapterManager:
     def replaced_in_base(self, name: str) -> dict[str, Tensor]:
         """Name in the bare base model -> what was there before an adapter brought or trained its own."""
         return self._biases.originals(name)
+
+    def values_in_base(self, name: str) -> dict[str, Tensor]:
+        """Name in the bare base model -> tensor there that an adapter brought or trains."""
+        return self._biases.present(name)
 
     def provided(self, names: Sequence[str], *, switching: bool = False) -> AbstractContextManager[None]:
         """Holds adapters on the model while the block runs; see ``AdapterProvider``. Without one it does nothing."""
@@ -351,6 +359,7 @@ class AdapterManager:
 
     def _forget(self, name: str, change: Transaction) -> None:
         self._slots.pop(name, None)
+        self.unsaved.discard(name)
         self._biases.stop(name, change)
 
     def rename(self, old: str, new: str) -> None:
@@ -374,10 +383,22 @@ class AdapterManager:
                 self._scales[new] = self._scales.pop(old)
             if old in self.frozen:
                 self.frozen = (self.frozen - {old}) | {new}
+            if old in self.unsaved:
+                self.unsaved = (self.unsaved - {old}) | {new}
             self._selected = tuple(new if name == old else name for name in self._selected)
             for scope in self.active_state.scopes:
                 scope.names = tuple(new if name == old else name for name in scope.names)
             self.refresh((), change)
+
+    def place(self, name: str, place: int) -> None:
+        """Moves an adapter to a place among the others, from 0."""
+        with self.transaction(during_calls=True) as change:
+            self.require(name)
+            change.keep(self.configs)
+            items = [item for item in self.configs.items() if item[0] != name]
+            items.insert(place, (name, self.configs[name]))
+            self.configs.clear()
+            self.configs.update(items)
 
     def copy(self, name: str, new: str) -> None:
         """Makes a second, independent adapter with the same config and weights."""
@@ -390,6 +411,8 @@ class AdapterManager:
         with self.transaction():
             self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
             self.set_scale(new, self.scale(name))
+            if name in self.unsaved:
+                self.unsaved.add(new)
             for layer in self.layers.values():
                 held: dict[str, Any] = layer.adapters._modules
                 old, added = held.get(name), held.get(new)
@@ -431,7 +454,7 @@ class AdapterManager:
         """Records which adapters there are, where they hang, and who acts."""
         self._keep_choice(change)
         change.keep(self.configs, self.layers, self.copies, *self._holders())
-        change.keep_attributes(self, "_slots", "_was_trainable", "alive")
+        change.keep_attributes(self, "_slots", "_was_trainable", "alive", "unsaved")
         self._biases.keep(change)
 
     # Switching
@@ -733,7 +756,7 @@ class AdapterManager:
         change.keep_attributes(self.model, *_ATTRIBUTES)
         self.alive = False
         self.layers, self.copies, self.configs, self._slots = {}, {}, {}, {}
-        self._was_trainable, self._selected, self._merged = [], (), ()
+        self._was_trainable, self._selected, self._merged, self.unsaved = [], (), (), set()
         self.active_state.publish(NONE_ACTIVE)
         for attribute in _ATTRIBUTES:
             self.model.__dict__.pop(attribute, None)
@@ -762,6 +785,7 @@ class AdapterManager:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._transaction = Transaction(self.active_state, self.changed)
+        watch(self)
         self._publish_active()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

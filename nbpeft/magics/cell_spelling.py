@@ -18,6 +18,7 @@ _PHRASES = {
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
 _COLUMNS = re.compile(r"columns=\{('\w+': '.*?')\}")
 _ARGUMENT = re.compile(r"(?<!\w)\((\w+)=…\)")
+_MODEL = re.compile(r"\bmodel='(\w+)'")
 _PAIR = r"'(\w+)': '(.*?)'(?:, )?(?=(')?)"
 
 
@@ -36,7 +37,7 @@ def in_cell_spelling(said: Any) -> Any:
             said = said.replace(phrase, cell)
         said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
         said = _COLUMNS.sub(lambda found: f"--columns {re.sub(_PAIR, _as_option, found[1])}", said)
-        return _ARGUMENT.sub(r"(\1, --\1)", said)
+        return _ARGUMENT.sub(r"(\1, --\1)", _MODEL.sub(r"--model \1", said))
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
         parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}
         changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part)) != part}

@@ -6,7 +6,7 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -117,8 +117,25 @@ class NotebookContext:
             raise CellError(f"{what} needs a model, and no variable holds one")
         raise CellError(f"{what}: say which model: {', '.join(names)}")
 
+    def adapted_model(self, name: str | None, command: str) -> str:
+        """Return the session's name of the adapted model in a variable; for None of the only one there is.
+
+        Args:
+            name: a variable or a name that the session knows.
+            command: what is typed before the model, e.g. ``%lora plan``.
+
+        Raises:
+            CellError: none is named and there are several, or no model is called that.
+            AdapterError: the model carries no adapters.
+        """
+        model, names = self.chosen(name), self.session.names
+        if model is None and len(names) > 1:
+            raise several_models(names, command)
+        found = model if is_module(model) else self.session.model(model)
+        return self.session.watch(found, name=name)
+
     def chosen(self, name: str | None) -> Any:
-        """Return the model of a command as the session takes it: a module, a session name, or None for the current one.
+        """Return the model of a command as the session takes it: a module, a session name, or None for the only one.
 
         The present value of a variable has precedence over a model that it held before.
 
@@ -209,6 +226,11 @@ class NotebookContext:
         if close:
             return f" Did you mean {' or '.join(map(repr, close))}?"
         return f" Models here: {', '.join(models)}." if models else " No variable holds a model yet."
+
+
+def several_models(names: Sequence[str], command: str) -> CellError:
+    """The error for a command that was not given one of several models."""
+    return CellError(f"several models: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
 
 
 def _is_tokenizer(value: object) -> bool:

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from nbpeft.errors import CellError
@@ -23,13 +22,9 @@ ON_MODEL = argument(
     "-m",
     metavar="MODEL",
     completes="model",
-    help="which model; if left out the one adapted, loaded into, trained or switched last",
+    help="which model; may be left out where one alone carries adapters",
 )
-"""The option of subcommands that need an adapted model."""
-THE_MODEL = replace(
-    ON_MODEL, options={**ON_MODEL.options, "help": "which model; may be left out where one alone carries adapters"}
-)
-"""The option of subcommands that take something away from an adapted model: required where there are several."""
+"""The option of subcommands that need an adapted model: required where there are several."""
 MODEL = argument("target", metavar="MODEL", completes="model", help="variable that holds the model")
 ADAPTER_NAME = argument(
     *("--name", "-n"),

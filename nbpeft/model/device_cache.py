@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter_tensors import copied_weights
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
-from nbpeft.model.host_cache import HostAdapter, HostCache, ShapeSignature, copy_to_host
+from nbpeft.model.host_cache import HostAdapter, HostCache, ShapeSignature
 
 MB = 10**6
 
@@ -252,7 +253,9 @@ class DeviceCache:
         self._scales[name] = self._manager.scale(name)
         if entry.byte_count > self._host.limit:
             return None
-        return HostAdapter(entry.config, copy_to_host(self._manager.weights(name)), entry.signature, entry.byte_count)
+        return HostAdapter(
+            entry.config, copied_weights(self._manager.weights(name), "cpu"), entry.signature, entry.byte_count
+        )
 
     def _overwrite(self, old: str, new: str, adapter: HostAdapter) -> None:
         self._manager.rename(old, new)
@@ -264,7 +267,7 @@ class DeviceCache:
 
     def _add(self, name: str, plan: InjectionPlan, adapter: HostAdapter) -> None:
         # A copy: what is on the model will be overwritten, and others may hold what was read.
-        weights = copy_to_host(adapter.weights)
+        weights = copied_weights(adapter.weights, "cpu")
         self._manager.add(name, plan, weights, trainable=False, half=self._half, select=False)
         self._record(name, adapter)
 

@@ -19,6 +19,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import method_of
+from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -216,6 +217,7 @@ def save(
     state_dict: Mapping[str, Tensor] | None = None,
     flat: bool = False,
     converted: bool = False,
+    stays: bool = True,
 ) -> dict[str, checkpoint.WrittenFiles]:
     """Saves adapters.
 
@@ -227,6 +229,7 @@ def save(
         state_dict: take tensors from here, under the names they have in the handle.
         flat: put the one adapter named into the folder itself, whatever its name.
         converted: write adapters that started in a part of the base as plain LoRA.
+        stays: whether the folder is one that stays, so that the adapters are no longer unsaved.
 
     Returns:
         Adapter name -> what was written.
@@ -248,6 +251,8 @@ def save(
         return {}
     card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
     written = checkpoint.write_checkpoints(folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model))
+    if stays:
+        mark_saved(manager, *chosen)
     return {name: written[place] for name, place in places.items()}
 
 
@@ -380,8 +385,10 @@ def push(manager: AdapterManager, repo_id: str, **kwargs: Any) -> Any:
     """Saves all adapters into a temporary folder and uploads it."""
     manager.check_alive()
     with checkpoint.scratch_folder() as folder:
-        save(manager, folder)
-        return checkpoint.push(folder, repo_id, **kwargs)
+        save(manager, folder, stays=False)
+        pushed = checkpoint.push(folder, repo_id, **kwargs)
+    mark_saved(manager, *manager.names)
+    return pushed
 
 
 def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
@@ -204,20 +203,6 @@ class AdapterReader:
             note = checkpoint.compare(metadata, self._manager.model)
             self._notes[key] = None if note is None or note.startswith("the adapter does not say") else note
         return self._notes[key]
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def copy_to_host(weights: AdapterWeights) -> AdapterWeights:
-    """Copies an adapter's tensors to host memory."""
-
-    def copied(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        return {
-            path: {key: tensor.detach().to("cpu", copy=True) for key, tensor in named.items()}
-            for path, named in groups.items()
-        }
-
-    return AdapterWeights(copied(weights.adapters), copied(weights.copies))
 
 
 class _ReadAbandoned(Exception):

@@ -18,6 +18,7 @@ from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, 
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import method_of
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, HotSwapError, did_you_mean, shortened
 from nbpeft.model.files import HUB_OPTIONS, embedding_weights, not_floating
 
@@ -31,6 +32,7 @@ def hotswap_adapter(
     torch_device: str | None = None,
     *,
     validate: Callable[[nn.Module], object] | None = None,
+    done: Callable[[Transaction], None] | None = None,
     **kwargs: Any,
 ) -> Swapped:
     """Puts a saved adapter in the place of one that is on the model, which keeps its name.
@@ -46,6 +48,7 @@ def hotswap_adapter(
         torch_device: where to read the file to; the CPU if None.
         validate: called with the model once the new adapter is in place and alone active; if it
             returns False or raises, the old adapter is put back, bit for bit.
+        done: called last of all with the transaction of the swap, which it can still undo by raising.
         **kwargs: ``config`` to use instead of the saved one, ``key_mapping``, and hub options:
             ``subfolder``, ``revision``, ``cache_dir``, ``token``, …
 
@@ -63,7 +66,7 @@ def hotswap_adapter(
         # Merged weights are not the base's: the comparison would report another base.
         note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = kwargs.get("config") or saved.config
-    swapped = _swap(model, manager, adapter_name, config, saved.tensors, kwargs.get("key_mapping"), validate)
+    swapped = _swap(model, manager, adapter_name, config, saved.tensors, kwargs.get("key_mapping"), validate, done)
     if note is not None and not note.startswith("the adapter does not say"):
         warnings.warn(note, stacklevel=2)
     return swapped
@@ -151,7 +154,7 @@ def prepare_model_for_compiled_hotswap(
 
 def _refuse_misspelt(keywords: Mapping[str, object]) -> None:
     """Unknown keywords are passed over, as in PEFT; but not one that was meant to be ``validate``."""
-    known = (*HUB_OPTIONS, "config", "key_mapping", "torch_device", "validate")
+    known = (*HUB_OPTIONS, "config", "key_mapping", "torch_device", "validate", "done")
     for name in keywords:
         close = [] if name in known else difflib.get_close_matches(name, known, 1, 0.8)
         if close:
@@ -166,6 +169,7 @@ def _swap(
     tensors: Mapping[str, Tensor],
     key_mapping: Mapping[str, str] | None,
     validate: Callable[[nn.Module], object] | None,
+    done: Callable[[Transaction], None] | None = None,
 ) -> Swapped:
     loaded = checkpoint.from_file(
         tensors, _expected(manager, name, config), peft_type=str(config.peft_type), key_mapping=key_mapping
@@ -180,7 +184,7 @@ def _swap(
         )
     _leave_embeddings_out(manager, name, loaded.weights)
     check = None if validate is None else lambda: validate(model)
-    return swap(manager, name, config, loaded.weights, grow=not _compiled(model), validate=check)
+    return swap(manager, name, config, loaded.weights, grow=not _compiled(model), validate=check, done=done)
 
 
 def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Expected:

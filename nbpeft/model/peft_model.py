@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -381,6 +381,25 @@ class PeftModel(nn.Module):
 
         An adapter of the same name is replaced, weights and config. See ``from_pretrained``.
         """
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "key_mapping": key_mapping, **kwargs}
+        return self.prepare_load(model_id, adapter_name, is_trainable, torch_device, **options)()
+
+    def prepare_load(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Callable[[], files.LoadResult]:
+        """Reads a saved adapter and checks that it fits; the arguments are those of ``load_adapter``.
+
+        Returns:
+            A function that puts it on the model.
+        """
         self._check_live()
         put = files.read(
             self.manager,
@@ -392,14 +411,18 @@ class PeftModel(nn.Module):
             replace=True,
             options={"torch_device": torch_device, **kwargs},
         )
-        with self.manager.transaction() as change:
-            result = put()
-            if is_trainable:
-                self.manager.set_requires_grad(adapter_name, True)
-            else:
-                change.keep_modes(self)
-                self.eval()
-        return result
+
+        def load() -> files.LoadResult:
+            with self.manager.transaction() as change:
+                result = put()
+                if is_trainable:
+                    self.manager.set_requires_grad(adapter_name, True)
+                else:
+                    change.keep_modes(self)
+                    self.eval()
+            return result
+
+        return load
 
     def save_pretrained(
         self,

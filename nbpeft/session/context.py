@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.errors import AdapterError, in_one_line
 from nbpeft.logs import collapsed
 from nbpeft.session.handles import handle_over, is_handle, is_module, uncompiled
+from nbpeft.session.history import History
 from nbpeft.session.lock import CommandLock
 from nbpeft.session.registry import ModelRegistry, TrackedModel
 from nbpeft.session.results import CommandResult
@@ -49,6 +50,7 @@ class SessionContext:
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
         last_result: of the last training that finished or was stopped, by whatever.
         last_traceback: of the last command that failed, as text.
+        history: adapters that commands deleted or replaced.
         notes: what went wrong outside any command, e.g. in a subscriber.
         changed: whether something changed that was not published yet.
         runs_dir: where runs are kept; None for ``NBPEFT_RUNS``, or else ``nbpeft_runs`` in ``home``.
@@ -65,6 +67,7 @@ class SessionContext:
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.last_result: TrainResult | None = None
         self.last_traceback = ""
+        self.history = History()
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
         self.changed = False
         self.runs_dir: str | None = None
@@ -128,18 +131,19 @@ class SessionContext:
             if self.lock.depth == 0 and (self.changed or self._published_busy):
                 self.publish()
 
-    def find(self, model: Any, variable: str | None = None) -> TrackedModel | None:
+    def find(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel | None:
         """Find a model, tracking it where it is adapted already; None for a bare model.
 
         Args:
-            model: a model, a name, or None for the current model.
+            model: a model, a name, or None for the only model.
             variable: what to call a model that is new here.
+            command: as for ``ModelRegistry.get``.
 
         Raises:
-            AdapterError: it is not a model, or there is none of that name.
+            AdapterError: it is not a model, there is none of that name, or it has to be named.
         """
         if model is None or isinstance(model, str):
-            return self.models.get(model)
+            return self.models.get(model, command=command)
         model = uncompiled(model)
         if not is_module(model):
             raise AdapterError(f"expected a model, or the name of one, not {model!r:.60}")
@@ -155,15 +159,15 @@ class SessionContext:
         """Find a model as ``find`` does, but refuse a bare one.
 
         Args:
-            model: a model, a name, or None for the current model.
+            model: a model, a name, or None for the only model.
             variable: what to call a model that is new here.
             command: as for ``ModelRegistry.get``.
 
         Raises:
             AdapterError: there is no such model, or it carries no adapters.
         """
-        tracked = None if model is None else self.find(model, variable)
-        return tracked if tracked is not None else self.models.get(model, command=command)
+        tracked = self.find(model, variable, command=command)
+        return tracked if tracked is not None else self.models.get(model)
 
     def result(self, tracked: TrackedModel, line: str, notes: list[str]) -> CommandResult:
         """The result of a command that only has a line to report."""
@@ -174,12 +178,14 @@ class SessionContext:
     def close(self) -> None:
         """Forget models and subscribers."""
         self.models.clear()
+        self.history.clear()
         self.subscribers.clear()
         self.run_subscribers.clear()
 
     def _model_changed(self) -> None:
         """Publish now, or at the end of the running command."""
         self.changed = True
+        self.history.forget_unloaded()
         if self.lock.depth == 0:
             self.publish()
 

@@ -22,11 +22,12 @@ from nbpeft.session.commands import (
     swapping,
     switching,
     training,
+    undoing,
 )
 from nbpeft.session.commands import runs as run_commands
 from nbpeft.session.configs import DEFAULT_METHOD, combination_types, field_names, method_names
 from nbpeft.session.context import SessionContext
-from nbpeft.session.handles import is_handle, is_live
+from nbpeft.session.handles import is_handle, is_live, uncompiled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,12 +60,10 @@ class Session:
     """Commands on the adapted models of a notebook or a script.
 
     A model is known by the name of its variable and held weakly. Every command that takes
-    ``model`` accepts that name, the model itself, or None for the current model: the one that was
-    adapted, loaded into, trained or switched last. When that one is unloaded or gone, no other takes its place
-    until a command names one. Commands that take something away (``merge``, ``unmerge``, ``unload``,
-    ``delete``, ``rename``, ``combine``, ``swap``, ``train``) refuse None where several models carry
-    adapters. A command that fails leaves model, session and disk as they were; one that another
-    thread runs meanwhile makes it raise ``BusyError`` at once.
+    ``model`` accepts that name, the model itself, or None for the only model that carries adapters;
+    where several do, None is refused. When the model used last is unloaded or gone, none that is left takes
+    its place until a command names it. A command that fails leaves model, session and disk as they were;
+    one that another thread runs meanwhile makes it raise ``BusyError`` at once.
     """
 
     def __init__(self) -> None:
@@ -80,6 +79,8 @@ class Session:
     delete = _command(adapters.delete)
     rename = _command(adapters.rename)
     copy = _command(adapters.copy)
+    reset = _command(undoing.reset)
+    undo = _command(undoing.undo)
     inspect = _command(inspecting.inspect)
 
     # Which of them are active, and how strongly
@@ -173,12 +174,11 @@ class Session:
     # Models
 
     def model(self, name: ModelLike = None, *, command: str = "") -> PeftModel:
-        """Return the adapted model of that name (or of a model), the current one for None.
+        """Return the adapted model of that name (or of a model), the only one for None.
 
         Args:
             name: a name or a model.
-            command: a command that takes something away from it, e.g. ``unload``; None is refused then where
-                several models carry adapters.
+            command: what it is for, for the message where several models carry adapters, e.g. ``unload``.
 
         Raises:
             AdapterError: there is none; the message names those there are.
@@ -225,6 +225,11 @@ class Session:
     # For front ends
 
     would_reuse = _command(quantizing.would_reuse)
+
+    def unsaved(self, model: object) -> tuple[str, ...]:
+        """Adapters of a model that were trained and are not saved; none for anything else."""
+        tracked = self.context.models.find(uncompiled(model))
+        return () if tracked is None else tuple(sorted(tracked.manager.unsaved))
 
     def unwritable(self, arguments: Mapping[str, Any]) -> list[str]:
         """Names of training arguments that ``export`` cannot write into a script."""

@@ -1,21 +1,29 @@
-"""The weights that adapters began with, for a training that starts anew."""
+"""The weights that adapters began with, for ``reset`` and for a training that starts anew."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from nbpeft.interrupts import HeldInterrupts
+from nbpeft.session.undoable import Undoable
 
 if TYPE_CHECKING:
+    from nbpeft.session.context import SessionContext
     from nbpeft.session.registry import TrackedModel
 
 
-def draw_anew(tracked: TrackedModel, name: str, *, seed: int) -> None:
-    """Gives an adapter the weights it was made with; one that was loaded gets new ones, drawn from a seed.
+def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: int | None = None) -> None:
+    """Gives an adapter the weights it was made with; one that was loaded gets new ones. ``undo`` brings the old back.
 
-    Its config, whether it is active and whether it trains stay as they are.
+    Its config, its place, whether it is active and whether it trains stay as they are.
+
+    Args:
+        ctx: the session's.
+        tracked: the model.
+        name: the adapter.
+        seed: of the numbers that are drawn where the first ones are not known; None draws the next ones.
 
     Raises:
         MergeError: it is merged.
@@ -23,39 +31,45 @@ def draw_anew(tracked: TrackedModel, name: str, *, seed: int) -> None:
     from nbpeft.training.random_states import drawing_from
 
     manager = tracked.manager
-    config, scale = manager.configs[name], manager.scale(name)
-    states = next((states for made, states in tracked.first_random.values() if made is config), None)
-    with drawing_from(seed if states is None else states):
+    config, scale, place = manager.configs[name], manager.scale(name), manager.names.index(name)
+    requested = tracked.requested_fields(name)
+    made, states = tracked.first_random.get(name, (None, None))
+    first = states if made is config else seed
+    with nullcontext() if first is None else drawing_from(first):
         put = manager.prepare(name, config, trainable=name not in manager.frozen, replace=True)
-    with manager.transaction():
+    with Undoable(ctx, tracked, name, "reset").change():
         put()
+        manager.place(name, place)
         manager.set_scale(name, scale)
-    if states is not None:
+    if made is config:
         tracked.first_random[name] = (manager.configs[name], states)
-    if name in tracked.requested:
-        tracked.requested[name] = (manager.configs[name], tracked.requested[name][1])
+    tracked.requested[name] = (manager.configs[name], requested)
 
 
 @contextmanager
-def weights_kept_unless(tracked: TrackedModel, names: Iterable[str], learned: Callable[[], bool]) -> Iterator[None]:
-    """Gives adapters back the weights they had when the block fails before anything was learned.
+def weights_kept_unless(
+    ctx: SessionContext, tracked: TrackedModel, names: Iterable[str], learned: Callable[[], bool]
+) -> Iterator[None]:
+    """Gives adapters back what they were when the block fails before anything was learned.
 
     Args:
+        ctx: the session's.
         tracked: their model.
         names: those whose weights the block replaces.
         learned: whether a step was done.
     """
-    import torch
+    from nbpeft.engine.kept import keep, put_back
 
     manager = tracked.manager
-    before = {name: [part.detach().clone() for part in manager.parameters(name)] for name in names}
+    before, past = [keep(manager, name) for name in names], ctx.history.of(manager)
+    known = (dict(tracked.requested), dict(tracked.first_random), dict(tracked.trained_steps))
     try:
         yield
     except BaseException:
-        if not learned():
-            with HeldInterrupts(to_the_end=True), torch.no_grad():
-                for name, tensors in before.items():
-                    present: list[Any] = manager.parameters(name)
-                    for part, value in zip(present, tensors, strict=True):
-                        part.copy_(value)
+        if not learned() and before:
+            with HeldInterrupts(to_the_end=True), manager.transaction() as change:
+                for kept in before:
+                    put_back(manager, kept)
+                ctx.history.take_back(manager, past, change)
+            tracked.requested, tracked.first_random, tracked.trained_steps = known
         raise

@@ -112,10 +112,10 @@ class TrackedModel:
 
 
 class ModelRegistry:
-    """Tracked models by name, and the current one: the default of commands that get no model.
+    """Tracked models by name. A command that gets no model means the only one, and is refused where there are several.
 
-    That is the model that was adapted, loaded into, trained or switched last. When it is unloaded
-    or gone, no other takes its place until a command names one.
+    The current model is the one that was adapted, loaded into, trained or switched last. When it is unloaded
+    or gone, no other takes its place, not even the only one left, until a command names one.
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
@@ -171,21 +171,20 @@ class ModelRegistry:
         return next((tracked for tracked in self.all() if tracked.matches(model)), None)
 
     def get(self, model: object = None, *, command: str = "") -> TrackedModel:
-        """Find a model by its name or itself, the current one for None.
+        """Find a model by its name or itself, the only one for None.
 
         A model that is named while none is current becomes the current one.
 
         Args:
             model: a name, a model, or None.
-            command: a command that takes something away, e.g. ``merge``: None is refused then where
-                there are several models.
+            command: what it is for, for the message, e.g. ``merge``.
 
         Raises:
             AdapterError: there is no such model, or it has to be named; the message names the models.
         """
         current, names = self.current, self.names
-        if model is None and command and len(names) > 1:
-            message = f"several models carry adapters: {', '.join(names)}; say which one to {command} (model=…)"
+        if model is None and len(names) > 1:
+            message = f"several models carry adapters; {command or 'this'} needs one of them: {_choices(names)}"
             raise AdapterError(message, available=names)
         if model is None:
             found = current
@@ -217,7 +216,7 @@ class ModelRegistry:
             what = f"{model!r:.60} carries no adapters" if isinstance(model, str) else "no model carries adapters"
             message = f"{what} yet; add one with session.add(model, config), or load one"
         elif model is None:
-            message = f"the model used last is unloaded or gone; say which one is meant (model=…): {there}"
+            message = f"the model used last is unloaded or gone; say which one is meant: {_choices(names)}"
         elif isinstance(model, str):
             message = f"no adapted model is called {model!r:.60}; there is: {there}.{did_you_mean(model, names)}"
         else:
@@ -232,3 +231,8 @@ class ModelRegistry:
         while name in self._models:
             name, number = f"model{number}", number + 1
         return name
+
+
+def _choices(names: Iterable[str]) -> str:
+    """How each of some models is named in a command."""
+    return " or ".join(f"model={name!r}" for name in names)

@@ -135,6 +135,8 @@ class Snapshots:
             merged=name in manager.merged,
             scale=manager.scale(name),
             summary=facts.summary,
+            frozen=name in manager.frozen,
+            unsaved=name in manager.unsaved,
         )
 
 

@@ -14,13 +14,15 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.trained import mark_unsaved
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_here, slow_words
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
+from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable, trained_names
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
@@ -316,6 +318,9 @@ def _fit(
                 trainer.save_model()
         return metrics
     finally:
+        manager = manager_of(model)
+        if manager is not None and run.steps_done and not keep:  # checkpoints in a scratch folder go with it
+            mark_unsaved(manager, *trained_names(model))
         if trainer is not None:
             noise = getattr(trainer, "neftune_hook_handle", None)  # an interrupted Trainer leaves it on
             if noise is not None:

@@ -73,12 +73,17 @@ class AdaptersPanel(SessionPanel):
     def _run(self, *command: Any) -> str:
         session, model = self._session, self._name
         what, *arguments = command
+        self._offer_undo(False)
         if what == "use":
             return _notes(session.use(arguments[0], model=model))
         if what == "off":
             return _notes(session.off(model=model))
         if what == "delete":
-            return str(session.delete(arguments[0], model=model))
+            deleted = session.delete(arguments[0], model=model)
+            self._offer_undo(True)
+            return _line(deleted)
+        if what == "undo":
+            return _line(session.undo(model=model))
         if what == "save":
             name, folder = arguments
             if not folder:
@@ -86,6 +91,11 @@ class AdaptersPanel(SessionPanel):
             return str(session.save(folder, name=name, model=model))
         session.memory(model)
         return ""
+
+    def _offer_undo(self, wanted: bool) -> None:
+        with self._lock:
+            if self._parts is not None:
+                self._parts.offer_undo(wanted)
 
 
 class _Parts:
@@ -109,6 +119,9 @@ class _Parts:
             "measure memory", "Measure what the model uses now", "116px", weakly(command, "memory")
         )
         self.message = parts.Message()
+        self._undo = parts.small_button("Undo", "Bring the deleted adapter back", "58px", weakly(command, "undo"))
+        *words, dismiss = self.message.box.children
+        self.message.box.children = (*words, self._undo, dismiss)
         buttons = ipywidgets.HBox([self._refresh, self.side_panel.buttons], layout=ipywidgets.Layout(flex="0 0 auto"))
         foot = ipywidgets.HBox(
             [self._totals, buttons],
@@ -116,6 +129,10 @@ class _Parts:
         )
         below = [foot, self._memory, self.message.box, self.side_panel.slot]
         self.root = parts.panel_root(self._head, self._choices.box, self._rows.box, self._empty, *below)
+
+    def offer_undo(self, wanted: bool) -> None:
+        """Shows the button that brings back what was deleted, beside the message that says so."""
+        self._undo.layout.display = None if wanted else "none"
 
     def draw(self, model: ModelState | None, name: str | None, busy: str) -> None:
         """Shows a state; widgets whose value stays send nothing."""
@@ -138,6 +155,11 @@ class _Parts:
         visible = None if model.adapters else "none"
         for part in (self._choices.box, self._refresh, self.side_panel.buttons):
             part.layout.display = visible
+
+
+def _line(result: Any) -> str:
+    """What a result reports without its notes, which speak of commands: here there are buttons."""
+    return str(getattr(result, "line", result))
 
 
 def _notes(result: Any) -> str:

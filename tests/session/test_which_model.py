@@ -12,6 +12,7 @@ import torch
 from nbpeft.errors import AdapterError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.session import Session
+from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
 from tests.training.support import token_rows
 
@@ -24,7 +25,7 @@ def two(session: Session) -> tuple[Any, Any]:
     return tuple(session.add(llama(), FIELDS, name="x", variable=name).model for name in ("first", "second"))  # type: ignore[return-value]
 
 
-TAKING: dict[str, Callable[[Session, Path], object]] = {
+COMMANDS: dict[str, Callable[[Session, Path], object]] = {
     "merge": lambda session, folder: session.merge(),
     "merge into a folder": lambda session, folder: session.merge(to=folder / "merged"),
     "unmerge": lambda session, folder: session.unmerge(),
@@ -34,6 +35,26 @@ TAKING: dict[str, Callable[[Session, Path], object]] = {
     "combine": lambda session, folder: session.combine({"x": 1.0}, as_name="y"),
     "swap": lambda session, folder: session.swap(folder / "x"),
     "train": lambda session, folder: session.train(None, token_rows(4), max_steps=1),
+    "undo": lambda session, folder: session.undo(),
+    "reset": lambda session, folder: session.reset("x"),
+    "use": lambda session, folder: session.use("x"),
+    "off": lambda session, folder: session.off(),
+    "on": lambda session, folder: session.on(),
+    "scale": lambda session, folder: session.set_scale("x", 2.0),
+    "freeze": lambda session, folder: session.freeze("x"),
+    "unfreeze": lambda session, folder: session.unfreeze("x"),
+    "add": lambda session, folder: session.add(None, FIELDS, name="y"),  # type: ignore[arg-type]
+    "load": lambda session, folder: session.load(folder / "x", name="y"),
+    "save": lambda session, folder: session.save(folder / "again"),
+    "copy": lambda session, folder: session.copy("x", "y"),
+    "compare": lambda session, folder: session.compare("a", tokenizer=CharTokenizer()),
+    "try_combination": lambda session, folder: session.try_combination({"x": 1.0}, "a", tokenizer=CharTokenizer()),
+    "inspect": lambda session, folder: session.inspect("x"),
+    "memory": lambda session, folder: session.memory(),
+    "plan_memory": lambda session, folder: session.plan_memory(),
+    "export": lambda session, folder: session.export(str(folder / "train.py"), token_rows(4)),
+    "track": lambda session, folder: session.track(),
+    "this": lambda session, folder: session.model(),
 }
 
 
@@ -44,28 +65,27 @@ def state_of(*models: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("what", TAKING)
-def test_what_takes_something_away_asks_which_of_several(
-    session: Session, two: tuple[Any, Any], tmp_path: Path, what: str
-) -> None:
+@pytest.mark.parametrize("what", COMMANDS)
+def test_every_command_asks_which_of_several(session: Session, two: tuple[Any, Any], tmp_path: Path, what: str) -> None:
     session.save(tmp_path / "x", name="x", model="first")
-    before = state_of(*two)
+    before, files = state_of(*two), sorted(tmp_path.rglob("*"))
     command = what.partition(" ")[0]
-    words = rf"several models carry adapters: first, second; say which one to {command} \(model=…\)"
+    words = f"several models carry adapters; {command} needs one of them: model='first' or model='second'"
     with pytest.raises(AdapterError, match=words) as caught:
-        TAKING[what](session, tmp_path)
+        COMMANDS[what](session, tmp_path)
     assert caught.value.details["available"] == ("first", "second")
+    assert sorted(tmp_path.rglob("*")) == files
     assert state_of(*two) == before and session.state.current == "second"
 
 
-def test_what_takes_nothing_away_acts_on_the_current_one(session: Session, two: tuple[Any, Any]) -> None:
+def test_one_that_is_named_is_the_one(session: Session, two: tuple[Any, Any]) -> None:
     first, second = two
-    assert session.off().state is not None and not second.manager.enabled and first.manager.enabled
-    session.on(model="first")
-    assert session.state.current == "second"
+    session.off(model="second")
+    assert not second.manager.enabled and first.manager.enabled
     session.use("x", model="first")
-    assert session.state.current == "first" and session.model() is first
-    assert session.inspect("x").model_name == "first"
+    assert session.state.current == "first"
+    assert session.inspect("x", model=second).model_name == "second"
+    assert [model.name for model in session.state.models] == ["first", "second"]
 
 
 @pytest.mark.parametrize("gone", ["unloaded", "unloaded in Python", "deleted"])
@@ -79,7 +99,7 @@ def test_no_model_takes_the_place_of_one_that_is_gone(session: Session, gone: st
     del model
     assert session.names == ("left",) and session.state.current is None
     for command in (session.merge, session.off, session.unload, session.unmerge, session.model):
-        words = r"the model used last is unloaded or gone; say which one is meant \(model=…\): left"
+        words = "the model used last is unloaded or gone; say which one is meant: model='left'"
         with pytest.raises(AdapterError, match=words):
             command()
     assert left.manager.merged == () and left.manager.enabled
@@ -109,7 +129,7 @@ def test_what_was_adapted_in_python_takes_no_place(session: Session) -> None:
     newer = Session()
     newer.adopt({"model": model, "other": other})
     assert newer.state.current is None
-    with pytest.raises(AdapterError, match=r"say which one is meant \(model=…\): model, other"):
+    with pytest.raises(AdapterError, match="off needs one of them: model='model' or model='other'"):
         newer.off()
     alone = Session()
     alone.adopt({"other": other})

@@ -124,6 +124,7 @@ class FakeSession:
         self.models = {item.name: item for item in models or (model(),)}
         self.commands: list[tuple[Any, ...]] = []
         self.error: BaseException | None = None
+        self.deleted: list[tuple[str, ModelState]] = []
         self.busy = ""
         self.revision = 0
         self.started: list[Callable[[FakeRun, str], object]] = []
@@ -183,8 +184,16 @@ class FakeSession:
         self._require(name, model)
         kept = tuple(item for item in self.models[model].adapters if item.name != name)
         active = tuple(item for item in self.models[model].active if item != name)
+        before = self.models[model]
         self.change(model, adapters=kept, active=active)
+        self.deleted.append((name, before))
         return f"deleted {name!r}"
+
+    def undo(self, *, model: str) -> str:
+        self._take("undo")
+        name, before = self.deleted.pop()
+        self.change(model, adapters=before.adapters, active=before.active)
+        return f"{name!r} is back, as it was before it was deleted"
 
     def memory(self, model: str) -> MemoryState:
         self._take("memory")

@@ -100,6 +100,31 @@ def test_delete_asks_back(panel: AdaptersPanel, session: Any) -> None:
     assert "deleted &#x27;pirate&#x27;" in text(panel)
 
 
+def test_what_was_deleted_comes_back_by_a_click(panel: AdaptersPanel, session: Any) -> None:
+    assert "Undo" not in labels(panel)
+    button(panel, "delete", 1).click()
+    button(panel, "Delete?").click()
+    button(panel, "Undo").click()
+    assert session.commands == [("delete", "pirate"), ("undo",)]
+    assert labels(panel)[:4] == ["base", "orders", "pirate", "sql"]
+    assert "&#x27;pirate&#x27; is back" in text(panel)
+    assert "Undo" not in labels(panel), "one click undoes one deletion"
+
+
+def test_a_message_about_something_else_offers_no_undo(panel: AdaptersPanel, session: Any) -> None:
+    button(panel, "delete", 1).click()
+    button(panel, "Delete?").click()
+    button(panel, "save").click()
+    button(panel, "Save").click()
+    assert "saved" in text(panel) and "Undo" not in labels(panel)
+
+
+def test_unsaved_training_is_marked_in_its_row(panel: AdaptersPanel, session: Any) -> None:
+    assert "not saved" not in text(panel)
+    session.change("model", adapters=[adapter("orders", unsaved=True), adapter("sql", active=False)])
+    assert "not saved" in text(panel) and "inactive" in text(panel)
+
+
 def test_a_double_click_on_delete_deletes_nothing(panel: AdaptersPanel, session: Any) -> None:
     once = button(panel, "delete")
     once.click()

@@ -25,6 +25,7 @@ class Manager(Protocol):
     configs: dict[str, AdapterConfig]
     layers: dict[str, AdaptedLayer]
     copies: dict[str, ModulesToSaveWrapper]
+    unsaved: set[str]
 
     @property
     def merged(self) -> tuple[str, ...]: ...  # noqa: D102
@@ -67,6 +68,7 @@ def swap(
     *,
     grow: bool = False,
     validate: Callable[[], object] | None = None,
+    done: Callable[[Transaction], None] | None = None,
 ) -> Swapped:
     """Puts another adapter's tensors in the place of a loaded one, which keeps its name.
 
@@ -82,6 +84,7 @@ def swap(
             then compiles again.
         validate: called when the new adapter is in place and alone active, before any other
             thread sees it; if it returns False or raises, the old one is put back, bit for bit.
+        done: called last of all with the transaction of the swap, which it can still undo by raising.
 
     Raises:
         HotSwapError: the new adapter cannot take the slot, or ``validate`` refused it. The
@@ -102,10 +105,14 @@ def swap(
     writes.collect_biases(manager.base_biases(name), weights.base)
     with manager.transaction() as change:
         change.keep(manager.configs)
+        change.keep_attributes(manager, "unsaved")
         writes.write(change)
         manager.configs[name] = new_config
+        manager.unsaved.discard(name)
         if validate is not None:
             _validated(manager, name, validate)
+        if done is not None:
+            done(change)
     return Swapped(name, len(weights.adapters), tuple(writes.zeroed), tuple(writes.reset))
 
 

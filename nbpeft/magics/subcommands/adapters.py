@@ -15,12 +15,12 @@ from nbpeft.magics.registry import (
     MODEL,
     NEW_NAME,
     ON_MODEL,
-    THE_MODEL,
     fields_of,
     session_command,
     subcommand,
 )
 from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
+from nbpeft.session.handles import is_module
 
 _ARGUMENTS = (
     MODEL,
@@ -76,6 +76,7 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
     argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub"),
     argument("--name", "-n", metavar="NAME", help="what to call it; the last part of PATH if left out"),
     argument("--train", action="store_true", help="load it to train it further; otherwise it is frozen"),
+    argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,
     example="%lora load adapters/sql --name sql",
 )
@@ -85,10 +86,9 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if model is None and not notebook.session.names:
         variable = notebook.only_model("%lora load")
         model = notebook.module(variable)
-    result = notebook.session.load(
-        options.path, name=options.name, model=model, variable=variable, trainable=options.train
-    )
-    if variable is not None and variable in notebook.namespace:
+    how = {"trainable": options.train, "replace": options.replace}
+    result = notebook.session.load(options.path, name=options.name, model=model, variable=variable, **how)
+    if variable is not None and is_module(notebook.namespace.get(variable)):
         notebook.namespace[variable] = result.model
     result.release()
     return result
@@ -109,9 +109,22 @@ def save(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return notebook.session.save(options.folder, name=options.name, model=notebook.chosen(options.model))
 
 
-session_command("delete", "Delete an adapter from the model.", ADAPTER, THE_MODEL, example="%lora delete sql")
+session_command("delete", "Delete an adapter from the model.", ADAPTER, ON_MODEL, example="%lora delete sql")
 session_command(
-    "rename", "Give an adapter another name.", ADAPTER, NEW_NAME, THE_MODEL, example="%lora rename sql sql_v1"
+    "undo",
+    "Bring back the adapter that was deleted, reconfigured, reset, swapped or replaced last, as it was.",
+    ON_MODEL,
+    example="%lora undo",
+)
+session_command(
+    "reset",
+    "Let an adapter start anew, with the weights that its config begins with; %lora undo brings the old ones back.",
+    ADAPTER,
+    ON_MODEL,
+    example="%lora reset sql",
+)
+session_command(
+    "rename", "Give an adapter another name.", ADAPTER, NEW_NAME, ON_MODEL, example="%lora rename sql sql_v1"
 )
 session_command(
     "copy", "Copy an adapter under a new name.", ADAPTER, NEW_NAME, ON_MODEL, example="%lora copy sql sql_backup"

@@ -11,7 +11,7 @@ from typing import Any
 from nbpeft.errors import CellError, ConfigError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive, prompt_text
-from nbpeft.magics.registry import ON_MODEL, THE_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
 from nbpeft.magics.subcommands.panels import show_panel
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.handles import is_module
@@ -39,7 +39,7 @@ _CHAT = argument("--chat", action="store_true", help="put the prompt into the ch
     argument("--sign", metavar="METHOD", default="total", choices=("total", "frequency"), help="how ties elects signs"),
     argument("--seed", type=int, metavar="N", help="of the entries that dare drops"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
-    THE_MODEL,
+    ON_MODEL,
     example="%lora combine orders=0.7 pirate=0.3 --as both",
 )
 def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
@@ -128,10 +128,11 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
         help="called with the model; False or an exception undoes the swap",
     ),
     argument("--tokens", type=positive, default=32, metavar="N", help="longest answer to --check (default: 32)"),
+    argument("--replace", action="store_true", help="also an adapter that was trained and is not saved"),
     _RAW,
     _CHAT,
     TOKENIZER,
-    THE_MODEL,
+    ON_MODEL,
     example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
 )
 def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
@@ -147,6 +148,7 @@ def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
         max_new_tokens=options.tokens,
         tokenizer=None if options.check is None else notebook.tokenizer(options.tokenizer),
         chat=_chat(options),
+        replace=options.replace,
         model=_compiled(notebook.chosen(options.model), notebook),
     )
 

@@ -7,7 +7,7 @@ import argparse
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import THE_MODEL, TOKENIZER, session_command, subcommand
+from nbpeft.magics.registry import ON_MODEL, TOKENIZER, session_command, subcommand
 from nbpeft.names import DTYPES
 
 _SAFE = argument("--safe", action="store_true", help="refuse where a merged weight would not be finite")
@@ -24,7 +24,7 @@ _SAFE = argument("--safe", action="store_true", help="refuse where a merged weig
     argument("--dtype", metavar="DTYPE", words=DTYPES, help="with --to: of its weights; the model's if left out"),
     argument("--base", metavar="DIR", completes="path", help="with --to: add to the original weights in this folder"),
     TOKENIZER,
-    THE_MODEL,
+    ON_MODEL,
     example="%lora merge sql --to merged/sql",
 )
 def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
@@ -39,7 +39,7 @@ def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return notebook.session.merge(options.names or None, model=model, safe=options.safe, to=options.to, **given)
 
 
-session_command("unmerge", "Put the base weights back, bit for bit.", THE_MODEL)
+session_command("unmerge", "Put the base weights back, bit for bit.", ON_MODEL)
 
 
 @subcommand(
@@ -47,7 +47,7 @@ session_command("unmerge", "Put the base weights back, bit for bit.", THE_MODEL)
     "Take all adapters off: the variable holds the base model again.",
     argument("--merge", action="store_true", help="add the active adapters to the base weights first"),
     _SAFE,
-    THE_MODEL,
+    ON_MODEL,
     example="%lora unload",
 )
 def unload(options: argparse.Namespace, notebook: NotebookContext) -> object:

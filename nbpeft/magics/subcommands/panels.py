@@ -21,7 +21,7 @@ PANELS = ("adapters", "compare", "blend", "plan")
     "panel",
     "Show the adapters with buttons to switch, save and delete them; or compare, blend, or plan memory.",
     argument("kind", nargs="?", metavar="PANEL", words=PANELS, completes="model", help=f"one of {', '.join(PANELS)}"),
-    argument("name", nargs="?", metavar="MODEL", completes="model", help="the current one if left out"),
+    argument("name", nargs="?", metavar="MODEL", completes="model", help=str(ON_MODEL.options["help"])),
     example="%lora panel compare",
 )
 def panel(options: argparse.Namespace, notebook: NotebookContext) -> object:
@@ -46,16 +46,14 @@ def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **con
     Args:
         notebook: the notebook.
         kind: ``adapters``, ``compare`` or ``blend``.
-        variable: the model; None for the current one.
+        variable: the model; None for the only one.
         **content: what to begin with, e.g. the prompt.
 
     Raises:
         AdapterError: there is no such model.
+        CellError: none is named, and there are several.
     """
-    session, name = notebook.session, notebook.chosen(variable)
-    if not (name is None or isinstance(name, str)):
-        name = session.watch(name, name=variable)
-    session.model(name)
+    session, name = notebook.session, notebook.adapted_model(variable, f"%lora panel {kind}")
     from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel
 
     made = {"adapters": AdaptersPanel, "compare": ComparePanel, "blend": BlendPanel}[kind]

@@ -124,9 +124,8 @@ def _source(name: str | None, notebook: NotebookContext) -> tuple[Any, str]:
     """
     notebook.session.adopt(notebook.namespace)
     if name is None:
-        current = notebook.session.state.current
-        if current is not None:
-            return None, current
+        if notebook.session.names:
+            return (found := notebook.adapted_model(None, "%lora plan")), found
         name = notebook.only_model("%lora plan")
     if name in notebook.namespace:
         value = notebook.namespace[name]

@@ -40,6 +40,7 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
         help="variable to hold the model, also one that holds something else (default: SOURCE itself where it is a "
         "variable, else model, which must be free or hold what this cell made before)",
     ),
+    argument("--replace", action="store_true", help="also where MODEL holds adapters that are not saved"),
     ADAPTER_NAME,
     replace(METHOD, options={**METHOD.options, "help": "lora (the default), ia3, …; decides the fields"}),
     argument(
@@ -67,8 +68,8 @@ def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:
         return session.preview_qlora(source, config, name=options.name, variable=variable, **sizes, **own)
     if sizes:
         raise sizes_without_dry_run()
-    if options.variable is None and isinstance(source, str):
-        _refuse_rebinding(variable, source, own, notebook)
+    if not options.replace:
+        _refuse_rebinding(variable, source, own, notebook, named=options.variable is not None)
     result = session.qlora(
         source, config, name=options.name, variable=variable, allow_missing=options.allow_missing, **own
     )
@@ -95,14 +96,26 @@ def _source(options: argparse.Namespace, notebook: NotebookContext) -> tuple[Any
     return word, options.variable or _DEFAULT_VARIABLE
 
 
-def _refuse_rebinding(variable: str, source: str, own: Mapping[str, Any], notebook: NotebookContext) -> None:
-    """Refuse to put a new model into a variable that was not named and that holds something else.
+def _refuse_rebinding(
+    variable: str, source: Any, own: Mapping[str, Any], notebook: NotebookContext, *, named: bool
+) -> None:
+    """Refuse to put a model into a variable that was not named and holds something else, or adapters not saved.
 
     Raises:
         CellError: it does; the message names what it holds.
     """
     value = notebook.namespace.get(variable)
-    if value is None or notebook.session.would_reuse(value, variable, source, own):
+    if value is None or value is source:
+        return
+    if isinstance(source, str) and notebook.session.would_reuse(value, variable, source, own):
+        return
+    unsaved = notebook.session.unsaved(value)
+    if unsaved:
+        raise CellError(
+            f"{variable!r} holds a model whose {' and '.join(map(repr, unsaved))} was trained and is not saved: save "
+            f"it (%lora save DIR --model {variable}), say --as with another name, or --replace"
+        )
+    if named:
         return
     held = with_article(value)
     adapters = getattr(value, "peft_config", None)

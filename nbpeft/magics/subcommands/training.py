@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.errors import CellError
-from nbpeft.magics.notebook_context import NotebookContext, TrainingCell
+from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, several_models
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, subcommand
 
@@ -119,7 +119,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     "Write the last %%lora_train cell as a script, for accelerate launch on several GPUs or machines.",
     argument("path", metavar="SCRIPT", completes="path", help="a new .py file; the rows go beside it"),
     argument("--base", metavar="SOURCE", completes="path", help="where the script loads the base model from"),
-    argument("--model", "-m", metavar="MODEL", completes="model", help="the model trained last if left out"),
+    argument("--model", "-m", metavar="MODEL", completes="model", help="may be left out where one alone was trained"),
     example="%lora export train.py",
 )
 def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
@@ -129,7 +129,9 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
         CellError: no cell trained it, or one of its fields cannot be written down.
     """
     notebook.session.adopt(notebook.namespace)
-    target = str(options.model or next(reversed(notebook.trained), ""))
+    if options.model is None and len(notebook.trained) > 1:
+        raise several_models(list(notebook.trained), "%lora export SCRIPT --model")
+    target = str(options.model or next(iter(notebook.trained), ""))
     cell = notebook.trained.get(target)
     if cell is None:
         what = f"{target!r} was not trained" if options.model else "nothing was trained"

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,11 @@ from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.handles import rehandle, uncompiled
 from nbpeft.session.preview import preview_of
 from nbpeft.session.results import AddResult, LoadResult, ModelRef, Preview, SavedAdapter, SaveResult
+from nbpeft.session.undoable import Undoable, unsaved_words
 
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.plan import InjectionPlan
     from nbpeft.model import PeftModel
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
@@ -62,7 +64,7 @@ def add(
     made = build_config(config, instead_of=_present(ctx, model, name))
     fields = meaning(made)
     with ctx.command(f"adding {name!r}", slow=True) as notes:
-        tracked, first_random = ctx.find(model, variable), random_states()
+        tracked, first_random = ctx.find(model, variable, command="add"), random_states()
         if tracked is None:
             bare: Any = uncompiled(model)
             planned = plan(bare, made, allow_missing=allow_missing)  # checks everything before the model is touched
@@ -85,16 +87,55 @@ def add(
             result = _added(tracked, name, None, notes, unchanged=True)
             ctx.models.select(tracked)
             return result
-        replace = present is not None
-        if replace:
-            notes.append("its weights start anew")
-        named = files.with_base_name(made, manager.model)
-        put = manager.prepare(name, named, trainable=trainable, allow_missing=allow_missing, replace=replace)
-        with manager.transaction():
-            planned = put()
-            manager.activate(name)
+        named = manager.plan(files.with_base_name(made, manager.model), name, allow_missing=allow_missing)
+        if present is None:
+            put = manager.prepare(name, named, trainable=trainable)
+            with manager.transaction():
+                planned = put()
+                manager.activate(name)
+        else:
+            planned = _reconfigured(ctx, tracked, name, named, notes, trainable=trainable)
         tracked.first_random[name] = (manager.configs[name], first_random)
-        return _added(tracked, name, fields, notes, plan=planned, reconfigured=replace)
+        return _added(tracked, name, fields, notes, plan=planned, reconfigured=present is not None)
+
+
+def _reconfigured(
+    ctx: SessionContext, tracked: TrackedModel, name: str, planned: InjectionPlan, notes: list[str], *, trainable: bool
+) -> InjectionPlan:
+    """Give an adapter another config; its weights stay where they mean the same under that."""
+    from nbpeft.engine.kept import fresh_copies, keeps_weights
+
+    manager, going = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
+    steps = tracked.steps_of([name])
+    kept, stays = going.kept, keeps_weights(manager, name, planned)
+    weights = fresh_copies(kept.weights) if stays else None
+    options = {"trainable": trainable, "half": stays and kept.half, "replace": True}
+    put = manager.prepare(name, planned, weights, **options)
+    with going.change():
+        put()
+        manager.activate(name)
+        if stays:
+            manager.set_scale(name, kept.scale)
+            manager.unsaved |= {name} if kept.unsaved else set()
+    if stays:
+        tracked.trained_steps[name] = (manager.configs[name], *steps)
+    notes.append(what_becomes_of_weights(stays=stays, unsaved=kept.unsaved))
+    return planned
+
+
+def what_becomes_of_weights(*, stays: bool, unsaved: bool, done: bool = True) -> str:
+    """What a note says of the weights of an adapter that is reconfigured.
+
+    Args:
+        stays: whether they stay.
+        unsaved: whether they were trained and are not saved.
+        done: whether it was done already.
+    """
+    which = "trained weights" if unsaved else "weights"
+    if stays:
+        return f"its {which} {'stay' if done else 'would stay'} as they are"
+    back = "session.undo() brings the trained ones back" if unsaved else "session.undo() brings the old ones back"
+    return f"its weights {'start' if done else 'would start'} anew{'; ' + back if done else ''}"
 
 
 def preview(
@@ -120,12 +161,17 @@ def preview(
         ConfigError: a field is unknown or impossible.
         TargetError: the targets do not match the model.
     """
+    from nbpeft.engine.kept import keeps_weights
+
     made = build_config(config, instead_of=_present(ctx, model, name))
     with ctx.command("planning") as notes:
-        tracked = ctx.find(model, variable)
+        tracked = ctx.find(model, variable, command="preview")
         base = tracked.manager.model if tracked is not None else uncompiled(model)
         title = tracked.name if tracked is not None else variable or "model"
         replaces = tracked is not None and name in tracked.manager.configs
+        if tracked is not None and replaces:
+            stays = keeps_weights(tracked.manager, name, tracked.manager.plan(made, name))
+            notes.append(what_becomes_of_weights(stays=stays, unsaved=name in tracked.manager.unsaved, done=False))
         result = preview_of(base, made, name=name, model_name=title, replaces=replaces, notes=notes)
         return dataclasses.replace(result, memory=plan_or_reason(base, made, title, settings))
 
@@ -134,7 +180,9 @@ def _present(ctx: SessionContext, model: ModelLike, name: str) -> AdapterConfig 
     """The config of the adapter of that name, if the model has one."""
     from nbpeft.engine.model_tree import manager_of
 
-    manager = manager_of(ctx.models.get(model).model if model is None or isinstance(model, str) else model)
+    manager = manager_of(
+        ctx.models.get(model, command="add").model if model is None or isinstance(model, str) else model
+    )
     return None if manager is None else manager.configs.get(name)
 
 
@@ -146,6 +194,7 @@ def load(
     model: ModelLike = None,
     variable: str | None = None,
     trainable: bool = False,
+    replace: bool = False,
 ) -> LoadResult:
     """Load a saved adapter under a new name; the first adapter of a model becomes active.
 
@@ -155,6 +204,7 @@ def load(
         model: a bare or an adapted model.
         variable: what to call a model that is new here.
         trainable: whether it trains while it is active.
+        replace: take the place of an adapter of that name.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or belongs to another base.
@@ -172,15 +222,9 @@ def load(
                 _reference(tracked), tracked.name, place, adapter_in(state, chosen), state, notes=tuple(notes)
             )
 
-        tracked = ctx.find(model, variable)
+        tracked = ctx.find(model, variable, command="load")
         if tracked is not None:
-            if chosen in tracked.manager.configs:
-                raise AdapterExistsError(
-                    f"{tracked.name} has an adapter {chosen!r} already; give the loaded one another name (name=…) "
-                    f"or delete {chosen!r} first",
-                    name=chosen,
-                )
-            tracked.model.load_adapter(place, chosen, is_trainable=trainable)
+            _load_beside(ctx, tracked, place, chosen, trainable=trainable, replace=replace)
             ctx.changed = True
             return loaded(tracked)
         handle = PeftModel.from_pretrained(uncompiled(model), place, adapter_name=chosen, is_trainable=trainable)
@@ -190,6 +234,21 @@ def load(
         ctx.models.select(tracked)
         ctx.changed = True
         return result
+
+
+def _load_beside(
+    ctx: SessionContext, tracked: TrackedModel, place: str, name: str, *, trainable: bool, replace: bool
+) -> None:
+    """Load an adapter onto a model that has some."""
+    taken = name in tracked.manager.configs
+    if taken and not replace:
+        there = f"{tracked.name} has an adapter {name!r} already{unsaved_words(tracked.manager, name)}"
+        raise AdapterExistsError(
+            f"{there}; give the loaded one another name (name=…), or replace it (replace=…)", name=name
+        )
+    put = tracked.model.prepare_load(place, name, is_trainable=trainable)
+    with Undoable(ctx, tracked, name, "replaced").change() if taken else nullcontext():
+        put()
 
 
 def save(
@@ -209,7 +268,7 @@ def save(
     from nbpeft.model import files
 
     place = place_of(folder, "save")
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="save")
     names = (name,) if name is not None else tracked.manager.names
     tracked.manager.require(*names)
     if not names:
@@ -229,7 +288,7 @@ def save(
 
 
 def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
-    """Delete an adapter from the model.
+    """Delete an adapter from the model; ``undo`` brings it back.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -237,10 +296,15 @@ def delete(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comman
     """
     tracked = ctx.models.get(model, command="delete")
     with ctx.command(f"deleting {name!r}") as notes:
-        tracked.manager.remove(name)
-        result = ctx.result(tracked, f"deleted {name!r}", notes)
-        tracked.requested.pop(name, None)
-        return result
+        manager, before = tracked.manager, tracked.manager.active
+        going = Undoable(ctx, tracked, name, "deleted")
+        with going.change():
+            manager.remove(name)
+        if going.kept.unsaved:
+            notes.append("it was trained and not saved; session.undo() brings it back")
+        if name in before and manager.active and set(manager.active) - set(before):
+            notes.append(f"{manager.active[0]!r} is active now")
+        return ctx.result(tracked, f"deleted {name!r}", notes)
 
 
 def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -> CommandResult:
@@ -266,7 +330,7 @@ def copy(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None) -
         UnknownAdapterError: there is no such adapter.
         AdapterExistsError: the new name is taken.
     """
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="copy")
     with ctx.command(f"copying {name!r}") as notes:
         tracked.manager.copy(name, new)
         return ctx.result(tracked, f"copied {name!r} to {new!r}", notes)

@@ -12,6 +12,7 @@ from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import adapter_name, weights_of
 from nbpeft.session.commands.adapters import adapter_in
 from nbpeft.session.results.combining import CombineResult
+from nbpeft.session.undoable import Undoable, unsaved_words
 
 if TYPE_CHECKING:
     from nbpeft.engine.manager import AdapterManager
@@ -73,10 +74,12 @@ def combine(
         raise AdapterError("no adapters to combine: name at least one")
     with ctx.command(f"combining {', '.join(weights)}", slow=True) as notes, seeded(seed):
         remade = _may_replace(ctx, tracked, as_name, weights, replace)
-        combined = make_combination(tracked, weights, as_name, settings, replaces=remade)
+        combined = make_combination(ctx, tracked, weights, as_name, settings, replaces=remade)
         ctx.combinations[tracked.name, as_name] = weakref.ref(tracked.manager.configs[as_name])
         if type == "linear" and combined.relative_error > _LINEAR_NOTE:
             notes.append("linear mixes the factors of one adapter with another's; type exact keeps the true sum")
+        if remade:
+            notes.append("it takes the place of the one before; session.undo() brings that back")
         state = tracked.state()
         return CombineResult(
             tracked.name,
@@ -112,6 +115,7 @@ def combination_settings(
 
 
 def make_combination(
+    ctx: SessionContext,
     tracked: TrackedModel,
     weights: Mapping[str, float],
     name: str,
@@ -134,7 +138,7 @@ def make_combination(
         if not replaces:
             return combined
         try:
-            with manager.transaction():
+            with Undoable(ctx, tracked, name, "combined anew").change():
                 if name in manager.active:
                     manager.activate([made if other == name else other for other in manager.active])
                 manager.remove(name)
@@ -143,7 +147,6 @@ def make_combination(
             with HeldInterrupts(to_the_end=True):
                 manager.remove(made)
             raise
-        tracked.requested.pop(name, None)
         return combined
 
 
@@ -184,11 +187,10 @@ def _may_replace(
         raise AdapterExistsError(f"{name!r} is one of the adapters that are combined; take another name", name=name)
     known = ctx.combinations.get((tracked.name, name))
     same = known is not None and known() is manager.configs[name]
-    if replace or (same and name in manager.frozen):
+    if replace or (same and name in manager.frozen and name not in manager.unsaved):
         return True
-    raise AdapterExistsError(
-        f"{tracked.name} has an adapter {name!r} already; take another name, or replace it (replace=…)", name=name
-    )
+    there = f"{tracked.name} has an adapter {name!r} already{unsaved_words(manager, name)}"
+    raise AdapterExistsError(f"{there}; take another name, or replace it (replace=…)", name=name)
 
 
 def free_name(name: str, taken: tuple[str, ...]) -> str:

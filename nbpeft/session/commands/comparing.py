@@ -69,7 +69,7 @@ def compare(
         AdapterError: adapters are merged, there is no tokenizer, or nothing to compare.
     """
     request = GenerationRequest(None, max_new_tokens, generation, None, should_stop)
-    tracked = ctx.find_adapted(model)
+    tracked = ctx.find_adapted(model, command="compare")
     manager = tracked.manager
     manager.refuse_merged("comparing")
     names = manager.names if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
@@ -118,13 +118,13 @@ def try_combination(
     """
     settings = combination_settings(type, rank=rank, density=density)
     weights = weights_of(weights)
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="try_combination")
     batch = prompt_batch(ctx, tracked, prompts_of(prompts), tokenizer, chat)
     with ctx.command(f"trying {type}", slow=True) as notes, evaluating(tracked.model):
         name = free_name(TRIAL, tracked.manager.names)
         try:
             with seeded(seed):
-                make_combination(tracked, weights, name, settings)
+                make_combination(ctx, tracked, weights, name, settings)
             pairs = tuple((key, float(weight)) for key, weight in weights.items())
             columns = [*_columns((), (), True)] if include_base else []
             columns.append(Column(f"{type}: {blend_title(pairs)}", pairs, row=name))

@@ -25,7 +25,7 @@ def inspect(ctx: SessionContext, name: str | None = None, *, model: ModelLike = 
     """
     from nbpeft.model.inspection import inspect_adapter
 
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="inspect")
     manager = tracked.manager
     if name is None:
         candidates = manager.active if len(manager.active) == 1 else manager.names
@@ -42,7 +42,7 @@ def memory(ctx: SessionContext, model: ModelLike = None) -> MemoryState:
     """Measure what a model uses; the session's state contains it from then on."""
     from nbpeft.memory import measure
 
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="memory")
     tracked.memory = measure(tracked.model)
     ctx.publish()
     return tracked.memory

@@ -79,7 +79,7 @@ def memory_planner(
     """Prepare the same for settings that are changed again and again; see ``plan_memory``."""
     tracked = None
     if model is None or (isinstance(model, str) and model in ctx.models.names):
-        tracked = ctx.models.get(model)
+        tracked = ctx.models.get(model, command="plan_memory")
     elif not isinstance(model, str):
         tracked = ctx.models.find(uncompiled(model))
     if tracked is not None:

@@ -13,6 +13,7 @@ from nbpeft.session.commands.adapters import adapter_in, nested_adapters_in_erro
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.prompts import prompt_batch
 from nbpeft.session.results.combining import SwapResult
+from nbpeft.session.undoable import Undoable
 from nbpeft.training.generation import GenerationRequest, PromptBatch, check_finite, evaluating, generate_batch
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def swap(
     tokenizer: Any = None,
     chat: bool | None = None,
     max_new_tokens: int = 32,
+    replace: bool = False,
     model: ModelLike = None,
 ) -> SwapResult:
-    """Put a saved adapter in the place of one that is on the model, which keeps its name.
+    """Put a saved adapter in the place of one that is on the model, which keeps its name; ``undo`` brings that back.
 
     Everything is checked before the first byte is copied, and a compiled model that was
     prepared for it goes on without compiling again.
@@ -49,6 +51,7 @@ def swap(
         tokenizer: for ``check_prompt``; the one given before if left out.
         chat: see ``compare``.
         max_new_tokens: length of the answers to ``check_prompt``.
+        replace: also one that was trained and is not saved.
         model: an adapted model; give the compiled one where it is compiled.
 
     Raises:
@@ -62,6 +65,8 @@ def swap(
     tracked = ctx.find_adapted(model, command="swap")
     name = into if into is not None else _only_active(tracked)
     tracked.manager.require(name)
+    if name in tracked.manager.unsaved and not replace:
+        raise AdapterError(f"{name!r} was trained and is not saved: save it first, or replace it (replace=…)")
     target: Any = model if uncompiled(model) is not model else tracked.model
     batch = None if check_prompt is None else prompt_batch(ctx, tracked, [check_prompt], tokenizer, chat)
     checks = batch is not None or validate is not None
@@ -73,10 +78,9 @@ def swap(
     ):
         before = check.generate([name])
         started = time.perf_counter()
-        swapped = hotswap_adapter(target, place, name, validate=check if checks else None)
+        going = Undoable(ctx, tracked, name, "swapped", in_place=True)
+        swapped = hotswap_adapter(target, place, name, validate=check if checks else None, done=going.gone)
         seconds = time.perf_counter() - started - check.seconds
-        tracked.requested.pop(name, None)
-        ctx.combinations.pop((tracked.name, name), None)
         ctx.changed = True
         state = tracked.state()
         return SwapResult(

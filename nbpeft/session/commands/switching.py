@@ -19,7 +19,7 @@ def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = N
         UnknownAdapterError: there is no such adapter.
     """
     chosen = names_of(names)
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="use")
     with ctx.command(f"switching to {', '.join(chosen)}") as notes:
         tracked.manager.activate(list(chosen), enable=True)
         ctx.models.select(tracked)
@@ -28,7 +28,7 @@ def use(ctx: SessionContext, names: str | Sequence[str], *, model: ModelLike = N
 
 def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
     """Switch all adapters off, until ``on`` or ``use``: the base model runs alone."""
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="off")
     with ctx.command("switching adapters off") as notes:
         tracked.manager.disable()
         return ctx.result(tracked, f"adapters of {tracked.name} are off; session.on() brings them back", notes)
@@ -36,7 +36,7 @@ def off(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
 
 def on(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
     """Switch the selected adapters on again."""
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="on")
     with ctx.command("switching adapters on") as notes:
         tracked.manager.enable()
         return ctx.result(tracked, f"adapters of {tracked.name} are on: {', '.join(tracked.manager.active)}", notes)
@@ -48,7 +48,7 @@ def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike 
     Raises:
         UnknownAdapterError: there is no such adapter.
     """
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="scale")
     with ctx.command(f"scaling {name!r}") as notes:
         tracked.manager.set_scale(name, scale)
         return ctx.result(tracked, f"{name!r} is scaled by {scale:g}", notes)
@@ -56,7 +56,7 @@ def set_scale(ctx: SessionContext, name: str, scale: float, *, model: ModelLike 
 
 def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
     """Keep an adapter from training."""
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="freeze")
     with ctx.command(f"freezing {name!r}") as notes:
         tracked.manager.freeze(name)
         return ctx.result(tracked, f"froze {name!r}", notes)
@@ -64,7 +64,7 @@ def freeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> Comman
 
 def unfreeze(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
     """Let an adapter train while it is active."""
-    tracked = ctx.models.get(model)
+    tracked = ctx.models.get(model, command="unfreeze")
     with ctx.command(f"unfreezing {name!r}") as notes:
         tracked.manager.unfreeze(name)
         return ctx.result(tracked, f"{name!r} trains while it is active", notes)

@@ -47,7 +47,7 @@ def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | No
         total_steps: optimizer steps planned, or None where that is not known.
         **options: further arguments of ``Run``.
     """
-    tracked = ctx.find(model)
+    tracked = ctx.find(model, command="track")
     return _run(ctx, tracked, model if tracked is None else tracked.model, total_steps, **options)
 
 
@@ -141,10 +141,10 @@ def train_tracked(
     with ctx.command(f"training {adapter or ', '.join(manager.active)}", slow=True, gather=False):
         data = open_data(data)
         try:
-            with weights_kept_unless(tracked, names if restart else replaced, learned):
+            with weights_kept_unless(ctx, tracked, names if restart else replaced, learned):
                 if restart:
                     for name in names:
-                        draw_anew(tracked, name, seed=int(arguments.get("seed", _SEED)))
+                        draw_anew(ctx, tracked, name, seed=int(arguments.get("seed", _SEED)))
                 result = train(trained, data, eval_data, **arguments, run_factory=make_run)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
@@ -200,7 +200,7 @@ def export(
     """
     from nbpeft.training import export_script
 
-    tracked, place = ctx.models.get(model), place_of(path, "export")
+    tracked, place = ctx.models.get(model, command="export"), place_of(path, "export")
     with ctx.command(f"exporting to {place}", slow=True) as notes:
         files = export_script(tracked.model, place, data, eval_data, tokenizer=tokenizer, base=base, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))

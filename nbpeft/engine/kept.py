@@ -1,0 +1,184 @@
+"""An adapter as it was, kept in host memory, and how it comes back.
+
+kept = keep(manager, "sql")          # copies; the model may change then
+manager.remove("sql")
+put_back(manager, kept)              # the same tensors, bit for bit, config, scale and choice
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales
+from nbpeft.engine.adapter_tensors import copied, copied_weights
+from nbpeft.engine.hotswap import swap
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.plan import InjectionPlan
+from nbpeft.engine.registry import method_of
+
+_ABOUT_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
+
+
+@dataclass(frozen=True)
+class KeptAdapter:
+    """One adapter as it was.
+
+    Attributes:
+        name: what it was called.
+        config: its config.
+        weights: copies of its tensors in host memory; under ``base`` what it had put into the base model.
+        place: where it was among the adapters, from 0.
+        selected: which adapters were selected.
+        frozen: whether it was kept from training.
+        unsaved: whether it was trained since it was added, loaded or saved.
+        scale: factor on its delta.
+        half: whether its parameters were in the base's half-precision dtype.
+        scalings: path -> factor of a layer that was rescaled, where it was.
+    """
+
+    name: str
+    config: AdapterConfig
+    weights: AdapterWeights
+    place: int
+    selected: tuple[str, ...]
+    frozen: bool
+    unsaved: bool
+    scale: float
+    half: bool
+    scalings: Mapping[str, float]
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes that it takes in host memory."""
+        return sum(tensor.nbytes for tensor in _by_key(self.weights).values())
+
+
+def keep(manager: AdapterManager, name: str) -> KeptAdapter:
+    """Copies an adapter of a model to host memory.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+    weights = copied_weights(manager.weights(name), "cpu")
+    weights.base = copied(manager.values_in_base(name), "cpu")
+    return KeptAdapter(
+        name=name,
+        config=manager.configs[name],
+        weights=weights,
+        place=manager.names.index(name),
+        selected=manager.selected,
+        frozen=name in manager.frozen,
+        unsaved=name in manager.unsaved,
+        scale=manager.scale(name),
+        half=is_half(weights),
+        scalings=_scalings(manager, name),
+    )
+
+
+def put_back(manager: AdapterManager, kept: KeptAdapter, *, in_place: bool = False) -> None:
+    """Puts an adapter back under its name, in the place of the one that has it now.
+
+    The choice of active adapters comes back, too, where this one was part of it or its replacement is.
+
+    Args:
+        manager: the model's adapters.
+        kept: the adapter.
+        in_place: overwrite the tensors of the one that is there, as ``hotswap.swap``.
+
+    Raises:
+        MergeError: adapters are merged.
+        HotSwapError: it cannot be overwritten.
+    """
+    name = kept.name
+    manager.refuse_merged(f"{name!r} is put back")
+    with manager.transaction() as change:
+        chosen = name in kept.selected or name in manager.selected
+        if in_place:
+            swap(manager, name, kept.config, kept.weights, grow=True)
+        else:
+            weights, trains = fresh_copies(kept.weights), not kept.frozen
+            manager.add(name, kept.config, weights, trainable=trains, half=kept.half, replace=True, select=False)
+            manager.place(name, kept.place)
+        change.keep(manager.configs)
+        manager.configs[name] = kept.config
+        manager.set_scale(name, kept.scale)
+        for path, scaling in kept.scalings.items():
+            adapter = manager.layers[path].adapter(name)
+            if isinstance(adapter, Rescales):
+                adapter.keep_scaling(change)
+                adapter.rescale(scaling)
+        if kept.unsaved:
+            manager.unsaved.add(name)
+        selected = [other for other in kept.selected if other in manager.configs]
+        if chosen and selected:
+            manager.activate(selected)
+
+
+def fresh_copies(weights: AdapterWeights) -> AdapterWeights:
+    """Returns copies that nothing else writes to, those for the base model too."""
+    twin = copied_weights(weights)
+    twin.base = copied(weights.base)
+    return twin
+
+
+def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bool:
+    """Whether an adapter's tensors mean the same under another config: no tensor and no start would be another.
+
+    Args:
+        manager: the model's adapters.
+        name: the adapter.
+        plan: of the config that is to take its place.
+    """
+    old, new = manager.configs[name], plan.config
+    if method_of(old) is not method_of(new) or old.initialised_from_weight or new.initialised_from_weight:
+        return False
+    ignored = {*_BOOKKEEPING, *_ABOUT_TARGETS, *old.value_fields}
+    ignored -= {field for field in ignored if field.startswith("init_")}
+    size = ("rank_pattern", "r")  # whether they change anything, the shapes say
+    before, after = old.to_dict(), new.to_dict()
+    if any(before[field] != after.get(field) for field in before if field not in (*ignored, *size)):
+        return False
+    weights = manager.weights(name)
+    shapes = {path: {key: tuple(one.shape) for key, one in named.items()} for path, named in weights.adapters.items()}
+    return shapes == {target.path: target.shapes for target in plan.targets} and set(weights.copies) == set(plan.copies)
+
+
+def has_weights(manager: AdapterManager, name: str, weights: AdapterWeights) -> bool:
+    """Whether an adapter has just these tensors now, bit for bit."""
+    present = manager.weights(name)
+    present.base = manager.values_in_base(name)
+    found, wanted = _by_key(present), _by_key(weights)
+    return found.keys() == wanted.keys() and all(torch.equal(found[key].cpu(), wanted[key]) for key in wanted)
+
+
+def _by_key(weights: AdapterWeights) -> dict[tuple[str, str, str], Tensor]:
+    """All tensors: (group, path, name) -> tensor."""
+    groups = {"adapters": weights.adapters, "copies": weights.copies, "": {"base": weights.base, "sh": weights.shared}}
+    return {
+        (group, path, key): tensor.detach()
+        for group, paths in groups.items()
+        for path, named in paths.items()
+        for key, tensor in named.items()
+    }
+
+
+def is_half(weights: AdapterWeights) -> bool:
+    """Whether an adapter's tensors are in half precision."""
+    dtypes = {tensor.dtype for named in weights.adapters.values() for tensor in named.values()}
+    return bool(dtypes) and dtypes.isdisjoint({torch.float32, torch.float64})
+
+
+def _scalings(manager: AdapterManager, name: str) -> dict[str, float]:
+    """Path -> factor of the layers whose factor is not the one that the config asks for."""
+    found: dict[str, Any] = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    return {
+        path: float(one.scaling)
+        for path, one in found.items()
+        if isinstance(one, Rescales) and float(one.scaling) != one.trained_scaling
+    }

@@ -1,0 +1,110 @@
+"""Bringing deleted and replaced adapters back, and letting one start anew."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nbpeft.errors import AdapterError, AdapterExistsError, BusyError
+from nbpeft.session.first_weights import draw_anew
+
+if TYPE_CHECKING:
+    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.history import PastAdapter
+    from nbpeft.session.registry import TrackedModel
+    from nbpeft.session.results import CommandResult
+
+
+def undo(ctx: SessionContext, *, model: ModelLike = None) -> CommandResult:
+    """Bring back the adapter that was deleted, reconfigured, reset, swapped or replaced last, exactly as it was.
+
+    Called again it goes one further back. The last 10 adapters of a model are kept in host memory,
+    2 GiB of them at most, until the model is unloaded or the process ends.
+
+    Args:
+        model: an adapted model.
+
+    Raises:
+        AdapterError: there is nothing to bring back, or what took its place was trained and is not saved.
+        AdapterExistsError: another adapter has its name now.
+        MergeError: adapters are merged.
+    """
+    from nbpeft.engine.kept import put_back
+
+    tracked = ctx.find_adapted(model, command="undo")
+    manager = tracked.manager
+    refuse_in_training(ctx, tracked, "undone")
+    if not ctx.history.of(manager):
+        raise AdapterError(f"nothing to undo on {tracked.name}: no adapter of it was deleted or replaced")
+    past = ctx.history.of(manager)[-1]
+    kept, name = past.kept, past.kept.name
+    _refuse_taken(tracked, past)
+    with ctx.command(f"bringing back {name!r}") as notes:
+        with manager.transaction() as change:
+            put_back(manager, kept, in_place=past.in_place and name in manager.configs)
+            ctx.history.drop_last(manager, change)
+            change.keep_attributes(tracked, "requested")
+            change.keep(ctx.combinations)
+            if past.requested is not None:
+                tracked.requested[name] = past.requested
+            if past.combination is not None:
+                ctx.combinations[tracked.name, name] = past.combination
+        state = "; its training is not saved" if kept.unsaved else ""
+        return ctx.result(tracked, f"{name!r} is back, as it was before it was {past.did}{state}", notes)
+
+
+def reset(ctx: SessionContext, name: str, *, model: ModelLike = None) -> CommandResult:
+    """Let an adapter start anew, with the weights it was made with; ``undo`` brings the present ones back.
+
+    One that was loaded gets weights as its config draws them.
+
+    Args:
+        name: the adapter.
+        model: an adapted model.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        MergeError: it is merged.
+        BusyError: the model is training.
+    """
+    tracked = ctx.find_adapted(model, command="reset")
+    manager = tracked.manager
+    manager.require(name)
+    refuse_in_training(ctx, tracked, "reset")
+    with ctx.command(f"resetting {name!r}") as notes:
+        draw_anew(ctx, tracked, name)
+        notes.append("session.undo() brings the old ones back")
+        return ctx.result(tracked, f"reset {name!r}: its weights start anew", notes)
+
+
+def refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) -> None:
+    """Refuse to change adapters that an optimizer holds.
+
+    Raises:
+        BusyError: a run trains the model.
+    """
+    run = ctx.runs.get(tracked.name)
+    if run is not None:
+        raise BusyError(f"{tracked.name} is training {run.adapter}: nothing can be {what} before that has ended")
+
+
+def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
+    """Refuse to replace an adapter that nobody has asked to replace.
+
+    Raises:
+        AdapterError: what took the place was trained and is not saved.
+        AdapterExistsError: the name was given to another adapter since.
+    """
+    from nbpeft.engine.kept import has_weights
+
+    name = past.kept.name
+    present = tracked.manager.configs.get(name)
+    if present is None:
+        return
+    if present is not past.successor:
+        raise AdapterExistsError(
+            f"{name!r} was {past.did}, and another adapter has the name now: rename that one first", name=name
+        )
+    if name in tracked.manager.unsaved and not has_weights(tracked.manager, name, past.kept.weights):
+        raise AdapterError(
+            f"{name!r} was trained since it was {past.did} and is not saved: save or rename it first", name=name
+        )

@@ -1,0 +1,82 @@
+"""Adapters that commands deleted or replaced, kept in host memory so that ``undo`` can bring them back."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.kept import KeptAdapter
+    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.transaction import Transaction
+
+MOST_KEPT = 10
+"""Adapters that are kept for each model."""
+MOST_BYTES = 2 * 2**30
+"""Bytes that they may take together for each model; the last one is kept whatever it takes."""
+
+
+@dataclass(frozen=True)
+class PastAdapter:
+    """An adapter that is gone or was replaced.
+
+    Attributes:
+        kept: the adapter as it was.
+        did: what happened to it, e.g. ``deleted``.
+        successor: config of what took its place, by which that is known again; None where nothing did.
+        requested: what ``TrackedModel.requested`` had of it.
+        combination: what ``SessionContext.combinations`` had of it.
+        in_place: whether its tensors were overwritten.
+    """
+
+    kept: KeptAdapter
+    did: str
+    successor: AdapterConfig | None
+    requested: tuple[AdapterConfig, dict[str, Any]] | None
+    combination: weakref.ref[Any] | None
+    in_place: bool
+
+
+class History:
+    """The past adapters of each model, the last one last. A model takes its own along when it goes."""
+
+    def __init__(self) -> None:
+        self._past: weakref.WeakKeyDictionary[AdapterManager, tuple[PastAdapter, ...]] = weakref.WeakKeyDictionary()
+
+    def of(self, manager: AdapterManager) -> tuple[PastAdapter, ...]:
+        """What can be brought back to a model."""
+        return self._past.get(manager, ())
+
+    def add(self, manager: AdapterManager, past: PastAdapter, change: Transaction) -> None:
+        """Keeps one more, and forgets the oldest where there are too many."""
+        kept, left = [past], MOST_BYTES - past.kept.byte_count
+        for older in reversed(self.of(manager)[1 - MOST_KEPT :]):
+            left -= older.kept.byte_count
+            if left < 0:
+                break
+            kept.insert(0, older)
+        self._set(manager, tuple(kept), change)
+
+    def drop_last(self, manager: AdapterManager, change: Transaction) -> None:
+        """Forgets the last one."""
+        self._set(manager, self.of(manager)[:-1], change)
+
+    def take_back(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
+        """Keeps what was kept at an earlier moment: what came since did not happen."""
+        self._set(manager, past, change)
+
+    def _set(self, manager: AdapterManager, past: tuple[PastAdapter, ...], change: Transaction) -> None:
+        before = self.of(manager)
+        change.on_undo(lambda: self._past.__setitem__(manager, before))
+        self._past[manager] = past
+
+    def forget_unloaded(self) -> None:
+        """Lets go of what was kept of models whose adapters are unloaded."""
+        for manager in [manager for manager in list(self._past) if not manager.alive]:
+            self._past.pop(manager, None)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._past.clear()

@@ -1,0 +1,58 @@
+"""What a command does before it deletes or replaces an adapter, so that ``undo`` can bring it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from nbpeft.session.history import PastAdapter
+
+if TYPE_CHECKING:
+    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.engine.transaction import Transaction
+    from nbpeft.session.context import SessionContext
+    from nbpeft.session.registry import TrackedModel
+
+
+class Undoable:
+    """An adapter that a command is about to delete or replace.
+
+    Args:
+        ctx: the session's.
+        tracked: its model.
+        name: the adapter.
+        did: what happens to it, e.g. ``deleted``.
+        in_place: whether its tensors are overwritten.
+    """
+
+    def __init__(
+        self, ctx: SessionContext, tracked: TrackedModel, name: str, did: str, *, in_place: bool = False
+    ) -> None:
+        from nbpeft.engine.kept import keep
+
+        self._ctx, self._tracked, self._did, self._in_place = ctx, tracked, did, in_place
+        self.kept = keep(tracked.manager, name)
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """A transaction in which the adapter goes, and what the session knew of it with it."""
+        with self._tracked.manager.transaction() as change:
+            yield
+            self.gone(change)
+
+    def gone(self, change: Transaction) -> None:
+        """Notes, inside the transaction in which it went, what was there."""
+        ctx, tracked, name = self._ctx, self._tracked, self.kept.name
+        change.keep_attributes(tracked, "requested")
+        change.keep(ctx.combinations)
+        requested = tracked.requested.pop(name, None)
+        combination = ctx.combinations.pop((tracked.name, name), None)
+        successor = tracked.manager.configs.get(name)
+        past = PastAdapter(self.kept, self._did, successor, requested, combination, self._in_place)
+        ctx.history.add(tracked.manager, past, change)
+
+
+def unsaved_words(manager: AdapterManager, name: str) -> str:
+    """``, which was trained and is not saved``; empty for an adapter that loses nothing."""
+    return ", which was trained and is not saved" if name in manager.unsaved else ""
