@@ -16,6 +16,7 @@ from nbpeft.session.commands import (
     merging,
     planning,
     quantizing,
+    running,
     swapping,
     switching,
     training,
@@ -98,6 +99,10 @@ class Session:
     # Training and memory
     train = _command(training.train)
     track = _command(training.track)
+    result = _command(training.result)
+    stop = _command(running.stop)
+    pause = _command(running.pause)
+    go_on = _command(running.go_on)
     control = _command(training.control)
     export = _command(training.export)
     memory = _command(inspecting.memory)
@@ -135,8 +140,12 @@ class Session:
         self.context.publish()
         return self.state
 
+    def end_trainings(self) -> None:
+        """Stop what trains in the background, and wait for the end of the step it is in."""
+        self.context.end_trainings()
+
     def close(self) -> None:
-        """Forget models and subscribers; the adapters stay in their models."""
+        """End trainings in the background, and forget models and subscribers; the adapters stay in their models."""
         self.context.close()
 
     # Models

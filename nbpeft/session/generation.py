@@ -12,7 +12,7 @@ from nbpeft.errors import AdapterError, in_one_line
 from nbpeft.session.results.comparing import Answer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from nbpeft.model import PeftModel
     from nbpeft.session.context import SessionContext
@@ -258,16 +258,20 @@ def prompt_batch(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def evaluating(model: PeftModel) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block; afterwards each module is as it was.
+
+    While a training runs in the background, the block runs between two of its steps.
+    """
+    with model.manager.active_state.turn():
+        training = [module for module in model.modules() if module.training]
+        if training:
+            model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:

@@ -118,7 +118,11 @@ class RunButtons:
             return
         with self._lock:
             self._handled += 1
+            unseen = self._handled > self._seen  # where no loop in the kernel's main thread looks for clicks
+            self._seen = max(self._seen, self._handled)
             last = self._ended and self._handled >= self._seen
+        if unseen:
+            self._ask(request)
         if last:
             self._free()
 

@@ -10,7 +10,7 @@ from nbpeft.magics.notebook_context import NotebookContext, TrainingCell
 from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import MODEL, subcommand
 
-_RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "publish", "run_factory")
+_RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "background", "control", "publish", "run_factory")
 
 
 @subcommand(
@@ -32,6 +32,7 @@ _RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "p
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
     argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
+    argument("--background", "-b", action="store_true", help="the cell returns at once; other cells run meanwhile"),
     fields="training",
     example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\n  num_train_epochs = 1",
     cell=True,
@@ -61,7 +62,8 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     )
     if options.trainer is not None:
         arguments["trainer_class"] = notebook.value(options.trainer, "--trainer")
-    result = notebook.session.train(model, data, eval_data, tokenizer=tokenizer, adapter=options.adapter, **arguments)
+    arguments |= {"tokenizer": tokenizer, "adapter": options.adapter, "background": options.background}
+    result = notebook.session.train(model, data, eval_data, **arguments)
     notebook.trained[options.target] = cell
     return result
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+from nbpeft.errors import AdapterError
+from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.checks import place_of
+from nbpeft.session.commands.running import start
 from nbpeft.session.results import ExportResult
 
 if TYPE_CHECKING:
@@ -35,8 +38,39 @@ def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | No
         total_steps: optimizer steps planned, or None where that is not known.
         **options: further arguments of ``Run``.
     """
+    ctx.refuse_another_training()
     tracked = ctx.find(model)
     return _run(ctx, tracked, model if tracked is None else tracked.model, total_steps, **options)
+
+
+@overload
+def train(
+    ctx: SessionContext,
+    /,
+    model: ModelLike,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    adapter: str | None = None,
+    background: Literal[False] = False,
+    **arguments: Any,
+) -> TrainResult: ...
+
+
+@overload
+def train(
+    ctx: SessionContext,
+    /,
+    model: ModelLike,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    adapter: str | None = None,
+    background: bool,
+    **arguments: Any,
+) -> TrainResult | BackgroundRun: ...
 
 
 def train(
@@ -48,8 +82,9 @@ def train(
     *,
     tokenizer: Any = None,
     adapter: str | None = None,
+    background: bool = False,
     **arguments: Any,
-) -> TrainResult:
+) -> TrainResult | BackgroundRun:
     """Train the active adapters with transformers' Trainer; shown live where a front end listens.
 
     Stop and KeyboardInterrupt end it gracefully: the result says so and the model keeps what
@@ -61,6 +96,8 @@ def train(
         eval_data: the same, for evaluation.
         tokenizer: for data that is text.
         adapter: switch to this one first; it stays active when a step was done.
+        background: return when the first step begins, and train in a thread. The model answers between two steps,
+            in evaluation mode and without gradients; what would change its adapters raises ``BusyError``.
         **arguments: fields of ``TrainingArguments`` and further arguments of ``nbpeft.training.train``.
 
     Raises:
@@ -68,19 +105,49 @@ def train(
     """
     from nbpeft.training import is_plain, train
 
+    ctx.refuse_another_training()
     tracked = ctx.find_adapted(model, command="train")
-    trained = tracked.model
+    trained, names = tracked.model, adapter or ", ".join(tracked.manager.active)
 
-    def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
-        return _run(ctx, tracked, watched, total_steps, memory=_measuring(trained), **options)
+    def work(in_background: BackgroundTraining | None = None) -> TrainResult:
+        def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
+            return _run(ctx, tracked, watched, total_steps, memory=_measuring(trained), **options)
 
-    with ctx.command(f"training {adapter or ', '.join(tracked.manager.active)}", slow=True, gather=False):
-        arguments |= {"tokenizer": tokenizer, "adapter": adapter, "run_factory": make_run}
-        result = train(trained, data, eval_data, **arguments)
+        given = {"tokenizer": tokenizer, "adapter": adapter, "run_factory": make_run}
+        if in_background is not None:
+            given["control"] = in_background.control
+        result = ctx.results[tracked.name] = train(trained, data, eval_data, **arguments, **given)
         plain = is_plain(data)
         tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
+        return result
+
+    if background:
+        return start(ctx, tracked, names, work)
+    with ctx.command(f"training {names}", slow=True, gather=False):
+        result = work()
         ctx.models.select(tracked)
         return result
+
+
+def result(ctx: SessionContext, model: ModelLike = None) -> TrainResult:
+    """Return how the last training of a model ended, in the background or not.
+
+    Args:
+        model: an adapted model.
+
+    Raises:
+        AdapterError: it was not trained here, or still is.
+        Exception: what the training failed with.
+    """
+    name = ctx.models.get(model).name
+    training = ctx.background.get(name)
+    if training is not None and not training.ended:
+        raise AdapterError(f"{training.description} goes on: it has no result yet")
+    if training is not None and training.error is not None:
+        raise training.error
+    if name not in ctx.results:
+        raise AdapterError(f"{name} was not trained in this session")
+    return ctx.results[name]
 
 
 def export(
@@ -146,6 +213,11 @@ def _published(ctx: SessionContext, run: Run, tracked: TrackedModel | None, stat
         ctx.lock.release(run.run_id)
     elif ctx.runs.get(name) is not run:
         ctx.runs[name] = run
+        in_background = ctx.training_in_background
+        if in_background is not None and in_background.control is run.control:
+            in_background.begun(run)  # its cell shows it
+            ctx.publish()
+            return
         ctx.lock.reserve(run.run_id, f"training {state.adapter or name}", run)
         ctx.notes.extend(ctx.run_subscribers.notify(run, name))
     ctx.publish()
