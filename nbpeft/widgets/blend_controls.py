@@ -106,7 +106,12 @@ class BlendControls:
         self._density_pair = pair("density", self._density)
         self._density_pair.layout.display = "none"
         box = ipywidgets.HBox(
-            [pair("combined by", self._type), self._density_pair, pair("tokens", self._tokens), self.form.box],
+            [
+                pair("combination type", self._type),
+                self._density_pair,
+                pair("max new tokens", self._tokens),
+                self.form.box,
+            ],
             layout=ipywidgets.Layout(width="100%", margin="6px 0 0 0"),
         )
         box.add_class("nbpeft-settings")

@@ -74,9 +74,9 @@ class _Parts:
         self.form = parts.PromptForm(command, chat)
         self._against = ipywidgets.Dropdown(options=[BASE], value=BASE, layout=parts.field_layout("130px"))
         self._against.observe(weakly(command, "against"), names="value")
-        self._marks = parts.pair("marked against", self._against)
+        self._marks = parts.pair("diff against", self._against)
         self._settings = ipywidgets.HBox(
-            [self._picks.box, parts.pair("tokens", self._tokens), self.form.box, self._marks],
+            [self._picks.box, parts.pair("max new tokens", self._tokens), self.form.box, self._marks],
             layout=ipywidgets.Layout(width="100%"),
         )
         self._settings.add_class("nbpeft-settings")
@@ -98,7 +98,7 @@ class _Parts:
             self.frame.answers.value = to_html(line(dim(missing_model(name))))
 
     def show(self, result: CompareResult) -> None:
-        """Shows answers, marked against the chosen column."""
+        """Shows answers, with what differs from the chosen column marked."""
         titles = [column.title for column in result.columns]
         if list(self._against.options) != titles:
             chosen = self._against.value
