@@ -21,13 +21,14 @@ class ComparePanel(AnswerPanel):
     """A prompt box, the adapters as columns, and the words marked in which answers differ; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "compare"
+    heading: ClassVar[str] = "Compare answers of"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._left_out: set[str] = set()
 
     def _build(self) -> Any:
-        return _Parts(self._command, self._prompt, self._tokens, self._chat)
+        return _Parts(self._title, self._command, self._prompt, self._tokens, self._chat)
 
     def _run(self, *command: Any) -> str:
         parts = self._parts
@@ -63,7 +64,7 @@ class ComparePanel(AnswerPanel):
 class _Parts:
     """The widgets of the panel."""
 
-    def __init__(self, command: Any, prompt: str, tokens: int, chat: bool | None) -> None:
+    def __init__(self, title: str, command: Any, prompt: str, tokens: int, chat: bool | None) -> None:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
@@ -80,7 +81,7 @@ class _Parts:
             layout=ipywidgets.Layout(width="100%"),
         )
         self._settings.add_class("nbpeft-settings")
-        self.frame = parts.Frame("compare", self.question.box, self._settings)
+        self.frame = parts.Frame(title, self.question.box, self._settings)
         self.root, self.message = self.frame.root, self.frame.message
 
     @property

@@ -12,7 +12,7 @@ from nbpeft.display.html import grid_row, head, span
 from nbpeft.display.models import adapter_cells, adapter_head, condition
 from nbpeft.state import AdapterState, ModelState
 from nbpeft.widgets.lifetime import close_tree, weakly
-from nbpeft.widgets.styles import PANEL_CSS
+from nbpeft.widgets.styles import style_sheet
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -44,7 +44,7 @@ def mark(widget: Any, name: str, wanted: bool) -> None:
 
 def panel_root(*children: Any) -> Any:
     """The frame of a panel, with its style sheet."""
-    root = ipywidgets.VBox([html(f"<style>{PANEL_CSS}</style>", display="none"), *children])
+    root = ipywidgets.VBox([html(style_sheet(), display="none"), *children])
     root.add_class("nbpeft-panel")
     return root
 
