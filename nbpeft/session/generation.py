@@ -75,8 +75,8 @@ class PromptBatch:
         ends = _end_tokens(base, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(ends, default=0)
-        sent_as = "a chat message" if chat or not isinstance(prompts[0], str) else "plain text"
-        form = f"sent as {sent_as}" if templated else ""
+        applied = chat or not isinstance(prompts[0], str)
+        form = f"chat template {'applied' if applied else 'not applied'}" if templated else ""
         return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form)
 
     def inputs(self, device: Any, repeats: int = 1) -> dict[str, Tensor]:

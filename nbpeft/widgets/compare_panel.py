@@ -21,13 +21,14 @@ class ComparePanel(AnswerPanel):
     """A prompt box, the adapters as columns, and the words marked in which answers differ; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "compare"
+    heading: ClassVar[str] = "Compare answers of"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._left_out: set[str] = set()
 
     def _build(self) -> Any:
-        return _Parts(self._command, self._prompt, self._tokens, self._chat)
+        return _Parts(self._title, self._command, self._prompt, self._tokens, self._chat)
 
     def _run(self, *command: Any) -> str:
         parts = self._parts
@@ -63,7 +64,7 @@ class ComparePanel(AnswerPanel):
 class _Parts:
     """The widgets of the panel."""
 
-    def __init__(self, command: Any, prompt: str, tokens: int, chat: bool | None) -> None:
+    def __init__(self, title: str, command: Any, prompt: str, tokens: int, chat: bool | None) -> None:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
@@ -74,13 +75,13 @@ class _Parts:
         self.form = parts.PromptForm(command, chat)
         self._against = ipywidgets.Dropdown(options=[BASE], value=BASE, layout=parts.field_layout("130px"))
         self._against.observe(weakly(command, "against"), names="value")
-        self._marks = parts.pair("marked against", self._against)
+        self._marks = parts.pair("diff against", self._against)
         self._settings = ipywidgets.HBox(
-            [self._picks.box, parts.pair("tokens", self._tokens), self.form.box, self._marks],
+            [self._picks.box, parts.pair("max new tokens", self._tokens), self.form.box, self._marks],
             layout=ipywidgets.Layout(width="100%"),
         )
         self._settings.add_class("nbpeft-settings")
-        self.frame = parts.Frame("compare", self.question.box, self._settings)
+        self.frame = parts.Frame(title, self.question.box, self._settings)
         self.root, self.message = self.frame.root, self.frame.message
 
     @property
@@ -98,7 +99,7 @@ class _Parts:
             self.frame.answers.value = to_html(line(dim(missing_model(name))))
 
     def show(self, result: CompareResult) -> None:
-        """Shows answers, marked against the chosen column."""
+        """Shows answers, with what differs from the chosen column marked."""
         titles = [column.title for column in result.columns]
         if list(self._against.options) != titles:
             chosen = self._against.value

@@ -12,7 +12,7 @@ from nbpeft.display.html import grid_row, head, span
 from nbpeft.display.models import adapter_cells, adapter_head, condition
 from nbpeft.state import AdapterState, ModelState
 from nbpeft.widgets.lifetime import close_tree, weakly
-from nbpeft.widgets.styles import PANEL_CSS
+from nbpeft.widgets.styles import style_sheet
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -44,7 +44,7 @@ def mark(widget: Any, name: str, wanted: bool) -> None:
 
 def panel_root(*children: Any) -> Any:
     """The frame of a panel, with its style sheet."""
-    root = ipywidgets.VBox([html(f"<style>{PANEL_CSS}</style>", display="none"), *children])
+    root = ipywidgets.VBox([html(style_sheet(), display="none"), *children])
     root.add_class("nbpeft-panel")
     return root
 
@@ -249,8 +249,8 @@ class Message:
 
 # Of the panels whose adapters answer
 
-FORMS: dict[str, bool | None] = {"automatic": None, "chat message": True, "plain text": False}
-"""How a prompt is sent -> ``chat`` of ``session.compare``."""
+CHAT_TEMPLATE: dict[str, bool | None] = {"automatic": None, "apply": True, "do not apply": False}
+"""What is done with the tokenizer's chat template -> ``chat`` of ``session.compare``."""
 
 
 def settings_label(text: str) -> Any:
@@ -331,16 +331,16 @@ class PromptForm:
     """
 
     def __init__(self, command: Command, chat: bool | None) -> None:
-        begin = next(label for label, form in FORMS.items() if form is chat)
-        self._form = ipywidgets.Dropdown(options=list(FORMS), value=begin, layout=field_layout("146px"))
-        self._form.tooltip = "automatic: as the adapters were trained on text in this session"
+        begin = next(label for label, form in CHAT_TEMPLATE.items() if form is chat)
+        self._form = ipywidgets.Dropdown(options=list(CHAT_TEMPLATE), value=begin, layout=field_layout("120px"))
+        self._form.tooltip = "Chat template; automatic: as the adapters were trained in this session"
         self._form.observe(weakly(command, "form"), names="value")
-        self.box = pair("sent as", self._form)
+        self.box = pair("chat template", self._form)
 
     @property
     def chat(self) -> bool | None:
         """For ``session.compare``."""
-        return FORMS[self._form.value]
+        return CHAT_TEMPLATE[self._form.value]
 
 
 class Frame:

@@ -39,7 +39,7 @@ def test_compare_and_blend_from_the_adapters_panel(open_notebook: Opener, pictur
         MODEL, "%lora panel", '%lora compare "Ana needs chairs" --tokens 12', f"import nbpeft\n{STATE}"
     )
     page.run_all()
-    assert "one batched pass" in page.output_text(2)
+    assert "answered in" in page.output_text(2)
     panel = page.output(1)
 
     page.click("compare", cell=1)
@@ -47,7 +47,7 @@ def test_compare_and_blend_from_the_adapters_panel(open_notebook: Opener, pictur
     panel.locator("input[type=number]").fill("20")
     panel.locator("input[type=number]").press("Tab")
     page.click("Compare", cell=1)
-    page.wait_for("one batched pass", cell=1)
+    page.wait_for("answered in", cell=1)
     expect(page.button("Stop", cell=1)).to_be_hidden()
     page.screenshot(pictures / f"compare-real-{app}.png")
 
@@ -84,11 +84,11 @@ def test_words_that_differ_are_marked(open_notebook: Opener, pictures: Path, app
     page.click("Compare", cell=1)
     page.wait_for("answering …", cell=1)
     expect(page.button("Stop", cell=1)).to_be_visible()
-    page.wait_for("one batched pass", cell=1)
+    page.wait_for("answered in", cell=1)
     page.output(1).locator("select").last.select_option("orders")
     page.wait_for('"12, arr"', cell=1)
     page.click("Answer", cell=2)
-    page.wait_for("one batched pass", cell=2)
+    page.wait_for("answered in", cell=2)
     for theme in ("light", "dark"):
         page.theme(theme)
         page.screenshot(pictures / f"compare-blend-{app}-{theme}.png")

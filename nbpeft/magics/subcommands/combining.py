@@ -65,7 +65,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "compare",
-    "Let all adapters and the base model answer the same prompt, side by side, in one batched pass.",
+    "Let all adapters and the base model answer the same prompt, side by side, in one batch.",
     argument("prompt", nargs="?", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
     argument("--prompts", metavar="LIST", completes="variable", help="a variable or expression with several prompts"),
     argument("--adapters", "-a", nargs="+", metavar="NAME", completes="adapter", help="only these adapters"),
@@ -77,7 +77,9 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="weight",
         help="a weighted sum as one more column; may be given again",
     ),
-    argument("--tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)"),
+    argument(
+        "--max-new-tokens", "--tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)"
+    ),
     argument("--no-base", action="store_true", help="leave the base model out"),
     _RAW,
     _CHAT,
@@ -89,7 +91,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
 def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Compare answers, which appear while the cell runs, or show the panel for it."""
     if options.panel:
-        begin = {"prompt": options.prompt or "", "max_new_tokens": options.tokens, "chat": _chat(options)}
+        begin = {"prompt": options.prompt or "", "max_new_tokens": options.max_new_tokens, "chat": _chat(options)}
         return show_panel(notebook, "compare", options.model, **begin)
     model = notebook.chosen(options.model)
     prompts: Any = _prompts(options, notebook)
@@ -102,7 +104,7 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
             adapters=options.adapters,
             blends=blends,
             include_base=not options.no_base,
-            max_new_tokens=options.tokens,
+            max_new_tokens=options.max_new_tokens,
             tokenizer=notebook.tokenizer(options.tokenizer),
             chat=_chat(options),
             on_text=live.draw,
@@ -127,7 +129,14 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="variable",
         help="called with the model; False or an exception undoes the swap",
     ),
-    argument("--tokens", type=positive, default=32, metavar="N", help="longest answer to --check (default: 32)"),
+    argument(
+        "--max-new-tokens",
+        "--tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="longest answer to --check (default: 32)",
+    ),
     _RAW,
     _CHAT,
     TOKENIZER,
@@ -144,7 +153,7 @@ def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
         into=options.into,
         validate=validate,
         check_prompt=options.check,
-        max_new_tokens=options.tokens,
+        max_new_tokens=options.max_new_tokens,
         tokenizer=None if options.check is None else notebook.tokenizer(options.tokenizer),
         chat=_chat(options),
         model=_compiled(notebook.chosen(options.model), notebook),

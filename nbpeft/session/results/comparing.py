@@ -60,7 +60,7 @@ class CompareResult(Result):
         seconds: how long all of it took.
         passes: how many generations: one for the base and all adapters, one more for each blend.
         status: ``running`` while answers come, ``stopped`` where they were ended early.
-        form: ``sent as plain text`` or ``sent as a chat message``; empty where there is no choice.
+        form: ``chat template applied`` or ``chat template not applied``; empty where the tokenizer has none.
         notes: what a person should know.
     """
 
@@ -85,10 +85,11 @@ class CompareResult(Result):
 
     @property
     def aside(self) -> str:
-        """``one batched pass · 1.9 s · sent as plain text``."""
-        passes = "one batched pass" if self.passes == 1 else f"{self.passes} passes"
-        parts = [passes, f"{self.seconds:.1f} s", *([self.form] if self.form else [])]
-        return " · ".join(parts if self.status == "finished" else [*parts, self.status])
+        """``answered in 1.9 s, chat template not applied``."""
+        batches = f" and {self.passes} batches" if self.passes > 1 else ""
+        done = "stopped after" if self.status == "stopped" else "answered in"
+        parts = [f"{done} {self.seconds:.1f} s{batches}", self.form]
+        return ", ".join(part for part in parts if part)
 
     def __str__(self) -> str:
         from nbpeft.display.text import columns
@@ -103,15 +104,15 @@ class CompareResult(Result):
         """The answers side by side.
 
         Args:
-            against: title of the column that differences are marked against; the first if left out.
+            against: title of the column that the others are compared with; the first if left out.
         """
-        return card("compare", self.blocks(against), notes(self.notes), aside=self.aside)
+        return card(f"Answers of {self.model_name}", self.blocks(against), notes(self.notes), aside=self.aside)
 
     def blocks(self, against: str | None = None, *, shown: str = "") -> tuple[Block, ...]:
         """The prompts and answers without a frame.
 
         Args:
-            against: title of the column that differences are marked against; the first if left out.
+            against: title of the column that the others are compared with; the first if left out.
             shown: a prompt that can be read beside them already.
         """
         titles = [column.title for column in self.columns]
