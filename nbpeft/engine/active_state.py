@@ -168,6 +168,15 @@ class ActiveState:
         """Context manager for calls of the model: while a training runs in the background, between its steps."""
         return nullcontext() if self.turns is None else self.turns.turn()
 
+    def refuse_changes(self) -> None:
+        """Refuses a change of the adapters while a training in the background has them.
+
+        Raises:
+            BusyError: one does.
+        """
+        if self.turns is not None:
+            self.turns.refuse()
+
     def current(self) -> Active:
         """What acts for the calling thread or task."""
         if torch.compiler.is_compiling():

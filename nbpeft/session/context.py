@@ -47,6 +47,7 @@ class SessionContext:
         background: model name -> its last training in the background.
         results: model name -> what came of its last training.
         tokenizers: base model -> the tokenizer that was given for it last.
+        conversations: base model -> who answered -> (prompt, answer) of each turn of the last conversation.
         combinations: (model name, adapter name) -> config of an adapter that ``combine`` made.
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
         notes: what went wrong outside any command, e.g. in a subscriber.
@@ -61,6 +62,8 @@ class SessionContext:
         self.background: dict[str, BackgroundTraining] = {}
         self.results: dict[str, TrainResult] = {}
         self.tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self.conversations: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[str, str], ...]]]
+        self.conversations = weakref.WeakKeyDictionary()
         self.combinations: dict[tuple[str, str], weakref.ref[Any]] = {}
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)

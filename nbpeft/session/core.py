@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.commands import (
     adapters,
+    asking,
     combining,
     comparing,
     inspecting,
@@ -92,6 +93,7 @@ class Session:
 
     # Several adapters
     combine = _command(combining.combine)
+    ask = _command(asking.ask)
     compare = _command(comparing.compare)
     try_combination = _command(comparing.try_combination)
     swap = _command(swapping.swap)

@@ -67,7 +67,8 @@ class AnswerPanel(SessionPanel):
     def prompt(self) -> str:
         """What stands in the prompt box, or was asked last."""
         with self._lock:
-            return str(self._parts.question.prompt) if self._parts is not None else self._prompt
+            written = str(self._parts.question.prompt) if self._parts is not None else ""
+            return written or self._prompt
 
     @property
     def result(self) -> CompareResult | None:
@@ -89,7 +90,7 @@ class AnswerPanel(SessionPanel):
         Raises:
             NbpeftError: one of them is missing.
         """
-        prompt, model = self.prompt, self._model()
+        prompt, model = str(self._parts.question.prompt), self._model()
         if not prompt:
             raise NbpeftError("Write a prompt first.")
         if model is None:

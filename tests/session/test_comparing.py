@@ -241,7 +241,7 @@ def test_words_that_differ_are_marked() -> None:
 def test_an_answer_that_has_nothing_in_common_is_not_marked_all_over() -> None:
     html = shown("I am happy to help you with chairs", "{'name': 'Ana'}")._repr_html_()
     assert marks(html) == []
-    assert "differs throughout" in html
+    assert "other answer" in html
 
 
 def test_nothing_is_marked_while_answers_come() -> None:
@@ -249,4 +249,11 @@ def test_nothing_is_marked_while_answers_come() -> None:
 
 
 def test_as_text_titles_stand_in_a_column() -> None:
-    assert str(shown("one\ntwo", "three")) == "<prompt>\n  a  one\n     two\n  b  three\nanswered in 1.9 s"
+    text = "<prompt>\n  a  one\n     two\n  b  three  other answer\nanswered in 1.9 s"
+    assert str(shown("one\ntwo", "three")) == text
+
+
+def test_as_text_words_that_differ_stand_in_signs() -> None:
+    text = str(shown("12 chairs for Ana", "13 chairs for Ana", "12 chairs for Ana"))
+    assert "b  ‹13› chairs for Ana\n" in text
+    assert "c  12 chairs for Ana    same as a" in text

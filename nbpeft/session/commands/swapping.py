@@ -68,6 +68,7 @@ def swap(
     tracked = ctx.find_adapted(model, command="swap")
     name = into if into is not None else _only_active(tracked)
     tracked.manager.require(name)
+    tracked.manager.active_state.refuse_changes()
     target: Any = model if uncompiled(model) is not model else tracked.model
     batch = None if check_prompt is None else prompt_batch(ctx, tracked, [check_prompt], tokenizer, chat)
     checks = batch is not None or validate is not None
