@@ -135,7 +135,7 @@ def test_how_an_answer_is_shown() -> None:
     assert result.tokens_per_second == 6.0
     assert str(result) == "> a\n  b\n> Hi <i>\n  Ahoy <b> …\npirate: 12 tokens, 6 tokens/s, temperature 0.7, seed 5"
     html = result._repr_html_()
-    assert "Hi &lt;i&gt;" in html and "Ahoy &lt;b&gt;" in html and "pirate of model" in html
+    assert "Hi &lt;i&gt;" in html and "Ahoy &lt;b&gt;" in html and "pirate answers" in html
     assert "greedy" in dataclasses.replace(result, settings={}).aside
     assert "(nothing)" in dataclasses.replace(result, answer=Answer())._repr_html_()
     assert "waiting for the training step" in dataclasses.replace(result, status="waiting")._repr_html_()

@@ -368,3 +368,69 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     button(shown, "compare").click()
     shown.close()
     assert not panel._open
+
+
+# Settings and conversations
+
+
+def number(shown: Any, label: str) -> Any:
+    """The field that stands beside a label."""
+    for box in parts(shown, ipywidgets.HBox):
+        if len(box.children) == 2 and f">{label}<" in str(getattr(box.children[0], "value", "")):
+            return box.children[1]
+    raise AssertionError(label)
+
+
+def test_the_settings_reach_the_session(compare: ComparePanel, session: AnsweringSession) -> None:
+    press(compare, "Send")
+    assert session.sampling == {}, "greedy"
+    number(compare, "temperature").value = 0.7
+    number(compare, "top-p").value = 0.9
+    press(compare, "Send")
+    assert session.sampling == {"temperature": 0.7, "top_p": 0.9, "seed": None}
+    number(compare, "seed").value = "12"
+    press(compare, "Send")
+    assert session.sampling["seed"] == 12
+    asked = len(session.commands)
+    number(compare, "seed").value = "lucky"
+    press(compare, "Send")
+    assert "seed must be a whole number" in text(compare) and len(session.commands) == asked
+
+
+@pytest.mark.parametrize("conversing", [True, False])
+def test_send_goes_on_with_the_conversation_in_every_column(conversing: bool) -> None:
+    session: Any = AnsweringSession(conversing=conversing)
+    compare = ComparePanel(session, "model", ui="widgets", tokenizer=TOKENIZER, prompt=PROMPT, temperature=0.5, seed=3)
+    box = parts(compare, ipywidgets.Textarea)[0]
+    press(compare, "Send")
+    assert session.sampling == {"temperature": 0.5, "top_p": 1.0, "seed": 3}
+    first = compare.result
+    assert first is not None and box.value == ("" if conversing else PROMPT)
+    assert compare.prompt == PROMPT, "another panel begins with it"
+    assert ("New conversation" in labels(compare)) is conversing
+    box.value = "And the sofas?"
+    press(compare, "Send")
+    second = compare.result
+    assert second is not None and second.prompts == ("And the sofas?",)
+    assert [len(column.turns) for column in second.columns] == [conversing] * 4
+    assert (PROMPT in text(compare)) is conversing
+    if conversing:
+        button(compare, "New conversation").click()
+        assert compare.result is None and "sofas" not in text(compare)
+        press(compare, "Send")
+        assert "Write a prompt first." in text(compare)
+        box.value = "Anew"
+        press(compare, "Send")
+        assert compare.result is not None and not any(column.turns for column in compare.result.columns)
+    compare.close()
+
+
+def test_without_the_chat_template_it_begins_anew(session: Any) -> None:
+    session = AnsweringSession(conversing=True)
+    compare = ComparePanel(session, "model", ui="widgets", tokenizer=TOKENIZER, prompt=PROMPT)
+    press(compare, "Send")
+    prompt_form(compare).value = "do not apply"
+    parts(compare, ipywidgets.Textarea)[0].value = "Again"
+    press(compare, "Send")
+    assert compare.result is not None and not any(column.turns for column in compare.result.columns)
+    compare.close()

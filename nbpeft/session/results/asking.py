@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nbpeft.display.blocks import Block, Box, Card, Columns, Text, card, line, notes
+from nbpeft.display.blocks import Block, Card, Text, card, dim, line, notes
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import plural
 from nbpeft.session.results.base import Result
@@ -72,12 +72,11 @@ class AskResult(Result):
 
     def view(self) -> Card:
         """The conversation."""
-        turns = [*(((*turn, "")) for turn in self.turns), (self.prompt, self.text, self._ending)]
         said: list[Block] = []
-        for prompt, text, ending in turns:
+        for prompt, text, ending in (*((*turn, "") for turn in self.turns), (self.prompt, self.text, self._ending)):
             said.append(line(Text(prompt, "dim", wrap="as is")))
-            said.append(Columns((Box(self.adapter, ((text, False),), ending=ending),)))
-        return card(f"{self.adapter} of {self.model_name}", tuple(said), notes(self.notes), aside=self.aside)
+            said.append(line(Text(text, wrap="as is"), dim(ending)))
+        return card(f"{self.adapter} answers", tuple(said), notes(self.notes), aside=self.aside)
 
     @property
     def _ending(self) -> str:
