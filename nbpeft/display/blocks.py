@@ -134,6 +134,16 @@ class Box:
         """All of it."""
         return "".join(text for text, _ in self.runs) + self.ending
 
+    @property
+    def plain(self) -> str:
+        """All of it for a terminal, with what is different in signs: ``count: ‹13›``."""
+        return "".join(_in_signs(text) if marked else text for text, marked in self.runs) + self.ending
+
+
+def _in_signs(text: str) -> str:
+    inner = text.strip()
+    return text.replace(inner, f"‹{inner}›", 1) if inner else text
+
 
 @dataclass(frozen=True)
 class Columns:

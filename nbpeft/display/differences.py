@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 _PIECES = re.compile(r"\s+|\w+|[^\w\s]")
-_UNLIKE = 0.3
-"""Share of common words under which marking each difference would mark everything."""
+_ALIKE = 0.5
+"""Share of common words from which on marks help; below it nearly everything would be marked."""
 
 Runs = tuple[tuple[str, bool], ...]
 """Stretches of a text, and whether each is a change."""
@@ -18,14 +18,14 @@ def differences(text: str, reference: str) -> tuple[Runs, str]:
     """What in a text differs from a reference, and how it relates in words.
 
     Returns:
-        The text in runs; and ``same``, ``differs throughout`` (then nothing is marked) or the empty string.
+        The text in runs; and ``same``, ``other answer`` (then nothing is marked) or the empty string.
     """
     plain = ((text, False),)
     if text.split() == reference.split():
         return plain, "same"
     new, old = _PIECES.findall(text), _PIECES.findall(reference)
-    if _likeness(new, old) < _UNLIKE:
-        return plain, "differs throughout" if text and reference else ""
+    if _likeness(new, old) < _ALIKE:
+        return plain, "other answer" if text and reference else ""
     return _runs(new, old), ""
 
 
@@ -45,5 +45,8 @@ def _runs(new: Sequence[str], old: Sequence[str]) -> Runs:
 
 
 def _likeness(new: Sequence[str], old: Sequence[str]) -> float:
-    words = [[piece for piece in pieces if not piece.isspace()] for pieces in (new, old)]
+    """Share of common words; punctuation, of which JSON is full, counts only where there are no words."""
+    words = [[piece for piece in pieces if piece[0].isalnum()] for pieces in (new, old)]
+    if not all(words):
+        words = [[piece for piece in pieces if not piece.isspace()] for pieces in (new, old)]
     return SequenceMatcher(None, words[1], words[0], autojunk=False).ratio()

@@ -98,7 +98,7 @@ def _(block: blocks.Bar) -> RenderableType:
 
 @renderable.register
 def _(block: blocks.Columns) -> RenderableType:
-    return _grid([(item.title, item.text, item.aside) for item in block.boxes])
+    return _grid([(item.title, item.plain, item.aside) for item in block.boxes])
 
 
 @renderable.register

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,6 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from nbpeft.engine.turns import Turns
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.interrupts import HeldInterrupts, RunningBlock, wait_for
 
@@ -146,6 +148,7 @@ class ActiveState:
         live: what acts in the next call, outside of scopes.
         traced: the same for compiled code, whose guards cannot tell threads apart: what the scope that was
             opened last says, or ``live``.
+        turns: of a training in the background, while one runs: when the model may be called, and by whom.
     """
 
     def __init__(self) -> None:
@@ -159,6 +162,20 @@ class ActiveState:
         self._waiting = 0
         self._writer: int | None = None
         self._depth = 0
+        self.turns: Turns | None = None
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Context manager for calls of the model: while a training runs in the background, between its steps."""
+        return nullcontext() if self.turns is None else self.turns.turn()
+
+    def refuse_changes(self) -> None:
+        """Refuses a change of the adapters while a training in the background has them.
+
+        Raises:
+            BusyError: one does.
+        """
+        if self.turns is not None:
+            self.turns.refuse()
 
     def current(self) -> Active:
         """What acts for the calling thread or task."""

@@ -192,6 +192,11 @@ class Block:
         self._held = HeldInterrupts()
 
     def __enter__(self) -> Transaction:
+        turns = self._transaction.active_state.turns
+        if turns is not None and not (
+            self._quiet and self._gate is None
+        ):  # a scope of the thread's own disturbs nobody
+            turns.refuse()
         self._held.__enter__()
         closed = False
         try:

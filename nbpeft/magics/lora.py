@@ -58,7 +58,8 @@ class NbpeftMagics(magic.Magics):
         self._unsubscribe: Callable[[], None] = self.session.on_run(self._run_starts)
 
     def close(self) -> None:
-        """Detach the magics from the session."""
+        """End what runs in the background while it is still shown, and detach the magics from the session."""
+        self.session.end_trainings()
         self._unsubscribe()
 
     @observe("runs_dir")

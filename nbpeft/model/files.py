@@ -236,21 +236,24 @@ def save(
     """
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
-    print_ = None if manager.merged else checkpoint.fingerprint(manager.model)
-    places: dict[str, str] = {}
-    ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
-    for name in chosen:
-        places[name] = "" if name == _ROOT_ADAPTER or flat else name
-        paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
-        weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
-        if converted:
-            config, weights = _without_weight(manager, name, weights)
-        config = checkpoint.config_to_save(config, manager.model, targets=paths)
-        ready[places[name]] = config, _under_keys(config, weights)
-    if not ready:
-        return {}
-    card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
-    written = checkpoint.write_checkpoints(folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model))
+    with manager.active_state.turn():  # a training in the background writes into what is read here
+        print_ = None if manager.merged else checkpoint.fingerprint(manager.model)
+        places: dict[str, str] = {}
+        ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
+        for name in chosen:
+            places[name] = "" if name == _ROOT_ADAPTER or flat else name
+            paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
+            weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
+            if converted:
+                config, weights = _without_weight(manager, name, weights)
+            config = checkpoint.config_to_save(config, manager.model, targets=paths)
+            ready[places[name]] = config, _under_keys(config, weights)
+        if not ready:
+            return {}
+        card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
+        written = checkpoint.write_checkpoints(
+            folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model)
+        )
     if stays:
         mark_saved(manager, *chosen)
     return {name: written[place] for name, place in places.items()}

@@ -226,7 +226,10 @@ class PeftModel(nn.Module):
 
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
-        with serving(self.manager, adapter_names, args, kwargs, training=self.training):
+        with (
+            self.manager.active_state.turn(),
+            serving(self.manager, adapter_names, args, kwargs, training=self.training),
+        ):
             output = self.base_model.model(*args, **kwargs)
             return self._with_extra_loss(output, kwargs) if self.training else output
 
@@ -243,10 +246,18 @@ class PeftModel(nn.Module):
         output.loss = total
         return output
 
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode; while a training runs in the background, only that does."""
+        turns = self.manager.active_state.turns
+        return self if turns is not None and not turns.is_mine else super().train(mode)
+
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Runs the base model's ``generate``; activating other adapters meanwhile takes effect in the next call."""
         self._check_live()
-        with serving(self.manager, adapter_names, args, kwargs, training=self.training):
+        with (
+            self.manager.active_state.turn(),
+            serving(self.manager, adapter_names, args, kwargs, training=self.training),
+        ):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     # Managing

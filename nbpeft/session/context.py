@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterError, in_one_line
+from nbpeft.errors import AdapterError, BusyError, in_one_line
 from nbpeft.logs import collapsed
 from nbpeft.session.handles import handle_over, is_handle, is_module, uncompiled
 from nbpeft.session.history import History
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.session.background import BackgroundTraining
     from nbpeft.training import Run, TrainResult
 
     ConfigLike = AdapterConfig | Mapping[str, Any]
@@ -45,10 +46,12 @@ class SessionContext:
         subscribers: called with every new state.
         run_subscribers: called with every run that starts.
         runs: model name -> the run that trains it now.
+        background: model name -> its last training in the background.
+        results: model name -> what came of its last training, the newest last.
         tokenizers: base model -> the tokenizer that was given for it last.
+        conversations: base model -> who answered -> (prompt, answer) of each turn of the last conversation.
         combinations: (model name, adapter name) -> config of an adapter that ``combine`` made.
         qlora_origins: base model -> where ``qlora`` loaded it from, and how.
-        last_result: of the last training that finished or was stopped, by whatever.
         last_traceback: of the last command that failed, as text.
         history: adapters that commands deleted or replaced.
         notes: what went wrong outside any command, e.g. in a subscriber.
@@ -62,10 +65,13 @@ class SessionContext:
         self.models = ModelRegistry(self._model_changed)
         self.subscribers, self.run_subscribers = Subscribers(), Subscribers()
         self.runs: dict[str, Run] = {}
+        self.background: dict[str, BackgroundTraining] = {}
+        self.results: dict[str, TrainResult] = {}
         self.tokenizers: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self.conversations: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[str, str], ...]]]
+        self.conversations = weakref.WeakKeyDictionary()
         self.combinations: dict[tuple[str, str], weakref.ref[Any]] = {}
         self.qlora_origins: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-        self.last_result: TrainResult | None = None
         self.last_traceback = ""
         self.history = History()
         self.notes: deque[str] = deque(maxlen=_MOST_NOTES)
@@ -79,10 +85,14 @@ class SessionContext:
     @property
     def state(self) -> SessionState:
         """The state now; while another thread runs a command, the last one published."""
+        return self._look()[0]
+
+    def _look(self) -> tuple[SessionState, bool]:
+        """The state, and whether it is that of now."""
         with self.lock.try_lock() as free:
             if not free:
                 last = self._last
-                return SessionState(last.models, last.current, self.lock.busy, last.revision, last.notes)
+                return SessionState(last.models, last.current, self.lock.busy, last.revision, last.notes), False
             current = self.models.current
             self._last = SessionState(
                 models=tuple(tracked.state() for tracked in self.models.all()),
@@ -91,13 +101,15 @@ class SessionContext:
                 revision=self._revision,
                 notes=tuple(self.notes),
             )
-            return self._last
+            return self._last, True
 
     def publish(self) -> None:
         """Sends the state to all subscribers."""
-        self.changed = False
+        self.changed = True  # for the command of another thread, where there is one: it publishes at its end
         self._revision += 1
-        state = self.state
+        state, is_new = self._look()
+        if is_new:
+            self.changed = False
         self._published_busy = bool(state.busy)
         for failure in self.subscribers.notify(state):
             if failure not in self.notes:
@@ -124,6 +136,8 @@ class SessionContext:
                     self.publish()
                     self.changed = True
                 notes: list[str] = []
+                # Whoever catches warnings does so for all threads: not while another trains.
+                gather = gather and self.training_in_background is None
                 with collapsed(), _warnings_as_notes(notes) if gather else nullcontext():
                     yield notes
         finally:
@@ -175,8 +189,36 @@ class SessionContext:
             line = f"{line} ({tracked.name})"
         return CommandResult(line, tracked.state(), tuple(notes))
 
+    def keep_result(self, model: str, result: TrainResult) -> None:
+        """Remember what came of the training of a model, of whatever way it ended."""
+        self.results.pop(model, None)
+        self.results[model] = result
+
+    @property
+    def training_in_background(self) -> BackgroundTraining | None:
+        """The training that runs in the background."""
+        return next((training for training in self.background.values() if not training.ended), None)
+
+    def refuse_another_training(self) -> None:
+        """Refuse a training while one runs in the background.
+
+        Raises:
+            BusyError: one does.
+        """
+        training = self.training_in_background
+        if training is not None:
+            words = f"busy: {training.description}; try again when it has finished, or stop it"
+            raise BusyError(words, running=training.description)
+
+    def end_trainings(self) -> None:
+        """Stop what trains in the background, and wait for the end of the step it is in."""
+        for training in self.background.values():
+            training.control.request_stop("the session was closed")
+            training.join()
+
     def close(self) -> None:
-        """Forget models and subscribers."""
+        """End what runs in the background, and forget models and subscribers."""
+        self.end_trainings()
         self.models.clear()
         self.history.clear()
         self.subscribers.clear()

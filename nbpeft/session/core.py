@@ -12,6 +12,7 @@ from nbpeft.confidential import masked
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.commands import (
     adapters,
+    asking,
     combining,
     comparing,
     data,
@@ -19,6 +20,7 @@ from nbpeft.session.commands import (
     merging,
     planning,
     quantizing,
+    running,
     swapping,
     switching,
     training,
@@ -98,6 +100,7 @@ class Session:
 
     # Several adapters
     combine = _command(combining.combine)
+    ask = _command(asking.ask)
     compare = _command(comparing.compare)
     try_combination = _command(comparing.try_combination)
     swap = _command(swapping.swap)
@@ -106,6 +109,10 @@ class Session:
     data = _command(data.data)
     train = _command(training.train)
     track = _command(training.track)
+    result = _command(training.result)
+    stop = _command(running.stop)
+    pause = _command(running.pause)
+    go_on = _command(running.go_on)
     control = _command(training.control)
     export = _command(training.export)
 
@@ -136,7 +143,7 @@ class Session:
     @property
     def last_result(self) -> TrainResult | None:
         """The result of the last training that finished, was stopped or interrupted; None before the first."""
-        return self.context.last_result
+        return next(reversed(self.context.results.values()), None)
 
     @property
     def last_traceback(self) -> str:
@@ -167,8 +174,12 @@ class Session:
         self.context.publish()
         return self.state
 
+    def end_trainings(self) -> None:
+        """Stop what trains in the background, and wait for the end of the step it is in."""
+        self.context.end_trainings()
+
     def close(self) -> None:
-        """Forget models and subscribers; the adapters stay in their models."""
+        """End trainings in the background, and forget models and subscribers; the adapters stay in their models."""
         self.context.close()
 
     # Models

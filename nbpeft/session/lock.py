@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 from nbpeft.errors import BusyError
 
+_LOOKING = 1.0
+"""Seconds that building a state takes at most."""
+
 
 class CommandLock:
     """A lock that its thread may take again, and that other threads never wait for."""
@@ -55,7 +58,7 @@ class CommandLock:
         Raises:
             BusyError: another thread runs a command.
         """
-        if not self._lock.acquire(blocking=False):
+        if not self._acquire():
             running = self.busy or "another command"
             raise _busy(running)
         try:
@@ -69,6 +72,10 @@ class CommandLock:
         finally:
             self._running.pop()
             self._lock.release()
+
+    def _acquire(self) -> bool:
+        """Take the lock; what another thread only looks at is waited for, because that takes no time."""
+        return self._lock.acquire(blocking=False) or (not self._running and self._lock.acquire(timeout=_LOOKING))
 
     def _check_reservations(self) -> None:
         me = threading.get_ident()

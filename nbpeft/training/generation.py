@@ -12,7 +12,7 @@ from nbpeft.errors import AdapterError, in_one_line
 from nbpeft.state import Answer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from nbpeft.model import PeftModel
 
@@ -34,6 +34,7 @@ class PromptBatch:
         pad: token that fills rows up.
         ends: tokens that end an answer.
         form: how texts went to the model, where the tokenizer leaves a choice.
+        chat: whether the chat template was applied.
     """
 
     prompts: tuple[str, ...]
@@ -42,6 +43,7 @@ class PromptBatch:
     pad: int
     ends: frozenset[int]
     form: str = ""
+    chat: bool = False
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], tokenizer: Any, base: Any, *, chat: bool | None = None) -> PromptBatch:
@@ -73,9 +75,9 @@ class PromptBatch:
         ends = _end_tokens(base, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(ends, default=0)
-        sent_as = "a chat message" if chat or not isinstance(prompts[0], str) else "plain text"
-        form = f"sent as {sent_as}" if templated else ""
-        return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form)
+        applied = chat or not isinstance(prompts[0], str)  # without a template both are refused above
+        form = f"chat template {'applied' if applied else 'not applied'}" if templated else ""
+        return cls(tuple(map(_words, prompts)), tuple(map(tuple, rows)), tokenizer, pad, ends, form, applied)
 
     def inputs(self, device: Any, repeats: int = 1) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, int64 (repeats * prompts, longest), filled up on the left.
@@ -113,6 +115,7 @@ class GenerationRequest:
         options: further arguments of ``generate``.
         report: called with the answers so far, one for each row.
         should_stop: asked at each token.
+        paired: each row has a prompt of its own: the first row the first prompt, and so on.
 
     Raises:
         AdapterError: ``max_new_tokens`` is not a number of at least 1.
@@ -123,6 +126,7 @@ class GenerationRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[list[Answer]], object] | None = None
     should_stop: Callable[[], bool] | None = None
+    paired: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -177,9 +181,11 @@ def generate_batch(model: PeftModel, batch: PromptBatch, request: GenerationRequ
     base: Any = model.manager.model
     if not hasattr(base, "generate"):
         raise AdapterError(f"a {type(base).__name__} answers no prompts: it has no generate()")
-    repeats = 1 if request.rows is None else len(request.rows)
+    repeats = 1 if request.rows is None or request.paired else len(request.rows)
     inputs = batch.inputs(_input_device(base), repeats)
-    names = None if request.rows is None else [name for name in request.rows for _ in batch.prompts]
+    names = request.rows
+    if names is not None and not request.paired:
+        names = [name for name in names for _ in batch.prompts]
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.max_new_tokens, **request.options}
     options.setdefault("pad_token_id", batch.pad)
     if batch.ends:
@@ -229,17 +235,41 @@ def check_finite(model: PeftModel, name: str, batch: PromptBatch) -> None:
         raise AdapterError("its output on the prompt is not finite")
 
 
+def conversation(turns: Sequence[tuple[str, str]], prompt: Prompt) -> Prompt:
+    """A prompt with what was said before it, in the form of chat templates; the prompt itself where that is nothing.
+
+    Args:
+        turns: (prompt, answer) of each turn before.
+        prompt: the new one.
+    """
+    if not turns:
+        return prompt
+    roles = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    messages = [{"role": role, "content": text} for role, text in roles]
+    return [*messages, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+
+
+def waits(model: PeftModel) -> bool:
+    """Whether a training in the background lets this thread wait for the end of its step."""
+    turns = model.manager.active_state.turns
+    return turns is not None and not turns.is_mine
+
+
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def evaluating(model: PeftModel) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block; afterwards each module is as it was.
+
+    While a training runs in the background, the block runs between two of its steps.
+    """
+    with model.manager.active_state.turn():
+        training = [module for module in model.modules() if module.training]
+        if training:
+            model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:

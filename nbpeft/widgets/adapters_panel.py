@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.display.blocks import Text, dim, line
+from nbpeft.display.blocks import Block, Stack, Text, dim, line
 from nbpeft.display.html import head, to_html
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import (
@@ -55,7 +55,7 @@ class AdaptersPanel(SessionPanel):
         self._tokenizer = tokenizer
 
     def _build(self) -> _Parts:
-        return _Parts(self._command, self._session, self._name, self._tokenizer)
+        return _Parts(self._command, self._session, self._name, self._tokenizer, weakly(self._changed))
 
     def _release(self, parts: Any) -> None:
         super()._release(parts)
@@ -64,8 +64,10 @@ class AdaptersPanel(SessionPanel):
     def _text(self) -> str:
         return model_text(self._model(), self._name)
 
-    def _card(self, hint: str) -> str:
-        return to_html(model_card(self._model(), self._name, hint=hint))
+    def _card(self, hint: str) -> Block:
+        beside = self._parts.side_panel.panel if self._parts is not None else None
+        shown = model_card(self._model(), self._name, hint=hint)
+        return Stack((shown, beside.card())) if beside is not None and not beside.closed else shown
 
     def _draw(self, state: SessionState) -> None:
         self._parts.draw(state.model(self._name), self._name, state.busy)
@@ -101,13 +103,20 @@ class AdaptersPanel(SessionPanel):
 class _Parts:
     """The widgets of a panel."""
 
-    def __init__(self, command: Callable[..., None], session: Session, name: str | None, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        command: Callable[..., None],
+        session: Session,
+        name: str | None,
+        tokenizer: Any,
+        changed: Callable[[Any], None],
+    ) -> None:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
         from nbpeft.widgets.side_panel import SidePanel
 
-        self.side_panel = SidePanel(session, name, tokenizer)
+        self.side_panel = SidePanel(session, name, tokenizer, changed)
 
         self._head = parts.html()
         self._choices = parts.ToggleRow(command, "0 0 6px 0")

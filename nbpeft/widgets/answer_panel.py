@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.display.blocks import card, dim, line
-from nbpeft.display.html import to_html
+from nbpeft.display.blocks import Block, card, dim, line
 from nbpeft.display.models import missing_model
 from nbpeft.errors import NbpeftError
 from nbpeft.state import ModelState
@@ -27,6 +26,9 @@ TokenizerSource = Callable[[], Any]
 class AnswerPanel(SessionPanel):
     """A panel whose answers come from a worker thread, so that the kernel stays free meanwhile.
 
+    Attributes:
+        heading: Its title, up to the name of the model.
+
     Args:
         session: Takes the commands, publishes the states.
         model_name: A model of the session; the current one by default.
@@ -37,6 +39,8 @@ class AnswerPanel(SessionPanel):
         max_new_tokens: Longest answer to begin with.
         chat: Whether the prompt goes into the tokenizer's chat template, to begin with; see ``session.compare``.
     """
+
+    heading: ClassVar[str]
 
     def __init__(
         self,
@@ -63,7 +67,8 @@ class AnswerPanel(SessionPanel):
     def prompt(self) -> str:
         """What stands in the prompt box, or was asked last."""
         with self._lock:
-            return str(self._parts.question.prompt) if self._parts is not None else self._prompt
+            written = str(self._parts.question.prompt) if self._parts is not None else ""
+            return written or self._prompt
 
     @property
     def result(self) -> CompareResult | None:
@@ -85,7 +90,7 @@ class AnswerPanel(SessionPanel):
         Raises:
             NbpeftError: one of them is missing.
         """
-        prompt, model = self.prompt, self._model()
+        prompt, model = str(self._parts.question.prompt), self._model()
         if not prompt:
             raise NbpeftError("Write a prompt first.")
         if model is None:
@@ -102,13 +107,18 @@ class AnswerPanel(SessionPanel):
         """The columns of a result in words."""
         return ", ".join(column.title for column in result.columns)
 
-    def _card(self, hint: str) -> str:
+    def _card(self, hint: str) -> Block:
         result, model = self._result, self._model()
         if result is not None:
-            return to_html(card(self.kind, result.blocks(), line(dim(hint)), aside=result.aside))
+            return card(self._title, result.blocks(), line(dim(hint)), aside=result.aside)
         names = ", ".join(item.name for item in model.adapters) if model is not None else ""
         words = missing_model(self._name) if model is None else f"{NOTHING_YET} Adapters: {names or 'none'}."
-        return to_html(card(self.kind, line(dim(words)), line(dim(hint)), aside=self._name or ""))
+        return card(self._title, line(dim(words)), line(dim(hint)))
+
+    @property
+    def _title(self) -> str:
+        """What the panel does, and which model it is about."""
+        return " ".join(part for part in (self.heading, self._name) if part)
 
     def _submit(self, ask: Callable[..., CompareResult], tokens: int, delay: float = 0.0) -> None:
         """Has the worker ask for answers.
@@ -140,6 +150,7 @@ class AnswerPanel(SessionPanel):
         with self._lock:
             if self._parts is not None:
                 self._parts.show(result)
+            self._changed()
 
     def _ended(self) -> None:
         """Shows that no answer is on its way any more; why one failed is shown below."""

@@ -76,13 +76,14 @@ class BlendControls:
     """The widgets of the panel.
 
     Args:
+        title: Of the panel.
         command: Called with ``moved``, ``run``, ``stop`` or ``save``.
         prompt: To begin with.
         tokens: Longest answer to begin with.
         chat: How the prompt is sent, to begin with.
     """
 
-    def __init__(self, command: Command, prompt: str, tokens: int, chat: bool | None) -> None:
+    def __init__(self, title: str, command: Command, prompt: str, tokens: int, chat: bool | None) -> None:
         self._command = command
         self._sliders: dict[str, Slider] = {}
         self.question = Question(command, prompt, "Answer")
@@ -90,7 +91,7 @@ class BlendControls:
         self.form = PromptForm(command, chat)
         self._settings = self._make_settings(command, tokens)
         self._save = self._make_save(command)
-        self.frame = Frame("blend", self.question.box, self._rows, self._settings)
+        self.frame = Frame(title, self.question.box, self._rows, self._settings)
         children = list(self.frame.root.children)
         self.frame.root.children = (*children[:-1], self._save, children[-1])
         self.root, self.message = self.frame.root, self.frame.message
@@ -106,7 +107,12 @@ class BlendControls:
         self._density_pair = pair("density", self._density)
         self._density_pair.layout.display = "none"
         box = ipywidgets.HBox(
-            [pair("combined by", self._type), self._density_pair, pair("tokens", self._tokens), self.form.box],
+            [
+                pair("combination type", self._type),
+                self._density_pair,
+                pair("max new tokens", self._tokens),
+                self.form.box,
+            ],
             layout=ipywidgets.Layout(width="100%", margin="6px 0 0 0"),
         )
         box.add_class("nbpeft-settings")

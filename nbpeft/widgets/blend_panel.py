@@ -35,6 +35,7 @@ class BlendPanel(AnswerPanel):
     """A slider an adapter, what the blend answers beside the base model, and a way to keep it; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "blend"
+    heading: ClassVar[str] = "Blend adapters of"
 
     def __init__(self, *arguments: Any, max_new_tokens: int = 48, **options: Any) -> None:
         super().__init__(*arguments, max_new_tokens=max_new_tokens, **options)
@@ -43,7 +44,7 @@ class BlendPanel(AnswerPanel):
     def _build(self) -> Any:
         from nbpeft.widgets.blend_controls import BlendControls
 
-        return BlendControls(self._command, self._prompt, self._tokens, self._chat)
+        return BlendControls(self._title, self._command, self._prompt, self._tokens, self._chat)
 
     def _answered_by(self, result: CompareResult) -> str:
         return result.columns[-1].title

@@ -1,5 +1,7 @@
 """Compare: a prompt, and what the base model and the adapters answer, side by side while it comes.
 
+Where the chat template is applied, the next prompt goes on with the conversation in every column.
+
 click ──> worker thread ──> session.compare ── answers so far ──> one HTML widget
 """
 
@@ -21,13 +23,22 @@ class ComparePanel(AnswerPanel):
     """A prompt box, the adapters as columns, and the words marked in which answers differ; see ``AnswerPanel``."""
 
     kind: ClassVar[str] = "compare"
+    heading: ClassVar[str] = "Compare answers of"
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
         self._left_out: set[str] = set()
+        self._sampling = (temperature, top_p, seed)
 
     def _build(self) -> Any:
-        return _Parts(self._command, self._prompt, self._tokens, self._chat)
+        return _Parts(self._title, self._command, self._prompt, self._tokens, self._chat, self._sampling)
 
     def _run(self, *command: Any) -> str:
         parts = self._parts
@@ -41,6 +52,8 @@ class ComparePanel(AnswerPanel):
             self._halt()
         elif what == "against":
             self._show()
+        elif what == "new":
+            self._begin_anew(parts)
         elif what == "run":
             self._ask(parts)
         return ""
@@ -49,8 +62,26 @@ class ComparePanel(AnswerPanel):
         prompt, model = self._asked()
         names = [item.name for item in model.adapters if item.name not in self._left_out]
         include_base = BASE not in self._left_out
-        ask = functools.partial(self._session.compare, prompt, adapters=names, include_base=include_base)
+        settings = parts.sampling.settings
+        before = self._result
+        if before is not None and before.chat and not before.is_coming and parts.form.chat is not False:
+            settings["after"] = before
+        ask = functools.partial(self._session.compare, prompt, adapters=names, include_base=include_base, **settings)
         self._submit(ask, parts.tokens)
+
+    def _begin_anew(self, parts: _Parts) -> None:
+        """Forgets the conversation."""
+        with self._lock:
+            self._result = None
+            parts.clear()
+            self._changed()
+
+    def _ended(self) -> None:
+        super()._ended()
+        with self._lock:
+            result = self._result
+            if self._parts is not None and result is not None and result.chat and not result.is_coming:
+                self._parts.next_prompt(result)
 
     def _show(self) -> None:
         if self._result is not None:
@@ -63,30 +94,63 @@ class ComparePanel(AnswerPanel):
 class _Parts:
     """The widgets of the panel."""
 
-    def __init__(self, command: Any, prompt: str, tokens: int, chat: bool | None) -> None:
+    def __init__(
+        self,
+        title: str,
+        command: Any,
+        prompt: str,
+        tokens: int,
+        chat: bool | None,
+        sampling: tuple[float | None, float | None, int | None],
+    ) -> None:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
 
-        self.question = parts.Question(command, prompt, "Compare")
+        self.question = parts.Question(command, prompt, "Send")
         self._picks = parts.ToggleRow(command)
         self._tokens = parts.tokens_field(tokens)
+        self.sampling = parts.SamplingFields(*sampling)
         self.form = parts.PromptForm(command, chat)
         self._against = ipywidgets.Dropdown(options=[BASE], value=BASE, layout=parts.field_layout("130px"))
         self._against.observe(weakly(command, "against"), names="value")
-        self._marks = parts.pair("marked against", self._against)
+        self._marks = parts.pair("diff against", self._against)
+        words = "Forget what was said and begin anew in every column"
+        self._new = parts.action_button("New conversation", words, "132px", weakly(command, "new"))
+        self._new.layout.display = "none"
         self._settings = ipywidgets.HBox(
-            [self._picks.box, parts.pair("tokens", self._tokens), self.form.box, self._marks],
+            [
+                self._picks.box,
+                parts.pair("max new tokens", self._tokens),
+                *self.sampling.boxes,
+                self.form.box,
+                self._marks,
+                self._new,
+            ],
             layout=ipywidgets.Layout(width="100%"),
         )
         self._settings.add_class("nbpeft-settings")
-        self.frame = parts.Frame("compare", self.question.box, self._settings)
+        self.frame = parts.Frame(title, self.question.box, self._settings)
         self.root, self.message = self.frame.root, self.frame.message
 
     @property
     def tokens(self) -> int:
         """Longest answer."""
         return int(self._tokens.value)
+
+    def clear(self) -> None:
+        """Shows that nothing was asked yet."""
+        self._new.layout.display = "none"
+        self.question.next("A prompt")
+        self.frame.head("")
+        self.frame.answers.value = ""
+
+    def next_prompt(self, result: CompareResult) -> None:
+        """Empties the box for the next turn of a conversation, unless something else stands there by now."""
+        self._new.layout.display = None
+        if self.question.prompt == result.prompts[0].strip():
+            self.question.next("Next message")
+            self.show(result)
 
     def draw(self, model: ModelState | None, name: str | None, left_out: set[str]) -> None:
         """Shows which columns there are."""
@@ -98,7 +162,7 @@ class _Parts:
             self.frame.answers.value = to_html(line(dim(missing_model(name))))
 
     def show(self, result: CompareResult) -> None:
-        """Shows answers, marked against the chosen column."""
+        """Shows answers, with what differs from the chosen column marked."""
         titles = [column.title for column in result.columns]
         if list(self._against.options) != titles:
             chosen = self._against.value
@@ -106,5 +170,5 @@ class _Parts:
             self._against.value = chosen if chosen in titles else titles[0]
         self._marks.layout.display = None if len(titles) > 2 else "none"
         running = result.status == "running"
-        self.frame.head("answering …" if running else result.aside, running=running)
+        self.frame.head("answering …" if running else result.aside, running=result.is_coming)
         self.frame.answers.value = to_html(result.blocks(self._against.value, shown=self.question.prompt))

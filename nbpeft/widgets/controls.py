@@ -10,9 +10,10 @@ import ipywidgets
 from nbpeft.display.blocks import Span, Text, Tone, dim
 from nbpeft.display.html import grid_row, head, span
 from nbpeft.display.models import adapter_cells, adapter_head, condition
+from nbpeft.errors import ConfigError
 from nbpeft.state import AdapterState, ModelState
 from nbpeft.widgets.lifetime import close_tree, weakly
-from nbpeft.widgets.styles import PANEL_CSS
+from nbpeft.widgets.styles import style_sheet
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -44,7 +45,7 @@ def mark(widget: Any, name: str, wanted: bool) -> None:
 
 def panel_root(*children: Any) -> Any:
     """The frame of a panel, with its style sheet."""
-    root = ipywidgets.VBox([html(f"<style>{PANEL_CSS}</style>", display="none"), *children])
+    root = ipywidgets.VBox([html(style_sheet(), display="none"), *children])
     root.add_class("nbpeft-panel")
     return root
 
@@ -249,8 +250,8 @@ class Message:
 
 # Of the panels whose adapters answer
 
-FORMS: dict[str, bool | None] = {"automatic": None, "chat message": True, "plain text": False}
-"""How a prompt is sent -> ``chat`` of ``session.compare``."""
+CHAT_TEMPLATE: dict[str, bool | None] = {"automatic": None, "apply": True, "do not apply": False}
+"""What is done with the tokenizer's chat template -> ``chat`` of ``session.compare``."""
 
 
 def settings_label(text: str) -> Any:
@@ -266,6 +267,47 @@ def pair(label: str, field: Any) -> Any:
 def tokens_field(value: int) -> Any:
     """The greatest length of an answer."""
     return ipywidgets.BoundedIntText(value=value, min=1, max=4096, step=16, layout=field_layout("76px"))
+
+
+class SamplingFields:
+    """Temperature, top-p and seed.
+
+    Args:
+        temperature: To begin with; 0 is greedy.
+        top_p: To begin with.
+        seed: To begin with; None for another one each time.
+    """
+
+    def __init__(self, temperature: float | None, top_p: float | None, seed: int | None) -> None:
+        draws = temperature if temperature is not None else 0.0 if top_p is None else 1.0
+        self._temperature = ipywidgets.BoundedFloatText(
+            value=draws, min=0.0, max=10.0, step=0.1, layout=field_layout("64px")
+        )
+        self._top_p = ipywidgets.BoundedFloatText(
+            value=1.0 if top_p is None else top_p, min=0.01, max=1.0, step=0.05, layout=field_layout("64px")
+        )
+        self._seed = ipywidgets.Text(
+            value="" if seed is None else str(seed), placeholder="random", layout=field_layout("72px")
+        )
+        self._temperature.tooltip = "0 takes the likeliest token; above 0 tokens are drawn"
+        self._top_p.tooltip = "Draw among the likeliest tokens of this probability together"
+        self._seed.tooltip = "The same seed draws the same answers"
+        fields = {"temperature": self._temperature, "top-p": self._top_p, "seed": self._seed}
+        self.boxes = [pair(label, field) for label, field in fields.items()]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For ``session.compare``; nothing where greedy.
+
+        Raises:
+            ConfigError: the seed is not a number.
+        """
+        seed, temperature = str(self._seed.value).strip(), float(self._temperature.value)
+        if seed and not seed.isdecimal():
+            raise ConfigError(f"seed must be a whole number, or empty for another one each time, not {seed!r:.40}")
+        if not temperature:
+            return {}
+        return {"temperature": temperature, "top_p": float(self._top_p.value), "seed": int(seed) if seed else None}
 
 
 def field_layout(width: str) -> Any:
@@ -316,6 +358,10 @@ class Question:
         """The prompt's widget."""
         return self._prompt
 
+    def next(self, placeholder: str) -> None:
+        """Empties the box."""
+        self._prompt.value, self._prompt.placeholder = "", placeholder
+
     def running(self, running: bool) -> None:
         """Shows Stop while answers come."""
         self._ask.layout.display = "none" if running else None
@@ -331,16 +377,16 @@ class PromptForm:
     """
 
     def __init__(self, command: Command, chat: bool | None) -> None:
-        begin = next(label for label, form in FORMS.items() if form is chat)
-        self._form = ipywidgets.Dropdown(options=list(FORMS), value=begin, layout=field_layout("146px"))
-        self._form.tooltip = "automatic: as the adapters were trained on text in this session"
+        begin = next(label for label, form in CHAT_TEMPLATE.items() if form is chat)
+        self._form = ipywidgets.Dropdown(options=list(CHAT_TEMPLATE), value=begin, layout=field_layout("120px"))
+        self._form.tooltip = "Chat template; automatic: as the adapters were trained in this session"
         self._form.observe(weakly(command, "form"), names="value")
-        self.box = pair("sent as", self._form)
+        self.box = pair("chat template", self._form)
 
     @property
     def chat(self) -> bool | None:
         """For ``session.compare``."""
-        return FORMS[self._form.value]
+        return CHAT_TEMPLATE[self._form.value]
 
 
 class Frame:

@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.display.blocks import Tone, dim
-from nbpeft.display.html import span
+from nbpeft.display.blocks import Block, Tone, dim, line
+from nbpeft.display.html import to_html
 from nbpeft.errors import BusyError, NbpeftError
 from nbpeft.state import ModelState, SessionState
-from nbpeft.widgets.environment import WIDGET_VIEW, Ui, shown_as
-from nbpeft.widgets.lifetime import close_tree, view_of
+from nbpeft.widgets.environment import Ui, shown_as
+from nbpeft.widgets.lifetime import close_tree
+from nbpeft.widgets.panel_output import PanelOutput
+from nbpeft.widgets.styles import style_sheet
 
 if TYPE_CHECKING:
     from nbpeft.session import Session
@@ -27,7 +29,7 @@ class Panel:
 
     The widgets are made when the panel is first shown. There is one panel of a kind for a model:
     showing a new one closes the one before. Without a kernel or without ipywidgets it is a card, or a
-    line of text.
+    line of text; that is also what a saved notebook keeps, in its last state.
 
     Args:
         ui: How to show it; by default the richest that works here.
@@ -39,6 +41,8 @@ class Panel:
         self._ui: Ui = ui
         self._lock = threading.RLock()
         self._parts: Any = None
+        self._output: PanelOutput | None = None
+        self.on_change: Callable[[], None] = lambda: None
         self._closed = False
 
     @property
@@ -65,13 +69,16 @@ class Panel:
             leaving: A line that stays where the panel was shown.
         """
         with self._lock:
+            output, self._output = self._output, None
+            if output is not None:
+                output.close(_line(leaving) if leaving else None)
             self._closed = True
             parts, self._parts = self._parts, None
             if _open.get(self._place) is self:
                 del _open[self._place]
         if parts is not None:
             self._release(parts)
-            if leaving:
+            if leaving and output is None:
                 _leave(parts.root, leaving)
             else:
                 close_tree(parts.root)
@@ -79,16 +86,21 @@ class Panel:
     def __repr__(self) -> str:
         return self._text()
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        shown = "html" if self._closed else shown_as(self._ui)
-        text = self._text()
-        bundle: dict[str, Any] = {"text/plain": text}
-        if shown != "text":
-            bundle["text/html"] = self._card(AGAIN if shown == "widgets" else "")
-        if shown == "widgets":
-            bundle["text/plain"] += ("\n" if "\n" in text else " ") + AGAIN
-            bundle[WIDGET_VIEW] = view_of(self.widget)
-        return bundle
+    def _ipython_display_(self) -> None:
+        if self._closed or shown_as(self._ui) != "widgets":
+            raise NotImplementedError  # IPython asks for the bundle then
+        with self._lock:
+            root = self.widget
+            if self._output is not None:
+                self._output.close(_line(MOVED))
+            self._output = PanelOutput(self._state, self._lock)
+            root.children[0].value = style_sheet(self._output.css)
+            self._output.show(root)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        if shown_as(self._ui) == "text":
+            return {"text/plain": self._text()}
+        return self._state("" if shown_as(self._ui) == "html" else AGAIN)
 
     # For subclasses
 
@@ -112,9 +124,26 @@ class Panel:
         """Plain text."""
         raise NotImplementedError
 
-    def _card(self, hint: str) -> str:
-        """The panel as HTML that needs no widget; ``hint`` is a line at its end."""
+    def _card(self, hint: str) -> Block:
+        """The panel without widgets; ``hint`` is a line at its end."""
         raise NotImplementedError
+
+    def card(self) -> Block:
+        """The panel without widgets, as it is now."""
+        return self._card("")
+
+    def _changed(self) -> None:
+        """Has what a saved notebook keeps follow what is shown."""
+        if self._output is not None:
+            self._output.changed()
+        self.on_change()
+
+    def _state(self, hint: str = AGAIN) -> dict[str, str]:
+        """What is shown, as a MIME bundle that needs no widget."""
+        text = self._text()
+        separator = "\n" if "\n" in text else " "
+        plain = separator.join(part for part in (text, hint) if part)
+        return {"text/html": to_html(self._card(hint)), "text/plain": plain}
 
     def _failed(self) -> None:
         """Takes back what a command that failed had begun to show."""
@@ -218,6 +247,7 @@ class SessionPanel(Panel):
                 return
             self._revision = state.revision
             self._draw(state)
+            self._changed()
 
 
 _open: dict[tuple[str, Hashable], Panel] = {}
@@ -228,12 +258,17 @@ _left: deque[Any] = deque()
 """Roots of panels that moved and left a line; only the last ones, because a cell that is run again hides its own."""
 
 
-def _leave(root: Any, line: str) -> None:
+def _line(words: str) -> dict[str, str]:
+    """A line in the place of a panel."""
+    return {"text/html": to_html(line(dim(words))), "text/plain": words}
+
+
+def _leave(root: Any, words: str) -> None:
     """Puts a line in the place of all a root holds."""
     import ipywidgets
 
     children = root.children
-    root.children = (ipywidgets.HTML(span(dim(line))),)
+    root.children = (ipywidgets.HTML(_line(words)["text/html"]),)
     for child in children:
         close_tree(child)
     _left.append(root)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.display.blocks import card, dim, line
-from nbpeft.display.html import to_html
+from nbpeft.display.blocks import Block, card, dim, line
 from nbpeft.session.results.planning import PlanResult, PlanSettings
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.panel import Panel
@@ -75,13 +74,13 @@ class PlanPanel(Panel):
     def _text(self) -> str:
         return str(self._result)
 
-    def _card(self, hint: str) -> str:
+    def _card(self, hint: str) -> Block:
         view = self._result.view()
-        return to_html(card(view.title, *view.blocks, line(dim(hint)), aside=view.aside))
+        return card(view.title, *view.blocks, line(dim(hint)), aside=view.aside)
 
     @property
     def _title(self) -> str:
-        return f"memory plan · {self._planner.name}"
+        return f"Memory plan for {self._planner.name}"
 
     def _command(self, *command: Any) -> None:
         """What widgets call; handlers may run in another thread."""
@@ -111,4 +110,5 @@ class PlanPanel(Panel):
             if self._parts is not None and not stopped():
                 self._result = found
                 self._parts.show(found, current=True)
+                self._changed()
                 self._say("", "dim")

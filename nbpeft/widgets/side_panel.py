@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -28,9 +30,13 @@ class SidePanel:
         session: Of the panel.
         model_name: Of the panel.
         tokenizer: A tokenizer, or a function that gives one.
+        changed: Called when what the panel shows has changed.
     """
 
-    def __init__(self, session: Session, model_name: str | None, tokenizer: Any) -> None:
+    def __init__(
+        self, session: Session, model_name: str | None, tokenizer: Any, changed: Callable[[Any], None]
+    ) -> None:
+        self._changed = changed
         self._session, self._name, self._tokenizer = session, model_name, tokenizer
         self._panel: AnswerPanel | None = None
         self._buttons = {
@@ -60,13 +66,16 @@ class SidePanel:
         prompt = self._panel.prompt if self._panel is not None else ""
         self.close()
         if shown:
+            self._changed(None)
             return
         make = _KINDS[kind][0]
         self._panel = make(self._session, self._name, ui="widgets", tokenizer=self._tokenizer, prompt=prompt)
         root = self._panel.widget
         root.add_class("nbpeft-inner")
         self.slot.children = (root,)
+        self._panel.on_change = functools.partial(self._changed, None)
         self._mark()
+        self._changed(None)
 
     def _mark(self) -> None:
         for kind, button in self._buttons.items():

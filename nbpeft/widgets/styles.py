@@ -49,3 +49,12 @@ PANEL_CSS = f"""
 .nbpeft-settings {{ flex-wrap: wrap; align-items: center; gap: 4px 14px; overflow: visible; }}
 .nbpeft-settings > * {{ flex: 0 0 auto; }}
 """
+
+
+def style_sheet(more: str = "") -> str:
+    """The style sheet as HTML.
+
+    Args:
+        more: Further rules.
+    """
+    return f"<style>{PANEL_CSS}{more}</style>"

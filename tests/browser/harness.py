@@ -215,7 +215,7 @@ class NotebookPage:
         """Waits until an output shows the text."""
         areas = self.page.locator(".jp-Cell-outputArea") if cell is None else self.output(cell)
         try:
-            expect(areas.get_by_text(text).first).to_be_visible(timeout=timeout * 1000)
+            expect(areas.get_by_text(text).filter(visible=True).first).to_be_visible(timeout=timeout * 1000)
         except AssertionError:
             seen = "\n---\n".join(areas.all_inner_texts())
             console = "\n".join(self.console[-10:])

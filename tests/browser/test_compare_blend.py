@@ -39,15 +39,15 @@ def test_compare_and_blend_from_the_adapters_panel(open_notebook: Opener, pictur
         MODEL, "%lora panel", '%lora compare "Ana needs chairs" --tokens 12', f"import nbpeft\n{STATE}"
     )
     page.run_all()
-    assert "one batched pass" in page.output_text(2)
+    assert "answered in" in page.output_text(2)
     panel = page.output(1)
 
     page.click("compare", cell=1)
     panel.locator("textarea").fill("Ana needs 12 chairs")
     panel.locator("input[type=number]").fill("20")
     panel.locator("input[type=number]").press("Tab")
-    page.click("Compare", cell=1)
-    page.wait_for("one batched pass", cell=1)
+    page.click("Send", cell=1)
+    page.wait_for("answered in", cell=1)
     expect(page.button("Stop", cell=1)).to_be_hidden()
     page.screenshot(pictures / f"compare-real-{app}.png")
 
@@ -81,20 +81,82 @@ def test_words_that_differ_are_marked(open_notebook: Opener, pictures: Path, app
     for cell in range(3):
         page.run_cell(cell)
     page.click("sql", cell=1)
-    page.click("Compare", cell=1)
+    page.click("Send", cell=1)
     page.wait_for("answering …", cell=1)
     expect(page.button("Stop", cell=1)).to_be_visible()
-    page.wait_for("one batched pass", cell=1)
+    page.wait_for("answered in", cell=1)
     page.output(1).locator("select").last.select_option("orders")
     page.wait_for('"12, arr"', cell=1)
     page.click("Answer", cell=2)
-    page.wait_for("one batched pass", cell=2)
+    page.wait_for("answered in", cell=2)
     for theme in ("light", "dark"):
         page.theme(theme)
         page.screenshot(pictures / f"compare-blend-{app}-{theme}.png")
     page.theme("light")
     page.run_cell(3)
-    page.click("Compare", cell=1)
+    page.click("Send", cell=1)
     page.wait_for("RuntimeError: no room <b>left</b>", cell=1)
     page.click("✕", cell=1)
     expect(page.output(1).get_by_text("RuntimeError")).to_have_count(0)
+
+
+CHATTING = """\
+from tests.widgets.answering import AnsweringSession
+from nbpeft.widgets import ComparePanel
+talk = AnsweringSession(pause=0.02, conversing=True)
+panel = ComparePanel(talk, 'model', prompt='Order: Ana from Lima needs 12 chairs.')
+panel
+"""
+SAID = """\
+for column in panel.result.columns[:2]:
+    print(column.title, 'said', [prompt for prompt, _ in column.turns], 'then', panel.result.prompts)
+print('settings', talk.sampling)
+"""
+LIVE = """\
+tokenizer = CharTokenizer('yes')
+import nbpeft
+from nbpeft.widgets import ComparePanel
+live = ComparePanel(nbpeft.get_session(), 'model', tokenizer=tokenizer, max_new_tokens=12)
+live
+"""
+TURNS = """\
+again = nbpeft.get_session().compare('Hi', max_new_tokens=12, tokenizer=tokenizer)
+again = nbpeft.get_session().compare('Why', max_new_tokens=12, after=again)
+print('same as asked by hand', again.answers == live.result.answers, 'turns', len(live.result.columns[0].turns))
+"""
+
+
+def test_a_conversation_goes_on_in_every_column(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(CHATTING, SAID, MODEL, LIVE, TURNS)
+    page.run_cell(0)
+    panel = page.output(0)
+    page.click("Send", cell=0)
+    page.wait_for("answered in", cell=0)
+    expect(panel.locator("textarea")).to_have_value("")
+    panel.locator("textarea").fill("And 3 sofas?")
+    panel.get_by_label("temperature").or_(panel.locator("input[type=number]").nth(1)).first.fill("0.7")
+    panel.locator("input[type=number]").nth(1).press("Tab")
+    page.click("Send", cell=0)
+    page.wait_for("And 3 sofas?", cell=0)
+    page.wait_for("answered in", cell=0)
+    page.run_cell(1)
+    assert "base said ['Order: Ana from Lima needs 12 chairs.'] then ('And 3 sofas?',)" in page.output_text(1)
+    assert "'temperature': 0.7" in page.output_text(1)
+    for theme in ("light", "dark") if app == "lab" else ("light",):
+        page.theme(theme) if app == "lab" else None
+        for width in (1280, 800, 600):
+            page.page.set_viewport_size({"width": width, "height": 1000})
+            page.screenshot(pictures / f"conversation-{app}-{width}-{theme}.png")
+    page.page.set_viewport_size({"width": 1280, "height": 1000})
+    page.click("New conversation", cell=0)
+    expect(panel.get_by_text("sofas")).to_have_count(0)
+    page.run_cell(2)
+    page.run_cell(3)
+    for prompt in ("Hi", "Why"):
+        page.output(3).locator("textarea").fill(prompt)
+        page.click("Send", cell=3)
+        page.wait_for(prompt, cell=3)
+        page.wait_for("answered in", cell=3)
+        expect(page.output(3).locator("textarea")).to_have_value("")
+    page.run_cell(4)
+    assert "same as asked by hand True turns 1" in page.output_text(4)

@@ -116,7 +116,7 @@ def _of_answers_and_layers(word: str) -> dict[str, Shown]:
             word, f"adapters/{word}", adapter, 60, ("lm_head",), (), 0.012, state,
             PROMPT + word, ANSWERS["orders"], other + word, notes,
         ),
-        "compare": CompareResult(word, (PROMPT, word), columns, 1.94, 1, form="sent as plain text", notes=notes),
+        "compare": CompareResult(word, (PROMPT, word), columns, 1.94, 1, form="chat template not applied", notes=notes),
         "inspect": InspectResult(word, word, changes, notes),
         "merge": MergedCopy(
             word, (word,), f"merged/{word}", "bfloat16", 269_000_000, (269_000_000,), MergeErrors(errors, "bfloat16")

@@ -155,15 +155,15 @@ def test_plain_prompts_go_through_the_chat_template(session: Session, model: Any
 def test_prompts_are_sent_as_the_adapters_were_trained(session: Session, model: Any) -> None:
     tokenizer, options = CharTokenizer("template"), {"max_new_tokens": 6, "tokenizer": CharTokenizer("template")}
     said = session.compare("Hi", **options)
-    assert said.form == "sent as a chat message" and said.aside.endswith("sent as a chat message")
+    assert said.form == "chat template applied" and said.aside.endswith("chat template applied")
     plain, chat = ({"prompt": "Hi", "completion": " you"}, {"messages": [{"role": "assistant", "content": "Hi"}]})
     for row, chosen in ((plain, False), (chat, True), (plain, False), ({"input_ids": [3, 4, 5]}, False)):
         session.train(None, [row] * 2, tokenizer=tokenizer, max_steps=1)
         usual, asked = session.compare("Hi", **options), session.compare("Hi", chat=chosen, **options)
         assert (usual.form, usual.answers) == (asked.form, asked.answers)
-        assert asked.form == ("sent as a chat message" if chosen else "sent as plain text")
+        assert asked.form == ("chat template applied" if chosen else "chat template not applied")
         assert session.try_combination({"orders": 1.0}, "Hi", **options).form == asked.form
-    assert session.compare("Hi", chat=True, **options).form == "sent as a chat message"
+    assert session.compare("Hi", chat=True, **options).form == "chat template applied"
     assert session.compare("Hi", max_new_tokens=1, tokenizer=CharTokenizer()).form == ""
 
 
@@ -232,7 +232,7 @@ def test_words_that_differ_are_marked() -> None:
     assert marks(html) == ["13"]
     assert "same as a" in html
     assert "&lt;prompt&gt;" in html and "&lt;chairs&gt;" in html and "<chairs>" not in html
-    assert "one batched pass · 1.9 s" in html
+    assert "answered in 1.9 s" in html
     assert marks(to_html(shown("count: 12", "count: 13").view("b"))) == ["12"]
     assert marks(shown('"count": 12}', '"count": "12, arr"}')._repr_html_()) == ["&quot;12, arr&quot;"]
     assert marks(shown("one, two-and-three, four", "one, two-three, four")._repr_html_()) == []
@@ -241,7 +241,7 @@ def test_words_that_differ_are_marked() -> None:
 def test_an_answer_that_has_nothing_in_common_is_not_marked_all_over() -> None:
     html = shown("I am happy to help you with chairs", "{'name': 'Ana'}")._repr_html_()
     assert marks(html) == []
-    assert "differs throughout" in html
+    assert "other answer" in html
 
 
 def test_nothing_is_marked_while_answers_come() -> None:
@@ -249,4 +249,11 @@ def test_nothing_is_marked_while_answers_come() -> None:
 
 
 def test_as_text_titles_stand_in_a_column() -> None:
-    assert str(shown("one\ntwo", "three")) == "<prompt>\n  a  one\n     two\n  b  three\none batched pass · 1.9 s"
+    text = "<prompt>\n  a  one\n     two\n  b  three  other answer\nanswered in 1.9 s"
+    assert str(shown("one\ntwo", "three")) == text
+
+
+def test_as_text_words_that_differ_stand_in_signs() -> None:
+    text = str(shown("12 chairs for Ana", "13 chairs for Ana", "12 chairs for Ana"))
+    assert "b  ‹13› chairs for Ana\n" in text
+    assert "c  12 chairs for Ana    same as a" in text

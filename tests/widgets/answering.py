@@ -28,11 +28,13 @@ class AnsweringSession(FakeSession):
 
     Args:
         pause: Seconds a word takes.
+        conversing: Whether the chat template is applied.
     """
 
-    def __init__(self, pause: float = 0.0) -> None:
+    def __init__(self, pause: float = 0.0, *, conversing: bool = False) -> None:
         super().__init__()
-        self.pause = pause
+        self.pause, self.conversing = pause, conversing
+        self.sampling: dict[str, float | None] = {}
         self.threads: list[str] = []
         self.chats: list[bool | None] = []
         self.go = threading.Event()
@@ -51,13 +53,16 @@ class AnsweringSession(FakeSession):
         tokenizer: Any,
         on_text: Callable[[CompareResult], object],
         should_stop: Callable[[], bool],
+        after: CompareResult | None = None,
+        **sampling: float | None,
     ) -> CompareResult:
         self.chats.append(chat)
+        self.sampling = sampling
         self._take("compare", prompt, tuple(adapters), include_base, *(dict(weights) for weights in blends))
         texts = {BASE: ANSWERS[BASE]} if include_base else {}
         texts |= {name: ANSWERS.get(name, f"I am {name}") for name in adapters}
         texts |= {blend_title(tuple(weights.items())): BLENDED for weights in blends}
-        return self._stream(prompt, texts, max_new_tokens, on_text, should_stop)
+        return self._stream(prompt, texts, max_new_tokens, on_text, should_stop, after, conversing=self.conversing)
 
     def try_combination(
         self,
@@ -98,16 +103,28 @@ class AnsweringSession(FakeSession):
         limit: int,
         on_text: Callable[[CompareResult], object],
         should_stop: Callable[[], bool],
+        after: CompareResult | None = None,
+        *,
+        conversing: bool = False,
     ) -> CompareResult:
         self.threads.append(threading.current_thread().name)
         if not prompt:
             raise AdapterError("a prompt is empty")
         started = time.perf_counter()
         longest = min(limit, max(len(text.split()) for text in texts.values()))
-        result = CompareResult("model", (prompt,), (), 0.0, 1, "running")
+        result = CompareResult("model", (prompt,), (), 0.0, 1, "running", chat=conversing)
+        said = {column.title: column for column in after.columns} if after is not None else {}
+        turns = {
+            title: (*column.turns, (after.prompts[0], column.answers[0].text))
+            for title, column in said.items()
+            if after is not None
+        }
         for count in range(longest + 1):
             self.go.wait(10)
-            columns = tuple(Column(title, (), (_answer(text, count, limit),)) for title, text in texts.items())
+            columns = tuple(
+                Column(title, (), (_answer(text, count, limit),), turns=turns.get(title, ()))
+                for title, text in texts.items()
+            )
             result = dataclasses.replace(result, columns=columns, seconds=time.perf_counter() - started)
             if should_stop():
                 return dataclasses.replace(result, status="stopped")

@@ -13,7 +13,6 @@ import pytest
 from nbpeft.errors import AdapterError
 from nbpeft.widgets import AdaptersPanel, close_all, show_run
 from nbpeft.widgets import panel as panel_module
-from nbpeft.widgets.environment import WIDGET_VIEW
 from tests.widgets.fakes import MEMORY, FakeRun, FakeSession, adapter, model
 from tests.widgets.support import Output, live_widgets
 
@@ -250,14 +249,6 @@ def test_handlers_may_run_in_other_threads(panel: AdaptersPanel, session: Any) -
     assert marked(panel) == ["sql"]
 
 
-def test_the_bundle_has_a_view_a_snapshot_and_a_line(panel: AdaptersPanel) -> None:
-    bundle = panel._repr_mimebundle_()
-    assert bundle[WIDGET_VIEW]["model_id"] == panel.widget.model_id
-    assert "<table" in bundle["text/html"]
-    assert "<style" not in bundle["text/html"]
-    assert "\n" not in bundle["text/plain"]
-
-
 def test_without_widgets_it_is_html_or_text(session: Any) -> None:
     assert set(AdaptersPanel(session, "model", ui="html")._repr_mimebundle_()) == {"text/plain", "text/html"}
     assert set(AdaptersPanel(session, "model", ui="text")._repr_mimebundle_()) == {"text/plain"}
@@ -273,7 +264,6 @@ def test_one_panel_a_model(session: Any) -> None:
     assert root.comm is not None
     assert second.widget is not root
     assert [part.value for part in root.children if panel_module.MOVED in part.value]
-    assert WIDGET_VIEW not in first._repr_mimebundle_()
     second.close()
     assert root.comm is not None
     panel_module.close_panels()

@@ -14,7 +14,6 @@ import pytest
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.widgets import AdaptersPanel, BlendPanel, ComparePanel, close_all, panel
 from nbpeft.widgets.blend_panel import DEBOUNCE
-from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.lifetime import close_tree
 from tests.widgets.answering import ANSWERS, BLENDED, PROMPT, TOKENIZER, AnsweringSession
 from tests.widgets.support import live_widgets
@@ -71,7 +70,7 @@ def dropdown(shown: Any, value: Any) -> Any:
 
 
 def prompt_form(shown: Any) -> Any:
-    (found,) = [part for part in parts(shown, ipywidgets.Dropdown) if "plain text" in str(part.options)]
+    (found,) = [part for part in parts(shown, ipywidgets.Dropdown) if "apply" in str(part.options)]
     return found
 
 
@@ -96,27 +95,27 @@ def begun(session: AnsweringSession) -> None:
 
 
 def test_the_base_and_all_adapters_answer(compare: ComparePanel, session: AnsweringSession) -> None:
-    press(compare, "Compare")
+    press(compare, "Send")
     assert session.commands == [("compare", PROMPT, ("orders", "pirate", "sql"), True)]
     shown = text(compare)
-    assert "chairs for her ship!" in shown and "differs throughout" in shown
-    assert "one batched pass" in shown
+    assert "chairs for her ship!" in shown and "other answer" in shown
+    assert "answered in" in shown
     assert compare.result is not None and list(compare.result.answers) == ["base", "orders", "pirate", "sql"]
     assert "Stop" not in labels(compare)
 
 
 def test_the_prompt_can_be_sent_without_the_chat_template(compare: ComparePanel, session: AnsweringSession) -> None:
-    press(compare, "Compare")
-    prompt_form(compare).value = "plain text"
-    press(compare, "Compare")
-    prompt_form(compare).value = "chat message"
-    press(compare, "Compare")
+    press(compare, "Send")
+    prompt_form(compare).value = "do not apply"
+    press(compare, "Send")
+    prompt_form(compare).value = "apply"
+    press(compare, "Send")
     assert session.chats == [None, False, True]
 
 
 def test_the_form_of_the_prompt_is_answered_anew(blend: BlendPanel, session: AnsweringSession) -> None:
     press(blend, "Answer")
-    prompt_form(blend).value = "plain text"
+    prompt_form(blend).value = "do not apply"
     assert blend.wait(10)
     assert session.chats == [None, False]
     assert session.commands[-1][3] is True, "the base model answers anew, too"
@@ -125,7 +124,7 @@ def test_the_form_of_the_prompt_is_answered_anew(blend: BlendPanel, session: Ans
 @pytest.mark.parametrize("kind", [ComparePanel, BlendPanel])
 def test_a_panel_may_begin_with_the_plain_prompt(session: Any, kind: type[Any]) -> None:
     made = kind(session, "model", ui="widgets", chat=False)
-    assert prompt_form(made).value == "plain text"
+    assert prompt_form(made).value == "do not apply"
     made.close()
 
 
@@ -135,17 +134,17 @@ def test_columns_can_be_left_out(compare: ComparePanel, session: AnsweringSessio
     session.publish()
     marked = [part.description for part in parts(compare, ipywidgets.Button) if "nbpeft-on" in part._dom_classes]
     assert marked == ["orders", "pirate"]
-    press(compare, "Compare")
+    press(compare, "Send")
     assert session.commands == [("compare", PROMPT, ("orders", "pirate"), False)]
     button(compare, "sql").click()
-    press(compare, "Compare")
+    press(compare, "Send")
     assert session.commands[-1] == ("compare", PROMPT, ("orders", "pirate", "sql"), False)
 
 
 def test_answers_come_from_a_thread_and_can_be_stopped(compare: ComparePanel, session: AnsweringSession) -> None:
     session.go.clear()
-    button(compare, "Compare").click()
-    assert "Stop" in labels(compare) and "Compare" not in labels(compare)
+    button(compare, "Send").click()
+    assert "Stop" in labels(compare) and "Send" not in labels(compare)
     assert "answering …" in text(compare)
     begun(session)
     button(compare, "Stop").click()
@@ -154,7 +153,7 @@ def test_answers_come_from_a_thread_and_can_be_stopped(compare: ComparePanel, se
     assert session.threads == ["nbpeft-answers"]
     assert compare.result is not None and compare.result.status == "stopped"
     assert "stopped" in text(compare)
-    assert "Compare" in labels(compare)
+    assert "Send" in labels(compare)
 
 
 def test_an_answer_that_has_not_begun_can_be_stopped(blend: BlendPanel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +166,7 @@ def test_an_answer_that_has_not_begun_can_be_stopped(blend: BlendPanel, monkeypa
 
 def test_words_are_marked_against_the_chosen_column(compare: ComparePanel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ANSWERS, "pirate", BLENDED)
-    press(compare, "Compare")
+    press(compare, "Send")
     against = dropdown(compare, "base")
     assert (against.value, list(against.options)) == ("base", ["base", "orders", "pirate", "sql"])
     assert "background:rgba(114" not in text(compare)
@@ -187,17 +186,17 @@ def test_errors_are_shown_in_the_panel(
     compare: ComparePanel, session: AnsweringSession, error: Exception, words: str
 ) -> None:
     session.error = error
-    press(compare, "Compare")
+    press(compare, "Send")
     assert words in text(compare)
-    assert "Compare" in labels(compare)
+    assert "Send" in labels(compare)
     session.error = None
-    press(compare, "Compare")
+    press(compare, "Send")
     assert words not in text(compare)
 
 
 def test_no_prompt_is_said_and_asks_nothing(compare: ComparePanel, session: AnsweringSession) -> None:
     parts(compare, ipywidgets.Textarea)[0].value = "  "
-    press(compare, "Compare")
+    press(compare, "Send")
     assert "Write a prompt first." in text(compare)
     assert session.commands == []
 
@@ -213,7 +212,7 @@ def test_a_model_that_is_gone_is_said(compare: ComparePanel, session: AnsweringS
     session.models.clear()
     session.publish()
     assert "There is no model &#x27;model&#x27; any more" in text(compare)
-    press(compare, "Compare")
+    press(compare, "Send")
     assert session.commands == []
 
 
@@ -310,17 +309,15 @@ def test_the_wait_is_long_enough_for_a_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", [ComparePanel, BlendPanel])
-def test_the_bundle_has_a_view_a_snapshot_and_a_line(session: Any, kind: type[Any]) -> None:
+def test_the_bundle_is_a_snapshot_and_a_line(session: Any, kind: type[Any]) -> None:
     made = kind(session, "model", ui="widgets", prompt=PROMPT)
     bundle = made._repr_mimebundle_()
-    assert bundle[WIDGET_VIEW]["model_id"] == made.widget.model_id
     assert "Run the cell again for buttons." in bundle["text/plain"] and "\n" not in bundle["text/plain"]
     assert "orders" in bundle["text/html"]
-    press(made, "Compare" if kind is ComparePanel else "Answer")
+    press(made, "Send" if kind is ComparePanel else "Answer")
     assert "chairs" in made._repr_mimebundle_()["text/html"]
     made.close()
-    bundle = made._repr_mimebundle_()
-    assert WIDGET_VIEW not in bundle and "chairs" in bundle["text/html"]
+    assert "chairs" in made._repr_mimebundle_()["text/html"]
     assert set(kind(session, "model", ui="text")._repr_mimebundle_()) == {"text/plain"}
     assert set(kind(session, "model", ui="html")._repr_mimebundle_()) == {"text/plain", "text/html"}
 
@@ -339,7 +336,7 @@ def test_a_new_panel_closes_the_one_before(session: Any, kind: type[Any]) -> Non
 def test_a_closed_panel_is_free(session: Any, kind: type[Any]) -> None:
     made = kind(session, "model", ui="widgets", prompt=PROMPT)
     session.go.clear()
-    button(made, "Compare" if kind is ComparePanel else "Answer").click()
+    button(made, "Send" if kind is ComparePanel else "Answer").click()
     made.close()
     made.close()
     session.go.set()
@@ -355,10 +352,10 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     before = len(parts(shown, ipywidgets.Widget))
     count = len(live_widgets())
     button(shown, "compare").click()
-    assert len(parts(shown, ipywidgets.Textarea)) == 1 and "Compare" in labels(shown)
+    assert len(parts(shown, ipywidgets.Textarea)) == 1 and "Send" in labels(shown)
     parts(shown, ipywidgets.Textarea)[0].value = PROMPT
     button(shown, "blend").click()
-    assert "Answer" in labels(shown) and "Compare" not in labels(shown)
+    assert "Answer" in labels(shown) and "Send" not in labels(shown)
     assert parts(shown, ipywidgets.Textarea)[0].value == PROMPT
     elsewhere = BlendPanel(session, "model", ui="widgets")
     assert elsewhere.widget is not None
@@ -371,3 +368,69 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     button(shown, "compare").click()
     shown.close()
     assert not panel._open
+
+
+# Settings and conversations
+
+
+def number(shown: Any, label: str) -> Any:
+    """The field that stands beside a label."""
+    for box in parts(shown, ipywidgets.HBox):
+        if len(box.children) == 2 and f">{label}<" in str(getattr(box.children[0], "value", "")):
+            return box.children[1]
+    raise AssertionError(label)
+
+
+def test_the_settings_reach_the_session(compare: ComparePanel, session: AnsweringSession) -> None:
+    press(compare, "Send")
+    assert session.sampling == {}, "greedy"
+    number(compare, "temperature").value = 0.7
+    number(compare, "top-p").value = 0.9
+    press(compare, "Send")
+    assert session.sampling == {"temperature": 0.7, "top_p": 0.9, "seed": None}
+    number(compare, "seed").value = "12"
+    press(compare, "Send")
+    assert session.sampling["seed"] == 12
+    asked = len(session.commands)
+    number(compare, "seed").value = "lucky"
+    press(compare, "Send")
+    assert "seed must be a whole number" in text(compare) and len(session.commands) == asked
+
+
+@pytest.mark.parametrize("conversing", [True, False])
+def test_send_goes_on_with_the_conversation_in_every_column(conversing: bool) -> None:
+    session: Any = AnsweringSession(conversing=conversing)
+    compare = ComparePanel(session, "model", ui="widgets", tokenizer=TOKENIZER, prompt=PROMPT, temperature=0.5, seed=3)
+    box = parts(compare, ipywidgets.Textarea)[0]
+    press(compare, "Send")
+    assert session.sampling == {"temperature": 0.5, "top_p": 1.0, "seed": 3}
+    first = compare.result
+    assert first is not None and box.value == ("" if conversing else PROMPT)
+    assert compare.prompt == PROMPT, "another panel begins with it"
+    assert ("New conversation" in labels(compare)) is conversing
+    box.value = "And the sofas?"
+    press(compare, "Send")
+    second = compare.result
+    assert second is not None and second.prompts == ("And the sofas?",)
+    assert [len(column.turns) for column in second.columns] == [conversing] * 4
+    assert (PROMPT in text(compare)) is conversing
+    if conversing:
+        button(compare, "New conversation").click()
+        assert compare.result is None and "sofas" not in text(compare)
+        press(compare, "Send")
+        assert "Write a prompt first." in text(compare)
+        box.value = "Anew"
+        press(compare, "Send")
+        assert compare.result is not None and not any(column.turns for column in compare.result.columns)
+    compare.close()
+
+
+def test_without_the_chat_template_it_begins_anew(session: Any) -> None:
+    session = AnsweringSession(conversing=True)
+    compare = ComparePanel(session, "model", ui="widgets", tokenizer=TOKENIZER, prompt=PROMPT)
+    press(compare, "Send")
+    prompt_form(compare).value = "do not apply"
+    parts(compare, ipywidgets.Textarea)[0].value = "Again"
+    press(compare, "Send")
+    assert compare.result is not None and not any(column.turns for column in compare.result.columns)
+    compare.close()

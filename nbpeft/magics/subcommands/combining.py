@@ -12,12 +12,10 @@ from nbpeft.errors import CellError, ConfigError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import ON_MODEL, TOKENIZER, subcommand
+from nbpeft.magics.subcommands.asking import CHAT, RAW, SAMPLING, chat_of, sampling_of
 from nbpeft.magics.subcommands.panels import show_panel
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.handles import is_module
-
-_RAW = argument("--raw", action="store_true", help="send the prompt as it is, outside the tokenizer's chat template")
-_CHAT = argument("--chat", action="store_true", help="put the prompt into the chat template; default: as in training")
 
 
 @subcommand(
@@ -65,7 +63,7 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "compare",
-    "Let all adapters and the base model answer the same prompt, side by side, in one batched pass.",
+    "Let all adapters and the base model answer the same prompt, side by side, in one batch.",
     argument("prompt", nargs="?", type=prompt_text, metavar="PROMPT", help=r"in quotes; \n is a line break"),
     argument("--prompts", metavar="LIST", completes="variable", help="a variable or expression with several prompts"),
     argument("--adapters", "-a", nargs="+", metavar="NAME", completes="adapter", help="only these adapters"),
@@ -77,10 +75,13 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="weight",
         help="a weighted sum as one more column; may be given again",
     ),
-    argument("--tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)"),
+    argument(
+        "--max-new-tokens", "--tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)"
+    ),
+    *SAMPLING,
     argument("--no-base", action="store_true", help="leave the base model out"),
-    _RAW,
-    _CHAT,
+    RAW,
+    CHAT,
     argument("--panel", action="store_true", help="show a panel with a box for the prompt"),
     TOKENIZER,
     ON_MODEL,
@@ -89,7 +90,8 @@ def combine(options: argparse.Namespace, notebook: NotebookContext) -> object:
 def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Compare answers, which appear while the cell runs, or show the panel for it."""
     if options.panel:
-        begin = {"prompt": options.prompt or "", "max_new_tokens": options.tokens, "chat": _chat(options)}
+        begin = {"prompt": options.prompt or "", "max_new_tokens": options.max_new_tokens, "chat": chat_of(options)}
+        begin |= sampling_of(options)
         return show_panel(notebook, "compare", options.model, **begin)
     model = notebook.chosen(options.model)
     prompts: Any = _prompts(options, notebook)
@@ -102,9 +104,10 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
             adapters=options.adapters,
             blends=blends,
             include_base=not options.no_base,
-            max_new_tokens=options.tokens,
+            max_new_tokens=options.max_new_tokens,
+            **sampling_of(options),
             tokenizer=notebook.tokenizer(options.tokenizer),
-            chat=_chat(options),
+            chat=chat_of(options),
             on_text=live.draw,
             model=model,
         )
@@ -127,10 +130,17 @@ def compare(options: argparse.Namespace, notebook: NotebookContext) -> object:
         completes="variable",
         help="called with the model; False or an exception undoes the swap",
     ),
-    argument("--tokens", type=positive, default=32, metavar="N", help="longest answer to --check (default: 32)"),
+    argument(
+        "--max-new-tokens",
+        "--tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="longest answer to --check (default: 32)",
+    ),
     argument("--replace", action="store_true", help="also an adapter that was trained and is not saved"),
-    _RAW,
-    _CHAT,
+    RAW,
+    CHAT,
     TOKENIZER,
     ON_MODEL,
     example='%lora swap adapters/orders_v2 --into orders --check "Order: Ana from Lima needs 12 chairs."',
@@ -145,18 +155,12 @@ def swap(options: argparse.Namespace, notebook: NotebookContext) -> object:
         into=options.into,
         validate=validate,
         check_prompt=options.check,
-        max_new_tokens=options.tokens,
+        max_new_tokens=options.max_new_tokens,
         tokenizer=None if options.check is None else notebook.tokenizer(options.tokenizer),
-        chat=_chat(options),
+        chat=chat_of(options),
         replace=options.replace,
         model=_compiled(notebook.chosen(options.model), notebook),
     )
-
-
-def _chat(options: argparse.Namespace) -> bool | None:
-    if options.raw and options.chat:
-        raise CellError("--raw and --chat exclude each other")
-    return True if options.chat else False if options.raw else None
 
 
 def _weights(words: Sequence[str], what: str) -> dict[str, float]:

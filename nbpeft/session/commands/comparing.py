@@ -13,8 +13,16 @@ from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.checks import names_of, prompts_of, weights_of
 from nbpeft.session.commands.combining import combination_settings, free_name, make_combination, seeded
 from nbpeft.session.prompts import prompt_batch
-from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, blend_title
-from nbpeft.training.generation import GenerationRequest, PromptBatch, evaluating, generate_batch
+from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, Status, blend_title
+from nbpeft.session.sampling import Sampling
+from nbpeft.training.generation import (
+    GenerationRequest,
+    PromptBatch,
+    conversation,
+    evaluating,
+    generate_batch,
+    waits,
+)
 
 if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
@@ -39,6 +47,10 @@ def compare(
     max_new_tokens: int = 64,
     tokenizer: Any = None,
     chat: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    after: CompareResult | None = None,
     on_text: Report | None = None,
     should_stop: Callable[[], bool] | None = None,
     model: ModelLike = None,
@@ -59,27 +71,39 @@ def compare(
         tokenizer: of the model; the one given before if left out.
         chat: put texts into the tokenizer's chat template; None: as the adapters were trained
             last in this session, or else where it has one.
+        temperature: draw tokens, the likelier ones less often the higher it is; 0 is greedy.
+        top_p: draw among the likeliest tokens that have this probability together.
+        seed: of the random numbers, which are not those of the notebook.
+        after: go on with the conversations of these answers, each column with its own.
         on_text: called with the answers so far, some times a second.
         should_stop: asked at each token; True ends it early.
         model: an adapted model.
-        **generation: further arguments of ``generate``, e.g. ``do_sample=True``; greedy by default.
+        **generation: further arguments of ``generate``, e.g. ``num_beams=4``; greedy by default.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
-        AdapterError: adapters are merged, there is no tokenizer, or nothing to compare.
+        ConfigError: a setting is impossible.
+        AdapterError: adapters are merged, there is no tokenizer, nothing to compare, or no chat template that
+            a conversation could go on with.
     """
-    request = GenerationRequest(None, max_new_tokens, generation, None, should_stop)
+    sampling = Sampling(temperature, top_p, seed)
+    request = GenerationRequest(None, max_new_tokens, sampling.options | generation, None, should_stop)
     tracked = ctx.find_adapted(model, command="compare")
     manager = tracked.manager
     manager.refuse_merged("comparing")
     names = manager.names if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
     blends = [weights_of(weights) for weights in blends]
     manager.require_available(*names, *(name for weights in blends for name in weights))
-    columns = _columns(names, blends, include_base)
-    batch = prompt_batch(ctx, tracked, prompts_of(prompts), tokenizer, chat)
-    with ctx.command("comparing", slow=True) as notes, evaluating(tracked.model):
-        result = _answered(tracked, batch, columns, on_text, request)
-        return dataclasses.replace(result, notes=tuple(notes))
+    columns, prompts = _columns(names, blends, include_base), prompts_of(prompts)
+    batch = prompt_batch(ctx, tracked, prompts, tokenizer, chat)
+    answering = _Answering(tracked, batch, columns, request, on_text, sampling.settings)
+    if after is not None:
+        answering.go_on(after, prompts)
+    with ctx.command("comparing", slow=True) as notes:
+        answering.wait()
+        with evaluating(tracked.model), sampling.random_numbers():
+            result = answering.run()
+        return dataclasses.replace(result, notes=(*notes, *sampling.notes))
 
 
 def try_combination(
@@ -119,6 +143,7 @@ def try_combination(
     settings = combination_settings(type, rank=rank, density=density)
     weights = weights_of(weights)
     tracked = ctx.models.get(model, command="try_combination")
+    tracked.manager.active_state.refuse_changes()
     batch = prompt_batch(ctx, tracked, prompts_of(prompts), tokenizer, chat)
     with ctx.command(f"trying {type}", slow=True) as notes, evaluating(tracked.model):
         name = free_name(TRIAL, tracked.manager.names)
@@ -129,7 +154,7 @@ def try_combination(
             columns = [*_columns((), (), True)] if include_base else []
             columns.append(Column(f"{type}: {blend_title(pairs)}", pairs, row=name))
             request = GenerationRequest(None, max_new_tokens, {}, None, should_stop)
-            result = _answered(tracked, batch, columns, on_text, request)
+            result = _Answering(tracked, batch, columns, request, on_text).run()
         finally:
             with HeldInterrupts(to_the_end=True):
                 if name in tracked.manager.configs:
@@ -137,50 +162,113 @@ def try_combination(
         return dataclasses.replace(result, notes=tuple(notes))
 
 
-def _answered(
-    tracked: TrackedModel,
-    batch: PromptBatch,
-    columns: list[Column],
-    on_text: Report | None,
-    request: GenerationRequest,
-) -> CompareResult:
-    """Fill columns, generation by generation, up to one that is stopped."""
-    from nbpeft.model.serving import blended
+class _Answering:
+    """Fills columns, generation by generation, up to one that is stopped.
 
-    started, count = time.perf_counter(), len(batch.prompts)
-    filled = [dataclasses.replace(column, answers=(Answer(),) * count) for column in columns]
-    together = [place for place, column in enumerate(filled) if column.row]
-    passes = [[place] for place, column in enumerate(filled) if not column.row]
-    if together:
-        passes.insert(0, together)
+    Args:
+        tracked: the model.
+        batch: the prompts.
+        columns: without answers.
+        request: what all generations share.
+        on_text: called with the answers so far.
+        settings: for the result.
+    """
 
-    def result(status: Any) -> CompareResult:
-        seconds = time.perf_counter() - started
-        return CompareResult(tracked.name, batch.prompts, tuple(filled), seconds, len(passes), status, batch.form)
+    def __init__(
+        self,
+        tracked: TrackedModel,
+        batch: PromptBatch,
+        columns: list[Column],
+        request: GenerationRequest,
+        on_text: Report | None,
+        settings: Mapping[str, float] | None = None,
+    ) -> None:
+        self._tracked, self._batch, self._request = tracked, batch, request
+        self._on_text, self._settings = on_text, settings or {}
+        self._columns = [dataclasses.replace(column, answers=(Answer(),) * len(batch.prompts)) for column in columns]
+        self._prompt: Prompt | None = None
+        self._started = time.perf_counter()
 
-    def fill(places: list[int], answers: list[Answer]) -> None:
+    def go_on(self, after: CompareResult, prompts: Sequence[Prompt]) -> None:
+        """Lets each column go on with its own conversation.
+
+        Raises:
+            AdapterError: that takes one prompt at a time, and a chat template.
+        """
+        if len(prompts) != 1 or len(after.prompts) != 1:
+            raise AdapterError("a conversation goes on with one prompt at a time")
+        if not (self._batch.chat and after.chat):
+            raise AdapterError("a conversation needs the chat template, which is not applied here: ask anew")
+        self._prompt, said = prompts[0], {column.title: column for column in after.columns}
+        for place, column in enumerate(self._columns):
+            before = said.get(column.title)
+            if before is not None:
+                turns = (*before.turns, (after.prompts[0], before.answers[0].text))
+                self._columns[place] = dataclasses.replace(column, turns=turns)
+
+    def wait(self) -> None:
+        """Shows what is waited for where a training in the background has the model."""
+        if waits(self._tracked.model):
+            self._report("waiting")
+        self._started = time.perf_counter()
+
+    def run(self) -> CompareResult:
+        """Lets all answer."""
+        self._started = time.perf_counter()
+        self._report("running")
+        for places in self._passes():
+            if not self._answer(places):
+                return self._result("stopped")
+        return self._result("finished")
+
+    def _passes(self) -> list[list[int]]:
+        """Which columns answer together: the base and all adapters, and each blend alone."""
+        together = [place for place, column in enumerate(self._columns) if column.row]
+        alone = [[place] for place, column in enumerate(self._columns) if not column.row]
+        return [together, *alone] if together else alone
+
+    def _answer(self, places: list[int]) -> bool:
+        from nbpeft.model.serving import blended
+
+        first, model = self._columns[places[0]], self._tracked.model
+
+        def report(answers: list[Answer]) -> None:
+            self._fill(places, answers)
+            self._report("running")
+
+        rows = [self._columns[place].row for place in places] if first.row else None
+        batch, paired = self._batch, self._prompt is not None
+        if self._prompt is not None:
+            prompts = [conversation(self._columns[place].turns, self._prompt) for place in places]
+            batch = PromptBatch.of(prompts, batch.tokenizer, self._tracked.manager.model)
+        request = dataclasses.replace(self._request, rows=rows, paired=paired, report=self._on_text and report)
+        with nullcontext() if first.row else blended(self._tracked.manager, dict(first.weights)):
+            answers, complete = generate_batch(model, batch, request)
+        self._fill(places, answers)
+        return complete
+
+    def _fill(self, places: list[int], answers: list[Answer]) -> None:
+        count = len(self._batch.prompts)
         for number, place in enumerate(places):
             mine = tuple(answers[number * count : (number + 1) * count])
-            filled[place] = dataclasses.replace(filled[place], answers=mine)
+            self._columns[place] = dataclasses.replace(self._columns[place], answers=mine)
 
-    if on_text is not None:
-        on_text(result("running"))
-    for places in passes:
+    def _report(self, status: Status) -> None:
+        if self._on_text is not None:
+            self._on_text(self._result(status))
 
-        def report(answers: list[Answer], places: list[int] = places) -> None:
-            fill(places, answers)
-            if on_text is not None:
-                on_text(result("running"))
-
-        first = filled[places[0]]
-        rows = [filled[place].row for place in places] if first.row else None
-        request = dataclasses.replace(request, rows=rows, report=None if on_text is None else report)
-        with nullcontext() if first.row else blended(tracked.manager, dict(first.weights)):
-            answers, complete = generate_batch(tracked.model, batch, request)
-        fill(places, answers)
-        if not complete:
-            return result("stopped")
-    return result("finished")
+    def _result(self, status: Status) -> CompareResult:
+        return CompareResult(
+            self._tracked.name,
+            self._batch.prompts,
+            tuple(self._columns),
+            time.perf_counter() - self._started,
+            len(self._passes()),
+            status,
+            self._batch.form,
+            chat=self._batch.chat,
+            settings=self._settings,
+        )
 
 
 def _columns(names: Sequence[str], blends: Sequence[Mapping[str, float]], include_base: bool) -> list[Column]:

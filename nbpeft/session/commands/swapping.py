@@ -67,6 +67,7 @@ def swap(
     tracked.manager.require(name)
     if name in tracked.manager.unsaved and not replace:
         raise AdapterError(f"{name!r} was trained and is not saved: save it first, or replace it (replace=…)")
+    tracked.manager.active_state.refuse_changes()
     target: Any = model if uncompiled(model) is not model else tracked.model
     batch = None if check_prompt is None else prompt_batch(ctx, tracked, [check_prompt], tokenizer, chat)
     checks = batch is not None or validate is not None

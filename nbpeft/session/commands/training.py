@@ -6,10 +6,12 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from nbpeft.errors import TrainingInterrupted
+from nbpeft.errors import AdapterError, TrainingInterrupted
+from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.checks import place_of
+from nbpeft.session.commands.running import start
 from nbpeft.session.first_weights import draw_anew, weights_kept_unless
 from nbpeft.session.results import ExportResult
 
@@ -47,8 +49,39 @@ def track(ctx: SessionContext, /, model: ModelLike = None, total_steps: int | No
         total_steps: optimizer steps planned, or None where that is not known.
         **options: further arguments of ``Run``.
     """
+    ctx.refuse_another_training()
     tracked = ctx.find(model, command="track")
     return _run(ctx, tracked, model if tracked is None else tracked.model, total_steps, **options)
+
+
+@overload
+def train(
+    ctx: SessionContext,
+    /,
+    model: ModelLike,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    adapter: str | None = None,
+    background: Literal[False] = False,
+    **arguments: Any,
+) -> TrainResult: ...
+
+
+@overload
+def train(
+    ctx: SessionContext,
+    /,
+    model: ModelLike,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    adapter: str | None = None,
+    background: bool,
+    **arguments: Any,
+) -> TrainResult | BackgroundRun: ...
 
 
 def train(
@@ -64,8 +97,9 @@ def train(
     keep: bool = True,
     restart: bool = False,
     source: Mapping[str, str] | None = None,
+    background: bool = False,
     **arguments: Any,
-) -> TrainResult:
+) -> TrainResult | BackgroundRun:
     """Train the active adapters with transformers' Trainer; shown live where a front end listens.
 
     Stop ends it gracefully: the result says so and the model keeps what it learned. So does an interruption,
@@ -83,17 +117,48 @@ def train(
         keep: whether the run is kept on disk: its settings and curve, the adapter and the state of training.
         restart: start from the weights that the adapter was made with, instead of those it has now.
         source: text that the call was made from, kept with the run to make it again.
+        background: return when the first step begins, and train in a thread. The model answers between two steps,
+            in evaluation mode and without gradients; what would change its adapters raises ``BusyError``.
         **arguments: fields of ``TrainingArguments`` and further arguments of ``nbpeft.training.train``.
 
     Raises:
         TrainingError: the run cannot start, e.g. because no adapter can train.
         TrainingInterrupted: an interruption ended the run.
     """
+    ctx.refuse_another_training()
     tracked = ctx.find_adapted(model, command="train")
     if keep:
         arguments.setdefault("run_dir", run_place(ctx, tracked.name, source))
     arguments |= {"tokenizer": tokenizer, "columns": columns, "adapter": adapter}
-    return train_tracked(ctx, tracked, data, eval_data, restart=restart, **arguments)
+    return train_tracked(ctx, tracked, data, eval_data, restart=restart, background=background, **arguments)
+
+
+@overload
+def train_tracked(
+    ctx: SessionContext,
+    tracked: TrackedModel,
+    data: Any,
+    eval_data: Any,
+    *,
+    restart: bool = False,
+    replaced: tuple[str, ...] = (),
+    background: Literal[False] = False,
+    **arguments: Any,
+) -> TrainResult: ...
+
+
+@overload
+def train_tracked(
+    ctx: SessionContext,
+    tracked: TrackedModel,
+    data: Any,
+    eval_data: Any,
+    *,
+    restart: bool = False,
+    replaced: tuple[str, ...] = (),
+    background: bool,
+    **arguments: Any,
+) -> TrainResult | BackgroundRun: ...
 
 
 def train_tracked(
@@ -104,8 +169,9 @@ def train_tracked(
     *,
     restart: bool = False,
     replaced: tuple[str, ...] = (),
+    background: bool = False,
     **arguments: Any,
-) -> TrainResult:
+) -> TrainResult | BackgroundRun:
     """Train a model that is known, and remember how many steps its adapters were trained for.
 
     Args:
@@ -113,10 +179,43 @@ def train_tracked(
         tracked: the model.
         data: rows to learn.
         eval_data: rows to evaluate on.
-        restart: draw the first weights of the adapters again.
+        restart: start from the weights that the adapters were made with.
         replaced: adapters whose weights the training replaces before its first step.
+        background: train in a thread.
         **arguments: of ``nbpeft.training.train``.
     """
+    names = arguments.get("adapter") or ", ".join(tracked.manager.active)
+
+    def work(in_background: BackgroundTraining | None = None) -> TrainResult:
+        if in_background is not None:
+            arguments["control"] = in_background.control
+        return _trained(ctx, tracked, data, eval_data, restart=restart, replaced=replaced, **arguments)
+
+    if background:
+        return start(ctx, tracked, names, work)
+    interrupted: TrainingInterrupted | None = None
+    with ctx.command(f"training {names}", slow=True, gather=False):
+        try:
+            result = work()
+        except TrainingInterrupted as error:
+            interrupted, result = error, error.result
+        ctx.models.select(tracked)
+    if interrupted is not None:
+        raise interrupted.with_traceback(None)
+    return result
+
+
+def _trained(
+    ctx: SessionContext,
+    tracked: TrackedModel,
+    data: Any,
+    eval_data: Any,
+    *,
+    restart: bool,
+    replaced: tuple[str, ...],
+    **arguments: Any,
+) -> TrainResult:
+    """Train, in the thread that runs this; adapters that learned nothing are as they were before."""
     from nbpeft.training import is_plain, open_data, train
     from nbpeft.training.adapted import trained_names
 
@@ -137,26 +236,22 @@ def train_tracked(
     def learned() -> bool:
         return any(run.steps_done for run in made)
 
-    interrupted: TrainingInterrupted | None = None
-    with ctx.command(f"training {adapter or ', '.join(manager.active)}", slow=True, gather=False):
-        data = open_data(data)
-        try:
-            with weights_kept_unless(ctx, tracked, names if restart else replaced, learned):
-                if restart:
-                    for name in names:
-                        draw_anew(ctx, tracked, name, seed=int(arguments.get("seed", _SEED)))
-                result = train(trained, data, eval_data, **arguments, run_factory=make_run)
-        except TrainingInterrupted as error:
-            interrupted, result = error, error.result
-        finally:
-            if learned():
-                tracked.count_steps(names, made[-1])
-        plain = is_plain(data, arguments.get("tokenizer"), arguments.get("columns"))
-        tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
-        ctx.models.select(tracked)
-        ctx.last_result = result
-    if interrupted is not None:
-        raise interrupted.with_traceback(None)
+    data = open_data(data)
+    try:
+        with weights_kept_unless(ctx, tracked, names if restart else replaced, learned):
+            if restart:
+                for name in names:
+                    draw_anew(ctx, tracked, name, seed=int(arguments.get("seed", _SEED)))
+            result = train(trained, data, eval_data, **arguments, run_factory=make_run)
+        ctx.keep_result(tracked.name, result)
+    except TrainingInterrupted as error:
+        ctx.keep_result(tracked.name, error.result)
+        raise
+    finally:
+        if learned():
+            tracked.count_steps(names, made[-1])
+            plain = is_plain(data, arguments.get("tokenizer"), arguments.get("columns"))
+            tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
     return result
 
 
@@ -169,6 +264,27 @@ def run_place(ctx: SessionContext, model: str = "", source: Mapping[str, str] | 
         return None
     place = Path(ctx.home, os.path.expanduser(chosen))
     return RunPlace(RunStore(place), model=model, source=source or {})
+
+
+def result(ctx: SessionContext, model: ModelLike = None) -> TrainResult:
+    """Return how the last training of a model ended, in the background or not.
+
+    Args:
+        model: an adapted model.
+
+    Raises:
+        AdapterError: it was not trained here, or still is.
+        Exception: what the training failed with.
+    """
+    name = ctx.models.get(model).name
+    training = ctx.background.get(name)
+    if training is not None and not training.ended:
+        raise AdapterError(f"{training.description} goes on: it has no result yet")
+    if training is not None and training.error is not None:
+        raise training.error
+    if name not in ctx.results:
+        raise AdapterError(f"{name} was not trained in this session")
+    return ctx.results[name]
 
 
 def export(
@@ -234,6 +350,11 @@ def _published(ctx: SessionContext, run: Run, tracked: TrackedModel | None, stat
         ctx.lock.release(run.run_id)
     elif ctx.runs.get(name) is not run:
         ctx.runs[name] = run
+        in_background = ctx.training_in_background
+        if in_background is not None and in_background.control is run.control:
+            in_background.begun(run)  # its cell shows it
+            ctx.publish()
+            return
         ctx.lock.reserve(run.run_id, f"training {state.adapter or name}", run)
         ctx.notes.extend(ctx.run_subscribers.notify(run, name))
     ctx.publish()

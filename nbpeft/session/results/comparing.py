@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nbpeft.display.blocks import Block, Box, Card, Columns, Text, card, line, notes
 from nbpeft.display.differences import Runs, differences
 from nbpeft.display.models import with_notes
 from nbpeft.session.results.base import Result
+from nbpeft.session.sampling import shown_settings
 from nbpeft.state import Answer as Answer
 
 BASE = "base"
+WAITING = "waiting for the training step to end …"
 
-Status = Literal["running", "finished", "stopped"]
+Status = Literal["waiting", "running", "finished", "stopped"]
+
+Turn = tuple[str, str]
+"""What was asked, and what was answered."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,14 @@ class Column:
         weights: (adapter, weight) pairs; empty for the base model.
         answers: one for each prompt.
         row: what serves its rows of the batch; empty for a blend, which is answered apart.
+        turns: what was said before, where a conversation goes on.
     """
 
     title: str
     weights: tuple[tuple[str, float], ...] = ()
     answers: tuple[Answer, ...] = ()
     row: str = ""
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,9 +51,12 @@ class CompareResult(Result):
         columns: the base model first, then adapters, then blends.
         seconds: how long all of it took.
         passes: how many generations: one for the base and all adapters, one more for each blend.
-        status: ``running`` while answers come, ``stopped`` where they were ended early.
-        form: ``sent as plain text`` or ``sent as a chat message``; empty where there is no choice.
+        status: ``running`` while answers come, ``waiting`` before that for a training in the background,
+            ``stopped`` where they were ended early.
+        form: ``chat template applied`` or ``chat template not applied``; empty where the tokenizer has none.
         notes: what a person should know.
+        chat: whether the chat template was applied, so that the conversation can go on.
+        settings: temperature, top-p and seed where tokens were drawn; empty where greedy.
     """
 
     model_name: str
@@ -56,6 +67,13 @@ class CompareResult(Result):
     status: Status = "finished"
     form: str = ""
     notes: tuple[str, ...] = ()
+    chat: bool = False
+    settings: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether answers are on their way."""
+        return self.status in ("waiting", "running")
 
     @property
     def answers(self) -> dict[str, tuple[str, ...]]:
@@ -69,17 +87,21 @@ class CompareResult(Result):
 
     @property
     def aside(self) -> str:
-        """``one batched pass · 1.9 s · sent as plain text``."""
-        passes = "one batched pass" if self.passes == 1 else f"{self.passes} passes"
-        parts = [passes, f"{self.seconds:.1f} s", *([self.form] if self.form else [])]
-        return " · ".join(parts if self.status == "finished" else [*parts, self.status])
+        """``answered in 1.9 s, temperature 0.7, seed 5, chat template not applied``."""
+        if self.status == "waiting":
+            return WAITING
+        batches = f" and {self.passes} batches" if self.passes > 1 else ""
+        done = "stopped after" if self.status == "stopped" else "answered in"
+        parts = [f"{done} {self.seconds:.1f} s{batches}", shown_settings(self.settings), self.form]
+        return ", ".join(part for part in parts if part)
 
     def __str__(self) -> str:
         from nbpeft.display.text import columns
 
         blocks = []
         for number, prompt in enumerate(self.prompts):
-            answers = columns([(column.title, _box(column, number).text) for column in self.columns])
+            boxes = [_box(column, number, self._reference()) for column in self.columns]
+            answers = columns([(box.title, box.plain, box.aside) for box in boxes])
             blocks.append(f"{' '.join(prompt.split())}\n{answers}")
         return with_notes("\n".join([*blocks, self.aside]), self.notes)
 
@@ -87,26 +109,37 @@ class CompareResult(Result):
         """The answers side by side.
 
         Args:
-            against: title of the column that differences are marked against; the first if left out.
+            against: title of the column that the others are compared with; the first if left out.
         """
-        return card("compare", self.blocks(against), notes(self.notes), aside=self.aside)
+        return card(f"Answers of {self.model_name}", self.blocks(against), notes(self.notes), aside=self.aside)
 
     def blocks(self, against: str | None = None, *, shown: str = "") -> tuple[Block, ...]:
         """The prompts and answers without a frame.
 
         Args:
-            against: title of the column that differences are marked against; the first if left out.
+            against: title of the column that the others are compared with; the first if left out.
             shown: a prompt that can be read beside them already.
         """
-        titles = [column.title for column in self.columns]
-        reference = self.columns[titles.index(against) if against in titles else 0]
-        found: list[Block] = []
+        reference = self._reference(against)
+        found = list(self._earlier())
         for number, prompt in enumerate(self.prompts):
             if prompt != shown:
                 found.append(line(Text(prompt, "dim", wrap="as is")))
-            marked_against = None if self.status == "running" else reference
-            found.append(Columns(tuple(_box(column, number, marked_against) for column in self.columns)))
+            found.append(Columns(tuple(_box(column, number, reference) for column in self.columns)))
         return tuple(found)
+
+    def _reference(self, against: str | None = None) -> Column | None:
+        """The column that others are compared with; None while answers come."""
+        titles = [column.title for column in self.columns]
+        return None if self.is_coming else self.columns[titles.index(against) if against in titles else 0]
+
+    def _earlier(self) -> Iterator[Block]:
+        """The turns before, where a conversation goes on."""
+        for back in range(max(len(column.turns) for column in self.columns), 0, -1):
+            said = [column.turns[-back] if len(column.turns) >= back else ("", "") for column in self.columns]
+            yield line(Text(next(prompt for prompt, _ in said if prompt), "dim", wrap="as is"))
+            boxes = zip(self.columns, said, strict=True)
+            yield Columns(tuple(Box(column.title, ((answer, False),)) for column, (_, answer) in boxes))
 
 
 def blend_title(weights: tuple[tuple[str, float], ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nbpeft.display.blocks import Block, Card, Figures, Histogram, Tokens, TokenSpan, card, dim, line, notes
+from nbpeft.display.blocks import Block, Card, Figure, Figures, Histogram, Tokens, TokenSpan, card, dim, line, notes
 from nbpeft.display.numbers import count, plural, short_count
 from nbpeft.session.results.base import Result
 
@@ -72,16 +72,16 @@ class DataResult(Result):
     def _figures(self) -> Figures:
         found = self.summary
         figures = [
-            (count(found.row_count), "rows", 44),
-            (short_count(found.token_count), "tokens", 60),
-            (_percent(found.learned_count, found.token_count), "learned", 56),
-            (count(found.median), "median length", 84),
-            (count(found.longest), "longest row", 72),
+            Figure("rows", count(found.row_count), width=44),
+            Figure("tokens", short_count(found.token_count), width=60),
+            Figure("learned", _percent(found.learned_count, found.token_count), width=56),
+            Figure("median length", count(found.median), width=84),
+            Figure("longest row", count(found.longest), width=72),
         ]
         if found.cut_rows:
-            figures.append((_percent(found.cut_rows, self._all_rows), "rows cut", 52))
+            figures.append(Figure("rows cut", _percent(found.cut_rows, self._all_rows), width=52))
         if found.left_out_count:
-            figures.append((count(found.left_out_count), "left out", 52))
+            figures.append(Figure("left out", count(found.left_out_count), width=52))
         return Figures(tuple(figures))
 
     def _lengths(self) -> tuple[Block, ...]:

@@ -169,7 +169,7 @@ class PlanResult(Result):
         """The plan with its settings."""
         assumed = tuple(line(dim(note)) for note in self.notes)
         settings = line(dim(str(self.settings)))
-        return card(f"memory plan · {self.model_name}", settings, self.blocks(), assumed, aside=self.aside)
+        return card(f"Memory plan for {self.model_name}", settings, self.blocks(), assumed, aside=self.aside)
 
     def blocks(self) -> tuple[Block, ...]:
         """The plan without its settings and its frame."""

@@ -1,0 +1,47 @@
+"""The random numbers of a process: their state, and blocks that have random numbers of their own."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the random numbers of torch, on all devices in use, of Python, and of NumPy where it is imported."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        state["numpy"] = numpy.random.get_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Goes on from a state that ``random_state`` has returned."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+    if "numpy" in state:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Context manager: torch draws from a seed inside the block; afterwards all go on as if it had not been."""
+    state = random_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_state(state)

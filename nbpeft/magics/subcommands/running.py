@@ -1,0 +1,33 @@
+"""What can be asked of a training that runs, which is one in the background."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import subcommand
+
+_MODEL = argument(
+    "target", nargs="?", metavar="MODEL", completes="model", help="which; may be left out where one training runs"
+)
+
+
+def _register(name: str, summary: str, method: str) -> Callable[[argparse.Namespace, NotebookContext], Any]:
+    def run(options: argparse.Namespace, notebook: NotebookContext) -> Any:
+        return getattr(notebook.session, method)(options.target)
+
+    return subcommand(name, summary, _MODEL, example=f"%lora {name}")(run)
+
+
+_register("stop", "End the training in the background after the step it is in; what it learned stays.", "stop")
+_register("pause", "Let the training in the background wait after the step it is in.", "pause")
+_register("continue", "Let a training go on that waits.", "go_on")
+
+
+@subcommand("result", "Show how the last training of a model ended.", _MODEL, example="%lora result")
+def result(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """The result of the last training."""
+    return notebook.session.result(notebook.chosen(options.target))

@@ -1,0 +1,142 @@
+"""One answer of the active adapters, or of others, and conversations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import AdapterError
+from nbpeft.session.checks import names_of
+from nbpeft.session.prompts import prompt_batch
+from nbpeft.session.results.asking import AskResult
+from nbpeft.session.results.comparing import BASE, Answer
+from nbpeft.session.sampling import Sampling
+from nbpeft.training.generation import GenerationRequest, conversation, evaluating, generate_batch, waits
+
+if TYPE_CHECKING:
+    from nbpeft.engine.manager import AdapterManager
+    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.results.comparing import Status, Turn
+    from nbpeft.training.generation import Prompt, PromptBatch
+
+
+def ask(
+    ctx: SessionContext,
+    /,
+    prompt: Prompt,
+    *,
+    adapter: str | Sequence[str] | None = None,
+    go_on: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_new_tokens: int = 256,
+    seed: int | None = None,
+    tokenizer: Any = None,
+    chat: bool | None = None,
+    on_text: Callable[[AskResult], object] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    model: ModelLike = None,
+    **generation: Any,
+) -> AskResult:
+    """Let a model answer a prompt. What is active does not change.
+
+    Interrupting it ends it gracefully: the result says ``stopped`` and holds the answer so far. While a
+    training runs in the background, the answer comes between two of its steps.
+
+    Args:
+        prompt: a text, or a conversation in the form of chat templates.
+        adapter: who answers: an adapter, several whose deltas add up, or ``base``; the active ones if left out.
+        go_on: go on with the last conversation with that adapter instead of beginning anew.
+        temperature: draw tokens, the likelier ones less often the higher it is; 0, the default, is greedy.
+        top_p: draw among the likeliest tokens that have this probability together.
+        max_new_tokens: longest answer.
+        seed: of the random numbers, which are not those of the notebook.
+        tokenizer: of the model; the one given before if left out.
+        chat: put a text into the tokenizer's chat template; None: as the adapters were trained last in this
+            session, or else where it has one.
+        on_text: called with the answer so far, some times a second.
+        should_stop: asked at each token; True ends it early.
+        model: an adapted model.
+        **generation: further arguments of ``generate``.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        ConfigError: a setting is impossible.
+        AdapterError: there is no tokenizer, or no conversation to go on with.
+    """
+    sampling = Sampling(temperature, top_p, seed)
+    tracked = ctx.find_adapted(model)
+    manager = tracked.manager
+    names = _names(manager, adapter)
+    title = " + ".join(manager.active if manager.enabled else ()) if names is None else " + ".join(names)
+    title = title or BASE
+    conversations = ctx.conversations.setdefault(manager.model, {})
+    turns: tuple[Turn, ...] = ()
+    batch = prompt_batch(ctx, tracked, [prompt], tokenizer, chat)
+    if go_on:
+        turns = _turns(conversations, title, batch)
+        batch = prompt_batch(ctx, tracked, [conversation(turns, prompt)], tokenizer, chat)
+
+    def result(answer: Answer, status: Status, notes: Sequence[str] = ()) -> AskResult:
+        seconds = time.perf_counter() - started
+        settings = sampling.settings
+        return AskResult(
+            tracked.name, title, batch.prompts[0], answer, seconds, settings, turns, status, batch.form, tuple(notes)
+        )
+
+    def report(answers: list[Answer]) -> None:
+        if on_text is not None:
+            on_text(result(answers[0], "running"))
+
+    options = sampling.options | generation
+    request = GenerationRequest(None, max_new_tokens, options, None if on_text is None else report, should_stop)
+    started = time.perf_counter()
+    with ctx.command("asking", slow=True) as notes:
+        if on_text is not None:
+            on_text(result(Answer(), "waiting" if waits(tracked.model) else "running"))
+        with evaluating(tracked.model), sampling.random_numbers(), _serving(manager, names):
+            started = time.perf_counter()
+            answers, complete = generate_batch(tracked.model, batch, request)
+        made = result(answers[0], "finished" if complete else "stopped", (*notes, *sampling.notes))
+    if batch.chat:
+        conversations[title] = (*turns, (batch.prompts[0], answers[0].text))
+    return made
+
+
+def _turns(conversations: Mapping[str, tuple[Turn, ...]], title: str, batch: PromptBatch) -> tuple[Turn, ...]:
+    """The conversation to go on with.
+
+    Raises:
+        AdapterError: there is none, or no chat template for one.
+    """
+    if not batch.chat:
+        raise AdapterError("a conversation needs the chat template, which is not applied here: ask anew")
+    if title not in conversations:
+        raise AdapterError(f"there is no conversation with {title} yet: ask anew")
+    return conversations[title]
+
+
+def _names(manager: AdapterManager, adapter: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """The adapters that answer; none for the base model; None for the active ones.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+    """
+    if adapter is None:
+        return None
+    names = tuple(dict.fromkeys(names_of(adapter)))
+    manager.refuse_merged("asking another than the merged adapters")
+    if names == (BASE,) and BASE not in manager.names:
+        return ()
+    manager.require_available(*names)
+    return names
+
+
+def _serving(manager: AdapterManager, names: tuple[str, ...] | None) -> AbstractContextManager[None]:
+    from nbpeft.model.serving import blended
+
+    if names is None or not manager.names:
+        return nullcontext()
+    return blended(manager, dict.fromkeys(names, 1.0) or dict.fromkeys(manager.names, 0.0))

@@ -1,0 +1,110 @@
+"""Trainings in the background: starting them, and what can be asked of one that runs: stop, pause, go on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nbpeft.errors import AdapterError
+from nbpeft.session.background import BackgroundRun, BackgroundTraining
+from nbpeft.session.results.requests import RequestResult
+
+if TYPE_CHECKING:
+    from nbpeft.session.background import Work
+    from nbpeft.session.context import SessionContext
+    from nbpeft.session.registry import TrackedModel
+    from nbpeft.training import Run, TrainResult
+
+_WAYS = "session.stop() ends it, session.result() shows what came of it"
+
+
+def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) -> BackgroundRun:
+    """Start a training of a model in the background.
+
+    Args:
+        ctx: of the session.
+        tracked: the model.
+        names: of the adapters.
+        work: trains; runs in the thread.
+
+    Raises:
+        BusyError: something runs already.
+        NbpeftError: it cannot begin.
+    """
+    from nbpeft.engine.turns import Turns
+
+    description, state = f"training {names}", tracked.manager.active_state
+    turns = Turns(tracked.model, description)
+    training = BackgroundTraining(description, turns)
+
+    def working(running: BackgroundTraining) -> TrainResult:
+        try:
+            return work(running)
+        finally:
+            state.turns = None
+
+    with ctx.command(description, gather=False):
+        ctx.refuse_another_training()
+        ctx.background[tracked.name], state.turns = training, turns
+    training.start(working, lambda run: ctx.notes.extend(ctx.run_subscribers.notify(run, tracked.name)))
+    ctx.models.select(tracked)
+
+    return BackgroundRun(tracked.name, f"{names} trains in the background while other cells run; {_WAYS}", training)
+
+
+def stop(ctx: SessionContext, model: str | None = None) -> RequestResult:
+    """Ask a training to end after the step it is in; it keeps what was learned.
+
+    Args:
+        model: name of its model; may be left out where one training runs.
+
+    Raises:
+        AdapterError: none runs.
+    """
+    run = _running(ctx, model, "stop")
+    run.control.request_stop()
+    return _requested(run, "stops after the step it is in")
+
+
+def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
+    """Ask a training to wait after the step it is in; ``go_on`` lets it go on.
+
+    Args:
+        model: as for ``stop``.
+
+    Raises:
+        AdapterError: none runs.
+    """
+    run = _running(ctx, model, "pause")
+    run.control.pause()
+    return _requested(run, "pauses after the step it is in")
+
+
+def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
+    """Let a training go on that waits.
+
+    Args:
+        model: as for ``stop``.
+
+    Raises:
+        AdapterError: none runs.
+    """
+    run = _running(ctx, model, "continue")
+    run.control.resume()
+    return _requested(run, "goes on")
+
+
+def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
+    runs = dict(ctx.runs)
+    if model is None and len(runs) == 1:
+        return next(iter(runs.values()))
+    if model in runs:
+        return runs[model]
+    if model is None and runs:
+        raise AdapterError(f"several trainings run: say which model to {command}: {', '.join(runs)}")
+    what = "no training runs" if model is None else f"no training of {model!r:.60} runs"
+    raise AdapterError(what + (f"; there is one of {', '.join(runs)}" if runs else f": there is nothing to {command}"))
+
+
+def _requested(run: Run, what: str) -> RequestResult:
+    state = run.state
+    return RequestResult(state.adapter, what, state.step, state.total_steps)

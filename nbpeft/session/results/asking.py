@@ -1,0 +1,87 @@
+"""What asking gives: one answer, with what was said before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nbpeft.display.blocks import Block, Card, Text, card, dim, line, notes
+from nbpeft.display.models import with_notes
+from nbpeft.display.numbers import plural
+from nbpeft.session.results.base import Result
+from nbpeft.session.results.comparing import WAITING, Answer, Status, Turn
+from nbpeft.session.sampling import shown_settings
+
+
+@dataclass(frozen=True, repr=False)
+class AskResult(Result):
+    """One answer.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        adapter: who answered: an adapter, several joined by `` + ``, or ``base``.
+        prompt: as a person reads it.
+        answer: the answer.
+        seconds: how long it took.
+        settings: temperature, top-p and seed where tokens were drawn; empty where greedy.
+        turns: (prompt, answer) of each turn before, where a conversation was continued.
+        status: ``running`` while it comes, ``waiting`` before that, ``stopped`` where it was ended early.
+        form: whether the chat template was applied; empty where the tokenizer has none.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    adapter: str
+    prompt: str
+    answer: Answer = field(default_factory=Answer)
+    seconds: float = 0.0
+    settings: Mapping[str, float] = field(default_factory=dict, hash=False)
+    turns: tuple[Turn, ...] = ()
+    status: Status = "finished"
+    form: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The answer, without special tokens."""
+        return self.answer.text
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of the answer."""
+        return self.answer.token_count
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed, with the time that the prompt took."""
+        return self.token_count / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def aside(self) -> str:
+        """``24 tokens, 31 tokens/s, temperature 0.7, seed 5``."""
+        if self.status == "waiting":
+            return WAITING
+        speed = f"{self.tokens_per_second:.3g} tokens/s"
+        parts = [plural(self.token_count, "token"), speed, shown_settings(self.settings) or "greedy", self.form]
+        return ", ".join(part for part in (*parts, self.status if self.status == "stopped" else "") if part)
+
+    def __str__(self) -> str:
+        said = [part for turn in (*self.turns, (self.prompt, self.text + self._ending)) for part in turn]
+        words = "\n".join([f"{'>' if not place % 2 else ' '} {text}" for place, text in enumerate(said)])
+        return with_notes(f"{words}\n{self.adapter}: {self.aside}", self.notes)
+
+    def view(self) -> Card:
+        """The conversation."""
+        said: list[Block] = []
+        for prompt, text, ending in (*((*turn, "") for turn in self.turns), (self.prompt, self.text, self._ending)):
+            said.append(line(Text(prompt, "dim", wrap="as is")))
+            said.append(line(Text(text, wrap="as is"), dim(ending)))
+        return card(f"{self.adapter} answers", tuple(said), notes(self.notes), aside=self.aside)
+
+    @property
+    def _ending(self) -> str:
+        return " …" if self.answer.cut or self.status == "running" else "(nothing)" if self._is_empty else ""
+
+    @property
+    def _is_empty(self) -> bool:
+        return self.status in ("finished", "stopped") and not self.text

@@ -1,0 +1,108 @@
+"""Where a panel stands in a notebook: two outputs of one cell, of which one is seen.
+
+    state     HTML with the panel's last state: saved with the notebook, hidden while the widgets live
+    widgets   the controls: hidden where their kernel is gone
+
+A notebook that is opened again with a new kernel still holds the view of the widgets, and JupyterLab writes
+"Error displaying widget: model not found" in its place. It cannot be taken out of the file when the kernel ends,
+so the style sheet beside the state hides it: the view of a widget that is gone has no element in it, that of one
+whose kernel restarted says that it is disconnected. Notebooks that are not trusted, nbconvert and GitHub show the
+state and have nothing else to show.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from nbpeft.widgets.environment import WIDGET_VIEW
+from nbpeft.widgets.lifetime import view_of
+
+INTERVAL = 0.2
+"""Least seconds between two updates of the state."""
+_REST = 50
+"""Drawing the state takes at most this part of the time."""
+_EMPTY = {"text/html": "", "text/plain": ""}
+_DEAD_WIDGETS = """\
+.jp-OutputArea-child:has(.nbpeft-state) + .jp-OutputArea-child:not(:has(.jupyter-widgets *)),
+.nbpeft-panel.jupyter-widgets-disconnected { display: none !important; }
+"""
+
+
+class PanelOutput:
+    """The outputs of one panel in the running cell.
+
+    Args:
+        state: Returns the state as a MIME bundle.
+        lock: Held while the state is drawn.
+    """
+
+    def __init__(self, state: Callable[[], dict[str, str]], lock: threading.RLock) -> None:
+        self._state, self._lock = state, lock
+        self._name = f"nbpeft-{uuid.uuid4().hex[:12]}"
+        self._outputs: tuple[Any, ...] = ()
+        self._sent: dict[str, str] = {}
+        self._timer: threading.Timer | None = None
+
+    @property
+    def css(self) -> str:
+        """Rules for the widgets: while they live, the state is not seen."""
+        live = f":root:has(.{self._name}-view:not(.jupyter-widgets-disconnected))"
+        return f"{live} .{self._name}, {live} .jp-OutputArea-child:has(.{self._name}) {{ display: none; }}"
+
+    def show(self, root: Any) -> None:
+        """Displays the state and the widgets.
+
+        Args:
+            root: The root widget.
+        """
+        from IPython.display import display
+
+        root.add_class(f"{self._name}-view")
+        self._sent = self._state()
+        view = {WIDGET_VIEW: view_of(root), **_EMPTY}
+        self._outputs = tuple(display(bundle, raw=True, display_id=True) for bundle in (self._framed(), view))
+
+    def changed(self) -> None:
+        """Sends the state anew, now or in a moment; the last one is sent twice, in case a flood swallowed it."""
+        with self._lock:
+            if self._outputs and self._timer is None:
+                self._send()
+
+    def close(self, leaving: dict[str, str] | None = None) -> None:
+        """Takes the widgets' output away. May be called twice.
+
+        Args:
+            leaving: What stands in the place of the state from now on; the last state by default.
+        """
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            outputs, self._outputs = self._outputs, ()
+            if outputs:
+                state, widgets = outputs
+                state.update(leaving or self._state(), raw=True)
+                widgets.update(_EMPTY, raw=True)
+
+    def _send(self) -> None:
+        with self._lock:
+            self._timer = None
+            if not self._outputs:
+                return
+            begun = time.monotonic()
+            state = self._state()
+            changed, self._sent = state != self._sent, state
+            self._outputs[0].update(self._framed(), raw=True)
+            if changed:
+                wait = max(INTERVAL, _REST * (time.monotonic() - begun))
+                self._timer = threading.Timer(wait, self._send)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _framed(self) -> dict[str, str]:
+        """The state with the name by which the widgets hide it."""
+        framed = f'<style>{_DEAD_WIDGETS}</style><div class="nbpeft-state {self._name}">{self._sent["text/html"]}</div>'
+        return {**self._sent, "text/html": framed}
