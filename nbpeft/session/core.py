@@ -101,6 +101,7 @@ class Session:
     control = _command(training.control)
     export = _command(training.export)
     memory = _command(inspecting.memory)
+    measure = _command(inspecting.measure)
     plan_memory = _command(planning.plan_memory)
     memory_planner = _command(planning.memory_planner)
 

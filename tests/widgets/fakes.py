@@ -125,6 +125,7 @@ class FakeSession:
         self.commands: list[tuple[Any, ...]] = []
         self.error: BaseException | None = None
         self.busy = ""
+        self.measured = 0
         self.revision = 0
         self.started: list[Callable[[FakeRun, str], object]] = []
         self._subscribers: list[Callable[[], Callable[[SessionState], object] | None]] = []
@@ -186,9 +187,8 @@ class FakeSession:
         self.change(model, adapters=kept, active=active)
         return f"deleted {name!r}"
 
-    def memory(self, model: str) -> MemoryState:
-        self._take("memory")
-        self.change(model, memory=MEMORY)
+    def measure(self, model: str) -> MemoryState:
+        self.measured += 1
         return MEMORY
 
     def _take(self, *command: Any) -> None:

@@ -103,9 +103,9 @@ def test_the_widgets_hide_the_state_by_its_name(outputs: list[Output]) -> None:
 
 def test_what_stands_beside_is_in_the_state(outputs: list[Output]) -> None:
     panel = shown(FakeSession())
-    panel._parts.side_panel._toggle("compare")
+    panel._parts.side_panel._toggle("Compare answers")
     assert "Compare answers of model" in settled(panel, outputs[0])["text/html"]
-    panel._parts.side_panel._toggle("compare")
+    panel._parts.side_panel._toggle("Compare answers")
     assert "Compare answers of model" not in settled(panel, outputs[0])["text/html"]
     panel.close()
 
