@@ -16,7 +16,7 @@ from typing import Literal
 
 from nbpeft.state import Curve, MemoryPart, TrainState
 
-Tone = Literal["", "bold", "dim", "accent", "success", "error", "warning"]
+Tone = Literal["", "bold", "dim", "accent", "success", "error", "warning", "code"]
 Wrap = Literal["", "names", "never", "cut", "as is"]
 
 
@@ -28,8 +28,8 @@ class Text:
         text: plain text.
         tone: how it stands out, or back.
         tooltip: more about it, where the mouse rests.
-        wrap: ``names``: may be broken behind underscores and slashes; ``never``; ``cut``: ends in an ellipsis where
-            there is no room; ``as is``: keeps line breaks.
+        wrap: ``names``: may be broken behind underscores and slashes; ``never``; ``cut``: an ellipsis in the middle
+            where there is no room; ``as is``: keeps line breaks.
     """
 
     text: str

@@ -12,7 +12,7 @@ from html import escape
 
 from nbpeft.display import blocks, palette
 from nbpeft.display.charts import LEFT, RIGHT, WIDTH, hover_values, is_logarithmic, loss_chart, loss_image, small_chart
-from nbpeft.display.memory import part_words
+from nbpeft.display.memory import label, part_words
 from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_image
 from nbpeft.display.palette import background
@@ -26,10 +26,11 @@ _TONES = {
     "success": f"color:{palette.SUCCESS}",
     "error": f"color:{palette.ERROR}",
     "warning": f"color:{palette.WARNING}",
+    "code": palette.MONOSPACE,
 }
 _WRAPS = {
     "never": "white-space:nowrap",
-    "cut": "white-space:nowrap;overflow:hidden;text-overflow:ellipsis;display:block",
+    "cut": "display:flex;white-space:pre;min-width:0",
     "as is": "white-space:pre-wrap;overflow-wrap:anywhere",
 }
 _MOST_IN_A_ROW = 4
@@ -37,6 +38,9 @@ _LEAST_WIDTH = 165
 _HISTOGRAM = 64
 _CELL = 16
 """Pixels."""
+_TAIL = 8
+"""Letters at the end of a name that are always seen."""
+_ELLIPSIS = "overflow:hidden;text-overflow:ellipsis"
 
 
 @singledispatch
@@ -61,7 +65,7 @@ def span(item: blocks.Span) -> str:
             f'<span style="{_TONES.get(item.tone, "")};font-weight:600;font-size:12px;white-space:nowrap;'
             f'border:1px solid currentColor;border-radius:10px;padding:1px 9px">{escape(item.text)}</span>'
         )
-    text = re.sub(r"([_/])(?=.)", r"\1<wbr>", escape(item.text)) if item.wrap == "names" else escape(item.text)
+    text = _broken(item.text) if item.wrap == "names" else _cut(item.text) if item.wrap == "cut" else escape(item.text)
     style = ";".join(part for part in (_TONES.get(item.tone, ""), _WRAPS.get(item.wrap, "")) if part)
     tooltip = f' title="{escape(item.tooltip)}"' if item.tooltip else ""
     style = f' style="{style}"' if style else ""
@@ -69,6 +73,19 @@ def span(item: blocks.Span) -> str:
         return text
     tag = "b" if item.tone == "bold" else "span"
     return f"<{tag}{tooltip}{style}>{text}</{tag}>"
+
+
+def _broken(text: str) -> str:
+    """A name that may be broken behind underscores and slashes."""
+    return re.sub(r"([_/])(?=.)", r"\1<wbr>", escape(text))
+
+
+def _cut(text: str) -> str:
+    """A name with the ellipsis in its middle: adapters of one experiment differ at the end."""
+    if len(text) <= 2 * _TAIL:
+        return f'<span style="{_ELLIPSIS}">{escape(text)}</span>'
+    start, end = escape(text[:-_TAIL]), escape(text[-_TAIL:])
+    return f'<span style="{_ELLIPSIS}">{start}</span><span style="flex:none">{end}</span>'
 
 
 def head(title: str, aside: blocks.Span | tuple[blocks.Span, ...] = "", *, below: int = 0) -> str:
@@ -92,7 +109,8 @@ def head(title: str, aside: blocks.Span | tuple[blocks.Span, ...] = "", *, below
 def _(block: blocks.Card) -> str:
     body = "".join(to_html(part) for part in block.blocks if part is not None)
     return (
-        f'<div style="border:1px solid {palette.BORDER};border-radius:6px;padding:10px 14px;max-width:900px;'
+        f'<div style="border:1px solid {palette.BORDER};border-radius:6px;padding:10px 14px;'
+        f"max-width:{palette.WIDTH}px;box-sizing:border-box;"
         f'overflow-wrap:break-word;color:{palette.TEXT};{palette.FONT}">'
         f"{head(block.title, blocks.dim(block.aside) if isinstance(block.aside, str) else block.aside)}{body}</div>"
     )
@@ -117,7 +135,7 @@ def _(block: blocks.Details) -> str:
 @to_html.register
 def _(block: blocks.Table) -> str:
     def cell(tag: str, column: int, content: str, extra: str) -> str:
-        align = "right;white-space:nowrap" if column in block.right else "left"
+        align = "right;white-space:nowrap" if column in block.right else "left;overflow-wrap:anywhere"
         return (
             f'<{tag} style="text-align:{align};padding:3px 8px;border-bottom:1px solid {palette.BORDER};'
             f'background:transparent;{extra}">{content}</{tag}>'
@@ -155,7 +173,7 @@ def _(block: blocks.Bar) -> str:
     )
     legend = "".join(
         f'<span title="{escape(part.detail)}">{_swatch(palette.of_part(part.name))}'
-        f"{escape(part.name)} {size(part.byte_count)}</span>"
+        f"{escape(label(part))} {size(part.byte_count)}</span>"
         for part in parts
     )
     note = span(blocks.dim(block.note))
@@ -396,11 +414,11 @@ def _(block: blocks.CurveChart) -> str:
     return f'{overlay_image(block.curves)}<div style="{style}">{legend}{evaluated}</div>'
 
 
-def grid_row(cells: Iterable[tuple[blocks.Span, str]]) -> str:
+def grid_row(cells: Iterable[tuple[blocks.Cell, str]]) -> str:
     """One row of a panel's table, whose columns the panel's style sheet lays out.
 
     Args:
         cells: content and CSS classes of each.
     """
-    drawn = "".join(f'<div class="{kind}">{span(item)}</div>' for item, kind in cells)
+    drawn = "".join(f'<div class="{kind}">{_content(item)}</div>' for item, kind in cells)
     return f'<div class="nbpeft-grid">{drawn}</div>'

@@ -6,15 +6,26 @@ from nbpeft.display.blocks import Bar
 from nbpeft.display.numbers import size
 from nbpeft.state import MemoryPart, MemoryState
 
+OTHER = "other"
+"""The part of memory that is not the model's."""
+_LABELS = {"temporary": "temporary buffers", "elsewhere": "other programs"}
+
+
+def label(part: MemoryPart) -> str:
+    """How a person calls a part."""
+    return _LABELS.get(part.name, part.name)
+
 
 def part_words(part: MemoryPart) -> str:
     """``optimizer 37.0 MB: two moments a parameter``."""
-    return f"{part.name} {size(part.byte_count)}" + (f": {part.detail}" if part.detail else "")
+    return f"{label(part)} {size(part.byte_count)}" + (f": {part.detail}" if part.detail else "")
 
 
 def parts_text(parts: tuple[MemoryPart, ...]) -> str:
     """``base weights 269.0 MB, adapters 22.0 MB``."""
-    return ", ".join(f"{part.name} {size(part.byte_count)}" for part in parts if part.byte_count) or "nothing measured"
+    return (
+        ", ".join(f"{label(part)} {size(part.byte_count)}" for part in parts if part.byte_count) or "nothing measured"
+    )
 
 
 def scale_of(used: int, total: int | None) -> int | None:
@@ -23,23 +34,31 @@ def scale_of(used: int, total: int | None) -> int | None:
 
 
 def memory_bar(memory: MemoryState, *, thin: bool = False) -> Bar:
-    """What a model uses, what others use, and what is free on the device.
+    """What a model uses by part; beside it what else the process uses, and what is free on the device.
+
+    The bar is the device where the model's parts are large enough on it to be seen, else the parts fill it: what
+    Python and its libraries take would hide a small model.
 
     Args:
         memory: as measured.
         thin: for a bar that is there beside other things.
     """
-    parts, used = memory.parts, sum(part.byte_count for part in memory.parts)
+    parts = tuple(part for part in memory.parts if part.name != OTHER)
+    others = tuple(part for part in memory.parts if part.name == OTHER and part.byte_count)
+    used = sum(part.byte_count for part in parts)
     total = scale_of(used, memory.device_total)
-    whole = max(total or 0, used) or 1
-    if total is not None and memory.device_free is not None:
-        elsewhere = whole - used - memory.device_free
-        if elsewhere > whole / 200:
+    if total is not None:
+        parts, others = (*parts, *others), ()
+        used = sum(part.byte_count for part in parts)
+        elsewhere = 0 if memory.device_free is None else total - used - memory.device_free
+        if elsewhere > total / 200:
             parts = (*parts, MemoryPart("elsewhere", elsewhere, "other programs and the system"))
-    peak = f"peak {size(memory.peak)} · " if memory.peak is not None else ""
-    free = free_words(memory)
-    note = f"{peak}{free} on {memory.device}" if free else f"{peak}on {memory.device}"
-    return Bar(parts, whole, note=note, thin=thin)
+    words = (
+        *map(part_words, others),
+        f"peak {size(memory.peak)}" if memory.peak is not None else "",
+        f"{free_words(memory) or 'memory'} on {memory.device}",
+    )
+    return Bar(parts, max(total or 0, used) or 1, note=", ".join(word for word in words if word), thin=thin)
 
 
 def free_words(memory: MemoryState) -> str:

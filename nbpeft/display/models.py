@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nbpeft.display.blocks import Card, Line, Span, Table, Text, bold, card, dim, line
+from nbpeft.display.blocks import Block, Card, Cell, Details, Line, Table, Text, bold, card, dim, line
 from nbpeft.display.memory import memory_bar
-from nbpeft.display.numbers import NONE, count, plural, share, short_count, size
+from nbpeft.display.numbers import count, plural, share, short_count, size
 from nbpeft.state import AdapterState, ModelState
 
-ADAPTER_FIGURES = (2, 4, 5)
-"""Columns of ``adapter_cells`` that hold figures."""
+ADAPTER_HEAD = ("Adapter", "Modules", "Parameters", "State")
+ADAPTER_FIGURES = (2,)
+"""Columns of ``ADAPTER_HEAD`` that hold figures."""
+_MOST_ROWS = 30
+"""Of a card's table of adapters; the others stand below it and open on request."""
 
 
 def with_notes(text: str, notes: tuple[str, ...]) -> str:
@@ -75,55 +78,47 @@ def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
 
 
 def modules(adapter: AdapterState) -> Text:
-    """``60 · q_proj v_proj``, ``210 · down_proj + 6``; all kinds in the tooltip."""
+    """``q_proj v_proj``, ``down_proj + 6``; all kinds in the tooltip."""
     few = adapter.targets if len(adapter.targets) <= 2 else (adapter.targets[0], f"+\u00a0{len(adapter.targets) - 1}")
-    words = f"{adapter.module_count}\u00a0· {' '.join(few)}" if few else str(adapter.module_count)
-    return Text(words, tooltip=" ".join(adapter.targets))
+    return Text(" ".join(few), "dim", " ".join(adapter.targets))
 
 
-def adapter_head(adapters: Sequence[AdapterState]) -> tuple[str, ...]:
-    """Titles of the columns of ``adapter_cells``."""
-    keys = {tuple(adapter.summary) for adapter in adapters if adapter.summary}
-    summary = " / ".join(keys.pop()) if len(keys) == 1 else "Settings"
-    return ("Adapter", "Method", summary, "Adapted modules", "Parameters", "Size", "State")
+def adapter_cells(adapter: AdapterState, state: str = "") -> tuple[Cell, ...]:
+    """One adapter as a row below ``ADAPTER_HEAD``.
 
-
-def adapter_cells(adapter: AdapterState, head: Sequence[str]) -> tuple[Span, ...]:
-    """One adapter as a row; ``head`` as ``adapter_head`` gives it."""
-    alone = head[2] == " / ".join(adapter.summary)
-    summary = " / ".join(adapter.summary.values()) if alone else settings(adapter)
-    varies = "*: some modules have other values" if "*" in summary else ""
+    Args:
+        adapter: the adapter.
+        state: in words; all of its ``condition`` by default.
+    """
+    how = " ".join(part for part in (adapter.method, settings(adapter)) if part)
+    varies = "*: some modules have other values" if "*" in how else ""
     return (
-        Text(adapter.name, tooltip=adapter.name, wrap="names"),
-        adapter.method,
-        Text(summary or NONE, tooltip=varies),
-        modules(adapter),
-        count(adapter.parameter_count),
-        size(adapter.byte_count),
-        condition(adapter),
+        (Text(adapter.name, tooltip=adapter.name, wrap="names"), Text(how, "dim", varies)),
+        (f"{adapter.module_count:,}", modules(adapter)),
+        (count(adapter.parameter_count), dim(size(adapter.byte_count))),
+        state or condition(adapter),
     )
 
 
 def adapter_table(adapters: Sequence[AdapterState]) -> Table:
     """The adapters, those that are active marked."""
-    head = adapter_head(adapters)
     return Table(
-        head,
-        tuple(adapter_cells(adapter, head) for adapter in adapters),
+        ADAPTER_HEAD,
+        tuple(adapter_cells(adapter) for adapter in adapters),
         right=ADAPTER_FIGURES,
         marked=tuple(place for place, adapter in enumerate(adapters) if adapter.active),
     )
 
 
 def model_title(model: ModelState) -> str:
-    """``model · LlamaForCausalLM``."""
-    return f"{model.name} · {model.class_name}"
+    """``model (LlamaForCausalLM)``."""
+    return f"{model.name} ({model.class_name})"
 
 
 def model_summary(model: ModelState) -> str:
-    """``134.5 M parameters · bfloat16 · cpu``."""
-    stored = f" · {model.quantization}" if model.quantization else ""
-    return f"{short_count(model.parameter_count)} parameters · {model.dtype}{stored} · {model.device}"
+    """``134.5 M parameters, bfloat16, cpu``."""
+    parts = (f"{short_count(model.parameter_count)} parameters", model.dtype, model.quantization, model.device)
+    return ", ".join(part for part in parts if part)
 
 
 def model_card(model: ModelState | None, called: str | None = None, *, hint: str = "") -> Card:
@@ -135,10 +130,10 @@ def model_card(model: ModelState | None, called: str | None = None, *, hint: str
         hint: a line at the end.
     """
     if model is None:
-        return card(called or "model", line(dim(missing_model(called))))
+        return card(called or "model", *no_model(called))
     return card(
         model_title(model),
-        adapter_table(model.adapters) if model.adapters else line(dim(no_adapters(model))),
+        _adapters(model),
         totals(model, activity(model)),
         memory_bar(model.memory) if model.memory is not None else None,
         line(dim(hint)),
@@ -146,28 +141,51 @@ def model_card(model: ModelState | None, called: str | None = None, *, hint: str
     )
 
 
+def _adapters(model: ModelState) -> tuple[Block, ...]:
+    """The table of adapters, or what to do where there are none."""
+    if not model.adapters:
+        return no_adapters(model)
+    first, others = model.adapters[:_MOST_ROWS], model.adapters[_MOST_ROWS:]
+    table = adapter_table(first)
+    return (table, Details(f"{len(others):,} more", adapter_table(others))) if others else (table,)
+
+
 def totals(model: ModelState, *more: str) -> Line:
     """How much of the model trains, how many adapters its pool has, and more words."""
-    words = (dim(f"· {part}") for part in (in_pool(model), *more) if part)
-    return line(bold(count(model.trainable_count)), _of_all(model), *words)
+    words = "; ".join(("", *(part for part in (in_pool(model), *more) if part)))
+    return line(bold(count(model.trainable_count)), Text(_of_all(model) + words))
 
 
-def no_adapters(model: ModelState) -> str:
+def example(model_name: str) -> Line:
+    """A cell that adds an adapter."""
+    return line(
+        Text(f'%%lora {model_name} --name my_adapter\nr = 16\ntarget_modules = "all-linear"', "code", wrap="as is")
+    )
+
+
+def no_adapters(model: ModelState) -> tuple[Line, ...]:
     """What to do where a model has no adapter."""
-    return f"No adapters yet. A cell that begins with %%lora {model.name} adds one."
+    return line(dim("No adapters yet. A cell like this adds one:")), example(model.name)
 
 
 def missing_model(called: str | None) -> str:
-    """What to do where there is no model."""
+    """What is to be said where there is no model."""
     if called:
         return f"There is no model {called!r} any more: it was unloaded or deleted."
-    return "No model yet. A cell that begins with %%lora and the name of a model adapts it."
+    return "No adapted model yet."
+
+
+def no_model(called: str | None) -> tuple[Line, ...]:
+    """What to do where there is no model."""
+    if called:
+        return (line(dim(missing_model(called))),)
+    return line(dim(f"{missing_model(None)} A cell like this adapts one:")), example("model")
 
 
 def model_text(model: ModelState | None, called: str | None = None) -> str:
     """A model in one line of plain text."""
     if model is None:
-        return missing_model(called)
+        return missing_model(called) if called else "no adapted model yet"
     adapters = ", ".join(f"{item.name}{'*' if item.active else ''} [{item.method}]" for item in model.adapters)
     pool = f" and {in_pool(model)}" if model.offloaded_count else ""
     return f"{model_title(model)}: {adapters or 'no adapters'}{pool}; {trainable(model)}"

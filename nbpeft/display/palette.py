@@ -47,6 +47,9 @@ CUT = "#e45756"
 LIMIT = "rgba(128,128,128,.8)"
 """Where a device ends that has room."""
 
+WIDTH = 900
+"""Most pixels that a card or a panel is wide, its padding and border included."""
+
 FONT = "font:13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);font-variant-numeric:tabular-nums"
 MONOSPACE = "font-family:monospace;font-family:var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace)"
 

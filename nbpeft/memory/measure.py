@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from nbpeft.engine.model_tree import base_model_of, manager_of
 from nbpeft.engine.registry import resolve_backend
@@ -46,7 +48,7 @@ class Meter:
 
     Args:
         model: a base model or a handle on one; with or without adapters.
-        optimizer: whose state to count.
+        optimizer: whose state to count; by default those that train the model, from their next step on.
         saved: a running count of the activations kept for backward.
         cache: an object that holds a KV cache.
     """
@@ -59,6 +61,8 @@ class Meter:
         self.saved = saved
         self.cache = cache
         self._walk: _Walk | None = None
+        if optimizer is None:
+            _note_optimizers()
         self._optimizer_bytes: tuple[float, int, int] = (float("-inf"), -1, 0)
 
     def mark(self) -> None:
@@ -101,15 +105,35 @@ class Meter:
         return self._walk
 
     def _state_bytes(self, walk: _Walk) -> int:
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is None:
-            return 0
-        made, size, byte_count = self._optimizer_bytes
-        if size != len(optimizer.state) or time.monotonic() - made > MAX_AGE:
-            storages = unique_storages(tensors_in(dict(optimizer.state)))
+        optimizers = [self._optimizer()] if self._optimizer is not None else _optimizers_of(walk)
+        states = [dict(optimizer.state) for optimizer in optimizers if optimizer is not None]
+        made, known, byte_count = self._optimizer_bytes
+        size = sum(map(len, states))
+        if size != known or time.monotonic() - made > MAX_AGE:
+            storages = unique_storages(tensors_in(states))
             byte_count = sum(value for address, value in storages.items() if address not in walk.storages)
-            self._optimizer_bytes = (time.monotonic(), len(optimizer.state), byte_count)
+            self._optimizer_bytes = (time.monotonic(), size, byte_count)
         return byte_count
+
+
+_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that did a step since a meter asked for them."""
+
+
+@functools.cache
+def _note_optimizers() -> None:
+    """Note every optimizer that does a step from now on."""
+    register_optimizer_step_post_hook(lambda optimizer, *_: _optimizers.add(optimizer))
+
+
+def _optimizers_of(walk: _Walk) -> list[Optimizer]:
+    """Those that hold a trainable parameter of the model."""
+    ours = {id(parameter) for reference in walk.trainable if (parameter := reference()) is not None}
+    return [
+        optimizer
+        for optimizer in list(_optimizers)
+        if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
+    ]
 
 
 def measure(

@@ -125,6 +125,7 @@ class Session:
 
     # Memory
     memory = _command(inspecting.memory)
+    measure = _command(inspecting.measure)
     plan_memory = _command(planning.plan_memory)
     memory_planner = _command(planning.memory_planner)
 

@@ -16,6 +16,7 @@ from nbpeft.state import MemoryState, ModelState, TrainState
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.engine.manager import AdapterManager
+    from nbpeft.memory import Meter
     from nbpeft.model import PeftModel
     from nbpeft.training import Run
 
@@ -44,6 +45,7 @@ class TrackedModel:
         self._model = weakref.ref(model)
         self._manager = weakref.ref(model.manager)
         self._snapshots = Snapshots()
+        self._meter: Meter | None = None
         self._changed = changed
         model.manager.subscribe(self.on_change)
 
@@ -105,6 +107,14 @@ class TrackedModel:
     def state(self) -> ModelState:
         """The model's state now."""
         return self._snapshots.build(self.name, self.manager, memory=self.memory, training=self.training)
+
+    def measure(self) -> MemoryState:
+        """Memory in use now."""
+        from nbpeft.memory import Meter
+
+        if self._meter is None:
+            self._meter = Meter(self.model)
+        return self._meter.read()
 
     def recount(self) -> None:
         """Count all parameters again for the next state."""

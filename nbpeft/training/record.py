@@ -127,7 +127,7 @@ class Record:
             if isinstance(entry.get("loss"), int | float):
                 self.add(int(entry["step"]), entry["loss"], entry.get("learning_rate"), None, entry.get("epoch"))
             if isinstance(entry.get("eval_loss"), int | float):
-                self.add_evaluation(int(entry["step"]), entry["eval_loss"])
+                self.add_evaluation(int(entry["step"]), entry["eval_loss"], {})
         self.forget_pace()
 
     def add(

@@ -2,33 +2,35 @@
 
     session ── SessionState ──> AdaptersPanel ── draws only what changed ──> widgets
        ^                                                                        |
-       └──────────── use, off, save, delete, memory ── a click ─────────────────┘
+       └──────────── use, off, save, delete ── a click ───────── ─────────────────┘
 
 The panel never changes what it shows by itself: it asks the session and waits for the next state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.display.blocks import Block, Stack, Text, dim, line
+from nbpeft.display.blocks import Block, Stack, Text, dim
 from nbpeft.display.html import head, to_html
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import (
-    missing_model,
     model_card,
     model_summary,
     model_text,
     model_title,
     no_adapters,
+    no_model,
     totals,
 )
 from nbpeft.errors import NbpeftError
 from nbpeft.session.results.comparing import BASE
-from nbpeft.state import ModelState, SessionState
+from nbpeft.state import MemoryState, ModelState, SessionState
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.lifetime import weakly
+from nbpeft.widgets.live_memory import LiveMemory
 from nbpeft.widgets.panel import SessionPanel
 
 if TYPE_CHECKING:
@@ -53,12 +55,20 @@ class AdaptersPanel(SessionPanel):
     ) -> None:
         super().__init__(session, model_name, ui)
         self._tokenizer = tokenizer
+        self._memory: MemoryState | None = None
+        self._drawn: tuple[ModelState | None, str] | None = None
+        self._live = LiveMemory(self._measure, self._measured)
 
     def _build(self) -> _Parts:
         return _Parts(self._command, self._session, self._name, self._tokenizer, weakly(self._changed))
 
+    def _opened(self) -> None:
+        self._drawn = None
+        super()._opened()
+
     def _release(self, parts: Any) -> None:
         super()._release(parts)
+        self._live.stop()
         parts.side_panel.close()
 
     def _text(self) -> str:
@@ -66,11 +76,31 @@ class AdaptersPanel(SessionPanel):
 
     def _card(self, hint: str) -> Block:
         beside = self._parts.side_panel.panel if self._parts is not None else None
-        shown = model_card(self._model(), self._name, hint=hint)
+        model = self._model()
+        if model is not None and self._memory is not None:
+            model = dataclasses.replace(model, memory=self._memory)
+        shown = model_card(model, self._name, hint=hint)
         return Stack((shown, beside.card())) if beside is not None and not beside.closed else shown
 
     def _draw(self, state: SessionState) -> None:
-        self._parts.draw(state.model(self._name), self._name, state.busy)
+        """Shows a state. Those of a run come five times a second: what they leave as it was is not drawn again."""
+        model = state.model(self._name)
+        shown = None if model is None else dataclasses.replace(model, training=None, memory=None)
+        if (shown, state.busy) != self._drawn:
+            self._drawn = (shown, state.busy)
+            self._parts.draw(shown, self._name, state.busy)
+            self._live.look(running=bool(state.busy))
+            self._changed()
+
+    def _measure(self) -> MemoryState | None:
+        return self._session.measure(self._name) if self._model() is not None else None
+
+    def _measured(self, memory: MemoryState | None) -> None:
+        with self._lock:
+            self._memory = memory
+            if self._parts is not None:
+                self._parts.draw_memory(memory)
+                self._changed()
 
     def _run(self, *command: Any) -> str:
         session, model = self._session, self._name
@@ -91,7 +121,7 @@ class AdaptersPanel(SessionPanel):
             if not folder:
                 raise NbpeftError(f"Give a folder to save {name!r} to.")
             return str(session.save(folder, name=name, model=model))
-        session.memory(model)
+        self._parts.draw(self._session.state.model(model), model, session.state.busy)  # "filter"
         return ""
 
     def _offer_undo(self, wanted: bool) -> None:
@@ -114,30 +144,25 @@ class _Parts:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
+        from nbpeft.widgets.adapter_rows import Rows
         from nbpeft.widgets.side_panel import SidePanel
 
         self.side_panel = SidePanel(session, name, tokenizer, changed)
 
         self._head = parts.html()
-        self._choices = parts.ToggleRow(command, "0 0 6px 0")
-        self._rows = parts.Rows(command)
+        self._choices = parts.ToggleRow(command, "choices", "0 0 6px 0")
+        self._rows = Rows(command)
         self._empty = parts.html()
-        self._totals = parts.html()
+        self._totals = parts.html(flex="1 1 260px")
         self._memory = parts.html()
-        self._refresh = parts.small_button(
-            "measure memory", "Measure what the model uses now", "116px", weakly(command, "memory")
-        )
         self.message = parts.Message()
-        self._undo = parts.small_button("Undo", "Bring the deleted adapter back", "58px", weakly(command, "undo"))
+        self._undo = parts.button("Undo", "Bring the deleted adapter back", weakly(command, "undo"))
+        self._undo.layout.display = "none"
         *words, dismiss = self.message.box.children
         self.message.box.children = (*words, self._undo, dismiss)
-        buttons = ipywidgets.HBox([self._refresh, self.side_panel.buttons], layout=ipywidgets.Layout(flex="0 0 auto"))
-        foot = ipywidgets.HBox(
-            [self._totals, buttons],
-            layout=ipywidgets.Layout(justify_content="space-between", align_items="flex-end"),
-        )
-        below = [foot, self._memory, self.message.box, self.side_panel.slot]
-        self.root = parts.panel_root(self._head, self._choices.box, self._rows.box, self._empty, *below)
+        foot = ipywidgets.HBox([self._totals, self.side_panel.buttons], layout=ipywidgets.Layout(flex_flow="row wrap"))
+        above = [self._choices.box, self._rows.filter_box, self._rows.box, self._empty]
+        self.root = parts.panel_root(self._head, *above, foot, self._memory, self.message.box, self.side_panel.slot)
 
     def offer_undo(self, wanted: bool) -> None:
         """Shows the button that brings back what was deleted, beside the message that says so."""
@@ -150,20 +175,28 @@ class _Parts:
         self._head.value = head(title, aside, below=8)
         if model is None:
             model = ModelState(name or "", "", "", "", 0, 0)
-            self._empty.value = to_html(line(dim(missing_model(name))))
-            self._totals.value = self._memory.value = ""
+            self._empty.value = to_html(no_model(name))
+            self._totals.value = ""
         else:
-            self._empty.value = "" if model.adapters else to_html(line(dim(no_adapters(model))))
+            self._empty.value = "" if model.adapters else to_html(no_adapters(model))
             self._totals.value = to_html(totals(model))
-            self._memory.value = to_html(memory_bar(model.memory)) if model.memory is not None else ""
+        seen = self._rows.draw(model)
         choices: dict[tuple[str, ...], tuple[str, str]]
         choices = {("off",): (BASE, "Only the base model is active")}
-        choices |= {("use", item.name): (item.name, f"Switch to {item.name}") for item in model.adapters}
+        choices |= {("use", name): (name, f"Switch to {name}") for name in _to_switch_to(model, seen)}
         self._choices.draw(choices, [("use", name) for name in model.active] or [("off",)])
-        self._rows.draw(model)
         visible = None if model.adapters else "none"
-        for part in (self._choices.box, self._refresh, self.side_panel.buttons):
+        for part in (self._choices.box, self.side_panel.buttons):
             part.layout.display = visible
+
+    def draw_memory(self, memory: MemoryState | None) -> None:
+        """Shows what is used, by part."""
+        self._memory.value = to_html(memory_bar(memory)) if memory is not None else ""
+
+
+def _to_switch_to(model: ModelState, seen: Collection[str]) -> list[str]:
+    """The adapters that are seen, and those that are active."""
+    return [item.name for item in model.adapters if item.name in seen or item.active]
 
 
 def _line(result: Any) -> str:

@@ -16,11 +16,11 @@ from nbpeft.widgets.controls import (
     Frame,
     PromptForm,
     Question,
-    action_button,
-    field_layout,
+    button,
     html,
+    labelled,
     one_each,
-    pair,
+    settings_row,
     tokens_field,
 )
 from nbpeft.widgets.lifetime import weakly
@@ -35,7 +35,8 @@ TYPES = (
     ("DARE + TIES on deltas", "dare_ties_svd"),
 )
 LOW, HIGH, STEP = -1.0, 1.5, 0.05
-LABEL = 130
+MARKS = (-1.0, 0.0, 0.5, 1.0, 1.5)
+"""Weights that stand below the sliders."""
 
 
 class Slider:
@@ -48,11 +49,8 @@ class Slider:
     """
 
     def __init__(self, name: str, value: float, command: Command) -> None:
-        self._label = html(
-            span(Text(name, tooltip=name, wrap="cut")),
-            flex=f"0 0 {LABEL}px",
-            width=f"{LABEL}px",
-        )
+        label = html(span(Text(name, tooltip=name, wrap="cut")))
+        label.add_class("nbpeft-label")
         self._slider = ipywidgets.FloatSlider(
             value=min(max(value, LOW), HIGH),
             min=LOW,
@@ -61,15 +59,24 @@ class Slider:
             readout_format=".2f",
             layout=ipywidgets.Layout(flex="1 1 auto", width="auto", margin="0"),
         )
+        self._slider.add_class("nbpeft-weight")
         self._slider.observe(weakly(command, "moved"), names="value")
-        self.box = ipywidgets.HBox(
-            [self._label, self._slider], layout=ipywidgets.Layout(width="100%", align_items="center")
-        )
+        self.box = ipywidgets.HBox([label, self._slider], layout=ipywidgets.Layout(width="100%", align_items="center"))
 
     @property
     def weight(self) -> float:
         """Where it stands."""
         return round(float(self._slider.value), 4)
+
+
+def scale() -> Any:
+    """The scale below the sliders."""
+    places = {f"{mark:g}": 100 * (mark - LOW) / (HIGH - LOW) for mark in MARKS}
+    marks = "".join(f'<span style="left:{place:.0f}%">{mark}</span>' for mark, place in places.items())
+    label = html(span(dim("weight")))
+    label.add_class("nbpeft-label")
+    marked = html(f'<div class="nbpeft-scale">{marks}</div>', flex="1 1 auto")
+    return ipywidgets.HBox([label, marked], layout=ipywidgets.Layout(width="100%"))
 
 
 class BlendControls:
@@ -88,47 +95,28 @@ class BlendControls:
         self._sliders: dict[str, Slider] = {}
         self.question = Question(command, prompt, "Answer")
         self._rows = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%"))
+        self._scale = scale()
         self.form = PromptForm(command, chat)
-        self._settings = self._make_settings(command, tokens)
-        self._save = self._make_save(command)
-        self.frame = Frame(title, self.question.box, self._rows, self._settings)
-        children = list(self.frame.root.children)
-        self.frame.root.children = (*children[:-1], self._save, children[-1])
+        settings, save = self._make_settings(command, tokens), self._make_save(command)
+        self.frame = Frame(title, self.question.box, self._rows, self._scale, settings, below=(save,))
         self.root, self.message = self.frame.root, self.frame.message
 
     def _make_settings(self, command: Command, tokens: int) -> Any:
-        self._type = ipywidgets.Dropdown(options=TYPES, value="exact", layout=field_layout("170px"))
+        self._type = labelled("combination type", ipywidgets.Dropdown(options=TYPES, value="exact"), 168)
         self._type.observe(weakly(self._type_chosen), names="value")
-        self._density = ipywidgets.BoundedFloatText(
-            value=0.5, min=0.05, max=1.0, step=0.05, layout=field_layout("66px")
+        self._density = labelled(
+            "density", ipywidgets.BoundedFloatText(value=0.5, min=0.05, max=1.0, step=0.05), 66, "Share of weights kept"
         )
         self._density.observe(weakly(command, "moved"), names="value")
+        self._density.layout.display = "none"
         self._tokens = tokens_field(tokens)
-        self._density_pair = pair("density", self._density)
-        self._density_pair.layout.display = "none"
-        box = ipywidgets.HBox(
-            [
-                pair("combination type", self._type),
-                self._density_pair,
-                pair("max new tokens", self._tokens),
-                self.form.box,
-            ],
-            layout=ipywidgets.Layout(width="100%", margin="6px 0 0 0"),
-        )
-        box.add_class("nbpeft-settings")
-        return box
+        return settings_row(self._type, self._density, self._tokens, self.form.box, margin="6px 0 0 0")
 
     def _make_save(self, command: Command) -> Any:
-        self._name = ipywidgets.Text(value="blend", placeholder="name", layout=field_layout("150px"))
-        self._rank = ipywidgets.Text(value="", placeholder="all", layout=field_layout("52px"))
-        self._rank_pair = pair("rank", self._rank)
-        button = action_button("Save as adapter", "Make an adapter of this blend", "124px", weakly(command, "save"))
-        box = ipywidgets.HBox(
-            [pair("name", self._name), self._rank_pair, button],
-            layout=ipywidgets.Layout(width="100%", margin="10px 0 0 0"),
-        )
-        box.add_class("nbpeft-settings")
-        return box
+        self._name = labelled("new adapter", ipywidgets.Text(value="blend", placeholder="name"), 140)
+        self._rank = labelled("rank", ipywidgets.Text(value="", placeholder="all"), 52, "Empty: as large as it takes")
+        save = button("Save as adapter", "Make an adapter of this blend", weakly(command, "save"))
+        return settings_row(self._name, self._rank, save, margin="10px 0 0 0")
 
     # What the widgets say
 
@@ -180,6 +168,7 @@ class BlendControls:
         self._sliders = one_each(
             self._rows, self._sliders, names, lambda name: Slider(name, float(name in active), self._command)
         )
+        self._scale.layout.display = None if names else "none"
         if missing:
             self.frame.answers.value = to_html(line(dim(missing)))
         elif not names:
@@ -193,6 +182,6 @@ class BlendControls:
 
     def _type_chosen(self) -> None:
         exact = self.type == "exact"
-        self._density_pair.layout.display = "none" if exact else None
-        self._rank_pair.layout.display = None if exact else "none"
+        self._density.layout.display = "none" if exact else None
+        self._rank.layout.display = None if exact else "none"
         self._command("moved")

@@ -108,29 +108,17 @@ class _Parts:
         from nbpeft.widgets import controls as parts
 
         self.question = parts.Question(command, prompt, "Send")
-        self._picks = parts.ToggleRow(command)
+        self._picks = parts.ToggleRow(command, "chips")
         self._tokens = parts.tokens_field(tokens)
         self.sampling = parts.SamplingFields(*sampling)
         self.form = parts.PromptForm(command, chat)
-        self._against = ipywidgets.Dropdown(options=[BASE], value=BASE, layout=parts.field_layout("130px"))
+        self._against = parts.labelled("diff against", ipywidgets.Dropdown(options=[BASE], value=BASE), 124)
         self._against.observe(weakly(command, "against"), names="value")
-        self._marks = parts.pair("diff against", self._against)
         words = "Forget what was said and begin anew in every column"
-        self._new = parts.action_button("New conversation", words, "132px", weakly(command, "new"))
+        self._new = parts.button("New conversation", words, weakly(command, "new"))
         self._new.layout.display = "none"
-        self._settings = ipywidgets.HBox(
-            [
-                self._picks.box,
-                parts.pair("max new tokens", self._tokens),
-                *self.sampling.boxes,
-                self.form.box,
-                self._marks,
-                self._new,
-            ],
-            layout=ipywidgets.Layout(width="100%"),
-        )
-        self._settings.add_class("nbpeft-settings")
-        self.frame = parts.Frame(title, self.question.box, self._settings)
+        settings = parts.settings_row(self._tokens, *self.sampling.boxes, self.form.box, self._against, self._new)
+        self.frame = parts.Frame(title, self.question.box, self._picks.box, settings)
         self.root, self.message = self.frame.root, self.frame.message
 
     @property
@@ -156,7 +144,7 @@ class _Parts:
         """Shows which columns there are."""
         names = [BASE, *(item.name for item in model.adapters)] if model is not None else []
         picks: dict[tuple[str, ...], tuple[str, str]]
-        picks = {("pick", item): (item, f"With or without {item}") for item in names}
+        picks = {("pick", item): (item, f"Answer with {item}, or not") for item in names}
         self._picks.draw(picks, [("pick", item) for item in names if item not in left_out])
         if model is None:
             self.frame.answers.value = to_html(line(dim(missing_model(name))))
@@ -168,7 +156,7 @@ class _Parts:
             chosen = self._against.value
             self._against.options = titles
             self._against.value = chosen if chosen in titles else titles[0]
-        self._marks.layout.display = None if len(titles) > 2 else "none"
+        self._against.layout.display = None if len(titles) > 2 else "none"
         running = result.status == "running"
         self.frame.head("answering …" if running else result.aside, running=result.is_coming)
         self.frame.answers.value = to_html(result.blocks(self._against.value, shown=self.question.prompt))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ipywidgets
 
-from nbpeft.display.blocks import Span, Text, Tone, dim
-from nbpeft.display.html import grid_row, head, span
-from nbpeft.display.models import adapter_cells, adapter_head, condition
+from nbpeft.display.blocks import Text, Tone
+from nbpeft.display.html import head, span
+from nbpeft.display.names import shortened
 from nbpeft.errors import ConfigError
-from nbpeft.state import AdapterState, ModelState
 from nbpeft.widgets.lifetime import close_tree, weakly
 from nbpeft.widgets.styles import style_sheet
 
@@ -27,12 +26,21 @@ def html(value: str = "", **layout: str) -> Any:
     return ipywidgets.HTML(value, layout=ipywidgets.Layout(margin="0", **layout))
 
 
-def small_button(text: str, tooltip: str, width: str, handler: Callable[[Any], None]) -> Any:
-    """A small button as it stands in rows."""
-    button = ipywidgets.Button(description=text, tooltip=tooltip, layout=ipywidgets.Layout(width=width))
-    button.add_class("nbpeft-small")
-    button.on_click(handler)
-    return button
+def button(text: str, tooltip: str, handler: Callable[[Any], None], *kinds: str, width: str = "auto") -> Any:
+    """A button as it stands in every panel.
+
+    Args:
+        text: What it says.
+        tooltip: What a click does.
+        handler: Called with the button.
+        *kinds: ``primary`` for the one action of a panel, ``danger``, ``bare`` without a frame.
+        width: As CSS; by default what the text takes.
+    """
+    made = ipywidgets.Button(description=text, tooltip=tooltip, layout=ipywidgets.Layout(width=width))
+    for kind in ("button", *kinds):
+        made.add_class(f"nbpeft-{kind}")
+    made.on_click(handler)
+    return made
 
 
 def mark(widget: Any, name: str, wanted: bool) -> None:
@@ -73,14 +81,15 @@ class ToggleRow:
 
     Args:
         command: Called with the words of the button that was clicked.
+        kind: ``choices``, of which one is on as a rule, or ``chips``, of which each is on or off.
         margin: Around the row.
     """
 
-    def __init__(self, command: Command, margin: str = "0") -> None:
+    def __init__(self, command: Command, kind: str, margin: str = "0") -> None:
         self._command = command
         self._buttons: dict[tuple[str, ...], Any] = {}
         self.box = ipywidgets.HBox([], layout=ipywidgets.Layout(margin=margin))
-        self.box.add_class("nbpeft-choices")
+        self.box.add_class(f"nbpeft-{kind}")
 
     def draw(self, buttons: Mapping[tuple[str, ...], tuple[str, str]], on: Collection[tuple[str, ...]]) -> None:
         """Shows the buttons.
@@ -90,139 +99,13 @@ class ToggleRow:
             on: Those that are on.
         """
         self._buttons = one_each(self.box, self._buttons, buttons, lambda words: self._button(words, *buttons[words]))
-        for words, button in self._buttons.items():
-            mark(button, "nbpeft-on", words in on)
+        for words, made in self._buttons.items():
+            mark(made, "nbpeft-on", words in on)
 
     def _button(self, words: tuple[str, ...], label: str, tooltip: str) -> Any:
-        button = ipywidgets.Button(description=label, tooltip=tooltip, layout=ipywidgets.Layout(width="auto"))
-        button.on_click(weakly(self._command, *words))
-        return button
-
-
-class Row:
-    """One adapter with its save and delete buttons, and what they ask back."""
-
-    def __init__(self, name: str, command: Command) -> None:
-        self._name = name
-        self._command = command
-        self._confirming = False
-        self._cells = html(flex="1 1 0%", min_width="0")
-        self._first = small_button("save", "", "58px", weakly(self._first_clicked))
-        self._second = small_button("delete", "", "58px", weakly(self._second_clicked))
-        self._form: Any = None
-        self._folder: Any = None
-        self.box = ipywidgets.HBox(
-            [self._cells, self._first, self._second], layout=ipywidgets.Layout(flex_flow="row wrap", width="100%")
-        )
-        self.box.add_class("nbpeft-row")
-        self._label()
-
-    def draw(self, adapter: AdapterState, titles: Sequence[str]) -> None:
-        """Shows the adapter.
-
-        Args:
-            adapter: As it is now.
-            titles: Of the columns.
-        """
-        self._cells.value = adapter_row(adapter, titles)
-        mark(self.box, "nbpeft-on", adapter.active)
-
-    def _first_clicked(self) -> None:
-        if self._confirming:
-            self._confirm(False)
-            self._command("delete", self._name)
-        elif self._form is not None:
-            self._close_form()
-        else:
-            self._open_form()
-
-    def _second_clicked(self) -> None:
-        self._close_form()
-        # The confirming button is the other one, so that a double click deletes nothing.
-        self._confirm(not self._confirming)
-
-    def _confirm(self, confirming: bool) -> None:
-        self._confirming = confirming
-        self._label()
-
-    def _label(self) -> None:
-        asked = self._confirming
-        self._first.description, self._second.description = ("Delete?", "keep") if asked else ("save", "delete")
-        self._first.tooltip = f"Take {self._name} out of the model" if asked else f"Save {self._name} to a folder"
-        self._second.tooltip = f"Keep {self._name}" if asked else f"Delete {self._name}"
-        mark(self._first, "nbpeft-danger", asked)
-
-    def _open_form(self) -> None:
-        self._folder = ipywidgets.Text(
-            value=f"adapters/{self._name}",
-            placeholder="folder",
-            layout=ipywidgets.Layout(flex="1 1 auto", width="auto", margin="0"),
-        )
-        self._form = ipywidgets.HBox(
-            [
-                html('<span style="padding:0 8px;white-space:nowrap">Save to folder</span>'),
-                self._folder,
-                small_button("Save", f"Write {self._name} into this folder", "58px", weakly(self._save)),
-                small_button("cancel", "Write nothing", "58px", weakly(self._close_form)),
-            ],
-            layout=ipywidgets.Layout(flex="1 0 100%", align_items="center", padding="0 0 6px 0"),
-        )
-        self.box.children = (self._cells, self._first, self._second, self._form)
-
-    def _close_form(self) -> None:
-        form, self._form = self._form, None
-        if form is not None:
-            self.box.children = (self._cells, self._first, self._second)
-            close_tree(form)
-
-    def _save(self) -> None:
-        folder = self._folder.value.strip()
-        self._close_form()
-        self._command("save", self._name, folder)
-
-
-_COLUMNS = ("", "nbpeft-extra", "nbpeft-number", "nbpeft-extra", "nbpeft-number", "nbpeft-number nbpeft-extra", "")
-"""CSS classes of the columns of the table of adapters; the style sheet lays them out."""
-
-
-def row_head(titles: Sequence[str]) -> str:
-    """The titles of the table of adapters."""
-    return grid_row((dim(title), kind) for title, kind in zip(titles, _COLUMNS, strict=True))
-
-
-def adapter_row(adapter: AdapterState, titles: Sequence[str]) -> str:
-    """One adapter in the table; its colour says whether it is active."""
-    _, *cells, _ = adapter_cells(adapter, titles)
-    state = condition(adapter, with_active=False)
-    shown: list[Span] = [
-        Text(adapter.name, "bold" if adapter.active else "", adapter.name),
-        *cells,
-        Text(state, "" if adapter.trainable else "dim", state),
-    ]
-    return grid_row(zip(shown, _COLUMNS, strict=True))
-
-
-class Rows:
-    """The table of adapters: a head and one ``Row`` each."""
-
-    def __init__(self, command: Command) -> None:
-        self._command = command
-        self._rows: dict[str, Row] = {}
-        self._titles = html(flex="1 1 0%", min_width="0")
-        gap = html(width="124px")  # two buttons of 58 px and their margins of 4 px
-        self._head = ipywidgets.HBox([self._titles, gap], layout=ipywidgets.Layout(width="100%"))
-        self._head.add_class("nbpeft-row")
-        self.box = ipywidgets.VBox([self._head], layout=ipywidgets.Layout(width="100%"))
-
-    def draw(self, model: ModelState) -> None:
-        """Shows a model's adapters; rows of adapters that stayed are kept."""
-        names = [adapter.name for adapter in model.adapters]
-        self._rows = one_each(self.box, self._rows, names, lambda name: Row(name, self._command))
-        titles = adapter_head(model.adapters)
-        self._titles.value = row_head(titles)
-        for adapter in model.adapters:
-            self._rows[adapter.name].draw(adapter, titles)
-        self.box.layout.display = None if names else "none"
+        made = ipywidgets.Button(description=shortened(label), tooltip=tooltip, layout=ipywidgets.Layout(width="auto"))
+        made.on_click(weakly(self._command, *words))
+        return made
 
 
 class Message:
@@ -230,8 +113,7 @@ class Message:
 
     def __init__(self) -> None:
         self._text = html(flex="1 1 auto")
-        self._dismiss = small_button("✕", "Dismiss", "22px", weakly(self.clear))
-        self._dismiss.add_class("nbpeft-bare")
+        self._dismiss = button("✕", "Dismiss", weakly(self.clear), "bare")
         self.box = ipywidgets.HBox(
             [self._text, self._dismiss],
             layout=ipywidgets.Layout(display="none", align_items="center", margin="6px 0 0 0"),
@@ -254,19 +136,38 @@ CHAT_TEMPLATE: dict[str, bool | None] = {"automatic": None, "apply": True, "do n
 """What is done with the tokenizer's chat template -> ``chat`` of ``session.compare``."""
 
 
-def settings_label(text: str) -> Any:
-    """The words before a field."""
-    return html(span(Text(text, "dim", wrap="never")))
+_LETTER = 6.8
+"""Pixels that a letter of a label takes at most, on average."""
 
 
-def pair(label: str, field: Any) -> Any:
-    """A field with its label, kept together where lines wrap."""
-    return ipywidgets.HBox([settings_label(label), field], layout=ipywidgets.Layout(align_items="center"))
+def labelled(label: str, field: Any, width: int, tooltip: str = "") -> Any:
+    """Gives a field its label, which belongs to it for the keyboard and for screen readers, too.
+
+    Args:
+        label: Before the field.
+        field: Of ipywidgets.
+        width: Of the field without its label, in pixels.
+        tooltip: More about it.
+    """
+    field.description = label
+    field.style.description_width = "initial"
+    field.layout.width, field.layout.margin = f"{width + round(_LETTER * len(label)) + 8}px", "0"
+    if tooltip and hasattr(field, "tooltip"):  # ipywidgets 8
+        field.tooltip = tooltip
+    return field
+
+
+def settings_row(*fields: Any, margin: str = "0") -> Any:
+    """Fields beside each other, and below each other where there is no room."""
+    box = ipywidgets.HBox(list(fields), layout=ipywidgets.Layout(width="100%", margin=margin))
+    box.add_class("nbpeft-settings")
+    return box
 
 
 def tokens_field(value: int) -> Any:
     """The greatest length of an answer."""
-    return ipywidgets.BoundedIntText(value=value, min=1, max=4096, step=16, layout=field_layout("76px"))
+    field = ipywidgets.BoundedIntText(value=value, min=1, max=4096, step=16)
+    return labelled("max new tokens", field, 66, "Longest answer")
 
 
 class SamplingFields:
@@ -280,20 +181,14 @@ class SamplingFields:
 
     def __init__(self, temperature: float | None, top_p: float | None, seed: int | None) -> None:
         draws = temperature if temperature is not None else 0.0 if top_p is None else 1.0
-        self._temperature = ipywidgets.BoundedFloatText(
-            value=draws, min=0.0, max=10.0, step=0.1, layout=field_layout("64px")
-        )
-        self._top_p = ipywidgets.BoundedFloatText(
-            value=1.0 if top_p is None else top_p, min=0.01, max=1.0, step=0.05, layout=field_layout("64px")
-        )
-        self._seed = ipywidgets.Text(
-            value="" if seed is None else str(seed), placeholder="random", layout=field_layout("72px")
-        )
-        self._temperature.tooltip = "0 takes the likeliest token; above 0 tokens are drawn"
-        self._top_p.tooltip = "Draw among the likeliest tokens of this probability together"
-        self._seed.tooltip = "The same seed draws the same answers"
-        fields = {"temperature": self._temperature, "top-p": self._top_p, "seed": self._seed}
-        self.boxes = [pair(label, field) for label, field in fields.items()]
+        self._temperature = ipywidgets.BoundedFloatText(value=draws, min=0.0, max=10.0, step=0.1)
+        self._top_p = ipywidgets.BoundedFloatText(value=1.0 if top_p is None else top_p, min=0.01, max=1.0, step=0.05)
+        self._seed = ipywidgets.Text(value="" if seed is None else str(seed), placeholder="random")
+        self.boxes = [
+            labelled("temperature", self._temperature, 58, "0 takes the likeliest token; above 0 tokens are drawn"),
+            labelled("top-p", self._top_p, 58, "Draw among the likeliest tokens of this probability together"),
+            labelled("seed", self._seed, 72, "The same seed draws the same answers"),
+        ]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -310,20 +205,6 @@ class SamplingFields:
         return {"temperature": temperature, "top_p": float(self._top_p.value), "seed": int(seed) if seed else None}
 
 
-def field_layout(width: str) -> Any:
-    """Layout of a small field."""
-    return ipywidgets.Layout(width=width, margin="0 0 0 6px")
-
-
-def action_button(text: str, tooltip: str, width: str, handler: Callable[[Any], None], *, primary: bool = False) -> Any:
-    """A button that does what the panel is for."""
-    button = ipywidgets.Button(description=text, tooltip=tooltip, layout=ipywidgets.Layout(width=width))
-    button.add_class("nbpeft-action")
-    mark(button, "nbpeft-primary", primary)
-    button.on_click(handler)
-    return button
-
-
 class Question:
     """The prompt box with the button that answers, which becomes Stop while answers come.
 
@@ -337,16 +218,19 @@ class Question:
         self._prompt = ipywidgets.Textarea(
             value=prompt,
             placeholder="A prompt",
+            description="Prompt",
             rows=2,
             layout=ipywidgets.Layout(flex="1 1 auto", width="auto", margin="0", height="52px"),
         )
-        self._ask = action_button(verb, "Answer this prompt", "86px", weakly(command, "run"), primary=True)
-        self._stop = action_button("Stop", "Keep the answers so far", "86px", weakly(command, "stop"))
+        self._prompt.add_class("nbpeft-unlabelled")
+        self._ask = button(verb, "Answer this prompt", weakly(command, "run"), "primary", width="86px")
+        self._stop = button("Stop", "Keep the answers so far", weakly(command, "stop"), width="86px")
         self._stop.layout.display = "none"
         self.box = ipywidgets.HBox(
             [self._prompt, self._ask, self._stop],
             layout=ipywidgets.Layout(width="100%", align_items="flex-start", margin="0 0 8px 0"),
         )
+        self.box.add_class("nbpeft-question")
 
     @property
     def prompt(self) -> str:
@@ -378,10 +262,9 @@ class PromptForm:
 
     def __init__(self, command: Command, chat: bool | None) -> None:
         begin = next(label for label, form in CHAT_TEMPLATE.items() if form is chat)
-        self._form = ipywidgets.Dropdown(options=list(CHAT_TEMPLATE), value=begin, layout=field_layout("120px"))
-        self._form.tooltip = "Chat template; automatic: as the adapters were trained in this session"
+        self._form = ipywidgets.Dropdown(options=list(CHAT_TEMPLATE), value=begin)
         self._form.observe(weakly(command, "form"), names="value")
-        self.box = pair("chat template", self._form)
+        self.box = labelled("chat template", self._form, 118, "automatic: as the adapters were trained in this session")
 
     @property
     def chat(self) -> bool | None:
@@ -390,14 +273,14 @@ class PromptForm:
 
 
 class Frame:
-    """A card: title, the panel's own widgets, answers, and a message."""
+    """A card: title, the panel's own widgets, answers, what stands below them, and a message."""
 
-    def __init__(self, title: str, *blocks: Any) -> None:
+    def __init__(self, title: str, *blocks: Any, below: Iterable[Any] = ()) -> None:
         self._title = title
         self._head = html()
         self.answers = html()
         self.message = Message()
-        self.root = panel_root(self._head, *blocks, self.answers, self.message.box)
+        self.root = panel_root(self._head, *blocks, self.answers, *below, self.message.box)
         self.head("")
 
     def head(self, aside: str, *, running: bool = False) -> None:

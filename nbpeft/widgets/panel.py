@@ -247,7 +247,6 @@ class SessionPanel(Panel):
                 return
             self._revision = state.revision
             self._draw(state)
-            self._changed()
 
 
 _open: dict[tuple[str, Hashable], Panel] = {}

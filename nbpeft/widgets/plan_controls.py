@@ -8,16 +8,16 @@ from typing import Any
 import ipywidgets
 
 from nbpeft.display.blocks import dim, line
-from nbpeft.display.html import to_html
+from nbpeft.display.html import span, to_html
 from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS
 from nbpeft.session.results.planning import PlanResult, PlanSettings
-from nbpeft.widgets.controls import Command, Frame, field_layout, pair, settings_label
+from nbpeft.widgets.controls import Command, Frame, html, labelled, settings_row
 from nbpeft.widgets.lifetime import weakly
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_STORED_AS = (("not quantized", ""), *((name, name) for name in QUANTIZATIONS))
+_QUANTIZATIONS = (("none", ""), *((name, name) for name in QUANTIZATIONS))
 
 
 class LogSlider:
@@ -37,8 +37,8 @@ class LogSlider:
             layout=ipywidgets.Layout(flex="1 1 auto", width="auto", margin="0"),
         )
         self._slider.observe(weakly(command, "moved"), names="value")
-        name = settings_label(label)
-        name.layout.width, name.layout.flex = "130px", "0 0 130px"
+        name = html(span(dim(label)))
+        name.add_class("nbpeft-label")
         self.box = ipywidgets.HBox([name, self._slider], layout=ipywidgets.Layout(width="100%", align_items="center"))
 
     @property
@@ -61,9 +61,9 @@ class PlanControls:
         self._batch = LogSlider("batch", BATCHES, settings.batch_size, command)
         self._length = LogSlider("sequence length", LENGTHS, settings.sequence_length, command)
         self._rank = None if settings.rank is None else LogSlider("rank", RANKS, settings.rank, command)
-        self._dtype = _choice([(name, name) for name in DTYPES], settings.dtype, "112px", command)
-        self._kind = _choice(_STORED_AS, settings.quantization or "", "122px", command)
-        self._optimizer = _choice([(name, name) for name in OPTIMIZERS], settings.optimizer, "150px", command)
+        self._dtype = _choice("dtype", [(name, name) for name in DTYPES], settings.dtype, 104, command)
+        self._kind = _choice("quantization", _QUANTIZATIONS, settings.quantization or "", 84, command)
+        self._optimizer = _choice("optimizer", [(name, name) for name in OPTIMIZERS], settings.optimizer, 136, command)
         self._again = ipywidgets.Checkbox(
             value=settings.gradient_checkpointing,
             description="gradient checkpointing",
@@ -71,11 +71,10 @@ class PlanControls:
             layout=ipywidgets.Layout(width="180px", margin="0"),
         )
         self._again.observe(weakly(command, "moved"), names="value")
-        choices = [pair("dtype", self._dtype), pair("stored as", self._kind)]
+        choices = [self._dtype, self._kind]
         if settings.training:
-            choices += [pair("optimizer", self._optimizer), self._again]
-        box = ipywidgets.HBox(choices, layout=ipywidgets.Layout(width="100%", margin="6px 0 4px 0"))
-        box.add_class("nbpeft-settings")
+            choices += [self._optimizer, self._again]
+        box = settings_row(*choices, margin="6px 0 4px 0")
         sliders = [slider.box for slider in (self._batch, self._length, self._rank) if slider is not None]
         self._unused = [] if settings.training else [self._optimizer, self._again]
         self.frame = Frame(title, *sliders, box)
@@ -114,10 +113,10 @@ class PlanControls:
                 part.close()
 
 
-def _choice(options: Iterable[tuple[str, str]], value: str, width: str, command: Command) -> Any:
+def _choice(label: str, options: Iterable[tuple[str, str]], value: str, width: int, command: Command) -> Any:
     found = list(options)
     if value not in [key for _, key in found]:
         found.append((value, value))
-    dropdown = ipywidgets.Dropdown(options=found, value=value, layout=field_layout(width))
+    dropdown = labelled(label, ipywidgets.Dropdown(options=found, value=value), width)
     dropdown.observe(weakly(command, "moved"), names="value")
     return dropdown

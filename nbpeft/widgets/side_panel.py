@@ -10,7 +10,7 @@ import ipywidgets
 
 from nbpeft.widgets.blend_panel import BlendPanel
 from nbpeft.widgets.compare_panel import ComparePanel
-from nbpeft.widgets.controls import mark, small_button
+from nbpeft.widgets.controls import button, mark
 from nbpeft.widgets.lifetime import close_tree, weakly
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from nbpeft.widgets.answer_panel import AnswerPanel
 
 _KINDS: dict[str, tuple[type[AnswerPanel], str]] = {
-    "compare": (ComparePanel, "Let the base model and the adapters answer the same prompt"),
-    "blend": (BlendPanel, "Mix adapters with sliders and hear what they answer"),
+    "Compare answers": (ComparePanel, "Let the base model and the adapters answer the same prompt"),
+    "Blend adapters": (BlendPanel, "Weight adapters with sliders and see what they answer together"),
 }
 
 
@@ -39,9 +39,7 @@ class SidePanel:
         self._changed = changed
         self._session, self._name, self._tokenizer = session, model_name, tokenizer
         self._panel: AnswerPanel | None = None
-        self._buttons = {
-            kind: small_button(kind, words, "62px", weakly(self._toggle, kind)) for kind, (_, words) in _KINDS.items()
-        }
+        self._buttons = {kind: button(kind, words, weakly(self._toggle, kind)) for kind, (_, words) in _KINDS.items()}
         self.buttons = ipywidgets.HBox(list(self._buttons.values()), layout=ipywidgets.Layout(flex="0 0 auto"))
         self.slot = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%", overflow="visible"))
 
@@ -62,7 +60,7 @@ class SidePanel:
 
     def _toggle(self, kind: str) -> None:
         # One that is shown elsewhere by now was closed here: the button brings it back.
-        shown = self._panel is not None and self._panel.kind == kind and not self._panel.closed
+        shown = isinstance(self._panel, _KINDS[kind][0]) and not self._panel.closed
         prompt = self._panel.prompt if self._panel is not None else ""
         self.close()
         if shown:
@@ -78,5 +76,5 @@ class SidePanel:
         self._changed(None)
 
     def _mark(self) -> None:
-        for kind, button in self._buttons.items():
-            mark(button, "nbpeft-on", self._panel is not None and self._panel.kind == kind)
+        for kind, made in self._buttons.items():
+            mark(made, "nbpeft-on", isinstance(self._panel, _KINDS[kind][0]))

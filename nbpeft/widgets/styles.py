@@ -2,52 +2,73 @@
 
 from __future__ import annotations
 
-from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT
+from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT, WIDTH
 
 PANEL_CSS = f"""
-.nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: 100%; max-width: 930px;
+.nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: 100%; max-width: {WIDTH}px;
   box-sizing: border-box; overflow: visible; container-type: inline-size; }}
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
 .nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
-.nbpeft-panel .jupyter-button {{ font-size: 12px; box-shadow: none; outline-offset: -2px; }}
-.nbpeft-choices {{ flex-wrap: wrap; overflow: visible; padding-left: 1px; max-width: 100%; }}
-.nbpeft-choices .jupyter-button {{ width: auto; height: 28px; line-height: 26px; margin: 0 0 4px -1px; padding: 0 14px;
-  border: 1px solid {BORDER}; background: transparent; color: {TEXT}; font-size: 13px; }}
-.nbpeft-choices .jupyter-button:first-child {{ border-radius: 4px 0 0 4px; }}
-.nbpeft-choices .jupyter-button:last-child {{ border-radius: 0 4px 4px 0; }}
-.nbpeft-choices .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
-.nbpeft-choices .jupyter-button.nbpeft-on, .nbpeft-choices .jupyter-button.nbpeft-on:hover:enabled {{
-  background: {ACCENT}; border-color: {ACCENT}; color: {ON_ACCENT}; text-shadow: 0 0 .6px currentColor; }}
-.nbpeft-choices .nbpeft-on + .jupyter-button.nbpeft-on {{ border-left-color: {ON_ACCENT}; }}
-.nbpeft-row {{ border-bottom: 1px solid {BORDER}; align-items: center; min-height: 30px; overflow: visible; }}
-.nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
-.nbpeft-grid {{ display: grid; align-items: center; grid-template-columns: minmax(0, 1.4fr) minmax(0, .8fr)
-  minmax(0, .9fr) minmax(0, 1.9fr) minmax(0, 1.2fr) minmax(0, .9fr) minmax(0, 1.3fr); }}
-.nbpeft-grid > div {{ padding: 4px 8px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
-.nbpeft-grid > .nbpeft-number {{ text-align: right; }}
-@container (max-width: 660px) {{
-  .nbpeft-grid {{ grid-template-columns: minmax(0, 1.5fr) minmax(0, .9fr) minmax(0, 1.2fr) minmax(0, 1.5fr); }}
-  .nbpeft-grid > .nbpeft-extra {{ display: none; }}
-}}
-@container (max-width: 460px) {{
-  .nbpeft-grid {{ grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }}
-  .nbpeft-grid > div:nth-child(3), .nbpeft-grid > div:nth-child(7) {{ display: none; }}
-}}
-.nbpeft-panel .nbpeft-small {{ height: 20px; line-height: 18px; padding: 0 3px; margin: 0 0 0 4px; flex: 0 0 auto;
-  border: 1px solid {BORDER}; border-radius: 3px; background: {FILL}; color: {TEXT}; }}
-.nbpeft-panel .jupyter-button.nbpeft-small.nbpeft-on {{ border-color: {ACCENT}; color: {ACCENT}; }}
-.nbpeft-panel .nbpeft-danger {{ background: {ERROR}; border-color: {ERROR}; color: #fff; }}
-.nbpeft-panel .nbpeft-bare {{ border-color: transparent; background: transparent; color: {DIM}; text-overflow: clip; }}
-.nbpeft-panel textarea, .nbpeft-panel input, .nbpeft-panel select {{ font-size: 13px; }}
-.nbpeft-panel select {{ appearance: auto; background-image: none; }}
-.nbpeft-panel textarea {{ line-height: 1.4; padding: 5px 8px; box-sizing: border-box; }}
-.nbpeft-panel .nbpeft-action {{ height: 28px; line-height: 26px; padding: 0 10px; margin: 0 0 0 8px; flex: 0 0 auto;
-  border: 1px solid {BORDER}; border-radius: 3px; background: {FILL}; color: {TEXT}; }}
+.nbpeft-panel .widget-inline-hbox {{ height: auto; }}
+.nbpeft-panel .jupyter-button {{ width: auto; height: 26px; line-height: 24px; margin: 0; padding: 0 10px;
+  flex: 0 0 auto; border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT};
+  font-size: 12px; box-shadow: none; }}
+.nbpeft-panel .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
+.nbpeft-panel .jupyter-button:focus-visible, .nbpeft-panel input:focus-visible, .nbpeft-panel select:focus-visible,
+.nbpeft-panel textarea:focus-visible, .nbpeft-panel .noUi-handle:focus-visible {{
+  outline: 2px solid {ACCENT}; outline-offset: 1px; }}
+.nbpeft-panel .jupyter-button.nbpeft-on {{ border-color: {ACCENT}; color: {ACCENT}; }}
 .nbpeft-panel .jupyter-button.nbpeft-primary, .nbpeft-panel .jupyter-button.nbpeft-primary:hover:enabled {{
   background: {ACCENT}; border-color: {ACCENT}; color: {ON_ACCENT}; }}
-.nbpeft-inner {{ margin-top: 12px; max-width: none; }}
-.nbpeft-settings {{ flex-wrap: wrap; align-items: center; gap: 4px 14px; overflow: visible; }}
-.nbpeft-settings > * {{ flex: 0 0 auto; }}
+.nbpeft-panel .jupyter-button.nbpeft-danger, .nbpeft-panel .jupyter-button.nbpeft-danger:hover:enabled {{
+  background: {ERROR}; border-color: {ERROR}; color: #fff; }}
+.nbpeft-panel .jupyter-button.nbpeft-bare {{ border-color: transparent; color: {DIM}; }}
+.nbpeft-panel .jupyter-button.nbpeft-bare:hover:enabled {{ color: {ERROR}; }}
+.nbpeft-panel .jupyter-button.nbpeft-apart {{ margin-left: 18px; }}
+.nbpeft-row-buttons, .nbpeft-form, .nbpeft-settings {{ gap: 6px; overflow: visible; align-items: center; }}
+.nbpeft-settings {{ flex-wrap: wrap; gap: 4px 16px; }}
+.nbpeft-settings > * {{ flex: 0 0 auto; max-width: 100%; }}
+.nbpeft-form {{ flex-wrap: wrap; padding: 4px 8px 8px; }}
+.nbpeft-choices, .nbpeft-chips {{ flex-wrap: wrap; overflow: visible; max-width: 100%; }}
+.nbpeft-choices {{ padding-left: 1px; }}
+.nbpeft-choices .jupyter-button {{ height: 28px; line-height: 26px; margin: 0 0 4px -1px; padding: 0 14px;
+  border-radius: 0; font-size: 13px; }}
+.nbpeft-choices .jupyter-button:first-child {{ border-radius: 4px 0 0 4px; }}
+.nbpeft-choices .jupyter-button:last-child {{ border-radius: 0 4px 4px 0; }}
+.nbpeft-choices .jupyter-button:focus-visible {{ z-index: 1; }}
+.nbpeft-choices .jupyter-button.nbpeft-on, .nbpeft-choices .jupyter-button.nbpeft-on:hover:enabled {{
+  background: {ACCENT}; border-color: {ACCENT}; color: {ON_ACCENT}; }}
+.nbpeft-choices .nbpeft-on + .jupyter-button.nbpeft-on {{ border-left-color: {ON_ACCENT}; }}
+.nbpeft-chips {{ gap: 6px; margin: 0 0 6px; }}
+.nbpeft-chips .jupyter-button {{ border-radius: 13px; color: {DIM}; }}
+.nbpeft-chips .jupyter-button.nbpeft-on::before {{ content: "✓ "; }}
+.nbpeft-row, .nbpeft-head {{ border-bottom: 1px solid {BORDER}; align-items: center; overflow: visible; }}
+.nbpeft-head .widget-html-content {{ margin-right: 138px; }}
+.nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
+.nbpeft-row-buttons {{ width: 138px; justify-content: flex-end; padding-right: 4px; box-sizing: border-box; }}
+.nbpeft-grid {{ display: grid; align-items: start;
+  grid-template-columns: minmax(0, 1.9fr) minmax(0, 1.1fr) minmax(0, 1fr) minmax(0, 1.1fr); }}
+.nbpeft-grid > div {{ padding: 4px 8px; overflow: hidden; overflow-wrap: anywhere; }}
+.nbpeft-grid > .nbpeft-number {{ text-align: right; white-space: nowrap; }}
+@container (max-width: 520px) {{
+  .nbpeft-grid {{ grid-template-columns: minmax(0, 1.6fr) minmax(0, 1fr) minmax(0, 1fr); }}
+  .nbpeft-grid > .nbpeft-extra {{ display: none; }}
+  .nbpeft-head .widget-html-content {{ margin-right: 0; }}
+  .nbpeft-row-buttons {{ width: 100%; padding-bottom: 4px; }}
+}}
+.nbpeft-panel .nbpeft-label {{ flex: 0 0 24%; min-width: 60px; max-width: 200px; padding-right: 8px;
+  box-sizing: border-box; overflow: hidden; }}
+.nbpeft-weight .slider-container {{ background: linear-gradient({DIM}, {DIM}) no-repeat 40% center / 1px 16px; }}
+.nbpeft-scale {{ position: relative; height: 16px; font-size: 11px; color: {DIM}; }}
+.nbpeft-scale > span {{ position: absolute; transform: translateX(-50%); }}
+.nbpeft-panel .widget-label {{ color: {DIM}; text-align: left; padding-right: 6px; }}
+.nbpeft-unlabelled > .widget-label {{ position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); }}
+.nbpeft-panel textarea, .nbpeft-panel input, .nbpeft-panel select {{ font-size: 13px; border-radius: 3px; }}
+.nbpeft-panel select {{ appearance: auto; background-image: none; padding-right: 2px; }}
+.nbpeft-panel textarea {{ line-height: 1.4; padding: 5px 8px; box-sizing: border-box; }}
+.nbpeft-panel .nbpeft-question {{ gap: 8px; }}
+.nbpeft-panel.nbpeft-inner {{ margin-top: 12px; max-width: none; }}
 """
 
 

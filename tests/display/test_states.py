@@ -13,16 +13,15 @@ from nbpeft.display import numbers
 from nbpeft.display.blocks import Block, Text
 from nbpeft.display.html import head, to_html
 from nbpeft.display.memory import memory_bar
-from nbpeft.display.models import adapter_cells, adapter_head, adapter_table, model_card, model_text, modules
+from nbpeft.display.models import adapter_cells, adapter_table, model_card, model_text, modules
 from nbpeft.display.training import training_card, training_text
 from nbpeft.session.results import MemoryReport
 from nbpeft.state import AdapterState, MemoryPart, MemoryState
 from nbpeft.widgets import styles
-from nbpeft.widgets.controls import adapter_row, row_head
+from nbpeft.widgets.adapter_rows import adapter_row, row_head
 from tests.widgets.fakes import ADAPTERS, MEMORY, adapter, model, train_state
 
 EVIL = '<script>alert("x")</script>\' onerror="y"'
-HEAD = adapter_head(ADAPTERS)
 VOID = {"img", "br", "path", "circle", "wbr"}
 
 
@@ -65,21 +64,21 @@ def read(block: Block) -> Reader:
 
 def test_the_model_card_shows_adapters_and_totals() -> None:
     text = read(model_card(model(memory=MEMORY))).text
-    assert "model · LlamaForCausalLM" in text
-    assert "140.4 M parameters · bfloat16 · cpu" in text
-    assert "orders LoRA 16 / 32" in text
+    assert "model (LlamaForCausalLM)" in text
+    assert "140.4 M parameters, bfloat16, cpu" in text
+    assert "orders LoRA r=16 α=32 210 down_proj + 6 4,884,480 19.5 MB active, trainable" in " ".join(text.split())
     assert "4,884,480 trainable of 140,366,688 (3.48 %)" in text
     assert "optimizer 37.0 MB" in text
     assert "free 131.0 MB of 582.0 MB on cpu" in text
 
 
 def test_a_model_without_adapters_says_how_to_add_one() -> None:
-    assert "%%lora model" in read(model_card(model(adapters=()))).text
+    assert "%%lora model --name my_adapter" in read(model_card(model(adapters=()))).text
 
 
 def test_a_model_that_is_gone_is_said_to_be() -> None:
     assert "no model 'bert' any more" in read(model_card(None, "bert")).text
-    assert "No model yet" in read(model_card(None)).text
+    assert "No adapted model yet" in read(model_card(None)).text
 
 
 @pytest.mark.parametrize(
@@ -88,8 +87,7 @@ def test_a_model_that_is_gone_is_said_to_be() -> None:
         to_html(model_card(model(EVIL, (adapter(EVIL, method=EVIL, targets=(EVIL,)),), class_name=EVIL), hint=EVIL)),
         to_html(model_card(None, EVIL)),
         head(EVIL, EVIL),
-        row_head(adapter_head([adapter(summary={EVIL: EVIL})])),
-        adapter_row(adapter(EVIL, method=EVIL, targets=(EVIL, EVIL, EVIL), summary={EVIL: EVIL}), HEAD),
+        adapter_row(adapter(EVIL, method=EVIL, targets=(EVIL, EVIL, EVIL), summary={EVIL: EVIL})),
         to_html(memory_bar(MemoryState(EVIL, (MemoryPart(EVIL, 5, EVIL),), 10, 5))),
         to_html(training_card(train_state(adapter=EVIL, message=EVIL), model_name=EVIL, hint=EVIL)),
         to_html(training_card(train_state(adapter=EVIL, message=EVIL, status="failed"), model_name=EVIL)),
@@ -102,38 +100,47 @@ def test_everything_typed_is_escaped(html: str) -> None:
 
 
 def test_rows_name_few_kinds_of_modules_and_count_many() -> None:
-    assert modules(ADAPTERS[1]).text == "60\u00a0· q_proj v_proj"
-    assert modules(ADAPTERS[0]).text == "210\u00a0· down_proj +\u00a06"
+    assert modules(ADAPTERS[1]).text == "q_proj v_proj"
+    assert modules(ADAPTERS[0]).text == "down_proj +\u00a06"
     assert modules(ADAPTERS[0]).tooltip == "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
-    assert modules(adapter(targets=(), module_count=3)).text == "3"
+    assert modules(adapter(targets=(), module_count=3)).text == ""
 
 
 @pytest.mark.parametrize(
-    ("adapters", "title", "texts"),
+    ("item", "text"),
     [
-        (ADAPTERS, "r / α", ["16 / 32", "8 / 16", "8* / 8"]),
-        ((adapter(), adapter(summary={})), "r / α", ["16 / 32", "–"]),
-        ((adapter(), adapter(summary={"init": "ones"})), "Settings", ["r=16 α=32", "init=ones"]),
-        ((adapter(summary={}),), "Settings", ["–"]),
+        (ADAPTERS[0], "LoRA r=16 α=32"),
+        (ADAPTERS[2], "LoRA r=8* α=8"),
+        (adapter(summary={}), "LoRA"),
+        (adapter(method="IA3", summary={"init": "ones"}), "IA3 init=ones"),
     ],
 )
-def test_a_method_says_what_its_settings_are(adapters: tuple[AdapterState, ...], title: str, texts: list[str]) -> None:
-    titles = adapter_head(adapters)
-    assert titles == adapter_table(adapters).head
-    assert titles[2] == title
-    cells = [adapter_cells(item, titles)[2] for item in adapters]
-    assert [cell.text for cell in cells if isinstance(cell, Text)] == texts
-    assert [("*" in cell.text) == bool(cell.tooltip) for cell in cells if isinstance(cell, Text)]
+def test_a_method_says_what_its_settings_are(item: AdapterState, text: str) -> None:
+    assert len(adapter_table((item,)).head) == len(adapter_cells(item))
+    cell = adapter_cells(item)[0]
+    assert isinstance(cell, tuple) and isinstance(cell[1], Text)
+    assert cell[1].text == text and ("*" in text) == bool(cell[1].tooltip)
 
 
 def test_rows_and_their_head_have_the_same_columns() -> None:
-    titles, row = (
-        re.findall(r'<div class="([^"]*)"', html) for html in (row_head(HEAD), adapter_row(ADAPTERS[0], HEAD))
-    )
+    titles, row = (re.findall(r'<div class="([^"]*)"', html) for html in (row_head(), adapter_row(ADAPTERS[0])))
     assert titles == row
-    assert len(titles) == 8
+    assert len(titles) == 5
     named = {name for kinds in titles for name in kinds.split()}
     assert all(f".{name}" in styles.PANEL_CSS for name in named)
+
+
+def test_a_long_name_keeps_its_end_and_says_all_of_it_in_its_tooltip() -> None:
+    name = "experiment-2026-11-26-learning-rate-3e-4"
+    row = adapter_row(adapter(name))
+    assert f'title="{name}"' in row
+    assert re.search(r'text-overflow:ellipsis">experiment-2026-11-26-learning-r</span><span[^>]*>ate-3e-4</span>', row)
+
+
+def test_many_adapters_are_folded_in_a_card() -> None:
+    html = to_html(model_card(model(adapters=[adapter(f"a{number}") for number in range(200)])))
+    before, _, behind = html.partition("<summary>170 more</summary>")
+    assert "a29" in before and "a30" not in before and "a199" in behind
 
 
 def test_colours_that_an_untrusted_notebook_drops_have_a_plain_one_before() -> None:
@@ -148,17 +155,26 @@ def test_the_memory_bar_fills_what_is_used_and_leaves_what_is_free() -> None:
     html = to_html(memory_bar(half))
     assert "width:40.00%" in html
     assert "width:10.00%" in html
-    assert "elsewhere" not in html
+    assert "other programs" not in html
 
 
 def test_memory_of_others_is_told_from_free_memory() -> None:
     shared = MemoryState("cuda:0", (MemoryPart("base weights", 40),), 100, 10)
-    assert "elsewhere 50 B" in read(memory_bar(shared)).text
+    assert "other programs 50 B" in read(memory_bar(shared)).text
 
 
 def test_parts_of_a_large_device_fill_the_bar() -> None:
     small = MemoryState("cpu", (MemoryPart("base weights", 3), MemoryPart("adapters", 1)), 10_000, 5_000)
     assert "width:75.00%" in to_html(memory_bar(small))
+
+
+def test_what_libraries_take_is_a_figure_beside_the_bar_of_a_small_model() -> None:
+    parts = (MemoryPart("base weights", 3_000_000), MemoryPart("adapters", 1_000_000), MemoryPart("other", 612_000_000))
+    bar = memory_bar(MemoryState("cpu", parts, 24_000_000_000, 12_000_000_000))
+    assert "width:75.00%" in to_html(bar)
+    assert bar.note.startswith("other 612.0 MB")
+    large = memory_bar(MemoryState("cpu", parts, 8_000_000, 0))
+    assert [part.name for part in large.parts] == ["base weights", "adapters", "other"]
 
 
 def test_memory_without_a_device_total_is_shown() -> None:
@@ -210,7 +226,7 @@ def test_lines_of_text() -> None:
     )
     ended = train_state(25, 40, status="failed", message="out of memory", eval_loss=None, tokens_per_second=None)
     assert training_text(ended).endswith("· 0:51 · out of memory")
-    assert model_text(model()).startswith("model · LlamaForCausalLM: orders* [LoRA], pirate [DoRA], sql [LoRA];")
+    assert model_text(model()).startswith("model (LlamaForCausalLM): orders* [LoRA], pirate [DoRA], sql [LoRA];")
     assert "no adapters" in model_text(model(adapters=()))
     assert "bert" in model_text(None, "bert")
 

@@ -165,7 +165,7 @@ def test_all_adapters_are_saved_as_peft_does(trained: Notebook, tmp_path: Path) 
 
 def test_the_state_lists_adapters(trained: Notebook) -> None:
     text = str(trained.do("%lora"))
-    assert "model · LlamaForCausalLM · active: sql" in text
+    assert "model (LlamaForCausalLM) · active: sql" in text
     assert "sql   LoRA  r=4 α=8" in text
     html = trained.do("%lora")._repr_html_()
     assert "<table" in html
@@ -195,7 +195,7 @@ def test_doctor_knows_the_shell(bare: Notebook) -> None:
 
 
 def test_a_panel_without_a_front_end_is_text(adapted: Notebook) -> None:
-    assert "model · LlamaForCausalLM" in str(adapted.do("%lora panel"))
+    assert "model (LlamaForCausalLM)" in str(adapted.do("%lora panel"))
 
 
 @pytest.mark.parametrize("verb", ["use", "load", "scale", "unload"])

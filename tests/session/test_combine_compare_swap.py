@@ -43,7 +43,7 @@ def test_exact_is_the_weighted_sum_and_loses_nothing(session: Session, model: An
     result = session.combine({"orders": 0.7, "pirate": 0.3}, as_name="both")
     assert (result.kind, result.rank, result.remade) == ("exact", 6, False)
     assert result.relative_error < 1e-4 and result.energy_kept > 0.9999
-    assert "nothing lost" in str(result) and "0.7 · orders + 0.3 · pirate" in str(result)
+    assert "nothing lost" in str(result) and "0.7 × orders + 0.3 × pirate" in str(result)
     assert session.state.models[0].active == ("orders",)
     assert not result.adapter.trainable
     with blended(model.manager, {"orders": 0.7, "pirate": 0.3}):

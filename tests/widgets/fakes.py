@@ -126,6 +126,7 @@ class FakeSession:
         self.error: BaseException | None = None
         self.deleted: list[tuple[str, ModelState]] = []
         self.busy = ""
+        self.measured = 0
         self.revision = 0
         self.started: list[Callable[[FakeRun, str], object]] = []
         self._subscribers: list[Callable[[], Callable[[SessionState], object] | None]] = []
@@ -195,9 +196,8 @@ class FakeSession:
         self.change(model, adapters=before.adapters, active=before.active)
         return f"{name!r} is back, as it was before it was deleted"
 
-    def memory(self, model: str) -> MemoryState:
-        self._take("memory")
-        self.change(model, memory=MEMORY)
+    def measure(self, model: str) -> MemoryState:
+        self.measured += 1
         return MEMORY
 
     def _take(self, *command: Any) -> None:

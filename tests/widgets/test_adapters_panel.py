@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
@@ -13,7 +16,8 @@ import pytest
 from nbpeft.errors import AdapterError
 from nbpeft.widgets import AdaptersPanel, close_all, show_run
 from nbpeft.widgets import panel as panel_module
-from tests.widgets.fakes import MEMORY, FakeRun, FakeSession, adapter, model
+from nbpeft.widgets.adapter_rows import MOST
+from tests.widgets.fakes import FakeRun, FakeSession, adapter, model, train_state
 from tests.widgets.support import Output, live_widgets
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
@@ -53,6 +57,24 @@ def text(panel: AdaptersPanel) -> str:
     return "\n".join(part.value for part in walk(panel.widget) if isinstance(part, ipywidgets.HTML))
 
 
+def fields(panel: AdaptersPanel) -> list[Any]:
+    return [part for part in walk(panel.widget) if isinstance(part, ipywidgets.Text)]
+
+
+def measured(panel: AdaptersPanel) -> None:
+    """Waits until memory is not measured any more."""
+    panel._live._wake.set()  # without the pause between two measurements
+    wait_until(lambda: panel._live._thread is None)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come about")
+
+
 def marked(panel: AdaptersPanel) -> list[str]:
     return [
         part.description
@@ -88,12 +110,15 @@ def test_several_active_adapters_are_all_marked(panel: AdaptersPanel, session: A
 
 
 def test_delete_asks_back(panel: AdaptersPanel, session: Any) -> None:
-    button(panel, "delete", 1).click()
+    button(panel, "Delete", 1).click()
+    assert "Delete pirate?" in text(panel)
+    button(panel, "Keep").click()
     assert session.commands == []
-    button(panel, "keep").click()
-    assert session.commands == []
-    button(panel, "delete", 1).click()
-    button(panel, "Delete?").click()
+    assert "Delete pirate?" not in text(panel)
+    button(panel, "Delete", 1).click()
+    confirm = button(panel, "Delete", 2)
+    assert "nbpeft-danger" in confirm._dom_classes
+    confirm.click()
     assert session.commands == [("delete", "pirate")]
     assert labels(panel)[:3] == ["base", "orders", "sql"]
     assert "deleted &#x27;pirate&#x27;" in text(panel)
@@ -125,40 +150,106 @@ def test_unsaved_training_is_marked_in_its_row(panel: AdaptersPanel, session: An
 
 
 def test_a_double_click_on_delete_deletes_nothing(panel: AdaptersPanel, session: Any) -> None:
-    once = button(panel, "delete")
+    once = button(panel, "Delete")
     once.click()
     once.click()
     assert session.commands == []
-    assert "Delete?" not in labels(panel)
+    assert "Delete orders?" not in text(panel)
+
+
+def test_deleting_what_is_not_saved_says_so(panel: AdaptersPanel, session: Any) -> None:
+    first, *others = session.models["model"].adapters
+    session.change("model", adapters=(dataclasses.replace(first, unsaved=True), *others))
+    button(panel, "Delete").click()
+    assert "Delete orders? What it learned is not saved." in text(panel)
 
 
 def test_save_asks_for_a_folder(panel: AdaptersPanel, session: Any) -> None:
     before = len(live_widgets())
-    button(panel, "save", 2).click()
-    (field,) = (part for part in walk(panel.widget) if isinstance(part, ipywidgets.Text))
-    assert field.value == "adapters/sql"
+    button(panel, "Save", 2).click()
+    (field,) = fields(panel)
+    assert field.value == "adapters/sql" and field.description == "Save to folder"
     field.value = " kept/sql "
-    button(panel, "Save").click()
+    button(panel, "Save", 3).click()
     assert session.commands == [("save", "sql", "kept/sql")]
     assert "saved &#x27;sql&#x27; to kept/sql" in text(panel)
     assert len(live_widgets()) == before
-    button(panel, "save").click()
-    button(panel, "cancel").click()
+    button(panel, "Save").click()
+    button(panel, "Cancel").click()
     assert len(live_widgets()) == before
 
 
 def test_save_without_a_folder_says_so(panel: AdaptersPanel, session: Any) -> None:
-    button(panel, "save").click()
-    next(part for part in walk(panel.widget) if isinstance(part, ipywidgets.Text)).value = "  "
     button(panel, "Save").click()
+    fields(panel)[0].value = "  "
+    button(panel, "Save", 1).click()
     assert session.commands == []
     assert "Give a folder" in text(panel)
 
 
-def test_memory_is_measured_on_request(panel: AdaptersPanel) -> None:
-    assert "optimizer" not in text(panel)
-    button(panel, "measure memory").click()
+def test_memory_is_shown_without_a_click(panel: AdaptersPanel, session: Any) -> None:
+    measured(panel)
     assert "optimizer 37.0 MB" in text(panel)
+    assert session.measured == 1
+    session.use("sql", model="model")
+    measured(panel)
+    assert session.measured == 2
+
+
+def test_memory_is_measured_again_and_again_while_something_runs(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbpeft.widgets.live_memory.INTERVAL", 0.001)
+    session.busy = "training orders"
+    panel = AdaptersPanel(session, "model", ui="widgets")
+    assert panel.widget is not None
+    wait_until(lambda: session.measured > 5)
+    session.busy = ""
+    session.publish()
+    measured(panel)
+    count = session.measured
+    session.publish()
+    assert session.measured == count
+    panel.close()
+
+
+def test_a_model_that_cannot_be_measured_now_is_measured_later(panel: AdaptersPanel, session: Any) -> None:
+    measured(panel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "measure", lambda name: 1 / 0)
+        session.use("sql", model="model")
+        measured(panel)
+    session.use("pirate", model="model")
+    measured(panel)
+    assert "optimizer 37.0 MB" in text(panel)
+
+
+def many(count: int) -> Any:
+    return FakeSession(model("model", [adapter(f"run-{number:03}", active=number == 150) for number in range(count)]))
+
+
+def test_of_many_adapters_the_rows_that_are_seen_are_widgets() -> None:
+    before = len(live_widgets())
+    panel = AdaptersPanel(many(200), "model", ui="widgets")
+    assert len([label for label in labels(panel) if label == "Save"]) == MOST
+    assert labels(panel)[: MOST + 2] == ["base", *(f"run-{number:03}" for number in range(MOST)), "run-150"]
+    assert len(live_widgets()) - before < 400
+    assert "12 of 200 adapters" in text(panel)
+    (found,) = fields(panel)
+    found.value = "RUN-15"
+    assert "10 of 10 adapters" in text(panel) and "Show more" not in labels(panel)
+    assert labels(panel)[:11] == ["base", *(f"run-15{number}" for number in range(10))]
+    found.value = "nothing like it"
+    assert "no adapter matches" in text(panel)
+    found.value = ""
+    button(panel, "Show more").click()
+    assert len([label for label in labels(panel) if label == "Save"]) == 3 * MOST
+    panel.close()
+    assert len(live_widgets()) == before
+
+
+def test_few_adapters_have_no_filter() -> None:
+    panel = AdaptersPanel(many(MOST), "model", ui="widgets")
+    assert panel.widget is not None and fields(panel) == []
+    panel.close()
 
 
 @pytest.mark.parametrize(
@@ -195,6 +286,7 @@ def test_a_busy_session_is_said_to_be_busy(panel: AdaptersPanel, session: Any) -
 
 
 def test_only_what_changed_is_sent(panel: AdaptersPanel, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(panel)
     sent: list[tuple[str, Any]] = []
 
     def send_state(self: Any, key: Any = None) -> None:
@@ -202,10 +294,10 @@ def test_only_what_changed_is_sent(panel: AdaptersPanel, session: Any, monkeypat
 
     monkeypatch.setattr(ipywidgets.Widget, "send_state", send_state)
     session.publish()
+    session.change("model", training=train_state())
     assert sent == []
-    session.change("model", memory=MEMORY)
-    assert {name for name, _ in sent} == {"HTML"}
-    assert len(sent) == 1
+    session.change("model", trainable_count=7)
+    assert [name for name, _ in sent] == ["HTML"]
 
 
 def test_rows_that_stay_keep_their_widgets(panel: AdaptersPanel, session: Any) -> None:
@@ -253,7 +345,7 @@ def test_without_widgets_it_is_html_or_text(session: Any) -> None:
     assert set(AdaptersPanel(session, "model", ui="html")._repr_mimebundle_()) == {"text/plain", "text/html"}
     assert set(AdaptersPanel(session, "model", ui="text")._repr_mimebundle_()) == {"text/plain"}
     assert set(AdaptersPanel(session, "model")._repr_mimebundle_()) == {"text/plain"}  # no kernel
-    assert repr(AdaptersPanel(session)).startswith("model · LlamaForCausalLM: orders* [LoRA]")
+    assert repr(AdaptersPanel(session)).startswith("model (LlamaForCausalLM): orders* [LoRA]")
     assert session.subscriber_count == 0
 
 
@@ -291,14 +383,15 @@ def test_panels_of_two_models_live_side_by_side() -> None:
 def test_closing_frees_everything(session: Any) -> None:
     before = len(live_widgets())
     panel = AdaptersPanel(session, "model", ui="widgets")
-    button(panel, "save").click()
-    button(panel, "delete", 1).click()
+    button(panel, "Save").click()
+    button(panel, "Delete", 1).click()
     assert len(live_widgets()) > before
     panel.close()
     panel.close()
     assert len(live_widgets()) == before
     assert session.subscriber_count == 0
     assert ("adapters", (id(session), "model")) not in panel_module._open
+    measured(panel)
     gone = weakref.ref(panel)
     del panel
     gc.collect()

@@ -351,21 +351,21 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
     shown = AdaptersPanel(session, "model", ui="widgets", tokenizer=TOKENIZER)
     before = len(parts(shown, ipywidgets.Widget))
     count = len(live_widgets())
-    button(shown, "compare").click()
+    button(shown, "Compare answers").click()
     assert len(parts(shown, ipywidgets.Textarea)) == 1 and "Send" in labels(shown)
     parts(shown, ipywidgets.Textarea)[0].value = PROMPT
-    button(shown, "blend").click()
+    button(shown, "Blend adapters").click()
     assert "Answer" in labels(shown) and "Send" not in labels(shown)
     assert parts(shown, ipywidgets.Textarea)[0].value == PROMPT
     elsewhere = BlendPanel(session, "model", ui="widgets")
     assert elsewhere.widget is not None
-    button(shown, "blend").click()
+    button(shown, "Blend adapters").click()
     assert elsewhere.closed and "Answer" in labels(shown)
     close_tree(panel._left.pop())  # the line that the one elsewhere left
-    button(shown, "blend").click()
+    button(shown, "Blend adapters").click()
     assert len(parts(shown, ipywidgets.Widget)) == before
     assert len(live_widgets()) == count
-    button(shown, "compare").click()
+    button(shown, "Compare answers").click()
     shown.close()
     assert not panel._open
 
@@ -374,11 +374,8 @@ def test_the_adapters_panel_opens_them_below(session: Any) -> None:
 
 
 def number(shown: Any, label: str) -> Any:
-    """The field that stands beside a label."""
-    for box in parts(shown, ipywidgets.HBox):
-        if len(box.children) == 2 and f">{label}<" in str(getattr(box.children[0], "value", "")):
-            return box.children[1]
-    raise AssertionError(label)
+    """The field with a label."""
+    return next(widget for widget in parts(shown, ipywidgets.Widget) if getattr(widget, "description", "") == label)
 
 
 def test_the_settings_reach_the_session(compare: ComparePanel, session: AnsweringSession) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -24,12 +23,11 @@ def shown(session: Any, **options: Any) -> AdaptersPanel:
     return panel
 
 
-def settled(output: Output) -> dict[str, Any]:
+def settled(panel: AdaptersPanel, output: Output) -> dict[str, Any]:
     """The last bundle, once nothing is on its way."""
-    count = -1
-    while count != len(output.bundles):
-        count = len(output.bundles)
-        time.sleep(0.45)
+    assert panel._output is not None
+    while (timer := panel._output._timer) is not None:
+        timer.join(10)
     return output.last
 
 
@@ -48,21 +46,27 @@ def test_the_state_follows_what_is_clicked(outputs: list[Output]) -> None:
     panel = shown(session)
     for name in ("sql", "pirate", "sql"):
         session.use(name, model="model")
-    assert "sql*" in settled(outputs[0])["text/plain"]
+    assert "sql*" in settled(panel, outputs[0])["text/plain"]
     panel.close()
 
 
-def test_a_flood_of_states_sends_few_and_the_last_one_twice(outputs: list[Output]) -> None:
+def test_a_flood_of_states_sends_few_and_the_last_one_twice(
+    outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbpeft.widgets.panel_output.INTERVAL", 60.0)
     session: Any = FakeSession()
     panel = shown(session)
-    end = time.monotonic() + 0.5
-    while time.monotonic() < end:
-        session.use("sql", model="model")
-        session.use("pirate", model="model")
-    last = settled(outputs[0])
-    assert "pirate*" in last["text/plain"]
-    assert outputs[0].bundles[-2] == last
-    assert len(outputs[0].bundles) <= 1 + 4 + 2
+    for name in ("sql", "pirate") * 50:
+        session.use(name, model="model")
+    sent = outputs[0].bundles
+    assert len(sent) == 2
+    output: Any = panel._output
+    for _ in range(2):  # as the timer does
+        output._timer.cancel()
+        output._send()
+    assert "pirate*" in sent[2]["text/plain"]
+    assert sent[2] == sent[3] and len(sent) == 4
+    assert output._timer is None
     panel.close()
 
 
@@ -73,9 +77,6 @@ def test_closing_leaves_the_last_state_and_takes_the_widgets_away(outputs: list[
     close_all()
     assert "sql*" in outputs[0].last["text/plain"]
     assert outputs[1].last == {"text/html": "", "text/plain": ""}
-    count = len(outputs[0].bundles)
-    time.sleep(0.3)
-    assert len(outputs[0].bundles) == count
 
 
 def test_a_panel_that_is_opened_elsewhere_leaves_a_line(outputs: list[Output]) -> None:
@@ -102,10 +103,10 @@ def test_the_widgets_hide_the_state_by_its_name(outputs: list[Output]) -> None:
 
 def test_what_stands_beside_is_in_the_state(outputs: list[Output]) -> None:
     panel = shown(FakeSession())
-    panel._parts.side_panel._toggle("compare")
-    assert "Compare answers of model" in settled(outputs[0])["text/html"]
-    panel._parts.side_panel._toggle("compare")
-    assert "Compare answers of model" not in settled(outputs[0])["text/html"]
+    panel._parts.side_panel._toggle("Compare answers")
+    assert "Compare answers of model" in settled(panel, outputs[0])["text/html"]
+    panel._parts.side_panel._toggle("Compare answers")
+    assert "Compare answers of model" not in settled(panel, outputs[0])["text/html"]
     panel.close()
 
 

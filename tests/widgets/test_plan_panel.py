@@ -63,7 +63,7 @@ def text(panel: PlanPanel) -> str:
 
 def test_it_begins_with_the_settings_asked_for(panel: PlanPanel) -> None:
     assert [slider.value for slider in parts(panel, ipywidgets.SelectionSlider)] == [4, 256, 8]
-    assert "Memory plan for model" in text(panel) and "LlamaForCausalLM · LoRA r=8" in text(panel)
+    assert "Memory plan for model" in text(panel) and "LlamaForCausalLM, LoRA r=8" in text(panel)
     assert f"peak {panel.result.peak_bytes / 1e6:.1f} MB" in text(panel)
 
 

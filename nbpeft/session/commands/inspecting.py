@@ -38,11 +38,25 @@ def inspect(ctx: SessionContext, name: str | None = None, *, model: ModelLike = 
         return InspectResult(tracked.name, name, inspect_adapter(manager, name), tuple(notes))
 
 
+def measure(ctx: SessionContext, model: str | None = None) -> MemoryState:
+    """Measure what a model uses without telling anyone: cheap, takes no lock, and any thread may ask.
+
+    Args:
+        model: the name of an adapted model; the current one if left out.
+
+    Raises:
+        AdapterError: there is no such model.
+    """
+    wanted = model if model is not None else ctx.state.current
+    tracked = next((tracked for tracked in ctx.models.all() if tracked.name == wanted), None)
+    if tracked is None:
+        raise AdapterError(f"no adapted model is called {wanted!r:.60}")
+    return tracked.measure()
+
+
 def memory(ctx: SessionContext, model: ModelLike = None) -> MemoryState:
     """Measure what a model uses; the session's state contains it from then on."""
-    from nbpeft.memory import measure
-
     tracked = ctx.models.get(model, command="memory")
-    tracked.memory = measure(tracked.model)
+    tracked.memory = tracked.measure()
     ctx.publish()
     return tracked.memory

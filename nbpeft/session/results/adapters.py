@@ -218,7 +218,7 @@ class StatusReport(Result):
 
         blocks = []
         for model in self.state.models:
-            blocks.append(f"{model_title(model)} · {activity(model)}; {trainable(model)}")
+            blocks.append(f"{model_title(model)}: {activity(model)}; {trainable(model)}")
             rows = [
                 (item.name, item.method, settings(item), count(item.parameter_count), condition(item))
                 for item in model.adapters

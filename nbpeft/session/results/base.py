@@ -89,5 +89,5 @@ def adapter_card(did: str, result: Any, *blocks: Block | tuple[Block, ...] | Non
         result: with the ``adapter``, the ``state`` of its model, and ``notes``.
         *blocks: below the adapter.
     """
-    title, aside = f"{result.adapter.name} · {did}", model_title(result.state)
+    title, aside = f"{result.adapter.name}: {did}", model_title(result.state)
     return card(title, adapter_table((result.adapter,)), *blocks, notes(result.notes), aside=aside)

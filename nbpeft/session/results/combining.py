@@ -52,10 +52,10 @@ class CombineResult(Result):
 
     @property
     def formula(self) -> str:
-        """``0.7 · orders + 0.3 · pirate``."""
+        """``0.7 × orders + 0.3 × pirate``."""
         first, *others = self.weights
-        terms = [f"{first[1]:g} · {first[0]}"]
-        terms += [f"{'-' if weight < 0 else '+'} {abs(weight):g} · {name}" for name, weight in others]
+        terms = [f"{first[1]:g} × {first[0]}"]
+        terms += [f"{'-' if weight < 0 else '+'} {abs(weight):g} × {name}" for name, weight in others]
         return " ".join(terms)
 
     @property
@@ -97,7 +97,7 @@ class CombineResult(Result):
         head = ("Layer", *ranked, "Relative error", "Energy kept")
         table = Table(head, rows, right=tuple(range(1, len(head))))
         return card(
-            f"{self.adapter.name} · {'combined anew' if self.remade else 'combined'}",
+            f"{self.adapter.name}: {'combined again' if self.remade else 'combined'}",
             line(self.formula, dim(f"({self.how})")),
             adapter_table((self.adapter,)),
             line(self.kept, dim(worst)),

@@ -71,4 +71,4 @@ class DoctorReport(Result):
             )
             for check in self.checks
         )
-        return card(f"nbpeft doctor · {self.verdict}", Table(("What", "Found", "Remark"), rows))
+        return card(f"nbpeft doctor: {self.verdict}", Table(("What", "Found", "Remark"), rows))

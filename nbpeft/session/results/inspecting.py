@@ -70,7 +70,7 @@ class InspectResult(Result):
     def view(self) -> Card:
         """A map of the model, and the layers as a table."""
         return card(
-            f"{self.adapter} · where it changed the model",
+            f"Where {self.adapter} changed the model",
             line(self.summary),
             self._map() if self.changed else None,
             Details("layer by layer, most changed first", self._table()) if self.changed else None,

@@ -58,7 +58,7 @@ class MergedCopy(Result):
             ways.append(("into the quantized weights", "quantized again", *self._both(requantized)))
         head = ("Way to merge", "Weights", "Relative error", "Of what the adapter adds")
         return card(
-            f"{', '.join(self.names)} · merged into a copy",
+            f"{', '.join(self.names)}: merged into a copy",
             line(dim(f"{self.folder}: {self._stored()}")),
             Table(head, tuple(ways), right=(2, 3)),
             self._worst(),

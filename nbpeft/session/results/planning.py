@@ -141,7 +141,7 @@ class PlanResult(Result):
             need = self.peak_bytes - self.room.held
             free = size(self.room.free)
             return f"would fit {self._device(total)}, but {free} are free now and {size(need)} more are needed"
-        return f"fits {self._device(total)}: {size((self.room.total or 0) - self.peak_bytes)} to spare"
+        return f"fits {self._device(total)}, {size((self.room.total or 0) - self.peak_bytes)} left"
 
     def _device(self, total: str) -> str:
         return total if total == self.room.name else f"{total} of {self.room.name}"
@@ -149,7 +149,7 @@ class PlanResult(Result):
     @property
     def aside(self) -> str:
         """Model class and adapter in words."""
-        return " · ".join(text for text in (self.class_name, self.adapter) if text)
+        return ", ".join(text for text in (self.class_name, self.adapter) if text)
 
     def __str__(self) -> str:
         needs = f"peak {size(self.peak_bytes)} ({parts_text(self.parts)}); {self.verdict}"
@@ -189,7 +189,7 @@ class PlanResult(Result):
         wanting = self.fits is False
         rows = []
         for change in self.changes[:_SHOWN]:
-            then = Text("fits", "accent") if change.fits else Text("still too much", "dim", wrap="never")
-            sizes = (size(change.saved_bytes), size(change.peak_bytes))
-            rows.append(((change.change, dim(change.cost)), *sizes, *((then,) if wanting else ())))
-        return Table(("Change", "Saves", "Peak\u00a0then", *(("Then",) if wanting else ())), tuple(rows), right=(1, 2))
+            then = Text("fits", "accent") if change.fits else dim("too much")
+            peak = (size(change.peak_bytes), *((then,) if wanting else ()))
+            rows.append(((change.change, dim(change.cost)), size(change.saved_bytes), peak))
+        return Table(("Change", "Saves", "New peak"), tuple(rows), right=(1, 2))

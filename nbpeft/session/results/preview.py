@@ -98,8 +98,8 @@ class Preview(Result):
 
     def view(self) -> Card:
         """What would be adapted, and what training would need."""
-        title = f"{self.name} · dry run, nothing was changed"
-        return card(title, self.blocks(), aside=f"{self.model_name} · {self.method}")
+        title = f"{self.name}: dry run, nothing was changed"
+        return card(title, self.blocks(), aside=f"{self.model_name}, {self.method}")
 
     def blocks(self) -> tuple[Block, ...]:
         """The preview without its frame."""

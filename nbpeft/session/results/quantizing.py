@@ -91,7 +91,7 @@ class QloraResult(_BaseWeights, ModelResult):
         """The base weights part by part, and the adapter."""
         took = f"{self.seconds:.1f} s" if self.quantized else "no weight was touched"
         return card(
-            f"{self.added.adapter.name} · {self.added.did} on a {'newly ' if self.quantized else ''}quantized model",
+            f"{self.added.adapter.name}: {self.added.did} on a {'newly ' if self.quantized else ''}quantized model",
             part_table(self.parts),
             line(dim("; ".join(text for text in (self.prepared, took) if text))),
             adapter_table((self.added.adapter,)),
@@ -129,12 +129,12 @@ class QloraPreview(_BaseWeights, Result):
         """The base weights part by part, and the adapter."""
         touched = "loaded or changed" if self.action.startswith("load") else "changed"
         return card(
-            f"{self.adapter.name} · dry run, nothing was {touched}",
+            f"{self.adapter.name}: dry run, nothing was {touched}",
             line(dim(f"would {self.action} {self.source}" if self.action else "quantized already")),
             part_table(self.parts),
             line(dim(f"would be prepared: {self.prepared}" if self.prepared else "")),
             self.adapter.blocks(),
-            aside=f"{self.adapter.model_name} · {self.adapter.method}",
+            aside=f"{self.adapter.model_name}, {self.adapter.method}",
         )
 
 

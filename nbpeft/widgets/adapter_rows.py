@@ -1,0 +1,170 @@
+"""The table of adapters: a row each, with buttons to save and delete it, and a filter where there are many.
+
+Only the rows that are seen are widgets: two hundred adapters would be two thousand of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets
+
+from nbpeft.display.blocks import Cell, Text, dim
+from nbpeft.display.html import grid_row, span
+from nbpeft.display.models import ADAPTER_HEAD, adapter_cells, condition
+from nbpeft.display.numbers import plural
+from nbpeft.state import AdapterState, ModelState
+from nbpeft.widgets.controls import Command, button, html, labelled, mark, one_each
+from nbpeft.widgets.lifetime import close_tree, weakly
+
+MOST = 12
+"""Rows that are seen at first; with more adapters there is a filter."""
+_COLUMNS = ("", "nbpeft-extra", "nbpeft-number", "")
+"""CSS classes of the columns; the style sheet lays them out."""
+
+
+def row_head() -> str:
+    """The titles of the table."""
+    return grid_row((dim(title), kind) for title, kind in zip(ADAPTER_HEAD, _COLUMNS, strict=True))
+
+
+def adapter_row(adapter: AdapterState) -> str:
+    """One adapter in the table."""
+    first, *cells = adapter_cells(adapter, condition(adapter))
+    name = Text(adapter.name, "bold" if adapter.active else "", adapter.name, "cut")
+    shown: list[Cell] = [(name, *first[1:]), *cells]
+    return grid_row(zip(shown, _COLUMNS, strict=True))
+
+
+class Row:
+    """One adapter with its buttons, and below it what they ask back."""
+
+    def __init__(self, name: str, command: Command) -> None:
+        self._name = name
+        self._command = command
+        self._adapter: AdapterState | None = None
+        self._cells = html(flex="1 1 260px", min_width="0")
+        self._save = button("Save", f"Save {name} to a folder", weakly(self._toggle, "save"))
+        self._delete = button("Delete", f"Delete {name}; asks before", weakly(self._toggle, "delete"), "bare", "apart")
+        self._asked = ""
+        self._form: Any = None
+        self._folder: Any = None
+        self._buttons = ipywidgets.HBox([self._save, self._delete], layout=ipywidgets.Layout(flex="0 0 auto"))
+        self._buttons.add_class("nbpeft-row-buttons")
+        self.box = ipywidgets.HBox(
+            [self._cells, self._buttons], layout=ipywidgets.Layout(flex_flow="row wrap", width="100%")
+        )
+        self.box.add_class("nbpeft-row")
+
+    def draw(self, adapter: AdapterState) -> None:
+        """Shows the adapter as it is now."""
+        self._adapter = adapter
+        self._cells.value = adapter_row(adapter)
+        mark(self.box, "nbpeft-on", adapter.active)
+
+    def _toggle(self, what: str) -> None:
+        """Asks back, or takes the question away: a double click does nothing."""
+        asked = self._asked
+        self._close_form()
+        if asked == what:
+            return
+        self._asked = what
+        self._form = self._saving() if what == "save" else self._deleting()
+        self.box.children = (self._cells, self._buttons, self._form)
+
+    def _saving(self) -> Any:
+        self._folder = ipywidgets.Text(value=f"adapters/{self._name}", placeholder="folder")
+        labelled("Save to folder", self._folder, 200)
+        self._folder.layout.flex = "1 1 260px"
+        return _form(
+            self._folder,
+            button("Save", f"Write {self._name} into this folder", weakly(self._saved), "primary"),
+            button("Cancel", "Write nothing", weakly(self._close_form)),
+        )
+
+    def _deleting(self) -> Any:
+        lost = " What it learned is not saved." if self._adapter is not None and self._adapter.unsaved else ""
+        return _form(
+            html(span(Text(f"Delete {self._name}?{lost}")), flex="1 1 auto"),
+            button("Delete", f"Take {self._name} out of the model", weakly(self._deleted), "danger"),
+            button("Keep", f"Keep {self._name}", weakly(self._close_form), "apart"),
+        )
+
+    def _close_form(self) -> None:
+        form, self._form, self._asked = self._form, None, ""
+        if form is not None:
+            self.box.children = (self._cells, self._buttons)
+            close_tree(form)
+
+    def _saved(self) -> None:
+        folder = self._folder.value.strip()
+        self._close_form()
+        self._command("save", self._name, folder)
+
+    def _deleted(self) -> None:
+        self._close_form()
+        self._command("delete", self._name)
+
+
+def _form(*parts: Any) -> Any:
+    """What a row asks back, in a line of its own."""
+    form = ipywidgets.HBox(list(parts), layout=ipywidgets.Layout(flex="1 0 100%", align_items="center"))
+    form.add_class("nbpeft-form")
+    return form
+
+
+class Rows:
+    """The head of the table, a ``Row`` for each adapter that is seen, and a filter where there are many.
+
+    Args:
+        command: Called with ``save`` or ``delete`` and what they need, and with ``filter`` when other rows are
+            to be seen.
+    """
+
+    def __init__(self, command: Command) -> None:
+        self._command = command
+        self._rows: dict[str, Row] = {}
+        self._limit = MOST
+        self._filter = labelled("Filter", ipywidgets.Text(placeholder="part of a name or a method"), 200)
+        self._filter.observe(weakly(self._typed), names="value")
+        self._rest = html(flex="0 0 auto")
+        self._more = button("Show more", "Show more adapters", weakly(self._show_more))
+        self.filter_box = ipywidgets.HBox([self._filter, self._rest, self._more])
+        self.filter_box.add_class("nbpeft-settings")
+        self._titles = html(row_head(), flex="1 1 260px", min_width="0")
+        self._head = ipywidgets.HBox([self._titles], layout=ipywidgets.Layout(width="100%"))
+        self._head.add_class("nbpeft-head")
+        self.box = ipywidgets.VBox([self._head], layout=ipywidgets.Layout(width="100%"))
+
+    def draw(self, model: ModelState) -> tuple[str, ...]:
+        """Shows a model's adapters, and returns the names of those that are seen.
+
+        Rows of adapters that stayed are kept.
+        """
+        found = [adapter for adapter in model.adapters if _matches(adapter, self._filter.value)]
+        seen = found[: self._limit]
+        names = tuple(adapter.name for adapter in seen)
+        self._rows = one_each(self.box, self._rows, names, lambda name: Row(name, self._command))
+        for adapter in seen:
+            self._rows[adapter.name].draw(adapter)
+        rest = len(found) - len(seen)
+        words = f"{len(seen):,} of {plural(len(found), 'adapter')}" if found else "no adapter matches"
+        self._rest.value = span(dim(words))
+        self._more.layout.display = None if rest else "none"
+        self.filter_box.layout.display = None if len(model.adapters) > MOST else "none"
+        self.box.layout.display = None if names else "none"
+        return names
+
+    def _typed(self) -> None:
+        self._limit = MOST
+        self._command("filter")
+
+    def _show_more(self) -> None:
+        self._limit += 2 * MOST
+        self._command("filter")
+
+
+def _matches(adapter: AdapterState, words: str) -> bool:
+    """Whether each word is part of what a row says."""
+    said = " ".join((adapter.name, adapter.method, *adapter.summary.values(), condition(adapter))).lower()
+    return all(word in said for word in words.lower().split())

@@ -1,0 +1,65 @@
+"""Memory that is measured while something runs, and once after every change otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+
+from nbpeft.state import MemoryState
+
+INTERVAL = 0.6
+"""Least seconds between two measurements."""
+SHARE = 0.005
+"""Of the time that measuring may take."""
+
+
+class LiveMemory:
+    """A thread that measures while there is something to see. It holds no lock while it does.
+
+    Args:
+        measure: Returns the memory now, or None; may fail while the model is being changed.
+        show: Called with each measurement.
+    """
+
+    def __init__(self, measure: Callable[[], MemoryState | None], show: Callable[[MemoryState | None], None]) -> None:
+        self._measure, self._show = measure, show
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._running = self._asked = False
+
+    def look(self, *, running: bool) -> None:
+        """Measures soon, and again and again while something runs.
+
+        Args:
+            running: Whether something does.
+        """
+        with self._lock:
+            self._running, self._asked = running, True
+            self._wake.clear()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="nbpeft-memory", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """Measures no more."""
+        with self._lock:
+            self._running = self._asked = False
+            self._wake.set()
+
+    def _work(self) -> None:
+        while self._goes_on():
+            begun = time.thread_time()
+            with contextlib.suppress(Exception):  # the model is being changed by another thread: the next time will do
+                self._show(self._measure())
+            self._wake.wait(max(INTERVAL, (time.thread_time() - begun) / SHARE))
+
+    def _goes_on(self) -> bool:
+        with self._lock:
+            if not (self._running or self._asked):
+                self._thread = None
+                return False
+            self._asked = False
+            return True
