@@ -8,51 +8,41 @@ it: the same as the allocator sees, except for scratch space inside a single ker
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nbpeft.memory.processor import onednn_multiplies
 from nbpeft.memory.saved import SavedTensors, tensors_in
+from nbpeft.memory.stages import Peak, Stages
 
 _ONE: dict[torch.dtype, Any] = {torch.bool: True, torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+_DEVICE = torch.ops.prim.device.default
 _ARITHMETIC = frozenset(getattr(torch.ops.aten, name) for name in ("add", "sub", "mul", "div"))
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The moment of a step at which most is allocated, beyond what was there before it.
-
-    Attributes:
-        total: all bytes at that moment.
-        saved: of these, kept for backward.
-        gradients: of these, gradients of parameters.
-        result: bytes of the tensors that the step's result still holds at its end.
-    """
-
-    total: int
-    saved: int
-    gradients: int
-    result: int = 0
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Make new tensors fake: shapes without data."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode(allow_non_fake_inputs=True), _DefaultNumbers():  # type: ignore[no-untyped-call]
         yield
 
 
-class _DefaultNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that is never compiled, so it needs none of the guards against that around each operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _DefaultNumbers(_Mode):  # type: ignore[no-untyped-call]
     """Answers code that reads a number from a fake tensor: nothing exceptional is there, all tokens count.
 
     ``any(…)`` reads as False, other truths as True, numbers (seeds, lengths) as one.
@@ -69,50 +59,60 @@ class _DefaultNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def record(model: nn.Module, step: Callable[[], Any], phases: int = 1, *, on_cpu: bool = False) -> list[Peak]:
-    """Run a step and find its peak, phase by phase.
+def record(
+    model: nn.Module,
+    step: Callable[[Callable[[], None]], Any],
+    layers: Sequence[nn.Module] = (),
+    more: int = 0,
+    *,
+    on_cpu: bool = False,
+) -> Peak | None:
+    """Run a step and find its peak.
 
     Args:
         model: the fake model that the step runs; its parameters and buffers count as there before.
             It cannot be recorded a second time.
-        step: forward, or forward and backward.
-        phases: how many parts, of equally many finished gradients each, to distinguish. With one part
-            a layer the first is forward, loss and the last layer's backward, and the last one is the
-            first layer's backward.
+        step: forward, or forward and backward; gets a function to call between them.
+        layers: its layers, all equal, at least three; empty where none are to be added.
+        more: how many further layers like these to add.
         on_cpu: whether real tensors would be on a CPU, some of whose kernels copy what they read.
+
+    Returns:
+        None where ``layers`` were not run one after the other, so that nothing is known of further ones.
     """
     gradients: list[int] = []
+
+    def finished(parameter: Any) -> None:
+        gradients.append(parameter.grad.nbytes)
+        stages.finished(parameter)
+
     trained: list[Any] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda done: gradients.append(done.grad.nbytes))
+        parameter.register_post_accumulate_grad_hook(finished)
     with SavedTensors(model) as saved:
-
-        def now(total: int) -> tuple[int, Peak]:
-            """The current phase, and what is allocated in it."""
-            phase = min(len(gradients) * phases // max(len(trained), 1), phases - 1)
-            return phase, Peak(total, saved.byte_count, sum(gradients))
-
-        tracker = _Allocations(model, now, phases, on_cpu)
+        stages = Stages(layers, lambda: Peak(tracker.total, saved.byte_count, sum(gradients)))
+        tracker = _Allocations(model, stages, on_cpu)
         with tracker:
-            result = step()
+            result = step(stages.backward_begins)
             held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(result)}
-    return [dataclasses.replace(peak, result=sum(held.values())) for peak in tracker.peaks]
+    return stages.peak(sum(held.values()), more)
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Allocations(_Mode):  # type: ignore[no-untyped-call]
     """Follows every storage that an operation returns until it is freed."""
 
-    def __init__(self, model: nn.Module, now: Callable[[int], tuple[int, Peak]], phases: int, on_cpu: bool) -> None:
+    def __init__(self, model: nn.Module, stages: Stages, on_cpu: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peaks = [Peak(0, 0, 0)] * phases
-        self._now = now
+        self.total = 0
+        self._stages = stages
         self._on_cpu = on_cpu
-        self._total = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # more than half of all calls
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             scratch = 0
@@ -135,15 +135,14 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         byte_count = storage.nbytes()
         self._known.add(key)
-        self._total += byte_count
+        self.total += byte_count
         weakref.finalize(storage, self._freed, key, byte_count)
-        phase, peak = self._now(self._total + scratch)
-        if peak.total > self.peaks[phase].total:
-            self.peaks[phase] = peak
+        self._stages.allocated(key, byte_count, self.total + scratch)
 
     def _freed(self, key: int, byte_count: int) -> None:
         self._known.discard(key)
-        self._total -= byte_count
+        self._stages.freed(key)
+        self.total -= byte_count
 
 
 def _promoted_bytes(args: tuple[Any, ...], result: Tensor) -> int:

@@ -210,9 +210,9 @@ def _with_layers(config: Any, have: int, wanted: int) -> Any:
     return values
 
 
-def layers_are_alike(model: nn.Module, count: int) -> bool:
-    """Whether a model has one list of ``count`` layers that all have the same tensors, their adapters included."""
-    for module in model.modules():
+def equal_layers(model: nn.Module, count: int) -> str:
+    """Path of a model's list of ``count`` layers if all have the same tensors, their adapters included; else empty."""
+    for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             shapes = {
                 tuple(
@@ -221,8 +221,8 @@ def layers_are_alike(model: nn.Module, count: int) -> bool:
                 )
                 for layer in module
             }
-            return len(shapes) == 1
-    return False
+            return path if len(shapes) == 1 else ""
+    return ""
 
 
 def in_main_thread() -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import inspect
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,18 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
-from nbpeft.memory.allocations import Peak, fake_tensors, record
-from nbpeft.memory.architecture import Architecture, can_checkpoint, in_main_thread, layers_are_alike, silenced
+from nbpeft.memory.allocations import fake_tensors, record
+from nbpeft.memory.architecture import Architecture, can_checkpoint, equal_layers, in_main_thread, silenced
 from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.fake_quantized import quantized_bytes, replace_by_fakes
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.saved import tensors_in
+from nbpeft.memory.stages import Peak
 from nbpeft.state import MemoryPart
 
-SAMPLED_LAYERS = (2, 3)
-"""Numbers of layers that are run; what more of them need follows, because each adds the same."""
+SAMPLED_LAYERS = 3
+"""Number of layers that are run; what more of them need follows, because each adds the same."""
 
 _CACHE_SIZE = 512
 
@@ -72,13 +72,13 @@ class Weights:
         kinds: bytes of base weights and buffers by the way they are stored.
         trained: (shape, bytes an element) of each trained tensor: the adapter's, or all without one.
         adapter_bytes: bytes of the adapter; 0 without one.
-        alike: whether all layers have the same shapes and the same adapter.
+        layers: path of the list of layers, where all have the same shapes and the same adapter; else empty.
     """
 
     kinds: dict[str, int]
     trained: tuple[tuple[tuple[int, ...], int], ...]
     adapter_bytes: int
-    alike: bool
+    layers: str
 
 
 _weights: dict[str, Weights] = {}
@@ -88,7 +88,7 @@ _steps: dict[str, Peak] = {}
 def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
     """The peak of a step, part by part.
 
-    The first answer for a setting takes up to a second; it is kept for the next question.
+    The first answer for a setting takes about a third of a second; it is kept for the next question.
 
     Raises:
         ConfigError: the model cannot run without data.
@@ -145,8 +145,8 @@ def _count_weights(setting: Setting) -> Weights:
     there = {id(tensor) for tensor in base}
     added = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in there]
     trained = tuple((tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad)
-    alike = layers_are_alike(model, setting.architecture.layer_count)
-    return Weights(dict(kinds), trained, sum(tensor.nbytes for tensor in added), alike)
+    layers = equal_layers(model, setting.architecture.layer_count)
+    return Weights(dict(kinds), trained, sum(tensor.nbytes for tensor in added), layers)
 
 
 def _peak_of(setting: Setting) -> Peak:
@@ -154,44 +154,48 @@ def _peak_of(setting: Setting) -> Peak:
     key = setting.key(step=True)
     if key not in _steps:
         _make_room(_steps)
-        _steps[key] = _extrapolated_peak(setting)
+        _steps[key] = _extrapolated_peak(setting) or run_step(setting)
     return _steps[key]
 
 
-def _extrapolated_peak(setting: Setting) -> Peak:
-    count = setting.architecture.layer_count
-    peaks: list[Peak] = []
-    if count > max(SAMPLED_LAYERS) and _weights_of(setting).alike:
-        with contextlib.suppress(TargetError):  # the config names later layers
-            low, high = (run_step(setting, layers) for layers in SAMPLED_LAYERS)
-            # In between, backward frees one layer after another: the peak is at one of its ends.
-            peaks = [_extrapolate(low[end], high[end], count) for end in (0, -1)]
-    return max(peaks or run_step(setting), key=lambda peak: peak.total)
+def _extrapolated_peak(setting: Setting) -> Peak | None:
+    """The peak as a few layers tell it; None where they do not."""
+    if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := _weights_of(setting).layers):
+        return None
+    try:
+        return _run(setting, path)
+    except TargetError:  # the config names later layers
+        return None
 
 
-def _extrapolate(low: Peak, high: Peak, count: int) -> Peak:
-    """What ``count`` layers need, from what the sampled numbers of layers need."""
-    steps = (count - SAMPLED_LAYERS[0]) / (SAMPLED_LAYERS[1] - SAMPLED_LAYERS[0])
-    values = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
-    return Peak(*(round(a + (b - a) * steps) for a, b in values))
-
-
-def run_step(setting: Setting, layers: int | None = None) -> list[Peak]:
-    """Run one step on fake tensors and return its peak in each phase.
-
-    Args:
-        setting: what to run.
-        layers: how many layers; all of them, in one phase, for None.
+def run_step(setting: Setting) -> Peak:
+    """Run one step of the whole model on fake tensors and return its peak.
 
     Raises:
         ConfigError: the model cannot run without data.
     """
-    phases = 1 if layers is None or not setting.training else layers
+    found = _run(setting, "")
+    assert found is not None
+    return found
+
+
+def _run(setting: Setting, path: str) -> Peak | None:
+    """Run a step with a few layers, or with all of them.
+
+    Args:
+        setting: what to run.
+        path: of the list of layers; empty to run all of them.
+    """
+    sampled = SAMPLED_LAYERS if path else None
     with fake_tensors(), silenced():
-        model = _prepared(setting, layers)
+        model = _prepared(setting, sampled)
         step = _train_step if setting.training else _prefill
         try:
-            return record(model, lambda: step(model, setting), phases, on_cpu=setting.on_cpu)
+            layers: Any = model.get_submodule(path) if path else ()
+            more = setting.architecture.layer_count - len(layers) if path else 0
+            return record(
+                model, lambda on_backward: step(model, setting, on_backward), layers, more, on_cpu=setting.on_cpu
+            )
         except TargetError:
             raise
         except Exception as error:
@@ -237,17 +241,18 @@ def _checkpoint(model: nn.Module) -> None:
     enable_checkpointing(model, {"preserve_rng_state": in_main_thread()})
 
 
-def _train_step(model: nn.Module, setting: Setting) -> None:
+def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> None:
     batch = setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True)
     output = model(**batch)
     loss = getattr(output, "loss", None)
     if loss is None:
         loss = next(tensors_in(dict(output))).sum()
     del output
+    on_backward()
     loss.backward()
 
 
-def _prefill(model: nn.Module, setting: Setting) -> Any:
+def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> Any:
     batch: dict[str, Any] = dict(setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=False))
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         batch["logits_to_keep"] = 1

@@ -90,7 +90,7 @@ def forecast(
 ) -> Forecast:
     """Estimate what a run will need, from shapes alone; no weight is loaded.
 
-    The step is run on fake tensors with two and three layers of the model, which gives what every
+    The step is run on fake tensors with three layers of the model, which gives what every
     further layer adds; weights, adapters and optimizer state are exact. Scratch space inside
     single kernels, a CUDA context (0.3-0.6 GB) and fragmentation come on top.
 

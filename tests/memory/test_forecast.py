@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
     OpenAIGPTConfig,
+    Qwen2Config,
     T5Config,
     ViTConfig,
     ViTModel,
@@ -39,6 +42,12 @@ CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=True,
 )  # fmt: skip
+
+
+WIDTHS: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
 
 
 def lora(**options):
@@ -80,16 +89,33 @@ def test_parts_add_up():
 def test_few_layers_tell_what_many_take():
     for changes in ({}, {"gradient_checkpointing": True}, {"training": False}, {"quantization": "nf4"}):
         found = forecast(CONFIG, lora(lora_dropout=0.1), batch_size=2, sequence_length=48, **changes)
-        (whole,) = run_step(found.setting)
+        whole = run_step(found.setting)
         step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
         assert step - parts(found).get("optimizer", 0) == whole.total
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (GPT2Config(n_embd=64, n_layer=6, n_head=2, vocab_size=256), {}),
+        (MistralConfig(**WIDTHS, sliding_window=16), {}),
+        (Gemma2Config(**WIDTHS, head_dim=32, sliding_window=16), {"gradient_checkpointing": True}),
+        (Qwen2Config(**WIDTHS), {"quantization": "int8", "gradient_checkpointing": True}),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_is_freed_between_forward_and_backward_or_kept_beyond_it_counts_for_every_layer(config, changes):
+    """A cache goes before backward begins; 8-bit inputs that checkpointing cannot drop stay until its end."""
+    found = forecast(config, lora(target_modules="all-linear"), batch_size=3, sequence_length=48, **changes)
+    step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
+    assert step == run_step(found.setting).total
 
 
 @pytest.mark.parametrize("layers", [[0, 5], [1, 3, 5], [0, 1, 2]])
 def test_an_adapter_on_some_layers_is_counted_on_those(layers):
     adapter = lora(target_modules=["q_proj", "down_proj"], layers_to_transform=layers, lora_dropout=0.1)
     found = forecast(CONFIG, adapter, batch_size=2, sequence_length=48)
-    (whole,) = run_step(found.setting)
+    whole = run_step(found.setting)
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == whole.total
 
@@ -98,7 +124,7 @@ def test_the_end_of_backward_can_be_the_peak():
     config = copy.deepcopy(CONFIG)
     config.num_hidden_layers = 12
     found = forecast(config, lora(r=64), batch_size=1, sequence_length=8, gradient_checkpointing=True, optimizer="sgd")
-    (whole,) = run_step(found.setting)
+    whole = run_step(found.setting)
     assert parts(found)["gradients"] > 0.8 * parts(found)["adapters"]
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters"))
     assert abs(step - whole.total) < 0.02 * found.peak_bytes
@@ -371,6 +397,6 @@ def test_beside_the_main_thread_nothing_that_all_threads_share_changes():
     thread.join()
     assert seen == {torch.float32}
     assert torch.equal(torch.get_rng_state(), state)
-    (whole,) = run_step(found[0].setting)
+    whole = run_step(found[0].setting)
     step = found[0].peak_bytes - sum(parts(found[0])[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == whole.total
