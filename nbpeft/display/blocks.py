@@ -2,7 +2,7 @@
 
     Card     a frame with a title
     Line     a line of text; ``Text`` is a stretch of it with a tone
-    Table, Bar, Columns, HeatMap, Figures, Progress, LossChart, Details, Stack
+    Table, Bar, BarChart, Columns, Grid, HeatMap, Figures, Progress, LossChart, Details, Stack
 
 ``nbpeft.display.html`` draws them for a notebook, ``nbpeft.display.text`` for a terminal.
 """
@@ -29,12 +29,14 @@ class Text:
         tooltip: more about it, where the mouse rests.
         wrap: ``names``: may be broken behind underscores and slashes; ``never``; ``cut``: ends in an ellipsis where
             there is no room; ``as is``: keeps line breaks.
+        href: address that it links to.
     """
 
     text: str
     tone: Tone = ""
     tooltip: str = ""
     wrap: Wrap = ""
+    href: str = ""
 
 
 Span = str | Text
@@ -146,6 +148,40 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
+class BarChart:
+    """Shares as bars below each other; an image, which stays in a saved notebook.
+
+    Attributes:
+        bars: label, share from 0 to 1, and a figure on the right of it.
+        figure: what the figures are, above them.
+    """
+
+    bars: tuple[tuple[str, float, str], ...]
+    figure: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shares as a grid with a figure in each cell, the higher the darker; an image, as a bar chart is.
+
+    Attributes:
+        cells: (row, column) and its share from 0 to 1.
+    """
+
+    cells: tuple[tuple[tuple[str, str], float], ...]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Labels of the rows, in the order of the cells."""
+        return tuple(dict.fromkeys(row for (row, _), _ in self.cells))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Labels of the columns, in the order of the cells."""
+        return tuple(dict.fromkeys(column for (_, column), _ in self.cells))
+
+
+@dataclass(frozen=True)
 class Figures:
     """Large figures with small labels: (figure, label, least width in pixels)."""
 
@@ -197,7 +233,9 @@ class Card:
     aside: str = ""
 
 
-Block = Line | Table | Bar | Columns | HeatMap | Figures | Progress | LossChart | Details | Stack | Card
+Block = (
+    Line | Table | Bar | BarChart | Columns | Grid | HeatMap | Figures | Progress | LossChart | Details | Stack | Card
+)
 
 
 def card(title: str, *blocks: Block | tuple[Block, ...] | None, aside: str = "") -> Card:

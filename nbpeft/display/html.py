@@ -15,6 +15,7 @@ from nbpeft.display.charts import loss_chart, loss_image
 from nbpeft.display.memory import part_words
 from nbpeft.display.numbers import size
 from nbpeft.display.palette import background
+from nbpeft.display.shares import bar_image, grid_image
 from nbpeft.state import ENDED
 
 _TONES = {
@@ -56,6 +57,8 @@ def span(item: blocks.Span) -> str:
     style = ";".join(part for part in (_TONES.get(item.tone, ""), _WRAPS.get(item.wrap, "")) if part)
     tooltip = f' title="{escape(item.tooltip)}"' if item.tooltip else ""
     style = f' style="{style}"' if style else ""
+    if item.href.startswith(("https://", "http://")):
+        return f'<a href="{escape(item.href)}" target="_blank"{tooltip}{style}>{text}</a>'
     if not style and not tooltip:
         return text
     tag = "b" if item.tone == "bold" else "span"
@@ -97,6 +100,16 @@ def _(block: blocks.Stack) -> str:
 def _(block: blocks.Line) -> str:
     words = " ".join(filter(None, map(span, block.spans)))
     return f'<div style="margin-top:6px">{words}</div>' if words else ""
+
+
+@to_html.register
+def _(block: blocks.BarChart) -> str:
+    return bar_image(block)
+
+
+@to_html.register
+def _(block: blocks.Grid) -> str:
+    return grid_image(block)
 
 
 @to_html.register

@@ -216,6 +216,7 @@ def save(
     state_dict: Mapping[str, Tensor] | None = None,
     flat: bool = False,
     converted: bool = False,
+    facts: checkpoint.CardFacts | None = None,
 ) -> dict[str, checkpoint.WrittenFiles]:
     """Saves adapters.
 
@@ -227,6 +228,7 @@ def save(
         state_dict: take tensors from here, under the names they have in the handle.
         flat: put the one adapter named into the folder itself, whatever its name.
         converted: write adapters that started in a part of the base as plain LoRA.
+        facts: what the card says besides the config.
 
     Returns:
         Adapter name -> what was written.
@@ -247,7 +249,8 @@ def save(
     if not ready:
         return {}
     card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
-    written = checkpoint.write_checkpoints(folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model))
+    tags = _card_tags(manager.model)
+    written = checkpoint.write_checkpoints(folder, ready, fingerprint=print_, card=card, tags=tags, facts=facts)
     return {name: written[place] for name, place in places.items()}
 
 
@@ -376,11 +379,34 @@ def _vocabulary_resized(model: nn.Module) -> bool:
         return False
 
 
-def push(manager: AdapterManager, repo_id: str, **kwargs: Any) -> Any:
-    """Saves all adapters into a temporary folder and uploads it."""
+def push(
+    manager: AdapterManager,
+    repo_id: str,
+    *,
+    name: str | None = None,
+    facts: checkpoint.CardFacts | None = None,
+    **kwargs: Any,
+) -> str:
+    """Saves adapters into a temporary folder and uploads it.
+
+    Args:
+        manager: has them.
+        repo_id: ``user/name``.
+        name: the adapter that goes into the repository itself; None: ``default`` does, others go into folders.
+        facts: what the card says besides the config; a card that the repository has keeps its own text.
+        **kwargs: as for ``checkpoint.push``.
+
+    Returns:
+        The address of the commit.
+    """
     manager.check_alive()
     with checkpoint.scratch_folder() as folder:
-        save(manager, folder)
+        if facts is not None:
+            hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
+            present = checkpoint.present_card(repo_id, **hub)
+            if present:
+                (folder / "README.md").write_bytes(present.encode())
+        save(manager, folder, names=None if name is None else [name], flat=name is not None, facts=facts)
         return checkpoint.push(folder, repo_id, **kwargs)
 
 

@@ -15,6 +15,7 @@ from nbpeft.session.commands import (
     inspecting,
     merging,
     planning,
+    pushing,
     quantizing,
     swapping,
     switching,
@@ -71,6 +72,7 @@ class Session:
     preview_qlora = _command(quantizing.preview_qlora)
     load = _command(adapters.load)
     save = _command(adapters.save)
+    push = _command(pushing.push)
     delete = _command(adapters.delete)
     rename = _command(adapters.rename)
     copy = _command(adapters.copy)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
     from nbpeft.engine.manager import AdapterManager
     from nbpeft.model import PeftModel
+    from nbpeft.session.trained import TrainingCall
 
 
 class TrackedModel:
@@ -25,6 +26,7 @@ class TrackedModel:
         name: of the notebook variable.
         memory: the last measurement.
         training: the state of the last run.
+        training_call: what that run was started with, where ``train`` started it.
         trained_on_plain_text: whether the text it was last trained on had no chat template around it.
         requested: adapter name -> its config, and the fields that were asked for when it was made.
     """
@@ -33,6 +35,7 @@ class TrackedModel:
         self.name = name
         self.memory: MemoryState | None = None
         self.training: TrainState | None = None
+        self.training_call: TrainingCall | None = None
         self.trained_on_plain_text = False
         self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
         self._model = weakref.ref(model)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft.session.checks import place_of
 from nbpeft.session.results import ExportResult
+from nbpeft.session.trained import training_call
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,8 +76,10 @@ def train(
         return _run(ctx, tracked, watched, total_steps, memory=_measuring(trained), **options)
 
     with ctx.command(f"training {adapter or ', '.join(tracked.manager.active)}", slow=True, gather=False):
+        given = dict(arguments)
         arguments |= {"tokenizer": tokenizer, "adapter": adapter, "run_factory": make_run}
         result = train(trained, data, eval_data, **arguments)
+        tracked.training_call = training_call(result.state.run_id, data, eval_data, given)
         plain = is_plain(data)
         tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
         ctx.models.select(tracked)
