@@ -281,7 +281,7 @@ def _writing(call: Callable[[], Result], repo_id: str) -> Result:
                 repo_id=repo_id,
             ) from None
         raise
-    except (ConnectionError, getattr(errors, "HTTPError", ConnectionError)):  # without any answer
+    except getattr(errors, "HTTPError", ()):  # without any answer
         raise CheckpointError("the hub cannot be reached: nothing was uploaded", repo_id=repo_id) from None
 
 

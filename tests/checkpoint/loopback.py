@@ -5,14 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+import pytest
+
 COMMIT = "c" * 40
+TOKEN = "hf_" + "x" * 30
 
 
 class Hub:
@@ -196,3 +202,22 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def be_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Lets the hub's client find this hub, with ``TOKEN`` in the environment, and keep everything below a folder."""
+    hub.accepted = {TOKEN}
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    settings = {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "HF_TOKEN_PATH": str(folder / "no token"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (folder / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "scratch"))

@@ -17,28 +17,17 @@ import torch
 from nbpeft.errors import AdapterError, CheckpointError, UnknownAdapterError
 from nbpeft.session import PushResult, Session
 from tests.char_tokenizer import CharTokenizer
-from tests.checkpoint.loopback import COMMIT, Hub, serving
+from tests.checkpoint.loopback import COMMIT, TOKEN, Hub, be_the_hub, serving
 from tests.session.support import everything
 from tests.tiny_models import llama
 
-TOKEN = "hf_" + "x" * 30
 ROWS = [{"prompt": "a:", "completion": " b"}, {"prompt": "c:", "completion": " d"}]
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serving() as running:
-        running.accepted = {TOKEN}
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.endpoint)
-        template = f"{running.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        (tmp_path / "scratch").mkdir()
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+        be_the_hub(running, monkeypatch, tmp_path)
         yield running
 
 
@@ -124,7 +113,7 @@ def test_branch_and_private(hub: Hub, session: Session, trained: Any) -> None:
 
 
 def test_large_files_go_through_lfs(hub: Hub, session: Session, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     hub.large = True
     session.push("me/orders")
     (blob,) = hub.blobs.values()
