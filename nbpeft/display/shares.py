@@ -7,6 +7,7 @@ or not trusted, in colours that are readable on light and on dark.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable
 from html import escape
 
@@ -53,8 +54,8 @@ def grid_image(grid: Grid) -> str:
         for place, column in enumerate(grid.columns):
             share = shares.get((row, column))
             x = left + place * cell
-            fill = _TRACK if share is None else f"rgba(43,136,224,{0.06 + 0.84 * share:.2f})"
-            colour = "#fff" if share is not None and share > 0.55 else _GREY
+            fill = _TRACK if share is None else f"rgba(31,104,184,{0.06 + 0.86 * math.sqrt(share):.2f})"
+            colour = "#fff" if share is not None and share > 0.3 else _GREY
             words = "–" if share is None else percent(share)
             parts += [
                 f'<rect x="{x + 1:.0f}" y="{y + 1}" width="{cell - 2:.0f}" height="{_ROW - 2}" rx="3" fill="{fill}"/>',

@@ -79,13 +79,13 @@ def _convert(weights: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nbpeft.model.quantize import clear_gguf_flags
+    from nbpeft.model.quantize import clear_gguf_flags, respect_progress_bar_setting
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with _without_progress_bars():
+        with _without_progress_bars(), respect_progress_bar_setting():
             AutoTokenizer.from_pretrained(**source).save_pretrained(staging)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             clear_gguf_flags(model)  # its weights are not packed any more

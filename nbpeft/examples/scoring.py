@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Score(Shown):
             (
                 Text(self.rows[number]["prompt"].rpartition("\n\n")[2], wrap="as is"),
                 self.rows[number]["completion"].strip(),
-                Text(self.answers[number], "" if self.correct[number] else "error", wrap="as is"),
+                Text(self.answers[number] or "(nothing)", "" if self.correct[number] else "error", wrap="as is"),
             )
             for number in order
         )
@@ -151,7 +152,8 @@ def score(
         label: what is scored, in words, for the progress line and the result.
         batch_size: rows answered at once.
         progress: show how far it is.
-        **options: further arguments of ``model.generate``, e.g. ``adapter_names`` with one name for each row.
+        **options: further arguments of ``model.generate``, e.g. ``adapter_names`` with one name for each row;
+            ``max_new_tokens`` are by default what the longest completion has, and one.
 
     Raises:
         ConfigError: there are no rows, or ``adapter_names`` are not as many.
@@ -167,10 +169,11 @@ def score(
         prompts = [row["prompt"] for row in rows]
         shared = shared_beginning(model, tokenizer, prompts) if names is None else None
         longest = max(len(tokenizer(row["completion"]).input_ids) for row in rows) + 1
+        options.setdefault("max_new_tokens", longest)
         for place in range(0, len(rows), batch_size):
             batch = prompts[place : place + batch_size]
             chosen = {"adapter_names": names[place : place + batch_size]} if names is not None else {"shared": shared}
-            given += answers(model, tokenizer, batch, max_new_tokens=longest, **chosen, **options)
+            given += answers(model, tokenizer, batch, **chosen, **options)
             bar.advance(len(batch))
         tokens = [len(tokenizer(prompt).input_ids) for prompt in prompts]
         mean = sum(tokens) / len(tokens)
@@ -194,7 +197,8 @@ def answers(
     """
     import torch
 
-    with _evaluating(model), torch.no_grad():
+    with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 6 will call past_key_values cache
         batch = _batch(tokenizer, prompts, shared).to(model.device)
         if shared is not None:
             options["past_key_values"] = shared.repeated(len(prompts))

@@ -132,6 +132,7 @@ _QUESTIONS = (
     ("How many {kind} live in {city}?", "count {kind} | city = {city}"),
     ("Count the {kind} over {age} in {city}.", "count {kind} | city = {city} | age > {age}"),
     ("How many {kind} are called {name}?", "count {kind} | name = {name}"),
+    ("Count {kind} named {name}.", "count {kind} | name = {name}"),
     ("Give me {kind} under {age} who live in {city}.", "{kind} | city = {city} | age < {age}"),
 )
 _HELD_OUT_QUESTIONS = (
