@@ -324,6 +324,7 @@ MATCH = (
 STEPS: tuple[dict[str, tuple[str, set[str]]], ...] = (
     {
         "the package": ("import nbpeft\ndir(nbpeft)", set()),
+        "the examples": ("import nbpeft.examples as e\ne.prompted(e.records(4, 4)[1], e.dates()[0])", set()),
         "the session": ("import nbpeft.session\nnbpeft.session().state\nnbpeft.NbpeftError", set()),
         "the extension and its completion": (COMPLETE, {"IPython", "numpy"}),
     },

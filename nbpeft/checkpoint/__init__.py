@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from nbpeft.checkpoint.atomic import NewFile as NewFile
 from nbpeft.checkpoint.atomic import disk_errors as disk_errors
+from nbpeft.checkpoint.card import CardFacts as CardFacts
 from nbpeft.checkpoint.card import card_text as card_text
 from nbpeft.checkpoint.config_format import condense_targets as condense_targets
 from nbpeft.checkpoint.config_format import config_text as config_text
@@ -21,6 +22,7 @@ from nbpeft.checkpoint.folder import write_card as write_card
 from nbpeft.checkpoint.folder import write_checkpoint as write_checkpoint
 from nbpeft.checkpoint.folder import write_checkpoints as write_checkpoints
 from nbpeft.checkpoint.folder import write_config as write_config
+from nbpeft.checkpoint.hub_token import find_token as find_token
 from nbpeft.checkpoint.identity import Fingerprint as Fingerprint
 from nbpeft.checkpoint.identity import compare as compare
 from nbpeft.checkpoint.identity import fingerprint as fingerprint
@@ -33,6 +35,7 @@ from nbpeft.checkpoint.model_files import write_model as write_model
 from nbpeft.checkpoint.model_keys import is_of_a_model as is_of_a_model
 from nbpeft.checkpoint.model_keys import keys_of_a_file as keys_of_a_file
 from nbpeft.checkpoint.source import hub_answers as hub_answers
+from nbpeft.checkpoint.source import present_card as present_card
 from nbpeft.checkpoint.source import push as push
 from nbpeft.checkpoint.staging import scratch_folder as scratch_folder
 from nbpeft.checkpoint.weights_format import Expected as Expected

@@ -12,11 +12,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
+from nbpeft.confidential import masked, without_secrets
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.registry import method_of
 
@@ -30,16 +32,45 @@ _PIPELINES = {
 }
 _SETTINGS_BEGIN = "<!-- settings: kept up to date by nbpeft -->"
 _SETTINGS_END = "<!-- end of settings -->"
+_TRAINING_BEGIN = "<!-- training: kept up to date by nbpeft -->"
+_TRAINING_END = "<!-- end of training -->"
+CURVE_NAME = "loss_curve.svg"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(?:/[\w.-]{1,96})?", re.ASCII)
 
 
-def card_text(config: AdapterConfig, present: str | None = None, *, tags: Sequence[str] = ()) -> str:
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says besides the config.
+
+    Attributes:
+        source: what ``from_pretrained`` takes to load the adapter.
+        base: the base model in words, for where it has no name on the hub.
+        training: name and value of what is known about the data and the result.
+        arguments: of the training; secrets among them are left out.
+        curve: the loss curve as SVG, written beside the card; empty where there is none.
+    """
+
+    source: str = "path/to/this/folder"
+    base: str = ""
+    training: tuple[tuple[str, str], ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    curve: str = ""
+
+
+def card_text(
+    config: AdapterConfig,
+    present: str | None = None,
+    *,
+    tags: Sequence[str] = (),
+    facts: CardFacts | None = None,
+) -> str:
     """The text of a README for an adapter.
 
     Args:
         config: the adapter's config.
         present: the README that is there, or None.
         tags: tags besides those that follow from the config (``transformers``).
+        facts: what else is known; the README that is there keeps what it says about the training without.
     """
     base = _hub_id(config.base_model_name_or_path)
     own = [*tags, *config.card_tags, *(["transformers"] if config.task_type else [])]
@@ -47,7 +78,8 @@ def card_text(config: AdapterConfig, present: str | None = None, *, tags: Sequen
         own.append(f"base_model:adapter:{base}")
     newline = "\r\n" if present and "\r\n" in present else "\n"
     front, body = _split((present or "").replace("\r\n", "\n"))
-    body = _with_settings(body if body.strip() else _body(config), config)
+    body = _with_settings(body if body.strip() else _body(config, facts or CardFacts()), config)
+    body = _with_training(body, facts) if facts is not None else body
     entries = _entries(front)
     if base:
         _put(entries, "base_model", _block("base_model", base))
@@ -122,14 +154,15 @@ def _block(name: str, value: object) -> list[str]:
     return text.splitlines()
 
 
-def _body(config: AdapterConfig) -> str:
+def _body(config: AdapterConfig, facts: CardFacts) -> str:
     base = _hub_id(config.base_model_name_or_path)
+    base_words = f"`{base}`" if base else _plain(facts.base)
     return "\n".join(
         [
             "",
             "# Adapter",
             "",
-            f"A {method_of(config).label} adapter" + (f" for `{base}`." if base else "."),
+            f"A {method_of(config).label} adapter" + (f" for {base_words}." if base_words else "."),
             "",
             "## Settings",
             "",
@@ -141,7 +174,7 @@ def _body(config: AdapterConfig) -> str:
             "```python",
             "from nbpeft import PeftModel  # or: from peft import PeftModel",
             "",
-            'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
+            f'model = PeftModel.from_pretrained(base_model, "{facts.source}")',
             "```",
             "",
             "### Framework versions",
@@ -150,6 +183,43 @@ def _body(config: AdapterConfig) -> str:
             "",
         ]
     )
+
+
+def _with_training(body: str, facts: CardFacts) -> str:
+    """The text with its section about the training brought up to date, added before the use where there is none."""
+    section = _training_section(facts)
+    before, begin, rest = body.partition(_TRAINING_BEGIN)
+    _, end, after = rest.partition(_TRAINING_END)
+    if end:
+        return f"{before}{section}{after}"
+    if begin or not (facts.training or facts.arguments or facts.curve):
+        return body
+    before, use, after = body.partition("\n## Use\n")
+    return f"{before.rstrip()}\n\n## Training\n\n{section}\n{use}{after}"
+
+
+def _training_section(facts: CardFacts) -> str:
+    lines: list[str] = []
+    if facts.training:
+        lines += [
+            "| | |",
+            "|---|---|",
+            *(f"| {_plain(name)} | {_plain(value)} |" for name, value in facts.training),
+            "",
+        ]
+    if facts.curve:
+        lines += [f"![Training loss by step]({CURVE_NAME})", ""]
+    arguments, _ = without_secrets(facts.arguments)
+    if arguments:
+        rows = (f"| `{name}` | {_code(masked(v) if isinstance(v, str) else v)} |" for name, v in arguments.items())
+        lines += ["| argument | value |", "|---|---|", *rows, ""]
+    return "\n".join([_TRAINING_BEGIN, *(lines[:-1] if lines else lines), _TRAINING_END])
+
+
+def _plain(text: str) -> str:
+    """Words for a cell of a Markdown table, which they cannot leave."""
+    words = " ".join(masked(text).split())
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", words)
 
 
 def _with_settings(body: str, config: AdapterConfig) -> str:

@@ -170,6 +170,7 @@ def write_checkpoints(
     fingerprint: Fingerprint | None = None,
     card: AdapterConfig | str | None = None,
     tags: Sequence[str] = (),
+    facts: model_card.CardFacts | None = None,
 ) -> dict[str, WrittenFiles]:
     """Saves several adapters of a model into a folder and its subfolders. All files or none; no network.
 
@@ -179,6 +180,7 @@ def write_checkpoints(
         fingerprint: of the base model, kept in the tensors' metadata.
         card: what the README of the folder describes: a config, or the whole text; None writes none.
         tags: tags of the README besides those that follow from the config.
+        facts: what else the README says; a loss curve among them is written beside it.
 
     Returns:
         Subfolder -> what was written; the README counts to the folder itself.
@@ -203,7 +205,10 @@ def write_checkpoints(
             if _text_or_none(target / subfolder / CONFIG_NAME) != text:
                 files.append(NewFile.of_text(names[subfolder][1], text))
             byte_count += sum(tensor.numel() * tensor.element_size() for tensor in ready.values()) + len(text)
-        files += _card_file(target / CARD_NAME, card, tags)
+        files += _card_file(target / CARD_NAME, card, tags, facts=facts)
+        if facts is not None and facts.curve:
+            files.append(NewFile.of_text(model_card.CURVE_NAME, facts.curve))
+            names.setdefault("", []).append(model_card.CURVE_NAME)
         sizes = replace_files(target, files, byte_count=byte_count)
         if target / CARD_NAME in sizes:
             names.setdefault("", []).append(CARD_NAME)
@@ -272,7 +277,12 @@ def _size(path: Path) -> int:
 
 
 def _card_file(
-    path: Path, card: AdapterConfig | str | None, tags: Sequence[str], *, needed: bool = False
+    path: Path,
+    card: AdapterConfig | str | None,
+    tags: Sequence[str],
+    *,
+    needed: bool = False,
+    facts: model_card.CardFacts | None = None,
 ) -> list[NewFile]:
     """The README to write; none where it would not change, is not text, or cannot be read (an error if needed)."""
     if card is None:
@@ -288,7 +298,7 @@ def _card_file(
         if needed:
             raise
         return []
-    text = card if isinstance(card, str) else model_card.card_text(card, present, tags=tags)
+    text = card if isinstance(card, str) else model_card.card_text(card, present, tags=tags, facts=facts)
     return [] if text == present else [NewFile.of_text(path.name, text)]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nbpeft.checkpoint.hub_token import TOKENS_PAGE
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, shown
@@ -235,9 +236,12 @@ def push(
     api = HfApi(endpoint=endpoint, token=token, library_name="nbpeft")
     ignored = options.pop("ignore_patterns", None) or []
     ignored = [ignored] if isinstance(ignored, str) else list(ignored)
+    revision = options.get("revision")
 
     def upload() -> str:
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(name, branch=revision, exist_ok=True)
         done = api.upload_folder(
             repo_id=name,
             folder_path=os.fspath(folder),
@@ -246,7 +250,58 @@ def push(
         )
         return str(done.commit_url)
 
-    return _translating(upload, repo_id, "", options.get("revision"))
+    return _translating(lambda: _writing(upload, repo_id), repo_id, "", revision)
+
+
+def present_card(repo_id: str, *, token: str | None, revision: str | None = None, endpoint: str | None = None) -> str:
+    """The README of a repository on the hub; empty where there is none yet.
+
+    Raises:
+        CheckpointError: the hub refused or cannot be reached.
+    """
+    from huggingface_hub import constants, errors, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    def download() -> str:
+        if constants.HF_HUB_OFFLINE:
+            raise errors.OfflineModeIsEnabled
+        address = hf_hub_url(repo_id, "README.md", revision=revision, endpoint=endpoint or constants.ENDPOINT)
+        # The client's own download tries again for half a minute where there is no network.
+        answer = get_session().get(address, headers=build_hf_headers(token=token), follow_redirects=True)
+        try:
+            hf_raise_for_status(answer)
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError):
+            return ""
+        return str(answer.content, "utf-8", errors="replace")
+
+    return _translating(lambda: _writing(download, repo_id), repo_id, "README.md", revision)
+
+
+def _writing(call: Callable[[], Result], repo_id: str) -> Result:
+    """The result of a call that needs a token; says what is wrong with the token, or that there is no network."""
+    from huggingface_hub import errors
+
+    try:
+        return call()
+    except errors.OfflineModeIsEnabled:
+        raise CheckpointError(
+            "the hub is switched off by HF_HUB_OFFLINE=1: nothing was uploaded", repo_id=repo_id
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+            raise CheckpointError(
+                f"the hub does not accept this access token; make one with write access at {TOKENS_PAGE}",
+                repo_id=repo_id,
+            ) from None
+        if status == 403 and not isinstance(error, errors.GatedRepoError):
+            raise CheckpointError(
+                f"this access token may not write to {repo_id!r}; it needs write access there ({TOKENS_PAGE})",
+                repo_id=repo_id,
+            ) from None
+        raise
+    except getattr(errors, "HTTPError", ()):  # without any answer
+        raise CheckpointError("the hub cannot be reached: nothing was uploaded", repo_id=repo_id) from None
 
 
 def _translating(call: Callable[[], Result], repo_id: str, filename: str, revision: str | None) -> Result:
@@ -257,6 +312,8 @@ def _translating(call: Callable[[], Result], repo_id: str, filename: str, revisi
     what = f" ({filename})" if filename else ""
     try:
         return call()
+    except CheckpointError:
+        raise
     except errors.GatedRepoError:
         raise CheckpointError(f"{repo_id!r} is gated: ask for access on its page and log in") from None
     except errors.RepositoryNotFoundError:

@@ -2,8 +2,8 @@
 
     Card     a frame with a title
     Line     a line of text; ``Text`` is a stretch of it with a tone
-    Table, Bar, Columns, HeatMap, Histogram, Tokens, Figures, Progress, LossChart, SmallCharts, CurveChart, Details,
-    Stack
+    Table, Bar, BarChart, Columns, Grid, HeatMap, Histogram, Tokens, Figures, Progress, LossChart, SmallCharts,
+    CurveChart, Details, Stack
 
 ``nbpeft.display.html`` draws them for a notebook, ``nbpeft.display.text`` for a terminal.
 """
@@ -30,12 +30,14 @@ class Text:
         tooltip: more about it, where the mouse rests.
         wrap: ``names``: may be broken behind underscores and slashes; ``never``; ``cut``: an ellipsis in the middle
             where there is no room; ``as is``: keeps line breaks.
+        href: address that it links to.
     """
 
     text: str
     tone: Tone = ""
     tooltip: str = ""
     wrap: Wrap = ""
+    href: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,40 @@ class HeatMap:
     """
 
     rows: tuple[tuple[str, tuple[tuple[float, str] | None, ...]], ...]
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Shares as bars below each other; an image, which stays in a saved notebook.
+
+    Attributes:
+        bars: label, share from 0 to 1, and a figure on the right of it.
+        figure: what the figures are, above them.
+    """
+
+    bars: tuple[tuple[str, float, str], ...]
+    figure: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shares as a grid with a figure in each cell, the higher the darker; an image, as a bar chart is.
+
+    Attributes:
+        cells: (row, column) and its share from 0 to 1.
+    """
+
+    cells: tuple[tuple[tuple[str, str], float], ...]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Labels of the rows, in the order of the cells."""
+        return tuple(dict.fromkeys(row for (row, _), _ in self.cells))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Labels of the columns, in the order of the cells."""
+        return tuple(dict.fromkeys(column for (_, column), _ in self.cells))
 
 
 @dataclass(frozen=True)
@@ -309,7 +345,9 @@ Block = (
     Line
     | Table
     | Bar
+    | BarChart
     | Columns
+    | Grid
     | HeatMap
     | Histogram
     | Tokens

@@ -16,6 +16,7 @@ from nbpeft.display.memory import label, part_words
 from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_image
 from nbpeft.display.palette import background
+from nbpeft.display.shares import bar_image, grid_image
 from nbpeft.display.training import small_curves
 from nbpeft.state import ENDED, TrainState
 
@@ -69,6 +70,8 @@ def span(item: blocks.Span) -> str:
     style = ";".join(part for part in (_TONES.get(item.tone, ""), _WRAPS.get(item.wrap, "")) if part)
     tooltip = f' title="{escape(item.tooltip)}"' if item.tooltip else ""
     style = f' style="{style}"' if style else ""
+    if item.href.startswith(("https://", "http://")):
+        return f'<a href="{escape(item.href)}" target="_blank"{tooltip}{style}>{text}</a>'
     if not style and not tooltip:
         return text
     tag = "b" if item.tone == "bold" else "span"
@@ -125,6 +128,16 @@ def _(block: blocks.Stack) -> str:
 def _(block: blocks.Line) -> str:
     words = " ".join(filter(None, map(span, block.spans)))
     return f'<div style="margin-top:6px">{words}</div>' if words else ""
+
+
+@to_html.register
+def _(block: blocks.BarChart) -> str:
+    return bar_image(block)
+
+
+@to_html.register
+def _(block: blocks.Grid) -> str:
+    return grid_image(block)
 
 
 @to_html.register

@@ -36,6 +36,11 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %" if whole else "0 %"
 
 
+def percent(value: float) -> str:
+    """A share from 0 to 1 in per cent: ``93.8 %``, and ``0 %`` and ``100 %`` for none and all."""
+    return f"{100 * value:.0f} %" if value in (0, 1) else f"{100 * value:.1f} %"
+
+
 def plural(number: int, noun: str, many: str | None = None) -> str:
     """``1 module``, ``2 modules``."""
     return f"{number:,} {noun if number == 1 else many or noun + 's'}"

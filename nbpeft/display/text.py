@@ -15,7 +15,7 @@ from rich.text import Text
 
 from nbpeft.display import blocks
 from nbpeft.display.memory import part_words
-from nbpeft.display.numbers import size
+from nbpeft.display.numbers import NONE, percent, size
 
 _TONES = {"bold": "bold", "dim": "dim", "accent": "bold blue", "success": "green", "error": "red", "warning": "yellow"}
 _WIDEST = 100_000
@@ -166,6 +166,25 @@ def _(block: blocks.CurveChart) -> RenderableType:
     from nbpeft.display.overlay import describe
 
     return Text(describe(block.curves), "dim")
+
+
+@renderable.register
+def _(block: blocks.BarChart) -> RenderableType:
+    rows = [
+        (label, ("█" * round(20 * share)).ljust(20, "░"), percent(share), *((figure,) if block.figure else ()))
+        for label, share, figure in block.bars
+    ]
+    return _grid([*([("", "", "", block.figure)] if block.figure else []), *rows])
+
+
+@renderable.register
+def _(block: blocks.Grid) -> RenderableType:
+    shares = dict(block.cells)
+    rows = [
+        (row, *(percent(shares[row, column]) if (row, column) in shares else NONE for column in block.columns))
+        for row in block.rows
+    ]
+    return _grid([("", *block.columns), *rows])
 
 
 @renderable.register

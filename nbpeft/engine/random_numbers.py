@@ -37,10 +37,20 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def own_random_numbers(seed: int) -> Iterator[None]:
-    """Context manager: torch draws from a seed inside the block; afterwards all go on as if it had not been."""
+def drawing_from(source: dict[str, Any] | int) -> Iterator[None]:
+    """Context manager: draws go on from an earlier state, or from a seed; afterwards as if none had been drawn.
+
+    Args:
+        source: what ``random_state`` has returned, or a seed.
+    """
     state = random_state()
-    torch.manual_seed(seed)
+    if isinstance(source, int):
+        torch.manual_seed(source)
+        random.seed(source)
+        if "numpy" in state:
+            sys.modules["numpy"].random.seed(source % 2**32)
+    else:
+        set_random_state(source)
     try:
         yield
     finally:

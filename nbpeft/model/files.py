@@ -218,6 +218,7 @@ def save(
     flat: bool = False,
     converted: bool = False,
     stays: bool = True,
+    facts: checkpoint.CardFacts | None = None,
 ) -> dict[str, checkpoint.WrittenFiles]:
     """Saves adapters.
 
@@ -230,6 +231,7 @@ def save(
         flat: put the one adapter named into the folder itself, whatever its name.
         converted: write adapters that started in a part of the base as plain LoRA.
         stays: whether the folder is one that stays, so that the adapters are no longer unsaved.
+        facts: what the card says besides the config.
 
     Returns:
         Adapter name -> what was written.
@@ -252,7 +254,7 @@ def save(
             return {}
         card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
         written = checkpoint.write_checkpoints(
-            folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model)
+            folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model), facts=facts
         )
     if stays:
         mark_saved(manager, *chosen)
@@ -384,13 +386,37 @@ def _vocabulary_resized(model: nn.Module) -> bool:
         return False
 
 
-def push(manager: AdapterManager, repo_id: str, **kwargs: Any) -> Any:
-    """Saves all adapters into a temporary folder and uploads it."""
+def push(
+    manager: AdapterManager,
+    repo_id: str,
+    *,
+    name: str | None = None,
+    facts: checkpoint.CardFacts | None = None,
+    **kwargs: Any,
+) -> str:
+    """Saves adapters into a temporary folder and uploads it.
+
+    Args:
+        manager: has them.
+        repo_id: ``user/name``.
+        name: the adapter that goes into the repository itself; None: ``default`` does, others go into folders.
+        facts: what the card says besides the config; a card that the repository has keeps its own text.
+        **kwargs: as for ``checkpoint.push``.
+
+    Returns:
+        The address of the commit.
+    """
     manager.check_alive()
     with checkpoint.scratch_folder() as folder:
-        save(manager, folder, stays=False)
+        if facts is not None:
+            hub = {key: kwargs.get(key) for key in ("token", "revision", "endpoint")}
+            present = checkpoint.present_card(repo_id, **hub)
+            if present:
+                (folder / "README.md").write_bytes(present.encode())
+        names = list(manager.names) if name is None else [name]
+        save(manager, folder, names=names, flat=name is not None, facts=facts, stays=False)
         pushed = checkpoint.push(folder, repo_id, **kwargs)
-    mark_saved(manager, *manager.names)
+    mark_saved(manager, *names)
     return pushed
 
 

@@ -19,6 +19,7 @@ from nbpeft.session.commands import (
     inspecting,
     merging,
     planning,
+    pushing,
     quantizing,
     running,
     swapping,
@@ -78,6 +79,7 @@ class Session:
     preview_qlora = _command(quantizing.preview_qlora)
     load = _command(adapters.load)
     save = _command(adapters.save)
+    push = _command(pushing.push)
     delete = _command(adapters.delete)
     rename = _command(adapters.rename)
     copy = _command(adapters.copy)

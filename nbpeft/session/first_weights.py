@@ -28,7 +28,7 @@ def draw_anew(ctx: SessionContext, tracked: TrackedModel, name: str, *, seed: in
     Raises:
         MergeError: it is merged.
     """
-    from nbpeft.training.random_states import drawing_from
+    from nbpeft.engine.random_numbers import drawing_from
 
     manager = tracked.manager
     config, scale, place = manager.configs[name], manager.scale(name), manager.names.index(name)

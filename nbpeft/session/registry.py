@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nbpeft.engine.manager import AdapterManager
     from nbpeft.memory import Meter
     from nbpeft.model import PeftModel
+    from nbpeft.session.trained import TrainingCall
     from nbpeft.training import Run
 
 
@@ -28,6 +29,7 @@ class TrackedModel:
         name: of the notebook variable.
         memory: the last measurement.
         training: the state of the last run.
+        training_call: what that run was started with, where ``train`` started it.
         trained_on_plain_text: whether the text it was last trained on had no chat template around it.
         requested: adapter name -> its config, and the fields that were asked for when it was made.
         trained_steps: adapter name -> its config, the steps it was trained for, and the run that did the last of them.
@@ -38,6 +40,7 @@ class TrackedModel:
         self.name = name
         self.memory: MemoryState | None = None
         self.training: TrainState | None = None
+        self.training_call: TrainingCall | None = None
         self.trained_on_plain_text = False
         self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}

@@ -70,9 +70,9 @@ class Sampling:
         """Context manager: random numbers of its own, so that those of the notebook go on as if it had not been."""
         if not self.draws or self.seed is None:
             return nullcontext()
-        from nbpeft.engine.random_numbers import own_random_numbers
+        from nbpeft.engine.random_numbers import drawing_from
 
-        return own_random_numbers(self.seed)
+        return drawing_from(self.seed)
 
 
 def shown_settings(settings: Mapping[str, float]) -> str:

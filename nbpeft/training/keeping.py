@@ -26,6 +26,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 
 from nbpeft.confidential import without_secrets
 from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.random_numbers import drawing_from, random_state
 from nbpeft.errors import CheckpointError, TrainingError, in_one_line
 from nbpeft.model import files
 from nbpeft.runs.folder import RunFolder
@@ -33,7 +34,6 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.checkpoints import put_checkpoint
-from nbpeft.training.random_states import drawing_from, random_states
 from nbpeft.training.run import Run
 
 SHARE = 0.02
@@ -139,7 +139,7 @@ class RunKeeper(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Remembers the random numbers that belong to the step."""
         self._in_step = False
-        self._random = random_states()
+        self._random = random_state()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes what was logged."""
@@ -153,7 +153,7 @@ class RunKeeper(TrainerCallback):
         """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
         if self.folder is None:
             return
-        self._random = random_states()
+        self._random = random_state()
         saved = self._saved_step == self.trainer.state.global_step
         if self._evaluated if saved else self._clock() >= self._next:  # an evaluation draws random numbers
             with self._noting():
@@ -176,7 +176,7 @@ class RunKeeper(TrainerCallback):
             elif state.status == "finished":
                 self._save(whole=False)
             elif not self._in_step and self.trainer.optimizer is not None and state.step > self._saved_step:
-                with drawing_from(self._random or random_states()):
+                with drawing_from(self._random or random_state()):
                     self._save()
             else:
                 self._write_facts()

@@ -5,14 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+import pytest
+
 COMMIT = "c" * 40
+TOKEN = "hf_" + "x" * 30
 
 
 class Hub:
@@ -22,6 +28,12 @@ class Hub:
         files: repository -> path -> content.
         asked: method and path of each request.
         gated: repositories that need access.
+        accepted: the tokens that may write; None for all.
+        read_only: whether tokens may read alone.
+        large: whether safetensors go through LFS.
+        branches: besides ``main``.
+        commits: repository, branch and message of each commit.
+        private: repositories that were made private.
     """
 
     def __init__(self) -> None:
@@ -30,6 +42,13 @@ class Hub:
         self.gated: set[str] = set()
         self.tokens: set[str] = set()
         self.broken = False
+        self.accepted: set[str] | None = None
+        self.read_only = False
+        self.large = False
+        self.blobs: dict[str, bytes] = {}
+        self.branches: set[str] = set()
+        self.commits: list[tuple[str, str, str]] = []
+        self.private: set[str] = set()
         self.endpoint = ""
 
 
@@ -69,19 +88,41 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(503)
         if "/resolve/" not in path:
             return self.reply(404)
+        if self.refused():
+            return None
         repo, _, rest = path.lstrip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
         if repo in self.hub.gated:
             return self.reply(403, X_Error_Code="GatedRepo")
         if repo not in self.hub.files:
             return self.reply(404, X_Error_Code="RepoNotFound")
-        if revision not in ("main", COMMIT):
+        if revision not in ("main", COMMIT, *self.hub.branches):
             return self.reply(404, X_Error_Code="RevisionNotFound")
         content = self.hub.files[repo].get(name)
         if content is None:
             return self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         etag = hashlib.sha1(content).hexdigest()
         return self.reply(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+
+    def take_in(self, repo: str, branch: str, body: bytes) -> None:
+        """A commit: its message, and each file itself or the blob that it names."""
+        files = {}
+        for entry in map(json.loads, body.splitlines()):
+            value = entry["value"]
+            if entry["key"] == "header":
+                self.hub.commits.append((repo, branch, value["summary"]))
+            elif entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.hub.blobs[value["oid"]]
+        self.hub.files[repo] |= files
+
+    def mode_of(self, path: str) -> str:
+        return "lfs" if self.hub.large and path.endswith(".safetensors") else "regular"
+
+    def place_of(self, item: dict[str, Any]) -> dict[str, Any]:
+        upload = {"href": f"{self.hub.endpoint}/upload/{item['oid']}", "header": {}}
+        return {"oid": item["oid"], "size": item["size"], "actions": {"upload": upload}}
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -93,30 +134,54 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return content
 
+    def do_PUT(self) -> None:
+        path, body = self.note(), self.body()
+        self.hub.blobs[path.rpartition("/")[2]] = body
+        return self.reply(200)
+
+    def refused(self) -> bool:
+        """Whether the token is not accepted, which is said then."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if self.hub.accepted is not None and token not in self.hub.accepted:
+            self.reply(401, b'{"error": "Invalid username or password."}', Content_Type="application/json")
+        elif self.hub.read_only and self.command == "POST":
+            self.reply(403, b'{"error": "You have read access only."}', Content_Type="application/json")
+        else:
+            return False
+        return True
+
     def do_POST(self) -> None:
         path, body = self.note(), self.body()
         if self.hub.broken:
             return self.reply(503)
+        if self.refused():
+            return None
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = asked["name"] if not asked.get("organization") else f"{asked['organization']}/{asked['name']}"
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.hub.private.add(name)
             self.hub.files.setdefault(name, {})
             return self.reply_json({"url": f"{self.hub.endpoint}/{name}", "name": name})
         if path == "/api/validate-yaml":
             return self.reply_json({"errors": [], "warnings": []})
+        if path.endswith("/info/lfs/objects/batch"):
+            return self.reply_json({"objects": [self.place_of(item) for item in json.loads(body)["objects"]]})
+        if "/branch/" in path:
+            self.hub.branches.add(path.rpartition("/branch/")[2])
+            return self.reply(200)
+        return self.upload(path, body)
+
+    def upload(self, path: str, body: bytes) -> None:
         repo = "/".join(path.split("/")[3:5])
         if "/preupload/" in path:
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {"path": file["path"], "uploadMode": self.mode_of(file["path"]), "shouldIgnore": False}
                 for file in json.loads(body)["files"]
             ]
             return self.reply_json({"files": files})
         if "/commit/" in path:
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    value = entry["value"]
-                    self.hub.files[repo][value["path"]] = base64.b64decode(value["content"])
+            self.take_in(repo, path.rpartition("/commit/")[2], body)
             return self.reply_json(
                 {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{COMMIT}"}
             )
@@ -137,3 +202,22 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def be_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Lets the hub's client find this hub, with ``TOKEN`` in the environment, and keep everything below a folder."""
+    hub.accepted = {TOKEN}
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    settings = {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "HF_TOKEN_PATH": str(folder / "no token"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (folder / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "scratch"))

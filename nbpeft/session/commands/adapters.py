@@ -57,14 +57,14 @@ def add(
         TargetError: the targets do not match the model.
     """
     from nbpeft.engine.plan import plan
+    from nbpeft.engine.random_numbers import random_state
     from nbpeft.model import files, get_peft_model
-    from nbpeft.training.random_states import random_states
 
     adapter_name(name)
     made = build_config(config, instead_of=_present(ctx, model, name))
     fields = meaning(made)
     with ctx.command(f"adding {name!r}", slow=True) as notes:
-        tracked, first_random = ctx.find(model, variable, command="add"), random_states()
+        tracked, first_random = ctx.find(model, variable, command="add"), random_state()
         if tracked is None:
             bare: Any = uncompiled(model)
             planned = plan(bare, made, allow_missing=allow_missing)  # checks everything before the model is touched

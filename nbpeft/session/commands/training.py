@@ -14,6 +14,7 @@ from nbpeft.session.checks import place_of
 from nbpeft.session.commands.running import start
 from nbpeft.session.first_weights import draw_anew, weights_kept_unless
 from nbpeft.session.results import ExportResult
+from nbpeft.session.trained import training_call
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -236,7 +237,7 @@ def _trained(
     def learned() -> bool:
         return any(run.steps_done for run in made)
 
-    data = open_data(data)
+    given, data = data, open_data(data)
     try:
         with weights_kept_unless(ctx, tracked, names if restart else replaced, learned):
             if restart:
@@ -250,6 +251,7 @@ def _trained(
     finally:
         if learned():
             tracked.count_steps(names, made[-1])
+            tracked.training_call = training_call(made[-1].run_id, given, eval_data, arguments)
             plain = is_plain(data, arguments.get("tokenizer"), arguments.get("columns"))
             tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain
     return result

@@ -26,6 +26,7 @@ from nbpeft.session.results.merging import MergedCopy as MergedCopy
 from nbpeft.session.results.planning import PlanResult as PlanResult
 from nbpeft.session.results.preview import Preview as Preview
 from nbpeft.session.results.preview import PreviewRow as PreviewRow
+from nbpeft.session.results.pushing import PushResult as PushResult
 from nbpeft.session.results.quantizing import QloraPreview as QloraPreview
 from nbpeft.session.results.quantizing import QloraResult as QloraResult
 from nbpeft.session.results.runs import ExportResult as ExportResult

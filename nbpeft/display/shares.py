@@ -1,0 +1,96 @@
+"""Shares as pictures: bars below each other, and a grid.
+
+Like the curve of a run that has ended they are self-contained images, which stay when a notebook is saved, reopened,
+or not trusted, in colours that are readable on light and on dark.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable
+from html import escape
+
+from nbpeft.display.blocks import BarChart, Grid
+from nbpeft.display.numbers import percent
+
+_WIDTH = 640
+_BLUE, _GREY, _TRACK = "#2b88e0", "#808080", "rgba(128,128,128,.18)"
+_ROW, _BAR = 34, 18
+_LETTER = 7.4
+"""Pixels of a letter, about, in 13px text."""
+_LONGEST = 26
+
+
+def bar_image(chart: BarChart) -> str:
+    """Bars as an ``<img>``: label, bar, share, and a figure at the right edge."""
+    left = 10 + _LETTER * min(max((len(label) for label, _, _ in chart.bars), default=0), _LONGEST)
+    right = _WIDTH - (max([len(chart.figure), *(len(figure) for _, _, figure in chart.bars)]) * _LETTER + 8)
+    whole = right - left - 60
+    top = 24 if chart.figure else 2
+    parts = [_text(_WIDTH, 14, chart.figure, "end")] if chart.figure else []
+    for number, (label, share, figure) in enumerate(chart.bars):
+        middle = top + number * _ROW + _ROW / 2
+        y, wide = middle - _BAR / 2, max(whole * share, 2)
+        parts += [
+            _text(left - 10, middle + 4.5, _cut(label), "end"),
+            f'<rect x="{left:.0f}" y="{y:.0f}" width="{whole:.0f}" height="{_BAR}" rx="3" fill="{_TRACK}"/>',
+            f'<rect x="{left:.0f}" y="{y:.0f}" width="{wide:.1f}" height="{_BAR}" rx="3" fill="{_BLUE}"/>',
+            _text(left + whole + 8, middle + 4.5, percent(share), weight=600),
+            _text(_WIDTH, middle + 4.5, figure, "end"),
+        ]
+    return _image(parts, _WIDTH, int(top + _ROW * len(chart.bars) + 2), describe_bars(chart))
+
+
+def grid_image(grid: Grid) -> str:
+    """A grid as an ``<img>``: rows by columns, the higher a share the darker its cell."""
+    shares = dict(grid.cells)
+    left = 12 + _LETTER * min(max(map(len, grid.rows), default=0), _LONGEST)
+    cell = max(86.0, 16 + _LETTER * min(max(map(len, grid.columns), default=0), _LONGEST))
+    parts = [_text(left + (n + 0.5) * cell, 16, _cut(name), "middle") for n, name in enumerate(grid.columns)]
+    for number, row in enumerate(grid.rows):
+        y = 26 + number * _ROW
+        parts.append(_text(left - 12, y + _ROW / 2 + 4.5, _cut(row), "end"))
+        for place, column in enumerate(grid.columns):
+            share = shares.get((row, column))
+            x = left + place * cell
+            fill = _TRACK if share is None else f"rgba(31,104,184,{0.06 + 0.86 * math.sqrt(share):.2f})"
+            colour = "#fff" if share is not None and share > 0.3 else _GREY
+            words = "–" if share is None else percent(share)
+            parts += [
+                f'<rect x="{x + 1:.0f}" y="{y + 1}" width="{cell - 2:.0f}" height="{_ROW - 2}" rx="3" fill="{fill}"/>',
+                _text(x + cell / 2, y + _ROW / 2 + 4.5, words, "middle", colour, 600),
+            ]
+    size = left + cell * len(grid.columns) + 2, 28 + _ROW * len(grid.rows)
+    return _image(parts, int(size[0]), int(size[1]), describe_grid(grid))
+
+
+def describe_bars(chart: BarChart) -> str:
+    """What the bars show, for those who cannot see them."""
+    return ", ".join(f"{label} {percent(share)}" for label, share, _ in chart.bars)
+
+
+def describe_grid(grid: Grid) -> str:
+    """What the grid shows, for those who cannot see it."""
+    return ", ".join(f"{row}, {column} {percent(share)}" for (row, column), share in grid.cells)
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…"
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = _GREY, weight: int = 400) -> str:
+    style = f'text-anchor="{anchor}" fill="{colour}" font-weight="{weight}"'
+    return f'<text x="{x:.0f}" y="{y:.1f}" {style}>{escape(words)}</text>'
+
+
+def _image(parts: Iterable[str], width: int, height: int, words: str) -> str:
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="system-ui, \'DejaVu Sans\', sans-serif" font-size="13">{"".join(parts)}</svg>'
+    )
+    data = base64.b64encode(svg.encode()).decode()
+    return (
+        f'<img src="data:image/svg+xml;base64,{data}" width="{width}" height="{height}" alt="{escape(words)}" '
+        f'style="display:block;width:100%;max-width:{width}px;height:auto;margin:8px 0 0">'
+    )

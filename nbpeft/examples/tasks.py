@@ -1,0 +1,285 @@
+"""Small tasks that a language model of 135 million parameters learns in minutes on a processor.
+
+Each gives training rows and held-out rows: dictionaries with a ``prompt`` and the ``completion`` that is wanted. No
+held-out row can be answered from memory; what is held back is said with each task. The same arguments give the same
+rows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from nbpeft.errors import ConfigError
+
+Row = dict[str, str]
+"""``prompt`` and ``completion``; the completion begins with a space."""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_ITEMS = {
+    "lamps": "NP35",
+    "chairs": "KX72",
+    "desks": "TB19",
+    "mugs": "QF84",
+    "pens": "LZ06",
+    "books": "HR51",
+    "bottles": "WD23",
+    "mirrors": "GC97",
+    "candles": "VM48",
+    "plates": "SJ60",
+    "baskets": "BY15",
+    "ladders": "XK39",
+    "ropes": "DT82",
+    "tents": "FQ27",
+    "clocks": "RL74",
+    "carpets": "JW56",
+}
+_CITIES = {
+    "Oslo": "N1",
+    "Lima": "P7",
+    "Rome": "C4",
+    "Cairo": "H9",
+    "Paris": "T2",
+    "Tokyo": "D8",
+    "Berlin": "L3",
+    "Dublin": "V6",
+}
+_ORDERS = (
+    "{city} needs {count} {item}.",
+    "{count} {item} for {city}.",
+    "Please send {count} {item} to {city}.",
+    "Ship to {city}: {count} {item}.",
+)
+
+_DATES = (
+    "The meeting is on the {nth} of {month} {year}.",
+    "It opened on {month} {day}, {year}.",
+    "We met on {day} {month} {year}.",
+    "Please pay before {month} {nth}, {year}.",
+    "Born {day} {month} {year} in Oslo.",
+    "Her visit was {number}/{day}/{year}.",
+    "From {year}, {month} {day}, the shop is closed.",
+    "The {nth} of {month} {year} was a Monday.",
+    "On the {nth} of {month}, {year}, we flew to Rome.",
+    "On {month} the {nth}, {year}, she was late.",
+    "Please come {month} {day}, {year}, at noon.",
+    "He moved out {day} {month} {year}.",
+)
+_HELD_OUT_DATES = (
+    "The {nth} of {month} {year} is a holiday.",
+    "Delivery was promised for {month} {day}, {year}.",
+    "They signed it {day} {month} {year} in Lima.",
+    "{month} the {nth}, {year}, it snowed.",
+    "School begins {number}/{day}/{year}.",
+)
+_MONTHS = _words("January February March April May June July August September October November December")
+
+_PEOPLE = {
+    False: {
+        "kind": _words(
+            """
+            customers students patients drivers members teachers workers players guests owners
+            """
+        ),
+        "name": _words(
+            """
+            Ana Ben Carla David Elena Grace Hugo Ines Jonas Liam Maria Noah Olga Pablo Rosa Sven Tara Viktor
+            """
+        ),
+        "city": _words(
+            """
+            Lima Oslo Rome Cairo Paris Tokyo Madrid Berlin Dublin Prague Athens Lisbon Boston Vienna Quito
+            """
+        ),
+        "item": _words(
+            """
+            chairs desks lamps tables shelves mugs pens books bottles pillows mirrors candles plates forks
+            """
+        ),
+    },
+    True: {
+        "kind": _words(
+            """
+            doctors users pilots tenants singers
+            """
+        ),
+        "name": _words(
+            """
+            Nina Omar Lena Marco Tom Ivan Clara Emma Felix Simon Alice Peter Sara Daniel Martin
+            """
+        ),
+        "city": _words(
+            """
+            Milan Denver London Warsaw Sydney Bogota Toronto Zurich Hamburg Naples Helsinki Budapest
+            """
+        ),
+        "item": _words(
+            """
+            sofas clocks vases spoons towels benches curtains boxes pencils helmets oranges onions
+            """
+        ),
+    },
+}
+_QUESTIONS = (
+    ("Which {kind} in {city} are older than {age}?", "{kind} | city = {city} | age > {age}"),
+    ("Show me the {kind} from {city} younger than {age}.", "{kind} | city = {city} | age < {age}"),
+    ("Find all {kind} called {name} in {city}.", "{kind} | name = {name} | city = {city}"),
+    ("List {kind} named {name} who are {age} years old.", "{kind} | name = {name} | age = {age}"),
+    ("How many {kind} live in {city}?", "count {kind} | city = {city}"),
+    ("Count the {kind} over {age} in {city}.", "count {kind} | city = {city} | age > {age}"),
+    ("How many {kind} are called {name}?", "count {kind} | name = {name}"),
+    ("Count {kind} named {name}.", "count {kind} | name = {name}"),
+    ("Give me {kind} under {age} who live in {city}.", "{kind} | city = {city} | age < {age}"),
+)
+_HELD_OUT_QUESTIONS = (
+    ("Find the {kind} over {age} who live in {city}.", "{kind} | city = {city} | age > {age}"),
+    ("How many {kind} from {city} are under {age}?", "count {kind} | city = {city} | age < {age}"),
+    ("Which {kind} are called {name} and {age} years old?", "{kind} | name = {name} | age = {age}"),
+    ("Count all {kind} named {name}.", "count {kind} | name = {name}"),
+)
+_RECORDS = (
+    "{name} from {city} needs {count} {item}.",
+    "Please send {count} {item} to {name} in {city}.",
+    "{count} {item} for {name}, {city}.",
+    "Hello, this is {name} in {city}. I would like to buy {count} {item}.",
+    "Ship to {city}: {count} {item}, attention of {name}.",
+    "{name} ({city}) orders {count} {item}.",
+)
+_HELD_OUT_RECORDS = (
+    "Hi, {name} here, I want {count} {item} delivered to {city}.",
+    "A customer called {name} from {city} asked for {count} {item}.",
+    "{city}: {name} wants {count} {item}.",
+)
+
+
+def order_codes(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Orders and the codes that one shop writes for them: ``Oslo needs 31 lamps.`` becomes ``NP35-31-N1``.
+
+    Sixteen items and eight cities have codes that follow from nothing, so that neither a base model nor a prompt
+    with some examples can know them. Held out are 32 of the 128 pairs of an item and a city: every code is trained
+    on, no held-out pair is.
+
+    Args:
+        train: training rows.
+        held_out: held-out rows.
+        seed: of the random choices.
+    """
+
+    def make(rng: random.Random, new: bool) -> Row:
+        while True:
+            item, city = rng.randrange(len(_ITEMS)), rng.randrange(len(_CITIES))
+            if ((item + city) % 4 == 0) == new:
+                break
+        name, place, count = list(_ITEMS)[item], list(_CITIES)[city], rng.randint(2, 99)
+        order = rng.choice(_ORDERS).format(item=name, city=place, count=count)
+        return _row(f"Order: {order}\nCode:", f"{_ITEMS[name]}-{count}-{_CITIES[place]}")
+
+    return _split(make, train, held_out, seed)
+
+
+def dates(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Sentences with a date, and the date by ISO 8601: ``We met on 3 May 1987.`` becomes ``1987-05-03``.
+
+    Held out are every fourth year and five phrasings.
+
+    Args:
+        train: training rows.
+        held_out: held-out rows.
+        seed: of the random choices.
+    """
+
+    def make(rng: random.Random, new: bool) -> Row:
+        year = rng.choice([year for year in range(1950, 2031) if (year % 4 == 1) == new])
+        month, day = rng.randint(1, 12), rng.randint(1, 28)
+        ending = "th" if 10 <= day <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
+        text = rng.choice(_HELD_OUT_DATES if new else _DATES)
+        text = text.format(year=year, month=_MONTHS[month - 1], number=month, day=day, nth=f"{day}{ending}")
+        return _row(f"Text: {text}\nDate:", f"{year}-{month:02d}-{day:02d}")
+
+    return _split(make, train, held_out, seed)
+
+
+def filters(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Questions about people, and filters for a table: ``customers | city = Rome | age > 40``.
+
+    Held out are all names, cities, kinds of people and phrasings of the held-out rows.
+
+    Args:
+        train: training rows.
+        held_out: held-out rows.
+        seed: of the random choices.
+    """
+
+    def make(rng: random.Random, new: bool) -> Row:
+        person = {key: rng.choice(_PEOPLE[new][key]) for key in ("kind", "name", "city")}
+        question, wanted = rng.choice(_HELD_OUT_QUESTIONS if new else _QUESTIONS)
+        age = rng.randint(18, 80)
+        return _row(f"Question: {question.format(**person, age=age)}\nFilter:", wanted.format(**person, age=age))
+
+    return _split(make, train, held_out, seed)
+
+
+def records(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Customers' orders, and what is in them as JSON: name, city, item and count.
+
+    Three examples in the prompt do most of it: a task to compare with. Held out are all names, cities, items and
+    phrasings of the held-out rows.
+
+    Args:
+        train: training rows.
+        held_out: held-out rows.
+        seed: of the random choices.
+    """
+
+    def make(rng: random.Random, new: bool) -> Row:
+        name, city, item = (rng.choice(_PEOPLE[new][key]) for key in ("name", "city", "item"))
+        count = rng.randint(2, 60)
+        order = rng.choice(_HELD_OUT_RECORDS if new else _RECORDS).format(name=name, city=city, item=item, count=count)
+        record = f'{{"name": "{name}", "city": "{city}", "item": "{item}", "count": {count}}}'
+        return _row(f"Order: {order}\nRecord:", record)
+
+    return _split(make, train, held_out, seed)
+
+
+def prompted(rows: Sequence[Row], examples: Sequence[Row], shots: int = 3) -> list[Row]:
+    """The same rows with solved examples before each prompt.
+
+    Args:
+        rows: rows to answer.
+        examples: rows to take the examples from, e.g. the training rows.
+        shots: how many: the first ones, the same for all rows.
+
+    Raises:
+        ConfigError: there are fewer examples.
+    """
+    if not 0 <= shots <= len(examples):
+        raise ConfigError(f"shots={shots}: there are {len(examples)} examples", field="shots")
+    before = "".join(f"{row['prompt']}{row['completion']}\n\n" for row in examples[:shots])
+    return [{**row, "prompt": before + row["prompt"]} for row in rows]
+
+
+def _row(prompt: str, completion: str) -> Row:
+    return {"prompt": prompt, "completion": f" {completion}"}
+
+
+def _split(
+    make: Callable[[random.Random, bool], Row], train: int, held_out: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Different rows for training, and different held-out rows."""
+    return _distinct(make, train, False, seed), _distinct(make, held_out, True, seed)
+
+
+def _distinct(make: Callable[[random.Random, bool], Row], number: int, new: bool, seed: int) -> list[Row]:
+    name, most = ("held_out" if new else "train"), 5000
+    if not isinstance(number, int) or not 0 <= number <= most:
+        raise ConfigError(f"{name} is a number of rows from 0 to {most:,}, not {number!r:.40}", field=name)
+    rng = random.Random(f"{seed} {new}")
+    rows: dict[str, Row] = {}
+    while len(rows) < number:
+        row = make(rng, new)
+        rows.setdefault(row["prompt"], row)
+    return list(rows.values())

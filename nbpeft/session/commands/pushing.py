@@ -1,0 +1,124 @@
+"""Sharing an adapter: uploading it to the hub with a card."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.display import numbers
+from nbpeft.errors import AdapterError
+from nbpeft.session.results import PushResult
+from nbpeft.state import ENDED, TrainState
+
+if TYPE_CHECKING:
+    from nbpeft.checkpoint import CardFacts
+    from nbpeft.session.context import ModelLike, SessionContext
+    from nbpeft.session.registry import TrackedModel
+
+_REPO = re.compile(r"(?:[\w.-]+/)?[\w.-]{1,96}", re.ASCII)
+
+
+def push(
+    ctx: SessionContext,
+    repo: str,
+    *,
+    name: str | None = None,
+    model: ModelLike = None,
+    private: bool | None = None,
+    message: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> PushResult:
+    """Upload an adapter to the hub, with a card that says how it was trained and how to load it.
+
+    A repository that is there gets one more commit; a card that it has keeps its own text. The access token is that
+    of ``HF_TOKEN``, of the hub's login, or of the secrets of Colab or Kaggle.
+
+    Args:
+        repo: ``user/name``; made if need be.
+        name: the adapter; None where the model has only one.
+        model: an adapted model.
+        private: whether a new repository is private; None leaves it to the account, usually public.
+        message: of the commit.
+        revision: a branch, made if need be; None for the main one.
+        token: an access token instead of those above.
+        endpoint: address of the hub; None for ``HF_ENDPOINT``, or the usual one.
+
+    Raises:
+        AdapterError: there are several adapters and none is named, or ``repo`` is not a repository's name.
+        CheckpointError: there is no token, or the hub refused or cannot be reached.
+    """
+    from nbpeft.checkpoint import find_token
+    from nbpeft.model import files
+
+    if not isinstance(repo, str) or not _REPO.fullmatch(repo):
+        raise AdapterError(f"push needs a repository as user/name, not {repo!r:.60}")
+    tracked = ctx.models.get(model)
+    chosen = _adapter(tracked, name)
+    token = find_token(token)
+    options: dict[str, Any] = {"revision": revision, "commit_message": message}
+    with ctx.command(f"uploading {chosen!r} to {repo}", slow=True) as notes:
+        address = files.push(
+            tracked.manager,
+            repo,
+            name=chosen,
+            facts=_facts(tracked, chosen, repo),
+            private=private,
+            token=token,
+            endpoint=endpoint,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+        return PushResult(tracked.name, chosen, address, tuple(notes))
+
+
+def _adapter(tracked: TrackedModel, name: str | None) -> str:
+    """The adapter that is meant.
+
+    Raises:
+        UnknownAdapterError: there is none of that name.
+        AdapterError: there is none, or there are several and none is named.
+    """
+    names = tuple(tracked.manager.names)
+    if name is not None:
+        tracked.manager.require(name)
+        return name
+    if not names:
+        raise AdapterError(f"{tracked.name} has no adapter to push")
+    if len(names) > 1:
+        raise AdapterError(f"{tracked.name} has several adapters; say which one to push (name=…): {', '.join(names)}")
+    return names[0]
+
+
+def _facts(tracked: TrackedModel, name: str, repo: str) -> CardFacts:
+    """What the card says besides the config."""
+    from nbpeft.checkpoint import CardFacts
+    from nbpeft.display.svg import loss_svg
+
+    state = tracked.state()
+    own = sum(adapter.parameter_count for adapter in state.adapters)
+    base = f"a {state.class_name} with {numbers.count(state.parameter_count - own)} parameters"
+    train, call = tracked.training, tracked.training_call
+    if train is None or train.status not in ENDED or name not in re.split(r",\s*", train.adapter):
+        return CardFacts(repo, base)
+    known = call if call is not None and call.run_id == train.run_id else None
+    rows = [("data", known.data), ("evaluated on", known.eval_data)] if known else []
+    rows += _results(train)
+    return CardFacts(
+        repo,
+        base,
+        tuple((label, words) for label, words in rows if words),
+        known.arguments if known else {},
+        loss_svg(train) if train.history else "",
+    )
+
+
+def _results(train: TrainState) -> list[tuple[str, str]]:
+    """How a training ended, in words."""
+    total = f" of {train.total_steps:,}" if train.total_steps and train.total_steps != train.step else ""
+    rows = [("steps", f"{train.step:,}{total}"), ("time", f"{numbers.clock(train.elapsed)} (minutes:seconds)")]
+    if train.smoothed_loss is not None:
+        rows.append(("training loss at the end, smoothed", numbers.loss(train.smoothed_loss)))
+    if train.eval_loss is not None:
+        rows.append((f"evaluation loss at step {train.eval_step:,}", numbers.loss(train.eval_loss)))
+    return rows + [(name, f"{value:.4g}") for name, value in train.metrics.items()]

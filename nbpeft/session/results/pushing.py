@@ -1,0 +1,44 @@
+"""What uploading an adapter gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbpeft.display.blocks import Card, Text, card, dim, line, notes
+from nbpeft.display.models import with_notes
+from nbpeft.session.results.base import Result
+
+
+@dataclass(frozen=True, repr=False)
+class PushResult(Result):
+    """An adapter was uploaded.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        adapter: the adapter.
+        commit_url: address of the commit.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    adapter: str
+    commit_url: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        """Address of the repository."""
+        return self.commit_url.partition("/commit/")[0]
+
+    @property
+    def commit(self) -> str:
+        """The commit's hash."""
+        return self.commit_url.partition("/commit/")[2]
+
+    def __str__(self) -> str:
+        return with_notes(f"pushed {self.adapter!r} to {self.url} (commit {self.commit[:8]})", self.notes)
+
+    def view(self) -> Card:
+        """Links to the repository and the commit."""
+        links = line(Text(self.url, href=self.url), dim("· commit"), Text(self.commit[:8], href=self.commit_url))
+        return card(f"{self.adapter} · pushed", links, notes(self.notes), aside=self.model_name)

@@ -1,0 +1,78 @@
+"""What is remembered of the last training of a model, for the card of an adapter that is shared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbpeft.display.numbers import plural
+
+
+@dataclass(frozen=True)
+class TrainingCall:
+    """What a training was started with, without the data itself.
+
+    Attributes:
+        run_id: of the run.
+        data: what it learned from, in words.
+        eval_data: what it was evaluated on, in words; empty without evaluation.
+        arguments: of the training that can be written down.
+    """
+
+    run_id: str
+    data: str
+    eval_data: str
+    arguments: Mapping[str, Any] = field(repr=False, hash=False)
+
+
+def training_call(run_id: str, data: Any, eval_data: Any, arguments: Mapping[str, Any]) -> TrainingCall:
+    """Describes a training; keeps neither rows nor anything that is not a plain value.
+
+    Args:
+        run_id: of the run.
+        data: as for ``train``.
+        eval_data: as for ``train``.
+        arguments: the fields that were given.
+    """
+    plain = {name: value for name, value in arguments.items() if isinstance(value, str | int | float | bool)}
+    return TrainingCall(run_id, describe_data(data), describe_data(eval_data) if eval_data is not None else "", plain)
+
+
+def describe_data(data: Any) -> str:
+    """Where rows come from, how many there are, and their columns, as far as that can be known without reading them.
+
+    Args:
+        data: a list of rows, a dataset, a data frame, or where one is kept, of which only the last part of a path is
+            named; or how many rows are held out, as a share or a number.
+    """
+    if isinstance(data, int | float):
+        return f"{data:.0%} of the rows" if data < 1 else f"{data} of the rows"
+    if isinstance(data, str | os.PathLike):
+        text = os.fspath(data)
+        return text if _is_hub_name(text) else os.path.basename(os.path.normpath(text))
+    parts = [_name_of(data)]
+    columns = getattr(data, "column_names", None)
+    if columns is None:
+        columns = getattr(data, "columns", None)
+    if columns is None and isinstance(data, list | tuple) and data and isinstance(data[0], Mapping):
+        columns = list(data[0])
+    try:
+        parts.append(plural(len(data), "row"))
+    except TypeError:
+        parts.append("a stream of rows")
+    if columns is not None and (names := [str(name) for name in columns][:10]):
+        parts.append(f"with {', '.join(names)}")
+    return " ".join(part for part in parts if part)
+
+
+def _name_of(data: Any) -> str:
+    """The name that a dataset of the hub carries, with a colon behind it."""
+    info = getattr(data, "info", None)
+    name = getattr(info, "dataset_name", None) if info is not None and not callable(info) else None
+    return f"{name}:" if isinstance(name, str) and name else ""
+
+
+def _is_hub_name(text: str) -> bool:
+    return text.count("/") == 1 and not os.path.exists(text) and not text.startswith((".", "/", "~"))

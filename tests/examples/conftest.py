@@ -1,0 +1,1 @@
+from tests.magics.conftest import bare as bare

@@ -1,0 +1,68 @@
+"""The tasks of the tutorials: the same rows each time, and nothing held out can be known from the training rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+
+import pytest
+
+from nbpeft import examples
+from nbpeft.errors import ConfigError
+from nbpeft.examples import Row
+
+TASKS = [examples.order_codes, examples.dates, examples.filters, examples.records]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows(task: Callable[..., tuple[list[Row], list[Row]]]) -> None:
+    train, held_out = task(200, 40, seed=5)
+    assert (len(train), len(held_out)) == (200, 40)
+    assert all(row.keys() == {"prompt", "completion"} and row["completion"].startswith(" ") for row in train)
+    prompts = [row["prompt"] for row in (*train, *held_out)]
+    assert len(set(prompts)) == len(prompts), "no row twice, none both learned and held out"
+    assert task(200, 40, seed=5) == (train, held_out)
+    assert task(200, 40, seed=6)[0] != train
+
+
+def test_every_code_is_learned_and_no_held_out_pair() -> None:
+    train, held_out = examples.order_codes()
+
+    def codes(rows: list[Row]) -> list[tuple[str, str]]:
+        found = [re.fullmatch(r" ([A-Z]{2}\d\d)-\d{1,2}-([A-Z]\d)", row["completion"]) for row in rows]
+        return [(match[1], match[2]) for match in found if match]
+
+    learned, asked = codes(train), codes(held_out)
+    assert len(learned) == len(train) and len(asked) == len(held_out)
+    assert not set(learned) & set(asked), "the pairs are new"
+    for place in (0, 1):
+        assert {pair[place] for pair in asked} <= {pair[place] for pair in learned}, "their codes are not"
+
+
+def test_records_are_json_and_dates_iso() -> None:
+    for row in examples.records(50, 10)[1]:
+        record = json.loads(row["completion"])
+        assert all(str(record[key]) in row["prompt"] for key in ("name", "city", "item", "count"))
+    train, held_out = examples.dates(50, 10)
+    years = [{int(row["completion"][1:5]) for row in rows} for rows in (train, held_out)]
+    assert not years[0] & years[1]
+
+
+def test_prompted() -> None:
+    train, held_out = examples.order_codes(10, 2)
+    rows = examples.prompted(held_out, train, 3)
+    assert [row["completion"] for row in rows] == [row["completion"] for row in held_out]
+    for row, plain in zip(rows, held_out, strict=True):
+        assert row["prompt"].endswith("\n\n" + plain["prompt"])
+        assert row["prompt"].count("Order:") == 4
+        assert all(example["prompt"] + example["completion"] in row["prompt"] for example in train[:3])
+    assert examples.prompted(held_out, train, 0) == held_out
+    with pytest.raises(ConfigError, match="shots=11: there are 10 examples"):
+        examples.prompted(held_out, train, 11)
+
+
+@pytest.mark.parametrize("number", [-1, 10_000, "3", 2.5])
+def test_impossible_numbers_of_rows(number: object) -> None:
+    with pytest.raises(ConfigError, match="train is a number of rows from 0 to 5,000"):
+        examples.order_codes(number)  # type: ignore[arg-type]
