@@ -196,7 +196,7 @@ def adapter_row(adapter: AdapterState, titles: Sequence[str]) -> str:
     shown: list[Span] = [
         Text(adapter.name, "bold" if adapter.active else "", adapter.name),
         *cells,
-        Text(state, "" if adapter.trainable else "dim", state),
+        Text(state, "" if adapter.trainable or adapter.unsaved else "dim", state),
     ]
     return grid_row(zip(shown, _COLUMNS, strict=True))
 
