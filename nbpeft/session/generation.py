@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, in_one_line
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.results.comparing import Answer
 
 if TYPE_CHECKING:
@@ -260,14 +261,17 @@ def prompt_batch(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside the block; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    held = HeldInterrupts()
+    with held:
+        training = [module for module in model.modules() if module.training]
+        try:
+            if training:
+                model.eval()
+            with held.released():
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _tokens(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
