@@ -61,7 +61,8 @@ def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
 
     Args:
         adapter: the adapter.
-        with_active: say that it is active, where that is not shown otherwise.
+        with_active: say whether it is active, where that is not shown otherwise; without it there is little room,
+            so that of one that is not saved it is not said besides that it trains.
     """
     if adapter.merged:
         words = ["merged"]
@@ -71,7 +72,7 @@ def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
     else:
         words = ["inactive", "frozen"] if adapter.frozen else ["inactive"]
     if adapter.unsaved:
-        words.append("not saved")
+        words = [*(word for word in words if with_active or word not in ("trainable", "inactive")), "not saved"]
     if adapter.scale != 1.0:
         words.append(f"× {adapter.scale:g}")
     return ", ".join(words)

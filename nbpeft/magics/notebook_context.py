@@ -125,12 +125,12 @@ class NotebookContext:
             command: what is typed before the model, e.g. ``%lora plan``.
 
         Raises:
-            CellError: none is named and there are several, or no model is called that.
+            CellError: none is named and it is not clear which one is meant, or no model is called that.
             AdapterError: the model carries no adapters.
         """
         model, names = self.chosen(name), self.session.names
-        if model is None and len(names) > 1:
-            raise several_models(names, command)
+        if model is None and names and (len(names) > 1 or self.session.state.current is None):
+            raise which_model(names, command)
         found = model if is_module(model) else self.session.model(model)
         return self.session.watch(found, name=name)
 
@@ -228,9 +228,10 @@ class NotebookContext:
         return f" Models here: {', '.join(models)}." if models else " No variable holds a model yet."
 
 
-def several_models(names: Sequence[str], command: str) -> CellError:
-    """The error for a command that was not given one of several models."""
-    return CellError(f"several models: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
+def which_model(names: Sequence[str], command: str) -> CellError:
+    """The error for a command that was not given a model: the only one left is not taken for one that is gone."""
+    why = "several models" if len(names) > 1 else "the model used last is unloaded or gone"
+    return CellError(f"{why}: say which one, as in {' or '.join(f'{command} {name}' for name in names)}")
 
 
 def _is_tokenizer(value: object) -> bool:

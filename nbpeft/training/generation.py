@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, in_one_line
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.state import Answer
 
 if TYPE_CHECKING:
@@ -261,12 +262,14 @@ def evaluating(model: PeftModel) -> Iterator[None]:
 
     While a training runs in the background, the block runs between two of its steps.
     """
-    with model.manager.active_state.turn():
+    held = HeldInterrupts()
+    with model.manager.active_state.turn(), held:
         training = [module for module in model.modules() if module.training]
-        if training:
-            model.eval()
         try:
-            yield
+            if training:
+                model.eval()
+            with held.released():
+                yield
         finally:
             for module in training:
                 module.training = True

@@ -30,7 +30,7 @@ def row_head() -> str:
 
 def adapter_row(adapter: AdapterState) -> str:
     """One adapter in the table."""
-    first, *cells = adapter_cells(adapter, condition(adapter))
+    first, *cells = adapter_cells(adapter, condition(adapter, with_active=False))
     name = Text(adapter.name, "bold" if adapter.active else "", adapter.name, "cut")
     shown: list[Cell] = [(name, *first[1:]), *cells]
     return grid_row(zip(shown, _COLUMNS, strict=True))

@@ -107,3 +107,45 @@ def test_training_is_paused_resumed_and_stopped(open_notebook: Opener, pictures:
     page.run_cell(4)
     assert "orders" in page.output_text(3)
     page.screenshot(pictures / f"session-stopped-{app}.png")
+
+
+STEP = """\
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+batch = torch.tensor([row["input_ids"] for row in rows])
+model(input_ids=batch, labels=batch).loss.backward()
+optimizer.step()
+optimizer.zero_grad()
+"""
+NAMES = "print('adapters', model.manager.names, 'unsaved', sorted(model.manager.unsaved))"
+
+
+def test_what_was_trained_is_marked_and_comes_back_by_a_click(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(MODEL, ADAPT.format(name="orders"), ADAPT.format(name="sql"), PANEL, STEP, ANSWER, NAMES)
+    for cell in range(4):
+        page.run_cell(cell)
+    row = page.output(3).locator(".nbpeft-row").filter(has_text="sql")
+    expect(row).not_to_contain_text("not saved")
+    page.run_cell(4)  # a loop of one's own, which nothing was told of
+    expect(row).to_contain_text("not saved")
+    trained = answer(page, 5)
+    page.screenshot(pictures / f"session-not-saved-{app}.png")
+    row.get_by_role("button", name="delete", exact=True).click()
+    row.get_by_role("button", name="Delete?").click()
+    page.wait_for("deleted 'sql'", cell=3)
+    page.run_cell(6)
+    assert "adapters ('orders',) unsaved []" in page.output_text(6)
+    assert answer(page, 5) != trained
+    page.screenshot(pictures / f"session-deleted-{app}.png")
+    page.click("Undo", cell=3)
+    page.wait_for("'sql' is back", cell=3)
+    expect(page.button("Undo", cell=3)).to_be_hidden()
+    expect(row).to_contain_text("not saved")
+    page.run_cell(6)
+    assert "adapters ('orders', 'sql') unsaved ['sql']" in page.output_text(6)
+    assert answer(page, 5) == trained, "the same weights, bit for bit, and active again"
+    page.screenshot(pictures / f"session-undone-{app}.png")
+    row.get_by_role("button", name="save", exact=True).click()
+    page.output(3).get_by_role("button", name="Save", exact=True).click()
+    expect(row).not_to_contain_text("not saved")
+    page.run_cell(6)
+    assert "unsaved []" in page.output_text(6)

@@ -13,7 +13,7 @@ from nbpeft.display import numbers
 from nbpeft.display.blocks import Block, Text
 from nbpeft.display.html import head, to_html
 from nbpeft.display.memory import memory_bar
-from nbpeft.display.models import adapter_cells, adapter_table, model_card, model_text, modules
+from nbpeft.display.models import adapter_cells, adapter_table, condition, model_card, model_text, modules
 from nbpeft.display.training import training_card, training_text
 from nbpeft.session.results import MemoryReport
 from nbpeft.state import AdapterState, MemoryPart, MemoryState
@@ -120,6 +120,26 @@ def test_a_method_says_what_its_settings_are(item: AdapterState, text: str) -> N
     cell = adapter_cells(item)[0]
     assert isinstance(cell, tuple) and isinstance(cell[1], Text)
     assert cell[1].text == text and ("*" in text) == bool(cell[1].tooltip)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "in_panel"),
+    [
+        ({"active": True}, "active, trainable", "trainable"),
+        ({"active": True, "trainable": False, "frozen": True}, "active, frozen", "frozen"),
+        ({"active": True, "scale": 0.5}, "active, trainable, × 0.5", "trainable, × 0.5"),
+        ({"trainable": False}, "inactive", "inactive"),
+        ({"trainable": False, "frozen": True}, "inactive, frozen", "inactive, frozen"),
+        ({"active": True, "merged": True}, "merged", "merged"),
+        ({"active": True, "unsaved": True}, "active, trainable, not saved", "not saved"),
+        ({"trainable": False, "unsaved": True}, "inactive, not saved", "not saved"),
+        ({"trainable": False, "frozen": True, "unsaved": True}, "inactive, frozen, not saved", "frozen, not saved"),
+    ],
+    ids=str,
+)
+def test_the_state_of_an_adapter_in_words(changes: dict[str, object], words: str, in_panel: str) -> None:
+    state = adapter("a", **changes)
+    assert condition(state) == words and condition(state, with_active=False) == in_panel
 
 
 def test_rows_and_their_head_have_the_same_columns() -> None:

@@ -20,6 +20,8 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.model import AdapterPool, set_peft_model_state_dict
 from nbpeft.model.state_dicts import get_base_model_state_dict, set_base_model_state_dict
+from nbpeft.session import Session
+from nbpeft.session.history import PastAdapter
 
 WIDTH, WORDS = 64, 7
 IDS = torch.tensor([[0, 3, 6], [5, 2, 1]])
@@ -80,12 +82,16 @@ class Stage:
         base: the bare model.
         model: the handle on it, if it is adapted.
         pool: the pool on it, if there is one.
+        past: adapters that a session deleted or replaced before, the last one last.
+        session: what runs a command of a session, once it has begun.
     """
 
     base: nn.Module
     model: Any = None
     pool: Any = None
     returned: Any = None
+    past: tuple[PastAdapter, ...] = ()
+    session: Any = None
 
 
 def adapted(storage: str) -> Stage:
@@ -107,6 +113,32 @@ def merged(storage: str) -> Stage:
         warnings.simplefilter("ignore")
         stage.model.merge_adapter()
     return stage
+
+
+def undoable(take: Callable[[Session], object]) -> Callable[[str], Stage]:
+    """The same after a command of a session that can be undone."""
+
+    def made(storage: str) -> Stage:
+        stage = adapted(storage)
+        stage.model.manager.unsaved.add("a")
+        session = session_of(stage)
+        take(session)
+        stage.past, stage.session = session.context.history.of(stage.model.manager), None
+        return stage
+
+    return made
+
+
+def session_of(stage: Stage) -> Session:
+    """A session that knows the model and what became of its adapters before."""
+    session = Session()
+    session.watch(stage.model, name="model")
+    manager = stage.model.manager
+    with manager.transaction(quiet=True) as change:
+        for past in stage.past:
+            session.context.history.add(manager, past, change)
+    stage.session = session
+    return session
 
 
 def pooled(storage: str) -> Stage:
@@ -237,6 +269,22 @@ COMMANDS: dict[str, Command] = {
     "merge_and_unload merged": Command(
         merged, lambda s: s.model.merge_and_unload(adapter_names=["a", "b"]), unloads=True
     ),
+    "session delete": Command(adapted, lambda s: session_of(s).delete("a")),
+    "session reset": Command(adapted, lambda s: session_of(s).reset("a")),
+    "session reset copies": Command(adapted, lambda s: session_of(s).reset("whole")),
+    "session reconfigure": Command(adapted, lambda s: session_of(s).add("model", config(5), name="a")),
+    "session keep weights": Command(adapted, lambda s: session_of(s).add("model", config(2, lora_alpha=9), name="a")),
+    "session load": Command(adapted, lambda s: session_of(s).load(saved()["b"], name="a", replace=True)),
+    "session swap": Command(adapted, lambda s: session_of(s).swap(saved()["b2"], into="b", replace=True)),
+    "session combine": Command(adapted, lambda s: session_of(s).combine({"b": 1.0}, as_name="a", replace=True)),
+    "undo delete": Command(undoable(lambda session: session.delete("a")), lambda s: session_of(s).undo()),
+    "undo delete copies": Command(undoable(lambda session: session.delete("whole")), lambda s: session_of(s).undo()),
+    "undo reconfigure": Command(
+        undoable(lambda session: session.add("model", config(5), name="a")), lambda s: session_of(s).undo()
+    ),
+    "undo swap": Command(
+        undoable(lambda session: session.swap(saved()["b2"], into="b")), lambda s: session_of(s).undo()
+    ),
     "blocks": Command(adapted, _blocks),
     "block merged": Command(merged, _disable),
     "forward": Command(adapted, _train),
@@ -293,6 +341,9 @@ def state_of(stage: Stage) -> dict[str, Any]:
         state["biases"] = {name: sorted(manager.base_biases(name)) for name in manager.names}
         state["open"] = manager.active_state.scopes, len(manager.active_state._calls), manager.active_state._writer
         state["handle"] = stage.model is None or manager.owner is stage.model._token
+        state["unsaved"] = sorted(manager.unsaved)
+        past = stage.past if stage.session is None else stage.session.context.history.of(manager)
+        state["past"] = [(one.kept.name, one.did, one.kept.byte_count, one.successor is not None) for one in past]
     return state
 
 

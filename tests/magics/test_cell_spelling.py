@@ -21,7 +21,8 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
     [
         ("'a' is not active; session.use('a') switches to it", "'a' is not active; %lora use a switches to it"),
         ("they are off; session.on() brings them back", "they are off; %lora on brings them back"),
-        ("say which one is meant (model=…): a, b", "say which one is meant (model, --model): a, b"),
+        ("say which one is meant: model='a' or model='b'", "say which one is meant: --model a or --model b"),
+        ("take another name, or replace it (replace=…)", "take another name, or replace it (replace, --replace)"),
         ("error 0.1; session.merge(to=…) keeps full precision", "error 0.1; %lora merge --to DIR keeps full precision"),
         ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora on)."),
         (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
@@ -41,5 +42,5 @@ def test_what_messages_name_is_there_in_cells() -> None:
     flags = {flag for command in SUBCOMMANDS.values() for item in command.arguments for flag in item.flags}
     assert {"use", "on", "merge"} <= calls
     assert all(hasattr(Session, name) and name in SUBCOMMANDS for name in calls)
-    assert {"model", "name"} <= arguments
+    assert {"replace", "name"} <= arguments
     assert {f"--{name}" for name in arguments} <= flags

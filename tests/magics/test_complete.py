@@ -25,7 +25,7 @@ def words(before: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("before", "expected"),
     [
-        ("u", ("unfreeze", "unmerge", "unload", "use")),
+        ("u", ("undo", "unfreeze", "unmerge", "unload", "use")),
         ("use ", ("sql", "chat", "support")),
         ("use s", ("sql", "support")),
         ("use sql ", ("chat", "support")),

@@ -110,7 +110,7 @@ def test_a_variable_as_a_whole_argument(notebook: Notebook) -> None:
 
 class TestCompletion:
     def test_verbs_come_first_and_alone(self, bare: Notebook) -> None:
-        assert sorted(bare.complete("%lora un")) == ["unfreeze", "unload", "unmerge"]
+        assert sorted(bare.complete("%lora un")) == ["undo", "unfreeze", "unload", "unmerge"]
 
     def test_adapters(self, adapted: Notebook) -> None:
         assert adapted.complete("%lora use ") == ["chat", "sql"]

@@ -88,6 +88,35 @@ def test_again_it_only_reconfigures(bare: Notebook, folder: Path) -> None:
     assert other.quantized and bare["model"].get_base_model() is not base
 
 
+@pytest.mark.parametrize("word", ["", "--as model"])
+def test_training_that_is_not_saved_is_not_rebound(notebook: Notebook, folder: Path, tmp_path: Path, word: str) -> None:
+    """As in the trial: a cell for a folder took the variable, and what was trained in it was gone."""
+    notebook.do("%lora add model --name tiny r=2 target_modules=q_proj")
+    notebook["rows"] = [{"input_ids": [1, 2, 3]}] * 2
+    notebook.do("%%lora_train model --data rows\nmax_steps = 1")
+    model = notebook["model"]
+    text = cell(str(folder), f"{word} --name q", "dtype = 'bfloat16'\n")
+    line = notebook.run(text).line
+    assert "'model' holds training that is not saved ('tiny'): save it (%lora save DIR --model model)" in line
+    assert notebook["model"] is model and notebook.session.names == ("model",)
+    if word:
+        notebook.do(f"%lora save {tmp_path}/tiny")
+        notebook.do(text)
+    else:
+        notebook.do(text.replace("--name q", "--name q --replace"))
+    assert notebook["model"] is not model and notebook["model"].active_adapters == ["q"]
+
+
+def test_a_cell_that_made_the_model_goes_on_with_what_it_trained(notebook: Notebook, folder: Path) -> None:
+    text = cell(str(folder), "--as fresh --name q", "dtype = 'bfloat16'\n")
+    notebook.do(text)
+    notebook["rows"] = [{"input_ids": [1, 2, 3]}] * 2
+    notebook.do("%%lora_train fresh --data rows\nmax_steps = 1")
+    model = notebook["fresh"]
+    assert notebook.do(text).added.unchanged and notebook["fresh"].manager is model.manager
+    assert model.manager.unsaved == {"q"}
+
+
 @pytest.mark.parametrize("held", ["adapted", "bare", "a text"])
 def test_a_variable_that_nobody_named_is_not_taken(notebook: Notebook, folder: Path, held: str) -> None:
     if held == "adapted":

@@ -287,12 +287,15 @@ class TestWhichModel:
 
     def test_after_an_unload_no_other_is_merged(self, two: Notebook) -> None:
         line = two.run("%lora unload").line
-        assert "several models carry adapters: model, q4; say which one to unload (model, --model)" in line
+        assert line == "several models carry adapters; unload needs one of them: --model model or --model q4"
         two.do("%lora unload --model model")
         before = fingerprint(two["q4"])
-        for verb in ("merge", "unload", "off", "delete q", "use q", "save x", "panel", "memory", "inspect"):
+        for verb in ("merge", "unload", "off", "delete q", "use q", "save x", "memory", "inspect"):
             line = two.run(f"%lora {verb}").line
-            assert "the model used last is unloaded or gone; say which one is meant (model, --model): q4" in line
+            assert line == "the model used last is unloaded or gone; say which one is meant: --model q4"
+        for verb, named in (("plan", "plan q4"), ("panel", "panel adapters q4"), ("panel blend", "panel blend q4")):
+            line = two.run(f"%lora {verb}").line
+            assert line == f"the model used last is unloaded or gone: say which one, as in %lora {named}"
         assert fingerprint(two["q4"]) == before and two["q4"].manager.merged == ()
         assert "q4" in str(two.do("%lora"))
         two.do("%lora merge --model q4")
@@ -302,13 +305,13 @@ class TestWhichModel:
     @pytest.mark.parametrize("line", ["merge", "unmerge", "unload", "delete sql", "rename sql x", "combine sql --as x"])
     def test_of_several_it_is_said(self, two: Notebook, line: str) -> None:
         before = fingerprint(two["model"])
-        assert "say which one to" in two.run(f"%lora {line}").line
+        assert "needs one of them: --model model or --model q4" in two.run(f"%lora {line}").line
         assert fingerprint(two["model"]) == before
         two.do(f"%lora {line} --model model")
 
     def test_swapping(self, two: Notebook, tmp_path: Path) -> None:
-        two.do(f"%lora save {tmp_path} --name sql")
-        assert "say which one to swap" in two.run(f"%lora swap {tmp_path} --into sql").line
+        two.do(f"%lora save {tmp_path} --name sql --model model")
+        assert "swap needs one of them" in two.run(f"%lora swap {tmp_path} --into sql").line
         two.do(f"%lora swap {tmp_path} --into sql --model model")
 
     def test_what_a_variable_holds_goes_before_what_it_held(self, two: Notebook) -> None:
@@ -323,7 +326,7 @@ class TestWhichModel:
 
     def test_the_help_says_so(self, bare: Notebook) -> None:
         assert "may be left out where one alone carries" in " ".join(repr(bare.do("%lora merge --help")).split())
-        assert "adapted, loaded into, trained or switched last" in " ".join(repr(bare.do("%lora off --help")).split())
+        assert "may be left out where one alone carries" in " ".join(repr(bare.do("%lora panel --help")).split())
         assert "must be free or hold what this cell made before" in " ".join(repr(bare.do("%qlora --help")).split())
 
 

@@ -147,6 +147,8 @@ def test_unsaved_training_is_marked_in_its_row(panel: AdaptersPanel, session: An
     assert "not saved" not in text(panel)
     session.change("model", adapters=[adapter("orders", unsaved=True), adapter("sql", active=False)])
     assert "not saved" in text(panel) and "inactive" in text(panel)
+    session.change("model", adapters=[adapter("sql", active=False, unsaved=True)])
+    assert ">not saved<" in text(panel), "and nothing else, so that it is not cut off"
 
 
 def test_a_double_click_on_delete_deletes_nothing(panel: AdaptersPanel, session: Any) -> None:

@@ -112,8 +112,8 @@ def _refuse_rebinding(
     unsaved = notebook.session.unsaved(value)
     if unsaved:
         raise CellError(
-            f"{variable!r} holds a model whose {' and '.join(map(repr, unsaved))} was trained and is not saved: save "
-            f"it (%lora save DIR --model {variable}), say --as with another name, or --replace"
+            f"{variable!r} holds training that is not saved ({', '.join(map(repr, unsaved))}): save it (%lora save DIR "
+            f"--model {variable}), name another variable with --as, or give it up with --replace"
         )
     if named:
         return

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.errors import CellError
-from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, several_models
+from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, subcommand
 
@@ -133,7 +133,7 @@ def export(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """
     notebook.session.adopt(notebook.namespace)
     if options.model is None and len(notebook.trained) > 1:
-        raise several_models(list(notebook.trained), "%lora export SCRIPT --model")
+        raise which_model(list(notebook.trained), "%lora export SCRIPT --model")
     target = str(options.model or next(iter(notebook.trained), ""))
     cell = notebook.trained.get(target)
     if cell is None:
