@@ -249,13 +249,14 @@ def _fit(
     try:
         with _restoring(model):
             with ExitStack() as around:
-                further = [around.enter_context(part) for part in also if part is not None]
+                further: list[Any] = [around.enter_context(part) for part in also if part is not None]
                 around.enter_context(run)
                 trainer = _make_trainer(trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
                 callback = RunCallback(run)
                 for part in (*further, callback):
-                    part.trainer = trainer
+                    if isinstance(part, RunKeeper):
+                        part.trainer = trainer
                     trainer.add_callback(part)
                 metrics = _train(trainer, model, callback, options["args"])
             if keep and trainer is not None:

@@ -96,7 +96,7 @@ class RunKeeper(TrainerCallback):
         self._saved_step = -1
         self._seconds_before = 0.0
         self._evaluated = False
-        self._in_step = False
+        self._in_step = self._step_open = False
         self._random: dict[str, Any] = {}
         self._next = float("inf")
 
@@ -132,13 +132,17 @@ class RunKeeper(TrainerCallback):
         elif self._next == float("inf"):
             self._next = self._clock() + SHORTEST
 
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """From here on random numbers are drawn for a step that is not done, until it has ended."""
+        self._step_open = True
+
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """From here on the weights belong to no step, until the step has ended."""
         self._in_step = True
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Remembers the random numbers that belong to the step."""
-        self._in_step = False
+        self._in_step = self._step_open = False
         self._random = random_states()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -151,7 +155,7 @@ class RunKeeper(TrainerCallback):
 
     def after_step(self) -> None:
         """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
-        if self.folder is None:
+        if self.folder is None or self._step_open:  # stopped inside a step: that is kept when the run ends
             return
         self._random = random_states()
         saved = self._saved_step == self.trainer.state.global_step
@@ -255,10 +259,13 @@ class RunKeeper(TrainerCallback):
 
     def _adapter_settings(self) -> dict[str, Any]:
         config = self._model.peft_config[trained_names(self._model)[0]]
+        found = getattr(config, "target_modules", None)
+        targets = [path.rpartition(".")[2] for path in found] if isinstance(found, list | set | tuple) else found
         usual = {item.name: item.default for item in dataclasses.fields(config)}
+        fields = config.to_dict() | ({"target_modules": sorted(set(targets))} if isinstance(targets, list) else {})
         return {
             name: value
-            for name, value in config.to_dict().items()
+            for name, value in fields.items()
             if name in _MAIN_FIELDS or (value and value != usual.get(name) and name not in _BOOKKEEPING)
         }
 
