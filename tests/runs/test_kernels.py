@@ -44,12 +44,7 @@ class Kernel:
     """A kernel of its own process, in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "NBPEFT_RUNS": str(folder / "runs"),
-            "OMP_NUM_THREADS": "1",
-        }
+        own = {"PYTHONPATH": str(ROOT), "NBPEFT_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1"}
         self.manager = KernelManager()
         self.manager.start_kernel(cwd=str(folder), env={**os.environ, **own})
         self.client: Any = self.manager.client()
