@@ -171,8 +171,12 @@ def test_a_tracker_that_is_not_installed_is_one_line(
     assert told in bare.run(f"{CELL}\nreport_to = '{name}'").line
 
 
-def test_completion_offers_the_columns(bare: Notebook) -> None:
+def test_completion_offers_columns_and_runs(bare: Notebook) -> None:
     assert "loss" in bare.complete("%lora runs --sort l")
+    prepare(bare).do(CELL)
+    assert [bare.complete(line) for line in ("%lora resume s", "%lora runs sql", "%lora runs --delete s")] == [
+        ["sql-1"]
+    ] * 3
     assert {"runs", "resume"} <= set(bare.complete("%lora r"))
 
 
