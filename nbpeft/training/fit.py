@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
-from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.model_tree import embedding_of, manager_of
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
@@ -227,6 +227,9 @@ def _keeper(
 ) -> RunKeeper | None:
     """What keeps the run on disk, if it is to be kept."""
     if place is None:
+        return None
+    if manager_of(model) is None:
+        run.note("runs of models that another library adapted are not kept on disk")
         return None
     chosen = RunPlace.of(place)
     if chosen.name is not None:

@@ -283,10 +283,11 @@ class RunKeeper(TrainerCallback):
         try:
             yield
         except (CheckpointError, OSError) as error:
+            since = "" if self.folder is None else " from here on"
             if self.folder is not None:
                 self.folder.close()
                 self.folder = None
-            self._run.note(f"this run is not kept on disk from here on: {in_one_line(error)}")
+            self._run.note(f"this run is not kept on disk{since}: {in_one_line(error)}")
 
 
 def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:

@@ -142,6 +142,31 @@ def test_a_run_that_had_finished_gives_its_adapter_back(straight: Any, tmp_path:
         session_in(tmp_path).resume(model=result.model)
 
 
+def test_what_another_run_trained_is_not_overwritten(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    end = session.on_run(lambda run, name: when_noted(run, 4, run.control.request_stop))
+    session.train(model, rows(), **ARGUMENTS)
+    end()
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 2})
+    before = everything(model)
+    told = "'sql' was trained by run sql-2 since, which run sql-1 would undo: rename or delete it first"
+    with pytest.raises(AdapterError, match=told):
+        session.resume("sql-1", model=model, data=rows())
+    assert same_state(everything(model), before)
+    session.rename("sql", "later")
+    assert session.resume("sql-1", model=model, data=rows()).training.steps == 14
+    assert model.manager.names == ("later", "sql") and same_state(weights(model, "later"), before_of(before, "sql"))
+
+
+def before_of(everything_then: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
+    """Weights of an adapter that is called ``later`` now, as they were."""
+    return {
+        path.replace(f".{name}.", ".later."): value
+        for path, value in everything_then["weights"].items()
+        if f".{name}." in path
+    }
+
+
 def test_objects_of_the_run_have_to_be_given_again(tmp_path: Path) -> None:
     assert train_and_die(tmp_path, 3, callbacks=[Mine()])
     with pytest.raises(TrainingError, match=r"objects that no file holds; give them again: callbacks=…"):

@@ -182,6 +182,12 @@ def _put_back(
                 "to have the adapter of the run back"
             )
         _check_config(record, name, manager.configs[name])
+        tracked = ctx.find_adapted(model, variable)
+        steps, last = tracked.steps_of((name,))
+        if steps and last != record.name:
+            trained = f"run {last}" if last else "another run"
+            told = f"{name!r} was trained by {trained} since, which run {record.name} would undo"
+            raise AdapterError(f"{told}: rename or delete it first")
     for name, place in places.items():
         if name not in present:
             model = load(ctx, place, name=name, model=model, variable=variable, trainable=True).model
