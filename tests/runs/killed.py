@@ -58,15 +58,16 @@ def train_and_die(place: Path, step: int, prepare: Callable[[], object] = lambda
 
 def when_noted(run: Run, step: int, act: Callable[[], object]) -> None:
     """Does something once, when the loss of a step was noted."""
-    record = run.record
+    record: Any = run.record
 
     def recording(at: int, **values: Any) -> None:
         record(at, **values)
         if at >= step and "loss" in values:
-            run.record = record  # type: ignore[method-assign]
+            watched.record = record
             act()
 
-    run.record = recording  # type: ignore[method-assign]
+    watched: Any = run
+    watched.record = recording
 
 
 def unbroken(place: Path, **arguments: Any) -> tuple[Any, dict[str, torch.Tensor]]:

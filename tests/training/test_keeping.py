@@ -257,7 +257,7 @@ def test_samples_and_values_over_time_are_readable(place: Path) -> None:
 
 
 def test_other_rows_are_told_from_those_of_then() -> None:
-    rows = [{"input_ids": [1, 2]}, {"input_ids": torch.tensor([3])}]
+    rows: list[dict[str, Any]] = [{"input_ids": [1, 2]}, {"input_ids": torch.tensor([3])}]
     mark = keeping.mark_of_rows(rows, rows[:1])
     keeping.check_rows_are_those("sql-1", mark, keeping.mark_of_rows([dict(row) for row in rows], rows[:1]))
     for now, told in (
