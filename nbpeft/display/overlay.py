@@ -65,7 +65,7 @@ def overlay_chart(curves: Sequence[LabelledCurves]) -> str:
         parts.append(_line([place(*point) for point in evaluated], colour, "1.5", "5 4"))
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
-            for x, y in (place(*point) for point in evaluated)
+            for x, y in (place(*point) for point in (*evaluated, *(losses if len(losses) == 1 else ())))
         ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '

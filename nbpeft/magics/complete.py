@@ -45,6 +45,7 @@ class CompletionSources:
         models: variables that hold models.
         adapters: adapters of the models.
         variables: other variables of the notebook.
+        runs: trainings that are kept on disk.
         methods: names of the methods.
         combinations: adapters that are combined -> the ways to combine them.
         fields: kind of fields (``config``, ``training``) -> their names.
@@ -53,6 +54,7 @@ class CompletionSources:
     models: Source = tuple
     adapters: Source = tuple
     variables: Source = tuple
+    runs: Source = tuple
     methods: Source = tuple
     combinations: Callable[[Sequence[str]], Iterable[str]] = lambda adapters: ()
     fields: Mapping[str, FieldSource] = field(default_factory=dict)
@@ -151,6 +153,7 @@ def _values(item: Argument, fragment: str, words: Sequence[Word], sources: Compl
         "model": sources.models,
         "adapter": sources.adapters,
         "variable": sources.variables,
+        "run": sources.runs,
         "method": sources.methods,
         "combination": lambda: sources.combinations([word.text.partition("=")[0] for word in words]),
         "weight": lambda: [f"{name}=" for name in sources.adapters()],

@@ -162,6 +162,7 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         models=lambda: magics.notebook.model_names(),
         adapters=adapters,
         variables=variables,
+        runs=magics.session.run_names,
         methods=magics.session.method_names,
         combinations=magics.session.combination_types,
         fields={

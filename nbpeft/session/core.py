@@ -28,6 +28,7 @@ from nbpeft.session.commands import (
     undoing,
 )
 from nbpeft.session.commands import runs as run_commands
+from nbpeft.session.commands.training import run_place
 from nbpeft.session.configs import DEFAULT_METHOD, combination_types, field_names, method_names
 from nbpeft.session.context import SessionContext
 from nbpeft.session.handles import is_handle, is_live, uncompiled
@@ -260,6 +261,11 @@ class Session:
     def method_names(self) -> tuple[str, ...]:
         """Names of the methods, for completion; none while torch is not imported."""
         return method_names() if "torch" in sys.modules else ()
+
+    def run_names(self) -> tuple[str, ...]:
+        """Names of the runs on disk, for completion; none while torch is not imported."""
+        place = run_place(self.context) if "torch" in sys.modules else None
+        return () if place is None else tuple(record.name for record in place.store.records())
 
     def combination_types(self, adapters: Iterable[str] = ()) -> tuple[str, ...]:
         """Ways to combine adapters, for completion: of those of the names that are adapters, else of LoRA."""

@@ -266,6 +266,9 @@ def _keeper(
     """What keeps the run on disk, if it is to be kept."""
     if place is None:
         return None
+    if manager_of(model) is None:
+        run.note("runs of models that another library adapted are not kept on disk")
+        return None
     chosen = RunPlace.of(place)
     if chosen.name is not None:
         check_rows_are_those(chosen.name, chosen.store.find(chosen.name).facts().get("data", {}), data)

@@ -2,7 +2,7 @@
 
 A state is the adapter in training with its optimizer, scheduler and random numbers, never the base. The
 first one is written before the first step, the next after some seconds, and from then on as often as
-costs at most two per cent of the time. Stop, an interruption and a failure write a last one.
+costs less than two per cent of the time. Stop, an interruption and a failure write a last one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from nbpeft.training.adapted import trained_names
 from nbpeft.training.checkpoints import put_checkpoint
 from nbpeft.training.run import Run
 
-SHARE = 0.02
-"""Of the time, that writing states may take."""
+SHARE = 0.015
+"""Of the time, that writing states may take; noting each step takes less than half a millisecond."""
 SHORTEST = 10.0
 """Seconds from one state to the next, at least."""
 _MOST_STATES = 2
@@ -96,7 +96,7 @@ class RunKeeper(TrainerCallback):
         self._saved_step = -1
         self._seconds_before = 0.0
         self._evaluated = False
-        self._in_step = False
+        self._in_step = self._step_open = False
         self._random: dict[str, Any] = {}
         self._next = float("inf")
 
@@ -132,13 +132,17 @@ class RunKeeper(TrainerCallback):
         elif self._next == float("inf"):
             self._next = self._clock() + SHORTEST
 
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """From here on random numbers are drawn for a step that is not done, until it has ended."""
+        self._step_open = True
+
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """From here on the weights belong to no step, until the step has ended."""
         self._in_step = True
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Remembers the random numbers that belong to the step."""
-        self._in_step = False
+        self._in_step = self._step_open = False
         self._random = random_state()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -151,11 +155,12 @@ class RunKeeper(TrainerCallback):
 
     def after_step(self) -> None:
         """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
-        if self.folder is None:
+        if self.folder is None or self._step_open:  # stopped inside a step: that is kept when the run ends
             return
-        self._random = random_state()
+        if self._evaluated:  # which draws random numbers
+            self._random = random_state()
         saved = self._saved_step == self.trainer.state.global_step
-        if self._evaluated if saved else self._clock() >= self._next:  # an evaluation draws random numbers
+        if self._evaluated if saved else self._clock() >= self._next:
             with self._noting():
                 self._save()
 
@@ -247,7 +252,7 @@ class RunKeeper(TrainerCallback):
 
     def _seconds(self) -> float:
         """Time spent on the run, without pauses, in all processes that it went on in."""
-        return round(self._seconds_before + self._run.state.elapsed, 3)
+        return round(self._seconds_before + self._run.elapsed, 3)
 
     def _own_settings(self) -> dict[str, Any]:
         own = {"rows": self._data.get("rows"), "starts from": self._run.starts_from}
@@ -255,10 +260,13 @@ class RunKeeper(TrainerCallback):
 
     def _adapter_settings(self) -> dict[str, Any]:
         config = self._model.peft_config[trained_names(self._model)[0]]
+        found = getattr(config, "target_modules", None)
+        targets = [path.rpartition(".")[2] for path in found] if isinstance(found, list | set | tuple) else found
         usual = {item.name: item.default for item in dataclasses.fields(config)}
+        fields = config.to_dict() | ({"target_modules": sorted(set(targets))} if isinstance(targets, list) else {})
         return {
             name: value
-            for name, value in config.to_dict().items()
+            for name, value in fields.items()
             if name in _MAIN_FIELDS or (value and value != usual.get(name) and name not in _BOOKKEEPING)
         }
 
@@ -275,10 +283,11 @@ class RunKeeper(TrainerCallback):
         try:
             yield
         except (CheckpointError, OSError) as error:
+            since = "" if self.folder is None else " from here on"
             if self.folder is not None:
                 self.folder.close()
                 self.folder = None
-            self._run.note(f"this run is not kept on disk from here on: {in_one_line(error)}")
+            self._run.note(f"this run is not kept on disk{since}: {in_one_line(error)}")
 
 
 def mark_of_rows(rows: Any, eval_rows: Any = None) -> dict[str, Any]:

@@ -395,6 +395,12 @@ class Run:
         return " · ".join([f"stopped at step {self._record.step}{reason}", *self._notes])
 
     @property
+    def elapsed(self) -> float:
+        """Seconds since the start, without pauses."""
+        with self._lock:
+            return self._elapsed()
+
+    @property
     def token_count(self) -> int:
         """Input tokens seen so far."""
         with self._lock:

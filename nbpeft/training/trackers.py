@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import netrc
 import os
@@ -108,7 +109,8 @@ class TrackCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Writes the numbers: ``train/loss``, ``eval/loss`` and others."""
-        numbers = {name: value for name, value in rewrite_logs(logs or {}).items() if isinstance(value, int | float)}
+        renamed: dict[str, Any] = rewrite_logs(logs or {})  # type: ignore[no-untyped-call]
+        numbers = {name: value for name, value in renamed.items() if isinstance(value, int | float)}
         for tracker in self._open:
             tracker.log(numbers, state.global_step)
 
@@ -122,12 +124,10 @@ class TrackCallback(TrainerCallback):
 
 class _TensorBoard:
     def __init__(self, run_name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            from tensorboardX import SummaryWriter
+        home = "torch.utils.tensorboard" if find_spec("tensorboard") is not None else "tensorboardX"
         chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
-        self._writer = SummaryWriter(str(Path(chosen, run_name) if chosen else folder / "tensorboard"))
+        place = Path(chosen, run_name) if chosen else folder / "tensorboard"
+        self._writer: Any = importlib.import_module(home).SummaryWriter(str(place))
         self._writer.add_text("settings", "\n".join(f"    {name} = {value}" for name, value in settings.items()))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -141,8 +141,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, run_name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         project = os.environ.get("WANDB_PROJECT") or PROJECT
         self._run = wandb.init(
@@ -174,11 +173,11 @@ def _has_wandb_key() -> bool:
 
 class _Trackio:
     def __init__(self, run_name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        import trackio
-
-        self._trackio = trackio
+        self._trackio: Any = importlib.import_module("trackio")
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-        self._run = trackio.init(project=project, name=run_name, config=dict(settings), resume="allow", embed=False)
+        self._run = self._trackio.init(
+            project=project, name=run_name, config=dict(settings), resume="allow", embed=False
+        )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from nbpeft.training import keeping
 from tests.char_tokenizer import CharTokenizer
-from tests.faults.killing import forked
+from tests.faults.killing import die, forked
 from tests.magics.notebook import Notebook
-from tests.runs.killed import die_when
+from tests.runs.killed import when_noted
 from tests.tiny_models import llama
 
 CELL = """%%lora_train model --data data['train'] --eval data["held out"] --tokenizer tok --max-length 12
@@ -48,7 +48,7 @@ def killed(step: int, cell: str = CELL) -> None:
     def act() -> None:
         keeping.SHORTEST, keeping.SHARE = 0.0, 1e9
         notebook = prepare(Notebook())
-        notebook.session.on_run(lambda run, name: die_when(run, step))
+        notebook.session.on_run(lambda run, name: when_noted(run, step, die))
         notebook.run(cell)
 
     assert forked(act)
@@ -171,26 +171,19 @@ def test_a_tracker_that_is_not_installed_is_one_line(
     assert told in bare.run(f"{CELL}\nreport_to = '{name}'").line
 
 
-def test_completion_offers_the_columns(bare: Notebook) -> None:
+def test_completion_offers_columns_and_runs(bare: Notebook) -> None:
     assert "loss" in bare.complete("%lora runs --sort l")
+    prepare(bare).do(CELL)
+    assert [bare.complete(line) for line in ("%lora resume s", "%lora runs sql", "%lora runs --delete s")] == [
+        ["sql-1"]
+    ] * 3
     assert {"runs", "resume"} <= set(bare.complete("%lora r"))
 
 
 def test_an_interrupted_cell_can_go_on(bare: Notebook) -> None:
     prepare(bare)
-    done: list[Any] = []
-
-    def interrupt(run: Any, name: str) -> None:
-        record = run.record
-
-        def recording(step: int, **values: Any) -> None:
-            record(step, **values)
-            if step == 3 and "loss" in values and not done:
-                done.append(os.kill(os.getpid(), signal.SIGINT))
-
-        run.record = recording
-
-    end = bare.session.on_run(interrupt)
+    interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    end = bare.session.on_run(lambda run, name: when_noted(run, 3, interrupt))
     bare.run(CELL)
     end()
     assert [record.status for record in bare.do("%lora runs").records] == ["stopped"]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from nbpeft.session import Session
 from nbpeft.training import Run
-from tests.faults.killing import forked
+from tests.faults.killing import die, forked
 from tests.tiny_models import llama
 from tests.training.support import token_rows, weights
 
@@ -47,39 +44,30 @@ def rows() -> list[dict[str, Any]]:
     return token_rows(24)
 
 
-class DiesAt(TrainerCallback):
-    """Ends the process after an optimizer step, as ``kill -9`` does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train_and_die(place: Path, step: int, prepare: Callable[[], object] = lambda: None, **arguments: Any) -> bool:
     """Trains in a forked process that dies after a step. Returns whether it was killed."""
 
     def act() -> None:
         prepare()
         session, model = adapted_session(place)
-        session.on_run(lambda run, name: die_when(run, step))
+        session.on_run(lambda run, name: when_noted(run, step, die))
         session.train(model, rows(), **ARGUMENTS | arguments)
 
     return forked(act)
 
 
-def die_when(run: Run, step: int) -> None:
-    """Lets a run end its process when a step was noted."""
-    record = run.record
+def when_noted(run: Run, step: int, act: Callable[[], object]) -> None:
+    """Does something once, when the loss of a step was noted."""
+    record: Any = run.record
 
-    def dying(at: int, **values: Any) -> None:
+    def recording(at: int, **values: Any) -> None:
         record(at, **values)
         if at >= step and "loss" in values:
-            os.kill(os.getpid(), signal.SIGKILL)
+            watched.record = record
+            act()
 
-    run.record = dying  # type: ignore[method-assign]
+    watched: Any = run
+    watched.record = recording
 
 
 def unbroken(place: Path, **arguments: Any) -> tuple[Any, dict[str, torch.Tensor]]:

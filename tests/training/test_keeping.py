@@ -137,7 +137,7 @@ def test_how_often_follows_from_what_a_state_costs(place: Path, monkeypatch: pyt
     steps = EachStep(lambda step: clock.advance(5.0))
     train(trainable(), token_rows(), run_dir=place, callbacks=[steps], **QUICK | {"max_steps": 30})
     times = [when for step, when in written[:-1]]  # the last is written when the run ends
-    assert times[0] == 0.0 and all(25.0 <= later - earlier <= 31.0 for earlier, later in itertools.pairwise(times))
+    assert times[0] == 0.0 and all(33.3 <= later - earlier <= 40.0 for earlier, later in itertools.pairwise(times))
     written.clear()
     cost[0] = 0.001
     train(trainable(), token_rows(), run_dir=place, callbacks=[steps], **QUICK | {"max_steps": 30})
@@ -205,9 +205,7 @@ def test_where_nothing_can_be_written_training_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = train(trainable(), token_rows(), run_dir=tmp_path / "file" / "runs", **QUICK)
     assert (result.status, result.steps, result.state.folder) == ("finished", 6, "")
-    assert (
-        result.message.startswith("this run is not kept on disk from here on: ") and result.message.count("kept") == 1
-    )
+    assert result.message.startswith("this run is not kept on disk: ") and result.message.count("kept") == 1
 
 
 def test_a_disk_that_fills_ends_the_keeping_alone(place: Path, often: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +218,7 @@ def test_a_disk_that_fills_ends_the_keeping_alone(place: Path, often: None, monk
 
     monkeypatch.setattr(keeping, "put_checkpoint", full)
     result = train(trainable(), token_rows(), run_dir=place, **QUICK)
-    assert (result.status, result.steps) == ("finished", 6) and "No space left" in result.message
+    assert (result.status, result.steps) == ("finished", 6) and "on disk from here on: " in result.message
     record = the_run(place)
     assert (record.status, record.kept_steps) == ("crashed", (2, 1))  # what it can go on from
 
@@ -259,7 +257,7 @@ def test_samples_and_values_over_time_are_readable(place: Path) -> None:
 
 
 def test_other_rows_are_told_from_those_of_then() -> None:
-    rows = [{"input_ids": [1, 2]}, {"input_ids": torch.tensor([3])}]
+    rows: list[dict[str, Any]] = [{"input_ids": [1, 2]}, {"input_ids": torch.tensor([3])}]
     mark = keeping.mark_of_rows(rows, rows[:1])
     keeping.check_rows_are_those("sql-1", mark, keeping.mark_of_rows([dict(row) for row in rows], rows[:1]))
     for now, told in (

@@ -66,7 +66,7 @@ def wandb_records(data: bytes, block: int = 32_768) -> Iterator[bytes]:
             parts = b""
 
 
-def losses(result: Any) -> list[float]:
+def losses(result: Any) -> list[Any]:
     return [pytest.approx(value, rel=1e-6) for _, value in result.state.history]
 
 

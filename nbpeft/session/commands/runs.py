@@ -96,6 +96,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
 
 def resume(
     ctx: SessionContext,
+    /,
     run: str | None = None,
     *,
     model: ModelLike = None,
@@ -124,6 +125,7 @@ def resume(
         BaseMismatchError: the model is another one than that of the run.
         TrainingError: the rows are other ones, or something of the run has to be given again.
     """
+    from nbpeft.runs.store import RunPlace
     from nbpeft.training.checkpoints import last_whole
 
     record, facts = kept_run(ctx, run)
@@ -147,8 +149,6 @@ def resume(
         if record.status != "finished":
             with ExitStack() as undo:
                 undo.push(_taken_off_unless_learned(tracked, names, present))
-                place = run_place(ctx, record.model)
-                assert place is not None
                 result = train_tracked(
                     ctx,
                     tracked,
@@ -157,7 +157,7 @@ def resume(
                     replaced=present,
                     tokenizer=tokenizer,
                     adapter=names[0] if len(names) == 1 else None,
-                    run_dir=type(place)(place.store, record.name, record.model),
+                    run_dir=RunPlace(_store(ctx), record.name, record.model),
                     resume_from_checkpoint=str(state),
                     **given,
                 )
@@ -182,6 +182,12 @@ def _put_back(
                 "to have the adapter of the run back"
             )
         _check_config(record, name, manager.configs[name])
+        tracked = ctx.find_adapted(model, variable)
+        steps, last = tracked.steps_of((name,))
+        if steps and last != record.name:
+            trained = f"run {last}" if last else "another run"
+            told = f"{name!r} was trained by {trained} since, which run {record.name} would undo"
+            raise AdapterError(f"{told}: rename or delete it first")
     for name, place in places.items():
         if name not in present:
             model = load(ctx, place, name=name, model=model, variable=variable, trainable=True).model

@@ -17,9 +17,9 @@ from nbpeft.state import Curve
 from nbpeft.training.result import TrainResult
 
 SORTS = ("time", "name", "status", "steps", "loss", "eval", "best", "seconds")
-_HEAD = ("Run", "Status", "Steps", "Loss", "Eval loss", "Best", "Time", "Started", "Settings that differ")
-_RIGHT = (2, 3, 4, 5, 6)
-_MOST_SETTINGS = 6
+_HEAD = ("Run", "Status", "Steps", "Loss", "Eval loss", "Settings that differ")
+_RIGHT = (2, 3, 4)
+_MOST_SETTINGS = 4
 _LONGEST_VALUE = 40
 _TONES: Mapping[str, Any] = {"failed": "error", "crashed": "warning", "stopped": "warning", "running": "accent"}
 
@@ -87,14 +87,11 @@ class RunsResult(Result):
         settings = differing(self.records)
         return [
             (
-                (Text(record.name, "bold", tooltip=record.path, wrap="names"), dim(_of_model(record))),
+                (Text(record.name, "bold", tooltip=record.path, wrap="names"), dim(_origin(record))),
                 Text(record.status, _TONES.get(record.status, ""), tooltip=record.message),
-                f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""),
+                (f"{record.step:,}" + (f" / {record.total_steps:,}" if record.total_steps else ""), dim(_took(record))),
                 loss(record.loss),
-                loss(record.eval_loss),
-                loss(record.best_loss) + (f" @ {record.best_step:,}" if record.best_step is not None else ""),
-                clock(record.seconds),
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started)),
+                (loss(record.eval_loss), dim(_best(record))),
                 _settings_words(settings, place),
             )
             for place, record in enumerate(self.records)
@@ -189,8 +186,21 @@ class ResumeResult(ModelResult):
         return Stack((line(dim(f"run {self.run} went on from step {self.step:,}")), self.training.view()))
 
 
-def _of_model(record: RunRecord) -> str:
-    return f"{record.adapter} on {record.model}" if record.model else record.adapter
+def _origin(record: RunRecord) -> str:
+    """When it began and, where its name does not say it, what it trained."""
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started))
+    return started if record.name.startswith(f"{record.adapter}-") else f"{record.adapter}, {started}"
+
+
+def _took(record: RunRecord) -> str:
+    return f"in {clock(record.seconds)}"
+
+
+def _best(record: RunRecord) -> str:
+    """The best evaluation, unless that is the last one."""
+    if record.best_loss is None or record.best_loss == record.eval_loss:
+        return ""
+    return f"best {loss(record.best_loss)}" + (f" at step {record.best_step:,}" if record.best_step is not None else "")
 
 
 def _settings_words(settings: Mapping[str, tuple[Any, ...]], place: int) -> Text:
@@ -214,7 +224,7 @@ def _value_words(value: Any) -> str:
 
 def _flat(cell: Any) -> str:
     spans = cell if isinstance(cell, tuple) else (cell,)
-    return " ".join(span if isinstance(span, str) else span.text for span in spans)
+    return " ".join(text for text in (span if isinstance(span, str) else span.text for span in spans) if text)
 
 
 def _fields(record: RunRecord) -> dict[str, Any]:
