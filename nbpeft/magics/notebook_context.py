@@ -154,10 +154,10 @@ class NotebookContext:
             if not _is_tokenizer(found):
                 there = [key for key, value in self.namespace.items() if key[:1] != "_" and _is_tokenizer(value)]
                 instead = f" Tokenizers here: {', '.join(there)}." if there else ""
-                kind = f"{'an adapted model' if is_handle(found) else 'a model'}" if is_module(found) else ""
-                raise CellError(
-                    f"--tokenizer: {name!r:.60} does not hold a tokenizer, but {kind or with_article(found)}.{instead}"
+                what = (
+                    "an adapted model" if is_handle(found) else "a model" if is_module(found) else with_article(found)
                 )
+                raise CellError(f"--tokenizer: {name!r:.60} does not hold a tokenizer, but {what}.{instead}")
             return found
         for usual in _TOKENIZER_NAMES:
             if _is_tokenizer(found := self.namespace.get(usual)):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c" * 40
 
@@ -31,6 +31,11 @@ class Hub:
         self.tokens: set[str] = set()
         self.broken = False
         self.endpoint = ""
+
+
+def listing(name: str, content: bytes) -> dict[str, Any]:
+    """A file as the hub lists it."""
+    return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,6 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.note()
         if self.hub.broken:
             return self.reply(503)
+        if path.startswith("/api/datasets/"):
+            return self.describe(path.removeprefix("/api/"))
         if "/resolve/" not in path:
             return self.reply(404)
         repo, _, rest = path.lstrip("/").partition("/resolve/")
@@ -82,6 +89,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         etag = hashlib.sha1(content).hexdigest()
         return self.reply(200, content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+
+    def describe(self, path: str) -> None:
+        """A dataset, or the list of its files."""
+        repo, what = "/".join(path.split("/")[:3]), path.split("/")[3:]
+        if repo not in self.hub.files:
+            return self.reply(404, X_Error_Code="RepoNotFound")
+        files = [listing(name, content) for name, content in self.hub.files[repo].items()]
+        if what[:1] == ["tree"]:
+            return self.reply_json(files if len(what) == 2 else [])
+        name = repo.partition("/")[2]
+        siblings = [{"rfilename": file["path"]} for file in files]
+        return self.reply_json({"id": name, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []})
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -104,6 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply_json({"url": f"{self.hub.endpoint}/{name}", "name": name})
         if path == "/api/validate-yaml":
             return self.reply_json({"errors": [], "warnings": []})
+        if "/paths-info/" in path:
+            content = self.hub.files["/".join(path.split("/")[2:5])]
+            names = parse_qs(body.decode()).get("paths") or json.loads(body)["paths"]
+            return self.reply_json([listing(name, content[name]) for name in names if name in content])
         repo = "/".join(path.split("/")[3:5])
         if "/preupload/" in path:
             files = [
