@@ -248,8 +248,9 @@ def _(block: blocks.Histogram) -> str:
         f'<div role="img" aria-label="{escape(histogram_words(block))}" style="display:flex;align-items:flex-end;'
         f'gap:1px;height:{_HISTOGRAM}px;margin-top:8px">{bars}</div>'
         f'<div style="height:1px;background:{palette.LIMIT}"></div>{_limit_mark(block.limit_label, share)}'
-        f'<div style="display:flex;justify-content:space-between;{faint}"><span>{block.bins[0][0]}</span>'
-        f"<span>{escape(f'{block.size_noun}s per {block.noun}; the tallest bar is {plural(most, block.noun)}')}</span>"
+        f'<div style="display:flex;justify-content:space-between;gap:12px;text-align:center;{faint}">'
+        f"<span>{block.bins[0][0]}</span>"
+        f"<span>{escape(f'{block.size_noun}s per {block.noun}, the tallest bar is {plural(most, block.noun)}')}</span>"
         f"<span>{count(block.bins[-1][1])}</span></div>"
     )
 
