@@ -16,11 +16,9 @@ from nbpeft.session import Session
 from nbpeft.session.handles import is_handle, is_module
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_NAMES_DATA = re.compile(
-    rf"[^\[\]()]+(?:{'|'.join(map(re.escape, DATA_SUFFIXES))})(?:\[[^\]]*\])?"
-    r"|[\w.-]+/[\w.-]+(?::[\w.-]+){0,2}(?:\[[^\]]*\])?"
-)
-"""A file, or ``user/name:config:split[:1000]``."""
+_FILE = re.compile(rf"(?i)([^\[\]()]+)\.({'|'.join(suffix[1:] for suffix in DATA_SUFFIXES)})(?:\[[^\]]*\])?")
+_HUB_NAME = re.compile(r"([\w.-]+)/([\w.-]+)(?::[\w.-]+){0,2}(?:\[[^\]]*\])?")
+"""``user/name:config:split[:1000]``."""
 _TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
 
 
@@ -133,9 +131,12 @@ class NotebookContext:
         Raises:
             CellError: it is a variable that is not there, or an expression that cannot be evaluated.
         """
-        first = re.match(r"\w*", text)
-        known = first is not None and first[0] in self.namespace
-        if os.path.exists(text) or (not known and _NAMES_DATA.fullmatch(text)):
+        names = self.namespace
+        if (found := _FILE.fullmatch(text)) and not hasattr(names.get(found[1]), found[2]):
+            return text
+        if (found := _HUB_NAME.fullmatch(text)) and not (found[1] in names and found[2] in names):
+            return text
+        if text.startswith(("./", "../", "/", "~")) or (text not in names and os.path.exists(text)):
             return text
         return self.value(text, option)
 
