@@ -92,9 +92,10 @@ def test_data_shows_what_a_cell_would_read(ready: Notebook) -> None:
     )
 
 
-def test_what_is_shown_is_plain_html_of_bounded_size(ready: Notebook) -> None:
-    ready["rows"] = [{"prompt": "<script>alert(1)</script> & ", "completion": "word " * 5000}] * 30
-    result = ready.do("%lora data rows")
+@pytest.mark.parametrize("rows", [3, 30])
+def test_what_is_shown_is_plain_html_of_bounded_size(ready: Notebook, rows: int) -> None:
+    ready["rows"] = [{"prompt": "<script>alert(1)</script> & ", "completion": "word " * 600}] * 30
+    result = ready.do(f"%lora data rows --rows {rows}")
     html = HTML(result._repr_html_()).data
     assert "<script" not in html and "&lt;script&gt;" in html
     assert len(html) < 50_000
