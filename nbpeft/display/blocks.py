@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from nbpeft.display.numbers import plural
 from nbpeft.state import Curve, MemoryPart, TrainState
 
 Tone = Literal["", "bold", "dim", "accent", "success", "error", "warning", "code"]
@@ -216,6 +217,16 @@ class Histogram:
     limit_label: str = ""
     size_noun: str = "token"
     noun: str = "row"
+
+    @property
+    def most(self) -> int:
+        """How many things are in the fullest bin, and at least 1."""
+        return max([1, *(number for *_, number in self.bins)])
+
+    @property
+    def caption(self) -> str:
+        """What the axes are."""
+        return f"{self.size_noun}s per {self.noun}, the tallest bar is {plural(self.most, self.noun)}"
 
 
 @dataclass(frozen=True)

@@ -280,8 +280,7 @@ def _heat(cell: tuple[float, str] | None) -> str:
 
 @to_html.register
 def _(block: blocks.Histogram) -> str:
-    most = max((number for *_, number in block.bins), default=0) or 1
-    bars = "".join(_histogram_bar(block, edges, most) for edges in block.bins)
+    bars = "".join(_histogram_bar(block, edges) for edges in block.bins)
     within = [last for _, last, _ in block.bins if block.limit is not None and last <= block.limit]
     share = 100 * len(within) / len(block.bins) if block.limit in within else None
     faint = f"font-size:11px;color:{palette.DIM}"
@@ -289,15 +288,16 @@ def _(block: blocks.Histogram) -> str:
         f'<div role="img" aria-label="{escape(histogram_words(block))}" style="display:flex;align-items:flex-end;'
         f'gap:1px;height:{_HISTOGRAM}px;margin-top:8px">{bars}</div>'
         f'<div style="height:1px;background:{palette.LIMIT}"></div>{_limit_mark(block.limit_label, share)}'
-        f'<div style="display:flex;justify-content:space-between;{faint}"><span>{block.bins[0][0]}</span>'
-        f"<span>{escape(f'{block.size_noun}s per {block.noun}; the tallest bar is {plural(most, block.noun)}')}</span>"
+        f'<div style="display:flex;justify-content:space-between;gap:12px;text-align:center;{faint}">'
+        f"<span>{block.bins[0][0]}</span>"
+        f"<span>{escape(block.caption)}</span>"
         f"<span>{count(block.bins[-1][1])}</span></div>"
     )
 
 
-def _histogram_bar(block: blocks.Histogram, edges: tuple[int, int, int], most: int) -> str:
+def _histogram_bar(block: blocks.Histogram, edges: tuple[int, int, int]) -> str:
     first, last, number = edges
-    height = max(2, round(_HISTOGRAM * number / most)) if number else 0
+    height = max(2, round(_HISTOGRAM * number / block.most)) if number else 0
     beyond = block.limit is not None and first > block.limit
     sizes = plural(last, block.size_noun) if first == last else f"{count(first)} to {plural(last, block.size_noun)}"
     colour = f"background:{palette.CUT}" if beyond else background(palette.ACCENT)

@@ -111,16 +111,13 @@ def _(block: blocks.HeatMap) -> RenderableType:
 
 @renderable.register
 def _(block: blocks.Histogram) -> RenderableType:
-    most = max((number for *_, number in block.bins), default=0) or 1
     rows = [
-        (f"{first}–{last}", "█" * max(1, round(30 * number / most)), str(number))
+        (f"{first}–{last}", "█" * max(1, round(30 * number / block.most)), str(number))
         for first, last, number in block.bins
         if number
     ]
-    marked = [block.limit_label] if block.limit_label else []
-    return Group(
-        Text(f"{block.size_noun}s per {block.noun}", "dim"), _grid(rows), *(Text(text, "dim") for text in marked)
-    )
+    heads = [block.caption, *([block.limit_label] if block.limit_label else [])]
+    return Group(Text("; ".join(heads), "dim"), _grid(rows))
 
 
 @renderable.register

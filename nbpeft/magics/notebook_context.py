@@ -18,11 +18,9 @@ from nbpeft.session import Session
 from nbpeft.session.handles import is_handle, is_module
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_NAMES_DATA = re.compile(
-    rf"[^\[\]()]+(?:{'|'.join(map(re.escape, DATA_SUFFIXES))})(?:\[[^\]]*\])?"
-    r"|[\w.-]+/[\w.-]+(?::[\w.-]+){0,2}(?:\[[^\]]*\])?"
-)
-"""A file, or ``user/name:config:split[:1000]``."""
+_FILE = re.compile(rf"(?i)([^\[\]()]+)\.({'|'.join(suffix[1:] for suffix in DATA_SUFFIXES)})(?:\[[^\]]*\])?")
+_HUB_NAME = re.compile(r"([\w.-]+)/([\w.-]+)(?::[\w.-]+){0,2}(?:\[[^\]]*\])?")
+"""``user/name:config:split[:1000]``."""
 _TOKENIZER_NAMES = ("tokenizer", "tok", "processor")
 
 
@@ -170,9 +168,12 @@ class NotebookContext:
         Raises:
             CellError: it is a variable that is not there, or an expression that cannot be evaluated.
         """
-        first = re.match(r"\w*", text)
-        known = first is not None and first[0] in self.namespace
-        if os.path.exists(text) or (not known and _NAMES_DATA.fullmatch(text)):
+        names = self.namespace
+        if (found := _FILE.fullmatch(text)) and not hasattr(names.get(found[1]), found[2]):
+            return text
+        if (found := _HUB_NAME.fullmatch(text)) and not (found[1] in names and found[2] in names):
+            return text
+        if text.startswith(("./", "../", "/", "~")) or (text not in names and os.path.exists(text)):
             return text
         return self.value(text, option)
 
@@ -191,10 +192,10 @@ class NotebookContext:
             if not _is_tokenizer(found):
                 there = [key for key, value in self.namespace.items() if key[:1] != "_" and _is_tokenizer(value)]
                 instead = f" Tokenizers here: {', '.join(there)}." if there else ""
-                kind = f"{'an adapted model' if is_handle(found) else 'a model'}" if is_module(found) else ""
-                raise CellError(
-                    f"--tokenizer: {name!r:.60} does not hold a tokenizer, but {kind or with_article(found)}.{instead}"
+                what = (
+                    "an adapted model" if is_handle(found) else "a model" if is_module(found) else with_article(found)
                 )
+                raise CellError(f"--tokenizer: {name!r:.60} does not hold a tokenizer, but {what}.{instead}")
             return found
         for usual in _TOKENIZER_NAMES:
             if _is_tokenizer(found := self.namespace.get(usual)):

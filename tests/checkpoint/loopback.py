@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub.constants
 import pytest
@@ -52,6 +52,11 @@ class Hub:
         self.endpoint = ""
 
 
+def listing(name: str, content: bytes) -> dict[str, Any]:
+    """A file as the hub lists it."""
+    return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -86,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.note()
         if self.hub.broken:
             return self.reply(503)
+        if path.startswith("/api/datasets/"):
+            return self.describe(path.removeprefix("/api/"))
         if "/resolve/" not in path:
             return self.reply(404)
         if self.refused():
@@ -123,6 +130,18 @@ class _Handler(BaseHTTPRequestHandler):
     def place_of(self, item: dict[str, Any]) -> dict[str, Any]:
         upload = {"href": f"{self.hub.endpoint}/upload/{item['oid']}", "header": {}}
         return {"oid": item["oid"], "size": item["size"], "actions": {"upload": upload}}
+
+    def describe(self, path: str) -> None:
+        """A dataset, or the list of its files."""
+        repo, what = "/".join(path.split("/")[:3]), path.split("/")[3:]
+        if repo not in self.hub.files:
+            return self.reply(404, X_Error_Code="RepoNotFound")
+        files = [listing(name, content) for name, content in self.hub.files[repo].items()]
+        if what[:1] == ["tree"]:
+            return self.reply_json(files if len(what) == 2 else [])
+        name = repo.partition("/")[2]
+        siblings = [{"rfilename": file["path"]} for file in files]
+        return self.reply_json({"id": name, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []})
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -170,6 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
         if "/branch/" in path:
             self.hub.branches.add(path.rpartition("/branch/")[2])
             return self.reply(200)
+        if "/paths-info/" in path:
+            content = self.hub.files["/".join(path.split("/")[2:5])]
+            names = parse_qs(body.decode()).get("paths") or json.loads(body)["paths"]
+            return self.reply_json([listing(name, content[name]) for name in names if name in content])
         return self.upload(path, body)
 
     def upload(self, path: str, body: bytes) -> None:

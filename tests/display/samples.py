@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from nbpeft.display.blocks import Block
+from nbpeft.display.blocks import Block, TokenSpan
 from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import model_card
 from nbpeft.display.shown import Shown
@@ -17,6 +17,7 @@ from nbpeft.session.results import (
     CombineResult,
     CommandResult,
     CompareResult,
+    DataResult,
     DoctorReport,
     ExportResult,
     InspectResult,
@@ -39,6 +40,7 @@ from nbpeft.session.results.comparing import Answer, Column
 from nbpeft.session.results.planning import PlanSettings, Room
 from nbpeft.session.results.quantizing import PartSize
 from nbpeft.state import AdapterState, LayerChange, LayerLoss, MemoryPart, ModelState, SessionState
+from nbpeft.training.data.summary import DataSummary, RowSummary
 from nbpeft.training.result import TrainResult
 from tests.widgets.answering import ANSWERS, PROMPT
 from tests.widgets.fakes import ADAPTERS, MEMORY, model, train_state
@@ -71,6 +73,22 @@ def plan_result(word: str = "model", room: Room | None = None) -> PlanResult:
 def results(word: str = "orders") -> dict[str, Shown]:
     """Every kind of result by name; ``word`` stands for whatever a person may have typed."""
     return {**_of_adapters(word), **_of_answers_and_layers(word), **_of_plans(word)}
+
+
+def _data(word: str) -> DataResult:
+    """Data of which a row is cut and another is left out."""
+    spans = (TokenSpan("<s>", special=True), TokenSpan(word), TokenSpan(f"{word}\nyes", learned=True))
+    cut = (*spans, TokenSpan("", skipped=7), TokenSpan(word, learned=True, cut=True))
+    rows = (
+        RowSummary(0, 12, 4, 0, "", spans),
+        RowSummary(1, 16, 4, 9, "", cut, spans),
+        RowSummary(2, 3, 0, 0, f"{word} is empty", spans),
+    )
+    bins = ((0, 8, 1), (9, 16, 1), (17, 24, 0), (25, 32, 1))
+    return DataResult(
+        word,
+        DataSummary(word, 2, 28, 8, 1, 9, f"row 2: {word} is empty", 1, 25, 12, 16, bins, rows, partial=True),
+    )
 
 
 def _of_adapters(word: str) -> dict[str, Shown]:
@@ -117,6 +135,7 @@ def _of_answers_and_layers(word: str) -> dict[str, Shown]:
             PROMPT + word, ANSWERS["orders"], other + word, notes,
         ),
         "compare": CompareResult(word, (PROMPT, word), columns, 1.94, 1, form="chat template not applied", notes=notes),
+        "data": _data(word),
         "inspect": InspectResult(word, word, changes, notes),
         "merge": MergedCopy(
             word, (word,), f"merged/{word}", "bfloat16", 269_000_000, (269_000_000,), MergeErrors(errors, "bfloat16")

@@ -38,6 +38,17 @@ def test_a_cell_takes_rows_from_everywhere(ready: Notebook, data: str) -> None:
     assert same.token_count == result.token_count
 
 
+def test_a_variable_comes_before_a_folder_and_a_file_before_an_attribute(ready: Notebook, tmp_path: Path) -> None:
+    Path("rows").mkdir()
+    assert ready.do("%lora data rows").summary.row_count == 8
+    ready["sums"] = 3
+    assert ready.do("%lora data sums.jsonl").summary.row_count == 8
+    ready["table"] = type("Table", (), {"csv": PAIRS[:2]})
+    assert ready.do("%lora data table.csv").summary.row_count == 2
+    Path("rows/train.jsonl").write_text(json.dumps(PAIRS[0]))
+    assert ready.do(f"%lora data {tmp_path}/rows/train.jsonl").summary.row_count == 1
+
+
 def test_fields_and_columns_stand_in_one_line(ready: Notebook) -> None:
     line = "%lora_train model --data asked --tokenizer tok --columns prompt=question completion=answer max_steps=1"
     assert ready.do(line).steps == 1
@@ -81,9 +92,10 @@ def test_data_shows_what_a_cell_would_read(ready: Notebook) -> None:
     )
 
 
-def test_what_is_shown_is_plain_html_of_bounded_size(ready: Notebook) -> None:
-    ready["rows"] = [{"prompt": "<script>alert(1)</script> & ", "completion": "word " * 5000}] * 30
-    result = ready.do("%lora data rows")
+@pytest.mark.parametrize("rows", [3, 30])
+def test_what_is_shown_is_plain_html_of_bounded_size(ready: Notebook, rows: int) -> None:
+    ready["rows"] = [{"prompt": "<script>alert(1)</script> & ", "completion": "word " * 600}] * 30
+    result = ready.do(f"%lora data rows --rows {rows}")
     html = HTML(result._repr_html_()).data
     assert "<script" not in html and "&lt;script&gt;" in html
     assert len(html) < 50_000

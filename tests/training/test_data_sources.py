@@ -227,6 +227,29 @@ def test_a_dataset_that_the_hub_does_not_have_is_one_line(monkeypatch: pytest.Mo
     assert len(hub.asked) > 1
 
 
+def test_a_dataset_is_read_from_the_hub_and_then_from_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    lines = [f"{json.dumps(row)}\n".encode() for row in PAIRS]
+    with loopback.serving() as hub:
+        hub.files["datasets/user/sums"] = {"train.jsonl": b"".join(lines), "test.jsonl": lines[0]}
+        go_online(monkeypatch, hub.endpoint)
+        assert list(open_data("user/sums")) == PAIRS
+        assert list(open_data("user/sums:train[:3]")) == PAIRS[:3]
+        assert list(open_data("user/sums:test")) == PAIRS[:1]
+        with pytest.raises(TrainingError, match=r"^'user/sums' cannot be read: Unknown split .*train.*test"):
+            open_data("user/sums:tset")
+        with pytest.raises(TrainingError, match=r"^'user/sums' cannot be read: BuilderConfig 'other' not found"):
+            open_data("user/sums:other:train")
+        assert "GET /datasets/user/sums/resolve/" in "".join(hub.asked)
+        hub.asked.clear()
+        hub.broken = True
+        assert list(prepare_data("user/sums[:3]", TOKENIZER)) == EXPECTED[:3]
+        assert hub.asked == ["HEAD /api/datasets/user/sums"]
+
+
 # Streams
 
 

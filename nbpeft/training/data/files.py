@@ -28,7 +28,7 @@ def read_file(path: str | os.PathLike[str]) -> Rows:
     Raises:
         TrainingError: there is no such file, or it is not what its name says; names the line.
     """
-    place = Path(os.path.expanduser(path))
+    place = Path(path)
     reader = _READERS[suffix_of(place)]
     if not place.is_file():
         raise TrainingError(f"There is no file {str(place)!r:.200}.{_nearest(place)}", path=str(place))

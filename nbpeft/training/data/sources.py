@@ -70,6 +70,7 @@ def first_row(rows: Any) -> Any:
 
 
 def _named(text: str) -> Any:
+    text = os.path.expanduser(text)
     found = _NAME.fullmatch(text)
     place, part = (text, "") if found is None or os.path.exists(text) else (found["place"], found["part"] or "")
     if suffix_of(place) and not os.path.isdir(place):

@@ -19,8 +19,9 @@ from nbpeft.training.data.tokenized import CodedRow, count_learned, named_rows, 
 _STREAMED = 1000
 """Rows of a stream that are looked at."""
 _BINS = 24
-_SHOWN_TOKENS = 400
-"""Of one row; of a longer one the beginning, and what is around the end."""
+_SHOWN_TOKENS = (40, 400)
+"""Least and most of one row; of a longer one the beginning, and what is around the end."""
+_ALL_SHOWN_TOKENS = 4000
 _EXTRA = 2
 
 
@@ -126,6 +127,8 @@ def summarize(
             kept.append(row)
     if not lengths:
         raise TrainingError("The stream has no rows.")
+    least, most = _SHOWN_TOKENS
+    shown = max(least, min(most, _ALL_SHOWN_TOKENS // max(1, len(kept))))
     return DataSummary(
         form=how.form.name if how.form is not None else "tokenised",
         row_count=len(lengths) - len(left_out),
@@ -139,7 +142,7 @@ def summarize(
         median=round(statistics.median(lengths)),
         limit=how.limit if how.form is not None else None,
         bins=bins_of(lengths, how.limit if cut_rows else None),
-        rows=tuple(_summary(row, tokenizer) for row in kept),
+        rows=tuple(_summary(row, tokenizer, shown) for row in kept),
         partial=streamed and len(lengths) == _STREAMED,
     )
 
@@ -188,15 +191,15 @@ def _is_first_of_its_kind(row: CodedRow, shown: Iterable[CodedRow]) -> bool:
     )
 
 
-def _summary(row: CodedRow, tokenizer: Any) -> RowSummary:
+def _summary(row: CodedRow, tokenizer: Any, shown: int) -> RowSummary:
     learned = [label != IGNORED and not row.missing for label in row.whole.labels]
     if row.encoder_decoder:
-        spans = _spans_of(tokenizer, row.whole.input_ids, [False] * len(row.whole.input_ids), row.limit)
-        target = _spans_of(tokenizer, row.whole.labels, learned, row.limit)
+        spans = _spans_of(tokenizer, row.whole.input_ids, [False] * len(row.whole.input_ids), row.limit, shown)
+        target = _spans_of(tokenizer, row.whole.labels, learned, row.limit, shown)
     else:
         learned = [False, *learned[1:]] if learned else []
         learned += [False] * (len(row.whole.input_ids) - len(learned))
-        spans, target = _spans_of(tokenizer, row.whole.input_ids, learned, row.limit), ()
+        spans, target = _spans_of(tokenizer, row.whole.input_ids, learned, row.limit, shown), ()
     return RowSummary(
         row.number,
         min(len(row.whole.input_ids), row.limit),
@@ -208,14 +211,16 @@ def _summary(row: CodedRow, tokenizer: Any) -> RowSummary:
     )
 
 
-def _spans_of(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool], limit: int) -> tuple[TokenSpan, ...]:
+def _spans_of(
+    tokenizer: Any, ids: Sequence[int], learned: Sequence[bool], limit: int, most: int
+) -> tuple[TokenSpan, ...]:
     """Tokens as text: neighbours of one kind together, each special token apart."""
     special = _special_ids(tokenizer)
     kinds = [(learned[place], token in special, place >= limit) for place, token in enumerate(ids)]
     borders = [0] + [place for place in range(1, len(ids)) if kinds[place] != kinds[place - 1] or kinds[place][1]]
     spans: list[TokenSpan] = []
     shown = 0
-    for start, stop in _shown(len(ids), limit):
+    for start, stop in _shown(len(ids), limit, most):
         if start > shown:
             spans.append(TokenSpan("", skipped=start - shown))
         inside = [border for border in borders if start < border < stop]
@@ -226,9 +231,9 @@ def _spans_of(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool], limit
     return (*spans, TokenSpan("", skipped=len(ids) - shown)) if shown < len(ids) else tuple(spans)
 
 
-def _shown(length: int, limit: int) -> list[tuple[int, int]]:
+def _shown(length: int, limit: int, most: int) -> list[tuple[int, int]]:
     """Which tokens of a row are shown: of a long one its ends, and the beginning of what is cut."""
-    half, end = _SHOWN_TOKENS // 2, min(limit, length)
+    half, end = most // 2, min(limit, length)
     read = [(0, end)] if end <= 2 * half else [(0, half), (end - half, end)]
     return [part for part in (*read, (end, min(length, end + half // 2))) if part[0] < part[1]]
 
