@@ -85,7 +85,7 @@ class RunView:
         text = self._shown_as == "text"
         hint = "" if self._shown_as != "html" else " ".join(part for part in (INTERRUPT_HINT, widgets_hint()) if part)
         self._output = _TextOutput() if text else _HtmlOutput(self._model_name, hint)
-        run.shown = True
+        run.shown = "text" if text else "card"
         self.draw(run.state)
         if self._run is not None and self._shown_as == "widgets":
             self._buttons = RunButtons(run.control)

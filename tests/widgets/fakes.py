@@ -213,7 +213,7 @@ class FakeRun:
         self._model_name = model_name
         self._published_at = float("-inf")
         self._began = time.monotonic()
-        self.shown = False
+        self.shown = ""
         self._lock = threading.RLock()
         self._state = train_state(0, total_steps, run_id=self.run_id, remaining=None, elapsed=0.0)
 

@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from nbpeft.errors import CellError
+from nbpeft.magics.help import HelpText
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell
-from nbpeft.magics.parse import argument, positive
+from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import MODEL, subcommand
 
 _RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "publish", "run_factory")
@@ -31,6 +32,14 @@ _RESERVED = ("data", "eval_data", "model", "tokenizer", "adapter", "control", "p
     ),
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
     argument("--max-length", type=positive, metavar="N", help="tokens a row is cut to"),
+    argument(
+        "--patience",
+        type=positive,
+        metavar="N",
+        help="end after N evaluations without a better one, and put the best state back; needs --eval",
+    ),
+    argument("--sample", action="append", metavar="PROMPT", help="answer this while it trains; may be repeated"),
+    argument("--every", type=positive, metavar="STEPS", help="how often to sample; about five times a run if left out"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
     fields="training",
     example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\n  num_train_epochs = 1",
@@ -49,14 +58,15 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         if name in options.fields:
             raise CellError(f"{name} is given in the magic's line, not in the cell")
     arguments: dict[str, Any] = dict(options.fields)
-    if options.max_length is not None:
-        arguments["max_length"] = options.max_length
+    given = {name: getattr(options, name) for name in ("max_length", "patience", "every")}
+    given["sample"] = [prompt_text(text) for text in options.sample] if options.sample else None
+    arguments |= {name: value for name, value in given.items() if value is not None}
     left_out = notebook.session.unwritable(arguments)
     cell = TrainingCell(
         data=options.data,
         eval_data=options.eval_data,
         tokenizer=options.tokenizer,
-        arguments={name: value for name, value in arguments.items() if name not in left_out},
+        arguments={name: value for name, value in arguments.items() if name not in (*left_out, "sample", "every")},
         left_out=(*left_out, *(["--trainer"] if options.trainer is not None else [])),
     )
     if options.trainer is not None:
@@ -64,6 +74,16 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     result = notebook.session.train(model, data, eval_data, tokenizer=tokenizer, adapter=options.adapter, **arguments)
     notebook.trained[options.target] = cell
     return result
+
+
+@subcommand(
+    "traceback",
+    "Show the whole traceback of the last command that failed.",
+    example="%lora traceback",
+)
+def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Show the last traceback, kept as text."""
+    return HelpText(notebook.session.last_traceback or "no command has failed yet")
 
 
 @subcommand(
