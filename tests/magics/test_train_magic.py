@@ -288,9 +288,9 @@ def test_a_warning_is_said_once(ready: Notebook) -> None:
 def test_patience_and_samples_by_a_word(ready: Notebook) -> None:
     from tests.char_tokenizer import CharTokenizer
 
-    ready["tok"] = CharTokenizer()
+    ready["tok"], ready["held_out"] = CharTokenizer(), [{"input_ids": [50, 20, 60, 30, 40]}]
     line = "%%lora_train model --data rows --eval held_out --tokenizer tok --patience 1"
-    result = ready.do(f'{line} --sample "Oslo needs" --sample two --every 2\nmax_steps = 40\nlearning_rate = 5.0')
+    result = ready.do(f'{line} --sample "Oslo needs" --sample two --every 2\nmax_steps = 20\nlearning_rate = 1.0')
     assert result.best_step is not None
     assert "stopped early: no better in 1 evaluation" in result.message
     assert [sample.prompt for sample in result.state.samples][:2] == ["Oslo needs", "two"]
