@@ -12,6 +12,7 @@ A widget in the output would leave "Error displaying widget" when the notebook i
 
 from __future__ import annotations
 
+import contextvars
 import shutil
 import sys
 import threading
@@ -94,7 +95,9 @@ class RunView:
             removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]
             self._unsubscribe = lambda: [remove() for remove in removals]
             self._ticks = True
-            threading.Thread(target=self._tick, name="nbpeft-run-view", daemon=True).start()
+            # In the context of the cell, which early kernels of 7 keep the cell's name in.
+            context = contextvars.copy_context()
+            threading.Thread(target=context.run, args=(self._tick,), name="nbpeft-run-view", daemon=True).start()
             if threading.current_thread() is threading.main_thread():
                 _after_cell(self._stop_ticking)
 
