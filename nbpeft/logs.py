@@ -21,9 +21,9 @@ LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
 HOLD_SECONDS = 10.0
 """How long a warning is held back at most, given that another one follows."""
 
-DROPPED = ("Failed to load CPU gemm_4bit_forward",)
-"""Beginnings of warnings that are dropped: an optional kernel of bitsandbytes is not installed,
-which it says on import, also where nothing is quantized."""
+DROPPED = ("Failed to load CPU gemm_4bit_forward", "The tokenizer has new PAD/BOS/EOS tokens")
+"""Beginnings of warnings that are dropped: an optional kernel of bitsandbytes is not installed, which it says on
+import, also where nothing is quantized; and a Trainer takes the tokens of the tokenizer it was given, as it should."""
 
 _MARK = "_nbpeft_counted"
 _SHOWN = "_nbpeft_shown"

@@ -10,7 +10,7 @@ from IPython.core import magic
 from IPython.core.error import UsageError
 from traitlets import Enum, Unicode, observe
 
-from nbpeft.errors import CellError, NbpeftError, in_one_line
+from nbpeft.errors import CellError, NbpeftError, TrainingInterrupted, in_one_line
 from nbpeft.magics.body import excerpt, parse_body, with_fields
 from nbpeft.magics.cell_spelling import in_cell_spelling
 from nbpeft.magics.complete import CompletionSources
@@ -128,17 +128,35 @@ class NbpeftMagics(magic.Magics):
 
         Raises:
             UsageError: the mistake, in one line (and the line of the cell it is in).
+            TrainingInterrupted: a run was interrupted; shown as one line, and the cells queued behind do not run.
         """
         silent = (line if cell is None else cell).rstrip().endswith(";")
         if silent and cell is None:
             line = line.rstrip().rstrip(";")
+        interrupted: TrainingInterrupted | None = None
         try:
             result = self._run(name, line, cell)
             return None if silent else in_cell_spelling(result)
         except NbpeftError as error:
             message = _message(error, cell)
-            traceback.clear_frames(error.__traceback__)
+            self._keep_traceback(error)
+        except TrainingInterrupted as error:
+            interrupted = TrainingInterrupted(str(error), error.result)
+        except Exception as error:
+            if name != "lora_train":  # whatever else fails so is a mistake of ours
+                raise
+            message = (
+                f"training failed: {type(error).__name__}: {in_one_line(error):.300} (%lora traceback shows where)"
+            )
+            self._keep_traceback(error)
+        if interrupted is not None:
+            raise interrupted
         raise UsageError(message)
+
+    def _keep_traceback(self, error: BaseException) -> None:
+        """Keeps the traceback as text, and nothing that its frames hold."""
+        self.session.note_failure(error)
+        traceback.clear_frames(error.__traceback__)
 
     def _run_starts(self, run: Any, model_name: str) -> None:
         """Show a run live."""

@@ -51,6 +51,14 @@ class RunCallback(TrainerCallback):
         total = state.max_steps if state.max_steps > 0 else None
         self.run.begin(total_steps=total, step=state.global_step, earlier=state.log_history)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ends a run that is resumed after its last step: a Trainer would do one more."""
+        if 0 < state.max_steps <= state.global_step and self.run.entered and not _several_processes():
+            self.run.note(f"no step was left: it had finished at step {state.global_step:,}")
+            raise StopRun(self.run, finished=True)
+
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -104,6 +105,7 @@ def train(
         TrainingInterrupted: an interruption ended the run; the model keeps what it learned.
     """
     _can_train(model, adapter)
+    _takes_labels(model, trainer_class, arguments)
     trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))
     arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
@@ -171,6 +173,26 @@ def _can_train(model: nn.Module, adapter: str | None) -> None:
         raise TrainingError(f"Merged adapters cannot be trained ({names}): unmerge first.")
     if adapter is None:
         _can_learn(model)
+
+
+def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, Any]) -> None:
+    """Refuses a model of which a Trainer gets no loss, unless somebody says how it is computed."""
+    own = getattr(trainer_class, "compute_loss", None) is not transformers.Trainer.compute_loss
+    base = base_of(model)
+    taken = inspect.signature(base.forward).parameters.values()
+    if (
+        own
+        or options.get("compute_loss_func")
+        or any(
+            item.kind is item.VAR_KEYWORD or "label" in item.name or item.name in ("return_loss", "start_positions")
+            for item in taken
+        )
+    ):
+        return
+    raise TrainingError(
+        f"a Trainer cannot train a {type(base).__name__}, whose forward takes no labels and returns no loss: write the "
+        "loop yourself and show it with nbpeft.track(model), or pass a trainer_class with a compute_loss of its own"
+    )
 
 
 def _can_learn(model: nn.Module) -> None:
@@ -340,7 +362,19 @@ def _make_trainer(trainer_class: type[Any], model: nn.Module, options: dict[str,
     except Exception as error:
         if isinstance(error, NbpeftError) or is_out_of_memory(error):
             raise
-        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {reason_of(error)}") from error
+        reason = reason_of(error)
+        if "to be installed" in reason:
+            raise ConfigError(f"report_to: {reason}", field="report_to") from error
+        if options["args"].push_to_hub and (isinstance(error, OSError) or _is_of_network(error)):
+            raise ConfigError(
+                f"push_to_hub: the hub cannot be reached ({reason}); leave it out, and push when training is done",
+                field="push_to_hub",
+            ) from error
+        raise ConfigError(f"No {trainer_class.__name__} can be made of these: {reason}") from error
+
+
+def _is_of_network(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "huggingface_hub")
 
 
 def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: TrainingArguments) -> dict[str, float]:

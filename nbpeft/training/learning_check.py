@@ -24,6 +24,9 @@ PATIENCE = 10
 """Steps after which the weights must have changed; a warm-up may spend the first at rate zero."""
 
 _SAMPLE = 64
+_MOST = 1e4
+"""Larger weights of an adapter have exploded."""
+_TOO_HIGH = "the learning rate is too high"
 _REMEDY_CHECKPOINTING = (
     "gradient checkpointing with use_reentrant=True cuts the graph off because the embeddings are frozen; "
     "call model.enable_input_require_grads(), or use use_reentrant=False"
@@ -55,6 +58,12 @@ class LearningCheck:
         model = self._model()
         if model is None:
             return ""
+        if self._exploded():
+            self.close()
+            return (
+                f"Weights of {self._subject} have exploded before this run, in one with too high a learning rate: "
+                "load it as it was saved, or begin with a new adapter."
+            )
         if not self._paths:
             self.close()
             return f"Nothing is trainable: {self._subject} is frozen. Unfreeze it, or activate one that is trainable."
@@ -79,8 +88,9 @@ class LearningCheck:
             self._gradients_checked = True
             message = self._judge_gradients(model)
             self._release_hooks()
-        if not message and (steps >= PATIENCE or last):
-            message = self._judge_weights(steps)
+        if steps >= PATIENCE or last:
+            message = message if not self._exploded() else self._explosion(steps)
+            message = message or self._judge_weights(steps)
         if message or steps >= PATIENCE or last:
             self.close()
         return message
@@ -139,6 +149,18 @@ class LearningCheck:
         if not bool(largest.any()):
             return f"All first gradients of {self._subject} are zero: is there a label that is not -100?"
         return ""
+
+    def _exploded(self) -> bool:
+        """Whether what is trained has values that no training leads to, or none at all."""
+        samples = [_sample(parameter) for parameter in self._parameters.values()]
+        peaks = [sample.abs().amax().float() for sample in samples if sample.numel()]
+        if not peaks:
+            return False
+        peak = float(torch.stack([value.to(peaks[0].device) for value in peaks]).amax())
+        return not peak <= _MOST
+
+    def _explosion(self, steps: int) -> str:
+        return f"Weights of {self._subject} have exploded in {steps} step{'' if steps == 1 else 's'}: {_TOO_HIGH}."
 
     def _judge_weights(self, steps: int) -> str:
         # A Trainer brings the model to its device after the samples were taken.

@@ -35,8 +35,8 @@ class TrainResult(Shown):
     """What the Trainer reports about the whole run."""
     train_loss: float | None = None
     """Mean of the losses of all steps of this run."""
-    shown: bool = field(default=False, repr=False, compare=False)
-    """Whether a front end has shown the run's last state: then this need not be shown once more below it."""
+    shown: Literal["", "text", "card"] = field(default="", repr=False, compare=False)
+    """How a front end has shown the run's last state: what it said need not be said once more below it."""
 
     @property
     def best_step(self) -> int | None:
@@ -47,19 +47,19 @@ class TrainResult(Shown):
         return " · ".join(self._parts())
 
     def __repr__(self) -> str:
-        return f"TrainResult({self})"
+        return f"TrainResult({' · '.join(self._parts(message=not self.shown))})"
 
     def _ipython_display_(self) -> None:
-        if not self.shown:
+        if self.shown != "card":
             raise NotImplementedError  # for IPython: as anything else is shown
-        object.__setattr__(self, "shown", False)  # the next time there is nothing above it
+        object.__setattr__(self, "shown", "")  # the next time there is nothing above it
 
     def view(self) -> Line:
         """The same as ``str``, what ended in bold."""
-        first, *others = self._parts()
+        first, *others = self._parts(message=not self.shown)
         return line(bold(first), *(f"· {part}" for part in others))
 
-    def _parts(self) -> list[str]:
+    def _parts(self, *, message: bool = True) -> list[str]:
         steps = (
             f"{self.steps:,}" if self.total_steps in (None, self.steps) else f"{self.steps:,} of {self.total_steps:,}"
         )
@@ -77,7 +77,7 @@ class TrainResult(Shown):
             parts.append(f"{numbers.rate(self.tokens_per_second)} tokens/s")
         if self.output_dir is not None:
             parts.append(f"saved in {self.output_dir}")
-        if self.message and self.status != "stopped":
+        if message and self.message and self.status != "stopped":
             parts.append(self.message)
         return parts
 

@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import nn
 
@@ -36,11 +36,12 @@ from nbpeft.training.tracebacks import release_frames
 
 
 class StopRun(BaseException):  # not an Exception: a loop's ``except Exception`` must not swallow it
-    """Ends a tracked block after Stop was clicked; the block's ``with`` swallows it."""
+    """Ends a tracked block after Stop was clicked, or where no step is left; the block's ``with`` swallows it."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, finished: bool = False) -> None:
         super().__init__("the run was stopped")
         self.run = run
+        self.finished = finished
 
 
 class Run:
@@ -76,7 +77,7 @@ class Run:
 
     Attributes:
         entered: Whether the run is inside its ``with`` block.
-        shown: Whether a front end shows the run: then warnings are in its message alone.
+        shown: How a front end shows the run: then warnings are in its message alone.
         interrupted: Whether an interruption ended it.
         optimizer: Returns the optimizer, whose state counts as memory, or None.
         folder: Where the run is kept on disk, or the empty string.
@@ -112,7 +113,8 @@ class Run:
         self._memory = memory
         self._lock = threading.RLock()
         self._memory_lock = threading.Lock()
-        self.entered = self.shown = self.interrupted = False
+        self.entered = self.interrupted = False
+        self.shown: Literal["", "text", "card"] = ""
         self.optimizer: Callable[[], Any] = lambda: None
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
@@ -245,7 +247,7 @@ class Run:
         with self._lock:
             advanced = self._record.add(step, loss, learning_rate, tokens, epoch, gradient_norm)
             if advanced and self._check is not None:
-                last = self.total_steps is not None and self._record.step >= self.total_steps
+                last = self.total_steps is not None and self._record.step >= self.total_steps and not self._resumed
                 self._warn(self._check.after_step(self.steps_done, last=last))
         self.publish()
 
@@ -300,7 +302,7 @@ class Run:
             self._ended = self._clock()
             self._end_watching()
             if self._check is not None:
-                if status == "finished" and self.steps_done:
+                if status == "finished" and self.steps_done and not self._resumed:
                     self._warn(self._check.after_step(self.steps_done, last=True))
                 self._check.close()
                 self._check = None
@@ -321,7 +323,9 @@ class Run:
         self.entered = False
         self.interrupted = isinstance(error, KeyboardInterrupt)
         stopped = isinstance(error, StopRun) and error.run is self
-        if self.interrupted or stopped or (error is None and self.cut_short):
+        if isinstance(error, StopRun) and stopped and error.finished:
+            self.finish("finished")
+        elif self.interrupted or stopped or (error is None and self.cut_short):
             if error is not None:
                 release_frames(error)
             self.finish("stopped", self.stop_message())
@@ -418,6 +422,11 @@ class Run:
         return self.control.stop_requested and (self.total_steps is None or self._record.step < self.total_steps)
 
     # Inside
+
+    @property
+    def _resumed(self) -> bool:
+        """Whether it goes on from an earlier run, whose last learning rate, often zero, is that of its first step."""
+        return self._record.first_step > 0
 
     def _elapsed(self) -> float:
         if self._started is None:

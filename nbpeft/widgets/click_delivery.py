@@ -141,13 +141,21 @@ class _Tap:
 
 
 class _ThreadTap(_Tap):
-    """ipykernel >= 7: looks in the thread of the shell channel."""
+    """ipykernel >= 7: looks in the thread of the shell channel.
+
+    Up to 7.3 that thread may overlook a message until another event wakes it (ipykernel#1529): peeking wakes it.
+    """
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(kernel)
+        self.needs_peeking = _version() < (7, 4)
         self._thread = kernel.shell_channel_thread
         self._forward = kernel.shell_channel_thread_main
         self._receive_with(self._look_and_forward)
+
+    def peek(self) -> None:
+        if self.needs_peeking:
+            self._thread.io_loop.add_callback(self.kernel.shell_stream.flush)
 
     async def _look_and_forward(self, frames: list[Any]) -> None:
         self.look(frames)
@@ -280,6 +288,12 @@ def _release(tap: _Tap) -> None:
             tap.remove()
         except Exception:  # it hands messages on unchanged, so it may stay
             return
+
+
+def _version() -> tuple[int, ...]:
+    import ipykernel
+
+    return tuple(ipykernel.version_info[:2])
 
 
 def _in_main_thread() -> bool:

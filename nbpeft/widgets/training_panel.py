@@ -12,6 +12,7 @@ A widget in the output would leave "Error displaying widget" when the notebook i
 
 from __future__ import annotations
 
+import contextvars
 import shutil
 import sys
 import threading
@@ -85,7 +86,7 @@ class RunView:
         text = self._shown_as == "text"
         hint = "" if self._shown_as != "html" else " ".join(part for part in (INTERRUPT_HINT, widgets_hint()) if part)
         self._output = _TextOutput() if text else _HtmlOutput(self._model_name, hint)
-        run.shown = True
+        run.shown = "text" if text else "card"
         self.draw(run.state)
         if self._run is not None and self._shown_as == "widgets":
             self._buttons = RunButtons(run.control)
@@ -94,7 +95,9 @@ class RunView:
             removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]
             self._unsubscribe = lambda: [remove() for remove in removals]
             self._ticks = True
-            threading.Thread(target=self._tick, name="nbpeft-run-view", daemon=True).start()
+            # In the context of the cell, which early kernels of 7 keep the cell's name in.
+            context = contextvars.copy_context()
+            threading.Thread(target=context.run, args=(self._tick,), name="nbpeft-run-view", daemon=True).start()
             if threading.current_thread() is threading.main_thread():
                 _after_cell(self._stop_ticking)
 

@@ -29,7 +29,7 @@ def show(run, name):
 
 session.started.append(show)
 """
-RUN = "run = simulate(session, steps={steps}, seconds=0.02); print('ENDED', run.state.step, run.state.status)"
+RUN = "run = simulate(session, steps={steps}, seconds={seconds}); print('ENDED', run.state.step, run.state.status)"
 REMIND_AFTER = 0.5
 """Seconds after which a kernel that overlooks requests is reminded of them."""
 VERSIONS = """\
@@ -51,6 +51,7 @@ class Notebook:
         self.forgetful = forgetful
         self.text = ""
         self.messages: list[dict[str, Any]] = []
+        self.errors: list[list[str]] | None = None
         self._idle: set[str] = set()
 
     def start(self, code: str) -> str:
@@ -115,7 +116,9 @@ class Notebook:
         if kind == "stream":
             self.text += content["text"]
         elif kind == "error":
-            raise AssertionError("\n".join(content["traceback"]))
+            if self.errors is None:
+                raise AssertionError("\n".join(content["traceback"]))
+            self.errors.append(content["traceback"])
         elif kind == "status" and content["execution_state"] == "idle":
             self._idle.add(message["parent_header"].get("msg_id", ""))
 
@@ -152,10 +155,10 @@ def notebook(kernel: Notebook) -> Notebook:
     return kernel
 
 
-def start_run(notebook: Notebook, steps: int = 3000) -> tuple[str, str, str, str]:
+def start_run(notebook: Notebook, steps: int = 3000, seconds: float = 0.02) -> tuple[str, str, str, str]:
     """Starts a run; returns its request and the comm ids of Stop, Pause and Resume."""
     notebook.text = ""
-    request = notebook.start(RUN.format(steps=steps))
+    request = notebook.start(RUN.format(steps=steps, seconds=seconds))
     found = notebook.wait_for_text(r"IDS (\S+) (\S+) (\S+)\n")
     time.sleep(0.3)
     return request, found[1], found[2], found[3]
@@ -170,7 +173,7 @@ def test_the_versions_are_those_asked_for_and_torch_is_not_needed(notebook: Note
 
 def test_stop_ends_the_run_and_neither_the_next_cell_nor_the_next_run(notebook: Notebook) -> None:
     request, stop, *_ = start_run(notebook)
-    following = notebook.start(RUN.format(steps=15))
+    following = notebook.start(RUN.format(steps=15, seconds=0.02))
     notebook.click(stop)
     notebook.click(stop)
     notebook.wait_for_end(request)
@@ -186,26 +189,48 @@ def test_pause_waits_until_it_is_resumed(notebook: Notebook) -> None:
     request, stop, pause, resume = start_run(notebook)
     notebook.click(pause)
     notebook.click(pause)
-    notebook.wait(lambda: any("paused · model" in card for card in notebook.cards()), seconds=5)
+    notebook.wait(lambda: any(">paused</span>" in card for card in notebook.cards()), seconds=5)
     count = len(notebook.cards())
     with pytest.raises(AssertionError):
         notebook.wait(lambda: len(notebook.cards()) > count, seconds=0.8)
     notebook.click(resume)
     notebook.wait(lambda: len(notebook.cards()) > count + 1, seconds=5)
-    assert "running · model" in notebook.cards()[-1]
+    assert ">running</span>" in notebook.cards()[-1]
     notebook.click(pause)
-    notebook.wait(lambda: "paused · model" in notebook.cards()[-1], seconds=5)
+    notebook.wait(lambda: ">paused</span>" in notebook.cards()[-1], seconds=5)
     notebook.click(stop)
     notebook.wait_for_end(request)
     assert re.search(r"ENDED \d+ stopped", notebook.text)
 
 
-def test_an_interrupt_is_as_graceful_as_stop(notebook: Notebook, kernel: Notebook) -> None:
+def test_an_interrupt_keeps_the_run_and_stops_queued_cells(notebook: Notebook, kernel: Notebook) -> None:
     request, *_ = start_run(notebook)
+    following = notebook.start("print('QUEUED CELL RAN')")
+    notebook.errors = []
     kernel.client.parent.interrupt_kernel()
     notebook.wait_for_end(request)
-    assert re.search(r"ENDED \d+ stopped", notebook.text)
+    notebook.wait_for_end(following)
+    lines, notebook.errors = notebook.errors, None
+    assert len(lines) == 1 and len(lines[0]) == 1 and re.fullmatch(r"stopped at step \d+", lines[0][0])
+    assert "QUEUED CELL RAN" not in notebook.text
+    assert ">stopped</span>" in notebook.cards()[-1]
     assert notebook.run("print('GOES ON')").endswith("GOES ON\n")
+
+
+def test_a_click_shows_and_the_clock_moves_inside_a_step(notebook: Notebook) -> None:
+    """Each step sleeps for five seconds in the main thread."""
+    request, stop, pause, _ = start_run(notebook, steps=50, seconds=5)
+    ticks = len(notebook.cards())
+    notebook.click(pause)
+    clicked = time.monotonic()
+    notebook.wait(lambda: ">pausing after this step</span>" in notebook.cards()[-1], seconds=4)
+    print(f"pause was shown after {time.monotonic() - clicked:.2f} s")
+    notebook.wait(lambda: len(notebook.cards()) >= ticks + 3, seconds=2.5)
+    assert not any(">paused</span>" in card for card in notebook.cards()[ticks:])
+    notebook.wait(lambda: ">paused</span>" in notebook.cards()[-1], seconds=5)
+    notebook.click(stop)
+    notebook.wait_for_end(request)
+    assert "ENDED 1 stopped" in notebook.text
 
 
 def test_the_buttons_leave_no_widget(notebook: Notebook) -> None:
@@ -214,7 +239,7 @@ def test_the_buttons_leave_no_widget(notebook: Notebook) -> None:
         "print('WIDGETS', len(getattr(module, '_instances', None) or module.Widget.widgets))"
     )
     before = notebook.run(count)
-    notebook.run(RUN.format(steps=3))
+    notebook.run(RUN.format(steps=3, seconds=0.02))
     assert notebook.run(count) == before
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -93,12 +95,12 @@ def test_training_is_paused_resumed_and_stopped(open_notebook: Opener, pictures:
     page.start_cell(2)
     page.wait_for(re.compile(r"^[1-9][\d,]* / 5,000$"), cell=2, timeout=60)
     page.click("Pause", cell=2)
-    page.wait_for("paused · model", cell=2, timeout=10)
+    page.wait_for(re.compile("^paused$"), cell=2, timeout=10)
     page.click("Resume", cell=2)
-    page.wait_for("running · model", cell=2, timeout=10)
+    page.wait_for(re.compile("^running$"), cell=2, timeout=10)
     page.screenshot(pictures / f"session-train-{app}.png")
     page.click("Stop", cell=2)
-    page.wait_for("stopped · model", cell=2, timeout=10)
+    page.wait_for(re.compile("^stopped$"), cell=2, timeout=10)
     page.wait_idle()
     page.check()
     expect(page.output(2).locator("img[src^='data:image/svg+xml']")).to_be_visible()
@@ -149,3 +151,118 @@ def test_what_was_trained_is_marked_and_comes_back_by_a_click(open_notebook: Ope
     expect(row).not_to_contain_text("not saved")
     page.run_cell(6)
     assert "unsaved []" in page.output_text(6)
+
+
+SLOW = """\
+import time
+from transformers import TrainerCallback
+
+class Slow(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(8 if state.global_step else 0)
+
+slow = [Slow()]
+"""
+SLOW_TRAIN = f"{TRAIN}callbacks = slow\n"
+QUEUED = "print('QUEUED CELL RAN')"
+LAST = """\
+result = nbpeft.session().last_result
+print("last", result.status, result.steps, result.state.status)
+"""
+
+
+def test_an_interruption_stops_queued_cells_and_stop_does_not(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(f"{MODEL}import nbpeft", ADAPT.format(name="orders"), TRAIN, QUEUED, LAST)
+    page.start_all()
+    page.wait_for(re.compile(r"^[1-9][\d,]* / 5,000$"), cell=2, timeout=90)
+    page.interrupt()
+    page.wait_for(re.compile("what it learned is kept"), cell=2, timeout=20)
+    page.wait_idle()
+    assert "QUEUED CELL RAN" not in page.output_text(3)
+    assert "Traceback" not in page.output_text(2)
+    expect(page.button("Stop", cell=2)).to_have_count(0)
+    page.screenshot(pictures / f"session-interrupted-{app}.png")
+    page.start_cell(4)
+    page.wait_idle()
+    interrupted = re.search(r"last stopped (\d+) stopped", page.output_text(4))
+    assert interrupted and int(interrupted[1]) > 0
+    page.start_all()
+    page.wait_for(re.compile(r"^[1-9][\d,]* / 5,000$"), cell=2, timeout=90)
+    page.click("Stop", cell=2)
+    page.wait_idle()
+    page.check()
+    assert "QUEUED CELL RAN" in page.output_text(3)
+    assert re.search(r"last stopped \d+ stopped", page.output_text(4))
+
+
+def test_clicks_show_while_a_step_takes_eight_seconds(
+    open_notebook: Opener, pictures: Path, app: str, notebook_folder: Path
+) -> None:
+    page = open_notebook(f"{MODEL}import nbpeft\n{SLOW}", ADAPT.format(name="orders"), SLOW_TRAIN, LAST)
+    for cell in (0, 1):
+        page.run_cell(cell)
+    page.start_cell(2)
+    page.wait_for(re.compile(r"^1 / 5,000$"), cell=2, timeout=60)
+    for label, shown, answer in (
+        ("Pause", "pausing after this step", "Pausing…"),
+        ("Save now", re.compile("saving after this step"), "Saving…"),
+        ("Stop", "stopping after this step", "Stopping…"),
+    ):
+        began = time.monotonic()
+        page.click(label, cell=2)
+        page.wait_for(shown, cell=2, timeout=3)
+        print(f"{app}: {label} was shown after {time.monotonic() - began:.2f} s")
+        expect(page.button(answer, cell=2)).to_be_visible(timeout=1000)
+    page.screenshot(pictures / f"session-slow-{app}.png")
+    assert "1 / 5,000" in page.output_text(2)  # still inside the step
+    page.wait_for(re.compile("^stopped$"), cell=2, timeout=20)
+    page.wait_idle()
+    page.check()
+    page.wait_for(re.compile("saved in orders-step-"), cell=2)
+    saved = list(notebook_folder.glob("orders-step-*/adapter_model.safetensors"))
+    assert saved
+    shutil.rmtree(saved[0].parent)
+    page.run_cell(3)
+    assert re.search(r"last stopped [1-4] stopped", page.output_text(3))
+
+
+WHOLE = """\
+%%lora_train model --data rows --eval held_out --tokenizer tok --sample "Oslo needs 31" --every 20 --patience 50
+max_steps = 80
+per_device_train_batch_size = 4
+learning_rate = 5e-2
+eval_steps = 10
+compute_metrics = accuracy
+"""
+HELP = """\
+from tests.char_tokenizer import CharTokenizer
+
+tok = CharTokenizer()
+held_out = rows[:8]
+
+def accuracy(predictions):
+    return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
+"""
+
+
+def test_the_card_of_a_whole_run(open_notebook: Opener, pictures: Path, app: str) -> None:
+    model = MODEL.replace("vocab_size=64", "vocab_size=100")
+    page = open_notebook(f"{model}{HELP}", ADAPT.format(name="orders"), WHOLE)
+    page.run_all()
+    text = page.output_text(2)
+    for words in ("accuracy", "gradient norm", "learning rate", "tokens/s", "memory", "earlier answers", "finished"):
+        assert words in text, words
+    strip = page.output(2).locator("div[title^='step 40']").first
+    expect(strip).to_have_attribute("title", re.compile(r"step 40: loss [\d.]+ · eval loss [\d.]+"))
+    for theme in ("light", "dark"):
+        page.theme(theme)
+        for width in (1280, 800, 600):
+            page.page.set_viewport_size({"width": width, "height": 900})
+            card = page.output(2).locator("div").first
+            assert card.evaluate("card => card.scrollWidth <= card.clientWidth + 1")
+            page.screenshot(pictures / f"card-{app}-{theme}-{width}.png")
+    page.theme("light")
+    page.page.set_viewport_size({"width": 1280, "height": 1000})
+    assert "widget-view" not in str(page.save())
+    page.reopen()
+    page.wait_for(re.compile("earlier answers"), cell=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,127 @@ def test_a_cell_that_fails_is_not_what_is_exported(ready: Notebook, tmp_path: Pa
     assert "found an int" in ready.run("%lora_train model --data 5 max_steps=1").line
     ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
     assert "'max_steps': 3" in (tmp_path / "train.py").read_text()
+
+
+class At(TrainerCallback):
+    """Does something at the beginning of a step."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.action()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def fail() -> None:
+    raise ZeroDivisionError("in my own code")
+
+
+def test_an_interruption_keeps_what_was_learned_and_is_one_quiet_line(ready: Notebook) -> None:
+    ready["callbacks"] = [At(2, interrupt)]
+    before = {name: p.detach().clone() for name, p in ready["model"].named_parameters()}
+    outcome = ready.run(f"{CELL}\ncallbacks = callbacks")
+    assert isinstance(outcome.error, KeyboardInterrupt)  # a cell that fails keeps those queued behind from running
+    (line,) = outcome.error._render_traceback_()  # type: ignore[attr-defined]
+    assert line.startswith("sql stopped · 2 of 3 steps") and line.endswith("what it learned is kept")
+    assert line in outcome.printed + outcome.complained
+    assert "Traceback" not in outcome.printed + outcome.complained
+    assert any(not torch.equal(p, before[name]) for name, p in ready["model"].named_parameters())
+    result = ready.session.last_result
+    assert result is not None and (result.status, result.steps) == ("stopped", 2)
+    assert ready.do("1 + 1") == 2
+
+
+def test_an_interruption_of_the_session_is_one_line_too(ready: Notebook) -> None:
+    ready["callbacks"] = [At(1, interrupt)]
+    outcome = ready.run(
+        "import nbpeft\nresult = nbpeft.session().train(model, rows, max_steps=3, callbacks=callbacks)\nafter = 1"
+    )
+    assert isinstance(outcome.error, KeyboardInterrupt)
+    assert "Traceback" not in outcome.printed + outcome.complained
+    assert "after" not in ready.shell.user_ns
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("model --data rows\nmax_steps = 1\nreport_to = 'comet_ml'", "report_to: CometCallback requires comet-ml"),
+        ("model --data rows\nmax_steps = 1\nlearning_rate = float('nan')", "learning_rate must be a number, not nan"),
+        (
+            "model --data rows\nmax_steps = 1\npush_to_hub = True\nhub_model_id = 'a/b'\noutput_dir = folder",
+            "push_to_hub: the hub cannot be reached",
+        ),
+        ("model --data unknown\nmax_steps = 1", "Expected columns input_ids, text, prompt and completion, or messages"),
+        ("net --data rows\nmax_steps = 1", "a Trainer cannot train a Sequential, whose forward takes no labels"),
+        ("model --data rows\nmax_steps = 3\ncallbacks = failing", "ZeroDivisionError: in my own code"),
+    ],
+)
+def test_a_run_that_fails_is_one_line_with_its_traceback_folded(
+    ready: Notebook, tmp_path: Path, cell: str, words: str
+) -> None:
+    ready["net"] = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    ready.do("%%lora net --name plain\nr = 2\ntarget_modules = ['0']")
+    ready["folder"], ready["unknown"], ready["failing"] = str(tmp_path), [{"a": 1}], [At(1, fail)]
+    outcome = ready.run(f"%%lora_train {cell}")
+    assert words in outcome.line
+    assert len(outcome.line) < 500
+    folded = str(ready.do("%lora traceback"))
+    assert folded.startswith("Traceback (most recent call last)") and words.partition(":")[0] in folded
+
+
+def test_a_kept_traceback_keeps_no_tensor_alive(ready: Notebook) -> None:
+    alive: list[Any] = []
+
+    def big() -> None:
+        activations = torch.zeros(1000)
+        alive.append(weakref.ref(activations))
+        raise ValueError("lost")
+
+    ready["callbacks"] = [At(1, big)]
+    assert "ValueError: lost" in ready.run(f"{CELL}\ncallbacks = callbacks").line
+    assert "in big" in str(ready.do("%lora traceback"))
+    assert alive[0]() is None
+
+
+def test_before_any_failure_there_is_no_traceback(ready: Notebook) -> None:
+    ready.session.context.last_traceback = ""
+    assert str(ready.do("%lora traceback")) == "no command has failed yet"
+
+
+def test_a_warning_is_said_once(ready: Notebook) -> None:
+    outcome = ready.run("%%lora_train model --data rows\nmax_steps = 2\nlearning_rate = 0.0")
+    assert outcome.error is None
+    assert (outcome.printed + outcome.complained).count("No weight of adapter 'sql' has changed") == 1
+    assert "No weight of adapter" in str(outcome.value)
+
+
+def test_patience_and_samples_by_a_word(ready: Notebook) -> None:
+    from tests.char_tokenizer import CharTokenizer
+
+    ready["tok"], ready["held_out"] = CharTokenizer(), [{"input_ids": [50, 20, 60, 30, 40]}]
+    line = "%%lora_train model --data rows --eval held_out --tokenizer tok --patience 1"
+    result = ready.do(f'{line} --sample "Oslo needs" --sample two --every 2\nmax_steps = 20\nlearning_rate = 1.0')
+    assert result.best_step is not None
+    assert "stopped early: no better in 1 evaluation" in result.message
+    assert [sample.prompt for sample in result.state.samples][:2] == ["Oslo needs", "two"]
+    training = ready.session.state.models[0].training
+    assert training is not None and training.samples == result.state.samples
+    told = ready.run("%%lora_train model --data rows --patience 3\nmax_steps = 1").line
+    assert told.startswith("patience needs data to evaluate on: pass eval_data")
+
+
+def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Path) -> None:
+    from tests.char_tokenizer import CharTokenizer
+
+    ready["tok"] = CharTokenizer()
+    ready.do(
+        "%lora_train model --data rows --eval held_out --tokenizer tok --patience 2 --sample a --every 1 max_steps=2"
+    )
+    ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
+    text = (tmp_path / "train.py").read_text()
+    assert "'patience': 2" in text and "'sample'" not in text and "'every'" not in text

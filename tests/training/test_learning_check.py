@@ -11,7 +11,7 @@ import transformers
 import nbpeft
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.state import TrainState
-from nbpeft.training import track
+from nbpeft.training import track, train
 from nbpeft.training.fit import _error_to_raise
 from nbpeft.training.learning_check import frozen_head, why_no_gradient
 from tests.tiny_models import llama
@@ -267,3 +267,24 @@ def test_a_plain_model_is_watched_too():
         for _ in range(12):
             layer(torch.ones(1, 2)).sum().backward()
             run.step(1.0)
+
+
+def test_a_run_resumed_after_its_end_does_no_step_and_warns_of_nothing(tmp_path):
+    model = trainable()
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    train(model, token_rows(), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = train(model, token_rows(), resume_from_checkpoint=True, **settings)
+        more = train(model, token_rows(), resume_from_checkpoint=True, **(settings | {"max_steps": 3}))
+    assert (again.status, again.steps, again.message) == ("finished", 2, "no step was left: it had finished at step 2")
+    assert (more.steps, more.message) == (3, "")
+
+
+def test_weights_that_exploded_are_said_to_have(recwarn):
+    model = trainable()
+    first = train(model, token_rows(), max_steps=3, learning_rate=1e9)
+    assert first.message == "Weights of adapter 'default' have exploded in 3 steps: the learning rate is too high."
+    second = train(model, token_rows(), max_steps=3)
+    assert second.message.startswith("Weights of adapter 'default' have exploded before this run")
+    assert "label" not in second.message

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nbpeft.display.charts import smooth
-from nbpeft.errors import BusyError, UnknownAdapterError
+from nbpeft.errors import BusyError, TrainingInterrupted, UnknownAdapterError
 from nbpeft.state import AdapterState, MemoryPart, MemoryState, ModelState, SessionState, TrainState
 from nbpeft.training.control import RunControl
 
@@ -222,7 +222,7 @@ class FakeRun:
         self._model_name = model_name
         self._published_at = float("-inf")
         self._began = time.monotonic()
-        self.shown = False
+        self.shown = ""
         self._lock = threading.RLock()
         self._state = train_state(0, total_steps, run_id=self.run_id, remaining=None, elapsed=0.0)
 
@@ -265,7 +265,9 @@ class FakeRun:
         message = f"stopped at step {self._state.step}" if stopped else str(error or "")
         self._state = dataclasses.replace(self._state, status=status, message=message, remaining=None)
         self._publish()
-        return isinstance(error, KeyboardInterrupt)
+        if isinstance(error, KeyboardInterrupt):
+            raise TrainingInterrupted(message) from None
+        return False
 
     def _publish(self) -> None:
         self._published_at = time.monotonic()

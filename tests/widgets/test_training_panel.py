@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nbpeft.display import charts
-from nbpeft.display.training import training_text
+from nbpeft.display.training import status_words, training_text
 from nbpeft.widgets import environment, run_buttons, show_run, training_panel
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.training_panel import RunView
@@ -60,9 +60,9 @@ def test_updates_are_few(session: Any, outputs: list[Output], monkeypatch: pytes
 def test_a_change_of_status_is_drawn_at_once(session: Any, outputs: list[Output]) -> None:
     view = RunView(fake_run(session), session, "model", ui="html")
     view.start()
-    for status in ("running", "paused", "stopping"):
+    for status in ("running", "pausing", "paused", "stopping"):
         view.draw(train_state(1, status=status))
-        assert status in outputs[0].last["text/html"]
+        assert f">{status_words(train_state(1, status=status))}</span>" in outputs[0].last["text/html"]
     view.close()
 
 
@@ -114,15 +114,15 @@ def test_the_buttons_pause_resume_and_stop(session: Any, outputs: list[Output]) 
     wait_until(lambda: training_panel._live and next(iter(training_panel._live.values()))._buttons)
     buttons = next(iter(training_panel._live.values()))._buttons
     assert buttons is not None
-    assert seen(buttons) == ["Pause", "Stop"]
+    assert seen(buttons) == ["Pause", "Stop", "Save now"]
     buttons.pause.click()
-    wait_until(lambda: seen(buttons) == ["Resume", "Stop"])
+    wait_until(lambda: seen(buttons) == ["Resume", "Stop", "Save now"])
     assert run.state.status == "paused"
     assert "paused" in outputs[0].last["text/html"]
     before = run.state.step
     buttons.resume.click()
     wait_until(lambda: run.state.step > before)
-    assert seen(buttons) == ["Pause", "Stop"]
+    assert seen(buttons) == ["Pause", "Stop", "Save now"]
     buttons.stop.click()
     thread.join(5)
     assert "stopped: step" in training_text(run.state)
@@ -168,6 +168,104 @@ def test_a_second_click_on_pause_pauses_too(
             button.click()  # the kernel's own delivery, when the cell is done
         assert not control.paused
     buttons.close()
+
+
+class SlowStep:
+    """A run inside a step that lasts until it is released."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.release = session, threading.Event()
+        self.run = FakeRun(session, 100)
+        self.thread = threading.Thread(target=self._loop)
+
+    def _loop(self) -> None:
+        with self.run:
+            self.run.step()
+            while not self.release.wait(0.01):
+                pass
+            self.run.step()
+
+    def __enter__(self) -> Any:
+        self.thread.start()
+        wait_until(lambda: self.run.state.step == 1 and next(iter(training_panel._live.values()))._buttons)
+        return next(iter(training_panel._live.values()))._buttons
+
+    def __exit__(self, *_: object) -> None:
+        self.run.control.request_stop()
+        self.release.set()
+        self.thread.join(5)
+
+
+def test_a_click_shows_while_a_step_runs(session: Any, outputs: list[Output]) -> None:
+    """The training thread is inside a step all the time."""
+    shown(session, "widgets")
+    step = SlowStep(session)
+    with step as buttons:
+        buttons.pause.click()
+        wait_until(lambda: ">pausing after this step</span>" in outputs[0].last["text/html"])
+        assert seen(buttons) == ["Pausing…", "Stop", "Save now"] and buttons.pause.disabled
+        buttons.pause.click()  # again, impatiently
+        assert step.run.control.paused
+        buttons.save.click()
+        wait_until(lambda: buttons.save.description == "Saving…")
+        buttons.stop.click()
+        wait_until(lambda: ">stopping after this step</span>" in outputs[0].last["text/html"])
+        assert seen(buttons)[1] == "Stopping…" and buttons.stop.disabled
+        assert step.run.state.step == 1
+    assert ">stopped</span>" in outputs[0].last["text/html"]
+
+
+def test_the_clock_moves_while_a_step_runs(
+    session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_panel, "_TICK", 0.02)
+    shown(session, "widgets")
+    step = SlowStep(session)
+    with step:
+        count = len(outputs[0].bundles)
+        wait_until(lambda: len(outputs[0].bundles) >= count + 3)
+        assert step.run.state.step == 1
+    wait_until(lambda: not any(thread.name == "nbpeft-run-view" for thread in threading.enumerate()))
+    count = len(outputs[0].bundles)
+    time.sleep(0.1)
+    assert len(outputs[0].bundles) == count
+
+
+def test_a_run_that_nobody_ends_ticks_no_longer_than_its_cell(session: Any, outputs: list[Output]) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    try:
+        shell.user_ns["begin"] = lambda: show_run(fake_run(session), session, "model", ui="html")
+        shell.run_cell("view = begin();", store_history=False)
+        wait_until(lambda: not any(thread.name == "nbpeft-run-view" for thread in threading.enumerate()))
+        shell.user_ns["view"].close()
+    finally:
+        InteractiveShell.clear_instance()
+
+
+def test_drawing_that_is_slow_is_done_more_rarely(
+    session: Any, outputs: list[Output], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundredth of the time, whatever an update takes."""
+    now, cost = [100.0], 0.01
+    view = RunView(fake_run(session), session, "model", ui="html")
+    monkeypatch.setattr("nbpeft.widgets.training_panel.time.monotonic", lambda: now[0])
+
+    def counter() -> float:  # called before and after each update
+        counter.calls += 1  # type: ignore[attr-defined]
+        return cost * counter.calls  # type: ignore[attr-defined]
+
+    counter.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr("nbpeft.widgets.training_panel.time.perf_counter", counter)
+    monkeypatch.setattr(RunView, "_tick", lambda self: None)
+    view.start()
+    before = len(outputs[0].bundles)
+    for step in range(1, 101):  # ten steps a second for ten seconds
+        now[0] += 0.1
+        view.draw(train_state(step, 200))
+    assert len(outputs[0].bundles) - before == pytest.approx(10, abs=1)
+    view.close()
 
 
 def test_a_click_that_comes_again_after_the_run_does_nothing(

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.errors import CellError
+from nbpeft.magics.help import HelpText
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
-from nbpeft.magics.parse import argument
+from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, subcommand
 
 _RESERVED = (
@@ -56,6 +57,14 @@ _RESERVED = (
         words=("tensorboard", "wandb", "trackio"),
         help="send the numbers to tensorboard, wandb or trackio as well",
     ),
+    argument(
+        "--patience",
+        type=positive,
+        metavar="N",
+        help="end after N evaluations without a better one, and put the best state back; needs --eval",
+    ),
+    argument("--sample", action="append", metavar="PROMPT", help="answer this while it trains; may be repeated"),
+    argument("--every", type=positive, metavar="STEPS", help="how often to sample; about five times a run if left out"),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
     argument("--background", "-b", action="store_true", help="the cell returns at once; other cells run meanwhile"),
     fields="training",
@@ -77,7 +86,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         data=options.data,
         eval_data=options.eval_data,
         tokenizer=options.tokenizer,
-        arguments={name: value for name, value in arguments.items() if name not in left_out},
+        arguments={name: value for name, value in arguments.items() if name not in (*left_out, "sample", "every")},
         left_out=(*left_out, *(["--trainer"] if options.trainer is not None else [])),
     )
     if options.trainer is not None:
@@ -110,11 +119,20 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         if name in options.fields:
             raise CellError(f"{name} is given in the magic's line, not in the cell")
     arguments: dict[str, Any] = dict(options.fields)
-    if options.max_length is not None:
-        arguments["max_length"] = options.max_length
-    if options.columns is not None:
-        arguments["columns"] = dict(options.columns)
-    return arguments
+    given = {name: getattr(options, name) for name in ("max_length", "patience", "every")}
+    given["columns"] = None if options.columns is None else dict(options.columns)
+    given["sample"] = [prompt_text(text) for text in options.sample] if options.sample else None
+    return arguments | {name: value for name, value in given.items() if value is not None}
+
+
+@subcommand(
+    "traceback",
+    "Show the whole traceback of the last command that failed.",
+    example="%lora traceback",
+)
+def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Show the last traceback, kept as text."""
+    return HelpText(notebook.session.last_traceback or "no command has failed yet")
 
 
 @subcommand(
