@@ -146,7 +146,8 @@ class _Parts:
         self._totals = parts.html(flex="1 1 260px")
         self._memory = parts.html()
         self.message = parts.Message()
-        foot = ipywidgets.HBox([self._totals, self.side_panel.buttons], layout=ipywidgets.Layout(flex_flow="row wrap"))
+        foot = ipywidgets.HBox([self._totals, self.side_panel.buttons])
+        foot.add_class("nbpeft-foot")
         above = [self._choices.box, self._rows.filter_box, self._rows.box, self._empty]
         self.root = parts.panel_root(self._head, *above, foot, self._memory, self.message.box, self.side_panel.slot)
 
