@@ -89,7 +89,8 @@ def head(title: str, aside: blocks.Span = "", *, below: int = 0) -> str:
     """
     margin = f";margin-bottom:{below}px" if below else ""
     return (
-        f'<div style="display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 16px;align-items:baseline{margin}">'
+        '<div style="display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 16px;align-items:baseline'
+        f'{margin}">'
         f"{span(blocks.bold(title))}"
         f'<span style="text-align:right">{span(aside)}</span></div>'
     )

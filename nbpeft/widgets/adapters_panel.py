@@ -79,7 +79,7 @@ class AdaptersPanel(SessionPanel):
         model = self._model()
         if model is not None and self._memory is not None:
             model = dataclasses.replace(model, memory=self._memory)
-        shown = model_card(model, self._name, hint=hint)
+        shown = model_card(model, self._name, hint=hint, brief=True)
         return Stack((shown, beside.card())) if beside is not None and not beside.closed else shown
 
     def _draw(self, state: SessionState) -> None:

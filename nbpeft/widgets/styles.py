@@ -26,7 +26,8 @@ PANEL_CSS = f"""
 .nbpeft-panel .jupyter-button.nbpeft-bare {{ border-color: transparent; color: {DIM}; }}
 .nbpeft-panel .jupyter-button.nbpeft-bare:hover:enabled {{ color: {ERROR}; }}
 .nbpeft-panel .jupyter-button.nbpeft-apart {{ margin-left: 18px; }}
-.nbpeft-row-buttons, .nbpeft-form, .nbpeft-settings, .nbpeft-foot {{ flex-wrap: wrap; gap: 6px; overflow: visible; align-items: center; }}
+.nbpeft-row-buttons, .nbpeft-form, .nbpeft-settings, .nbpeft-foot {{ flex-wrap: wrap; gap: 6px;
+  overflow: visible; align-items: center; }}
 .nbpeft-settings {{ gap: 4px 16px; }}
 .nbpeft-settings > * {{ flex: 0 0 auto; max-width: 100%; }}
 .nbpeft-form {{ padding: 4px 8px 8px; }}
@@ -60,6 +61,8 @@ PANEL_CSS = f"""
 @container (max-width: 340px) {{
   .nbpeft-grid {{ grid-template-columns: minmax(0, 1.5fr) minmax(0, 1fr); }}
   .nbpeft-grid > .nbpeft-number {{ display: none; }}
+  .nbpeft-choices .jupyter-button, .nbpeft-chips .jupyter-button {{ max-width: 100%; height: auto; min-height: 28px;
+    line-height: 20px; white-space: normal; overflow-wrap: anywhere; }}
 }}
 .nbpeft-panel .nbpeft-label {{ flex: 0 0 24%; min-width: 60px; max-width: 200px; padding-right: 8px;
   box-sizing: border-box; overflow: hidden; }}
