@@ -102,7 +102,8 @@ def head(title: str, aside: blocks.Span | tuple[blocks.Span, ...] = "", *, below
     margin = f";margin-bottom:{below}px" if below else ""
     right = " ".join(map(span, aside if isinstance(aside, tuple) else (aside,)))
     return (
-        f'<div style="display:flex;justify-content:space-between;gap:16px;align-items:baseline{margin}">'
+        '<div style="display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 16px;align-items:baseline'
+        f'{margin}">'
         f"{span(blocks.bold(title))}"
         f'<span style="text-align:right">{right}</span></div>'
     )
@@ -148,7 +149,9 @@ def _(block: blocks.Details) -> str:
 @to_html.register
 def _(block: blocks.Table) -> str:
     def cell(tag: str, column: int, content: str, extra: str) -> str:
-        align = "right;white-space:nowrap" if column in block.right else "left;overflow-wrap:anywhere"
+        # Only the first column gives way where there is no room: others would be broken letter by letter.
+        align = "right;white-space:nowrap" if column in block.right else "left"
+        align += "" if column else ";overflow-wrap:anywhere"
         return (
             f'<{tag} style="text-align:{align};padding:3px 8px;border-bottom:1px solid {palette.BORDER};'
             f'background:transparent;{extra}">{content}</{tag}>'
@@ -186,7 +189,7 @@ def _(block: blocks.Bar) -> str:
     )
     legend = "".join(
         f'<span title="{escape(part.detail)}">{_swatch(palette.of_part(part.name))}'
-        f"{escape(label(part))} {size(part.byte_count)}</span>"
+        f"{escape(label(part.name))} {size(part.byte_count)}</span>"
         for part in parts
     )
     note = span(blocks.dim(block.note))

@@ -11,20 +11,21 @@ OTHER = "other"
 _LABELS = {"temporary": "temporary buffers", "elsewhere": "other programs"}
 
 
-def label(part: MemoryPart) -> str:
-    """How a person calls a part."""
-    return _LABELS.get(part.name, part.name)
+def label(name: str) -> str:
+    """How a person calls a part of memory."""
+    return _LABELS.get(name, name)
 
 
 def part_words(part: MemoryPart) -> str:
     """``optimizer 37.0 MB: two moments a parameter``."""
-    return f"{label(part)} {size(part.byte_count)}" + (f": {part.detail}" if part.detail else "")
+    return f"{label(part.name)} {size(part.byte_count)}" + (f": {part.detail}" if part.detail else "")
 
 
 def parts_text(parts: tuple[MemoryPart, ...]) -> str:
     """``base weights 269.0 MB, adapters 22.0 MB``."""
     return (
-        ", ".join(f"{label(part)} {size(part.byte_count)}" for part in parts if part.byte_count) or "nothing measured"
+        ", ".join(f"{label(part.name)} {size(part.byte_count)}" for part in parts if part.byte_count)
+        or "nothing measured"
     )
 
 

@@ -122,19 +122,20 @@ def model_summary(model: ModelState) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def model_card(model: ModelState | None, called: str | None = None, *, hint: str = "") -> Card:
+def model_card(model: ModelState | None, called: str | None = None, *, hint: str = "", brief: bool = False) -> Card:
     """A model with its adapters.
 
     Args:
         model: the model, or None where it is gone.
         called: what it was called.
         hint: a line at the end.
+        brief: of many adapters, only say how many more there are.
     """
     if model is None:
         return card(called or "model", *no_model(called))
     return card(
         model_title(model),
-        _adapters(model),
+        _adapters(model, brief),
         totals(model, activity(model)),
         memory_bar(model.memory) if model.memory is not None else None,
         line(dim(hint)),
@@ -142,13 +143,16 @@ def model_card(model: ModelState | None, called: str | None = None, *, hint: str
     )
 
 
-def _adapters(model: ModelState) -> tuple[Block, ...]:
+def _adapters(model: ModelState, brief: bool) -> tuple[Block, ...]:
     """The table of adapters, or what to do where there are none."""
     if not model.adapters:
         return no_adapters(model)
     first, others = model.adapters[:_MOST_ROWS], model.adapters[_MOST_ROWS:]
     table = adapter_table(first)
-    return (table, Details(f"{len(others):,} more", adapter_table(others))) if others else (table,)
+    if not others:
+        return (table,)
+    words = f"{len(others):,} more"
+    return table, line(dim(words)) if brief else Details(words, adapter_table(others))
 
 
 def totals(model: ModelState, *more: str) -> Line:

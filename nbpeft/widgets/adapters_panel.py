@@ -79,7 +79,7 @@ class AdaptersPanel(SessionPanel):
         model = self._model()
         if model is not None and self._memory is not None:
             model = dataclasses.replace(model, memory=self._memory)
-        shown = model_card(model, self._name, hint=hint)
+        shown = model_card(model, self._name, hint=hint, brief=True)
         return Stack((shown, beside.card())) if beside is not None and not beside.closed else shown
 
     def _draw(self, state: SessionState) -> None:
@@ -160,7 +160,8 @@ class _Parts:
         self._undo.layout.display = "none"
         *words, dismiss = self.message.box.children
         self.message.box.children = (*words, self._undo, dismiss)
-        foot = ipywidgets.HBox([self._totals, self.side_panel.buttons], layout=ipywidgets.Layout(flex_flow="row wrap"))
+        foot = ipywidgets.HBox([self._totals, self.side_panel.buttons])
+        foot.add_class("nbpeft-foot")
         above = [self._choices.box, self._rows.filter_box, self._rows.box, self._empty]
         self.root = parts.panel_root(self._head, *above, foot, self._memory, self.message.box, self.side_panel.slot)
 

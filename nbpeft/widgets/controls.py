@@ -220,7 +220,7 @@ class Question:
             placeholder="A prompt",
             description="Prompt",
             rows=2,
-            layout=ipywidgets.Layout(flex="1 1 auto", width="auto", margin="0", height="52px"),
+            layout=ipywidgets.Layout(flex="1 1 220px", width="auto", margin="0", height="52px"),
         )
         self._prompt.add_class("nbpeft-unlabelled")
         self._ask = button(verb, "Answer this prompt", weakly(command, "run"), "primary", width="86px")

@@ -40,7 +40,8 @@ class SidePanel:
         self._session, self._name, self._tokenizer = session, model_name, tokenizer
         self._panel: AnswerPanel | None = None
         self._buttons = {kind: button(kind, words, weakly(self._toggle, kind)) for kind, (_, words) in _KINDS.items()}
-        self.buttons = ipywidgets.HBox(list(self._buttons.values()), layout=ipywidgets.Layout(flex="0 0 auto"))
+        self.buttons = ipywidgets.HBox(list(self._buttons.values()), layout=ipywidgets.Layout(flex="0 1 auto"))
+        self.buttons.add_class("nbpeft-foot")
         self.slot = ipywidgets.VBox([], layout=ipywidgets.Layout(width="100%", overflow="visible"))
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT, WIDTH
 
 PANEL_CSS = f"""
-.nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: 100%; max-width: {WIDTH}px;
+.nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: calc(100% - 20px);
+  max-width: {WIDTH}px;
   box-sizing: border-box; overflow: visible; container-type: inline-size; }}
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
 .nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
@@ -25,10 +26,11 @@ PANEL_CSS = f"""
 .nbpeft-panel .jupyter-button.nbpeft-bare {{ border-color: transparent; color: {DIM}; }}
 .nbpeft-panel .jupyter-button.nbpeft-bare:hover:enabled {{ color: {ERROR}; }}
 .nbpeft-panel .jupyter-button.nbpeft-apart {{ margin-left: 18px; }}
-.nbpeft-row-buttons, .nbpeft-form, .nbpeft-settings {{ gap: 6px; overflow: visible; align-items: center; }}
-.nbpeft-settings {{ flex-wrap: wrap; gap: 4px 16px; }}
+.nbpeft-row-buttons, .nbpeft-form, .nbpeft-settings, .nbpeft-foot {{ flex-wrap: wrap; gap: 6px;
+  overflow: visible; align-items: center; }}
+.nbpeft-settings {{ gap: 4px 16px; }}
 .nbpeft-settings > * {{ flex: 0 0 auto; max-width: 100%; }}
-.nbpeft-form {{ flex-wrap: wrap; padding: 4px 8px 8px; }}
+.nbpeft-form {{ padding: 4px 8px 8px; }}
 .nbpeft-choices, .nbpeft-chips {{ flex-wrap: wrap; overflow: visible; max-width: 100%; }}
 .nbpeft-choices {{ padding-left: 1px; }}
 .nbpeft-choices .jupyter-button {{ height: 28px; line-height: 26px; margin: 0 0 4px -1px; padding: 0 14px;
@@ -56,10 +58,19 @@ PANEL_CSS = f"""
   .nbpeft-head .widget-html-content {{ margin-right: 0; }}
   .nbpeft-row-buttons {{ width: 100%; padding-bottom: 4px; }}
 }}
+@container (max-width: 340px) {{
+  .nbpeft-grid {{ grid-template-columns: minmax(0, 1.5fr) minmax(0, 1fr); }}
+  .nbpeft-grid > .nbpeft-number {{ display: none; }}
+  .nbpeft-choices .jupyter-button, .nbpeft-chips .jupyter-button {{ max-width: 100%; height: auto; min-height: 28px;
+    line-height: 20px; white-space: normal; overflow-wrap: anywhere; }}
+}}
 .nbpeft-panel .nbpeft-label {{ flex: 0 0 24%; min-width: 60px; max-width: 200px; padding-right: 8px;
   box-sizing: border-box; overflow: hidden; }}
-.nbpeft-weight .slider-container {{ background: linear-gradient({DIM}, {DIM}) no-repeat 40% center / 1px 16px; }}
-.nbpeft-scale {{ position: relative; height: 16px; font-size: 11px; color: {DIM}; }}
+.nbpeft-panel .widget-readout {{ min-width: 48px; max-width: 48px; box-sizing: border-box; }}
+.nbpeft-weight .slider-container {{ position: relative; overflow: visible; }}
+.nbpeft-weight .slider-container::before {{ content: ""; position: absolute; left: 40%; top: -7px; width: 1px;
+  height: 18px; background: {DIM}; }}
+.nbpeft-scale {{ position: relative; height: 16px; margin: 0 58px 0 6px; font-size: 11px; color: {DIM}; }}
 .nbpeft-scale > span {{ position: absolute; transform: translateX(-50%); }}
 .nbpeft-panel .widget-label {{ color: {DIM}; text-align: left; padding-right: 6px; }}
 .nbpeft-unlabelled > .widget-label {{ position: absolute; width: 1px; height: 1px; overflow: hidden;
@@ -67,8 +78,8 @@ PANEL_CSS = f"""
 .nbpeft-panel textarea, .nbpeft-panel input, .nbpeft-panel select {{ font-size: 13px; border-radius: 3px; }}
 .nbpeft-panel select {{ appearance: auto; background-image: none; padding-right: 2px; }}
 .nbpeft-panel textarea {{ line-height: 1.4; padding: 5px 8px; box-sizing: border-box; }}
-.nbpeft-panel .nbpeft-question {{ gap: 8px; }}
-.nbpeft-panel.nbpeft-inner {{ margin-top: 12px; max-width: none; }}
+.nbpeft-panel .nbpeft-question {{ flex-wrap: wrap; gap: 8px; }}
+.nbpeft-panel.nbpeft-inner {{ margin-top: 12px; width: 100%; max-width: none; }}
 """
 
 

@@ -183,10 +183,15 @@ class NotebookPage:
         """The square button."""
         self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:interrupt-kernel'); }")
 
+    @property
+    def file(self) -> Path:
+        """Where the notebook is saved."""
+        return self._server.folder / self._notebook
+
     def save(self) -> dict[str, Any]:
         """Saves the notebook; returns what is in the file."""
         self.page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save'); }")
-        saved: dict[str, Any] = json.loads((self._server.folder / self._notebook).read_text())
+        saved: dict[str, Any] = json.loads(self.file.read_text())
         return saved
 
     # Reading
@@ -199,7 +204,7 @@ class NotebookPage:
                     trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output["traceback"]))
                     raise HarnessError(f"cell {index}: {output['ename']}: {output['evalue']}\n{trace[-2000:]}")
         for words in WIDGET_ERRORS:
-            if self.page.get_by_text(words).count():
+            if self.page.get_by_text(words).filter(visible=True).count():
                 raise HarnessError(f"the page shows {words!r}\n" + "\n".join(self.console[-10:]))
 
     def output(self, index: int) -> Locator:

@@ -36,29 +36,29 @@ asked = 'Order: Ana from Lima needs 12 chairs.'
 
 def test_compare_and_blend_from_the_adapters_panel(open_notebook: Opener, pictures: Path, app: str) -> None:
     page = open_notebook(
-        MODEL, "%lora panel", '%lora compare "Ana needs chairs" --tokens 12', f"import nbpeft\n{STATE}"
+        MODEL, "%lora panel", '%lora compare "Ana needs chairs" --max-new-tokens 12', f"import nbpeft\n{STATE}"
     )
     page.run_all()
     assert "answered in" in page.output_text(2)
     panel = page.output(1)
 
-    page.click("compare", cell=1)
+    page.click("Compare answers", cell=1)
     panel.locator("textarea").fill("Ana needs 12 chairs")
-    panel.locator("input[type=number]").fill("20")
-    panel.locator("input[type=number]").press("Tab")
+    panel.get_by_label("max new tokens").fill("20")
+    panel.get_by_label("max new tokens").press("Tab")
     page.click("Send", cell=1)
     page.wait_for("answered in", cell=1)
     expect(page.button("Stop", cell=1)).to_be_hidden()
     page.screenshot(pictures / f"compare-real-{app}.png")
 
-    page.click("blend", cell=1)
+    page.click("Blend adapters", cell=1)
     expect(page.button("Answer", cell=1)).to_be_visible()
     expect(panel.locator("textarea")).to_have_value("Ana needs 12 chairs")
     weight = panel.locator(".widget-readout").first
     weight.fill("0.3")
     weight.press("Enter")
     page.wait_for("pirate + orders (0.3 / 1)", cell=1)
-    page.wait_for("pass", cell=1)
+    page.wait_for("answered in", cell=1)
     page.click("Save as adapter", cell=1)
     page.wait_for("nothing lost", cell=1)
     page.screenshot(pictures / f"blend-real-{app}.png")
@@ -85,7 +85,7 @@ def test_words_that_differ_are_marked(open_notebook: Opener, pictures: Path, app
     page.wait_for("answering …", cell=1)
     expect(page.button("Stop", cell=1)).to_be_visible()
     page.wait_for("answered in", cell=1)
-    page.output(1).locator("select").last.select_option("orders")
+    page.output(1).get_by_label("diff against").select_option("orders")
     page.wait_for('"12, arr"', cell=1)
     page.click("Answer", cell=2)
     page.wait_for("answered in", cell=2)

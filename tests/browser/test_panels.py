@@ -50,7 +50,6 @@ def test_a_click_switches_the_adapter(open_notebook: Opener, pictures: Path, app
     page.run_cell(2)
     assert "acts: base" in page.output_text(2)
     page.click("orders", cell=1)
-    page.click("measure memory", cell=1)
     page.wait_for("optimizer 37.0 MB", cell=1)
     for theme in ("light", "dark"):
         page.theme(theme)
@@ -61,19 +60,28 @@ def test_a_click_switches_the_adapter(open_notebook: Opener, pictures: Path, app
 def test_save_asks_for_a_folder_and_delete_asks_back(open_notebook: Opener, pictures: Path, app: str) -> None:
     page = open_notebook(SET_UP, PANEL, "print(session.commands)")
     page.run_all()
-    page.click("save", cell=1)
-    field = page.output(1).locator("input[type=text]")
+    page.click("Save", cell=1)
+    field = page.output(1).get_by_label("Save to folder")
     expect(field).to_have_value("adapters/orders")
     field.fill("kept/orders")
     page.screenshot(pictures / f"panel-save-{app}.png")
-    page.click("Save", cell=1)
+    page.click("Save", cell=1, nth=1)
     page.wait_for("saved 'orders' to kept/orders", cell=1)
     row = page.output(1).locator(".nbpeft-row").filter(has_text="pirate")
-    row.get_by_role("button", name="delete", exact=True).click()
+    delete = row.get_by_title("Delete pirate; asks before")
+    delete.dblclick()
+    expect(row.get_by_text("Delete pirate?")).to_have_count(0)
+    delete.click()
+    confirm = row.locator(".nbpeft-danger")
+    expect(confirm).to_be_visible()
+    asked, first = confirm.bounding_box(), delete.bounding_box()
+    assert asked is not None and first is not None
+    assert asked["y"] >= first["y"] + first["height"] or asked["x"] + asked["width"] <= first["x"]
     page.screenshot(pictures / f"panel-delete-{app}.png")
-    row.get_by_role("button", name="keep").click()
-    row.get_by_role("button", name="delete", exact=True).click()
-    row.get_by_role("button", name="Delete?").click()
+    row.get_by_role("button", name="Keep").click()
+    expect(confirm).to_have_count(0)
+    delete.click()
+    confirm.click()
     page.wait_for("deleted 'pirate'", cell=1)
     expect(page.button("pirate", cell=1)).to_have_count(0)
     page.run_cell(2)
@@ -173,22 +181,63 @@ def test_a_notebook_that_is_not_trusted_shows_the_snapshots(open_notebook: Opene
     page.screenshot(pictures / f"not-trusted-{app}.png")
 
 
-def test_many_adapters_and_long_names_stay_in_the_panel(open_notebook: Opener, pictures: Path, app: str) -> None:
-    names = [f"adapter_{number}" for number in range(14)] + ["a_very_long_adapter_name_that_somebody_typed_in"]
-    session = (
-        "from tests.widgets.fakes import adapter, model\n"
-        f"session = FakeSession(model('model', [adapter(name) for name in {names!r}], memory=None))"
-    )
-    page = open_notebook(f"{SET_UP}\n{session}", PANEL)
-    page.page.set_viewport_size({"width": 900, "height": 900})
+LONG = ["experiment-2026-11-26-learning-rate-3e-4", "experiment-2026-11-26-learning-rate-1e-4"]
+MANY = f"""\
+from tests.widgets.fakes import adapter, model
+session = FakeSession(model('model', [adapter(name) for name in {LONG!r} + [f'run-{{n:03}}' for n in range(198)]]))
+"""
+NAMES = "print('acts:', session.state.model('model').active)"
+
+
+@pytest.mark.parametrize("width", [1280, 800, 600])
+def test_nothing_is_cut_at_any_width(open_notebook: Opener, pictures: Path, app: str, width: int) -> None:
+    page = open_notebook(f"{SET_UP}\n{MANY}", PANEL, "AdaptersPanel(session, 'model', ui='html')")
+    page.page.set_viewport_size({"width": width, "height": 900})
     page.run_all()
-    expect(page.button(names[-1], cell=1)).to_be_visible()
-    panel = page.output(1).locator(".nbpeft-panel")
-    assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth + 1")
-    lefts = (
-        page.output(1)
-        .get_by_role("button", name="save", exact=True)
-        .evaluate_all("buttons => buttons.map(button => button.getBoundingClientRect().left)")
-    )
-    assert len(set(lefts)) == 1
-    page.screenshot(pictures / f"panel-many-{app}.png")
+    expect(page.button("run-000", cell=1)).to_be_visible()
+    page.output(1).get_by_role("button", name="Delete", exact=True).first.click()
+    wide = page.output(1).locator(".nbpeft-panel, .nbpeft-row, .nbpeft-choices, .nbpeft-settings, .nbpeft-foot")
+    assert wide.evaluate_all("parts => parts.every(part => part.scrollWidth <= part.clientWidth + 1)")
+    edge = "panel => panel.getBoundingClientRect().right"
+    right = page.output(1).locator(".nbpeft-panel").evaluate(edge)
+    controls = page.output(1).locator("button, input").filter(visible=True)
+    assert controls.evaluate_all(f"(parts) => parts.every(part => ({edge})(part) <= {right})")
+    table = page.output(2).locator("table").first
+    assert table.evaluate("table => table.scrollWidth <= table.parentElement.clientWidth + 1")
+    for name in LONG:  # both ends are seen, and what differs
+        shown = page.output(1).locator(f".nbpeft-row [title='{name}'] span").last
+        expect(shown).to_have_text(name[-8:])
+        assert shown.evaluate("part => part.scrollWidth <= part.offsetWidth")
+    page.screenshot(pictures / f"panel-many-{app}-{width}.png")
+
+
+def test_a_filter_finds_one_of_two_hundred(open_notebook: Opener) -> None:
+    page = open_notebook(f"{SET_UP}\n{MANY}", PANEL, NAMES)
+    page.run_all()
+    expect(page.output(1).locator(".nbpeft-row")).to_have_count(12)
+    page.output(1).get_by_label("Filter").fill("run-19")
+    expect(page.output(1).locator(".nbpeft-row")).to_have_count(8)
+    page.click("run-197", cell=1)
+    expect(page.output(1).locator(".nbpeft-row.nbpeft-on")).to_have_count(1)
+    page.run_cell(2)
+    assert "acts: ('run-197',)" in page.output_text(2)
+
+
+def test_every_control_has_a_name_and_is_reached_by_the_keyboard(open_notebook: Opener) -> None:
+    page = open_notebook(f"{SET_UP}\n{MANY}", PANEL, NAMES)
+    page.run_all()
+    panel = page.output(1)
+    for control in panel.locator("input, select, textarea").filter(visible=True).all():
+        assert control.evaluate("part => part.labels.length && part.labels[0].innerText.trim()")
+    buttons = panel.locator("button").filter(visible=True)
+    assert buttons.evaluate_all("parts => parts.every(part => part.innerText.trim() && part.title)")
+    page.button("base", cell=1).focus()
+    for _ in range(3):
+        page.page.keyboard.press("Tab")
+    focused = "() => document.activeElement.innerText"
+    assert page.page.evaluate(focused) == "run-000"
+    assert page.page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.page.keyboard.press("Enter")
+    expect(panel.locator(".nbpeft-row.nbpeft-on")).to_have_count(1)
+    page.run_cell(2)
+    assert "acts: ('run-000',)" in page.output_text(2)

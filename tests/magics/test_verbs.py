@@ -165,7 +165,7 @@ def test_all_adapters_are_saved_as_peft_does(trained: Notebook, tmp_path: Path) 
 
 def test_the_state_lists_adapters(trained: Notebook) -> None:
     text = str(trained.do("%lora"))
-    assert "model (LlamaForCausalLM) · active: sql" in text
+    assert "model (LlamaForCausalLM): active: sql" in text
     assert "sql   LoRA  r=4 α=8" in text
     html = trained.do("%lora")._repr_html_()
     assert "<table" in html

@@ -47,7 +47,7 @@ def saved(trained: Notebook, tmp_path: Path) -> Path:
 def test_combine_makes_the_exact_sum(trained: Notebook) -> None:
     result = trained.do("%lora combine sql=0.7 chat=-0.3 --as both")
     assert str(result).startswith(
-        "made 'both' = 0.7 · sql - 0.3 · chat on model: exact, rank 6, 4 layers, nothing lost"
+        "made 'both' = 0.7 × sql - 0.3 × chat on model: exact, rank 6, 4 layers, nothing lost"
     )
     trained.do("%lora scale sql 0.7")
     trained.do("%lora scale chat -0.3")

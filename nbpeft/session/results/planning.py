@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbpeft.display.blocks import Bar, Block, Card, Table, Text, Tone, bold, card, dim, line
-from nbpeft.display.memory import parts_text, scale_of
+from nbpeft.display.memory import label, parts_text, scale_of
 from nbpeft.display.models import with_notes
 from nbpeft.display.numbers import size
 from nbpeft.session.results.base import Result
@@ -163,7 +163,7 @@ class PlanResult(Result):
         return "\n".join(lines)
 
     def _exceeding(self) -> str:
-        return ", ".join(f"{name} ({size(over)})" for name, over in self.exceeding)
+        return ", ".join(f"{label(name)} ({size(over)})" for name, over in self.exceeding)
 
     def view(self) -> Card:
         """The plan with its settings."""
