@@ -16,6 +16,7 @@ from nbpeft.checkpoint.hub_token import TOKENS_PAGE
 from nbpeft.checkpoint.staging import STAGING_PREFIX
 from nbpeft.checkpoint.tensor_file import LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few, shown
+from nbpeft.hub_access import hub_options
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -169,8 +170,10 @@ def download(repo_id: str, filename: str, subfolder: str | None, options: Mappin
     """
     from huggingface_hub import hf_hub_download
 
+    options = {"library_name": "nbpeft", **options, **hub_options(repo_id, options)}
+
     def fetch() -> Path:
-        return Path(hf_hub_download(repo_id, filename, subfolder=subfolder, **{"library_name": "nbpeft", **options}))
+        return Path(hf_hub_download(repo_id, filename, subfolder=subfolder, **options))
 
     where = f"{subfolder}/{filename}" if subfolder else filename
     return _translating(fetch, repo_id, where, options.get("revision"))

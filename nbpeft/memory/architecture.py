@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.model_tree import base_model_of
 from nbpeft.errors import ConfigError
+from nbpeft.hub_access import hub_options
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -194,7 +195,7 @@ def _loaded_config(source: str) -> Any:
     if name.endswith(".gguf"):
         place = {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
     try:
-        return AutoConfig.from_pretrained(**place, trust_remote_code=False)
+        return AutoConfig.from_pretrained(**place, trust_remote_code=False, **hub_options(source))
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"cannot read the config of {source!r}: {reason.rstrip('.')}", source=source) from None

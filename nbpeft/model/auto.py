@@ -11,6 +11,7 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import BaseNotFoundError, CheckpointError, ConfigError, in_one_line, shown
+from nbpeft.hub_access import hub_options
 from nbpeft.model.peft_model import PeftModel
 
 _BASE_CLASSES: dict[TaskType, str] = {
@@ -66,6 +67,7 @@ class AutoPeftModel:
             raise CheckpointError(f"{source} does not say which base model it goes on; load that one and use PeftModel")
         base_class = cls._base_class(saved, import_allowlist)
         base_options = {key: value for key, value in kwargs.items() if key not in ("subfolder",)}
+        base_options |= hub_options(base_name, base_options)
         try:
             base = base_class.from_pretrained(base_name, revision=saved.revision or "main", **base_options)
         except (OSError, ValueError) as error:

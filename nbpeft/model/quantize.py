@@ -28,6 +28,7 @@ from nbpeft.engine.model_tree import (
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean, in_one_line
+from nbpeft.hub_access import hub_options
 from nbpeft.logs import collapsed
 from nbpeft.memory.processor import has_instructions
 from nbpeft.names import DTYPES, QUANT_TYPES, SHORT_DTYPES
@@ -197,7 +198,10 @@ def _library() -> Any:
 
 
 def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:
-    failure = ""
+    failure, offline = "", hub_options(place, options)
+    if offline and str(loader.__module__).startswith("transformers."):
+        offline["adapter_kwargs"] = dict(offline)  # transformers looks for an adapter in the same place
+    options = options | offline
     try:
         return loader.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError) as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import CheckpointNotFoundError, ConfigError, in_one_line
+from nbpeft.hub_access import hub_options
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.names import DTYPES
 from nbpeft.session.checks import adapter_name, place_of
@@ -434,6 +435,7 @@ def _config(source: str, loading: Mapping[str, Any]) -> Any:
 
     place, file = place_of(source, loading.get("gguf_file"))
     options: dict[str, Any] = {name: loading[name] for name in _OF_CONFIG if name in loading}
+    options |= hub_options(place, options)
     failure = ""
     try:
         return AutoConfig.from_pretrained(place, **options, **({"gguf_file": file} if file else {}))
