@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from IPython.core import magic
@@ -13,14 +14,15 @@ from traitlets import Enum
 from nbpeft.errors import CellError, NbpeftError, in_one_line
 from nbpeft.magics.body import evaluate, excerpt, parse_body, parse_fields
 from nbpeft.magics.cell_spelling import in_cell_spelling
-from nbpeft.magics.complete import CompletionSources
+from nbpeft.magics.complete import CompletionSources, Values
 from nbpeft.magics.help import HelpText, command_help, main_help
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import parse_arguments, parse_line
 from nbpeft.magics.registry import registered
-from nbpeft.magics.subcommands.quantizing import OWN_FIELDS
 from nbpeft.magics.tokenize import tokenize
 from nbpeft.session import Session, StatusReport, get_session
+from nbpeft.session.fields import module_names
+from nbpeft.session.handles import is_module
 
 # Typed Any: their own types fit plain functions, not methods.
 _as_typed: Any = magic.no_var_expand
@@ -147,17 +149,26 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         magics.session.adopt(magics.shell.user_ns)
         return [item.name for model in magics.session.state.models for item in model.adapters]
 
+    def modules(model: str) -> tuple[str, ...]:
+        value = magics.shell.user_ns.get(model)
+        return module_names(value) if is_module(value) else ()
+
+    def values(kind: str, name: str, method: str, model: str) -> Values:
+        field = magics.session.fields(kind, method).get(name)
+        if field is None:
+            return Values()
+        names = modules(model) if field.modules else ()
+        return Values((*field.choices, *names), (*field.listed, *names))
+
     return CompletionSources(
         models=lambda: magics.notebook.model_names(),
         adapters=adapters,
         variables=variables,
         methods=magics.session.method_names,
         combinations=magics.session.combination_types,
-        fields={
-            "config": magics.session.config_fields,
-            "training": lambda method: magics.session.training_fields(),
-            "qlora": lambda method: [*OWN_FIELDS, *magics.session.config_fields(method)],
-        },
+        fields={kind: partial(magics.session.fields, kind) for kind in ("config", "training", "qlora")},
+        values=values,
+        modules=modules,
     )
 
 

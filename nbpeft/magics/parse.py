@@ -28,7 +28,7 @@ class Argument:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
         completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``combination``,
-            ``method``, ``model``, ``variable``, ``path``, ``name`` (a new one), or empty.
+            ``method``, ``model``, ``modules`` (of a model), ``variable``, ``path``, ``name`` (a new one), or empty.
         words: further values to complete.
     """
 

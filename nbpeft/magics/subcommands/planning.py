@@ -82,6 +82,8 @@ def sizes_without_dry_run() -> CellError:
     argument(
         "--targets",
         metavar="NAMES",
+        completes="modules",
+        words=("all-linear",),
         help="all-linear, or names with commas (default: the active adapter's, or all-linear for LoRA)",
     ),
     argument("--panel", action="store_true", help="show a panel with sliders"),
