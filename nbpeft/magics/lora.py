@@ -15,7 +15,8 @@ from nbpeft.errors import CellError, NbpeftError, in_one_line
 from nbpeft.magics.body import evaluate, excerpt, parse_body, parse_fields
 from nbpeft.magics.cell_spelling import in_cell_spelling
 from nbpeft.magics.complete import CompletionSources, Values
-from nbpeft.magics.help import HelpText, command_help, main_help
+from nbpeft.magics.help import command_help, main_help
+from nbpeft.magics.inspecting import describe
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import parse_arguments, parse_line
 from nbpeft.magics.registry import registered
@@ -29,7 +30,7 @@ _as_typed: Any = magic.no_var_expand
 _line_or_cell: Any = magic.line_cell_magic
 
 SUBCOMMANDS, CELLS = registered()
-_MAIN_HELP = main_help(CELLS["lora"], SUBCOMMANDS, [cell for name, cell in CELLS.items() if name != "lora"])
+_MAIN_HELP = main_help(CELLS, SUBCOMMANDS)
 _LONGEST = 400
 """Characters of a message."""
 
@@ -79,9 +80,13 @@ class NbpeftMagics(magic.Magics):
         """Quantized models."""
         return self._answer("qlora", line, cell)
 
-    lora.__doc__ = _MAIN_HELP
-    qlora.__doc__ = command_help(CELLS["qlora"], "%%qlora")
-    lora_train.__doc__ = command_help(CELLS["lora_train"], "%%lora_train")
+    lora.__doc__ = f"{_MAIN_HELP}\n\n{command_help(CELLS['lora'], '%%lora')}"
+    qlora.__doc__ = str(command_help(CELLS["qlora"], "%%qlora"))
+    lora_train.__doc__ = str(command_help(CELLS["lora_train"], "%%lora_train"))
+
+    def describe(self, text: str, cursor: int) -> str | None:
+        """What stands at a place of a cell, for a tooltip; None where it is nothing of these magics."""
+        return describe(text, cursor, SUBCOMMANDS, CELLS, self.session.fields)
 
     def _run(self, name: str, line: str, cell: str | None) -> object:
         """Run a magic; fields stand in its line, in its body, or in both."""
@@ -89,9 +94,12 @@ class NbpeftMagics(magic.Magics):
         if name == "lora" and cell is None:
             word, _, rest = line.strip().partition(" ")
             if word in ("help", "-h", "--help"):
-                if not rest:
-                    return HelpText(_MAIN_HELP)
-                line = f"{rest} --help"
+                name = rest.strip().lstrip("%")
+                if not name or name == "lora":
+                    return command_help(CELLS["lora"], "%%lora") if name else _MAIN_HELP
+                if name in CELLS:
+                    return command_help(CELLS[name], f"%%{name}")
+                line = f"{name} --help"
             request = parse_line(line, SUBCOMMANDS, notebook.namespace)
             if request is None:
                 self.session.adopt(notebook.namespace)
@@ -101,7 +109,7 @@ class NbpeftMagics(magic.Magics):
             prog = f"%%{name}"
             request = parse_arguments(CELLS[name], prog, tokenize(line), notebook.namespace)
         if request.help:
-            return HelpText(_MAIN_HELP if prog == "%%lora" else command_help(request.command, prog))
+            return command_help(request.command, prog)
         options = request.options
         options.fields = parse_fields(options.fields, notebook.namespace)
         if cell is not None:

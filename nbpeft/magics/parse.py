@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near, with_article
 from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
+from nbpeft.session.handles import is_module
 
 _REQUIRED = "the following arguments are required: "
 _DIGITS = 18
@@ -190,7 +191,7 @@ def parse_line(
         return None
     name = words[0].text
     if name not in subcommands:
-        if name in namespace:
+        if name in namespace and is_module(namespace[name]):
             add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
             raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
         message = f"{magic} has no command {name!r:.60}.{did_you_mean(name, subcommands)}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import inspect
 import re
 import sys
 import types
@@ -152,7 +153,7 @@ def _resolved(item: dataclasses.Field[Any], cls: type) -> Any:
     """The type of a field, where an annotation is text too."""
     if not isinstance(item.type, str):
         return item.type
-    owner = next((base for base in cls.__mro__ if item.name in base.__dict__.get("__annotations__", {})), cls)
+    owner = next((base for base in cls.__mro__ if item.name in inspect.get_annotations(base)), cls)
     try:
         return eval(item.type, dict(vars(sys.modules[owner.__module__])))
     except Exception:  # a name that only a type checker imports

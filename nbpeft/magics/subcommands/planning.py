@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from nbpeft.device_names import DEVICES, THIS_MACHINE, named
 from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
@@ -20,7 +21,12 @@ _QUANTS = ("none", *QUANTIZATIONS)
 _SIZES = (
     argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
     argument("--seq", type=positive, metavar="N", help="tokens of each (default: 1024)"),
-    argument("--device", metavar="SIZE", words=("cpu", "cuda"), help="16GB, cuda:0, … (default: this machine's)"),
+    argument(
+        "--device",
+        metavar="DEVICE",
+        words=(THIS_MACHINE, "cpu", "cuda", *DEVICES),
+        help="T4, A100-80GB, RTX4090, M2-16GB, …, or 16GB, cuda:0 (default: this machine's)",
+    ),
 )
 DRY_RUN_SIZES = tuple(
     replace(item, options={**item.options, "help": f"for --dry-run: {item.options['help']}"}) for item in _SIZES
@@ -37,7 +43,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     names = {"batch": "batch_size", "seq": "sequence_length", "device": "device", "optimizer": "optimizer"}
     found: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
     device = str(given.get("device", ""))
-    if re.fullmatch(r"[\d.]+", device):  # it would be read as bytes, which nobody means
+    if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would be read as bytes, which nobody means
         raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
     if "dtype" in given:
         found["dtype"] = SHORT_DTYPES.get(given["dtype"], given["dtype"])
