@@ -88,9 +88,10 @@ class NbpeftMagics(magic.Magics):
         """What stands at a place of a cell, for a tooltip; None where it is nothing of these magics."""
         return describe(text, cursor, SUBCOMMANDS, CELLS, self.session.fields)
 
-    def _run(self, name: str, line: str, cell: str | None) -> object:
+    def _run(self, name: str, line: str, cell: str | None, *, silent: bool) -> object:
         """Run a magic; fields stand in its line, in its body, or in both."""
         notebook = self.notebook
+        notebook.silent = silent
         if name == "lora" and cell is None:
             word, _, rest = line.strip().partition(" ")
             if word in ("help", "-h", "--help"):
@@ -132,7 +133,7 @@ class NbpeftMagics(magic.Magics):
         if silent and cell is None:
             line = line.rstrip().rstrip(";")
         try:
-            result = self._run(name, line, cell)
+            result = self._run(name, line, cell, silent=silent)
             return None if silent else in_cell_spelling(result)
         except NbpeftError as error:
             message = _message(error, cell)

@@ -45,6 +45,7 @@ class NotebookContext:
         ui: how panels are shown: ``auto``, ``widgets``, ``html`` or ``text``.
         shell: the IPython shell, or None outside one.
         trained: model variable -> the last cell that trained it.
+        silent: whether the result is not shown, because the line ends with a semicolon.
     """
 
     namespace: MutableMapping[str, Any]
@@ -52,6 +53,7 @@ class NotebookContext:
     ui: Literal["auto", "widgets", "html", "text"] = "auto"
     shell: Any = None
     trained: dict[str, TrainingCell] = field(default_factory=dict)
+    silent: bool = False
 
     def model_names(self) -> list[str]:
         """Variables that hold a torch module, adapted models first. Imports nothing."""

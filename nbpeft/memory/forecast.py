@@ -108,8 +108,8 @@ def forecast(
         gradient_checkpointing: keep layer inputs only, compute the rest again in backward.
         optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
         training: forward, backward and optimizer; else reading a prompt into a cache.
-        device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it is, or the model
-            is on, a CPU, what CPU kernels copy is counted.
+        device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
+            is, or the model is on, a CPU, what CPU kernels copy is counted.
 
     Raises:
         ConfigError: a value is impossible or the model cannot run without data.
