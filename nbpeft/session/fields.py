@@ -20,7 +20,11 @@ from nbpeft.names import DTYPES, QUANT_TYPES
 from nbpeft.session.configs import BOOKKEEPING, DEFAULT_METHOD, config_class, method_names
 from nbpeft.session.handles import uncompiled
 
-_MODULE_FIELDS = {"target_modules": ("all-linear",), "exclude_modules": (), "modules_to_save": ()}
+_MODULE_FIELDS: dict[str, tuple[str, ...]] = {
+    "target_modules": ("all-linear",),
+    "exclude_modules": (),
+    "modules_to_save": (),
+}
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,10 @@ def _config(method: str) -> Iterator[Field]:
             text = "The method; the same as --method."
             yield Field("peft_type", "str", repr(DEFAULT_METHOD), text, tuple(name.upper() for name in method_names()))
             continue
-        given = cls.choices.get(item.name)
+        field = _of(item, cls, texts.get(item.name, ""))
         modules = item.name in _MODULE_FIELDS
-        yield dataclasses.replace(
-            _of(item, cls, texts.get(item.name, "")),
-            **({} if given is None else {"choices": given}),
-            **({"choices": _MODULE_FIELDS[item.name], "modules": True} if modules else {}),
-        )
+        choices = _MODULE_FIELDS[item.name] if modules else cls.choices.get(item.name, field.choices)
+        yield dataclasses.replace(field, choices=choices, modules=modules)
 
 
 def _training() -> Iterator[Field]:

@@ -125,7 +125,7 @@ class _Shown(PlanResult):
         if "seen" in vars(self):
             from IPython.display import HTML, display
 
-            display(HTML(self._repr_html_()))  # type: ignore[no-untyped-call]
+            display(HTML(self._repr_html_()))
         vars(self)["seen"] = True
 
 
@@ -135,7 +135,7 @@ def _shown_as_it_comes(planner: MemoryPlanner, notebook: NotebookContext) -> Pla
         return planner.plan()
     from IPython.display import display
 
-    handle: Any = display(planner.plan(suggest=False), display_id=True)  # type: ignore[no-untyped-call]
+    handle: Any = display(planner.plan(suggest=False), display_id=True)
     found = planner.plan()
     handle.update(found)
     return _Shown(**{field.name: getattr(found, field.name) for field in fields(found)})
