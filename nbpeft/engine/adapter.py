@@ -107,6 +107,9 @@ class AdapterConfig:
 
     Public as ``nbpeft.PeftConfig``. A config handed to the engine is copied, so that later
     changes to the caller's object change nothing.
+
+    Attributes:
+        task_type: what the model is for; decides which new heads are trained and how the adapter is loaded.
     """
 
     task_type: TaskType | str | None = field(default=None)
@@ -120,8 +123,12 @@ class AdapterConfig:
     store: ClassVar[ConfigStore | None] = None
     not_implemented: ClassVar[tuple[str, ...]] = ()
     """Fields that are accepted only while they ask for nothing; their type is not asked about."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Fields that say something only together with those; completion leaves them out."""
     checked_apart: ClassVar[tuple[str, ...]] = ()
     """Fields whose type is checked with their value."""
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Field -> the values it takes, or examples of them; those of its type where it is not named."""
     condenses_targets: ClassVar[bool] = True
     """Whether a long list of targets may be saved as the suffixes that mean the same modules."""
     value_fields: ClassVar[tuple[str, ...]] = ()

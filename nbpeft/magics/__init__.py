@@ -16,7 +16,7 @@ def load(shell: Any) -> None:
     from traitlets import TraitError
     from traitlets.config import Config
 
-    from nbpeft.magics import cell_logs
+    from nbpeft.magics import cell_logs, empty_bodies, inspecting
     from nbpeft.magics.lora import CELLS, SUBCOMMANDS, NbpeftMagics, completion_sources
     from nbpeft.magics.matcher import Completion, install
 
@@ -30,7 +30,12 @@ def load(shell: Any) -> None:
     shell.register_magics(magics)
     if magics not in shell.configurables:
         shell.configurables.append(magics)
-    removers = (install(shell, Completion(SUBCOMMANDS, CELLS, completion_sources(magics))), cell_logs.install(shell))
+    removers = (
+        install(shell, Completion(SUBCOMMANDS, CELLS, completion_sources(magics))),
+        cell_logs.install(shell),
+        empty_bodies.install(shell, CELLS),
+        inspecting.install(shell, magics.describe),
+    )
     _installed[id(shell)] = (magics, removers)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import DATA_SUFFIXES
@@ -30,10 +31,28 @@ class Suggestions:
     closed: bool = True
 
 
+@dataclass(frozen=True)
+class Values:
+    """What a field takes.
+
+    Attributes:
+        choices: values, as Python objects.
+        listed: texts that may stand in a list; empty where it takes no list.
+    """
+
+    choices: tuple[Any, ...] = ()
+    listed: tuple[str, ...] = ()
+
+
 Source = Callable[[], Iterable[str]]
 FieldSource = Callable[[str], Iterable[str]]
 """Gets the method that the fields are for; empty for the usual one."""
 
+HELP = "help"
+_STATEMENT = re.compile(r"([^\W\d]\w*)\s*(?::[^=]*)?=(?!=)")
+_VALUE = re.compile(
+    r"""\s*(?P<before>[\[({]\s*(?:(?:'[^']*'|"[^"]*"|[^\s,'"]+)\s*,\s*)*)?(?P<quote>['"])?(?P<typed>[^'"\[\](){},=\s]*)"""
+)
 _METHOD = re.compile(r"""(?:--method[ =]+|\bpeft_type\s*=\s*)["']?(\w+)""")
 
 
@@ -49,6 +68,8 @@ class CompletionSources:
         methods: names of the methods.
         combinations: adapters that are combined -> the ways to combine them.
         fields: kind of fields (``config``, ``training``) -> their names.
+        values: (kind of fields, field, method, model's variable) -> what the field takes.
+        modules: model's variable -> names of its layers.
     """
 
     models: Source = tuple
@@ -58,6 +79,8 @@ class CompletionSources:
     methods: Source = tuple
     combinations: Callable[[Sequence[str]], Iterable[str]] = lambda adapters: ()
     fields: Mapping[str, FieldSource] = field(default_factory=dict)
+    values: Callable[[str, str, str, str], Values] = lambda kind, name, method, model: Values()
+    modules: Callable[[str], Iterable[str]] = lambda model: ()
 
 
 def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: CompletionSources) -> Suggestions:
@@ -69,8 +92,8 @@ def complete_line(before: str, subcommands: Mapping[str, Subcommand], sources: C
         sources: where names come from.
     """
     words, fragment = split(before)
-    if not words:
-        return choose(fragment, subcommands)
+    if not words or ([word.text for word in words] == [HELP]):
+        return choose(fragment, [*subcommands, *([] if words else [HELP])])
     command = subcommands.get(words[0].text)
     if command is None:
         return Suggestions(fragment, ())
@@ -89,27 +112,65 @@ def complete_arguments(
         return choose(fragment, [*flags, "--help"])
     place = _place(command, words)
     if place is None:
-        return _field_words(command, " ".join(word.text for word in words), fragment, sources)
+        return _field_words(command, words, fragment, sources)
     return _left(place, _values(place, fragment, words, sources), words)
 
 
-def complete_body(source: str, line: int, column: int, names: Source) -> Suggestions | None:
-    """Fields at the start of a line of a cell body; None where anything of Python may stand.
+def complete_body(
+    source: str, line: int, column: int, names: Source, values: Callable[[str], Values] = lambda name: Values()
+) -> Suggestions | None:
+    """Fields at the start of a line of a cell body, and values behind their ``=``; None where any Python may stand.
 
     Args:
         source: the body.
         line: 0-based line of the cursor in it.
         column: of the cursor.
         names: the fields.
+        values: what a field takes.
     """
     lines = source.split("\n")
     typed = lines[line][:column] if line < len(lines) else ""
+    after = lines[line][column:] if line < len(lines) else ""
+    inside = _inside_expression(lines[:line])
+    start = next((at for at in range(line, -1, -1) if _STATEMENT.match(lines[at])), line) if inside else line
+    statement = _STATEMENT.match("\n".join([*lines[start:line], typed]))
+    if statement is not None and (inside or start == line):
+        text = "\n".join([*lines[start:line], typed])[statement.end() :]
+        return _python_values(text, after, values(statement[1]))
     match = re.fullmatch(r"([^\W\d]\w*)?", typed)
-    if match is None or _inside_expression(lines[:line]):
+    if match is None or inside:
         return None
     taken = {match.group(1) for text in lines[:line] + lines[line + 1 :] if (match := re.match(r"(\w+)\s*=", text))}
     found = choose(typed, [name for name in names() if name not in taken])
     return Suggestions(typed, tuple(f"{name} = " for name in found.words), closed=bool(found.words))
+
+
+def _python_values(text: str, after: str, values: Values) -> Suggestions | None:
+    """Values in an expression of Python up to the cursor; None where other things may stand."""
+    found = _VALUE.fullmatch(text)
+    if found is None:
+        return None
+    before, quote, typed = found["before"] or "", found["quote"], found["typed"]
+    given = re.findall(r"""['"]([^'"]*)['"]""", before)
+    choices = [item for item in (values.listed if before else values.choices) if item not in given]
+    if not choices:
+        return None
+    if not quote:
+        words = [repr(choice) for choice in choices if str(choice).startswith(typed)]
+        return Suggestions(typed, tuple(words), closed=bool(words))
+    end = "" if after.startswith(quote) else quote
+    texts = [choice for choice in choices if isinstance(choice, str) and choice.startswith(typed)]
+    return Suggestions(typed, tuple(f"{text}{end}" for text in texts))
+
+
+def _line_values(fragment: str, values: Values) -> Suggestions:
+    """Values in ``name=value``, or behind the last comma of it."""
+    name, _, text = fragment.partition("=")
+    before, comma, typed = text.rpartition(",") if values.listed else ("", "", text)
+    given = before.split(",")
+    start = f"{name}={before}{comma}"
+    texts = [str(choice) for choice in (values.listed if comma else values.choices) if str(choice) not in given]
+    return Suggestions(fragment, tuple(f"{start}{choice}" for choice in texts if choice.startswith(typed)))
 
 
 def split(before: str) -> tuple[list[Word], str]:
@@ -147,6 +208,10 @@ def _values(item: Argument, fragment: str, words: Sequence[Word], sources: Compl
     if item.completes == "source":
         found = paths(fragment) if fragment else Suggestions(fragment, ())
         return Suggestions(fragment, choose(fragment, sources.models()).words + found.words)
+    if item.completes == "modules":
+        before, comma, _ = fragment.rpartition(",")
+        names = [*item.words, *sources.modules(chosen_model(words))]
+        return choose(fragment, [f"{before}{comma}{name}" for name in names if name not in before.split(",")])
     if item.options.get("choices"):
         return choose(fragment, [str(choice) for choice in item.options["choices"]])
     named: dict[str, Source] = {
@@ -202,11 +267,20 @@ def _place(command: Subcommand, words: Sequence[Word]) -> Argument | None:
     return None
 
 
-def _field_words(command: Subcommand, before: str, fragment: str, sources: CompletionSources) -> Suggestions:
+def _field_words(command: Subcommand, words: Sequence[Word], fragment: str, sources: CompletionSources) -> Suggestions:
     names = sources.fields.get(command.fields)
-    if names is None or "=" in fragment:
+    if names is None:
         return Suggestions(fragment, ())
-    return choose(fragment, [f"{name}=" for name in names(chosen_method(before))])
+    method = chosen_method(" ".join(word.text for word in words))
+    if "=" in fragment:
+        name = fragment.partition("=")[0]
+        return _line_values(fragment, sources.values(command.fields, name, method, chosen_model(words)))
+    return choose(fragment, [f"{name}=" for name in names(method)])
+
+
+def chosen_model(words: Sequence[Word]) -> str:
+    """The variable that the arguments of a command begin with, or the empty string."""
+    return next((word.text for word in words[:1] if word.text.isidentifier()), "")
 
 
 def chosen_method(text: str) -> str:

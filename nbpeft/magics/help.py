@@ -1,50 +1,124 @@
-"""Help texts, made of the argument parsers."""
+"""Help texts, examples first, made of what the commands declare."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Iterable, Iterator, Mapping
 
-from nbpeft.magics.parse import LineParser, Subcommand
+from nbpeft.display.blocks import Block, Card, Table, bold, card, dim, line
+from nbpeft.display.shown import Shown
+from nbpeft.magics.parse import Argument, Subcommand
+
+_CELLS = "Set up and train"
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "Which adapters are active": ("use", "off", "on", "scale", "freeze", "unfreeze"),
+    "Adapters of a model": ("add", "load", "save", "push", "rename", "copy", "delete", "reset", "undo"),
+    "Base weights": ("merge", "unmerge", "unload"),
+    "See and compare": ("panel", "ask", "compare", "inspect", "memory", "runs", "data"),
+    "Several adapters": ("combine", "blend", "swap"),
+    "Plan, go on, export": ("plan", "resume", "export", "traceback", "doctor"),
+}
+_MORE = "More"
+_WHICH_MODEL = (
+    "Without --model a command uses the model that was adapted, loaded into, trained or switched last. "
+    "Where several models carry adapters, one that takes something away (merge, unload, delete, …) needs it."
+)
+_FIELDS = {
+    "config": "a field of the config; in a cell one a line, name = value",
+    "training": "a field of TrainingArguments; in a cell one a line, name = value",
+    "qlora": "a field of the quantization or of the config; in a cell one a line, name = value",
+}
+
+Rows = tuple[tuple[str, str], ...]
 
 
-class HelpText:
-    """A help text that keeps its layout when it is shown."""
+class HelpText(Shown):
+    """A help text: sections of rows, each an example or an argument and what it does.
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    Args:
+        title: what it is about.
+        lead: what it does.
+        sections: title -> rows.
+        ending: lines below.
+    """
 
-    def __repr__(self) -> str:
-        return self.text
+    def __init__(self, title: str, sections: Mapping[str, Rows], *, lead: str = "", ending: Iterable[str] = ()) -> None:
+        self._title = title
+        self._lead = lead
+        self._sections = {name: rows for name, rows in sections.items() if rows}
+        self._ending = tuple(ending)
 
-    def _repr_html_(self) -> str:
-        return f'<pre style="background:transparent">{escape(self.text)}</pre>'
+    def __str__(self) -> str:
+        longest = [len(part) for rows in self._sections.values() for left, _ in rows for part in left.split("\n")]
+        width = min(max(longest, default=0), 44)
+        parts = [self._title, *([self._lead] if self._lead else [])]
+        for name, rows in self._sections.items():
+            parts += ["", name, *(text for left, right in rows for text in _row_text(left, right, width))]
+        return "\n".join([*parts, *(["", *self._ending] if self._ending else [])])
+
+    def view(self) -> Card:
+        """Tables, one a section."""
+        blocks: list[Block] = []
+        for name, rows in self._sections.items():
+            cells = tuple(
+                (bold(left.replace(" ", "\u00a0") if "\n" not in left else left), dim(right)) for left, right in rows
+            )
+            blocks.append(Table((name, ""), cells))
+        return card(self._title, line(self._lead), *blocks, *(line(dim(text)) for text in self._ending))
 
 
-def command_help(command: Subcommand, prog: str) -> str:
+def _row_text(left: str, right: str, width: int) -> Iterator[str]:
+    first, *others = left.split("\n")
+    if not right or (others or len(first) > width):
+        yield from (f"  {text}" for text in (first, *others))
+        if right:
+            yield f"  {'':{width}}  {right}"
+    else:
+        yield f"  {first:{width}}  {right}"
+
+
+def command_help(command: Subcommand, prog: str) -> HelpText:
     """The help of one subcommand or cell magic."""
-    return LineParser(command, prog).format_help().rstrip()
+    example = command.example or " ".join((prog, *(_left(item) for item in command.arguments if item.positional)))
+    fields: Rows = (("name=value", _FIELDS.get(command.fields, "")),) if command.fields else ()
+    arguments = tuple((_left(item), _help(item)) for item in command.arguments if item.positional)
+    options = tuple((_left(item), _help(item)) for item in command.arguments if not item.positional)
+    sections = {"Example": ((example, ""),), "Arguments": (*arguments, *fields), "Options": options}
+    return HelpText(prog, sections, lead=command.summary)
 
 
-def main_help(cell: Subcommand, subcommands: Mapping[str, Subcommand], others: Iterable[Subcommand] = ()) -> str:
-    """The help of ``%lora``: its cell form, its subcommands and the other cells, one line each."""
-    width = max(map(len, subcommands))
-    lines = [f"  %lora {name.ljust(width)}  {_first_sentence(item.summary)}" for name, item in subcommands.items()]
-    cells = [f"  {f'%%{item.name}'.ljust(width + 6)}  {_first_sentence(item.summary)}" for item in others]
-    return f"""{command_help(cell, "%%lora")}
-
-line form:
-  %lora {" " * width}  Show the adapted models and their adapters.
-{chr(10).join(lines)}
-
-other cells:
-{chr(10).join(cells)}
-
-Without --model a command uses the model that was adapted, loaded into, trained or switched last.
-Where several models carry adapters, one that takes something away (merge, unload, delete, …) needs it.
-
-%lora COMMAND --help describes one of them."""
+def argument_help(item: Argument) -> str:
+    """One argument and what it is."""
+    return f"{_left(item)}\n{_help(item)}"
 
 
-def _first_sentence(summary: str) -> str:
-    return summary.partition(". ")[0].rstrip(".") + "."
+def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcommand]) -> HelpText:
+    """The help of ``%lora``: every command in its group, an example of each first."""
+    grouped = {name for names in _GROUPS.values() for name in names}
+    groups = {**_GROUPS, _MORE: tuple(name for name in subcommands if name not in grouped)}
+    sections = {_CELLS: tuple(_overview(command, f"%%{name}") for name, command in cells.items())}
+    status = ("%lora", "Show the adapted models and their adapters.")
+    for title, names in groups.items():
+        rows = tuple(_overview(subcommands[name], f"%lora {name}") for name in names if name in subcommands)
+        sections[title] = (status, *rows) if title == "See and compare" else rows
+    ending = ("%lora help VERB says more of one, e.g. %lora help plan or %lora help lora_train.", _WHICH_MODEL)
+    return HelpText("nbpeft · adapters in a notebook", sections, ending=ending)
+
+
+def _overview(command: Subcommand, prog: str) -> tuple[str, str]:
+    lines = [text.strip() for text in command.example.split("\n")] if command.example else [prog]
+    summary = command.summary.partition(". ")[0].rstrip(".") + "."
+    return "\n    ".join(lines), summary
+
+
+def _left(item: Argument) -> str:
+    """How an argument is written: ``--batch N``, ``MODEL``."""
+    name = str(item.options.get("metavar") or item.flags[0].lstrip("-"))
+    if item.positional:
+        return f"{name} …" if item.many else name
+    flags = ", ".join(item.flags)
+    return f"{flags} {name}{' …' if item.many else ''}" if item.takes_value else flags
+
+
+def _help(item: Argument) -> str:
+    text = str(item.options.get("help", "")).replace("%%", "%")
+    return f"{text} (required)" if item.options.get("required") else text

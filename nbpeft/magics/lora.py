@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from IPython.core import magic
@@ -13,21 +14,23 @@ from traitlets import Enum, Unicode, observe
 from nbpeft.errors import CellError, NbpeftError, TrainingInterrupted, in_one_line
 from nbpeft.magics.body import excerpt, parse_body, with_fields
 from nbpeft.magics.cell_spelling import in_cell_spelling
-from nbpeft.magics.complete import CompletionSources
-from nbpeft.magics.help import HelpText, command_help, main_help
+from nbpeft.magics.complete import CompletionSources, Values
+from nbpeft.magics.help import command_help, main_help
+from nbpeft.magics.inspecting import describe
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import parse_arguments, parse_line
 from nbpeft.magics.registry import registered
-from nbpeft.magics.subcommands.quantizing import OWN_FIELDS
 from nbpeft.magics.tokenize import tokenize
 from nbpeft.session import Session, StatusReport, get_session
+from nbpeft.session.fields import module_names
+from nbpeft.session.handles import is_module
 
 # Typed Any: their own types fit plain functions, not methods.
 _as_typed: Any = magic.no_var_expand
 _line_or_cell: Any = magic.line_cell_magic
 
 SUBCOMMANDS, CELLS = registered()
-_MAIN_HELP = main_help(CELLS["lora"], SUBCOMMANDS, [cell for name, cell in CELLS.items() if name != "lora"])
+_MAIN_HELP = main_help(CELLS, SUBCOMMANDS)
 _LONGEST = 400
 """Characters of a message."""
 
@@ -90,20 +93,28 @@ class NbpeftMagics(magic.Magics):
         """Quantized models."""
         return self._answer("qlora", line, cell)
 
-    lora.__doc__ = _MAIN_HELP
-    qlora.__doc__ = command_help(CELLS["qlora"], "%%qlora")
-    lora_train.__doc__ = command_help(CELLS["lora_train"], "%%lora_train")
+    lora.__doc__ = f"{_MAIN_HELP}\n\n{command_help(CELLS['lora'], '%%lora')}"
+    qlora.__doc__ = str(command_help(CELLS["qlora"], "%%qlora"))
+    lora_train.__doc__ = str(command_help(CELLS["lora_train"], "%%lora_train"))
 
-    def _run(self, name: str, line: str, cell: str | None) -> object:
+    def describe(self, text: str, cursor: int) -> str | None:
+        """What stands at a place of a cell, for a tooltip; None where it is nothing of these magics."""
+        return describe(text, cursor, SUBCOMMANDS, CELLS, self.session.fields)
+
+    def _run(self, name: str, line: str, cell: str | None, *, silent: bool) -> object:
         """Run a magic; fields stand in its line, in its body, or in both."""
         notebook = self.notebook
         notebook.line, notebook.cell = line, cell
+        notebook.silent = silent
         if name == "lora" and cell is None:
             word, _, rest = line.strip().partition(" ")
             if word in ("help", "-h", "--help"):
-                if not rest:
-                    return HelpText(_MAIN_HELP)
-                line = f"{rest} --help"
+                name = rest.strip().lstrip("%")
+                if not name or name == "lora":
+                    return command_help(CELLS["lora"], "%%lora") if name else _MAIN_HELP
+                if name in CELLS:
+                    return command_help(CELLS[name], f"%%{name}")
+                line = f"{name} --help"
             request = parse_line(line, SUBCOMMANDS, notebook.namespace)
             if request is None:
                 self.session.adopt(notebook.namespace)
@@ -113,7 +124,7 @@ class NbpeftMagics(magic.Magics):
             prog = f"%%{name}"
             request = parse_arguments(CELLS[name], prog, tokenize(line), notebook.namespace)
         if request.help:
-            return HelpText(_MAIN_HELP if prog == "%%lora" else command_help(request.command, prog))
+            return command_help(request.command, prog)
         options = with_fields(request.options, cell, notebook.namespace)
         return request.command.run(options, notebook)
 
@@ -135,7 +146,7 @@ class NbpeftMagics(magic.Magics):
             line = line.rstrip().rstrip(";")
         interrupted: TrainingInterrupted | None = None
         try:
-            result = self._run(name, line, cell)
+            result = self._run(name, line, cell, silent=silent)
             return None if silent else in_cell_spelling(result)
         except NbpeftError as error:
             message = _message(error, cell)
@@ -176,6 +187,17 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         magics.session.adopt(magics.shell.user_ns)
         return [item.name for model in magics.session.state.models for item in model.adapters]
 
+    def modules(model: str) -> tuple[str, ...]:
+        value = magics.shell.user_ns.get(model)
+        return module_names(value) if is_module(value) else ()
+
+    def values(kind: str, name: str, method: str, model: str) -> Values:
+        field = magics.session.fields(kind, method).get(name)
+        if field is None:
+            return Values()
+        names = modules(model) if field.modules else ()
+        return Values((*field.choices, *names), (*field.listed, *names))
+
     return CompletionSources(
         models=lambda: magics.notebook.model_names(),
         adapters=adapters,
@@ -183,11 +205,9 @@ def completion_sources(magics: NbpeftMagics) -> CompletionSources:
         runs=magics.session.run_names,
         methods=magics.session.method_names,
         combinations=magics.session.combination_types,
-        fields={
-            "config": magics.session.config_fields,
-            "training": lambda method: magics.session.training_fields(),
-            "qlora": lambda method: [*OWN_FIELDS, *magics.session.config_fields(method)],
-        },
+        fields={kind: partial(magics.session.fields, kind) for kind in ("config", "training", "qlora")},
+        values=values,
+        modules=modules,
     )
 
 

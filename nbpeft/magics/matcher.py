@@ -9,6 +9,7 @@ from nbpeft.magics.complete import (
     CompletionSources,
     Suggestions,
     chosen_method,
+    chosen_model,
     complete_arguments,
     complete_body,
     complete_line,
@@ -17,8 +18,6 @@ from nbpeft.magics.complete import (
 from nbpeft.magics.parse import Subcommand
 
 IDENTIFIER = "nbpeft.magics"
-
-_OUTCOMES: dict[str, Any] = {"completions": [], "suppress": False}
 
 
 class Completion:
@@ -63,8 +62,15 @@ class Completion:
             names = self.sources.fields.get(command.fields)
             if names is None:
                 return None
-            method = chosen_method(text)
-            return complete_body("\n".join(lines[1:]), line - 1, column, lambda: names(method))
+            method, (words, fragment) = chosen_method(text), split(rest)
+            model = chosen_model(words) or fragment
+            return complete_body(
+                "\n".join(lines[1:]),
+                line - 1,
+                column,
+                lambda: names(method),
+                lambda field: self.sources.values(command.fields, field, method, model),
+            )
         before = lines[line][:column].lstrip() if line < len(lines) else ""
         name, space, rest = before[1:].partition(" ")
         if not before.startswith("%") or not space:
@@ -100,9 +106,9 @@ def _matcher(completion: Completion) -> Any:
 
     @context_matcher(identifier=IDENTIFIER)
     def nbpeft_matcher(context: Any) -> Any:
-        found = completion.suggest(context.full_text, context.cursor_line, len(context.line_with_cursor))
+        found = completion.suggest(context.full_text, context.cursor_line, context.cursor_position)
         if found is None or not (found.words or found.closed):
-            return _OUTCOMES
+            return {"completions": [], "suppress": False}  # a new one: IPython writes into it
         return {
             "completions": [SimpleCompletion(text=word, type="magic") for word in found.words],
             "suppress": found.closed,

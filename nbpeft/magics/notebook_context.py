@@ -55,6 +55,7 @@ class NotebookContext:
         trained: model variable -> the last cell that trained it.
         line: text of the magic's line.
         cell: text of its cell; None for a line alone.
+        silent: whether the result is not shown, because the line ends with a semicolon.
     """
 
     namespace: MutableMapping[str, Any]
@@ -64,6 +65,7 @@ class NotebookContext:
     trained: dict[str, TrainingCell] = field(default_factory=dict)
     line: str = ""
     cell: str | None = None
+    silent: bool = False
 
     def source(self, fields: Mapping[str, Any]) -> dict[str, str]:
         """The text of the magic, to run it again another day, without fields that hold a token or password.

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near, with_article
 from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
+from nbpeft.session.handles import is_module
 
 _REQUIRED = "the following arguments are required: "
 _CLOSE = 0.8
@@ -30,7 +31,8 @@ class Argument:
         flags: ``("names",)`` or ``("--name", "-n")``.
         options: keywords of ``add_argument``.
         completes: what its value is, for completion: ``adapter``, ``weight`` (of an adapter), ``combination``,
-            ``method``, ``model``, ``variable``, ``data``, ``path``, ``name`` (a new one), or empty.
+            ``method``, ``model``, ``modules`` (of a model), ``variable``, ``data``, ``path``, ``name`` (a new one),
+            or empty.
         words: further values to complete; those like ``name=`` are what an option's own ``name=value`` words
             begin with, which are no fields.
     """
@@ -212,7 +214,7 @@ def parse_line(
         return None
     name = words[0].text
     if name not in subcommands:
-        if name in namespace:
+        if name in namespace and is_module(namespace[name]):
             add = f"a cell that begins with %{magic} {name:.60}, or {magic} add {name:.60} …"
             raise CellError(f"{magic} has no command {name!r:.60}, which is a variable; to adapt it: {add}")
         message = f"{magic} has no command {name!r:.60}.{did_you_mean(name, subcommands)}"

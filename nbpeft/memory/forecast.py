@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbpeft.device_names import DEVICES, named, nearest
 from nbpeft.display.blocks import Block, Card, Table
 from nbpeft.display.shown import Shown
 from nbpeft.engine.adapter import AdapterConfig
@@ -107,8 +108,8 @@ def forecast(
         gradient_checkpointing: keep layer inputs only, compute the rest again in backward.
         optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
         training: forward, backward and optimizer; else reading a prompt into a cache.
-        device: what it should fit: bytes, ``"16GB"``, or a device of this machine. Where it is, or the model
-            is on, a CPU, what CPU kernels copy is counted.
+        device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
+            is, or the model is on, a CPU, what CPU kernels copy is counted.
 
     Raises:
         ConfigError: a value is impossible or the model cannot run without data.
@@ -196,7 +197,7 @@ def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
 
 
 def device_bytes(device: int | str | torch.device | None) -> int | None:
-    """Bytes of a device given as a number, a size such as ``16GB``, or a device of this machine.
+    """Bytes of a device given as a number, a size such as ``16GB``, a name such as ``T4``, or a device of this machine.
 
     Raises:
         ConfigError: it is none of these.
@@ -208,11 +209,16 @@ def device_bytes(device: int | str | torch.device | None) -> int | None:
     if match is not None:
         unit = match[2].upper()
         size = int(float(match[1]) * _UNITS[unit if unit in _UNITS else f"{unit}B"])
+    elif isinstance(device, str) and (name := named(device)) is not None:
+        return DEVICES[name]
     elif isinstance(device, str | torch.device):
         with contextlib.suppress(RuntimeError, AssertionError):
             return device_memory(torch.device(device)).total
     if size < 1:
-        raise ConfigError(f"device {device!r} is neither a size such as '16GB' nor a device here")
+        raise ConfigError(
+            f"device {device!r} is neither a size such as '16GB' nor a device here, nor the name of one, such as 'T4'."
+            + (nearest(device) if isinstance(device, str) else "")
+        )
     return size
 
 

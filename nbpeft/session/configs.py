@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DEFAULT_METHOD = "LORA"
 """The ``peft_type`` of a config that does not name one."""
 
-_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 """Fields that say where a config comes from and not what it does."""
 
 _NAME_FIELDS = ("target_modules", "exclude_modules")
@@ -98,7 +98,7 @@ def _elsewhere(name: str) -> str:
 
 def meaning(config: AdapterConfig) -> dict[str, Any]:
     """What a config does, comparable: without bookkeeping fields, collections as sorted lists."""
-    return {name: _plain(value) for name, value in config.to_dict().items() if name not in _BOOKKEEPING}
+    return {name: _plain(value) for name, value in config.to_dict().items() if name not in BOOKKEEPING}
 
 
 def label_of(config: AdapterConfig) -> str:

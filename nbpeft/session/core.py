@@ -29,8 +29,9 @@ from nbpeft.session.commands import (
 )
 from nbpeft.session.commands import runs as run_commands
 from nbpeft.session.commands.training import run_place
-from nbpeft.session.configs import DEFAULT_METHOD, combination_types, field_names, method_names
+from nbpeft.session.configs import combination_types, method_names
 from nbpeft.session.context import SessionContext
+from nbpeft.session.fields import Field, fields
 from nbpeft.session.handles import is_handle, is_live, uncompiled
 
 if TYPE_CHECKING:
@@ -252,11 +253,14 @@ class Session:
 
         return unwritable(arguments)
 
-    def config_fields(self, method: str = "") -> tuple[str, ...]:
-        """Fields of a method's config, for completion; none while torch is not imported, so that asking is cheap."""
-        if "torch" not in sys.modules or (method and method.lower() not in method_names()):
-            return ()
-        return field_names(method or DEFAULT_METHOD)
+    def fields(self, kind: str, method: str = "") -> Mapping[str, Field]:
+        """Fields that a cell may set, for completion and help; none while torch is not imported, so that it is cheap.
+
+        Args:
+            kind: ``config``, ``training`` or ``qlora``.
+            method: the method of a config; LoRA if empty.
+        """
+        return fields(kind, method)
 
     def method_names(self) -> tuple[str, ...]:
         """Names of the methods, for completion; none while torch is not imported."""
@@ -277,11 +281,6 @@ class Session:
             if name in names
         ]
         return combination_types(configs) if configs else COMBINATION_TYPES
-
-    def training_fields(self) -> tuple[str, ...]:
-        """Fields of ``TrainingArguments``, for completion; none while transformers is not imported."""
-        transformers = sys.modules.get("transformers.training_args")
-        return tuple(transformers.TrainingArguments.__dataclass_fields__) if transformers is not None else ()
 
     def doctor(self) -> DoctorReport:
         """Report what is installed, what is wrong with it, and what to install."""

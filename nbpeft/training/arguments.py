@@ -38,6 +38,16 @@ _OTHER_NAMES = {
 }
 """What people type for names that spell quite differently."""
 
+NOTEBOOK_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-4,
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+"""What is assumed instead of the defaults of ``TrainingArguments``."""
 
 _LEAST = {
     "learning_rate": 0,
@@ -109,15 +119,8 @@ def build_arguments(
     Raises:
         ConfigError: values contradict each other or are impossible.
     """
-    values: dict[str, Any] = {
+    values: dict[str, Any] = NOTEBOOK_DEFAULTS | {
         "output_dir": folder,
-        "learning_rate": 2e-4,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
         "eval_strategy": "epoch" if evaluates else "no",
         "use_cpu": not _has_accelerator(),
         "dataloader_pin_memory": _has_accelerator(),

@@ -7,6 +7,7 @@ from typing import Any
 
 import ipywidgets
 
+from nbpeft.device_names import DEVICES, THIS_MACHINE
 from nbpeft.display.blocks import dim, line
 from nbpeft.display.html import span, to_html
 from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS
@@ -54,9 +55,10 @@ class PlanControls:
         command: Called with ``moved``.
         title: Of the card.
         settings: To begin with.
+        device: Name of the device to begin with.
     """
 
-    def __init__(self, command: Command, title: str, settings: PlanSettings) -> None:
+    def __init__(self, command: Command, title: str, settings: PlanSettings, device: str) -> None:
         self._training = settings.training
         self._batch = LogSlider("batch", BATCHES, settings.batch_size, command)
         self._length = LogSlider("sequence length", LENGTHS, settings.sequence_length, command)
@@ -71,7 +73,12 @@ class PlanControls:
             layout=ipywidgets.Layout(width="180px", margin="0"),
         )
         self._again.observe(weakly(command, "moved"), names="value")
-        choices = [self._dtype, self._kind]
+        here = [("this machine", THIS_MACHINE)]
+        own = [] if device in DEVICES or "this machine" in device else [(device, "")]
+        chosen = device if device in DEVICES else "" if own else THIS_MACHINE
+        devices = [*here, *own, *((name, name) for name in DEVICES)]
+        self._device = _choice("device", devices, chosen, 140, command)
+        choices = [self._device, self._dtype, self._kind]
         if settings.training:
             choices += [self._optimizer, self._again]
         box = settings_row(*choices, margin="6px 0 4px 0")
@@ -92,6 +99,7 @@ class PlanControls:
             bool(self._again.value),
             str(self._optimizer.value),
             self._training,
+            str(self._device.value),
         )
 
     def show(self, result: PlanResult, *, current: bool) -> None:

@@ -1,6 +1,6 @@
 """The memory plan with sliders: what a run would need, part by part, while the settings move.
 
-A move is answered by a worker thread, in about a second: first the parts, then what could be changed.
+A move is answered by a worker thread, in less than half a second: first the parts, then what could be changed.
 A newer move stops what is still being computed for an older one.
 """
 
@@ -59,7 +59,7 @@ class PlanPanel(Panel):
     def _build(self) -> Any:
         from nbpeft.widgets.plan_controls import PlanControls
 
-        return PlanControls(self._command, self._title, self._result.settings)
+        return PlanControls(self._command, self._title, self._result.settings, self._result.room.name)
 
     def _opened(self) -> None:
         self._parts.show(self._result, current=True)

@@ -273,5 +273,32 @@ def test_without_torch_there_is_no_model(bare: Notebook) -> None:
 
 def test_help_of_a_cell(notebook: Notebook) -> None:
     text = repr(notebook.do("%%lora --help\n#"))
-    assert "--dry-run" in text
-    assert "%lora use" in text
+    assert "--dry-run" in text and "target_modules = 'all-linear'" in text
+    assert "%lora use" in repr(notebook.do("%lora help"))
+
+
+@pytest.mark.parametrize("cell", ["%%lora model", "%%lora model\n", "%%lora model\n\n"])
+def test_a_cell_without_a_body_takes_the_defaults_and_says_so(notebook: Notebook, cell: str) -> None:
+    result = notebook.do(cell)
+    config = notebook["model"].peft_config["default"]
+    assert config.r == 8 and set(config.target_modules) == {"q_proj", "v_proj"}
+    assert "r=8" in str(result) and "PEFT's defaults" in str(result) and "PEFT&#x27;s defaults" in result._repr_html_()
+    assert "PEFT's defaults" not in str(notebook.do("%%lora model --name other\nr = 4"))
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora", "lora_train"])
+def test_help_of_a_cell_without_a_body(bare: Notebook, name: str) -> None:
+    assert repr(bare.do(f"%%{name} --help")).startswith(f"%%{name}\n")
+
+
+def test_cells_of_others_are_still_refused_without_a_body(bare: Notebook) -> None:
+    assert "cell body is empty" in bare.run("%%capture found").line
+    bare.do("%unload_ext nbpeft")
+    assert bare.shell.input_transformers_cleanup and not any(
+        "nbpeft" in getattr(item, "__module__", "") for item in bare.shell.input_transformers_cleanup
+    )
+
+
+def test_a_variable_that_is_no_model_is_not_proposed_for_adapting(bare: Notebook) -> None:
+    bare["tokenizer"] = object()
+    assert "adapt" not in bare.run("%lora tokenizer").line.partition(" It has:")[0]

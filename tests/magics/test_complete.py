@@ -7,6 +7,7 @@ import pytest
 from nbpeft.magics.complete import CompletionSources, complete_body, complete_line, paths
 from nbpeft.magics.lora import CELLS, SUBCOMMANDS
 from nbpeft.magics.matcher import Completion
+from tests.magics.notebook import Notebook
 
 SOURCES = CompletionSources(
     models=lambda: ["model", "other"],
@@ -49,7 +50,9 @@ def test_what_may_come_next(before: str, expected: tuple[str, ...]) -> None:
 
 
 def test_an_empty_line_offers_all_verbs() -> None:
-    assert set(words("")) == set(SUBCOMMANDS)
+    assert set(words("")) == {*SUBCOMMANDS, "help"}
+    assert set(words("help ")) == set(SUBCOMMANDS)
+    assert words("help pl") == ("plan",)
 
 
 def test_paths_come_with_folders_first(tmp_path: Path) -> None:
@@ -104,3 +107,61 @@ def test_a_line_magic_further_down_a_cell() -> None:
     found = COMPLETION.suggest("x = 1\n  %lora use c", 1, 13)
     assert found is not None
     assert found.words == ("chat",)
+
+
+@pytest.mark.parametrize(
+    ("cell", "some", "others"),
+    [
+        ("%%lora model\ntarget_modules = ['", {"q_proj'", "down_proj'"}, {"all-linear'"}),
+        ("%%lora model\ntarget_modules = ['q_proj', '", {"v_proj'"}, {"q_proj'"}),
+        ("%%lora model\ntarget_modules = '", {"all-linear'", "v_proj'"}, set()),
+        ("%%lora model\ntarget_modules = [\n  'q_proj',\n  'v", {"v_proj'"}, {"q_proj'"}),
+        ("%%lora model\ninit_lora_weights = '", {"olora'", "pissa'"}, {"True"}),
+        ("%%lora model\ninit_lora_weights = ", {"True", "False", "'olora'"}, set()),
+        ("%%lora model\nuse_dora = ", {"True", "False"}, {"'True'"}),
+        ("%%lora model\nbias = '", {"none'", "all'", "lora_only'"}, set()),
+        ("%%lora model\ntask_type = '", {"CAUSAL_LM'", "SEQ_CLS'"}, set()),
+        ("%%lora_train model --data x\nlr_scheduler_type = '", {"cosine'", "linear'"}, set()),
+        ("%%lora_train model --data x\noptim = 'adamw", {"adamw_torch'"}, {"sgd'"}),
+        ("%%lora_train model --data x\neval_strategy = ", {"'steps'", "'epoch'", "'no'"}, set()),
+        ("%%lora_train model --data x\nsave_strategy = '", {"steps'"}, set()),
+        ("%%lora_train model --data x\nreport_to = ['", {"wandb'", "tensorboard'"}, {"none'"}),
+        ("%%lora_train model --data x\nbf16 = ", {"True", "False"}, set()),
+        ("%%qlora x\nquant_type = '", {"nf4'", "fp4'"}, set()),
+        ("%%qlora x\nbits = ", {"4", "8"}, set()),
+        ("%%qlora x\ncompute_dtype = '", {"bfloat16'"}, set()),
+        ("%lora add model r=8 init_lora_weights=", {"init_lora_weights=olora"}, set()),
+        ("%lora add model target_modules=q_proj,", {"target_modules=q_proj,v_proj"}, {"target_modules=q_proj,q_proj"}),
+        ("%lora plan model --targets q_proj,", {"q_proj,v_proj"}, set()),
+    ],
+)
+def test_the_values_of_a_field_and_nothing_else(
+    notebook: Notebook, cell: str, some: set[str], others: set[str]
+) -> None:
+    found = set(notebook.complete(cell))
+    assert some <= found and not others & found
+    assert not any(word.startswith("%") or "." in word for word in found)
+
+
+def test_a_quote_that_is_there_is_not_written_again(notebook: Notebook) -> None:
+    cell = "%%lora model\nbias = 'l'"
+    assert notebook.complete(cell, len(cell) - 1) == ["lora_only"]
+
+
+def test_what_would_be_refused_is_not_offered(notebook: Notebook) -> None:
+    from nbpeft import LoraConfig
+
+    offered = notebook.complete("%%lora model\n")
+    assert "lora_alpha = " in offered and "use_dora = " in offered
+    assert not {f"{name} = " for name in LoraConfig.not_implemented} & set(offered)
+    assert not {"peft_version = ", "base_model_name_or_path = "} & set(offered)
+    assert "lof" not in "".join(notebook.complete("%%lora model\nlof"))
+    for item in offered:
+        name = item.removesuffix(" = ")
+        assert notebook.session.fields("config")[name].help, f"{name} has no help"
+
+
+def test_where_a_field_takes_anything_python_completes(notebook: Notebook) -> None:
+    notebook["rank_of_mine"] = 4
+    assert "rank_of_mine" in notebook.complete("%%lora model\nr = rank_of")
+    assert "rank_of_mine" in notebook.complete("%%lora model\ninit_lora_weights = rank_of")

@@ -78,17 +78,19 @@ def test_a_bad_configuration_does_not_take_the_magics_away() -> None:
 @pytest.mark.parametrize(("magic", "option"), [("%lora?", "--dry-run"), ("%%lora_train?", "--data")])
 def test_help_is_the_docstring(bare: Notebook, magic: str, option: str) -> None:
     text = bare.run(magic).printed
-    assert "usage: %%lora" in text
+    assert "Example" in text and "usage:" not in text
     assert option in text
 
 
 @pytest.mark.parametrize("line", ["%lora help", "%lora --help", "%lora -h"])
 def test_help_by_its_name(bare: Notebook, line: str) -> None:
     text = repr(bare.do(line))
-    assert re.search(r"%%lora_train +Train the active adapters of a model\.\n", text)
-    assert re.search(r"%lora combine +Make a new adapter of .* was lost\.\n", text)
+    assert re.search(r"%%lora_train model --data .*\n.*num_train_epochs = 1\n +Train the active adapters", text)
+    assert re.search(r"%lora combine .*--as both\n? +Make a new adapter of .* was lost\.\n", text)
     assert "%%qlora" in text
-    assert repr(bare.do(f"{line} use")).startswith("usage: %lora use")
+    assert repr(bare.do(f"{line} use")).startswith("%lora use\nSwitch to one adapter")
+    assert "Example" in repr(bare.do(f"{line} lora_train")) and "--data" in repr(bare.do(f"{line} %%lora_train"))
+    assert "<table" in bare.do(line)._repr_html_()
 
 
 def test_what_ipython_puts_there_is_not_proposed(bare: Notebook) -> None:

@@ -202,3 +202,28 @@ def test_completion(notebook: Notebook) -> None:
     assert "model" in notebook.complete("%lora plan mo")
     assert "nf4" in notebook.complete("%lora plan model --quant ")
     assert "plan" in notebook.complete("%lora panel ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "gib"),
+    [
+        ("T4", "T4", 14.74),
+        ("rtx4090", "RTX4090", 23.64),
+        ("'NVIDIA GeForce RTX 3060'", "RTX3060", 11.75),
+        ("A100-80", "A100-80GB", 79.15),
+        ("'M2 16GB'", "M2-16GB", 32 / 3),
+        ("M3-36GB", "M3-36GB", 27),
+    ],
+)
+def test_devices_by_name(notebook: Notebook, typed: str, name: str, gib: float) -> None:
+    plan = notebook.do(f"%lora plan model --seq 32 --device {typed}")
+    assert plan.room.name == name and plan.room.total == pytest.approx(gib * 2**30, abs=2)
+    assert plan.fits and f"of {name}" in str(plan)
+    assert any("CUDA" in note for note in plan.notes) is not name.startswith("M")
+
+
+def test_a_device_that_is_not_known(notebook: Notebook) -> None:
+    assert "Did you mean 'A100-40GB' or 'A100-80GB'?" in notebook.run("%lora plan model --device A100").line
+    assert "'RTX4090'" in notebook.run("%lora plan model --device RTX4091").line
+    assert "T4" in notebook.complete("%lora plan model --device T")
+    assert notebook.do("%lora plan model --seq 32 --device this-machine").room.name == "this machine (CPU)"

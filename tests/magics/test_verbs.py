@@ -200,7 +200,7 @@ def test_a_panel_without_a_front_end_is_text(adapted: Notebook) -> None:
 
 @pytest.mark.parametrize("verb", ["use", "load", "scale", "unload"])
 def test_help_of_a_verb(bare: Notebook, verb: str) -> None:
-    assert repr(bare.do(f"%lora {verb} --help")).startswith(f"usage: %lora {verb}")
+    assert repr(bare.do(f"%lora {verb} --help")).startswith(f"%lora {verb}\n")
 
 
 def test_results_can_be_kept_and_silenced(adapted: Notebook) -> None:

@@ -104,7 +104,7 @@ def test_few_layers_tell_what_many_take():
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_what_is_freed_between_forward_and_backward_or_kept_beyond_it_counts_for_every_layer(config, changes):
+def test_what_is_freed_before_backward_or_kept_beyond_it_counts(config, changes):
     """A cache goes before backward begins; 8-bit inputs that checkpointing cannot drop stay until its end."""
     found = forecast(config, lora(target_modules="all-linear"), batch_size=3, sequence_length=48, **changes)
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))

@@ -83,7 +83,7 @@ def test_a_move_is_answered(panel: PlanPanel, planner: MemoryPlanner) -> None:
 
 
 def test_the_optimizer_counts(panel: PlanPanel) -> None:
-    optimizer = parts(panel, ipywidgets.Dropdown)[2]
+    optimizer = parts(panel, ipywidgets.Dropdown)[3]
     before = panel.result.peak_bytes
     optimizer.value = "sgd"
     assert answered(panel, optimizer="sgd") and panel.result.peak_bytes < before
@@ -129,7 +129,7 @@ def test_a_move_stops_what_is_computed_for_an_older_one(panel: PlanPanel, monkey
 
 
 def test_what_is_moved_meanwhile_counts(panel: PlanPanel) -> None:
-    kind, dtype = parts(panel, ipywidgets.Dropdown)[1], parts(panel, ipywidgets.Dropdown)[0]
+    kind, dtype = parts(panel, ipywidgets.Dropdown)[2], parts(panel, ipywidgets.Dropdown)[1]
     kind.value = "int8"
     dtype.value = "bfloat16"
     parts(panel, ipywidgets.SelectionSlider)[0].value = 8
@@ -180,8 +180,18 @@ def test_inference_has_no_training_choices() -> None:
     planner = Session().memory_planner(CONFIG, None, training=False, sequence_length=64, variable="reading")
     panel = PlanPanel(planner, ui="widgets")
     try:
-        assert len(parts(panel, ipywidgets.Dropdown)) == 2 and not parts(panel, ipywidgets.Checkbox)
+        assert len(parts(panel, ipywidgets.Dropdown)) == 3 and not parts(panel, ipywidgets.Checkbox)
         assert "KV cache" in text(panel)
     finally:
         panel.close()
         assert panel.wait()
+
+
+def test_the_device_can_be_chosen(panel: PlanPanel) -> None:
+    device = parts(panel, ipywidgets.Dropdown)[0]
+    assert [label for label, _ in device.options][:2] == ["this machine", "20.0 MB"] and device.value == ""
+    device.value = "T4"
+    assert answered(panel, device="T4") or panel.wait()
+    assert panel.wait() and panel.result.room.name == "T4" and panel.result.fits
+    device.value = ""
+    assert panel.wait() and panel.result.room.name == "20.0 MB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
@@ -21,6 +22,8 @@ from nbpeft.magics.registry import (
 )
 from nbpeft.magics.subcommands.planning import DRY_RUN_SIZES, settings_of, sizes_without_dry_run
 from nbpeft.session.handles import is_module
+
+_DEFAULTS = "no field is given, so these are PEFT's defaults; r = 16 with target_modules = 'all-linear' learns more"
 
 _ARGUMENTS = (
     MODEL,
@@ -67,7 +70,7 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
     )
     notebook.namespace[variable] = result.model
     result.release()
-    return result
+    return result if fields else replace(result, notes=(*result.notes, _DEFAULTS))
 
 
 @subcommand(

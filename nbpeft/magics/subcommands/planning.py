@@ -5,22 +5,30 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+from nbpeft.device_names import DEVICES, THIS_MACHINE, named
 from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import METHOD, fields_of, subcommand
 from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS, SHORT_DTYPES
+from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.session.handles import is_module
+from nbpeft.session.results.planning import PlanResult
 
 _QUANTS = ("none", *QUANTIZATIONS)
 
 _SIZES = (
     argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
     argument("--seq", type=positive, metavar="N", help="tokens of each (default: 1024)"),
-    argument("--device", metavar="SIZE", words=("cpu", "cuda"), help="16GB, cuda:0, … (default: this machine's)"),
+    argument(
+        "--device",
+        metavar="DEVICE",
+        words=(THIS_MACHINE, "cpu", "cuda", *DEVICES),
+        help="T4, A100-80GB, RTX4090, M2-16GB, …, or 16GB, cuda:0 (default: this machine's)",
+    ),
 )
 DRY_RUN_SIZES = tuple(
     replace(item, options={**item.options, "help": f"for --dry-run: {item.options['help']}"}) for item in _SIZES
@@ -37,7 +45,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     names = {"batch": "batch_size", "seq": "sequence_length", "device": "device", "optimizer": "optimizer"}
     found: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
     device = str(given.get("device", ""))
-    if re.fullmatch(r"[\d.]+", device):  # it would be read as bytes, which nobody means
+    if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would be read as bytes, which nobody means
         raise CellError(f"--device {device} has no unit. Did you mean '{device}GB'?")
     if "dtype" in given:
         found["dtype"] = SHORT_DTYPES.get(given["dtype"], given["dtype"])
@@ -82,6 +90,8 @@ def sizes_without_dry_run() -> CellError:
     argument(
         "--targets",
         metavar="NAMES",
+        completes="modules",
+        words=("all-linear",),
         help="all-linear, or names with commas (default: the active adapter's, or all-linear for LoRA)",
     ),
     argument("--panel", action="store_true", help="show a panel with sliders"),
@@ -90,22 +100,45 @@ def sizes_without_dry_run() -> CellError:
 )
 def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Plan memory, or show the panel for it."""
-    settings, fields = settings_of(options), fields_of(options)
+    settings, changes = settings_of(options), fields_of(options)
     if options.targets is not None:
         names = [name.strip() for name in options.targets.split(",") if name.strip()]
-        fields["target_modules"] = "all-linear" if options.targets == "all-linear" else names
-    settings |= {"changes": fields, "rank": options.rank}
+        changes["target_modules"] = "all-linear" if options.targets == "all-linear" else names
+    settings |= {"changes": changes, "rank": options.rank}
     if options.panel:
         return show_plan_panel(notebook, options.target, settings)
     source, title = _source(options.target, notebook)
     try:
-        return notebook.session.plan_memory(source, variable=title, **settings)
+        return _shown_as_it_comes(notebook.session.memory_planner(source, variable=title, **settings), notebook)
     except ConfigError as error:
         if not isinstance(source, str) or "source" not in error.details:
             raise
         if "/" in source or "." in source:
             raise CellError(str(error)) from None
         raise CellError(f"no variable is called {source!r}, and as a repository: {error}") from None
+
+
+class _Shown(PlanResult):
+    """A plan that its cell shows already; from the second time on it is shown as ever."""
+
+    def _ipython_display_(self) -> None:
+        if "seen" in vars(self):
+            from IPython.display import HTML, display
+
+            display(HTML(self._repr_html_()))
+        vars(self)["seen"] = True
+
+
+def _shown_as_it_comes(planner: MemoryPlanner, notebook: NotebookContext) -> PlanResult:
+    """The plan; a front end shows the peak at once, and what could be changed as soon as that is found."""
+    if not hasattr(notebook.shell, "kernel") or notebook.silent:
+        return planner.plan()
+    from IPython.display import display
+
+    handle: Any = display(planner.plan(suggest=False), display_id=True)
+    found = planner.plan()
+    handle.update(found)
+    return _Shown(**{field.name: getattr(found, field.name) for field in fields(found)})
 
 
 def show_plan_panel(notebook: NotebookContext, name: str | None, settings: dict[str, Any]) -> object:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.device_names import DEVICES, THIS_MACHINE, is_apple, named
 from nbpeft.display.numbers import size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
 from nbpeft.names import SHORT_DTYPES
@@ -48,10 +49,10 @@ def plan_memory(
             rank 16 on all linear layers.
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
-            ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, a torch device, by default
-            this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and ``changes``
-            (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not the
-            config's means an adapter of that method with these fields.
+            ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch
+            device, by default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and
+            ``changes`` (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not
+            the config's means an adapter of that method with these fields.
 
     Raises:
         ConfigError: a value is impossible, or the model cannot run without data.
@@ -147,6 +148,7 @@ class MemoryPlanner:
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
+        self._source = source
         self.room = _room(device, source)
         found = _Detected(source, adapter)
         if gradient_checkpointing is None:
@@ -168,8 +170,7 @@ class MemoryPlanner:
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
         )
-        graphics = self.room.name.startswith("cuda") or (device is not None and self.room.free is None)
-        self.notes = tuple(note for note in (found.note, _CUDA_NOTE if graphics else "") if note)
+        self._stored_note = found.note
         self.name = name
         self.class_name = found.class_name
 
@@ -197,9 +198,12 @@ class MemoryPlanner:
         from nbpeft.memory.estimate import estimate
         from nbpeft.memory.suggest import suggest as suggestions_for
 
-        setting = self._setting(settings)
+        device = "" if settings is None else settings.device
+        room = _room(None if device == THIS_MACHINE else device, self._source) if device else self.room
+        setting = dataclasses.replace(self._setting(settings), on_cpu=room.on_cpu)
         parts = estimate(setting)
-        result = self._result(setting, parts, suggestions_for(setting, self.room.total, stopped) if suggest else ())
+        suggestions = suggestions_for(setting, room.total, stopped) if suggest else ()
+        result = self._result(setting, parts, suggestions, room)
         if settings is None and self.assumed:
             return dataclasses.replace(result, notes=(self.assumed, *result.notes))
         return result
@@ -237,16 +241,16 @@ class MemoryPlanner:
         )
 
     def _result(
-        self, setting: Setting, parts: tuple[MemoryPart, ...], suggestions: tuple[Suggestion, ...]
+        self, setting: Setting, parts: tuple[MemoryPart, ...], suggestions: tuple[Suggestion, ...], room: Room
     ) -> PlanResult:
         from nbpeft.memory.processor import slow_here, slow_words
 
         settings, config = self._settings(setting), setting.adapter_config
         adapter = "" if config is None else _in_words(config)
-        notes = self.notes
-        if self.room.on_cpu and slow_here(setting.dtype):
+        notes = tuple(note for note in (self._stored_note, _CUDA_NOTE if _is_graphics(room) else "") if note)
+        if room.on_cpu and slow_here(setting.dtype):
             notes = (*notes, slow_words(setting.dtype))
-        return PlanResult(self.name, self.class_name, adapter, settings, parts, self.room, suggestions, notes)
+        return PlanResult(self.name, self.class_name, adapter, settings, parts, room, suggestions, notes)
 
 
 def _in_words(adapter: AdapterConfig) -> str:
@@ -290,7 +294,10 @@ def _room(device: Any, source: Any) -> Room:
     from nbpeft.memory.forecast import device_bytes
 
     placed = placed_on(source)
-    if device is None:
+    name = named(device) if isinstance(device, str) else None
+    if name is not None:
+        return Room(name, DEVICES[name])
+    if device is None or device == THIS_MACHINE:
         device = placed if placed is not None and placed.type != "meta" else _best_device()
     try:
         there = torch.device(device) if isinstance(device, str | torch.device) else None
@@ -305,6 +312,11 @@ def _room(device: Any, source: Any) -> Room:
     on_cpu = is_cpu(there)
     name = "this machine (CPU)" if on_cpu else f"{there} of this machine"
     return Room(name, memory.total, memory.free, held, on_cpu)
+
+
+def _is_graphics(room: Room) -> bool:
+    """Whether CUDA, or what stands for it, takes memory there too."""
+    return room.name.startswith("cuda") or (room.free is None and not is_apple(room.name))
 
 
 def _is_on(placed: torch.device | None, there: torch.device) -> bool:

@@ -31,6 +31,7 @@ class PlanSettings:
         gradient_checkpointing: whether layers are computed again in backward.
         optimizer: its name.
         training: a training step; else reading a prompt.
+        device: name of where it should fit, ``this-machine`` among them; empty for the planner's own.
     """
 
     batch_size: int
@@ -41,6 +42,7 @@ class PlanSettings:
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     training: bool = True
+    device: str = ""
 
     def __str__(self) -> str:
         words = [f"batch {self.batch_size}", f"length {self.sequence_length}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -40,6 +40,25 @@ class LoraConfig(AdapterConfig):
 
     Fields of PEFT that nothing here implements are accepted at their default, so that every
     config file loads, and refused with a clear line at any other value.
+
+    Attributes:
+        r: rank of the two matrices: how much an adapter can learn, and its size.
+        target_modules: names of the layers to adapt, 'all-linear', or a pattern; None for the model type's usual ones.
+        exclude_modules: names of layers to leave as they are, or a pattern.
+        lora_alpha: what the adapter adds is multiplied by lora_alpha / r.
+        lora_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+        fan_in_fan_out: whether layers store their weight as (in, out); found by itself.
+        bias: which biases of the model are trained too.
+        use_rslora: divide lora_alpha by the square root of r, which suits ranks above 64.
+        modules_to_save: names of other modules that are copied, trained as a whole and saved.
+        init_lora_weights: how the matrices start; True starts at the base model.
+        layers_to_transform: numbers of the layers to adapt; None for all.
+        layers_pattern: name of the list of layers that layers_to_transform counts in.
+        rank_pattern: layer name or pattern -> another r.
+        alpha_pattern: layer name or pattern -> another lora_alpha.
+        trainable_token_indices: ids of tokens whose rows of the embedding are trained.
+        use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
+        lora_bias: give the second matrix a bias.
 
     Raises:
         ConfigError: a value is impossible, or asks for something that is not implemented.
@@ -98,10 +117,15 @@ class LoraConfig(AdapterConfig):
         "kasa_config",
         "ensure_weight_tying",
     )
+    unused: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
         *("r", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),
     )
 
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bias": _BIASES,
+        "init_lora_weights": (True, False, *INITS, "pissa_niter_4"),
+    }
     slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "lora_bias")
     value_fields: ClassVar[tuple[str, ...]] = (
         *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),

@@ -1,0 +1,210 @@
+"""What a cell may set: the fields of a config, of quantization and of training, with their values and what they mean.
+
+Nothing is imported for it: without torch (or transformers) there is nothing to say yet, so that completion is fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nbpeft.names import DTYPES, QUANT_TYPES
+from nbpeft.session.configs import BOOKKEEPING, DEFAULT_METHOD, config_class, method_names
+from nbpeft.session.handles import uncompiled
+
+_MODULE_FIELDS: dict[str, tuple[str, ...]] = {
+    "target_modules": ("all-linear",),
+    "exclude_modules": (),
+    "modules_to_save": (),
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a cell.
+
+    Attributes:
+        name: what it is called.
+        kind: its type, as Python writes it.
+        default: its value where it is not given, as Python writes it; empty where there is none.
+        help: what it means, in one line.
+        choices: the values it takes, where they can be listed.
+        modules: whether it also takes names of the model's modules.
+        listed: texts that may stand in a list.
+    """
+
+    name: str
+    kind: str = ""
+    default: str = ""
+    help: str = ""
+    choices: tuple[Any, ...] = ()
+    modules: bool = False
+    listed: tuple[str, ...] = ()
+
+
+_QUANTIZATION = (
+    Field("bits", "int", "4", "Bits of a quantized weight.", (4, 8)),
+    Field("quant_type", "str", "'nf4'", "Data type of 4-bit weights.", QUANT_TYPES),
+    Field("double_quant", "bool", "True", "Quantize the constants of 4-bit blocks too.", (True, False)),
+    Field("compute_dtype", "str", "", "What 4-bit layers compute in.", DTYPES),
+    Field("quant_storage", "str", "'uint8'", "Dtype that holds the 4-bit codes.", ("uint8", *DTYPES)),
+    Field("gradient_checkpointing", "bool", "True", "Recompute activations in backward.", (True, False)),
+    Field("gradient_checkpointing_kwargs", "dict", "None", "Options of torch.utils.checkpoint."),
+    Field("upcast", "str", "'norms'", "What becomes float32.", ("norms", "peft", "none")),
+    Field("gguf_file", "str", "None", "The .gguf file in a folder or repository."),
+    Field("device_map", "str | dict", "None", "Where the layers go, e.g. 'auto'.", ("auto",)),
+    Field("model_class", "type", "None", "The class to load, such as AutoModelForSequenceClassification."),
+    Field("dtype", "str", "", "Dtype of the weights that are not quantized.", DTYPES),
+    Field("revision", "str", "None", "Branch, tag or commit on the hub."),
+    Field("subfolder", "str", "''", "Folder in the repository."),
+    Field("cache_dir", "str", "None", "Where downloads are kept."),
+    Field("token", "str | bool", "None", "Access token of the hub."),
+    Field("local_files_only", "bool", "False", "Download nothing.", (True, False)),
+    Field("trust_remote_code", "bool", "False", "Run code that comes with the model.", (True, False)),
+    Field("attn_implementation", "str", "None", "How attention is computed.", ("sdpa", "eager", "flash_attention_2")),
+    Field("max_memory", "dict", "None", "Bytes for each device, with device_map."),
+)
+
+
+def fields(kind: str, method: str = "") -> Mapping[str, Field]:
+    """The fields of a cell, without those that would be refused.
+
+    Args:
+        kind: ``config``, ``training`` or ``qlora``.
+        method: the method of a config; LoRA if empty.
+    """
+    if kind == "training":
+        return {field.name: field for field in _training()}
+    own = _QUANTIZATION if kind == "qlora" else ()
+    return {field.name: field for field in (*own, *_config(method))}
+
+
+def module_names(model: Any) -> tuple[str, ...]:
+    """Names of the layers of a model that an adapter can go on, each once, in model order.
+
+    Args:
+        model: a torch module, with or without adapters.
+    """
+    from nbpeft.engine.model_tree import base_model_of, walk
+    from nbpeft.engine.registry import resolve_layer_kind
+
+    sites = walk(base_model_of(uncompiled(model)))
+    found = (site.path.rpartition(".")[2] for site in sites if resolve_layer_kind(site.module) is not None)
+    return tuple(dict.fromkeys(name for name in found if not name.isdigit()))
+
+
+def _config(method: str) -> Iterator[Field]:
+    if "torch" not in sys.modules or (method and method.lower() not in method_names()):
+        return
+    cls = config_class(method or DEFAULT_METHOD)
+    texts = _attribute_docs(cls)
+    hidden = {*BOOKKEEPING, *cls.not_implemented, *cls.unused}
+    for item in dataclasses.fields(cls):
+        if not item.init or item.name in hidden:
+            continue
+        if item.name == "peft_type":
+            text = "The method; the same as --method."
+            yield Field("peft_type", "str", repr(DEFAULT_METHOD), text, tuple(name.upper() for name in method_names()))
+            continue
+        field = _of(item, cls, texts.get(item.name, ""))
+        modules = item.name in _MODULE_FIELDS
+        choices = _MODULE_FIELDS[item.name] if modules else cls.choices.get(item.name, field.choices)
+        yield dataclasses.replace(field, choices=choices, modules=modules)
+
+
+def _training() -> Iterator[Field]:
+    if "torch" not in sys.modules or "transformers" not in sys.modules:
+        return
+    from transformers import training_args as module
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from nbpeft.training.arguments import NOTEBOOK_DEFAULTS
+
+    for item in dataclasses.fields(module.TrainingArguments):
+        if not item.init:
+            continue
+        field = _of(item, module.TrainingArguments, str(item.metadata.get("help", "")))
+        if item.name in NOTEBOOK_DEFAULTS:
+            field = dataclasses.replace(field, default=repr(NOTEBOOK_DEFAULTS[item.name]))
+        if item.name == "report_to":
+            field = dataclasses.replace(
+                field, choices=("none", "all", *INTEGRATION_TO_CALLBACK), listed=tuple(INTEGRATION_TO_CALLBACK)
+            )
+        yield field
+
+
+def _of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:
+    kind = _resolved(item, cls)
+    default: Any = item.default
+    if item.default_factory is not dataclasses.MISSING:
+        default = item.default_factory()
+    written = "" if default is dataclasses.MISSING else repr(getattr(default, "value", default))
+    return Field(item.name, _kind_text(kind), written, _first_line(text), _choices(kind))
+
+
+def _resolved(item: dataclasses.Field[Any], cls: type) -> Any:
+    """The type of a field, where an annotation is text too."""
+    if not isinstance(item.type, str):
+        return item.type
+    owner = next((base for base in cls.__mro__ if item.name in inspect.get_annotations(base)), cls)
+    try:
+        return eval(item.type, dict(vars(sys.modules[owner.__module__])))
+    except Exception:  # a name that only a type checker imports
+        return item.type
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """All values of a type, where it has few: those of an enum, True and False, and None beside them."""
+    found: list[Any] = []
+    parts = _parts(kind)
+    for part in parts:
+        if part is bool:
+            found += [True, False]
+        elif isinstance(part, type) and issubclass(part, enum.Enum):
+            found += [member.value for member in part]
+    return (*found, None) if found and type(None) in parts else tuple(found)
+
+
+def _kind_text(kind: Any) -> str:
+    if isinstance(kind, str):
+        return kind
+    names = ["str" if _is_enum(part) else _name(part) for part in _parts(kind)]
+    return " | ".join(dict.fromkeys(names))
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+def _name(kind: Any) -> str:
+    if kind is type(None):
+        return "None"
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).rpartition(".")[2]
+
+
+def _attribute_docs(cls: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of their attributes."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = (base.__doc__ or "").partition("Attributes:\n")[2]
+        for name, text in re.findall(r"^ {8}(\w+): (.+(?:\n {9,}.+)*)", section, re.MULTILINE):
+            found[name] = re.sub(r"\s+", " ", text)
+    return found
+
+
+def _first_line(text: str) -> str:
+    text = re.sub(r"\s+", " ", text).strip()
+    return text[:1].upper() + text[1:]
