@@ -30,6 +30,13 @@ _PIPELINES = {
     TaskType.QUESTION_ANS: "question-answering",
     TaskType.FEATURE_EXTRACTION: "feature-extraction",
 }
+_LOADERS = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+}
 _SETTINGS_BEGIN = "<!-- settings: kept up to date by nbpeft -->"
 _SETTINGS_END = "<!-- end of settings -->"
 _TRAINING_BEGIN = "<!-- training: kept up to date by nbpeft -->"
@@ -44,6 +51,7 @@ class CardFacts:
 
     Attributes:
         source: what ``from_pretrained`` takes to load the adapter.
+        title: the heading.
         base: the base model in words, for where it has no name on the hub.
         training: name and value of what is known about the data and the result.
         arguments: of the training; secrets among them are left out.
@@ -51,6 +59,7 @@ class CardFacts:
     """
 
     source: str = "path/to/this/folder"
+    title: str = "Adapter"
     base: str = ""
     training: tuple[tuple[str, str], ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -160,7 +169,7 @@ def _body(config: AdapterConfig, facts: CardFacts) -> str:
     return "\n".join(
         [
             "",
-            "# Adapter",
+            f"# {facts.title}",
             "",
             f"A {method_of(config).label} adapter" + (f" for {base_words}." if base_words else "."),
             "",
@@ -172,6 +181,7 @@ def _body(config: AdapterConfig, facts: CardFacts) -> str:
             "## Use",
             "",
             "```python",
+            *_loading_base(base, config.task_type),
             "from nbpeft import PeftModel  # or: from peft import PeftModel",
             "",
             f'model = PeftModel.from_pretrained(base_model, "{facts.source}")',
@@ -183,6 +193,14 @@ def _body(config: AdapterConfig, facts: CardFacts) -> str:
             "",
         ]
     )
+
+
+def _loading_base(base: str | None, task_type: object) -> list[str]:
+    """Lines that load a base model of the hub, where it is known how."""
+    loader = _LOADERS.get(TaskType(task_type)) if task_type else None
+    if base is None or loader is None:
+        return []
+    return [f"from transformers import {loader}", "", f'base_model = {loader}.from_pretrained("{base}")', ""]
 
 
 def _with_training(body: str, facts: CardFacts) -> str:

@@ -5,6 +5,7 @@ The hub is never contacted while an adapter is saved.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -263,16 +264,17 @@ def present_card(repo_id: str, *, token: str | None, revision: str | None = None
         CheckpointError: the hub refused or cannot be reached.
     """
     from huggingface_hub import constants, errors, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    utils: Any = importlib.import_module("huggingface_hub.utils")
 
     def download() -> str:
         if constants.HF_HUB_OFFLINE:
             raise errors.OfflineModeIsEnabled
         address = hf_hub_url(repo_id, "README.md", revision=revision, endpoint=endpoint or constants.ENDPOINT)
         # The client's own download tries again for half a minute where there is no network.
-        answer = get_session().get(address, headers=build_hf_headers(token=token), follow_redirects=True)
+        answer = utils.get_session().get(address, headers=utils.build_hf_headers(token=token), follow_redirects=True)
         try:
-            hf_raise_for_status(answer)
+            utils.hf_raise_for_status(answer)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError):
             return ""
         return str(answer.content, "utf-8", errors="replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import shutil
@@ -55,14 +56,14 @@ def small_model(*, dtype: Any = None, device: str | None = None) -> tuple[Any, A
         OSError: the model has to come from the hub, and the hub cannot be reached.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers: Any = importlib.import_module("transformers")
     path = small_model_path()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with _without_progress_bars():
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
     return model.to(device).eval(), tokenizer
 
 
@@ -77,21 +78,24 @@ def _cache() -> Path:
 def _convert(weights: Path, folder: Path) -> None:
     """Writes a GGUF file's model and tokenizer into a folder, which appears once it is complete."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from nbpeft.model.quantize import clear_gguf_flags, respect_progress_bar_setting
 
+    transformers: Any = importlib.import_module("transformers")
     source: dict[str, Any] = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with _without_progress_bars(), respect_progress_bar_setting():
-            AutoTokenizer.from_pretrained(**source).save_pretrained(staging)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(staging)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             clear_gguf_flags(model)  # its weights are not packed any more
             model.to(torch.bfloat16).save_pretrained(staging)
-        with contextlib.suppress(OSError):  # another process was faster
+        try:
             os.replace(staging, folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # or another process was faster
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -99,8 +103,7 @@ def _convert(weights: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
     """They are widgets in a notebook, which a saved notebook cannot show."""
-    from transformers.utils import logging
-
+    logging: Any = importlib.import_module("transformers.utils.logging")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

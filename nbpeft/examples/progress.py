@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import TracebackType
 from typing import Any
@@ -45,8 +46,7 @@ class Progress:
         if self._terminal:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
         elif self._notebook:
-            from IPython.display import display
-
+            display: Any = importlib.import_module("IPython.display").display
             data = {"text/plain": text}
             if self._handle is None:
                 self._handle = display(data, raw=True, display_id=True)

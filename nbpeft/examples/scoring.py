@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
-import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,11 +197,10 @@ def answers(
     """
     import torch
 
-    with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 6 will call past_key_values cache
+    with _evaluating(model), torch.no_grad():
         batch = _batch(tokenizer, prompts, shared).to(model.device)
         if shared is not None:
-            options["past_key_values"] = shared.repeated(len(prompts))
+            options[_cache_option(model)] = shared.repeated(len(prompts))
         output = model.generate(
             **batch,
             max_new_tokens=max_new_tokens,
@@ -236,6 +235,7 @@ class SharedBeginning:
 def shared_beginning(model: Any, tokenizer: Any, prompts: Sequence[str]) -> SharedBeginning | None:
     """Reads the beginning that all prompts share once, where it is long enough to be worth it."""
     import torch
+    from transformers import DynamicCache
 
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     first, last = min(encoded), max(encoded)
@@ -243,10 +243,17 @@ def shared_beginning(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Shar
     same = min(same, min(map(len, encoded)) - 1)
     if len(prompts) < 2 or same < _WORTH_SHARING or getattr(model.config, "is_encoder_decoder", False):
         return None
-    tokens = tuple(first[:same])
+    tokens, cache = tuple(first[:same]), DynamicCache(config=model.config)
+    options = {_cache_option(model): cache, "use_cache": True, "logits_to_keep": 1}
     with _evaluating(model), torch.no_grad():
-        read = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True, logits_to_keep=1)
-    return SharedBeginning(tokens, read.past_key_values)
+        model(input_ids=torch.tensor([tokens], device=model.device), **options)
+    return SharedBeginning(tokens, cache)
+
+
+def _cache_option(model: Any) -> str:
+    """What the model calls the cache it is given: newer versions of transformers have another name for it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def _batch(tokenizer: Any, prompts: Sequence[str], shared: SharedBeginning | None) -> Any:

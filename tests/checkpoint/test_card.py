@@ -9,7 +9,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard
 
-from nbpeft.checkpoint import card_text, write_checkpoint
+from nbpeft.checkpoint import CardFacts, card_text, write_checkpoint
 from nbpeft.engine.methods.lora.config import LoraConfig
 
 CONFIG = LoraConfig(r=4, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="org/tiny")
@@ -132,3 +132,32 @@ def test_no_value_leaves_its_place_in_the_text() -> None:
     assert card_text(CONFIG, text) == card_text(CONFIG)
     row = next(line for line in text.splitlines() if "target_modules" in line)
     assert row.replace("\\|", "").count("|") == 3 and "``` [" in row
+
+
+FACTS = CardFacts(
+    "me/sql",
+    "sql",
+    training=(("data", "rows | of `mine`"), ("steps", "60")),
+    arguments={"learning_rate": 2e-3, "hub_token": "hf_" + "x" * 30, "run_name": "https://me:secret@hub/x"},
+    curve="<svg/>",
+)
+
+
+def test_what_else_is_known_stands_before_the_use(tmp_path: Path) -> None:
+    text = card_text(CONFIG, facts=FACTS)
+    assert "# sql" in text and 'from_pretrained(base_model, "me/sql")' in text
+    assert 'base_model = AutoModelForCausalLM.from_pretrained("org/tiny")' in text
+    assert "| data | rows \\| of \\`mine\\` |" in text
+    assert "| `learning_rate` | `0.002` |" in text and "![Training loss by step](loss_curve.svg)" in text
+    assert "hf_" not in text and "secret" not in text
+    assert text.index("## Settings") < text.index("## Training") < text.index("## Use")
+    assert card_text(CONFIG, text, facts=FACTS) == text, "a second time changes nothing"
+    assert card_text(CONFIG, text) == text, "without them what is there stays"
+
+
+def test_an_authors_card_gets_the_training_once() -> None:
+    text = card_text(CONFIG, MINE, facts=FACTS)
+    assert text.count("## Training") == 1 and "Trained with care." in text
+    again = card_text(CONFIG, text, facts=CardFacts("me/sql", training=(("steps", "90"),)))
+    assert again.count("## Training") == 1 and "| steps | 90 |" in again and "| steps | 60 |" not in again
+    assert "## Training" not in card_text(CONFIG, MINE, facts=CardFacts("me/sql"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -156,3 +157,12 @@ def test_progress_in_a_notebook_is_one_line(bare: Notebook, monkeypatch: pytest.
     ]
     assert [more.get("update", False) for _, more in lines] == [False, True, True, True]
     assert len({more["transient"]["display_id"] for _, more in lines}) == 1
+
+
+def test_nothing_is_deprecated(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = ["An example: 1\n" * 4 + prompt for prompt in PROMPTS]
+    rows = [{"prompt": prompt, "completion": " a"} for prompt in prompts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        examples.score(adapted(model), tokenizer, rows)
+    assert "deprecated" not in caplog.text

@@ -96,7 +96,7 @@ def test_the_card_tells_what_is_known(hub: Hub, session: Session, trained: Any) 
 def test_a_card_that_is_there_keeps_its_text(hub: Hub, session: Session, trained: Any) -> None:
     session.push("me/orders")
     files = hub.files["me/orders"]
-    files["README.md"] = files["README.md"].replace(b"# Adapter", b"# Orders of a shop\n\nBy hand.")
+    files["README.md"] = files["README.md"].replace(b"# orders", b"# Orders of a shop\n\nBy hand.")
     session.train(trained, ROWS, tokenizer=CharTokenizer(), max_steps=3, learning_rate=1e-2, report_to=[])
     session.push("me/orders")
     card = files["README.md"].decode()

@@ -20,6 +20,7 @@ MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
     "use": (lambda s: s.use(3), "expected the name of an adapter or a list of names, not 3"),  # type: ignore[arg-type]
     "load": (lambda s: s.load(None), "load needs a folder, not None"),  # type: ignore[arg-type]
     "load-empty": (lambda s: s.load(""), "load needs a folder, not ''"),
+    "push": (lambda s: s.push(3), "push needs a repository as user/name, not 3"),  # type: ignore[arg-type]
     "save": (lambda s: s.save(3), "save needs a folder, not 3"),  # type: ignore[arg-type]
     "save-empty": (lambda s: s.save(""), "save needs a folder, not ''"),
     "delete": (lambda s: s.delete(["orders"]), r"Adapter \['orders'\] not found"),  # type: ignore[arg-type]

@@ -95,17 +95,18 @@ def _facts(tracked: TrackedModel, name: str, repo: str) -> CardFacts:
     from nbpeft.checkpoint import CardFacts
     from nbpeft.display.svg import loss_svg
 
-    state = tracked.state()
+    state, title = tracked.state(), repo.rpartition("/")[2]
     own = sum(adapter.parameter_count for adapter in state.adapters)
     base = f"a {state.class_name} with {numbers.count(state.parameter_count - own)} parameters"
     train, call = tracked.training, tracked.training_call
     if train is None or train.status not in ENDED or name not in re.split(r",\s*", train.adapter):
-        return CardFacts(repo, base)
+        return CardFacts(repo, title, base)
     known = call if call is not None and call.run_id == train.run_id else None
     rows = [("data", known.data), ("evaluated on", known.eval_data)] if known else []
     rows += _results(train)
     return CardFacts(
         repo,
+        title,
         base,
         tuple((label, words) for label, words in rows if words),
         known.arguments if known else {},
@@ -113,10 +114,14 @@ def _facts(tracked: TrackedModel, name: str, repo: str) -> CardFacts:
     )
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+
+
 def _results(train: TrainState) -> list[tuple[str, str]]:
     """How a training ended, in words."""
     total = f" of {train.total_steps:,}" if train.total_steps and train.total_steps != train.step else ""
-    rows = [("steps", f"{train.step:,}{total}"), ("time", f"{numbers.clock(train.elapsed)} (minutes:seconds)")]
+    rows = [("steps", f"{train.step:,}{total}"), ("time", _duration(train.elapsed))]
     if train.smoothed_loss is not None:
         rows.append(("training loss at the end, smoothed", numbers.loss(train.smoothed_loss)))
     if train.eval_loss is not None:
