@@ -15,12 +15,12 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "Base weights": ("merge", "unmerge", "unload"),
     "See and compare": ("panel", "ask", "compare", "inspect", "memory", "runs", "data"),
     "Several adapters": ("combine", "blend", "swap"),
+    "While it trains": ("pause", "continue", "stop"),
     "Plan, go on, export": ("plan", "resume", "export", "traceback", "doctor"),
 }
 _MORE = "More"
 _WHICH_MODEL = (
-    "Without --model a command uses the model that was adapted, loaded into, trained or switched last. "
-    "Where several models carry adapters, one that takes something away (merge, unload, delete, …) needs it."
+    "Where several models carry adapters, --model says which one is meant."
 )
 _FIELDS = {
     "config": "a field of the config; in a cell one a line, name = value",

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbpeft.errors import CellError
-from nbpeft.magics.help import HelpText
 from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_model
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, subcommand
+from nbpeft.session.results.base import TracebackResult
 
 _RESERVED = (
     "data",
@@ -132,7 +132,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
 )
 def show_traceback(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Show the last traceback, kept as text."""
-    return HelpText(notebook.session.last_traceback or "no command has failed yet")
+    return TracebackResult(notebook.session.last_traceback)
 
 
 @subcommand(

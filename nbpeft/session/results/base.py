@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.display.blocks import Block, Card, card, notes
+from nbpeft.display.blocks import Block, Card, Text, card, line, notes
 from nbpeft.display.models import adapter_table, model_title
 from nbpeft.display.shown import Shown
 from nbpeft.errors import AdapterError
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, repr=False)
 class Result(Shown):
     """Base of all results: a line of text in a terminal, a card in a notebook."""
+
+
+@dataclass(frozen=True, repr=False)
+class TracebackResult(Result):
+    """The traceback of the last command that failed.
+
+    Attributes:
+        text: as Python prints it; empty where none has failed.
+    """
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text or "no command has failed yet"
+
+    def view(self) -> Card:
+        """The traceback as it is."""
+        return card("traceback", line(Text(str(self), "code", wrap="as is")))
 
 
 class ModelRef:
