@@ -129,7 +129,7 @@ class Grammar:
                 found += [self._value(item) for _ in range(self._random.randint(1, 2) if item.many else 1)]
                 if self._one_in(12):
                     found.pop()
-            elif self._one_in(2 if item.options.get("required") else 6):
+            elif self._one_in(2 if item.options.get("required") or item.flags[0] == "--model" else 6):
                 if item.flags[0] in SLOW and not self._one_in(8):
                     continue
                 found.append(self._random.choice(item.flags))
