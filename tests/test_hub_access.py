@@ -14,7 +14,7 @@ import pytest
 from nbpeft import hub_access
 from nbpeft.checkpoint import read_config
 from nbpeft.errors import CheckpointNotFoundError
-from nbpeft.hub_access import hub_options, hub_answers
+from nbpeft.hub_access import hub_answers, hub_options
 from tests.checkpoint.loopback import serving
 from tests.magics.notebook import Notebook
 
