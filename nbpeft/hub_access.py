@@ -32,10 +32,10 @@ def hub_options(place: str | os.PathLike[str], options: Mapping[str, Any] | None
     options = options or {}
     if os.path.exists(os.path.expanduser(place)) or options.get("local_files_only") or _is_offline():
         return {}
-    return {} if is_reachable(options.get("endpoint") or _endpoint()) else {"local_files_only": True}
+    return {} if hub_answers(options.get("endpoint") or _endpoint()) else {"local_files_only": True}
 
 
-def is_reachable(endpoint: str) -> bool:
+def hub_answers(endpoint: str) -> bool:
     """Whether a hub answers anything at all."""
     known = _known.get(endpoint)
     if known is not None and time.monotonic() - known[1] < _TRUSTED[known[0]]:

@@ -48,10 +48,7 @@ except nbpeft.errors.BusyError as error:
 """
 WAIT = """\
 print("waiting")
-while nbpeft.get_session().control("model"):
-    time.sleep(0.05)
-time.sleep(0.5)
-print(nbpeft.get_session().result("model").status)
+print(Out[2].wait(60).status, nbpeft.get_session().result("model").status)
 """
 
 
@@ -79,7 +76,7 @@ def test_asking_and_stopping_while_it_trains(open_notebook: Opener, pictures: Pa
     page.start_cell(5)  # a cell that runs: the click has to get past it
     page.wait_for("waiting", cell=5)
     page.click("Stop", cell=1)
-    page.wait_for(re.compile("stopped"), cell=5, timeout=20)
+    page.wait_for("stopped stopped", cell=5, timeout=20)
     page.wait_idle()
     expect(page.button("Stop", cell=1)).to_have_count(0)
     expect(page.output(1).locator("img[src^='data:image/svg+xml']")).to_be_visible()

@@ -258,7 +258,7 @@ def test_completion(trained: Notebook, tmp_path: Path) -> None:
     assert trained.complete("%lora combine sql=0.7 --sign ") == ["total", "frequency"]
     assert trained.complete('%lora compare "Hi" --adapters ') == ["chat", "sql"]
     assert trained.complete('%lora compare "Hi" --adapters sql ') == ["chat"]
-    assert trained.complete('%lora compare "Hi" --adapters sql --to') == ["--tokens", "--tokenizer"]
+    assert trained.complete('%lora compare "Hi" --adapters sql --tok') == ["--tokens", "--tokenizer"]
     assert trained.complete('%lora compare "Hi" --blend sql=1 c') == ["chat="]
     assert trained.complete('%lora compare "Hi" --tokenizer t') == ["tok"]
     assert trained.complete("%lora swap x --into s") == ["sql"]

@@ -280,6 +280,8 @@ def result(ctx: SessionContext, model: ModelLike = None) -> TrainResult:
     """
     name = ctx.models.get(model).name
     training = ctx.background.get(name)
+    if training is not None and training.state is not None and training.state.status in _ENDED:
+        training.join()  # what it leaves is being put away
     if training is not None and not training.ended:
         raise AdapterError(f"{training.description} goes on: it has no result yet")
     if training is not None and training.error is not None:
