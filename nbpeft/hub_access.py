@@ -35,8 +35,10 @@ def hub_options(place: str | os.PathLike[str], options: Mapping[str, Any] | None
     return {} if hub_answers(options.get("endpoint") or _endpoint()) else {"local_files_only": True}
 
 
-def hub_answers(endpoint: str) -> bool:
-    """Whether a hub answers anything at all."""
+def hub_answers(endpoint: str | None = None) -> bool:
+    """Whether a hub, by default the one that is set up, may be asked and answers anything but that it fails."""
+    if endpoint is None:
+        return not _is_offline() and hub_answers(_endpoint())
     known = _known.get(endpoint)
     if known is not None and time.monotonic() - known[1] < _TRUSTED[known[0]]:
         return known[0]
@@ -58,8 +60,8 @@ def _answers(endpoint: str, seconds: float) -> bool:
     try:
         with urlopen(Request(endpoint, method="HEAD"), timeout=seconds):
             return True
-    except HTTPError:
-        return True  # a refusal is an answer
+    except HTTPError as error:
+        return error.code < 500  # a refusal is an answer
     except OSError as error:
         # A certificate that is not known here may be known to huggingface_hub.
         return "certificate" in str(error).lower()

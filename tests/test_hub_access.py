@@ -36,14 +36,16 @@ def unreachable(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_a_hub_that_answers_hub_answers_whatever_it_says() -> None:
+def test_a_hub_answers_unless_it_fails() -> None:
     with serving() as hub:
         assert hub_answers(hub.endpoint) and hub.asked == ["HEAD /"]
         assert hub_answers(hub.endpoint) and hub.asked == ["HEAD /"], "believed for a while"
         hub_access._known.clear()
-        hub.broken = True
-        assert hub_answers(hub.endpoint)
         assert hub_options("some/thing", {"endpoint": hub.endpoint}) == {}
+        hub_access._known.clear()
+        hub.broken = True
+        assert not hub_answers(hub.endpoint)
+        assert hub_options("some/thing", {"endpoint": hub.endpoint}) == {"local_files_only": True}
 
 
 def test_where_no_hub_answers_only_the_cache_is_left(unreachable: str, tmp_path: Path) -> None:

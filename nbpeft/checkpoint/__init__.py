@@ -34,7 +34,6 @@ from nbpeft.checkpoint.model_files import other_files as other_files
 from nbpeft.checkpoint.model_files import write_model as write_model
 from nbpeft.checkpoint.model_keys import is_of_a_model as is_of_a_model
 from nbpeft.checkpoint.model_keys import keys_of_a_file as keys_of_a_file
-from nbpeft.checkpoint.source import hub_answers as hub_answers
 from nbpeft.checkpoint.source import present_card as present_card
 from nbpeft.checkpoint.source import push as push
 from nbpeft.checkpoint.staging import scratch_folder as scratch_folder

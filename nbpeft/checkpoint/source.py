@@ -180,25 +180,6 @@ def download(repo_id: str, filename: str, subfolder: str | None, options: Mappin
     return _translating(fetch, repo_id, where, options.get("revision"))
 
 
-def hub_answers(repo_id: str, *, kind: str = "models", seconds: float = 4.0) -> bool:
-    """Whether the hub can be reached and serves: one request, where its client would try for half a minute.
-
-    Args:
-        repo_id: what is asked about; it need not exist.
-        kind: ``models`` or ``datasets``.
-        seconds: to wait for an answer.
-    """
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        answer = get_session().head(f"{constants.ENDPOINT}/api/{kind}/{repo_id}", timeout=seconds)
-    except Exception:  # whatever the client raises, the hub does not answer
-        return False
-    return int(answer.status_code) < 500
-
-
 def commit_of(path: Path) -> dict[str, str]:
     """``{"revision": commit}`` of a file in the cache, so that its companion is of the same commit."""
     parts = path.parts

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from nbpeft.checkpoint import hub_answers
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
+from nbpeft.hub_access import hub_answers
 from nbpeft.training.data.files import imported
 
 
@@ -46,7 +46,7 @@ def load_named(name: DatasetName) -> Any:
         if any(os.path.exists(os.path.join(name.place, file)) for file in ("state.json", "dataset_dict.json")):
             return _saved(datasets, name)
         return _loaded(datasets, name, "")
-    online = hub_answers(name.place, kind="datasets")
+    online = hub_answers()
     with _offline(datasets, not online):
         return _loaded(datasets, name, "" if online else ", the hub is offline or cannot be reached, and it")
 
