@@ -214,7 +214,7 @@ class RunKeeper(TrainerCallback):
     def _write_adapter(self, folder: Path) -> None:
         manager = manager_of(self._model)
         assert manager is not None
-        files.save(manager, folder, names=trained_names(self._model), embeddings=False)
+        files.save(manager, folder, names=trained_names(self._model), embeddings=False, stays=False)
         self._write_trainer_state(folder)
 
     def _write_state(self, folder: Path) -> None:
