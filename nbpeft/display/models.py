@@ -84,20 +84,15 @@ def modules(adapter: AdapterState) -> Text:
     return Text(" ".join(few), "dim", " ".join(adapter.targets))
 
 
-def adapter_cells(adapter: AdapterState, state: str = "") -> tuple[Cell, ...]:
-    """One adapter as a row below ``ADAPTER_HEAD``.
-
-    Args:
-        adapter: the adapter.
-        state: in words; all of its ``condition`` by default.
-    """
+def adapter_cells(adapter: AdapterState) -> tuple[Cell, ...]:
+    """One adapter as a row below ``ADAPTER_HEAD``."""
     how = " ".join(part for part in (adapter.method, settings(adapter)) if part)
     varies = "*: some modules have other values" if "*" in how else ""
     return (
         (Text(adapter.name, tooltip=adapter.name, wrap="names"), Text(how, "dim", varies)),
         (f"{adapter.module_count:,}", modules(adapter)),
         (count(adapter.parameter_count), dim(size(adapter.byte_count))),
-        state or condition(adapter),
+        condition(adapter),
     )
 
 

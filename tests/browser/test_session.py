@@ -82,7 +82,6 @@ def test_the_panel_switches_adapters_of_a_model(open_notebook: Opener, pictures:
     page.click("sql", cell=3)
     expect(active).to_have_text([re.compile("sql")])
     assert answer(page, 4) == sql
-    page.click("measure memory", cell=3)
     page.wait_for(re.compile("base weights [0-9.]+ "), cell=3)
     page.screenshot(pictures / f"session-panel-{app}.png")
 

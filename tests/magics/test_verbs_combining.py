@@ -266,3 +266,9 @@ def test_completion(trained: Notebook, tmp_path: Path) -> None:
     assert trained.complete(f"%lora swap {tmp_path}/ord") == [f"{tmp_path}/orders_v2/"]
     assert trained.complete("%lora panel ") == ["adapters", "compare", "blend", "plan", "model"]
     assert trained.complete("%lora panel compare m") == ["model"]
+
+
+def test_the_longest_answer_is_called_as_generate_calls_it(trained: Notebook) -> None:
+    new, old = (trained.do(f'%lora compare "Hi" {word} 3') for word in ("--max-new-tokens", "--tokens"))
+    assert new.answers == old.answers
+    assert max(answer.token_count for column in new.columns for answer in column.answers) == 3

@@ -160,3 +160,19 @@ def test_a_meter_sees_changes_and_keeps_nothing_alive():
     gc.collect()
     assert gone() is None
     assert parts(meter.read())["base weights"] == 0
+
+
+def test_an_optimizer_is_found_by_its_steps() -> None:
+    model = nn.Linear(16, 16)
+    other = nn.Linear(8, 8)
+    meter = Meter(model)
+    optimizers = [torch.optim.AdamW(part.parameters()) for part in (model, other)]
+    parts = {part.name: part.byte_count for part in meter.read().parts}
+    assert parts["optimizer"] == 0
+    for part, optimizer in zip((model, other), optimizers, strict=True):
+        part(torch.ones(1, part.in_features)).sum().backward()
+        optimizer.step()
+    parts = {part.name: part.byte_count for part in meter.read().parts}
+    two_moments = 2 * 4 * (16 * 16 + 16)
+    assert two_moments <= parts["optimizer"] < two_moments + 100
+    assert {part.name: part.byte_count for part in Meter(model).read().parts}["optimizer"] == parts["optimizer"]
