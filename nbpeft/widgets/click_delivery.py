@@ -293,7 +293,7 @@ def _release(tap: _Tap) -> None:
 def _version() -> tuple[int, ...]:
     import ipykernel
 
-    return tuple(ipykernel.version_info[:2])
+    return tuple(int(part) for part in ipykernel.__version__.split(".")[:2])
 
 
 def _in_main_thread() -> bool:
