@@ -92,7 +92,7 @@ def test_interrupt_in_poll_passes_through():
         control.wait_or_stop()
 
 
-def test_requests_are_reported_and_saving_happens_between_steps_and_in_a_pause():
+def test_saving_happens_between_steps_and_in_a_pause():
     control, reports, saved = RunControl(), [], []
     remove = control.on_request(lambda: reports.append(control.save_requested))
     control.request_save()
