@@ -104,8 +104,11 @@ class RunControl:
         """
         self._deliver()
         self._save_if_requested(on_save)
-        if not self.paused:
-            return self._stop
+        if self.paused:
+            self._wait(on_wait, on_save)
+        return self._stop
+
+    def _wait(self, on_wait: Callable[[], None] | None, on_save: Callable[[], None] | None) -> None:
         self._waiting = True
         try:
             if on_wait is not None:
@@ -118,7 +121,6 @@ class RunControl:
                 self._save_if_requested(on_save)
         finally:
             self._waiting = False
-        return self._stop
 
     def _set_paused(self, paused: bool) -> None:
         with self._changed:

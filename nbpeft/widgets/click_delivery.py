@@ -22,6 +22,7 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 Listener = Callable[[], None]
@@ -291,9 +292,7 @@ def _release(tap: _Tap) -> None:
 
 
 def _version() -> tuple[int, ...]:
-    import ipykernel
-
-    return tuple(ipykernel.version_info[:2])
+    return tuple(int(part) for part in version("ipykernel").split(".")[:2])
 
 
 def _in_main_thread() -> bool:

@@ -90,3 +90,25 @@ def test_interrupt_in_poll_passes_through():
     control.deliver_clicks = poll
     with pytest.raises(KeyboardInterrupt):
         control.wait_or_stop()
+
+
+def test_saving_happens_between_steps_and_in_a_pause():
+    control, reports, saved = RunControl(), [], []
+    remove = control.on_request(lambda: reports.append(control.save_requested))
+    control.request_save()
+    control.request_save()
+    assert reports == [True, True] and control.save_requested
+    control.wait_or_stop(on_save=lambda: saved.append(control.waiting))
+    control.pause()
+    threading.Timer(0.05, control.request_save).start()
+
+    def save():
+        saved.append(control.waiting)
+        control.resume()
+
+    control.wait_or_stop(on_save=save)
+    assert saved == [False, True] and not control.save_requested and not control.waiting
+    remove()
+    count = len(reports)
+    control.request_stop()
+    assert len(reports) == count

@@ -269,7 +269,7 @@ def test_a_plain_model_is_watched_too():
             run.step(1.0)
 
 
-def test_a_run_resumed_after_its_end_does_no_step_and_warns_of_nothing(tmp_path):
+def test_a_run_resumed_after_its_end_does_no_step_and_does_not_warn(tmp_path):
     model = trainable()
     settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     train(model, token_rows(), **settings)

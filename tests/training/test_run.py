@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from nbpeft.errors import TrainingError, TrainingInterrupted
+from nbpeft.model import PeftModel
 from nbpeft.state import MemoryState, TrainState
 from nbpeft.training.control import RunControl
 from nbpeft.training.run import Run, track
-from tests.training.support import Clock
+from tests.tiny_models import llama
+from tests.training.support import Clock, trainable
 
 
 class Loop:
@@ -274,3 +276,79 @@ def test_memory_is_measured_now_and_then():
             run.step(loop.one())
     assert 15 <= len(count) <= 22
     assert run.state.memory == MemoryState("cpu", (), None, None)
+
+
+def test_a_tick_moves_the_clock_and_nothing_else():
+    loop, clock = Loop(), Clock()
+    states: list[TrainState] = []
+    with track(loop.model, 10, clock=clock, publish=states.append) as run:
+        for _ in range(2):
+            clock.advance(20.0)
+            run.step(loop.one())
+        count, before = len(states), run.tick()
+        clock.advance(5.0)
+        run.control.pause()
+        after = run.tick()
+        assert before is not None and after is not None
+        assert (after.elapsed - before.elapsed, before.remaining, after.remaining) == (5.0, 160.0, 155.0)
+        assert (before.status, after.status, after.step) == ("running", "pausing", 2)
+        assert len(states) == count
+        run.control.resume()
+    assert run.tick() == states[-1] and states[-1].status == "finished"
+
+
+def test_a_tick_waits_for_no_device(monkeypatch):
+    loop = Loop()
+    with track(loop.model, 10) as run:
+        run.step(loop.one())
+        run._published_at = float("inf")  # nothing is published, so that the loss stays a tensor
+        run.step(loop.one())
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("waited for a device"))
+        assert run.tick() is not None
+        monkeypatch.undo()
+
+
+def test_memory_is_measured_so_rarely_that_it_costs_a_hundredth(monkeypatch):
+    loop, clock, cost = Loop(), Clock(), [0.0]
+    monkeypatch.setattr("nbpeft.training.run.time.perf_counter", lambda: cost[0])
+    count = []
+
+    def measure():
+        count.append(1)
+        cost[0] += 0.03
+        return MemoryState("cpu", (), None, None)
+
+    with track(loop.model, 100, clock=clock, memory=measure) as run:
+        for _ in range(100):
+            clock.advance(0.1)
+            run.step(loop.one())
+    assert 4 <= len(count) <= 6  # every three seconds of ten, and at both ends
+
+
+def test_a_run_is_saved_when_a_person_asks_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = trainable(name="sql")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with track(model, 3) as run:
+        for step in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step < 2:
+                run.control.request_save()
+                assert run.tick().message == "saving after this step"
+            run.step()
+            if step == 0:
+                assert run.state.message == "saved in sql-step-1"
+    assert run.state.message == "saved in sql-step-2" and run.state.step == 3
+    twin = PeftModel.from_pretrained(llama(), str(tmp_path / "sql-step-2"), adapter_name="sql")
+    assert twin.active_adapters == ["sql"]
+
+
+def test_a_run_that_cannot_be_saved_says_why_and_goes_on(tmp_path):
+    loop = Loop()
+    with track(loop.model, 1) as run:
+        run.control.request_save()
+        run.step(loop.one())
+    assert run.state.message == "not saved: the model carries no adapters" and run.state.status == "finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
 import time
@@ -240,6 +241,31 @@ def test_a_run_that_nobody_ends_ticks_no_longer_than_its_cell(session: Any, outp
         shell.run_cell("view = begin();", store_history=False)
         wait_until(lambda: not any(thread.name == "nbpeft-run-view" for thread in threading.enumerate()))
         shell.user_ns["view"].close()
+    finally:
+        InteractiveShell.clear_instance()
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_leave_nothing_behind(session: Any, outputs: list[Output]) -> None:
+    """Neither objects, nor threads, nor functions that wait for the end of a cell."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    shell.user_ns["train"] = lambda: simulate(session, steps=2, seconds=0)
+    shown(session, "widgets")
+    try:
+        counts = []
+        for _ in range(2):
+            for _ in range(500):
+                shell.run_cell("done = train()", store_history=False)
+                assert len(outputs) == 2
+                outputs.clear()
+            wait_until(lambda: not any(thread.name == "nbpeft-run-view" for thread in threading.enumerate()))
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+            assert len(shell.events.callbacks["post_run_cell"]) <= 1
+            assert len(shell.events.callbacks["post_execute"]) <= 1
+        assert counts[1] - counts[0] < 500  # less than an object a run
     finally:
         InteractiveShell.clear_instance()
 
