@@ -19,9 +19,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "Plan, go on, export": ("plan", "resume", "export", "traceback", "doctor"),
 }
 _MORE = "More"
-_WHICH_MODEL = (
-    "Where several models carry adapters, --model says which one is meant."
-)
+_WHICH_MODEL = "Where several models carry adapters, --model says which one is meant."
 _FIELDS = {
     "config": "a field of the config; in a cell one a line, name = value",
     "training": "a field of TrainingArguments; in a cell one a line, name = value",

@@ -30,10 +30,10 @@ def row_head() -> str:
 
 def adapter_row(adapter: AdapterState) -> str:
     """One adapter in the table."""
-    first, *cells = adapter_cells(adapter, condition(adapter, with_active=False))
+    first, *cells, _ = adapter_cells(adapter)
     below = first[1:] if isinstance(first, tuple) else ()
     name = Text(adapter.name, "bold" if adapter.active else "", adapter.name, "cut")
-    shown: list[Cell] = [(name, *below), *cells]
+    shown: list[Cell] = [(name, *below), *cells, condition(adapter, with_active=False)]
     return grid_row(zip(shown, _COLUMNS, strict=True))
 
 
