@@ -22,8 +22,9 @@ from nbpeft.state import ENDED, Curve, TrainState
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 900, 220
+"""Pixels; a narrower chart keeps its height."""
 LEFT, RIGHT = 58, 8
-"""What lies beside the curves, in the units of ``WIDTH``."""
+"""Pixels beside the curves."""
 _TOP, _BOTTOM = 10, 38
 _SMALL_WIDTH, _SMALL_HEIGHT = 200, 40
 _SMOOTHING = 0.9
@@ -42,8 +43,6 @@ class ChartStyle:
     line: str
     evaluated: str
     font: str
-    text_size: str
-    """Text shrinks with the picture, so it is larger where the page (of an image: the image) is narrow."""
 
 
 THEME = ChartStyle(
@@ -52,7 +51,6 @@ THEME = ChartStyle(
     line=palette.ACCENT,
     evaluated=palette.EVALUATION,
     font="var(--jp-ui-font-family, system-ui, sans-serif)",
-    text_size="clamp(11px, calc(27px - 1.45vw), 17px)",
 )
 NEUTRAL = ChartStyle(
     text="#808080",
@@ -60,7 +58,6 @@ NEUTRAL = ChartStyle(
     line="#2b88e0",
     evaluated=palette.EVALUATION,
     font="system-ui, 'DejaVu Sans', sans-serif",
-    text_size="clamp(11px, calc(25px - 1.6vw), 17px)",
 )
 
 
@@ -100,12 +97,51 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def loss_chart(train: TrainState, style: ChartStyle = THEME) -> str:
-    """The loss curve of a run as an ``<svg>`` element of fixed proportions.
+def picture(curves: str, words: str, label: str, font: str, height: int = HEIGHT, *, fluid: bool = True) -> str:
+    """A chart as an ``<svg>`` element: curves that stretch with its width, and words and dots that do not.
+
+    Args:
+        curves: Paths, in pixels of a chart that is ``WIDTH`` wide.
+        words: Texts and circles, in percent of the width between ``LEFT`` and ``RIGHT`` and in pixels from the top.
+        label: What it shows, for those who cannot see it.
+        font: As CSS.
+        height: In pixels.
+        fluid: Whether it takes the width there is and keeps its height; otherwise it keeps its proportions.
+    """
+    inner = WIDTH - LEFT - RIGHT
+    stretched = f' style="width:calc(100% - {LEFT + RIGHT}px)"' if fluid else ""
+    box = f'width="100%" height="{height}"' if fluid else f'width="{WIDTH}" height="{height}"'
+    box += "" if fluid else f' viewBox="0 0 {WIDTH} {height}"'
+    shape = f"display:block;max-width:{WIDTH}px;" if fluid else ""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(label)}" '
+        f'style="{shape}font:11px {font};font-variant-numeric:tabular-nums">'
+        f'<svg x="{LEFT}" width="{inner}" height="{height}" viewBox="{LEFT} 0 {inner} {height}" '
+        f'preserveAspectRatio="none"{stretched}>{curves}</svg>'
+        f'<svg x="{LEFT}" width="{inner}" height="{height}" overflow="visible"{stretched}>{words}</svg></svg>'
+    )
+
+
+def across(x: float) -> str:
+    """A place of a chart in percent of the width between ``LEFT`` and ``RIGHT``."""
+    return f"{100 * (x - LEFT) / (WIDTH - LEFT - RIGHT):.2f}%"
+
+
+def image_of(svg: str, label: str, height: int = HEIGHT) -> str:
+    """A fluid picture as an ``<img>`` that carries it in itself."""
+    return (
+        f'<img src="{_data_uri(svg)}" width="{WIDTH}" height="{height}" alt="{escape(label)}" '
+        f'style="display:block;width:100%;max-width:{WIDTH}px;height:{height}px;margin:0">'
+    )
+
+
+def loss_chart(train: TrainState, style: ChartStyle = THEME, *, fluid: bool = True) -> str:
+    """The loss curve of a run as an ``<svg>`` element.
 
     Args:
         train: The run; pairs whose loss is not finite are left out.
         style: Colours and fonts.
+        fluid: See ``picture``.
     """
     raw = _finite(train.history)
     evaluated = _finite(train.eval_history)
@@ -113,31 +149,23 @@ def loss_chart(train: TrainState, style: ChartStyle = THEME) -> str:
     curve = smooth(raw)
     if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
         curve[-1] = (curve[-1][0], train.smoothed_loss)
-    parts = [frame.draw(style)]
+    grid, words = frame.draw(style)
+    curves, dots = [grid], [words]
     if len(raw) > 1:
-        parts.append(_path(frame.place(decimate(curve, 60)), style.line, "5", ".28"))
-        parts.append(_path(frame.place(decimate(raw)), style.line, "1.5", "1"))
+        curves.append(_path(frame.place(decimate(curve, 60)), style.line, "5", ".28"))
+        curves.append(_path(frame.place(decimate(raw)), style.line, "1.5", "1"))
     elif raw:
-        parts.append(_dots(frame.place(raw), style.line))
+        dots.append(_dots(frame.place(raw), style.line))
     if len(evaluated) > 1:
-        parts.append(_path(frame.place(evaluated), style.evaluated, "1.5", ".8"))
-    parts.append(_dots(frame.place(evaluated), style.evaluated))
-    parts += [_ring(frame.place([point])[0], style.evaluated) for point in evaluated if point[0] == train.best_step]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'role="img" aria-label="{escape(describe(train))}" '
-        f'style="display:block;width:100%;max-width:{WIDTH}px;height:auto;font:11px {style.font};'
-        f'font-size:{style.text_size};font-variant-numeric:tabular-nums">{"".join(parts)}</svg>'
-    )
+        curves.append(_path(frame.place(evaluated), style.evaluated, "1.5", ".8"))
+    dots.append(_dots(frame.place(evaluated), style.evaluated))
+    dots += [_ring(frame.place([point])[0], style.evaluated) for point in evaluated if point[0] == train.best_step]
+    return picture("".join(curves), "".join(dots), describe(train), style.font, fluid=fluid)
 
 
 def loss_image(train: TrainState) -> str:
     """The loss curve of a run as an ``<img>`` that carries its picture in itself."""
-    svg = loss_chart(train, NEUTRAL)
-    return (
-        f'<img src="{_data_uri(svg)}" width="{WIDTH}" height="{HEIGHT}" '
-        f'alt="{escape(describe(train))}" style="display:block;width:100%;max-width:{WIDTH}px;height:auto;margin:0">'
-    )
+    return image_of(loss_chart(train, NEUTRAL), describe(train))
 
 
 def is_logarithmic(train: TrainState) -> bool:
@@ -265,29 +293,28 @@ class _Frame:
     def place(self, points: Sequence[Point]) -> list[Point]:
         return [(self._x(step), self._y(value)) for step, value in points]
 
-    def draw(self, style: ChartStyle) -> str:
-        """Grid lines, their labels and the name of the axis."""
+    def draw(self, style: ChartStyle) -> tuple[str, str]:
+        """Grid lines; and their labels and the name of the axis."""
         lines, labels = [], []
         for tick in self.upwards:
             y = self._y(tick)
             lines.append(f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}")
             if not self.empty:
                 words = f"{tick:g}" if self.logarithmic else _label(tick, self.upwards)
-                labels.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{words}</text>')
+                labels.append(f'<text x="-8" y="{y + 4:.1f}" text-anchor="end">{words}</text>')
         for tick in self.across:
-            x, share = self._x(tick), (tick - self.begin) / (self.end - self.begin)
+            share = (tick - self.begin) / (self.end - self.begin)
             anchor = "start" if share < 0.02 else "end" if share > 0.98 else "middle"
-            labels.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="{anchor}">{tick:,.0f}</text>')
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        labels.append(f'<text x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
+            place = f'x="{100 * share:.2f}%" y="{HEIGHT - _BOTTOM + 16}"'
+            labels.append(f'<text {place} text-anchor="{anchor}">{tick:,.0f}</text>')
+        labels.append(f'<text x="50%" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
         if self.empty:
             labels.append(
-                f'<text x="{middle:.0f}" y="{(HEIGHT - _BOTTOM + _TOP) / 2 + 4:.0f}" text-anchor="middle">'
-                f"{self.empty}</text>"
+                f'<text x="50%" y="{(HEIGHT - _BOTTOM + _TOP) / 2 + 4:.0f}" text-anchor="middle">{self.empty}</text>'
             )
         return (
-            f'<path d="{"".join(lines)}" fill="none" style="stroke:{style.grid}"/>'
-            f'<g style="fill:{style.text}">{"".join(labels)}</g>'
+            f'<path d="{"".join(lines)}" fill="none" vector-effect="non-scaling-stroke" style="stroke:{style.grid}"/>',
+            f'<g style="fill:{style.text}">{"".join(labels)}</g>',
         )
 
     def _x(self, step: float) -> float:
@@ -332,14 +359,14 @@ def _path(points: Sequence[Point], colour: str, width: str, opacity: str) -> str
     corners = " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return (
         f'<path d="M{corners}" fill="none" stroke-width="{width}" stroke-linejoin="round" '
-        f'style="stroke:{colour};stroke-opacity:{opacity}"/>'
+        f'vector-effect="non-scaling-stroke" style="stroke:{colour};stroke-opacity:{opacity}"/>'
     )
 
 
 def _ring(point: Point, colour: str) -> str:
     x, y = point
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke-width="1.5" style="stroke:{colour}"/>'
+    return f'<circle cx="{across(x)}" cy="{y:.1f}" r="7" fill="none" stroke-width="1.5" style="stroke:{colour}"/>'
 
 
 def _dots(points: Sequence[Point], colour: str) -> str:
-    return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>' for x, y in points)
+    return "".join(f'<circle cx="{across(x)}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>' for x, y in points)

@@ -400,10 +400,9 @@ def _with_values(chart: str, train: TrainState) -> str:
     strips = "".join(
         f'<div title="{escape(words)}" style="flex:{share:.4f} 1 0"></div>' for share, words in hover_values(train)
     )
-    left, right = (f"{100 * edge / WIDTH:.2f}%" for edge in (LEFT, RIGHT))
     return (
         f'<div style="display:grid;max-width:{WIDTH}px"><div style="grid-area:1/1">{chart}</div>'
-        f'<div style="grid-area:1/1;display:flex;margin:0 {right} 0 {left}">{strips}</div></div>'
+        f'<div style="grid-area:1/1;display:flex;margin:0 {RIGHT}px 0 {LEFT}px">{strips}</div></div>'
     )
 
 
