@@ -37,6 +37,8 @@ _WRAPS = {
 _MOST_IN_A_ROW = 4
 _LEAST_WIDTH = 165
 _HISTOGRAM = 64
+_NARROWEST = 80
+"""Pixels of a table's first column; a table that needs more than there is can be scrolled."""
 _CELL = 16
 """Pixels."""
 _TAIL = 8
@@ -151,7 +153,8 @@ def _(block: blocks.Table) -> str:
     def cell(tag: str, column: int, content: str, extra: str) -> str:
         # Only the first column gives way where there is no room: others would be broken letter by letter.
         align = "right;white-space:nowrap" if column in block.right else "left"
-        align += "" if column else ";overflow-wrap:anywhere"
+        align += "" if column else f";overflow-wrap:anywhere;min-width:{_NARROWEST}px"
+        align += f";width:{block.first}%" if block.first and not column else ""
         return (
             f'<{tag} style="text-align:{align};padding:3px 8px;border-bottom:1px solid {palette.BORDER};'
             f'background:transparent;{extra}">{content}</{tag}>'
