@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -23,9 +23,10 @@ Point = tuple[float, float]
 
 WIDTH, HEIGHT = 900, 220
 """Pixels; a narrower chart keeps its height."""
-LEFT, RIGHT = 58, 8
-"""Pixels beside the curves."""
-_TOP, _BOTTOM = 10, 38
+TOP, BOTTOM = 18, 38
+"""Pixels above and below the curves."""
+RIGHT = 1.0
+"""Percent of the width right of the curves."""
 _SMALL_WIDTH, _SMALL_HEIGHT = 200, 40
 _SMOOTHING = 0.9
 _DECADES = 100.0
@@ -97,42 +98,67 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def picture(curves: str, words: str, label: str, font: str, height: int = HEIGHT, *, fluid: bool = True) -> str:
-    """A chart as an ``<svg>`` element: curves that stretch with its width, and words and dots that do not.
+@dataclass(frozen=True)
+class Picture:
+    """What a chart is made of. Curves stretch with its width; words, dots and its height do not.
 
-    Args:
-        curves: Paths, in pixels of a chart that is ``WIDTH`` wide.
-        words: Texts and circles, in percent of the width between ``LEFT`` and ``RIGHT`` and in pixels from the top.
+    Labels stand on their grid lines, and the curves begin beside them.
+
+    Attributes:
         label: What it shows, for those who cannot see it.
-        font: As CSS.
+        levels: Grid lines from left to right: pixels from the top, and what is written on them.
+        curves: Paths, in pixels of a chart that is ``WIDTH`` wide.
+        words: Texts and circles; across in percent of the width of the curves, pixels from the top.
         height: In pixels.
-        fluid: Whether it takes the width there is and keeps its height; otherwise it keeps its proportions.
     """
-    inner = WIDTH - LEFT - RIGHT
-    stretched = f' style="width:calc(100% - {LEFT + RIGHT}px)"' if fluid else ""
-    box = f'width="100%" height="{height}"' if fluid else f'width="{WIDTH}" height="{height}"'
-    box += "" if fluid else f' viewBox="0 0 {WIDTH} {height}"'
-    shape = f"display:block;max-width:{WIDTH}px;" if fluid else ""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(label)}" '
-        f'style="{shape}font:11px {font};font-variant-numeric:tabular-nums">'
-        f'<svg x="{LEFT}" width="{inner}" height="{height}" viewBox="{LEFT} 0 {inner} {height}" '
-        f'preserveAspectRatio="none"{stretched}>{curves}</svg>'
-        f'<svg x="{LEFT}" width="{inner}" height="{height}" overflow="visible"{stretched}>{words}</svg></svg>'
-    )
+
+    label: str
+    levels: Sequence[tuple[float, str]]
+    curves: str
+    words: str
+    height: int = HEIGHT
+
+    def svg(self, style: ChartStyle, *, fluid: bool = True) -> str:
+        """The chart as an ``<svg>`` element.
+
+        Args:
+            style: Colours and fonts.
+            fluid: Whether it takes the width there is and keeps its height; otherwise it keeps its proportions.
+        """
+        box = f'width="{"100%" if fluid else WIDTH}" height="{self.height}"'
+        box += "" if fluid else f' viewBox="0 0 {WIDTH} {self.height}"'
+        left = left_of(words for _, words in self.levels)
+        inner = f'x="{left:.2f}%" width="{100 - left - RIGHT:.2f}%" height="{self.height}"'
+        grid = "".join(
+            f'<line x2="100%" y1="{y:.1f}" y2="{y:.1f}" style="stroke:{style.grid}"/>'
+            f'<text y="{y - 4:.1f}" style="fill:{style.text}">{escape(words)}</text>'
+            for y, words in self.levels
+        )
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(self.label)}" '
+            f'style="display:block;max-width:{WIDTH}px;font:11px {style.font};font-variant-numeric:tabular-nums">{grid}'
+            f'<svg {inner} overflow="visible" viewBox="0 0 {WIDTH} {self.height}" preserveAspectRatio="none">'
+            f"{self.curves}</svg>"
+            f'<svg {inner} overflow="visible" style="fill:{style.text}">{self.words}</svg></svg>'
+        )
+
+    def image(self, style: ChartStyle) -> str:
+        """The chart as an ``<img>`` that carries its picture in itself."""
+        return (
+            f'<img src="{_data_uri(self.svg(style))}" width="{WIDTH}" height="{self.height}" '
+            f'alt="{escape(self.label)}" style="display:block;width:100%;max-width:{WIDTH}px;height:{self.height}px;'
+            'margin:0">'
+        )
+
+
+def left_of(labels: Iterable[str]) -> float:
+    """Percent of a chart's width that is left to its labels, so that they have room where it is narrow."""
+    return min(2 * max(map(len, labels), default=0) + 1.0, 18.0)
 
 
 def across(x: float) -> str:
-    """A place of a chart in percent of the width between ``LEFT`` and ``RIGHT``."""
-    return f"{100 * (x - LEFT) / (WIDTH - LEFT - RIGHT):.2f}%"
-
-
-def image_of(svg: str, label: str, height: int = HEIGHT) -> str:
-    """A fluid picture as an ``<img>`` that carries it in itself."""
-    return (
-        f'<img src="{_data_uri(svg)}" width="{WIDTH}" height="{height}" alt="{escape(label)}" '
-        f'style="display:block;width:100%;max-width:{WIDTH}px;height:{height}px;margin:0">'
-    )
+    """A place in pixels of ``WIDTH`` as percent."""
+    return f"{100 * x / WIDTH:.2f}%"
 
 
 def loss_chart(train: TrainState, style: ChartStyle = THEME, *, fluid: bool = True) -> str:
@@ -141,31 +167,43 @@ def loss_chart(train: TrainState, style: ChartStyle = THEME, *, fluid: bool = Tr
     Args:
         train: The run; pairs whose loss is not finite are left out.
         style: Colours and fonts.
-        fluid: See ``picture``.
+        fluid: See ``Picture.svg``.
     """
-    raw = _finite(train.history)
-    evaluated = _finite(train.eval_history)
-    frame = _Frame.around(raw, evaluated, train.first_step, _end(train), _no_curve(train))
-    curve = smooth(raw)
-    if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
-        curve[-1] = (curve[-1][0], train.smoothed_loss)
-    grid, words = frame.draw(style)
-    curves, dots = [grid], [words]
-    if len(raw) > 1:
-        curves.append(_path(frame.place(decimate(curve, 60)), style.line, "5", ".28"))
-        curves.append(_path(frame.place(decimate(raw)), style.line, "1.5", "1"))
-    elif raw:
-        dots.append(_dots(frame.place(raw), style.line))
-    if len(evaluated) > 1:
-        curves.append(_path(frame.place(evaluated), style.evaluated, "1.5", ".8"))
-    dots.append(_dots(frame.place(evaluated), style.evaluated))
-    dots += [_ring(frame.place([point])[0], style.evaluated) for point in evaluated if point[0] == train.best_step]
-    return picture("".join(curves), "".join(dots), describe(train), style.font, fluid=fluid)
+    return _loss_picture(train, style).svg(style, fluid=fluid)
 
 
 def loss_image(train: TrainState) -> str:
     """The loss curve of a run as an ``<img>`` that carries its picture in itself."""
-    return image_of(loss_chart(train, NEUTRAL), describe(train))
+    return _loss_picture(train, NEUTRAL).image(NEUTRAL)
+
+
+def loss_left(train: TrainState) -> float:
+    """Percent of the loss curve's picture that lies left of the curve."""
+    frame = _frame_of(train)
+    return left_of(words for _, words in frame.levels())
+
+
+def _frame_of(train: TrainState) -> _Frame:
+    raw, evaluated = _finite(train.history), _finite(train.eval_history)
+    return _Frame.around(raw, evaluated, train.first_step, _end(train), _no_curve(train))
+
+
+def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
+    raw, evaluated, frame = _finite(train.history), _finite(train.eval_history), _frame_of(train)
+    curve = smooth(raw)
+    if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
+        curve[-1] = (curve[-1][0], train.smoothed_loss)
+    curves, words = [], [frame.words()]
+    if len(raw) > 1:
+        curves.append(_path(frame.place(decimate(curve, 60)), style.line, "5", ".28"))
+        curves.append(_path(frame.place(decimate(raw)), style.line, "1.5", "1"))
+    elif raw:
+        words.append(_dots(frame.place(raw), style.line))
+    if len(evaluated) > 1:
+        curves.append(_path(frame.place(evaluated), style.evaluated, "1.5", ".8"))
+    words.append(_dots(frame.place(evaluated), style.evaluated))
+    words += [_ring(frame.place([point])[0], style.evaluated) for point in evaluated if point[0] == train.best_step]
+    return Picture(describe(train), frame.levels(), "".join(curves), "".join(words))
 
 
 def is_logarithmic(train: TrainState) -> bool:
@@ -293,38 +331,35 @@ class _Frame:
     def place(self, points: Sequence[Point]) -> list[Point]:
         return [(self._x(step), self._y(value)) for step, value in points]
 
-    def draw(self, style: ChartStyle) -> tuple[str, str]:
-        """Grid lines; and their labels and the name of the axis."""
-        lines, labels = [], []
-        for tick in self.upwards:
-            y = self._y(tick)
-            lines.append(f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}")
-            if not self.empty:
-                words = f"{tick:g}" if self.logarithmic else _label(tick, self.upwards)
-                labels.append(f'<text x="-8" y="{y + 4:.1f}" text-anchor="end">{words}</text>')
+    def levels(self) -> list[tuple[float, str]]:
+        """Where the grid lines are, and what is written on them."""
+        return [(self._y(tick), self._words(tick)) for tick in self.upwards]
+
+    def words(self) -> str:
+        """The steps below the curve, and the name of the axis."""
+        made = []
         for tick in self.across:
             share = (tick - self.begin) / (self.end - self.begin)
             anchor = "start" if share < 0.02 else "end" if share > 0.98 else "middle"
-            place = f'x="{100 * share:.2f}%" y="{HEIGHT - _BOTTOM + 16}"'
-            labels.append(f'<text {place} text-anchor="{anchor}">{tick:,.0f}</text>')
-        labels.append(f'<text x="50%" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
+            made.append(_text(f"{100 * share:.2f}%", HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
+        made.append(_text("50%", HEIGHT - 5, "step"))
         if self.empty:
-            labels.append(
-                f'<text x="50%" y="{(HEIGHT - _BOTTOM + _TOP) / 2 + 4:.0f}" text-anchor="middle">{self.empty}</text>'
-            )
-        return (
-            f'<path d="{"".join(lines)}" fill="none" vector-effect="non-scaling-stroke" style="stroke:{style.grid}"/>',
-            f'<g style="fill:{style.text}">{"".join(labels)}</g>',
-        )
+            made.append(_text("50%", (HEIGHT - BOTTOM + TOP) // 2 + 4, self.empty))
+        return "".join(made)
+
+    def _words(self, tick: float) -> str:
+        if self.empty:
+            return ""
+        return f"{tick:g}" if self.logarithmic else _label(tick, self.upwards)
 
     def _x(self, step: float) -> float:
-        return LEFT + (step - self.begin) / (self.end - self.begin) * (WIDTH - LEFT - RIGHT)
+        return (step - self.begin) / (self.end - self.begin) * WIDTH
 
     def _y(self, value: float) -> float:
         low, high = self.upwards[0], self.upwards[-1]
         if self.logarithmic:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
 def _no_curve(train: TrainState) -> str:
@@ -361,6 +396,10 @@ def _path(points: Sequence[Point], colour: str, width: str, opacity: str) -> str
         f'<path d="M{corners}" fill="none" stroke-width="{width}" stroke-linejoin="round" '
         f'vector-effect="non-scaling-stroke" style="stroke:{colour};stroke-opacity:{opacity}"/>'
     )
+
+
+def _text(x: str, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _ring(point: Point, colour: str) -> str:

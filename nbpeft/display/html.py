@@ -11,7 +11,16 @@ from functools import singledispatch
 from html import escape
 
 from nbpeft.display import blocks, palette
-from nbpeft.display.charts import LEFT, RIGHT, WIDTH, hover_values, is_logarithmic, loss_chart, loss_image, small_chart
+from nbpeft.display.charts import (
+    RIGHT,
+    WIDTH,
+    hover_values,
+    is_logarithmic,
+    loss_chart,
+    loss_image,
+    loss_left,
+    small_chart,
+)
 from nbpeft.display.memory import label, part_words
 from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_image
@@ -405,7 +414,7 @@ def _with_values(chart: str, train: TrainState) -> str:
     )
     return (
         f'<div style="display:grid;max-width:{WIDTH}px"><div style="grid-area:1/1">{chart}</div>'
-        f'<div style="grid-area:1/1;display:flex;margin:0 {RIGHT}px 0 {LEFT}px">{strips}</div></div>'
+        f'<div style="grid-area:1/1;display:flex;margin:0 {RIGHT:g}% 0 {loss_left(train):g}%">{strips}</div></div>'
     )
 
 

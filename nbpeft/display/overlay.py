@@ -8,12 +8,11 @@ from html import escape
 
 from nbpeft.display import palette
 from nbpeft.display.blocks import LabelledCurves
-from nbpeft.display.charts import LEFT, NEUTRAL, RIGHT, WIDTH, across, decimate, image_of, picture, ticks
+from nbpeft.display.charts import BOTTOM, NEUTRAL, TOP, WIDTH, Picture, across, decimate, ticks
 
 Point = tuple[float, float]
 
 HEIGHT = 260
-_TOP, _BOTTOM = 10, 38
 _COLOURS = (*(palette.PARTS[name] for name in list(palette.PARTS)[:7]), "#2b88e0")
 
 
@@ -28,29 +27,27 @@ def overlay_image(curves: Sequence[LabelledCurves]) -> str:
     Args:
         curves: label, losses and evaluation losses of each; pairs that are not finite are left out.
     """
-    return image_of(overlay_chart(curves), describe(curves), HEIGHT)
+    return _picture(curves).image(NEUTRAL)
 
 
 def overlay_chart(curves: Sequence[LabelledCurves]) -> str:
     """The same as an ``<svg>`` element."""
+    return _picture(curves).svg(NEUTRAL)
+
+
+def _picture(curves: Sequence[LabelledCurves]) -> Picture:
     lines = [(_finite(losses), _finite(evaluated)) for _, losses, evaluated in curves]
     points = [point for pair in lines for part in pair for point in part]
     steps, upwards = _axes(points)
     right, (low, high) = max(steps[-1], max((step for step, _ in points), default=1.0)), (upwards[0], upwards[-1])
 
     def place(step: float, value: float) -> Point:
-        x = LEFT + step / right * (WIDTH - LEFT - RIGHT)
-        return x, HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+        return step / right * WIDTH, HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     drawn, words = [], []
-    for tick in upwards:
-        y = place(0, tick)[1]
-        path = f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" fill="none" stroke="{NEUTRAL.grid}"'
-        drawn.append(f'{path} vector-effect="non-scaling-stroke"/>')
-        words.append(_words("-8", y + 4, "end", f"{tick:.4g}"))
     for tick in steps:
         anchor = "start" if tick == 0 else "end" if tick > 0.98 * right else "middle"
-        words.append(_words(across(place(tick, low)[0]), HEIGHT - _BOTTOM + 16, anchor, f"{tick:,.0f}"))
+        words.append(_words(across(place(tick, low)[0]), HEIGHT - BOTTOM + 16, anchor, f"{tick:,.0f}"))
     words.append(_words("50%", HEIGHT - 5, "middle", "step"))
     if not points:
         words.append(_words("50%", HEIGHT / 2 - 10, "middle", "no loss was noted"))
@@ -62,7 +59,8 @@ def overlay_chart(curves: Sequence[LabelledCurves]) -> str:
             f'<circle cx="{across(x)}" cy="{y:.1f}" r="3" fill="{colour}"/>'
             for x, y in (place(*point) for point in (*evaluated, *(losses if len(losses) == 1 else ())))
         ]
-    return picture("".join(drawn), "".join(words), describe(curves), NEUTRAL.font, HEIGHT)
+    levels = [(place(0, tick)[1], f"{tick:.4g}") for tick in upwards]
+    return Picture(describe(curves), levels, "".join(drawn), "".join(words), HEIGHT)
 
 
 def describe(curves: Sequence[LabelledCurves]) -> str:

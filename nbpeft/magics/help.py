@@ -20,8 +20,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "Plan, go on, export": ("plan", "resume", "export", "traceback", "doctor"),
 }
 _MORE = "More"
-_WIDTH = 96
-"""Letters in a line of plain text."""
+_WIDTH = 88
+"""Letters in a line of plain text: JupyterLab's tooltip shows about 90."""
 _WHICH_MODEL = "Where several models carry adapters, --model says which one is meant."
 _FIELDS = {
     "config": "a field of the config; in a cell one a line, name = value",
@@ -49,8 +49,8 @@ class HelpText(Shown):
         self._ending = tuple(ending)
 
     def __str__(self) -> str:
-        longest = [len(part) for rows in self._sections.values() for left, _ in rows for part in left.split("\n")]
-        width = min(max(longest, default=0), 44)
+        explained = (left for rows in self._sections.values() for left, right in rows if right)
+        width = min(max((len(part) for left in explained for part in left.split("\n")), default=0), 42)
         parts = [self._title, *([self._lead] if self._lead else [])]
         for name, rows in self._sections.items():
             parts += ["", name, *(text for left, right in rows for text in _row_text(left, right, width))]
