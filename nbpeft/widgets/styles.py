@@ -7,6 +7,18 @@ from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_AC
 _ROW_BUTTONS = 164
 """Pixels of Save and Delete in a row."""
 
+_BUTTON = f"""width: auto; height: 26px; line-height: 24px; margin: 0; padding: 0 10px; flex: 0 0 auto;
+  border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT}; font-size: 12px;
+  box-shadow: none;"""
+
+RUN_BUTTONS_CSS = f"""
+.nbpeft-run {{ gap: 6px; padding: 2px 0 4px; }}
+.nbpeft-run .jupyter-button {{ {_BUTTON} min-width: 88px; }}
+.nbpeft-run .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
+.nbpeft-run .jupyter-button:focus-visible {{ outline: 2px solid {ACCENT}; outline-offset: 1px; }}
+"""
+"""Of the buttons below a run's card."""
+
 PANEL_CSS = f"""
 .nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: calc(100% - 20px);
   max-width: {WIDTH}px;
@@ -14,9 +26,7 @@ PANEL_CSS = f"""
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
 .nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
 .nbpeft-panel .widget-inline-hbox {{ height: auto; }}
-.nbpeft-panel .jupyter-button {{ width: auto; height: 26px; line-height: 24px; margin: 0; padding: 0 10px;
-  flex: 0 0 auto; border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT};
-  font-size: 12px; box-shadow: none; }}
+.nbpeft-panel .jupyter-button {{ {_BUTTON} }}
 .nbpeft-panel .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
 .nbpeft-panel .jupyter-button:focus-visible, .nbpeft-panel input:focus-visible, .nbpeft-panel select:focus-visible,
 .nbpeft-panel textarea:focus-visible, .nbpeft-panel .noUi-handle:focus-visible {{
