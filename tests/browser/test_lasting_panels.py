@@ -31,7 +31,7 @@ def use(page: NotebookPage) -> None:
     """Clicks in every panel, as a person would."""
     page.run_all()
     page.click("sql", cell=1)
-    page.click("Compare", cell=2)
+    page.click("Send", cell=2)
     page.wait_for("answered in", cell=2)
     page.click("Answer", cell=3)
     page.wait_for("answered in", cell=3)
