@@ -35,7 +35,7 @@ def use(page: NotebookPage) -> None:
     page.wait_for("answered in", cell=2)
     page.click("Answer", cell=3)
     page.wait_for("answered in", cell=3)
-    page.page.wait_for_timeout(1000)
+    page.page.wait_for_timeout(2000)  # the state follows within a second
 
 
 def states(page: NotebookPage) -> Locator:
