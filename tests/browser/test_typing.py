@@ -33,9 +33,13 @@ def at_the_end(page: NotebookPage, cell: int) -> None:
 def popup(page: NotebookPage, cell: int) -> Locator:
     """What Tab offers at the end of a cell."""
     at_the_end(page, cell)
-    page.page.keyboard.press("Tab")
     items = page.page.locator(".jp-Completer:visible .jp-Completer-item")
-    expect(items.first).to_be_visible(timeout=10_000)
+    for _ in range(6):  # JupyterLab waits a second for an answer; the first one may import transformers
+        page.page.keyboard.press("Tab")
+        page.page.wait_for_timeout(3000)
+        if items.count():
+            break
+    expect(items.first).to_be_visible()
     return items
 
 
