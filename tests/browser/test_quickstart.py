@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from tests.browser.conftest import Opener
-from tests.notebooks.support import shortened
+from tests.notebooks.support import NOTEBOOKS, shortened
 
 pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 
@@ -19,7 +19,7 @@ ORDER = r'"Order: Oslo needs 31 lamps.\nCode:"'
 
 def with_panel(folder: Path) -> tuple[Path, dict[str, int]]:
     """The quickstart with a short training and the adapters' panel, and where its cells are among the code cells."""
-    notebook = shortened("01_lora_finetuning.ipynb", STEPS=12, TEST_ORDERS=2)
+    notebook = shortened(nbformat.read(NOTEBOOKS / "01_lora_finetuning.ipynb", 4), steps=12, rows=2)
     for cell in notebook.cells:
         cell.get("outputs", []).clear()
     added = ("%lora panel adapters model", f"%lora ask {ORDER} --model model --max-new-tokens 12", "STEPS = 5000")
