@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from nbpeft.display.numbers import plural
+from nbpeft.display.numbers import percent, plural
 from nbpeft.state import Curve, MemoryPart, TrainState
 
 Tone = Literal["", "bold", "dim", "accent", "success", "error", "warning", "code"]
@@ -87,12 +87,14 @@ class Table:
         rows: their cells.
         right: columns with figures, which are aligned to the right and never broken into lines.
         marked: rows with the accent at their left edge.
+        first: percent of the width that the first column takes; 0 for what it needs.
     """
 
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     right: tuple[int, ...] = ()
     marked: tuple[int, ...] = ()
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,16 @@ class BarChart:
     Attributes:
         bars: label, share from 0 to 1, and a figure on the right of it.
         figure: what the figures are, above them.
+        values: what stands behind each bar in place of its share in percent, e.g. seconds.
     """
 
     bars: tuple[tuple[str, float, str], ...]
     figure: str = ""
+    values: tuple[str, ...] = ()
+
+    def value(self, number: int) -> str:
+        """What stands behind a bar."""
+        return self.values[number] if self.values else percent(self.bars[number][1])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _LONGEST = 26
 
 
 def bar_image(chart: BarChart) -> str:
-    """Bars as an ``<img>``: label, bar, share, and a figure at the right edge."""
+    """Bars as an ``<img>``: label, bar, share or value, and a figure at the right edge."""
     left = 10 + _LETTER * min(max((len(label) for label, _, _ in chart.bars), default=0), _LONGEST)
     right = _WIDTH - (max([len(chart.figure), *(len(figure) for _, _, figure in chart.bars)]) * _LETTER + 8)
     whole = right - left - 60
@@ -36,7 +36,7 @@ def bar_image(chart: BarChart) -> str:
             _text(left - 10, middle + 4.5, _cut(label), "end"),
             f'<rect x="{left:.0f}" y="{y:.0f}" width="{whole:.0f}" height="{_BAR}" rx="3" fill="{_TRACK}"/>',
             f'<rect x="{left:.0f}" y="{y:.0f}" width="{wide:.1f}" height="{_BAR}" rx="3" fill="{_BLUE}"/>',
-            _text(left + whole + 8, middle + 4.5, percent(share), weight=600),
+            _text(left + whole + 8, middle + 4.5, chart.value(number), weight=600),
             _text(_WIDTH, middle + 4.5, figure, "end"),
         ]
     return _image(parts, _WIDTH, int(top + _ROW * len(chart.bars) + 2), describe_bars(chart))
@@ -67,7 +67,7 @@ def grid_image(grid: Grid) -> str:
 
 def describe_bars(chart: BarChart) -> str:
     """What the bars show, for those who cannot see them."""
-    return ", ".join(f"{label} {percent(share)}" for label, share, _ in chart.bars)
+    return ", ".join(f"{label} {chart.value(number)}" for number, (label, _, _) in enumerate(chart.bars))
 
 
 def describe_grid(grid: Grid) -> str:

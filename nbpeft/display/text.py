@@ -168,8 +168,8 @@ def _(block: blocks.CurveChart) -> RenderableType:
 @renderable.register
 def _(block: blocks.BarChart) -> RenderableType:
     rows = [
-        (label, ("█" * round(20 * share)).ljust(20, "░"), percent(share), *((figure,) if block.figure else ()))
-        for label, share, figure in block.bars
+        (label, ("█" * round(20 * share)).ljust(20, "░"), block.value(number), *((figure,) if block.figure else ()))
+        for number, (label, share, figure) in enumerate(block.bars)
     ]
     return _grid([*([("", "", "", block.figure)] if block.figure else []), *rows])
 

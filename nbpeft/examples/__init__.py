@@ -5,6 +5,7 @@
     prompted            the same rows with solved examples in each prompt
     score, answers      what a model answers, and how much of it is right
     Score, Scores       one score, and several as a picture
+    Times               how long things take, as a picture
 
 ::
 
@@ -18,12 +19,14 @@ Importing this imports neither torch nor transformers.
 from nbpeft.examples.base_model import HUB_NAME, small_model, small_model_path
 from nbpeft.examples.scoring import Score, Scores, answers, score
 from nbpeft.examples.tasks import Row, dates, filters, order_codes, prompted, records
+from nbpeft.examples.times import Times
 
 __all__ = [
     "HUB_NAME",
     "Row",
     "Score",
     "Scores",
+    "Times",
     "answers",
     "dates",
     "filters",
