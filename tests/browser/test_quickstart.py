@@ -9,23 +9,23 @@ import nbformat
 import pytest
 
 from tests.browser.conftest import Opener
-from tests.notebooks.support import shortened
+from tests.notebooks.support import NOTEBOOKS, shortened
 
 pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 
 
-ORDER = r'"Order: Oslo needs 31 lamps.\nCode:"'
+ANSWER = r'print(examples.answers(model, tokenizer, ["Order: Oslo needs 31 lamps.\nCode:"], max_new_tokens=12)[0])'
 
 
 def with_panel(folder: Path) -> tuple[Path, dict[str, int]]:
     """The quickstart with a short training and the adapters' panel, and where its cells are among the code cells."""
-    notebook = shortened("01_lora_finetuning.ipynb", STEPS=12, TEST_ORDERS=2)
+    notebook = shortened(nbformat.read(NOTEBOOKS / "01_lora_finetuning.ipynb", 4), steps=12, rows=2)
     for cell in notebook.cells:
         cell.get("outputs", []).clear()
-    added = ("%lora panel adapters model", f"%lora ask {ORDER} --model model --max-new-tokens 12", "STEPS = 5000")
+    added = ("%lora panel adapters model", ANSWER, "STEPS = 5000")
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in added]
     codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    beginnings = {"train": "%%lora_train", "panel": "%lora panel", "answer": "%lora ask", "longer": "STEPS ="}
+    beginnings = {"train": "%%lora_train", "panel": "%lora panel", "answer": ANSWER, "longer": "STEPS ="}
     places = {name: index for name, start in beginnings.items() for index, s in enumerate(codes) if s.startswith(start)}
     places["compare"] = next(index for index, source in enumerate(codes) if source.endswith("--panel"))
     path = folder / "quickstart.ipynb"
@@ -40,7 +40,7 @@ def test_quickstart(open_notebook: Opener, pictures: Path, app: str, tmp_path: P
 
     def answer() -> str:
         page.run_cell(cells["answer"])
-        return page.output(cells["answer"]).locator("pre").last.inner_text()
+        return page.output_text(cells["answer"])
 
     page.click("base", cell=cells["panel"])
     base = answer()
@@ -54,8 +54,8 @@ def test_quickstart(open_notebook: Opener, pictures: Path, app: str, tmp_path: P
     for name in ("panel", "train"):
         page.output(cells[name]).screenshot(path=pictures / f"quickstart-{name}-{app}.png")
 
-    page.click("Compare", cell=cells["compare"])
-    page.wait_for(re.compile("tokens/s"), cell=cells["compare"], timeout=120)
+    page.click("Send", cell=cells["compare"])
+    page.wait_for("answered in", cell=cells["compare"], timeout=120)
     page.output(cells["compare"]).screenshot(path=pictures / f"quickstart-compare-{app}.png")
 
     page.run_cell(cells["longer"])
