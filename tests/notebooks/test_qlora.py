@@ -28,10 +28,10 @@ def test_02_ships_the_results_of_a_full_run() -> None:
     assert found["trained"].endswith(" s for 70 steps")
     assert all(value.endswith(" of 48") for name, value in found.items() if name.startswith("score "))
     assert share(found["score 4-bit base"]) < 0.2
-    for way in ("4-bit base + adapter", "merged into a full-precision copy"):
+    for way in ("4-bit base + adapter", "merged into a copy"):
         assert share(found[f"score {way}"]) >= 0.9
-    assert share(found["score full precision + the same adapter"]) >= 0.8
-    assert share(found["score merged, rounded to 4 bits again"]) < 0.2
+    assert share(found["score full precision + adapter"]) >= 0.8
+    assert share(found["score merged into 4 bits"]) < 0.2
     plans = [
         output.data["text/plain"]
         for cell in notebook.cells
