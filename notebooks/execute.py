@@ -21,7 +21,7 @@ from nbconvert import HTMLExporter
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-_KEY_VALUE = re.compile(r"^\s*([\w][\w %/().,→-]{0,60}?)\s*: +(\S.*)$")
+_KEY_VALUE = re.compile(r"^\s*([\w][\w %/().,→+-]{0,60}?)\s*: +(\S.*)$")
 
 
 def main() -> int:
