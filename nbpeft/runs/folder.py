@@ -19,6 +19,7 @@ from nbpeft.checkpoint.staging import lock_folder
 from nbpeft.confidential import masked
 from nbpeft.errors import CheckpointError
 from nbpeft.runs.record import RunRecord, record_of
+from nbpeft.state import Curve, Sample
 
 FACTS, CURVE, SERIES, SAMPLES = "run.json", "curve.jsonl", "series.json", "samples.jsonl"
 VERSION = 1
@@ -119,7 +120,40 @@ class RunFolder:
             files.append(NewFile.of_text(SAMPLES, "".join(f"{_text(sample)}\n" for sample in samples)))
         replace_files(self.path, files)
 
+    def contents(self) -> dict[str, str]:
+        """The text of its files besides the states, by name."""
+        found = {}
+        for name in (FACTS, CURVE, SERIES, SAMPLES):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                found[name] = (self.path / name).read_text(encoding="utf-8")
+        return found
+
+    def put_back(self, contents: Mapping[str, str]) -> None:
+        """Makes its files what ``contents`` has returned earlier.
+
+        Raises:
+            CheckpointError: they cannot be written; what was there is as it was.
+        """
+        replace_files(self.path, [NewFile.of_text(name, text) for name, text in contents.items()])
+
     # What was logged
+
+    def series(self, until: int) -> dict[str, Curve]:
+        """Values over time up to a step, by name."""
+        try:
+            found = json.loads((self.path / SERIES).read_text(encoding="utf-8"))
+            return {name: tuple((s, v) for s, v in points if s <= until) for name, points in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return {}
+
+    def samples(self, until: int) -> tuple[Sample, ...]:
+        """Samples up to a step."""
+        try:
+            lines = (self.path / SAMPLES).read_text(encoding="utf-8").splitlines()
+            found = [Sample(**json.loads(line)) for line in lines]
+            return tuple(sample for sample in found if sample.step <= until)
+        except (OSError, ValueError, TypeError, RecursionError):
+            return ()
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Adds a line to the curve; a process that is killed keeps the lines it wrote.

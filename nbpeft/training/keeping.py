@@ -93,6 +93,7 @@ class RunKeeper(TrainerCallback):
         self._clock = clock
         self._facts: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
+        self._contents: dict[str, str] = {}
         self._saved_step = -1
         self._seconds_before = 0.0
         self._evaluated = False
@@ -114,8 +115,9 @@ class RunKeeper(TrainerCallback):
             self.folder = folder = store.create(self._run.adapter) if name is None else store.find(name)
             if name is not None:
                 folder.open()
-                self._before = folder.facts()
+                self._before, self._contents = folder.facts(), folder.contents()
                 self._saved_step = state.global_step
+                self._run.goes_on(folder.series(state.global_step), folder.samples(state.global_step))
                 state.log_history = folder.cut_after(state.global_step)
                 self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
                 self._facts["resumed"] = [*self._before.get("resumed", ()), state.global_step]
@@ -196,7 +198,8 @@ class RunKeeper(TrainerCallback):
             self._place.store.delete(folder.name)
             self._run.folder = ""
         else:
-            folder.write(self._before)
+            folder.close()
+            folder.put_back(self._contents)
 
     # Writing
 

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nbpeft.state import Curve
+
 Number = float | Tensor
+SERIES = ("learning rate", "gradient norm", "tokens/s", "memory")
+"""Names of ``TrainState.series``; further curves are metrics."""
 _SMALL = 60
 """Buckets of the curves that are drawn small."""
 
@@ -174,6 +178,13 @@ class Record:
         score = loss if score is None else score
         if score is not None and math.isfinite(score) and (self.best is None or score < self.best[1]):
             self.best = (step, score)
+
+    def take_over(self, curves: Mapping[str, Curve]) -> None:
+        """Begins with curves that were measured before, metrics among them."""
+        for name, points in curves.items():
+            kept = self.series if name in SERIES else self.metric_history
+            for step, value in points:
+                kept.setdefault(name, History(_SMALL)).add(step, value)
 
     def trace(self, name: str, value: float, step: int | None = None) -> None:
         """Notes one value of a further curve, at this step by default."""

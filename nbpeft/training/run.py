@@ -24,7 +24,7 @@ from torch import nn
 
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.memory.processor import slow_dtype, slow_words
-from nbpeft.state import MemoryState, Sample, TrainState, TrainStatus
+from nbpeft.state import Curve, MemoryState, Sample, TrainState, TrainStatus
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
 from nbpeft.training.failures import explain_failure
@@ -223,6 +223,17 @@ class Run:
             place = self._record.step if step is None else step
             self._record.add_evaluation(place, None if loss is None else float(loss), metrics or {}, score)
         self.publish()
+
+    def goes_on(self, curves: Mapping[str, Curve], samples: Iterable[Sample]) -> None:
+        """Takes over what the run has measured and sampled in an earlier process.
+
+        Args:
+            curves: further values over time and metrics, by name.
+            samples: the answers.
+        """
+        with self._lock:
+            self._record.take_over(curves)
+            self._samples.extend(samples)
 
     def sampled(self, samples: Iterable[Sample]) -> None:
         """Notes what the model answered; the last ``most_samples`` are kept."""

@@ -187,7 +187,7 @@ class SamplingFields:
         self.boxes = [
             labelled("temperature", self._temperature, 58, "0 takes the likeliest token; above 0 tokens are drawn"),
             labelled("top-p", self._top_p, 58, "Draw among the likeliest tokens of this probability together"),
-            labelled("seed", self._seed, 72, "The same seed draws the same answers"),
+            labelled("seed", self._seed, 88, "The same seed draws the same answers"),
         ]
 
     @property

@@ -241,7 +241,7 @@ def test_an_interruption_of_the_session_is_one_line_too(ready: Notebook) -> None
             "model --data rows\nmax_steps = 1\npush_to_hub = True\nhub_model_id = 'a/b'\noutput_dir = folder",
             "push_to_hub: the hub cannot be reached",
         ),
-        ("model --data unknown\nmax_steps = 1", "Expected columns input_ids, text, prompt and completion, or messages"),
+        ("model --data unknown\nmax_steps = 1", "Expected columns prompt and completion, messages, text, "),
         ("net --data rows\nmax_steps = 1", "a Trainer cannot train a Sequential, whose forward takes no labels"),
         ("model --data rows\nmax_steps = 3\ncallbacks = failing", "ZeroDivisionError: in my own code"),
     ],

@@ -126,8 +126,8 @@ def test_delete_asks_back(panel: AdaptersPanel, session: Any) -> None:
 
 def test_what_was_deleted_comes_back_by_a_click(panel: AdaptersPanel, session: Any) -> None:
     assert "Undo" not in labels(panel)
-    button(panel, "delete", 1).click()
-    button(panel, "Delete?").click()
+    button(panel, "Delete", 1).click()
+    button(panel, "Delete", 2).click()
     button(panel, "Undo").click()
     assert session.commands == [("delete", "pirate"), ("undo",)]
     assert labels(panel)[:4] == ["base", "orders", "pirate", "sql"]
@@ -136,10 +136,10 @@ def test_what_was_deleted_comes_back_by_a_click(panel: AdaptersPanel, session: A
 
 
 def test_a_message_about_something_else_offers_no_undo(panel: AdaptersPanel, session: Any) -> None:
-    button(panel, "delete", 1).click()
-    button(panel, "Delete?").click()
-    button(panel, "save").click()
+    button(panel, "Delete", 1).click()
+    button(panel, "Delete", 2).click()
     button(panel, "Save").click()
+    button(panel, "Save", 1).click()
     assert "saved" in text(panel) and "Undo" not in labels(panel)
 
 

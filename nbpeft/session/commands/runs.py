@@ -216,7 +216,7 @@ def _taken_off_unless_learned(tracked: TrackedModel, names: tuple[str, ...], pre
 
 def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]) -> None:
     if data is None:
-        raise TrainingError(f"run {record.name} goes on with the rows it had: give them again (data=…)")
+        raise TrainingError(f"run {record.name} goes on with the rows it had: give them again, data=…")
     missing = [name for name in facts.get("objects", ()) if name not in arguments]
     if missing:
         words = ", ".join(f"{name}=…" for name in missing)
