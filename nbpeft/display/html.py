@@ -46,7 +46,7 @@ _WRAPS = {
 _MOST_IN_A_ROW = 4
 _LEAST_WIDTH = 165
 _HISTOGRAM = 64
-_NARROWEST = 80
+_NARROWEST = 64
 """Pixels of a table's first column; a table that needs more than there is can be scrolled."""
 _CELL = 16
 """Pixels."""

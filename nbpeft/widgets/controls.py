@@ -264,7 +264,7 @@ class PromptForm:
         begin = next(label for label, form in CHAT_TEMPLATE.items() if form is chat)
         self._form = ipywidgets.Dropdown(options=list(CHAT_TEMPLATE), value=begin)
         self._form.observe(weakly(command, "form"), names="value")
-        self.box = labelled("chat template", self._form, 118, "automatic: as the adapters were trained in this session")
+        self.box = labelled("chat template", self._form, 136, "automatic: as the adapters were trained in this session")
 
     @property
     def chat(self) -> bool | None:
