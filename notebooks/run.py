@@ -65,8 +65,10 @@ def find(name: str) -> Path | None:
 
 def call(command: list[str]) -> int:
     """Runs a command in this terminal and gives its exit status."""
+    # Threads that wait for each other leave the cores to other programs instead of spinning.
+    variables = environment.child_environment(JUPYTER_PREFER_ENV_PATH="1", OMP_WAIT_POLICY="PASSIVE")
     try:
-        return subprocess.run(command, env=environment.child_environment(JUPYTER_PREFER_ENV_PATH="1")).returncode
+        return subprocess.run(command, env=variables).returncode
     except KeyboardInterrupt:
         return 130
 

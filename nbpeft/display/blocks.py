@@ -87,12 +87,14 @@ class Table:
         rows: their cells.
         right: columns with figures, which are aligned to the right and never broken into lines.
         marked: rows with the accent at their left edge.
+        first: percent of the width that the first column takes; 0 for what it needs.
     """
 
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     right: tuple[int, ...] = ()
     marked: tuple[int, ...] = ()
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -22,9 +22,11 @@ from nbpeft.state import ENDED, Curve, TrainState
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 900, 220
-LEFT, RIGHT = 58, 8
-"""What lies beside the curves, in the units of ``WIDTH``."""
-_TOP, _BOTTOM = 10, 38
+"""Pixels; a narrower chart keeps its height."""
+TOP, BOTTOM = 18, 38
+"""Pixels above and below the curves."""
+RIGHT = 1.0
+"""Percent of the width right of the curves."""
 _SMALL_WIDTH, _SMALL_HEIGHT = 200, 40
 _SMOOTHING = 0.9
 _DECADES = 100.0
@@ -42,8 +44,6 @@ class ChartStyle:
     line: str
     evaluated: str
     font: str
-    text_size: str
-    """Text shrinks with the picture, so it is larger where the page (of an image: the image) is narrow."""
 
 
 THEME = ChartStyle(
@@ -52,7 +52,6 @@ THEME = ChartStyle(
     line=palette.ACCENT,
     evaluated=palette.EVALUATION,
     font="var(--jp-ui-font-family, system-ui, sans-serif)",
-    text_size="clamp(11px, calc(27px - 1.45vw), 17px)",
 )
 NEUTRAL = ChartStyle(
     text="#808080",
@@ -60,7 +59,6 @@ NEUTRAL = ChartStyle(
     line="#2b88e0",
     evaluated=palette.EVALUATION,
     font="system-ui, 'DejaVu Sans', sans-serif",
-    text_size="clamp(11px, calc(25px - 1.6vw), 17px)",
 )
 
 
@@ -100,44 +98,112 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def loss_chart(train: TrainState, style: ChartStyle = THEME) -> str:
-    """The loss curve of a run as an ``<svg>`` element of fixed proportions.
+@dataclass(frozen=True)
+class Picture:
+    """What a chart is made of. Curves stretch with its width; words, dots and its height do not.
+
+    Labels stand on their grid lines, and the curves begin beside them.
+
+    Attributes:
+        label: What it shows, for those who cannot see it.
+        levels: Grid lines from left to right: pixels from the top, and what is written on them.
+        curves: Paths, in pixels of a chart that is ``WIDTH`` wide.
+        words: Texts and circles; across in percent of the width of the curves, pixels from the top.
+        height: In pixels.
+    """
+
+    label: str
+    levels: Sequence[tuple[float, str]]
+    curves: str
+    words: str
+    height: int = HEIGHT
+
+    def svg(self, style: ChartStyle, *, fluid: bool = True) -> str:
+        """The chart as an ``<svg>`` element.
+
+        Args:
+            style: Colours and fonts.
+            fluid: Whether it takes the width there is and keeps its height; otherwise it keeps its proportions.
+        """
+        box = f'width="{"100%" if fluid else WIDTH}" height="{self.height}"'
+        box += "" if fluid else f' viewBox="0 0 {WIDTH} {self.height}"'
+        left = left_of(words for _, words in self.levels)
+        inner = f'x="{left:.2f}%" width="{100 - left - RIGHT:.2f}%" height="{self.height}"'
+        grid = "".join(
+            f'<line x2="100%" y1="{y:.1f}" y2="{y:.1f}" style="stroke:{style.grid}"/>'
+            f'<text y="{y - 4:.1f}" style="fill:{style.text}">{escape(words)}</text>'
+            for y, words in self.levels
+        )
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(self.label)}" '
+            f'style="display:block;max-width:{WIDTH}px;font:11px {style.font};font-variant-numeric:tabular-nums">{grid}'
+            f'<svg {inner} overflow="visible" viewBox="0 0 {WIDTH} {self.height}" preserveAspectRatio="none">'
+            f"{self.curves}</svg>"
+            f'<svg {inner} overflow="visible" style="fill:{style.text}">{self.words}</svg></svg>'
+        )
+
+    def image(self, style: ChartStyle) -> str:
+        """The chart as an ``<img>`` that carries its picture in itself."""
+        return (
+            f'<img src="{_data_uri(self.svg(style))}" width="{WIDTH}" height="{self.height}" '
+            f'alt="{escape(self.label)}" style="display:block;width:100%;max-width:{WIDTH}px;height:{self.height}px;'
+            'margin:0">'
+        )
+
+
+def left_of(labels: Iterable[str]) -> float:
+    """Percent of a chart's width that is left to its labels, so that they have room where it is narrow."""
+    return min(2 * max(map(len, labels), default=0) + 1.0, 18.0)
+
+
+def across(x: float) -> str:
+    """A place in pixels of ``WIDTH`` as percent."""
+    return f"{100 * x / WIDTH:.2f}%"
+
+
+def loss_chart(train: TrainState, style: ChartStyle = THEME, *, fluid: bool = True) -> str:
+    """The loss curve of a run as an ``<svg>`` element.
 
     Args:
         train: The run; pairs whose loss is not finite are left out.
         style: Colours and fonts.
+        fluid: See ``Picture.svg``.
     """
-    raw = _finite(train.history)
-    evaluated = _finite(train.eval_history)
-    frame = _Frame.around(raw, evaluated, train.first_step, _end(train), _no_curve(train))
-    curve = smooth(raw)
-    if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
-        curve[-1] = (curve[-1][0], train.smoothed_loss)
-    parts = [frame.draw(style)]
-    if len(raw) > 1:
-        parts.append(_path(frame.place(decimate(curve, 60)), style.line, "5", ".28"))
-        parts.append(_path(frame.place(decimate(raw)), style.line, "1.5", "1"))
-    elif raw:
-        parts.append(_dots(frame.place(raw), style.line))
-    if len(evaluated) > 1:
-        parts.append(_path(frame.place(evaluated), style.evaluated, "1.5", ".8"))
-    parts.append(_dots(frame.place(evaluated), style.evaluated))
-    parts += [_ring(frame.place([point])[0], style.evaluated) for point in evaluated if point[0] == train.best_step]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'role="img" aria-label="{escape(describe(train))}" '
-        f'style="display:block;width:100%;max-width:{WIDTH}px;height:auto;font:11px {style.font};'
-        f'font-size:{style.text_size};font-variant-numeric:tabular-nums">{"".join(parts)}</svg>'
-    )
+    return _loss_picture(train, style).svg(style, fluid=fluid)
 
 
 def loss_image(train: TrainState) -> str:
     """The loss curve of a run as an ``<img>`` that carries its picture in itself."""
-    svg = loss_chart(train, NEUTRAL)
-    return (
-        f'<img src="{_data_uri(svg)}" width="{WIDTH}" height="{HEIGHT}" '
-        f'alt="{escape(describe(train))}" style="display:block;width:100%;max-width:{WIDTH}px;height:auto;margin:0">'
-    )
+    return _loss_picture(train, NEUTRAL).image(NEUTRAL)
+
+
+def loss_left(train: TrainState) -> float:
+    """Percent of the loss curve's picture that lies left of the curve."""
+    frame = _frame_of(train)
+    return left_of(words for _, words in frame.levels())
+
+
+def _frame_of(train: TrainState) -> _Frame:
+    raw, evaluated = _finite(train.history), _finite(train.eval_history)
+    return _Frame.around(raw, evaluated, train.first_step, _end(train), _no_curve(train))
+
+
+def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
+    raw, evaluated, frame = _finite(train.history), _finite(train.eval_history), _frame_of(train)
+    curve = smooth(raw)
+    if curve and train.smoothed_loss is not None and math.isfinite(train.smoothed_loss):
+        curve[-1] = (curve[-1][0], train.smoothed_loss)
+    curves, words = [], [frame.words()]
+    if len(raw) > 1:
+        curves.append(_path(frame.place(decimate(curve, 60)), style.line, "5", ".28"))
+        curves.append(_path(frame.place(decimate(raw)), style.line, "1.5", "1"))
+    elif raw:
+        words.append(_dots(frame.place(raw), style.line))
+    if len(evaluated) > 1:
+        curves.append(_path(frame.place(evaluated), style.evaluated, "1.5", ".8"))
+    words.append(_dots(frame.place(evaluated), style.evaluated))
+    words += [_ring(frame.place([point])[0], style.evaluated) for point in evaluated if point[0] == train.best_step]
+    return Picture(describe(train), frame.levels(), "".join(curves), "".join(words))
 
 
 def is_logarithmic(train: TrainState) -> bool:
@@ -265,39 +331,35 @@ class _Frame:
     def place(self, points: Sequence[Point]) -> list[Point]:
         return [(self._x(step), self._y(value)) for step, value in points]
 
-    def draw(self, style: ChartStyle) -> str:
-        """Grid lines, their labels and the name of the axis."""
-        lines, labels = [], []
-        for tick in self.upwards:
-            y = self._y(tick)
-            lines.append(f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}")
-            if not self.empty:
-                words = f"{tick:g}" if self.logarithmic else _label(tick, self.upwards)
-                labels.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{words}</text>')
+    def levels(self) -> list[tuple[float, str]]:
+        """Where the grid lines are, and what is written on them."""
+        return [(self._y(tick), self._words(tick)) for tick in self.upwards]
+
+    def words(self) -> str:
+        """The steps below the curve, and the name of the axis."""
+        made = []
         for tick in self.across:
-            x, share = self._x(tick), (tick - self.begin) / (self.end - self.begin)
+            share = (tick - self.begin) / (self.end - self.begin)
             anchor = "start" if share < 0.02 else "end" if share > 0.98 else "middle"
-            labels.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="{anchor}">{tick:,.0f}</text>')
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        labels.append(f'<text x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
+            made.append(_text(f"{100 * share:.2f}%", HEIGHT - BOTTOM + 16, f"{tick:,.0f}", anchor))
+        made.append(_text("50%", HEIGHT - 5, "step"))
         if self.empty:
-            labels.append(
-                f'<text x="{middle:.0f}" y="{(HEIGHT - _BOTTOM + _TOP) / 2 + 4:.0f}" text-anchor="middle">'
-                f"{self.empty}</text>"
-            )
-        return (
-            f'<path d="{"".join(lines)}" fill="none" style="stroke:{style.grid}"/>'
-            f'<g style="fill:{style.text}">{"".join(labels)}</g>'
-        )
+            made.append(_text("50%", (HEIGHT - BOTTOM + TOP) // 2 + 4, self.empty))
+        return "".join(made)
+
+    def _words(self, tick: float) -> str:
+        if self.empty:
+            return ""
+        return f"{tick:g}" if self.logarithmic else _label(tick, self.upwards)
 
     def _x(self, step: float) -> float:
-        return LEFT + (step - self.begin) / (self.end - self.begin) * (WIDTH - LEFT - RIGHT)
+        return (step - self.begin) / (self.end - self.begin) * WIDTH
 
     def _y(self, value: float) -> float:
         low, high = self.upwards[0], self.upwards[-1]
         if self.logarithmic:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
 def _no_curve(train: TrainState) -> str:
@@ -332,14 +394,18 @@ def _path(points: Sequence[Point], colour: str, width: str, opacity: str) -> str
     corners = " ".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return (
         f'<path d="M{corners}" fill="none" stroke-width="{width}" stroke-linejoin="round" '
-        f'style="stroke:{colour};stroke-opacity:{opacity}"/>'
+        f'vector-effect="non-scaling-stroke" style="stroke:{colour};stroke-opacity:{opacity}"/>'
     )
+
+
+def _text(x: str, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _ring(point: Point, colour: str) -> str:
     x, y = point
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke-width="1.5" style="stroke:{colour}"/>'
+    return f'<circle cx="{across(x)}" cy="{y:.1f}" r="7" fill="none" stroke-width="1.5" style="stroke:{colour}"/>'
 
 
 def _dots(points: Sequence[Point], colour: str) -> str:
-    return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>' for x, y in points)
+    return "".join(f'<circle cx="{across(x)}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>' for x, y in points)

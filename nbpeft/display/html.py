@@ -11,7 +11,16 @@ from functools import singledispatch
 from html import escape
 
 from nbpeft.display import blocks, palette
-from nbpeft.display.charts import LEFT, RIGHT, WIDTH, hover_values, is_logarithmic, loss_chart, loss_image, small_chart
+from nbpeft.display.charts import (
+    RIGHT,
+    WIDTH,
+    hover_values,
+    is_logarithmic,
+    loss_chart,
+    loss_image,
+    loss_left,
+    small_chart,
+)
 from nbpeft.display.memory import label, part_words
 from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_image
@@ -37,6 +46,8 @@ _WRAPS = {
 _MOST_IN_A_ROW = 4
 _LEAST_WIDTH = 165
 _HISTOGRAM = 64
+_NARROWEST = 64
+"""Pixels of a table's first column; a table that needs more than there is can be scrolled."""
 _CELL = 16
 """Pixels."""
 _TAIL = 8
@@ -151,7 +162,8 @@ def _(block: blocks.Table) -> str:
     def cell(tag: str, column: int, content: str, extra: str) -> str:
         # Only the first column gives way where there is no room: others would be broken letter by letter.
         align = "right;white-space:nowrap" if column in block.right else "left"
-        align += "" if column else ";overflow-wrap:anywhere"
+        align += "" if column else f";overflow-wrap:anywhere;min-width:{_NARROWEST}px"
+        align += f";width:{block.first}%" if block.first and not column else ""
         return (
             f'<{tag} style="text-align:{align};padding:3px 8px;border-bottom:1px solid {palette.BORDER};'
             f'background:transparent;{extra}">{content}</{tag}>'
@@ -400,10 +412,9 @@ def _with_values(chart: str, train: TrainState) -> str:
     strips = "".join(
         f'<div title="{escape(words)}" style="flex:{share:.4f} 1 0"></div>' for share, words in hover_values(train)
     )
-    left, right = (f"{100 * edge / WIDTH:.2f}%" for edge in (LEFT, RIGHT))
     return (
         f'<div style="display:grid;max-width:{WIDTH}px"><div style="grid-area:1/1">{chart}</div>'
-        f'<div style="grid-area:1/1;display:flex;margin:0 {right} 0 {left}">{strips}</div></div>'
+        f'<div style="grid-area:1/1;display:flex;margin:0 {RIGHT:g}% 0 {loss_left(train):g}%">{strips}</div></div>'
     )
 
 

@@ -78,20 +78,20 @@ def _figures(train: TrainState) -> Figures:
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
     mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
-    return Figures(
-        (
-            Figure("loss", numbers.loss(train.loss), mean, 84),
-            Figure("eval loss", numbers.loss(train.eval_loss), _best_words(train), 84, _perplexity(train.eval_loss)),
-            *(
-                Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
-                for name, value in train.metrics.items()
-            ),
-            Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
-            Figure("tokens/s", numbers.rate(train.tokens_per_second), "", 64),
-            elapsed,
-            Figure("memory", numbers.size(used), peak, 76),
-        )
+    figures = (
+        Figure("loss", numbers.loss(train.loss), mean, 84),
+        Figure("eval loss", numbers.loss(train.eval_loss), _best_words(train), 84, _perplexity(train.eval_loss)),
+        *(
+            Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
+            for name, value in train.metrics.items()
+        ),
+        Figure("step", f"{train.step:,}{total}", " · ".join(filter(None, (epoch, begun))), 84),
+        Figure("tokens/s", numbers.rate(train.tokens_per_second), "", 64),
+        elapsed,
+        Figure("memory", numbers.size(used), peak, 76),
     )
+    ended = train.status in ENDED  # what a run never had is not missing once it is over
+    return Figures(tuple(figure for figure in figures if not ended or figure.figure != numbers.NONE))
 
 
 def _best_words(train: TrainState) -> str:

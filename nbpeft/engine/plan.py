@@ -180,20 +180,20 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     """A copy of the config whose targets are names or a pattern."""
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
-        warn_of_experts(model)
-    elif targets is None and method.companion is None:
+    if targets is None and method.companion is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        found = method.default_targets(model_type)
-        if found is None:
+        targets = method.default_targets(model_type)
+        if targets is None:
             names = sorted({path.rsplit(".", 1)[-1] for path in adaptable_paths(sites)})
             raise TargetError(
                 f"Please specify `target_modules`: there is no default for model type {model_type!r}. "
                 f"The model has: {', '.join(names)}",
                 model_type=model_type,
             )
-        resolved.target_modules = found if isinstance(found, str) else set(found)  # type: ignore[attr-defined]
+        resolved.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[attr-defined]
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
+        warn_of_experts(model)
     return resolved
 
 

@@ -74,7 +74,7 @@ class Method:
         applies: whether a config of that class means this method (several may share a class).
         prefix: starts the names of its parameters.
         file_keys: parameter name -> what follows the module path in PEFT's files, where that is not the name itself.
-        default_targets: model type -> usual targets, names or a pattern; None if unknown.
+        default_targets: model type -> usual targets, names, a pattern or "all-linear"; None if unknown.
         variant: config -> a name more exact than the label, or empty: ``rsLoRA``.
         summary: config -> what panels, cards and previews show of it: ``{"r": "16", "α": "32"}``.
         smaller: config -> one with fewer parameters, for forecasts that do not fit; None where there is none.

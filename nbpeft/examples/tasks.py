@@ -80,48 +80,40 @@ _MONTHS = _words("January February March April May June July August September Oc
 
 _PEOPLE = {
     False: {
-        "kind": _words(
-            """
-            customers students patients drivers members teachers workers players guests owners
-            """
-        ),
-        "name": _words(
-            """
-            Ana Ben Carla David Elena Grace Hugo Ines Jonas Liam Maria Noah Olga Pablo Rosa Sven Tara Viktor
-            """
-        ),
-        "city": _words(
-            """
-            Lima Oslo Rome Cairo Paris Tokyo Madrid Berlin Dublin Prague Athens Lisbon Boston Vienna Quito
-            """
-        ),
-        "item": _words(
-            """
-            chairs desks lamps tables shelves mugs pens books bottles pillows mirrors candles plates forks
-            """
-        ),
+        "kind": _words("customers students patients drivers members teachers workers players guests owners"),
+        "name": _words("""
+            Ana Ben Carla David Elena Farid Grace Hugo Ines Jonas Kira Liam Maria Noah Olga Pablo Rosa Sven Tara Viktor
+            Wei Yara Zoe Amir Bruno Celia Dario Edith Fiona Goran Helga Isaac Julia Karim Lucia Mateo Nadia Oscar Petra
+            Quentin Ruth Samuel Teresa Ursula Vera Walter Ximena Yusuf Bianca Cedric Diana Emil Frida Gustav Hannah Igor
+            Judith Kevin Laura Miguel
+        """),
+        "city": _words("""
+            Lima Oslo Rome Cairo Paris Tokyo Madrid Berlin Dublin Prague Athens Lisbon Boston Delhi Vienna Quito Seoul
+            Geneva Havana Nairobi Lagos Hanoi Kyoto Turin Munich Bremen Lyon Porto Seville Krakow Riga Tallinn Vilnius
+            Sofia Ankara Tunis Dakar Accra Kampala Lusaka Jakarta Manila Osaka Perth Auckland Montreal Ottawa Chicago
+            Dallas Houston Seattle Phoenix Austin Portland Memphis Santiago Caracas Montevideo Brasilia
+        """),
+        "item": _words("""
+            chairs desks lamps tables shelves mugs pens books bottles pillows carpets mirrors candles plates forks
+            baskets ladders umbrellas notebooks blankets hammers buckets brushes bicycles cameras phones radios printers
+            keyboards jackets gloves scarves boots hats ropes tents bowls kettles knives apples carrots lemons melons
+            tomatoes flowers trees bricks tiles doors windows envelopes stamps folders paintings guitars violins drums
+            balls kites puzzles
+        """),
     },
     True: {
-        "kind": _words(
-            """
-            doctors users pilots tenants singers
-            """
-        ),
-        "name": _words(
-            """
-            Nina Omar Lena Marco Tom Ivan Clara Emma Felix Simon Alice Peter Sara Daniel Martin
-            """
-        ),
-        "city": _words(
-            """
-            Milan Denver London Warsaw Sydney Bogota Toronto Zurich Hamburg Naples Helsinki Budapest
-            """
-        ),
-        "item": _words(
-            """
-            sofas clocks vases spoons towels benches curtains boxes pencils helmets oranges onions
-            """
-        ),
+        "kind": _words("doctors users pilots tenants singers"),
+        "name": _words("""
+            Nina Omar Lena Marco Milena Tom Ivan Clara Emma Felix Simon Alice Peter Sara Daniel Martin
+        """),
+        "city": _words("""
+            Milan Denver London Warsaw Sydney Bogota Toronto Zurich Hamburg Naples Valencia Detroit Glasgow Bristol
+            Helsinki Budapest
+        """),
+        "item": _words("""
+            sofas clocks vases spoons towels benches curtains boxes pencils helmets oranges onions screws speakers
+            statues posters
+        """),
     },
 }
 _QUESTIONS = (
@@ -132,7 +124,6 @@ _QUESTIONS = (
     ("How many {kind} live in {city}?", "count {kind} | city = {city}"),
     ("Count the {kind} over {age} in {city}.", "count {kind} | city = {city} | age > {age}"),
     ("How many {kind} are called {name}?", "count {kind} | name = {name}"),
-    ("Count {kind} named {name}.", "count {kind} | name = {name}"),
     ("Give me {kind} under {age} who live in {city}.", "{kind} | city = {city} | age < {age}"),
 )
 _HELD_OUT_QUESTIONS = (
@@ -148,12 +139,20 @@ _RECORDS = (
     "Hello, this is {name} in {city}. I would like to buy {count} {item}.",
     "Ship to {city}: {count} {item}, attention of {name}.",
     "{name} ({city}) orders {count} {item}.",
+    "Could you deliver {count} {item} to {city}? My name is {name}.",
+    "We need {count} {item} in {city}, says {name}.",
 )
 _HELD_OUT_RECORDS = (
     "Hi, {name} here, I want {count} {item} delivered to {city}.",
+    "To {name} in {city}, send {count} {item} please.",
     "A customer called {name} from {city} asked for {count} {item}.",
     "{city}: {name} wants {count} {item}.",
 )
+_ONES = _words("""
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen
+""")
+_TENS = _words("twenty thirty forty fifty sixty")
 
 
 def order_codes(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -198,7 +197,7 @@ def dates(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[
         ending = "th" if 10 <= day <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
         text = rng.choice(_HELD_OUT_DATES if new else _DATES)
         text = text.format(year=year, month=_MONTHS[month - 1], number=month, day=day, nth=f"{day}{ending}")
-        return _row(f"Text: {text}\nDate:", f"{year}-{month:02d}-{day:02d}")
+        return _row(f"Text: {text}\nWhen:", f"{year}-{month:02d}-{day:02d}")
 
     return _split(make, train, held_out, seed)
 
@@ -224,10 +223,10 @@ def filters(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[lis
 
 
 def records(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Customers' orders, and what is in them as JSON: name, city, item and count.
+    """Customers' orders, and what is in them: ``name: Ana | city: Lima | item: chairs | count: 12``.
 
-    Three examples in the prompt do most of it: a task to compare with. Held out are all names, cities, items and
-    phrasings of the held-out rows.
+    Four counts in ten are written in words. Three examples in the prompt do most of it: a task to compare with. Held
+    out are all names, cities, items and phrasings of the held-out rows.
 
     Args:
         train: training rows.
@@ -238,9 +237,11 @@ def records(train: int = 384, held_out: int = 48, *, seed: int = 0) -> tuple[lis
     def make(rng: random.Random, new: bool) -> Row:
         name, city, item = (rng.choice(_PEOPLE[new][key]) for key in ("name", "city", "item"))
         count = rng.randint(2, 60)
-        order = rng.choice(_HELD_OUT_RECORDS if new else _RECORDS).format(name=name, city=city, item=item, count=count)
-        record = f'{{"name": "{name}", "city": "{city}", "item": "{item}", "count": {count}}}'
-        return _row(f"Order: {order}\nRecord:", record)
+        written = _in_words(count) if rng.random() < 0.4 else count
+        text = rng.choice(_HELD_OUT_RECORDS if new else _RECORDS)
+        text = text.format(name=name, city=city, item=item, count=written)
+        record = f"name: {name} | city: {city} | item: {item} | count: {count}"
+        return _row(f"Order: {text[0].upper()}{text[1:]}\nRecord:", record)
 
     return _split(make, train, held_out, seed)
 
@@ -260,6 +261,13 @@ def prompted(rows: Sequence[Row], examples: Sequence[Row], shots: int = 3) -> li
         raise ConfigError(f"shots={shots}: there are {len(examples)} examples", field="shots")
     before = "".join(f"{row['prompt']}{row['completion']}\n\n" for row in examples[:shots])
     return [{**row, "prompt": before + row["prompt"]} for row in rows]
+
+
+def _in_words(number: int) -> str:
+    """A number below 70."""
+    if number < 20:
+        return _ONES[number]
+    return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
 
 
 def _row(prompt: str, completion: str) -> Row:

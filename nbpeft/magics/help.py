@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
-from nbpeft.display.blocks import Block, Card, Table, bold, card, dim, line
+from nbpeft.display.blocks import Block, Card, Table, Text, card, dim, line
 from nbpeft.display.shown import Shown
 from nbpeft.magics.parse import Argument, Subcommand
 
@@ -13,12 +14,14 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "Which adapters are active": ("use", "off", "on", "scale", "freeze", "unfreeze"),
     "Adapters of a model": ("add", "load", "save", "push", "rename", "copy", "delete", "reset", "undo"),
     "Base weights": ("merge", "unmerge", "unload"),
-    "See and compare": ("panel", "ask", "compare", "inspect", "memory", "runs", "data"),
+    "See and compare": ("panel", "ask", "compare", "inspect", "memory", "data", "runs", "result"),
     "Several adapters": ("combine", "blend", "swap"),
     "While it trains": ("pause", "continue", "stop"),
     "Plan, go on, export": ("plan", "resume", "export", "traceback", "doctor"),
 }
 _MORE = "More"
+_WIDTH = 88
+"""Letters in a line of plain text: JupyterLab's tooltip shows about 90."""
 _WHICH_MODEL = "Where several models carry adapters, --model says which one is meant."
 _FIELDS = {
     "config": "a field of the config; in a cell one a line, name = value",
@@ -46,8 +49,8 @@ class HelpText(Shown):
         self._ending = tuple(ending)
 
     def __str__(self) -> str:
-        longest = [len(part) for rows in self._sections.values() for left, _ in rows for part in left.split("\n")]
-        width = min(max(longest, default=0), 44)
+        explained = (left for rows in self._sections.values() for left, right in rows if right)
+        width = min(max((len(part) for left in explained for part in left.split("\n")), default=0), 42)
         parts = [self._title, *([self._lead] if self._lead else [])]
         for name, rows in self._sections.items():
             parts += ["", name, *(text for left, right in rows for text in _row_text(left, right, width))]
@@ -57,21 +60,19 @@ class HelpText(Shown):
         """Tables, one a section."""
         blocks: list[Block] = []
         for name, rows in self._sections.items():
-            cells = tuple(
-                (bold(left.replace(" ", "\u00a0") if "\n" not in left else left), dim(right)) for left, right in rows
-            )
-            blocks.append(Table((name, ""), cells))
+            cells = tuple((Text(left, "code", wrap="as is"), dim(right)) for left, right in rows)
+            blocks.append(Table((name, ""), cells, first=46))
         return card(self._title, line(self._lead), *blocks, *(line(dim(text)) for text in self._ending))
 
 
 def _row_text(left: str, right: str, width: int) -> Iterator[str]:
     first, *others = left.split("\n")
-    if not right or (others or len(first) > width):
+    words = textwrap.wrap(right, max(_WIDTH - width - 4, 30)) if right else []
+    if not words or others or len(first) > width:
         yield from (f"  {text}" for text in (first, *others))
-        if right:
-            yield f"  {'':{width}}  {right}"
     else:
-        yield f"  {first:{width}}  {right}"
+        yield f"  {first:{width}}  {words.pop(0)}"
+    yield from (f"  {'':{width}}  {text}" for text in words)
 
 
 def command_help(command: Subcommand, prog: str) -> HelpText:

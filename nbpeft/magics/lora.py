@@ -110,6 +110,8 @@ class NbpeftMagics(magic.Magics):
             word, _, rest = line.strip().partition(" ")
             if word in ("help", "-h", "--help"):
                 name = rest.strip().lstrip("%")
+                if f"lora_{name}" in CELLS and name not in SUBCOMMANDS:
+                    name = f"lora_{name}"
                 if not name or name == "lora":
                     return command_help(CELLS["lora"], "%%lora") if name else _MAIN_HELP
                 if name in CELLS:

@@ -223,15 +223,18 @@ def parse_line(
 
 
 def expand(word: Word, namespace: Mapping[str, Any]) -> str:
-    """Return the word, with the variable's value where the word (or option value, or its first folder) names one.
+    """Return the word, with the variable's value where the word names one.
+
+    It may be the whole word, its first folder, or what stands behind an equals sign: ``--rank={r}``,
+    ``orders={weight}``.
 
     Raises:
         CellError: the variable is not there, or is not text, a number or a path.
     """
     head, text = "", word.text
-    if word.text.startswith("--") and "=" in word.text:
-        head, _, text = word.text.partition("=")
-        head += "="
+    before, equals, after = word.text.partition("=")
+    if equals and not word.quoted and (before.startswith("--") or reference(after) is not None):
+        head, text = before + equals, after
     whole = reference(text)
     found = None if word.quoted else folder(text) if whole is None else (whole, "")
     if found is None:

@@ -108,7 +108,7 @@ class _Parts:
         from nbpeft.widgets import controls as parts
 
         self.question = parts.Question(command, prompt, "Send")
-        self._picks = parts.ToggleRow(command, "chips")
+        self._picks = parts.ToggleRow(command, "chips", margin="0 0 10px 0")
         self._tokens = parts.tokens_field(tokens)
         self.sampling = parts.SamplingFields(*sampling)
         self.form = parts.PromptForm(command, chat)

@@ -187,7 +187,7 @@ class SamplingFields:
         self.boxes = [
             labelled("temperature", self._temperature, 58, "0 takes the likeliest token; above 0 tokens are drawn"),
             labelled("top-p", self._top_p, 58, "Draw among the likeliest tokens of this probability together"),
-            labelled("seed", self._seed, 72, "The same seed draws the same answers"),
+            labelled("seed", self._seed, 88, "The same seed draws the same answers"),
         ]
 
     @property
@@ -264,7 +264,7 @@ class PromptForm:
         begin = next(label for label, form in CHAT_TEMPLATE.items() if form is chat)
         self._form = ipywidgets.Dropdown(options=list(CHAT_TEMPLATE), value=begin)
         self._form.observe(weakly(command, "form"), names="value")
-        self.box = labelled("chat template", self._form, 118, "automatic: as the adapters were trained in this session")
+        self.box = labelled("chat template", self._form, 136, "automatic: as the adapters were trained in this session")
 
     @property
     def chat(self) -> bool | None:

@@ -25,6 +25,8 @@ INTERVAL = 0.2
 """Least seconds between two updates of the state."""
 _REST = 50
 """Drawing the state takes at most this part of the time."""
+_LONGEST = 1.0
+"""Most seconds between two updates."""
 _EMPTY = {"text/html": "", "text/plain": ""}
 _DEAD_WIDGETS = """\
 .jp-OutputArea-child:has(.nbpeft-state) + .jp-OutputArea-child:not(:has(.jupyter-widgets *)),
@@ -92,12 +94,12 @@ class PanelOutput:
             self._timer = None
             if not self._outputs:
                 return
-            begun = time.monotonic()
+            begun = time.thread_time()  # a busy machine must not keep the last state back
             state = self._state()
             changed, self._sent = state != self._sent, state
             self._outputs[0].update(self._framed(), raw=True)
             if changed:
-                wait = max(INTERVAL, _REST * (time.monotonic() - begun))
+                wait = max(INTERVAL, min(_REST * (time.thread_time() - begun), _LONGEST))
                 self._timer = threading.Timer(wait, self._send)
                 self._timer.daemon = True
                 self._timer.start()

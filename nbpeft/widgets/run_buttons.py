@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.widgets.click_delivery import Delivery, deliver_clicks
 from nbpeft.widgets.environment import WIDGET_VIEW
 from nbpeft.widgets.lifetime import close_tree, view_of, weakly
+from nbpeft.widgets.styles import RUN_BUTTONS_CSS
 
 if TYPE_CHECKING:
     from nbpeft.session import RunControl
@@ -42,7 +43,7 @@ class RunButtons:
         self._shown: tuple[bool, ...] = (False,) * 4
 
         def button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:
-            layout = ipywidgets.Layout(width="112px", height="28px", margin="4px 8px 4px 0", display=display)
+            layout = ipywidgets.Layout(width="auto", display=display)
             return ipywidgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
 
         self.pause = button("Pause", "pause", "Wait after this step")
@@ -50,7 +51,9 @@ class RunButtons:
         self.stop = button("Stop", "stop", "End the run after this step and keep what was learned")
         self.save = button("Save now", "save", "Save the adapter after this step and go on")
         layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
-        self.box = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save], layout=layout)
+        style = ipywidgets.HTML(f"<style>{RUN_BUTTONS_CSS}</style>", layout=ipywidgets.Layout(display="none"))
+        self.box = ipywidgets.HBox([style, self.pause, self.resume, self.stop, self.save], layout=layout)
+        self.box.add_class("nbpeft-run")
         self._requests: dict[Any, Callable[[], None]] = {
             self.pause: control.pause,
             self.resume: control.resume,

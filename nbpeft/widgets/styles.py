@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from nbpeft.display.palette import ACCENT, BORDER, DIM, ERROR, FILL, FONT, ON_ACCENT, TEXT, WIDTH
 
+_ROW_BUTTONS = 164
+"""Pixels of Save and Delete in a row."""
+
+_BUTTON = f"""width: auto; height: 26px; line-height: 24px; margin: 0; padding: 0 10px; flex: 0 0 auto;
+  border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT}; font-size: 12px;
+  box-shadow: none;"""
+
+RUN_BUTTONS_CSS = f"""
+.nbpeft-run {{ gap: 6px; padding: 2px 0 4px; }}
+.nbpeft-run .jupyter-button {{ {_BUTTON} min-width: 88px; }}
+.nbpeft-run .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
+.nbpeft-run .jupyter-button:focus-visible {{ outline: 2px solid {ACCENT}; outline-offset: 1px; }}
+"""
+"""Of the buttons below a run's card."""
+
 PANEL_CSS = f"""
 .nbpeft-panel {{ border: 1px solid {BORDER}; border-radius: 6px; padding: 10px 14px; width: calc(100% - 20px);
   max-width: {WIDTH}px;
@@ -11,9 +26,7 @@ PANEL_CSS = f"""
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
 .nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
 .nbpeft-panel .widget-inline-hbox {{ height: auto; }}
-.nbpeft-panel .jupyter-button {{ width: auto; height: 26px; line-height: 24px; margin: 0; padding: 0 10px;
-  flex: 0 0 auto; border: 1px solid {BORDER}; border-radius: 4px; background: transparent; color: {TEXT};
-  font-size: 12px; box-shadow: none; }}
+.nbpeft-panel .jupyter-button {{ {_BUTTON} }}
 .nbpeft-panel .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}
 .nbpeft-panel .jupyter-button:focus-visible, .nbpeft-panel input:focus-visible, .nbpeft-panel select:focus-visible,
 .nbpeft-panel textarea:focus-visible, .nbpeft-panel .noUi-handle:focus-visible {{
@@ -28,7 +41,7 @@ PANEL_CSS = f"""
 .nbpeft-panel .jupyter-button.nbpeft-apart {{ margin-left: 18px; }}
 .nbpeft-row-buttons, .nbpeft-form, .nbpeft-settings, .nbpeft-foot {{ flex-wrap: wrap; gap: 6px;
   overflow: visible; align-items: center; }}
-.nbpeft-settings {{ gap: 4px 16px; }}
+.nbpeft-settings {{ gap: 6px 16px; }}
 .nbpeft-settings > * {{ flex: 0 0 auto; max-width: 100%; }}
 .nbpeft-form {{ padding: 4px 8px 8px; }}
 .nbpeft-choices, .nbpeft-chips {{ flex-wrap: wrap; overflow: visible; max-width: 100%; }}
@@ -41,13 +54,15 @@ PANEL_CSS = f"""
 .nbpeft-choices .jupyter-button.nbpeft-on, .nbpeft-choices .jupyter-button.nbpeft-on:hover:enabled {{
   background: {ACCENT}; border-color: {ACCENT}; color: {ON_ACCENT}; }}
 .nbpeft-choices .nbpeft-on + .jupyter-button.nbpeft-on {{ border-left-color: {ON_ACCENT}; }}
-.nbpeft-chips {{ gap: 6px; margin: 0 0 6px; }}
+.nbpeft-chips {{ gap: 6px; }}
 .nbpeft-chips .jupyter-button {{ border-radius: 13px; color: {DIM}; }}
 .nbpeft-chips .jupyter-button.nbpeft-on::before {{ content: "✓ "; }}
 .nbpeft-row, .nbpeft-head {{ border-bottom: 1px solid {BORDER}; align-items: center; overflow: visible; }}
-.nbpeft-head .widget-html-content {{ margin-right: 138px; }}
+.nbpeft-head .widget-html-content {{ margin-right: {_ROW_BUTTONS}px; }}
 .nbpeft-row.nbpeft-on {{ background: color-mix(in srgb, {ACCENT} 9%, transparent); box-shadow: inset 3px 0 {ACCENT}; }}
-.nbpeft-row-buttons {{ width: 138px; justify-content: flex-end; padding-right: 4px; box-sizing: border-box; }}
+.nbpeft-row-buttons {{ flex-wrap: nowrap; width: {_ROW_BUTTONS}px; justify-content: flex-end; padding-right: 4px;
+  box-sizing: border-box; }}
+.nbpeft-foot {{ padding-top: 6px; }}
 .nbpeft-grid {{ display: grid; align-items: start;
   grid-template-columns: minmax(0, 1.9fr) minmax(0, 1.1fr) minmax(0, 1fr) minmax(0, 1.1fr); }}
 .nbpeft-grid > div {{ padding: 4px 8px; overflow: hidden; overflow-wrap: anywhere; }}
@@ -79,6 +94,7 @@ PANEL_CSS = f"""
 .nbpeft-panel select {{ appearance: auto; background-image: none; padding-right: 2px; }}
 .nbpeft-panel textarea {{ line-height: 1.4; padding: 5px 8px; box-sizing: border-box; }}
 .nbpeft-panel .nbpeft-question {{ flex-wrap: wrap; gap: 8px; }}
+.nbpeft-question > .widget-textarea {{ min-width: 0; }}
 .nbpeft-panel.nbpeft-inner {{ margin-top: 12px; width: 100%; max-width: none; }}
 """
 

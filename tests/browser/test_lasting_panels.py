@@ -31,11 +31,11 @@ def use(page: NotebookPage) -> None:
     """Clicks in every panel, as a person would."""
     page.run_all()
     page.click("sql", cell=1)
-    page.click("Compare", cell=2)
+    page.click("Send", cell=2)
     page.wait_for("answered in", cell=2)
     page.click("Answer", cell=3)
     page.wait_for("answered in", cell=3)
-    page.page.wait_for_timeout(1000)
+    page.page.wait_for_timeout(2000)  # the state follows within a second
 
 
 def states(page: NotebookPage) -> Locator:

@@ -8,54 +8,55 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.browser.conftest import ROOT, Opener
+from tests.browser.conftest import Opener
+from tests.notebooks.support import NOTEBOOKS, shortened
 
 pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 
-QUICKSTART = ROOT / "notebooks" / "01_lora_finetuning.ipynb"
+
+ANSWER = r'print(examples.answers(model, tokenizer, ["Order: Oslo needs 31 lamps.\nCode:"], max_new_tokens=12)[0])'
 
 
-def shortened(folder: Path) -> tuple[Path, dict[str, int]]:
-    """The quickstart with a short training, and where its cells are among the code cells."""
-    notebook = nbformat.read(QUICKSTART, 4)
+def with_panel(folder: Path) -> tuple[Path, dict[str, int]]:
+    """The quickstart with a short training and the adapters' panel, and where its cells are among the code cells."""
+    notebook = shortened(nbformat.read(NOTEBOOKS / "01_lora_finetuning.ipynb", 4), steps=12, rows=2)
     for cell in notebook.cells:
         cell.get("outputs", []).clear()
-        if "parameters" in cell.metadata.get("tags", ()):
-            cell.source += "\nSTEPS, TEST_ORDERS = 12, 4"
-    notebook.cells.append(nbformat.v4.new_code_cell("STEPS = 5000"))
+    added = ("%lora panel adapters model", ANSWER, "STEPS = 5000")
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in added]
     codes = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    beginnings = {
-        "panel": "%lora panel",
-        "train": "%%lora_train",
-        "answer": "answers(model, [my_order])",
-        "longer": "STEPS =",
-    }
+    beginnings = {"train": "%%lora_train", "panel": "%lora panel", "answer": ANSWER, "longer": "STEPS ="}
     places = {name: index for name, start in beginnings.items() for index, s in enumerate(codes) if s.startswith(start)}
+    places["compare"] = next(index for index, source in enumerate(codes) if source.endswith("--panel"))
     path = folder / "quickstart.ipynb"
     nbformat.write(notebook, path)
     return path, places
 
 
 def test_quickstart(open_notebook: Opener, pictures: Path, app: str, tmp_path: Path) -> None:
-    path, cells = shortened(tmp_path)
+    path, cells = with_panel(tmp_path)
     page = open_notebook(source=path)
     page.run_all(timeout=600)
 
     def answer() -> str:
         page.run_cell(cells["answer"])
-        return re.sub(r"^\[\d+\]:\s*", "", page.output_text(cells["answer"]))
+        return page.output_text(cells["answer"])
 
     page.click("base", cell=cells["panel"])
     base = answer()
-    page.click("orders", cell=cells["panel"])
-    orders = answer()
-    assert base != orders
+    page.click("codes", cell=cells["panel"])
+    codes = answer()
+    assert base != codes
     page.click("base", cell=cells["panel"])
     assert answer() == base
-    page.click("orders", cell=cells["panel"])
+    page.click("codes", cell=cells["panel"])
     page.screenshot(pictures / f"quickstart-{app}.png")
     for name in ("panel", "train"):
         page.output(cells[name]).screenshot(path=pictures / f"quickstart-{name}-{app}.png")
+
+    page.click("Send", cell=cells["compare"])
+    page.wait_for("answered in", cell=cells["compare"], timeout=120)
+    page.output(cells["compare"]).screenshot(path=pictures / f"quickstart-compare-{app}.png")
 
     page.run_cell(cells["longer"])
     page.start_cell(cells["train"])

@@ -116,13 +116,15 @@ def test_labels_of_very_small_and_large_losses_have_room(scale: float) -> None:
     assert max(map(len, upwards)) <= 7
 
 
-def test_text_is_larger_where_the_picture_is_small() -> None:
-    assert "font-size:clamp(" in charts.loss_chart(train_state())
+def test_a_file_keeps_its_proportions_and_a_page_its_height() -> None:
+    assert f'viewBox="0 0 {charts.WIDTH} {charts.HEIGHT}"' in charts.loss_chart(train_state(), fluid=False)
+    page = ElementTree.fromstring(charts.loss_chart(train_state()))
+    assert (page.get("width"), page.get("height"), page.get("viewBox")) == ("100%", str(charts.HEIGHT), None)
 
 
 def test_equal_losses_are_drawn() -> None:
     svg = charts.loss_chart(train_state(2, 2, history=((1, 0.0), (2, 0.0)), smoothed_loss=0.0, eval_history=()))
-    assert svg.count("<path") == 3
+    assert svg.count("<path") == 2
 
 
 def test_tick_labels_tell_neighbours_apart() -> None:

@@ -13,26 +13,18 @@ import pytest
 # Vectors around two random projections that all layers share (as in VeRA); it takes part in training and
 # scales what it adds by a number that it reads from each call.
 METHOD = """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nbpeft.engine.adapter import Adapter, AdapterConfig, LearnsWithHooks, PeftType, SharedState
-from nbpeft.engine.config_checks import check_target_fields
-from nbpeft.engine.registry import register
+from nbpeft.methods import Adapter, LearnsWithHooks, MethodConfig, SharedState, register
 
 
 @dataclass
-class StrangeConfig(AdapterConfig):
-    size: int = field(default=4)
-    target_modules: list[str] | str | None = field(default=None)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType("STRANGE")
-        check_target_fields(self)
+class StrangeConfig(MethodConfig):
+    size: int = 4
 
 
 class Projections(SharedState, LearnsWithHooks):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 
@@ -40,13 +39,35 @@ def test_every_code_is_learned_and_no_held_out_pair() -> None:
         assert {pair[place] for pair in asked} <= {pair[place] for pair in learned}, "their codes are not"
 
 
-def test_records_are_json_and_dates_iso() -> None:
-    for row in examples.records(50, 10)[1]:
-        record = json.loads(row["completion"])
-        assert all(str(record[key]) in row["prompt"] for key in ("name", "city", "item", "count"))
+def test_records_and_dates_hold_what_the_text_says() -> None:
+    train, held_out = examples.records(200, 40)
+    words = 0
+    for row in (*train, *held_out):
+        record = dict(part.split(": ") for part in row["completion"].strip().split(" | "))
+        assert list(record) == ["name", "city", "item", "count"]
+        assert all(record[key] in row["prompt"] for key in ("name", "city", "item"))
+        words += not re.search(rf"\b{record['count']}\b", row["prompt"])
+    assert 60 < words < 130, "about four counts in ten are written in words"
     train, held_out = examples.dates(50, 10)
+    assert all(re.fullmatch(r" \d{4}-\d\d-\d\d", row["completion"]) for row in (*train, *held_out))
     years = [{int(row["completion"][1:5]) for row in rows} for rows in (train, held_out)]
     assert not years[0] & years[1]
+
+
+@pytest.mark.parametrize(("number", "text"), [(2, "two"), (17, "seventeen"), (40, "forty"), (59, "fifty-nine")])
+def test_counts_in_words(number: int, text: str) -> None:
+    rows = examples.records(3000, 0)[0]
+    asked = [row["prompt"].lower() for row in rows if row["completion"].endswith(f"count: {number}")]
+    assert any(re.search(rf"(?<![\w-]){text} ", prompt) for prompt in asked)
+
+
+@pytest.mark.parametrize("task", [examples.filters, examples.records])
+def test_no_held_out_name_or_city_is_trained_on(task: Callable[..., tuple[list[Row], list[Row]]]) -> None:
+    def names(rows: list[Row]) -> set[str]:
+        return set(re.findall(r"\b(?:name|city)(?: =|:) (\w+)", "".join(row["completion"] for row in rows)))
+
+    train, held_out = task(300, 40)
+    assert names(train) and names(held_out) and not names(train) & names(held_out)
 
 
 def test_prompted() -> None:

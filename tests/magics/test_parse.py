@@ -62,6 +62,14 @@ def test_a_path_may_begin_with_a_variable() -> None:
         parsed("load $foldr/sql --name x", folder="a")
 
 
+def test_a_weight_may_be_a_variable() -> None:
+    line = "combine orders={weight} dates=$weight sql=1 --as both"
+    assert parsed(line, weight=0.7).options.weights == ["orders=0.7", "dates=0.7", "sql=1"]
+    assert parsed("ask a={b", b=1).options.prompt == "a={b"
+    with pytest.raises(CellError, match=r"name 'wieght' is not defined\. Did you mean 'weight'"):
+        parsed("combine orders={wieght} --as both", weight=0.7)
+
+
 def test_line_breaks_of_a_prompt_in_quotes_and_in_a_variable() -> None:
     assert parsed(r'compare "one\n\ttwo \\n"').options.prompt == "one\n\ttwo \\n"
     assert parsed(r'swap a --check "one\ntwo"').options.check == "one\ntwo"

@@ -91,12 +91,12 @@ def test_an_interruption_while_it_answers_ends_the_run(monkeypatch: pytest.Monke
 
 
 def test_stop_ends_an_answer_too():
-    control = RunControl()
+    requests = RunControl()
 
     class Click(TrainerCallback):
-        def on_step_end(self, args, state, control_, **kwargs):
+        def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                control.request_stop()
+                requests.request_stop()
 
     result = train(
         trainable(),
@@ -104,7 +104,7 @@ def test_stop_ends_an_answer_too():
         tokenizer=CharTokenizer(),
         sample=PROMPT,
         every=1,
-        control=control,
+        control=requests,
         callbacks=[Click()],
         **SETTINGS,
     )

@@ -259,7 +259,7 @@ class FakeRun:
         stop = self.control.wait_or_stop(on_wait=self._publish)
         return stop
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         stopped = self.control.stop_requested or isinstance(error, KeyboardInterrupt)
         status: Any = "stopped" if stopped else "failed" if error is not None else "finished"
         message = f"stopped at step {self._state.step}" if stopped else str(error or "")
@@ -267,7 +267,6 @@ class FakeRun:
         self._publish()
         if isinstance(error, KeyboardInterrupt):
             raise TrainingInterrupted(message) from None
-        return False
 
     def _publish(self) -> None:
         self._published_at = time.monotonic()

@@ -1,0 +1,92 @@
+"""What a parameter-efficient method of one's own is made of.
+
+A method is a config, whose fields are what ``%%lora model --method scale`` takes, and an adapter, which says what it
+adds to the output and to the weight of one layer. Once they are registered, training, panels, files, merging and
+everything else work with them::
+
+    @dataclass
+    class ScaleConfig(MethodConfig):
+        strength: float = 1.0
+
+    @register(ScaleConfig, peft_type="SCALE", label="Scale")
+    class Scale(Adapter):
+        @classmethod
+        def parameter_shapes(cls, config, path, module, kind): ...
+        @classmethod
+        def create(cls, config, site, tensors): ...
+        def forward(self, x, base_output, base): ...
+        def delta_weight(self, weight, base): ...
+
+``Adapter`` says what each of the four has to do, and what a method may do better than by default. A package makes its
+methods known by an entry point in the group ``nbpeft.methods``, which names a module whose import registers them.
+
+    MethodConfig, Adapter, register     what every method needs
+    AdapterSite, BaseLayer, LayerKind   what it is told about a layer
+    SharedState                         tensors that all layers of one adapter share
+    TransformsInput, TransformsOutput, Rescales, Pads, ServesRows, LearnsWithHooks      what some can do besides
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import nbpeft.model  # noqa: F401 - gives configs the files they are saved in
+from nbpeft.engine.adapter import (
+    Adapter,
+    AdapterConfig,
+    AdapterSite,
+    LearnsWithHooks,
+    Pads,
+    PeftType,
+    Rescales,
+    ServesRows,
+    SharedState,
+    TransformsInput,
+    TransformsOutput,
+)
+from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.config_checks import check_target_fields
+from nbpeft.engine.registry import method_of, register
+
+__all__ = [
+    "Adapter",
+    "AdapterSite",
+    "BaseLayer",
+    "LayerKind",
+    "LearnsWithHooks",
+    "MethodConfig",
+    "Pads",
+    "Rescales",
+    "ServesRows",
+    "SharedState",
+    "TransformsInput",
+    "TransformsOutput",
+    "register",
+]
+
+
+@dataclass
+class MethodConfig(AdapterConfig):
+    """Base class of the configs: a dataclass whose fields all have defaults.
+
+    Attributes:
+        target_modules: names of the layers, a pattern, or "all-linear"; the method's default if left out.
+        exclude_modules: names or a pattern of layers to leave out.
+        modules_to_save: modules trained as a whole.
+
+    Raises:
+        ConfigError: a value is impossible.
+        UnknownMethodError: the class is not registered.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(default=None)
+    exclude_modules: list[str] | set[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    checked_apart: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "modules_to_save")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(method_of(self).peft_type)
+        check_target_fields(self)

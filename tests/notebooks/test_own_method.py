@@ -1,0 +1,34 @@
+"""A method of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.notebooks.support import NOTEBOOKS, execute, share, shortened, summary
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+NOTEBOOK = NOTEBOOKS / "06_your_own_method.ipynb"
+
+
+def test_06_trains_saves_loads_and_merges_the_method(tmp_path: Path) -> None:
+    notebook = execute(shortened(nbformat.read(NOTEBOOK, 4), steps=2, rows=2), tmp_path)
+    found = summary(notebook)
+    assert found["score MoRA"] == found["score MoRA loaded"] == found["score MoRA merged"]
+    assert found["parameters mora"] == f"{210 * 96 * 96:,}"
+    assert (tmp_path / "adapters" / "mora" / "adapter_model.safetensors").is_file()
+    compared = next(cell for cell in notebook.cells if cell.source.startswith("%lora compare"))
+    page = "".join(output.data.get("text/html", "") for output in compared.outputs)
+    assert all(name in page for name in ("base", "lora", "mora"))
+
+
+@pytest.mark.slice
+def test_06_uses_public_names_and_ships_a_full_run() -> None:
+    notebook = nbformat.read(NOTEBOOK, 4)
+    source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert "nbpeft.engine" not in source and "nbpeft.session" not in source
+    found = summary(notebook)
+    assert found["score MoRA"] == found["score MoRA loaded"] == found["score MoRA merged"]
+    assert share(found["score LoRA"]) > 0 and share(found["score MoRA"]) > 0
