@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 import weakref
 from collections import Counter
@@ -44,7 +45,8 @@ class Meter:
     """Measures one model repeatedly, cheaply enough for a panel that updates twice a second.
 
     Weights are walked once and again when adapters change, when the model moves, or after five
-    seconds; gradients and optimizer state are read each time. The model is held weakly.
+    seconds; optimizer state is read each time, and so are gradients in the thread that trains: in
+    another one, they are as they were found last. The model is held weakly.
 
     Args:
         model: a base model or a handle on one; with or without adapters.
@@ -61,8 +63,8 @@ class Meter:
         self.saved = saved
         self.cache = cache
         self._walk: _Walk | None = None
-        if optimizer is None:
-            _note_optimizers()
+        _note_optimizers()
+        self._gradient_bytes = 0
         self._optimizer_bytes: tuple[float, int, int] = (float("-inf"), -1, 0)
 
     def mark(self) -> None:
@@ -75,7 +77,9 @@ class Meter:
         walk = self._current_walk()
         parts = [MemoryPart("base weights", walk.kinds.total(), _by_kind(walk.kinds))]
         parts.append(MemoryPart("adapters", walk.adapter_bytes, ", ".join(walk.adapter_names)))
-        parts.append(MemoryPart("gradients", _gradient_bytes(walk.trainable)))
+        if _may_read_gradients():
+            self._gradient_bytes = _gradient_bytes(walk.trainable)
+        parts.append(MemoryPart("gradients", self._gradient_bytes))
         parts.append(MemoryPart("optimizer", self._state_bytes(walk)))
         if self.saved is not None:
             parts.append(MemoryPart("activations", self.saved.byte_count, f"peak {size_text(self.saved.peak)}"))
@@ -118,12 +122,31 @@ class Meter:
 
 _optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 """Optimizers that did a step since a meter asked for them."""
+_training_thread: threading.Thread | None = None
+"""In which the last step of an optimizer was done."""
 
 
 @functools.cache
 def _note_optimizers() -> None:
     """Note every optimizer that does a step from now on."""
-    register_optimizer_step_post_hook(lambda optimizer, *_: _optimizers.add(optimizer))
+    register_optimizer_step_post_hook(_note_step)
+
+
+def _note_step(optimizer: Optimizer, *_: Any) -> None:
+    global _training_thread
+    _optimizers.add(optimizer)
+    _training_thread = threading.current_thread()
+
+
+def _may_read_gradients() -> bool:
+    """Whether this is the thread that trains, or the main one while none does.
+
+    A backward pass sets gradients without the lock of the interpreter; another thread that reads one at that moment
+    can bring the process down.
+    """
+    training = _training_thread
+    allowed = training if training is not None and training.is_alive() else threading.main_thread()
+    return threading.current_thread() is allowed
 
 
 def _optimizers_of(walk: _Walk) -> list[Optimizer]:
@@ -171,7 +194,7 @@ def _walk(model: nn.Module, key: tuple[Any, ...], now: float) -> _Walk:
     for label, tensors in _base_tensors(model):
         walk.kinds[label] += _count(walk, tensors, devices)
     walk.kinds += Counter()
-    walk.trainable = [weakref.ref(p) for p in model.parameters() if p.requires_grad or p.grad is not None]
+    walk.trainable = [weakref.ref(p) for p in model.parameters() if p.requires_grad]
     walk.devices = tuple(device for device, _ in devices.most_common())
     return walk
 
