@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbpeft.errors import ConfigError, NbpeftError, TrainingError
+from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.training import RunControl, train
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable, weights
@@ -139,8 +139,9 @@ def test_stopped_before_the_first_step_nothing_is_switched(model: Any) -> None:
     def stop(batch: Any) -> Any:
         raise KeyboardInterrupt
 
-    result = train(model, token_rows(4), adapter="b", max_steps=3, data_collator=stop, control=control)
-    assert (result.status, result.steps) == ("stopped", 0)
+    with pytest.raises(TrainingInterrupted) as interrupted:
+        train(model, token_rows(4), adapter="b", max_steps=3, data_collator=stop, control=control)
+    assert (interrupted.value.result.status, interrupted.value.result.steps) == ("stopped", 0)
     assert state_of(model) == before
 
 
