@@ -9,7 +9,6 @@ from typing import Any
 
 from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, card, dim, line
 from nbpeft.display.numbers import clock, loss, plural
-from nbpeft.display.text import columns
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.runs.record import RunRecord, differing
 from nbpeft.session.results.base import ModelResult, Result
@@ -59,6 +58,8 @@ class RunsResult(Result):
     records: tuple[RunRecord, ...]
 
     def __str__(self) -> str:
+        from nbpeft.display.text import columns
+
         if not self.records:
             return f"no run is kept in {self.place} yet"
         rows = [tuple(_flat(cell) for cell in row) for row in (_HEAD, *self._rows())]
@@ -118,6 +119,8 @@ class RunsComparison(Result):
         return differing(self.records)
 
     def __str__(self) -> str:
+        from nbpeft.display.text import columns
+
         return f"{' · '.join(record.name for record in self.records)}\n{columns([('', *self._names()), *self._rows()])}"
 
     def view(self) -> Card:
