@@ -65,5 +65,5 @@ def test_the_cells_of_a_notebook(colab: Notebook, tmp_path: Path) -> None:
     assert (tmp_path / "adapter_model.safetensors").is_file()
     shown = [m["content"]["data"] for m in colab.messages if "data" in m["content"]]
     html = "".join(data.get("text/html", "") for data in shown if isinstance(data, dict))
-    assert "orders" in html and "training · orders" in html and "data:image/svg+xml" in html
+    assert "orders" in html and "Training orders" in html and "data:image/svg+xml" in html
     assert any("application/vnd.jupyter.widget-view+json" in data for data in shown), "the panel is a widget"
