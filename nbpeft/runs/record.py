@@ -54,11 +54,6 @@ class RunRecord:
     kept_steps: tuple[int, ...] = ()
 
     @property
-    def can_go_on(self) -> bool:
-        """Whether it ended before its last step and a state of it is kept."""
-        return self.status not in ("running", "finished") and bool(self.kept_steps)
-
-    @property
     def at(self) -> str:
         """``step 40 of 60``."""
         return f"step {self.step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")

@@ -36,7 +36,7 @@ from nbpeft.training.learning_check import why_no_gradient
 from nbpeft.training.result import TrainResult
 from nbpeft.training.rows import is_causal, training_rows
 from nbpeft.training.run import Run
-from nbpeft.training.sampling import Sampling, sample_batch
+from nbpeft.training.sampling import SampleCallback, sample_batch
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
@@ -124,7 +124,7 @@ def train(
     )
     _has_an_end(rows.train, fields)
     check_patience(patience, fields, evaluates=rows.evaluation is not None)
-    batch = _sample_batch(model, sample, tokenizer, every, plain=is_plain(data, tokenizer, columns))
+    batch = _sample_batch(model, sample, tokenizer, every, data, columns)
     given = {name: value for name, value in options.items() if value is not None}
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
     with scratch_folder() as folder:
@@ -142,9 +142,9 @@ def train(
                 keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
                 tracking = TrackCallback(trackers, run, kept) if trackers else None
                 around = [part for part in (keeper, tracking) if part is not None]
-                inside: list[EarlyStop | Sampling] = []
+                inside: list[EarlyStop | SampleCallback] = []
                 inside += [] if patience is None else [EarlyStop(run, model, patience)]
-                inside += [] if batch is None else [Sampling(run, model, batch, every)]
+                inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
                 metrics = _fit(trainer_class, model, run, options, around, inside, keep="output_dir" in fields)
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
@@ -250,10 +250,11 @@ def _checked_class(given: Any, base: type[Any], name: str) -> Any:
 
 
 def _sample_batch(
-    model: nn.Module, sample: Any, tokenizer: Any, every: Any, *, plain: bool | None
+    model: nn.Module, sample: Any, tokenizer: Any, every: Any, data: Any, columns: Mapping[str, str] | None
 ) -> PromptBatch | None:
+    """The prompts to sample, if there are any, in the form that the rows to learn have."""
     if sample is not None:
-        return sample_batch(model, sample, tokenizer, every, plain=plain)
+        return sample_batch(model, sample, tokenizer, every, plain=is_plain(data, tokenizer, columns))
     if every is not None:
         raise ConfigError("every says how often to sample: pass sample=…, too", field="every")
     return None
@@ -303,7 +304,7 @@ def _fit(
     run: Run,
     options: dict[str, Any],
     around: Sequence[RunKeeper | TrackCallback],
-    inside: Sequence[EarlyStop | Sampling],
+    inside: Sequence[EarlyStop | SampleCallback],
     *,
     keep: bool,
 ) -> dict[str, float]:

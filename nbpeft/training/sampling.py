@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft.engine.adapter_names import BASE_NAME
+from nbpeft.engine.random_numbers import random_state, set_random_state
 from nbpeft.errors import ConfigError, in_one_line
 from nbpeft.state import Sample
 from nbpeft.training.generation import GenerationRequest, PromptBatch, evaluating, generate_batch
@@ -23,7 +23,7 @@ MOST_PROMPTS = 8
 MAX_NEW_TOKENS = 48
 
 
-class Sampling(TrainerCallback):
+class SampleCallback(TrainerCallback):
     """Lets the model answer between two steps, greedily, and training goes on as if it had not.
 
     A model that cannot answer ends the samples and not the run.
@@ -77,13 +77,12 @@ class Sampling(TrainerCallback):
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
     """Evaluation mode inside the block, and the generators of random numbers as before after it."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    python = random.getstate()
+    state = random_state()
     try:
-        with torch.random.fork_rng(devices), evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
-        random.setstate(python)
+        set_random_state(state)
 
 
 def sample_batch(model: Any, prompts: object, tokenizer: Any, every: object, *, plain: bool | None) -> PromptBatch:

@@ -213,8 +213,7 @@ def seeded(seed: int | None) -> Iterator[None]:
         return
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ConfigError(f"seed is {seed!r}; expected a whole number of at most 64 bits")
-    import torch
+    from nbpeft.engine.random_numbers import drawing_from
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with drawing_from(seed):
         yield

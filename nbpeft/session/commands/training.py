@@ -131,35 +131,14 @@ def train(
     if keep:
         arguments.setdefault("run_dir", run_place(ctx, tracked.name, source))
     arguments |= {"tokenizer": tokenizer, "columns": columns, "adapter": adapter}
-    return train_tracked(ctx, tracked, data, eval_data, restart=restart, background=background, **arguments)
+    if not background:
+        return train_tracked(ctx, tracked, data, eval_data, restart=restart, **arguments)
 
+    def work(running: BackgroundTraining) -> TrainResult:
+        given = arguments | {"control": running.control}
+        return _trained(ctx, tracked, data, eval_data, restart=restart, replaced=(), **given)
 
-@overload
-def train_tracked(
-    ctx: SessionContext,
-    tracked: TrackedModel,
-    data: Any,
-    eval_data: Any,
-    *,
-    restart: bool = False,
-    replaced: tuple[str, ...] = (),
-    background: Literal[False] = False,
-    **arguments: Any,
-) -> TrainResult: ...
-
-
-@overload
-def train_tracked(
-    ctx: SessionContext,
-    tracked: TrackedModel,
-    data: Any,
-    eval_data: Any,
-    *,
-    restart: bool = False,
-    replaced: tuple[str, ...] = (),
-    background: bool,
-    **arguments: Any,
-) -> TrainResult | BackgroundRun: ...
+    return start(ctx, tracked, _names(tracked, arguments), work)
 
 
 def train_tracked(
@@ -170,9 +149,8 @@ def train_tracked(
     *,
     restart: bool = False,
     replaced: tuple[str, ...] = (),
-    background: bool = False,
     **arguments: Any,
-) -> TrainResult | BackgroundRun:
+) -> TrainResult:
     """Train a model that is known, and remember how many steps its adapters were trained for.
 
     Args:
@@ -182,28 +160,23 @@ def train_tracked(
         eval_data: rows to evaluate on.
         restart: start from the weights that the adapters were made with.
         replaced: adapters whose weights the training replaces before its first step.
-        background: train in a thread.
         **arguments: of ``nbpeft.training.train``.
     """
-    names = arguments.get("adapter") or ", ".join(tracked.manager.active)
-
-    def work(in_background: BackgroundTraining | None = None) -> TrainResult:
-        if in_background is not None:
-            arguments["control"] = in_background.control
-        return _trained(ctx, tracked, data, eval_data, restart=restart, replaced=replaced, **arguments)
-
-    if background:
-        return start(ctx, tracked, names, work)
     interrupted: TrainingInterrupted | None = None
-    with ctx.command(f"training {names}", slow=True, gather=False):
+    with ctx.command(f"training {_names(tracked, arguments)}", slow=True, gather=False):
         try:
-            result = work()
+            result = _trained(ctx, tracked, data, eval_data, restart=restart, replaced=replaced, **arguments)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
         ctx.models.select(tracked)
     if interrupted is not None:
         raise interrupted.with_traceback(None)
     return result
+
+
+def _names(tracked: TrackedModel, arguments: Mapping[str, Any]) -> str:
+    """The adapters that are trained."""
+    return str(arguments.get("adapter") or ", ".join(tracked.manager.active))
 
 
 def _trained(
