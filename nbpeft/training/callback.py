@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,10 +43,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives the run the number of steps to come, and the optimizer, whose memory is shown."""
-        optimizer = kwargs.get("optimizer")
-        if optimizer is not None:
-            self.run.optimizer = weakref.ref(getattr(optimizer, "optimizer", optimizer))
+        """Gives the run the number of steps to come."""
         total = state.max_steps if state.max_steps > 0 else None
         self.run.begin(total_steps=total, step=state.global_step, earlier=state.log_history)
 

@@ -79,7 +79,6 @@ class Run:
         entered: Whether the run is inside its ``with`` block.
         shown: How a front end shows the run: then warnings are in its message alone.
         interrupted: Whether an interruption ended it.
-        optimizer: Returns the optimizer, whose state counts as memory, or None.
         folder: Where the run is kept on disk, or the empty string.
         output_dir: Where its adapter goes at the end, or the empty string.
         steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
@@ -115,7 +114,6 @@ class Run:
         self._memory_lock = threading.Lock()
         self.entered = self.interrupted = False
         self.shown: Literal["", "text", "card"] = ""
-        self.optimizer: Callable[[], Any] = lambda: None
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
         self._display_failed = False

@@ -313,7 +313,7 @@ def _run(
     """Make a run that publishes its states through the session."""
     from nbpeft.training import Run
 
-    options.setdefault("memory", _measuring(watched, lambda: run.optimizer()))
+    options.setdefault("memory", _measuring(watched))
     run = Run(watched, total_steps, publish=lambda state: _published(ctx, run, tracked, state), **options)
     return run
 
@@ -337,20 +337,9 @@ def _published(ctx: SessionContext, run: Run, tracked: TrackedModel | None, stat
     ctx.publish()
 
 
-def _measuring(model: Any, optimizer: Callable[[], Any]) -> Callable[[], MemoryState | None]:
-    """Return a function that measures the memory of a model and its optimizer, and holds both weakly."""
-    from nbpeft.memory.measure import Meter
+def _measuring(model: Any) -> Callable[[], MemoryState | None]:
+    """Return a function that measures the memory of a model and its training, and holds the model weakly."""
+    from nbpeft.memory import Meter
 
-    reference = weakref.ref(model)
-    meters: dict[int, Meter] = {}
-
-    def look() -> MemoryState | None:
-        found, current = reference(), optimizer()
-        if found is None:
-            return None
-        if id(current) not in meters:
-            meters.clear()
-            meters[id(current)] = Meter(found, current)
-        return meters[id(current)].read()
-
-    return look
+    reference, meter = weakref.ref(model), Meter(model)
+    return lambda: None if reference() is None else meter.read()
