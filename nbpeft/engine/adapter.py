@@ -34,7 +34,7 @@ from nbpeft.engine.field_types import check_types
 from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
-from nbpeft.names import PEFT_VERSION
+from nbpeft.names import PEFT_TYPES, PEFT_VERSION
 
 
 class TaskType(str, enum.Enum):
@@ -76,10 +76,14 @@ class _Extensible(enum.EnumMeta):
 
 
 class PeftType(str, enum.Enum, metaclass=_Extensible):
-    """Values of ``peft_type`` in config files: one for each registered method, ``PeftType.LORA``."""
+    """Values of ``peft_type`` in config files: those of PEFT and of registered methods, ``PeftType.LORA``."""
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+for _name in PEFT_TYPES:
+    PeftType.add(_name)
 
 
 class ConfigStore(Protocol):

@@ -1,0 +1,194 @@
+"""Every public name, signature, default, field and attribute of the installed PEFT against nbpeft's.
+
+What differs is in one table with its reason: a difference that is not in it fails, and so does a line that no
+difference matches any more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+import nbpeft
+from nbpeft.peft_api.missing import missing
+from nbpeft.peft_api.names import METHODS, MODULES
+
+peft = pytest.importorskip("peft")
+
+# Reason -> patterns of differences, as the functions below write them.
+DIFFERENCES: dict[str, tuple[str, ...]] = {}
+
+CONFIGS = ("PeftConfig", "LoraConfig", "LoraRuntimeConfig", "IA3Config", "TrainableTokensConfig")
+TASKS = (
+    *("PeftModel", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
+    *("PeftModelForTokenClassification", "PeftModelForQuestionAnswering", "PeftModelForFeatureExtraction"),
+)
+REQUIRED = "no default"
+
+
+class Tiny(nn.Module):
+    """One layer of each kind that most models have, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 4)
+        self.linear = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.head(self.linear(self.embedding(ids)))
+
+
+# What differs, as lines
+
+
+def modules() -> Iterator[tuple[str, Any]]:
+    """PEFT's modules; of a method that nbpeft lacks only the package, whose modules are the method's own affair."""
+    for info in pkgutil.walk_packages(peft.__path__, "peft."):
+        parts = info.name.split(".")
+        inside = len(parts) > 3 and parts[1] == "tuners" and parts[2] in METHODS
+        if not inside:
+            yield info.name, importlib.import_module(info.name)
+    yield "peft", peft
+
+
+def public_names(module: Any) -> list[str]:
+    """What a module calls public, or defines without an underscore."""
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    return getattr(module, "__all__", [name for name in defined if not name.startswith("_")])
+
+
+def is_missing(value: Any) -> bool:
+    return isinstance(value, type(missing("Class", "", ""))) or getattr(value, "__module__", "") == missing.__module__
+
+
+def differing_names() -> Iterator[str]:
+    """Names that are not there or only refuse, and signatures of those that are there."""
+    lacking = {name for _, names in METHODS.values() for name in names.split()}
+    for path, module in modules():
+        if path.partition(".")[2] not in MODULES:
+            yield f"{path}: no such module"
+            continue
+        ours = importlib.import_module(path.replace("peft", "nbpeft", 1))
+        for name in public_names(module):
+            if not hasattr(ours, name):
+                yield f"{path}: no {name}"
+            elif is_missing(getattr(ours, name)):
+                yield from () if name in lacking else (f"{path}: {name} refuses",)
+            elif callable(getattr(module, name)):
+                yield from differing_signature(f"{path}: {name}", getattr(module, name), getattr(ours, name))
+
+
+def differing_signature(title: str, theirs: Any, ours: Any) -> Iterator[str]:
+    """Parameters that ours lacks, and other defaults."""
+    taken = parameters(ours)
+    for name, default in parameters(theirs).items():
+        if name not in taken:
+            yield f"{title}: no parameter {name}"
+        elif str(taken[name]) != str(default):
+            yield f"{title}: {name}={taken[name]!r}, not {default!r}"
+
+
+def parameters(function: Any) -> dict[str, Any]:
+    """Name -> default of the parameters that have a name."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    empty = inspect.Parameter.empty
+    return {one.name: REQUIRED if one.default is empty else one.default for one in found if one.kind not in various}
+
+
+def differing_fields() -> Iterator[str]:
+    """Fields of configs that one side lacks, other defaults and methods."""
+    for name in CONFIGS:
+        theirs, ours = getattr(peft, name), getattr(nbpeft, name)
+        fields, own = defaults(theirs), defaults(ours)
+        yield from (f"{name}: no field {field}" for field in fields.keys() - own.keys())
+        yield from (f"{name}: field {field} is not PEFT's" for field in own.keys() - fields.keys())
+        for field in fields.keys() & own.keys():
+            if str(fields[field]) != str(own[field]):
+                yield f"{name}: {field}={own[field]!r}, not {fields[field]!r}"
+        yield from differing_attributes(name, theirs(), ours())
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config(), field.name) for field in dataclasses.fields(config)}
+
+
+def differing_attributes(title: str, theirs: Any, ours: Any) -> Iterator[str]:
+    """Public attributes that ours lacks, and signatures of methods; those of every module apart."""
+    common = set(dir(nn.Module()))
+    for name in dir(theirs):
+        if name.startswith("_") or name in common:
+            continue
+        if not hasattr(ours, name):
+            yield f"{title}: no attribute {name}"
+        elif inspect.isfunction(inspect.getattr_static(type(theirs), name, None)):
+            yield from differing_signature(f"{title}.{name}", getattr(theirs, name), getattr(ours, name))
+
+
+def differing_models() -> Iterator[str]:
+    """Attributes of handles, of the model between, of layers and of a module trained as a whole."""
+    config = {"target_modules": ["embedding", "linear"], "modules_to_save": ["head"]}
+    both = [library.get_peft_model(Tiny(), library.LoraConfig(**config)) for library in (peft, nbpeft)]
+    yield from differing_attributes("PeftModel", *both)
+    yield from differing_attributes("LoraModel", *[model.base_model for model in both])
+    for name in ("embedding", "linear", "head"):
+        layers = [getattr(model.base_model.model, name) for model in both]
+        yield from differing_attributes(f"LoRA's {name}", *layers)
+    for name in TASKS:
+        for method in ("__init__", "forward", "generate"):
+            theirs = getattr(getattr(peft, name), method, None)
+            if theirs is not None:
+                ours = getattr(getattr(nbpeft, name), method, None)
+                yield from differing_signature(f"{name}.{method}", theirs, ours)
+
+
+def differing_enums() -> Iterator[str]:
+    for name in ("PeftType", "TaskType"):
+        theirs, ours = getattr(peft, name), getattr(nbpeft, name)
+        yield from (f"{name}: no {member}" for member in theirs.__members__ if getattr(ours, member, None) != member)
+
+
+@cache
+def differences() -> frozenset[str]:
+    found = (differing_names, differing_fields, differing_models, differing_enums)
+    return frozenset(line for find in found for line in find())
+
+
+# The tests
+
+
+def test_every_difference_has_a_reason() -> None:
+    patterns = [pattern for listed in DIFFERENCES.values() for pattern in listed]
+    assert sorted(line for line in differences() if not any(fnmatchcase(line, one) for one in patterns)) == []
+
+
+@pytest.mark.parametrize("reason", DIFFERENCES)
+def test_every_reason_has_a_difference(reason: str) -> None:
+    gone = [one for one in DIFFERENCES[reason] if not any(fnmatchcase(line, one) for line in differences())]
+    assert gone == [], "they differ no more: take these lines out"
+
+
+def test_constants_are_pefts() -> None:
+    theirs, ours = (importlib.import_module(f"{library}.utils.constants") for library in ("peft", "nbpeft"))
+    tables = ("TRANSFORMERS_MODELS_TO_", "_MAPPING")
+    for name, value in vars(theirs).items():
+        if name.isupper() and not name.startswith(tables[0]):
+            assert getattr(ours, name) == value, name
+    for name in ("LORA_TARGET", "IA3_TARGET", "IA3_FEEDFORWARD"):
+        table = f"{tables[0]}{name}_MODULES{tables[1]}"
+        found = getattr(ours, table)
+        for model_type, targets in getattr(theirs, table).items():
+            assert set(found[model_type]) == set(targets), (table, model_type)
