@@ -273,8 +273,8 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.save_and_load": {OWN: _STATE_DICTS},
     "utils.transformers_weight_conversion": {
-        "missing": "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
-        "convert_peft_config_for_transformers"
+        "conversion": "build_peft_weight_mapping",
+        "missing": "convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
     },
     "utils.warning": {OWN: "PeftWarning"},
 }

@@ -184,7 +184,9 @@ def test_the_mappings_are_those_of_the_methods() -> None:
     theirs = importlib.import_module("peft.mapping")
     for table in ("CONFIG", "PREFIX", "TUNER"):
         ours, name = getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING"), f"PEFT_TYPE_TO_{table}_MAPPING"
-        assert {str(kind) for kind in ours} == {method.peft_type for method in methods()} and len(ours) == len(set(ours))
+        assert {str(kind) for kind in ours} == {method.peft_type for method in methods()} and len(ours) == len(
+            set(ours)
+        )
         assert {"LORA", "IA3", "TRAINABLE_TOKENS"} <= set(ours) & set(getattr(theirs, name))
         assert nbpeft.PeftType.LORA in ours and nbpeft.PeftType.LOHA not in ours
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is nbpeft.LoraConfig
