@@ -63,7 +63,8 @@ def effort(quick: int = 200, *, full: int | None = None, long: int = 10_000) -> 
 def drawn(points: Sequence[Point], quick: int = 200, *, full: int | None = None, seed: int = 0) -> list[Point]:
     """All points in ``--all`` and ``--long``, and ``quick`` of them otherwise, in their order.
 
-    With ``full``, only so many in ``--all``. The same in every process and every run, until ``NBPEFT_TESTS_SEED`` or ``seed`` is another.
+    With ``full``, only so many in ``--all``. The same in every process and every run, until
+    ``NBPEFT_TESTS_SEED`` or ``seed`` is another.
     """
     number = effort(quick) if full is None else effort(quick, full=full, long=len(points))
     if number is None or number >= len(points):
