@@ -14,7 +14,7 @@ from typing import Any
 from nbpeft.hooks import when_adapted
 from nbpeft.lazy import lazy_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Configs come from the registry, which gives them the files they are saved in; the stub has them for type checkers.
 _METHODS = f"{__name__}.engine.methods."

@@ -21,6 +21,7 @@ from .errors import CorruptCheckpointError as CorruptCheckpointError
 from .errors import HotSwapError as HotSwapError
 from .errors import LayerKindError as LayerKindError
 from .errors import MergeError as MergeError
+from .errors import MissingPackageError as MissingPackageError
 from .errors import NbpeftError as NbpeftError
 from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from .errors import PeftError as PeftError
