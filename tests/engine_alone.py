@@ -31,20 +31,24 @@ class Without:
         return getattr(self._finder, name)
 
 
-def use() -> None:
-    """Adapts, trains, saves, loads and merges; asserts that each did what it should."""
+def tiny_model() -> Any:
+    """A model of two layers, the same each time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).eval()
+
+
+def use() -> None:
+    """Adapts, trains, saves, loads and merges; asserts that each did what it should."""
+    import torch
+
     from nbpeft import LoraConfig, PeftModel, get_peft_model
 
-    def base() -> Any:
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
-        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).eval()
-
     ids = torch.arange(12).reshape(2, 6)
-    model = get_peft_model(base(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):
@@ -57,7 +61,7 @@ def use() -> None:
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         expected = model(input_ids=ids).logits
         model.save_pretrained(folder)
-        loaded = PeftModel.from_pretrained(base(), folder)
+        loaded = PeftModel.from_pretrained(tiny_model(), folder)
         assert torch.equal(loaded(input_ids=ids).logits, expected)
         merged = loaded.merge_and_unload()
         assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-5)

@@ -120,7 +120,7 @@ def test_other_dependencies_are_installed_and_other_lint_rules_are_not(
     first = environment._fingerprint("3.11")
     (project / "pyproject.toml").write_text(text.replace("max-complexity = 12", "max-complexity = 13"))
     assert environment._fingerprint("3.11") == first
-    (project / "pyproject.toml").write_text(text.replace('"psutil>=5.9"', '"psutil>=5.8"'))
+    (project / "pyproject.toml").write_text(text.replace('"psutil>=5.9.3"', '"psutil>=5.8"'))
     assert environment._fingerprint("3.11") != first
     (project / "pyproject.toml").write_text(text)
     assert environment._fingerprint("3.12") != first

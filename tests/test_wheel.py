@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import nbpeft
 from tests import engine_alone
@@ -14,6 +16,7 @@ from tests.wheels import ROOT, Environment, build_wheel, closure, metadata_of, p
 
 pytestmark = pytest.mark.slow
 
+SCRIPT = str(Path(engine_alone.__file__))
 ENGINE = {"huggingface-hub", "numpy", "packaging", "psutil", "pyyaml", "safetensors", "torch", "transformers"}
 EXTRAS = {
     "train": {"accelerate", "jinja2"},
@@ -54,13 +57,73 @@ def test_it_asks_for_the_engine_s_packages_and_its_extras_for_the_rest(wheel: Pa
         assert direct - ENGINE - {"nbpeft"} == packages, extra
 
 
+def environment(folder: Path, wheel: Path, extra: str) -> Environment:
+    """An environment with the wheel, and with what it and one of its extras ask for, as it is installed here."""
+    made = Environment.make(folder, closure(metadata_of(wheel), filter(None, [extra])).values())
+    pip(made.python, "install", "--quiet", "--no-index", f"{wheel}[{extra}]" if extra else str(wheel))
+    assert pip(made.python, "check").strip() == "No broken requirements found."
+    return made
+
+
 def test_the_engine_works_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
-    environment = Environment.make(tmp_path / "bare", closure(metadata_of(wheel)).values())
-    pip(environment.python, "install", "--quiet", "--no-index", str(wheel))
-    assert pip(environment.python, "check").strip() == "No broken requirements found."
+    bare = environment(tmp_path / "bare", wheel, "")
     for absent in ("accelerate", "bitsandbytes", "IPython", "ipywidgets", "peft"):
         with pytest.raises(RuntimeError, match=f"No module named '{absent}'"):
-            environment.run("-c", f"import {absent}")
-    assert environment.run(str(Path(engine_alone.__file__))).strip() == "ok"
-    where = environment.run("-c", "import nbpeft; print(nbpeft.__version__, nbpeft.__file__)")
-    assert where.split() == [nbpeft.__version__, str(environment.packages / "nbpeft" / "__init__.py")]
+            bare.run("-c", f"import {absent}")
+    assert bare.run(SCRIPT).strip() == "ok"
+    where = bare.run("-c", "import nbpeft; print(nbpeft.__version__, nbpeft.__file__)")
+    assert where.split() == [nbpeft.__version__, str(bare.packages / "nbpeft" / "__init__.py")]
+
+
+CELLS = f"""
+import os, runpy
+from IPython.core.interactiveshell import InteractiveShell
+
+os.environ["NBPEFT_RUNS"] = os.getcwd()
+shell = InteractiveShell.instance()
+shell.user_ns["model"] = runpy.run_path({SCRIPT!r})["tiny_model"]()
+shell.user_ns["train_rows"] = [dict(input_ids=[1, 2, 3, 4], labels=[1, 2, 3, 4])] * 40
+cells = [
+    "%load_ext nbpeft",
+    "%%lora model --name orders\\nr = 8\\ntarget_modules = ['q_proj', 'v_proj']",
+    "%%lora_train model --data train_rows --eval 0.1\\nmax_steps = 3",
+    "saved = %lora save adapters/orders --name orders",
+    "%lora load adapters/orders --name again",
+    "%lora merge again",
+]
+for cell in cells:
+    shell.run_cell(cell).raise_error()
+print("steps", shell.run_cell("%lora result").result.steps)
+"""
+
+
+def test_the_quickstart_s_cells_work_with_the_notebook_extra(wheel: Path, tmp_path: Path) -> None:
+    printed = environment(tmp_path / "notebook", wheel, "notebook").run("-c", CELLS)
+    assert printed.splitlines()[-1] == "steps 3"
+
+
+def test_the_lower_bounds_hold(wheel: Path, tmp_path: Path) -> None:
+    """The engine and a training with the lowest versions that the wheel allows, but of torch, which is too large."""
+    torch = distribution("torch")
+    oldest = Environment.make(tmp_path / "oldest", [torch, *closure(torch).values()])
+    lowest = {
+        asked.name: next(part.version for part in asked.specifier if part.operator == ">=")
+        for asked in requirements(metadata_of(wheel), ["train"])
+        if asked.name not in ("nbpeft", "torch")
+    }
+    constraints = tmp_path / "lowest.txt"
+    constraints.write_text("\n".join(f"{name}=={version}" for name, version in lowest.items()), encoding="utf-8")
+    pip(oldest.python, "install", "--quiet", "--constraint", str(constraints), f"{wheel}[train]")
+    versions = f"from importlib.metadata import version; print(*map(version, {list(lowest)}))"
+    found = oldest.run("-c", versions).split()
+    assert list(map(Version, found)) == list(map(Version, lowest.values()))
+    assert oldest.run(SCRIPT).strip() == "ok"
+    assert oldest.run("-c", TRAINING).splitlines()[-1] == "steps 3"
+
+
+TRAINING = f"""
+import runpy, nbpeft
+model = nbpeft.get_peft_model(runpy.run_path({SCRIPT!r})["tiny_model"](), nbpeft.LoraConfig(task_type="CAUSAL_LM"))
+rows = [dict(input_ids=[1, 2, 3, 4], labels=[1, 2, 3, 4])] * 8
+print("steps", nbpeft.train(model, rows, max_steps=3).steps)
+"""
