@@ -17,6 +17,7 @@
     │   │   └── UntypedConfigError    a config does not say of which method it is
     │   └── BaseMismatchError         the checkpoint belongs to another base model
     ├── HotSwapError              the new adapter cannot take the old one's place
+    ├── NotSupportedError         a name of PEFT that nbpeft has nothing for was used
     ├── StaleModelError           the handle's adapters were merged away, unloaded or taken over
     ├── BusyError                 another command is running on the model
     ├── TrainingError             the run cannot start or cannot learn
@@ -127,6 +128,10 @@ class BaseMismatchError(CheckpointError, RuntimeError):
 
 class HotSwapError(NbpeftError, ValueError, RuntimeError):
     """The new adapter cannot take the place of the old one."""
+
+
+class NotSupportedError(NbpeftError, NotImplementedError):
+    """A name of PEFT was used that nbpeft has nothing for: it can only be imported."""
 
 
 class StaleModelError(NbpeftError, RuntimeError):
