@@ -28,7 +28,7 @@ from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_tensors, storable, write_tensors
 from nbpeft.checkpoint.weights_format import PREFIX
 from nbpeft.engine.adapter import LowRankDelta
-from nbpeft.engine.registry import file_keys
+from nbpeft.engine.registry import methods_of_type
 from nbpeft.errors import CheckpointError, few
 
 SPELLINGS = ("kohya", "diffusers")
@@ -107,10 +107,11 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
     broken = next((where for where, pair in pairs.items() if len(pair.parts) != 2), None)
     if broken is not None:
         raise CheckpointError(f"{path} holds only one of the two factors of {broken}", path=str(path))
+    flat = next((where for where, pair in pairs.items() if min(part.ndim for part in pair.parts.values()) < 2), None)
+    if flat is not None:
+        raise CheckpointError(f"a factor of {flat} in {path} is no matrix", path=str(path))
     if others:
-        warnings.warn(
-            f"{len(others)} keys of {path} are not of this model and were left out: {few(others, 3)}", stacklevel=4
-        )
+        warnings.warn(f"left out of {path}, as nothing in this model has such keys: {few(others, 3)}", stacklevel=6)
     ranks = {where: int(pair.parts["down"].shape[0]) for where, pair in pairs.items()}
     alphas = {where: ranks[where] if pair.alpha is None else pair.alpha for where, pair in pairs.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
@@ -131,7 +132,7 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
 
 
 def _peft_endings() -> tuple[str, str]:
-    down, up, *_ = file_keys(_METHOD).values()
+    down, up, *_ = methods_of_type(_METHOD)[0].file_keys.values()
     return f".{down}", f".{up}"
 
 

@@ -87,6 +87,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     manager.require(name)
     manager.refuse_merged("shipping an adapter")
     config, model, scale = manager.configs[name], manager.model, manager.scale(name)
+    title = method_of(config).title(config)
     kinds: dict[str, str] = {}
     deltas: dict[str, tuple[LayerKind, LowRankDelta]] = {}
     others: dict[str, int] = {}
@@ -97,7 +98,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
         if isinstance(adapter, IsLowRank):
             deltas[path] = layer.kind, _scaled(adapter.low_rank_delta(layer.base), scale)
         else:
-            label = next(method.label for method in methods() if method.adapter_class is type(adapter))
+            label = next((method.label for method in methods() if isinstance(adapter, method.adapter_class)), title)
             others[label] = others.get(label, 0) + 1
     weights = manager.weights(name)
     tensors = [
@@ -105,7 +106,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     ]
     return AdapterFacts(
         name=name,
-        method=method_of(config).title(config),
+        method=title,
         own_method=not type(config).__module__.startswith("nbpeft."),
         model_class=type(model).__name__,
         library=type(model).__module__.partition(".")[0],

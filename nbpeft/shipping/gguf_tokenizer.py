@@ -46,7 +46,9 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocabulary_size: int, folder
         writer.add_token_scores(_scores(tokens, model["merges"]))
     writer.add_token_types([gguf.TokenType[kind] for kind in kinds])
     special = gguf.SpecialVocab(folder, load_merges=byte_level, n_vocab=len(tokens))
-    special.add_special_token = {"bos": _adds(tokenizer, first=True), "eos": _adds(tokenizer, first=False)}
+    special.add_special_token = {"bos": _adds(tokenizer, first=True)}
+    if _adds(tokenizer, first=False):
+        special.add_special_token["eos"] = True
     if tokenizer.chat_template and special.chat_template is None:
         special.chat_template = tokenizer.chat_template
     special.add_to_gguf(writer, quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nbpeft.shipping.formats import GGUF_ADAPTER, GGUF_MODEL, Package
 from nbpeft.shipping.modelfile import chat_format_of, modelfile
 from nbpeft.shipping.verdict import Verdict, verdict_of
 
+_OLLAMA_NAME = re.compile(r"[\w./:-]{1,200}", re.ASCII)
 _NO_TEMPLATE = "the chat template is none of those known here: Ollama takes what it detects, or set TEMPLATE yourself"
 
 
@@ -119,6 +121,8 @@ def plan_shipment(
     verdict = verdict_of(chosen, facts)
     if base is not None and chosen.name != "ollama":
         raise ConfigError("base is for Ollama alone: the name of the base model there")
+    if base is not None and not _OLLAMA_NAME.fullmatch(base):
+        raise ConfigError(f"base is the name of a model in Ollama, e.g. 'llama3.2:1b', not {base!r:.60}")
     needs_base = chosen.name == "ollama" and base is None
     merged = merged or (needs_base and verdict.as_merged)
     _check(verdict, merged)
