@@ -16,7 +16,7 @@ from nbpeft.hooks import when_adapted
 from nbpeft.lazy import lazy_names
 from nbpeft.peft_api.modules import add_import_paths, attribute
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Configs come from the registry, which gives them the files they are saved in; the stub has them for type checkers.
 _METHODS = f"{__name__}.engine.methods."

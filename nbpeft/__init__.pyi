@@ -21,6 +21,7 @@ from .errors import CorruptCheckpointError as CorruptCheckpointError
 from .errors import HotSwapError as HotSwapError
 from .errors import LayerKindError as LayerKindError
 from .errors import MergeError as MergeError
+from .errors import MissingPackageError as MissingPackageError
 from .errors import NbpeftError as NbpeftError
 from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from .errors import NotSupportedError as NotSupportedError
@@ -93,6 +94,9 @@ from .session import Session as Session
 from .session import get_session as get_session
 from .session import session as session
 from .session import track as track
+from .shipping import Shipment as Shipment
+from .shipping import plan_shipment as plan_shipment
+from .shipping import ship as ship
 from .state import AdapterState as AdapterState
 from .state import MemoryState as MemoryState
 from .state import ModelState as ModelState

@@ -21,6 +21,7 @@
     ├── StaleModelError           the handle's adapters were merged away, unloaded or taken over
     ├── BusyError                 another command is running on the model
     ├── TrainingError             the run cannot start or cannot learn
+    ├── MissingPackageError       what only a part of nbpeft needs is not installed
     └── CellError                 a magic's line or cell cannot be read
 
 and TrainingInterrupted, a KeyboardInterrupt.
@@ -145,6 +146,10 @@ class TrainingError(NbpeftError, RuntimeError):
     """A training run cannot start or cannot learn."""
 
     longest = 1_000  # out of memory: where it went, and each change that would help
+
+
+class MissingPackageError(NbpeftError, ImportError):
+    """A package is not installed that nbpeft needs for this alone."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):

@@ -34,3 +34,9 @@ COMBINATION_TYPES = (
     *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),
 )
 """Ways to combine LoRA and DoRA adapters; all but ``exact`` are PEFT's. Other methods name their own."""
+
+SERVING_ENGINES = ("vllm", "llama.cpp", "ollama", "transformers", "peft", "diffusers", "kohya")
+"""Programs that adapters can be shipped for."""
+
+STORED_TYPES = ("f32", "f16", "bf16", "q8_0")
+"""Types in which shipped weights can be stored; ``q8_0`` in GGUF files alone."""

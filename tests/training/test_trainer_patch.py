@@ -18,7 +18,7 @@ import torch
 import transformers
 from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
-from transformers.trainer_utils import _is_peft_model
+from transformers.trainer import _is_peft_model
 
 import nbpeft
 from nbpeft.training import Collator
