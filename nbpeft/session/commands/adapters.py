@@ -221,7 +221,7 @@ def load(
 
     place, revision = _revision_in(place_of(source, "load"), revision)
     chosen = adapter_name(_name_from(subfolder or place) if name is None else name, given=name is not None)
-    hub = {"revision": revision, "subfolder": subfolder, "token": reading_token(token)}
+    hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": reading_token(token)}
     with ctx.command(f"loading {chosen!r}", slow=True) as notes, nested_adapters_in_error(place):
 
         def loaded(tracked: TrackedModel) -> LoadResult:
@@ -253,7 +253,7 @@ def _load_beside(
     *,
     trainable: bool,
     replace: bool,
-    hub: Mapping[str, str | None],
+    hub: Mapping[str, Any],
 ) -> None:
     """Load an adapter onto a model that has some."""
     taken = name in tracked.manager.configs
