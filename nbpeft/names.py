@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose names, fields and files these are."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 """Floating dtypes that models are loaded, computed and merged in."""
 

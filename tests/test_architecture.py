@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import json
 import os
 import re
@@ -445,12 +444,6 @@ def test_every_contract_has_a_violation_here(contracts: dict[str, str]) -> None:
 
 
 # --- The house ---------------------------------------------------------------------------------------
-
-
-def test_the_version_is_the_packages() -> None:
-    import nbpeft
-
-    assert nbpeft.__version__ == importlib.metadata.version("nbpeft")
 
 
 @pytest.mark.parametrize("folder", ["methods", "layer_kinds", "backends"])

@@ -35,6 +35,7 @@ from nbpeft.engine.field_types import check_types
 from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.names import PEFT_VERSION
 
 
 class TaskType(str, enum.Enum):
@@ -80,10 +81,6 @@ class PeftType(str, enum.Enum, metaclass=_Extensible):
 
     def __str__(self) -> str:
         return str(self.value)
-
-
-PEFT_VERSION = "0.21.2"
-"""The version of PEFT whose fields and files these are."""
 
 
 class ConfigStore(Protocol):
