@@ -16,6 +16,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.conversion import as_uniform_lora
 from nbpeft.model import files, merge_to_folder, merged_tensors
+from nbpeft.shipping.engines.diffusers import component_of
 from nbpeft.shipping.facts import AdapterFacts
 from nbpeft.shipping.gguf_model import GgufModel, common_alpha
 from nbpeft.shipping.gguf_tokenizer import describe_tokenizer
@@ -132,6 +133,20 @@ def merged_gguf(
             describe_tokenizer(writer, tokenizer, config.vocab_size, scratch)
 
     return _gguf(GGUF_MODEL, model.architecture, describe, tensors, texts)
+
+
+def single_file(facts: AdapterFacts, style: str) -> Package:
+    """An adapter in one file, its keys spelled as kohya's programs or diffusers do."""
+    deltas = {path: delta for path, (_, delta) in facts.deltas.items()}
+    name = "pytorch_lora_weights.safetensors" if style == "diffusers" else f"{facts.name}.safetensors"
+    size = sum(factor.numel() * factor.element_size() for delta in deltas.values() for factor in (delta.down, delta.up))
+
+    def made(path: Path) -> None:
+        checkpoint.write_lora_file(path, deltas, component_of(facts.model_class), style)
+
+    return Package(
+        ((name, size),), lambda folder: checkpoint.replace_files(folder, [NewFile(name, made)], byte_count=size)
+    )
 
 
 def _gguf(

@@ -14,7 +14,7 @@ from nbpeft.checkpoint import NewFile, in_place_of
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
-from nbpeft.shipping import formats, spellings
+from nbpeft.shipping import formats
 from nbpeft.shipping.engines import ENGINES, Engine
 from nbpeft.shipping.facts import AdapterFacts, facts_of
 from nbpeft.shipping.formats import GGUF_ADAPTER, GGUF_MODEL, Package
@@ -203,7 +203,7 @@ def _package(
             return formats.merged_gguf(manager, facts, stored_as, tokenizer, texts)
         case "gguf":
             return formats.adapter_gguf(manager, facts, stored_as, texts)
-    return spellings.single_file(facts, form.format)
+    return formats.single_file(facts, form.format)
 
 
 def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str]) -> list[NewFile]:
