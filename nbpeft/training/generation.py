@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nbpeft.engine.reached import reached_modules
 from nbpeft.errors import AdapterError, in_one_line
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.state import Answer
@@ -264,7 +265,7 @@ def evaluating(model: PeftModel) -> Iterator[None]:
     """
     held = HeldInterrupts()
     with model.manager.active_state.turn(), held:
-        training = [module for module in model.modules() if module.training]
+        training = [module for module in reached_modules(model) if module.training]
         try:
             if training:
                 model.eval()
