@@ -73,7 +73,7 @@ def merge_layers(
     scales = [scale(name) for name in names]
     for path, layer in layers.items():
         check_interrupt()
-        layer.merge(names, scales, change, keep_frozen=keep_frozen, apart=path in parted)
+        layer.merge_into_base(names, scales, change, keep_frozen=keep_frozen, apart=path in parted)
 
 
 def merge_additional(
@@ -119,7 +119,7 @@ def check_addable(
         layers: path -> adapted layer.
         base: names of tensors of the base that it brings.
     """
-    touched = {path for path, layer in layers.items() if layer.merged}
+    touched = {path for path, layer in layers.items() if layer.merged_names}
     if not touched:
         return
     for target in plan.targets:
@@ -167,7 +167,7 @@ def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
     """Puts the frozen weights back, bit for bit; the last first, since several may share one weight."""
     for layer in reversed(list(layers)):
         check_interrupt()
-        layer.unmerge(change)
+        layer.restore_base(change)
 
 
 def warn_of_requantization(layers: Mapping[str, AdaptedLayer]) -> None:

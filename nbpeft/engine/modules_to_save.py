@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState, ReplicaState, Rows
-from nbpeft.engine.layer import AdaptedLayer, AdapterDict
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.peft_modules import AdapterDict
 from nbpeft.errors import AdapterError, LayerKindError
 
 

@@ -17,6 +17,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
+from nbpeft.engine.peft_modules import ADAPTER_PARTS, shown_name
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.trained import mark_saved
@@ -93,6 +94,7 @@ def read(
         saved = checkpoint.read_lora_file(single, (path for path, _ in bare_modules(manager.model)), device)
     else:
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
+    given = config
     config = (config or saved.config).copy(inference_mode=not trainable)
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
@@ -110,7 +112,12 @@ def read(
     put = manager.prepare(name, plan, loaded.weights, trainable=trainable, half=half, replace=replace)
 
     def load() -> LoadResult:
-        put()
+        with manager.transaction() as change:
+            put()
+            if given is not None:  # as in PEFT the model has this object from now on
+                change.keep(vars(given))
+                vars(given).update(vars(manager.configs[name]))
+                manager.configs[name] = given
         return LoadResult(loaded.missing, loaded.unexpected)
 
     return load
@@ -334,10 +341,12 @@ def _saved_weights(
             path = key.rpartition(".")[0]
             if path not in weights.copies and (path in manager.layers or not targeted):
                 weights.base[key] = value
-    return weights if state_dict is None else _picked(weights, name, state_dict)
+    return weights if state_dict is None else _picked(manager, weights, name, state_dict)
 
 
-def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]) -> AdapterWeights:
+def _picked(
+    manager: AdapterManager, weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
+) -> AdapterWeights:
     """Returns the same tensors taken from a state dict, such as one gathered from a sharded model."""
 
     def find(key: str, own: Tensor | None = None) -> Tensor:
@@ -351,13 +360,19 @@ def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
         raise AdapterError(f"the state dict has no {key!r} of adapter {name!r}")
 
     return AdapterWeights(
-        {path: {k: find(f"{path}.adapters.{name}.{k}") for k in named} for path, named in weights.adapters.items()},
+        {
+            path: {k: find(f"{path}.{shown_name(manager.layers[path].adapter(name), k, name)}") for k in named}
+            for path, named in weights.adapters.items()
+        },
         {
             path: {k: find(f"{path}.modules_to_save.{name}.{k}") for k in named}
             for path, named in weights.copies.items()
         },
         {key: find(key, own) for key, own in weights.base.items()},
-        {key: _shared_in(state_dict, f"adapters.{name}.shared.{key}", own) for key, own in weights.shared.items()},
+        {
+            key: _shared_in(state_dict, f"{ADAPTER_PARTS}.{name}.shared.{key}", own)
+            for key, own in weights.shared.items()
+        },
     )
 
 
