@@ -2,7 +2,8 @@
 
 In a notebook ``%load_ext nbpeft`` brings ``%%lora``, ``%lora`` and ``%%lora_train``. In Python the
 names in ``__init__.pyi`` are those of PEFT; the config class of every registered method is one of
-them. Nothing heavy is imported before a name is used, and importing changes nothing in other libraries.
+them, and PEFT's import paths lead to them too (``nbpeft.tuners.lora``). Nothing heavy is imported
+before a name is used, and importing changes nothing in other libraries.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 from nbpeft.hooks import when_adapted
 from nbpeft.lazy import lazy_names
+from nbpeft.peft_api.modules import add_import_paths, attribute
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Configs come from the registry, which gives them the files they are saved in; the stub has them for type checkers.
 _METHODS = f"{__name__}.engine.methods."
@@ -30,7 +32,9 @@ def __getattr__(name: str) -> Any:
     # Not kept: a method that is registered anew brings a new class.
     if name.endswith("Config") and (config_class := _config_classes().get(name)):
         return config_class
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return attribute(__name__, name)
 
 
 def __dir__() -> list[str]:
@@ -52,6 +56,7 @@ def _patch_trainer() -> None:
 
 
 when_adapted(_patch_trainer)
+add_import_paths()
 
 
 def load_ipython_extension(shell: Any) -> None:

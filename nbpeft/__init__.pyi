@@ -21,8 +21,10 @@ from .errors import CorruptCheckpointError as CorruptCheckpointError
 from .errors import HotSwapError as HotSwapError
 from .errors import LayerKindError as LayerKindError
 from .errors import MergeError as MergeError
+from .errors import MissingPackageError as MissingPackageError
 from .errors import NbpeftError as NbpeftError
 from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+from .errors import NotSupportedError as NotSupportedError
 from .errors import PeftError as PeftError
 from .errors import PeftWarning as PeftWarning
 from .errors import StaleModelError as StaleModelError
@@ -87,10 +89,15 @@ from .model import set_requires_grad as set_requires_grad
 from .model import update_forward_signature as update_forward_signature
 from .model import update_generate_signature as update_generate_signature
 from .model import update_signature as update_signature
+from .peft_api.install import install_as_peft as install_as_peft
+from .peft_api.install import uninstall_as_peft as uninstall_as_peft
 from .session import Session as Session
 from .session import get_session as get_session
 from .session import session as session
 from .session import track as track
+from .shipping import Shipment as Shipment
+from .shipping import plan_shipment as plan_shipment
+from .shipping import ship as ship
 from .state import AdapterState as AdapterState
 from .state import MemoryState as MemoryState
 from .state import ModelState as ModelState

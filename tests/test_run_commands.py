@@ -81,14 +81,14 @@ def installer(monkeypatch: pytest.MonkeyPatch) -> FakeInstaller:
 
 def test_the_environment_is_made_once_and_found_again(installer: FakeInstaller, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
-    python = environment.ensure("notebook", venv)
+    python = environment.ensure("tutorials", venv)
     assert python.exists()
-    assert installer.installed == [".[notebook]", *environment.MODEL_PACKAGES]
-    environment.ensure("notebook", venv)
+    assert installer.installed == [".[tutorials]", *environment.MODEL_PACKAGES]
+    environment.ensure("tutorials", venv)
     assert len(installer.installed) == 2
     environment.ensure("test", venv)
     assert installer.installed[2] == ".[test]"
-    environment.ensure("notebook", venv)
+    environment.ensure("tutorials", venv)
     assert len(installer.installed) == 4
 
 
@@ -114,14 +114,18 @@ def test_other_dependencies_are_installed_and_other_lint_rules_are_not(
     project.mkdir()
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (project / "pyproject.toml").write_text(text, encoding="utf-8")
+    (project / "nbpeft").mkdir()
+    (project / "nbpeft" / "__init__.py").write_text('__version__ = "1.0"\n', encoding="utf-8")
     monkeypatch.setattr(environment, "ROOT", project)
     first = environment._fingerprint("3.11")
     (project / "pyproject.toml").write_text(text.replace("max-complexity = 12", "max-complexity = 13"))
     assert environment._fingerprint("3.11") == first
-    (project / "pyproject.toml").write_text(text.replace('"psutil>=5.9"', '"psutil>=5.8"'))
+    (project / "pyproject.toml").write_text(text.replace('"psutil>=5.9.3"', '"psutil>=5.8"'))
     assert environment._fingerprint("3.11") != first
     (project / "pyproject.toml").write_text(text)
     assert environment._fingerprint("3.12") != first
+    (project / "nbpeft" / "__init__.py").write_text('__version__ = "1.1"\n', encoding="utf-8")
+    assert environment._fingerprint("3.11") != first
 
 
 def test_packages_that_were_cut_off_are_forgotten(tmp_path: Path) -> None:

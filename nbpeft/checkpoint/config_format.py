@@ -13,7 +13,7 @@ from torch import nn
 
 import nbpeft.engine.methods  # noqa: F401  (registers the methods)
 from nbpeft.engine import registry
-from nbpeft.engine.adapter import PEFT_VERSION, AdapterConfig
+from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.model_tree import bare_modules
 from nbpeft.errors import (
     CheckpointError,
@@ -23,6 +23,7 @@ from nbpeft.errors import (
     in_one_line,
     shown,
 )
+from nbpeft.names import PEFT_VERSION
 
 CONDENSE_FROM = 20
 """As many target names as this are condensed to suffixes, as PEFT does."""

@@ -7,15 +7,17 @@ from functools import singledispatch
 from io import StringIO
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
-
 from nbpeft.display import blocks
 from nbpeft.display.memory import part_words
 from nbpeft.display.numbers import NONE, percent, size
+from nbpeft.optional import needs
+
+with needs("rich", "A result as text"):
+    from rich import box
+    from rich.console import Console, Group, RenderableType
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
 
 _TONES = {"bold": "bold", "dim": "dim", "accent": "bold blue", "success": "green", "error": "red", "warning": "yellow"}
 _WIDEST = 100_000

@@ -53,6 +53,11 @@ def usual_targets(model_type: str | None) -> list[str] | str | None:
     return None
 
 
+def usual_model_types() -> list[str]:
+    """The architectures (``config.model_type``) that have usual targets."""
+    return [*_DEFAULT_PATTERNS, *(name for model_types in _USUAL_TARGETS.values() for name in model_types.split())]
+
+
 @dataclass
 class Matcher:
     """Asks of one path after another whether a config means it.

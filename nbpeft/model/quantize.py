@@ -32,6 +32,7 @@ from nbpeft.hub_access import hub_options
 from nbpeft.logs import collapsed
 from nbpeft.memory.processor import has_instructions
 from nbpeft.names import DTYPES, QUANT_TYPES, SHORT_DTYPES
+from nbpeft.optional import needs
 
 _STORAGES = ("uint8", *DTYPES)
 _ALIASES = {**SHORT_DTYPES, "half": "float16", "float": "float32"}
@@ -191,10 +192,9 @@ def place_of(source: str | os.PathLike[str], gguf_file: str | None) -> tuple[str
 
 def _library() -> Any:
     """Returns bitsandbytes, imported."""
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ConfigError(f"quantizing needs bitsandbytes ({error}): pip install bitsandbytes") from None
+    with needs("bitsandbytes", "Quantizing"):
+        import bitsandbytes
+    return bitsandbytes
 
 
 def _from_pretrained(loader: Any, place: str, options: dict[str, Any]) -> Any:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, flush_file, replace_files, shown
 from nbpeft.checkpoint.staging import ASIDE, Staging, flush_folder, scratch_folder, staging_name, sweep
@@ -45,6 +44,8 @@ def save_whole(trainer: Any, trial: Any, save: Callable[[], None]) -> None:
     Raises:
         CheckpointError: it cannot be written; earlier checkpoints are as they were.
     """
+    from accelerate.utils import broadcast_object_list
+
     home = Path(trainer._get_output_dir(trial=trial))
     name = f"{_PREFIX}-{trainer.state.global_step}"
     main, wait = bool(trainer.args.should_save), trainer.accelerator.wait_for_everyone
@@ -136,6 +137,8 @@ def resume_point(trainer: Any, requested: Any) -> Any:
     """
     if requested is not True and not isinstance(requested, str | os.PathLike):
         return requested
+    from accelerate.utils import broadcast_object_list
+
     found: list[Any] = [None]
     if trainer.is_world_process_zero():
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInter
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.checkpointing import disable_checkpointing, is_checkpointing
 from nbpeft.memory.processor import slow_here, slow_words
+from nbpeft.optional import needs
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable, trained_names
@@ -101,9 +103,12 @@ def train(
 
     Raises:
         ConfigError: an argument is unknown or impossible.
+        MissingPackageError: accelerate, which transformers' Trainer needs, is not installed.
         TrainingError: nothing is trainable, the data cannot be read, or memory ran out.
         TrainingInterrupted: an interruption ended the run; the model keeps what it learned.
     """
+    with needs("accelerate", "Training"):
+        importlib.import_module("accelerate")
     _can_train(model, adapter)
     _takes_labels(model, trainer_class, arguments)
     trainer_class = adapter_trainer(_checked_class(trainer_class, transformers.Trainer, "trainer_class"))

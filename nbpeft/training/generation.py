@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.engine.reached import reached_modules
 from nbpeft.errors import AdapterError, in_one_line
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.state import Answer
@@ -263,6 +262,8 @@ def evaluating(model: PeftModel) -> Iterator[None]:
 
     While a training runs in the background, the block runs between two of its steps.
     """
+    from nbpeft.engine.reached import reached_modules  # here, as it imports torch
+
     held = HeldInterrupts()
     with model.manager.active_state.turn(), held:
         training = [module for module in reached_modules(model) if module.training]

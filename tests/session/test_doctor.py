@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from nbpeft.magics.front_end import front_end_checks
 from nbpeft.session import doctor
 from nbpeft.session.results import DoctorReport
 from tests.pretend_cpu import pretend_cpu
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -95,3 +99,11 @@ def test_a_gpu_that_does_not_answer_is_a_problem_and_no_failure(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     (check,) = (check for check in doctor.examine().checks if check.name == "device")
     assert check.found.startswith("Tesla T4, ") and not check.problem
+
+
+def test_what_it_calls_old_is_below_the_lower_bounds_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(text for texts in project["optional-dependencies"].values() for text in texts)]
+    lowest = {text.partition(">=")[0]: text.partition(">=")[2].partition(",")[0] for text in asked if ">=" in text}
+    known = {need.package: need.minimum for need in doctor._NEEDS if need.package != "ipykernel"}  # older ones do run
+    assert known == {package: lowest[package] for package in known}

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from nbpeft import hub_access
-from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.errors import ConfigError, MissingPackageError, TrainingError
 from nbpeft.training import open_data, prepare_data, train
 from nbpeft.training.data import StreamedRows
 from tests.char_tokenizer import CharTokenizer
@@ -103,9 +103,11 @@ def test_files_are_read_without_datasets_and_pandas(files: Path, monkeypatch: py
         monkeypatch.setitem(sys.modules, module, None)
     for name in NAMES[:-1]:
         assert list(prepare_data(files / name, TOKENIZER)) == EXPECTED
-    with pytest.raises(TrainingError, match=r"^Reading rows.parquet needs pyarrow: pip install pyarrow$"):
+    with pytest.raises(MissingPackageError, match=r"^Reading rows.parquet needs pyarrow: pip install pyarrow$"):
         open_data(files / "rows.parquet")
-    with pytest.raises(TrainingError, match=r"^Reading the dataset 'some/name' needs datasets: pip install datasets$"):
+    with pytest.raises(
+        MissingPackageError, match=r"^Reading the dataset 'some/name' needs datasets: pip install datasets$"
+    ):
         open_data("some/name")
 
 

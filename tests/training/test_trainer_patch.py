@@ -18,7 +18,7 @@ import torch
 import transformers
 from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
-from transformers.trainer_utils import _is_peft_model
+from transformers.trainer import _is_peft_model
 
 import nbpeft
 from nbpeft.training import Collator
@@ -242,7 +242,7 @@ def test_it_is_taken_back_and_done_again(unpatched: None, tmp_path: Path) -> Non
     nbpeft.unpatch_trainer()
     assert {name: trainer.__dict__[name] for name in METHODS} == before
     assert "__init_subclass__" not in trainer.__dict__
-    assert not any(type(finder).__module__.startswith("nbpeft") for finder in sys.meta_path)
+    assert not any(type(finder).__name__ == "ImportHook" for finder in sys.meta_path)
     trainer_of(nbpeft.Trainer, ours, tmp_path, save_strategy="no")
     assert is_peft_model(ours)
 
@@ -277,7 +277,7 @@ import accelerate.utils
 asks = accelerate.utils.is_peft_model.__code__
 import nbpeft, nbpeft.session
 def waiting():
-    return sum(type(finder).__module__.startswith("nbpeft") for finder in sys.meta_path)
+    return sum(type(finder).__name__ == "ImportHook" for finder in sys.meta_path)
 names = [getattr(nbpeft, name) for name in nbpeft.__all__ if name not in ("Trainer", "adapter_trainer", "train")]
 untouched = accelerate.utils.is_peft_model.__code__ is asks and not waiting()
 import torch
@@ -304,7 +304,8 @@ from transformers import Trainer
 asks = (accelerate.utils.is_peft_model, library._is_peft_model)
 def state():
     modules = {module.__name__: dict(vars(module)) for module in (library, accelerate.utils.fsdp_utils)}
-    return dict(vars(Trainer)), modules, [ask.__code__ for ask in asks], list(sys.meta_path)
+    finders = [finder for finder in sys.meta_path if type(finder).__name__ != "PeftModules"]  # of nbpeft's own modules
+    return dict(vars(Trainer)), modules, [ask.__code__ for ask in asks], finders
 def same(one, other):
     pairs = [(one[0], other[0]), *((one[1][name], other[1][name]) for name in one[1])]
     return all(a.keys() == b.keys() and all(a[name] is b[name] for name in a) for a, b in pairs) and (

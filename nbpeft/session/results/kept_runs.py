@@ -10,6 +10,7 @@ from typing import Any
 from nbpeft.display.blocks import Block, Card, CurveChart, Stack, Table, Text, card, dim, line
 from nbpeft.display.numbers import clock, loss, plural
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.optional import needs
 from nbpeft.runs.record import RunRecord, differing
 from nbpeft.session.results.base import ModelResult, Result
 from nbpeft.state import Curve
@@ -76,12 +77,10 @@ class RunsResult(Result):
         """The runs as a pandas DataFrame, a column for each setting.
 
         Raises:
-            ConfigError: pandas is not installed.
+            MissingPackageError: pandas is not installed.
         """
-        try:
+        with needs("pandas", "to_dataframe()"):
             import pandas
-        except ImportError:
-            raise ConfigError("to_dataframe() needs a package that is not installed: pip install pandas") from None
         return pandas.DataFrame([_fields(record) for record in self.records])
 
     def _rows(self) -> list[tuple[Any, ...]]:

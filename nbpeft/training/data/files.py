@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
+from nbpeft.optional import needs
 
 Rows = list[dict[str, Any]]
 
@@ -41,24 +41,6 @@ def read_file(path: str | os.PathLike[str]) -> Rows:
     if not rows:
         raise TrainingError(f"{place.name} has no rows.", path=str(place))
     return rows
-
-
-def imported(module: str, what: str, *, package: str = "") -> Any:
-    """A module that nbpeft does not depend on.
-
-    Args:
-        module: its name.
-        what: what it is needed for, e.g. ``Reading data.parquet``.
-        package: what to install, where that is called differently.
-
-    Raises:
-        TrainingError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = package or module
-        raise TrainingError(f"{what} needs {package}: pip install {package}", package=package) from None
 
 
 def _nearest(place: Path) -> str:
@@ -126,7 +108,8 @@ def _cells(table: csv.DictReader[str], path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> Rows:
-    parquet = imported("pyarrow.parquet", f"Reading {path.name}", package="pyarrow")
+    with needs("pyarrow", f"Reading {path.name}"):
+        import pyarrow.parquet as parquet
     try:
         rows: Rows = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow has errors of its own

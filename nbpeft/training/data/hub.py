@@ -10,7 +10,7 @@ from typing import Any
 
 from nbpeft.errors import TrainingError, did_you_mean, in_one_line
 from nbpeft.hub_access import hub_answers
-from nbpeft.training.data.files import imported
+from nbpeft.optional import needs
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ def load_named(name: DatasetName) -> Any:
     Where the hub does not answer, what lies in the cache is used, without further attempts.
 
     Raises:
-        TrainingError: ``datasets`` is not installed, or there is no such dataset, config or split.
+        MissingPackageError: ``datasets`` is not installed.
+        TrainingError: there is no such dataset, config or split.
     """
-    datasets = imported("datasets", f"Reading the dataset {name.place!r:.100}")
+    with needs("datasets", f"Reading the dataset {name.place!r:.100}"):
+        import datasets
     if os.path.isdir(name.place):
         if any(os.path.exists(os.path.join(name.place, file)) for file in ("state.json", "dataset_dict.json")):
             return _saved(datasets, name)

@@ -1,0 +1,44 @@
+"""``peft.utils.constants``: file names, marks of configs and the usual targets of the methods that nbpeft has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import nbpeft.engine.methods  # noqa: F401 - registers the methods
+from nbpeft.engine.registry import config_class_of, methods_of_type
+from nbpeft.engine.targets import usual_model_types
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+DUMMY_TARGET_MODULES = "dummy-target-modules"
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+
+def _usual_targets(peft_type: str) -> dict[str, Any]:
+    """Model type -> usual targets of a method."""
+    usual = methods_of_type(peft_type)[0].default_targets
+    return {name: targets for name in usual_model_types() if (targets := usual(name)) is not None}
+
+
+def _feedforward_modules(model_type: str) -> Any:
+    config: Any = config_class_of("IA3")()
+    config.fill_in(model_type)
+    return sorted(config.feedforward_modules)
+
+
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = _usual_targets("LORA")
+TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = _usual_targets("IA3")
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {
+    name: _feedforward_modules(name) for name in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+}
+"""Writing to these tables changes no defaults: name the targets in the config instead."""

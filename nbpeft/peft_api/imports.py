@@ -1,0 +1,80 @@
+"""``peft.import_utils``: which packages are there."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+
+def is_aqlm_available() -> bool:
+    """Whether aqlm is installed."""
+    return find_spec("aqlm") is not None
+
+
+def is_bnb_available() -> bool:
+    """Whether bitsandbytes is installed."""
+    return find_spec("bitsandbytes") is not None
+
+
+def is_bnb_4bit_available() -> bool:
+    """Whether bitsandbytes is installed; each version that nbpeft takes has 4-bit layers."""
+    return is_bnb_available()
+
+
+def is_diffusers_available() -> bool:
+    """Whether diffusers is installed."""
+    return find_spec("diffusers") is not None
+
+
+def is_eetq_available() -> bool:
+    """Whether eetq is installed."""
+    return find_spec("eetq") is not None
+
+
+def is_gptqmodel_available() -> bool:
+    """Whether gptqmodel is installed."""
+    return find_spec("gptqmodel") is not None
+
+
+def is_hqq_available() -> bool:
+    """Whether hqq is installed."""
+    return find_spec("hqq") is not None
+
+
+def is_inc_available() -> bool:
+    """Whether neural_compressor is installed."""
+    return find_spec("neural_compressor") is not None
+
+
+def is_optimum_available() -> bool:
+    """Whether optimum is installed."""
+    return find_spec("optimum") is not None
+
+
+def is_te_available() -> bool:
+    """Whether transformer_engine is installed."""
+    return find_spec("transformer_engine") is not None
+
+
+def is_torch_tpu_available(check_device: bool = True) -> bool:
+    """Whether torch_xla is installed.
+
+    Args:
+        check_device: accepted for PEFT's sake: no device is asked for.
+    """
+    return find_spec("torch_xla") is not None
+
+
+def is_torchao_available() -> bool:
+    """Whether torchao is installed."""
+    return find_spec("torchao") is not None
+
+
+def is_xpu_available(check_device: bool = False) -> bool:
+    """Whether torch sees an Intel GPU.
+
+    Args:
+        check_device: accepted for PEFT's sake: torch always asks the device.
+    """
+    return torch.xpu.is_available()

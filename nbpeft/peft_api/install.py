@@ -1,0 +1,153 @@
+"""``install_as_peft``: while it is on, ``import peft`` is nbpeft, for scripts and for other libraries."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from importlib.metadata import Distribution, DistributionFinder
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from packaging.version import Version
+
+from nbpeft.errors import NbpeftError
+from nbpeft.names import PEFT_VERSION
+from nbpeft.peft_api.modules import PeftModules
+
+_CLIENTS = ("accelerate", "diffusers", "sentence_transformers", "transformers", "trl")
+"""Packages that look whether PEFT is there when they are imported."""
+_CACHED = ("is_peft_available", "is_peft_greater_or_equal")
+"""What transformers.utils.import_utils asks once and keeps."""
+_lock = threading.RLock()
+_finder: _PeftFinder | None = None
+_undo = ExitStack()
+
+
+def install_as_peft() -> ExitStack:
+    """Answers ``import peft`` with nbpeft, whether PEFT is installed or not, until ``uninstall_as_peft``.
+
+    Every name of PEFT can be imported from the module that has it there; those that nbpeft has nothing for refuse
+    when they are used. ``importlib.metadata.version("peft")`` is answered, and ``is_peft_available()`` of
+    transformers, accelerate and TRL is true. A second call does nothing.
+
+        nbpeft.install_as_peft()
+        from peft import LoraConfig  # nbpeft's
+
+    Diffusers decides when it is imported whether there is a PEFT: where none is installed, import it afterwards.
+
+    Returns:
+        A context manager that uninstalls at its end, for ``with nbpeft.install_as_peft():``.
+
+    Raises:
+        NbpeftError: PEFT itself is imported already.
+    """
+    global _finder
+    with _lock:
+        if _finder is not None:
+            return ExitStack()
+        loaded = sys.modules.get("peft")
+        if loaded is not None:
+            raise NbpeftError(
+                f"peft is imported already, from {os.path.dirname(str(loaded.__file__))}, and its classes cannot be "
+                "mixed with nbpeft's: call install_as_peft() in a fresh process, before anything imports peft",
+                version=getattr(loaded, "__version__", None),
+            )
+        absent = "peft" in sys.modules or find_spec("peft") is None
+        _undo.callback(sys.modules.update, _take_modules())
+        _finder = _PeftFinder("peft")
+        sys.meta_path.insert(0, _finder)
+        _clear_answers()
+        if absent:
+            _catch_up()
+        until_end = ExitStack()
+        until_end.callback(uninstall_as_peft)
+        return until_end
+
+
+def uninstall_as_peft() -> None:
+    """Undoes ``install_as_peft``: ``import peft`` is PEFT again, if that is installed.
+
+    What was imported meanwhile stays nbpeft's.
+    """
+    global _finder
+    with _lock:
+        if _finder is None:
+            return
+        sys.meta_path.remove(_finder)
+        _finder = None
+        _take_modules()
+        _undo.close()
+        _clear_answers()
+
+
+class _PeftFinder(PeftModules):
+    """Finds ``peft`` and what is below, and its metadata."""
+
+    def find_distributions(self, context: DistributionFinder.Context) -> Iterable[Distribution]:
+        """What is installed under the name that ``importlib.metadata`` looks for, or all of it."""
+        if context.name is None or context.name.lower() == "peft":
+            yield _PeftDistribution()
+
+
+class _PeftDistribution(Distribution):
+    """What ``importlib.metadata`` says of ``peft``.
+
+    Its version is that of the PEFT whose names these are, or the least that the transformers in use asks for where
+    that is more: 5.24 takes no PEFT before 0.22, whose names it does not use.
+    """
+
+    def read_text(self, filename: str) -> str | None:
+        wanted = getattr(sys.modules.get("transformers.integrations.peft"), "MIN_PEFT_VERSION", PEFT_VERSION)
+        version = max(PEFT_VERSION, wanted, key=Version)
+        summary = "nbpeft, by the name of peft"
+        files = {
+            "METADATA": f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\nSummary: {summary}\n",
+            "top_level.txt": "peft\n",
+        }
+        return files.get(filename)
+
+    def locate_file(self, path: str | os.PathLike[str]) -> Path:
+        return Path(__file__).parent / path
+
+
+def _take_modules() -> dict[str, ModuleType]:
+    """Takes ``peft`` and what is below out of the imported modules; a name that must not be imported (None) counts."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "peft"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _clear_answers() -> None:
+    """Lets transformers ask anew whether there is a PEFT."""
+    asking = sys.modules.get("transformers.utils.import_utils")
+    for name in _CACHED if asking is not None else ():
+        getattr(getattr(asking, name, None), "cache_clear", lambda: None)()
+
+
+def _catch_up() -> None:
+    """Gives modules that were imported without a PEFT the names they would have imported from it."""
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in _CLIENTS]:
+        for statement in _peft_imports(getattr(module, "__file__", None)):
+            for alias in statement.names:
+                name = alias.asname or alias.name
+                if name not in vars(module):
+                    setattr(module, name, getattr(importlib.import_module(str(statement.module)), alias.name))
+                    _undo.callback(vars(module).pop, name, None)
+
+
+def _peft_imports(file: Any) -> Iterator[ast.ImportFrom]:
+    """The statements ``from peft... import ...`` that run when a file is imported, under whatever condition."""
+    if not str(file).endswith(".py") or b"from peft" not in (source := Path(file).read_bytes()):
+        return
+    nodes: list[ast.AST] = [ast.parse(source)]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "peft" and not node.level:
+            yield node
+        elif not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef | ast.expr):
+            nodes.extend(ast.iter_child_nodes(node))

@@ -1,0 +1,52 @@
+"""``peft.mapping``: what belongs to a ``peft_type`` or to a task, over the registered methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import nbpeft.model as model_api
+from nbpeft.engine.adapter import PeftType
+from nbpeft.engine.registry import Method, methods
+from nbpeft.model.tuner import tuner_class
+
+
+class _ByPeftType(Mapping[PeftType, Any]):
+    """Something of each registered method, by its ``peft_type``; a method that is registered anew is in it, too."""
+
+    def __init__(self, read: Callable[[Method], Any]) -> None:
+        self._read = read
+
+    def _values(self) -> dict[PeftType, Any]:
+        return {PeftType(method.peft_type): self._read(method) for method in reversed(methods())}
+
+    def __getitem__(self, peft_type: PeftType) -> Any:
+        return self._values()[peft_type]
+
+    def __iter__(self) -> Iterator[PeftType]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+    def __repr__(self) -> str:
+        return repr(self._values())
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING = _ByPeftType(lambda method: method.config_class)
+PEFT_TYPE_TO_PREFIX_MAPPING = _ByPeftType(lambda method: method.prefix)
+PEFT_TYPE_TO_TUNER_MAPPING = _ByPeftType(tuner_class)
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {}
+"""Empty: any methods can be mixed on a model, which takes no class of its own."""
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {
+    handle.task.value: handle
+    for handle in (
+        model_api.PeftModelForSequenceClassification,
+        model_api.PeftModelForSeq2SeqLM,
+        model_api.PeftModelForCausalLM,
+        model_api.PeftModelForTokenClassification,
+        model_api.PeftModelForQuestionAnswering,
+        model_api.PeftModelForFeatureExtraction,
+    )
+}

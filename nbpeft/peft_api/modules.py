@@ -1,0 +1,87 @@
+"""The modules of :mod:`nbpeft.peft_api.names`, made when they are imported, below any name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from nbpeft.names import PEFT_VERSION
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+class PeftModules(MetaPathFinder, Loader):
+    """Finds PEFT's modules below one name, as ``nbpeft.tuners.lora``; each resolves its names when they are used.
+
+    Args:
+        root: the name they are below.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a module that PEFT has, too; None for any other."""
+        root, _, place = fullname.partition(".")
+        if root != self.root:
+            return None
+        from nbpeft.peft_api.names import MODULES
+
+        if place not in MODULES:
+            return None
+        inside = f"{place}.".lstrip(".")
+        return ModuleSpec(fullname, self, is_package=any(other.startswith(inside) for other in MODULES))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Gives a module its names."""
+        from nbpeft.peft_api.names import names_in
+
+        place = module.__name__.partition(".")[2]
+        own = sys.modules[_PACKAGE] if not place else None
+
+        def names() -> list[str]:
+            return sorted({*names_in(place), *(own.__all__ if own else ())} - {"__version__"})
+
+        def find(name: str) -> Any:
+            if name == "__all__":
+                return names()
+            return getattr(own, name) if own and name in own.__all__ else attribute(module.__name__, name)
+
+        module.__doc__ = f"The names of PEFT's ``{'.'.join(filter(None, ('peft', place)))}``."
+        module.__dict__.update(__getattr__=find, __dir__=lambda: sorted({*vars(module), *names()}))
+        if own:
+            module.__dict__["__version__"] = PEFT_VERSION
+
+
+def attribute(module: str, name: str) -> Any:
+    """What PEFT has under a name in one of its modules: a module, or what nbpeft has for it.
+
+    Args:
+        module: full name of the module, as ``nbpeft.utils``.
+        name: the name.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    from nbpeft.peft_api.names import MODULES, value
+
+    place = module.partition(".")[2]
+    if f"{place}.{name}".lstrip(".") in MODULES:
+        return importlib.import_module(f"{module}.{name}")
+    try:
+        return value(place, name)
+    except KeyError:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+
+
+def add_import_paths() -> None:
+    """Lets ``nbpeft.tuners.lora`` and the like be imported; this is looked at only where nothing else is found."""
+    if not any(isinstance(finder, PeftModules) and finder.root == _PACKAGE for finder in sys.meta_path):
+        sys.meta_path.append(PeftModules(_PACKAGE))

@@ -1,0 +1,320 @@
+"""PEFT's modules, the names in each of them, and what each name is in nbpeft: one table.
+
+The names are those of PEFT 0.21.2: what its packages list as public, and what other libraries import besides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from nbpeft.peft_api.missing import missing
+
+_ROOT = __name__.partition(".")[0]
+
+# Where a name is from: a module of nbpeft.peft_api that has it, or one of these.
+OWN = "nbpeft"
+"""A public name of nbpeft. Where it is none (yet), the name is missing."""
+LAYER = "layer"
+"""A class for ``isinstance``: the layers with adapters of one method that PEFT calls so, as ``lora.Linear``."""
+
+_AUTO = (
+    "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+    "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
+)
+_MODELS = (
+    "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+    "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification "
+    "get_layer_status get_model_status"
+)
+_STATE_DICTS = (
+    "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict "
+    "set_peft_model_state_dict"
+)
+_MAPPINGS = "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING"
+_ADAPTER_FUNCTIONS = "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"
+_LORA_EXTRAS = (
+    "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig "
+    "convert_to_lora create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
+)
+_CARTRIDGE_FUNCTIONS = (
+    "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
+    "prompt_embeddings_from_past_key_values"
+)
+_PREFIX_POSTPROCESSING = (
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value"
+)
+_STARCODER = "starcoder_model_postprocess_past_key_value"
+_CONSTANTS = (
+    "ALLOWED_COMPUTE_DTYPES CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES "
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES "
+    "TOKENIZER_CONFIG_NAME UPCAST_DTYPES WEIGHTS_NAME"
+)
+_OWN_TARGETS = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING "
+_OWN_TARGETS += "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"
+_METHODS_WITH_TARGETS = (
+    "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY LNTUNING LOHA LOKR MISS OFT "
+    "OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT"
+)
+_MISSING_TARGETS = " ".join(
+    f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING" for name in _METHODS_WITH_TARGETS.split()
+)
+_TUNERS = "IA3Model TrainableTokensModel"
+_WRAPPERS = "AuxiliaryTrainingWrapper TrainableTokensWrapper"
+_MODULE_FUNCTIONS = (
+    "_freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules _is_valid_match _set_adapter "
+    "get_quantization_config id_tensor_storage infer_device shift_tokens_right transpose"
+)
+_MISSING_UTILS = (
+    "_prepare_prompt_learning_config _set_trainable get_gptqmodel_quant_linear get_quantization_kwargs "
+    "map_cache_to_layer_device_map quantization_extra_repr register_peft_method replace_lora_weights_loftq "
+    "resolve_quantization_backend set_additional_trainable_modules"
+)
+_LORA_LAYERS = "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper"
+_LORA_ROOM = {OWN: "LoraConfig LoraLayer LoraModel LoraRuntimeConfig", LAYER: _LORA_LAYERS, "missing": _LORA_EXTRAS}
+_OTHER_QUANTIZED = {
+    "aqlm": "AqlmLoraLinear",
+    "awq": "AwqLoraLinear",
+    "bnb": "Linear4bit Linear8bitLt",
+    "gptq": "GPTQLoraLinear",
+    "hqq": "HqqLoraLinear",
+    "torchao": "TorchaoLoraLinear",
+}
+
+_ONLY_HERE = {"Conv2d", "Conv3d", "Embedding", "Linear"}
+"""Names that several methods give to layers of theirs: they are not passed on to the packages above."""
+
+METHODS = {
+    "adalora": ("AdaLoRA", "AdaLoraConfig AdaLoraLayer AdaLoraModel RankAllocator SVDConv2d SVDLinear SVDQuantLinear"),
+    "adamss": ("AdaMSS", "AdamssConfig AdamssLayer AdamssModel Linear"),
+    "adaption_prompt": ("LLaMA-Adapter", "AdaptedAttention AdaptionPromptConfig AdaptionPromptModel"),
+    "beft": ("BEFT", "BeftConfig BeftLayer BeftModel Linear"),
+    "boft": ("BOFT", "BOFTConfig BOFTLayer BOFTModel"),
+    "c3a": ("C3A", "C3AConfig C3ALayer C3ALinear C3AModel"),
+    "cartridge": ("Cartridge", f"CartridgeConfig CartridgeEncoder {_CARTRIDGE_FUNCTIONS}"),
+    "cpt": ("context-aware prompt tuning", "CPTConfig CPTEmbedding"),
+    "deft": ("DEFT", "DeftConfig DeftLayer DeftLinear DeftModel"),
+    "delora": ("DeLoRA", "DeloraConfig DeloraLayer DeloraLinear DeloraModel"),
+    "fourierft": ("FourierFT", "FourierFTConfig FourierFTLayer FourierFTLinear FourierFTModel"),
+    "frod": ("FRoD", "FrodConfig FrodLayer FrodModel Linear"),
+    "glora": ("GLoRA", "GloraConfig GloraLayer GloraLinear GloraModel"),
+    "gralora": ("GraLoRA", "GraloraConfig GraloraLayer GraloraModel"),
+    "hira": ("HiRA", "Conv2d Conv3d Embedding HiraConfig HiraLayer HiraModel Linear"),
+    "hra": ("HRA", "HRAConfig HRAConv2d HRALayer HRALinear HRAModel"),
+    "lily": ("Lily", "LilyConfig LilyLayer LilyModel Linear"),
+    "ln_tuning": ("LayerNorm tuning", "LNTuningConfig LNTuningLayer LNTuningModel"),
+    "loha": ("LoHa", "Conv2d Linear LoHaConfig LoHaLayer LoHaModel"),
+    "lokr": ("LoKr", "Conv2d Linear LoKrConfig LoKrLayer LoKrModel"),
+    "miss": ("MiSS", "MissConfig MissLayer MissLinear MissModel"),
+    "mixed": ("PeftMixedModel", "COMPATIBLE_TUNER_TYPES MixedModel"),
+    "multitask_prompt_tuning": (
+        "multitask prompt tuning",
+        "MultitaskPromptEmbedding MultitaskPromptTuningConfig MultitaskPromptTuningInit",
+    ),
+    "oft": ("OFT", "Conv2d Embedding Linear OFTConfig OFTLayer OFTModel"),
+    "osf": ("OSF", "Linear OSFConfig OSFLayer OSFModel"),
+    "p_tuning": ("P-tuning", "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType"),
+    "peanut": ("PEANuT", "Linear PeanutConfig PeanutLayer PeanutModel"),
+    "poly": ("Polytropon", "Linear PolyConfig PolyLayer PolyModel"),
+    "prefix_tuning": ("prefix tuning", "PrefixEncoder PrefixTuningConfig"),
+    "prompt_tuning": ("prompt tuning", "PromptEmbedding PromptTuningConfig PromptTuningInit"),
+    "psoft": ("PSOFT", "Linear PsoftConfig PsoftLayer PsoftModel"),
+    "pvera": ("PVeRA", "Linear PveraConfig PveraLayer PveraModel"),
+    "randlora": ("RandLoRA", "Linear RandLoraConfig RandLoraLayer RandLoraModel"),
+    "road": ("RoAd", "Linear RoadConfig RoadLayer RoadModel"),
+    "shadow": ("Shadow", "DetachedShadowModel ShadowCache ShadowCarrier ShadowConfig ShadowLayer ShadowModel"),
+    "shira": ("SHiRA", "Linear ShiraConfig ShiraLayer ShiraModel"),
+    "supertuning": ("Supertuning", "Linear SupertuningConfig SupertuningLayer SupertuningModel"),
+    "tinylora": ("TinyLoRA", "Embedding Linear TinyLoraConfig TinyLoraLayer TinyLoraModel"),
+    "unilora": ("Uni-LoRA", "Linear UniLoraConfig UniLoraLayer UniLoraModel"),
+    "vblora": ("VB-LoRA", "Linear VBLoRAConfig VBLoRALayer VBLoRAModel"),
+    "vera": ("VeRA", "Linear VeraConfig VeraLayer VeraModel"),
+    "waveft": ("WaveFT", "WaveFTConfig WaveFTLayer WaveFTLinear WaveFTModel"),
+    "xlora": ("X-LoRA", "XLoraConfig XLoraModel"),
+}
+"""Package in ``peft.tuners`` of a method that nbpeft may lack -> the method's name for people, the names in it."""
+
+_METHOD_NAMES = " ".join(
+    name for _, names in METHODS.values() for name in names.split() if name not in _ONLY_HERE and name[-5:] != "Layer"
+)
+
+MODULES: dict[str, dict[str, str]] = {
+    "": {
+        "mappings": f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING {_MAPPINGS}",
+        "helpers": "shift_tokens_right",
+        "layers": _TUNERS,
+        OWN: _METHOD_NAMES,
+        "missing": (
+            f"PeftMixedModel PromptLearningConfig find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} "
+            f"{_PREFIX_POSTPROCESSING}"
+        ),
+    },
+    "auto": {OWN: _AUTO, "mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"},
+    "config": {OWN: "PeftConfig", "constants": "CONFIG_NAME", "missing": "PeftConfigMixin PromptLearningConfig"},
+    "functional": {
+        OWN: f"{_ADAPTER_FUNCTIONS} get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict"
+    },
+    "helpers": {
+        OWN: (
+            "DoraCaching check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
+            "update_forward_signature update_generate_signature update_signature"
+        ),
+        "missing": "KappaTuneSelector MontecloraTrainerMixin find_kappa_target_modules",
+    },
+    "import_utils": {
+        "imports": (
+            "is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available "
+            "is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available "
+            "is_torch_tpu_available is_torchao_available is_xpu_available"
+        )
+    },
+    "mapping": {
+        "mappings": f"PEFT_TYPE_TO_MIXED_MODEL_MAPPING {_MAPPINGS}",
+        OWN: "get_peft_config get_peft_model inject_adapter_in_model",
+    },
+    "mapping_func": {"mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", OWN: "get_peft_model"},
+    "mixed_model": {"missing": "PeftMixedModel"},
+    "optimizers": {
+        OWN: "create_lorafa_optimizer create_loraplus_optimizer",
+        "missing": "create_riemannian_optimizer",
+    },
+    "optimizers.lorafa": {OWN: "create_lorafa_optimizer", "missing": "LoraFAOptimizer"},
+    "optimizers.loraplus": {OWN: "create_loraplus_optimizer"},
+    "optimizers.riemannian": {"missing": "create_riemannian_optimizer"},
+    "peft_model": {
+        OWN: f"{_MODELS} PeftConfig PeftType TaskType",
+        "mappings": _MAPPINGS,
+        "layers": "TunerLayerStatus TunerModelStatus",
+    },
+    "tuners": {
+        OWN: f"IA3Config LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig {_METHOD_NAMES}",
+        "layers": _TUNERS,
+        "missing": _LORA_EXTRAS,
+    },
+    "tuners.tuners_utils": {
+        OWN: f"{_ADAPTER_FUNCTIONS} PeftConfig",
+        "layers": "BaseTuner BaseTunerLayer",
+        "helpers": "check_target_module_exists inspect_matched_modules onload_layer",
+        "constants": "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
+        "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES",
+        "missing": "BasePromptEncoder check_adapters_to_merge clone_module replicate_layers",
+    },
+    "tuners.lora": {**_LORA_ROOM, LAYER: f"{_LORA_LAYERS} {' '.join(_OTHER_QUANTIZED.values())}"},
+    "tuners.lora.config": {OWN: "LoraConfig LoraRuntimeConfig", "missing": _LORA_EXTRAS},
+    "tuners.lora.layer": _LORA_ROOM,
+    "tuners.lora.model": {OWN: "LoraModel LoraConfig LoraLayer"},
+    "tuners.lora.conversion": {"missing": "convert_to_lora save_as_lora"},
+    "tuners.lora.arrow": {"missing": "create_arrow_model"},
+    "tuners.lora.corda": {"missing": "preprocess_corda"},
+    "tuners.lora.eva": {"missing": "get_eva_state_dict initialize_lora_eva_weights"},
+    "tuners.lora.intruders": {"missing": "reduce_intruder_dimension"},
+    "tuners.lora.loraga": {"missing": "estimate_gradients preprocess_loraga"},
+    **{f"tuners.lora.{place}": {LAYER: names} for place, names in _OTHER_QUANTIZED.items()},
+    "tuners.ia3": {OWN: "IA3Config", "layers": "IA3Layer IA3Model", LAYER: "Conv2d Conv3d Linear"},
+    "tuners.ia3.bnb": {LAYER: "Linear4bit Linear8bitLt"},
+    "tuners.ia3.config": {OWN: "IA3Config"},
+    "tuners.ia3.layer": {"layers": "IA3Layer", LAYER: "Conv2d Conv3d Linear"},
+    "tuners.ia3.model": {"layers": "IA3Model"},
+    "tuners.trainable_tokens": {
+        OWN: "TrainableTokensConfig",
+        "layers": "TrainableTokensLayer TrainableTokensModel",
+    },
+    "tuners.trainable_tokens.config": {OWN: "TrainableTokensConfig"},
+    "tuners.trainable_tokens.layer": {"layers": "TrainableTokensLayer"},
+    "tuners.trainable_tokens.model": {"layers": "TrainableTokensModel"},
+    "tuners.lycoris_utils": {"missing": "LycorisConfig LycorisLayer LycorisTuner"},
+    **{
+        f"tuners.{package}{part}": {OWN: names}
+        for package, (_, names) in METHODS.items()
+        for part in ("", ".config", ".layer", ".model")
+    },
+    "utils": {
+        OWN: (
+            "ModulesToSaveWrapper NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType "
+            f"cast_mixed_precision_params prepare_model_for_kbit_training {_STATE_DICTS}"
+        ),
+        "constants": f"{_CONSTANTS} {_OWN_TARGETS}",
+        "layers": _WRAPPERS,
+        "helpers": _MODULE_FUNCTIONS,
+        "missing": f"{_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING}",
+    },
+    "utils.constants": {
+        "constants": f"{_CONSTANTS} {_OWN_TARGETS}",
+        "missing": f"{_MISSING_TARGETS} {_PREFIX_POSTPROCESSING} {_STARCODER}",
+    },
+    "utils.error": {OWN: "NoMatchingPeftModuleError PeftError"},
+    "utils.hotswap": {
+        OWN: "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
+        "helpers": "check_hotswap_configs_compatible",
+    },
+    "utils.integrations": {
+        "helpers": "check_deepspeed_zero3_enabled dequantize_module_weight",
+        "missing": "dequantize_bnb_weight gather_params_ctx get_layer_device_map init_empty_weights "
+        "map_cache_to_layer_device_map skip_init_on_device",
+    },
+    "utils.loftq_utils": {"missing": "loftq_init replace_lora_weights_loftq"},
+    "utils.merge_utils": {
+        "merging": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
+        "missing": "calculate_majority_sign_mask disjoint_merge magnitude_based_pruning prune random_pruning "
+        "reshape_weight_task_tensors",
+    },
+    "utils.other": {
+        OWN: "ModulesToSaveWrapper cast_mixed_precision_params prepare_model_for_kbit_training",
+        "constants": f"{_CONSTANTS} {_OWN_TARGETS}",
+        "layers": _WRAPPERS,
+        "helpers": (f"{_MODULE_FUNCTIONS} fsdp_auto_wrap_policy get_pattern_key match_target_against_key str_to_bool"),
+        "missing": (
+            f"check_file_exists_on_hf_hub {_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING} {_STARCODER}"
+        ),
+    },
+    "utils.peft_types": {OWN: "PeftType TaskType", "missing": "register_peft_method"},
+    "utils.quantization_utils": {
+        "missing": "get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
+    },
+    "utils.save_and_load": {OWN: _STATE_DICTS},
+    "utils.transformers_weight_conversion": {
+        "conversion": "build_peft_weight_mapping",
+        "missing": "convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
+    },
+    "utils.warning": {OWN: "PeftWarning"},
+}
+"""PEFT's module below ``peft`` -> where names are from -> names that are separated by spaces."""
+
+_METHOD_OF = {name: method for method, names in METHODS.values() for name in names.split()}
+
+
+def names_in(place: str) -> list[str]:
+    """The names in a module; for ``peft`` itself those that nbpeft lacks or calls otherwise."""
+    return sorted(_origins(place))
+
+
+def value(place: str, name: str) -> Any:
+    """What a name is.
+
+    Args:
+        place: module of PEFT below ``peft``.
+        name: the name.
+
+    Raises:
+        KeyError: the module has no such name.
+    """
+    origin = _origins(place)[name]
+    room = place.split(".")[1] if place.startswith("tuners.") else ""
+    if origin == LAYER:
+        return _module("layers").layer_class(f"{room}.{name}")
+    if origin not in (OWN, "missing"):
+        return getattr(_module(origin), name)
+    root = sys.modules[_ROOT]
+    if name in root.__all__:
+        return getattr(root, name)
+    method = METHODS[room][0] if room in METHODS else _METHOD_OF.get(name, "")
+    return missing(name, method, f"tuners.{room}" if name in _ONLY_HERE else "")
+
+
+def _origins(place: str) -> dict[str, str]:
+    return {name: origin for origin, names in MODULES[place].items() for name in names.split()}
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{_ROOT}.peft_api.{name}")

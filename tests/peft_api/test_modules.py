@@ -1,0 +1,105 @@
+"""PEFT's import paths under nbpeft's own name, and the names that nbpeft has nothing for."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+import nbpeft
+from nbpeft.peft_api.missing import missing
+from nbpeft.peft_api.modules import add_import_paths
+from nbpeft.peft_api.names import METHODS, MODULES, names_in
+
+
+def test_a_path_leads_to_the_public_name() -> None:
+    for path, name in (
+        ("utils.hotswap", "hotswap_adapter"),
+        ("tuners.lora", "LoraLayer"),
+        ("optimizers", "create_loraplus_optimizer"),
+        ("helpers", "rescale_adapter_scale"),
+        ("functional", "set_adapter"),
+        ("utils.other", "ModulesToSaveWrapper"),
+        ("utils.save_and_load", "get_peft_model_state_dict"),
+        ("peft_model", "PeftModelForCausalLM"),
+        ("config", "PeftConfig"),
+        ("mapping", "get_peft_config"),
+    ):
+        assert getattr(importlib.import_module(f"nbpeft.{path}"), name) is getattr(nbpeft, name)
+
+
+def test_modules_are_attributes_of_the_packages_they_are_in() -> None:
+    module = importlib.import_module("nbpeft.tuners.lora.layer")
+    assert vars(sys.modules["nbpeft"])["tuners"].lora.layer is module
+    assert getattr(nbpeft, "import_utils").is_bnb_available() is True  # noqa: B009 - type checkers do not know it
+    assert module.__doc__ == "The names of PEFT's ``peft.tuners.lora.layer``."
+    assert "LoraLayer" in dir(module) and set(module.__all__) == set(names_in("tuners.lora.layer"))
+
+
+@pytest.mark.parametrize("place", MODULES)
+def test_every_name_of_every_module_is_there(place: str) -> None:
+    module = importlib.import_module(f"nbpeft.{place}".rstrip("."))
+    assert names_in(place), "a module without names is of no use"
+    for name in names_in(place):
+        assert getattr(module, name) is getattr(module, name) is not None, name
+
+
+def test_what_is_nowhere_is_an_import_error() -> None:
+    assert find_spec("nbpeft.nothing") is None and find_spec("nbpeft.tuners.nothing") is None
+    module = importlib.import_module("nbpeft.utils.hotswap")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = module.nothing
+
+
+def test_one_finder_is_enough() -> None:
+    before = list(sys.meta_path)
+    add_import_paths()
+    assert sys.meta_path == before
+
+
+def test_a_missing_class_can_be_compared_with_and_not_made() -> None:
+    config = nbpeft.PrefixTuningConfig
+    assert not isinstance(nbpeft.LoraConfig(), config) and config is nbpeft.PrefixTuningConfig
+    line = "PrefixTuningConfig is not available: nbpeft does not implement prefix tuning"
+    with pytest.raises(nbpeft.NotSupportedError, match=line) as raised:
+        config(num_virtual_tokens=8)
+    assert isinstance(raised.value, NotImplementedError) and raised.value.details == {"name": "PrefixTuningConfig"}
+    with pytest.raises(AttributeError, match="PromptTuningInit is not available: nbpeft does not implement prompt"):
+        _ = nbpeft.PromptTuningInit.TEXT
+    assert not hasattr(config, "__wrapped__")
+
+    class Derived(config):  # type: ignore[misc, valid-type]
+        pass
+
+    with pytest.raises(nbpeft.NotSupportedError):
+        Derived()
+
+
+def test_a_missing_function_refuses_and_a_missing_table_is_empty() -> None:
+    with pytest.raises(nbpeft.NotSupportedError, match="convert_to_lora is not available: nbpeft does not"):
+        nbpeft.convert_to_lora(None)
+    tables = importlib.import_module("nbpeft.utils.constants")
+    assert tables.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING == {}
+    assert tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"] == ["q_proj", "v_proj"]
+    assert tables.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING["llama"] == ["down_proj"]
+
+
+def test_layers_of_one_name_are_told_apart_by_their_method() -> None:
+    rooms = [importlib.import_module(f"nbpeft.tuners.{room}") for room in ("vera", "loha", "lora", "ia3")]
+    assert len({room.Linear for room in rooms}) == 4
+    assert rooms[0].Linear is importlib.import_module("nbpeft.tuners.vera.layer").Linear
+    assert missing("Linear", "VeRA", "tuners.vera") is rooms[0].Linear
+
+
+def test_a_method_that_is_there_is_not_missing() -> None:
+    """A row of the table may stay when its method is registered: the public name comes first."""
+    for _, names in METHODS.values():
+        for name in set(names.split()) & set(nbpeft.__all__):
+            assert getattr(nbpeft, name).__module__.startswith("nbpeft.engine."), name
+
+
+def test_errors_of_missing_names_can_be_pickled() -> None:
+    assert isinstance(pickle.loads(pickle.dumps(nbpeft.NotSupportedError("no"))), nbpeft.NotSupportedError)
