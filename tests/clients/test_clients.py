@@ -19,7 +19,7 @@ PACKAGES = {
     "diffusers": ("diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"),
     "sentence": (
         *("sentence-transformers==6.2.0", "scikit-learn==1.9.1", "scipy==1.17.1", "joblib==1.6.0"),
-        *("threadpoolctl==3.8.0", "narwhals==2.29.0"),
+        *("threadpoolctl==3.8.0", "narwhals==2.29.0", "cloudpickle==3.1.3"),
     ),
 }
 
