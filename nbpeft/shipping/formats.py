@@ -19,7 +19,7 @@ from nbpeft.model import files, merge_to_folder, merged_tensors
 from nbpeft.shipping.engines.diffusers import component_of
 from nbpeft.shipping.facts import AdapterFacts
 from nbpeft.shipping.gguf_model import GgufModel, common_alpha
-from nbpeft.shipping.gguf_tokenizer import describe_tokenizer
+from nbpeft.shipping.gguf_tokenizer import check_tokenizer, describe_tokenizer
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 """Types of weights that a folder of safetensors can hold."""
@@ -115,6 +115,7 @@ def merged_gguf(
     """A merged model for llama.cpp, with its tokenizer."""
     merged = merged_tensors(manager.model, facts.name, dtype="float32")
     config = _config(manager)
+    check_tokenizer(tokenizer, config.vocab_size)
     model = GgufModel(facts.model_class, config)
     tensors = model.model_tensors(merged.specs, merged.read, stored_as)
     gguf = checkpoint.gguf_package()

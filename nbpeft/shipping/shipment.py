@@ -126,6 +126,10 @@ def plan_shipment(
     needs_base = chosen.name == "ollama" and base is None
     merged = merged or (needs_base and verdict.as_merged)
     _check(verdict, merged)
+    if needs_base and not merged:
+        raise ConfigError(
+            "Ollama puts the adapter beside a model it has: give its name there, e.g. base='gemma2:2b' (base=…)"
+        )
     form = chosen.merged if merged else chosen.adapter
     assert form is not None
     stored_as = _type(quantize, form.types, chosen.label)

@@ -197,7 +197,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match="no space left"):
         ship(model, engine="vllm", to=place, overwrite=True)
     with pytest.raises(CheckpointError, match="no space left"):
-        ship(model, engine="vllm", to=tmp_path / "new")
+        ship(model, engine="vllm", to=tmp_path / "new" / "served")
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["served"] and same_state(state(model), weights)
 
