@@ -15,8 +15,7 @@ import inspect
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -63,18 +62,22 @@ class HeldInterrupts:
             self._noted = False
             self._previous(signal.SIGINT, sys._getframe())
 
-    @contextmanager
-    def released(self) -> Iterator[None]:
+    def released(self) -> AbstractContextManager[None]:
         """Lets interruptions through while the block runs."""
-        if self._previous is None:
-            yield
-            return
+        return nullcontext() if self._previous is None else _Released(self)
+
+    def resume(self) -> None:
+        """Holds interruptions back again."""
+        signal.signal(signal.SIGINT, self._note)
+
+    def release(self) -> None:
+        """Lets interruptions through, one that was noted first; ``resume`` holds them back again."""
         signal.signal(signal.SIGINT, self._previous)
         try:
             self.deliver()
-            yield
-        finally:
-            signal.signal(signal.SIGINT, self._note)
+        except BaseException:
+            self.resume()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -85,6 +88,23 @@ class HeldInterrupts:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self.deliver()
+
+
+class _Released:
+    """The block of ``HeldInterrupts.released``.
+
+    No generator: one whose block was never entered, because the interruption came first, goes on when it is
+    collected, and would hold interruptions back after the outer block has ended, for good.
+    """
+
+    def __init__(self, held: HeldInterrupts) -> None:
+        self._held = held
+
+    def __enter__(self) -> None:
+        self._held.release()
+
+    def __exit__(self, *error: object) -> None:
+        self._held.resume()
 
 
 def check_interrupt() -> None:

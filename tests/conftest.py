@@ -8,8 +8,10 @@ import gc
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -36,6 +38,16 @@ def pytest_runtest_teardown() -> None:
     interruptions do; the errors of all later tests in the process would have it as their context.
     """
     ctypes.pythonapi.PyErr_SetHandledException(ctypes.py_object(None))
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Every test leaves the handler of interruptions as it was: one that holds them back makes a kernel deaf."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    assert after == before, f"interruptions go to {after} now"
 
 
 @pytest.fixture(autouse=True)

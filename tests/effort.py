@@ -60,12 +60,13 @@ def effort(quick: int = 200, *, full: int | None = None, long: int = 10_000) -> 
     return max(full, long)
 
 
-def drawn(points: Sequence[Point], quick: int = 200, *, seed: int = 0) -> list[Point]:
+def drawn(points: Sequence[Point], quick: int = 200, *, full: int | None = None, seed: int = 0) -> list[Point]:
     """All points in ``--all`` and ``--long``, and ``quick`` of them otherwise, in their order.
 
-    The same in every process and every run, until ``NBPEFT_TESTS_SEED`` or ``seed`` is another.
+    With ``full``, only so many in ``--all``. The same in every process and every run, until
+    ``NBPEFT_TESTS_SEED`` or ``seed`` is another.
     """
-    number = effort(quick)
+    number = effort(quick) if full is None else effort(quick, full=full, long=len(points))
     if number is None or number >= len(points):
         return list(points)
     chosen = random.Random(f"{SEED} {seed}").sample(range(len(points)), number)

@@ -236,7 +236,9 @@ def method_tensors(path: str, text: str) -> Iterator[str]:
     yield from (f"{path}: {found[0]}" for found in METHOD_TENSOR.finditer(text) if "/methods/" not in path)
 
 
-HEADLESS = tuple(f"nbpeft/{layer}/" for layer in ("checkpoint", "engine", "memory", "model", "session", "training"))
+HEADLESS = tuple(
+    f"nbpeft/{layer}/" for layer in ("checkpoint", "engine", "memory", "model", "session", "shipping", "training")
+)
 HTML = re.compile(r"<div|<table|_html\b|var\(--jp")
 MAGIC = re.compile(r"%%?q?lora|[(,] ?--(?!jp-)[a-z]")
 METHOD_TENSOR = re.compile(

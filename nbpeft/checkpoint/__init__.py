@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from nbpeft.checkpoint.atomic import NewFile as NewFile
 from nbpeft.checkpoint.atomic import disk_errors as disk_errors
+from nbpeft.checkpoint.atomic import in_place_of as in_place_of
+from nbpeft.checkpoint.atomic import replace_files as replace_files
 from nbpeft.checkpoint.card import CardFacts as CardFacts
 from nbpeft.checkpoint.card import card_text as card_text
 from nbpeft.checkpoint.config_format import condense_targets as condense_targets
@@ -22,11 +24,21 @@ from nbpeft.checkpoint.folder import write_card as write_card
 from nbpeft.checkpoint.folder import write_checkpoint as write_checkpoint
 from nbpeft.checkpoint.folder import write_checkpoints as write_checkpoints
 from nbpeft.checkpoint.folder import write_config as write_config
+from nbpeft.checkpoint.gguf_file import GGUF_TYPES as GGUF_TYPES
+from nbpeft.checkpoint.gguf_file import GgufTensor as GgufTensor
+from nbpeft.checkpoint.gguf_file import file_type as file_type
+from nbpeft.checkpoint.gguf_file import gguf_package as gguf_package
+from nbpeft.checkpoint.gguf_file import read_gguf as read_gguf
+from nbpeft.checkpoint.gguf_file import write_gguf as write_gguf
 from nbpeft.checkpoint.hub_token import find_token as find_token
+from nbpeft.checkpoint.hub_token import reading_token as reading_token
 from nbpeft.checkpoint.identity import Fingerprint as Fingerprint
 from nbpeft.checkpoint.identity import compare as compare
 from nbpeft.checkpoint.identity import fingerprint as fingerprint
 from nbpeft.checkpoint.key_conversion import key_conversion_of as key_conversion_of
+from nbpeft.checkpoint.lora_file import lora_file as lora_file
+from nbpeft.checkpoint.lora_file import read_lora_file as read_lora_file
+from nbpeft.checkpoint.lora_file import write_lora_file as write_lora_file
 from nbpeft.checkpoint.model_files import ModelFolder as ModelFolder
 from nbpeft.checkpoint.model_files import TensorSpec as TensorSpec
 from nbpeft.checkpoint.model_files import in_shards as in_shards

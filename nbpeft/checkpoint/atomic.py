@@ -22,7 +22,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nbpeft.checkpoint.staging import OLD, Mark, Staging, flush_folder, sweep, take_back
+from nbpeft.checkpoint.staging import ASIDE, OLD, Mark, Staging, flush_folder, sweep, take_back
 from nbpeft.errors import CheckpointError, in_one_line
 
 _SHOWN = 160
@@ -186,6 +186,44 @@ def _check_space(folder: Path, byte_count: int) -> None:
         free = shutil.disk_usage(folder).free
         if free < byte_count:
             raise CheckpointError(_no_space(folder, byte_count), needed=byte_count, free=free)
+
+
+@contextmanager
+def in_place_of(folder: Path, *, allowed: bool) -> Iterator[None]:
+    """Lets what the block writes be a folder of its own, in the place of one that is there; undone on an error.
+
+    Args:
+        folder: to be written.
+        allowed: whether a folder with files may be replaced; one with folders in it never is.
+
+    Raises:
+        CheckpointError: something is there that may not be replaced.
+    """
+    with disk_errors(folder):
+        _make_folder(folder.parent, [])
+        sweep(folder.parent)  # what a process that died moved aside comes back
+        found = os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()))
+        if found and not allowed:
+            raise CheckpointError(
+                f"{shown(folder)} is there already; choose another folder, or replace it (overwrite=…)"
+            )
+        if found and (folder.is_symlink() or not folder.is_dir() or any(path.is_dir() for path in folder.iterdir())):
+            raise CheckpointError(f"{shown(folder)} is more than a folder of files, and is not replaced")
+    if not found:
+        yield
+        return
+    with disk_errors(folder):
+        staging = Staging(folder.parent)
+        aside = staging.path / ASIDE / folder.name
+        aside.parent.mkdir()
+        os.replace(folder, aside)
+    try:
+        yield
+    except BaseException:
+        os.replace(aside, folder)
+        raise
+    finally:
+        staging.close()
 
 
 def flush_file(path: Path) -> None:

@@ -11,6 +11,7 @@ derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`
     Rescales                            have a factor that can be changed while loaded
     Pads                                fit into larger tensors, so that a compiled model need not compile again
     ServesRows                          serve a mixed batch in one pass
+    IsLowRank                           add a product of two thin matrices, so that any LoRA runtime can serve them
     LearnsWithHooks                     take part in training beside the gradient
 """
 
@@ -34,7 +35,7 @@ from nbpeft.engine.field_types import check_types
 from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
-from nbpeft.names import PEFT_VERSION
+from nbpeft.names import PEFT_TYPES, PEFT_VERSION
 
 
 class TaskType(str, enum.Enum):
@@ -76,10 +77,14 @@ class _Extensible(enum.EnumMeta):
 
 
 class PeftType(str, enum.Enum, metaclass=_Extensible):
-    """Values of ``peft_type`` in config files: one for each registered method, ``PeftType.LORA``."""
+    """Values of ``peft_type`` in config files: those of PEFT and of registered methods, ``PeftType.LORA``."""
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+for _name in PEFT_TYPES:
+    PeftType.add(_name)
 
 
 class ConfigStore(Protocol):
@@ -575,6 +580,36 @@ class ServesRows(ABC):
             A function of the input (batch, …) and an index (batch,) into ``adapters`` (-1: none)
             that gives the delta to add, or None where rows have to be served adapter by adapter.
         """
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """What an adapter adds to one layer: ``scaling * up @ down`` to the weight, and a bias.
+
+    Attributes:
+        down: (r, in), for a convolution (r, in, *kernel).
+        up: (out, r), for a convolution (out, r, 1, …).
+        scaling: factor on the product.
+        bias: (out,), added to the layer's bias as it is; None where there is none.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rows of ``down``."""
+        return int(self.down.shape[0])
+
+
+class IsLowRank(ABC):
+    """What it adds to a weight is exactly the product of two thin matrices."""
+
+    @abstractmethod
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """The two matrices, detached, without rows that are only padding."""
 
 
 class LearnsWithHooks:

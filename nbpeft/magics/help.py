@@ -12,7 +12,7 @@ from nbpeft.magics.parse import Argument, Subcommand
 _CELLS = "Set up and train"
 _GROUPS: dict[str, tuple[str, ...]] = {
     "Which adapters are active": ("use", "off", "on", "scale", "freeze", "unfreeze"),
-    "Adapters of a model": ("add", "load", "save", "push", "rename", "copy", "delete", "reset", "undo"),
+    "Adapters of a model": ("add", "load", "save", "push", "ship", "rename", "copy", "delete", "reset", "undo"),
     "Base weights": ("merge", "unmerge", "unload"),
     "See and compare": ("panel", "ask", "compare", "inspect", "memory", "data", "runs", "result"),
     "Several adapters": ("combine", "blend", "swap"),

@@ -19,6 +19,8 @@ from nbpeft.session.handles import is_module
 _REQUIRED = "the following arguments are required: "
 _CLOSE = 0.8
 """How like a name of an option's own a word must be to be meant as one, and not as a field."""
+_EXPRESSION = re.compile(r"\{[^\W\d]\w*[.\[(][^{}]*\}.*")
+"""``{runs[0]}`` and the like, which IPython's own magics evaluate."""
 _DIGITS = 18
 """Of the longest whole number that an option takes."""
 
@@ -238,6 +240,9 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
     whole = reference(text)
     found = None if word.quoted else folder(text) if whole is None else (whole, "")
     if found is None:
+        if not word.quoted and _EXPRESSION.fullmatch(text):
+            message = f"{text:.60} is an expression, and only a variable is replaced, as in {{name}}: assign it first"
+            raise CellError(message, column=word.start)
         return word.text
     name, rest = found
     if name not in namespace:

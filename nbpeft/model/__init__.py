@@ -32,8 +32,10 @@ from nbpeft.model.hotswap import hotswap_adapter as hotswap_adapter
 from nbpeft.model.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
 from nbpeft.model.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from nbpeft.model.merge_export import MergedFolder as MergedFolder
+from nbpeft.model.merge_export import MergedTensors as MergedTensors
 from nbpeft.model.merge_export import merge_errors as merge_errors
 from nbpeft.model.merge_export import merge_to_folder as merge_to_folder
+from nbpeft.model.merge_export import merged_tensors as merged_tensors
 from nbpeft.model.peft_model import PeftModel as PeftModel
 from nbpeft.model.pool import AdapterPool as AdapterPool
 from nbpeft.model.pool import PoolStatistics as PoolStatistics

@@ -27,6 +27,9 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 _ROOT_ADAPTER = "default"
 
 
+Rewrite = Callable[[str, AdapterConfig, AdapterWeights], tuple[AdapterConfig, AdapterWeights]]
+
+
 class LoadResult(NamedTuple):
     """What did not match while loading."""
 
@@ -59,7 +62,7 @@ def read(
 
     Args:
         manager: of the base model.
-        source: a folder or a hub id.
+        source: a folder, a hub id, or one file with keys spelled as kohya's or diffusers' (see ``lora_file``).
         name: name to give it.
         trainable: whether it trains while active.
         half: keep it in a half-precision base's dtype.
@@ -85,7 +88,11 @@ def read(
             "or use load_adapter() on the model that has it to replace it"
         )
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
-    saved = checkpoint.read_checkpoint(str(source), device=_device(manager, options.get("torch_device")), **hub)
+    device, single = _device(manager, options.get("torch_device")), None if hub else checkpoint.lora_file(source)
+    if single is not None:
+        saved = checkpoint.read_lora_file(single, (path for path, _ in bare_modules(manager.model)), device)
+    else:
+        saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
     config = (config or saved.config).copy(inference_mode=not trainable)
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
@@ -217,6 +224,7 @@ def save(
     state_dict: Mapping[str, Tensor] | None = None,
     flat: bool = False,
     converted: bool = False,
+    rewrite: Rewrite | None = None,
     stays: bool = True,
     facts: checkpoint.CardFacts | None = None,
 ) -> dict[str, checkpoint.WrittenFiles]:
@@ -230,6 +238,7 @@ def save(
         state_dict: take tensors from here, under the names they have in the handle.
         flat: put the one adapter named into the folder itself, whatever its name.
         converted: write adapters that started in a part of the base as plain LoRA.
+        rewrite: (name, config, tensors) -> what is written in their place.
         stays: whether the folder is one that stays, so that the adapters are no longer unsaved.
         facts: what the card says besides the config.
 
@@ -248,6 +257,8 @@ def save(
             weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
             if converted:
                 config, weights = _without_weight(manager, name, weights)
+            if rewrite is not None:
+                config, weights = rewrite(name, config, weights)
             config = checkpoint.config_to_save(config, manager.model, targets=paths)
             ready[places[name]] = config, _under_keys(config, weights)
         if not ready:
@@ -311,7 +322,7 @@ def _saved_weights(
     """Returns the tensors that a file of an adapter holds; see ``save`` for the arguments."""
     weights = manager.weights(name)
     targeted = _adapted_embeddings(manager, name)
-    if embeddings is True or (embeddings == "auto" and (targeted or _vocabulary_resized(manager.model))):
+    if embeddings is True or (embeddings == "auto" and (targeted or vocabulary_resized(manager.model))):
         present = embedding_weights(manager.model)
         if not present:
             warnings.warn(
@@ -365,12 +376,12 @@ def _adapted_embeddings(manager: AdapterManager, name: str) -> list[str]:
 def warn_of_saved_embeddings(manager: AdapterManager, names: Sequence[str] | None, embeddings: str | bool) -> None:
     """Warns if whole embeddings are saved although that was not asked for."""
     adapted = [path for name in names or manager.names for path in _adapted_embeddings(manager, name)]
-    if embeddings == "auto" and (adapted or _vocabulary_resized(manager.model)):
+    if embeddings == "auto" and (adapted or vocabulary_resized(manager.model)):
         why = f"{adapted[0]} is adapted" if adapted else "the vocabulary was resized"
         warnings.warn(f"{why}: whole embeddings are saved along (not with save_embedding_layers=False)", stacklevel=3)
 
 
-def _vocabulary_resized(model: nn.Module) -> bool:
+def vocabulary_resized(model: nn.Module) -> bool:
     """Returns whether the vocabulary differs from the one in the folder the base was loaded from.
 
     False for a base from the hub: saving never goes to the network.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,37 @@ def merge_errors(
     for path in deltas.layers:
         merger.tensor(f"{path}.weight")
     return MergeErrors(tuple(merger.errors[path] for path in deltas.layers), merger.dtype_name)
+
+
+@dataclass(frozen=True)
+class MergedTensors:
+    """The tensors of a model with adapters merged into its weights; each is computed when it is read.
+
+    Attributes:
+        names: the adapters.
+        specs: what there is; a weight that embedding and head share is there once, unless an adapter changes one.
+        read: name -> tensor.
+    """
+
+    names: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    read: Callable[[str], Tensor]
+
+
+def merged_tensors(model: nn.Module, adapter: str | Sequence[str], *, dtype: torch.dtype | str) -> MergedTensors:
+    """Returns the merged weights of a loaded model, for a format of one's own. Nothing is changed or written.
+
+    Args:
+        model: an adapted model, quantized or not.
+        adapter: name or names.
+        dtype: of the tensors.
+
+    Raises:
+        MergeError: adapters are merged already or cannot be merged.
+    """
+    plan = _of_model(model, adapter, None)
+    merger = _Merger(plan.deltas, plan.weights, dtype_of(dtype, "dtype", DTYPES), False, False)
+    return MergedTensors(plan.deltas.names, tuple(merger.spec(spec) for spec in plan.weights.specs), merger.tensor)
 
 
 class _Merger:

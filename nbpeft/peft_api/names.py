@@ -180,7 +180,11 @@ MODULES: dict[str, dict[str, str]] = {
     "optimizers.lorafa": {OWN: "create_lorafa_optimizer", "missing": "LoraFAOptimizer"},
     "optimizers.loraplus": {OWN: "create_loraplus_optimizer"},
     "optimizers.riemannian": {"missing": "create_riemannian_optimizer"},
-    "peft_model": {OWN: f"{_MODELS} PeftConfig PeftType TaskType", "mappings": _MAPPINGS},
+    "peft_model": {
+        OWN: f"{_MODELS} PeftConfig PeftType TaskType",
+        "mappings": _MAPPINGS,
+        "layers": "TunerLayerStatus TunerModelStatus",
+    },
     "tuners": {
         OWN: f"IA3Config IA3Model LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig TrainableTokensModel "
         f"{_METHOD_NAMES}",
@@ -250,8 +254,9 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.loftq_utils": {"missing": "loftq_init replace_lora_weights_loftq"},
     "utils.merge_utils": {
-        "missing": "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning "
-        "magnitude_prune prune random_pruning reshape_weight_task_tensors task_arithmetic ties"
+        "merging": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
+        "missing": "calculate_majority_sign_mask disjoint_merge magnitude_based_pruning prune random_pruning "
+        "reshape_weight_task_tensors",
     },
     "utils.other": {
         OWN: "ModulesToSaveWrapper cast_mixed_precision_params prepare_model_for_kbit_training",
@@ -268,8 +273,8 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.save_and_load": {OWN: _STATE_DICTS},
     "utils.transformers_weight_conversion": {
-        "missing": "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
-        "convert_peft_config_for_transformers"
+        "conversion": "build_peft_weight_mapping",
+        "missing": "convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
     },
     "utils.warning": {OWN: "PeftWarning"},
 }

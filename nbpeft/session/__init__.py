@@ -23,6 +23,7 @@ from nbpeft.session.results import (
     Result,
     SavedAdapter,
     SaveResult,
+    ShipResult,
     StatusReport,
     UnloadResult,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "SaveResult",
     "SavedAdapter",
     "Session",
+    "ShipResult",
     "StatusReport",
     "SwapResult",
     "UnloadResult",

@@ -22,6 +22,7 @@ from nbpeft.session.commands import (
     pushing,
     quantizing,
     running,
+    shipping,
     swapping,
     switching,
     training,
@@ -82,6 +83,7 @@ class Session:
     load = _command(adapters.load)
     save = _command(adapters.save)
     push = _command(pushing.push)
+    ship = _command(shipping.ship)
     delete = _command(adapters.delete)
     rename = _command(adapters.rename)
     copy = _command(adapters.copy)

@@ -23,6 +23,8 @@ from tests.effort import effort
 
 KILLS = effort(quick=6, full=40, long=200)
 """Deaths of each writer at random moments."""
+CHILD_SECONDS = 120
+"""How long a forked process may take."""
 
 DURABLE = ("mkdir", "replace", "rename", "link", "fsync", "unlink", "rmdir")
 """Calls of ``os`` that change what is on the disk; a death is most interesting after one of them."""
@@ -42,9 +44,9 @@ PATHS = (
 )
 
 
-def drawn(count: int, seed: int = 0) -> list[int]:
-    """Which of ``count`` points to try, counted from 1: 6 of them in the quick run, otherwise all."""
-    return effort_drawn(range(1, count + 1), quick=6, seed=seed)
+def drawn(count: int, seed: int = 0, *, full: int | None = None) -> list[int]:
+    """Which of ``count`` points to try, counted from 1: 6 of them in the quick run, otherwise all, or ``full``."""
+    return effort_drawn(range(1, count + 1), quick=6, full=full, seed=seed)
 
 
 def forked(act: Callable[[], object], *, kill_after: float | None = None) -> bool:
@@ -70,9 +72,27 @@ def forked(act: Callable[[], object], *, kill_after: float | None = None) -> boo
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = _ended(child)
     assert code in (0, -signal.SIGKILL), f"the write ended with {code}"
     return code == -signal.SIGKILL
+
+
+def _ended(child: int) -> int:
+    """The exit code of a process; one that does not end is killed and fails the test.
+
+    A lock that another thread held at the fork is never released in the child.
+    """
+    start = time.monotonic()
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        waited = time.monotonic() - start
+        if waited > CHILD_SECONDS:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail(f"the forked process did not end within {CHILD_SECONDS} s")
+        time.sleep(min(0.02, 0.001 + waited / 20))
 
 
 @contextmanager

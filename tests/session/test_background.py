@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from nbpeft.errors import AdapterError, BusyError, NbpeftError
 from nbpeft.session import Session
-from nbpeft.session.background import BackgroundRun
+from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
 
@@ -222,6 +222,27 @@ def test_what_fails_before_the_first_step_fails_in_the_cell(session: Session, mo
         assert model.manager.active_state.turns is None
     assert all(map(torch.equal, before, weights(model)))
     session.use("sql")
+
+
+@pytest.mark.parametrize("place", ["before its thread", "at its thread", "before it is shown"])
+def test_one_that_cannot_begin_keeps_nothing_busy(
+    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if place == "before its thread":
+            patch.setattr(BackgroundTraining, "start", fails)
+        elif place == "at its thread":
+            patch.setattr(threading.Thread, "start", fails)
+        else:
+            patch.setattr(session.context.run_subscribers, "notify", fails)
+        with pytest.raises(KeyboardInterrupt):
+            session.train(model, ROWS, background=True, **FIELDS)
+    assert model.manager.active_state.turns is None
+    session.use("sql")
+    session.context.refuse_another_training()
 
 
 class Breaks(TrainerCallback):

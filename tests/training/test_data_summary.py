@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nbpeft.training import prepare_data, summarize
@@ -102,6 +102,7 @@ def test_an_encoder_decoder_answers_apart(tokenizer: Any) -> None:
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1), st.none() | st.integers(1, 3000))
+@example(lengths=[5000], border=1)
 def test_every_length_is_in_one_bin(lengths: list[int], border: int | None) -> None:
     bins = bins_of(lengths, border)
     assert all(one[1] + 1 == other[0] for one, other in itertools.pairwise(bins))

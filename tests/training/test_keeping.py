@@ -277,7 +277,7 @@ def test_a_death_at_any_moment_leaves_a_state_to_go_on_from(place: Path, often: 
 
     with after_call(0, die) as calls:
         run(place / "whole", trainable())
-    for number in drawn(len(calls)):
+    for number in drawn(len(calls), full=24):
         where = place / str(number)
 
         def act(number: int = number, where: Path = where) -> None:

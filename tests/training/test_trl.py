@@ -92,12 +92,14 @@ def test_a_completion_alone_is_learned(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_trainer_learns_as_with_peft_installed_or_not(tmp_path: Path) -> None:
     alone = tuple(name for name in CASES if name != "sft-nll")
-    sides = {"nbpeft": CASES + SPECIAL, "peft": CASES + SPECIAL, "alone": alone + SPECIAL}
-    found = results(NEWEST, tmp_path, sides)
-    compare(found["nbpeft"], found["peft"], CASES)
-    compare(found["alone"], found["peft"], alone)
-    check_counts(found["nbpeft"])
-    for side in ("nbpeft", "alone"):
+    both = dict.fromkeys(("nbpeft", "peft", "as-peft"), CASES + SPECIAL)
+    found = results(NEWEST, tmp_path, both | dict.fromkeys(("alone", "as-peft-alone"), alone + SPECIAL))
+    for side in ("nbpeft", "as-peft"):
+        compare(found[side], found["peft"], CASES)
+        check_counts(found[side])
+    for side in ("alone", "as-peft-alone"):
+        compare(found[side], found["peft"], alone)
+    for side in ("nbpeft", "alone", "as-peft", "as-peft-alone"):
         made, theirs = (found[each]["sft-config"] for each in (side, "peft"))
         assert "error" not in made, made["trace"]
         assert made["library"] == "nbpeft" and made["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-5)

@@ -30,3 +30,4 @@ from nbpeft.session.results.pushing import PushResult as PushResult
 from nbpeft.session.results.quantizing import QloraPreview as QloraPreview
 from nbpeft.session.results.quantizing import QloraResult as QloraResult
 from nbpeft.session.results.runs import ExportResult as ExportResult
+from nbpeft.session.results.shipping import ShipResult as ShipResult

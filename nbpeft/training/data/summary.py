@@ -156,8 +156,8 @@ def bins_of(lengths: Sequence[int], border: int | None = None) -> tuple[tuple[in
     """
     longest = max(lengths)
     width = _round_width(max(longest / _BINS, 1))
-    if border is not None:  # a width that the border is a multiple of, and as few bins as that allows
-        width = max(1, math.ceil(border / max(1, round(border / width))))
+    if border is not None and border > width:  # one that the border is about a multiple of
+        width = math.ceil(border / round(border / width))
     found = Counter(_bin(length, width, border) for length in lengths)
     edges = [_bin(0, width, border)]
     while edges[-1][1] < longest:

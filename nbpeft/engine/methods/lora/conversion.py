@@ -1,8 +1,12 @@
-"""Adapters initialised from the weight (OLoRA, PiSSA), rewritten as plain LoRA.
+"""Adapters rewritten as plain LoRA.
+
+Initialised from the weight (OLoRA, PiSSA): twice the rank, and it can be used on any copy of the base
+without computing the start again.
 
     W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
 
-Twice the rank, and it can be used on any copy of the base without computing the start again.
+With several ranks or scalings: rows and columns of zeros up to the largest rank, and B times the ratio of
+the scalings, for programs that know one rank and one alpha.
 """
 
 from __future__ import annotations
@@ -11,9 +15,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
+from nbpeft.engine.base import LayerKind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError
 
 
@@ -49,6 +57,48 @@ def as_plain_lora(
             name_B: torch.cat([lora_B, neg_init_B.to(lora_B)], 1),
         }
     return _doubled(config), AdapterWeights(tensors, weights.copies, weights.base)
+
+
+def as_uniform_lora(
+    config: AdapterConfig, deltas: Mapping[str, tuple[LayerKind, LowRankDelta]], weights: AdapterWeights
+) -> tuple[LoraConfig, AdapterWeights]:
+    """Returns the config and tensors of a plain LoRA with one rank and one scaling that adds the same.
+
+    Args:
+        config: of the adapter, whose task and base model are kept.
+        deltas: path -> the kind of layer, and what is added to it.
+        weights: what the adapter saves, of which trained copies and biases are kept.
+    """
+    rank = max(delta.rank for _, delta in deltas.values())
+    scalings = [delta.scaling for _, delta in deltas.values()]
+    scaling = max(scalings, key=scalings.count) or 1.0
+    alpha = scaling * rank
+    tensors = {}
+    for path, (kind, delta) in deltas.items():
+        name_A, name_B = low_rank_of(kind).factor_names
+        up = delta.up if delta.scaling == scaling else delta.up * (delta.scaling / scaling)
+        tensors[path] = {name_A: _padded(delta.down, 0, rank), name_B: _padded(up, 1, rank)}
+        if delta.bias is not None:
+            tensors[path][f"{name_B}_bias"] = delta.bias / scaling
+    kept = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save", "bias")
+    uniform = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        target_modules=list(deltas),
+        lora_bias=any(delta.bias is not None for _, delta in deltas.values()),
+        **{name: getattr(config, name) for name in kept if hasattr(config, name)},
+    )
+    return uniform, AdapterWeights(tensors, weights.copies, weights.base)
+
+
+def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
+    """A factor with zeros up to a rank."""
+    missing = rank - factor.shape[dim]
+    if not missing:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
 def _doubled(config: Any) -> AdapterConfig:

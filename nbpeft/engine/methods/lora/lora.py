@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, ServesRows
+from nbpeft.engine.adapter import AdapterSite, IsLowRank, LowRankDelta, ServesRows
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout
@@ -47,7 +47,7 @@ _WHOLE_INPUT = Dropout(0.0, False)
     },
     **FAMILY,
 )
-class LoRA(LowRankAdapter, ServesRows):
+class LoRA(LowRankAdapter, ServesRows, IsLowRank):
     """A LoRA adapter on one layer."""
 
     supports_fused_add: ClassVar[bool] = True
@@ -128,6 +128,15 @@ class LoRA(LowRankAdapter, ServesRows):
         """``s`` times the bias of B, (out,), or None."""
         bias = self.output_bias
         return None if bias is None else bias.detach() * self.scaling
+
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """A, B and their scaling; see ``IsLowRank``."""
+        lora_A, lora_B = self.detached_factors
+        if self.padded:
+            used = lora_A.flatten(1).any(1) | lora_B.transpose(0, 1).flatten(1).any(1)
+            used[0] = True
+            lora_A, lora_B = lora_A[used], lora_B[:, used]
+        return LowRankDelta(lora_A, lora_B, float(self.scaling), self.delta_bias(base))
 
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
         """Adds ``scale * s * B A`` to a canonical weight in place, some rows at a time."""

@@ -1,0 +1,162 @@
+"""LoRA files of the picture world: one safetensors file without a config, its keys spelled in several ways.
+
+    kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight     .lora_up.weight     .alpha
+    diffusers   unet.mid_block.attentions.0.proj_in.lora.down.weight          .lora.up.weight
+                unet.mid_block.attn1.processor.to_q_lora.down.weight          _lora.up.weight
+                text_encoder.….q_proj.lora_linear_layer.down.weight           .lora_linear_layer.up.weight
+                unet.mid_block.attentions.0.proj_in.<as in PEFT's files>
+
+Rank and alpha follow from the tensors; without an alpha the product is added as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nbpeft.checkpoint.config_format import config_of
+from nbpeft.checkpoint.folder import Checkpoint
+from nbpeft.checkpoint.source import CONFIG_NAME
+from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_tensors, storable, write_tensors
+from nbpeft.checkpoint.weights_format import PREFIX
+from nbpeft.engine.adapter import LowRankDelta
+from nbpeft.engine.registry import methods_of_type
+from nbpeft.errors import CheckpointError, few
+
+_METHOD = "LORA"
+_COMPONENTS = ("unet", "transformer", "text_encoder_2", "text_encoder")
+_KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+_KOHYA_START = re.compile(r"lora_(?:unet|transformer|te[12]?)_")
+_START = re.compile(rf"(?:{'|'.join(_COMPONENTS)})\.|base_model\.model\.")
+_ALPHA = ".alpha"
+
+
+@dataclass
+class _Pair:
+    """What a file holds for one layer."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None
+
+
+def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: str, style: str) -> None:
+    """Writes what an adapter adds, spelled for others.
+
+    Args:
+        path: the file.
+        deltas: path of a layer -> what is added to its weight.
+        component: of a pipeline: ``unet``, ``text_encoder``, …
+        style: ``kohya``, or ``diffusers``, whose files hold no alpha: there the scaling goes into the factors.
+    """
+    tensors: dict[str, Tensor] = {}
+    down_key, up_key = _peft_endings()
+    for where, delta in deltas.items():
+        if style == "kohya":
+            stem = f"{_KOHYA[component]}_{where.replace('.', '_')}"
+            tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = delta.down, delta.up
+            tensors[stem + _ALPHA] = torch.tensor(delta.scaling * delta.rank)
+        else:
+            stem = f"{component}.{where}"
+            up = delta.up if delta.scaling == 1 else (delta.up.float() * delta.scaling).to(delta.up.dtype)
+            tensors[stem + down_key], tensors[stem + up_key] = delta.down, up
+    write_tensors(path, storable(tensors), {})
+
+
+def lora_file(source: str | os.PathLike[str]) -> Path | None:
+    """The one file of a source that has no config; None where it is something else.
+
+    Args:
+        source: a file, or a folder that holds one.
+    """
+    path = Path(os.path.expanduser(os.fspath(source)))
+    if path.is_dir() and not (path / CONFIG_NAME).is_file():
+        found = sorted(path.glob("*.safetensors"))
+        path = found[0] if len(found) == 1 else path
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    return None if path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file() else path
+
+
+def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.device = "cpu") -> Checkpoint:
+    """The adapter in such a file, for one model.
+
+    Args:
+        path: the file.
+        modules: paths of the model's modules; kohya's keys do not say where its names end.
+        device: where the tensors go.
+
+    Warns of keys for other components.
+
+    Raises:
+        CheckpointError: nothing in it fits the model, a pair is not whole, or it is of another method.
+        CorruptCheckpointError: it cannot be read.
+    """
+    tensors, metadata = read_tensors(path, device)
+    pairs, others = _sorted(tensors, list(modules))
+    if not pairs:
+        raise CheckpointError(f"nothing in {path} fits this model: it has {few(tensors, 3)}", path=str(path))
+    broken = next((where for where, pair in pairs.items() if len(pair.parts) != 2), None)
+    if broken is not None:
+        raise CheckpointError(f"{path} holds only one of the two factors of {broken}", path=str(path))
+    flat = next((where for where, pair in pairs.items() if min(part.ndim for part in pair.parts.values()) < 2), None)
+    if flat is not None:
+        raise CheckpointError(f"a factor of {flat} in {path} is no matrix", path=str(path))
+    if others:
+        warnings.warn(f"left out of {path}, as nothing in this model has such keys: {few(others, 3)}", stacklevel=6)
+    ranks = {where: int(pair.parts["down"].shape[0]) for where, pair in pairs.items()}
+    alphas = {where: ranks[where] if pair.alpha is None else pair.alpha for where, pair in pairs.items()}
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    fields = {
+        "peft_type": _METHOD,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(pairs),
+        "rank_pattern": {where: own for where, own in ranks.items() if own != rank},
+        "alpha_pattern": {where: own for where, own in alphas.items() if own != alpha},
+    }
+    down_key, up_key = _peft_endings()
+    spelled = {}
+    for where, pair in pairs.items():
+        spelled[PREFIX + where + down_key] = pair.parts["down"]
+        spelled[PREFIX + where + up_key] = pair.parts["up"]
+    return Checkpoint(config_of(fields, str(path))[0], spelled, metadata, path.parent, ())
+
+
+def _peft_endings() -> tuple[str, str]:
+    down, up, *_ = methods_of_type(_METHOD)[0].file_keys.values()
+    return f".{down}", f".{up}"
+
+
+def _sorted(tensors: Mapping[str, Tensor], modules: list[str]) -> tuple[dict[str, _Pair], list[str]]:
+    """Path of a layer -> its factors and alpha; and the keys that are for no layer of the model."""
+    known = {name: name for name in modules} | {name.replace(".", "_"): name for name in modules}
+    down_key, up_key = _peft_endings()
+    ends = [(".lora_down.weight", "down"), (".lora_up.weight", "up"), (down_key, "down"), (up_key, "up")]
+    for mark in (".lora", "_lora", ".lora_linear_layer"):
+        ends += [(f"{mark}.down.weight", "down"), (f"{mark}.up.weight", "up")]
+    pairs: dict[str, _Pair] = {}
+    others: list[str] = []
+    for key, tensor in tensors.items():
+        end, part = next(((end, part) for end, part in ends if key.endswith(end)), (_ALPHA, "alpha"))
+        where = known.get(_bare(key.removesuffix(end)), "") if key.endswith(end) else ""
+        where = known.get(f"{where}.0", where) if where.endswith("to_out") else where
+        if not where:
+            others.append(key)
+        elif part == "alpha":
+            pairs.setdefault(where, _Pair()).alpha = float(tensor)
+        else:
+            pairs.setdefault(where, _Pair()).parts[part] = tensor
+    return {where: pair for where, pair in pairs.items() if pair.parts}, others
+
+
+def _bare(stem: str) -> str:
+    """The part of a key that names the layer."""
+    return _START.sub("", _KOHYA_START.sub("", stem, count=1), count=1).replace(".processor.", ".")

@@ -1,0 +1,44 @@
+"""diffusers: one file that its pipelines' load_lora_weights reads."""
+
+from __future__ import annotations
+
+from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_beside
+from nbpeft.shipping.facts import AdapterFacts
+
+COMPONENTS = {"UNet": "unet", "Transformer": "transformer", "CLIPText": "text_encoder"}
+"""Part of a model's class -> the component of a pipeline that it is."""
+
+
+def component_of(model_class: str) -> str:
+    """The component of a pipeline that a model is; empty where it is none."""
+    return next((component for part, component in COMPONENTS.items() if part in model_class), "")
+
+
+def _no_component(facts: AdapterFacts) -> str:
+    return "" if component_of(facts.model_class) else f"a {facts.model_class}, which is no component of a pipeline"
+
+
+COMPONENT_RULE = Rule(_no_component, "choose an engine for language models, such as vllm")
+
+
+def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+    return (f'pipeline.load_lora_weights("{{folder}}", adapter_name="{facts.name}")',)
+
+
+ENGINE = Engine(
+    name="diffusers",
+    label="diffusers",
+    checked="0.42",
+    source="https://huggingface.co/docs/diffusers/tutorials/using_peft_for_inference",
+    adapter=Form(
+        "diffusers",
+        rules=(
+            COMPONENT_RULE,
+            *PLAIN_LORA,
+            Rule(kinds_beside(("linear", "convolution2d")), "leave them out of target_modules"),
+        ),
+    ),
+    merged=None,
+    start=_start,
+)
+"""A file holds the factors and an alpha a layer, so that ranks and scalings may differ."""

@@ -1,0 +1,38 @@
+"""kohya: one file of the Stable Diffusion front ends (sd-scripts, Automatic1111, ComfyUI)."""
+
+from __future__ import annotations
+
+from nbpeft.shipping.engines.diffusers import COMPONENT_RULE
+from nbpeft.shipping.engines.rules import PLAIN_LORA, Engine, Form, Rule, kinds_beside
+from nbpeft.shipping.facts import AdapterFacts
+
+
+def _flow_transformer(facts: AdapterFacts) -> str:
+    return (
+        f"a {facts.model_class}, whose layers those programs name otherwise"
+        if "Transformer" in facts.model_class
+        else ""
+    )
+
+
+def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+    return (f"copy {{folder}}/{facts.name}.safetensors into the program's folder models/Lora",)
+
+
+ENGINE = Engine(
+    name="kohya",
+    label="kohya's sd-scripts",
+    checked="as diffusers 0.42 and ComfyUI read its keys",
+    source="https://github.com/kohya-ss/sd-scripts",
+    adapter=Form(
+        "kohya",
+        rules=(
+            COMPONENT_RULE,
+            Rule(_flow_transformer, "ship it for diffusers"),
+            *PLAIN_LORA,
+            Rule(kinds_beside(("linear", "convolution2d")), "leave them out of target_modules"),
+        ),
+    ),
+    merged=None,
+    start=_start,
+)

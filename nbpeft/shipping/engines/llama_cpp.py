@@ -1,0 +1,60 @@
+"""llama.cpp: GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nbpeft.shipping.engines.rules import (
+    MERGE,
+    PLAIN_LORA,
+    RESIZED,
+    TIED_ENDS,
+    Engine,
+    Form,
+    Rule,
+    dtype_note,
+    kinds_beside,
+)
+from nbpeft.shipping.facts import AdapterFacts
+from nbpeft.shipping.gguf_model import LAYOUTS
+
+TYPES = ("f16", "q8_0", "bf16", "f32")
+"""The types that the package gguf can write; q4_k and its like are made of these by llama-quantize."""
+OTHER_TOOL = "merge it for transformers, and let llama.cpp's convert_hf_to_gguf.py convert that"
+
+
+def _unknown(known: list[str]) -> Callable[[AdapterFacts], str]:
+    """A class whose layout in GGUF files is none of those known here."""
+    names = ", ".join(name.removesuffix("ForCausalLM") for name in known)
+    return lambda facts: "" if facts.model_class in known else f"a {facts.model_class}, which is none of {names}"
+
+
+ADAPTER_RULES = (
+    Rule(_unknown(sorted(LAYOUTS)), OTHER_TOOL),
+    *PLAIN_LORA,
+    Rule(kinds_beside(("linear", "embedding")), f"{MERGE}, or leave them out of target_modules"),
+    TIED_ENDS,
+    RESIZED,
+)
+MERGED_RULES = (
+    Rule(_unknown(sorted(name for name, layout in LAYOUTS.items() if not layout.adapters_only)), OTHER_TOOL),
+)
+
+
+def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+    if merged:
+        return ("llama-server -m {folder}/model.gguf",)
+    return ("llama-server -m BASE_MODEL.gguf --lora {folder}/adapter.gguf",)
+
+
+ENGINE = Engine(
+    name="llama.cpp",
+    label="llama.cpp",
+    checked="as of llama-cpp-python 0.3.36",
+    source="https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py",
+    adapter=Form("gguf", rules=ADAPTER_RULES, types=("f32", "f16", "bf16", "q8_0")),
+    merged=Form("gguf", merges=True, rules=MERGED_RULES, types=TYPES),
+    start=_start,
+    notes=(dtype_note,),
+)
+"""A file holds one alpha, and each pair its own rank: ranks may differ, and other scalings go into the factors."""

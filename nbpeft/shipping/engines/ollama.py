@@ -1,0 +1,24 @@
+"""Ollama: a Modelfile over a GGUF file."""
+
+from __future__ import annotations
+
+from nbpeft.shipping.engines.llama_cpp import ADAPTER_RULES, MERGED_RULES, TYPES
+from nbpeft.shipping.engines.rules import Engine, Form, dtype_note
+from nbpeft.shipping.facts import AdapterFacts
+
+
+def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+    return (f"ollama create {facts.name} -f {{folder}}/Modelfile", f"ollama run {facts.name}")
+
+
+ENGINE = Engine(
+    name="ollama",
+    label="Ollama",
+    checked="by its import guide and convert.go at 01cf744",
+    source="https://docs.ollama.com/import",
+    adapter=Form("gguf", rules=ADAPTER_RULES, types=("f16", "f32", "bf16", "q8_0")),
+    merged=Form("gguf", merges=True, rules=MERGED_RULES, types=TYPES),
+    start=_start,
+    notes=(dtype_note,),
+)
+"""Its own reader of PEFT folders knows Llama and Gemma 2 alone and leaves rsLoRA and patterns out: so GGUF."""

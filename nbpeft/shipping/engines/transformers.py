@@ -1,0 +1,29 @@
+"""transformers: the adapter's folder beside the base, or a merged model."""
+
+from __future__ import annotations
+
+from nbpeft.shipping.engines.peft import OWN_METHOD
+from nbpeft.shipping.engines.rules import Engine, Form, base_word, dtype_note
+from nbpeft.shipping.facts import AdapterFacts
+
+
+def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+    load = f'{facts.model_class}.from_pretrained("{{folder}}")'
+    if merged:
+        return (f"model = {load}",)
+    return (
+        f'model = {facts.model_class}.from_pretrained("{base_word(facts)}")',
+        'model.load_adapter("{folder}")  # needs peft',
+    )
+
+
+ENGINE = Engine(
+    name="transformers",
+    label="transformers",
+    checked="5.24",
+    source="https://huggingface.co/docs/transformers/peft",
+    adapter=Form("folder", rules=(OWN_METHOD,)),
+    merged=Form("model", merges=True, types=("bf16", "f16", "f32")),
+    start=_start,
+    notes=(dtype_note,),
+)

@@ -1,0 +1,145 @@
+"""What engines want to know about an adapter and its base model before they load it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbpeft.engine.adapter import IsLowRank, LowRankDelta
+from nbpeft.engine.base import LayerKind
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import embedding_of, frozen_module, is_quantized
+from nbpeft.engine.registry import method_of, methods
+from nbpeft.model import files
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter as an engine sees it.
+
+    Attributes:
+        name: its name.
+        method: its method, as people call it: ``LoRA``, ``rsLoRA``, ``DoRA``.
+        own_method: whether the method comes from another package.
+        model_class: class of the base model.
+        library: package of that class: ``transformers``, ``diffusers``.
+        kinds: path -> kind of layer, of every layer it changes.
+        deltas: path -> the kind of layer and what is added, where that is a product of two matrices.
+        others: what it has that is no such product -> number of layers: ``{"DoRA": 12}``.
+        copies: paths of modules that were trained as a whole.
+        biases: names of the model's biases that were trained.
+        starts_in_weight: whether it was initialised from the weight (OLoRA, PiSSA).
+        scale: factor on the adapter as a whole, set while it was loaded.
+        tied_ends: paths of the embedding and the head that it changes, where the two share one weight.
+        vocabulary_resized: whether the base has another vocabulary than the folder it came from.
+        quantized: whether base weights are stored quantized.
+        base_name: name of the base model on the hub; empty where it has none.
+        byte_count: of the adapter's tensors.
+    """
+
+    name: str
+    method: str
+    own_method: bool
+    model_class: str
+    library: str
+    kinds: Mapping[str, str]
+    deltas: Mapping[str, tuple[LayerKind, LowRankDelta]] = field(repr=False, hash=False)
+    others: Mapping[str, int]
+    copies: tuple[str, ...]
+    biases: tuple[str, ...]
+    starts_in_weight: bool
+    scale: float
+    tied_ends: tuple[str, ...]
+    vocabulary_resized: bool
+    quantized: bool
+    base_name: str
+    byte_count: int
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks, smallest first."""
+        return tuple(sorted({delta.rank for _, delta in self.deltas.values()}))
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        """The different factors on the products, smallest first."""
+        return tuple(sorted({delta.scaling for _, delta in self.deltas.values()}))
+
+    @property
+    def output_biases(self) -> tuple[str, ...]:
+        """Paths of layers to whose output a trained bias is added."""
+        return tuple(path for path, (_, delta) in self.deltas.items() if delta.bias is not None)
+
+    def paths_of(self, *kinds: str) -> tuple[str, ...]:
+        """Paths of layers whose kind begins with one of some words."""
+        return tuple(path for path, kind in self.kinds.items() if kind.startswith(kinds))
+
+
+def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
+    """Returns what is known about an adapter on a model.
+
+    Raises:
+        UnknownAdapterError: there is none of that name.
+        MergeError: adapters are merged into the base weights.
+    """
+    manager.require(name)
+    manager.refuse_merged("shipping an adapter")
+    config, model, scale = manager.configs[name], manager.model, manager.scale(name)
+    title = method_of(config).title(config)
+    kinds: dict[str, str] = {}
+    deltas: dict[str, tuple[LayerKind, LowRankDelta]] = {}
+    others: dict[str, int] = {}
+    for path, layer in manager.layers.items():
+        if name not in layer.adapters._modules:
+            continue
+        adapter, kinds[path] = layer.adapter(name), layer.kind.name
+        if isinstance(adapter, IsLowRank):
+            deltas[path] = layer.kind, _scaled(adapter.low_rank_delta(layer.base), scale)
+        else:
+            label = next((method.label for method in methods() if isinstance(adapter, method.adapter_class)), title)
+            others[label] = others.get(label, 0) + 1
+    weights = manager.weights(name)
+    tensors = [
+        tensor for group in (weights.adapters, weights.copies) for part in group.values() for tensor in part.values()
+    ]
+    return AdapterFacts(
+        name=name,
+        method=title,
+        own_method=not type(config).__module__.startswith("nbpeft."),
+        model_class=type(model).__name__,
+        library=type(model).__module__.partition(".")[0],
+        kinds=kinds,
+        deltas=deltas,
+        others=others,
+        copies=tuple(weights.copies),
+        biases=tuple(manager.base_biases(name)),
+        starts_in_weight=config.initialised_from_weight,
+        scale=scale,
+        tied_ends=_tied_ends(manager, kinds),
+        vocabulary_resized=files.vocabulary_resized(model),
+        quantized=is_quantized(model),
+        base_name=base_name_of(model),
+        byte_count=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )
+
+
+def base_name_of(model: Any) -> str:
+    """The base model's name on the hub; empty for one from a folder, whose path is nobody else's business."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return "" if not name or os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "~", "/")) else name
+
+
+def _scaled(delta: LowRankDelta, scale: float) -> LowRankDelta:
+    bias = delta.bias if delta.bias is None else delta.bias * scale
+    return LowRankDelta(delta.down, delta.up, delta.scaling * scale, bias)
+
+
+def _tied_ends(manager: AdapterManager, changed: Mapping[str, str]) -> tuple[str, ...]:
+    """Paths of the embedding and the head among changed layers, where the two share one weight."""
+    if not getattr(getattr(manager.model, "config", None), "tie_word_embeddings", False):
+        return ()
+    found = [embedding_of(manager.model, output=output) for output in (False, True)]
+    ends = {id(frozen_module(end)) for end in found if end is not None}
+    return tuple(path for path in changed if id(manager.layers[path].base_layer) in ends)

@@ -1,0 +1,191 @@
+"""The files of each form: what is written and how large it gets, told before anything is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nbpeft import checkpoint
+from nbpeft.checkpoint import GgufTensor, NewFile
+from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora.conversion import as_uniform_lora
+from nbpeft.model import files, merge_to_folder, merged_tensors
+from nbpeft.shipping.engines.diffusers import component_of
+from nbpeft.shipping.facts import AdapterFacts
+from nbpeft.shipping.gguf_model import GgufModel, common_alpha
+from nbpeft.shipping.gguf_tokenizer import describe_tokenizer
+
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+"""Types of weights that a folder of safetensors can hold."""
+GGUF_ADAPTER, GGUF_MODEL = "adapter.gguf", "model.gguf"
+
+
+@dataclass(frozen=True)
+class Package:
+    """What is to be written.
+
+    Attributes:
+        files: (name, bytes) of each file with weights.
+        write: writes into a folder that is not there yet, all or nothing.
+    """
+
+    files: tuple[tuple[str, int], ...]
+    write: Callable[[Path], object]
+
+
+def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bool) -> Package:
+    """PEFT's folder; with one rank and one scaling for all layers where the format asks for it.
+
+    Args:
+        manager: has the adapter.
+        facts: about it.
+        one_rank: whether several ranks or scalings have to become one; then whole embeddings are left out, too.
+    """
+    several = len(facts.ranks) > 1 or len(facts.scalings) > 1
+    rewrites = bool(facts.deltas) and (facts.starts_in_weight or facts.scale != 1.0 or (one_rank and several))
+
+    def rewrite(name: str, config: AdapterConfig, weights: AdapterWeights) -> tuple[AdapterConfig, AdapterWeights]:
+        base = {"base_model_name_or_path": facts.base_name}
+        if rewrites:
+            config, weights = as_uniform_lora(config, facts.deltas, weights)
+        return config.copy(**base), weights
+
+    def write(folder: Path) -> None:
+        embeddings = False if one_rank else "auto"
+        files.save(manager, folder, names=[facts.name], embeddings=embeddings, rewrite=rewrite, flat=True, stays=False)
+
+    return Package((("adapter_model.safetensors", _folder_bytes(facts, rewrites)),), write)
+
+
+def _folder_bytes(facts: AdapterFacts, rewrites: bool) -> int:
+    if not rewrites:
+        return facts.byte_count
+    rank = facts.ranks[-1]
+    factors = [factor for _, delta in facts.deltas.values() for factor in (delta.down, delta.up)]
+    before = sum(factor.numel() * factor.element_size() for factor in factors)
+    return (
+        facts.byte_count
+        - before
+        + sum(
+            factor.numel() // delta.rank * rank * factor.element_size()
+            for _, delta in facts.deltas.values()
+            for factor in (delta.down, delta.up)
+        )
+    )
+
+
+def merged_folder(manager: AdapterManager, facts: AdapterFacts, stored_as: str, tokenizer: Any) -> Package:
+    """A merged model as transformers loads it."""
+    dtype = DTYPES[stored_as]
+    specs = merged_tensors(manager.model, facts.name, dtype=dtype).specs
+
+    def write(folder: Path) -> None:
+        merge_to_folder(manager.model, [facts.name], folder, dtype=dtype, tokenizer=tokenizer, measure_errors=False)
+
+    return Package((("model.safetensors", sum(spec.byte_count for spec in specs)),), write)
+
+
+def adapter_gguf(
+    manager: AdapterManager, facts: AdapterFacts, stored_as: str, texts: Sequence[NewFile] = ()
+) -> Package:
+    """An adapter for llama.cpp, which multiplies by its alpha over the rank of each pair."""
+    deltas: dict[str, LowRankDelta] = {path: delta for path, (_, delta) in facts.deltas.items()}
+    model, alpha = GgufModel(facts.model_class, _config(manager)), common_alpha(deltas)
+    tensors = model.adapter_tensors(deltas, alpha, stored_as)
+    gguf = checkpoint.gguf_package()
+    card = checkpoint.card_text(manager.configs[facts.name].copy(base_model_name_or_path=facts.base_name or None))
+
+    def describe(writer: Any, folder: Path) -> None:
+        _name(writer, folder, {"README.md": card}, gguf.GGUFType.ADAPTER)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+    return _gguf(GGUF_ADAPTER, model.architecture, describe, tensors, texts)
+
+
+def merged_gguf(
+    manager: AdapterManager, facts: AdapterFacts, stored_as: str, tokenizer: Any, texts: Sequence[NewFile] = ()
+) -> Package:
+    """A merged model for llama.cpp, with its tokenizer."""
+    merged = merged_tensors(manager.model, facts.name, dtype="float32")
+    config = _config(manager)
+    model = GgufModel(facts.model_class, config)
+    tensors = model.model_tensors(merged.specs, merged.read, stored_as)
+    gguf = checkpoint.gguf_package()
+
+    def describe(writer: Any, folder: Path) -> None:
+        with checkpoint.scratch_folder() as scratch:
+            tokenizer.save_pretrained(str(scratch))
+            special = {
+                key: value for key in ("bos", "eos", "pad") if (value := getattr(config, f"{key}_token_id", None))
+            }
+            text = json.dumps({f"{key}_token_id": value for key, value in special.items()})
+            (scratch / "config.json").write_text(text, encoding="utf-8")
+            _name(writer, folder, {}, gguf.GGUFType.MODEL)
+            model.describe(writer, stored_as)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            describe_tokenizer(writer, tokenizer, config.vocab_size, scratch)
+
+    return _gguf(GGUF_MODEL, model.architecture, describe, tensors, texts)
+
+
+def single_file(facts: AdapterFacts, style: str) -> Package:
+    """An adapter in one file, its keys spelled as kohya's programs or diffusers do."""
+    deltas = {path: delta for path, (_, delta) in facts.deltas.items()}
+    name = "pytorch_lora_weights.safetensors" if style == "diffusers" else f"{facts.name}.safetensors"
+    size = sum(factor.numel() * factor.element_size() for delta in deltas.values() for factor in (delta.down, delta.up))
+
+    def made(path: Path) -> None:
+        checkpoint.write_lora_file(path, deltas, component_of(facts.model_class), style)
+
+    return Package(
+        ((name, size),), lambda folder: checkpoint.replace_files(folder, [NewFile(name, made)], byte_count=size)
+    )
+
+
+def _gguf(
+    name: str,
+    architecture: str,
+    describe: Callable[[Any, Path], None],
+    tensors: Sequence[GgufTensor],
+    texts: Sequence[NewFile],
+) -> Package:
+    size = sum(tensor.byte_count for tensor in tensors)
+
+    def write(folder: Path) -> None:
+        def made(path: Path) -> None:
+            checkpoint.write_gguf(path, architecture, lambda writer: describe(writer, folder), tensors)
+
+        checkpoint.replace_files(folder, [NewFile(name, made), *texts], byte_count=size)
+
+    return Package(((name, size),), write)
+
+
+def _name(writer: Any, folder: Path, texts: dict[str, str], kind: Any) -> None:
+    """Adds what the file is called: the name of its folder, and what a card says."""
+    gguf = checkpoint.gguf_package()
+    total, shared, experts, expert_count = writer.get_total_parameter_count()
+    with checkpoint.scratch_folder() as scratch:
+        place = scratch / folder.name
+        place.mkdir()
+        for name, text in texts.items():
+            (place / name).write_text(text, encoding="utf-8")
+        metadata = gguf.Metadata.load(None, place, None, total)
+    metadata.name = metadata.name or folder.name
+    if metadata.size_label is None and total > 0:
+        metadata.size_label = gguf.size_label(total, shared, experts, expert_count)
+    writer.add_type(kind)
+    if kind == gguf.GGUFType.ADAPTER:
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    metadata.set_gguf_meta_model(writer)
+
+
+def _config(manager: AdapterManager) -> Any:
+    model: nn.Module = manager.model
+    return getattr(model, "config", None)

@@ -1,0 +1,204 @@
+"""Models and adapters as llama.cpp lays them out in GGUF files: names, order of rows, and what the keys say.
+
+Names come from the package ``gguf``. Rotary embeddings turn pairs of neighbours in llama.cpp's ``llama`` and
+halves of a head in transformers, so there the rows of the query and key projections stand in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft.checkpoint import GgufTensor, TensorSpec, file_type, gguf_package
+from nbpeft.engine.adapter import LowRankDelta
+from nbpeft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one class of models stands in a GGUF file.
+
+    Attributes:
+        architecture: its name there.
+        neighbours: whether rotary embeddings turn neighbours, so that query and key rows are reordered.
+        rotary_size: whether the keys say how many elements of a head are turned, and the size of the vocabulary.
+        adapters_only: whether whole models of the class hold more than is written here.
+    """
+
+    architecture: str
+    neighbours: bool = False
+    rotary_size: bool = False
+    adapters_only: bool = False
+
+
+_LLAMA = Layout("llama", neighbours=True, rotary_size=True)
+LAYOUTS: dict[str, Layout] = {
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": Layout("qwen2"),
+    "Qwen3ForCausalLM": Layout("qwen3"),
+    "Gemma2ForCausalLM": Layout("gemma2", adapters_only=True),
+    "Gemma3ForCausalLM": Layout("gemma3", adapters_only=True),
+    "GraniteForCausalLM": Layout("granite", neighbours=True, adapters_only=True),
+    "Phi3ForCausalLM": Layout("phi3", adapters_only=True),
+    "SmolLM3ForCausalLM": Layout("smollm3", neighbours=True, adapters_only=True),
+}
+"""Class of transformers -> layout. Each was compared with llama.cpp's own converters, adapters byte by byte."""
+
+_SCALING_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+class GgufModel:
+    """The layout of one model.
+
+    Args:
+        model_class: name of its class.
+        config: of the model.
+
+    Raises:
+        ConfigError: its layout is not known here.
+    """
+
+    def __init__(self, model_class: str, config: Any) -> None:
+        if model_class not in LAYOUTS:
+            known = ", ".join(sorted(LAYOUTS))
+            raise ConfigError(f"the layout of a {model_class} in GGUF files is not known here; known: {known}")
+        gguf = gguf_package()
+        self.layout, self._config = LAYOUTS[model_class], config
+        self.architecture = self.layout.architecture
+        architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        self._names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+
+    def name(self, key: str) -> str:
+        """The name of a tensor.
+
+        Raises:
+            ConfigError: there is no such tensor in these files.
+        """
+        found = self._names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ConfigError(f"GGUF files of {self.architecture} have no place for {key}")
+        return str(found)
+
+    # Tensors
+
+    def adapter_tensors(self, deltas: Mapping[str, LowRankDelta], alpha: float, stored_as: str) -> list[GgufTensor]:
+        """The pairs of an adapter, whose file says ``alpha`` for all and the rank by each pair's shape."""
+        return [tensor for path in sorted(deltas) for tensor in self._pair(path, deltas[path], alpha, stored_as)]
+
+    def _pair(self, path: str, delta: LowRankDelta, alpha: float, stored_as: str) -> Iterator[GgufTensor]:
+        name = self.name(f"{path}.weight")
+        down = delta.down.T if name == "token_embd.weight" else delta.down  # looked up by row
+        ratio = delta.scaling * delta.rank / alpha
+        heads = self._heads(path)
+
+        def up() -> Tensor:
+            value = delta.up if ratio == 1 else delta.up.float() * ratio
+            return _neighbours(value, heads) if heads else value
+
+        yield GgufTensor(f"{name}.lora_a", tuple(down.shape), stored_as, lambda: down)
+        yield GgufTensor(f"{name}.lora_b", tuple(delta.up.shape), stored_as, up)
+
+    def model_tensors(
+        self, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], stored_as: str
+    ) -> list[GgufTensor]:
+        """The tensors of a model in the order of their names; vectors are always float32.
+
+        Raises:
+            ConfigError: its rotary embeddings are scaled in a way that is not known here.
+        """
+        scaling = self._rope.get("rope_type", "default")
+        if scaling not in _SCALING_TYPES:
+            known = ", ".join(_SCALING_TYPES)
+            raise ConfigError(f"rotary embeddings of type {scaling!r} are not written to GGUF files; known: {known}")
+        factors = self._rotary_factors()
+        made = (
+            [GgufTensor("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors)]
+            if factors is not None
+            else []
+        )
+        for spec in sorted(specs, key=lambda spec: spec.name):
+            kind = stored_as if len(spec.shape) > 1 else "f32"
+            made.append(GgufTensor(self.name(spec.name), spec.shape, kind, self._reader(spec.name, read)))
+        return made
+
+    def _reader(self, key: str, read: Callable[[str], Tensor]) -> Callable[[], Tensor]:
+        heads = self._heads(key.rpartition(".")[0])
+        return lambda: _neighbours(read(key), heads) if heads else read(key)
+
+    def _heads(self, path: str) -> int:
+        """Heads whose rows are reordered in a projection; 0 where none are."""
+        if not self.layout.neighbours:
+            return 0
+        queries = int(self._config.num_attention_heads)
+        keys = int(getattr(self._config, "num_key_value_heads", None) or queries)
+        return {"q_proj": queries, "k_proj": keys}.get(path.rpartition(".")[2], 0)
+
+    def _rotary_factors(self) -> Tensor | None:
+        """What each frequency is divided by under Llama 3's scaling (arXiv:2407.21783), (head size / 2,)."""
+        if self._rope.get("rope_type") != "llama3":
+            return None
+        size, rope = self._head_size, self._rope
+        frequencies = 1.0 / (float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+        lengths = 2 * math.pi / frequencies
+        low, high, factor = (float(rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+        smooth = (float(rope["original_max_position_embeddings"]) / lengths - low) / (high - low)
+        smooth = smooth.clamp(0, 1)
+        return 1 / ((1 - smooth) / factor + smooth)
+
+    # Keys
+
+    @property
+    def _rope(self) -> dict[str, Any]:
+        return dict(getattr(self._config, "rope_parameters", None) or {})
+
+    @property
+    def _head_size(self) -> int:
+        config = self._config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def describe(self, writer: Any, stored_as: str) -> None:
+        """Adds what the model is: sizes, rotary embeddings, the type of its weights."""
+        config = self._config
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        self._describe_rope(writer)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        if getattr(config, "head_dim", None) is not None:
+            writer.add_key_length(config.head_dim)
+            writer.add_value_length(config.head_dim)
+        writer.add_file_type(file_type(stored_as))
+        if self.layout.rotary_size:
+            writer.add_vocab_size(config.vocab_size)
+            writer.add_rope_dimension_count(self._head_size)
+
+    def _describe_rope(self, writer: Any) -> None:
+        rope = self._rope
+        kinds = gguf_package().RopeScalingType
+        if rope.get("rope_type") in ("linear", "yarn") and rope.get("factor") is not None:
+            writer.add_rope_scaling_type(kinds[str(rope["rope_type"]).upper()])
+            writer.add_rope_scaling_factor(rope["factor"])
+            if rope["rope_type"] == "yarn":
+                writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if rope.get("rope_theta") is not None:
+            writer.add_rope_freq_base(rope["rope_theta"])
+
+
+def common_alpha(deltas: Mapping[str, LowRankDelta]) -> float:
+    """The alpha that holds for most pairs: scaling times rank."""
+    alphas = [delta.scaling * delta.rank for delta in deltas.values()]
+    return max(alphas, key=alphas.count) or 1.0
+
+
+def _neighbours(value: Tensor, heads: int) -> Tensor:
+    """Rows of halves of each head, (heads * size, …), in pairs of neighbours."""
+    return value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)

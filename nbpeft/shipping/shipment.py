@@ -1,0 +1,232 @@
+"""From an adapter on a model to what an engine loads: the verdict, the sizes, then the files."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nbpeft.checkpoint import NewFile, in_place_of
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.errors import AdapterError, ConfigError, did_you_mean
+from nbpeft.shipping import formats
+from nbpeft.shipping.engines import ENGINES, Engine
+from nbpeft.shipping.facts import AdapterFacts, facts_of
+from nbpeft.shipping.formats import GGUF_ADAPTER, GGUF_MODEL, Package
+from nbpeft.shipping.modelfile import chat_format_of, modelfile
+from nbpeft.shipping.verdict import Verdict, verdict_of
+
+_OLLAMA_NAME = re.compile(r"[\w./:-]{1,200}", re.ASCII)
+_NO_TEMPLATE = "the chat template is none of those known here: Ollama takes what it detects, or set TEMPLATE yourself"
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What is to be shipped, or was.
+
+    Attributes:
+        adapter: its name.
+        engine: name of the engine.
+        verdict: what the engine takes of it.
+        merged: whether it goes merged into its base.
+        stored_as: type of the weights; empty where they stay as they are.
+        folder: where the files go.
+        files: (name, bytes) of each file with weights.
+        commands: command lines that start the engine.
+        notes: what a person should know.
+        written: whether the files are there.
+    """
+
+    adapter: str
+    engine: str
+    verdict: Verdict
+    merged: bool
+    stored_as: str
+    folder: Path
+    files: tuple[tuple[str, int], ...]
+    commands: tuple[str, ...]
+    notes: tuple[str, ...]
+    written: bool = False
+    package: Package | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of all weights."""
+        return sum(size for _, size in self.files)
+
+
+def ship(
+    model: nn.Module,
+    adapter: str | None = None,
+    *,
+    engine: str,
+    to: str | os.PathLike[str] | None = None,
+    merged: bool = False,
+    quantize: str | None = None,
+    base: str | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Shipment:
+    """Writes an adapter as an engine loads it, after checking that the engine takes it. The model is not changed.
+
+    Args:
+        model: an adapted model.
+        adapter: which adapter; None where there is only one.
+        engine: ``vllm``, ``llama.cpp``, ``ollama``, ``transformers``, ``peft``, ``diffusers`` or ``kohya``.
+        to: a folder that is not there yet; None for ``<adapter>-<engine>``.
+        merged: merge the adapter into the base, and write that.
+        quantize: how weights are stored: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (GGUF alone); None for the usual type.
+        base: name of the base model in Ollama, where the adapter goes beside it; without one it is merged.
+        tokenizer: saved with a merged model; a merged GGUF file needs it.
+        overwrite: let the folder take the place of one that holds an earlier shipment.
+        dry_run: say what would be written, and write nothing.
+
+    Raises:
+        AdapterError: the engine does not take the adapter; the message says what to change.
+        ConfigError: an argument is impossible, or the package gguf is missing.
+        CheckpointError: the folder cannot be written, or is there already; then nothing is written.
+    """
+    planned = plan_shipment(
+        model, adapter, engine=engine, to=to, merged=merged, quantize=quantize, base=base, tokenizer=tokenizer
+    )
+    if dry_run:
+        return planned
+    assert planned.package is not None
+    with in_place_of(planned.folder, allowed=overwrite):
+        planned.package.write(planned.folder)
+    return replace(planned, written=True)
+
+
+def plan_shipment(
+    model: nn.Module,
+    adapter: str | None = None,
+    *,
+    engine: str,
+    to: str | os.PathLike[str] | None = None,
+    merged: bool = False,
+    quantize: str | None = None,
+    base: str | None = None,
+    tokenizer: Any = None,
+) -> Shipment:
+    """Returns what ``ship`` would write; for the arguments and errors see there."""
+    manager = _manager(model)
+    chosen = _engine(engine)
+    facts = facts_of(manager, _adapter(manager, adapter))
+    verdict = verdict_of(chosen, facts)
+    if base is not None and chosen.name != "ollama":
+        raise ConfigError("base is for Ollama alone: the name of the base model there")
+    if base is not None and not _OLLAMA_NAME.fullmatch(base):
+        raise ConfigError(f"base is the name of a model in Ollama, e.g. 'llama3.2:1b', not {base!r:.60}")
+    needs_base = chosen.name == "ollama" and base is None
+    merged = merged or (needs_base and verdict.as_merged)
+    _check(verdict, merged)
+    form = chosen.merged if merged else chosen.adapter
+    assert form is not None
+    stored_as = _type(quantize, form.types, chosen.label)
+    notes = list(verdict.notes)
+    texts = _modelfile(base, merged, tokenizer, notes) if chosen.name == "ollama" else []
+    package = _package(manager, facts, form, stored_as, tokenizer, texts)
+    folder = Path(os.path.expanduser(os.fspath(to or f"{facts.name}-{chosen.name}")))
+    notes += _format_notes(facts, form, merged, quantize)
+    commands = tuple(line.format(folder=folder) for line in chosen.start(facts, merged))
+    return Shipment(
+        facts.name,
+        chosen.name,
+        verdict,
+        merged,
+        stored_as,
+        folder,
+        package.files,
+        commands,
+        tuple(notes),
+        package=package,
+    )
+
+
+def _manager(model: nn.Module) -> AdapterManager:
+    found = manager_of(model) if isinstance(model, nn.Module) else None
+    if found is None or not found.alive or not found.names:
+        raise AdapterError(f"{type(model).__name__} carries no adapters to ship")
+    return found
+
+
+def _engine(name: str) -> Engine:
+    found = ENGINES.get(str(name).lower())
+    if found is None:
+        hint = did_you_mean(str(name), ENGINES)
+        raise ConfigError(f"no engine {name!r:.60} is known; there are {', '.join(ENGINES)}.{hint}")
+    return found
+
+
+def _adapter(manager: AdapterManager, name: str | None) -> str:
+    if name is None and len(manager.names) > 1:
+        raise AdapterError(f"several adapters are there; say which one to ship (name=…): {', '.join(manager.names)}")
+    return manager.names[0] if name is None else name
+
+
+def _check(verdict: Verdict, merged: bool) -> None:
+    if merged and not verdict.as_merged:
+        why = "; ".join(map(str, verdict.merged_obstacles))
+        raise AdapterError(f"{verdict.label} does not take the merged model: {why}", verdict=verdict)
+    if not merged and not verdict.as_adapter:
+        raise AdapterError(str(verdict), verdict=verdict)
+
+
+def _type(wanted: str | None, types: tuple[str, ...], label: str) -> str:
+    if wanted is None:
+        return types[0] if types else ""
+    if wanted not in types:
+        known = ", ".join(types) or "none: the adapter's weights stay as they are"
+        raise ConfigError(
+            f"quantize is {wanted!r:.40}; for {label} there are here {known}.{did_you_mean(wanted, types)}"
+        )
+    return wanted
+
+
+def _package(
+    manager: AdapterManager, facts: AdapterFacts, form: Any, stored_as: str, tokenizer: Any, texts: list[NewFile]
+) -> Package:
+    match form.format:
+        case "folder":
+            return formats.adapter_folder(manager, facts, one_rank=form.one_rank)
+        case "model":
+            return formats.merged_folder(manager, facts, stored_as, tokenizer)
+        case "gguf" if form.merges:
+            if tokenizer is None:
+                raise ConfigError("a GGUF file of a whole model holds its tokenizer: give it (tokenizer=…)")
+            return formats.merged_gguf(manager, facts, stored_as, tokenizer, texts)
+        case "gguf":
+            return formats.adapter_gguf(manager, facts, stored_as, texts)
+    return formats.single_file(facts, form.format)
+
+
+def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str]) -> list[NewFile]:
+    """Ollama's Modelfile; a base that Ollama has brings its own template."""
+    if not merged:
+        return [NewFile.of_text("Modelfile", modelfile(str(base), f"./{GGUF_ADAPTER}", None))]
+    chat = chat_format_of(tokenizer)
+    if chat is None:
+        notes.append(_NO_TEMPLATE)
+    return [NewFile.of_text("Modelfile", modelfile(f"./{GGUF_MODEL}", None, chat))]
+
+
+def _format_notes(facts: AdapterFacts, form: Any, merged: bool, quantize: str | None) -> list[str]:
+    """What the writing changes."""
+    notes = []
+    if form.format == "folder":
+        if facts.starts_in_weight:
+            notes.append(f"it started in a part of the weights: written as plain LoRA of rank {facts.ranks[-1]}")
+        elif form.one_rank and len(facts.ranks) > 1:
+            ranks = ", ".join(map(str, facts.ranks))
+            notes.append(f"its ranks {ranks} are all written as {facts.ranks[-1]}, filled up with zeros")
+        if not facts.base_name:
+            notes.append("the base model is from a folder, whose path is left out: load the base, then the adapter")
+    if facts.scale != 1.0:
+        notes.append(f"its scale of {facts.scale:g} is part of what is written")
+    return notes

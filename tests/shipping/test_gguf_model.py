@@ -1,0 +1,192 @@
+"""GGUF files: the numbers in them are those of the adapter, and transformers loads a merged one with equal logits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from nbpeft.checkpoint import read_gguf
+from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.model import LoraConfig, get_peft_model
+from nbpeft.shipping import ship
+from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, tokenizer
+from tests.tiny_models import logits
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def keys(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def merged_weight(model: Any, path: str) -> torch.Tensor:
+    delta: torch.Tensor = model.base_model.manager.layers[path].get_delta_weight("sql")
+    return delta.detach()
+
+
+def halves(value: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows in pairs of neighbours, back in halves of each head."""
+    size = value.shape[0] // heads
+    return torch.cat([part for head in value.split(size) for part in (head[0::2], head[1::2])])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "fields", [{}, {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}, "use_rslora": True}]
+)
+def test_an_adapters_products_are_those_of_the_model(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(base_model(family), target_modules=ALL, **fields)
+    done = ship(model, engine="llama.cpp", to=tmp_path / "served")
+    path = tmp_path / "served" / "adapter.gguf"
+    known, tensors = keys(path), read_gguf(path)
+    assert known["general.type"] == "adapter" and known["adapter.type"] == "lora"
+    assert known["general.architecture"] == {"Mistral": "llama", "Llama3": "llama"}.get(family, family.lower())
+    assert len(tensors) == 2 * 2 * len(ALL) and done.byte_count == sum(t.nbytes for t in tensors.values())
+    names = dict(zip(ALL, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), strict=True))
+    for target, name in names.items():
+        down, up = (tensors[f"blk.1.{name}.weight.lora_{part}"] for part in "ab")
+        product = known["adapter.lora.alpha"] / down.shape[0] * up @ down
+        if target in ("q_proj", "k_proj") and known["general.architecture"] == "llama":
+            product = halves(product, 4 if target == "q_proj" else 2)
+        where = next(
+            path for path in model.manager.layers if path.startswith("model.layers.1.") and path.endswith(target)
+        )
+        assert torch.allclose(product, merged_weight(model, where), atol=1e-5)
+
+
+@pytest.mark.parametrize("stored_as", ["f32", "f16", "bf16", "q8_0"])
+def test_types_of_an_adapters_weights(stored_as: str, tmp_path: Path) -> None:
+    model = adapted(r=32)
+    done = ship(model, engine="llama.cpp", quantize=stored_as, to=tmp_path / "served")
+    exact = ship(model, engine="llama.cpp", to=tmp_path / "exact")
+    found, wanted = (read_gguf(folder / "adapter.gguf") for folder in (done.folder, exact.folder))
+    error = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+    assert error <= {"f32": 0, "f16": 1e-3, "bf16": 5e-3, "q8_0": 6e-3}[stored_as]
+    share = {"f32": 1, "f16": 0.5, "bf16": 0.5, "q8_0": 34 / 128}[stored_as]
+    assert done.byte_count == exact.byte_count * share
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(done.folder / "adapter.gguf").tensors}
+    assert kinds == {stored_as.upper()}
+
+
+def test_rows_that_make_no_blocks_are_stored_in_f16(tmp_path: Path) -> None:
+    ship(adapted(r=4), engine="llama.cpp", quantize="q8_0", to=tmp_path / "served")
+    kinds = {t.name[-6:]: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "served" / "adapter.gguf").tensors}
+    assert kinds == {"lora_a": "Q8_0", "lora_b": "F16"}
+
+
+def test_an_embedding_is_looked_up_by_row(tmp_path: Path) -> None:
+    model = adapted(target_modules=["embed_tokens"])
+    ship(model, engine="llama.cpp", to=tmp_path / "served")
+    tensors = read_gguf(tmp_path / "served" / "adapter.gguf")
+    down, up = tensors["token_embd.weight.lora_a"], tensors["token_embd.weight.lora_b"]
+    assert down.shape == (300, 4) and up.shape == (64, 4)
+    assert torch.allclose(8 / 4 * down @ up.T, merged_weight(model, "model.embed_tokens"), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("stored_as", "atol"), [("f32", 1e-4), ("f16", 2e-2)])
+def test_transformers_loads_a_merged_file(family: str, stored_as: str, atol: float, tmp_path: Path) -> None:
+    model = adapted(base_model(family), use_dora=True)
+    done = ship(
+        model, engine="llama.cpp", merged=True, quantize=stored_as, tokenizer=tokenizer(), to=tmp_path / "served"
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "served", gguf_file="model.gguf").eval()
+    if family == "Llama3":  # which transformers does not read from these files; llama.cpp does
+        assert torch.allclose(read_gguf(tmp_path / "served" / "model.gguf")["rope_freqs.weight"], _factors(model))
+        loaded.model.rotary_emb = model.get_base_model().model.rotary_emb
+    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=atol)
+    assert done.merged and done.stored_as == stored_as
+
+
+def _factors(model: Any) -> torch.Tensor:
+    """How much slower each frequency of the model turns than without scaling."""
+    plain = 1.0 / (10000.0 ** (torch.arange(0, 16, 2) / 16))
+    return plain / model.get_base_model().model.rotary_emb.inv_freq
+
+
+def test_a_merged_file_in_q8_0_is_near(tmp_path: Path) -> None:
+    model = adapted()
+    done, exact = (
+        ship(model, engine="llama.cpp", merged=True, quantize=kind, tokenizer=tokenizer(), to=tmp_path / kind)
+        for kind in ("q8_0", "f32")
+    )
+    found, wanted = (read_gguf(folder / "model.gguf") for folder in (done.folder, exact.folder))
+    for name, value in wanted.items():
+        blocks = value.reshape(-1, 32) if value.ndim > 1 else value.unsqueeze(1)
+        # Half a step of the grid, and the step itself is rounded to f16.
+        step = blocks.abs().amax(1, keepdim=True) / 127
+        assert bool(((found[name].view_as(blocks) - blocks).abs() <= 0.57 * step + 1e-7).all()), name
+    assert done.byte_count < 0.3 * exact.byte_count
+
+
+def test_the_tokenizer_in_the_file_reads_text_the_same(tmp_path: Path) -> None:
+    made = tokenizer()
+    ship(adapted(), engine="llama.cpp", merged=True, tokenizer=made, to=tmp_path / "served")
+    known = keys(tmp_path / "served" / "model.gguf")
+    assert known["tokenizer.ggml.model"] == "gpt2" and known["tokenizer.ggml.pre"] == "smollm"
+    assert known["tokenizer.ggml.bos_token_id"] == 0 and known["tokenizer.ggml.eos_token_id"] == 1
+    assert known["tokenizer.chat_template"] == made.chat_template
+    assert len(known["tokenizer.ggml.tokens"]) == 300 and known["tokenizer.ggml.token_type"][:2] == [3, 3]
+    assert not known["tokenizer.ggml.add_bos_token"]
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "served", gguf_file="model.gguf")
+    text = "select the orders of Bogotá"
+    assert loaded(text)["input_ids"] == made(text)["input_ids"]
+
+
+ADAPTERS_ONLY = {
+    "Gemma2": {"head_dim": 16},
+    "Gemma3": {"head_dim": 16},
+    "Granite": {},
+    "Phi3": {"pad_token_id": 0},
+    "SmolLM3": {"pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("family", ADAPTERS_ONLY)
+def test_of_some_classes_only_adapters_are_written(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    base = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, config)(**SIZES | ADAPTERS_ONLY[family])
+    ).eval()
+    model = adapted(base, target_modules=["o_proj", "down_proj"])
+    ship(model, engine="llama.cpp", to=tmp_path / "served")
+    path = tmp_path / "served" / "adapter.gguf"
+    assert keys(path)["general.architecture"] == family.lower()
+    tensors = read_gguf(path)
+    product = 2 * tensors["blk.0.attn_output.weight.lora_b"] @ tensors["blk.0.attn_output.weight.lora_a"]
+    assert torch.allclose(product, merged_weight(model, "model.layers.0.self_attn.o_proj"), atol=1e-5)
+    with pytest.raises(AdapterError, match=f"a {family}ForCausalLM, which is none of Llama, Mistral, Qwen2, Qwen3"):
+        ship(model, engine="llama.cpp", merged=True, tokenizer=tokenizer(), to=tmp_path / "other")
+
+
+def test_other_classes_and_tokenizers_are_refused(tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300}
+    gpt2 = get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), LoraConfig(target_modules=["c_attn"]), "sql")
+    for merged in (False, True):
+        with pytest.raises(AdapterError, match=r"a GPT2LMHeadModel, which is none of .*Llama, Mis"):
+            ship(gpt2, engine="llama.cpp", merged=merged, tokenizer=tokenizer(), to=tmp_path / "served")
+    strange = tokenizer()
+    strange.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ConfigError, match="the way this tokenizer splits text is not one that is known here"):
+        ship(adapted(), engine="llama.cpp", merged=True, tokenizer=strange, to=tmp_path / "served")
+    scaled = base_model("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ConfigError, match="rotary embeddings of type 'dynamic'"):
+        ship(adapted(scaled), engine="llama.cpp", merged=True, tokenizer=tokenizer(), to=tmp_path / "served")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = adapted()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match="needs the package gguf: pip install gguf"):
+        ship(model, engine="llama.cpp", to=tmp_path / "served")
+    assert not list(tmp_path.iterdir())

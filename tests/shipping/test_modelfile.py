@@ -1,0 +1,79 @@
+"""Ollama: the Modelfile beside a GGUF file, and its template, which writes prompts as the tokenizer does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbpeft.errors import AdapterError
+from nbpeft.shipping import ship
+from nbpeft.shipping.modelfile import CHAT_FORMATS, chat_format_of
+from tests.shipping.support import adapted, tokenizer
+
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+    " + m['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+OTHER = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+REFUSES = "{{ raise_exception('no system prompt') }}"
+
+
+def written(template: str, system: str, prompt: str) -> str:
+    """What Ollama makes of the two fields, up to the answer."""
+    for name, value in (("System", system), ("Prompt", prompt)):
+        template = re.sub(
+            rf"{{{{ if \.{name} }}}}(.*?){{{{ end }}}}", r"\1" if value else "", template, flags=re.DOTALL
+        )
+        template = template.replace(f"{{{{ .{name} }}}}", value)
+    return template.partition("{{ .Response }}")[0]
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_a_go_template_says_what_the_format_says(name: str) -> None:
+    chat = CHAT_FORMATS[name]
+    assert written(chat.go_template(), "Be brief.", "Why?") == chat.prompt("Be brief.", "Why?")
+    assert written(chat.go_template(), "", "Why?") == chat.user % "Why?" + chat.answer
+    assert chat.go_template().endswith(chat.end)
+
+
+@pytest.mark.parametrize(
+    ("template", "name"), [("chatml", "chatml"), (LLAMA3, "llama3"), (OTHER, None), (REFUSES, None), ("", None)]
+)
+def test_a_tokenizers_template_is_recognized(template: str, name: str | None) -> None:
+    made = tokenizer() if template == "chatml" else tokenizer(template or None)
+    assert chat_format_of(made) is (CHAT_FORMATS[name] if name else None)
+    assert chat_format_of(None) is None
+
+
+def test_without_a_base_in_ollama_the_model_is_merged(tmp_path: Path) -> None:
+    done = ship(adapted(use_dora=True), engine="ollama", tokenizer=tokenizer(), to=tmp_path / "served")
+    text = (tmp_path / "served" / "Modelfile").read_text()
+    assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ if .System }}<|im_start|>system\n')
+    assert text.endswith('PARAMETER stop "<|im_end|>"\n') and "ADAPTER" not in text
+    assert {path.name for path in (tmp_path / "served").iterdir()} == {"Modelfile", "model.gguf"}
+    assert done.merged and done.commands[0] == f"ollama create sql -f {tmp_path / 'served'}/Modelfile"
+
+
+def test_beside_a_base_goes_the_adapter(tmp_path: Path) -> None:
+    done = ship(adapted(), engine="ollama", base="smollm2:135m", to=tmp_path / "served")
+    assert (tmp_path / "served" / "Modelfile").read_text() == "FROM smollm2:135m\nADAPTER ./adapter.gguf\n"
+    assert not done.merged and done.stored_as == "f16"
+    with pytest.raises(AdapterError, match="DoRA on 6 layers"):
+        ship(adapted(use_dora=True), engine="ollama", base="smollm2:135m", to=tmp_path / "other")
+
+
+def test_an_unknown_template_is_noted(tmp_path: Path) -> None:
+    done: Any = ship(adapted(), engine="ollama", tokenizer=tokenizer(OTHER), to=tmp_path / "served")
+    assert (tmp_path / "served" / "Modelfile").read_text() == "FROM ./model.gguf\n"
+    assert "the chat template is none of those known here" in " ".join(done.notes)
+
+
+@pytest.mark.parametrize("base", ['x"\nRUN', "a b", ""])
+def test_a_base_that_is_no_name_is_refused(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="base is the name of a model in Ollama"):
+        ship(adapted(), engine="ollama", base=base, to=tmp_path / "served")
+    assert not list(tmp_path.iterdir())

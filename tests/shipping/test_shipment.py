@@ -1,0 +1,215 @@
+"""Shipping: folders that engines load as they are, all or nothing, and what is told before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+import nbpeft
+from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError
+from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from nbpeft.names import SERVING_ENGINES, STORED_TYPES
+from nbpeft.shipping import ENGINES, plan_shipment, ship
+from tests.shipping.support import VOCABULARY, adapted, base_model, ids, tokenizer
+from tests.tiny_models import logits, same_state, state
+
+UNEVEN: dict[str, Any] = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"down_proj": 3}, "use_rslora": True}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return found
+
+
+def test_the_names_for_completion_are_those_of_the_engines() -> None:
+    assert tuple(ENGINES) == SERVING_ENGINES
+    types = {
+        kind for engine in ENGINES.values() for form in (engine.adapter, engine.merged) if form for kind in form.types
+    }
+    assert types == set(STORED_TYPES)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers", "peft"])
+@pytest.mark.parametrize("fields", [{}, UNEVEN], ids=["plain", "uneven"])
+def test_a_folder_gives_the_same_answers_in_peft(engine: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(**fields)
+    expected = logits(model, ids())
+    done = ship(model, engine=engine, to=tmp_path / "served")
+    assert done.written and done.verdict.as_adapter
+    loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
+    assert torch.allclose(logits(loaded, ids()), expected, atol=1e-5)
+    size = sum(
+        t.nbytes for t in safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors").values()
+    )
+    assert done.byte_count == size
+
+
+def test_vllm_reads_one_rank_and_one_alpha(tmp_path: Path) -> None:
+    done = ship(adapted(**UNEVEN), engine="vllm", to=tmp_path / "served")
+    config = config_of(tmp_path / "served")
+    assert config["r"] == 4 and not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    tensors = safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors")
+    assert {min(t.shape) for t in tensors.values()} == {4}
+    assert "its ranks 2, 4 are all written as 4" in " ".join(done.notes)
+    assert "--max-lora-rank 8 " in done.commands[0] and f"sql={tmp_path / 'served'}" in done.commands[0]
+
+
+def test_one_rank_is_left_as_it_is(tmp_path: Path) -> None:
+    ship(adapted(use_rslora=True), engine="vllm", to=tmp_path / "served")
+    config = config_of(tmp_path / "served")
+    assert config["use_rslora"] and config["r"] == 4 and config["target_modules"] == ["down_proj", "k_proj", "q_proj"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_started_in_the_weights_becomes_plain(init: str, tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init), "sql")
+    with torch.no_grad():
+        for parameter in model.manager.parameters("sql"):
+            parameter.add_(0.1)
+    done = ship(model.eval(), engine="peft", to=tmp_path / "served")
+    assert config_of(tmp_path / "served")["init_lora_weights"] is True
+    assert "plain LoRA of rank 8" in " ".join(done.notes)
+    loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
+    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-4)
+
+
+def test_a_scale_is_part_of_what_is_written(tmp_path: Path) -> None:
+    model = adapted()
+    model.manager.set_scale("sql", 0.5)
+    done = ship(model, engine="vllm", to=tmp_path / "served")
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
+    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-5)
+    assert "its scale of 0.5 is part" in " ".join(done.notes)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_merged_model_is_loaded_by_transformers(engine: str, tmp_path: Path) -> None:
+    model = adapted(use_dora=True)
+    done = ship(model, engine=engine, merged=True, quantize="f32", tokenizer=tokenizer(), to=tmp_path / "served")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "served").eval()
+    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-5)
+    assert (tmp_path / "served" / "tokenizer.json").is_file()
+    assert done.byte_count == sum(t.nbytes for t in loaded.state_dict().values())
+
+
+OBSTACLES: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": ({"use_dora": True}, "DoRA on 6 layers"),
+    "copies": ({"modules_to_save": ["lm_head"]}, "modules_to_save: 'lm_head'"),
+    "token rows": ({"trainable_token_indices": [3]}, "on 1 layer "),
+    "bias": ({"bias": "all", "target_modules": ["q_proj"]}, "bias of the model|biases of the model"),
+    "lora_bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, "a bias of its own on 2 layers"),
+    "rank": ({"r": 513}, "rank 513, where 512 is the most"),
+}
+
+
+@pytest.mark.parametrize("case", OBSTACLES)
+def test_what_vllm_does_not_take_is_refused_with_a_remedy(case: str, tmp_path: Path) -> None:
+    fields, what = OBSTACLES[case]
+    model = adapted(base_model("Llama", attention_bias=True), **fields)
+    with pytest.raises(AdapterError, match=what) as caught:
+        ship(model, engine="vllm", to=tmp_path / "served")
+    assert "vLLM 0.26 does not take the adapter" in str(caught.value)
+    assert "merge it into the base" in str(caught.value) and "(merged=…)" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    planned = plan_shipment(model, engine="vllm", merged=True)
+    assert planned.verdict.as_merged and not planned.verdict.as_adapter
+
+
+def test_shared_embeddings_are_refused_and_can_be_merged(tmp_path: Path) -> None:
+    model = adapted(base_model("Llama3"), target_modules=["embed_tokens", "q_proj"])
+    for engine in ("vllm", "llama.cpp"):
+        with pytest.raises(AdapterError, match=r"'model.embed_tokens', whose weight embedding and head share"):
+            ship(model, engine=engine, to=tmp_path / "served")
+
+
+def test_other_methods_and_other_programs(tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), nbpeft.IA3Config(task_type="CAUSAL_LM"), "sql")
+    with pytest.raises(AdapterError, match=r"\(IA\)³ on 6 layers"):
+        ship(model, engine="vllm", to=tmp_path / "served")
+    ship(model, engine="peft", to=tmp_path / "served")
+    assert config_of(tmp_path / "served")["peft_type"] == "IA3"
+    with pytest.raises(AdapterError, match="a LlamaForCausalLM, which is no component of a pipeline"):
+        ship(adapted(), engine="diffusers", to=tmp_path / "other")
+    with pytest.raises(AdapterError, match=r"PEFT 0.21.2 does not take the merged model: PEFT loads no merged models"):
+        ship(adapted(), engine="peft", merged=True, to=tmp_path / "other")
+
+
+def test_wrong_arguments_are_one_line(tmp_path: Path) -> None:
+    model = adapted()
+    with pytest.raises(ConfigError, match=r"no engine 'vlm' is known.*Did you mean 'vllm'\?"):
+        ship(model, engine="vlm")
+    with pytest.raises(ConfigError, match=r"quantize is 'q4_k'; for llama.cpp there are here f32, f16, bf16, q8_0"):
+        ship(model, engine="llama.cpp", quantize="q4_k")
+    with pytest.raises(ConfigError, match="quantize is 'f16'; for vLLM there are here none"):
+        ship(model, engine="vllm", quantize="f16")
+    with pytest.raises(ConfigError, match="base is for Ollama alone"):
+        ship(model, engine="vllm", base="llama3.2")
+    with pytest.raises(ConfigError, match=r"holds its tokenizer: give it \(tokenizer=…\)"):
+        ship(model, engine="llama.cpp", merged=True)
+    with pytest.raises(AdapterError, match="carries no adapters to ship"):
+        ship(base_model(), engine="vllm")
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"say which one to ship \(name=…\): sql, other"):
+        ship(model, engine="vllm")
+    model.merge_adapter(["sql"])
+    with pytest.raises(MergeError):
+        ship(model, "sql", engine="vllm", to=tmp_path / "served")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    done = ship(adapted(), engine="vllm", to=tmp_path / "served", dry_run=True)
+    assert not done.written and done.files and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
+    place = tmp_path / "served"
+    ship(adapted(), engine="vllm", to=place)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    with pytest.raises(
+        CheckpointError, match=r"is there already; choose another folder, or replace it \(overwrite=…\)"
+    ):
+        ship(adapted(r=8), engine="vllm", to=place)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    ship(adapted(r=8), engine="vllm", to=place, overwrite=True)
+    assert config_of(place)["r"] == 8 and [path.name for path in tmp_path.iterdir()] == ["served"]
+    (place / "sub").mkdir()
+    with pytest.raises(CheckpointError, match="more than a folder of files"):
+        ship(adapted(), engine="vllm", to=place, overwrite=True)
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, model = tmp_path / "served", adapted()
+    ship(model, engine="vllm", to=place)
+    before, weights = {path.name: path.read_bytes() for path in place.iterdir()}, state(model)
+
+    def broken(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nbpeft.checkpoint.folder.write_tensors", broken)
+    with pytest.raises(CheckpointError, match="no space left"):
+        ship(model, engine="vllm", to=place, overwrite=True)
+    with pytest.raises(CheckpointError, match="no space left"):
+        ship(model, engine="vllm", to=tmp_path / "new")
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["served"] and same_state(state(model), weights)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp", "transformers"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_no_path_of_this_machine_is_written(engine: str, merged: bool, tmp_path: Path) -> None:
+    secret = tmp_path / "home-of-somebody"
+    base_model().save_pretrained(secret)
+    model = adapted(AutoModelForCausalLM.from_pretrained(secret))
+    done = ship(model, engine=engine, merged=merged, tokenizer=tokenizer(), to=tmp_path / "served")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "served").iterdir())
+    assert b"home-of-somebody" not in written and str(tmp_path).encode() not in written
+    assert merged or engine == "llama.cpp" or "path is left out" in " ".join(done.notes)
+    assert model.config.vocab_size == VOCABULARY
