@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nbpeft.checkpoint import read_gguf
-from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.errors import AdapterError, ConfigError, MissingPackageError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.shipping import ship
 from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, tokenizer
@@ -187,6 +187,6 @@ def test_other_classes_and_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = adapted()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match="needs the package gguf: pip install gguf"):
+    with pytest.raises(MissingPackageError, match=r"^Writing a GGUF file needs gguf: pip install gguf$"):
         ship(model, engine="llama.cpp", to=tmp_path / "served")
     assert not list(tmp_path.iterdir())
