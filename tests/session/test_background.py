@@ -282,7 +282,8 @@ def test_an_error_is_in_the_state_and_in_the_result(session: Session, model: Any
     assert run.state is not None and run.state.status == "failed" and "the disk is full" in run.state.message
     assert "on_step_end" in run.training.traceback
     assert "training sql failed: the disk is full" in str(run)
-    session.use("sql")
+    result = session.train(model, ROWS, **{**FIELDS, "max_steps": 1})
+    assert session.result() is result, "the last one is that of the cell"
 
 
 def test_closing_the_session_ends_it(model: Any) -> None:
