@@ -197,14 +197,24 @@ class AdaptedLayer(PeftLayerMixin):
         return all(is_finite(parameter) for adapter in here for parameter in adapter.parameters())
 
     @torch.no_grad()
-    def check_finite(self, names: Sequence[str], scales: Sequence[float]) -> bool:
-        """Whether the weight these adapters would be merged into stays finite; see ``merge_into_base``."""
+    def not_finite_when_merged(self, names: Sequence[str], scales: Sequence[float]) -> str:
+        """Names what of the layer would not stay finite, weights or bias, if these adapters were merged; else empty."""
         chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
-        if not chosen or not self.are_finite(names):
-            return not chosen
+        if not chosen:
+            return ""
+        if not self.are_finite(names):
+            return "weights"
         weight = self.base.weight().clone()
         self._add_deltas(weight, *zip(*chosen, strict=True))
-        return is_finite(weight)
+        if not is_finite(weight):
+            return "weights"
+        bias = self.base.bias
+        merged = None if bias is None else bias.detach().clone()
+        for name, scale in chosen:
+            delta = self.adapter(name).delta_bias(self.base)
+            if merged is not None and delta is not None:
+                add_scaled_(merged, delta.to(merged.dtype), scale)
+        return "" if merged is None or is_finite(merged) else "bias"
 
     @torch.no_grad()
     def merge_into_base(
@@ -363,6 +373,10 @@ class AdaptedLayer(PeftLayerMixin):
         """Those with PEFT's names, as far as somebody has asked for them, and the adapters, which are called."""
         yield from super().named_children()
         yield "adapters", self.adapters
+
+    def __repr__(self) -> str:
+        self.show_adapters()
+        return super().__repr__()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT; see ``nn.Module``."""

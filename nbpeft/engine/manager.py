@@ -331,7 +331,7 @@ class AdapterManager:
         self.check_alive()
         check_name(name)
         if name in self.configs and not replace:
-            raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
+            raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
         if name in self._merged:
             self.refuse_merged(f"{name!r} is replaced")
 
@@ -382,7 +382,7 @@ class AdapterManager:
         with self.transaction() as change:
             self.require(old)
             if new in self.configs:
-                raise AdapterExistsError(f"there is an adapter {new!r} already; take another name")
+                raise AdapterExistsError(f"Adapter with name {new!r} already exists; take another name")
             if old in self._merged:
                 self.refuse_merged(f"{old!r} is renamed")
             self._keep_structure(change)
@@ -723,6 +723,7 @@ class AdapterManager:
             AdapterError: two of them each trained a copy of one module.
             BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
         """
+        self._gather_apart()
         chosen = self.active if names is None else names_in(names)
         self.require(*chosen)
         together = tuple(dict.fromkeys((*self._merged, *chosen)))
@@ -766,6 +767,7 @@ class AdapterManager:
             safe: refuse weights that would not be finite.
         """
         self.check_alive()
+        self._gather_apart()
         chosen: tuple[str, ...] = ()
         if merge:
             chosen = self.active if names is None else names_in(names)

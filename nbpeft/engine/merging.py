@@ -34,9 +34,10 @@ def check_merge(
             layer.check_mergeable(names)
         except MergeError as error:
             raise MergeError(f"{path}: {error}", path=path) from None
-        if safe and not layer.check_finite(names, scales):
+        broken_part = layer.not_finite_when_merged(names, scales) if safe else ""
+        if broken_part:
             raise MergeError(
-                f"NaNs detected in the merged weights of {path}: "
+                f"NaNs detected in the merged {broken_part} of {path}: "
                 f"{' or '.join(map(repr, names))} seems to be broken; nothing was merged",
                 path=path,
             )
@@ -149,8 +150,8 @@ def check_compatible(
         having = [name for name in names if name in module.modules_to_save._modules]
         if len(having) > 1:
             raise AdapterError(
-                f"adapters {' and '.join(map(repr, having))} each trained their own copy of {path}; "
-                "only one of them can be active",
+                "Only one adapter can be set at a time for ModulesToSaveWrapper: adapters "
+                f"{' and '.join(map(repr, having))} each trained their own copy of {path}",
                 path=path,
             )
         inside = (layer for place, layer in layers.items() if having and place.startswith(f"{path}."))

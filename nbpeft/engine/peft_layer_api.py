@@ -131,8 +131,9 @@ class PeftLayerMixin(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that act now."""
-        return self._chosen_names()
+        """Names of the active adapters, which act unless disabled; where a layer has token rows alone, those here."""
+        names, here = self._chosen_names(), self._named()
+        return [name for name in names if name in here or not all(one.peft_holder for one in here.values())]
 
     @property
     def active_adapter(self) -> list[str]:

@@ -47,7 +47,7 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
         wrapped = own if tail == "weight" else own.removesuffix("_bias")
         if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
             return f"{wrapped}.{name}.{tail}"
-    return f"{own}.{name}"
+    return ".".join(filter(None, (adapter.peft_holder, own, name)))
 
 
 class LiveParameters(MutableMapping[str, Any]):
@@ -71,11 +71,8 @@ class LiveParameters(MutableMapping[str, Any]):
         held = adapter._parameters.get(own, adapter.__dict__.get(own))
         if held is not None and value is not None and held.shape != value.shape:
             raise ValueError(f"{own} must have shape {tuple(held.shape)}, not {tuple(value.shape)}")
-        if held is None and value is not None:
-            raise ValueError(f"the adapter has no {own} that could be replaced")
         adapter.__dict__.pop(own, None)
-        if held is not None:
-            adapter._parameters[own] = value
+        adapter._parameters[own] = value
 
     def __delitem__(self, name: str) -> None:
         adapter, own = self.slots[name]
@@ -154,7 +151,12 @@ class ParameterModule(_Shows):
 
 def show_parameter(module: nn.Module, adapter: nn.Module, name: str) -> None:
     """Makes a parameter of an adapter the ``weight`` of a module, and its ``<name>_bias`` the ``bias``."""
-    module.__dict__["_parameters"] = LiveParameters({"weight": (adapter, name), "bias": (adapter, f"{name}_bias")})
+    slots: dict[str, Slot] = {"weight": (adapter, name)}
+    if f"{name}_bias" in adapter._parameters:
+        slots["bias"] = (adapter, f"{name}_bias")
+    else:
+        module.__dict__["bias"] = None
+    module.__dict__["_parameters"] = LiveParameters(slots)
 
 
 class ParameterFaces(_Shows, nn.ParameterDict):
@@ -180,6 +182,10 @@ class ParameterFaces(_Shows, nn.ParameterDict):
         return "ParameterDict"
 
 
+class Holder(nn.Module):
+    """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``."""
+
+
 class Remainder(nn.Module):
     """Buffers and submodules of an adapter, which PEFT has no name for."""
 
@@ -199,7 +205,7 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
         base: the layer.
     """
     modules: dict[str, dict[str, nn.Module]] = {}
-    parameters: dict[str, dict[str, Slot]] = {}
+    parameters: dict[tuple[str, str], dict[str, Slot]] = {}
     for name, adapter in adapters.items():
         for face in adapter.peft_modules:
             modules.setdefault(face, {})[name] = _kept(shown, face, name, adapter) or adapter.peft_module(face, base)
@@ -208,37 +214,42 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
                 leaf = _kept(shown, own, name, adapter) or _leaf(adapter, own, base)
                 modules.setdefault(own, {})[name] = leaf
             elif own.removesuffix("_bias") not in adapter.wrapped_parameters:
-                parameters.setdefault(own, {})[name] = (adapter, own)
+                parameters.setdefault((adapter.peft_holder, own), {})[name] = (adapter, own)
         if adapter._buffers or adapter._modules:
-            modules.setdefault(ADAPTER_PARTS, {})[name] = _kept(shown, ADAPTER_PARTS, name, adapter) or Remainder(
-                adapter
-            )
-    for gone in shown.keys() - modules.keys() - parameters.keys() - {"base_layer"}:
+            rest = _kept(shown, ADAPTER_PARTS, name, adapter) or Remainder(adapter)
+            modules.setdefault(ADAPTER_PARTS, {})[name] = rest
+    used = {"base_layer", *modules, *(holder or own for holder, own in parameters)}
+    for gone in shown.keys() - used:
         _empty(shown.pop(gone))
     for face, leaves in modules.items():
-        holder = shown.setdefault(face, AdapterDict()) if face not in shown else shown[face]
-        holder._modules.clear()
-        holder._modules.update(leaves)
-    for face, slots in parameters.items():
-        if face in shown:
-            shown[face].show(slots)
+        held = shown.setdefault(face, AdapterDict())._modules
+        held.clear()
+        held.update(leaves)
+    for (holder, own), slots in parameters.items():
+        place = shown.setdefault(holder, Holder())._modules if holder else shown
+        if own in place:
+            place[own].show(slots)
         else:
-            shown[face] = ParameterFaces(slots)
+            place[own] = ParameterFaces(slots)
 
 
 def _empty(holder: Any) -> None:
     """Lets a mapping that somebody may still have go of what was in it."""
     if isinstance(holder, ParameterFaces):
         holder.show({})
-    else:
-        holder._modules.clear()
+        return
+    for inner in holder._modules.values() if isinstance(holder, Holder) else ():
+        _empty(inner)
+    holder._modules.clear()
 
 
 def _kept(shown: Mapping[str, Any], face: str, name: str, adapter: Adapter) -> nn.Module | None:
     """The module that shows something of an adapter already."""
-    holder = shown.get(face)
-    leaf: Any = None if holder is None else holder._modules.get(name)
-    return leaf if leaf is not None and leaf.adapter is adapter else None
+    leaves: dict[str, Any] = shown[face]._modules if face in shown else {}
+    leaf = leaves.get(name)
+    if leaf is not None and leaf.adapter is adapter:
+        return leaf  # type: ignore[no-any-return]
+    return next((other for other in leaves.values() if other.adapter is adapter), None)  # it was renamed
 
 
 def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
@@ -268,6 +279,8 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
         if isinstance(holder, ParameterFaces):
             for name in holder._keys:
                 adapters[name].__dict__[face] = holder.__dict__[name]
+        elif isinstance(holder, Holder):
+            use_shown(adapters, holder._modules)
         elif isinstance(holder, AdapterDict):
             for name, leaf in holder._modules.items():
                 if isinstance(leaf, Remainder):

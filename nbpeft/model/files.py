@@ -270,7 +270,8 @@ def save(
             ready[places[name]] = config, _under_keys(config, weights)
         if not ready:
             return {}
-        card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
+        first = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
+        card = _card_config(manager, first)
         written = checkpoint.write_checkpoints(
             folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model), facts=facts
         )
@@ -297,6 +298,12 @@ def _without_weight(
 
 def _first_config(manager: AdapterManager) -> AdapterConfig:
     return next(iter(manager.configs.values()))
+
+
+def _card_config(manager: AdapterManager, config: AdapterConfig) -> AdapterConfig:
+    """Returns what a card describes: it names the base only if that has a config of its own, as those on the hub."""
+    has_config = hasattr(manager.model, "config")
+    return config if has_config else config.copy(base_model_name_or_path=None)
 
 
 def _card_tags(model: nn.Module) -> list[str]:
@@ -333,8 +340,8 @@ def _saved_weights(
         present = embedding_weights(manager.model)
         if not present:
             warnings.warn(
-                "save_embedding_layers: the model has no get_input_embeddings() that names its embeddings; none is "
-                "saved",
+                "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. None is "
+                "saved: it has no get_input_embeddings() that names them",
                 stacklevel=4,
             )
         for key, value in present.items():
@@ -449,4 +456,4 @@ def push(
 def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
     """Writes or updates the README of a saved adapter."""
     manager.check_alive()
-    checkpoint.write_card(folder, _first_config(manager), tags=_card_tags(manager.model))
+    checkpoint.write_card(folder, _card_config(manager, _first_config(manager)), tags=_card_tags(manager.model))

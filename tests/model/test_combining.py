@@ -204,7 +204,7 @@ def test_what_is_refused_changes_nothing() -> None:
         model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "mix")
     with pytest.raises(UnknownAdapterError, match="'twoo' not found"):
         model.add_weighted_adapter(["one", "twoo"], [0.5, 0.5], "mix")
-    with pytest.raises(AdapterExistsError, match="there is an adapter 'two' already"):
+    with pytest.raises(AdapterExistsError, match="Adapter with name 'two' already exists"):
         model.add_weighted_adapter(["one"], [0.5], "two")
     with pytest.raises(AdapterError, match="as many weights"):
         model.add_weighted_adapter(["one"], [0.5, 0.1], "mix")

@@ -171,8 +171,12 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         """Warns of layers on which the adapter cannot be merged."""
         bare = [path for path, module, _ in modules if getattr(module, "bias", None) is None]
         if config.lora_bias and bare:
-            subject = f"{bare[0]} and {len(bare) - 1} more have" if len(bare) > 1 else f"{bare[0]} has"
-            yield f"lora_bias=True, but {subject} no bias in the base: the adapter cannot be merged there"
+            layer = next(type(module).__name__ for path, module, _ in modules if path == bare[0])
+            more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
+            yield (
+                f"`lora_bias=True` was passed but the targeted layer of type {layer} has no bias: the adapter "
+                f"cannot be merged at {bare[0]}{more}"
+            )
         for path, module, kind in modules:
             refusal = low_rank_of(kind).no_product_reason(module)
             if refusal:
