@@ -51,6 +51,14 @@ def test_a_folder_gives_the_same_answers_in_peft(engine: str, fields: dict[str, 
     assert done.byte_count == size
 
 
+def test_transformers_loads_the_folder(tmp_path: Path) -> None:
+    model = adapted()
+    ship(model, engine="transformers", to=tmp_path / "served")
+    base = base_model()
+    base.load_adapter(str(tmp_path / "served"))
+    assert torch.allclose(logits(base.eval(), ids()), logits(model, ids()), atol=1e-5)
+
+
 def test_vllm_reads_one_rank_and_one_alpha(tmp_path: Path) -> None:
     done = ship(adapted(**UNEVEN), engine="vllm", to=tmp_path / "served")
     config = config_of(tmp_path / "served")
