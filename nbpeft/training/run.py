@@ -79,6 +79,7 @@ class Run:
         entered: Whether the run is inside its ``with`` block.
         shown: How a front end shows the run: then warnings are in its message alone.
         interrupted: Whether an interruption ended it.
+        thread: Identifier of the thread that began it; None before.
         folder: Where the run is kept on disk, or the empty string.
         output_dir: Where its adapter goes at the end, or the empty string.
         steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
@@ -113,6 +114,7 @@ class Run:
         self._lock = threading.RLock()
         self._memory_lock = threading.Lock()
         self.entered = self.interrupted = False
+        self.thread: int | None = None
         self.shown: Literal["", "text", "card"] = ""
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
@@ -155,6 +157,7 @@ class Run:
             if self._status != "starting":
                 return
             self._status = "running"
+            self.thread = threading.get_ident()
             self._started = self._clock()
             model = self._model()
             if model is not None:

@@ -209,6 +209,6 @@ def test_an_old_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = adapted()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingPackageError, match="Writing GGUF files needs gguf: pip install gguf"):
+    with pytest.raises(MissingPackageError, match=r"^Writing a GGUF file needs gguf: pip install gguf$"):
         ship(model, engine="llama.cpp", to=tmp_path / "served")
     assert not list(tmp_path.iterdir())

@@ -334,8 +334,9 @@ def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None)
     with ctx.command(f"renaming {name!r}") as notes:
         tracked.manager.rename(name, new)
         result = ctx.result(tracked, f"renamed {name!r} to {new!r}", notes)
-        if name in tracked.requested:
-            tracked.requested[new] = (tracked.manager.configs[new], tracked.requested.pop(name)[1])
+        for known in (tracked.requested, tracked.first_random):
+            if name in known:
+                known[new] = (tracked.manager.configs[new], known.pop(name)[1])
         return result
 
 
