@@ -56,7 +56,7 @@ def gguf_package() -> Any:
     Raises:
         MissingPackageError: it is not installed.
     """
-    with needs("gguf", "Writing a GGUF file"):
+    with needs("gguf", "Writing GGUF files"):
         return importlib.import_module("gguf")
 
 

@@ -77,12 +77,15 @@ def lora_file(source: str | os.PathLike[str]) -> Path | None:
         source: a file, or a folder that holds one.
     """
     path = Path(os.path.expanduser(os.fspath(source)))
-    if path.is_dir() and not (path / CONFIG_NAME).is_file():
-        found = sorted(path.glob("*.safetensors"))
-        path = found[0] if len(found) == 1 else path
-    if path.suffix != ".safetensors" or not path.is_file():
+    try:
+        if path.is_dir() and not (path / CONFIG_NAME).is_file():
+            found = sorted(path.glob("*.safetensors"))
+            path = found[0] if len(found) == 1 else path
+        if path.suffix != ".safetensors" or path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file():
+            return None
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # what is wrong with the place is said by those who read it
         return None
-    return None if path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file() else path
 
 
 def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.device = "cpu") -> Checkpoint:

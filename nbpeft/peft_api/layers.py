@@ -8,10 +8,13 @@ from typing import Any
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
+from nbpeft.engine.registry import methods_of_type
 from nbpeft.model.status import LayerStatus, ModelStatus
-from nbpeft.model.tuner import AdapterTuner
+from nbpeft.model.tuner import BaseTuner as BaseTuner
+from nbpeft.model.tuner import tuner_class
 
-BaseTuner = AdapterTuner
+IA3Model = tuner_class(methods_of_type("IA3")[0])
+TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
 BaseTunerLayer = AdaptedLayer
 TunerLayerStatus = LayerStatus
 TunerModelStatus = ModelStatus

@@ -61,7 +61,7 @@ class GgufModel:
         config: of the model.
 
     Raises:
-        ConfigError: its layout is not known here.
+        ConfigError: its layout is not known here, or not to the package.
     """
 
     def __init__(self, model_class: str, config: Any) -> None:
@@ -71,7 +71,9 @@ class GgufModel:
         gguf = gguf_package()
         self.layout, self._config = LAYOUTS[model_class], config
         self.architecture = self.layout.architecture
-        architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        architecture = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
+        if architecture is None:
+            raise ConfigError(f"the package gguf here does not know {self.architecture}: pip install -U gguf")
         self._names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
     def name(self, key: str) -> str:

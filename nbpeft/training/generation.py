@@ -262,9 +262,11 @@ def evaluating(model: PeftModel) -> Iterator[None]:
 
     While a training runs in the background, the block runs between two of its steps.
     """
+    from nbpeft.engine.reached import reached_modules  # here, as it imports torch
+
     held = HeldInterrupts()
     with model.manager.active_state.turn(), held:
-        training = [module for module in model.modules() if module.training]
+        training = [module for module in reached_modules(model) if module.training]
         try:
             if training:
                 model.eval()

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from nbpeft.checkpoint import read_gguf
 from nbpeft.errors import AdapterError, ConfigError, MissingPackageError
 from nbpeft.model import LoraConfig, get_peft_model
-from nbpeft.shipping import ship
-from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, tokenizer
+from nbpeft.shipping import plan_shipment, ship
+from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, sentencepiece_like, tokenizer
 from tests.tiny_models import logits
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -141,6 +141,22 @@ def test_the_tokenizer_in_the_file_reads_text_the_same(tmp_path: Path) -> None:
     assert loaded(text)["input_ids"] == made(text)["input_ids"]
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_like_tokenizer_gets_scores(prefix: bool, tmp_path: Path) -> None:
+    made = sentencepiece_like(prefix)
+    ship(adapted(), engine="llama.cpp", merged=True, tokenizer=made, to=tmp_path / "served")
+    known = keys(tmp_path / "served" / "model.gguf")
+    assert known["tokenizer.ggml.model"] == "llama" and known["tokenizer.ggml.add_space_prefix"] is prefix
+    assert known["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6], "unknown, two control tokens, bytes"
+    scores = dict(zip(known["tokenizer.ggml.tokens"], known["tokenizer.ggml.scores"], strict=True))
+    assert scores["or"] == 0 and scores["or"] > scores["ord"] > scores["orders"] > scores["o"] == scores["<unk>"]
+    assert known["tokenizer.ggml.add_bos_token"]
+    if prefix:
+        loaded = AutoTokenizer.from_pretrained(tmp_path / "served", gguf_file="model.gguf")
+        for text in ("orders of ord", "or é"):
+            assert loaded(text)["input_ids"][-3:] == made(text)["input_ids"][-3:]
+
+
 ADAPTERS_ONLY = {
     "Gemma2": {"head_dim": 16},
     "Gemma3": {"head_dim": 16},
@@ -184,9 +200,15 @@ def test_other_classes_and_tokenizers_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_old_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
+    with pytest.raises(ConfigError, match="does not know llama: pip install -U gguf"):
+        plan_shipment(adapted(), engine="llama.cpp")
+
+
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = adapted()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingPackageError, match=r"^Writing a GGUF file needs gguf: pip install gguf$"):
+    with pytest.raises(MissingPackageError, match="Writing GGUF files needs gguf: pip install gguf"):
         ship(model, engine="llama.cpp", to=tmp_path / "served")
     assert not list(tmp_path.iterdir())

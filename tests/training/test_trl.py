@@ -15,33 +15,19 @@ from typing import Any
 
 import pytest
 
+from tests.clients.packages import installed
 from tests.training.trl_run import STEPS, write_adapters
 
 ROOT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbpeft-tests"
 NEWEST, OLDER = "1.16.0", "1.6.0"
 SFT = ("sft", "sft-nll", "sft-chunked", "sft-completion", "sft-assistant", "sft-packing")
 CASES = (*SFT, "dpo", "kto", "reward", "grpo", "orpo")
 SPECIAL = ("sft-config", "sft-head")
 
 
-def installed(version: str) -> Path:
-    """Where a version of TRL lies; it is installed if need be, and the test skipped where there is no index."""
-    folder = CACHE / f"trl-{version}"
-    if not (folder / f"trl-{version}.dist-info" / "RECORD").is_file():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        done = subprocess.run(
-            [*command, "--target", str(folder), f"trl=={version}"], capture_output=True, text=True, timeout=300
-        )
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            pytest.skip(f"trl {version} cannot be installed: {reason:.200}")
-    return folder
-
-
 def results(version: str, folder: Path, cases: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     """What each side learned in its cases; the sides run beside each other."""
-    packages = installed(version)
+    packages = installed(f"trl=={version}")
     write_adapters(folder)
     variables = {"PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = {}

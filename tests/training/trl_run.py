@@ -2,13 +2,14 @@
 
     python trl_run.py {peft,nbpeft,alone,as-peft,as-peft-alone} ADAPTERS RESULTS.json CASE...
 
-``as-peft`` is nbpeft by the name ``peft``, and ``alone`` as if PEFT were not installed. ADAPTERS holds the starting adapters
-(``write_adapters`` makes them with PEFT). For each case the results hold the losses and, of every
-batch, the number of tokens learned and the sum of each mask.
+``as-peft`` is nbpeft by the name ``peft``, and ``alone`` as if PEFT were not installed. ADAPTERS holds
+the starting adapters (``write_adapters`` makes them with PEFT). For each case the results hold the
+losses and, of every batch, the number of tokens learned and the sum of each mask.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -111,10 +112,9 @@ def classes() -> dict[str, tuple[Any, Any]]:
     import trl
     from trl.experimental import orpo
 
-    try:
+    kto: Any = trl
+    with contextlib.suppress(ImportError):
         from trl.experimental import kto
-    except ImportError:
-        kto = trl
     if not hasattr(kto, "KTOTrainer"):
         kto = trl
     return {

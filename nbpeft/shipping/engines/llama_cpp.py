@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from shlex import quote
 
 from nbpeft.shipping.engines.rules import (
     MERGE,
@@ -41,10 +42,10 @@ MERGED_RULES = (
 )
 
 
-def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
     if merged:
-        return ("llama-server -m {folder}/model.gguf",)
-    return ("llama-server -m BASE_MODEL.gguf --lora {folder}/adapter.gguf",)
+        return (f"llama-server -m {quote(f'{folder}/model.gguf')}",)
+    return (f"llama-server -m BASE_MODEL.gguf --lora {quote(f'{folder}/adapter.gguf')}",)
 
 
 ENGINE = Engine(
