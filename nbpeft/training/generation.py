@@ -268,7 +268,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     from nbpeft.engine.model_tree import manager_of
 
     held, manager = HeldInterrupts(), manager_of(model)
-    with nullcontext() if manager is None else manager.active_state.turn(), held:
+    with nullcontext() if manager is None else manager.active_state.turn(__name__), held:
         training = [module for module in model.modules() if module.training]
         try:
             if training:
