@@ -47,6 +47,7 @@ from .model import DoraCaching as DoraCaching
 from .model import LayerStatus as LayerStatus
 from .model import LoraConfig as LoraConfig
 from .model import LoraLayer as LoraLayer
+from .model import LoraModel as LoraModel
 from .model import LoraRuntimeConfig as LoraRuntimeConfig
 from .model import ModelStatus as ModelStatus
 from .model import ModulesToSaveWrapper as ModulesToSaveWrapper

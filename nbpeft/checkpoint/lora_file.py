@@ -31,7 +31,6 @@ from nbpeft.engine.adapter import LowRankDelta
 from nbpeft.engine.registry import methods_of_type
 from nbpeft.errors import CheckpointError, few
 
-SPELLINGS = ("kohya", "diffusers")
 _METHOD = "LORA"
 _COMPONENTS = ("unet", "transformer", "text_encoder_2", "text_encoder")
 _KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
@@ -48,19 +47,19 @@ class _Pair:
     alpha: float | None = None
 
 
-def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: str, spelling: str) -> None:
+def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: str, style: str) -> None:
     """Writes what an adapter adds, spelled for others.
 
     Args:
         path: the file.
         deltas: path of a layer -> what is added to its weight.
         component: of a pipeline: ``unet``, ``text_encoder``, …
-        spelling: ``kohya``, or ``diffusers``, whose files hold no alpha: there the scaling goes into the factors.
+        style: ``kohya``, or ``diffusers``, whose files hold no alpha: there the scaling goes into the factors.
     """
     tensors: dict[str, Tensor] = {}
     down_key, up_key = _peft_endings()
     for where, delta in deltas.items():
-        if spelling == "kohya":
+        if style == "kohya":
             stem = f"{_KOHYA[component]}_{where.replace('.', '_')}"
             tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = delta.down, delta.up
             tensors[stem + _ALPHA] = torch.tensor(delta.scaling * delta.rank)
@@ -78,12 +77,15 @@ def lora_file(source: str | os.PathLike[str]) -> Path | None:
         source: a file, or a folder that holds one.
     """
     path = Path(os.path.expanduser(os.fspath(source)))
-    if path.is_dir() and not (path / CONFIG_NAME).is_file():
-        found = sorted(path.glob("*.safetensors"))
-        path = found[0] if len(found) == 1 else path
-    if path.suffix != ".safetensors" or not path.is_file():
+    try:
+        if path.is_dir() and not (path / CONFIG_NAME).is_file():
+            found = sorted(path.glob("*.safetensors"))
+            path = found[0] if len(found) == 1 else path
+        if path.suffix != ".safetensors" or path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file():
+            return None
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # what is wrong with the place is said by those who read it
         return None
-    return None if path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file() else path
 
 
 def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.device = "cpu") -> Checkpoint:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.random_numbers import random_state, set_random_state
+from nbpeft.engine.reached import reached_modules
 from nbpeft.errors import BusyError
 from nbpeft.interrupts import HeldInterrupts, RunningBlock, wait_for
 
@@ -54,7 +55,7 @@ class Turns:
         model = self._model()
         if not self._waiting or model is None:
             return
-        training = [module for module in model.modules() if module.training]
+        training = [module for module in reached_modules(model) if module.training]
         mine = random_state()
         set_random_state(self._outside)
         for module in training:

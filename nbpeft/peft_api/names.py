@@ -60,6 +60,7 @@ _METHODS_WITH_TARGETS = (
 _MISSING_TARGETS = " ".join(
     f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING" for name in _METHODS_WITH_TARGETS.split()
 )
+_TUNERS = "IA3Model TrainableTokensModel"
 _WRAPPERS = "AuxiliaryTrainingWrapper TrainableTokensWrapper"
 _MODULE_FUNCTIONS = (
     "_freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules _is_valid_match _set_adapter "
@@ -142,7 +143,8 @@ MODULES: dict[str, dict[str, str]] = {
     "": {
         "mappings": f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING {_MAPPINGS}",
         "helpers": "shift_tokens_right",
-        OWN: f"LoraModel IA3Model TrainableTokensModel {_METHOD_NAMES}",
+        "layers": _TUNERS,
+        OWN: _METHOD_NAMES,
         "missing": (
             f"PeftMixedModel PromptLearningConfig find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} "
             f"{_PREFIX_POSTPROCESSING}"
@@ -180,10 +182,14 @@ MODULES: dict[str, dict[str, str]] = {
     "optimizers.lorafa": {OWN: "create_lorafa_optimizer", "missing": "LoraFAOptimizer"},
     "optimizers.loraplus": {OWN: "create_loraplus_optimizer"},
     "optimizers.riemannian": {"missing": "create_riemannian_optimizer"},
-    "peft_model": {OWN: f"{_MODELS} PeftConfig PeftType TaskType", "mappings": _MAPPINGS},
+    "peft_model": {
+        OWN: f"{_MODELS} PeftConfig PeftType TaskType",
+        "mappings": _MAPPINGS,
+        "layers": "TunerLayerStatus TunerModelStatus",
+    },
     "tuners": {
-        OWN: f"IA3Config IA3Model LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig TrainableTokensModel "
-        f"{_METHOD_NAMES}",
+        OWN: f"IA3Config LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig {_METHOD_NAMES}",
+        "layers": _TUNERS,
         "missing": _LORA_EXTRAS,
     },
     "tuners.tuners_utils": {
@@ -205,19 +211,18 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.intruders": {"missing": "reduce_intruder_dimension"},
     "tuners.lora.loraga": {"missing": "estimate_gradients preprocess_loraga"},
     **{f"tuners.lora.{place}": {LAYER: names} for place, names in _OTHER_QUANTIZED.items()},
-    "tuners.ia3": {
-        OWN: "IA3Config IA3Model",
-        "layers": "IA3Layer",
-        LAYER: "Conv2d Conv3d Linear Linear4bit Linear8bitLt",
-    },
+    "tuners.ia3": {OWN: "IA3Config", "layers": "IA3Layer IA3Model", LAYER: "Conv2d Conv3d Linear"},
     "tuners.ia3.bnb": {LAYER: "Linear4bit Linear8bitLt"},
     "tuners.ia3.config": {OWN: "IA3Config"},
     "tuners.ia3.layer": {"layers": "IA3Layer", LAYER: "Conv2d Conv3d Linear"},
-    "tuners.ia3.model": {OWN: "IA3Model"},
-    "tuners.trainable_tokens": {OWN: "TrainableTokensConfig TrainableTokensModel", "layers": "TrainableTokensLayer"},
+    "tuners.ia3.model": {"layers": "IA3Model"},
+    "tuners.trainable_tokens": {
+        OWN: "TrainableTokensConfig",
+        "layers": "TrainableTokensLayer TrainableTokensModel",
+    },
     "tuners.trainable_tokens.config": {OWN: "TrainableTokensConfig"},
     "tuners.trainable_tokens.layer": {"layers": "TrainableTokensLayer"},
-    "tuners.trainable_tokens.model": {OWN: "TrainableTokensModel"},
+    "tuners.trainable_tokens.model": {"layers": "TrainableTokensModel"},
     "tuners.lycoris_utils": {"missing": "LycorisConfig LycorisLayer LycorisTuner"},
     **{
         f"tuners.{package}{part}": {OWN: names}
@@ -250,8 +255,9 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.loftq_utils": {"missing": "loftq_init replace_lora_weights_loftq"},
     "utils.merge_utils": {
-        "missing": "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning "
-        "magnitude_prune prune random_pruning reshape_weight_task_tensors task_arithmetic ties"
+        "merging": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
+        "missing": "calculate_majority_sign_mask disjoint_merge magnitude_based_pruning prune random_pruning "
+        "reshape_weight_task_tensors",
     },
     "utils.other": {
         OWN: "ModulesToSaveWrapper cast_mixed_precision_params prepare_model_for_kbit_training",
@@ -268,8 +274,8 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.save_and_load": {OWN: _STATE_DICTS},
     "utils.transformers_weight_conversion": {
-        "missing": "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
-        "convert_peft_config_for_transformers"
+        "conversion": "build_peft_weight_mapping",
+        "missing": "convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
     },
     "utils.warning": {OWN: "PeftWarning"},
 }

@@ -14,8 +14,8 @@ from nbpeft.checkpoint import NewFile, in_place_of
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
-from nbpeft.shipping import formats, spellings
-from nbpeft.shipping.engines import ENGINES, Engine
+from nbpeft.shipping import formats
+from nbpeft.shipping.engines import ENGINES, Engine, Form
 from nbpeft.shipping.facts import AdapterFacts, facts_of
 from nbpeft.shipping.formats import GGUF_ADAPTER, GGUF_MODEL, Package
 from nbpeft.shipping.modelfile import chat_format_of, modelfile
@@ -126,6 +126,10 @@ def plan_shipment(
     needs_base = chosen.name == "ollama" and base is None
     merged = merged or (needs_base and verdict.as_merged)
     _check(verdict, merged)
+    if needs_base and not merged:
+        raise ConfigError(
+            "Ollama puts the adapter beside a model it has: give its name there, e.g. base='gemma2:2b' (base=…)"
+        )
     form = chosen.merged if merged else chosen.adapter
     assert form is not None
     stored_as = _type(quantize, form.types, chosen.label)
@@ -133,8 +137,7 @@ def plan_shipment(
     texts = _modelfile(base, merged, tokenizer, notes) if chosen.name == "ollama" else []
     package = _package(manager, facts, form, stored_as, tokenizer, texts)
     folder = Path(os.path.expanduser(os.fspath(to or f"{facts.name}-{chosen.name}")))
-    notes += _format_notes(facts, form, merged, quantize)
-    commands = tuple(line.format(folder=folder) for line in chosen.start(facts, merged))
+    notes += _format_notes(facts, form)
     return Shipment(
         facts.name,
         chosen.name,
@@ -143,7 +146,7 @@ def plan_shipment(
         stored_as,
         folder,
         package.files,
-        commands,
+        chosen.start(facts, merged, str(folder)),
         tuple(notes),
         package=package,
     )
@@ -190,7 +193,7 @@ def _type(wanted: str | None, types: tuple[str, ...], label: str) -> str:
 
 
 def _package(
-    manager: AdapterManager, facts: AdapterFacts, form: Any, stored_as: str, tokenizer: Any, texts: list[NewFile]
+    manager: AdapterManager, facts: AdapterFacts, form: Form, stored_as: str, tokenizer: Any, texts: list[NewFile]
 ) -> Package:
     match form.format:
         case "folder":
@@ -203,7 +206,7 @@ def _package(
             return formats.merged_gguf(manager, facts, stored_as, tokenizer, texts)
         case "gguf":
             return formats.adapter_gguf(manager, facts, stored_as, texts)
-    return spellings.single_file(facts, form.format)
+    return formats.single_file(facts, form.format)
 
 
 def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str]) -> list[NewFile]:
@@ -216,11 +219,11 @@ def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str])
     return [NewFile.of_text("Modelfile", modelfile(f"./{GGUF_MODEL}", None, chat))]
 
 
-def _format_notes(facts: AdapterFacts, form: Any, merged: bool, quantize: str | None) -> list[str]:
+def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
     """What the writing changes."""
     notes = []
     if form.format == "folder":
-        if facts.starts_in_weight:
+        if facts.starts_in_weight and facts.deltas:
             notes.append(f"it started in a part of the weights: written as plain LoRA of rank {facts.ranks[-1]}")
         elif form.one_rank and len(facts.ranks) > 1:
             ranks = ", ".join(map(str, facts.ranks))

@@ -265,11 +265,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Args:
         model: adapted or bare.
     """
-    from nbpeft.engine.model_tree import manager_of
+    from nbpeft.engine.model_tree import manager_of  # here, as they import torch
+    from nbpeft.engine.reached import reached_modules
 
     held, manager = HeldInterrupts(), manager_of(model)
     with nullcontext() if manager is None else manager.active_state.turn(__name__), held:
-        training = [module for module in model.modules() if module.training]
+        training = [module for module in reached_modules(model) if module.training]
         try:
             if training:
                 model.eval()

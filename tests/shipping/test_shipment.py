@@ -75,6 +75,8 @@ def test_an_adapter_that_started_in_the_weights_becomes_plain(init: str, tmp_pat
             parameter.add_(0.1)
     done = ship(model.eval(), engine="peft", to=tmp_path / "served")
     assert config_of(tmp_path / "served")["init_lora_weights"] is True
+    tensors = safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors")
+    assert done.byte_count == sum(tensor.nbytes for tensor in tensors.values())
     assert "plain LoRA of rank 8" in " ".join(done.notes)
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
     assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-4)
@@ -87,6 +89,27 @@ def test_a_scale_is_part_of_what_is_written(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
     assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-5)
     assert "its scale of 0.5 is part" in " ".join(done.notes)
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"trainable_token_indices": [3]}], ids=["dora", "token rows"])
+def test_a_scale_that_cannot_be_written_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(**fields)
+    model.manager.set_scale("sql", 0.5)
+    with pytest.raises(AdapterError, match=r"its scale of 0\.5 cannot be written with .*set the scale back to 1"):
+        ship(model, engine="peft", to=tmp_path / "served")
+    model.manager.set_scale("sql", 1.0)
+    assert ship(model, engine="peft", to=tmp_path / "served").written
+
+
+def test_names_and_folders_are_quoted_for_a_shell(tmp_path: Path) -> None:
+    model = adapted(name="my {sql}; rm")
+    place = tmp_path / "a folder"
+    commands = [plan_shipment(model, engine=engine, to=place).commands[0] for engine in ("vllm", "llama.cpp", "peft")]
+    assert f"'my {{sql}}; rm={place}'" in commands[0] and f"'{place}/adapter.gguf'" in commands[1]
+    done = ship(model, engine="vllm", to=place)
+    assert (
+        done.written and plan_shipment(model, engine="ollama", base="x", to=place).commands[1] == "ollama run my-sql-rm"
+    )
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
@@ -197,7 +220,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match="no space left"):
         ship(model, engine="vllm", to=place, overwrite=True)
     with pytest.raises(CheckpointError, match="no space left"):
-        ship(model, engine="vllm", to=tmp_path / "new")
+        ship(model, engine="vllm", to=tmp_path / "new" / "served")
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["served"] and same_state(state(model), weights)
 
