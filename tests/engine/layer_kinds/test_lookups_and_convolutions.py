@@ -299,7 +299,7 @@ def test_grouped_convolutions_are_refused_where_they_cannot_work() -> None:
 
 
 def test_lookups_refuse_what_peft_refuses() -> None:
-    with pytest.raises(ConfigError, match="lora_bias=True does not work on an embedding"):
+    with pytest.raises(ConfigError, match="lora_bias=True is not supported for Embedding"):
         plan(Holder(nn.Embedding(11, 6)), LoraConfig(r=4, target_modules=["layer"], lora_bias=True))
     strange: Any = nn.Embedding(11, 6)
     strange.embed_scale = nn.Parameter(torch.ones(6))
