@@ -164,7 +164,7 @@ def _extrapolated_peak(setting: Setting) -> Peak | None:
         return None
     try:
         return _run(setting, path)
-    except TargetError:  # the config names later layers
+    except TargetError:  # the config names later layers only
         return None
 
 
@@ -216,7 +216,8 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     model = setting.architecture.build(setting.dtype, layers)
     checkpointed = setting.gradient_checkpointing and setting.training
     chosen = linear_layers_to_quantize(model).values() if setting.quantization is not None else ()
-    _add_adapter(model, setting)
+    # Of a few layers the rest are missing, which a config may name: that of an adapter on "all-linear" names each.
+    _add_adapter(model, setting, allow_missing=layers is not None)
     if setting.adapter_config is None:
         model.requires_grad_(setting.training)
     if setting.quantization is not None:
@@ -227,9 +228,9 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     return model
 
 
-def _add_adapter(model: nn.Module, setting: Setting) -> None:
+def _add_adapter(model: nn.Module, setting: Setting, *, allow_missing: bool = False) -> None:
     if setting.adapter_config is not None:
-        AdapterManager.attach(model).add("forecast", setting.adapter_config, allow_missing=False)
+        AdapterManager.attach(model).add("forecast", setting.adapter_config, allow_missing=allow_missing)
 
 
 def _checkpoint(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """What a cell may set: the fields of a config, of quantization and of training, with their values and what they mean.
 
-Nothing is imported for it: without torch (or transformers) there is nothing to say yet, so that completion is fast.
+Nothing is imported for it, so that completion is fast: without torch there is nothing to say of a config yet.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from nbpeft.names import DTYPES, QUANT_TYPES
 from nbpeft.session.configs import BOOKKEEPING, DEFAULT_METHOD, config_class, method_names
 from nbpeft.session.handles import uncompiled
+from nbpeft.training.argument_source import NOTEBOOK_DEFAULTS, tracker_names, training_arguments
 
 _MODULE_FIELDS: dict[str, tuple[str, ...]] = {
     "target_modules": ("all-linear",),
@@ -121,23 +122,12 @@ def _config(method: str) -> Iterator[Field]:
 
 
 def _training() -> Iterator[Field]:
-    if "torch" not in sys.modules or "transformers" not in sys.modules:
-        return
-    from transformers import training_args as module
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    from nbpeft.training.arguments import NOTEBOOK_DEFAULTS
-
-    for item in dataclasses.fields(module.TrainingArguments):
-        if not item.init:
-            continue
-        field = _of(item, module.TrainingArguments, str(item.metadata.get("help", "")))
-        if item.name in NOTEBOOK_DEFAULTS:
-            field = dataclasses.replace(field, default=repr(NOTEBOOK_DEFAULTS[item.name]))
+    trackers = tracker_names()
+    for item in training_arguments():
+        default = repr(NOTEBOOK_DEFAULTS[item.name]) if item.name in NOTEBOOK_DEFAULTS else item.default
+        field = Field(item.name, item.kind, default, _first_line(item.help), item.choices)
         if item.name == "report_to":
-            field = dataclasses.replace(
-                field, choices=("none", "all", *INTEGRATION_TO_CALLBACK), listed=tuple(INTEGRATION_TO_CALLBACK)
-            )
+            field = dataclasses.replace(field, choices=("none", "all", *trackers), listed=trackers)
         yield field
 
 

@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from nbpeft.errors import ConfigError, did_you_mean, in_one_line
+from nbpeft.training.argument_source import NOTEBOOK_DEFAULTS
 
 _GIVEN_BY_TRAIN = {"self", "model", "args", "train_dataset", "eval_dataset", "processing_class", "model_init", "kwargs"}
 
@@ -37,17 +38,6 @@ _OTHER_NAMES = {
     "max_seq_length": "max_length",
 }
 """What people type for names that spell quite differently."""
-
-NOTEBOOK_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,
-    "logging_strategy": "steps",
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
-}
-"""What is assumed instead of the defaults of ``TrainingArguments``."""
 
 _LEAST = {
     "learning_rate": 0,

@@ -15,7 +15,7 @@ from nbpeft.display.models import ADAPTER_HEAD, adapter_cells, condition
 from nbpeft.display.numbers import plural
 from nbpeft.state import AdapterState, ModelState
 from nbpeft.widgets.controls import Command, button, html, labelled, mark, one_each
-from nbpeft.widgets.lifetime import close_tree, weakly
+from nbpeft.widgets.lifetime import close_tree, shared, weakly
 
 MOST = 12
 """Rows that are seen at first; with more adapters there is a filter."""
@@ -50,10 +50,10 @@ class Row:
         self._asked = ""
         self._form: Any = None
         self._folder: Any = None
-        self._buttons = ipywidgets.HBox([self._save, self._delete], layout=ipywidgets.Layout(flex="0 0 auto"))
+        self._buttons = ipywidgets.HBox([self._save, self._delete], layout=shared(ipywidgets.Layout, flex="0 0 auto"))
         self._buttons.add_class("nbpeft-row-buttons")
         self.box = ipywidgets.HBox(
-            [self._cells, self._buttons], layout=ipywidgets.Layout(flex_flow="row wrap", width="100%")
+            [self._cells, self._buttons], layout=shared(ipywidgets.Layout, flex_flow="row wrap", width="100%")
         )
         self.box.add_class("nbpeft-row")
 
@@ -129,7 +129,7 @@ class Rows:
         self._filter = labelled("Filter", ipywidgets.Text(placeholder="part of a name or a method"), 200)
         self._filter.observe(weakly(self._typed), names="value")
         self._rest = html(flex="0 0 auto")
-        self._more = button("Show more", "Show more adapters", weakly(self._show_more))
+        self._more = button("Show more", "Show more adapters", weakly(self._show_more), hides=True)
         self.filter_box = ipywidgets.HBox([self._filter, self._rest, self._more])
         self.filter_box.add_class("nbpeft-settings")
         self._titles = html(row_head(), flex="1 1 260px", min_width="0")

@@ -156,7 +156,7 @@ class _Parts:
         self._totals = parts.html(flex="1 1 260px")
         self._memory = parts.html()
         self.message = parts.Message()
-        self._undo = parts.button("Undo", "Bring the deleted adapter back", weakly(command, "undo"))
+        self._undo = parts.button("Undo", "Bring the deleted adapter back", weakly(command, "undo"), hides=True)
         self._undo.layout.display = "none"
         *words, dismiss = self.message.box.children
         self.message.box.children = (*words, self._undo, dismiss)

@@ -115,7 +115,7 @@ class _Parts:
         self._against = parts.labelled("diff against", ipywidgets.Dropdown(options=[BASE], value=BASE), 124)
         self._against.observe(weakly(command, "against"), names="value")
         words = "Forget what was said and begin anew in every column"
-        self._new = parts.button("New conversation", words, weakly(command, "new"))
+        self._new = parts.button("New conversation", words, weakly(command, "new"), hides=True)
         self._new.layout.display = "none"
         settings = parts.settings_row(self._tokens, *self.sampling.boxes, self.form.box, self._against, self._new)
         self.frame = parts.Frame(title, self.question.box, self._picks.box, settings)

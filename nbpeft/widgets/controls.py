@@ -11,7 +11,7 @@ from nbpeft.display.blocks import Text, Tone
 from nbpeft.display.html import head, span
 from nbpeft.display.names import shortened
 from nbpeft.errors import ConfigError
-from nbpeft.widgets.lifetime import close_tree, weakly
+from nbpeft.widgets.lifetime import close_tree, shared, weakly
 from nbpeft.widgets.styles import style_sheet
 
 Key = TypeVar("Key")
@@ -22,11 +22,14 @@ Command = Callable[..., None]
 
 
 def html(value: str = "", **layout: str) -> Any:
-    """An HTML widget without ipywidgets' own margins."""
-    return ipywidgets.HTML(value, layout=ipywidgets.Layout(margin="0", **layout))
+    """An HTML widget without ipywidgets' own margins; its layout stays as it is."""
+    style = shared(ipywidgets.HTML.style.klass)
+    return ipywidgets.HTML(value, layout=shared(ipywidgets.Layout, margin="0", **layout), style=style)
 
 
-def button(text: str, tooltip: str, handler: Callable[[Any], None], *kinds: str, width: str = "auto") -> Any:
+def button(
+    text: str, tooltip: str, handler: Callable[[Any], None], *kinds: str, width: str = "auto", hides: bool = False
+) -> Any:
     """A button as it stands in every panel.
 
     Args:
@@ -35,9 +38,12 @@ def button(text: str, tooltip: str, handler: Callable[[Any], None], *kinds: str,
         handler: Called with the button.
         *kinds: ``primary`` for the one action of a panel, ``danger``, ``bare`` without a frame.
         width: As CSS; by default what the text takes.
+        hides: Whether it is hidden at times: its layout is its own then, and not that of all buttons.
     """
-    made = ipywidgets.Button(description=text, tooltip=tooltip, layout=ipywidgets.Layout(width=width))
-    for kind in ("button", *kinds):
+    layout = ipywidgets.Layout(width=width) if hides else shared(ipywidgets.Layout, width=width)
+    style = shared(ipywidgets.ButtonStyle)
+    made = ipywidgets.Button(description=text, tooltip=tooltip, layout=layout, style=style)
+    for kind in kinds:
         made.add_class(f"nbpeft-{kind}")
     made.on_click(handler)
     return made
@@ -103,9 +109,7 @@ class ToggleRow:
             mark(made, "nbpeft-on", words in on)
 
     def _button(self, words: tuple[str, ...], label: str, tooltip: str) -> Any:
-        made = ipywidgets.Button(description=shortened(label), tooltip=tooltip, layout=ipywidgets.Layout(width="auto"))
-        made.on_click(weakly(self._command, *words))
-        return made
+        return button(shortened(label), tooltip, weakly(self._command, *words))
 
 
 class Message:
@@ -223,8 +227,8 @@ class Question:
             layout=ipywidgets.Layout(flex="1 1 220px", width="auto", margin="0", height="52px"),
         )
         self._prompt.add_class("nbpeft-unlabelled")
-        self._ask = button(verb, "Answer this prompt", weakly(command, "run"), "primary", width="86px")
-        self._stop = button("Stop", "Keep the answers so far", weakly(command, "stop"), width="86px")
+        self._ask = button(verb, "Answer this prompt", weakly(command, "run"), "primary", width="86px", hides=True)
+        self._stop = button("Stop", "Keep the answers so far", weakly(command, "stop"), width="86px", hides=True)
         self._stop.layout.display = "none"
         self.box = ipywidgets.HBox(
             [self._prompt, self._ask, self._stop],

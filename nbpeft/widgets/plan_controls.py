@@ -13,7 +13,7 @@ from nbpeft.display.html import span, to_html
 from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS
 from nbpeft.session.results.planning import PlanResult, PlanSettings
 from nbpeft.widgets.controls import Command, Frame, html, labelled, settings_row
-from nbpeft.widgets.lifetime import weakly
+from nbpeft.widgets.lifetime import close_tree, weakly
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
@@ -117,8 +117,7 @@ class PlanControls:
     def free(self) -> None:
         """Closes widgets that are not shown."""
         for widget in self._unused:
-            for part in (widget.layout, widget.style, widget):
-                part.close()
+            close_tree(widget)
 
 
 def _choice(label: str, options: Iterable[tuple[str, str]], value: str, width: int, command: Command) -> Any:

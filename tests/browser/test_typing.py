@@ -34,12 +34,8 @@ def popup(page: NotebookPage, cell: int) -> Locator:
     """What Tab offers at the end of a cell."""
     at_the_end(page, cell)
     items = page.page.locator(".jp-Completer:visible .jp-Completer-item")
-    for _ in range(6):  # JupyterLab waits a second for an answer; the first one may import transformers
-        page.page.keyboard.press("Tab")
-        page.page.wait_for_timeout(3000)
-        if items.count():
-            break
-    expect(items.first).to_be_visible()
+    page.page.keyboard.press("Tab")  # once: JupyterLab waits a second for an answer, and drops one that comes later
+    expect(items.first).to_be_visible(timeout=10_000)
     return items
 
 
@@ -63,6 +59,9 @@ def labels(items: Locator) -> list[str]:
 def test_tab_offers_values(open_notebook: Opener, pictures: Path, app: str) -> None:
     page = open_notebook(MODEL, TARGETS, DEVICE, SCHEDULER)
     page.run_cell(0)
+    assert {"cosine", "linear"} <= set(labels(popup(page, 3)))
+    page.page.screenshot(path=pictures / f"tab-scheduler-{app}.png")
+    page.page.keyboard.press("Escape")
     items = popup(page, 1)
     assert {"q_proj", "v_proj", "down_proj"} <= set(labels(items))
     page.page.screenshot(path=pictures / f"tab-targets-{app}.png")
@@ -73,8 +72,6 @@ def test_tab_offers_values(open_notebook: Opener, pictures: Path, app: str) -> N
     page.page.screenshot(path=pictures / f"tab-device-{app}.png")
     items.get_by_text("T4", exact=True).click()
     assert source(page, 2) == f"{DEVICE}T4"
-    assert {"cosine", "linear"} <= set(labels(popup(page, 3)))
-    page.page.screenshot(path=pictures / f"tab-scheduler-{app}.png")
 
 
 def test_shift_tab_explains(open_notebook: Opener, pictures: Path, app: str) -> None:

@@ -105,7 +105,7 @@ def test_running_a_cell_again_and_restarting_it(bare: Notebook) -> None:
     first = bare.do(CELL)
     second = bare.do(CELL)
     assert "goes on with the weights after step 6 of run sql-1, with a new schedule" in str(second)
-    assert second.state.first_step == 6 and second.state.history != first.state.history
+    assert second.state.first_step == 0 and second.state.history != first.state.history
     third = bare.do(CELL.replace("--max-length", "--restart --max-length"))
     assert third.state.history == first.state.history and "goes on" not in str(third)
 
@@ -188,3 +188,14 @@ def test_an_interrupted_cell_can_go_on(bare: Notebook) -> None:
     end()
     assert [record.status for record in bare.do("%lora runs").records] == ["stopped"]
     assert bare.do("%lora resume").step == 3
+
+
+def test_a_run_interrupted_after_it_went_on_leaves_the_adapted_model_in_its_variable(bare: Notebook) -> None:
+    killed(3)
+    fresh = prepare(bare, adapter=False)
+    interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    end = fresh.session.on_run(lambda run, name: when_noted(run, 5, interrupt))
+    fresh.run("%lora resume")
+    end()
+    assert fresh["model"].manager.active == ("sql",)
+    assert fresh.do("%lora resume").training.steps == 6

@@ -400,3 +400,12 @@ def test_beside_the_main_thread_nothing_that_all_threads_share_changes():
     whole = run_step(found[0].setting)
     step = found[0].peak_bytes - sum(parts(found[0])[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == whole.total
+
+
+def test_an_adapter_that_names_every_layer_is_forecast_from_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a model in memory does: ``all-linear`` has become the layers' paths."""
+    paths = [f"model.layers.{number}.self_attn.q_proj" for number in range(CONFIG.num_hidden_layers)]
+    expected = forecast(CONFIG, lora(target_modules=["q_proj"]), batch_size=2, sequence_length=40)
+    monkeypatch.setattr("nbpeft.memory.estimate.run_step", lambda setting: pytest.fail("the whole model was run"))
+    found = forecast(CONFIG, lora(target_modules=paths), batch_size=2, sequence_length=40)
+    assert found.parts == expected.parts

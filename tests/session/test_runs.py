@@ -9,7 +9,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nbpeft.errors import AdapterError, BaseMismatchError, CheckpointNotFoundError, ConfigError, TrainingError
+from nbpeft.errors import (
+    AdapterError,
+    BaseMismatchError,
+    CheckpointNotFoundError,
+    ConfigError,
+    NbpeftError,
+    TrainingError,
+)
 from nbpeft.training import keeping
 from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken, when_noted
 from tests.session.support import everything
@@ -142,6 +149,35 @@ def test_a_run_that_had_finished_gives_its_adapter_back(straight: Any, tmp_path:
         session_in(tmp_path).resume(model=result.model)
 
 
+def test_another_adapter_is_active_again_when_a_resumed_run_cannot_begin(broken_off: Path) -> None:
+    session = session_in(broken_off)
+    model = session.add(llama(), LORA, name="other", variable="model").model
+    session.add(model, LORA, name="chosen")
+    before = everything(model)
+    with pytest.raises(TrainingError, match="these are 25"):
+        session.resume(model=model, data=token_rows(25))
+    assert same_state(everything(model), before)
+    assert (model.manager.names, model.manager.active) == (("other", "chosen"), ("chosen",))
+
+
+def test_a_run_of_two_adapters_comes_back_with_both_or_neither(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.add(model, LORA, name="b")
+    session.use(["sql", "b"])
+    end = session.on_run(lambda run, name: when_noted(run, 3, run.control.request_stop))
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 5})
+    end()
+    session.delete("b")
+    assert session.resume(model=model, data=rows()).training.steps == 5
+    assert model.manager.active == ("sql", "b")
+    weights_file = max(tmp_path.glob("sql*b-1/checkpoint-*")) / "b" / "adapter_model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-8])
+    base = llama()
+    with pytest.raises(NbpeftError):
+        session_in(tmp_path).resume(model=base, variable="model")
+    assert not hasattr(base, "peft_config")
+
+
 def test_what_another_run_trained_is_not_overwritten(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
     end = session.on_run(lambda run, name: when_noted(run, 4, run.control.request_stop))
@@ -189,14 +225,14 @@ def test_of_a_run_without_states_only_the_curve_is_left(tmp_path: Path) -> None:
 def test_training_again_says_from_where_it_goes_on(tmp_path: Path) -> None:
     session, model = adapted_session(tmp_path)
     first = session.train(model, rows(), **ARGUMENTS | {"max_steps": 5})
-    assert first.state.first_step == 0 and "goes on" not in str(first)
+    assert "goes on" not in str(first)
     session.rename("sql", "orders")
     second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 3})
-    assert (second.state.first_step, second.steps) == (5, 3)
+    assert (second.state.first_step, second.state.step, second.steps) == (0, 3, 3)
     assert "goes on with the weights after step 5 of run sql-1, with a new schedule" in str(second)
-    assert session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state.first_step == 8
+    assert "after step 8 of run" in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
     session.add(model, {**LORA, "r": 2}, name="orders")  # its weights start anew
-    assert session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state.first_step == 0
+    assert "goes on" not in str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +248,7 @@ def test_restarting_gives_the_numbers_of_the_first_time(tmp_path: Path, fields: 
     session.set_scale("sql", 0.5)
     session.set_scale("sql", 1.0)
     third = session.train(model, rows(), restart=True, **short)
-    assert third.state.history == first.state.history and third.state.first_step == 0
+    assert third.state.history == first.state.history and "goes on" not in str(third)
     assert same_state(weights(model, "sql"), after)
     assert session.train(model, rows(), restart=True, **short).state.history == first.state.history
 

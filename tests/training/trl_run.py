@@ -9,6 +9,7 @@ hold the losses and, of every batch, the number of tokens learned and the sum of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -111,10 +112,9 @@ def classes() -> dict[str, tuple[Any, Any]]:
     import trl
     from trl.experimental import orpo
 
-    try:
+    kto: Any = trl
+    with contextlib.suppress(ImportError):
         from trl.experimental import kto
-    except ImportError:
-        kto = trl
     if not hasattr(kto, "KTOTrainer"):
         kto = trl
     return {
