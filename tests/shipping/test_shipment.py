@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
 from nbpeft.shipping import ENGINES, ship
+from tests.effort import drawn
+from tests.faults.harness import traced
+from tests.faults.test_interrupts import interrupted_at
 from tests.shipping.support import VOCABULARY, adapted, base_model, ids, tokenizer
 from tests.tiny_models import logits, same_state, state
 
@@ -234,6 +239,24 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
         ship(model, engine="vllm", to=tmp_path / "new" / "served")
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["served"] and same_state(state(model), weights)
+
+
+def test_interrupted_anywhere_the_folder_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    place, models = tmp_path / "served", (adapted(r=2), adapted(r=4))
+    for model in models:
+        ship(model, engine="vllm", to=place, overwrite=True)
+    visits: Counter[tuple[str, int]] = Counter()
+    with traced(lambda file, line: visits.update([(file, line)])):
+        ship(models[1], engine="vllm", to=place, overwrite=True)
+    lines = [spot for spot in visits if spot[0].endswith(("shipment.py", "formats.py", "atomic.py", "staging.py"))]
+    assert len(lines) > 100
+    for spot in drawn(sorted(lines), quick=25):
+        ship(models[0], engine="vllm", to=place, overwrite=True)
+        with contextlib.suppress(KeyboardInterrupt), interrupted_at((*spot, 1)):
+            ship(models[1], engine="vllm", to=place, overwrite=True)
+        tensors = safetensors.torch.load_file(place / "adapter_model.safetensors")
+        assert {min(tensor.shape) for tensor in tensors.values()} == {config_of(place)["r"]}, spot
+        assert f"| `r` | `{config_of(place)['r']}` |" in (place / "README.md").read_text()
 
 
 @pytest.mark.parametrize("engine", ["vllm", "llama.cpp", "transformers"])
