@@ -174,9 +174,14 @@ class ActiveState:
             layer.__dict__["active_state"] = self
         self.apart.clear()
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Context manager for calls of the model: while a training runs in the background, between its steps."""
-        return nullcontext() if self.turns is None else self.turns.turn()
+    def turn(self, *inside: str) -> AbstractContextManager[None]:
+        """Context manager for calls of the model: while a training runs in the background, between its steps.
+
+        Args:
+            inside: modules that enter it for somebody else.
+        """
+        turns = self.turns  # the training may end, and take it away, at any moment
+        return nullcontext() if turns is None else turns.turn(*inside)
 
     def refuse_changes(self) -> None:
         """Refuses a change of the adapters while a training in the background has them.
@@ -184,8 +189,9 @@ class ActiveState:
         Raises:
             BusyError: one does.
         """
-        if self.turns is not None:
-            self.turns.refuse()
+        turns = self.turns
+        if turns is not None:
+            turns.refuse()
 
     def current(self) -> Active:
         """What acts for the calling thread or task."""

@@ -104,16 +104,19 @@ class Turns:
             )
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, *inside: str) -> Iterator[None]:
         """Context manager: the model is this thread's, in evaluation mode and without gradients, until the block ends.
 
         It waits for the end of the step that runs. In the thread that trains, inside another turn and after the
         training it changes nothing.
+
+        Args:
+            inside: modules that enter it for somebody else, whose block it is.
         """
         if self.is_mine or (self._taken is not None and self._taken.thread == threading.get_ident()):
             yield
             return
-        taken = self._take(RunningBlock(__name__))
+        taken = self._take(RunningBlock(__name__, *inside))
         try:
             if taken is None:
                 yield

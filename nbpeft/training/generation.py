@@ -269,7 +269,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     from nbpeft.engine.reached import reached_modules
 
     held, manager = HeldInterrupts(), manager_of(model)
-    with nullcontext() if manager is None else manager.active_state.turn(), held:
+    with nullcontext() if manager is None else manager.active_state.turn(__name__), held:
         training = [module for module in reached_modules(model) if module.training]
         try:
             if training:

@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 from torch import nn
 
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.processor import slow_dtype, slow_words
 from nbpeft.state import Curve, MemoryState, Sample, TrainState, TrainStatus
 from nbpeft.training.adapted import trained_names
@@ -308,21 +309,22 @@ class Run:
             status: ``"finished"``, ``"stopped"`` or ``"failed"``.
             message: One line for a person; a warning noted before stays when it is empty.
         """
-        with self._lock:
-            if self._ended is not None:
-                return
-            self._ended = self._clock()
-            self._end_watching()
-            if self._check is not None:
-                if status == "finished" and self.steps_done and not self._resumed:
-                    self._warn(self._check.after_step(self.steps_done, last=True))
-                self._check.close()
-                self._check = None
-            self._status = status
-            if message:
-                self._notes = [message]
-            self._memory_due = float("-inf")
-        self.publish(force=True)
+        with HeldInterrupts(to_the_end=True):  # a second interruption must not leave it half ended
+            with self._lock:
+                if self._ended is not None:
+                    return
+                self._ended = self._clock()
+                self._end_watching()
+                if self._check is not None:
+                    if status == "finished" and self.steps_done and not self._resumed:
+                        self._warn(self._check.after_step(self.steps_done, last=True))
+                    self._check.close()
+                    self._check = None
+                self._status = status
+                if message:
+                    self._notes = [message]
+                self._memory_due = float("-inf")
+            self.publish(force=True)
 
     def __enter__(self) -> Self:
         self.entered = True
@@ -521,7 +523,7 @@ class Run:
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
             message=self._message(),
-            first_step=record.first_step or self.steps_before,
+            first_step=record.first_step,
             gradient_norm=record.gradient_norm,
             series={name: curve.points() for name, curve in list(record.series.items())},
             metrics=dict(record.metrics),

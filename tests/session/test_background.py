@@ -19,6 +19,7 @@ from nbpeft.errors import AdapterError, BusyError, NbpeftError
 from nbpeft.examples import scoring
 from nbpeft.session import Session
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
+from nbpeft.training.generation import evaluating
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
 
@@ -148,6 +149,16 @@ def test_scoring_leaves_its_dropout_on(session: Session, model: Any, monkeypatch
     assert run.wait(60).steps == STEPS
     thread.join(60)
     assert done == [["x"]] and not switched
+
+
+def test_it_goes_on_after_a_block_that_an_interruption_kept_from_being_left(session: Session, model: Any) -> None:
+    run, gate = begin(session, model)
+    entered = [evaluating(model)]
+    thread, _ = elsewhere(lambda: entered[0].__enter__())
+    gate.open()
+    assert run.wait(60).steps == STEPS
+    thread.join(60)
+    entered.clear()
 
 
 def test_while_it_is_paused_others_compute(session: Session, model: Any) -> None:
