@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import nbpeft
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError
-from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from nbpeft.model import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_compiled_hotswap,
+    quantize_model,
+)
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
 from nbpeft.shipping import ENGINES, ship
 from tests.effort import drawn
@@ -93,6 +99,30 @@ def test_an_adapter_that_started_in_the_weights_becomes_plain(init: str, tmp_pat
     assert "plain LoRA of rank 8" in " ".join(done.notes)
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
     assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-4)
+
+
+def test_padding_for_hot_swapping_is_not_shipped(tmp_path: Path) -> None:
+    model = adapted()
+    expected = logits(model, ids())
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    ship(model, engine="vllm", to=tmp_path / "served")
+    done = ship(model, engine="llama.cpp", to=tmp_path / "gguf")
+    assert config_of(tmp_path / "served")["r"] == 4
+    assert done.byte_count == ship(adapted(), engine="llama.cpp", dry_run=True).byte_count
+    loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
+    assert torch.allclose(logits(loaded, ids()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantized", ["nf4", "int8"])
+def test_an_adapter_on_quantized_weights_is_shipped_with_a_note(quantized: str, tmp_path: Path) -> None:
+    base = base_model()
+    quantize_model(base, bits=4 if quantized == "nf4" else 8)
+    model = adapted(base)
+    done = ship(model, engine="llama.cpp", to=tmp_path / "served")
+    assert "trained on quantized weights" in " ".join(done.notes)
+    merged = ship(model, engine="llama.cpp", merged=True, quantize="f32", tokenizer=tokenizer(), to=tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(merged.folder, gguf_file="model.gguf").eval()
+    assert float((logits(loaded, ids()) - logits(model, ids())).abs().mean()) < 0.05
 
 
 def test_a_scale_is_part_of_what_is_written(tmp_path: Path) -> None:
