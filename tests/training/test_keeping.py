@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nbpeft.errors import TrainingError
+from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.runs.store import RunStore
 from nbpeft.state import Sample
 from nbpeft.training import Run, RunControl, keeping, train
@@ -192,8 +192,9 @@ def test_a_second_interruption_waits_until_the_last_state_is_kept(place: Path, m
 
     put = keeping.put_checkpoint
     monkeypatch.setattr(keeping, "put_checkpoint", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingInterrupted) as caught:
         train(trainable(), token_rows(), run_dir=place, callbacks=[EachStep(interrupt)], **QUICK)
+    assert caught.value.result.steps == 3
     record = the_run(place)
     assert (record.status, record.kept_steps[0]) == ("stopped", 3)
     RunStore(place).rename(record.name, "free")
