@@ -96,7 +96,6 @@ from .session import get_session as get_session
 from .session import session as session
 from .session import track as track
 from .shipping import Shipment as Shipment
-from .shipping import plan_shipment as plan_shipment
 from .shipping import ship as ship
 from .state import AdapterState as AdapterState
 from .state import MemoryState as MemoryState

@@ -169,7 +169,7 @@ class TrainState:
     message: str = ""
     """One line for a person: why it stopped, or a warning that it cannot learn."""
     first_step: int = 0
-    """Steps done before this run, where it goes on from an earlier one."""
+    """Steps done before, where it resumes an earlier run and counts on from there."""
     gradient_norm: float | None = None
     series: Mapping[str, Curve] = field(default_factory=dict, hash=False)
     """Further values over time: ``learning rate``, ``gradient norm``, ``tokens/s``, ``memory`` (bytes)."""

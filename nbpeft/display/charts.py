@@ -185,7 +185,7 @@ def loss_left(train: TrainState) -> float:
 
 def _frame_of(train: TrainState) -> _Frame:
     raw, evaluated = _finite(train.history), _finite(train.eval_history)
-    return _Frame.around(raw, evaluated, train.first_step, _end(train), _no_curve(train))
+    return _Frame.around(raw, evaluated, _begin(train), _end(train), _no_curve(train))
 
 
 def _loss_picture(train: TrainState, style: ChartStyle) -> Picture:
@@ -214,7 +214,7 @@ def is_logarithmic(train: TrainState) -> bool:
 
 def hover_values(train: TrainState) -> list[tuple[float, str]]:
     """What the mouse finds along the chart: the share of its width, and the values there in words."""
-    first, end = float(train.first_step), _end(train)
+    first, end = _begin(train), _end(train)
     edges = [first + (end - first) * number / _STRIPS for number in range(_STRIPS + 1)]
     evaluated = dict(train.eval_history)
     strips: list[tuple[float, str]] = []
@@ -249,7 +249,7 @@ def small_chart(curve: Curve, train: TrainState) -> str:
     ended = train.status in ENDED
     style = NEUTRAL if ended else THEME
     points = decimate(_finite(curve), 60)
-    first, end = float(train.first_step), _end(train)
+    first, end = _begin(train), _end(train)
     low, high = min(value for _, value in points), max(value for _, value in points)
     span = high - low
     placed = [
@@ -285,6 +285,11 @@ def describe(train: TrainState) -> str:
 
 def _data_uri(svg: str) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def _begin(train: TrainState) -> float:
+    """The step that the picture begins with: 0 where it also shows the curve of the run that was resumed."""
+    return 0.0 if any(step <= train.first_step for step, _ in train.history) else float(train.first_step)
 
 
 def _end(train: TrainState) -> float:

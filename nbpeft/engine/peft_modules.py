@@ -245,9 +245,11 @@ def _empty(holder: Any) -> None:
 
 def _kept(shown: Mapping[str, Any], face: str, name: str, adapter: Adapter) -> nn.Module | None:
     """The module that shows something of an adapter already."""
-    holder = shown.get(face)
-    leaf: Any = None if holder is None else holder._modules.get(name)
-    return leaf if leaf is not None and leaf.adapter is adapter else None
+    leaves: dict[str, Any] = shown[face]._modules if face in shown else {}
+    leaf = leaves.get(name)
+    if leaf is not None and leaf.adapter is adapter:
+        return leaf  # type: ignore[no-any-return]
+    return next((other for other in leaves.values() if other.adapter is adapter), None)  # it was renamed
 
 
 def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:

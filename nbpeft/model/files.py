@@ -89,7 +89,8 @@ def read(
             "or use load_adapter() on the model that has it to replace it"
         )
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
-    device, single = _device(manager, options.get("torch_device")), None if hub else checkpoint.lora_file(source)
+    device = _device(manager, options.get("torch_device"))
+    single = None if hub.keys() & {"subfolder", "revision"} else checkpoint.lora_file(source)
     if single is not None:
         saved = checkpoint.read_lora_file(single, (path for path, _ in bare_modules(manager.model)), device)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ class Shipment:
     commands: tuple[str, ...]
     notes: tuple[str, ...]
     written: bool = False
-    package: Package | None = field(default=None, repr=False, compare=False)
 
     @property
     def byte_count(self) -> int:
@@ -92,30 +91,30 @@ def ship(
         ConfigError: an argument is impossible, or the package gguf is missing.
         CheckpointError: the folder cannot be written, or is there already; then nothing is written.
     """
-    planned = plan_shipment(
-        model, adapter, engine=engine, to=to, merged=merged, quantize=quantize, base=base, tokenizer=tokenizer
-    )
-    if dry_run:
-        return planned
-    assert planned.package is not None
-    with in_place_of(planned.folder, allowed=overwrite):
-        planned.package.write(planned.folder)
+    manager = _manager(model)
+    with manager.active_state.turn():  # a training in the background writes into what is read here
+        planned, package = _plan(
+            manager, adapter, engine=engine, to=to, merged=merged, quantize=quantize, base=base, tokenizer=tokenizer
+        )
+        if dry_run:
+            return planned
+        with in_place_of(planned.folder, allowed=overwrite):
+            package.write(planned.folder)
     return replace(planned, written=True)
 
 
-def plan_shipment(
-    model: nn.Module,
-    adapter: str | None = None,
+def _plan(
+    manager: AdapterManager,
+    adapter: str | None,
     *,
     engine: str,
-    to: str | os.PathLike[str] | None = None,
-    merged: bool = False,
-    quantize: str | None = None,
-    base: str | None = None,
-    tokenizer: Any = None,
-) -> Shipment:
-    """Returns what ``ship`` would write; for the arguments and errors see there."""
-    manager = _manager(model)
+    to: str | os.PathLike[str] | None,
+    merged: bool,
+    quantize: str | None,
+    base: str | None,
+    tokenizer: Any,
+) -> tuple[Shipment, Package]:
+    """What ``ship`` would write, and what writes it."""
     chosen = _engine(engine)
     facts = facts_of(manager, _adapter(manager, adapter))
     verdict = verdict_of(chosen, facts)
@@ -138,7 +137,7 @@ def plan_shipment(
     package = _package(manager, facts, form, stored_as, tokenizer, texts)
     folder = Path(os.path.expanduser(os.fspath(to or f"{facts.name}-{chosen.name}")))
     notes += _format_notes(facts, form)
-    return Shipment(
+    planned = Shipment(
         facts.name,
         chosen.name,
         verdict,
@@ -148,8 +147,8 @@ def plan_shipment(
         package.files,
         chosen.start(facts, merged, str(folder)),
         tuple(notes),
-        package=package,
     )
+    return planned, package
 
 
 def _manager(model: nn.Module) -> AdapterManager:

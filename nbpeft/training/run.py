@@ -523,7 +523,7 @@ class Run:
             eval_history=record.eval_history.points(),
             memory=self._memory_state,
             message=self._message(),
-            first_step=record.first_step or self.steps_before,
+            first_step=record.first_step,
             gradient_norm=record.gradient_norm,
             series={name: curve.points() for name, curve in list(record.series.items())},
             metrics=dict(record.metrics),

@@ -80,6 +80,18 @@ def test_every_coordinate_is_finite_and_inside(step: int) -> None:
     assert "inf" not in svg.lower()
 
 
+@pytest.mark.parametrize("first", [0, 100, 299])
+def test_a_run_that_was_resumed_is_drawn_from_its_beginning(first: int) -> None:
+    """Its history holds the curve until then, too."""
+    state = train_state(300, 500, first_step=first)
+    svg = charts.loss_chart(state)
+    assert svg == charts.loss_chart(dataclasses.replace(state, first_step=0))
+    assert min(map(float, re.findall(r"-?\d+\.?\d*", " ".join(re.findall(r' d="([^"]*)"', svg))))) >= -1
+    small = charts.small_chart(state.history, state)
+    assert small == charts.small_chart(state.history, dataclasses.replace(state, first_step=0))
+    assert charts.hover_values(state) == charts.hover_values(dataclasses.replace(state, first_step=0))
+
+
 def test_losses_that_are_not_finite_are_left_out() -> None:
     state = train_state(3, 3, history=((1, 2.0), (2, math.nan), (3, math.inf)), smoothed_loss=math.nan)
     svg = charts.loss_chart(state)

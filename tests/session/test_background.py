@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,6 +169,17 @@ def test_while_it_is_paused_others_compute(session: Session, model: Any) -> None
     assert answer.status == "finished"
     assert run.state is not None and run.state.step == 1
     assert session.ask("Ana", max_new_tokens=4).text == answer.text
+    session.go_on()
+    assert run.wait(60).steps == STEPS
+
+
+def test_what_it_has_learned_can_be_shipped_between_steps(session: Session, model: Any, tmp_path: Path) -> None:
+    run, gate = begin(session, model)
+    session.pause()
+    gate.open()
+    assert session.ship(engine="vllm", to=tmp_path / "adapter").written
+    assert session.ship(engine="transformers", merged=True, to=tmp_path / "merged").written
+    assert run.state is not None and run.state.step == 1
     session.go_on()
     assert run.wait(60).steps == STEPS
 

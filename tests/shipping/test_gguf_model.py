@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from nbpeft.checkpoint import read_gguf
 from nbpeft.errors import AdapterError, ConfigError, MissingPackageError
 from nbpeft.model import LoraConfig, get_peft_model
-from nbpeft.shipping import plan_shipment, ship
+from nbpeft.shipping import ship
 from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, sentencepiece_like, tokenizer
 from tests.tiny_models import logits
 
@@ -203,7 +203,7 @@ def test_other_classes_and_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_an_old_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
     with pytest.raises(ConfigError, match="does not know llama: pip install -U gguf"):
-        plan_shipment(adapted(), engine="llama.cpp")
+        ship(adapted(), engine="llama.cpp", dry_run=True)
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

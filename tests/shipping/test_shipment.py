@@ -16,7 +16,7 @@ import nbpeft
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
-from nbpeft.shipping import ENGINES, plan_shipment, ship
+from nbpeft.shipping import ENGINES, ship
 from tests.shipping.support import VOCABULARY, adapted, base_model, ids, tokenizer
 from tests.tiny_models import logits, same_state, state
 
@@ -49,6 +49,14 @@ def test_a_folder_gives_the_same_answers_in_peft(engine: str, fields: dict[str, 
         t.nbytes for t in safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors").values()
     )
     assert done.byte_count == size
+
+
+def test_transformers_loads_the_folder(tmp_path: Path) -> None:
+    model = adapted()
+    ship(model, engine="transformers", to=tmp_path / "served")
+    base = base_model()
+    base.load_adapter(str(tmp_path / "served"))
+    assert torch.allclose(logits(base.eval(), ids()), logits(model, ids()), atol=1e-5)
 
 
 def test_vllm_reads_one_rank_and_one_alpha(tmp_path: Path) -> None:
@@ -104,11 +112,14 @@ def test_a_scale_that_cannot_be_written_is_refused(fields: dict[str, Any], tmp_p
 def test_names_and_folders_are_quoted_for_a_shell(tmp_path: Path) -> None:
     model = adapted(name="my {sql}; rm")
     place = tmp_path / "a folder"
-    commands = [plan_shipment(model, engine=engine, to=place).commands[0] for engine in ("vllm", "llama.cpp", "peft")]
+    commands = [
+        ship(model, engine=engine, to=place, dry_run=True).commands[0] for engine in ("vllm", "llama.cpp", "peft")
+    ]
     assert f"'my {{sql}}; rm={place}'" in commands[0] and f"'{place}/adapter.gguf'" in commands[1]
     done = ship(model, engine="vllm", to=place)
     assert (
-        done.written and plan_shipment(model, engine="ollama", base="x", to=place).commands[1] == "ollama run my-sql-rm"
+        done.written
+        and ship(model, engine="ollama", base="x", to=place, dry_run=True).commands[1] == "ollama run my-sql-rm"
     )
 
 
@@ -141,7 +152,7 @@ def test_what_vllm_does_not_take_is_refused_with_a_remedy(case: str, tmp_path: P
     assert "vLLM 0.26 does not take the adapter" in str(caught.value)
     assert "merge it into the base" in str(caught.value) and "(merged=…)" in str(caught.value)
     assert not list(tmp_path.iterdir())
-    planned = plan_shipment(model, engine="vllm", merged=True)
+    planned = ship(model, engine="vllm", merged=True, dry_run=True)
     assert planned.verdict.as_merged and not planned.verdict.as_adapter
 
 

@@ -60,6 +60,9 @@ class _ConvolutionFactor(ParameterModule):
             _reversed_padding_repeated_twice=layer._reversed_padding_repeated_twice,
         )
 
+    def _get_name(self) -> str:
+        return type(self).__name__.removesuffix("Factor")
+
 
 class Conv1dFactor(_ConvolutionFactor, nn.Conv1d):
     """A factor of a product on ``nn.Conv1d``."""
@@ -103,8 +106,20 @@ class DropoutFace(nn.Dropout):
     """
 
     def __init__(self, adapter: Any) -> None:
+        self.__dict__["adapter"] = adapter
+        mode = adapter.training
         nn.Module.__init__(self)
-        self.__dict__.update(adapter=adapter, inplace=False)
+        self.__dict__["inplace"] = False
+        adapter.training = mode  # torch's constructor sets it
+
+    @property
+    def training(self) -> bool:
+        """Whether it drops: whether the adapter is in training mode."""
+        return bool(self.__dict__["adapter"].training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["adapter"].training = mode
 
     @property
     def p(self) -> float:
