@@ -47,6 +47,7 @@ from .model import DoraCaching as DoraCaching
 from .model import LayerStatus as LayerStatus
 from .model import LoraConfig as LoraConfig
 from .model import LoraLayer as LoraLayer
+from .model import LoraModel as LoraModel
 from .model import LoraRuntimeConfig as LoraRuntimeConfig
 from .model import ModelStatus as ModelStatus
 from .model import ModulesToSaveWrapper as ModulesToSaveWrapper
@@ -95,7 +96,6 @@ from .session import get_session as get_session
 from .session import session as session
 from .session import track as track
 from .shipping import Shipment as Shipment
-from .shipping import plan_shipment as plan_shipment
 from .shipping import ship as ship
 from .state import AdapterState as AdapterState
 from .state import MemoryState as MemoryState

@@ -18,6 +18,6 @@ def when_adapted(call: Callable[[], None]) -> None:
 
 
 def adapted() -> None:
-    """Runs what was registered; ``AdapterTuner`` calls it when it is made, copied or unpickled."""
+    """Runs what was registered; ``BaseTuner`` calls it when it is made, copied or unpickled."""
     for call in _calls:
         call()

@@ -72,8 +72,8 @@ class HeldInterrupts:
 
     def release(self) -> None:
         """Lets interruptions through, one that was noted first; ``resume`` holds them back again."""
-        signal.signal(signal.SIGINT, self._previous)
         try:
+            signal.signal(signal.SIGINT, self._previous)
             self.deliver()
         except BaseException:
             self.resume()

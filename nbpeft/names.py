@@ -5,6 +5,15 @@ from __future__ import annotations
 PEFT_VERSION = "0.21.2"
 """The version of PEFT whose names, fields and files these are."""
 
+PEFT_TYPES = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LORA", "ADALORA", "ADAMSS", "BOFT"),
+    *("ADAPTION_PROMPT", "BEFT", "IA3", "LILY", "LOHA", "LOKR", "OFT", "POLY", "LN_TUNING", "VERA", "FROD", "PVERA"),
+    *("FOURIERFT", "GLORA", "XLORA", "HRA", "VBLORA", "UNILORA", "CPT", "MISS", "RANDLORA", "ROAD", "HIRA"),
+    *("TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA", "CARTRIDGE", "TINYLORA", "PSOFT"),
+    *("PEANUT", "SHADOW", "SUPERTUNING", "DEFT"),
+)
+"""PEFT's values of ``peft_type``: code compares with them, whether nbpeft has the method or not."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 """Floating dtypes that models are loaded, computed and merged in."""
 

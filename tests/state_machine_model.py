@@ -184,7 +184,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.replace(".base_layer", "").replace(".original_module", ""): parameter
         for name, parameter in model.named_parameters()
-        if ".adapters." not in name and ".modules_to_save." not in name
+        if not any(mark in name for mark in (".lora_", ".trainable_tokens_", ".modules_to_save."))
     }
 
 

@@ -31,6 +31,7 @@ from nbpeft.checkpoint.gguf_file import gguf_package as gguf_package
 from nbpeft.checkpoint.gguf_file import read_gguf as read_gguf
 from nbpeft.checkpoint.gguf_file import write_gguf as write_gguf
 from nbpeft.checkpoint.hub_token import find_token as find_token
+from nbpeft.checkpoint.hub_token import reading_token as reading_token
 from nbpeft.checkpoint.identity import Fingerprint as Fingerprint
 from nbpeft.checkpoint.identity import compare as compare
 from nbpeft.checkpoint.identity import fingerprint as fingerprint

@@ -200,7 +200,6 @@ def in_place_of(folder: Path, *, allowed: bool) -> Iterator[None]:
         CheckpointError: something is there that may not be replaced.
     """
     with disk_errors(folder):
-        _make_folder(folder.parent, [])
         sweep(folder.parent)  # what a process that died moved aside comes back
         found = os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()))
         if found and not allowed:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.errors import CheckpointError, ConfigError
+from nbpeft.errors import CheckpointError
+from nbpeft.optional import needs
 
 GGUF_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Type of weights -> name of the file type that says so."""
@@ -53,12 +54,10 @@ def gguf_package() -> Any:
     """The package ``gguf``.
 
     Raises:
-        ConfigError: it is not installed.
+        MissingPackageError: it is not installed.
     """
-    try:
+    with needs("gguf", "Writing a GGUF file"):
         return importlib.import_module("gguf")
-    except ImportError:
-        raise ConfigError("writing GGUF files needs the package gguf: pip install gguf") from None
 
 
 def write_gguf(path: Path, architecture: str, describe: Callable[[Any], object], tensors: Sequence[GgufTensor]) -> None:

@@ -35,6 +35,11 @@ def find_token(given: str | None = None) -> str:
     return token
 
 
+def reading_token(given: str | None = None) -> str | None:
+    """The token for downloads: the one given, or Kaggle's secret; None leaves it to the hub's client."""
+    return given or _from_kaggle()
+
+
 def _from_kaggle() -> str | None:
     """The secret of a Kaggle notebook; None elsewhere, and where there is none."""
     if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ or importlib.util.find_spec("kaggle_secrets") is None:

@@ -6,11 +6,13 @@
                 text_encoder.….q_proj.lora_linear_layer.down.weight           .lora_linear_layer.up.weight
                 unet.mid_block.attentions.0.proj_in.<as in PEFT's files>
 
-Rank and alpha follow from the tensors; without an alpha the product is added as it is.
+Rank and alpha follow from the tensors, or from the config that diffusers writes into the file; without an alpha the
+product is added as it is.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -18,11 +20,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbpeft.checkpoint.config_format import config_of
+from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of
 from nbpeft.checkpoint.folder import Checkpoint
 from nbpeft.checkpoint.source import CONFIG_NAME
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_tensors, storable, write_tensors
@@ -31,13 +34,14 @@ from nbpeft.engine.adapter import LowRankDelta
 from nbpeft.engine.registry import methods_of_type
 from nbpeft.errors import CheckpointError, few
 
-SPELLINGS = ("kohya", "diffusers")
 _METHOD = "LORA"
 _COMPONENTS = ("unet", "transformer", "text_encoder_2", "text_encoder")
 _KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 _KOHYA_START = re.compile(r"lora_(?:unet|transformer|te[12]?)_")
 _START = re.compile(rf"(?:{'|'.join(_COMPONENTS)})\.|base_model\.model\.")
 _ALPHA = ".alpha"
+_DIFFUSERS_CONFIG = "lora_adapter_metadata"
+_CONFIG_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 @dataclass
@@ -48,19 +52,19 @@ class _Pair:
     alpha: float | None = None
 
 
-def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: str, spelling: str) -> None:
+def write_lora_file(path: Path, deltas: Mapping[str, LowRankDelta], component: str, style: str) -> None:
     """Writes what an adapter adds, spelled for others.
 
     Args:
         path: the file.
         deltas: path of a layer -> what is added to its weight.
         component: of a pipeline: ``unet``, ``text_encoder``, …
-        spelling: ``kohya``, or ``diffusers``, whose files hold no alpha: there the scaling goes into the factors.
+        style: ``kohya``, or ``diffusers``, whose files hold no alpha: there the scaling goes into the factors.
     """
     tensors: dict[str, Tensor] = {}
     down_key, up_key = _peft_endings()
     for where, delta in deltas.items():
-        if spelling == "kohya":
+        if style == "kohya":
             stem = f"{_KOHYA[component]}_{where.replace('.', '_')}"
             tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = delta.down, delta.up
             tensors[stem + _ALPHA] = torch.tensor(delta.scaling * delta.rank)
@@ -78,12 +82,15 @@ def lora_file(source: str | os.PathLike[str]) -> Path | None:
         source: a file, or a folder that holds one.
     """
     path = Path(os.path.expanduser(os.fspath(source)))
-    if path.is_dir() and not (path / CONFIG_NAME).is_file():
-        found = sorted(path.glob("*.safetensors"))
-        path = found[0] if len(found) == 1 else path
-    if path.suffix != ".safetensors" or not path.is_file():
+    try:
+        if path.is_dir() and not (path / CONFIG_NAME).is_file():
+            found = sorted(path.glob("*.safetensors"))
+            path = found[0] if len(found) == 1 else path
+        if path.suffix != ".safetensors" or path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file():
+            return None
+        return path if path.is_file() else None
+    except (OSError, ValueError):  # what is wrong with the place is said by those who read it
         return None
-    return None if path.name == WEIGHTS_NAME or (path.parent / CONFIG_NAME).is_file() else path
 
 
 def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.device = "cpu") -> Checkpoint:
@@ -104,31 +111,58 @@ def read_lora_file(path: Path, modules: Iterable[str], device: str | torch.devic
     pairs, others = _sorted(tensors, list(modules))
     if not pairs:
         raise CheckpointError(f"nothing in {path} fits this model: it has {few(tensors, 3)}", path=str(path))
-    broken = next((where for where, pair in pairs.items() if len(pair.parts) != 2), None)
-    if broken is not None:
-        raise CheckpointError(f"{path} holds only one of the two factors of {broken}", path=str(path))
-    flat = next((where for where, pair in pairs.items() if min(part.ndim for part in pair.parts.values()) < 2), None)
-    if flat is not None:
-        raise CheckpointError(f"a factor of {flat} in {path} is no matrix", path=str(path))
+    _check(path, pairs, others)
     if others:
         warnings.warn(f"left out of {path}, as nothing in this model has such keys: {few(others, 3)}", stacklevel=6)
-    ranks = {where: int(pair.parts["down"].shape[0]) for where, pair in pairs.items()}
-    alphas = {where: ranks[where] if pair.alpha is None else pair.alpha for where, pair in pairs.items()}
-    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    fields = {
-        "peft_type": _METHOD,
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": list(pairs),
-        "rank_pattern": {where: own for where, own in ranks.items() if own != rank},
-        "alpha_pattern": {where: own for where, own in alphas.items() if own != alpha},
-    }
+    fields = _fields(pairs) | _written_fields(metadata, next(key for key in tensors if key not in others))
+    config, _ = config_of({"peft_type": _METHOD, "target_modules": list(pairs), **fields}, str(path))
     down_key, up_key = _peft_endings()
     spelled = {}
     for where, pair in pairs.items():
         spelled[PREFIX + where + down_key] = pair.parts["down"]
         spelled[PREFIX + where + up_key] = pair.parts["up"]
-    return Checkpoint(config_of(fields, str(path))[0], spelled, metadata, path.parent, ())
+    return Checkpoint(config, spelled, metadata, path.parent, ())
+
+
+def _check(path: Path, pairs: Mapping[str, _Pair], others: Iterable[str]) -> None:
+    """Refuses layers with more, less or something else than two factors."""
+    begins = tuple(f"{form}." for where in pairs for form in (where, where.replace(".", "_")))
+    more = next((key for key in others if _bare(key).startswith(begins)), None)
+    if more is not None:
+        raise CheckpointError(
+            f"{path} holds {more}: only the two factors of LoRA and its alpha are read", path=str(path)
+        )
+    for where, pair in pairs.items():
+        if len(pair.parts) != 2:
+            raise CheckpointError(f"{path} holds only one of the two factors of {where}", path=str(path))
+        if min(part.ndim for part in pair.parts.values()) < 2:
+            raise CheckpointError(f"a factor of {where} in {path} is no matrix", path=str(path))
+
+
+def _fields(pairs: Mapping[str, _Pair]) -> dict[str, Any]:
+    """Ranks and alphas as fields of a config."""
+    ranks = {where: int(pair.parts["down"].shape[0]) for where, pair in pairs.items()}
+    alphas = {where: ranks[where] if pair.alpha is None else pair.alpha for where, pair in pairs.items()}
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {where: own for where, own in ranks.items() if own != rank},
+        "alpha_pattern": {where: own for where, own in alphas.items() if own != alpha},
+    }
+
+
+def _written_fields(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Ranks and alphas that diffusers writes beside the tensors, for the component that a key is of."""
+    text = metadata.get(_DIFFUSERS_CONFIG, "")
+    try:
+        written = json.loads(text) if len(text) <= LARGEST_CONFIG else None
+    except (ValueError, RecursionError):
+        written = None
+    if not isinstance(written, dict):
+        return {}
+    start = next((f"{name}." for name in _COMPONENTS if key.startswith(f"{name}.")), "")
+    return {name: written[start + name] for name in _CONFIG_FIELDS if start + name in written}
 
 
 def _peft_endings() -> tuple[str, str]:

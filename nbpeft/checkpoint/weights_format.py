@@ -384,7 +384,8 @@ def _nesting_hint(tensors: Mapping[str, object], slots: Mapping[str, object]) ->
 def _mismatch(mismatched: list[tuple[str, Shape, Shape]]) -> BaseMismatchError:
     lines = [f"{key} is {found}, expected {wanted}" for key, found, wanted in mismatched]
     return BaseMismatchError(
-        f"{len(lines)} tensors of the checkpoint do not fit the base model and the config: {_few(lines)}",
+        f"{len(lines)} tensors of the checkpoint do not fit the base model and the config (size mismatch): "
+        f"{_few(lines)}",
         mismatched=mismatched,
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -149,6 +149,8 @@ class ActiveState:
         traced: the same for compiled code, whose guards cannot tell threads apart: what the scope that was
             opened last says, or ``live``.
         turns: of a training in the background, while one runs: when the model may be called, and by whom.
+        manager: of the model's adapters.
+        apart: layers that have a ``LayerState`` of their own.
     """
 
     def __init__(self) -> None:
@@ -163,10 +165,23 @@ class ActiveState:
         self._writer: int | None = None
         self._depth = 0
         self.turns: Turns | None = None
+        self.manager: weakref.ref[Any] | None = None
+        self.apart: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Context manager for calls of the model: while a training runs in the background, between its steps."""
-        return nullcontext() if self.turns is None else self.turns.turn()
+    def gather(self) -> None:
+        """Lets layers on which something else was active act with the others again; see ``LayerState``."""
+        for layer in tuple(self.apart):
+            layer.__dict__["active_state"] = self
+        self.apart.clear()
+
+    def turn(self, *inside: str) -> AbstractContextManager[None]:
+        """Context manager for calls of the model: while a training runs in the background, between its steps.
+
+        Args:
+            inside: modules that enter it for somebody else.
+        """
+        turns = self.turns  # the training may end, and take it away, at any moment
+        return nullcontext() if turns is None else turns.turn(*inside)
 
     def refuse_changes(self) -> None:
         """Refuses a change of the adapters while a training in the background has them.
@@ -174,8 +189,9 @@ class ActiveState:
         Raises:
             BusyError: one does.
         """
-        if self.turns is not None:
-            self.turns.refuse()
+        turns = self.turns
+        if turns is not None:
+            turns.refuse()
 
     def current(self) -> Active:
         """What acts for the calling thread or task."""
@@ -325,10 +341,28 @@ class ActiveState:
         self._start()
 
 
+class LayerState:
+    """What acts on one layer where it was told so by itself, as PEFT's layers can be; a command on the model ends it.
+
+    Args:
+        shared: of the model.
+        names: adapters active on the layer.
+        enabled: whether they act.
+    """
+
+    def __init__(self, shared: ActiveState, names: Sequence[str], *, enabled: bool) -> None:
+        self.shared, self.names, self.enabled = shared, tuple(names), enabled
+        self._own = Active(self.names, (1.0,) * len(self.names)) if enabled and names else NONE_ACTIVE
+
+    def current(self) -> Active:
+        """What acts on the layer."""
+        return self._own
+
+
 class ReplicaState:
     """What a replica of nn.DataParallel reads, which runs in a thread of torch's: what acted where it was made."""
 
-    def __init__(self, active_state: ActiveState) -> None:
+    def __init__(self, active_state: ActiveState | LayerState) -> None:
         self._active = active_state.current()
 
     def current(self) -> Active:

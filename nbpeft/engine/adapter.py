@@ -35,7 +35,7 @@ from nbpeft.engine.field_types import check_types
 from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
-from nbpeft.names import PEFT_VERSION
+from nbpeft.names import PEFT_TYPES, PEFT_VERSION
 
 
 class TaskType(str, enum.Enum):
@@ -77,10 +77,14 @@ class _Extensible(enum.EnumMeta):
 
 
 class PeftType(str, enum.Enum, metaclass=_Extensible):
-    """Values of ``peft_type`` in config files: one for each registered method, ``PeftType.LORA``."""
+    """Values of ``peft_type`` in config files: those of PEFT and of registered methods, ``PeftType.LORA``."""
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+for _name in PEFT_TYPES:
+    PeftType.add(_name)
 
 
 class ConfigStore(Protocol):
@@ -351,6 +355,15 @@ class Adapter(nn.Module):
     wrapped_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
 
+    peft_modules: ClassVar[tuple[str, ...]] = ()
+    """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
+
+    peft_holder: str = ""
+    """The module below the layer in which PEFT has the parameters; empty for the layer itself."""
+
+    peft_mappings: ClassVar[tuple[str, ...]] = ()
+    """Mappings that every layer of PEFT's has, also where this method has no entry for them."""
+
     peft_attributes: ClassVar[Mapping[str, str]] = {}
     """PEFT's name of an attribute of an adapted layer -> that of the adapter behind it."""
 
@@ -462,6 +475,24 @@ class Adapter(nn.Module):
     def config_warnings(cls, config: Any, modules: Sequence[tuple[str, nn.Module, LayerKind]]) -> Iterable[str]:
         """What a person should know about a config on these layers (path, layer, kind) before it is used."""
         return ()
+
+    def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
+        """Makes the module that users of PEFT know under a name of ``wrapped_parameters`` or ``peft_modules``.
+
+        The parameter becomes its ``weight``. One of ``peft_modules`` has this adapter as its ``adapter``.
+
+        Args:
+            name: one of them.
+            base: the layer.
+
+        Returns:
+            A new module; None for one that only holds the parameter.
+        """
+        return None
+
+    def layer_names(self) -> tuple[str, ...]:
+        """Names under which PEFT's layers keep parameters of the method."""
+        return tuple(name for name in self.peft_mappings if name not in self.peft_modules) or tuple(self._parameters)
 
     # Layers that share a weight
 

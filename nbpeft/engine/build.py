@@ -18,6 +18,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import Site, walk
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
+from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import backend_named, backends, layer_kind_named, method_of
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.transaction import Transaction
@@ -245,6 +246,7 @@ def drop(
     empty: dict[int, nn.Module] = {}
     for path, layer in list(layers.items()):
         layer.adapters._modules.pop(name, None)
+        layer.hide_adapters()
         if not layer.adapters._modules and id(layer) not in kept:
             empty[id(layer)] = layer.base_layer
             del layers[path]
@@ -260,7 +262,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module], cha
     """Puts other modules wherever those with the given ids hang."""
     if not replacements:
         return
-    for parent in list(model.modules()):
+    for parent in reached_modules(model):
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 change.set_item(parent._modules, attribute, replacements[id(child)])
@@ -273,7 +275,7 @@ def prepare_storage(model: nn.Module, change: Transaction) -> None:
     """
     idle = StoredWeight.prepare
     willing = [backend for backend in backends() if getattr(type(backend), "prepare", idle) is not idle]
-    for module in model.modules():
+    for module in reached_modules(model):
         for backend in willing:
             if module._parameters and backend.matches(module):
                 change.keep(module.__dict__, module._forward_pre_hooks)

@@ -9,25 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.active_state import Active, ActiveState, ReplicaState, Rows
+from nbpeft.engine.active_state import Active, ActiveState, LayerState, ReplicaState, Rows
 from nbpeft.engine.adapter import Adapter, ServesRows, TransformsInput, TransformsOutput
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name
+from nbpeft.engine.peft_modules import AdapterDict, empty_face, show_adapters, use_shown
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
-
-
-class AdapterDict(nn.ModuleDict):
-    """Adapters by name; unlike its base class it takes names such as ``keys`` or ``type``."""
-
-    def __setitem__(self, name: str, adapter: nn.Module) -> None:
-        self._modules[name] = adapter
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
 
 
 @dataclass
@@ -54,12 +45,13 @@ class AdaptedLayer(PeftLayerMixin):
 
     The output is the base layer's plus the deltas of the active adapters, each taken against the
     frozen base, so their order does not matter. Attributes that the wrapper lacks (``weight``,
-    ``in_features``, …) are the base layer's.
+    ``in_features``, …) are the base layer's. Parameters and modules below it have PEFT's names
+    (``peft_modules``): those of the adapters themselves are no part of the tree that is walked over.
 
     Attributes:
         base_layer: the frozen layer; called as a module, so that its hooks act.
         adapters: adapter name -> adapter.
-        merged: names whose deltas are in the base weight now.
+        merged_names: adapters whose deltas are in the base weight now.
     """
 
     base_layer: nn.Module
@@ -67,26 +59,28 @@ class AdaptedLayer(PeftLayerMixin):
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, backend: Backend, active_state: ActiveState) -> None:
         super().__init__()
-        modules = self.__dict__["_modules"]
-        modules["base_layer"] = base_layer
-        modules["adapters"] = AdapterDict()
+        self.__dict__["_modules"]["base_layer"] = base_layer
+        adapters = AdapterDict()
+        adapters.__dict__["training"] = base_layer.training
         self.__dict__.update(
+            adapters=adapters,
             kind=kind,
             backend=backend,
             base=BaseLayer(base_layer, kind, backend),
             active_state=active_state,
-            merged=(),
+            merged_names=(),
             training=base_layer.training,
             _frozen=None,
+            _shown={},
         )
-        modules["adapters"].__dict__["training"] = base_layer.training
 
     kind: LayerKind
     backend: Backend
     base: BaseLayer
-    active_state: ActiveState
-    merged: tuple[str, ...]
+    active_state: ActiveState | LayerState
+    merged_names: tuple[str, ...]
     _frozen: Stored | None
+    _shown: dict[str, Any]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's map with the active adapters' deltas.
@@ -100,7 +94,7 @@ class AdaptedLayer(PeftLayerMixin):
             The base layer's output with the deltas added, in the base output's dtype.
         """
         active = self.active_state.current()
-        if self.merged:
+        if self.merged_names:
             merged: Tensor = self.base_layer(x, *args, **kwargs)
             return merged
         alone = self._alone(active)
@@ -157,7 +151,11 @@ class AdaptedLayer(PeftLayerMixin):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.__dict__["active_state"] = ReplicaState(self.active_state)
+        adapters: Any = AdapterDict()
+        for name, adapter in self.adapters._modules.items():
+            adapters._modules[name] = adapter._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__.update(active_state=ReplicaState(self.active_state), adapters=adapters)
+        replica.__class__ = LayerReplica
         return replica
 
     def _mixed(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
@@ -199,17 +197,27 @@ class AdaptedLayer(PeftLayerMixin):
         return all(is_finite(parameter) for adapter in here for parameter in adapter.parameters())
 
     @torch.no_grad()
-    def check_finite(self, names: Sequence[str], scales: Sequence[float]) -> bool:
-        """Whether the weight these adapters would be merged into stays finite; see ``merge``."""
+    def not_finite_when_merged(self, names: Sequence[str], scales: Sequence[float]) -> str:
+        """Names what of the layer would not stay finite, weights or bias, if these adapters were merged; else empty."""
         chosen = [(name, scale) for name, scale in zip(names, scales, strict=True) if name in self.adapters._modules]
-        if not chosen or not self.are_finite(names):
-            return not chosen
+        if not chosen:
+            return ""
+        if not self.are_finite(names):
+            return "weights"
         weight = self.base.weight().clone()
         self._add_deltas(weight, *zip(*chosen, strict=True))
-        return is_finite(weight)
+        if not is_finite(weight):
+            return "weights"
+        bias = self.base.bias
+        merged = None if bias is None else bias.detach().clone()
+        for name, scale in chosen:
+            delta = self.adapter(name).delta_bias(self.base)
+            if merged is not None and delta is not None:
+                add_scaled_(merged, delta.to(merged.dtype), scale)
+        return "" if merged is None or is_finite(merged) else "bias"
 
     @torch.no_grad()
-    def merge(
+    def merge_into_base(
         self,
         names: Sequence[str],
         scales: Sequence[float],
@@ -224,7 +232,7 @@ class AdaptedLayer(PeftLayerMixin):
             names: adapters; those not on this layer are passed over.
             scales: factor on each one's delta.
             change: records what the weight is now, in a copy on the CPU.
-            keep_frozen: keep the frozen weight for ``unmerge`` afterwards, too.
+            keep_frozen: keep the frozen weight for ``restore_base`` afterwards, too.
             apart: merge into a weight of its own and leave the present one, which others share.
 
         Raises:
@@ -234,7 +242,7 @@ class AdaptedLayer(PeftLayerMixin):
         if not chosen:
             return
         self.check_mergeable([name for name, _ in chosen])
-        self.unmerge(change)
+        self.restore_base(change)
         frozen = self._stored(apart=apart, spool=None if keep_frozen else change.spool)
         change.on_undo(lambda: self._put_back(frozen))
         if apart:
@@ -249,11 +257,11 @@ class AdaptedLayer(PeftLayerMixin):
         for delta, scale in bias_deltas:
             if delta is not None and bias is not None:
                 add_scaled_(bias, delta.to(bias.dtype), scale)
-        self.merged = tuple(name for name, _ in chosen)
+        self.merged_names = tuple(name for name, _ in chosen)
         self._frozen = frozen if keep_frozen else None
 
     def check_mergeable(self, names: Sequence[str]) -> None:
-        """Raises MergeError where ``merge`` would."""
+        """Raises MergeError where ``merge_into_base`` would."""
         present = [name for name in names if name in self.adapters._modules]
         if present and not self.backend.can_merge:
             raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.unmergeable_reason}")
@@ -297,7 +305,7 @@ class AdaptedLayer(PeftLayerMixin):
             self.base_layer._parameters["weight"] if apart else None,
             weight,
             None if bias is None else bias.detach().to("cpu", copy=True),
-            self.merged,
+            self.merged_names,
             self._frozen,
         )
 
@@ -307,7 +315,7 @@ class AdaptedLayer(PeftLayerMixin):
         Returns:
             What puts it back once the same adapters are merged again; None where nothing has to be kept.
         """
-        if not self.merged or self.backend.name == "dense":
+        if not self.merged_names or self.backend.name == "dense":
             return None
         kept = self.backend.snapshot(self.base_layer)
         return lambda: self.backend.restore(self.base_layer, kept)
@@ -321,12 +329,12 @@ class AdaptedLayer(PeftLayerMixin):
             self.backend.restore(self.base_layer, weight)
         if stored.bias is not None and self.base.bias is not None:
             self.base.bias.copy_(stored.bias)
-        self.merged, self._frozen = stored.merged, stored.frozen
+        self.merged_names, self._frozen = stored.merged, stored.frozen
 
     @torch.no_grad()
-    def unmerge(self, change: Transaction) -> None:
-        """Puts the weight back as it was before ``merge``, bit for bit."""
-        if not self.merged:
+    def restore_base(self, change: Transaction) -> None:
+        """Puts the weight back as it was before ``merge_into_base``, bit for bit."""
+        if not self.merged_names:
             return
         frozen = self._frozen
         assert frozen is not None
@@ -336,26 +344,77 @@ class AdaptedLayer(PeftLayerMixin):
         merged.frozen = None
 
         def undo() -> None:
-            merged.frozen = self._frozen if self.merged else self._stored(apart=apart)
+            merged.frozen = self._frozen if self.merged_names else self._stored(apart=apart)
             self._put_back(merged)
 
         change.on_undo(undo)
         self._put_back(frozen)
 
+    # The tree as PEFT has it
+
+    def show_adapters(self) -> None:
+        """Brings the modules with PEFT's names up to date."""
+        adapters = self.adapters._modules
+        if self._shown != adapters:
+            show_adapters(self._modules, adapters, self.base)
+            self.__dict__["_shown"] = dict(adapters)
+
+    def hide_adapters(self) -> None:
+        """Lets go of those of adapters that are gone."""
+        if self._shown:
+            self.show_adapters()
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in PEFT; see ``nn.Module``."""
+        self.show_adapters()
+        yield from super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those with PEFT's names, as far as somebody has asked for them, and the adapters, which are called."""
+        yield from super().named_children()
+        yield "adapters", self.adapters
+
+    def __repr__(self) -> str:
+        self.show_adapters()
+        return super().__repr__()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; see ``nn.Module``."""
+        self.show_adapters()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.show_adapters()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules") or {}
-        if name in modules:
+        if name == "base_layer" and name in modules:
             return modules[name]
-        try:
+        if name.startswith("__") or "base_layer" not in modules:
             return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in modules or name.startswith("__"):
-                raise
-        adapters, base_layer = modules["adapters"]._modules, modules["base_layer"]
-        found = by_name(adapters, name)
+        adapters, base_layer = self.adapters._modules, modules["base_layer"]
+        found: Any = by_name(adapters, name)
+        if found is None:
+            self.show_adapters()
+            found = modules.get(name)
+        if found is None:
+            found = empty_face(adapters, name)
         if found is None and not hasattr(base_layer, name):
             found = attribute_by_name(adapters, name)
         return getattr(base_layer, name) if found is None else found
+
+
+class LayerReplica(AdaptedLayer):
+    """A replica that nn.DataParallel made: what it shows was put on another device, and its adapters follow."""
+
+    def show_adapters(self) -> None:
+        """Changes nothing."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The same on the replica's device."""
+        use_shown(self.adapters._modules, self._modules)
+        return super().forward(x, *args, **kwargs)
 
 
 def _rows_of(context: Any, chosen: Tensor, batch: int) -> Any:

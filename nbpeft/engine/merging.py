@@ -34,9 +34,10 @@ def check_merge(
             layer.check_mergeable(names)
         except MergeError as error:
             raise MergeError(f"{path}: {error}", path=path) from None
-        if safe and not layer.check_finite(names, scales):
+        broken_part = layer.not_finite_when_merged(names, scales) if safe else ""
+        if broken_part:
             raise MergeError(
-                f"NaNs detected in the merged weights of {path}: "
+                f"NaNs detected in the merged {broken_part} of {path}: "
                 f"{' or '.join(map(repr, names))} seems to be broken; nothing was merged",
                 path=path,
             )
@@ -73,7 +74,7 @@ def merge_layers(
     scales = [scale(name) for name in names]
     for path, layer in layers.items():
         check_interrupt()
-        layer.merge(names, scales, change, keep_frozen=keep_frozen, apart=path in parted)
+        layer.merge_into_base(names, scales, change, keep_frozen=keep_frozen, apart=path in parted)
 
 
 def merge_additional(
@@ -119,7 +120,7 @@ def check_addable(
         layers: path -> adapted layer.
         base: names of tensors of the base that it brings.
     """
-    touched = {path for path, layer in layers.items() if layer.merged}
+    touched = {path for path, layer in layers.items() if layer.merged_names}
     if not touched:
         return
     for target in plan.targets:
@@ -149,8 +150,8 @@ def check_compatible(
         having = [name for name in names if name in module.modules_to_save._modules]
         if len(having) > 1:
             raise AdapterError(
-                f"adapters {' and '.join(map(repr, having))} each trained their own copy of {path}; "
-                "only one of them can be active",
+                "Only one adapter can be set at a time for ModulesToSaveWrapper: adapters "
+                f"{' and '.join(map(repr, having))} each trained their own copy of {path}",
                 path=path,
             )
         inside = (layer for place, layer in layers.items() if having and place.startswith(f"{path}."))
@@ -167,7 +168,7 @@ def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
     """Puts the frozen weights back, bit for bit; the last first, since several may share one weight."""
     for layer in reversed(list(layers)):
         check_interrupt()
-        layer.unmerge(change)
+        layer.restore_base(change)
 
 
 def warn_of_requantization(layers: Mapping[str, AdaptedLayer]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState, ReplicaState, Rows
-from nbpeft.engine.layer import AdaptedLayer, AdapterDict
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.peft_modules import AdapterDict
 from nbpeft.errors import AdapterError, LayerKindError
 
 
@@ -33,6 +34,24 @@ class ModulesToSaveWrapper(nn.Module):
         self.training = original_module.training
 
     active_state: ActiveState
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
+
+    @property
+    def _adapters(self) -> set[str]:
+        """Names of the adapters that have a copy; PEFT's libraries read it."""
+        return set(self.modules_to_save._modules)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether no adapter acts in the model now."""
+        return not self.active_state.current().names
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the adapters that act now and have a copy here."""
+        return self.active_adapters
 
     @property
     def active_adapters(self) -> list[str]:

@@ -1,25 +1,31 @@
 """An adapted layer as users of PEFT know it: attributes by adapter name that read and write the adapters.
 
-layer.scaling["default"] = 2.0        layer.core["default"].weight        layer.set_scale("default", 0.5)
+layer.scaling["default"] = 2.0        layer.r["default"]        layer.set_scale("default", 0.5)
+
+Parameters, as in ``layer.lora_A["default"].weight``, are in ``peft_modules``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+import warnings
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.active_state import ActiveState
-from nbpeft.engine.adapter import Adapter, Rescales
+from nbpeft.engine.active_state import ActiveState, LayerState
+from nbpeft.engine.adapter import Rescales
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.registry import method_of_adapter
-from nbpeft.errors import UnknownAdapterError, did_you_mean
+from nbpeft.errors import StaleModelError, UnknownAdapterError, did_you_mean
 
 
-class PerAdapterView(MutableMapping[str, Any]):
+class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclass,misc]
     """One attribute of the adapters of a layer, by adapter name; also ``view.default`` for ``view["default"]``.
+
+    It is a dictionary for those who ask whether it is one, and holds nothing itself: what is read is what the
+    adapters have at that time.
 
     Args:
         adapters: the layer's adapters by name, looked up anew each time.
@@ -71,58 +77,22 @@ class PerAdapterView(MutableMapping[str, Any]):
         """A dictionary of what it holds now."""
         return dict(self)
 
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
     def __repr__(self) -> str:
         return repr(dict(self))
-
-
-class ParameterView:
-    """A parameter in PEFT's spelling: ``layer.core["default"].weight``; ``bias`` is that of ``lora_bias``."""
-
-    __slots__ = ("_adapter", "_name")
-
-    def __init__(self, adapter: Adapter, name: str) -> None:
-        self._adapter = adapter
-        self._name = name
-
-    @property
-    def weight(self) -> Any:
-        """The parameter itself."""
-        return self._adapter._parameters[self._name]
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        _set_parameter(self._adapter, self._name, value)
-
-    @property
-    def bias(self) -> Any:
-        """The bias behind the parameter, or None."""
-        return self._adapter._parameters.get(f"{self._name}_bias")
-
-    @bias.setter
-    def bias(self, value: Tensor) -> None:
-        _set_parameter(self._adapter, f"{self._name}_bias", value)
-
-    def __repr__(self) -> str:
-        return f"{self._name}: {tuple(self.weight.shape)}"
-
-
-def _set_parameter(adapter: Adapter, name: str, value: Tensor) -> None:
-    held = adapter._parameters.get(name)
-    if held is None or value.shape != held.shape:
-        wanted = "nothing" if held is None else str(tuple(held.shape))
-        raise ValueError(f"{name} must have shape {wanted}, not {tuple(value.shape)}")
-    adapter._parameters[name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
 
 
 class PeftLayerMixin(nn.Module):
     """PEFT's attributes and methods of one adapted layer; ``AdaptedLayer`` is one."""
 
     base: BaseLayer
-    active_state: ActiveState
-    merged: tuple[str, ...]
+    active_state: ActiveState | LayerState
+    merged_names: tuple[str, ...]
 
     def _named(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.__dict__["_modules"]["adapters"]._modules
+        found: dict[str, Any] = self.__dict__["adapters"]._modules
         return found
 
     @property
@@ -161,8 +131,9 @@ class PeftLayerMixin(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that act now."""
-        return list(self.active_state.current().names)
+        """Names of the active adapters, which act unless disabled; where a layer has token rows alone, those here."""
+        names, here = self._chosen_names(), self._named()
+        return [name for name in names if name in here or not all(one.peft_holder for one in here.values())]
 
     @property
     def active_adapter(self) -> list[str]:
@@ -172,12 +143,117 @@ class PeftLayerMixin(nn.Module):
     @property
     def disable_adapters(self) -> bool:
         """Whether the frozen layer acts alone now."""
-        return not self.active_adapters
+        return not self.active_state.current().names
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names under which the layer keeps parameters of adapters."""
+        return tuple(dict.fromkeys(name for adapter in self._named().values() for name in adapter.layer_names()))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Names under which it keeps other settings of adapters."""
+        found: dict[str, None] = {}
+        for adapter in self._named().values():
+            found.update(dict.fromkeys((*adapter.peft_attributes, *adapter.peft_modules)))
+            found.update({"scaling": None} if isinstance(adapter, Rescales) else {})
+        return tuple(found)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """Names of all adapters on the layer, sorted; PEFT's libraries call it."""
+        return sorted(self._named())
+
+    # Commands on this layer alone. Those of the model end what they say about activity.
+
+    def _manager(self) -> Any:
+        """The manager of the model's adapters."""
+        reference = self._shared_state().manager
+        manager = None if reference is None else reference()
+        if manager is None:
+            raise StaleModelError("the layer belongs to a model that is gone or whose adapters were unloaded")
+        return manager
+
+    def _shared_state(self) -> ActiveState:
+        state: Any = self.__dict__["active_state"]
+        return getattr(state, "shared", state)  # type: ignore[no-any-return]
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes adapters active on this layer and trainable, or frozen for inference; the others here are frozen.
+
+        Args:
+            adapter_names: one name or several; those without an adapter here do nothing.
+            inference_mode: freeze them.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._act_alone(names, enabled=True)
+        for name, adapter in self._named().items():
+            adapter.requires_grad_(name in names and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Lets the active adapters act on this layer, or the frozen layer alone, which freezes them."""
+        self._act_alone(self._chosen_names(), enabled=enabled)
+        for name, adapter in self._named().items():
+            adapter.requires_grad_(enabled and name in self._chosen_names())
+
+    def _chosen_names(self) -> list[str]:
+        """Names of the adapters that are active here, whether or not they are enabled."""
+        state: Any = self.__dict__["active_state"]
+        return list(state.names if isinstance(state, LayerState) else self._manager().active)
+
+    def _act_alone(self, names: Sequence[str], *, enabled: bool) -> None:
+        shared = self._shared_state()
+        shared.refuse_changes()
+        now = shared.current().names
+        alike = tuple(names) == now if enabled else not now
+        self.__dict__["active_state"] = shared if alike else LayerState(shared, names, enabled=enabled)
+        (shared.apart.discard if alike else shared.apart.add)(self)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether gradients reach adapters here, whatever is active."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self._named():
+                self._named()[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of this layer; nothing where it has none of that name."""
+        if adapter_name in self._named():
+            self._manager().remove_on(self, adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Merges adapters into the weight of this layer.
+
+        Args:
+            safe_merge: refuse a weight that would not be finite.
+            adapter_names: which; the active ones if None.
+        """
+        names = self._chosen_names() if adapter_names is None else list(adapter_names)
+        new = [name for name in names if name in self._named() and name not in self.merged_names]
+        if not new:
+            if self.merged_names:
+                warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return
+        self._manager().merge_on(self, new, safe=safe_merge)
+
+    def unmerge(self) -> None:
+        """Puts the frozen weight of this layer back, bit for bit."""
+        if not self.merged_names:
+            warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
+            return
+        self._manager().unmerge_on(self)
+
+    def get_base_weight(self) -> Tensor:
+        """The layer's weight as it stores it, detached; a quantized one dequantized."""
+        return self.base.backend.dequantize(self.base.module).detach()
 
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer."""
-        return list(self.merged)
+        return list(self.merged_names)
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged into this layer."""
+        return bool(self.merged_names)
 
     @property
     def adapted_as(self) -> str:
@@ -226,19 +302,13 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
 
     Args:
         adapters: adapter name -> adapter.
-        name: a parameter's, or one of ``Adapter.peft_attributes``.
+        name: one of ``Adapter.peft_attributes``.
     """
     for adapter in adapters.values():
-        if isinstance(adapter, Adapter) and name in adapter.peft_attributes:
-            return PerAdapterView(adapters, adapter.peft_attributes[name], attrgetter(adapter.peft_attributes[name]))
-    having = [adapter for adapter in adapters.values() if name in adapter._parameters]
-    if not having:
-        return None
-    if name not in having[0].wrapped_parameters:
-        return PerAdapterView(
-            adapters, name, lambda a: a._parameters[name], lambda a, value: _set_parameter(a, name, value)
-        )
-    return PerAdapterView(adapters, name, lambda adapter: ParameterView(adapter, name))
+        own = adapter.peft_attributes.get(name)
+        if own is not None:
+            return PerAdapterView(adapters, own, attrgetter(own))
+    return None
 
 
 def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:

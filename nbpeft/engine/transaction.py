@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState
+from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.spool import Spool
 from nbpeft.interrupts import HeldInterrupts, check_interrupt
 
@@ -151,7 +152,7 @@ class Transaction:
 
     def keep_modes(self, model: nn.Module) -> None:
         """Records which modules of a model are in training mode."""
-        modes = [(module, module.training) for module in model.modules()]
+        modes = [(module, module.training) for module in reached_modules(model)]
 
         def undo() -> None:
             for module, training in modes:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.random_numbers import random_state, set_random_state
+from nbpeft.engine.reached import reached_modules
 from nbpeft.errors import BusyError
 from nbpeft.interrupts import HeldInterrupts, RunningBlock, wait_for
 
@@ -54,7 +55,7 @@ class Turns:
         model = self._model()
         if not self._waiting or model is None:
             return
-        training = [module for module in model.modules() if module.training]
+        training = [module for module in reached_modules(model) if module.training]
         mine = random_state()
         set_random_state(self._outside)
         for module in training:
@@ -103,16 +104,19 @@ class Turns:
             )
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, *inside: str) -> Iterator[None]:
         """Context manager: the model is this thread's, in evaluation mode and without gradients, until the block ends.
 
         It waits for the end of the step that runs. In the thread that trains, inside another turn and after the
         training it changes nothing.
+
+        Args:
+            inside: modules that enter it for somebody else, whose block it is.
         """
         if self.is_mine or (self._taken is not None and self._taken.thread == threading.get_ident()):
             yield
             return
-        taken = self._take(RunningBlock(__name__))
+        taken = self._take(RunningBlock(__name__, *inside))
         try:
             if taken is None:
                 yield

@@ -6,7 +6,6 @@ import copy
 import inspect
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,7 +196,9 @@ def answers(
     """
     import torch
 
-    with _evaluating(model), torch.no_grad():
+    from nbpeft.training.generation import evaluating
+
+    with evaluating(model), torch.no_grad():
         batch = _batch(tokenizer, prompts, shared).to(model.device)
         if shared is not None:
             options[_cache_option(model)] = shared.repeated(len(prompts))
@@ -237,6 +238,8 @@ def shared_beginning(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Shar
     import torch
     from transformers import DynamicCache
 
+    from nbpeft.training.generation import evaluating
+
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     first, last = min(encoded), max(encoded)
     same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
@@ -245,7 +248,7 @@ def shared_beginning(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Shar
         return None
     tokens, cache = tuple(first[:same]), DynamicCache(config=model.config)
     options = {_cache_option(model): cache, "use_cache": True, "logits_to_keep": 1}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         model(input_ids=torch.tensor([tokens], device=model.device), **options)
     return SharedBeginning(tokens, cache)
 
@@ -269,16 +272,6 @@ def _batch(tokenizer: Any, prompts: Sequence[str], shared: SharedBeginning | Non
         column = batch[name].new_tensor(beginning).expand(len(rests), before)
         batch[name] = torch.cat([column, batch[name]], dim=1)
     return batch
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _ends(tokenizer: Any) -> list[int]:

@@ -7,6 +7,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig as LoraConfig
 from nbpeft.engine.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
+from nbpeft.engine.registry import method_of
 from nbpeft.model.auto import AutoPeftModel as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from nbpeft.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -58,6 +59,8 @@ from nbpeft.model.tasks import PeftModelForSequenceClassification as PeftModelFo
 from nbpeft.model.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from nbpeft.model.tasks import get_peft_model as get_peft_model
 from nbpeft.model.tasks import inject_adapter_in_model as inject_adapter_in_model
+from nbpeft.model.tuner import BaseTuner, tuner_class
 
 PeftConfig = AdapterConfig
 LoraLayer = layer_type("LORA", "LoraLayer")
+LoraModel: type[BaseTuner] = tuner_class(method_of(LoraConfig()))

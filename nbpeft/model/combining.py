@@ -85,7 +85,7 @@ def combine_adapters(
     manager.require_available(*adapters)
     check_name(name)
     if name in manager.configs:
-        raise AdapterExistsError(f"there is an adapter {name!r} already; delete it first or take another name")
+        raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
     with manager.provided(adapters):
         return _combined(manager, adapters, weights, name, settings)
 
@@ -175,8 +175,8 @@ def _only_copies(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, 
         owners = [name for name in dict.fromkeys(adapters) if name in module.modules_to_save._modules]
         if len(owners) > 1:
             raise AdapterError(
-                f"{' and '.join(map(repr, owners))} each trained their own {path} (modules_to_save): "
-                "they cannot be combined",
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found 1 such "
+                f"instance(s). {' and '.join(map(repr, owners))} each trained their own {path}",
                 path=path,
             )
         if owners:

@@ -17,6 +17,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
+from nbpeft.engine.peft_modules import ADAPTER_PARTS, shown_name
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.trained import mark_saved
@@ -88,11 +89,13 @@ def read(
             "or use load_adapter() on the model that has it to replace it"
         )
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
-    device, single = _device(manager, options.get("torch_device")), None if hub else checkpoint.lora_file(source)
+    device = _device(manager, options.get("torch_device"))
+    single = None if hub.keys() & {"subfolder", "revision"} else checkpoint.lora_file(source)
     if single is not None:
         saved = checkpoint.read_lora_file(single, (path for path, _ in bare_modules(manager.model)), device)
     else:
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
+    given = config
     config = (config or saved.config).copy(inference_mode=not trainable)
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
@@ -110,7 +113,12 @@ def read(
     put = manager.prepare(name, plan, loaded.weights, trainable=trainable, half=half, replace=replace)
 
     def load() -> LoadResult:
-        put()
+        with manager.transaction() as change:
+            put()
+            if given is not None:  # as in PEFT the model has this object from now on
+                change.keep(vars(given))
+                vars(given).update(vars(manager.configs[name]))
+                manager.configs[name] = given
         return LoadResult(loaded.missing, loaded.unexpected)
 
     return load
@@ -263,7 +271,8 @@ def save(
             ready[places[name]] = config, _under_keys(config, weights)
         if not ready:
             return {}
-        card = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
+        first = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
+        card = _card_config(manager, first)
         written = checkpoint.write_checkpoints(
             folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model), facts=facts
         )
@@ -290,6 +299,12 @@ def _without_weight(
 
 def _first_config(manager: AdapterManager) -> AdapterConfig:
     return next(iter(manager.configs.values()))
+
+
+def _card_config(manager: AdapterManager, config: AdapterConfig) -> AdapterConfig:
+    """Returns what a card describes: it names the base only if that has a config of its own, as those on the hub."""
+    has_config = hasattr(manager.model, "config")
+    return config if has_config else config.copy(base_model_name_or_path=None)
 
 
 def _card_tags(model: nn.Module) -> list[str]:
@@ -326,18 +341,20 @@ def _saved_weights(
         present = embedding_weights(manager.model)
         if not present:
             warnings.warn(
-                "save_embedding_layers: the model has no get_input_embeddings() that names its embeddings; none is "
-                "saved",
+                "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. None is "
+                "saved: it has no get_input_embeddings() that names them",
                 stacklevel=4,
             )
         for key, value in present.items():
             path = key.rpartition(".")[0]
             if path not in weights.copies and (path in manager.layers or not targeted):
                 weights.base[key] = value
-    return weights if state_dict is None else _picked(weights, name, state_dict)
+    return weights if state_dict is None else _picked(manager, weights, name, state_dict)
 
 
-def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]) -> AdapterWeights:
+def _picked(
+    manager: AdapterManager, weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
+) -> AdapterWeights:
     """Returns the same tensors taken from a state dict, such as one gathered from a sharded model."""
 
     def find(key: str, own: Tensor | None = None) -> Tensor:
@@ -351,13 +368,19 @@ def _picked(weights: AdapterWeights, name: str, state_dict: Mapping[str, Tensor]
         raise AdapterError(f"the state dict has no {key!r} of adapter {name!r}")
 
     return AdapterWeights(
-        {path: {k: find(f"{path}.adapters.{name}.{k}") for k in named} for path, named in weights.adapters.items()},
+        {
+            path: {k: find(f"{path}.{shown_name(manager.layers[path].adapter(name), k, name)}") for k in named}
+            for path, named in weights.adapters.items()
+        },
         {
             path: {k: find(f"{path}.modules_to_save.{name}.{k}") for k in named}
             for path, named in weights.copies.items()
         },
         {key: find(key, own) for key, own in weights.base.items()},
-        {key: _shared_in(state_dict, f"adapters.{name}.shared.{key}", own) for key, own in weights.shared.items()},
+        {
+            key: _shared_in(state_dict, f"{ADAPTER_PARTS}.{name}.shared.{key}", own)
+            for key, own in weights.shared.items()
+        },
     )
 
 
@@ -434,4 +457,4 @@ def push(
 def write_card(manager: AdapterManager, folder: str | os.PathLike[str]) -> None:
     """Writes or updates the README of a saved adapter."""
     manager.check_alive()
-    checkpoint.write_card(folder, _first_config(manager), tags=_card_tags(manager.model))
+    checkpoint.write_card(folder, _card_config(manager, _first_config(manager)), tags=_card_tags(manager.model))

@@ -26,13 +26,16 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     return AdapterConfig.from_peft_type(**config_dict)
 
 
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+def set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: type | None = None
+) -> None:
     """Activates one adapter or several and makes them trainable, or frozen for inference.
 
     Args:
         model: a PeftModel or an adapted base model.
         adapter_name: one name or several.
         inference_mode: freeze them.
+        layer_cls: accepted for PEFT's sake: the layers of an adapter are known.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -40,13 +43,16 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     require_manager(model).activate(adapter_name, trainable=not inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "lora_") -> list[str] | None:
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: type | None = None
+) -> list[str] | None:
     """Removes an adapter.
 
     Args:
         model: a PeftModel or an adapted base model.
         adapter_name: its name.
         prefix: accepted for PEFT's sake; names are matched whole.
+        layer_cls: accepted for PEFT's sake.
 
     Returns:
         The adapters that are active now, or None if there are none left.

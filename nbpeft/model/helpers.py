@@ -14,6 +14,7 @@ from torch import nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import Rescales
+from nbpeft.engine.reached import reached_modules
 from nbpeft.errors import AdapterError, ConfigError, NbpeftError, did_you_mean
 from nbpeft.model.peft_model import PeftModel
 
@@ -44,7 +45,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not isinstance(multiplier, int | float):
         raise TypeError(f"multiplier must be a number, not {type(multiplier).__name__}")
     # The adapters themselves: inside the block one may get another name, or be deleted.
-    adapters = [module for module in model.modules() if isinstance(module, Rescales)]
+    adapters = [module for module in reached_modules(model) if isinstance(module, Rescales)]
     if not adapters:
         raise AdapterError("the model has no adapter with a scaling that could be changed")
     with ExitStack() as stack:

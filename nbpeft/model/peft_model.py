@@ -13,6 +13,7 @@ from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
+from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import AdapterError, UnknownAdapterError
 from nbpeft.model import files
@@ -20,9 +21,10 @@ from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import serving
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tuner import (
-    AdapterTuner,
+    BaseTuner,
     enable_input_grads_for_checkpointing,
     remove_adapter,
+    tuner_class,
     warn_of_trained_biases,
 )
 
@@ -42,10 +44,10 @@ class PeftModel(nn.Module):
         peft_config: config of the first adapter.
         adapter_name: its name.
         autocast_adapter_dtype: keep adapters in float32 on a half-precision base.
-        low_cpu_mem_usage: accepted for PEFT's sake; nothing is ever initialised twice here.
+        low_cpu_mem_usage: leave the adapter's parameters on the meta device until they are loaded.
     """
 
-    base_model: AdapterTuner
+    base_model: BaseTuner
     task: ClassVar[TaskType | None] = None
     _hf_peft_config_loaded = True
     _by_task: ClassVar[dict[TaskType, type[PeftModel]]] = {}
@@ -84,13 +86,16 @@ class PeftModel(nn.Module):
             AdapterManager.attach(model, manager)
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)
+            if low_cpu_mem_usage:
+                manager.drop_values(adapter_name)
             self._take(model, manager)
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:
         """Becomes the one handle of a base model."""
         with manager.transaction(during_calls=True, quiet=True) as change:
             change.keep_attributes(manager, "owner")
-            self.base_model = AdapterTuner(model, manager)
+            first = next(iter(manager.configs.values()))
+            self.base_model = tuner_class(method_of(first))(model, manager)
             self.__dict__[MANAGER] = manager
             self.training = model.training
             clear_gguf_flags(model, change)
@@ -125,6 +130,11 @@ class PeftModel(nn.Module):
     def peft_config(self) -> dict[str, AdapterConfig]:
         """Adapter name -> config."""
         return self.manager.configs
+
+    @property
+    def peft_type(self) -> Any:
+        """Type of the first adapter, such as ``PeftType.LORA``."""
+        return next(iter(self.manager.configs.values())).peft_type
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -272,7 +282,10 @@ class PeftModel(nn.Module):
         """Adds another adapter to the model; it does not become active."""
         self._check_live()
         config = files.with_base_name(self._complete(peft_config), self.get_base_model())
-        self.manager.add(adapter_name, config, trainable=not config.inference_mode, half=not autocast_adapter_dtype)
+        with self.manager.transaction():
+            self.manager.add(adapter_name, config, trainable=not config.inference_mode, half=not autocast_adapter_dtype)
+            if low_cpu_mem_usage:
+                self.manager.drop_values(adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activates one adapter or several and makes them trainable, or frozen for inference."""

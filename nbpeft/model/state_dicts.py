@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.manager import require_manager
+from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import BaseMismatchError, did_you_mean, few
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
 
@@ -98,12 +99,24 @@ def set_peft_model_state_dict(
         (present[key] if key in present else weights.base[key], value) for key, value in loaded.weights.base.items()
     ]
     with manager.transaction() as change:
-        change.keep_values([own for own, _ in writes])
+        change.keep_values([own for own, _ in writes if not own.is_meta])
+        _fill_in(manager, adapter_name, {id(own): value for own, value in writes if own.is_meta}, change)
         for own, value in writes:
-            own.copy_(value)
+            if not own.is_meta:
+                own.copy_(value)
     # The state dict of a whole model holds the base and other adapters besides.
     unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
     return LoadResult(loaded.missing, unexpected)
+
+
+def _fill_in(manager: AdapterManager, name: str, values: Mapping[int, Tensor], change: Transaction) -> None:
+    """Gives an adapter parameters in the place of those without data, by the id of these."""
+    for layer in manager.layers.values() if values else ():
+        adapter: Any = layer.adapters._modules.get(name)
+        for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
+            if id(parameter) in values:
+                tensor = values[id(parameter)].to(layer.base.device, parameter.dtype, copy=True)
+                change.set_item(adapter._parameters, key, nn.Parameter(tensor, parameter.requires_grad))
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
         module_type=layer.adapted_as,
         enabled=manager.enabled,
         active_adapters=list(manager.active),
-        merged_adapters=list(layer.merged),
+        merged_adapters=list(layer.merged_names),
         quantization_backend=_BACKENDS.get(layer.backend.name, layer.backend.name),
         **_of_modules(adapters),
     )

@@ -163,7 +163,8 @@ def get_peft_model(
         mixed: accepted for PEFT's sake; adapters of different methods always go together here.
         autocast_adapter_dtype: keep the adapter in float32 on a half-precision base.
         revision: of the base model, for the saved config.
-        low_cpu_mem_usage: accepted for PEFT's sake.
+        low_cpu_mem_usage: leave the adapter's parameters on the meta device, to be filled in by
+            ``load_adapter`` or ``set_peft_model_state_dict``.
 
     Raises:
         TargetError: the config does not fit the model, which is as it was.
@@ -205,7 +206,7 @@ def inject_adapter_in_model(
         peft_config: config of the adapter.
         model: the base model; changed in place.
         adapter_name: its name.
-        low_cpu_mem_usage: accepted for PEFT's sake.
+        low_cpu_mem_usage: leave its parameters on the meta device; ``set_peft_model_state_dict`` fills them in.
         state_dict: its keys, those of a file, say which modules to adapt, instead of the config's
             ``target_modules``; its values are not used, see ``set_peft_model_state_dict``.
 
@@ -220,6 +221,8 @@ def inject_adapter_in_model(
         AdapterManager.attach(manager.model, manager)
         if manager.active != (adapter_name,):
             manager.activate(adapter_name)
+        if low_cpu_mem_usage:
+            manager.drop_values(adapter_name)
     return model
 
 

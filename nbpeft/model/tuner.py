@@ -11,17 +11,26 @@ from torch import nn
 from nbpeft import hooks
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized
+from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type
+from nbpeft.engine.reached import reached_modules
+from nbpeft.engine.registry import Method, methods
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import AdapterError, StaleModelError
+from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
 from nbpeft.model.combining import Combined, combine_adapters
 
 
-class AdapterTuner(nn.Module):
+class BaseTuner(nn.Module):
     """Holds the base model as ``.model``, so that state dict keys have PEFT's prefix.
 
+    Models of a method are of a class of its own, as PEFT's: ``LoraModel``, ``IA3Model``; see ``tuner_class``.
     A new one takes the base model over: the commands of the one before, and of its handle, refuse from then on.
     Attributes the tuner lacks are the base model's.
     """
+
+    prefix: str = ""
+    """Starts the names of the parameters of the first adapter's method."""
+    tuner_layer_cls: type[Any] = PeftLayerMixin
+    """What adapted layers are instances of."""
 
     model: nn.Module
     _token: object
@@ -212,6 +221,34 @@ class AdapterTuner(nn.Module):
         return getattr(self.model, name)
 
 
+def tuner_class(method: Method) -> type[BaseTuner]:
+    """Returns the class of ``base_model`` for a first adapter of a method: ``LoraModel``, ``IA3Model``."""
+    name = _class_name(method)
+    if name not in _classes:
+        own: dict[str, Any] = {
+            "prefix": method.prefix,
+            "tuner_layer_cls": layer_type(method.peft_type, method.layer_name or name.replace("Model", "Layer")),
+            "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
+            "__module__": __name__,
+        }
+        _classes[name] = type(name, (BaseTuner,), own)
+    return _classes[name]
+
+
+def _class_name(method: Method) -> str:
+    return method.config_class.__name__.removesuffix("Config") + "Model"
+
+
+_classes: dict[str, type[BaseTuner]] = {}
+
+
+def __getattr__(name: str) -> Any:
+    found = next((method for method in methods() if _class_name(method) == name), None)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return tuner_class(found)
+
+
 def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) -> None:
     """Lets the embeddings' output require gradients if gradient checkpointing is on.
 
@@ -222,7 +259,7 @@ def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) 
         change: records the hooks that are added to the embeddings.
     """
     enable = getattr(model, "enable_input_require_grads", None)
-    active = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
+    active = any(module.__dict__.get("gradient_checkpointing", False) for module in reached_modules(model))
     if active and callable(enable):
         embeddings = embedding_of(model)
         if embeddings is not None:
@@ -233,6 +270,11 @@ def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) 
 
 def remove_adapter(manager: AdapterManager, name: str) -> None:
     """Removes an adapter, and warns which one is active in its place."""
+    if name not in manager.configs:  # in the words that PEFT's users look for
+        have = ", ".join(map(repr, manager.configs)) or "none"
+        raise UnknownAdapterError(
+            f"Adapter {name} does not exist; the model has: {have}." + did_you_mean(str(name), manager.configs)
+        )
     alone = manager.active == (name,)
     manager.remove(name)
     if alone and manager.active:

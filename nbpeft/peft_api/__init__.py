@@ -4,5 +4,7 @@ names.py      which modules PEFT has, the names in each, and what of nbpeft each
 modules.py    those modules, made when they are imported: ``nbpeft.tuners.lora``, ``peft.tuners.lora``
 install.py    ``install_as_peft``: ``import peft`` is answered, for libraries too
 missing.py    names of what nbpeft lacks: they can be imported, and refuse when they are used
-helpers.py    layers.py    mappings.py    imports.py    what PEFT has under names of its own, over the engine
+
+The other files are what PEFT has under names of its own, over the engine: constants, conversion, helpers, imports,
+layers, mappings and merging.
 """

@@ -5,20 +5,22 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nbpeft.checkpoint import condense_targets
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.base import onloaded
-from nbpeft.engine.manager import require_manager
-from nbpeft.engine.model_tree import bare_modules, embedding_of, quantization_method
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.engine.targets import Matcher, matches_segment_names
-from nbpeft.errors import AdapterError, ConfigError, HotSwapError
+from nbpeft.engine.targets import ALL_LINEAR, Matcher, matches_segment_names
+from nbpeft.errors import AdapterError, ConfigError, HotSwapError, few
 from nbpeft.model.functional import set_adapter
 
 
@@ -182,9 +184,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    usual = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    wanted = usual if named is None else {name for name in named.split(",") if name}
+    wanted = _get_no_split_modules(model) if named is None else {name for name in named.split(",") if name}
     classes = {type(module) for module in model.modules() if type(module).__name__ in wanted}
     absent = wanted - {found.__name__ for found in classes}
     if absent and named is not None:
@@ -208,6 +209,47 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     """Parent, module and last name of a path."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def _get_no_split_modules(model: nn.Module) -> set[str]:
+    """Names of the classes whose modules stay on one device: those of the model and of all models in it."""
+    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+
+
+def _maybe_include_all_linear_layers(peft_config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """The config with the paths of all linear layers for "all-linear"; any other as it is."""
+    fields: Any = peft_config
+    targets = fields.target_modules
+    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+        return peft_config
+    base = base_model_of(model)
+    fields.target_modules = set((manager_of(base) or AdapterManager(base)).plan(peft_config).paths)
+    return peft_config
+
+
+def _find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
+    """The fewest, shortest suffixes that name some modules and none of the others."""
+    if isinstance(target_modules, str) or not target_modules:
+        raise ConfigError(f"target_modules should be a list or set of strings, not {target_modules!r:.60}")
+    if "" in target_modules:
+        raise ConfigError("target_modules should not contain an empty string")
+    both = set(target_modules) & set(other_module_names)
+    if both:
+        raise ConfigError(f"target_modules and other_module_names contain common elements: {few(sorted(both))}")
+    return condense_targets(target_modules, other_module_names)
+
+
+def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
+    """What the keys of adapters in a model's state dict start with, those of one adapter or of all."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+    parts = [(path, name) for path, layer in layers for name in layer.adapter_layer_names]
+    return {".".join(filter(None, (*part, adapter_name))) for part in parts}
+
+
+def _filter_state_dict_by_key_prefixes(state_dict: Mapping[str, Any], prefixes: Collection[str]) -> dict[str, Any]:
+    """The entries whose keys are one of the prefixes or go on after it with a dot."""
+    starts = tuple(f"{prefix}." for prefix in prefixes)
+    return {key: value for key, value in state_dict.items() if f"{key}.".startswith(starts)}
 
 
 def _get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:

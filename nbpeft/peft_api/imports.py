@@ -1,10 +1,21 @@
-"""``peft.import_utils``: which packages are there."""
+"""``peft.import_utils``: which packages are there, and whether transformers is of some version or newer."""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
+from packaging.version import Version
+
+_transformers = Version(version("transformers"))
+is_transformers_le_4_53 = _transformers < Version("4.54.0.dev0")
+is_transformers_ge_v5 = _transformers >= Version("5.0.0.dev0")
+is_transformers_ge_v5_1_0 = _transformers >= Version("5.1.0")
+is_transformers_ge_v5_4_0 = _transformers >= Version("5.4.0")
+is_transformers_ge_v5_6_0 = _transformers >= Version("5.6.0.dev0")
+is_transformers_ge_v5_13_0 = _transformers >= Version("5.13.0.dev0")
+is_transformers_ge_v5_17_0 = _transformers >= Version("5.17.0")
 
 
 def is_aqlm_available() -> bool:
@@ -78,3 +89,13 @@ def is_xpu_available(check_device: bool = False) -> bool:
         check_device: accepted for PEFT's sake: torch always asks the device.
     """
     return torch.xpu.is_available()
+
+
+def is_torchao_ge_v0_18_0() -> bool:
+    """Whether torchao 0.18 or newer is installed."""
+    return is_torchao_available() and Version(version("torchao")) >= Version("0.18.0")
+
+
+def is_te_pytorch_available() -> bool:
+    """Whether transformer_engine is installed with its part for torch."""
+    return is_te_available() and find_spec("transformer_engine.pytorch") is not None

@@ -1,4 +1,4 @@
-"""PEFT's classes of layers, wrappers and tuners, for ``isinstance``."""
+"""PEFT's classes of layers, wrappers, tuners and statuses under its names, for ``isinstance``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import Any
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
-from nbpeft.model.tuner import AdapterTuner
+from nbpeft.engine.registry import methods_of_type
+from nbpeft.model.status import LayerStatus, ModelStatus
+from nbpeft.model.tuner import BaseTuner as BaseTuner
+from nbpeft.model.tuner import tuner_class
 
-BaseTuner = AdapterTuner
+IA3Model = tuner_class(methods_of_type("IA3")[0])
+TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
 BaseTunerLayer = AdaptedLayer
+TunerLayerStatus = LayerStatus
+TunerModelStatus = ModelStatus
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
 IA3Layer = layer_type("IA3", "IA3Layer")
 TrainableTokensLayer = layer_type("TRAINABLE_TOKENS", "TrainableTokensLayer")

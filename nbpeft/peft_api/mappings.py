@@ -8,7 +8,7 @@ from typing import Any
 import nbpeft.model as model_api
 from nbpeft.engine.adapter import PeftType
 from nbpeft.engine.registry import Method, methods
-from nbpeft.model.tuner import AdapterTuner
+from nbpeft.model.tuner import tuner_class
 
 
 class _ByPeftType(Mapping[PeftType, Any]):
@@ -35,7 +35,7 @@ class _ByPeftType(Mapping[PeftType, Any]):
 
 PEFT_TYPE_TO_CONFIG_MAPPING = _ByPeftType(lambda method: method.config_class)
 PEFT_TYPE_TO_PREFIX_MAPPING = _ByPeftType(lambda method: method.prefix)
-PEFT_TYPE_TO_TUNER_MAPPING = _ByPeftType(lambda method: AdapterTuner)
+PEFT_TYPE_TO_TUNER_MAPPING = _ByPeftType(tuner_class)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {}
 """Empty: any methods can be mixed on a model, which takes no class of its own."""
 

@@ -52,6 +52,8 @@ class PeftModules(MetaPathFinder, Loader):
         def find(name: str) -> Any:
             if name == "__all__":
                 return names()
+            if name.startswith("__"):  # inspect asks every module for its __file__, also while torch is being imported
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             return getattr(own, name) if own and name in own.__all__ else attribute(module.__name__, name)
 
         module.__doc__ = f"The names of PEFT's ``{'.'.join(filter(None, ('peft', place)))}``."

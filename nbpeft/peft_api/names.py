@@ -51,8 +51,10 @@ _CONSTANTS = (
     "INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES "
     "TOKENIZER_CONFIG_NAME UPCAST_DTYPES WEIGHTS_NAME"
 )
-_OWN_TARGETS = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING "
-_OWN_TARGETS += "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"
+_IA3_TARGETS = (
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING"
+)
+_OWN_TARGETS = f"TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING {_IA3_TARGETS}"
 _METHODS_WITH_TARGETS = (
     "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY LNTUNING LOHA LOKR MISS OFT "
     "OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT"
@@ -60,6 +62,7 @@ _METHODS_WITH_TARGETS = (
 _MISSING_TARGETS = " ".join(
     f"TRANSFORMERS_MODELS_TO_{name}_TARGET_MODULES_MAPPING" for name in _METHODS_WITH_TARGETS.split()
 )
+_TUNERS = "IA3Model TrainableTokensModel"
 _WRAPPERS = "AuxiliaryTrainingWrapper TrainableTokensWrapper"
 _MODULE_FUNCTIONS = (
     "_freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules _is_valid_match _set_adapter "
@@ -81,7 +84,7 @@ _OTHER_QUANTIZED = {
     "torchao": "TorchaoLoraLinear",
 }
 
-_ONLY_HERE = {"Conv2d", "Conv3d", "Embedding", "Linear"}
+_ONLY_HERE = {"Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt"}
 """Names that several methods give to layers of theirs: they are not passed on to the packages above."""
 
 METHODS = {
@@ -104,7 +107,7 @@ METHODS = {
     "lily": ("Lily", "LilyConfig LilyLayer LilyModel Linear"),
     "ln_tuning": ("LayerNorm tuning", "LNTuningConfig LNTuningLayer LNTuningModel"),
     "loha": ("LoHa", "Conv2d Linear LoHaConfig LoHaLayer LoHaModel"),
-    "lokr": ("LoKr", "Conv2d Linear LoKrConfig LoKrLayer LoKrModel"),
+    "lokr": ("LoKr", "Conv2d Linear LoKrConfig LoKrLayer LoKrModel factorization"),
     "miss": ("MiSS", "MissConfig MissLayer MissLinear MissModel"),
     "mixed": ("PeftMixedModel", "COMPATIBLE_TUNER_TYPES MixedModel"),
     "multitask_prompt_tuning": (
@@ -130,7 +133,7 @@ METHODS = {
     "vblora": ("VB-LoRA", "Linear VBLoRAConfig VBLoRALayer VBLoRAModel"),
     "vera": ("VeRA", "Linear VeraConfig VeraLayer VeraModel"),
     "waveft": ("WaveFT", "WaveFTConfig WaveFTLayer WaveFTLinear WaveFTModel"),
-    "xlora": ("X-LoRA", "XLoraConfig XLoraModel"),
+    "xlora": ("X-LoRA", "XLoraConfig XLoraLayer XLoraModel"),
 }
 """Package in ``peft.tuners`` of a method that nbpeft may lack -> the method's name for people, the names in it."""
 
@@ -138,11 +141,18 @@ _METHOD_NAMES = " ".join(
     name for _, names in METHODS.values() for name in names.split() if name not in _ONLY_HERE and name[-5:] != "Layer"
 )
 
+
+def _targets_of(package: str) -> str:
+    """The names of a method's table of targets and of its quantized layers."""
+    return f"TRANSFORMERS_MODELS_TO_{package.replace('_', '').upper()}_TARGET_MODULES_MAPPING Linear4bit Linear8bitLt"
+
+
 MODULES: dict[str, dict[str, str]] = {
     "": {
         "mappings": f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING {_MAPPINGS}",
         "helpers": "shift_tokens_right",
-        OWN: f"LoraModel IA3Model TrainableTokensModel {_METHOD_NAMES}",
+        "layers": _TUNERS,
+        OWN: _METHOD_NAMES,
         "missing": (
             f"PeftMixedModel PromptLearningConfig find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} "
             f"{_PREFIX_POSTPROCESSING}"
@@ -164,7 +174,9 @@ MODULES: dict[str, dict[str, str]] = {
         "imports": (
             "is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available "
             "is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available "
-            "is_torch_tpu_available is_torchao_available is_xpu_available"
+            "is_te_pytorch_available is_torch_tpu_available is_torchao_available is_torchao_ge_v0_18_0 "
+            "is_transformers_ge_v5 is_transformers_ge_v5_13_0 is_transformers_ge_v5_17_0 is_transformers_ge_v5_1_0 "
+            "is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 is_transformers_le_4_53 is_xpu_available"
         )
     },
     "mapping": {
@@ -179,51 +191,82 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "optimizers.lorafa": {OWN: "create_lorafa_optimizer", "missing": "LoraFAOptimizer"},
     "optimizers.loraplus": {OWN: "create_loraplus_optimizer"},
-    "optimizers.riemannian": {"missing": "create_riemannian_optimizer"},
-    "peft_model": {OWN: f"{_MODELS} PeftConfig PeftType TaskType", "mappings": _MAPPINGS},
+    "optimizers.riemannian": {"missing": "_RiemannianPreconditioner _collect_lora_pairs create_riemannian_optimizer"},
+    "peft_model": {
+        OWN: f"{_MODELS} PeftConfig PeftType TaskType",
+        "mappings": _MAPPINGS,
+        "layers": "TunerLayerStatus TunerModelStatus",
+    },
     "tuners": {
-        OWN: f"IA3Config IA3Model LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig TrainableTokensModel "
-        f"{_METHOD_NAMES}",
+        OWN: f"IA3Config LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig {_METHOD_NAMES}",
+        "layers": _TUNERS,
         "missing": _LORA_EXTRAS,
     },
     "tuners.tuners_utils": {
         OWN: f"{_ADAPTER_FUNCTIONS} PeftConfig",
         "layers": "BaseTuner BaseTunerLayer",
-        "helpers": "check_target_module_exists inspect_matched_modules onload_layer",
+        "helpers": "_filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_tuner_state_dict_key_prefixes "
+        "_maybe_include_all_linear_layers check_target_module_exists inspect_matched_modules onload_layer",
         "constants": "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES",
         "missing": "BasePromptEncoder check_adapters_to_merge clone_module replicate_layers",
     },
     "tuners.lora": {**_LORA_ROOM, LAYER: f"{_LORA_LAYERS} {' '.join(_OTHER_QUANTIZED.values())}"},
     "tuners.lora.config": {OWN: "LoraConfig LoraRuntimeConfig", "missing": _LORA_EXTRAS},
-    "tuners.lora.layer": _LORA_ROOM,
-    "tuners.lora.model": {OWN: "LoraModel LoraConfig LoraLayer"},
+    "tuners.lora.layer": {
+        **_LORA_ROOM,
+        "missing": f"{_LORA_EXTRAS} LoraVariant _LoraFactorsProxy _LoraParameterProxy",
+    },
+    "tuners.lora.model": {
+        OWN: "LoraConfig LoraLayer LoraModel",
+        "constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    },
     "tuners.lora.conversion": {"missing": "convert_to_lora save_as_lora"},
-    "tuners.lora.arrow": {"missing": "create_arrow_model"},
+    "tuners._buffer_dict": {"missing": "BufferDict"},
+    "tuners.lora.arrow": {"missing": "ArrowLoraLinearLayer _resolve_adapter_source create_arrow_model"},
     "tuners.lora.corda": {"missing": "preprocess_corda"},
     "tuners.lora.eva": {"missing": "get_eva_state_dict initialize_lora_eva_weights"},
     "tuners.lora.intruders": {"missing": "reduce_intruder_dimension"},
     "tuners.lora.loraga": {"missing": "estimate_gradients preprocess_loraga"},
+    "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
+    "tuners.lora.te": {"missing": "TeLinear"},
+    "tuners.lora.variants": {
+        "missing": "ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant BlockDiagonalLinear DoraConv1dVariant "
+        "DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant "
+        "MiCALinearVariant MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant calculate_alora_offsets "
+        "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch"
+    },
+    "tuners.lora.velora": {
+        "missing": "VeloraFunction _compress_activations _normalize_projection _reconstruct_activations "
+        "_reshape_to_grouped_subtokens"
+    },
     **{f"tuners.lora.{place}": {LAYER: names} for place, names in _OTHER_QUANTIZED.items()},
     "tuners.ia3": {
-        OWN: "IA3Config IA3Model",
-        "layers": "IA3Layer",
+        OWN: "IA3Config",
+        "layers": "IA3Layer IA3Model",
         LAYER: "Conv2d Conv3d Linear Linear4bit Linear8bitLt",
     },
     "tuners.ia3.bnb": {LAYER: "Linear4bit Linear8bitLt"},
     "tuners.ia3.config": {OWN: "IA3Config"},
     "tuners.ia3.layer": {"layers": "IA3Layer", LAYER: "Conv2d Conv3d Linear"},
-    "tuners.ia3.model": {OWN: "IA3Model"},
-    "tuners.trainable_tokens": {OWN: "TrainableTokensConfig TrainableTokensModel", "layers": "TrainableTokensLayer"},
+    "tuners.ia3.model": {"layers": "IA3Model", "constants": _IA3_TARGETS},
+    "tuners.trainable_tokens": {
+        OWN: "TrainableTokensConfig",
+        "layers": "TrainableTokensLayer TrainableTokensModel",
+    },
     "tuners.trainable_tokens.config": {OWN: "TrainableTokensConfig"},
     "tuners.trainable_tokens.layer": {"layers": "TrainableTokensLayer"},
-    "tuners.trainable_tokens.model": {OWN: "TrainableTokensModel"},
+    "tuners.trainable_tokens.model": {"layers": "TrainableTokensModel"},
     "tuners.lycoris_utils": {"missing": "LycorisConfig LycorisLayer LycorisTuner"},
     **{
-        f"tuners.{package}{part}": {OWN: names}
+        f"tuners.{package}{part}": {OWN: names, "missing": _targets_of(package)}
         for package, (_, names) in METHODS.items()
-        for part in ("", ".config", ".layer", ".model")
+        for part in ("", ".bnb", ".config", ".layer", ".model")
     },
+    "tuners.osf.utils": {"missing": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
+    "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
+    "tuners.shadow.layers": {OWN: METHODS["shadow"][1]},
+    "tuners.cartridge.utils": {OWN: _CARTRIDGE_FUNCTIONS},
     "utils": {
         OWN: (
             "ModulesToSaveWrapper NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType "
@@ -250,26 +293,29 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "utils.loftq_utils": {"missing": "loftq_init replace_lora_weights_loftq"},
     "utils.merge_utils": {
-        "missing": "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning "
-        "magnitude_prune prune random_pruning reshape_weight_task_tensors task_arithmetic ties"
+        "merging": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
+        "missing": "calculate_majority_sign_mask disjoint_merge magnitude_based_pruning prune random_pruning "
+        "reshape_weight_task_tensors",
     },
     "utils.other": {
         OWN: "ModulesToSaveWrapper cast_mixed_precision_params prepare_model_for_kbit_training",
         "constants": f"{_CONSTANTS} {_OWN_TARGETS}",
         "layers": _WRAPPERS,
-        "helpers": (f"{_MODULE_FUNCTIONS} fsdp_auto_wrap_policy get_pattern_key match_target_against_key str_to_bool"),
-        "missing": (
-            f"check_file_exists_on_hf_hub {_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING} {_STARCODER}"
-        ),
+        "helpers": f"{_MODULE_FUNCTIONS} _get_no_split_modules fsdp_auto_wrap_policy get_pattern_key "
+        "match_target_against_key str_to_bool",
+        "missing": f"{_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING} {_STARCODER} "
+        "_get_module_names_tied_with_embedding check_file_exists_on_hf_hub",
     },
     "utils.peft_types": {OWN: "PeftType TaskType", "missing": "register_peft_method"},
     "utils.quantization_utils": {
-        "missing": "get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
+        "missing": "Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
+        "TorchaoBackend get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
     },
+    "utils.incremental_pca": {"missing": "IncrementalPCA"},
     "utils.save_and_load": {OWN: _STATE_DICTS},
     "utils.transformers_weight_conversion": {
-        "missing": "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers "
-        "convert_peft_config_for_transformers"
+        "conversion": "build_peft_weight_mapping",
+        "missing": "convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
     },
     "utils.warning": {OWN: "PeftWarning"},
 }

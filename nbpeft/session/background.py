@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.display.blocks import Line, bold, dim, line
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.session.results.base import Result
 from nbpeft.training.control import RunControl
 
@@ -65,7 +66,7 @@ class BackgroundTraining:
         self._turns = turns
         self._condition = threading.Condition()
         self._run: Run | None = None
-        self._shown = self._ended = False
+        self._started = self._shown = self._ended = False
 
     @property
     def ended(self) -> bool:
@@ -78,7 +79,7 @@ class BackgroundTraining:
         return self._run.state if self._run is not None else None
 
     def start(self, work: Work, show: Callable[[Run], object]) -> None:
-        """Starts, and returns when the run has begun and is shown.
+        """Starts, and returns when the run has begun and is shown; where that is interrupted, ``abandon`` ends it.
 
         Args:
             work: trains; runs in the thread.
@@ -89,20 +90,25 @@ class BackgroundTraining:
         """
         context = contextvars.copy_context()  # output of the thread belongs to the cell that runs now
         thread = threading.Thread(target=context.run, args=(self._work, work), name="nbpeft-training", daemon=True)
-        thread.start()
-        try:
-            with self._condition:
-                self._condition.wait_for(lambda: self._run is not None or self._ended)
-            if self._run is not None:
-                show(self._run)
-        except BaseException:  # an interruption: the training has not happened
-            self.control.request_stop("interrupted")
-            self._release()
-            self.join()
-            raise
+        with HeldInterrupts():
+            thread.start()
+            self._started = True
+        with self._condition:
+            self._condition.wait_for(lambda: self._run is not None or self._ended)
+        if self._run is not None:
+            show(self._run)
         self._release()
         if self._run is None and self.error is not None:
             raise self.error
+
+    def abandon(self) -> None:
+        """Ends a training whose cell does not return, also one whose thread was never started."""
+        self.control.request_stop("interrupted")
+        self._release()
+        if self._started:
+            self.join()
+        else:
+            self._end()
 
     def begun(self, run: Run) -> None:
         """Called by the thread when its run begins: waits until it is shown."""
@@ -133,11 +139,14 @@ class BackgroundTraining:
             release_frames(error, everything=True)  # they hold the model
             self.error = error.with_traceback(None)
         finally:
-            self._turns.end()
             _live.discard(self)
-            with self._condition:
-                self._ended = True
-                self._condition.notify_all()
+            self._end()
+
+    def _end(self) -> None:
+        self._turns.end()
+        with self._condition:
+            self._ended = True
+            self._condition.notify_all()
 
 
 @dataclass(frozen=True, repr=False)

@@ -30,7 +30,7 @@ _NEEDS = (
     _Need("transformers", "5.0"),
     _Need("safetensors", "0.4.4"),
     _Need("accelerate", "1.3", optional="training with transformers' Trainer"),
-    _Need("bitsandbytes", "0.46.1", optional="4-bit and 8-bit models"),
+    _Need("bitsandbytes", "0.50", optional="4-bit and 8-bit models"),
     _Need("ipython", "7.34"),
     # https://github.com/ipython/ipykernel/pull/1529
     _Need("ipykernel", "5.5", "notebooks", ("7.0", "7.4", "now and then a cell or a click is not run")),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from nbpeft.engine.adapter import IsLowRank, LowRankDelta
 from nbpeft.engine.base import LayerKind
@@ -37,6 +39,7 @@ class AdapterFacts:
         quantized: whether base weights are stored quantized.
         base_name: name of the base model on the hub; empty where it has none.
         byte_count: of the adapter's tensors.
+        kept_byte_count: of those among them that are not on its layers: trained copies and biases.
     """
 
     name: str
@@ -56,6 +59,7 @@ class AdapterFacts:
     quantized: bool
     base_name: str
     byte_count: int
+    kept_byte_count: int
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -101,9 +105,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
             label = next((method.label for method in methods() if isinstance(adapter, method.adapter_class)), title)
             others[label] = others.get(label, 0) + 1
     weights = manager.weights(name)
-    tensors = [
-        tensor for group in (weights.adapters, weights.copies) for part in group.values() for tensor in part.values()
-    ]
+    kept = _bytes([*weights.copies.values(), weights.base])
     return AdapterFacts(
         name=name,
         method=title,
@@ -121,7 +123,8 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
         vocabulary_resized=files.vocabulary_resized(model),
         quantized=is_quantized(model),
         base_name=base_name_of(model),
-        byte_count=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        byte_count=_bytes(weights.adapters.values()) + kept,
+        kept_byte_count=kept,
     )
 
 
@@ -129,6 +132,10 @@ def base_name_of(model: Any) -> str:
     """The base model's name on the hub; empty for one from a folder, whose path is nobody else's business."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return "" if not name or os.path.exists(name) or name.count("/") > 1 or name.startswith((".", "~", "/")) else name
+
+
+def _bytes(groups: Iterable[Mapping[str, Tensor]]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
 
 
 def _scaled(delta: LowRankDelta, scale: float) -> LowRankDelta:

@@ -15,10 +15,12 @@ from nbpeft.checkpoint import GgufTensor, NewFile
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.methods.lora.conversion import as_uniform_lora
+from nbpeft.errors import AdapterError
 from nbpeft.model import files, merge_to_folder, merged_tensors
+from nbpeft.shipping.engines.diffusers import component_of
 from nbpeft.shipping.facts import AdapterFacts
 from nbpeft.shipping.gguf_model import GgufModel, common_alpha
-from nbpeft.shipping.gguf_tokenizer import describe_tokenizer
+from nbpeft.shipping.gguf_tokenizer import check_tokenizer, describe_tokenizer
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 """Types of weights that a folder of safetensors can hold."""
@@ -47,7 +49,13 @@ def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bo
         one_rank: whether several ranks or scalings have to become one; then whole embeddings are left out, too.
     """
     several = len(facts.ranks) > 1 or len(facts.scalings) > 1
-    rewrites = bool(facts.deltas) and (facts.starts_in_weight or facts.scale != 1.0 or (one_rank and several))
+    rewrites = facts.scale != 1.0 or (bool(facts.deltas) and (facts.starts_in_weight or (one_rank and several)))
+    if rewrites and facts.others:
+        what = f"its scale of {facts.scale:g}" if facts.scale != 1.0 else "what it started in"
+        raise AdapterError(
+            f"{what} cannot be written with {', '.join(facts.others)}: merge it into the base (merged=…)"
+            + (", or set the scale back to 1" if facts.scale != 1.0 else "")
+        )
 
     def rewrite(name: str, config: AdapterConfig, weights: AdapterWeights) -> tuple[AdapterConfig, AdapterWeights]:
         base = {"base_model_name_or_path": facts.base_name}
@@ -63,20 +71,14 @@ def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bo
 
 
 def _folder_bytes(facts: AdapterFacts, rewrites: bool) -> int:
+    """Bytes of the tensors in a folder; rewritten ones all have the largest rank."""
     if not rewrites:
         return facts.byte_count
-    rank = facts.ranks[-1]
-    factors = [factor for _, delta in facts.deltas.values() for factor in (delta.down, delta.up)]
-    before = sum(factor.numel() * factor.element_size() for factor in factors)
-    return (
-        facts.byte_count
-        - before
-        + sum(
-            factor.numel() // delta.rank * rank * factor.element_size()
-            for _, delta in facts.deltas.values()
-            for factor in (delta.down, delta.up)
-        )
-    )
+    size = facts.kept_byte_count
+    for _, delta in facts.deltas.values():
+        elements = (delta.down.numel() + delta.up.numel()) // delta.rank * facts.ranks[-1]
+        size += (elements + (0 if delta.bias is None else delta.bias.numel())) * delta.down.element_size()
+    return size
 
 
 def merged_folder(manager: AdapterManager, facts: AdapterFacts, stored_as: str, tokenizer: Any) -> Package:
@@ -114,6 +116,7 @@ def merged_gguf(
     """A merged model for llama.cpp, with its tokenizer."""
     merged = merged_tensors(manager.model, facts.name, dtype="float32")
     config = _config(manager)
+    check_tokenizer(tokenizer, config.vocab_size)
     model = GgufModel(facts.model_class, config)
     tensors = model.model_tensors(merged.specs, merged.read, stored_as)
     gguf = checkpoint.gguf_package()
@@ -132,6 +135,20 @@ def merged_gguf(
             describe_tokenizer(writer, tokenizer, config.vocab_size, scratch)
 
     return _gguf(GGUF_MODEL, model.architecture, describe, tensors, texts)
+
+
+def single_file(facts: AdapterFacts, style: str) -> Package:
+    """An adapter in one file, its keys spelled as kohya's programs or diffusers do."""
+    deltas = {path: delta for path, (_, delta) in facts.deltas.items()}
+    name = "pytorch_lora_weights.safetensors" if style == "diffusers" else f"{facts.name}.safetensors"
+    size = sum(factor.numel() * factor.element_size() for delta in deltas.values() for factor in (delta.down, delta.up))
+
+    def made(path: Path) -> None:
+        checkpoint.write_lora_file(path, deltas, component_of(facts.model_class), style)
+
+    return Package(
+        ((name, size),), lambda folder: checkpoint.replace_files(folder, [NewFile(name, made)], byte_count=size)
+    )
 
 
 def _gguf(

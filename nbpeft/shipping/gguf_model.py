@@ -26,14 +26,14 @@ class Layout:
     Attributes:
         architecture: its name there.
         neighbours: whether rotary embeddings turn neighbours, so that query and key rows are reordered.
-        norm_shift: added to the weights of norms.
         rotary_size: whether the keys say how many elements of a head are turned, and the size of the vocabulary.
+        adapters_only: whether whole models of the class hold more than is written here.
     """
 
     architecture: str
     neighbours: bool = False
-    norm_shift: float = 0.0
     rotary_size: bool = False
+    adapters_only: bool = False
 
 
 _LLAMA = Layout("llama", neighbours=True, rotary_size=True)
@@ -42,8 +42,13 @@ LAYOUTS: dict[str, Layout] = {
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": Layout("qwen2"),
     "Qwen3ForCausalLM": Layout("qwen3"),
+    "Gemma2ForCausalLM": Layout("gemma2", adapters_only=True),
+    "Gemma3ForCausalLM": Layout("gemma3", adapters_only=True),
+    "GraniteForCausalLM": Layout("granite", neighbours=True, adapters_only=True),
+    "Phi3ForCausalLM": Layout("phi3", adapters_only=True),
+    "SmolLM3ForCausalLM": Layout("smollm3", neighbours=True, adapters_only=True),
 }
-"""Class of transformers -> layout. Each was compared with llama.cpp's own converters, byte by byte."""
+"""Class of transformers -> layout. Each was compared with llama.cpp's own converters, adapters byte by byte."""
 
 _SCALING_TYPES = ("default", "linear", "yarn", "llama3")
 
@@ -56,7 +61,7 @@ class GgufModel:
         config: of the model.
 
     Raises:
-        ConfigError: its layout is not known here.
+        ConfigError: its layout is not known here, or not to the package.
     """
 
     def __init__(self, model_class: str, config: Any) -> None:
@@ -66,12 +71,10 @@ class GgufModel:
         gguf = gguf_package()
         self.layout, self._config = LAYOUTS[model_class], config
         self.architecture = self.layout.architecture
-        architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        architecture = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
+        if architecture is None:
+            raise ConfigError(f"the package gguf here does not know {self.architecture}: pip install -U gguf")
         self._names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-        scaling = self._rope.get("rope_type", "default")
-        if scaling not in _SCALING_TYPES:
-            known = ", ".join(_SCALING_TYPES)
-            raise ConfigError(f"rotary embeddings of type {scaling!r} are not written to GGUF files; known: {known}")
 
     def name(self, key: str) -> str:
         """The name of a tensor.
@@ -106,7 +109,15 @@ class GgufModel:
     def model_tensors(
         self, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], stored_as: str
     ) -> list[GgufTensor]:
-        """The tensors of a model in the order of their names; vectors are always float32."""
+        """The tensors of a model in the order of their names; vectors are always float32.
+
+        Raises:
+            ConfigError: its rotary embeddings are scaled in a way that is not known here.
+        """
+        scaling = self._rope.get("rope_type", "default")
+        if scaling not in _SCALING_TYPES:
+            known = ", ".join(_SCALING_TYPES)
+            raise ConfigError(f"rotary embeddings of type {scaling!r} are not written to GGUF files; known: {known}")
         factors = self._rotary_factors()
         made = (
             [GgufTensor("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors)]
@@ -120,15 +131,7 @@ class GgufModel:
 
     def _reader(self, key: str, read: Callable[[str], Tensor]) -> Callable[[], Tensor]:
         heads = self._heads(key.rpartition(".")[0])
-        shift = self.layout.norm_shift if key.endswith("norm.weight") else 0.0
-
-        def value() -> Tensor:
-            tensor = read(key)
-            if shift:
-                tensor = tensor.float() + shift
-            return _neighbours(tensor, heads) if heads else tensor
-
-        return value
+        return lambda: _neighbours(read(key), heads) if heads else read(key)
 
     def _heads(self, path: str) -> int:
         """Heads whose rows are reordered in a projection; 0 where none are."""

@@ -22,6 +22,21 @@ _SPLITS: Mapping[tuple[tuple[str, str], ...], str] = {
 """How a tokenizer splits text before it merges -> llama.cpp's name for that."""
 
 
+def check_tokenizer(tokenizer: Any, vocabulary_size: int) -> None:
+    """Checks that a tokenizer can be written for a model.
+
+    Raises:
+        ConfigError: it is of another kind, has ids beyond the embedding, or splits text in a way whose name is not
+            known here.
+    """
+    parts = _parts(tokenizer)
+    if not parts["model"].get("byte_fallback"):
+        _split_name(parts)
+    last = max(tokenizer.get_vocab().values())
+    if last >= vocabulary_size:
+        raise ConfigError(f"the tokenizer has an id {last}, and the model's embedding {vocabulary_size} rows")
+
+
 def describe_tokenizer(writer: Any, tokenizer: Any, vocabulary_size: int, folder: Path) -> None:
     """Adds the vocabulary and the chat template.
 
@@ -32,7 +47,7 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocabulary_size: int, folder
         folder: where the tokenizer is saved, with the model's config.
 
     Raises:
-        ConfigError: the tokenizer is of another kind, or splits text in a way whose name is not known here.
+        ConfigError: see ``check_tokenizer``.
     """
     gguf = gguf_package()
     parts = _parts(tokenizer)
@@ -43,6 +58,8 @@ def describe_tokenizer(writer: Any, tokenizer: Any, vocabulary_size: int, folder
     tokens, kinds = _tokens(tokenizer, vocabulary_size, byte_level)
     writer.add_token_list(tokens)
     if not byte_level:
+        begin = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens
+        writer.add_add_space_prefix(bool(begin) and begin[0].startswith("▁"))
         writer.add_token_scores(_scores(tokens, model["merges"]))
     writer.add_token_types([gguf.TokenType[kind] for kind in kinds])
     special = gguf.SpecialVocab(folder, load_merges=byte_level, n_vocab=len(tokens))
@@ -89,15 +106,15 @@ def _tokens(tokenizer: Any, size: int, byte_level: bool) -> tuple[list[str], lis
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
-    for number in range(max(size, len(texts))):
+    for number in range(size):
         text = texts.get(number)
         tokens.append(f"[PAD{number}]" if text is None else text)
         if text is None:
             kinds.append("UNUSED")
-        elif number in added:
-            kinds.append("CONTROL" if added[number].special else "USER_DEFINED")
         elif not byte_level and text == tokenizer.unk_token:
             kinds.append("UNKNOWN")
+        elif number in added:
+            kinds.append("CONTROL" if added[number].special else "USER_DEFINED")
         elif not byte_level and len(text) == 6 and text.startswith("<0x"):
             kinds.append("BYTE")
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from nbpeft.checkpoint import NewFile, in_place_of
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import AdapterError, ConfigError, did_you_mean
-from nbpeft.shipping import formats, spellings
-from nbpeft.shipping.engines import ENGINES, Engine
+from nbpeft.shipping import formats
+from nbpeft.shipping.engines import ENGINES, Engine, Form
 from nbpeft.shipping.facts import AdapterFacts, facts_of
 from nbpeft.shipping.formats import GGUF_ADAPTER, GGUF_MODEL, Package
 from nbpeft.shipping.modelfile import chat_format_of, modelfile
@@ -52,7 +52,6 @@ class Shipment:
     commands: tuple[str, ...]
     notes: tuple[str, ...]
     written: bool = False
-    package: Package | None = field(default=None, repr=False, compare=False)
 
     @property
     def byte_count(self) -> int:
@@ -92,30 +91,30 @@ def ship(
         ConfigError: an argument is impossible, or the package gguf is missing.
         CheckpointError: the folder cannot be written, or is there already; then nothing is written.
     """
-    planned = plan_shipment(
-        model, adapter, engine=engine, to=to, merged=merged, quantize=quantize, base=base, tokenizer=tokenizer
-    )
-    if dry_run:
-        return planned
-    assert planned.package is not None
-    with in_place_of(planned.folder, allowed=overwrite):
-        planned.package.write(planned.folder)
+    manager = _manager(model)
+    with manager.active_state.turn():  # a training in the background writes into what is read here
+        planned, package = _plan(
+            manager, adapter, engine=engine, to=to, merged=merged, quantize=quantize, base=base, tokenizer=tokenizer
+        )
+        if dry_run:
+            return planned
+        with in_place_of(planned.folder, allowed=overwrite):
+            package.write(planned.folder)
     return replace(planned, written=True)
 
 
-def plan_shipment(
-    model: nn.Module,
-    adapter: str | None = None,
+def _plan(
+    manager: AdapterManager,
+    adapter: str | None,
     *,
     engine: str,
-    to: str | os.PathLike[str] | None = None,
-    merged: bool = False,
-    quantize: str | None = None,
-    base: str | None = None,
-    tokenizer: Any = None,
-) -> Shipment:
-    """Returns what ``ship`` would write; for the arguments and errors see there."""
-    manager = _manager(model)
+    to: str | os.PathLike[str] | None,
+    merged: bool,
+    quantize: str | None,
+    base: str | None,
+    tokenizer: Any,
+) -> tuple[Shipment, Package]:
+    """What ``ship`` would write, and what writes it."""
     chosen = _engine(engine)
     facts = facts_of(manager, _adapter(manager, adapter))
     verdict = verdict_of(chosen, facts)
@@ -126,6 +125,10 @@ def plan_shipment(
     needs_base = chosen.name == "ollama" and base is None
     merged = merged or (needs_base and verdict.as_merged)
     _check(verdict, merged)
+    if needs_base and not merged:
+        raise ConfigError(
+            "Ollama puts the adapter beside a model it has: give its name there, e.g. base='gemma2:2b' (base=…)"
+        )
     form = chosen.merged if merged else chosen.adapter
     assert form is not None
     stored_as = _type(quantize, form.types, chosen.label)
@@ -133,9 +136,8 @@ def plan_shipment(
     texts = _modelfile(base, merged, tokenizer, notes) if chosen.name == "ollama" else []
     package = _package(manager, facts, form, stored_as, tokenizer, texts)
     folder = Path(os.path.expanduser(os.fspath(to or f"{facts.name}-{chosen.name}")))
-    notes += _format_notes(facts, form, merged, quantize)
-    commands = tuple(line.format(folder=folder) for line in chosen.start(facts, merged))
-    return Shipment(
+    notes += _format_notes(facts, form)
+    planned = Shipment(
         facts.name,
         chosen.name,
         verdict,
@@ -143,10 +145,10 @@ def plan_shipment(
         stored_as,
         folder,
         package.files,
-        commands,
+        chosen.start(facts, merged, str(folder)),
         tuple(notes),
-        package=package,
     )
+    return planned, package
 
 
 def _manager(model: nn.Module) -> AdapterManager:
@@ -190,7 +192,7 @@ def _type(wanted: str | None, types: tuple[str, ...], label: str) -> str:
 
 
 def _package(
-    manager: AdapterManager, facts: AdapterFacts, form: Any, stored_as: str, tokenizer: Any, texts: list[NewFile]
+    manager: AdapterManager, facts: AdapterFacts, form: Form, stored_as: str, tokenizer: Any, texts: list[NewFile]
 ) -> Package:
     match form.format:
         case "folder":
@@ -203,7 +205,7 @@ def _package(
             return formats.merged_gguf(manager, facts, stored_as, tokenizer, texts)
         case "gguf":
             return formats.adapter_gguf(manager, facts, stored_as, texts)
-    return spellings.single_file(facts, form.format)
+    return formats.single_file(facts, form.format)
 
 
 def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str]) -> list[NewFile]:
@@ -216,11 +218,11 @@ def _modelfile(base: str | None, merged: bool, tokenizer: Any, notes: list[str])
     return [NewFile.of_text("Modelfile", modelfile(f"./{GGUF_MODEL}", None, chat))]
 
 
-def _format_notes(facts: AdapterFacts, form: Any, merged: bool, quantize: str | None) -> list[str]:
+def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
     """What the writing changes."""
     notes = []
     if form.format == "folder":
-        if facts.starts_in_weight:
+        if facts.starts_in_weight and facts.deltas:
             notes.append(f"it started in a part of the weights: written as plain LoRA of rank {facts.ranks[-1]}")
         elif form.one_rank and len(facts.ranks) > 1:
             ranks = ", ".join(map(str, facts.ranks))

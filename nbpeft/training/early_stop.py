@@ -10,6 +10,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft.errors import ConfigError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.training.adapted import trainable
 from nbpeft.training.callback import score_of
 from nbpeft.training.run import Run, StopRun
@@ -69,7 +70,7 @@ class EarlyStop(TrainerCallback):
             self._run.note(f"stopped early: no better in {evaluations}")
         if not self._state or self._run.state.step == self._best_step:
             return
-        with torch.no_grad():
+        with HeldInterrupts(to_the_end=True), torch.no_grad():  # a second interruption must not mix two states
             for name, tensor in self._tensors():
                 tensor.copy_(self._state[name])
         self._run.note(f"the state of step {self._best_step:,}, the best, was put back")

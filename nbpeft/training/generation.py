@@ -13,7 +13,7 @@ from nbpeft.interrupts import HeldInterrupts
 from nbpeft.state import Answer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from nbpeft.model import PeftModel
 
@@ -257,14 +257,20 @@ def waits(model: PeftModel) -> bool:
 
 
 @contextmanager
-def evaluating(model: PeftModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside the block; afterwards each module is as it was.
 
     While a training runs in the background, the block runs between two of its steps.
+
+    Args:
+        model: adapted or bare.
     """
-    held = HeldInterrupts()
-    with model.manager.active_state.turn(), held:
-        training = [module for module in model.modules() if module.training]
+    from nbpeft.engine.model_tree import manager_of  # here, as they import torch
+    from nbpeft.engine.reached import reached_modules
+
+    held, manager = HeldInterrupts(), manager_of(model)
+    with nullcontext() if manager is None else manager.active_state.turn(__name__), held:
+        training = [module for module in reached_modules(model) if module.training]
         try:
             if training:
                 model.eval()

@@ -28,6 +28,7 @@ from nbpeft.confidential import without_secrets
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.random_numbers import drawing_from, random_state
 from nbpeft.errors import CheckpointError, TrainingError, in_one_line
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model import files
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
@@ -177,19 +178,21 @@ class RunKeeper(TrainerCallback):
         folder, state = self.folder, self._run.state
         if folder is None:
             return
-        with self._noting():
-            if self._run.steps_done == 0 and state.status == "failed":
-                self._undo(folder)
-            elif state.status == "finished":
-                self._save(whole=False)
-            elif not self._in_step and self.trainer.optimizer is not None and state.step > self._saved_step:
-                with drawing_from(self._random or random_state()):
-                    self._save()
-            else:
-                self._write_facts()
+        try:
+            with HeldInterrupts(to_the_end=True), self._noting():  # a second interruption waits for the last state
+                if self._run.steps_done == 0 and state.status == "failed":
+                    self._undo(folder)
+                elif state.status == "finished":
+                    self._save(whole=False)
+                elif not self._in_step and self.trainer.optimizer is not None and state.step > self._saved_step:
+                    with drawing_from(self._random or random_state()):
+                        self._save()
+                else:
+                    self._write_facts()
+                folder.close()
+                self._place.store.tidy()
+        finally:
             folder.close()
-            self._place.store.tidy()
-        folder.close()
 
     def _undo(self, folder: RunFolder) -> None:
         """Leaves the disk as it was before a run that failed before its first step."""

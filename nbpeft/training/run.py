@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 from torch import nn
 
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.processor import slow_dtype, slow_words
 from nbpeft.state import Curve, MemoryState, Sample, TrainState, TrainStatus
 from nbpeft.training.adapted import trained_names
@@ -79,6 +80,7 @@ class Run:
         entered: Whether the run is inside its ``with`` block.
         shown: How a front end shows the run: then warnings are in its message alone.
         interrupted: Whether an interruption ended it.
+        thread: Identifier of the thread that began it; None before.
         folder: Where the run is kept on disk, or the empty string.
         output_dir: Where its adapter goes at the end, or the empty string.
         steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
@@ -113,6 +115,7 @@ class Run:
         self._lock = threading.RLock()
         self._memory_lock = threading.Lock()
         self.entered = self.interrupted = False
+        self.thread: int | None = None
         self.shown: Literal["", "text", "card"] = ""
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
@@ -155,6 +158,7 @@ class Run:
             if self._status != "starting":
                 return
             self._status = "running"
+            self.thread = threading.get_ident()
             self._started = self._clock()
             model = self._model()
             if model is not None:
@@ -305,21 +309,22 @@ class Run:
             status: ``"finished"``, ``"stopped"`` or ``"failed"``.
             message: One line for a person; a warning noted before stays when it is empty.
         """
-        with self._lock:
-            if self._ended is not None:
-                return
-            self._ended = self._clock()
-            self._end_watching()
-            if self._check is not None:
-                if status == "finished" and self.steps_done and not self._resumed:
-                    self._warn(self._check.after_step(self.steps_done, last=True))
-                self._check.close()
-                self._check = None
-            self._status = status
-            if message:
-                self._notes = [message]
-            self._memory_due = float("-inf")
-        self.publish(force=True)
+        with HeldInterrupts(to_the_end=True):  # a second interruption must not leave it half ended
+            with self._lock:
+                if self._ended is not None:
+                    return
+                self._ended = self._clock()
+                self._end_watching()
+                if self._check is not None:
+                    if status == "finished" and self.steps_done and not self._resumed:
+                        self._warn(self._check.after_step(self.steps_done, last=True))
+                    self._check.close()
+                    self._check = None
+                self._status = status
+                if message:
+                    self._notes = [message]
+                self._memory_due = float("-inf")
+            self.publish(force=True)
 
     def __enter__(self) -> Self:
         self.entered = True

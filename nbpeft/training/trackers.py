@@ -7,8 +7,9 @@ import importlib
 import io
 import netrc
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
 from nbpeft.confidential import without_secrets
-from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.errors import ConfigError, did_you_mean, in_one_line
 from nbpeft.training.keeping import is_plain_value
 from nbpeft.training.run import Run
 
@@ -84,7 +85,7 @@ class TrackCallback(TrainerCallback):
     def __init__(self, names: Sequence[str], run: Run, settings: Mapping[str, Any]) -> None:
         self._names, self._run = names, run
         self._settings = {name: value for name, value in without_secrets(settings)[0].items() if is_plain_value(value)}
-        self._open: list[Tracker] = []
+        self._open: dict[str, Tracker] = {}
         self._closing = ExitStack()
 
     def on_train_begin(
@@ -97,8 +98,8 @@ class TrackCallback(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             with _quiet():
                 tracker = _OPENED[name](folder.name, folder, self._settings)
-            self._open.append(tracker)
-            self._closing.callback(_closed, tracker)
+            self._open[name] = tracker
+            self._closing.callback(self._close, name, tracker)
 
     def on_log(
         self,
@@ -111,8 +112,22 @@ class TrackCallback(TrainerCallback):
         """Writes the numbers: ``train/loss``, ``eval/loss`` and others."""
         renamed: dict[str, Any] = rewrite_logs(logs or {})  # type: ignore[no-untyped-call]
         numbers = {name: value for name, value in renamed.items() if isinstance(value, int | float)}
-        for tracker in self._open:
-            tracker.log(numbers, state.global_step)
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.log(numbers, state.global_step)
+            except Exception as error:  # a network that fails must not end a training
+                del self._open[name]
+                self._note(name, error)
+
+    def _close(self, name: str, tracker: Tracker) -> None:
+        try:
+            with _quiet():
+                tracker.close()
+        except Exception as error:  # what was learned has a result all the same
+            self._note(name, error)
+
+    def _note(self, name: str, error: Exception) -> None:
+        self._run.note(f"{name} takes no more numbers: {in_one_line(error):.200}")
 
     def __enter__(self) -> TrackCallback:
         return self
@@ -189,13 +204,7 @@ class _Trackio:
 _OPENED: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
 
 
-def _closed(tracker: Tracker) -> None:
-    with _quiet():
-        tracker.close()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what a tracker prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+def _quiet() -> AbstractContextManager[object]:
+    """Without what a tracker prints; in a thread with it, because other cells print meanwhile, to the same stream."""
+    main = threading.current_thread() is threading.main_thread()
+    return contextlib.redirect_stdout(io.StringIO()) if main else nullcontext()

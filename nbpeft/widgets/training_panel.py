@@ -98,7 +98,8 @@ class RunView:
             # In the context of the cell, which early kernels of 7 keep the cell's name in.
             context = contextvars.copy_context()
             threading.Thread(target=context.run, args=(self._tick,), name="nbpeft-run-view", daemon=True).start()
-            if threading.current_thread() is threading.main_thread():
+            here = threading.get_ident()
+            if here == threading.main_thread().ident and run.thread in (None, here):  # one elsewhere outlives the cell
                 _after_cell(self._stop_ticking)
 
     def draw(self, train: TrainState, *, at_once: bool = False) -> None:
@@ -155,7 +156,7 @@ class RunView:
         self._wake.set()
 
     def _tick(self) -> None:
-        """Moves the clock and answers clicks until the run has ended, or the cell that shows it."""
+        """Moves the clock and answers clicks until the run has ended, or the cell that it runs in."""
         while self._ticks:
             buttons, run = self._buttons, self._run
             if run is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,27 @@ def test_what_others_write_is_read(spelling: str, alpha: float | None, tmp_path:
     layer = model.manager.layers["mid_block.attn1.to_q"]
     expected = FACTORS["up"] @ FACTORS["down"] * ((alpha or 2.0) / 2)
     assert torch.allclose(layer.get_delta_weight("default"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("component", ["", "unet."])
+def test_the_config_that_diffusers_writes_is_read(component: str, tmp_path: Path) -> None:
+    tensors = {SPELLINGS["diffusers"].removeprefix("unet.").format(part): value for part, value in FACTORS.items()}
+    config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {"^mid_block.attn1.to_q": 6}, "use_rslora": False}
+    text = json.dumps({component + key: value for key, value in config.items()})
+    tensors = {component + key: value for key, value in tensors.items()}
+    for metadata in (text, "{", "[]", "[" * 100_000):
+        safetensors.torch.save_file(tensors, tmp_path / "style.safetensors", {"lora_adapter_metadata": metadata})
+        model = PeftModel.from_pretrained(unet(), tmp_path / "style.safetensors")
+        scaling = model.manager.layers["mid_block.attn1.to_q"].adapter("default").scaling
+        assert scaling == (3 if metadata == text else 1)
+
+
+@pytest.mark.parametrize("key", ["mid_block_attn1_to_q.dora_scale", "mid_block_attn1_to_q.hada_w1_a"])
+def test_more_than_two_factors_are_refused(key: str, tmp_path: Path) -> None:
+    tensors = {SPELLINGS["kohya"].format(part): value for part, value in FACTORS.items()}
+    safetensors.torch.save_file(tensors | {f"lora_unet_{key}": torch.ones(8)}, tmp_path / "style.safetensors")
+    with pytest.raises(CheckpointError, match="only the two factors of LoRA and its alpha are read"):
+        PeftModel.from_pretrained(unet(), tmp_path / "style.safetensors")
 
 
 def test_keys_of_another_component_are_left_out(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_near_name_is_told() -> None:
 
 
 def test_a_bias_that_cannot_be_merged_is_told_before() -> None:
-    with pytest.warns(PeftWarning, match="first has no bias in the base: the adapter cannot be merged"):
+    with pytest.warns(PeftWarning, match="has no bias: the adapter cannot be merged at first"):
         model = get_peft_model(Model(bias=False), settings(lora_bias=True))
     assert model.manager.names == ("default",)
     with warnings.catch_warnings():

@@ -37,7 +37,7 @@ def test_a_cell_adapts_the_model_in_its_variable(notebook: Notebook) -> None:
         f"896 trainable of {total:,} ({100 * 896 / total:.2f} %)"
     )
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        name for name, _ in model.named_parameters() if ".adapters.sql." in name
+        name for name, _ in model.named_parameters() if ".sql." in name
     }
 
 
@@ -71,7 +71,7 @@ def test_another_cell_reconfigures_and_never_wraps_twice(notebook: Notebook) -> 
     assert notebook["model"] is model
     assert model.peft_config["sql"].r == 2
     adapted = {name for name, _ in model.named_parameters() if "lora_A" in name}
-    assert {name.split(".adapters.")[0].rpartition(".")[2] for name in adapted} == {"q_proj", "k_proj"}
+    assert {name.split(".lora_A.")[0].rpartition(".")[2] for name in adapted} == {"q_proj", "k_proj"}
     assert not any("base_layer.base_layer" in name for name, _ in model.named_parameters())
     shapes = {tuple(p.shape) for name, p in model.named_parameters() if "lora_A" in name}
     assert shapes == {(2, 32)}

@@ -49,7 +49,7 @@ def test_a_model_in_memory_is_quantized_prepared_and_adapted(notebook: Notebook)
     assert parts["quantized layers"].before == 2 * parts["quantized layers"].bfloat16_bytes
     assert parts["embedding"].before == parts["embedding"].byte_count
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained and all(".adapters.sql." in name for name in trained)
+    assert trained and all(".sql." in name for name in trained)
     state = notebook.session.state.models[0]
     assert (state.name, state.quantization) == ("model", "bnb4bit")
 

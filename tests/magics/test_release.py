@@ -13,7 +13,7 @@ from tests.magics.notebook import Notebook
 
 
 def adapter_tensors(model: Any) -> list[weakref.ref[torch.Tensor]]:
-    return [weakref.ref(p) for name, p in model.named_parameters() if ".adapters." in name]
+    return [weakref.ref(p) for name, p in model.named_parameters() if ".lora_" in name]
 
 
 def alive(references: list[weakref.ref[torch.Tensor]]) -> int:
@@ -64,6 +64,6 @@ def test_results_never_hold_a_model(notebook: Notebook) -> None:
 
 
 def test_reconfiguring_frees_the_old_tensors(adapted: Notebook) -> None:
-    references = [weakref.ref(p) for name, p in adapted["model"].named_parameters() if ".adapters.sql." in name]
+    references = [weakref.ref(p) for name, p in adapted["model"].named_parameters() if ".sql." in name]
     adapted.do("%%lora model --name sql\nr = 3\ntarget_modules = ['q_proj']")
     assert alive(references) == 0

@@ -188,3 +188,14 @@ def test_an_interrupted_cell_can_go_on(bare: Notebook) -> None:
     end()
     assert [record.status for record in bare.do("%lora runs").records] == ["stopped"]
     assert bare.do("%lora resume").step == 3
+
+
+def test_a_run_interrupted_after_it_went_on_leaves_the_adapted_model_in_its_variable(bare: Notebook) -> None:
+    killed(3)
+    fresh = prepare(bare, adapter=False)
+    interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    end = fresh.session.on_run(lambda run, name: when_noted(run, 5, interrupt))
+    fresh.run("%lora resume")
+    end()
+    assert fresh["model"].manager.active == ("sql",)
+    assert fresh.do("%lora resume").training.steps == 6

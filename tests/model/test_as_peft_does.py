@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 def trained(model: nn.Module, name: str) -> set[bool]:
     """Whether the factors of an adapter take gradients, of nbpeft or of PEFT."""
-    marks = (f".adapters.{name}.", f"_A.{name}.", f"_B.{name}.")
+    marks = (f"_A.{name}.", f"_B.{name}.")
     return {p.requires_grad for key, p in model.named_parameters() if any(mark in key for mark in marks)}
 
 

@@ -98,7 +98,7 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
     for call in (model.set_adapter, model.delete_adapter):
         with pytest.raises(UnknownAdapterError, match=r"'order' not found.*Did you mean 'orders'"):
             call("order")
-    with pytest.raises(ValueError, match="there is an adapter 'orders' already"):
+    with pytest.raises(ValueError, match="Adapter with name 'orders' already exists"):
         model.add_adapter("orders", config())
     for bad in ("a.b", "", "a/b", "__base__", 3):
         with pytest.raises(AdapterError, match="cannot name an adapter"):

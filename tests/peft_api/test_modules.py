@@ -13,6 +13,7 @@ import nbpeft
 from nbpeft.peft_api.missing import missing
 from nbpeft.peft_api.modules import add_import_paths
 from nbpeft.peft_api.names import METHODS, MODULES, names_in
+from tests.peft_api.processes import run
 
 
 def test_a_path_leads_to_the_public_name() -> None:
@@ -29,6 +30,17 @@ def test_a_path_leads_to_the_public_name() -> None:
         ("mapping", "get_peft_config"),
     ):
         assert getattr(importlib.import_module(f"nbpeft.{path}"), name) is getattr(nbpeft, name)
+
+
+def test_asking_the_package_for_its_file_imports_nothing() -> None:
+    """As ``inspect`` asks every module, which torch calls while it is being imported."""
+    run("""
+        import sys, nbpeft
+        nbpeft.install_as_peft()
+        import peft
+        assert not hasattr(peft, "__file__")
+        assert "nbpeft.model" not in sys.modules
+    """)
 
 
 def test_modules_are_attributes_of_the_packages_they_are_in() -> None:

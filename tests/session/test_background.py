@@ -7,15 +7,19 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import BatchEncoding, TrainerCallback
 
 from nbpeft.errors import AdapterError, BusyError, NbpeftError
+from nbpeft.examples import scoring
 from nbpeft.session import Session
-from nbpeft.session.background import BackgroundRun
+from nbpeft.session.background import BackgroundRun, BackgroundTraining
+from nbpeft.training.generation import evaluating
 from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
 
@@ -130,6 +134,33 @@ def test_others_compute_between_steps_alone(session: Session, model: Any) -> Non
     run.wait(60)
 
 
+def test_scoring_leaves_its_dropout_on(session: Session, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(1, 9)[None]
+    monkeypatch.setattr(scoring, "_batch", lambda *_: BatchEncoding({"input_ids": ids, "attention_mask": ids > 0}))
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0, encode=lambda *_, **__: [])
+    tokenizer.batch_decode = lambda *_, **__: ["x"]
+    switched: list[object] = []
+    monkeypatch.setattr(model, "eval", lambda: switched.append(model))
+    run, gate = begin(session, model)
+    thread, done = elsewhere(lambda: scoring.answers(model, tokenizer, ["Ana"], max_new_tokens=1))
+    thread.join(0.2)
+    assert thread.is_alive(), "it waits for the end of the step"
+    gate.open()
+    assert run.wait(60).steps == STEPS
+    thread.join(60)
+    assert done == [["x"]] and not switched
+
+
+def test_it_goes_on_after_a_block_that_an_interruption_kept_from_being_left(session: Session, model: Any) -> None:
+    run, gate = begin(session, model)
+    entered = [evaluating(model)]
+    thread, _ = elsewhere(lambda: entered[0].__enter__())
+    gate.open()
+    assert run.wait(60).steps == STEPS
+    thread.join(60)
+    entered.clear()
+
+
 def test_while_it_is_paused_others_compute(session: Session, model: Any) -> None:
     run, gate = begin(session, model)
     session.pause()
@@ -138,6 +169,17 @@ def test_while_it_is_paused_others_compute(session: Session, model: Any) -> None
     assert answer.status == "finished"
     assert run.state is not None and run.state.step == 1
     assert session.ask("Ana", max_new_tokens=4).text == answer.text
+    session.go_on()
+    assert run.wait(60).steps == STEPS
+
+
+def test_what_it_has_learned_can_be_shipped_between_steps(session: Session, model: Any, tmp_path: Path) -> None:
+    run, gate = begin(session, model)
+    session.pause()
+    gate.open()
+    assert session.ship(engine="vllm", to=tmp_path / "adapter").written
+    assert session.ship(engine="transformers", merged=True, to=tmp_path / "merged").written
+    assert run.state is not None and run.state.step == 1
     session.go_on()
     assert run.wait(60).steps == STEPS
 
@@ -224,6 +266,27 @@ def test_what_fails_before_the_first_step_fails_in_the_cell(session: Session, mo
     session.use("sql")
 
 
+@pytest.mark.parametrize("place", ["before its thread", "at its thread", "before it is shown"])
+def test_one_that_cannot_begin_keeps_nothing_busy(
+    session: Session, model: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if place == "before its thread":
+            patch.setattr(BackgroundTraining, "start", fails)
+        elif place == "at its thread":
+            patch.setattr(threading.Thread, "start", fails)
+        else:
+            patch.setattr(session.context.run_subscribers, "notify", fails)
+        with pytest.raises(KeyboardInterrupt):
+            session.train(model, ROWS, background=True, **FIELDS)
+    assert model.manager.active_state.turns is None
+    session.use("sql")
+    session.context.refuse_another_training()
+
+
 class Breaks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
@@ -242,7 +305,8 @@ def test_an_error_is_in_the_state_and_in_the_result(session: Session, model: Any
     assert run.state is not None and run.state.status == "failed" and "the disk is full" in run.state.message
     assert "on_step_end" in run.training.traceback
     assert "training sql failed: the disk is full" in str(run)
-    session.use("sql")
+    result = session.train(model, ROWS, **{**FIELDS, "max_steps": 1})
+    assert session.result() is result, "the last one is that of the cell"
 
 
 def test_closing_the_session_ends_it(model: Any) -> None:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nbpeft.errors import AdapterError, BaseMismatchError, CheckpointNotFoundError, ConfigError, TrainingError
+from nbpeft.errors import (
+    AdapterError,
+    BaseMismatchError,
+    CheckpointNotFoundError,
+    ConfigError,
+    NbpeftError,
+    TrainingError,
+)
 from nbpeft.training import keeping
 from tests.runs.killed import ARGUMENTS, LORA, adapted_session, rows, session_in, train_and_die, unbroken, when_noted
 from tests.session.support import everything
@@ -140,6 +147,35 @@ def test_a_run_that_had_finished_gives_its_adapter_back(straight: Any, tmp_path:
     assert same_state(weights(result.model, "sql"), straight[1])
     with pytest.raises(AdapterError, match="run sql-1 had finished, and 'sql' is on the model"):
         session_in(tmp_path).resume(model=result.model)
+
+
+def test_another_adapter_is_active_again_when_a_resumed_run_cannot_begin(broken_off: Path) -> None:
+    session = session_in(broken_off)
+    model = session.add(llama(), LORA, name="other", variable="model").model
+    session.add(model, LORA, name="chosen")
+    before = everything(model)
+    with pytest.raises(TrainingError, match="these are 25"):
+        session.resume(model=model, data=token_rows(25))
+    assert same_state(everything(model), before)
+    assert (model.manager.names, model.manager.active) == (("other", "chosen"), ("chosen",))
+
+
+def test_a_run_of_two_adapters_comes_back_with_both_or_neither(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    session.add(model, LORA, name="b")
+    session.use(["sql", "b"])
+    end = session.on_run(lambda run, name: when_noted(run, 3, run.control.request_stop))
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 5})
+    end()
+    session.delete("b")
+    assert session.resume(model=model, data=rows()).training.steps == 5
+    assert model.manager.active == ("sql", "b")
+    weights_file = max(tmp_path.glob("sql*b-1/checkpoint-*")) / "b" / "adapter_model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-8])
+    base = llama()
+    with pytest.raises(NbpeftError):
+        session_in(tmp_path).resume(model=base, variable="model")
+    assert not hasattr(base, "peft_config")
 
 
 def test_what_another_run_trained_is_not_overwritten(tmp_path: Path) -> None:

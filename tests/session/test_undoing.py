@@ -220,6 +220,14 @@ class TestReset:
         assert model.manager.configs["chat"].to_dict() == config
         assert session.add(model, FIELDS, name="chat").unchanged
 
+    def test_knows_the_first_weights_under_another_name(self, session: Session) -> None:
+        model = session.add(llama(), FIELDS, name="sql", variable="model").model
+        first = [one.detach().clone() for one in model.manager.parameters("sql")]
+        randomize(model, "sql", 1)
+        session.rename("sql", "orders")
+        session.reset("orders")
+        assert all(map(torch.equal, first, model.manager.parameters("orders")))
+
     def test_can_train_then(self, session: Session, model: Any) -> None:
         session.reset("sql")
         assert not state_of(session, "sql").unsaved and state_of(session, "sql").trainable

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from tests.tiny_models import randomize
@@ -77,6 +77,21 @@ def tokenizer(chat_template: str | None = CHATML) -> Any:
     )
     fast.chat_template = chat_template
     return fast
+
+
+def sentencepiece_like(prefix: bool) -> Any:
+    """A BPE tokenizer with byte fallback, as Llama 2's, Mistral's and Gemma's are."""
+    merges = [("o", "r"), ("or", "d"), ("e", "r"), ("er", "s"), ("ord", "ers"), ("▁", "orders")]
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"orders f".replace(" ", "")]
+    texts += ["".join(pair) for pair in merges]
+    vocabulary = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    spaces = normalizers.Replace(" ", "▁")
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def ids() -> torch.Tensor:

@@ -9,14 +9,15 @@ from typing import Any
 import gguf
 import pytest
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nbpeft.checkpoint import read_gguf
-from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.errors import AdapterError, ConfigError, MissingPackageError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.shipping import ship
-from tests.shipping.support import FAMILIES, adapted, base_model, ids, tokenizer
+from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, sentencepiece_like, tokenizer
 from tests.tiny_models import logits
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -140,11 +141,54 @@ def test_the_tokenizer_in_the_file_reads_text_the_same(tmp_path: Path) -> None:
     assert loaded(text)["input_ids"] == made(text)["input_ids"]
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_like_tokenizer_gets_scores(prefix: bool, tmp_path: Path) -> None:
+    made = sentencepiece_like(prefix)
+    ship(adapted(), engine="llama.cpp", merged=True, tokenizer=made, to=tmp_path / "served")
+    known = keys(tmp_path / "served" / "model.gguf")
+    assert known["tokenizer.ggml.model"] == "llama" and known["tokenizer.ggml.add_space_prefix"] is prefix
+    assert known["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6], "unknown, two control tokens, bytes"
+    scores = dict(zip(known["tokenizer.ggml.tokens"], known["tokenizer.ggml.scores"], strict=True))
+    assert scores["or"] == 0 and scores["or"] > scores["ord"] > scores["orders"] > scores["o"] == scores["<unk>"]
+    assert known["tokenizer.ggml.add_bos_token"]
+    if prefix:
+        loaded = AutoTokenizer.from_pretrained(tmp_path / "served", gguf_file="model.gguf")
+        for text in ("orders of ord", "or é"):
+            assert loaded(text)["input_ids"][-3:] == made(text)["input_ids"][-3:]
+
+
+ADAPTERS_ONLY = {
+    "Gemma2": {"head_dim": 16},
+    "Gemma3": {"head_dim": 16},
+    "Granite": {},
+    "Phi3": {"pad_token_id": 0},
+    "SmolLM3": {"pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("family", ADAPTERS_ONLY)
+def test_of_some_classes_only_adapters_are_written(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    base = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, config)(**SIZES | ADAPTERS_ONLY[family])
+    ).eval()
+    model = adapted(base, target_modules=["o_proj", "down_proj"])
+    ship(model, engine="llama.cpp", to=tmp_path / "served")
+    path = tmp_path / "served" / "adapter.gguf"
+    assert keys(path)["general.architecture"] == family.lower()
+    tensors = read_gguf(path)
+    product = 2 * tensors["blk.0.attn_output.weight.lora_b"] @ tensors["blk.0.attn_output.weight.lora_a"]
+    assert torch.allclose(product, merged_weight(model, "model.layers.0.self_attn.o_proj"), atol=1e-5)
+    with pytest.raises(AdapterError, match=f"a {family}ForCausalLM, which is none of Llama, Mistral, Qwen2, Qwen3"):
+        ship(model, engine="llama.cpp", merged=True, tokenizer=tokenizer(), to=tmp_path / "other")
+
+
 def test_other_classes_and_tokenizers_are_refused(tmp_path: Path) -> None:
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300}
     gpt2 = get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), LoraConfig(target_modules=["c_attn"]), "sql")
     for merged in (False, True):
-        with pytest.raises(AdapterError, match="a GPT2LMHeadModel; GGUF files are written for LlamaForCausalLM, Mis"):
+        with pytest.raises(AdapterError, match=r"a GPT2LMHeadModel, which is none of .*Llama, Mis"):
             ship(gpt2, engine="llama.cpp", merged=merged, tokenizer=tokenizer(), to=tmp_path / "served")
     strange = tokenizer()
     strange.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -152,13 +196,19 @@ def test_other_classes_and_tokenizers_are_refused(tmp_path: Path) -> None:
         ship(adapted(), engine="llama.cpp", merged=True, tokenizer=strange, to=tmp_path / "served")
     scaled = base_model("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ConfigError, match="rotary embeddings of type 'dynamic'"):
-        ship(adapted(scaled), engine="llama.cpp", to=tmp_path / "served")
+        ship(adapted(scaled), engine="llama.cpp", merged=True, tokenizer=tokenizer(), to=tmp_path / "served")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_old_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "MODEL_ARCH_NAMES", {})
+    with pytest.raises(ConfigError, match="does not know llama: pip install -U gguf"):
+        ship(adapted(), engine="llama.cpp", dry_run=True)
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = adapted()
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ConfigError, match="needs the package gguf: pip install gguf"):
+    with pytest.raises(MissingPackageError, match=r"^Writing a GGUF file needs gguf: pip install gguf$"):
         ship(model, engine="llama.cpp", to=tmp_path / "served")
     assert not list(tmp_path.iterdir())

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.shipping import ship
 from nbpeft.shipping.modelfile import CHAT_FORMATS, chat_format_of
-from tests.shipping.support import adapted, tokenizer
+from tests.shipping.support import SIZES, adapted, tokenizer
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
@@ -70,6 +72,15 @@ def test_an_unknown_template_is_noted(tmp_path: Path) -> None:
     done: Any = ship(adapted(), engine="ollama", tokenizer=tokenizer(OTHER), to=tmp_path / "served")
     assert (tmp_path / "served" / "Modelfile").read_text() == "FROM ./model.gguf\n"
     assert "the chat template is none of those known here" in " ".join(done.notes)
+
+
+def test_a_class_whose_models_are_not_written_needs_a_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, head_dim=16))
+    model = adapted(gemma, target_modules=["o_proj"])
+    with pytest.raises(ConfigError, match=r"give its name there, e\.g\. base='gemma2:2b' \(base=…\)"):
+        ship(model, engine="ollama", tokenizer=tokenizer(), to=tmp_path / "served")
+    assert ship(model, engine="ollama", base="gemma2:2b", to=tmp_path / "served").written
 
 
 @pytest.mark.parametrize("base", ['x"\nRUN', "a b", ""])

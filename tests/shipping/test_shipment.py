@@ -16,7 +16,7 @@ import nbpeft
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
-from nbpeft.shipping import ENGINES, plan_shipment, ship
+from nbpeft.shipping import ENGINES, ship
 from tests.shipping.support import VOCABULARY, adapted, base_model, ids, tokenizer
 from tests.tiny_models import logits, same_state, state
 
@@ -51,6 +51,14 @@ def test_a_folder_gives_the_same_answers_in_peft(engine: str, fields: dict[str, 
     assert done.byte_count == size
 
 
+def test_transformers_loads_the_folder(tmp_path: Path) -> None:
+    model = adapted()
+    ship(model, engine="transformers", to=tmp_path / "served")
+    base = base_model()
+    base.load_adapter(str(tmp_path / "served"))
+    assert torch.allclose(logits(base.eval(), ids()), logits(model, ids()), atol=1e-5)
+
+
 def test_vllm_reads_one_rank_and_one_alpha(tmp_path: Path) -> None:
     done = ship(adapted(**UNEVEN), engine="vllm", to=tmp_path / "served")
     config = config_of(tmp_path / "served")
@@ -75,6 +83,8 @@ def test_an_adapter_that_started_in_the_weights_becomes_plain(init: str, tmp_pat
             parameter.add_(0.1)
     done = ship(model.eval(), engine="peft", to=tmp_path / "served")
     assert config_of(tmp_path / "served")["init_lora_weights"] is True
+    tensors = safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors")
+    assert done.byte_count == sum(tensor.nbytes for tensor in tensors.values())
     assert "plain LoRA of rank 8" in " ".join(done.notes)
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
     assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-4)
@@ -87,6 +97,30 @@ def test_a_scale_is_part_of_what_is_written(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
     assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-5)
     assert "its scale of 0.5 is part" in " ".join(done.notes)
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"trainable_token_indices": [3]}], ids=["dora", "token rows"])
+def test_a_scale_that_cannot_be_written_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(**fields)
+    model.manager.set_scale("sql", 0.5)
+    with pytest.raises(AdapterError, match=r"its scale of 0\.5 cannot be written with .*set the scale back to 1"):
+        ship(model, engine="peft", to=tmp_path / "served")
+    model.manager.set_scale("sql", 1.0)
+    assert ship(model, engine="peft", to=tmp_path / "served").written
+
+
+def test_names_and_folders_are_quoted_for_a_shell(tmp_path: Path) -> None:
+    model = adapted(name="my {sql}; rm")
+    place = tmp_path / "a folder"
+    commands = [
+        ship(model, engine=engine, to=place, dry_run=True).commands[0] for engine in ("vllm", "llama.cpp", "peft")
+    ]
+    assert f"'my {{sql}}; rm={place}'" in commands[0] and f"'{place}/adapter.gguf'" in commands[1]
+    done = ship(model, engine="vllm", to=place)
+    assert (
+        done.written
+        and ship(model, engine="ollama", base="x", to=place, dry_run=True).commands[1] == "ollama run my-sql-rm"
+    )
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
@@ -118,7 +152,7 @@ def test_what_vllm_does_not_take_is_refused_with_a_remedy(case: str, tmp_path: P
     assert "vLLM 0.26 does not take the adapter" in str(caught.value)
     assert "merge it into the base" in str(caught.value) and "(merged=…)" in str(caught.value)
     assert not list(tmp_path.iterdir())
-    planned = plan_shipment(model, engine="vllm", merged=True)
+    planned = ship(model, engine="vllm", merged=True, dry_run=True)
     assert planned.verdict.as_merged and not planned.verdict.as_adapter
 
 
@@ -197,7 +231,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CheckpointError, match="no space left"):
         ship(model, engine="vllm", to=place, overwrite=True)
     with pytest.raises(CheckpointError, match="no space left"):
-        ship(model, engine="vllm", to=tmp_path / "new")
+        ship(model, engine="vllm", to=tmp_path / "new" / "served")
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["served"] and same_state(state(model), weights)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import TrainerCallback
 
 from nbpeft.errors import ConfigError, TrainingInterrupted
 from nbpeft.training import train
+from nbpeft.training.early_stop import EarlyStop
 from tests.training.support import token_rows, trainable, weights
 
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 0.05, "max_steps": 40}
@@ -70,6 +73,27 @@ def test_an_interrupted_run_keeps_the_best_too():
         train(model, token_rows(8), token_rows(8, 5), callbacks=[kept], patience=50, eval_steps=1, **SETTINGS)
     best = min(kept.losses, key=lambda step: kept.losses[step])
     assert caught.value.result.best_step == best
+    assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
+
+
+def test_a_second_interruption_does_not_mix_two_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, put_back = EarlyStop._tensors, EarlyStop._put_back
+    putting: list[bool] = []
+
+    def interrupted(self: EarlyStop) -> Any:
+        for number, pair in enumerate(tensors(self)):
+            if putting and number == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield pair
+
+    monkeypatch.setattr(EarlyStop, "_tensors", interrupted)
+    monkeypatch.setattr(EarlyStop, "_put_back", lambda self: [putting.append(True), put_back(self)])
+    model = trainable()
+    kept = Kept(model, interrupt_at=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, token_rows(8), token_rows(8, 5), callbacks=[kept], patience=50, eval_steps=1, **SETTINGS)
+    best = min(kept.losses, key=lambda step: kept.losses[step])
+    assert putting and best < 6
     assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
 
 

@@ -367,7 +367,7 @@ def test_only_the_active_adapter_changes():
 
     model = trainable()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
-    other = {name: part.detach().clone() for name, part in model.named_parameters() if ".adapters.other." in name}
+    other = {name: part.detach().clone() for name, part in model.named_parameters() if ".other." in name}
     assert train(model, token_rows(), **QUICK).adapter == "default"
     parameters = dict(model.named_parameters())
     assert other and all(torch.equal(parameters[name], value) for name, value in other.items())

@@ -181,6 +181,24 @@ def test_what_ends_a_run_between_steps_keeps_the_last_one(place: Path, how: str)
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(straight).items())
 
 
+def test_a_second_interruption_waits_until_the_last_state_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupted(folder: Path, step: int, *args: Any, **options: Any) -> None:
+        interrupt(step)
+        put(folder, step, *args, **options)
+
+    put = keeping.put_checkpoint
+    monkeypatch.setattr(keeping, "put_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainable(), token_rows(), run_dir=place, callbacks=[EachStep(interrupt)], **QUICK)
+    record = the_run(place)
+    assert (record.status, record.kept_steps[0]) == ("stopped", 3)
+    RunStore(place).rename(record.name, "free")
+
+
 def test_an_interruption_inside_a_step_keeps_no_half_of_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Breaks(TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

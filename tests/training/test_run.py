@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import threading
 import time
 import weakref
@@ -169,6 +170,20 @@ def test_keyboard_interrupt_ends_the_block():
         raise KeyboardInterrupt
     assert run.state.status == "stopped" and run.interrupted
     assert run.state.message == "stopped at step 1"
+
+
+def test_a_second_interruption_waits_until_the_end_is_published():
+    loop, states = Loop(), []
+
+    def publish(state: TrainState) -> None:
+        if state.status == "stopped":
+            signal.raise_signal(signal.SIGINT)
+        states.append(state.status)
+
+    with pytest.raises(KeyboardInterrupt), track(loop.model, 10, publish=publish) as run:
+        run.step(loop.one())
+        raise KeyboardInterrupt
+    assert states[-1] == run.state.status == "stopped"
 
 
 def test_real_errors_pass_and_let_go_of_tensors():

@@ -7,9 +7,11 @@ import os
 import sqlite3
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +156,34 @@ def test_a_tracker_that_fails_leaves_no_run(tracked: Any, monkeypatch: pytest.Mo
     with pytest.raises(Exception, match="no room"):
         tracked("tensorboard")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".gitignore"]
+
+
+@pytest.mark.parametrize("place", ["log", "close"])
+def test_a_tracker_that_fails_later_does_not_end_the_run(
+    tracked: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def broken(*args: Any) -> None:
+        raise OSError("the network is down")
+
+    made = SimpleNamespace(log=lambda *args: None, close=lambda: None)
+    setattr(made, place, broken)
+    monkeypatch.setitem(trackers._OPENED, "tensorboard", lambda *args: made)
+    result, _ = tracked("tensorboard")
+    assert (result.status, result.steps) == ("finished", 3)
+    assert result.message.count("tensorboard takes no more numbers: the network is down") == 1
+
+
+def test_other_threads_print_while_a_tracker_opens_in_a_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    def opens() -> None:
+        with trackers._quiet():
+            opened.set()
+            printed.wait(5)
+
+    opened, printed = threading.Event(), threading.Event()
+    thread = threading.Thread(target=opens)
+    thread.start()
+    assert opened.wait(5)
+    print("from a cell")
+    printed.set()
+    thread.join()
+    assert capsys.readouterr().out == "from a cell\n"

@@ -15,33 +15,19 @@ from typing import Any
 
 import pytest
 
+from tests.clients.packages import installed
 from tests.training.trl_run import STEPS, write_adapters
 
 ROOT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbpeft-tests"
 NEWEST, OLDER = "1.16.0", "1.6.0"
 SFT = ("sft", "sft-nll", "sft-chunked", "sft-completion", "sft-assistant", "sft-packing")
 CASES = (*SFT, "dpo", "kto", "reward", "grpo", "orpo")
 SPECIAL = ("sft-config", "sft-head")
 
 
-def installed(version: str) -> Path:
-    """Where a version of TRL lies; it is installed if need be, and the test skipped where there is no index."""
-    folder = CACHE / f"trl-{version}"
-    if not (folder / f"trl-{version}.dist-info" / "RECORD").is_file():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        done = subprocess.run(
-            [*command, "--target", str(folder), f"trl=={version}"], capture_output=True, text=True, timeout=300
-        )
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            pytest.skip(f"trl {version} cannot be installed: {reason:.200}")
-    return folder
-
-
 def results(version: str, folder: Path, cases: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     """What each side learned in its cases; the sides run beside each other."""
-    packages = installed(version)
+    packages = installed(f"trl=={version}")
     write_adapters(folder)
     variables = {"PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = {}
@@ -92,12 +78,14 @@ def test_a_completion_alone_is_learned(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_trainer_learns_as_with_peft_installed_or_not(tmp_path: Path) -> None:
     alone = tuple(name for name in CASES if name != "sft-nll")
-    sides = {"nbpeft": CASES + SPECIAL, "peft": CASES + SPECIAL, "alone": alone + SPECIAL}
-    found = results(NEWEST, tmp_path, sides)
-    compare(found["nbpeft"], found["peft"], CASES)
-    compare(found["alone"], found["peft"], alone)
-    check_counts(found["nbpeft"])
-    for side in ("nbpeft", "alone"):
+    both = dict.fromkeys(("nbpeft", "peft", "as-peft"), CASES + SPECIAL)
+    found = results(NEWEST, tmp_path, both | dict.fromkeys(("alone", "as-peft-alone"), alone + SPECIAL))
+    for side in ("nbpeft", "as-peft"):
+        compare(found[side], found["peft"], CASES)
+        check_counts(found[side])
+    for side in ("alone", "as-peft-alone"):
+        compare(found[side], found["peft"], alone)
+    for side in ("nbpeft", "alone", "as-peft", "as-peft-alone"):
         made, theirs = (found[each]["sft-config"] for each in (side, "peft"))
         assert "error" not in made, made["trace"]
         assert made["library"] == "nbpeft" and made["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-5)

@@ -1,14 +1,15 @@
 """Trains a tiny model with Trainers of TRL, in a process of its own, and writes down what was learned.
 
-    python trl_run.py {peft,nbpeft,alone} ADAPTERS RESULTS.json CASE...
+    python trl_run.py {peft,nbpeft,alone,as-peft,as-peft-alone} ADAPTERS RESULTS.json CASE...
 
-``alone`` is nbpeft as if PEFT were not installed. ADAPTERS holds the starting adapters
-(``write_adapters`` makes them with PEFT). For each case the results hold the losses and, of every
-batch, the number of tokens learned and the sum of each mask.
+``as-peft`` is nbpeft by the name ``peft``, and ``alone`` as if PEFT were not installed. ADAPTERS holds
+the starting adapters (``write_adapters`` makes them with PEFT). For each case the results hold the
+losses and, of every batch, the number of tokens learned and the sum of each mask.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -21,6 +22,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from nbpeft import install_as_peft
 
 STEPS = 5
 WORDS = [f"w{number}" for number in range(80)]
@@ -109,10 +112,9 @@ def classes() -> dict[str, tuple[Any, Any]]:
     import trl
     from trl.experimental import orpo
 
-    try:
+    kto: Any = trl
+    with contextlib.suppress(ImportError):
         from trl.experimental import kto
-    except ImportError:
-        kto = trl
     if not hasattr(kto, "KTOTrainer"):
         kto = trl
     return {
@@ -221,9 +223,11 @@ def train(library: Any, adapters: Path, name: str) -> dict[str, Any]:
 def main(side: str, adapters: str, results: str, *names: str) -> None:
     """Runs the cases; what fails is told in its place."""
     torch.set_num_threads(1)
-    if side == "alone":
+    if side.endswith("alone"):
         sys.modules["peft"] = None  # type: ignore[assignment]
-    library = __import__("peft" if side == "peft" else "nbpeft")
+    if side.startswith("as-peft"):
+        install_as_peft()
+    library = __import__("peft" if "peft" in side.split("-") else "nbpeft")
     found: dict[str, Any] = {}
     for name in names:
         try:

@@ -223,6 +223,7 @@ class FakeRun:
         self._published_at = float("-inf")
         self._began = time.monotonic()
         self.shown = ""
+        self.thread: int | None = None
         self._lock = threading.RLock()
         self._state = train_state(0, total_steps, run_id=self.run_id, remaining=None, elapsed=0.0)
 
@@ -242,6 +243,7 @@ class FakeRun:
         return dataclasses.replace(now, elapsed=elapsed)
 
     def __enter__(self) -> FakeRun:
+        self.thread = threading.get_ident()
         for callback in self._session.started:
             callback(self, self._model_name)
         self._publish()

@@ -245,6 +245,22 @@ def test_a_run_that_nobody_ends_ticks_no_longer_than_its_cell(session: Any, outp
         InteractiveShell.clear_instance()
 
 
+def test_a_click_shows_after_the_cell_of_a_training_in_the_background(session: Any, outputs: list[Output]) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell, run = InteractiveShell.instance(), fake_run(session)
+    run.thread = 0  # that of the training
+    try:
+        shell.user_ns["begin"] = lambda: show_run(run, session, "model", ui="html")
+        shell.run_cell("view = begin();", store_history=False)
+        run.control.pause()
+        wait_until(lambda: ">pausing after this step</span>" in outputs[0].last["text/html"])
+        shell.user_ns["view"].close()
+        wait_until(lambda: not any(thread.name == "nbpeft-run-view" for thread in threading.enumerate()))
+    finally:
+        InteractiveShell.clear_instance()
+
+
 @pytest.mark.slow
 def test_a_thousand_runs_leave_nothing_behind(session: Any, outputs: list[Output]) -> None:
     """Neither objects, nor threads, nor functions that wait for the end of a cell."""

@@ -67,9 +67,9 @@ class Writes:
                 self._check_shapes(path, shapes, given[path])
             else:
                 self.zeroed.append(path)
-                if adapter.reads_weight and layer.merged:
+                if adapter.reads_weight and layer.merged_names:
                     raise HotSwapError(
-                        f"the new adapter lacks {path}, where {layer.merged[0]!r} is merged: unmerge first"
+                        f"the new adapter lacks {path}, where {layer.merged_names[0]!r} is merged: unmerge first"
                     )
                 self._reset.append((adapter, layer))
             # Without tensors it gets the new size too: what is saved afterwards has to fit the new config.

@@ -75,10 +75,12 @@ class TokenRows:
     Attributes:
         indices: the rows.
         init_weights: whether they start as the embedding's.
+        companion: whether the config of another method asks for them.
     """
 
     indices: tuple[int, ...]
     init_weights: bool = True
+    companion: bool = False
 
 
 class _Companion:
@@ -103,7 +105,7 @@ class _Companion:
                 raise no_match([name], [path for path, _ in modules], what="target_modules" if own else _FIELD)
             for path, module in matching:
                 if seen.setdefault(id(module), path) == path:
-                    found[path] = TokenRows(_checked(path, module, indices, field), starts)
+                    found[path] = TokenRows(_checked(path, module, indices, field), starts, not own)
         return _with_tied(found, modules)
 
 
@@ -161,6 +163,7 @@ class TrainableTokens(Adapter):
             tensors = {name: torch.rand(shape, **options) for name, shape in site.shapes.items()}
         adapter = cls(config.indices, tensors, base.device)
         adapter.__dict__["owner_base"] = base
+        adapter.__dict__["peft_holder"] = "token_adapter" if config.companion else ""
         return adapter
 
     def tie_to(self, source: Adapter) -> None:

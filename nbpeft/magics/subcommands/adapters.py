@@ -75,9 +75,11 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 @subcommand(
     "load",
-    "Load a saved adapter from a folder or the hub.",
-    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub"),
+    "Load a saved adapter from a folder or the hub, with the access token that push uses.",
+    argument("path", metavar="PATH", completes="path", help="a folder, or a repository on the hub: user/name@revision"),
     argument("--name", "-n", metavar="NAME", help="what to call it; the last part of PATH if left out"),
+    argument("--revision", metavar="REVISION", help="a branch, tag or commit on the hub (default: main)"),
+    argument("--subfolder", metavar="DIR", help="where it is in PATH"),
     argument("--train", action="store_true", help="load it to train it further; otherwise it is frozen"),
     argument("--replace", action="store_true", help="replace an adapter of that name"),
     ON_MODEL,
@@ -90,6 +92,7 @@ def load(options: argparse.Namespace, notebook: NotebookContext) -> object:
         variable = notebook.only_model("%lora load")
         model = notebook.module(variable)
     how = {"trainable": options.train, "replace": options.replace}
+    how |= {"revision": options.revision, "subfolder": options.subfolder}
     result = notebook.session.load(options.path, name=options.name, model=model, variable=variable, **how)
     if variable is not None and is_module(notebook.namespace.get(variable)):
         notebook.namespace[variable] = result.model

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import Any
 
-from nbpeft.errors import CellError
+from nbpeft.errors import AdapterError, CellError
 from nbpeft.magics.body import with_fields
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import Subcommand, argument, parse_arguments
 from nbpeft.magics.registry import cell_command, subcommand
 from nbpeft.magics.subcommands.training import training_arguments, training_data
 from nbpeft.magics.tokenize import tokenize
+from nbpeft.session.handles import is_handle, uncompiled
 from nbpeft.session.results.kept_runs import SORTS
 
 _CELL = "lora_train"
@@ -46,7 +48,14 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
                 f"session.resume({record.name!r}, data=…)"
             )
         given = _of_cell(cell_command(_CELL), source, notebook)
-    result = session.resume(record.name, model=notebook.module(target), variable=target, **given)
+    model = notebook.module(target)
+    try:
+        result = session.resume(record.name, model=model, variable=target, **given)
+    except BaseException:
+        if not is_handle(uncompiled(model)):  # what it learned until it failed is on the model
+            with suppress(AdapterError):
+                notebook.namespace[target] = session.model(model)
+        raise
     notebook.namespace[target] = result.model
     result.release()
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,25 +195,33 @@ def load(
     variable: str | None = None,
     trainable: bool = False,
     replace: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
 ) -> LoadResult:
     """Load a saved adapter under a new name; the first adapter of a model becomes active.
 
     Args:
-        source: a folder or a hub id.
-        name: None: the last part of ``source``.
+        source: a folder, a file of kohya's or diffusers', or a hub id, with ``@`` and a revision behind it or not.
+        name: None: the last part of ``source``, or that of ``subfolder``.
         model: a bare or an adapted model.
         variable: what to call a model that is new here.
         trainable: whether it trains while it is active.
         replace: take the place of an adapter of that name.
+        revision: branch, tag or commit on the hub; None for the main branch.
+        subfolder: where the adapter is in ``source``.
+        token: access token for the hub; None for ``HF_TOKEN``, the hub's login, or a secret of Colab or Kaggle.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or belongs to another base.
         AdapterExistsError: the name is taken.
     """
+    from nbpeft.checkpoint import reading_token
     from nbpeft.model import PeftModel
 
-    place = place_of(source, "load")
-    chosen = adapter_name(_name_from(place) if name is None else name, given=name is not None)
+    place, revision = _revision_in(place_of(source, "load"), revision)
+    chosen = adapter_name(_name_from(subfolder or place) if name is None else name, given=name is not None)
+    hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": reading_token(token)}
     with ctx.command(f"loading {chosen!r}", slow=True) as notes, nested_adapters_in_error(place):
 
         def loaded(tracked: TrackedModel) -> LoadResult:
@@ -224,10 +232,11 @@ def load(
 
         tracked = ctx.find(model, variable, command="load")
         if tracked is not None:
-            _load_beside(ctx, tracked, place, chosen, trainable=trainable, replace=replace)
+            _load_beside(ctx, tracked, place, chosen, trainable=trainable, replace=replace, hub=hub)
             ctx.changed = True
             return loaded(tracked)
-        handle = PeftModel.from_pretrained(uncompiled(model), place, adapter_name=chosen, is_trainable=trainable)
+        bare = uncompiled(model)
+        handle = PeftModel.from_pretrained(bare, place, adapter_name=chosen, is_trainable=trainable, **hub)
         with _unloaded_on_failure(handle):
             tracked = ctx.models.new(variable, handle)
             result = loaded(tracked)
@@ -237,7 +246,14 @@ def load(
 
 
 def _load_beside(
-    ctx: SessionContext, tracked: TrackedModel, place: str, name: str, *, trainable: bool, replace: bool
+    ctx: SessionContext,
+    tracked: TrackedModel,
+    place: str,
+    name: str,
+    *,
+    trainable: bool,
+    replace: bool,
+    hub: Mapping[str, Any],
 ) -> None:
     """Load an adapter onto a model that has some."""
     taken = name in tracked.manager.configs
@@ -246,7 +262,7 @@ def _load_beside(
         raise AdapterExistsError(
             f"{there}; give the loaded one another name (name=…), or replace it (replace=…)", name=name
         )
-    put = tracked.model.prepare_load(place, name, is_trainable=trainable)
+    put = tracked.model.prepare_load(place, name, is_trainable=trainable, **hub)
     with Undoable(ctx, tracked, name, "replaced").change() if taken else nullcontext():
         put()
 
@@ -318,8 +334,9 @@ def rename(ctx: SessionContext, name: str, new: str, *, model: ModelLike = None)
     with ctx.command(f"renaming {name!r}") as notes:
         tracked.manager.rename(name, new)
         result = ctx.result(tracked, f"renamed {name!r} to {new!r}", notes)
-        if name in tracked.requested:
-            tracked.requested[new] = (tracked.manager.configs[new], tracked.requested.pop(name)[1])
+        for known in (tracked.requested, tracked.first_random):
+            if name in known:
+                known[new] = (tracked.manager.configs[new], known.pop(name)[1])
         return result
 
 
@@ -374,9 +391,23 @@ def adapter_in(state: ModelState, name: str) -> AdapterState:
     return found
 
 
+def _revision_in(source: str, given: str | None) -> tuple[str, str | None]:
+    """A source and its revision: ``user/name@v1`` names both, unless that is a folder.
+
+    Raises:
+        AdapterError: two different ones are given.
+    """
+    place, at, revision = source.rpartition("@")
+    if not at or not revision or place.count("/") != 1 or os.path.exists(source):
+        return source, given
+    if given not in (None, revision):
+        raise AdapterError(f"load: {source} names one revision and revision={given!r:.60} another")
+    return place, revision
+
+
 def _name_from(source: str) -> str:
-    """A name for the adapter in a folder or hub repository: its last part, dots as ``_``."""
-    last = re.split(r"[/\\]+", source.rstrip("/\\"))[-1]
+    """A name for the adapter in a folder, file or hub repository: its last part, dots as ``_``."""
+    last = re.split(r"[/\\]+", source.rstrip("/\\"))[-1].removesuffix(".safetensors")
     return re.sub(r"[^\w-]+", "_", last).strip("_") or "default"
 
 

@@ -42,12 +42,16 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
         finally:
             state.turns = None
 
-    with ctx.command(description, gather=False):
-        ctx.refuse_another_training()
-        ctx.background[tracked.name], state.turns = training, turns
-    training.start(working, lambda run: ctx.notes.extend(ctx.run_subscribers.notify(run, tracked.name)))
+    try:
+        with ctx.command(description, gather=False):
+            ctx.refuse_another_training()
+            ctx.background[tracked.name], state.turns = training, turns
+        training.start(working, lambda run: ctx.notes.extend(ctx.run_subscribers.notify(run, tracked.name)))
+    except BaseException:  # one that never began would keep all others out
+        training.abandon()
+        state.turns = None if state.turns is turns else state.turns
+        raise
     ctx.models.select(tracked)
-
     return BackgroundRun(tracked.name, f"{names} trains in the background while other cells run; {_WAYS}", training)
 
 

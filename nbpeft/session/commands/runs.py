@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,25 +143,23 @@ def resume(
     under: Any = tracked.manager.model if tracked is not None else base
     for place in places.values():
         _check_base(record, place, under)
-    with ctx.command(f"resuming {record.name}", slow=True):
+    with ctx.command(f"resuming {record.name}", slow=True), _undone_unless_learned(ctx, under):
         back, present = _put_back(ctx, record, target if tracked is None else tracked.model, places, variable)
         tracked = ctx.models.get(back)
         result = None
         if record.status != "finished":
-            with ExitStack() as undo:
-                undo.push(_taken_off_unless_learned(tracked, names, present))
-                result = train_tracked(
-                    ctx,
-                    tracked,
-                    data,
-                    eval_data,
-                    replaced=present,
-                    tokenizer=tokenizer,
-                    adapter=names[0] if len(names) == 1 else None,
-                    run_dir=RunPlace(_store(ctx), record.name, record.model),
-                    resume_from_checkpoint=str(state),
-                    **given,
-                )
+            result = train_tracked(
+                ctx,
+                tracked,
+                data,
+                eval_data,
+                replaced=present,
+                tokenizer=tokenizer,
+                adapter=names[0] if len(names) == 1 else None,
+                run_dir=RunPlace(_store(ctx), record.name, record.model),
+                resume_from_checkpoint=str(state),
+                **given,
+            )
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
         return ResumeResult(reference, record.name, step, names, result)
@@ -191,27 +190,42 @@ def _put_back(
     for name, place in places.items():
         if name not in present:
             model = load(ctx, place, name=name, model=model, variable=variable, trainable=True).model
-    if not present:
+    if len(places) > 1 or not present:  # a single one that is there is switched to when it trains
         ctx.models.get(model).manager.activate(list(places))
     return model, present
 
 
-def _taken_off_unless_learned(tracked: TrackedModel, names: tuple[str, ...], present: tuple[str, ...]) -> Any:
-    """Takes adapters that were put back off again where the run fails before its first step."""
-    revision = dict(tracked.trained_steps)
+@contextmanager
+def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
+    """Takes what was put on a model off again, and activates what was active, where the block fails before a step."""
+    from nbpeft.engine.model_tree import manager_of
 
-    def leave(kind: type[BaseException] | None, *_: object) -> bool:
-        if kind is not None and tracked.trained_steps == revision:
+    manager, known = manager_of(base), ctx.models.find(base)
+    names, selected, enabled = (manager.names, manager.selected, manager.enabled) if manager else ((), (), True)
+    steps = {} if known is None else dict(known.trained_steps)
+    try:
+        yield
+    except BaseException:
+        tracked = ctx.models.find(base)
+        if tracked is not None and tracked.trained_steps == steps:
             with HeldInterrupts(to_the_end=True):
-                added = [name for name in names if name not in present]
-                if len(added) == len(tracked.manager.names):
-                    tracked.model.unload()
-                else:
-                    for name in added:
-                        tracked.manager.remove(name)
-        return False
+                _restore(tracked, names, selected, enabled=enabled)
+        raise
 
-    return leave
+
+def _restore(tracked: TrackedModel, names: tuple[str, ...], selected: tuple[str, ...], *, enabled: bool) -> None:
+    """Leaves a model with these adapters of those it has; one that had none is bare again."""
+    manager = tracked.manager
+    if not names:
+        tracked.model.unload()
+        return
+    with manager.transaction():
+        for name in set(manager.names).difference(names):
+            manager.remove(name)
+        if selected != manager.selected:
+            manager.activate(selected)
+        if not enabled:
+            manager.disable()
 
 
 def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]) -> None:

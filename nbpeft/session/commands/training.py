@@ -168,6 +168,7 @@ def train_tracked(
             result = _trained(ctx, tracked, data, eval_data, restart=restart, replaced=replaced, **arguments)
         except TrainingInterrupted as error:
             interrupted, result = error, error.result
+        ctx.background.pop(tracked.name, None)  # how one in the background ended is not the last any more
         ctx.models.select(tracked)
     if interrupted is not None:
         raise interrupted.with_traceback(None)

@@ -21,8 +21,8 @@ def _no_component(facts: AdapterFacts) -> str:
 COMPONENT_RULE = Rule(_no_component, "choose an engine for language models, such as vllm")
 
 
-def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
-    return (f'pipeline.load_lora_weights("{{folder}}", adapter_name="{facts.name}")',)
+def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
+    return (f"pipeline.load_lora_weights({folder!r}, adapter_name={facts.name!r})",)
 
 
 ENGINE = Engine(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from shlex import quote
+
 from nbpeft.shipping.engines.rules import (
     MERGE,
     PLAIN_LORA,
@@ -21,26 +24,28 @@ TYPES = ("f16", "q8_0", "bf16", "f32")
 OTHER_TOOL = "merge it for transformers, and let llama.cpp's convert_hf_to_gguf.py convert that"
 
 
-def unknown_architecture(facts: AdapterFacts) -> str:
-    """A class whose layout in GGUF files is not known here."""
-    known = ", ".join(sorted(LAYOUTS))
-    return "" if facts.model_class in LAYOUTS else f"a {facts.model_class}; GGUF files are written for {known}"
+def _unknown(known: list[str]) -> Callable[[AdapterFacts], str]:
+    """A class whose layout in GGUF files is none of those known here."""
+    names = ", ".join(name.removesuffix("ForCausalLM") for name in known)
+    return lambda facts: "" if facts.model_class in known else f"a {facts.model_class}, which is none of {names}"
 
 
 ADAPTER_RULES = (
-    Rule(unknown_architecture, OTHER_TOOL),
+    Rule(_unknown(sorted(LAYOUTS)), OTHER_TOOL),
     *PLAIN_LORA,
     Rule(kinds_beside(("linear", "embedding")), f"{MERGE}, or leave them out of target_modules"),
     TIED_ENDS,
     RESIZED,
 )
-MERGED_RULES = (Rule(unknown_architecture, OTHER_TOOL),)
+MERGED_RULES = (
+    Rule(_unknown(sorted(name for name, layout in LAYOUTS.items() if not layout.adapters_only)), OTHER_TOOL),
+)
 
 
-def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
     if merged:
-        return ("llama-server -m {folder}/model.gguf",)
-    return ("llama-server -m BASE_MODEL.gguf --lora {folder}/adapter.gguf",)
+        return (f"llama-server -m {quote(f'{folder}/model.gguf')}",)
+    return (f"llama-server -m BASE_MODEL.gguf --lora {quote(f'{folder}/adapter.gguf')}",)
 
 
 ENGINE = Engine(

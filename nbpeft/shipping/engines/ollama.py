@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from shlex import quote
+
 from nbpeft.shipping.engines.llama_cpp import ADAPTER_RULES, MERGED_RULES, TYPES
 from nbpeft.shipping.engines.rules import Engine, Form, dtype_note
 from nbpeft.shipping.facts import AdapterFacts
 
 
-def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
-    return (f"ollama create {facts.name} -f {{folder}}/Modelfile", f"ollama run {facts.name}")
+def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
+    name = re.sub(r"[^\w-]+", "-", facts.name, flags=re.ASCII).strip("-") or "adapter"
+    return (f"ollama create {name} -f {quote(f'{folder}/Modelfile')}", f"ollama run {name}")
 
 
 ENGINE = Engine(

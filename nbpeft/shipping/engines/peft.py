@@ -11,10 +11,10 @@ OWN_METHOD = Rule(
 )
 
 
-def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
     return (
-        f'base = {facts.model_class}.from_pretrained("{base_word(facts)}")',
-        'model = PeftModel.from_pretrained(base, "{folder}")',
+        f"base = {facts.model_class}.from_pretrained({base_word(facts)!r})",
+        f"model = PeftModel.from_pretrained(base, {folder!r})",
     )
 
 

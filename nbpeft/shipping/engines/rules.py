@@ -56,7 +56,7 @@ class Engine:
         source: address of where they stand.
         adapter: the form of adapters that it loads.
         merged: the form of merged models that it loads.
-        start: (facts, merged) -> command lines that start it in the folder's parent, ``{folder}`` for the folder.
+        start: (facts, merged, folder) -> lines for a shell, or of Python, that load what is in the folder.
         notes: facts -> something a person should know; empty where there is nothing.
     """
 
@@ -66,7 +66,7 @@ class Engine:
     source: str
     adapter: Form | None
     merged: Form | None
-    start: Callable[[AdapterFacts, bool], tuple[str, ...]]
+    start: Callable[[AdapterFacts, bool, str], tuple[str, ...]]
     notes: tuple[Callable[[AdapterFacts], str], ...] = ()
 
 

@@ -7,14 +7,10 @@ from nbpeft.shipping.engines.rules import Engine, Form, base_word, dtype_note
 from nbpeft.shipping.facts import AdapterFacts
 
 
-def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
-    load = f'{facts.model_class}.from_pretrained("{{folder}}")'
-    if merged:
-        return (f"model = {load}",)
-    return (
-        f'model = {facts.model_class}.from_pretrained("{base_word(facts)}")',
-        'model.load_adapter("{folder}")  # needs peft',
-    )
+def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
+    place = folder if merged else base_word(facts)
+    load = f"model = {facts.model_class}.from_pretrained({place!r})"
+    return (load,) if merged else (load, f"model.load_adapter({folder!r})  # needs peft")
 
 
 ENGINE = Engine(

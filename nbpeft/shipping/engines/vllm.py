@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 from nbpeft.shipping.engines.rules import (
     MERGE,
     PLAIN_LORA,
@@ -31,10 +33,10 @@ def rank_limit(facts: AdapterFacts) -> int:
     return next((limit for limit in RANK_LIMITS if limit >= rank), RANK_LIMITS[-1])
 
 
-def _start(facts: AdapterFacts, merged: bool) -> tuple[str, ...]:
+def _start(facts: AdapterFacts, merged: bool, folder: str) -> tuple[str, ...]:
     if merged:
-        return ("vllm serve {folder}",)
-    modules = f"--lora-modules {facts.name}={{folder}}"
+        return (f"vllm serve {quote(folder)}",)
+    modules = f"--lora-modules {quote(f'{facts.name}={folder}')}"
     return (f"vllm serve {base_word(facts)} --enable-lora --max-lora-rank {rank_limit(facts)} {modules}",)
 
 

@@ -45,7 +45,7 @@ def test_an_adapter_on_it_runs_trains_and_refuses_to_merge(layer: Any) -> None:
     manager.add("one", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     manager.activate("one")
     output = model(x)
-    lora_A, lora_B = (dict(model.named_parameters())[f"0.adapters.one.lora_{name}"] for name in "AB")
+    lora_A, lora_B = (dict(model.named_parameters())[f"0.lora_{name}.one.weight"] for name in "AB")
     assert torch.allclose(output, before + x @ lora_A.T @ lora_B.T * 4.0, atol=1e-4)
     output.sum().backward()
     assert lora_A.grad is not None and lora_B.grad is not None and layer.weight_scales.grad is None

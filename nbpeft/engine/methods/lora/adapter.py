@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, Pads, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
+from nbpeft.engine.methods.lora.peft_modules import DropoutFace, factor_module
 from nbpeft.engine.transaction import Transaction
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -28,36 +29,57 @@ class LowRankAdapter(Adapter, Rescales, Pads):
     Args:
         tensors: parameter name -> parameter.
         kind: the kind of layer.
-        scaling: factor on the product.
-        dropout: probability on the adapter's input.
+        config: the adapter's.
+        path: of the layer.
         initial: A0 and B0 where the adapter starts in a component of the weight, whose product it subtracts.
 
     Attributes:
         scaling: factor on the product; a 0-d tensor once the model is prepared for compiled hot-swapping.
         dropout: probability on the adapter's input.
+        alpha: what the config asks for on the layer.
+        use_rslora: whether the scaling is alpha / sqrt(r).
         padded: whether the factors have more rows than the adapter uses, filled with zeros.
     """
 
     low_rank: LowRank
     scaling: float | Tensor
     dropout: float
+    alpha: float
+    use_rslora: bool
     padded: bool
 
     wrapped_parameters: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDE)
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "lora_dropout": "dropout_view"}
+    peft_modules: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+    peft_mappings: ClassVar[tuple[str, ...]] = (
+        *("lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", MAGNITUDE),
+    )
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "use_dora": "reads_weight",
+        "use_rslora": "use_rslora",
+        "lora_bias": "has_bias",
+    }
 
     def __init__(
         self,
         tensors: Mapping[str, nn.Parameter],
         kind: LayerKind,
-        scaling: float,
-        dropout: float,
+        config: Any,
+        path: str,
         initial: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._parameters.update(tensors)
         # nn.Module's way to set an attribute would be a tenth of what it costs to add an adapter.
-        self.__dict__.update(low_rank=low_rank_of(kind), scaling=scaling, dropout=dropout, padded=False)
+        self.__dict__.update(
+            low_rank=low_rank_of(kind),
+            scaling=config.scaling_at(path),
+            dropout=float(config.lora_dropout),
+            alpha=config.alpha_at(path),
+            use_rslora=config.use_rslora,
+            padded=False,
+        )
         if initial is not None:
             for name, tensor in zip(_INITIAL, (initial[0], -initial[1]), strict=True):
                 self.register_buffer(name, tensor, persistent=False)
@@ -103,9 +125,17 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         return int(self.trained_factors[0].shape[0])
 
     @property
-    def dropout_view(self) -> DropoutView:
-        """The dropout as PEFT shows it."""
-        return DropoutView(self)
+    def has_bias(self) -> bool:
+        """Whether B has a bias."""
+        return f"{self.factor_names[1]}_bias" in self.held
+
+    def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
+        """A factor or the dropout; see ``Adapter``."""
+        if name in self.peft_modules:
+            return DropoutFace(self)
+        if name not in self.factor_names:
+            return None
+        return factor_module(base, tuple(self.held[name].shape), is_first=name == self.factor_names[0])
 
     @property
     def delta_rank(self) -> int | None:
@@ -141,8 +171,12 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         """Warns of layers on which the adapter cannot be merged."""
         bare = [path for path, module, _ in modules if getattr(module, "bias", None) is None]
         if config.lora_bias and bare:
-            subject = f"{bare[0]} and {len(bare) - 1} more have" if len(bare) > 1 else f"{bare[0]} has"
-            yield f"lora_bias=True, but {subject} no bias in the base: the adapter cannot be merged there"
+            layer = next(type(module).__name__ for path, module, _ in modules if path == bare[0])
+            more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""
+            yield (
+                f"`lora_bias=True` was passed but the targeted layer of type {layer} has no bias: the adapter "
+                f"cannot be merged at {bare[0]}{more}"
+            )
         for path, module, kind in modules:
             refusal = low_rank_of(kind).no_product_reason(module)
             if refusal:
@@ -216,33 +250,13 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         """Takes the scaling and the dropout of a config over."""
         self.rescale(config.scaling_at(path), trained=True)
         self.dropout = float(config.lora_dropout)
+        self.__dict__.update(alpha=config.alpha_at(path), use_rslora=config.use_rslora)
 
     def keep_settings(self, change: Transaction) -> None:
         """Records scaling, dropout and padding."""
         self.keep_scaling(change)
-        change.keep_attributes(self, "dropout", "padded")
+        change.keep_attributes(self, "dropout", "padded", "alpha", "use_rslora")
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
         return f"rank={self.rank}, scaling={float(self.scaling):g}, dropout={self.dropout:g}"
-
-
-class DropoutView:
-    """An adapter's dropout in PEFT's spelling: ``layer.lora_dropout["default"].p``."""
-
-    __slots__ = ("_adapter",)
-
-    def __init__(self, adapter: LowRankAdapter) -> None:
-        self._adapter = adapter
-
-    @property
-    def p(self) -> float:
-        """The probability."""
-        return float(self._adapter.dropout)
-
-    @p.setter
-    def p(self, value: float) -> None:
-        self._adapter.dropout = float(value)
-
-    def __repr__(self) -> str:
-        return f"Dropout(p={self.p:g})"

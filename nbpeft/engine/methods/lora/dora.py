@@ -27,7 +27,6 @@ from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import check_init, init_factors, weight_component
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.registry import register
-from nbpeft.errors import ConfigError
 
 _CANCELLATION = 1e-2
 """Below this share of the parts of a squared row norm, the factored sum has lost digits."""
@@ -58,9 +57,6 @@ class DoRA(LowRankAdapter):
     ) -> dict[str, tuple[int, ...]]:
         """A, B and the magnitude, (out,) with the dimensions of the layer's output; see ``Adapter``."""
         low_rank = low_rank_of(kind)
-        refusal = low_rank.no_product_reason(module)
-        if refusal:
-            raise ConfigError(f"{path}: DoRA cannot norm {refusal}; exclude it or use use_dora=False", path=path)
         check_init(config, path, module, kind)
         shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
         out_features = kind.features(module)[1]
@@ -73,8 +69,7 @@ class DoRA(LowRankAdapter):
         initial = weight_component(config, site)
         given = init_factors(config, site, initial) if tensors is None else tensors
         parameters = {name: nn.Parameter(given[name]) for name in site.shapes}
-        scaling = config.scaling_at(site.path)
-        adapter = cls(parameters, site.base.kind, scaling, float(config.lora_dropout), initial)
+        adapter = cls(parameters, site.base.kind, config, site.path, initial)
         if tensors is None:
             norm = adapter.row_norm(site.base)
             adapter._parameters[MAGNITUDE] = nn.Parameter(norm.to(site.dtype).view(site.shapes[MAGNITUDE]))
@@ -123,7 +118,7 @@ class DoRA(LowRankAdapter):
 
     def _exact_norm(self, weight: Tensor, base: BaseLayer, dtype: torch.dtype) -> Tensor:
         lora_A, lora_B = (factor.detach().to(dtype) for factor in self.factors)
-        summed = weight.to(dtype) + self.low_rank.product(base.module, lora_A, lora_B) * self.scaling
+        summed = weight.to(dtype) + self.low_rank.normed_product(base.module, lora_A, lora_B) * self.scaling
         norm: Tensor = summed.flatten(1).norm(dim=1)
         return norm
 

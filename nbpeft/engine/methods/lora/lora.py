@@ -72,7 +72,7 @@ class LoRA(LowRankAdapter, ServesRows, IsLowRank):
         initial = weight_component(config, site)
         given = init_factors(config, site, initial) if tensors is None else tensors
         parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
-        return cls(parameters, site.base.kind, config.scaling_at(site.path), float(config.lora_dropout), initial)
+        return cls(parameters, site.base.kind, config, site.path, initial)
 
     @property
     def output_bias(self) -> Tensor | None:

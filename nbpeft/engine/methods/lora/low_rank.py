@@ -7,7 +7,7 @@
                   padding and dilation, B one with kernel 1 and the layer's groups
 
 A of a grouped convolution sees all input channels (PEFT's files have it so); the product is then not a
-weight of the layer, and can neither be merged nor normalised.
+weight of the layer and cannot be merged. DoRA norms it all the same, in the shape that PEFT gives it.
 """
 
 from __future__ import annotations
@@ -85,8 +85,12 @@ class LowRank:
         """
         return lora_B @ lora_A
 
+    def normed_product(self, module: nn.Module, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """What DoRA adds to the weight before it takes the norms of its rows: B A, where that is a weight."""
+        return self.product(module, lora_A, lora_B)
+
     def no_product_reason(self, module: nn.Module) -> str:
-        """Why B A is not a weight of this layer, so that it can neither be merged nor normalised; else empty."""
+        """Why B A is not a weight of this layer, so that it cannot be merged; else empty."""
         return ""
 
 
@@ -179,7 +183,11 @@ class LowRankConvolution(LowRank):
         refusal = self.no_product_reason(module)
         if refusal:
             raise MergeError(refusal)
-        return (lora_B.flatten(1) @ lora_A.flatten(1)).view(module.weight.shape)
+        return self.normed_product(module, lora_A, lora_B)
+
+    def normed_product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """The factors' product in the shape of the weight; of a grouped convolution PEFT's reading of B as (…, r)."""
+        return (lora_B.reshape(-1, lora_A.shape[0]) @ lora_A.flatten(1)).view(module.weight.shape)
 
     def no_product_reason(self, module: Any) -> str:
         """Why the product of a grouped convolution is not its weight."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.reached import reached_modules
 from nbpeft.errors import ConfigError, TrainingError
 
 _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
@@ -155,7 +156,7 @@ def create_lorafa_optimizer(
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
     """(A, B, scaling) of every adapter on every layer whose B is trained."""
-    for module in model.modules():
+    for module in reached_modules(model):
         own = dict(module.named_parameters(recurse=False))
         for first, second in _PAIRS:
             if first in own and second in own and own[second].requires_grad:
@@ -187,9 +188,14 @@ def create_loraplus_optimizer(
         if isinstance(module, nn.LayerNorm)
         for parameter in module.parameters(recurse=False)
     }
-    for name, parameter in model.named_parameters():
+    own_names = {
+        id(parameter): name
+        for module in reached_modules(model)  # adapters come behind what shows their parameters
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            groups[_group(name, parameter, id(parameter) in in_norms)].append(parameter)
+            groups[_group(own_names[id(parameter)], parameter, id(parameter) in in_norms)].append(parameter)
     if not any(groups.values()):
         raise TrainingError("Nothing is trainable: unfreeze an adapter before making its optimizer.")
     rates = {
@@ -210,8 +216,7 @@ def create_loraplus_optimizer(
     return optimizer
 
 
-def _group(path: str, parameter: nn.Parameter, in_norm: bool) -> str:
-    name = path.rpartition(".")[2]  # of the parameter alone: adapters and modules may have any name
+def _group(name: str, parameter: nn.Parameter, in_norm: bool) -> str:
     if name.startswith("lora_embedding_"):
         return "embedding"
     if name.startswith("lora_B") or parameter.ndim == 1:

@@ -1,0 +1,138 @@
+"""The modules that users of PEFT find in a LoRA layer: ``lora_A["default"](x)``, ``lora_dropout["default"].p``.
+
+They compute with the adapter's parameters when somebody calls them; the layer itself does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.peft_modules import ParameterModule
+
+
+class LinearFactor(ParameterModule, nn.Linear):
+    """A factor of a product on a linear layer."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """Columns of the factor."""
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """Rows of the factor."""
+        return int(self.weight.shape[0])
+
+    def extra_repr(self) -> str:
+        """As of ``nn.Linear``."""
+        return nn.Linear.extra_repr(self)
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+class _ConvolutionFactor(ParameterModule):
+    """A factor of a product on a convolution: A has its stride and padding, B its groups."""
+
+    weight: Any
+
+    def __init__(self, layer: Any, shape: tuple[int, ...], *, is_first: bool) -> None:
+        nn.Module.__init__(self)
+        ones, zeros = (1,) * (len(shape) - 2), (0,) * (len(shape) - 2)
+        groups = 1 if is_first else layer.groups
+        self.__dict__.update(
+            in_channels=shape[1] * groups,
+            out_channels=shape[0],
+            kernel_size=shape[2:],
+            stride=layer.stride if is_first else ones,
+            padding=layer.padding if is_first else zeros,
+            dilation=layer.dilation if is_first else ones,
+            padding_mode=layer.padding_mode if is_first else "zeros",
+            groups=groups,
+            output_padding=zeros,
+            transposed=False,
+            _reversed_padding_repeated_twice=layer._reversed_padding_repeated_twice,
+        )
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removesuffix("Factor")
+
+
+class Conv1dFactor(_ConvolutionFactor, nn.Conv1d):
+    """A factor of a product on ``nn.Conv1d``."""
+
+    extra_repr = nn.Conv1d.extra_repr
+
+
+class Conv2dFactor(_ConvolutionFactor, nn.Conv2d):
+    """A factor of a product on ``nn.Conv2d``."""
+
+    extra_repr = nn.Conv2d.extra_repr
+
+
+class Conv3dFactor(_ConvolutionFactor, nn.Conv3d):
+    """A factor of a product on ``nn.Conv3d``."""
+
+    extra_repr = nn.Conv3d.extra_repr
+
+
+_CONVOLUTIONS = {3: Conv1dFactor, 4: Conv2dFactor, 5: Conv3dFactor}
+
+
+def factor_module(base: BaseLayer, shape: tuple[int, ...], *, is_first: bool) -> nn.Module:
+    """A module that computes with a factor.
+
+    Args:
+        base: the layer.
+        shape: of the factor.
+        is_first: whether it is A.
+    """
+    if len(shape) in _CONVOLUTIONS:
+        return _CONVOLUTIONS[len(shape)](base.module, shape, is_first=is_first)
+    return LinearFactor()
+
+
+class DropoutFace(nn.Dropout):
+    """The dropout on an adapter's input; its ``p`` is the adapter's.
+
+    Args:
+        adapter: the adapter.
+    """
+
+    def __init__(self, adapter: Any) -> None:
+        self.__dict__["adapter"] = adapter
+        mode = adapter.training
+        nn.Module.__init__(self)
+        self.__dict__["inplace"] = False
+        adapter.training = mode  # torch's constructor sets it
+
+    @property
+    def training(self) -> bool:
+        """Whether it drops: whether the adapter is in training mode."""
+        return bool(self.__dict__["adapter"].training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["adapter"].training = mode
+
+    @property
+    def p(self) -> float:
+        """The probability."""
+        return float(self.__dict__["adapter"].dropout)
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.__dict__["adapter"].dropout = float(value)
+
+    def extra_repr(self) -> str:
+        """As of ``nn.Dropout``, or of ``nn.Identity`` where nothing is dropped."""
+        return super().extra_repr() if self.p else ""
+
+    def _get_name(self) -> str:
+        return "Dropout" if self.p else "Identity"

@@ -1,0 +1,291 @@
+"""The small modules that PEFT's names mean: ``layer.lora_A["default"].weight``, ``…lora_A.default.weight``.
+
+An adapter owns its parameters. Here are modules that show them under PEFT's names: made when somebody first
+walks over an adapted layer or asks for one, the same ones from then on. What is written there is written to
+the adapter, whoever does it: ``load_state_dict``, ``torch.func.functional_call``, FSDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter
+from nbpeft.engine.base import BaseLayer
+
+Slot = tuple[nn.Module, str]
+"""An adapter and the name of a parameter of its."""
+
+ADAPTER_PARTS = "adapter_parts"
+"""Where the buffers and submodules of adapters are shown, which PEFT has no name for."""
+
+
+class AdapterDict(nn.ModuleDict):
+    """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``."""
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+
+def shown_name(adapter: Adapter, own: str, name: str) -> str:
+    """Returns the name of a parameter below an adapted layer.
+
+    Args:
+        adapter: the adapter.
+        own: its own name of the parameter.
+        name: the adapter's name.
+    """
+    for tail in ("weight", "bias"):
+        wrapped = own if tail == "weight" else own.removesuffix("_bias")
+        if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
+            return f"{wrapped}.{name}.{tail}"
+    return ".".join(filter(None, (adapter.peft_holder, own, name)))
+
+
+class LiveParameters(MutableMapping[str, Any]):
+    """The parameters of a module whose owners are adapters.
+
+    Args:
+        slots: name in the module -> the adapter, and its own name of the parameter; it need not have one.
+    """
+
+    __slots__ = ("slots",)
+
+    def __init__(self, slots: dict[str, Slot]) -> None:
+        self.slots = slots
+
+    def __getitem__(self, name: str) -> Any:
+        adapter, own = self.slots[name]
+        return adapter._parameters[own]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        adapter, own = self.slots[name]
+        held = adapter._parameters.get(own, adapter.__dict__.get(own))
+        if held is not None and value is not None and held.shape != value.shape:
+            raise ValueError(f"{own} must have shape {tuple(held.shape)}, not {tuple(value.shape)}")
+        adapter.__dict__.pop(own, None)
+        adapter._parameters[own] = value
+
+    def __delitem__(self, name: str) -> None:
+        adapter, own = self.slots[name]
+        del adapter._parameters[own]
+
+    def __contains__(self, name: object) -> bool:
+        slot = self.slots.get(name)  # type: ignore[call-overload]
+        return slot is not None and slot[1] in slot[0]._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in self.slots if name in self])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def held(self, name: str) -> Any:
+        """What the adapter has in the place of a parameter: also a plain tensor, which FSDP puts there; or None."""
+        adapter, own = self.slots[name]
+        return adapter._parameters.get(own, adapter.__dict__.get(own))
+
+    def hold(self, name: str, value: Tensor) -> None:
+        """Puts a plain tensor into the place of a parameter that was taken out."""
+        adapter, own = self.slots[name]
+        adapter.__dict__[own] = value
+
+    def copy(self) -> dict[str, Any]:
+        """A dictionary of what it holds now."""
+        return dict(self)
+
+
+class _Shows(nn.Module):
+    """A module whose parameters are those of adapters. A tensor that is assigned takes the parameter's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        live = self.__dict__.get("_parameters")
+        if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+        elif name in live and not isinstance(value, nn.Parameter):
+            live[name] = nn.Parameter(value)
+        elif isinstance(value, nn.Parameter):
+            live[name] = value
+        else:
+            live.hold(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        live = self.__dict__.get("_parameters")
+        if isinstance(live, LiveParameters) and name in live.slots:
+            return live.held(name)
+        return super().__getattr__(name)
+
+    def __delattr__(self, name: str) -> None:
+        live = self.__dict__.get("_parameters")
+        if isinstance(live, LiveParameters) and name in live.slots and name not in live:
+            adapter, own = live.slots[name]
+            adapter.__dict__.pop(own, None)
+        else:
+            super().__delattr__(name)
+
+
+class ParameterModule(_Shows):
+    """One parameter of an adapter as a module: ``weight``, and ``bias``, which is None where there is none.
+
+    Subclasses compute with it.
+    """
+
+    @property
+    def adapter(self) -> nn.Module:
+        """The adapter that owns the parameter."""
+        slots: dict[str, Slot] = self.__dict__["_parameters"].slots
+        return slots["weight"][0]
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return str(tuple(self.weight.shape))
+
+
+def show_parameter(module: nn.Module, adapter: nn.Module, name: str) -> None:
+    """Makes a parameter of an adapter the ``weight`` of a module, and its ``<name>_bias`` the ``bias``."""
+    slots: dict[str, Slot] = {"weight": (adapter, name)}
+    if f"{name}_bias" in adapter._parameters:
+        slots["bias"] = (adapter, f"{name}_bias")
+    else:
+        module.__dict__["bias"] = None
+    module.__dict__["_parameters"] = LiveParameters(slots)
+
+
+class ParameterFaces(_Shows, nn.ParameterDict):
+    """One parameter of the adapters of a layer by adapter name, as in ``layer.lora_embedding_A["default"]``."""
+
+    def __init__(self, slots: dict[str, Slot]) -> None:
+        super().__init__()
+        self.show(slots)
+
+    def show(self, slots: dict[str, Slot]) -> None:
+        """Shows other parameters from now on."""
+        self.__dict__["_parameters"] = LiveParameters(slots)
+        self.__dict__["_keys"] = dict.fromkeys(slots)
+
+    def __getitem__(self, key: str) -> Any:
+        live: Any = self._parameters
+        return live.held(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._parameters[key] = value if isinstance(value, nn.Parameter | None) else nn.Parameter(value)
+
+    def _get_name(self) -> str:
+        return "ParameterDict"
+
+
+class Holder(nn.Module):
+    """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``."""
+
+
+class Remainder(nn.Module):
+    """Buffers and submodules of an adapter, which PEFT has no name for."""
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["adapter"] = adapter
+        shared = ("_buffers", "_non_persistent_buffers_set", "_modules")
+        self.__dict__.update({name: adapter.__dict__[name] for name in shared})
+
+
+def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: BaseLayer) -> None:
+    """Brings the modules of a layer up to date with its adapters; those of adapters that stay are kept.
+
+    Args:
+        shown: the modules by PEFT's name, changed in place.
+        adapters: adapter name -> adapter.
+        base: the layer.
+    """
+    modules: dict[str, dict[str, nn.Module]] = {}
+    parameters: dict[tuple[str, str], dict[str, Slot]] = {}
+    for name, adapter in adapters.items():
+        for face in adapter.peft_modules:
+            modules.setdefault(face, {})[name] = _kept(shown, face, name, adapter) or adapter.peft_module(face, base)
+        for own in adapter._parameters:
+            if own in adapter.wrapped_parameters:
+                leaf = _kept(shown, own, name, adapter) or _leaf(adapter, own, base)
+                modules.setdefault(own, {})[name] = leaf
+            elif own.removesuffix("_bias") not in adapter.wrapped_parameters:
+                parameters.setdefault((adapter.peft_holder, own), {})[name] = (adapter, own)
+        if adapter._buffers or adapter._modules:
+            rest = _kept(shown, ADAPTER_PARTS, name, adapter) or Remainder(adapter)
+            modules.setdefault(ADAPTER_PARTS, {})[name] = rest
+    used = {"base_layer", *modules, *(holder or own for holder, own in parameters)}
+    for gone in shown.keys() - used:
+        _empty(shown.pop(gone))
+    for face, leaves in modules.items():
+        held = shown.setdefault(face, AdapterDict())._modules
+        held.clear()
+        held.update(leaves)
+    for (holder, own), slots in parameters.items():
+        place = shown.setdefault(holder, Holder())._modules if holder else shown
+        if own in place:
+            place[own].show(slots)
+        else:
+            place[own] = ParameterFaces(slots)
+
+
+def _empty(holder: Any) -> None:
+    """Lets a mapping that somebody may still have go of what was in it."""
+    if isinstance(holder, ParameterFaces):
+        holder.show({})
+        return
+    for inner in holder._modules.values() if isinstance(holder, Holder) else ():
+        _empty(inner)
+    holder._modules.clear()
+
+
+def _kept(shown: Mapping[str, Any], face: str, name: str, adapter: Adapter) -> nn.Module | None:
+    """The module that shows something of an adapter already."""
+    leaves: dict[str, Any] = shown[face]._modules if face in shown else {}
+    leaf = leaves.get(name)
+    if leaf is not None and leaf.adapter is adapter:
+        return leaf  # type: ignore[no-any-return]
+    return next((other for other in leaves.values() if other.adapter is adapter), None)  # it was renamed
+
+
+def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
+    leaf = adapter.peft_module(name, base) or ParameterModule()
+    show_parameter(leaf, adapter, name)
+    leaf.training = adapter.training
+    return leaf
+
+
+def empty_face(adapters: Mapping[str, Any], name: str) -> nn.Module | None:
+    """The mapping without entries under a name that layers of PEFT have whatever they hold; None for other names."""
+    for adapter in adapters.values():
+        if name in getattr(adapter, "peft_mappings", ()):
+            wrapped = name in adapter.wrapped_parameters or name in adapter.peft_modules
+            return AdapterDict() if wrapped else ParameterFaces({})
+    return None
+
+
+def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+    """Gives replicas of adapters, made by nn.DataParallel, the tensors that replicas of these modules were given.
+
+    Args:
+        adapters: adapter name -> replica without tensors of its own.
+        shown: the modules by PEFT's name.
+    """
+    for face, holder in shown.items():
+        if isinstance(holder, ParameterFaces):
+            for name in holder._keys:
+                adapters[name].__dict__[face] = holder.__dict__[name]
+        elif isinstance(holder, Holder):
+            use_shown(adapters, holder._modules)
+        elif isinstance(holder, AdapterDict):
+            for name, leaf in holder._modules.items():
+                if isinstance(leaf, Remainder):
+                    adapters[name].__dict__.update(_buffers=leaf._buffers, _modules=leaf._modules)
+                elif isinstance(leaf, ParameterModule):
+                    held = {"weight": face, "bias": f"{face}_bias"}
+                    given = {own: leaf.__dict__[key] for key, own in held.items() if key in leaf.__dict__}
+                    adapters[name].__dict__.update(given)

@@ -1,0 +1,74 @@
+"""``peft.utils.merge_utils``: combinations of tensors of one shape, by the rules that combine adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nbpeft.engine.methods.lora.combining import Recipe
+from nbpeft.engine.methods.lora.combining.sparsify import merge
+
+
+def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The weighted sum.
+
+    Args:
+        task_tensors: tensors of one shape.
+        weights: (tensors,), one factor for each.
+    """
+    return merge(task_tensors, weights.tolist(), Recipe("linear"))
+
+
+def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
+    """The weighted sum of the largest entries of each.
+
+    Args:
+        task_tensors: tensors of one shape.
+        weights: (tensors,), one factor for each.
+        density: share of the entries that are kept, in [0, 1].
+    """
+    return merge(task_tensors, weights.tolist(), Recipe("magnitude_prune", density=density))
+
+
+def ties(
+    task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
+) -> Tensor:
+    """TIES (https://arxiv.org/abs/2306.01708): the mean of the largest entries whose sign is the majority's.
+
+    Args:
+        task_tensors: tensors of one shape.
+        weights: (tensors,), one factor for each.
+        density: share of the entries that are kept, in [0, 1].
+        majority_sign_method: "total" weighs signs by magnitude, "frequency" counts them.
+    """
+    return merge(task_tensors, weights.tolist(), _recipe("ties", density, majority_sign_method))
+
+
+def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
+    """DARE (https://arxiv.org/abs/2311.03099): the weighted sum of entries kept at random and scaled up.
+
+    Args:
+        task_tensors: tensors of one shape.
+        weights: (tensors,), one factor for each.
+        density: share of the entries that are kept, in (0, 1].
+    """
+    return merge(task_tensors, weights.tolist(), Recipe("dare_linear", density=density))
+
+
+def dare_ties(
+    task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
+) -> Tensor:
+    """DARE with the election of signs of TIES.
+
+    Args:
+        task_tensors: tensors of one shape.
+        weights: (tensors,), one factor for each.
+        density: share of the entries that are kept, in (0, 1].
+        majority_sign_method: "total" weighs signs by magnitude, "frequency" counts them.
+    """
+    return merge(task_tensors, weights.tolist(), _recipe("dare_ties", density, majority_sign_method))
+
+
+def _recipe(rule: str, density: float, majority_sign_method: str) -> Recipe:
+    return Recipe(rule, density=density, majority_sign_method=majority_sign_method)

@@ -1,0 +1,53 @@
+"""Libraries that call PEFT give with nbpeft by that name what they give with PEFT: transformers, diffusers, others."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clients.client_run import CASES
+from tests.clients.packages import installed
+from tests.peft_api.processes import ROOT, python
+
+# What each client needs that is not installed beside nbpeft.
+PACKAGES = {
+    "transformers": (),
+    "diffusers": ("diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"),
+    "sentence": (
+        *("sentence-transformers==6.2.0", "scikit-learn==1.9.1", "scipy==1.17.1", "joblib==1.6.0"),
+        *("threadpoolctl==3.8.0", "narwhals==2.29.0", "cloudpickle==3.1.3"),
+    ),
+}
+
+
+def results(client: str, library: str, names: list[str], folder: Path) -> dict[str, Any]:
+    """What one side gives in the cases of a client."""
+    file, packages = folder / f"{library}.json", PACKAGES[client]
+    paths = [str(ROOT), *([str(installed(*packages))] if packages else [])]
+    script = str(ROOT / "tests/clients/client_run.py")
+    python("-W", "ignore", script, library, str(file), *names, PYTHONPATH=os.pathsep.join(reversed(paths)))
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert found.pop("library") == ("peft" if library == "peft" else "nbpeft")
+    return found
+
+
+def close(one: Any, other: Any) -> bool:
+    """Whether two results are the same, numbers up to rounding."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return one == (pytest.approx(other, rel=1e-4, abs=1e-6) if isinstance(other, float) else other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client", PACKAGES)
+def test_a_client_gives_what_it_gives_with_peft(client: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    names = [name for name in CASES if name.startswith(client)]
+    theirs, ours = (results(client, library, names, tmp_path) for library in ("peft", "as-peft"))
+    failed = {name: found for name, found in (theirs | ours).items() if isinstance(found, str)}
+    assert not failed, "\n".join(failed.values())
+    assert [name for name in names if not close(ours[name], theirs[name])] == [], (ours, theirs)

@@ -1,0 +1,366 @@
+"""The modules with PEFT's names below an adapted layer: their names, what they compute, and what writing them does."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nbpeft
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.methods.ia3 import IA3Config
+from nbpeft.engine.peft_modules import LiveParameters, shown_name
+from nbpeft.errors import StaleModelError
+from nbpeft.model import LoraConfig, LoraLayer, LoraModel, PeftModel, get_peft_model, inject_adapter_in_model
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.conv = nn.Conv1d(6, 4, 3, padding=1, groups=2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.conv(self.second(self.first(self.table(ids)).relu()).mT)
+
+
+IDS = torch.arange(8).view(2, 4)
+CONFIGS: dict[str, dict[str, Any]] = {
+    "linear": {"target_modules": ["first"], "lora_dropout": 0.1},
+    "all": {"target_modules": ["table", "first", "second", "conv"]},
+    "dora": {"target_modules": ["first", "conv", "table"], "use_dora": True},
+    "bias": {"target_modules": ["first"], "lora_bias": True},
+    "copies": {"target_modules": ["first"], "modules_to_save": ["second"]},
+}
+
+
+def pair(name: str = "all", adapters: tuple[str, ...] = ("default",)) -> tuple[Any, Any]:
+    """The same base with adapters of the same config here and in peft, their numbers different."""
+    torch.manual_seed(0)
+    base = Net().eval()
+    settings = {"r": 4, "init_lora_weights": False, **CONFIGS[name]}
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings), adapters[0])
+    ours: Any = get_peft_model(base, LoraConfig(**settings), adapters[0])
+    for other in adapters[1:]:
+        theirs.add_adapter(other, peft.LoraConfig(**settings))
+        ours.add_adapter(other, LoraConfig(**settings))
+    return ours.eval(), theirs.eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.filterwarnings("ignore:.*cannot be merged")
+def test_parameters_and_state_dicts_have_pefts_names(name: str) -> None:
+    ours, theirs = pair(name, ("default", "other"))
+    assert {key for key, _ in ours.named_parameters()} == {key for key, _ in theirs.named_parameters()}
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    ours.load_state_dict(expected)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS), theirs(IDS))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        ours.load_state_dict({**expected, "base_model.model.first.lora_A.third.weight": torch.zeros(4, 6)})
+    del expected["base_model.model.first.lora_A.default.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ours.load_state_dict(expected)
+
+
+def test_modules_are_listed_and_found_by_pefts_paths() -> None:
+    ours, theirs = pair("linear")
+    assert {path for path, _ in ours.named_modules()} <= {path for path, _ in theirs.named_modules()}
+    found = [path for path, module in ours.named_modules() if hasattr(module, "lora_A")]
+    assert found == ["base_model.model.first"]
+    factor = ours.get_submodule("base_model.model.first.lora_A.default")
+    layer = ours.base_model.model.first
+    assert factor is layer.lora_A["default"] is layer.lora_A.default and isinstance(factor, nn.Linear)
+    assert isinstance(layer.lora_A, nn.ModuleDict) and isinstance(layer.lora_embedding_A, nn.ParameterDict)
+    assert len(layer.lora_embedding_A) == len(layer.lora_magnitude_vector) == 0
+    assert ours.get_parameter("base_model.model.first.lora_A.default.weight") is factor.weight
+    assert isinstance(ours.base_model, LoraModel) and isinstance(layer, LoraLayer)
+    assert ours.prefix == theirs.prefix == "lora_" and str(ours.peft_type) == "LORA"
+
+
+@pytest.mark.parametrize("name", ["linear", "bias", "all"])
+@pytest.mark.filterwarnings("ignore:.*cannot be merged")
+def test_factors_compute_as_pefts(name: str) -> None:
+    ours, theirs = pair(name)
+    ours.load_state_dict(theirs.state_dict())
+    for path in ("first", "conv"):
+        layer, other = ours.get_base_model().get_submodule(path), theirs.get_base_model().get_submodule(path)
+        if not hasattr(layer, "lora_A"):
+            continue
+        x = torch.randn(2, 6, 5) if path == "conv" else torch.randn(3, 6)
+        hidden = layer.lora_A["default"](layer.lora_dropout["default"](x))
+        torch.testing.assert_close(hidden, other.lora_A["default"](x))
+        torch.testing.assert_close(layer.lora_B["default"](hidden), other.lora_B["default"](hidden))
+        for factor in ("lora_A", "lora_B"):
+            mine, its = getattr(layer, factor)["default"], getattr(other, factor)["default"]
+            features = ("in_channels", "out_channels") if path == "conv" else ("in_features", "out_features")
+            assert all(getattr(mine, one) == getattr(its, one) for one in features)
+            assert repr(mine) == repr(its)
+
+
+def test_what_is_written_acts() -> None:
+    ours, _ = pair("linear")
+    layer = ours.base_model.model.first
+    before = ours(IDS)
+    layer.lora_B["default"].weight.data.zero_()
+    frozen = ours(IDS)
+    assert not torch.equal(before, frozen)
+    layer.lora_B["default"].weight = torch.ones(8, 4)
+    assert not torch.equal(ours(IDS), frozen) and layer.adapter("default").lora_B.requires_grad
+    layer.lora_B["default"].requires_grad_(False)
+    assert not layer.adapter("default").lora_B.requires_grad
+    layer.lora_A["default"].to(torch.float64)
+    assert layer.adapter("default").lora_A.dtype == torch.float64
+    layer.lora_dropout["default"].p = 0.75
+    assert layer.adapter("default").dropout == 0.75
+    assert isinstance(layer.scaling, dict)
+    layer.scaling["default"] = 0.0
+    torch.testing.assert_close(ours(IDS), frozen)
+
+
+def test_functional_calls_replace_parameters_for_their_time() -> None:
+    ours, _ = pair("all")
+    before = ours(IDS)
+    zeros = {name: torch.zeros_like(value) for name, value in ours.named_parameters() if "lora_" in name}
+    alone = torch.func.functional_call(ours, zeros, (IDS,))
+    torch.testing.assert_close(ours(IDS), before)
+    with ours.disable_adapter():
+        torch.testing.assert_close(alone, ours(IDS))
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_have_modules_of_their_own(twin_of: Any) -> None:
+    ours, _ = pair("linear")
+    factor = ours.base_model.model.first.lora_A["default"]
+    twin = twin_of(ours)
+    other = twin.base_model.model.first.lora_A["default"]
+    assert other is not factor and type(twin.base_model).__name__ == "LoraModel"
+    assert other.weight is twin.base_model.model.first.adapter("default").lora_A is not factor.weight
+
+
+def test_modules_follow_their_adapters() -> None:
+    ours, _ = pair("linear", ("default", "other"))
+    layer = ours.base_model.model.first
+    held, factor = layer.lora_A, layer.lora_A["other"]
+    ours.manager.rename("other", "third")
+    assert list(layer.lora_A) == ["default", "third"] and layer.lora_A["third"] is factor
+    ours.delete_adapter("default")
+    assert list(held) == ["third"] and layer.lora_A is held
+    assert [name for name, _ in ours.named_parameters() if "lora_A" in name] == [
+        "base_model.model.first.lora_A.third.weight"
+    ]
+    adapter = weakref.ref(layer.adapter("third"))
+    del factor, layer
+    ours.delete_adapter("third")
+    gc.collect()
+    assert adapter() is None and not held
+
+
+def test_a_layer_prints_as_in_peft() -> None:
+    ours, theirs = pair("linear")
+    lines = repr(ours).splitlines()
+    assert set(lines) <= set(repr(theirs).splitlines())
+    assert any("(lora_A): ModuleDict(" in line for line in lines)
+
+
+def test_ia3_has_its_own_class_and_names() -> None:
+    ours: Any = get_peft_model(Net(), IA3Config(target_modules=["first"], feedforward_modules=[]))
+    assert type(ours.base_model).__name__ == "IA3Model" and not isinstance(ours.base_model, LoraModel)
+    assert ours.prefix == "ia3_" and isinstance(ours.base_model.model.first.ia3_l, nn.ParameterDict)
+    assert "base_model.model.first.ia3_l.default" in dict(ours.named_parameters())
+
+
+def test_plain_tensors_can_stand_in_for_parameters() -> None:
+    """As FSDP does it while a module runs."""
+    layer = pair("all")[0].base_model.model
+    for holder, name, own in (
+        (layer.first.lora_A["default"], "weight", "lora_A"),
+        (layer.table.lora_embedding_A, "default", ""),
+    ):
+        parameter = getattr(holder, name)
+        adapter = (layer.first if own else layer.table).adapter("default")
+        delattr(holder, name)
+        assert not list(holder.parameters())
+        setattr(holder, name, parameter.detach() * 2)
+        assert torch.equal(getattr(holder, name), adapter.__dict__[own or "lora_embedding_A"])
+        delattr(holder, name)
+        setattr(holder, name, parameter)
+        assert getattr(holder, name) is parameter is adapter._parameters[own or "lora_embedding_A"]
+
+
+def test_a_parameter_keeps_its_shape() -> None:
+    live = pair("linear")[0].base_model.model.first.lora_A["default"]._parameters
+    assert isinstance(live, LiveParameters) and list(live) == ["weight"] and len(live) == 1
+    with pytest.raises(ValueError, match=r"lora_A must have shape \(4, 6\), not \(2, 6\)"):
+        live["weight"] = nn.Parameter(torch.zeros(2, 6))
+
+
+def test_names_of_parameters_below_a_layer() -> None:
+    adapter = pair("bias")[0].base_model.model.first.adapter("default")
+    assert shown_name(adapter, "lora_A", "one") == "lora_A.one.weight"
+    assert shown_name(adapter, "lora_B_bias", "one") == "lora_B.one.bias"
+    assert shown_name(adapter, "other", "one") == "other.one"
+
+
+def test_token_rows_hang_where_peft_has_them() -> None:
+    settings: dict[str, Any] = {"target_modules": ["first"], "trainable_token_indices": {"table": [1, 2]}}
+    ours, theirs = (
+        get_peft_model(Net(), LoraConfig(**settings)),
+        peft.get_peft_model(Net(), peft.LoraConfig(**settings)),
+    )
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    assert trained[0] == trained[1]
+    table: Any = ours.get_base_model().get_submodule("table")
+    assert table.token_adapter.trainable_tokens_delta["default"].shape == (2, 6)
+
+
+# Commands on one layer
+
+
+def test_a_layer_can_be_switched_by_itself() -> None:
+    ours, theirs = pair("all", ("default", "other"))
+    ours.load_state_dict(theirs.state_dict())
+    layers = [model.base_model.model.first for model in (ours, theirs)]
+    for step in ("enable_adapters", "set_adapter", "set_adapter"):
+        for layer in layers:
+            layer.enable_adapters(False) if step == "enable_adapters" else layer.set_adapter("other")
+            assert layer.disable_adapters is (step == "enable_adapters") or step == "set_adapter"
+        if step == "set_adapter":
+            for layer in layers:
+                layer.enable_adapters(True)
+        torch.testing.assert_close(ours(IDS), theirs(IDS))
+        grads = [{n: p.requires_grad for n, p in model.named_parameters()} for model in (ours, theirs)]
+        assert grads[0] == grads[1]
+    assert layers[0].active_adapters == ["other"] and ours.active_adapters == ["default"]
+    ours.set_adapter("default")
+    assert layers[0].active_adapters == ["default"]
+
+
+def test_switching_every_layer_alike_switches_the_model() -> None:
+    ours, theirs = pair("all", ("default", "other"))
+    ours.load_state_dict(theirs.state_dict())
+    for module in ours.modules():
+        if isinstance(module, AdaptedLayer):
+            module.set_adapter("other")
+    switched = ours(IDS)
+    with ours.disable_adapter():
+        pass
+    assert ours.active_adapters == ["other"]
+    theirs.set_adapter("other")
+    torch.testing.assert_close(switched, theirs(IDS))
+    torch.testing.assert_close(ours(IDS), switched)
+
+
+def test_layers_that_differ_are_told_of_and_enabled() -> None:
+    ours, _ = pair("all")
+    ours.base_model.model.first.enable_adapters(False)
+    with pytest.warns(UserWarning, match="some adapter layers that are enabled and others"), ours.disable_adapter():
+        pass
+    assert not ours.base_model.model.first.disable_adapters
+
+
+def test_a_layer_merges_and_unmerges_by_itself() -> None:
+    ours, theirs = pair("linear")
+    ours.load_state_dict(theirs.state_dict())
+    layer, other = ours.base_model.model.first, theirs.base_model.model.first
+    before = layer.get_base_weight().clone()
+    for one in (layer, other):
+        one.merge(safe_merge=True, adapter_names=["default"])
+        assert one.merged is True and one.merged_adapters == ["default"]
+    torch.testing.assert_close(layer.get_base_weight(), other.get_base_weight())
+    torch.testing.assert_close(ours(IDS), theirs(IDS))
+    with pytest.warns(UserWarning, match="already merged, nothing to do"):
+        layer.merge()
+    layer.unmerge()
+    assert layer.merged is False and torch.equal(layer.get_base_weight(), before) and not ours.manager.merged
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+    layer.adapter("default").lora_A.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_base_weight(), before) and not layer.merged
+
+
+def test_a_bias_that_would_not_stay_finite_is_not_merged() -> None:
+    ours: Any = get_peft_model(Net(), IA3Config(target_modules=["first"], feedforward_modules=[]))
+    layer = ours.base_model.model.first
+    layer.base_layer.bias.data.fill_(torch.finfo(torch.float32).max)
+    layer.ia3_l["default"].data.fill_(3)
+    with pytest.raises(ValueError, match="NaNs detected in the merged bias"):
+        layer.merge(safe_merge=True)
+    assert layer.base_layer.bias.isfinite().all()
+
+
+def test_an_adapter_is_taken_out_of_one_layer() -> None:
+    ours, _ = pair("all", ("default", "other"))
+    layer = ours.base_model.model.first
+    layer.delete_adapter("other")
+    layer.delete_adapter("nobody")
+    assert layer._all_available_adapter_names() == ["default"] and "other" in ours.base_model.model.second.lora_A
+    assert len(ours.manager.parameters("other")) == 2 * 3
+    layer.set_requires_grad(["default", "nobody"], False)
+    assert not layer.lora_A["default"].weight.requires_grad
+
+
+def test_settings_of_a_layer_are_pefts() -> None:
+    ours, theirs = pair("bias")
+    layer, other = ours.base_model.model.first, theirs.base_model.model.first
+    for name in ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias"):
+        assert dict(getattr(layer, name)) == dict(getattr(other, name)), name
+    assert set(layer.adapter_layer_names) <= set(other.adapter_layer_names) | {"lora_magnitude_vector"}
+    assert set(layer.other_param_names) <= {*other.other_param_names, "use_dora", "use_rslora", "lora_bias", "scaling"}
+
+
+def test_a_layer_without_its_model_says_so() -> None:
+    ours, _ = pair("linear")
+    layer = ours.base_model.model.first
+    del ours
+    gc.collect()
+    with pytest.raises(StaleModelError, match="a model that is gone"):
+        layer.merge()
+
+
+# What is built on the meta device
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_adapters_are_built_without_data_and_filled_in(inject: bool) -> None:
+    ours, _ = pair("dora")
+    tensors = nbpeft.get_peft_model_state_dict(ours)
+    config = LoraConfig(**{"r": 4, **CONFIGS["dora"]})
+    torch.manual_seed(0)
+    base = Net().eval()
+    model = (
+        inject_adapter_in_model(config, base, low_cpu_mem_usage=True)
+        if inject
+        else get_peft_model(base, config, low_cpu_mem_usage=True)
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.is_meta for parameter in trained)
+    if inject:
+        assert base.peft_config["default"].r == 4  # type: ignore[index,union-attr]
+        tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    result = nbpeft.set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
+    assert not result.unexpected_keys and not any(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(model.eval()(IDS), ours(IDS))
+
+
+def test_a_config_given_for_loading_stays_the_models(tmp_path: Any) -> None:
+    ours, _ = pair("linear")
+    ours.save_pretrained(tmp_path)
+    config = LoraConfig(**{"r": 4, **CONFIGS["linear"]})
+    loaded = PeftModel.from_pretrained(Net(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config and config.inference_mode
+    kept = dict(vars(config))
+    with pytest.raises(ValueError, match="already carries"):
+        PeftModel.from_pretrained(loaded, tmp_path, config=config)
+    assert vars(config) == kept

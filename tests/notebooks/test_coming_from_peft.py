@@ -1,0 +1,38 @@
+"""A PEFT script as it is, as cells, and killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.notebooks.support import NOTEBOOKS, execute, printed, summary
+
+NOTEBOOK = NOTEBOOKS / "08_coming_from_peft.ipynb"
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_08_runs_the_script_on_both_and_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    notebook = execute(nbformat.read(NOTEBOOK, 4), tmp_path, NBPEFT_STEPS="4")
+    found = summary(notebook)
+    assert_alike(found, steps=4)
+    assert "crashed at step" in printed(notebook)
+    files = {path.name for path in (tmp_path / "peft_script" / "with-nbpeft").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files
+
+
+def test_08_ships_the_results_of_a_full_run() -> None:
+    notebook = nbformat.read(NOTEBOOK, 4)
+    assert_alike(summary(notebook), steps=12)
+    assert "crashed at step" in printed(notebook)
+
+
+def assert_alike(found: dict[str, str], steps: int) -> None:
+    """What does not depend on the machine: the numbers, the file, and what a failed command leaves."""
+    assert found["equal losses of the script"] == f"{steps} of {steps}"
+    assert found["same names in the file"] == "True"
+    assert float(found["difference of the weights"]) < 0.1
+    assert found["modules changed by a failed command, nbpeft"] == "0"
+    assert found["last loss, never killed"] == found["last loss, killed and resumed"]

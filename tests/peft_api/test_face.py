@@ -1,0 +1,332 @@
+"""Every public name, signature, default, field and attribute of the installed PEFT against nbpeft's.
+
+What differs is in one table with its reason: a difference that is not in it fails, and so does a line that no
+difference matches any more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+import nbpeft
+from nbpeft.peft_api.missing import missing
+from nbpeft.peft_api.names import METHODS, MODULES
+
+peft = pytest.importorskip("peft")
+
+# Reason -> patterns of differences, as the functions below write them.
+DIFFERENCES: dict[str, tuple[str, ...]] = {
+    "variants and initialisations of LoRA that nbpeft lacks": (
+        "peft*: *ArrowConfig refuses",
+        "peft*: *BdLoraConfig refuses",
+        "peft*: CordaConfig refuses",
+        "peft*: EvaConfig refuses",
+        "peft*: KasaConfig refuses",
+        "peft*: LoftQConfig refuses",
+        "peft*: LoraGAConfig refuses",
+        "peft*: MontecloraConfig refuses",
+        "peft*: VeloraConfig refuses",
+        "peft*: create_arrow_model refuses",
+        "peft*: get_eva_state_dict refuses",
+        "peft*: initialize_lora_eva_weights refuses",
+        "peft*: preprocess_loraga refuses",
+        "peft*: replace_lora_weights_loftq refuses",
+        "peft.helpers: MontecloraTrainerMixin refuses",
+        "peft.tuners.lora.arrow: *",
+        "peft.tuners.lora.corda: *",
+        "peft.tuners.lora.eva: no *",
+        "peft.tuners.lora.loraga: estimate_gradients refuses",
+        "peft.tuners.lora.loraga: no *",
+        "peft.tuners.lora.monteclora: * refuses",
+        "peft.tuners.lora.velora: * refuses",
+        "peft.utils.incremental_pca: * refuses",
+        "peft.utils.loftq_utils: loftq_init refuses",
+    ),
+    "tools that nbpeft lacks": (
+        "peft*: convert_to_lora refuses",
+        "peft*: save_as_lora refuses",
+        "*: no attribute supports_lora_conversion",
+        "peft*: find_kappa_target_modules refuses",
+        "peft*: create_riemannian_optimizer refuses",
+        "peft.helpers: KappaTuneSelector refuses",
+        "peft.tuners.lora.intruders: reduce_intruder_dimension refuses",
+        "peft.tuners.tuners_utils: replicate_layers refuses",
+        "peft.utils.merge_utils: * refuses",
+    ),
+    "methods mix on any model: no class is needed for that": ("peft*: PeftMixedModel refuses",),
+    "of prompt learning, which nbpeft lacks": (
+        "peft*: PromptLearningConfig refuses",
+        "peft*: *_model_postprocess_past_key_value refuses",
+        "peft*: map_cache_to_layer_device_map refuses",
+        "peft.tuners.tuners_utils: BasePromptEncoder refuses",
+        "peft.utils: _prepare_prompt_learning_config refuses",
+        "peft.utils.integrations: get_layer_device_map refuses",
+        "PeftModel: no attribute get_prompt*",
+        "PeftModel: no attribute special_peft_forward_args",
+        "PeftModelFor*.forward: no parameter task_ids",
+    ),
+    "of methods that nbpeft lacks": (
+        "peft.tuners.lycoris_utils: * refuses",
+        "peft.tuners._buffer_dict: * refuses",
+    ),
+    "a class for isinstance: the engine makes layers": (
+        "peft.tuners*: *: only for isinstance",
+        "peft.utils: *Wrapper: *",
+        "peft.tuners.tuners_utils: BaseTuner: *",
+    ),
+    "how PEFT builds its layers; the engine has kinds of layers and ways to store a weight instead": (
+        "peft.tuners.lora.*: no dispatch_*",
+        "peft.tuners.lora.dora: no such module",
+        "peft.tuners.lora.eetq: no such module",
+        "peft.tuners.lora.inc: no such module",
+        "peft.tuners.lora.layer: no Lora*",
+        "peft.tuners.lora.te: TeLinear refuses",
+        "peft.tuners.lora.tp_layer: no such module",
+        "peft.tuners.lora.layer: LoraVariant refuses",
+        "peft.tuners.lora.variants: *",
+        "peft.tuners.lora.model: no *",
+        "peft*: get_gptqmodel_quant_linear refuses",
+        "peft*: get_quantization_kwargs refuses",
+        "peft*: quantization_extra_repr refuses",
+        "peft*: register_peft_method refuses",
+        "peft*: resolve_quantization_backend refuses",
+        "peft.utils.quantization_utils: * refuses",
+        "LoRA's *: no attribute *_init",
+        "LoRA's *: no attribute cast_input_dtype_enabled",
+        "LoRA's *: no attribute ephemeral_gpu_offload",
+        "LoRA's *: no attribute frozen_peft_weight_names",
+        "LoRA's *: no attribute kwargs",
+        "LoRA's *: no attribute lora_variant*",
+        "LoRA's *: no attribute quantization_backend",
+        "LoRA's *: no attribute resolve_lora_variant",
+        "LoRA's embedding: no attribute *_fns",
+        "LoRA's embedding: no attribute device_mesh",
+        "LoRA's embedding: no attribute tp_layer",
+        "LoRA's linear: no attribute is_target_conv_1d_layer",
+        "LoraModel: no attribute subtract_mutated_init",
+        "LoraModel: no attribute uses_shared_state",
+    ),
+    "what PEFT's own code calls": (
+        "peft.auto: no *_allowlist",
+        "peft.config: PeftConfigMixin refuses",
+        "peft.optimizers.lorafa: LoraFAOptimizer refuses",
+        "peft.tuners.tuners_utils: check_adapters_to_merge refuses",
+        "peft.tuners.tuners_utils: clone_module refuses",
+        "peft.tuners.tuners_utils: no *",
+        "peft.utils: _set_trainable refuses",
+        "peft.utils: set_additional_trainable_modules refuses",
+        "peft.utils.integrations: no *",
+        "peft.utils.integrations: dequantize_bnb_weight refuses",
+        "peft.utils.integrations: gather_params_ctx refuses",
+        "peft.utils.integrations: init_empty_weights refuses",
+        "peft.utils.integrations: skip_init_on_device refuses",
+        "peft.utils.save_and_load: no *",
+        "peft.utils.transformers_weight_conversion: *",
+    ),
+    "whose layers they are is known": (
+        "peft*: delete_adapter: layer_cls=None, not *",
+        "peft*: delete_adapter: prefix='lora_', not *",
+        "peft*: set_adapter: layer_cls=None, not *",
+    ),
+    "a status that one makes oneself may leave something out": ("peft.peft_model: Tuner*Status: *",),
+    "a model needs a config": (
+        "peft*: PeftModelForTokenClassification: peft_config='no default', not None",
+        "PeftModelForTokenClassification.__init__: peft_config='no default', not None",
+    ),
+    "the default depends on the method": ("LoraModel.add_weighted_adapter: combination_type=None, not 'svd'",),
+    "a handle makes it: get_peft_model": ("peft*: *Model: no parameter *",),
+    "not there yet": (
+        "*Config: no attribute check_kwargs",
+        "*Config: no attribute push_to_hub",
+        "LoRA's embedding: no attribute bias",
+        "LoRA's head: no attribute *",
+        "LoRA's *: no attribute fan_in_fan_out",
+        "LoRA's *: no attribute reset_lora_parameters",
+        "LoRA's *: no attribute set_base_weight",
+        "LoRA's *: no attribute update_layer",
+        "LoraModel: no attribute get_model_config",
+        "LoraModel: no attribute inject_adapter",
+        "LoraModel: no attribute target_module_mapping",
+        "LoraModel: no attribute targeted_parameter_names",
+    ),
+    "handed on as keywords": ("PeftModel.push_to_hub: no parameter *",),
+}
+
+CONFIGS = ("PeftConfig", "LoraConfig", "LoraRuntimeConfig", "IA3Config", "TrainableTokensConfig")
+TASKS = (
+    *("PeftModel", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
+    *("PeftModelForTokenClassification", "PeftModelForQuestionAnswering", "PeftModelForFeatureExtraction"),
+)
+REQUIRED = "no default"
+
+
+class Tiny(nn.Module):
+    """One layer of each kind that most models have, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 4)
+        self.linear = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.head(self.linear(self.embedding(ids)))
+
+
+# What differs, as lines
+
+
+def modules() -> Iterator[tuple[str, Any]]:
+    """PEFT's modules; of a method that nbpeft lacks only the package, whose modules are the method's own affair."""
+    for info in pkgutil.walk_packages(peft.__path__, "peft."):
+        parts = info.name.split(".")
+        inside = len(parts) > 3 and parts[1] == "tuners" and parts[2] in METHODS
+        if not inside:
+            yield info.name, importlib.import_module(info.name)
+    yield "peft", peft
+
+
+def public_names(module: Any) -> list[str]:
+    """What a module calls public, or defines without an underscore."""
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    return getattr(module, "__all__", [name for name in defined if not name.startswith("_")])
+
+
+def is_missing(value: Any) -> bool:
+    return isinstance(value, type(missing("Class", "", ""))) or getattr(value, "__module__", "") == missing.__module__
+
+
+def differing_names() -> Iterator[str]:
+    """Names that are not there or only refuse, and signatures of those that are there."""
+    lacking = {name for _, names in METHODS.values() for name in names.split()}
+    for path, module in modules():
+        if path.partition(".")[2] not in MODULES:
+            yield f"{path}: no such module"
+            continue
+        ours = importlib.import_module(path.replace("peft", "nbpeft", 1))
+        for name in public_names(module):
+            if not hasattr(ours, name):
+                yield f"{path}: no {name}"
+            elif is_missing(getattr(ours, name)):
+                yield from () if name in lacking else (f"{path}: {name} refuses",)
+            elif callable(getattr(module, name)):
+                yield from differing_signature(f"{path}: {name}", getattr(module, name), getattr(ours, name))
+
+
+def differing_signature(title: str, theirs: Any, ours: Any) -> Iterator[str]:
+    """Parameters that ours lacks, and other defaults."""
+    if "for ``isinstance``" in str(getattr(ours, "__doc__", "")):
+        yield f"{title}: only for isinstance"
+        return
+    taken = parameters(ours)
+    for name, default in parameters(theirs).items():
+        if name not in taken:
+            yield f"{title}: no parameter {name}"
+        elif str(taken[name]) != str(default) and taken[name] != default:
+            yield f"{title}: {name}={taken[name]!r}, not {default!r}"
+
+
+def parameters(function: Any) -> dict[str, Any]:
+    """Name -> default of the parameters that have a name."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    empty = inspect.Parameter.empty
+    return {one.name: REQUIRED if one.default is empty else one.default for one in found if one.kind not in various}
+
+
+def differing_fields() -> Iterator[str]:
+    """Fields of configs that one side lacks, other defaults and methods."""
+    for name in CONFIGS:
+        theirs, ours = getattr(peft, name), getattr(nbpeft, name)
+        fields, own = defaults(theirs), defaults(ours)
+        yield from (f"{name}: no field {field}" for field in fields.keys() - own.keys())
+        yield from (f"{name}: field {field} is not PEFT's" for field in own.keys() - fields.keys())
+        for field in fields.keys() & own.keys():
+            if str(fields[field]) != str(own[field]) and fields[field] != own[field]:
+                yield f"{name}: {field}={own[field]!r}, not {fields[field]!r}"
+        yield from differing_attributes(name, theirs(), ours())
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config(), field.name) for field in dataclasses.fields(config)}
+
+
+def differing_attributes(title: str, theirs: Any, ours: Any) -> Iterator[str]:
+    """Public attributes that ours lacks, and signatures of methods; those of every module apart."""
+    common = set(dir(nn.Module()))
+    for name in dir(theirs):
+        if name.startswith("_") or name in common:
+            continue
+        if not hasattr(ours, name):
+            yield f"{title}: no attribute {name}"
+        elif inspect.isfunction(inspect.getattr_static(type(theirs), name, None)):
+            yield from differing_signature(f"{title}.{name}", getattr(theirs, name), getattr(ours, name))
+
+
+def differing_models() -> Iterator[str]:
+    """Attributes of handles, of the model between, of layers and of a module trained as a whole."""
+    config = {"target_modules": ["embedding", "linear"], "modules_to_save": ["head"]}
+    both = [library.get_peft_model(Tiny(), library.LoraConfig(**config)) for library in (peft, nbpeft)]
+    yield from differing_attributes("PeftModel", *both)
+    yield from differing_attributes("LoraModel", *[model.base_model for model in both])
+    for name in ("embedding", "linear", "head"):
+        layers = [getattr(model.base_model.model, name) for model in both]
+        yield from differing_attributes(f"LoRA's {name}", *layers)
+    for name in TASKS:
+        for method in ("__init__", "forward", "generate"):
+            theirs = getattr(getattr(peft, name), method, None)
+            if theirs is not None:
+                ours = getattr(getattr(nbpeft, name), method, None)
+                yield from differing_signature(f"{name}.{method}", theirs, ours)
+
+
+def differing_enums() -> Iterator[str]:
+    for name in ("PeftType", "TaskType"):
+        theirs, ours = getattr(peft, name), getattr(nbpeft, name)
+        yield from (f"{name}: no {member}" for member in theirs.__members__ if getattr(ours, member, None) != member)
+
+
+@cache
+def differences() -> frozenset[str]:
+    found = (differing_names, differing_fields, differing_models, differing_enums)
+    return frozenset(line for find in found for line in find())
+
+
+# The tests
+
+
+def test_every_difference_has_a_reason() -> None:
+    patterns = [pattern for listed in DIFFERENCES.values() for pattern in listed]
+    assert sorted(line for line in differences() if not any(fnmatchcase(line, one) for one in patterns)) == []
+
+
+@pytest.mark.parametrize("reason", DIFFERENCES)
+def test_every_reason_has_a_difference(reason: str) -> None:
+    gone = [one for one in DIFFERENCES[reason] if not any(fnmatchcase(line, one) for line in differences())]
+    assert gone == [], "they differ no more: take these lines out"
+
+
+def test_constants_are_pefts() -> None:
+    theirs, ours = (importlib.import_module(f"{library}.utils.constants") for library in ("peft", "nbpeft"))
+    tables = ("TRANSFORMERS_MODELS_TO_", "_MAPPING")
+    for name, value in vars(theirs).items():
+        if name.isupper() and not name.startswith(tables[0]):
+            assert getattr(ours, name) == value, name
+    for name in ("LORA_TARGET", "IA3_TARGET", "IA3_FEEDFORWARD"):
+        table = f"{tables[0]}{name}_MODULES{tables[1]}"
+        found = getattr(ours, table)
+        for model_type, targets in getattr(theirs, table).items():
+            assert set(found[model_type]) == set(targets), (table, model_type)
