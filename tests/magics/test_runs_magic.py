@@ -190,7 +190,7 @@ def test_an_interrupted_cell_can_go_on(bare: Notebook) -> None:
     assert bare.do("%lora resume").step == 3
 
 
-def test_a_run_interrupted_after_it_went_on_leaves_the_adapted_model_in_its_variable(bare: Notebook) -> None:
+def test_interrupting_a_resumed_run_leaves_the_adapted_model(bare: Notebook) -> None:
     killed(3)
     fresh = prepare(bare, adapter=False)
     interrupt = functools.partial(os.kill, os.getpid(), signal.SIGINT)

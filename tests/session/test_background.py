@@ -151,7 +151,7 @@ def test_scoring_leaves_its_dropout_on(session: Session, model: Any, monkeypatch
     assert done == [["x"]] and not switched
 
 
-def test_it_goes_on_after_a_block_that_an_interruption_kept_from_being_left(session: Session, model: Any) -> None:
+def test_it_goes_on_after_a_block_that_was_never_left(session: Session, model: Any) -> None:
     run, gate = begin(session, model)
     entered = [evaluating(model)]
     thread, _ = elsewhere(lambda: entered[0].__enter__())
