@@ -18,8 +18,8 @@ from nbpeft.checkpoint import card as model_card
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_text, parse_config
 from nbpeft.checkpoint.identity import Fingerprint
-from nbpeft.checkpoint.source import CONFIG_NAME, Source
-from nbpeft.checkpoint.staging import staged, sweep
+from nbpeft.checkpoint.source import CONFIG_NAME, Source, push
+from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
 from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata, read_tensors, storable, write_tensors
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import CheckpointError, CorruptCheckpointError, in_one_line, shortened
@@ -258,6 +258,12 @@ class FolderStore:
         if options:
             raise CheckpointError(f"unknown option {next(iter(options))!r} for saving a config")
         write_config(config.copy(auto_mapping=auto_mapping) if auto_mapping is not None else config, folder)
+
+    def push(self, config: AdapterConfig, repo_id: str, **options: Any) -> str:
+        """See ``source.push``."""
+        with scratch_folder() as folder:
+            write_config(config, folder)
+            return push(folder, repo_id, **options)
 
 
 def _write(path: Path, *, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

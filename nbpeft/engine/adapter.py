@@ -102,6 +102,10 @@ class ConfigStore(Protocol):
         """Writes a config into a folder."""
         ...
 
+    def push(self, config: AdapterConfig, repo_id: str, **options: Any) -> str:
+        """Uploads the file of a config to a repository."""
+        ...
+
 
 @dataclass
 class AdapterConfig:
@@ -246,6 +250,35 @@ class AdapterConfig:
     def save_pretrained(self, save_directory: str, **options: Any) -> None:
         """Writes ``adapter_config.json`` into a folder, atomically."""
         _store(type(self)).write(self, save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads ``adapter_config.json`` to a repository on the hub.
+
+        Args:
+            repo_id: ``user/name``; made if need be.
+            **options: ``token``, ``private``, ``endpoint``, and what ``HfApi.upload_folder`` takes.
+
+        Returns:
+            The address of the commit.
+        """
+        return _store(type(self)).push(self, repo_id, **options)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's hook before a config is made from keywords; the constructor checks them here."""
+        return kwargs
+
+    def _register_custom_module(self, custom_modules: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+        """Refuses PEFT's experimental way to bring layers of one's own.
+
+        Raises:
+            ConfigError: always.
+        """
+        names = ", ".join(module.__name__ for module in custom_modules)
+        raise ConfigError(
+            f"layer classes of PEFT's cannot be brought ({names}): register a kind of layer or a method instead, see "
+            "nbpeft.engine.registry"
+        )
 
 
 def _store(cls: type[AdapterConfig]) -> ConfigStore:

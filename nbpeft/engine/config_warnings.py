@@ -94,7 +94,11 @@ def warn_about_config(
     unmatched = config.unused_patterns([path for path, _ in modules])
     excluded = getattr(config, "exclude_modules", None)
     excluded_text = shown(excluded if excluded is None or isinstance(excluded, str) else sorted(excluded), 200)
-    unused = f"exclude_modules={excluded_text} names no module of the model" if unused_exclude else ""
+    unused = (
+        f"You have passed exclude_modules={excluded_text} but no modules were excluded: it names none of the model"
+        if unused_exclude
+        else ""
+    )
     for note, category in ((unmatched, RuntimeWarning), (unused, UserWarning)):
         if note and strict:
             raise TargetError(note)

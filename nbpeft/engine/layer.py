@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -377,6 +377,17 @@ class AdaptedLayer(PeftLayerMixin):
     def __repr__(self) -> str:
         self.show_adapters()
         return super().__repr__()
+
+    def reached_children(self) -> tuple[nn.Module, nn.Module]:
+        """The frozen layer and the adapters: what is called, moved and put into another mode."""
+        return self.base_layer, self.adapters
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode."""
+        self.training = mode
+        for child in self.reached_children():
+            child.train(mode)
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT; see ``nn.Module``."""

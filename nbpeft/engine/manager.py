@@ -493,10 +493,10 @@ class AdapterManager:
 
     def _gather(self, change: Transaction) -> None:
         """Ends what was said about the activity on single layers; where all say the same, that is what is active."""
+        if not self.active_state.apart:
+            return
         states: list[Any] = [layer.active_state for layer in self.layers.values()]
         apart = [state for state in states if isinstance(state, LayerState)]
-        if not apart:
-            return
         self._keep_choice(change)
         for layer in self.active_state.apart:
             change.keep_attributes(layer, "active_state")
@@ -507,7 +507,7 @@ class AdapterManager:
                 "enabled from now on",
                 stacklevel=5,
             )
-        alike = len(apart) == len(states) and len({state.names for state in apart}) == 1
+        alike = len(apart) == len(states) > 0 and len({state.names for state in apart}) == 1
         if alike and apart[0].names and all(name in self.configs for name in apart[0].names):
             self._selected = apart[0].names
         self._enabled = any(enabled)

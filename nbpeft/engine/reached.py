@@ -6,9 +6,10 @@ from torch import nn
 
 
 def reached_modules(model: nn.Module) -> list[nn.Module]:
-    """Returns all modules that ``train()`` and ``to()`` of a model reach, each once, the model itself first.
+    """Returns all modules that ``train()`` of a model reaches, each once, the model itself first.
 
-    ``modules()`` of a model lists what PEFT's users know; adapters are not among that.
+    ``modules()`` of a model lists what PEFT's users know; adapters are not among that. A module whose
+    ``children()`` are others, too, has ``reached_children()``.
     """
     found: dict[int, nn.Module] = {}
     waiting = [model]
@@ -16,5 +17,6 @@ def reached_modules(model: nn.Module) -> list[nn.Module]:
         module = waiting.pop()
         if id(module) not in found:
             found[id(module)] = module
-            waiting.extend(reversed(list(module.children())))
+            children = getattr(type(module), "reached_children", nn.Module.children)(module)
+            waiting.extend(reversed(list(children)))
     return list(found.values())

@@ -14,6 +14,7 @@ from torch import nn
 
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
 
 _TIED = "tie_word_embeddings"
@@ -35,7 +36,7 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
     merging = {path: adapters for path, adapters in acting.items() if adapters}
     wanted = {id(layers[path].base_layer._parameters["weight"]) for path in merging}
     users: dict[int, set[int]] = {}
-    for module in model.modules():
+    for module in reached_modules(model):
         for parameter in module._parameters.values():
             if id(parameter) in wanted:
                 users.setdefault(id(parameter), set()).add(id(module))
@@ -72,7 +73,7 @@ def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
     if None in ends or ends[0] is ends[1]:
         return
     seen: set[int] = set()
-    for module in model.modules():
+    for module in reached_modules(model):
         weight = module._parameters.get("weight")
         if weight is None or not any(weight is end for end in ends):
             continue

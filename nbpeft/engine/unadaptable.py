@@ -74,7 +74,7 @@ def check_copy(path: str, module: nn.Module, wrapper: nn.Module | None) -> None:
         raise TargetError(f"{path} cannot be trained as a whole (modules_to_save): its {inner} carries adapters")
     if isinstance(module, _CONTAINERS):
         raise LayerKindError(
-            f"{path} is a {type(module).__name__}, which holds modules but has no forward of its own; "
-            "name the modules inside it in modules_to_save",
+            f"modules_to_save cannot be applied to modules of type {type(module).__name__}, such as {path}, which "
+            "has no forward of its own; name the modules inside it",
             path=path,
         )

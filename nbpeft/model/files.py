@@ -19,6 +19,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.peft_modules import ADAPTER_PARTS, shown_name
 from nbpeft.engine.plan import InjectionPlan
+from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
@@ -208,7 +209,8 @@ def _device(manager: AdapterManager, wanted: object) -> str:
     """Returns the device to read to: the one asked for, or the base model's if it is on one device only."""
     if wanted is not None:
         return str(wanted)
-    devices = {str(parameter.device) for parameter in manager.model.parameters()}
+    held = (module._parameters.values() for module in reached_modules(manager.model))
+    devices = {str(parameter.device) for own in held for parameter in own if parameter is not None}
     return devices.pop() if len(devices) == 1 and devices != {"meta"} else "cpu"
 
 

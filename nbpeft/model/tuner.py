@@ -29,6 +29,8 @@ class BaseTuner(nn.Module):
 
     prefix: str = ""
     """Starts the names of the parameters of the first adapter's method."""
+    uses_shared_state: bool = False
+    """Whether layers of that method share tensors."""
     tuner_layer_cls: type[Any] = PeftLayerMixin
     """What adapted layers are instances of."""
 
@@ -227,6 +229,7 @@ def tuner_class(method: Method) -> type[BaseTuner]:
     if name not in _classes:
         own: dict[str, Any] = {
             "prefix": method.prefix,
+            "uses_shared_state": method.shared is not None,
             "tuner_layer_cls": layer_type(method.peft_type, method.layer_name or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,

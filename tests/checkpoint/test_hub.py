@@ -139,6 +139,12 @@ def test_push_and_read_back(hub: Hub, options: dict[str, Any], tmp_path: Path) -
     assert rank_of(read_checkpoint("me/new", **options).config) == 7
 
 
+def test_a_config_is_pushed_by_itself(hub: Hub, options: dict[str, Any]) -> None:
+    LoraConfig(r=5, target_modules=["q"]).push_to_hub("me/config", token="hf_t", endpoint=hub.endpoint)
+    assert list(hub.files["me/config"]) == ["adapter_config.json"]
+    assert LoraConfig.from_pretrained("me/config", **options).to_dict()["r"] == 5
+
+
 def test_push_that_cannot_be(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no folder"):
         push(tmp_path / "absent", "me/new", endpoint=hub.endpoint)

@@ -79,13 +79,14 @@ def test_a_completion_alone_is_learned(tmp_path: Path) -> None:
 def test_every_trainer_learns_as_with_peft_installed_or_not(tmp_path: Path) -> None:
     alone = tuple(name for name in CASES if name != "sft-nll")
     both = dict.fromkeys(("nbpeft", "peft", "as-peft"), CASES + SPECIAL)
-    found = results(NEWEST, tmp_path, both | dict.fromkeys(("alone", "as-peft-alone"), alone + SPECIAL))
+    apart = dict.fromkeys(("alone", "as-peft-alone"), alone + SPECIAL) | {"late-as-peft-alone": SPECIAL}
+    found = results(NEWEST, tmp_path, both | apart)
     for side in ("nbpeft", "as-peft"):
         compare(found[side], found["peft"], CASES)
         check_counts(found[side])
     for side in ("alone", "as-peft-alone"):
         compare(found[side], found["peft"], alone)
-    for side in ("nbpeft", "alone", "as-peft", "as-peft-alone"):
+    for side in found.keys() - {"peft"}:
         made, theirs = (found[each]["sft-config"] for each in (side, "peft"))
         assert "error" not in made, made["trace"]
         assert made["library"] == "nbpeft" and made["losses"][0] == pytest.approx(theirs["losses"][0], rel=1e-5)

@@ -1,10 +1,10 @@
 """Trains a tiny model with Trainers of TRL, in a process of its own, and writes down what was learned.
 
-    python trl_run.py {peft,nbpeft,alone,as-peft,as-peft-alone} ADAPTERS RESULTS.json CASE...
+    python trl_run.py {peft,nbpeft,alone,as-peft,as-peft-alone,late-as-peft-alone} ADAPTERS RESULTS.json CASE...
 
-``as-peft`` is nbpeft by the name ``peft``, and ``alone`` as if PEFT were not installed. ADAPTERS holds
-the starting adapters (``write_adapters`` makes them with PEFT). For each case the results hold the
-losses and, of every batch, the number of tokens learned and the sum of each mask.
+``as-peft`` is nbpeft by the name ``peft``, ``alone`` as if PEFT were not installed, and ``late`` with TRL imported
+before. ADAPTERS holds the starting adapters (``write_adapters`` makes them with PEFT). For each case the results
+hold the losses and, of every batch, the number of tokens learned and the sum of each mask.
 """
 
 from __future__ import annotations
@@ -225,7 +225,9 @@ def main(side: str, adapters: str, results: str, *names: str) -> None:
     torch.set_num_threads(1)
     if side.endswith("alone"):
         sys.modules["peft"] = None  # type: ignore[assignment]
-    if side.startswith("as-peft"):
+    if side.startswith("late"):
+        classes()
+    if "as-peft" in side:
         install_as_peft()
     library = __import__("peft" if "peft" in side.split("-") else "nbpeft")
     found: dict[str, Any] = {}

@@ -165,10 +165,13 @@ class LoraConfig(AdapterConfig):
             )
         _check_init_name(self.init_lora_weights)
         if self.use_dora and self.lora_bias:
-            raise ConfigError("lora_bias=True does not go with use_dora=True", field="lora_bias")
+            raise ConfigError(
+                "The argument lora_bias=True is not supported for DoRA (use_dora=True)", field="lora_bias"
+            )
         if self.lora_bias and isinstance(self.init_lora_weights, str):
             raise ConfigError(
-                f"lora_bias=True goes with init_lora_weights True or False, not {self.init_lora_weights!r}",
+                f"The argument lora_bias=True is supported with init_lora_weights True or False, not "
+                f"{self.init_lora_weights!r}",
                 field="lora_bias",
             )
 

@@ -62,7 +62,9 @@ class LoRA(LowRankAdapter, ServesRows, IsLowRank):
         shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
         if config.lora_bias:
             if low_rank.zero_init_factor == 0:
-                raise ConfigError(f"{path}: lora_bias=True does not work on an {kind.name}; exclude it", path=path)
+                raise ConfigError(
+                    f"{path}: lora_bias=True is not supported for {kind.peft_name}; exclude it", path=path
+                )
             shapes[f"{low_rank.factor_names[1]}_bias"] = (kind.features(module)[1],)
         return shapes
 

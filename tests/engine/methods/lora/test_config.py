@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError
@@ -40,3 +41,9 @@ def test_an_impossible_value_is_told_with_its_field(field: str, value: Any, mess
 def test_a_pattern_of_layers_is_a_name_or_names() -> None:
     with pytest.raises(ConfigError, match="layers_pattern must be a name pattern or a list of names, not 3"):
         LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=3)
+
+
+def test_layer_classes_of_ones_own_are_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"layer classes of PEFT's cannot be brought \(LSTM\): register"):
+        LoraConfig()._register_custom_module({nn.LSTM: nn.Module})
+    assert LoraConfig.check_kwargs(r=3) == {"r": 3}

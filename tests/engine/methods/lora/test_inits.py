@@ -178,7 +178,7 @@ def test_names_of_inits_are_read_in_any_case() -> None:
         ({"init_lora_weights": "pisa"}, "Did you mean 'pissa'"),
         ({"init_lora_weights": "pissa_niter_"}, "is not implemented"),
         ({"init_lora_weights": "eva"}, "is not implemented"),
-        ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias=True goes with"),
+        ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias=True is supported with"),
     ],
 )
 def test_what_an_init_cannot_do_is_refused(more: dict[str, Any], message: str) -> None:
