@@ -201,6 +201,8 @@ def test_nothing_is_cut_at_any_width(open_notebook: Opener, pictures: Path, app:
     page.output(1).get_by_role("button", name="Delete", exact=True).first.click()
     wide = page.output(1).locator(".nbpeft-panel, .nbpeft-row, .nbpeft-choices, .nbpeft-settings, .nbpeft-foot")
     assert wide.evaluate_all("parts => parts.every(part => part.scrollWidth <= part.clientWidth + 1)")
+    heads = page.output(1).locator(".nbpeft-head .nbpeft-grid > div").filter(visible=True)
+    assert heads.evaluate_all("parts => parts.every(part => part.scrollWidth <= part.clientWidth)")
     edge = "panel => panel.getBoundingClientRect().right"
     right = page.output(1).locator(".nbpeft-panel").evaluate(edge)
     controls = page.output(1).locator("button, input").filter(visible=True)
