@@ -63,12 +63,12 @@ def install_as_peft() -> ExitStack:
         _undo.callback(sys.modules.update, _take_modules())
         _finder = _PeftFinder("peft")
         sys.meta_path.insert(0, _finder)
-        _clear_answers()
-        if absent:
-            _catch_up()
-        until_end = ExitStack()
-        until_end.callback(uninstall_as_peft)
-        return until_end
+        with ExitStack() as until_end:
+            until_end.callback(uninstall_as_peft)
+            _clear_answers()
+            if absent:
+                _catch_up()
+            return until_end.pop_all()
 
 
 def uninstall_as_peft() -> None:

@@ -124,10 +124,8 @@ def merged_gguf(
     def describe(writer: Any, folder: Path) -> None:
         with checkpoint.scratch_folder() as scratch:
             tokenizer.save_pretrained(str(scratch))
-            special = {
-                key: value for key in ("bos", "eos", "pad") if (value := getattr(config, f"{key}_token_id", None))
-            }
-            text = json.dumps({f"{key}_token_id": value for key, value in special.items()})
+            ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            text = json.dumps({key: value for key, value in ids.items() if value is not None})
             (scratch / "config.json").write_text(text, encoding="utf-8")
             _name(writer, folder, {}, gguf.GGUFType.MODEL)
             model.describe(writer, stored_as)
