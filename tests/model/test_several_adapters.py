@@ -40,7 +40,7 @@ def test_a_merge_that_fails_leaves_what_was_merged() -> None:
     model = three()
     model.merge_adapter(["one"])
     before, output = state(model), logits(model)
-    next(p for name, p in model.named_parameters() if ".three.lora_A" in name).data[0, 0] = float("nan")
+    next(p for name, p in model.named_parameters() if ".lora_A.three" in name).data[0, 0] = float("nan")
     before = state(model)
     with pytest.raises(MergeError, match="NaNs detected"):
         model.merge_adapter(["three"], safe_merge=True)

@@ -50,7 +50,7 @@ def test_a_is_frozen_and_the_projection_is_that_of_the_paper():
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
     backward(model)
     for name, lora_B in parameters.items():
-        if name.endswith(".lora_B"):
+        if ".lora_B." in name:
             lora_A = parameters[name.replace(".lora_B", ".lora_A")].double()
             expected = lora_B.grad.double() @ torch.linalg.inv(lora_A @ lora_A.T) / 2.0**2
             torch.testing.assert_close(optimizer.projected(lora_B).double(), expected, rtol=1e-4, atol=1e-9)
@@ -82,7 +82,7 @@ def test_a_dora_magnitude_is_trained_as_it_is():
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
     losses = steps(model, optimizer, 6)
     assert losses[-1] < losses[0] - 0.01
-    magnitudes = [part for name, part in model.named_parameters() if name.endswith("magnitude_vector")]
+    magnitudes = [part for name, part in model.named_parameters() if "magnitude_vector" in name]
     backward(model)
     assert magnitudes and all(torch.equal(optimizer.projected(part), part.grad) for part in magnitudes)
 
