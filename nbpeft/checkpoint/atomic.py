@@ -213,13 +213,15 @@ def in_place_of(folder: Path, *, allowed: bool) -> Iterator[None]:
         return
     with disk_errors(folder):
         staging = Staging(folder.parent)
-        aside = staging.path / ASIDE / folder.name
-        aside.parent.mkdir()
-        os.replace(folder, aside)
+    aside = staging.path / ASIDE / folder.name
     try:
+        with disk_errors(folder):
+            aside.parent.mkdir()
+            os.replace(folder, aside)
         yield
     except BaseException:
-        os.replace(aside, folder)
+        if aside.exists() and not folder.exists():
+            os.replace(aside, folder)
         raise
     finally:
         staging.close()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.errors import CheckpointError
+from nbpeft.errors import CheckpointError, in_one_line
 from nbpeft.optional import needs
 
 GGUF_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -97,8 +97,8 @@ def read_gguf(path: Path) -> dict[str, Tensor]:
     gguf = gguf_package()
     try:
         found = gguf.GGUFReader(path).tensors
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError, IndexError, KeyError) as error:  # the package reads past the end of a short file
+        raise CheckpointError(f"{path} cannot be read: {in_one_line(error)}") from None
     return {
         tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         for tensor in found

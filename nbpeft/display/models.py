@@ -74,7 +74,7 @@ def condition(adapter: AdapterState, *, with_active: bool = True) -> str:
     if adapter.unsaved:
         words = [*(word for word in words if with_active or word not in ("trainable", "inactive")), "not saved"]
     if adapter.scale != 1.0:
-        words.append(f"× {adapter.scale:g}")
+        words.append(f"×\u00a0{adapter.scale:g}")
     return ", ".join(words)
 
 

@@ -104,9 +104,7 @@ def main_help(cells: Mapping[str, Subcommand], subcommands: Mapping[str, Subcomm
 
 
 def _overview(command: Subcommand, prog: str) -> tuple[str, str]:
-    lines = [text.strip() for text in command.example.split("\n")] if command.example else [prog]
-    summary = command.summary.partition(". ")[0].rstrip(".") + "."
-    return "\n    ".join(lines), summary
+    return command.example or prog, command.summary.partition(". ")[0].rstrip(".") + "."
 
 
 def _left(item: Argument) -> str:

@@ -94,8 +94,9 @@ class PeftModel(nn.Module):
         """Becomes the one handle of a base model."""
         with manager.transaction(during_calls=True, quiet=True) as change:
             change.keep_attributes(manager, "owner")
-            first = next(iter(manager.configs.values()))
-            self.base_model = tuner_class(method_of(first))(model, manager)
+            first = next(iter(manager.configs.values()), None)  # none where a pool has all of them
+            tuner = BaseTuner if first is None else tuner_class(method_of(first))
+            self.base_model = tuner(model, manager)
             self.__dict__[MANAGER] = manager
             self.training = model.training
             clear_gguf_flags(model, change)

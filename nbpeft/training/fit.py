@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -329,9 +329,9 @@ def _fit(
     try:
         with _restoring(model):
             with ExitStack() as block:
+                block.enter_context(_interrupted_once(run))
                 for part in around:
                     block.enter_context(part)
-                block.enter_context(suppress(TrainingInterrupted))  # raised again when everything is in order
                 block.enter_context(run)
                 trainer = _make_trainer(trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
@@ -360,6 +360,16 @@ def _fit(
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None
             trainer.model_wrapped = None
+
+
+@contextmanager
+def _interrupted_once(run: Run) -> Iterator[None]:
+    """Holds the interruption of a run, which is raised when everything is in order, and any further one with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not run.interrupted:
+            raise
 
 
 def _make_trainer(trainer_class: type[Any], model: nn.Module, options: dict[str, Any]) -> Any:

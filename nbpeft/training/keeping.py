@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -289,10 +289,13 @@ class RunKeeper(TrainerCallback):
         try:
             yield
         except (CheckpointError, OSError) as error:
-            since = "" if self.folder is None else " from here on"
-            if self.folder is not None:
-                self.folder.close()
-                self.folder = None
+            folder, self.folder = self.folder, None
+            since = "" if folder is None else " from here on"
+            if folder is not None:
+                folder.close()
+                with suppress(OSError):  # empty where not even its settings could be written
+                    folder.path.rmdir()
+                self._run.folder = self._run.folder if folder.path.is_dir() else ""
             self._run.note(f"this run is not kept on disk{since}: {in_one_line(error)}")
 
 

@@ -410,7 +410,7 @@ class Run:
     def stop_message(self) -> str:
         """``stopped at step 12``, with the reason where one was given."""
         reason = f": {self.control.reason}" if self.control.reason else ""
-        return " · ".join([f"stopped at step {self._record.step}{reason}", *self._notes])
+        return " · ".join([f"stopped at step {self._record.step:,}{reason}", *self._notes])
 
     @property
     def elapsed(self) -> float:

@@ -64,11 +64,11 @@ PANEL_CSS = f"""
   box-sizing: border-box; }}
 .nbpeft-foot {{ padding-top: 6px; }}
 .nbpeft-grid {{ display: grid; align-items: start;
-  grid-template-columns: minmax(0, 1.9fr) minmax(0, 1.1fr) minmax(0, 1fr) minmax(0, 1.1fr); }}
+  grid-template-columns: minmax(0, 1.9fr) minmax(0, 1.1fr) minmax(92px, 1fr) minmax(0, 1.1fr); }}
 .nbpeft-grid > div {{ padding: 4px 8px; overflow: hidden; overflow-wrap: anywhere; }}
 .nbpeft-grid > .nbpeft-number {{ text-align: right; white-space: nowrap; }}
 @container (max-width: 520px) {{
-  .nbpeft-grid {{ grid-template-columns: minmax(0, 1.6fr) minmax(0, 1fr) minmax(0, 1fr); }}
+  .nbpeft-grid {{ grid-template-columns: minmax(0, 1.6fr) minmax(92px, 1fr) minmax(0, 1fr); }}
   .nbpeft-grid > .nbpeft-extra {{ display: none; }}
   .nbpeft-head .widget-html-content {{ margin-right: 0; }}
   .nbpeft-row-buttons {{ width: 100%; padding-bottom: 4px; }}

@@ -127,7 +127,7 @@ def test_a_method_says_what_its_settings_are(item: AdapterState, text: str) -> N
     [
         ({"active": True}, "active, trainable", "trainable"),
         ({"active": True, "trainable": False, "frozen": True}, "active, frozen", "frozen"),
-        ({"active": True, "scale": 0.5}, "active, trainable, × 0.5", "trainable, × 0.5"),
+        ({"active": True, "scale": 0.5}, "active, trainable, ×\u00a00.5", "trainable, ×\u00a00.5"),
         ({"trainable": False}, "inactive", "inactive"),
         ({"trainable": False, "frozen": True}, "inactive, frozen", "inactive, frozen"),
         ({"active": True, "merged": True}, "merged", "merged"),

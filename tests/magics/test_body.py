@@ -6,6 +6,8 @@ import pytest
 
 from nbpeft.errors import CellError
 from nbpeft.magics.body import evaluate, excerpt, parse_body, parse_fields
+from nbpeft.magics.lora import CELLS
+from nbpeft.magics.parse import Subcommand
 from nbpeft.magics.tokenize import tokenize
 
 
@@ -129,3 +131,9 @@ def test_field_words_that_cannot_be_read(line: str, message: str) -> None:
 def test_a_line_with_a_secret_is_shown_without_it(line: str) -> None:
     shown = excerpt(line, CellError("wrong", line=1, column=4))
     assert "***" in shown and "hf_a" not in shown and "s3cret" not in shown
+
+
+@pytest.mark.parametrize("command", CELLS.values(), ids=list(CELLS))
+def test_the_example_of_the_help_is_a_cell(command: Subcommand) -> None:
+    _, *body = command.example.split("\n")
+    assert parse_body("\n".join(body))

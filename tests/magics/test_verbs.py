@@ -76,7 +76,7 @@ def test_scale(trained: Notebook) -> None:
     scaled = logits(trained["model"])
     trained.do("%lora off")
     assert torch.allclose(scaled, logits(trained["model"]))
-    assert "× 0" in str(trained.do("%lora on")) or "× 0" in str(trained.do("%lora"))
+    assert "×\u00a00" in str(trained.do("%lora on")) or "×\u00a00" in str(trained.do("%lora"))
 
 
 def test_merge_and_unmerge(trained: Notebook) -> None:

@@ -94,4 +94,4 @@ def test_merged_off_and_scaled() -> None:
     assert "merged: sql" in str(StatusReport(SessionState((dataclasses.replace(MODEL, merged=("sql",)),))))
     assert "off: only the base" in str(StatusReport(SessionState((dataclasses.replace(MODEL, enabled=False),))))
     scaled = dataclasses.replace(MODEL, adapters=(dataclasses.replace(ADAPTER, scale=0.5),))
-    assert "× 0.5" in str(StatusReport(SessionState((scaled,))))
+    assert "×\u00a00.5" in str(StatusReport(SessionState((scaled,))))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -96,3 +98,8 @@ def sentencepiece_like(prefix: bool) -> Any:
 
 def ids() -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(3))
+
+
+def keys(path: Path) -> dict[str, Any]:
+    """The keys of a GGUF file."""
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}

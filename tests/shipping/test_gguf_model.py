@@ -10,21 +10,16 @@ import gguf
 import pytest
 import torch
 import transformers
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from nbpeft.checkpoint import read_gguf
 from nbpeft.errors import AdapterError, ConfigError, MissingPackageError
 from nbpeft.model import LoraConfig, get_peft_model
 from nbpeft.shipping import ship
-from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, sentencepiece_like, tokenizer
+from tests.shipping.support import FAMILIES, SIZES, adapted, base_model, ids, keys, tokenizer
 from tests.tiny_models import logits
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def keys(path: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 def merged_weight(model: Any, path: str) -> torch.Tensor:
@@ -127,36 +122,6 @@ def test_a_merged_file_in_q8_0_is_near(tmp_path: Path) -> None:
     assert done.byte_count < 0.3 * exact.byte_count
 
 
-def test_the_tokenizer_in_the_file_reads_text_the_same(tmp_path: Path) -> None:
-    made = tokenizer()
-    ship(adapted(), engine="llama.cpp", merged=True, tokenizer=made, to=tmp_path / "served")
-    known = keys(tmp_path / "served" / "model.gguf")
-    assert known["tokenizer.ggml.model"] == "gpt2" and known["tokenizer.ggml.pre"] == "smollm"
-    assert known["tokenizer.ggml.bos_token_id"] == 0 and known["tokenizer.ggml.eos_token_id"] == 1
-    assert known["tokenizer.chat_template"] == made.chat_template
-    assert len(known["tokenizer.ggml.tokens"]) == 300 and known["tokenizer.ggml.token_type"][:2] == [3, 3]
-    assert not known["tokenizer.ggml.add_bos_token"]
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "served", gguf_file="model.gguf")
-    text = "select the orders of Bogotá"
-    assert loaded(text)["input_ids"] == made(text)["input_ids"]
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-def test_a_sentencepiece_like_tokenizer_gets_scores(prefix: bool, tmp_path: Path) -> None:
-    made = sentencepiece_like(prefix)
-    ship(adapted(), engine="llama.cpp", merged=True, tokenizer=made, to=tmp_path / "served")
-    known = keys(tmp_path / "served" / "model.gguf")
-    assert known["tokenizer.ggml.model"] == "llama" and known["tokenizer.ggml.add_space_prefix"] is prefix
-    assert known["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6], "unknown, two control tokens, bytes"
-    scores = dict(zip(known["tokenizer.ggml.tokens"], known["tokenizer.ggml.scores"], strict=True))
-    assert scores["or"] == 0 and scores["or"] > scores["ord"] > scores["orders"] > scores["o"] == scores["<unk>"]
-    assert known["tokenizer.ggml.add_bos_token"]
-    if prefix:
-        loaded = AutoTokenizer.from_pretrained(tmp_path / "served", gguf_file="model.gguf")
-        for text in ("orders of ord", "or é"):
-            assert loaded(text)["input_ids"][-3:] == made(text)["input_ids"][-3:]
-
-
 ADAPTERS_ONLY = {
     "Gemma2": {"head_dim": 16},
     "Gemma3": {"head_dim": 16},
@@ -184,16 +149,12 @@ def test_of_some_classes_only_adapters_are_written(family: str, tmp_path: Path) 
         ship(model, engine="llama.cpp", merged=True, tokenizer=tokenizer(), to=tmp_path / "other")
 
 
-def test_other_classes_and_tokenizers_are_refused(tmp_path: Path) -> None:
+def test_other_classes_and_embeddings_are_refused(tmp_path: Path) -> None:
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300}
     gpt2 = get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), LoraConfig(target_modules=["c_attn"]), "sql")
     for merged in (False, True):
         with pytest.raises(AdapterError, match=r"a GPT2LMHeadModel, which is none of .*Llama, Mis"):
             ship(gpt2, engine="llama.cpp", merged=merged, tokenizer=tokenizer(), to=tmp_path / "served")
-    strange = tokenizer()
-    strange.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ConfigError, match="the way this tokenizer splits text is not one that is known here"):
-        ship(adapted(), engine="llama.cpp", merged=True, tokenizer=strange, to=tmp_path / "served")
     scaled = base_model("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ConfigError, match="rotary embeddings of type 'dynamic'"):
         ship(adapted(scaled), engine="llama.cpp", merged=True, tokenizer=tokenizer(), to=tmp_path / "served")

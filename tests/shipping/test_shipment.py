@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,18 @@ from transformers import AutoModelForCausalLM
 
 import nbpeft
 from nbpeft.errors import AdapterError, CheckpointError, ConfigError, MergeError
-from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from nbpeft.model import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_compiled_hotswap,
+    quantize_model,
+)
 from nbpeft.names import SERVING_ENGINES, STORED_TYPES
 from nbpeft.shipping import ENGINES, ship
+from tests.effort import drawn
+from tests.faults.harness import traced
+from tests.faults.test_interrupts import interrupted_at
 from tests.shipping.support import VOCABULARY, adapted, base_model, ids, tokenizer
 from tests.tiny_models import logits, same_state, state
 
@@ -88,6 +99,30 @@ def test_an_adapter_that_started_in_the_weights_becomes_plain(init: str, tmp_pat
     assert "plain LoRA of rank 8" in " ".join(done.notes)
     loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
     assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-4)
+
+
+def test_padding_for_hot_swapping_is_not_shipped(tmp_path: Path) -> None:
+    model = adapted()
+    expected = logits(model, ids())
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    ship(model, engine="vllm", to=tmp_path / "served")
+    done = ship(model, engine="llama.cpp", to=tmp_path / "gguf")
+    assert config_of(tmp_path / "served")["r"] == 4
+    assert done.byte_count == ship(adapted(), engine="llama.cpp", dry_run=True).byte_count
+    loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
+    assert torch.allclose(logits(loaded, ids()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantized", ["nf4", "int8"])
+def test_an_adapter_on_quantized_weights_is_shipped_with_a_note(quantized: str, tmp_path: Path) -> None:
+    base = base_model()
+    quantize_model(base, bits=4 if quantized == "nf4" else 8)
+    model = adapted(base)
+    done = ship(model, engine="llama.cpp", to=tmp_path / "served")
+    assert "trained on quantized weights" in " ".join(done.notes)
+    merged = ship(model, engine="llama.cpp", merged=True, quantize="f32", tokenizer=tokenizer(), to=tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(merged.folder, gguf_file="model.gguf").eval()
+    assert float((logits(loaded, ids()) - logits(model, ids())).abs().mean()) < 0.05
 
 
 def test_a_scale_is_part_of_what_is_written(tmp_path: Path) -> None:
@@ -234,6 +269,24 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
         ship(model, engine="vllm", to=tmp_path / "new" / "served")
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["served"] and same_state(state(model), weights)
+
+
+def test_interrupted_anywhere_the_folder_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    place, models = tmp_path / "served", (adapted(r=2), adapted(r=4))
+    for model in models:
+        ship(model, engine="vllm", to=place, overwrite=True)
+    visits: Counter[tuple[str, int]] = Counter()
+    with traced(lambda file, line: visits.update([(file, line)])):
+        ship(models[1], engine="vllm", to=place, overwrite=True)
+    lines = [spot for spot in visits if spot[0].endswith(("shipment.py", "formats.py", "atomic.py", "staging.py"))]
+    assert len(lines) > 100
+    for spot in drawn(sorted(lines), quick=25):
+        ship(models[0], engine="vllm", to=place, overwrite=True)
+        with contextlib.suppress(KeyboardInterrupt), interrupted_at((*spot, 1)):
+            ship(models[1], engine="vllm", to=place, overwrite=True)
+        tensors = safetensors.torch.load_file(place / "adapter_model.safetensors")
+        assert {min(tensor.shape) for tensor in tensors.values()} == {config_of(place)["r"]}, spot
+        assert f"| `r` | `{config_of(place)['r']}` |" in (place / "README.md").read_text()
 
 
 @pytest.mark.parametrize("engine", ["vllm", "llama.cpp", "transformers"])

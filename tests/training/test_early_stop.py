@@ -90,7 +90,7 @@ def test_a_second_interruption_does_not_mix_two_states(monkeypatch: pytest.Monke
     monkeypatch.setattr(EarlyStop, "_put_back", lambda self: [putting.append(True), put_back(self)])
     model = trainable()
     kept = Kept(model, interrupt_at=6)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingInterrupted):
         train(model, token_rows(8), token_rows(8, 5), callbacks=[kept], patience=50, eval_steps=1, **SETTINGS)
     best = min(kept.losses, key=lambda step: kept.losses[step])
     assert putting and best < 6

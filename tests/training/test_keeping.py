@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from nbpeft.errors import TrainingError
+from nbpeft.errors import CheckpointError, TrainingError, TrainingInterrupted
+from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunStore
 from nbpeft.state import Sample
 from nbpeft.training import Run, RunControl, keeping, train
@@ -192,8 +193,9 @@ def test_a_second_interruption_waits_until_the_last_state_is_kept(place: Path, m
 
     put = keeping.put_checkpoint
     monkeypatch.setattr(keeping, "put_checkpoint", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(TrainingInterrupted) as caught:
         train(trainable(), token_rows(), run_dir=place, callbacks=[EachStep(interrupt)], **QUICK)
+    assert caught.value.result.steps == 3
     record = the_run(place)
     assert (record.status, record.kept_steps[0]) == ("stopped", 3)
     RunStore(place).rename(record.name, "free")
@@ -224,6 +226,16 @@ def test_where_nothing_can_be_written_training_goes_on(tmp_path: Path) -> None:
     result = train(trainable(), token_rows(), run_dir=tmp_path / "file" / "runs", **QUICK)
     assert (result.status, result.steps, result.state.folder) == ("finished", 6, "")
     assert result.message.startswith("this run is not kept on disk: ") and result.message.count("kept") == 1
+
+
+def test_a_run_whose_settings_cannot_be_written_leaves_no_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(RunFolder, "write", full)
+    result = train(trainable(), token_rows(), run_dir=place, **QUICK)
+    assert result.steps == 6 and "not kept on disk from here on: the disk is full" in result.message
+    assert [path.name for path in place.iterdir()] == [".gitignore"] and not result.state.folder
 
 
 def test_a_disk_that_fills_ends_the_keeping_alone(place: Path, often: None, monkeypatch: pytest.MonkeyPatch) -> None:

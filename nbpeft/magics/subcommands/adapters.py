@@ -41,7 +41,7 @@ _ARGUMENTS = (
     "Configure an adapter and apply it to a model. The cell's lines are fields of the config, name = value.",
     *_ARGUMENTS,
     fields="config",
-    example="%%lora model --name sql\n  r = 16\n  target_modules = 'all-linear'",
+    example="%%lora model --name sql\nr = 16\ntarget_modules = 'all-linear'",
     cell=True,
 )
 @subcommand(

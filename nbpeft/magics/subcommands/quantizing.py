@@ -49,7 +49,7 @@ OWN_FIELDS = (*QUANTIZATION_FIELDS, *PREPARING_FIELDS, *LOADING_FIELDS)
     *DRY_RUN_SIZES,
     ALLOW_MISSING,
     fields="qlora",
-    example="%%qlora HuggingFaceTB/SmolLM2-135M-Instruct --as model --name sql\n  bits = 4\n  r = 16",
+    example="%%qlora HuggingFaceTB/SmolLM2-135M-Instruct --as model --name sql\nbits = 4\nr = 16",
     cell=True,
 )
 def qlora(options: argparse.Namespace, notebook: NotebookContext) -> object:

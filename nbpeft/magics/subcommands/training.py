@@ -68,7 +68,7 @@ _RESERVED = (
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
     argument("--background", "-b", action="store_true", help="the cell returns at once; other cells run meanwhile"),
     fields="training",
-    example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\n  num_train_epochs = 1",
+    example="%%lora_train model --data train_ds --eval eval_ds --tokenizer tok\nnum_train_epochs = 1",
     cell=True,
 )
 def train(options: argparse.Namespace, notebook: NotebookContext) -> object:

@@ -1,0 +1,44 @@
+"""GGUF files as such: sizes before writing, and what cannot be written or read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from nbpeft.checkpoint import GGUF_TYPES, GgufTensor, file_type, read_gguf, write_gguf
+from nbpeft.errors import CheckpointError
+
+
+def nothing(writer: Any) -> None:
+    """Adds no keys."""
+
+
+@pytest.mark.parametrize("stored_as", GGUF_TYPES)
+def test_sizes_are_known_before_and_values_come_back(stored_as: str, tmp_path: Path) -> None:
+    values = {"a": torch.randn(3, 64), "b": torch.randn(2, 32)}
+    tensors = [
+        GgufTensor(name, tuple(value.shape), stored_as, lambda value=value: value)  # type: ignore[misc]
+        for name, value in values.items()
+    ]
+    write_gguf(tmp_path / "x.gguf", "llama", nothing, tensors)
+    found = gguf.GGUFReader(tmp_path / "x.gguf").tensors
+    assert [tensor.n_bytes for tensor in found] == [tensor.byte_count for tensor in tensors]
+    assert all(torch.allclose(value, values[name], atol=3e-2) for name, value in read_gguf(tmp_path / "x.gguf").items())
+    assert file_type(stored_as).name.lower().endswith(stored_as)
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    tensor = GgufTensor("a", (2, 32), "f32", lambda: torch.zeros(2, 31))
+    with pytest.raises(CheckpointError, match=r"a came as \(2, 31\), planned as \(2, 32\)"):
+        write_gguf(tmp_path / "x.gguf", "llama", nothing, [tensor])
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"x" * 100])
+def test_what_is_no_gguf_file_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.gguf cannot be read"):
+        read_gguf(tmp_path / "x.gguf")
