@@ -17,7 +17,7 @@ _PACKAGE = __name__.partition(".")[0]
 class PeftModules:
     """Finds PEFT's modules below one name, as ``nbpeft.tuners.lora``; each resolves its names when they are used.
 
-    It does not derive from the finders and loaders of ``importlib.abc``, whose import takes a third as long as nbpeft's.
+    It derives from nothing of ``importlib.abc``, whose import takes a third as long as that of nbpeft.
 
     Args:
         root: the name they are below.
