@@ -109,7 +109,10 @@ METHODS = {
     "loha": ("LoHa", "Conv2d Linear LoHaConfig LoHaLayer LoHaModel"),
     "lokr": ("LoKr", "Conv2d Linear LoKrConfig LoKrLayer LoKrModel factorization"),
     "miss": ("MiSS", "MissConfig MissLayer MissLinear MissModel"),
-    "mixed": ("PeftMixedModel", "COMPATIBLE_TUNER_TYPES MixedModel"),
+    "mixed": (
+        "a class apart for mixed methods, which any PeftModel takes",
+        "COMPATIBLE_TUNER_TYPES MixedModel PeftMixedModel",
+    ),
     "multitask_prompt_tuning": (
         "multitask prompt tuning",
         "MultitaskPromptEmbedding MultitaskPromptTuningConfig MultitaskPromptTuningInit",
@@ -154,7 +157,7 @@ MODULES: dict[str, dict[str, str]] = {
         "layers": _TUNERS,
         OWN: _METHOD_NAMES,
         "missing": (
-            f"PeftMixedModel PromptLearningConfig find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} "
+            f"PromptLearningConfig find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} "
             f"{_PREFIX_POSTPROCESSING}"
         ),
     },
@@ -184,7 +187,7 @@ MODULES: dict[str, dict[str, str]] = {
         OWN: "get_peft_config get_peft_model inject_adapter_in_model",
     },
     "mapping_func": {"mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", OWN: "get_peft_model"},
-    "mixed_model": {"missing": "PeftMixedModel"},
+    "mixed_model": {OWN: "PeftMixedModel"},
     "optimizers": {
         OWN: "create_lorafa_optimizer create_loraplus_optimizer",
         "missing": "create_riemannian_optimizer",

@@ -63,7 +63,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.tuners_utils: replicate_layers refuses",
         "peft.utils.merge_utils: * refuses",
     ),
-    "methods mix on any model: no class is needed for that": ("peft*: PeftMixedModel refuses",),
     "of prompt learning, which nbpeft lacks": (
         "peft*: PromptLearningConfig refuses",
         "peft*: *_model_postprocess_past_key_value refuses",

@@ -82,6 +82,8 @@ def test_a_missing_class_can_be_compared_with_and_not_made() -> None:
     with pytest.raises(AttributeError, match="PromptTuningInit is not available: nbpeft does not implement prompt"):
         _ = nbpeft.PromptTuningInit.TEXT
     assert not hasattr(config, "__wrapped__")
+    with pytest.raises(nbpeft.NotSupportedError, match="for mixed methods, which any PeftModel takes"):
+        nbpeft.PeftMixedModel(None, None)
 
     class Derived(config):  # type: ignore[misc, valid-type]
         pass
