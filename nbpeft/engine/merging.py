@@ -37,8 +37,8 @@ def check_merge(
         broken_part = layer.not_finite_when_merged(names, scales) if safe else ""
         if broken_part:
             raise MergeError(
-                f"NaNs detected in the merged {broken_part} of {path}: "
-                f"{' or '.join(map(repr, names))} seems to be broken; nothing was merged",
+                f"NaNs detected in the merged {broken_part}. The adapter {' or '.join(names)} seems to be broken at "
+                f"{path}; nothing was merged",
                 path=path,
             )
         if not safe and not layer.are_finite(names):

@@ -146,6 +146,12 @@ class PeftLayerMixin(nn.Module):
         return not self.active_state.current().names
 
     @property
+    def enabled(self) -> bool:
+        """Whether the active adapters act on this layer."""
+        state: Any = self.__dict__["active_state"]
+        return bool(state.enabled if isinstance(state, LayerState) else self._manager().enabled)
+
+    @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Names under which the layer keeps parameters of adapters."""
         return tuple(dict.fromkeys(name for adapter in self._named().values() for name in adapter.layer_names()))

@@ -259,6 +259,12 @@ def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
     return leaf
 
 
+def shown_under(shown: Mapping[str, Any], name: str) -> nn.Module | None:
+    """What is shown under a name, on the layer itself or in a module that holds it there; None for other names."""
+    inside = (holder._modules for holder in shown.values() if isinstance(holder, Holder))
+    return next((found for place in (shown, *inside) if (found := place.get(name)) is not None), None)
+
+
 def empty_face(adapters: Mapping[str, Any], name: str) -> nn.Module | None:
     """The mapping without entries under a name that layers of PEFT have whatever they hold; None for other names."""
     for adapter in adapters.values():

@@ -45,9 +45,9 @@ class ModelStatus:
     trainable_params: int
     total_params: int
     num_adapter_layers: int
-    enabled: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
+    enabled: bool | str
+    active_adapters: list[str] | str
+    merged_adapters: list[str] | str
     requires_grad: dict[str, bool | str]
     available_adapters: list[str]
     devices: dict[str, list[str]] = field(default_factory=dict)
@@ -79,8 +79,8 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
     return LayerStatus(
         name=name,
         module_type=layer.adapted_as,
-        enabled=manager.enabled,
-        active_adapters=list(manager.active),
+        enabled=layer.enabled,
+        active_adapters=layer.active_adapters,
         merged_adapters=list(layer.merged_names),
         quantization_backend=_BACKENDS.get(layer.backend.name, layer.backend.name),
         **_of_modules(adapters),
@@ -122,11 +122,26 @@ def _same(values: Iterable[Any]) -> Any:
     return different.pop() if len(different) == 1 else _IRREGULAR
 
 
+def _merged(manager: AdapterManager) -> list[str] | str:
+    """Returns the adapters that are merged on every layer that has them, or "irregular"."""
+    for layer in manager.layers.values():
+        if layer.merged_names != tuple(name for name in manager.merged if name in layer.adapters._modules):
+            return _IRREGULAR
+    return list(manager.merged)
+
+
+def _same_list(values: Iterable[Sequence[str]]) -> list[str] | str:
+    """Returns the names that all have, or "irregular"."""
+    found = _same(map(tuple, values))
+    return found if isinstance(found, str) else list(found)
+
+
 def get_model_status(model: nn.Module) -> ModelStatus:
     """Returns one record for a handle or an adapted base model."""
     manager = require_manager(model)
     trainable, total = parameter_counts(model)
     layers = get_layer_status(model)
+    apart = manager.active_state.apart
     methods = sorted({_method(manager, name) for name in manager.names})
     return ModelStatus(
         base_model_type=type(manager.model).__name__,
@@ -135,9 +150,9 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
-        enabled=manager.enabled,
-        active_adapters=list(manager.active),
-        merged_adapters=list(manager.merged),
+        enabled=_same([manager.enabled, *(layer.enabled for layer in apart)]),
+        active_adapters=_same_list([manager.active, *(layer.active_adapters for layer in apart)]),
+        merged_adapters=_merged(manager),
         quantization_backend=_same(layer.quantization_backend for layer in layers) if layers else None,
         **_of_tensors({name: manager.parameters(name) for name in manager.names}),
     )

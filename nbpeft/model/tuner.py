@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -68,6 +69,21 @@ class BaseTuner(nn.Module):
                 "this handle is dead: another PeftModel was made on the same base model and took it over; "
                 "use that one, or load the base model again"
             )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter can be converted into a LoRA; none can here yet."""
+        return False
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Returns a base model's config as a dictionary; ``{"model_type": "custom"}`` for one that has none."""
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "to_dict"):
+            found: dict[str, Any] = config.to_dict()
+            return found
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            return dataclasses.asdict(config)
+        return {"model_type": "custom"} if config is None else config
 
     @property
     def peft_config(self) -> dict[str, Any]:

@@ -333,7 +333,7 @@ def test_a_scaling_beyond_the_range_of_a_dtype_is_not_finite(dtype: torch.dtype)
     layer = linear().to(dtype)
     model, before = adapted(layer), layer.weight.detach().clone()
     model.base_model.model[0].scaling["default"] = 1e308
-    with pytest.raises(MergeError, match="NaNs detected in the merged weights of 0"):
+    with pytest.raises(MergeError, match=r"NaNs detected .* seems to be broken at 0"):
         model.merge_adapter(safe_merge=True)
     assert model.manager.merged == () and torch.equal(layer.weight, before)
     model.base_model.model[0].unscale_layer()

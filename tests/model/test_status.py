@@ -11,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import nbpeft
-from nbpeft.model import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
+from nbpeft.model import LoraConfig, LoraLayer, PeftModel, get_layer_status, get_model_status, get_peft_model
+from tests.tiny_models import adapted, config
 
 peft = pytest.importorskip("peft")
 
@@ -104,3 +105,29 @@ def test_a_base_model_with_adapters_has_names_of_its_own() -> None:
     base = ours.get_base_model()
     assert fields(get_layer_status(base)) == fields(peft.get_layer_status(theirs.base_model.model))
     assert get_model_status(base).adapter_model_type == "None"
+
+
+def test_layers_that_differ_make_the_model_irregular() -> None:
+    model = adapted()
+    model.add_adapter("other", config())
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert model.get_model_status().enabled is True
+    layers[0].enable_adapters(False)
+    assert [status.enabled for status in model.get_layer_status()] == [False, *[True] * (len(layers) - 1)]
+    assert model.get_model_status().enabled == "irregular"
+    layers[0].enable_adapters(True)
+    layers[0].set_adapter("other")
+    assert model.get_model_status().active_adapters == "irregular"
+    assert model.get_layer_status()[0].active_adapters == ["other"]
+    model.set_adapter("default")
+    assert model.get_model_status().active_adapters == ["default"]
+    layers[0].merge()
+    assert model.get_model_status().merged_adapters == "irregular"
+    layers[0].unmerge()
+    assert model.get_model_status().merged_adapters == []
+
+
+def test_the_config_of_a_base_model_is_a_dictionary() -> None:
+    model = adapted()
+    assert model.base_model.get_model_config(model)["model_type"] == "llama"
+    assert model.base_model.get_model_config(nn.Linear(1, 1)) == {"model_type": "custom"}
