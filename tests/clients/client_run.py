@@ -279,6 +279,124 @@ def sentence_transformers(peft: Any, folder: str) -> list[Any]:
     return [*found, encoded(read), model.active_adapters()]
 
 
+# lm-eval
+
+
+@case
+def lm_eval_harness(peft: Any, folder: str) -> list[Any]:
+    """Log-likelihoods of a model with an adapter: from its folder, and as an object."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from tests.training.trl_run import tiny_base, tiny_tokenizer
+
+    base, tokenizer = tiny_base(), tiny_tokenizer()
+    base.save_pretrained(f"{folder}/base")
+    tokenizer.save_pretrained(f"{folder}/base")
+    adapted = peft.get_peft_model(tiny_base(), config(peft, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(f"{folder}/adapter")
+    asked = [
+        Instance(request_type="loglikelihood", doc={}, arguments=("w1 w2", f" w{number} w5"), idx=number)
+        for number in range(3)
+    ]
+
+    def found(model: Any) -> list[float]:
+        return [value for value, _ in model.loglikelihood(asked, disable_tqdm=True)]
+
+    shared = {"tokenizer": tokenizer, "device": "cpu", "batch_size": 2}
+    read = found(HFLM(pretrained=f"{folder}/base", peft=f"{folder}/adapter", dtype="float32", **shared))
+    return [read, found(HFLM(pretrained=adapted, **shared)), found(HFLM(pretrained=base, **shared))]
+
+
+# torch, accelerate and bitsandbytes, which know nothing of PEFT and meet its models
+
+
+@case
+def torch_export(peft: Any, folder: str) -> list[Any]:
+    """A model with an adapter, exported, and the program run."""
+    model = peft.get_peft_model(llama(), config(peft)).eval()
+    tokens = torch.arange(6)[None] + 3
+    program = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False}, strict=False)
+    values: list[float] = program.module()(input_ids=tokens, use_cache=False).logits[0, -1, :5].tolist()
+    return [values, logits(model)]
+
+
+def batch() -> dict[str, torch.Tensor]:
+    rows = torch.arange(12).reshape(2, 6) + 3
+    return {"input_ids": rows, "labels": rows}
+
+
+@case
+def torch_accelerate(peft: Any, folder: str) -> list[Any]:
+    """A loop of one's own, its state saved and read again."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = peft.get_peft_model(llama(), config(peft))
+    optimizer = torch.optim.AdamW((part for part in model.parameters() if part.requires_grad), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    losses = []
+    for step in range(5):
+        if step == 3:
+            accelerator.save_state(f"{folder}/state")
+        loss = model(**batch()).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    accelerator.load_state(f"{folder}/state")
+    again = model(**batch()).loss.item()
+    accelerator.unwrap_model(model).save_pretrained(f"{folder}/adapter")
+    return [losses, again, sorted(path.name for path in Path(folder, "adapter").glob("adapter_*"))]
+
+
+@case
+def torch_bitsandbytes(peft: Any, folder: str) -> list[Any]:
+    """Steps of its 8-bit and paged optimizers, which run on the CPU in full precision or 8 bits."""
+    import bitsandbytes
+
+    found: list[Any] = []
+    for kind in (bitsandbytes.optim.AdamW8bit, bitsandbytes.optim.Lion8bit):
+        model = peft.get_peft_model(llama(), config(peft))
+        optimizer = kind([part for part in model.parameters() if part.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(3):
+            loss = model(**batch()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append(losses)
+    return found
+
+
+@case
+def transformers_seq2seq(peft: Any, folder: str) -> list[Any]:
+    """T5 trained by Seq2SeqTrainer, evaluated by what it generates, and gone on with from a checkpoint."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+
+    def trained(steps: int, **more: Any) -> tuple[Any, list[float]]:
+        torch.manual_seed(0)
+        size = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+        base = T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=0, dropout_rate=0.0))
+        fields = {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}
+        model = peft.get_peft_model(base, config(peft, **fields))
+        rows = [{"input_ids": [3 + row, 4, 5], "labels": [6, 7 + row, 1]} for row in range(4)]
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=f"{folder}/out", max_steps=steps, save_steps=2, logging_steps=1, report_to="none", use_cpu=True,
+            disable_tqdm=True, seed=0, predict_with_generate=True, generation_max_length=5, learning_rate=1e-2,
+        )  # fmt: skip
+        trainer = Seq2SeqTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)  # type: ignore[arg-type]
+        trainer.train(**more)
+        return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    trainer, losses = trained(4)
+    predicted = trainer.predict(trainer.eval_dataset).predictions.tolist()
+    _, again = trained(4, resume_from_checkpoint=f"{folder}/out/checkpoint-2")
+    assert again == losses
+    return [losses, predicted, sorted(path.name for path in Path(folder, "out/checkpoint-2").glob("*.safetensors"))]
+
+
 def main(library: str, results: str, *names: str) -> None:
     """Runs the cases; what fails is written in its place."""
     warnings.simplefilter("ignore")

@@ -16,6 +16,8 @@ from tests.peft_api.processes import ROOT, python
 # What each client needs that is not installed beside nbpeft.
 PACKAGES = {
     "transformers": (),
+    "torch": (),
+    "lm_eval": ("lm-eval==0.4.13",),
     "diffusers": ("diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"),
     "sentence": (
         *("sentence-transformers==6.2.0", "scikit-learn==1.9.1", "scipy==1.17.1", "joblib==1.6.0"),
