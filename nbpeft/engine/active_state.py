@@ -149,7 +149,7 @@ class ActiveState:
         traced: the same for compiled code, whose guards cannot tell threads apart: what the scope that was
             opened last says, or ``live``.
         turns: of a training in the background, while one runs: when the model may be called, and by whom.
-        manager: of the model's adapters.
+        layer_commands: what layers ask for; see ``nbpeft.engine.layer_commands``.
         apart: layers that have a ``LayerState`` of their own.
     """
 
@@ -165,7 +165,7 @@ class ActiveState:
         self._writer: int | None = None
         self._depth = 0
         self.turns: Turns | None = None
-        self.manager: weakref.ref[Any] | None = None
+        self.layer_commands: Any = None
         self.apart: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def gather(self) -> None:

@@ -391,7 +391,7 @@ class Adapter(nn.Module):
     peft_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
 
-    peft_holder: str = ""
+    peft_container: str = ""
     """The module below the layer in which PEFT has the parameters; empty for the layer itself."""
 
     peft_mappings: ClassVar[tuple[str, ...]] = ()

@@ -15,7 +15,7 @@ from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name
-from nbpeft.engine.peft_modules import AdapterDict, empty_face, show_adapters, shown_under, use_shown
+from nbpeft.engine.peft_modules import AdapterDict, empty_mapping, show_adapters, shown_under, use_shown
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
@@ -410,7 +410,7 @@ class AdaptedLayer(PeftLayerMixin):
             self.show_adapters()
             found = shown_under(modules, name)
         if found is None:
-            found = empty_face(adapters, name)
+            found = empty_mapping(adapters, name)
         if found is None and not hasattr(base_layer, name):
             found = attribute_by_name(adapters, name)
         return getattr(base_layer, name) if found is None else found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,13 +17,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState, LayerState
+from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks, Rescales, SharedState
 from nbpeft.engine.adapter_names import check_name, check_scale, names_in
 from nbpeft.engine.adapter_tensors import copied_weights, parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.layer_commands import LayerCommands
 from nbpeft.engine.merging import (
     check_addable,
     check_compatible,
@@ -111,7 +111,7 @@ class AdapterManager:
         self._transaction = Transaction(self.active_state, self.changed)
         self.owner = object()
         self.provider: AdapterProvider | None = None
-        self.active_state.manager = weakref.ref(self)
+        self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)
 
     @property
@@ -331,7 +331,7 @@ class AdapterManager:
         self.check_alive()
         check_name(name)
         if name in self.configs and not replace:
-            raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it first or take another name")
+            raise AdapterExistsError(f"Adapter with name {name!r} already exists; delete it or take another name")
         if name in self._merged:
             self.refuse_merged(f"{name!r} is replaced")
 
@@ -344,9 +344,7 @@ class AdapterManager:
         with self.transaction() as change:
             self.require(name)
             if name in self._merged or (self._merged and self._biases.originals(name)):
-                raise MergeError(
-                    f"Cannot delete adapter(s) [{name!r}] while they are merged. Please unmerge them first."
-                )
+                raise MergeError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
             self._keep_structure(change)
             self._forget(name, change)
             drop(self.model, name, self.layers, self.copies, change)
@@ -366,16 +364,6 @@ class AdapterManager:
         self.unsaved.discard(name)
         self._biases.stop(name, change)
 
-    def drop_values(self, name: str) -> None:
-        """Puts the parameters of an adapter on the meta device, where they take no memory until they are loaded."""
-        with self.transaction() as change:
-            for held, key in parameter_slots(self.layers, {}, name):
-                parameter = held[key]
-                if parameter is not None:
-                    empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-                    change.set_item(held, key, empty)
-            self._slots.pop(name, None)
-
     def rename(self, old: str, new: str) -> None:
         """Gives an adapter another name, at the same place in every order."""
         check_name(new)
@@ -391,7 +379,7 @@ class AdapterManager:
                     items = [(new if name == old else name, value) for name, value in held.items()]
                     held.clear()
                     held.update(items)
-            self._gather(change)
+            self.layer_commands.gather(change)
             self._biases.rename(old, new)
             self._slots.pop(old, None)
             if old in self._scales:
@@ -491,32 +479,9 @@ class AdapterManager:
             if enable and not self.enabled:
                 self.enable()
 
-    def _gather(self, change: Transaction) -> None:
-        """Ends what was said about the activity on single layers; where all say the same, that is what is active."""
-        if not self.active_state.apart:
-            return
-        states: list[Any] = [layer.active_state for layer in self.layers.values()]
-        apart = [state for state in states if isinstance(state, LayerState)]
-        self._keep_choice(change)
-        for layer in self.active_state.apart:
-            change.keep_attributes(layer, "active_state")
-        enabled = [getattr(state, "enabled", self._enabled) for state in states]
-        if len(set(enabled)) > 1:
-            warnings.warn(
-                "The model contains some adapter layers that are enabled and others that are disabled: all are "
-                "enabled from now on",
-                stacklevel=5,
-            )
-        alike = len(apart) == len(states) > 0 and len({state.names for state in apart}) == 1
-        if alike and apart[0].names and all(name in self.configs for name in apart[0].names):
-            self._selected = apart[0].names
-        self._enabled = any(enabled)
-        self.active_state.gather()
-        self._publish_active()
-
     def _activate(self, chosen: tuple[str, ...], trainable: bool | None, change: Transaction) -> None:
         self.check_choice(chosen)
-        self._gather(change)
+        self.layer_commands.gather(change)
         scope = self.active_state.scope
         if scope is None and self._merged and chosen != self._merged:
             warnings.warn("adapters are merged: unmerging before another is activated", stacklevel=4)
@@ -552,7 +517,7 @@ class AdapterManager:
     def _set_enabled(self, enabled: bool) -> None:
         self.check_alive()
         with self.transaction(during_calls=not self._merged) as change:
-            self._gather(change)
+            self.layer_commands.gather(change)
             scope = self.active_state.scope
             if scope is None and not enabled and self._merged:
                 warnings.warn("adapters are merged: unmerging before they are disabled", stacklevel=4)
@@ -566,18 +531,13 @@ class AdapterManager:
 
     def disabled(self) -> ScopedChoice:
         """The base model alone inside the block, for this thread or asyncio task; others go on as they are."""
-        self._gather_apart()
+        self.layer_commands.gather_now()
         return ScopedChoice(self, None)
 
     def use(self, names: str | Sequence[str]) -> ScopedChoice:
         """Other active adapters inside the block, for this thread or asyncio task; others go on as they are."""
-        self._gather_apart()
+        self.layer_commands.gather_now()
         return ScopedChoice(self, names_in(names))
-
-    def _gather_apart(self) -> None:
-        if self.active_state.apart:
-            with self.transaction(during_calls=True, quiet=True) as change:
-                self._gather(change)
 
     def select_again(self, names: Sequence[str]) -> None:
         """Activates those that are still there or can be brought, unless others were chosen meanwhile."""
@@ -723,7 +683,7 @@ class AdapterManager:
             AdapterError: two of them each trained a copy of one module.
             BusyError: a block of ``use`` or ``disabled`` is open, which needs the frozen weights.
         """
-        self._gather_apart()
+        self.layer_commands.gather_now()
         chosen = self.active if names is None else names_in(names)
         self.require(*chosen)
         together = tuple(dict.fromkeys((*self._merged, *chosen)))
@@ -767,7 +727,7 @@ class AdapterManager:
             safe: refuse weights that would not be finite.
         """
         self.check_alive()
-        self._gather_apart()
+        self.layer_commands.gather_now()
         chosen: tuple[str, ...] = ()
         if merge:
             chosen = self.active if names is None else names_in(names)
@@ -810,43 +770,6 @@ class AdapterManager:
         for attribute in _ATTRIBUTES:
             self.model.__dict__.pop(attribute, None)
 
-    def merge_on(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:
-        """Merges adapters into one layer alone, in addition to those merged there already.
-
-        Raises:
-            MergeError: the weight cannot be merged into, or would not be finite (``safe``).
-        """
-        together = [name for name in dict.fromkeys((*layer.merged_names, *names)) if name in layer.adapters]
-        with self.transaction() as change:
-            self._refuse_in_scopes("merging")
-            self._keep_choice(change)
-            change.keep_attributes(layer, "merged_names", "_frozen")
-            if layer.merged_names:
-                layer.restore_base(change)
-            check_merge({"the layer": layer}, together, self.scale, safe=safe)
-            layer.merge_into_base(together, [self.scale(name) for name in together], change, keep_frozen=True)
-            self._merged = tuple(dict.fromkeys((*self._merged, *together)))
-            self._publish_active()
-
-    def unmerge_on(self, layer: AdaptedLayer) -> None:
-        """Puts the frozen weight of one layer back, bit for bit."""
-        with self.transaction() as change:
-            self._keep_choice(change)
-            layer.restore_base(change)
-            left = {name for other in self.layers.values() for name in other.merged_names}
-            self._merged = tuple(name for name in self._merged if name in left)
-            self._publish_active()
-
-    def remove_on(self, layer: AdaptedLayer, name: str) -> None:
-        """Takes an adapter out of one layer alone."""
-        with self.transaction() as change:
-            if name in layer.merged_names:
-                self.refuse_merged(f"{name!r} is deleted")
-            self._keep_structure(change)
-            layer.adapters._modules.pop(name, None)
-            layer.hide_adapters()
-            self._slots.pop(name, None)
-
     def refuse_merged(self, what: str) -> None:
         """Raises MergeError while adapters are merged.
 
@@ -857,21 +780,15 @@ class AdapterManager:
             raise MergeError(f"{', '.join(map(repr, self._merged))} merged: unmerge before {what}")
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {
-            **self.__dict__,
-            "_subscribers": Subscribers(),
-            "_slots": {},
-            "_parked": (),
-            "_parked_weights": [],
-            "provider": None,
-        }
-        del state["_transaction"]
+        new = {"_subscribers": Subscribers(), "_slots": {}, "_parked": (), "_parked_weights": [], "provider": None}
+        state = {**self.__dict__, **new}
+        del state["_transaction"], state["layer_commands"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._transaction = Transaction(self.active_state, self.changed)
-        self.active_state.manager = weakref.ref(self)
+        self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)
         self._publish_active()
 

@@ -2,7 +2,7 @@
 
 layer.scaling["default"] = 2.0        layer.r["default"]        layer.set_scale("default", 0.5)
 
-Parameters, as in ``layer.lora_A["default"].weight``, are in ``peft_modules``.
+Parameters, as in ``layer.core["default"].weight``, are in ``peft_modules``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nbpeft.engine.active_state import ActiveState, LayerState
 from nbpeft.engine.adapter import Rescales
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.registry import method_of_adapter
-from nbpeft.errors import StaleModelError, UnknownAdapterError, did_you_mean
+from nbpeft.errors import UnknownAdapterError, did_you_mean
 
 
 class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclass,misc]
@@ -133,7 +133,7 @@ class PeftLayerMixin(nn.Module):
     def active_adapters(self) -> list[str]:
         """Names of the active adapters, which act unless disabled; where a layer has token rows alone, those here."""
         names, here = self._chosen_names(), self._named()
-        return [name for name in names if name in here or not all(one.peft_holder for one in here.values())]
+        return [name for name in names if name in here or not all(one.peft_container for one in here.values())]
 
     @property
     def active_adapter(self) -> list[str]:
@@ -149,7 +149,7 @@ class PeftLayerMixin(nn.Module):
     def enabled(self) -> bool:
         """Whether the active adapters act on this layer."""
         state: Any = self.__dict__["active_state"]
-        return bool(state.enabled if isinstance(state, LayerState) else self._manager().enabled)
+        return bool(state.enabled if isinstance(state, LayerState) else self._commands().manager.enabled)
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -171,13 +171,9 @@ class PeftLayerMixin(nn.Module):
 
     # Commands on this layer alone. Those of the model end what they say about activity.
 
-    def _manager(self) -> Any:
-        """The manager of the model's adapters."""
-        reference = self._shared_state().manager
-        manager = None if reference is None else reference()
-        if manager is None:
-            raise StaleModelError("the layer belongs to a model that is gone or whose adapters were unloaded")
-        return manager
+    def _commands(self) -> Any:
+        """The ``LayerCommands`` of the model."""
+        return self._shared_state().layer_commands
 
     def _shared_state(self) -> ActiveState:
         state: Any = self.__dict__["active_state"]
@@ -204,7 +200,7 @@ class PeftLayerMixin(nn.Module):
     def _chosen_names(self) -> list[str]:
         """Names of the adapters that are active here, whether or not they are enabled."""
         state: Any = self.__dict__["active_state"]
-        return list(state.names if isinstance(state, LayerState) else self._manager().active)
+        return list(state.names if isinstance(state, LayerState) else self._commands().manager.active)
 
     def _act_alone(self, names: Sequence[str], *, enabled: bool) -> None:
         shared = self._shared_state()
@@ -223,7 +219,7 @@ class PeftLayerMixin(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter out of this layer; nothing where it has none of that name."""
         if adapter_name in self._named():
-            self._manager().remove_on(self, adapter_name)
+            self._commands().remove(self, adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Merges adapters into the weight of this layer.
@@ -238,14 +234,14 @@ class PeftLayerMixin(nn.Module):
             if self.merged_names:
                 warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
-        self._manager().merge_on(self, new, safe=safe_merge)
+        self._commands().merge(self, new, safe=safe_merge)
 
     def unmerge(self) -> None:
         """Puts the frozen weight of this layer back, bit for bit."""
         if not self.merged_names:
             warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
             return
-        self._manager().unmerge_on(self)
+        self._commands().unmerge(self)
 
     def get_base_weight(self) -> Tensor:
         """The layer's weight as it stores it, detached; a quantized one dequantized."""

@@ -1,4 +1,4 @@
-"""The small modules that PEFT's names mean: ``layer.lora_A["default"].weight``, ``…lora_A.default.weight``.
+"""The small modules that PEFT's names mean: ``layer.core["default"].weight``, ``…core.default.weight``.
 
 An adapter owns its parameters. Here are modules that show them under PEFT's names: made when somebody first
 walks over an adapted layer or asks for one, the same ones from then on. What is written there is written to
@@ -47,7 +47,7 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
         wrapped = own if tail == "weight" else own.removesuffix("_bias")
         if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
             return f"{wrapped}.{name}.{tail}"
-    return ".".join(filter(None, (adapter.peft_holder, own, name)))
+    return ".".join(filter(None, (adapter.peft_container, own, name)))
 
 
 class LiveParameters(MutableMapping[str, Any]):
@@ -159,8 +159,8 @@ def show_parameter(module: nn.Module, adapter: nn.Module, name: str) -> None:
     module.__dict__["_parameters"] = LiveParameters(slots)
 
 
-class ParameterFaces(_Shows, nn.ParameterDict):
-    """One parameter of the adapters of a layer by adapter name, as in ``layer.lora_embedding_A["default"]``."""
+class ParameterMapping(_Shows, nn.ParameterDict):
+    """One parameter of the adapters of a layer by adapter name, as in ``layer.core["default"]``."""
 
     def __init__(self, slots: dict[str, Slot]) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class ParameterFaces(_Shows, nn.ParameterDict):
         return "ParameterDict"
 
 
-class Holder(nn.Module):
+class Container(nn.Module):
     """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``."""
 
 
@@ -207,45 +207,45 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
     modules: dict[str, dict[str, nn.Module]] = {}
     parameters: dict[tuple[str, str], dict[str, Slot]] = {}
     for name, adapter in adapters.items():
-        for face in adapter.peft_modules:
-            modules.setdefault(face, {})[name] = _kept(shown, face, name, adapter) or adapter.peft_module(face, base)
+        for own in adapter.peft_modules:
+            modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or adapter.peft_module(own, base)
         for own in adapter._parameters:
             if own in adapter.wrapped_parameters:
                 leaf = _kept(shown, own, name, adapter) or _leaf(adapter, own, base)
                 modules.setdefault(own, {})[name] = leaf
             elif own.removesuffix("_bias") not in adapter.wrapped_parameters:
-                parameters.setdefault((adapter.peft_holder, own), {})[name] = (adapter, own)
+                parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
         if adapter._buffers or adapter._modules:
             rest = _kept(shown, ADAPTER_PARTS, name, adapter) or Remainder(adapter)
             modules.setdefault(ADAPTER_PARTS, {})[name] = rest
-    used = {"base_layer", *modules, *(holder or own for holder, own in parameters)}
+    used = {"base_layer", *modules, *(container or own for container, own in parameters)}
     for gone in shown.keys() - used:
         _empty(shown.pop(gone))
-    for face, leaves in modules.items():
-        held = shown.setdefault(face, AdapterDict())._modules
+    for shown_as, leaves in modules.items():
+        held = shown.setdefault(shown_as, AdapterDict())._modules
         held.clear()
         held.update(leaves)
-    for (holder, own), slots in parameters.items():
-        place = shown.setdefault(holder, Holder())._modules if holder else shown
+    for (container, own), slots in parameters.items():
+        place = shown.setdefault(container, Container())._modules if container else shown
         if own in place:
             place[own].show(slots)
         else:
-            place[own] = ParameterFaces(slots)
+            place[own] = ParameterMapping(slots)
 
 
-def _empty(holder: Any) -> None:
+def _empty(container: Any) -> None:
     """Lets a mapping that somebody may still have go of what was in it."""
-    if isinstance(holder, ParameterFaces):
-        holder.show({})
+    if isinstance(container, ParameterMapping):
+        container.show({})
         return
-    for inner in holder._modules.values() if isinstance(holder, Holder) else ():
+    for inner in container._modules.values() if isinstance(container, Container) else ():
         _empty(inner)
-    holder._modules.clear()
+    container._modules.clear()
 
 
-def _kept(shown: Mapping[str, Any], face: str, name: str, adapter: Adapter) -> nn.Module | None:
+def _kept(shown: Mapping[str, Any], shown_as: str, name: str, adapter: Adapter) -> nn.Module | None:
     """The module that shows something of an adapter already."""
-    leaves: dict[str, Any] = shown[face]._modules if face in shown else {}
+    leaves: dict[str, Any] = shown[shown_as]._modules if shown_as in shown else {}
     leaf = leaves.get(name)
     if leaf is not None and leaf.adapter is adapter:
         return leaf  # type: ignore[no-any-return]
@@ -261,16 +261,16 @@ def _leaf(adapter: Adapter, name: str, base: BaseLayer) -> nn.Module:
 
 def shown_under(shown: Mapping[str, Any], name: str) -> nn.Module | None:
     """What is shown under a name, on the layer itself or in a module that holds it there; None for other names."""
-    inside = (holder._modules for holder in shown.values() if isinstance(holder, Holder))
+    inside = (container._modules for container in shown.values() if isinstance(container, Container))
     return next((found for place in (shown, *inside) if (found := place.get(name)) is not None), None)
 
 
-def empty_face(adapters: Mapping[str, Any], name: str) -> nn.Module | None:
+def empty_mapping(adapters: Mapping[str, Any], name: str) -> nn.Module | None:
     """The mapping without entries under a name that layers of PEFT have whatever they hold; None for other names."""
     for adapter in adapters.values():
-        if name in getattr(adapter, "peft_mappings", ()):
+        if name in adapter.peft_mappings:
             wrapped = name in adapter.wrapped_parameters or name in adapter.peft_modules
-            return AdapterDict() if wrapped else ParameterFaces({})
+            return AdapterDict() if wrapped else ParameterMapping({})
     return None
 
 
@@ -281,17 +281,17 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
         adapters: adapter name -> replica without tensors of its own.
         shown: the modules by PEFT's name.
     """
-    for face, holder in shown.items():
-        if isinstance(holder, ParameterFaces):
-            for name in holder._keys:
-                adapters[name].__dict__[face] = holder.__dict__[name]
-        elif isinstance(holder, Holder):
-            use_shown(adapters, holder._modules)
-        elif isinstance(holder, AdapterDict):
-            for name, leaf in holder._modules.items():
+    for shown_as, container in shown.items():
+        if isinstance(container, ParameterMapping):
+            for name in container._keys:
+                adapters[name].__dict__[shown_as] = container.__dict__[name]
+        elif isinstance(container, Container):
+            use_shown(adapters, container._modules)
+        elif isinstance(container, AdapterDict):
+            for name, leaf in container._modules.items():
                 if isinstance(leaf, Remainder):
                     adapters[name].__dict__.update(_buffers=leaf._buffers, _modules=leaf._modules)
                 elif isinstance(leaf, ParameterModule):
-                    held = {"weight": face, "bias": f"{face}_bias"}
+                    held = {"weight": shown_as, "bias": f"{shown_as}_bias"}
                     given = {own: leaf.__dict__[key] for key, own in held.items() if key in leaf.__dict__}
                     adapters[name].__dict__.update(given)

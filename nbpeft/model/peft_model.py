@@ -19,6 +19,7 @@ from nbpeft.errors import AdapterError, UnknownAdapterError
 from nbpeft.model import files
 from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import serving
+from nbpeft.model.state_dicts import drop_values
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tuner import (
     BaseTuner,
@@ -87,7 +88,7 @@ class PeftModel(nn.Module):
             if manager.active != (adapter_name,):
                 manager.activate(adapter_name)
             if low_cpu_mem_usage:
-                manager.drop_values(adapter_name)
+                drop_values(manager, adapter_name)
             self._take(model, manager)
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:
@@ -286,7 +287,7 @@ class PeftModel(nn.Module):
         with self.manager.transaction():
             self.manager.add(adapter_name, config, trainable=not config.inference_mode, half=not autocast_adapter_dtype)
             if low_cpu_mem_usage:
-                self.manager.drop_values(adapter_name)
+                drop_values(self.manager, adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activates one adapter or several and makes them trainable, or frozen for inference."""

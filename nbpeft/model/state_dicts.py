@@ -109,6 +109,17 @@ def set_peft_model_state_dict(
     return LoadResult(loaded.missing, unexpected)
 
 
+def drop_values(manager: AdapterManager, name: str) -> None:
+    """Puts the parameters of an adapter on the meta device, where they take no memory until they are loaded."""
+    with manager.transaction() as change:
+        for layer in manager.layers.values():
+            adapter: Any = layer.adapters._modules.get(name)
+            for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
+                if parameter is not None:
+                    empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+                    change.set_item(adapter._parameters, key, empty)
+
+
 def _fill_in(manager: AdapterManager, name: str, values: Mapping[int, Tensor], change: Transaction) -> None:
     """Gives an adapter parameters in the place of those without data, by the id of these."""
     for layer in manager.layers.values() if values else ():

@@ -15,6 +15,7 @@ from nbpeft.engine.model_tree import base_model_of, manager_of
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.errors import AdapterError, ConfigError, TargetError, few
 from nbpeft.model.peft_model import PeftModel
+from nbpeft.model.state_dicts import drop_values
 
 
 class _TaskModel(PeftModel):
@@ -222,7 +223,7 @@ def inject_adapter_in_model(
         if manager.active != (adapter_name,):
             manager.activate(adapter_name)
         if low_cpu_mem_usage:
-            manager.drop_values(adapter_name)
+            drop_values(manager, adapter_name)
     return model
 
 

@@ -38,7 +38,7 @@ def test_b_learns_faster():
     optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=8)
     names = {id(part): name for name, part in model.named_parameters()}
     rates = {
-        names[id(part)].rpartition(".")[2]: group["lr"] for group in optimizer.param_groups for part in group["params"]
+        names[id(part)].split(".")[-3]: group["lr"] for group in optimizer.param_groups for part in group["params"]
     }
     assert rates == {"lora_A": 1e-3, "lora_B": 8e-3}
 

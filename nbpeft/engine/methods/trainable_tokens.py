@@ -163,7 +163,7 @@ class TrainableTokens(Adapter):
             tensors = {name: torch.rand(shape, **options) for name, shape in site.shapes.items()}
         adapter = cls(config.indices, tensors, base.device)
         adapter.__dict__["owner_base"] = base
-        adapter.__dict__["peft_holder"] = "token_adapter" if config.companion else ""
+        adapter.__dict__["peft_container"] = "token_adapter" if config.companion else ""
         return adapter
 
     def tie_to(self, source: Adapter) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, Pads, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
-from nbpeft.engine.methods.lora.peft_modules import DropoutFace, factor_module
+from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
 from nbpeft.engine.transaction import Transaction
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -132,7 +132,7 @@ class LowRankAdapter(Adapter, Rescales, Pads):
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
         """A factor or the dropout; see ``Adapter``."""
         if name in self.peft_modules:
-            return DropoutFace(self)
+            return AdapterDropout(self)
         if name not in self.factor_names:
             return None
         return factor_module(base, tuple(self.held[name].shape), is_first=name == self.factor_names[0])

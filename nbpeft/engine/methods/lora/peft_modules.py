@@ -98,7 +98,7 @@ def factor_module(base: BaseLayer, shape: tuple[int, ...], *, is_first: bool) ->
     return LinearFactor()
 
 
-class DropoutFace(nn.Dropout):
+class AdapterDropout(nn.Dropout):
     """The dropout on an adapter's input; its ``p`` is the adapter's.
 
     Args:

@@ -1,0 +1,112 @@
+"""Commands on one layer alone, as PEFT's layers have them, beside those of the manager on the whole model."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from nbpeft.engine.active_state import LayerState
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.merging import check_merge
+from nbpeft.engine.transaction import Transaction
+from nbpeft.errors import StaleModelError
+
+
+class LayerCommands:
+    """What the layers of a model ask its manager for.
+
+    Args:
+        manager: of the adapters; held weakly.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = weakref.ref(manager)
+
+    @property
+    def manager(self) -> Any:
+        """The manager.
+
+        Raises:
+            StaleModelError: there is none any more.
+        """
+        manager = self._manager()
+        if manager is None:
+            raise StaleModelError("the layer belongs to a model that is gone")
+        return manager
+
+    def merge(self, layer: AdaptedLayer, names: Sequence[str], *, safe: bool) -> None:
+        """Merges adapters into one layer, in addition to those merged there already.
+
+        Raises:
+            MergeError: the weight cannot be merged into, or would not be finite (``safe``).
+        """
+        manager = self.manager
+        together = [name for name in dict.fromkeys((*layer.merged_names, *names)) if name in layer.adapters]
+        with manager.transaction() as change:
+            manager._refuse_in_scopes("merging")
+            manager._keep_choice(change)
+            change.keep_attributes(layer, "merged_names", "_frozen")
+            if layer.merged_names:
+                layer.restore_base(change)
+            check_merge({"the layer": layer}, together, manager.scale, safe=safe)
+            layer.merge_into_base(together, [manager.scale(name) for name in together], change, keep_frozen=True)
+            manager._merged = tuple(dict.fromkeys((*manager.merged, *together)))
+            manager._publish_active()
+
+    def unmerge(self, layer: AdaptedLayer) -> None:
+        """Puts the frozen weight of one layer back, bit for bit."""
+        manager = self.manager
+        with manager.transaction() as change:
+            manager._keep_choice(change)
+            layer.restore_base(change)
+            left = {name for other in manager.layers.values() for name in other.merged_names}
+            manager._merged = tuple(name for name in manager.merged if name in left)
+            manager._publish_active()
+
+    def remove(self, layer: AdaptedLayer, name: str) -> None:
+        """Takes an adapter out of one layer.
+
+        Raises:
+            MergeError: it is merged there.
+        """
+        manager = self.manager
+        with manager.transaction() as change:
+            if name in layer.merged_names:
+                manager.refuse_merged(f"{name!r} is deleted")
+            manager._keep_structure(change)
+            layer.adapters._modules.pop(name, None)
+            layer.hide_adapters()
+            manager._slots.pop(name, None)
+
+    def gather_now(self) -> None:
+        """Does what ``gather`` does, as a command of its own."""
+        manager = self.manager
+        if manager.active_state.apart:
+            with manager.transaction(during_calls=True, quiet=True) as change:
+                self.gather(change)
+
+    def gather(self, change: Transaction) -> None:
+        """Ends what was said about the activity on single layers; where all say the same, that is what is active."""
+        manager = self.manager
+        if not manager.active_state.apart:
+            return
+        states = [layer.active_state for layer in manager.layers.values()]
+        apart = [state for state in states if isinstance(state, LayerState)]
+        manager._keep_choice(change)
+        for layer in manager.active_state.apart:
+            change.keep_attributes(layer, "active_state")
+        enabled = [getattr(state, "enabled", manager._enabled) for state in states]
+        if len(set(enabled)) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled: all are "
+                "enabled from now on",
+                stacklevel=5,
+            )
+        alike = len(apart) == len(states) > 0 and len({state.names for state in apart}) == 1
+        if alike and apart[0].names and all(name in manager.configs for name in apart[0].names):
+            manager._selected = apart[0].names
+        manager._enabled = any(enabled)
+        manager.active_state.gather()
+        manager._publish_active()
