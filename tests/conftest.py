@@ -25,6 +25,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 
+def pytest_configure() -> None:
+    """Lets interruptions through where a shell started the tests in the background, which ignores them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_finish() -> None:
     """Spares collections what was imported by now, which stays: going over it takes half a second each time."""
     gc.collect()

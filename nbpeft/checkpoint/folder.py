@@ -20,7 +20,15 @@ from nbpeft.checkpoint.config_format import LARGEST_CONFIG, config_of, config_te
 from nbpeft.checkpoint.identity import Fingerprint
 from nbpeft.checkpoint.source import CONFIG_NAME, Source, push
 from nbpeft.checkpoint.staging import scratch_folder, staged, sweep
-from nbpeft.checkpoint.tensor_file import WEIGHTS_NAME, read_metadata, read_tensors, storable, write_tensors
+from nbpeft.checkpoint.tensor_file import (
+    LEGACY_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    read_metadata,
+    read_tensors,
+    storable,
+    write_pickled,
+    write_tensors,
+)
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import CheckpointError, CorruptCheckpointError, in_one_line, shortened
 
@@ -171,6 +179,7 @@ def write_checkpoints(
     card: AdapterConfig | str | None = None,
     tags: Sequence[str] = (),
     facts: model_card.CardFacts | None = None,
+    pickled: bool = False,
 ) -> dict[str, WrittenFiles]:
     """Saves several adapters of a model into a folder and its subfolders. All files or none; no network.
 
@@ -181,6 +190,7 @@ def write_checkpoints(
         card: what the README of the folder describes: a config, or the whole text; None writes none.
         tags: tags of the README besides those that follow from the config.
         facts: what else the README says; a loss curve among them is written beside it.
+        pickled: write the tensors as PEFT's old ``.bin``, which holds nothing about the base model.
 
     Returns:
         Subfolder -> what was written; the README counts to the folder itself.
@@ -200,8 +210,13 @@ def write_checkpoints(
                 raise CheckpointError(f"there are no tensors to save to {target / subfolder}")
             text, ready = config_text(config, inference_mode=True), storable(tensors)
             metadata = {_CONFIG_DIGEST: _digest(text), **(fingerprint.to_metadata() if fingerprint else {})}
-            names[subfolder] = [os.path.join(subfolder, name) for name in (WEIGHTS_NAME, CONFIG_NAME)]
-            files.append(NewFile(names[subfolder][0], functools.partial(_write, tensors=ready, metadata=metadata)))
+            weights = LEGACY_WEIGHTS_NAME if pickled else WEIGHTS_NAME
+            names[subfolder] = [os.path.join(subfolder, name) for name in (weights, CONFIG_NAME)]
+            write: Any = functools.partial(_write, tensors=ready, metadata=metadata)
+            if pickled:
+                _check_read_first(target / subfolder)
+                write = functools.partial(write_pickled, tensors=ready)
+            files.append(NewFile(names[subfolder][0], write))
             if _text_or_none(target / subfolder / CONFIG_NAME) != text:
                 files.append(NewFile.of_text(names[subfolder][1], text))
             byte_count += sum(tensor.numel() * tensor.element_size() for tensor in ready.values()) + len(text)
@@ -268,6 +283,14 @@ class FolderStore:
 
 def _write(path: Path, *, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     write_tensors(path, tensors, metadata)
+
+
+def _check_read_first(folder: Path) -> None:
+    """Refuses a ``.bin`` beside a safetensors file, which would be read in its place."""
+    if (folder / WEIGHTS_NAME).exists():
+        raise CheckpointError(
+            f"{folder} has {WEIGHTS_NAME}, which is read before {LEGACY_WEIGHTS_NAME}: remove it or take another folder"
+        )
 
 
 def _written(paths: Sequence[Path], sizes: Mapping[Path, int]) -> WrittenFiles:

@@ -61,6 +61,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     path.chmod(mode & 0o7777)
 
 
+def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the tensors as PEFT did before safetensors, for programs that read nothing else."""
+    # A tensor that is a part of a larger one would take all of that along.
+    torch.save({key: tensor.clone() for key, tensor in tensors.items()}, path)
+
+
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file, safetensors or PEFT's old ``.bin``.
 

@@ -237,6 +237,7 @@ def save(
     rewrite: Rewrite | None = None,
     stays: bool = True,
     facts: checkpoint.CardFacts | None = None,
+    pickled: bool = False,
 ) -> dict[str, checkpoint.WrittenFiles]:
     """Saves adapters.
 
@@ -251,6 +252,7 @@ def save(
         rewrite: (name, config, tensors) -> what is written in their place.
         stays: whether the folder is one that stays, so that the adapters are no longer unsaved.
         facts: what the card says besides the config.
+        pickled: write the tensors as PEFT's old ``.bin``.
 
     Returns:
         Adapter name -> what was written.
@@ -276,7 +278,13 @@ def save(
         first = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
         card = _card_config(manager, first)
         written = checkpoint.write_checkpoints(
-            folder, ready, fingerprint=print_, card=card, tags=_card_tags(manager.model), facts=facts
+            folder,
+            ready,
+            fingerprint=print_,
+            card=card,
+            tags=_card_tags(manager.model),
+            facts=facts,
+            pickled=pickled,
         )
     if stays:
         mark_saved(manager, *chosen)

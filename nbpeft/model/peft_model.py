@@ -15,7 +15,7 @@ from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
-from nbpeft.errors import AdapterError, UnknownAdapterError
+from nbpeft.errors import UnknownAdapterError
 from nbpeft.model import files
 from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import serving
@@ -465,7 +465,7 @@ class PeftModel(nn.Module):
 
         Args:
             save_directory: made if need be.
-            safe_serialization: must be True; pickles are not written.
+            safe_serialization: write safetensors; with False PEFT's old ``adapter_model.bin``, a pickle.
             selected_adapters: which ones; all if None.
             save_embedding_layers: also save the embeddings; "auto": where an adapter targets
                 them or the vocabulary was resized.
@@ -481,8 +481,6 @@ class PeftModel(nn.Module):
         self._check_live()
         if not is_main_process:
             return
-        if not safe_serialization:
-            raise AdapterError("safe_serialization=False is not supported: adapters are saved as safetensors only")
         files.warn_of_saved_embeddings(self.manager, selected_adapters, save_embedding_layers)
         files.save(
             self.manager,
@@ -491,6 +489,7 @@ class PeftModel(nn.Module):
             embeddings=save_embedding_layers,
             state_dict=state_dict,
             converted=path_initial_model_for_weight_conversion is not None,
+            pickled=not safe_serialization,
         )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:

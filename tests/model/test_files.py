@@ -16,7 +16,7 @@ from torch import nn
 import nbpeft.model as nbpeft
 from nbpeft.errors import CheckpointError
 from nbpeft.model import LoraConfig, get_peft_model, get_peft_model_state_dict
-from tests.tiny_models import llama
+from tests.tiny_models import llama, logits
 
 
 def shifted(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -119,3 +119,23 @@ def test_several_adapters_and_their_card_are_saved_together_or_not_at_all(
     monkeypatch.undo()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == mine
+
+
+@pytest.mark.filterwarnings("ignore:.*adapter_model.bin")
+def test_pickled_files_are_written_as_peft_reads_them(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert {"adapter_config.json", "adapter_model.bin"} <= set(os.listdir(tmp_path / "bin"))
+    assert not (tmp_path / "bin/adapter_model.safetensors").exists()
+    for library in (nbpeft, peft):
+        read = library.PeftModel.from_pretrained(llama(), tmp_path / "bin").eval()
+        assert torch.equal(logits(read), logits(model))
+
+
+def test_a_pickled_file_is_not_written_where_another_is_read_first(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(CheckpointError, match=r"has adapter_model.safetensors, which is read before"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert sorted(os.listdir(tmp_path)) == before
