@@ -102,7 +102,7 @@ HOSTILE = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:exclude_modules")
+@pytest.mark.filterwarnings("ignore:.*exclude_modules")
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_value_is_read_as_code(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
