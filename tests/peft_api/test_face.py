@@ -150,7 +150,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "LoRA's *: no attribute reset_lora_parameters",
         "LoRA's *: no attribute set_base_weight",
         "LoRA's *: no attribute update_layer",
-        "LoraModel: no attribute get_model_config",
         "LoraModel: no attribute inject_adapter",
         "LoraModel: no attribute target_module_mapping",
         "LoraModel: no attribute targeted_parameter_names",
