@@ -30,7 +30,8 @@ class BaseBiases:
         others = [other for other in self._trained if other != adapter]
         if names and others:
             raise ConfigError(
-                f"only one adapter can train base biases and {others[0]!r} does: use bias='none' for {adapter!r}"
+                f"a model supports only 1 adapter with bias. When using multiple adapters, set bias='none' for "
+                f"{adapter!r}: {others[0]!r} trains the biases"
             )
         absent = next((name for name, bias in self._owners(names).items() if bias.is_meta), None)
         if absent is not None:

@@ -92,7 +92,7 @@ class LayerCommands:
         manager = self.manager
         if not manager.active_state.apart:
             return
-        states = [layer.active_state for layer in manager.layers.values()]
+        states = [layer.active_state for layer in (*manager.layers.values(), *manager.copies.values())]
         apart = [state for state in states if isinstance(state, LayerState)]
         manager._keep_choice(change)
         for layer in manager.active_state.apart:

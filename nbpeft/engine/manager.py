@@ -67,7 +67,7 @@ def require_manager(model: nn.Module) -> AdapterManager:
     """
     found = manager_of(model)
     if found is None:
-        raise AdapterError(f"this {type(model).__name__} carries no adapters; use get_peft_model first")
+        raise AdapterError(f"No adapter layers found in the model, a {type(model).__name__}; use get_peft_model first")
     return found
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from nbpeft.engine.active_state import ActiveState, ReplicaState, Rows
+from nbpeft.engine.active_state import ActiveState, LayerState, ReplicaState, Rows
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.peft_layer_api import ChoosesAlone
 from nbpeft.engine.peft_modules import AdapterDict
 from nbpeft.errors import AdapterError, LayerKindError
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(ChoosesAlone):
     """A frozen module and its trained copies by adapter name.
 
     Forward and attributes are those of the active adapter's copy, or of the original where no
@@ -33,10 +35,26 @@ class ModulesToSaveWrapper(nn.Module):
         self.__dict__["active_state"] = active_state
         self.training = original_module.training
 
-    active_state: ActiveState
+    active_state: ActiveState | LayerState
 
     adapter_layer_names = ("modules_to_save",)
     other_param_names = ()
+
+    def _named(self) -> dict[str, Any]:
+        return self.modules_to_save._modules
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes an adapter's copy act here and trains it, or not for inference; the other copies are frozen.
+
+        Args:
+            adapter_names: one name, or several of which one has a copy here at most.
+            inference_mode: freeze it.
+
+        Raises:
+            AdapterError: two of them each trained a copy.
+        """
+        self._chosen_of([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().set_adapter(adapter_names, inference_mode)
 
     @property
     def _adapters(self) -> set[str]:
@@ -64,8 +82,11 @@ class ModulesToSaveWrapper(nn.Module):
         Raises:
             AdapterError: two active adapters each trained a copy.
         """
+        return self._chosen_of(self.active_state.current().names)
+
+    def _chosen_of(self, names: Sequence[str]) -> nn.Module:
         copies = self.modules_to_save._modules
-        having = [name for name in self.active_state.current().names if name in copies]
+        having = [name for name in names if name in copies]
         if len(having) > 1:
             raise AdapterError(
                 f"adapters {' and '.join(map(repr, having))} each trained their own copy of a "

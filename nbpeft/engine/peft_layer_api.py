@@ -84,11 +84,71 @@ class PerAdapterView(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[
         return repr(dict(self))
 
 
-class PeftLayerMixin(nn.Module):
+class ChoosesAlone(nn.Module):
+    """Commands of PEFT on one module with adapters alone; those of the model end what they say about activity."""
+
+    active_state: ActiveState | LayerState
+
+    def _named(self) -> dict[str, Any]:
+        """Adapter name -> what the adapter has here."""
+        raise NotImplementedError
+
+    @property
+    def adapters_enabled(self) -> bool:
+        """Whether the active adapters act here."""
+        state: Any = self.__dict__["active_state"]
+        return bool(state.enabled if isinstance(state, LayerState) else self._commands().manager.enabled)
+
+    def _commands(self) -> Any:
+        """The ``LayerCommands`` of the model."""
+        return self._shared_state().layer_commands
+
+    def _shared_state(self) -> ActiveState:
+        state: Any = self.__dict__["active_state"]
+        return getattr(state, "shared", state)  # type: ignore[no-any-return]
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes adapters active here and trainable, or frozen for inference; the others here are frozen.
+
+        Args:
+            adapter_names: one name or several; those without an adapter here do nothing.
+            inference_mode: freeze them.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._act_alone(names, enabled=True)
+        for name, adapter in self._named().items():
+            adapter.requires_grad_(name in names and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Lets the active adapters act here, or the frozen layer alone, which freezes them."""
+        self._act_alone(self.chosen_names(), enabled=enabled)
+        for name, adapter in self._named().items():
+            adapter.requires_grad_(enabled and name in self.chosen_names())
+
+    def chosen_names(self) -> list[str]:
+        """Names of the adapters that are active here, whether or not they are enabled."""
+        state: Any = self.__dict__["active_state"]
+        return list(state.names if isinstance(state, LayerState) else self._commands().manager.active)
+
+    def _act_alone(self, names: Sequence[str], *, enabled: bool) -> None:
+        shared = self._shared_state()
+        shared.refuse_changes()
+        now = shared.current().names
+        alike = tuple(names) == now if enabled else not now
+        self.__dict__["active_state"] = shared if alike else LayerState(shared, names, enabled=enabled)
+        (shared.apart.discard if alike else shared.apart.add)(self)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether gradients reach adapters here, whatever is active."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self._named():
+                self._named()[name].requires_grad_(requires_grad)
+
+
+class PeftLayerMixin(ChoosesAlone):
     """PEFT's attributes and methods of one adapted layer; ``AdaptedLayer`` is one."""
 
     base: BaseLayer
-    active_state: ActiveState | LayerState
     merged_names: tuple[str, ...]
 
     def _named(self) -> dict[str, Any]:
@@ -132,7 +192,7 @@ class PeftLayerMixin(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters, which act unless disabled; where a layer has token rows alone, those here."""
-        names, here = self._chosen_names(), self._named()
+        names, here = self.chosen_names(), self._named()
         return [name for name in names if name in here or not all(one.peft_container for one in here.values())]
 
     @property
@@ -144,12 +204,6 @@ class PeftLayerMixin(nn.Module):
     def disable_adapters(self) -> bool:
         """Whether the frozen layer acts alone now."""
         return not self.active_state.current().names
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the active adapters act on this layer."""
-        state: Any = self.__dict__["active_state"]
-        return bool(state.enabled if isinstance(state, LayerState) else self._commands().manager.enabled)
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -169,53 +223,6 @@ class PeftLayerMixin(nn.Module):
         """Names of all adapters on the layer, sorted; PEFT's libraries call it."""
         return sorted(self._named())
 
-    # Commands on this layer alone. Those of the model end what they say about activity.
-
-    def _commands(self) -> Any:
-        """The ``LayerCommands`` of the model."""
-        return self._shared_state().layer_commands
-
-    def _shared_state(self) -> ActiveState:
-        state: Any = self.__dict__["active_state"]
-        return getattr(state, "shared", state)  # type: ignore[no-any-return]
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes adapters active on this layer and trainable, or frozen for inference; the others here are frozen.
-
-        Args:
-            adapter_names: one name or several; those without an adapter here do nothing.
-            inference_mode: freeze them.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._act_alone(names, enabled=True)
-        for name, adapter in self._named().items():
-            adapter.requires_grad_(name in names and not inference_mode)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Lets the active adapters act on this layer, or the frozen layer alone, which freezes them."""
-        self._act_alone(self._chosen_names(), enabled=enabled)
-        for name, adapter in self._named().items():
-            adapter.requires_grad_(enabled and name in self._chosen_names())
-
-    def _chosen_names(self) -> list[str]:
-        """Names of the adapters that are active here, whether or not they are enabled."""
-        state: Any = self.__dict__["active_state"]
-        return list(state.names if isinstance(state, LayerState) else self._commands().manager.active)
-
-    def _act_alone(self, names: Sequence[str], *, enabled: bool) -> None:
-        shared = self._shared_state()
-        shared.refuse_changes()
-        now = shared.current().names
-        alike = tuple(names) == now if enabled else not now
-        self.__dict__["active_state"] = shared if alike else LayerState(shared, names, enabled=enabled)
-        (shared.apart.discard if alike else shared.apart.add)(self)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether gradients reach adapters here, whatever is active."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self._named():
-                self._named()[name].requires_grad_(requires_grad)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter out of this layer; nothing where it has none of that name."""
         if adapter_name in self._named():
@@ -228,7 +235,7 @@ class PeftLayerMixin(nn.Module):
             safe_merge: refuse a weight that would not be finite.
             adapter_names: which; the active ones if None.
         """
-        names = self._chosen_names() if adapter_names is None else list(adapter_names)
+        names = self.chosen_names() if adapter_names is None else list(adapter_names)
         new = [name for name in names if name in self._named() and name not in self.merged_names]
         if not new:
             if self.merged_names:

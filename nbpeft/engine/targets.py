@@ -148,8 +148,11 @@ def nothing_matches(matcher: Matcher, excluded: Sequence[str], available: Sequen
     if missing and not excluded:
         return no_match(missing, available)
     if excluded:
+        outcome = "No modules were targeted for adaptation" if missing else "All modules were excluded"
+        others = f"; {few(missing)} not found in the base model" if missing else ""
         return TargetError(
-            f"exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. {excluded[0]}"
+            f"{outcome}: exclude_modules takes out all {len(excluded)} modules that target_modules names, e.g. "
+            f"{excluded[0]}{others}"
         )
     if not matcher.targets:
         return TargetError('target_modules is empty: name the modules to adapt, or "all-linear"')
@@ -161,9 +164,12 @@ def no_match(missing: Sequence[str], available: Iterable[str], *, what: str = "t
     last_names = sorted({path.rsplit(".", 1)[-1] for path in available})
     hints = {name: near(name, last_names) for name in missing[:_MOST_HINTS]}
     hint = did_you_mean(missing[0], last_names) if len(missing) == 1 else _hints(hints)
-    verb = "matches" if len(missing) == 1 else "match"
+    if what == "target_modules":
+        problem = f"Target modules {few(missing)} not found in the base model."  # users of PEFT look for these words
+    else:
+        problem = f"{what} {few(missing)} {'matches' if len(missing) == 1 else 'match'} no module of the model."
     return TargetError(
-        f"{what} {few(missing)} {verb} no module of the model.{hint} {_has(last_names)}",
+        f"{problem}{hint} {_has(last_names)}",
         missing=tuple(missing),
         near=hints,
         available=tuple(last_names),
@@ -178,7 +184,8 @@ def no_pattern_match(pattern: str, available: Iterable[str]) -> TargetError:
     else:
         hint = f"for names use a list.{did_you_mean(pattern, last_names)}"
     return TargetError(
-        f"target_modules {shown(pattern)} is a pattern for whole paths and matches none: {hint} {_has(last_names)}",
+        f"Target modules {shown(pattern)} not found in the base model: it is a pattern for whole paths; {hint} "
+        f"{_has(last_names)}",
         missing=(pattern,),
         near={pattern: near(pattern, last_names)},
         available=tuple(last_names),

@@ -304,7 +304,9 @@ def _without_weight(
     try:
         return rewrite(config, adapters, weights)
     except AdapterError as error:
-        raise AdapterError(f"adapter {name!r} cannot be converted: {error}") from None
+        raise AdapterError(
+            f"Passing `path_initial_model_for_weight_conversion` to `save_pretrained` cannot convert {name!r}: {error}"
+        ) from None
 
 
 def _first_config(manager: AdapterManager) -> AdapterConfig:
@@ -410,8 +412,12 @@ def warn_of_saved_embeddings(manager: AdapterManager, names: Sequence[str] | Non
     """Warns if whole embeddings are saved although that was not asked for."""
     adapted = [path for name in names or manager.names for path in _adapted_embeddings(manager, name)]
     if embeddings == "auto" and (adapted or vocabulary_resized(manager.model)):
-        why = f"{adapted[0]} is adapted" if adapted else "the vocabulary was resized"
-        warnings.warn(f"{why}: whole embeddings are saved along (not with save_embedding_layers=False)", stacklevel=3)
+        targeted = f"embedding layers found in `target_modules`, {adapted[0]}" if adapted else ""
+        warnings.warn(
+            f"Setting `save_embedding_layers` to `True` as {targeted or 'the vocabulary was resized'}: "
+            "whole embeddings are saved along (not with save_embedding_layers=False)",
+            stacklevel=3,
+        )
 
 
 def vocabulary_resized(model: nn.Module) -> bool:

@@ -43,11 +43,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         AdapterError: the model has no adapted layer.
     """
     if not isinstance(multiplier, int | float):
-        raise TypeError(f"multiplier must be a number, not {type(multiplier).__name__}")
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     # The adapters themselves: inside the block one may get another name, or be deleted.
     adapters = [module for module in reached_modules(model) if isinstance(module, Rescales)]
     if not adapters:
-        raise AdapterError("the model has no adapter with a scaling that could be changed")
+        raise AdapterError("scaling is only supported for models with `LoraLayer`s: none here has a scaling")
     with ExitStack() as stack:
         for adapter in adapters:
             scaling = float(adapter.scaling)

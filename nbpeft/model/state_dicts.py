@@ -166,8 +166,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     unexpected = [key for key in state_dict if key not in wrapped]
     if strict and (missing or unexpected):
         hint = did_you_mean(unexpected[0], wrapped) if unexpected else ""
-        parts = [f"{what}: {few(keys, 3)}" for what, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
-        raise BaseMismatchError(f"the state dict does not fit the base model; {'; '.join(parts)}.{hint}")
+        wrong = {"Missing key(s)": missing, "Unexpected key(s)": unexpected}  # torch's words in load_state_dict
+        parts = [f"{what}: {few(keys, 3)}." for what, keys in wrong.items() if keys]
+        raise BaseMismatchError(f"the state dict does not fit the base model. {' '.join(parts)}{hint}")
     given = {wrapped[key]: tensor for key, tensor in state_dict.items() if key in wrapped}
     for key, tensor in given.items():
         if isinstance(present[key], Tensor) and present[key].shape != tensor.shape:

@@ -66,7 +66,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
         if isinstance(module, AdaptedLayer):
             found.append(_layer(manager, prefix + path, module))
         elif isinstance(module, ModulesToSaveWrapper):
-            found.append(_copy(manager, prefix + path, module))
+            found.append(_copy(prefix + path, module))
     return found
 
 
@@ -79,7 +79,7 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
     return LayerStatus(
         name=name,
         module_type=layer.adapted_as,
-        enabled=layer.enabled,
+        enabled=layer.adapters_enabled,
         active_adapters=layer.active_adapters,
         merged_adapters=list(layer.merged_names),
         quantization_backend=_BACKENDS.get(layer.backend.name, layer.backend.name),
@@ -87,13 +87,13 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
     )
 
 
-def _copy(manager: AdapterManager, name: str, module: ModulesToSaveWrapper) -> LayerStatus:
+def _copy(name: str, module: ModulesToSaveWrapper) -> LayerStatus:
     copies = {own: module.modules_to_save[own] for own in module.modules_to_save}
     return LayerStatus(
         name=name,
         module_type="ModulesToSaveWrapper",
-        enabled=manager.enabled,
-        active_adapters=[own for own in manager.active if own in copies],
+        enabled=module.adapters_enabled,
+        active_adapters=[own for own in module.chosen_names() if own in copies],
         merged_adapters=[],
         **_of_modules(copies),
     )
@@ -141,7 +141,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     manager = require_manager(model)
     trainable, total = parameter_counts(model)
     layers = get_layer_status(model)
-    apart = manager.active_state.apart
+    parts = [*manager.layers.values(), *manager.copies.values()]
     methods = sorted({_method(manager, name) for name in manager.names})
     return ModelStatus(
         base_model_type=type(manager.model).__name__,
@@ -150,8 +150,8 @@ def get_model_status(model: nn.Module) -> ModelStatus:
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
-        enabled=_same([manager.enabled, *(layer.enabled for layer in apart)]),
-        active_adapters=_same_list([manager.active, *(layer.active_adapters for layer in apart)]),
+        enabled=_same([part.adapters_enabled for part in parts] or [manager.enabled]),
+        active_adapters=_same_list([part.chosen_names() for part in parts] or [manager.active]),
         merged_adapters=_merged(manager),
         quantization_backend=_same(layer.quantization_backend for layer in layers) if layers else None,
         **_of_tensors({name: manager.parameters(name) for name in manager.names}),

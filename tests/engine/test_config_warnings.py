@@ -60,7 +60,7 @@ def test_patterns_that_match_nothing_are_named(name: str, patterns: dict[str, in
             warnings.simplefilter("error")
             plan(Model(), settings(**{name: patterns}), allow_missing=False)
         return
-    message = re.escape(f"{name} {', '.join(map(repr, unused))} did not match any targeted module")
+    message = re.escape(f"{name} [{', '.join(map(repr, unused))}] did not match any targeted module")
     with pytest.warns(RuntimeWarning, match=message):
         plan(Model(), settings(**{name: patterns}))
     with pytest.raises(TargetError, match=message):

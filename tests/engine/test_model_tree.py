@@ -69,7 +69,7 @@ def test_the_manager_is_found_through_wrappers(wrap: Any) -> None:
     assert handle.unload() is base
     dead = manager_of(wrap(handle))
     assert dead is not None and not dead.alive and manager_of(wrap(base)) is None
-    with pytest.raises(AdapterError, match="carries no adapters"):
+    with pytest.raises(AdapterError, match="No adapter layers found in the model"):
         require_manager(base)
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import peft
 import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+from torch import nn
 
+from nbpeft import LoraConfig
+from nbpeft.engine.plan import plan
 from nbpeft.engine.targets import Matcher, no_match, no_pattern_match, usual_targets
+from nbpeft.errors import TargetError
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
@@ -87,3 +96,23 @@ def test_the_error_names_near_targets_and_what_there_is() -> None:
 def test_a_name_given_as_a_pattern_is_explained() -> None:
     assert "use target_modules=['q_proj']" in str(no_pattern_match("q_proj", ["m.0.q_proj"]))
     assert "Did you mean 'q_proj'" in str(no_pattern_match("q_porj", ["m.0.q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "phrase"),
+    [
+        ({"target_modules": ["frist"]}, r"Target modules .*'frist'.* not found in the base model"),
+        ({"target_modules": "frist"}, r"Target modules .*frist.* not found in the base model"),
+        ({"target_modules": ["first", "second"], "exclude_modules": ["first", "second"]}, "All modules were excluded"),
+        (
+            {"target_modules": ["first", "other"], "exclude_modules": ["first"]},
+            "No modules were targeted for adaptation",
+        ),
+    ],
+)
+def test_the_words_that_users_of_peft_look_for(fields: dict[str, Any], phrase: str) -> None:
+    model = nn.Sequential(OrderedDict(first=nn.Linear(2, 2), second=nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=phrase):
+        peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**fields))
+    with pytest.raises(TargetError, match=phrase):
+        plan(model, LoraConfig(**fields))

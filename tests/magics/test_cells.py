@@ -114,7 +114,7 @@ def test_a_dry_run_shows_what_is_missing(notebook: Notebook) -> None:
 def test_a_missing_target_stops_the_cell(notebook: Notebook) -> None:
     base, before = notebook["model"], fingerprint(notebook["model"])
     line = notebook.run("%%lora model\ntarget_modules = ['q_proj', 'v_prj']").line
-    assert "'v_prj' matches no module" in line
+    assert "'v_prj' not found in the base model" in line
     assert "Did you mean 'v_proj'" in line
     assert notebook["model"] is base
     assert fingerprint(base) == before
@@ -201,7 +201,7 @@ def test_a_variable_that_gets_a_new_model_starts_anew(notebook: Notebook) -> Non
         ("%%lora model\nr = 'four'", "line 1: r must be a positive"),
         ("%%lora model\nbias = 'some'", "bias must be one of"),
         ("%%lora model\npeft_type = 'LORRA'", "peft_type 'LORRA' is not a known method"),
-        ("%%lora model\ntarget_modules = ['q']", "'q' matches no module"),
+        ("%%lora model\ntarget_modules = ['q']", "'q' not found in the base model"),
         ("%%lora model\ntarget_modules = 'q_proj('", "target_modules is not a regular expression"),
         ("%%lora model\ntarget_modules = ['act_fn']", "act_fn"),
         ("%%lora model\nmodules_to_save = ['nothing']", "nothing"),

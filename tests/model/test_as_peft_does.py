@@ -196,7 +196,7 @@ TOLD: list[tuple[Callable[[Any], object], dict[str, Any], str, str]] = [
         lambda model: model.save_pretrained(tempfile.mkdtemp(), selected_adapters=["default"]),
         {"target_modules": ["embed_tokens"]},
         "Setting `save_embedding_layers` to `True`",
-        "model.embed_tokens is adapted: whole embeddings are saved along",
+        "embedding layers found in `target_modules`, model.embed_tokens: whole embeddings are saved along",
     ),
 ]
 

@@ -53,10 +53,10 @@ def test_base_weights_that_do_not_fit_change_nothing() -> None:
     model = adapted()
     before, own = state(model), get_base_model_state_dict(model)
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({key: value for key, value in own.items() if key != "lm_head.weight"}, "missing: 'lm_head.weight'"),
+        ({key: value for key, value in own.items() if key != "lm_head.weight"}, r"Missing key\(s\): 'lm_head.weight'"),
         (
             {**own, "lm_haed.weight": own["lm_head.weight"]},
-            r"unexpected: 'lm_haed.weight'.* Did you mean 'lm_head.weight'",
+            r"Unexpected key\(s\): 'lm_haed.weight'.* Did you mean 'lm_head.weight'",
         ),
         ({**own, "lm_head.weight": torch.zeros(3, 3)}, r"lm_head.weight is \(3, 3\), expected \(97, 32\)"),
     ]

@@ -378,7 +378,7 @@ def test_fields_without_a_method_keep_that_of_the_adapter(session: Session) -> N
     [
         ({}, "token_indices is empty"),
         ({"token_indices": [1000]}, r"token_indices: model.embed_tokens has \d+ rows and no row 1000"),
-        ({"token_indices": [1], "target_modules": ["zz"]}, "target_modules 'zz' matches no module"),
+        ({"token_indices": [1], "target_modules": ["zz"]}, "Target modules 'zz' not found in the base model"),
     ],
 )
 def test_trainable_tokens_name_their_own_fields(session: Session, fields: dict[str, Any], message: str) -> None:

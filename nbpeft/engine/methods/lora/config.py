@@ -236,7 +236,7 @@ class LoraConfig(AdapterConfig):
             if unused:
                 hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
                 parts.append(
-                    f"{name} {few(unused)} did not match any targeted module and "
+                    f"{name} [{few(unused)}] did not match any targeted module and "
                     f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
                 )
         return " ".join(parts)

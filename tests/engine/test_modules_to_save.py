@@ -1,0 +1,107 @@
+"""Modules trained as a whole, commanded one by one as PEFT's are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper as TheirWrapper
+from torch import Tensor, nn
+
+import nbpeft
+from nbpeft.errors import AdapterError
+from nbpeft.model import LoraLayer, ModulesToSaveWrapper
+
+INPUT = torch.linspace(-1, 1, 6).reshape(3, 2)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x))  # type: ignore[no-any-return]
+
+
+def both() -> tuple[Any, Any]:
+    """A model of nbpeft and one of PEFT with the adapters "default" and "other", each with weights of its own."""
+    fields: dict[str, Any] = {"target_modules": ["first"], "modules_to_save": ["head"], "r": 2}
+    made: list[Any] = []
+    for library in (nbpeft, peft):
+        torch.manual_seed(0)
+        model = library.get_peft_model(Model(), library.LoraConfig(**fields))
+        model.add_adapter("other", library.LoraConfig(**fields))
+        with torch.no_grad():
+            for number, (_, parameter) in enumerate(sorted(model.named_parameters())):
+                parameter.copy_(torch.linspace(-1, number, parameter.numel()).reshape(parameter.shape))
+        made.append(model)
+    return made[0], made[1]
+
+
+def wrappers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper | TheirWrapper)]
+
+
+def parts(model: Any) -> list[Any]:
+    kinds = (LoraLayer, ModulesToSaveWrapper, BaseTunerLayer, TheirWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def trained(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert trained(ours) == trained(theirs)
+    assert torch.equal(ours(INPUT), theirs(INPUT))
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_every_part_is_switched_as_transformers_does(inference_mode: bool) -> None:
+    ours, theirs = both()
+    for model in (ours, theirs):
+        for part in parts(model):
+            part.set_adapter("other", inference_mode=inference_mode)
+    assert_same(ours, theirs)
+    assert ours.get_model_status().active_adapters == theirs.get_model_status().active_adapters == ["other"]
+    ours.set_adapter("default")
+    theirs.set_adapter("default")
+    assert_same(ours, theirs)
+
+
+def test_every_part_is_disabled_and_enabled_as_transformers_does() -> None:
+    ours, theirs = both()
+    before = ours(INPUT)
+    for enabled in (False, True):
+        for model in (ours, theirs):
+            for part in parts(model):
+                part.enable_adapters(enabled)
+        assert torch.equal(ours(INPUT), theirs(INPUT))
+        assert ours.get_model_status().enabled is theirs.get_model_status().enabled is enabled
+    assert torch.equal(ours(INPUT), before)
+
+
+def test_one_copy_alone_is_switched_until_a_command_on_the_model() -> None:
+    ours, theirs = both()
+    before = ours(INPUT)
+    for model in (ours, theirs):
+        wrappers(model)[0].set_adapter("other")
+    assert_same(ours, theirs)
+    assert wrappers(ours)[0].active_adapters == ["other"]
+    assert ours.get_model_status().active_adapters == theirs.get_model_status().active_adapters == "irregular"
+    ours.set_adapter("default")
+    assert torch.equal(ours(INPUT), before)
+    assert ours.get_model_status().active_adapters == ["default"]
+
+
+def test_two_copies_cannot_act_on_one_module() -> None:
+    model, _ = both()
+    before = model(INPUT)
+    with pytest.raises(AdapterError, match="'default' and 'other' each trained their own copy of a Linear"):
+        wrappers(model)[0].set_adapter(["default", "other"])
+    assert torch.equal(model(INPUT), before)
+    assert wrappers(model)[0].active_adapters == ["default"]
