@@ -7,11 +7,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from nbpeft.engine.active_state import LayerState
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import StaleModelError
+from nbpeft.errors import BaseMismatchError, MergeError, StaleModelError
 
 
 class LayerCommands:
@@ -64,6 +66,20 @@ class LayerCommands:
             left = {name for other in manager.layers.values() for name in other.merged_names}
             manager._merged = tuple(name for name in manager.merged if name in left)
             manager._publish_active()
+
+    def set_base_weight(self, layer: AdaptedLayer, weight: Tensor) -> None:
+        """Writes the frozen weight of one layer; see ``PeftLayerMixin``."""
+        manager, backend, module = self.manager, layer.backend, layer.base_layer
+        with manager.transaction() as change:
+            manager.refuse_merged("writing base weights")
+            if not backend.can_merge:
+                raise MergeError(f"a {backend.name} weight cannot be written: {backend.unmergeable_reason}")
+            shape = layer.get_base_weight().shape
+            if weight.shape != shape:
+                raise BaseMismatchError(f"the weight is {tuple(shape)}, not {tuple(weight.shape)}")
+            before = backend.snapshot(module)
+            change.on_undo(lambda: backend.restore(module, before))
+            backend.store(module, weight)
 
     def remove(self, layer: AdaptedLayer, name: str) -> None:
         """Takes an adapter out of one layer.

@@ -254,6 +254,23 @@ class PeftLayerMixin(ChoosesAlone):
         """The layer's weight as it stores it, detached; a quantized one dequantized."""
         return self.base.backend.dequantize(self.base.module).detach()
 
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Writes the layer's frozen weight, in its dtype; a quantized one is quantized with its own settings.
+
+        Args:
+            weight_data: shaped as the layer stores it, or dequantizes it.
+
+        Raises:
+            MergeError: adapters are merged, or nothing can be written into a weight that is stored in this way.
+            BaseMismatchError: it has another shape.
+        """
+        self._commands().set_base_weight(self, weight_data)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the layer stores its weight as (in, out), as transformers' ``Conv1D`` does."""
+        return self.base.kind.name == "conv1d"
+
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer."""

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import nbpeft
 from nbpeft.engine.hotswap import prepare_for_hotswap
-from nbpeft.errors import UnknownAdapterError
+from nbpeft.errors import BaseMismatchError, MergeError, UnknownAdapterError
 from nbpeft.model import LoraConfig, LoraLayer, ModulesToSaveWrapper, get_peft_model
 
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"], "init_lora_weights": False}
@@ -221,3 +221,35 @@ def test_layers_print_as_what_peft_calls_them() -> None:
         model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(target_modules=list("abcd")))
         names.append([repr(model.base_model.model[key]).partition("(")[0] for key in "abcd"])
     assert names[0] == names[1] == ["lora.Linear", "lora.Embedding", "lora.Conv2d", "lora.Linear"]
+
+
+def test_base_weights_are_written_as_in_peft() -> None:
+    ours, theirs = pair()
+    new = torch.linspace(-1, 1, layers(ours)["inner.0"].get_base_weight().numel())
+    for model in (ours, theirs):
+        layer = layers(model)["inner.0"]
+        layer.set_base_weight(new.reshape(layer.get_base_weight().shape))
+    assert torch.equal(layers(ours)["inner.0"].get_base_weight(), layers(theirs)["inner.0"].get_base_weight())
+    assert torch.allclose(output(ours), output(theirs))
+
+
+def test_base_weights_that_cannot_be_written_stay() -> None:
+    model, _ = pair()
+    layer = layers(model)["inner.0"]
+    before = layer.get_base_weight().clone()
+    with pytest.raises(BaseMismatchError, match=r"not \(1, 1\)"):
+        layer.set_base_weight(torch.zeros(1, 1))
+    assert torch.equal(layer.get_base_weight(), before)
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="unmerge before writing base weights"):
+        layer.set_base_weight(before)
+    model.unmerge_adapter()
+    assert torch.equal(layer.get_base_weight(), before)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_layers_tell_how_they_store_their_weight() -> None:
+    base = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Embedding(4, 4), "d": Conv1D(2, 4)})
+    for library in (nbpeft, peft):
+        model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(target_modules=list("abd")))
+        assert [model.base_model.model[key].fan_in_fan_out for key in "abd"] == [False, False, True]

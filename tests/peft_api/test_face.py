@@ -146,9 +146,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "not there yet": (
         "LoRA's embedding: no attribute bias",
         "LoRA's head: no attribute *",
-        "LoRA's *: no attribute fan_in_fan_out",
         "LoRA's *: no attribute reset_lora_parameters",
-        "LoRA's *: no attribute set_base_weight",
         "LoRA's *: no attribute update_layer",
         "LoraModel: no attribute inject_adapter",
         "LoraModel: no attribute target_module_mapping",
