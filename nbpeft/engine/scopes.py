@@ -64,10 +64,11 @@ class ScopedChoice(ContextDecorator):
         names: the adapters that act; None for none, the base model alone.
     """
 
+    _scope: Scope | None = None  # on the class: an interruption can come before __init__
+
     def __init__(self, manager: Manager, names: tuple[str, ...] | None) -> None:
         self._manager = manager
         self._names = names
-        self._scope: Scope | None = None
         self._again: tuple[str, ...] = ()
         self._woken: dict[str, list[tuple[Tensor, bool]]] = {}
         self._provided = ExitStack()
