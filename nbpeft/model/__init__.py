@@ -32,6 +32,7 @@ from nbpeft.model.helpers import update_signature as update_signature
 from nbpeft.model.hotswap import hotswap_adapter as hotswap_adapter
 from nbpeft.model.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
 from nbpeft.model.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from nbpeft.model.injection import inject_adapter_in_model as inject_adapter_in_model
 from nbpeft.model.merge_export import MergedFolder as MergedFolder
 from nbpeft.model.merge_export import MergedTensors as MergedTensors
 from nbpeft.model.merge_export import merge_errors as merge_errors
@@ -58,7 +59,6 @@ from nbpeft.model.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from nbpeft.model.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from nbpeft.model.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
 from nbpeft.model.tasks import get_peft_model as get_peft_model
-from nbpeft.model.tasks import inject_adapter_in_model as inject_adapter_in_model
 from nbpeft.model.tuner import BaseTuner, tuner_class
 
 PeftConfig = AdapterConfig

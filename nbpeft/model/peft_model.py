@@ -97,7 +97,7 @@ class PeftModel(nn.Module):
             change.keep_attributes(manager, "owner")
             first = next(iter(manager.configs.values()), None)  # none where a pool has all of them
             tuner = BaseTuner if first is None else tuner_class(method_of(first))
-            self.base_model = tuner(model, manager)
+            self.base_model = tuner.over(model, manager)
             self.__dict__[MANAGER] = manager
             self.training = model.training
             clear_gguf_flags(model, change)

@@ -1,21 +1,17 @@
-"""The task classes of PEFT, and the two ways in: ``get_peft_model`` and ``inject_adapter_in_model``."""
+"""The task classes of PEFT, and the way in: ``get_peft_model``."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from nbpeft import checkpoint
 from nbpeft.engine.adapter import TASK_HEADS, AdapterConfig, TaskType
-from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import base_model_of, manager_of
-from nbpeft.engine.plan import InjectionPlan
-from nbpeft.errors import AdapterError, ConfigError, TargetError, few
+from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.model.peft_model import PeftModel
-from nbpeft.model.state_dicts import drop_values
 
 
 class _TaskModel(PeftModel):
@@ -192,58 +188,3 @@ def get_peft_model(
             )
         config = config.copy(revision=revision)
     return PeftModel.for_task(config)(base, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-def inject_adapter_in_model(
-    peft_config: AdapterConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Adds an adapter to a model without a handle and returns the model itself.
-
-    Args:
-        peft_config: config of the adapter.
-        model: the base model; changed in place.
-        adapter_name: its name.
-        low_cpu_mem_usage: leave its parameters on the meta device; ``set_peft_model_state_dict`` fills them in.
-        state_dict: its keys, those of a file, say which modules to adapt, instead of the config's
-            ``target_modules``; its values are not used, see ``set_peft_model_state_dict``.
-
-    Raises:
-        TargetError: the config, or no key, fits the model, which is as it was.
-    """
-    manager = manager_of(model) or AdapterManager(model)
-    plan = manager.plan(peft_config) if state_dict is None else _plan_for_keys(manager, peft_config, state_dict)
-    put = manager.prepare(adapter_name, plan, trainable=not peft_config.inference_mode)
-    with manager.transaction():
-        put()
-        AdapterManager.attach(manager.model, manager)
-        if manager.active != (adapter_name,):
-            manager.activate(adapter_name)
-        if low_cpu_mem_usage:
-            drop_values(manager, adapter_name)
-    return model
-
-
-def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:
-    """A plan for the modules that keys name; warns where the config means others."""
-    paths = checkpoint.adapted_paths(keys, str(config.peft_type))
-    if not paths:
-        raise TargetError("the state_dict has no key of an adapter of this config that says which modules to adapt")
-    everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    made = manager.plan(config.copy(target_modules=list(paths), **everywhere))
-    try:
-        meant = set(manager.plan(config).paths)
-    except TargetError:
-        meant = set()
-    differing = meant ^ set(made.paths)
-    if meant and differing:
-        warnings.warn(
-            f"the state_dict and the config mean different modules ({few(sorted(differing), 3)}): "
-            "those of the state_dict are adapted",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return made

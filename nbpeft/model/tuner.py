@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft import hooks
+from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized
+from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manager_of
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import Method, methods
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
 from nbpeft.model.combining import Combined, combine_adapters
+from nbpeft.model.injection import inject_adapter_in_model
 
 
 class BaseTuner(nn.Module):
@@ -26,6 +28,16 @@ class BaseTuner(nn.Module):
     Models of a method are of a class of its own, as PEFT's: ``LoraModel``, ``IA3Model``; see ``tuner_class``.
     A new one takes the base model over: the commands of the one before, and of its handle, refuse from then on.
     Attributes the tuner lacks are the base model's.
+
+    Args:
+        model: the base model; changed in place.
+        peft_config: config of an adapter, or adapter name -> config, of which ``adapter_name`` is taken.
+        adapter_name: its name.
+        low_cpu_mem_usage: leave its parameters on the meta device.
+        state_dict: its keys say which modules to adapt; see ``inject_adapter_in_model``.
+
+    Raises:
+        TargetError: the config, or no key, fits the model, which is as it was.
     """
 
     prefix: str = ""
@@ -38,8 +50,30 @@ class BaseTuner(nn.Module):
     model: nn.Module
     _token: object
 
-    def __init__(self, model: nn.Module, manager: AdapterManager) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig | Mapping[str, AdapterConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)
+        manager = manager_of(model)
+        assert manager is not None
+        self._take(model, manager)
+
+    @classmethod
+    def over(cls, model: nn.Module, manager: AdapterManager) -> Self:
+        """Makes one on a model whose manager already has adapters."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner._take(model, manager)
+        return tuner
+
+    def _take(self, model: nn.Module, manager: AdapterManager) -> None:
         self.model = model
         self.__dict__[MANAGER] = manager
         self.__dict__["_token"] = manager.owner = object()

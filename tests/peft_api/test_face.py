@@ -81,7 +81,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "a class for isinstance: the engine makes layers": (
         "peft.tuners*: *: only for isinstance",
         "peft.utils: *Wrapper: *",
-        "peft.tuners.tuners_utils: BaseTuner: *",
     ),
     "how PEFT builds its layers; the engine has kinds of layers and ways to store a weight instead": (
         "peft.tuners.lora.*: no dispatch_*",
@@ -142,7 +141,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "PeftModelForTokenClassification.__init__: peft_config='no default', not None",
     ),
     "the default depends on the method": ("LoraModel.add_weighted_adapter: combination_type=None, not 'svd'",),
-    "a handle makes it: get_peft_model": ("peft*: *Model: no parameter *",),
     "not there yet": (
         "LoRA's embedding: no attribute bias",
         "LoRA's head: no attribute *",

@@ -1,0 +1,71 @@
+"""Adapters on a model without a handle: ``inject_adapter_in_model``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from nbpeft import checkpoint
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.plan import InjectionPlan
+from nbpeft.errors import TargetError, few
+from nbpeft.model.state_dicts import drop_values
+
+
+def inject_adapter_in_model(
+    peft_config: AdapterConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Adds an adapter to a model without a handle and returns the model itself.
+
+    Args:
+        peft_config: config of the adapter.
+        model: the base model; changed in place.
+        adapter_name: its name.
+        low_cpu_mem_usage: leave its parameters on the meta device; ``set_peft_model_state_dict`` fills them in.
+        state_dict: its keys, those of a file, say which modules to adapt, instead of the config's
+            ``target_modules``; its values are not used, see ``set_peft_model_state_dict``.
+
+    Raises:
+        TargetError: the config, or no key, fits the model, which is as it was.
+    """
+    manager = manager_of(model) or AdapterManager(model)
+    plan = manager.plan(peft_config) if state_dict is None else _plan_for_keys(manager, peft_config, state_dict)
+    put = manager.prepare(adapter_name, plan, trainable=not peft_config.inference_mode)
+    with manager.transaction():
+        put()
+        AdapterManager.attach(manager.model, manager)
+        if manager.active != (adapter_name,):
+            manager.activate(adapter_name)
+        if low_cpu_mem_usage:
+            drop_values(manager, adapter_name)
+    return model
+
+
+def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:
+    """A plan for the modules that keys name; warns where the config means others."""
+    paths = checkpoint.adapted_paths(keys, str(config.peft_type))
+    if not paths:
+        raise TargetError("the state_dict has no key of an adapter of this config that says which modules to adapt")
+    everywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    made = manager.plan(config.copy(target_modules=list(paths), **everywhere))
+    try:
+        meant = set(manager.plan(config).paths)
+    except TargetError:
+        meant = set()
+    differing = meant ^ set(made.paths)
+    if meant and differing:
+        warnings.warn(
+            f"the state_dict and the config mean different modules ({few(sorted(differing), 3)}): "
+            "those of the state_dict are adapted",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return made
