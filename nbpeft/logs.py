@@ -14,8 +14,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from nbpeft.interrupts import HeldInterrupts
 
 LIBRARIES = ("bitsandbytes", "transformers", "accelerate")
 HOLD_SECONDS = 10.0
@@ -66,7 +69,7 @@ class RepeatFilter(logging.Filter):
 
     def _count(self, record: logging.LogRecord) -> None:
         key = (record.name, record.getMessage())
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             if not self._counts:
                 self._since = self._clock()
             self._held.setdefault(key, [record])
@@ -77,7 +80,7 @@ class RepeatFilter(logging.Filter):
 
     def flush(self) -> None:
         """Shows every warning that is held back, with its count, in the order they first came."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             held, counts = self._held, self._counts
             self._held, self._counts = {}, {}
             before = set(self._shown_before)
@@ -91,8 +94,12 @@ class RepeatFilter(logging.Filter):
 
     def forget(self) -> None:
         """Starts anew: what was shown counts as never shown."""
-        with self._lock:
+        with HeldInterrupts(), self._lock:
             self._shown_before.clear()
+
+
+class _Block:
+    """One block. Where an interruption keeps it from being left, it is gone with its frame."""
 
 
 class _Collapsing:
@@ -101,21 +108,24 @@ class _Collapsing:
     def __init__(self) -> None:
         self._filter = RepeatFilter()
         self._handlers: list[logging.Handler] = []
-        self._depth = 0
+        self._blocks: weakref.WeakSet[_Block] = weakref.WeakSet()
         self._lock = threading.RLock()
 
-    def enter(self) -> None:
-        with self._lock:
-            self._depth += 1
+    def enter(self, block: _Block) -> None:
+        with HeldInterrupts(), self._lock:
+            self._blocks.add(block)
             for handler in _handlers():
                 if handler not in self._handlers:
                     handler.addFilter(self._filter)
                     self._handlers.append(handler)
 
-    def leave(self) -> None:
-        with self._lock:
-            self._depth -= 1
-            if self._depth:
+    def leave(self, block: _Block) -> None:
+        """Ends a block, also one that an interruption kept from being entered."""
+        with HeldInterrupts(), self._lock:
+            if block not in self._blocks:
+                return
+            self._blocks.remove(block)
+            if self._blocks:
                 return
             try:
                 self._filter.flush()
@@ -136,11 +146,12 @@ def collapsed() -> Iterator[None]:
     Blocks may be nested; the outermost one shows the warnings. An inner one also takes in handlers that were
     made since, such as the one transformers makes when it is imported.
     """
-    _collapsing.enter()
+    block = _Block()
     try:
+        _collapsing.enter(block)
         yield
     finally:
-        _collapsing.leave()
+        _collapsing.leave(block)
 
 
 def _handlers() -> list[logging.Handler]:

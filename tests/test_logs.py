@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
+import itertools
 import logging
+import signal
+import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from nbpeft import logs
 from nbpeft.logs import HOLD_SECONDS, LIBRARIES, RepeatFilter, collapsed
 
 FLOOD = "MatMul8bitLt: inputs will be cast from %s to float16 during quantization"
@@ -105,3 +114,34 @@ def test_talk_about_an_optional_kernel_is_dropped(shown: io.StringIO) -> None:
         warn("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: %s", "none")
         warn("bitsandbytes.backends.cpu.ops", "something else")
     assert shown.getvalue() == "something else\n"
+
+
+def test_a_block_that_was_interrupted_anywhere_leaves_nothing(shown: io.StringIO) -> None:
+    """At each line, also those of entering and leaving; another thread gets in afterwards."""
+    seen = 0
+    for number in itertools.count(1):
+        visits = itertools.count(1)
+
+        def local(frame: FrameType, event: str, argument: object, number: int = number, visits: Any = visits) -> Any:
+            if event == "line" and next(visits) == number:
+                signal.raise_signal(signal.SIGINT)
+            return local
+
+        sys.settrace(lambda frame, *_: local if frame.f_code.co_filename == logs.__file__ else None)
+        try:
+            with collapsed():
+                warn("transformers", "held")
+        except KeyboardInterrupt:
+            seen += 1
+        finally:
+            sys.settrace(None)
+        gc.collect()
+        other = threading.Thread(target=lambda: contextlib.ExitStack().enter_context(collapsed()), daemon=True)
+        other.start()
+        other.join(20)
+        assert not other.is_alive(), f"line {number}: another thread does not get in"
+        gc.collect()
+        assert not logs._collapsing._blocks, f"line {number}"
+        if next(visits) <= number:
+            break
+    assert seen > 20

@@ -20,6 +20,7 @@ from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftTy
 from nbpeft.engine.base import Backend, LayerKind
 from nbpeft.engine.combination import Combine
 from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
+from nbpeft.interrupts import HeldInterrupts
 
 ENTRY_POINT_GROUP = "nbpeft.methods"
 
@@ -293,7 +294,7 @@ def _load_entry_points() -> None:
     if _entry_points_loaded:
         return
     failures = []
-    with _entry_points_lock:
+    with HeldInterrupts(), _entry_points_lock:
         if _entry_points_loaded or _entry_points_loading:  # a package may use the registry while it is imported
             return
         _entry_points_loading = True

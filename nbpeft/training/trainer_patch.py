@@ -39,6 +39,7 @@ from typing import Any
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.model_tree import unwrapped
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from nbpeft.training.checkpoints import resume_point, save_beside, save_whole
 from nbpeft.training.import_hook import ImportHook
@@ -67,7 +68,7 @@ def patch_trainer() -> None:
     :mod:`nbpeft.training.trainer_patch` lists what it changes.
     """
     global _hook, _declined
-    with _lock:
+    with HeldInterrupts(), _lock:
         _declined = False
         if _hook is None:
             _hook = ImportHook({_ACCELERATE: _patch_accelerate, _FSDP: _patch_fsdp, _TRANSFORMERS: _patch_transformers})
@@ -77,7 +78,7 @@ def patch_trainer() -> None:
 def unpatch_trainer() -> None:
     """Restores the Trainers as they were, until ``patch_trainer`` or ``nbpeft.Trainer`` is called."""
     global _hook, _declined
-    with _lock:
+    with HeldInterrupts(), _lock:
         _declined = True
         if _hook is not None:
             _hook.remove()
@@ -305,7 +306,7 @@ def _subclasses(trainer_class: type) -> list[type]:
 
 def _init_subclass(cls: type, /, **kwargs: Any) -> None:
     super(sys.modules[_TRANSFORMERS].Trainer, cls).__init_subclass__(**kwargs)
-    with _lock:
+    with HeldInterrupts(), _lock:
         _patch_trl(cls)
 
 
