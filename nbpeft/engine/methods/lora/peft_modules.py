@@ -106,11 +106,8 @@ class AdapterDropout(nn.Dropout):
     """
 
     def __init__(self, adapter: Any) -> None:
-        self.__dict__["adapter"] = adapter
-        mode = adapter.training
         nn.Module.__init__(self)
-        self.__dict__["inplace"] = False
-        adapter.training = mode  # torch's constructor sets it
+        self.__dict__.update(inplace=False, adapter=adapter)
 
     @property
     def training(self) -> bool:
@@ -119,7 +116,8 @@ class AdapterDropout(nn.Dropout):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        self.__dict__["adapter"].training = mode
+        if "adapter" in self.__dict__:  # torch's constructor sets it, too
+            self.__dict__["adapter"].training = mode
 
     @property
     def p(self) -> float:
