@@ -38,7 +38,7 @@ def step():
     return nbpeft.get_session().state.model("model").training.step
 
 before = step()
-made = model.generate(input_ids=torch.arange(9)[None], max_new_tokens=4)
+made = model.generate(input_ids=torch.arange(9)[None], max_new_tokens=4, min_new_tokens=4)
 for _ in range(300):
     if step() > before:
         break

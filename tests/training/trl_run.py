@@ -10,6 +10,7 @@ hold the losses and, of every batch, the number of tokens learned and the sum of
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import sys
 import tempfile
@@ -114,7 +115,7 @@ def classes() -> dict[str, tuple[Any, Any]]:
 
     kto: Any = trl
     with contextlib.suppress(ImportError):
-        from trl.experimental import kto
+        kto = importlib.import_module("trl.experimental.kto")
     if not hasattr(kto, "KTOTrainer"):
         kto = trl
     return {
