@@ -208,13 +208,11 @@ class AdaptedLayer(PeftLayerMixin):
         self._add_deltas(weight, *zip(*chosen, strict=True))
         if not is_finite(weight):
             return "weights"
-        bias = self.base.bias
-        merged = None if bias is None else bias.detach().clone()
-        for name, scale in chosen:
-            delta = self.adapter(name).delta_bias(self.base)
-            if merged is not None and delta is not None:
-                add_scaled_(merged, delta.to(merged.dtype), scale)
-        return "" if merged is None or is_finite(merged) else "bias"
+        if self.base.bias is None:
+            return ""
+        bias = self.base.bias.detach().clone()
+        _add_bias_deltas(bias, self._bias_deltas(chosen))
+        return "" if is_finite(bias) else "bias"
 
     @torch.no_grad()
     def merge_into_base(
@@ -249,14 +247,12 @@ class AdaptedLayer(PeftLayerMixin):
             shared: Any = self.base_layer._parameters["weight"]
             self.base_layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
         # Every delta is taken against the frozen layer: a method's may be a multiple of its bias.
-        bias_deltas = [(self.adapter(name).delta_bias(self.base), scale) for name, scale in chosen]
+        bias_deltas = self._bias_deltas(chosen)
         weight = self.backend.dequantize(self.base_layer)
         self._add_deltas(self.kind.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
         self.backend.store(self.base_layer, weight)
-        bias = self.base.bias
-        for delta, scale in bias_deltas:
-            if delta is not None and bias is not None:
-                add_scaled_(bias, delta.to(bias.dtype), scale)
+        if self.base.bias is not None:
+            _add_bias_deltas(self.base.bias, bias_deltas)
         self.merged_names = tuple(name for name, _ in chosen)
         self._frozen = frozen if keep_frozen else None
 
@@ -287,6 +283,10 @@ class AdaptedLayer(PeftLayerMixin):
     def _add_deltas(self, weight: Tensor, names: Sequence[str], scales: Sequence[float]) -> None:
         adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
         add_deltas(weight, self.base, [pair for pair in adapters if not pair[0].merged_through_tied_layer(self.base)])
+
+    def _bias_deltas(self, chosen: Sequence[tuple[str, float]]) -> list[tuple[Tensor, float]]:
+        found = ((self.adapter(name).delta_bias(self.base), scale) for name, scale in chosen)
+        return [(delta, scale) for delta, scale in found if delta is not None]
 
     def _stored(self, *, apart: bool, spool: Spool | None = None) -> Stored:
         """All that merging changes, as it is now; tensors as copies on the CPU.
@@ -432,6 +432,11 @@ def _rows_of(context: Any, chosen: Tensor, batch: int) -> Any:
     """The part of a call's context that belongs to some rows, where it holds one entry for each row."""
     whole = isinstance(context, Tensor) and context.ndim > 0 and context.shape[0] == batch
     return context[chosen.to(context.device)] if whole else context
+
+
+def _add_bias_deltas(bias: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> None:
+    for delta, scale in deltas:
+        add_scaled_(bias, delta.to(bias.dtype), scale)
 
 
 def add_deltas(weight: Tensor, base: BaseLayer, adapters: Sequence[tuple[Adapter, float]]) -> None:
