@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -39,14 +39,26 @@ def inject_adapter_in_model(
     manager = manager_of(model) or AdapterManager(model)
     plan = manager.plan(peft_config) if state_dict is None else _plan_for_keys(manager, peft_config, state_dict)
     put = manager.prepare(adapter_name, plan, trainable=not peft_config.inference_mode)
+    put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
+    return model
+
+
+def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *, empty: bool) -> None:
+    """Puts a prepared adapter on the model and makes it the active one.
+
+    Args:
+        manager: of the model, which it need not know yet.
+        put: what ``manager.prepare`` gave.
+        name: the adapter's name.
+        empty: leave its parameters on the meta device.
+    """
     with manager.transaction():
         put()
         AdapterManager.attach(manager.model, manager)
-        if manager.active != (adapter_name,):
-            manager.activate(adapter_name)
-        if low_cpu_mem_usage:
-            drop_values(manager, adapter_name)
-    return model
+        if manager.active != (name,):
+            manager.activate(name)
+        if empty:
+            drop_values(manager, name)
 
 
 def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:

@@ -17,6 +17,7 @@ from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import UnknownAdapterError
 from nbpeft.model import files
+from nbpeft.model.injection import put_active
 from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import serving
 from nbpeft.model.state_dicts import drop_values
@@ -83,12 +84,7 @@ class PeftModel(nn.Module):
             replace=adapter_name in manager.configs,
         )
         with manager.transaction():
-            put()
-            AdapterManager.attach(model, manager)
-            if manager.active != (adapter_name,):
-                manager.activate(adapter_name)
-            if low_cpu_mem_usage:
-                drop_values(manager, adapter_name)
+            put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
             self._take(model, manager)
 
     def _take(self, model: nn.Module, manager: AdapterManager) -> None:
