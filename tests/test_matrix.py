@@ -201,6 +201,8 @@ every_pair = pytest.mark.parametrize(("kind", "sample"), PAIRS)
 
 def test_every_method_has_samples_and_works_somewhere() -> None:
     for method in methods():
+        if method.call_context is not None:  # says nothing on these layers, which are called without a model's inputs
+            continue
         names = [f"{method.label}-{name}" for name in method.sample_configs]
         assert names, method.label
         assert all(any(name == sample for _, sample in PAIRS) for name in names), method.label

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -25,6 +26,8 @@ from nbpeft.engine.turns import Turns
 from nbpeft.errors import AdapterError, BusyError
 from nbpeft.interrupts import HeldInterrupts, RunningBlock, wait_for
 
+_MOST_PREPARED = 256
+"""Calls of a training whose backward has yet to come, of which is kept what methods prepared for them."""
 _ENTERED_BY = "nbpeft.model.serving"
 """The module with the contexts around a call, whose own frames are not those of the block."""
 
@@ -167,6 +170,7 @@ class ActiveState:
         self.turns: Turns | None = None
         self.layer_commands: Any = None
         self.apart: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._prepared: deque[tuple[int, int, Active]] = deque(maxlen=_MOST_PREPARED)
 
     def gather(self) -> None:
         """Lets layers on which something else was active act with the others again; see ``LayerState``."""
@@ -200,11 +204,30 @@ class ActiveState:
         here = self._here()
         if here is not None:
             return here.active
+        if self._prepared and (found := self._recomputed()) is not None:
+            return found
         # Autograd has threads of its own on accelerators: what checkpointing computes again there belongs
         # to the thread that called backward(), and so to its scope.
         if self._scopes and torch._C._current_graph_task_id() != -1:
             return self.traced
         return self.live
+
+    def remember(self, first: int, active: Active) -> None:
+        """Keeps what was prepared for a call that ends now, for checkpointing, which computes its layers again.
+
+        Args:
+            first: autograd's next sequence number when the call began.
+            active: what acted in it.
+        """
+        self._prepared.append((first, torch._C._autograd._get_sequence_nr(), active))
+
+    def _recomputed(self) -> Active | None:
+        """What acted in the call whose layers autograd computes again: it recorded the node that runs now."""
+        node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
+        if node is None:
+            return None
+        number = node._sequence_nr()
+        return next((active for first, end, active in reversed(self._prepared) if first <= number < end), None)
 
     def _here(self) -> Scope | _Pin | None:
         here = _HERE.get().get(self)
@@ -382,6 +405,7 @@ class Call:
         self._outer: Scope | _Pin | None = None
         self._block: RunningBlock | None = None
         self._pinned = False
+        self._begun: tuple[int, Active] | None = None
         self.thread = threading.get_ident()
 
     def runs(self) -> bool:
@@ -397,6 +421,7 @@ class Call:
                 active = self._active() if callable(self._active) else self._active
                 chosen = self._state.current() if active is None else active
                 _set_here(self._state, _Pin(weakref.ref(self), chosen, self._outer))
+                self._begun = (torch._C._autograd._get_sequence_nr(), chosen) if chosen.context else None
                 self._pinned = True
                 if self._active is not None:
                     self._state.traced = chosen
@@ -411,6 +436,8 @@ class Call:
         with HeldInterrupts():
             pinned, self._pinned = self._pinned, False
             if pinned:
+                if self._begun is not None and torch.is_grad_enabled():
+                    self._state.remember(*self._begun)
                 _set_here(self._state, self._outer)
                 self._state.trace()
             self._state._end(self)

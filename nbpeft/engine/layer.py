@@ -430,8 +430,10 @@ class LayerReplica(AdaptedLayer):
 
 def _rows_of(context: Any, chosen: Tensor, batch: int) -> Any:
     """The part of a call's context that belongs to some rows, where it holds one entry for each row."""
-    whole = isinstance(context, Tensor) and context.ndim > 0 and context.shape[0] == batch
-    return context[chosen.to(context.device)] if whole else context
+    if not isinstance(context, Tensor) or context.ndim == 0 or batch % context.shape[0]:
+        return context
+    # A generation with beams computes with several rows for each of the call's.
+    return context[chosen.to(context.device).div(batch // context.shape[0], rounding_mode="floor")]
 
 
 def _add_bias_deltas(bias: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> None:

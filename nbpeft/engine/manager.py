@@ -634,7 +634,7 @@ class AdapterManager:
     @property
     def prepares_calls(self) -> bool:
         """Whether the method of an active adapter prepares something for each call of the model."""
-        return any(prepares_calls(self.configs[name]) for name in self.active)
+        return any(prepares_calls(self.configs[name]) for name in self.active_state.current().names)
 
     def in_call(self, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Active:
         """What is active in one call of the model, with what the methods prepare for it.

@@ -59,6 +59,7 @@ class LoraConfig(AdapterConfig):
         trainable_token_indices: ids of tokens whose rows of the embedding are trained.
         use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
         lora_bias: give the second matrix a bias.
+        alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
 
     Raises:
         ConfigError: a value is impossible, or asks for something that is not implemented.
@@ -107,7 +108,6 @@ class LoraConfig(AdapterConfig):
         "corda_config",
         "lora_ga_config",
         "velora_config",
-        "alora_invocation_tokens",
         "use_qalora",
         "monteclora_config",
         "layer_replication",
@@ -132,6 +132,7 @@ class LoraConfig(AdapterConfig):
     )
     card_fields: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "target_modules", "modules_to_save"),
+        "alora_invocation_tokens",
     )
     card_tags: ClassVar[tuple[str, ...]] = ("lora",)
 
@@ -140,6 +141,7 @@ class LoraConfig(AdapterConfig):
         self.peft_type = PeftType("LORA")
         self._check_numbers()
         self._check_choices()
+        self._check_invocation()
         check_target_fields(self, pattern_fields=_PATTERNS)
 
     def _check_numbers(self) -> None:
@@ -173,6 +175,22 @@ class LoraConfig(AdapterConfig):
                 f"The argument lora_bias=True is supported with init_lora_weights True or False, not "
                 f"{self.init_lora_weights!r}",
                 field="lora_bias",
+            )
+
+    def _check_invocation(self) -> None:
+        tokens = self.alora_invocation_tokens
+        if tokens is None:
+            return
+        if not tokens or any(token < 0 for token in tokens):
+            raise ConfigError(
+                f"alora_invocation_tokens must be a list of token ids, not {shown(tokens)}",
+                field="alora_invocation_tokens",
+            )
+        if self.use_dora or self.initialised_from_weight:
+            other = "use_dora=True" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
+            raise ConfigError(
+                f"alora_invocation_tokens cannot be used with {other}: tokens before are the base model's",
+                field="alora_invocation_tokens",
             )
 
     @property

@@ -32,25 +32,8 @@ _WHOLE_INPUT = Dropout(0.0, False)
 """The subtracted initial component gets no dropout, because it is part of the base weight."""
 
 
-@register(
-    LoraConfig,
-    label="LoRA",
-    applies=lambda config: not config.use_dora,
-    variant=lambda config: "rsLoRA" if config.use_rslora else "",
-    sample_configs={
-        "plain": {"r": 4, "lora_alpha": 8},
-        "rslora": {"r": 4, "use_rslora": True},
-        "bias": {"r": 4, "lora_bias": True},
-        "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
-        "olora": {"r": 4, "init_lora_weights": "olora"},
-        "pissa": {"r": 4, "init_lora_weights": "pissa"},
-    },
-    **FAMILY,
-)
-class LoRA(LowRankAdapter, ServesRows, IsLowRank):
-    """A LoRA adapter on one layer."""
-
-    supports_fused_add: ClassVar[bool] = True
+class PlainLowRank(LowRankAdapter):
+    """A product of two factors, and the bias of B, added to the output as they are."""
 
     @classmethod
     def parameter_shapes(
@@ -104,6 +87,51 @@ class LoRA(LowRankAdapter, ServesRows, IsLowRank):
             delta = delta + base.kind.per_channel(base.module, bias * self.scaling).to(delta.dtype)
         return add_delta(base_output, delta) if fused else delta
 
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``s * B A``, shaped like the canonical weight."""
+        lora_A, lora_B = self.detached_factors
+        return self.low_rank.product(base.module, lora_A, lora_B) * self.scaling
+
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """``s`` times the bias of B, (out,), or None."""
+        bias = self.output_bias
+        return None if bias is None else bias.detach() * self.scaling
+
+    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
+        """Adds ``scale * s * B A`` to a canonical weight in place, some rows at a time."""
+        lora_A, lora_B = self.detached_factors
+        if weight.ndim != 2 or lora_B.shape[0] != weight.shape[0]:
+            super().add_to_(weight, base, scale)
+            return
+        factor = float(self.scaling) * scale
+        if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
+            weight.addmm_(lora_B, lora_A, alpha=factor)
+            return
+        for start in range(0, weight.shape[0], _MERGE_ROWS):
+            rows = slice(start, start + _MERGE_ROWS)
+            weight[rows] += (lora_B[rows] @ lora_A) * factor
+
+
+@register(
+    LoraConfig,
+    label="LoRA",
+    applies=lambda config: not config.use_dora and config.alora_invocation_tokens is None,
+    variant=lambda config: "rsLoRA" if config.use_rslora else "",
+    sample_configs={
+        "plain": {"r": 4, "lora_alpha": 8},
+        "rslora": {"r": 4, "use_rslora": True},
+        "bias": {"r": 4, "lora_bias": True},
+        "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
+        "olora": {"r": 4, "init_lora_weights": "olora"},
+        "pissa": {"r": 4, "init_lora_weights": "pissa"},
+    },
+    **FAMILY,
+)
+class LoRA(PlainLowRank, ServesRows, IsLowRank):
+    """A LoRA adapter on one layer."""
+
+    supports_fused_add: ClassVar[bool] = True
+
     @classmethod
     def mixed(
         cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
@@ -121,16 +149,6 @@ class LoRA(LowRankAdapter, ServesRows, IsLowRank):
             kept["served"] = factor_rows(entries, base.device)
         return kept["served"]  # type: ignore[no-any-return]
 
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``s * B A``, shaped like the canonical weight."""
-        lora_A, lora_B = self.detached_factors
-        return self.low_rank.product(base.module, lora_A, lora_B) * self.scaling
-
-    def delta_bias(self, base: BaseLayer) -> Tensor | None:
-        """``s`` times the bias of B, (out,), or None."""
-        bias = self.output_bias
-        return None if bias is None else bias.detach() * self.scaling
-
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """A, B and their scaling; see ``IsLowRank``."""
         lora_A, lora_B = self.detached_factors
@@ -139,17 +157,3 @@ class LoRA(LowRankAdapter, ServesRows, IsLowRank):
             used[0] = True
             lora_A, lora_B = lora_A[used], lora_B[:, used]
         return LowRankDelta(lora_A, lora_B, float(self.scaling), self.delta_bias(base))
-
-    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
-        """Adds ``scale * s * B A`` to a canonical weight in place, some rows at a time."""
-        lora_A, lora_B = self.detached_factors
-        if weight.ndim != 2 or lora_B.shape[0] != weight.shape[0]:
-            super().add_to_(weight, base, scale)
-            return
-        factor = float(self.scaling) * scale
-        if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
-            weight.addmm_(lora_B, lora_A, alpha=factor)
-            return
-        for start in range(0, weight.shape[0], _MERGE_ROWS):
-            rows = slice(start, start + _MERGE_ROWS)
-            weight[rows] += (lora_B[rows] @ lora_A) * factor

@@ -22,7 +22,7 @@ from nbpeft.errors import AdapterError, ConfigError, did_you_mean
 from nbpeft.names import COMBINATION_TYPES
 
 
-class _CombineLowRank:
+class CombineLowRank:
     """Combines adapters with low-rank factors; see ``Recipe`` for the settings."""
 
     types = COMBINATION_TYPES
@@ -69,7 +69,7 @@ class _CombineLowRank:
         )
 
 
-combine_low_rank = _CombineLowRank()
+combine_low_rank = CombineLowRank()
 
 
 def _recipe(settings: Mapping[str, Any]) -> Recipe:
