@@ -22,6 +22,7 @@ import dataclasses
 import enum
 import json
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -400,6 +401,9 @@ class Adapter(nn.Module):
     peft_attributes: ClassVar[Mapping[str, str]] = {}
     """PEFT's name of an attribute of an adapted layer -> that of the adapter behind it."""
 
+    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    """PEFT's name of a method of an adapted layer -> a function of its adapters by name, the layer, and arguments."""
+
     # What every method gives
 
     @classmethod
@@ -522,6 +526,14 @@ class Adapter(nn.Module):
             A new module; None for one that only holds the parameter.
         """
         return None
+
+    def observe(self, module: nn.Module) -> None:
+        """Called when somebody puts a hook on a module that ``peft_module`` made, which a layer does not call."""
+        warnings.warn(
+            f"a {type(module).__name__} of an adapter computes only where it is called itself: this hook will not run "
+            "in calls of the model; put it on the layer",
+            stacklevel=3,
+        )
 
     def layer_names(self) -> tuple[str, ...]:
         """Names under which PEFT's layers keep parameters of the method."""

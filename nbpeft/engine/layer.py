@@ -14,7 +14,7 @@ from nbpeft.engine.adapter import Adapter, ServesRows, TransformsInput, Transfor
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
-from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name
+from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
 from nbpeft.engine.peft_modules import AdapterDict, empty_mapping, show_adapters, shown_under, use_shown
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
@@ -406,6 +406,8 @@ class AdaptedLayer(PeftLayerMixin):
             return super().__getattr__(name)
         adapters, base_layer = self.adapters._modules, modules["base_layer"]
         found: Any = by_name(adapters, name)
+        if found is None:
+            found = function_by_name(adapters, self.base, name)
         if found is None:
             self.show_adapters()
             found = shown_under(modules, name)

@@ -109,7 +109,7 @@ class AdapterManager:
         self._was_trainable: list[nn.Parameter] = []
         self._subscribers = Subscribers()
         self._transaction = Transaction(self.active_state, self.changed)
-        self.owner = object()
+        self.owner: object | None = None
         self.provider: AdapterProvider | None = None
         self.layer_commands = self.active_state.layer_commands = LayerCommands(self)
         watch(self)

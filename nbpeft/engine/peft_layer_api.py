@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -335,6 +336,18 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
         if own is not None:
             return PerAdapterView(adapters, own, attrgetter(own))
     return None
+
+
+def function_by_name(adapters: dict[str, Any], base: BaseLayer, name: str) -> Callable[..., Any] | None:
+    """A method that adapted layers have in PEFT because of an adapter's method; None if there is none of that name.
+
+    Args:
+        adapters: adapter name -> adapter.
+        base: the layer.
+        name: one of ``Adapter.peft_functions``.
+    """
+    found = (adapter.peft_functions[name] for adapter in adapters.values() if name in adapter.peft_functions)
+    return next((partial(function, adapters, base) for function in found), None)
 
 
 def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:

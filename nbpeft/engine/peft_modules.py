@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.peft_layer_api import by_name
 
 Slot = tuple[nn.Module, str]
 """An adapter and the name of a parameter of its."""
@@ -132,17 +133,52 @@ class _Shows(nn.Module):
             super().__delattr__(name)
 
 
-class ParameterModule(_Shows):
+class Observed(nn.Module):
+    """A module that tells an adapter of hooks that are put on it: its layer computes without it otherwise."""
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter."""
+        raise NotImplementedError
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``."""
+        self.adapter.observe(self)
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``."""
+        self.adapter.observe(self)
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``."""
+        self.adapter.observe(self)
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of ``nn.Module``."""
+        self.adapter.observe(self)
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+
+class ParameterModule(Observed, _Shows):
     """One parameter of an adapter as a module: ``weight``, and ``bias``, which is None where there is none.
 
     Subclasses compute with it.
     """
 
     @property
-    def adapter(self) -> nn.Module:
+    def adapter(self) -> Any:
         """The adapter that owns the parameter."""
         slots: dict[str, Slot] = self.__dict__["_parameters"].slots
         return slots["weight"][0]
+
+    @property
+    def shown_parameter(self) -> str:
+        """The adapter's own name of the parameter."""
+        slots: dict[str, Slot] = self.__dict__["_parameters"].slots
+        return slots["weight"][1]
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
@@ -183,7 +219,15 @@ class ParameterMapping(_Shows, nn.ParameterDict):
 
 
 class Container(nn.Module):
-    """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``."""
+    """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``; also their attributes."""
+
+    def __init__(self, adapters: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.__dict__["adapters"] = adapters
+
+    def __getattr__(self, name: str) -> Any:
+        found = None if name.startswith("__") else by_name(self.__dict__.get("adapters", {}), name)
+        return super().__getattr__(name) if found is None else found
 
 
 class Remainder(nn.Module):
@@ -226,7 +270,7 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
         held.clear()
         held.update(leaves)
     for (container, own), slots in parameters.items():
-        place = shown.setdefault(container, Container())._modules if container else shown
+        place = shown.setdefault(container, Container(adapters))._modules if container else shown
         if own in place:
             place[own].show(slots)
         else:

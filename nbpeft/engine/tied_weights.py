@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
 
@@ -59,6 +59,22 @@ def _alike(layers: Mapping[str, AdaptedLayer], group: Mapping[str, list[str]], u
         and len({tuple(names) for names in group.values()}) == 1
         and all(adapter.is_tied for adapter in adapters)
     )
+
+
+def modules_tied_to_embedding(model: nn.Module) -> list[str]:
+    """Paths of the modules that share the weight of the input embedding, without it; none where the config says so.
+
+    Args:
+        model: with or without adapters, or a handle.
+    """
+    base = base_model_of(model)
+    weight = _embedding_weight(base, output=False)
+    if weight is None or getattr(getattr(base, "config", None), _TIED, None) is False:
+        return []
+    embedding = embedding_of(base)
+    inside = {id(module) for module in (() if embedding is None else reached_modules(embedding))}
+    tied = ((path, module) for path, module in bare_modules(base) if module._parameters.get("weight") is weight)
+    return [path for path, module in tied if id(module) not in inside]
 
 
 def untie_embeddings_(model: nn.Module, change: Transaction) -> None:

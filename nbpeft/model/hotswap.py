@@ -135,13 +135,13 @@ def prepare_model_for_compiled_hotswap(
             + did_you_mean(str(check_compiled), _CHECKS)
         )
     if _compiled(model) and check_compiled != "ignore":
-        problem = "call prepare_model_for_compiled_hotswap before compiling the model"
+        problem = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
             raise HotSwapError(problem)
         warnings.warn(f"{problem}: it will compile again", stacklevel=2)
     found = manager_of(model)
     if found is None:
-        raise HotSwapError("the model has no adapter layers: load the first adapter before preparing for hot-swapping")
+        raise HotSwapError("No adapter layers found on the model: load an adapter before preparing for hot-swapping")
     prepare_for_hotswap(found, target_rank)
     if target_rank is None:
         return

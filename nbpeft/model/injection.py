@@ -37,10 +37,32 @@ def inject_adapter_in_model(
         TargetError: the config, or no key, fits the model, which is as it was.
     """
     manager = manager_of(model) or AdapterManager(model)
-    plan = manager.plan(peft_config) if state_dict is None else _plan_for_keys(manager, peft_config, state_dict)
-    put = manager.prepare(adapter_name, plan, trainable=not peft_config.inference_mode)
-    put_active(manager, put, adapter_name, empty=low_cpu_mem_usage)
+    inject(manager, peft_config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict)
     return model
+
+
+def inject(
+    manager: AdapterManager,
+    config: AdapterConfig,
+    name: str,
+    *,
+    empty: bool,
+    state_dict: Mapping[str, Tensor] | None,
+    replace: bool = False,
+) -> None:
+    """Makes an adapter of a config and makes it the active one; see ``inject_adapter_in_model``.
+
+    Args:
+        manager: of the model.
+        config: of the adapter.
+        name: its name.
+        empty: leave its parameters on the meta device.
+        state_dict: its keys say which modules to adapt.
+        replace: let it take the place of one with the same name.
+    """
+    plan = manager.plan(config) if state_dict is None else _plan_for_keys(manager, config, state_dict)
+    put = manager.prepare(name, plan, trainable=not config.inference_mode, replace=replace)
+    put_active(manager, put, name, empty=empty)
 
 
 def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *, empty: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -362,11 +363,12 @@ class PeftModel(nn.Module):
             **kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``torch_device``, …
 
         Raises:
-            AdapterExistsError: the base already carries an adapter of that name.
+            AdapterExistsError: another handle on the base has an adapter of that name.
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
         model = base_model_of(model)
         manager = manager_of(model) or AdapterManager(model)
+        injected = manager.owner is None and adapter_name in manager.configs
         put = files.read(
             manager,
             model_id,
@@ -375,8 +377,11 @@ class PeftModel(nn.Module):
             half=not autocast_adapter_dtype,
             config=config,
             key_mapping=key_mapping,
+            replace=injected,
             options=kwargs,
         )
+        if injected:  # by transformers, say, which loads an adapter with its base
+            warnings.warn(f"the model already carries {adapter_name!r}: what was read takes its place", stacklevel=2)
         with manager.transaction() as change:
             put()
             if manager.active != (adapter_name,):

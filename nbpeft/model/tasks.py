@@ -174,7 +174,7 @@ def get_peft_model(
     known = manager_of(base)
     if known is not None and known.configs and not isinstance(model, PeftModel):
         warnings.warn(
-            f"the model already carries {', '.join(map(repr, known.names))}: "
+            f"You are trying to modify a model that already carries {', '.join(map(repr, known.names))}: "
             + (f"{adapter_name!r} is reconfigured" if adapter_name in known.configs else f"{adapter_name!r} is added")
             + "; an older handle on it is dead now",
             stacklevel=2,

@@ -16,10 +16,12 @@ from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manage
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.targets import usual_model_types
+from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
 from nbpeft.model.combining import Combined, combine_adapters
-from nbpeft.model.injection import inject_adapter_in_model
+from nbpeft.model.injection import inject, inject_adapter_in_model
 
 
 class BaseTuner(nn.Module):
@@ -46,6 +48,8 @@ class BaseTuner(nn.Module):
     """Whether layers of that method share tensors."""
     tuner_layer_cls: type[Any] = PeftLayerMixin
     """What adapted layers are instances of."""
+    target_module_mapping: Mapping[str, Any] = {}
+    """Model type -> the usual targets of that method."""
 
     model: nn.Module
     _token: object
@@ -139,6 +143,40 @@ class BaseTuner(nn.Module):
         """Paths in the base model of the layers that adapters target, those of the first adapter first."""
         layers = self.manager.layers.items()
         return [path for path, layer in layers if any(not layer.adapter(name).is_tied for name in layer.adapters)]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Names of the parameters that adapters target; none, because they target modules."""
+        return []
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Makes an adapter of the model anew, from its config, and active.
+
+        Args:
+            model: the base model of this one; accepted for PEFT's sake.
+            adapter_name: one that the model has.
+            autocast_adapter_dtype: accepted for PEFT's sake.
+            low_cpu_mem_usage: leave its parameters on the meta device.
+            state_dict: its keys say which modules to adapt; see ``inject_adapter_in_model``.
+
+        Raises:
+            UnknownAdapterError: the model has none of that name.
+        """
+        self.check_live()
+        self.manager.require(adapter_name)
+        config = self.manager.configs[adapter_name]
+        inject(self.manager, config, adapter_name, empty=low_cpu_mem_usage, state_dict=state_dict, replace=True)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """Paths of the modules that share the weight of the input embedding; other libraries call it."""
+        return modules_tied_to_embedding(self.model)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Makes reentrant gradient checkpointing work with frozen embeddings.
@@ -280,6 +318,11 @@ def tuner_class(method: Method) -> type[BaseTuner]:
         own: dict[str, Any] = {
             "prefix": method.prefix,
             "uses_shared_state": method.shared is not None,
+            "target_module_mapping": {
+                model_type: targets
+                for model_type in usual_model_types()
+                if (targets := method.default_targets(model_type)) is not None
+            },
             "tuner_layer_cls": layer_type(method.peft_type, method.layer_name or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,

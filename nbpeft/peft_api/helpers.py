@@ -20,6 +20,7 @@ from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
 from nbpeft.engine.registry import resolve_backend
 from nbpeft.engine.targets import ALL_LINEAR, Matcher, matches_segment_names
+from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, few
 from nbpeft.model.functional import set_adapter
 
@@ -141,7 +142,7 @@ def check_hotswap_configs_compatible(config0: AdapterConfig, config1: AdapterCon
         HotSwapError: they are not.
     """
     if config0.peft_type != config1.peft_type:
-        raise HotSwapError(f"an adapter of type {config1.peft_type} cannot take the place of a {config0.peft_type}")
+        raise HotSwapError(f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}")
 
 
 @contextmanager
@@ -264,6 +265,11 @@ def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> 
     """Path of the input embedding."""
     embedding = embedding_of(model)
     return next((path for path, module in model.named_modules() if module is embedding), default)
+
+
+def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
+    """Paths of the modules that share the weight of the input embedding."""
+    return modules_tied_to_embedding(model)
 
 
 def _is_valid_match(key: str, target_key: str) -> bool:

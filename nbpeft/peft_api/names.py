@@ -304,10 +304,11 @@ MODULES: dict[str, dict[str, str]] = {
         OWN: "ModulesToSaveWrapper cast_mixed_precision_params prepare_model_for_kbit_training",
         "constants": f"{_CONSTANTS} {_OWN_TARGETS}",
         "layers": _WRAPPERS,
-        "helpers": f"{_MODULE_FUNCTIONS} _get_no_split_modules fsdp_auto_wrap_policy get_pattern_key "
+        "helpers": f"{_MODULE_FUNCTIONS} _get_module_names_tied_with_embedding _get_no_split_modules "
+        "fsdp_auto_wrap_policy get_pattern_key "
         "match_target_against_key str_to_bool",
         "missing": f"{_MISSING_UTILS} {_MISSING_TARGETS} {_PREFIX_POSTPROCESSING} {_STARCODER} "
-        "_get_module_names_tied_with_embedding check_file_exists_on_hf_hub",
+        "check_file_exists_on_hf_hub",
     },
     "utils.peft_types": {OWN: "PeftType TaskType", "missing": "register_peft_method"},
     "utils.quantization_utils": {

@@ -299,7 +299,7 @@ def test_what_state_refuses() -> None:
     manager.merge()
     with pytest.raises(HotSwapError, match="merged into the base weights: unmerge"):
         swap(manager, "default", config_of(4, target_modules=PLAIN), weights)
-    with pytest.raises(HotSwapError, match="load the first adapter before preparing"):
+    with pytest.raises(HotSwapError, match="load an adapter before preparing"):
         prepare_for_hotswap(AdapterManager(Zoo()), 8)
     with pytest.raises(HotSwapError, match="embed has rank 4, more than target_rank=2"):
         prepare_for_hotswap(manager, 2)

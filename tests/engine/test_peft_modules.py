@@ -364,3 +364,94 @@ def test_a_config_given_for_loading_stays_the_models(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="already carries"):
         PeftModel.from_pretrained(loaded, tmp_path, config=config)
     assert vars(config) == kept
+
+
+@pytest.mark.parametrize("name", ["linear", "bias"])
+def test_hooks_on_factors_run_and_change_nothing(name: str) -> None:
+    ours, theirs = pair(name)
+    theirs.load_state_dict(ours.state_dict())
+    runs: dict[Any, list[Any]] = {ours: [], theirs: []}
+    expected = ours(IDS)
+    for model in (ours, theirs):
+        for mapping in (model.first.lora_A, model.first.lora_B, model.first.lora_dropout):
+            mapping["default"].register_forward_hook(lambda _, given, out, to=runs[model]: to.append(out.detach()))
+    torch.testing.assert_close(ours(IDS), expected)
+    theirs(IDS)
+    assert len(runs[ours]) == len(runs[theirs]) == 3
+    for mine, other in zip(runs[ours], runs[theirs], strict=True):
+        torch.testing.assert_close(mine, other)
+    twin = copy.deepcopy(ours)
+    torch.testing.assert_close(twin(IDS), expected)
+    assert twin.first.adapters["default"].observed["lora_A"] is twin.first.lora_A["default"]
+
+
+def test_hooks_see_gradients_and_mixed_batches() -> None:
+    ours, _ = pair("linear", ("default", "other"))
+    before = ours(IDS, adapter_names=["default", "other"])
+    seen: list[str] = []
+    ours.first.lora_B["default"].register_full_backward_hook(lambda *_: seen.append("backward"))
+    ours.first.lora_A["default"].register_forward_pre_hook(lambda *_: seen.append("forward"))
+    torch.testing.assert_close(ours(IDS, adapter_names=["default", "other"]), before)
+    ours(IDS).sum().backward()
+    assert seen == ["forward", "forward", "backward"]
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be merged")
+def test_hooks_that_would_not_run_are_warned_of() -> None:
+    for name, layer in (("dora", "first"), ("all", "conv")):
+        ours, _ = pair(name)
+        with pytest.warns(UserWarning, match="put it on the layer"):
+            getattr(ours, layer).lora_A["default"].register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("linear", "first"), ("bias", "first"), ("all", "table"), ("all", "conv")])
+@pytest.mark.filterwarnings("ignore:.*cannot be merged")
+def test_factors_are_reset_as_in_peft(name: str, layer: str) -> None:
+    models = pair(name)
+    models[0].load_state_dict(models[1].state_dict())
+    kept = [getattr(model, layer) for model in models]
+    for init in (False, True):
+        for one in kept:
+            one.reset_lora_parameters("default", init)
+        found = [
+            {key: bool(value.any()) for key, value in model.state_dict().items() if "lora" in key} for model in models
+        ]
+        assert found[0] == found[1]
+        assert all(found[0].values()) is not init
+    models[0].load_state_dict(models[1].state_dict())
+    torch.testing.assert_close(models[0](IDS), models[1](IDS))
+    kept[0].reset_lora_parameters("nobody", True)
+
+
+def test_a_start_in_the_weight_is_not_drawn_anew() -> None:
+    ours, _ = pair("linear")
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    with pytest.raises(ValueError, match="starts in the weight"):
+        ours.first.reset_lora_parameters("default", "pissa")
+    with pytest.raises(ValueError, match="init_lora_weights"):
+        ours.first.reset_lora_parameters("default", "gausian")
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+
+def test_token_rows_tell_their_tokens_and_frozen_rows() -> None:
+    settings: dict[str, Any] = {"target_modules": ["first"], "trainable_token_indices": {"table": [7, 3]}}
+    base = Net()
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    ours: Any = get_peft_model(base, LoraConfig(**settings))
+    mine, other = ours.table.token_adapter, theirs.table.token_adapter
+    with torch.no_grad():
+        mine.trainable_tokens_delta["default"].add_(1.0)
+    assert dict(mine.token_indices) == dict(other.token_indices) == {"default": [7, 3]}
+    torch.testing.assert_close(mine.trainable_tokens_original["default"], other.trainable_tokens_original["default"])
+    with pytest.raises(AttributeError, match="no attribute"):
+        _ = mine.nothing
+
+
+def test_an_injected_adapter_is_replaced_by_one_that_is_loaded(tmp_path: Any) -> None:
+    ours, _ = pair("linear")
+    ours.save_pretrained(tmp_path)
+    base = inject_adapter_in_model(LoraConfig(r=2, target_modules=["second"]), copy.deepcopy(ours.unload()))
+    with pytest.warns(UserWarning, match="takes its place"):
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert [path for path, module in base.named_modules() if isinstance(module, AdaptedLayer)] == ["first"]
+    assert loaded.peft_config["default"].r == 4  # type: ignore[attr-defined]

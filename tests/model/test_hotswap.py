@@ -194,7 +194,7 @@ def test_compiled_models_need_room_and_then_never_compile_again(tmp_path: Path) 
     compiled: Any = torch.compile(model, backend="aot_eager")
     with pytest.raises(HotSwapError, match=r"rank 8 does not fit a slot of rank 2.*target_rank=8"):
         hotswap_adapter(compiled, bigger, "default")
-    with pytest.raises(HotSwapError, match="before compiling"):
+    with pytest.raises(HotSwapError, match=r"\*before\* compiling"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=8)
     with pytest.warns(UserWarning, match="it will compile again"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="warn")
@@ -224,7 +224,7 @@ def test_configs_handed_to_prepare_get_the_rank_and_keep_the_scaling(tmp_path: P
 
 
 def test_prepare_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(HotSwapError, match="load the first adapter"):
+    with pytest.raises(HotSwapError, match="load an adapter"):
         prepare_model_for_compiled_hotswap(llama(), target_rank=8)
     with pytest.raises(HotSwapError, match="has rank 4, more than target_rank=2"):
         prepare_model_for_compiled_hotswap(adapted(), target_rank=2)

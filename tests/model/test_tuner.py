@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import nbpeft
-from nbpeft.errors import TargetError
-from tests.tiny_models import llama, logits, tokens
+from nbpeft.errors import TargetError, UnknownAdapterError
+from tests.tiny_models import adapted, llama, logits, tokens
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,24 @@ def test_a_tuner_that_cannot_be_made_leaves_the_model() -> None:
     with pytest.raises(TargetError):
         nbpeft.LoraModel(model, nbpeft.LoraConfig(target_modules=["nothing"]), "sql")
     assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_modules_tied_to_the_embedding_are_pefts(tied: bool) -> None:
+    found = [
+        library.get_peft_model(llama(tie_word_embeddings=tied), library.LoraConfig(target_modules=["q_proj"]))
+        for library in (peft, nbpeft)
+    ]
+    theirs, ours = (model._get_module_names_tied_with_embedding() for model in found)
+    assert ours == theirs == (["lm_head"] if tied else [])
+
+
+def test_a_model_names_its_usual_targets_and_makes_an_adapter_anew() -> None:
+    model = adapted()
+    tuner: Any = model.base_model
+    assert set(tuner.target_module_mapping["llama"]) == set(peft.LoraModel.target_module_mapping["llama"])
+    assert tuner.targeted_parameter_names == []
+    tuner.inject_adapter(tuner.model, "default", low_cpu_mem_usage=True)
+    assert all(parameter.is_meta for parameter in tuner.manager.parameters("default"))
+    with pytest.raises(UnknownAdapterError, match="nobody"):
+        tuner.inject_adapter(tuner.model, "nobody")

@@ -141,14 +141,10 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "PeftModelForTokenClassification.__init__: peft_config='no default', not None",
     ),
     "the default depends on the method": ("LoraModel.add_weighted_adapter: combination_type=None, not 'svd'",),
+    "adapters are added to a model, not to one of its layers": ("LoRA's *: no attribute update_layer",),
     "not there yet": (
         "LoRA's embedding: no attribute bias",
         "LoRA's head: no attribute *",
-        "LoRA's *: no attribute reset_lora_parameters",
-        "LoRA's *: no attribute update_layer",
-        "LoraModel: no attribute inject_adapter",
-        "LoraModel: no attribute target_module_mapping",
-        "LoraModel: no attribute targeted_parameter_names",
     ),
     "handed on as keywords": ("*.push_to_hub: no parameter *",),
 }

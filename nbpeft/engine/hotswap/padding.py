@@ -44,7 +44,7 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
         if isinstance(adapter, Adapter)
     ]
     if not slots:
-        raise HotSwapError("the model has no adapter layers: load the first adapter before preparing for hot-swapping")
+        raise HotSwapError("No adapter layers found on the model: load an adapter before preparing for hot-swapping")
     grown: list[tuple[nn.Parameter, Tensor]] = []
     padded: list[Pads] = []
     for path, layer, adapter in slots:

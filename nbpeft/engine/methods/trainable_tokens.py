@@ -129,6 +129,10 @@ class TrainableTokens(Adapter):
     supports_fused_add: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
     is_tied: ClassVar[bool] = True
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        "token_indices": "token_list",
+        "trainable_tokens_original": "frozen_rows",
+    }
 
     token_indices: Tensor
     sorted_indices: Tensor
@@ -176,6 +180,17 @@ class TrainableTokens(Adapter):
         rows = (self.__dict__["source"] or self).held[ROWS]
         assert isinstance(rows, Tensor)
         return rows.to(self.token_indices.device)
+
+    @property
+    def token_list(self) -> list[int]:
+        """The tokens, in the order of the rows."""
+        return [int(token) for token in self.token_indices]
+
+    @property
+    def frozen_rows(self) -> Tensor:
+        """The embedding's own rows of the tokens, (tokens, features), detached; while nothing is merged."""
+        base: BaseLayer = self.__dict__["owner_base"]
+        return _table(base.weight(), base)[self.token_indices].detach()
 
     def merged_through_tied_layer(self, base: BaseLayer) -> bool:
         """Whether the layer still shares its weight with the one that has the rows."""

@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, Pads, Rescales
+from nbpeft.engine.adapter import Adapter, AdapterSite, Pads, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.inits import check_init, init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
 from nbpeft.engine.transaction import Transaction
+from nbpeft.errors import ConfigError
 
 MAGNITUDE = "lora_magnitude_vector"
 """The parameter that DoRA has beside the factors."""
@@ -21,6 +24,38 @@ MAGNITUDE = "lora_magnitude_vector"
 _INITIAL = ("init_A", "neg_init_B")
 _ENERGY = 0.9
 """Share of ‖Δ‖² that ``delta_size`` counts singular values for."""
+
+
+@torch.no_grad()
+def reset_factors(
+    adapters: Mapping[str, Any], layer: BaseLayer, adapter_name: str, init_lora_weights: bool | str
+) -> None:
+    """Draws the factors of an adapter on one layer anew, in place; as PEFT, not DoRA's magnitude.
+
+    Args:
+        adapters: adapter name -> adapter on the layer.
+        layer: the layer.
+        adapter_name: the adapter; nothing is done where the layer has none of that name.
+        init_lora_weights: as in ``LoraConfig``; False leaves the factors as they are.
+
+    Raises:
+        ConfigError: the init takes the start from the weight.
+    """
+    adapter = adapters.get(adapter_name)
+    if init_lora_weights is False or not isinstance(adapter, LowRankAdapter):
+        return
+    config = LoraConfig(r=adapter.rank, init_lora_weights=init_lora_weights)
+    check_init(config, "the layer", layer.module, layer.kind)
+    if config.initialised_from_weight or adapter.initial is not None:
+        raise ConfigError(
+            "an adapter that starts in the weight cannot be reset on a layer: delete it and add it anew",
+            field="init_lora_weights",
+        )
+    held = {name: parameter for name, parameter in adapter.named_parameters() if name != MAGNITUDE}
+    shapes = {name: tuple(parameter.shape) for name, parameter in held.items()}
+    site = AdapterSite("", layer, shapes, adapter.trained_factors[0].dtype)
+    for name, value in init_factors(config, site, None).items():
+        held[name].copy_(value)
 
 
 class LowRankAdapter(Adapter, Rescales, Pads):
@@ -60,6 +95,7 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         "use_rslora": "use_rslora",
         "lora_bias": "has_bias",
     }
+    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {"reset_lora_parameters": reset_factors}
 
     def __init__(
         self,

@@ -9,8 +9,10 @@ W and b stay frozen; A starts random and B at zero, so training starts at the ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, IsLowRank, LowRankDelta, ServesRows
@@ -22,7 +24,8 @@ from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import check_init, init_factors, weight_component
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
-from nbpeft.engine.numerics import add_delta, fits
+from nbpeft.engine.numerics import add_delta, compute_dtype, fits
+from nbpeft.engine.peft_modules import ParameterModule
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
 
@@ -33,7 +36,13 @@ _WHOLE_INPUT = Dropout(0.0, False)
 
 
 class PlainLowRank(LowRankAdapter):
-    """A product of two factors, and the bias of B, added to the output as they are."""
+    """A product of two factors, and the bias of B, added to the output as they are.
+
+    Attributes:
+        observed: PEFT's name -> module with hooks; the product is computed with it then.
+    """
+
+    observed: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def parameter_shapes(
@@ -73,6 +82,9 @@ class PlainLowRank(LowRankAdapter):
             base: the layer.
             fused: return ``base_output`` with the delta added, in its dtype.
         """
+        if self.observed:
+            delta = self._through_modules(base.module, x)
+            return add_delta(base_output, delta) if fused else delta
         lora_A, lora_B = self.trained_factors
         dropout = Dropout(self.dropout, self.training)
         bias, initial = self.output_bias, self.initial
@@ -86,6 +98,30 @@ class PlainLowRank(LowRankAdapter):
         if bias is not None:
             delta = delta + base.kind.per_channel(base.module, bias * self.scaling).to(delta.dtype)
         return add_delta(base_output, delta) if fused else delta
+
+    def observe(self, module: nn.Module) -> None:
+        """Computes with a module from now on, so that its hooks run; on linear layers alone."""
+        if not self.low_rank.kind.is_linear:
+            super().observe(module)
+            return
+        name = module.shown_parameter if isinstance(module, ParameterModule) else self.peft_modules[0]
+        self.__dict__["observed"] = {**self.observed, name: module}
+
+    def _through_modules(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The product of a linear layer, each step that somebody observes computed by its module."""
+        name_A, name_B = self.factor_names
+        lora_A, lora_B = self.trained_factors
+        x = x.to(compute_dtype(x, lora_A))
+        delta = self.low_rank.forward(module, x, *self.initial, self.scaling, _WHOLE_INPUT) if self.initial else None
+        steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+            (self.peft_modules[0], lambda value: F.dropout(value, self.dropout, self.training)),
+            (name_A, lambda value: F.linear(value, lora_A.to(value.dtype))),
+            (name_B, lambda value: F.linear(value, lora_B.to(value.dtype), self.output_bias)),
+        ]
+        for name, plain in steps:
+            x = self.observed.get(name, plain)(x)
+        x = x * self.scaling
+        return x if delta is None else x + delta
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``s * B A``, shaped like the canonical weight."""
@@ -139,7 +175,7 @@ class LoRA(PlainLowRank, ServesRows, IsLowRank):
         """Two batched products on linear layers; see ``ServesRows``."""
         if not base.kind.is_linear:
             return None
-        if any(adapter is not None and adapter.output_bias is not None for adapter in adapters):
+        if any(adapter is not None and (adapter.output_bias is not None or adapter.observed) for adapter in adapters):
             return None
         if "served" not in kept:
             entries = [

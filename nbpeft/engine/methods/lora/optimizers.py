@@ -142,7 +142,10 @@ def create_lorafa_optimizer(
         active = {} if manager is None else {name: manager.configs[name] for name in manager.active}
         wrong = [n for n, config in active.items() if bool(getattr(config, "use_rslora", False)) != use_rslora]
         if wrong:
-            raise ConfigError(f"use_rslora={use_rslora} is not what the config of {wrong[0]!r} says: leave it out.")
+            raise ConfigError(
+                f"use_rslora={use_rslora} was passed to create_lorafa_optimizer, but the config of {wrong[0]!r} says "
+                "otherwise: leave it out."
+            )
         warnings.warn("use_rslora is not needed here: the config says it.", FutureWarning, stacklevel=2)
     pairs = list(_pairs(model))
     if not pairs:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from nbpeft.engine.base import BaseLayer
-from nbpeft.engine.peft_modules import ParameterModule
+from nbpeft.engine.peft_modules import Observed, ParameterModule
 
 
 class LinearFactor(ParameterModule, nn.Linear):
@@ -98,7 +98,7 @@ def factor_module(base: BaseLayer, shape: tuple[int, ...], *, is_first: bool) ->
     return LinearFactor()
 
 
-class AdapterDropout(nn.Dropout):
+class AdapterDropout(Observed, nn.Dropout):
     """The dropout on an adapter's input; its ``p`` is the adapter's.
 
     Args:
@@ -107,26 +107,31 @@ class AdapterDropout(nn.Dropout):
 
     def __init__(self, adapter: Any) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update(inplace=False, adapter=adapter)
+        self.__dict__.update(inplace=False, _adapter=adapter)
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter."""
+        return self.__dict__["_adapter"]
 
     @property
     def training(self) -> bool:
         """Whether it drops: whether the adapter is in training mode."""
-        return bool(self.__dict__["adapter"].training)
+        return bool(self.adapter.training)
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if "adapter" in self.__dict__:  # torch's constructor sets it, too
-            self.__dict__["adapter"].training = mode
+        if "_adapter" in self.__dict__:  # torch's constructor sets it, too
+            self.adapter.training = mode
 
     @property
     def p(self) -> float:
         """The probability."""
-        return float(self.__dict__["adapter"].dropout)
+        return float(self.adapter.dropout)
 
     @p.setter
     def p(self, value: float) -> None:
-        self.__dict__["adapter"].dropout = float(value)
+        self.adapter.dropout = float(value)
 
     def extra_repr(self) -> str:
         """As of ``nn.Dropout``, or of ``nn.Identity`` where nothing is dropped."""
