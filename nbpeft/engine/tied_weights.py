@@ -71,10 +71,8 @@ def modules_tied_to_embedding(model: nn.Module) -> list[str]:
     weight = _embedding_weight(base, output=False)
     if weight is None or getattr(getattr(base, "config", None), _TIED, None) is False:
         return []
-    embedding = embedding_of(base)
-    inside = {id(module) for module in (() if embedding is None else reached_modules(embedding))}
-    tied = ((path, module) for path, module in bare_modules(base) if module._parameters.get("weight") is weight)
-    return [path for path, module in tied if id(module) not in inside]
+    tied = [path for path, module in bare_modules(base) if module._parameters.get("weight") is weight]
+    return sorted(tied[1:])  # the first place is the embedding's own
 
 
 def untie_embeddings_(model: nn.Module, change: Transaction) -> None:

@@ -30,6 +30,7 @@ class AdapterFacts:
         kinds: path -> kind of layer, of every layer it changes.
         deltas: path -> the kind of layer and what is added, where that is a product of two matrices.
         others: what it has that is no such product -> number of layers: ``{"DoRA": 12}``.
+        unmergeable: why a layer of it cannot be merged into the base, as part of a sentence; empty where all can.
         copies: paths of modules that were trained as a whole.
         biases: names of the model's biases that were trained.
         starts_in_weight: whether it was initialised from the weight (OLoRA, PiSSA).
@@ -50,6 +51,7 @@ class AdapterFacts:
     kinds: Mapping[str, str]
     deltas: Mapping[str, tuple[LayerKind, LowRankDelta]] = field(repr=False, hash=False)
     others: Mapping[str, int]
+    unmergeable: str
     copies: tuple[str, ...]
     biases: tuple[str, ...]
     starts_in_weight: bool
@@ -95,10 +97,12 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     kinds: dict[str, str] = {}
     deltas: dict[str, tuple[LayerKind, LowRankDelta]] = {}
     others: dict[str, int] = {}
+    unmergeable = ""
     for path, layer in manager.layers.items():
         if name not in layer.adapters._modules:
             continue
         adapter, kinds[path] = layer.adapter(name), layer.kind.name
+        unmergeable = unmergeable or adapter.unmergeable_reason(layer.base)
         if isinstance(adapter, IsLowRank):
             deltas[path] = layer.kind, _scaled(adapter.low_rank_delta(layer.base), scale)
         else:
@@ -115,6 +119,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
         kinds=kinds,
         deltas=deltas,
         others=others,
+        unmergeable=unmergeable,
         copies=tuple(weights.copies),
         biases=tuple(manager.base_biases(name)),
         starts_in_weight=config.initialised_from_weight,

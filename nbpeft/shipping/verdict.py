@@ -77,4 +77,6 @@ def obstacles_of(form: Form | None, facts: AdapterFacts, without: str) -> tuple[
     if form is None:
         return (Obstacle(without, "choose another engine"),)
     found = ((rule.what(facts), rule.remedy) for rule in form.rules)
-    return tuple(Obstacle(what, remedy) for what, remedy in found if what)
+    merging = f"an adapter that cannot be merged into {facts.unmergeable}" if form.merges and facts.unmergeable else ""
+    never = Obstacle(merging, "serve the adapter itself") if merging else None
+    return (*((never,) if never else ()), *(Obstacle(what, remedy) for what, remedy in found if what))

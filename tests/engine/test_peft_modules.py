@@ -455,3 +455,12 @@ def test_an_injected_adapter_is_replaced_by_one_that_is_loaded(tmp_path: Any) ->
         loaded = PeftModel.from_pretrained(base, tmp_path)
     assert [path for path, module in base.named_modules() if isinstance(module, AdaptedLayer)] == ["first"]
     assert loaded.peft_config["default"].r == 4  # type: ignore[attr-defined]
+
+
+def test_hooks_may_change_the_dtype_of_a_factor_for_a_call() -> None:
+    ours, _ = pair("linear")
+    expected = ours(IDS)
+    factor = ours.first.lora_A["default"]
+    factor.register_forward_pre_hook(lambda module, _: module.to(torch.float64) and None)
+    factor.register_forward_hook(lambda module, _, out: module.to(torch.float32) and out)
+    torch.testing.assert_close(ours(IDS), expected)

@@ -191,6 +191,15 @@ def test_what_vllm_does_not_take_is_refused_with_a_remedy(case: str, tmp_path: P
     assert planned.verdict.as_merged and not planned.verdict.as_adapter
 
 
+def test_what_acts_on_some_tokens_only_ships_as_it_is_or_not_at_all(tmp_path: Path) -> None:
+    model = adapted(alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    assert ship(model, engine="peft", to=tmp_path / "served").written
+    for merged, why in ((False, "aLoRA on .* layers"), (True, "aLoRA does not support merging")):
+        with pytest.raises(AdapterError, match=why):
+            ship(model, engine="vllm", merged=merged, to=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_shared_embeddings_are_refused_and_can_be_merged(tmp_path: Path) -> None:
     model = adapted(base_model("Llama3"), target_modules=["embed_tokens", "q_proj"])
     for engine in ("vllm", "llama.cpp"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.peft_modules import Observed, ParameterModule
@@ -28,6 +28,10 @@ class LinearFactor(ParameterModule, nn.Linear):
     def out_features(self) -> int:  # type: ignore[override]
         """Rows of the factor."""
         return int(self.weight.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with the factor, in its dtype or autocast's: hooks may change that for the time of a call."""
+        return nn.Linear.forward(self, x.to(self.weight.dtype))
 
     def extra_repr(self) -> str:
         """As of ``nn.Linear``."""
