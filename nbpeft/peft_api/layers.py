@@ -9,12 +9,15 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
 from nbpeft.engine.registry import methods_of_type
+from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.status import LayerStatus, ModelStatus
 from nbpeft.model.tuner import BaseTuner as BaseTuner
 from nbpeft.model.tuner import tuner_class
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
+PeftMixedModel = PeftModel
+"""The same: adapters of different methods go together on every model here."""
 BaseTunerLayer = AdaptedLayer
 TunerLayerStatus = LayerStatus
 TunerModelStatus = ModelStatus

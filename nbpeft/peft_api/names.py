@@ -111,7 +111,7 @@ METHODS = {
     "miss": ("MiSS", "MissConfig MissLayer MissLinear MissModel"),
     "mixed": (
         "a class apart for mixed methods, which any PeftModel takes",
-        "COMPATIBLE_TUNER_TYPES MixedModel PeftMixedModel",
+        "COMPATIBLE_TUNER_TYPES MixedModel",
     ),
     "multitask_prompt_tuning": (
         "multitask prompt tuning",
@@ -154,7 +154,7 @@ MODULES: dict[str, dict[str, str]] = {
     "": {
         "mappings": f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING {_MAPPINGS}",
         "helpers": "shift_tokens_right",
-        "layers": _TUNERS,
+        "layers": f"{_TUNERS} PeftMixedModel",
         OWN: _METHOD_NAMES,
         "missing": (
             f"PromptLearningConfig find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} "
@@ -187,7 +187,7 @@ MODULES: dict[str, dict[str, str]] = {
         OWN: "get_peft_config get_peft_model inject_adapter_in_model",
     },
     "mapping_func": {"mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", OWN: "get_peft_model"},
-    "mixed_model": {OWN: "PeftMixedModel"},
+    "mixed_model": {"layers": "PeftMixedModel"},
     "optimizers": {
         OWN: "create_lorafa_optimizer create_loraplus_optimizer",
         "missing": "create_riemannian_optimizer",

@@ -6,6 +6,7 @@ import importlib
 import pickle
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from nbpeft.peft_api.missing import missing
 from nbpeft.peft_api.modules import add_import_paths
 from nbpeft.peft_api.names import METHODS, MODULES, names_in
 from tests.peft_api.processes import run
+from tests.tiny_models import llama
 
 
 def test_a_path_leads_to_the_public_name() -> None:
@@ -82,14 +84,26 @@ def test_a_missing_class_can_be_compared_with_and_not_made() -> None:
     with pytest.raises(AttributeError, match="PromptTuningInit is not available: nbpeft does not implement prompt"):
         _ = nbpeft.PromptTuningInit.TEXT
     assert not hasattr(config, "__wrapped__")
-    with pytest.raises(nbpeft.NotSupportedError, match="for mixed methods, which any PeftModel takes"):
-        nbpeft.PeftMixedModel(None, None)
 
     class Derived(config):  # type: ignore[misc, valid-type]
         pass
 
     with pytest.raises(nbpeft.NotSupportedError):
         Derived()
+
+
+def test_a_model_of_mixed_methods_is_one_like_any_other(tmp_path: Path) -> None:
+    first, second = (
+        nbpeft.LoraConfig(target_modules=["q_proj"]),
+        nbpeft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    )
+    model = nbpeft.get_peft_model(llama(), first, "one", mixed=True)
+    assert isinstance(model, nbpeft.PeftMixedModel)
+    model.save_pretrained(tmp_path)
+    loaded = nbpeft.PeftMixedModel.from_pretrained(llama(), tmp_path / "one", "one")
+    loaded.add_adapter("two", second)
+    loaded.set_adapter(["one", "two"])
+    assert loaded.active_adapters == ["one", "two"]
 
 
 def test_a_missing_function_refuses_and_a_missing_table_is_empty() -> None:
