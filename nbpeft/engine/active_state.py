@@ -170,7 +170,7 @@ class ActiveState:
         self.turns: Turns | None = None
         self.layer_commands: Any = None
         self.apart: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._prepared: deque[tuple[int, int, Active]] = deque(maxlen=_MOST_PREPARED)
+        self._prepared: deque[tuple[int, int, int, Active]] = deque(maxlen=_MOST_PREPARED)
 
     def gather(self) -> None:
         """Lets layers on which something else was active act with the others again; see ``LayerState``."""
@@ -219,15 +219,18 @@ class ActiveState:
             first: autograd's next sequence number when the call began.
             active: what acted in it.
         """
-        self._prepared.append((first, torch._C._autograd._get_sequence_nr(), active))
+        self._prepared.append((first, torch._C._autograd._get_sequence_nr(), threading.get_ident(), active))
 
     def _recomputed(self) -> Active | None:
         """What acted in the call whose layers autograd computes again: it recorded the node that runs now."""
         node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
         if node is None:
             return None
-        number = node._sequence_nr()
-        return next((active for first, end, active in reversed(self._prepared) if first <= number < end), None)
+        number, me = node._sequence_nr(), threading.get_ident()
+        fitting = [(thread, active) for first, end, thread, active in list(self._prepared) if first <= number < end]
+        # Every thread counts for itself. On accelerators autograd computes in threads of its own.
+        own = [active for thread, active in fitting if thread == me] or [active for _, active in fitting]
+        return own[-1] if own else None
 
     def _here(self) -> Scope | _Pin | None:
         here = _HERE.get().get(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,31 @@ def test_inputs_without_the_rows_in_front_are_refused() -> None:
     active = manager.in_call(manager.active_state.current(), (), {"input_ids": IDS})
     with manager.active_state.call(active), pytest.raises(AdapterError, match="rows in front"):
         layer(torch.zeros(1, IDS.numel(), 32))
+
+
+def test_checkpointing_in_two_threads_keeps_their_calls_apart() -> None:
+    model = invoked()
+    other = IDS.flip(0).contiguous()
+    model.train()
+    expected = {rows: gradients_of(model, rows) for rows in (IDS, other)}
+    model.enable_input_require_grads()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    meet, found = threading.Barrier(2), {}
+
+    def train(rows: Tensor) -> None:
+        loss = model(input_ids=rows, labels=rows).loss
+        meet.wait()
+        found[rows] = torch.autograd.grad(loss, model.manager.parameters("default"))
+
+    threads = [threading.Thread(target=train, args=(rows,)) for rows in (IDS, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rows, mine in found.items():
+        assert all(torch.allclose(one, two, atol=1e-7) for one, two in zip(mine, expected[rows], strict=True))
+    assert len(found) == 2
+
+
+def gradients_of(model: Any, rows: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(model(input_ids=rows, labels=rows).loss, model.manager.parameters("default"))
