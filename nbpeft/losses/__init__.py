@@ -1,0 +1,23 @@
+"""The loss of language models without their logits as a whole: learned tokens only, some at a time."""
+
+from nbpeft.losses.cross_entropy import LOSS_CHUNK_SIZE
+from nbpeft.losses.heads import (
+    ChunkedHead,
+    check_chunk_size,
+    chunked_head,
+    chunked_loss,
+    is_compiled,
+    without_logits,
+)
+from nbpeft.losses.lazy_logits import LazyLogits
+
+__all__ = [
+    "LOSS_CHUNK_SIZE",
+    "ChunkedHead",
+    "LazyLogits",
+    "check_chunk_size",
+    "chunked_head",
+    "chunked_loss",
+    "is_compiled",
+    "without_logits",
+]
