@@ -2,14 +2,13 @@
 
 from nbpeft.losses.cross_entropy import LOSS_CHUNK_SIZE
 from nbpeft.losses.heads import (
-    ChunkedHead,
     check_chunk_size,
     chunked_head,
     chunked_loss,
     is_compiled,
     without_logits,
 )
-from nbpeft.losses.lazy_logits import LazyLogits
+from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
 
 __all__ = [
     "LOSS_CHUNK_SIZE",

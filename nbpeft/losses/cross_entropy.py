@@ -28,6 +28,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    divisor: Tensor | float | None = None,
 ) -> Tensor:
     """``torch.nn.functional.cross_entropy(head(hidden), targets, …)`` without the logits as a whole.
 
@@ -39,6 +40,7 @@ def chunked_cross_entropy(
         ignore_index: target of rows that are not learned.
         reduction: ``"mean"`` over learned rows, or ``"sum"``.
         label_smoothing: share of the target that is spread over all classes.
+        divisor: what a sum will be divided by, where that is known.
 
     Returns:
         The loss, a scalar in float32 (float64 where logits are); NaN for the mean of no rows.
@@ -48,14 +50,17 @@ def chunked_cross_entropy(
     if not bool(learned.all()):
         rows = learned.nonzero().flatten()
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
-    loss: Tensor = _ChunkedCrossEntropy.apply(head, chunk_size, label_smoothing, targets, hidden, *trained)  # type: ignore[no-untyped-call]
+    count = targets.shape[0]
+    divisor = count if reduction == "mean" else divisor
+    apply: Any = _ChunkedCrossEntropy.apply
+    loss: Tensor = apply(head, chunk_size, label_smoothing, divisor, targets, hidden, *trained)
     if reduction == "sum":
         return loss
-    return loss / targets.shape[0] if targets.shape[0] else loss + float("nan")
+    return loss / count if count else loss + float("nan")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum over rows; the gradients of all inputs are computed with it."""
+    """The sum over rows. The gradients of all inputs are computed with it; backward does no more than scale them."""
 
     @staticmethod
     def forward(
@@ -63,46 +68,57 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head: Head,
         chunk_size: int,
         smoothing: float,
+        divisor: Tensor | float | None,
         targets: Tensor,
         hidden: Tensor,
         *trained: Tensor,
     ) -> Tensor:
         """Computes the loss and, where one is needed, its gradient."""
-        needed = [needs for needs in ctx.needs_input_grad[4:]]
-        wanted = any(needed)
-        gradients = [torch.zeros_like(tensor) if needs else None for tensor, needs in zip((hidden, *trained), needed, strict=True)]
-        total: Tensor | None = None
+        inside = bool(ctx.needs_input_grad[5])
+        learns = inside or bool(trained)
+        hidden_gradient = torch.empty_like(hidden) if inside else None
+        sums = [torch.zeros_like(tensor, dtype=_wide(tensor.dtype)) for tensor in trained]
+        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        ctx.divisor = None
         for start in range(0, hidden.shape[0], chunk_size):
             place = slice(start, start + chunk_size)
-            rows = hidden[place].detach().requires_grad_(needed[0])
-            with torch.set_grad_enabled(wanted):
+            rows = hidden[place].detach().requires_grad_(inside)
+            with torch.set_grad_enabled(learns):
                 logits = head(rows)
-            losses, upstream = _losses(logits.detach(), targets[place], smoothing, wanted)
-            loss = losses.sum()
-            total = loss if total is None else total + loss
-            if upstream is not None:
-                sources = [tensor for tensor, needs in zip((rows, *trained), needed, strict=True) if needs]
-                found = iter(torch.autograd.grad(logits, sources, upstream.to(logits.dtype), allow_unused=True))
-                del logits, upstream
-                for index, gradient in enumerate(gradients):
-                    new = next(found) if gradient is not None else None
-                    if gradient is not None and new is not None:
-                        (gradient[place] if index == 0 else gradient).add_(new)
-        ctx.save_for_backward(*gradients)
-        return hidden.new_zeros((), dtype=torch.float32) if total is None else total
+            losses, upstream = _losses(logits.detach(), targets[place], smoothing, learns)
+            total = total + losses.sum()
+            if upstream is None:
+                continue
+            if logits.dtype == torch.bfloat16 and divisor is not None:  # so that what follows is rounded once
+                ctx.divisor = divisor
+                upstream.div_(divisor)
+            found = torch.autograd.grad(logits, [rows, *trained] if inside else trained, upstream.to(logits.dtype))
+            del logits, upstream
+            if hidden_gradient is not None:
+                hidden_gradient[place] = found[0]
+            for gradient, new in zip(sums, found[int(inside) :], strict=True):
+                gradient.add_(new)
+        ctx.save_for_backward(hidden_gradient, *sums)
+        ctx.dtypes = [tensor.dtype for tensor in (hidden, *trained)]
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Scales the gradients by that of the sum."""
-        scaled = (None if g is None else (g * upstream).to(g.dtype) for g in ctx.saved_tensors)
-        return (None, None, None, None, *scaled)
+        scale = upstream if ctx.divisor is None else upstream * ctx.divisor
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = [None if gradient is None else (gradient * scale).to(dtype) for gradient, dtype in gradients]
+        return (None, None, None, None, None, *scaled)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """The loss of each row, (n,), and the gradient of their sum by the logits, (n, vocabulary), where wanted."""
-    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    log_shares = torch.log_softmax(logits, -1, dtype=wide)
+    log_shares = torch.log_softmax(logits, -1, dtype=_wide(logits.dtype))
     index = targets.to(log_shares.device).unsqueeze(-1)
     losses = log_shares.gather(-1, index).squeeze(-1).neg()
     if smoothing:

@@ -12,28 +12,10 @@ from torch import Tensor, nn
 from nbpeft.engine.model_tree import base_model_of, embedding_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.losses.cross_entropy import LOSS_CHUNK_SIZE
-from nbpeft.losses.lazy_logits import LazyLogits
+from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
 
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 """Classes of a head whose weight is whole during its own call alone."""
-
-
-class ChunkedHead:
-    """What became of the logits of the calls in a block; see ``chunked_head``.
-
-    Attributes:
-        chunked: whether a loss was computed in chunks.
-        needed_by: the function that needed the logits with their data; empty where none did.
-    """
-
-    def __init__(self) -> None:
-        self.chunked = False
-        self.needed_by = ""
-
-    def report(self, needed_by: str) -> None:
-        """Notes a use of the logits, with the name of the function that needs their data."""
-        self.chunked = self.chunked or not needed_by
-        self.needed_by = self.needed_by or needed_by
 
 
 def chunked_loss(model: nn.Module, /, *, chunk_size: int = LOSS_CHUNK_SIZE, **inputs: Any) -> Tensor:
@@ -59,7 +41,7 @@ def chunked_loss(model: nn.Module, /, *, chunk_size: int = LOSS_CHUNK_SIZE, **in
         ConfigError: ``chunk_size`` is no whole number of at least 0.
         TrainingError: the model returns no loss for these inputs.
     """
-    with chunked_head(model, chunk_size), without_logits(model):
+    with chunked_head(model, chunk_size, inputs.get("num_items_in_batch")), without_logits(model):
         output = model(**inputs)
     loss = output.get("loss") if isinstance(output, dict) else output[0] if "labels" in inputs else None
     if not isinstance(loss, Tensor):
@@ -82,7 +64,9 @@ def check_chunk_size(size: object) -> int:
 
 
 @contextmanager
-def chunked_head(model: nn.Module, chunk_size: int = LOSS_CHUNK_SIZE) -> Iterator[ChunkedHead]:
+def chunked_head(
+    model: nn.Module, chunk_size: int = LOSS_CHUNK_SIZE, divisor: Tensor | float | None = None
+) -> Iterator[ChunkedHead]:
     """A block in which losses of a language model are computed in chunks.
 
     The logits that the model returns in it have data once they are used.
@@ -91,12 +75,13 @@ def chunked_head(model: nn.Module, chunk_size: int = LOSS_CHUNK_SIZE) -> Iterato
         model: a language model, with or without adapters and wrappers. One without an output head, and a compiled
             one, is left as it is.
         chunk_size: tokens whose logits are in memory at once; 0 leaves the model as it is.
+        divisor: what sums over tokens will be divided by, where that is known.
 
     Yields:
         What became of the logits.
     """
-    found = ChunkedHead()
-    head = None if not check_chunk_size(chunk_size) or is_compiled(model) else _head_of(model)
+    found = ChunkedHead(check_chunk_size(chunk_size), divisor)
+    head = None if not chunk_size or is_compiled(model) else _head_of(model)
     size = getattr(head, "out_features", None)
     if head is None or not isinstance(size, int):
         yield found
@@ -106,7 +91,7 @@ def chunked_head(model: nn.Module, chunk_size: int = LOSS_CHUNK_SIZE) -> Iterato
     def lazy_forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or hidden.dim() < 2 or _treats_rows_apart(head):
             return forward(hidden, *args, **kwargs)
-        return LazyLogits.of(hidden, forward, size, chunk_size, found.report)
+        return LazyLogits.of(hidden, forward, size, found)
 
     head.__dict__["forward"] = lazy_forward
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nbpeft.losses.cross_entropy import Head, chunked_cross_entropy
-
-Report = Callable[[str], None]
-"""Called when logits are used: with the name of the function that needs their data, or with none for a loss in chunks."""
 
 _ABOUT = frozenset(
     [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout")]
@@ -41,6 +38,23 @@ class LogitsError(RuntimeError):
     """Something takes logits in a way in which their gradient would be lost."""
 
 
+@dataclass
+class ChunkedHead:
+    """How logits of a head are computed, and what became of them.
+
+    Attributes:
+        chunk_size: tokens whose logits may be in memory at once.
+        divisor: what sums over tokens will be divided by, where that is known: rounding is done after it.
+        chunked: whether a loss was computed in chunks.
+        needed_by: the function that needed the logits with their data; empty where none did.
+    """
+
+    chunk_size: int
+    divisor: Tensor | float | None = None
+    chunked: bool = False
+    needed_by: str = ""
+
+
 class LazyLogits(Tensor):
     """The logits of a language model's head: a tensor with shape, dtype and device, and no data before it is needed.
 
@@ -51,27 +65,25 @@ class LazyLogits(Tensor):
     hidden: Tensor
     _head: Head
     _pointwise: tuple[Callable[[Tensor], Tensor], ...]
-    _chunk_size: int
-    _report: Report
+    _settings: ChunkedHead
     _whole: Tensor | None
 
     @classmethod
-    def of(cls, hidden: Tensor, head: Head, size: int, chunk_size: int, report: Report) -> LazyLogits:
+    def of(cls, hidden: Tensor, head: Head, size: int, settings: ChunkedHead) -> LazyLogits:
         """Returns what a head gives, (…, ``size``).
 
         Args:
             hidden: the head's input, (…, features), floating.
             head: computes the logits (…, size) of hidden states (…, features).
             size: of the vocabulary.
-            chunk_size: tokens whose logits may be in memory at once.
-            report: see ``Report``.
+            settings: how; what becomes of the logits is noted there.
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         form = torch.empty((*hidden.shape[:-1], size), dtype=dtype, device="meta")
         made = cls._like(form, hidden.device)
         made.hidden, made._head, made._pointwise = hidden, _as_now(head, kind), ()
-        made._chunk_size, made._report = chunk_size, report
+        made._settings = settings
         return made
 
     @classmethod
@@ -110,7 +122,7 @@ class LazyLogits(Tensor):
             name: of the function that needs them.
         """
         if self._whole is None:
-            self._report(name)
+            self._settings.needed_by = self._settings.needed_by or name
             self._whole = self._compute(self.hidden)
         return self._whole
 
@@ -147,8 +159,9 @@ class LazyLogits(Tensor):
 
     def _apply(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits | None:
         """These logits after a function of each; None where it is one of others, too."""
-        if any(isinstance(value, Tensor) and (value.numel() > 1 or value.requires_grad) for value in args):
+        if not all(_is_the_same_for_all_tokens(value, self.size(-1)) for value in args):
             return None
+        args = tuple(value.reshape(-1) if isinstance(value, Tensor) and value.dim() > 1 else value for value in args)
         sample = func(torch.empty(0, self.size(-1), dtype=self.dtype, device=self.device), *args, **kwargs)
         made = self._copy(
             self._like(self._form().to(sample.dtype), sample.device),
@@ -163,8 +176,7 @@ class LazyLogits(Tensor):
     def _copy(
         self, made: LazyLogits, hidden: Tensor, pointwise: tuple[Callable[[Tensor], Tensor], ...]
     ) -> LazyLogits:
-        made.hidden, made._pointwise = hidden, pointwise
-        made._head, made._chunk_size, made._report = self._head, self._chunk_size, self._report
+        made.hidden, made._pointwise, made._head, made._settings = hidden, pointwise, self._head, self._settings
         return made
 
     def _cross_entropy(self, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -178,11 +190,22 @@ class LazyLogits(Tensor):
             return None
         if values["reduction"] not in ("mean", "sum"):
             return None
-        self._report("")
-        names = ("ignore_index", "reduction", "label_smoothing")
+        self._settings.chunked = True
         return chunked_cross_entropy(
-            self._compute, self.hidden, target, chunk_size=self._chunk_size, **{name: values[name] for name in names}
+            self._compute,
+            self.hidden,
+            target,
+            chunk_size=self._settings.chunk_size,
+            divisor=self._settings.divisor,
+            **{name: values[name] for name in ("ignore_index", "reduction", "label_smoothing")},
         )
+
+
+def _is_the_same_for_all_tokens(value: Any, size: int) -> bool:
+    """Whether an argument is a constant, or one a class, as the bias of logits is."""
+    if not isinstance(value, Tensor):
+        return True
+    return not value.requires_grad and (value.numel() == 1 or value.numel() == value.shape[-1] == size)
 
 
 def _with_data(values: Any, name: str) -> Any:

@@ -61,7 +61,7 @@ class Trainer(transformers.Trainer):
         # DistributedDataParallel reads what a model returns, and so cannot return logits without data.
         shown = (return_outputs and not self._loss_alone) or (outside and self.accelerator.num_processes > 1)
         with ExitStack() as block:
-            head = block.enter_context(chunked_head(model, 0 if shown else self.loss_chunk_size))
+            head = block.enter_context(chunked_head(model, 0 if shown else self.loss_chunk_size, num_items_in_batch))
             if not outside:
                 block.enter_context(without_lazy_logits(model))
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
