@@ -6,7 +6,7 @@ hidden states of learned tokens, and of the head's parameters where some are tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch

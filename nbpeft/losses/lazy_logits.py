@@ -20,17 +20,23 @@ from torch.utils._pytree import tree_map_only
 from nbpeft.losses.cross_entropy import Head, chunked_cross_entropy
 
 _ABOUT = frozenset(
-    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout")]
+    [
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout")
+    ]
     + [getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__hash__", "__len__")]
     + [torch.numel, torch.is_floating_point]
 )
 """What needs no data."""
 _POINTWISE = frozenset(
-    "float half bfloat16 double to mul mul_ multiply div div_ divide true_divide add add_ sub sub_ neg tanh tanh_ "
-    "clamp clamp_".split()
+    (
+        *("float", "half", "bfloat16", "double", "to"),
+        *("mul", "mul_", "multiply", "div", "div_", "divide", "true_divide"),
+        *("add", "add_", "sub", "sub_", "neg", "tanh", "tanh_", "clamp", "clamp_"),
+    )
 )
 """What acts on each logit alone, given numbers."""
-_CHOOSING = frozenset(("view", "reshape", "flatten", "contiguous"))
+_RESHAPING = frozenset(("view", "reshape", "flatten"))
 _CROSS_ENTROPY = inspect.signature(F.cross_entropy)
 
 
@@ -80,17 +86,22 @@ class LazyLogits(Tensor):
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        form = torch.empty((*hidden.shape[:-1], size), dtype=dtype, device="meta")
-        made = cls._like(form, hidden.device)
-        made.hidden, made._head, made._pointwise = hidden, _as_now(head, kind), ()
-        made._settings = settings
-        return made
+        return cls._make(hidden, size, dtype, hidden.device, _as_now(head, kind), (), settings)
 
     @classmethod
-    def _like(cls, form: Tensor, device: torch.device) -> LazyLogits:
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        made: LazyLogits = make(cls, form.shape, dtype=form.dtype, device=device)
-        made._whole = None
+    def _make(
+        cls,
+        hidden: Tensor,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        head: Head,
+        pointwise: tuple[Callable[[Tensor], Tensor], ...],
+        settings: ChunkedHead,
+    ) -> LazyLogits:
+        make: Any = Tensor._make_wrapper_subclass
+        made: LazyLogits = make(cls, (*hidden.shape[:-1], size), dtype=dtype, device=device)
+        made.hidden, made._head, made._pointwise, made._settings, made._whole = hidden, head, pointwise, settings, None
         return made
 
     @classmethod
@@ -110,9 +121,7 @@ class LazyLogits(Tensor):
         return func(*_with_data(args, name), **_with_data(kwargs, name))
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         raise LogitsError(f"{func} takes logits where their gradient would be lost")
 
     def with_data(self, name: str) -> Tensor:
@@ -142,20 +151,18 @@ class LazyLogits(Tensor):
         if name == "__getitem__":
             index = _index_of_tokens(args[1], self.dim(), self.size(-1))
             return None if index is None else self._choose(lambda rows: rows[index])
-        if name in _CHOOSING and all(isinstance(value, int | tuple | list | torch.Size) for value in args[1:]):
-            form = getattr(self._form(), name)(*args[1:], **kwargs)
-            if form.dim() and form.shape[-1] == self.size(-1):
-                return self._choose(lambda rows: rows.reshape(*form.shape[:-1], rows.shape[-1]))
+        if name == "contiguous":
+            return self._choose(lambda rows: rows)
+        if name in _RESHAPING and all(isinstance(value, int | tuple | list) for value in args[1:]):
+            shape = getattr(torch.empty((), device="meta").expand(self.shape), name)(*args[1:], **kwargs).shape
+            if shape and shape[-1] == self.size(-1):
+                return self._choose(lambda rows: rows.reshape(*shape[:-1], rows.shape[-1]))
         return None
-
-    def _form(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def _choose(self, function: Callable[[Tensor], Tensor]) -> LazyLogits:
         """These logits of other tokens, or in another order of axes."""
         hidden = function(self.hidden)
-        form = torch.empty((*hidden.shape[:-1], self.size(-1)), dtype=self.dtype, device="meta")
-        return self._copy(self._like(form, self.device), hidden, self._pointwise)
+        return self._make(hidden, self.size(-1), self.dtype, self.device, self._head, self._pointwise, self._settings)
 
     def _apply(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits | None:
         """These logits after a function of each; None where it is one of others, too."""
@@ -163,21 +170,13 @@ class LazyLogits(Tensor):
             return None
         args = tuple(value.reshape(-1) if isinstance(value, Tensor) and value.dim() > 1 else value for value in args)
         sample = func(torch.empty(0, self.size(-1), dtype=self.dtype, device=self.device), *args, **kwargs)
-        made = self._copy(
-            self._like(self._form().to(sample.dtype), sample.device),
-            self.hidden,
-            (*self._pointwise, lambda logits: func(logits, *args, **kwargs)),
-        )
+        pointwise = (*self._pointwise, lambda logits: func(logits, *args, **kwargs))
         if name.endswith("_"):
-            self._pointwise = made._pointwise
+            self._pointwise = pointwise
             return self
-        return made
-
-    def _copy(
-        self, made: LazyLogits, hidden: Tensor, pointwise: tuple[Callable[[Tensor], Tensor], ...]
-    ) -> LazyLogits:
-        made.hidden, made._pointwise, made._head, made._settings = hidden, pointwise, self._head, self._settings
-        return made
+        return self._make(
+            self.hidden, self.size(-1), sample.dtype, sample.device, self._head, pointwise, self._settings
+        )
 
     def _cross_entropy(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """The loss, computed in chunks; None where it is one of another kind."""
@@ -226,7 +225,7 @@ def _as_now(head: Head, kind: str) -> Head:
 
 
 def _index_of_tokens(index: Any, axes: int, size: int) -> Any:
-    """The same index without what it says of the vocabulary; None where it does not take all of that, or with tensors."""
+    """The same index for hidden states; None where it does not take the whole vocabulary, or is one of tensors."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if not all(isinstance(part, slice) or part is Ellipsis or type(part) is int for part in parts):
         return None

@@ -104,7 +104,8 @@ class _ChunkedLabelSmoother(LabelSmoother):
     ) -> Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
         if not isinstance(logits, LazyLogits):
-            whole: Tensor = super().__call__(model_output, labels, shift_labels, num_items_in_batch)
+            smoothed: Any = super().__call__
+            whole: Tensor = smoothed(model_output, labels, shift_labels, num_items_in_batch)
             return whole
         if shift_labels:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
@@ -117,7 +118,9 @@ class _ChunkedLabelSmoother(LabelSmoother):
         )
         if num_items_in_batch is None:
             return loss
-        return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+        return loss / (
+            num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+        )
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:

@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from nbpeft.losses import chunked_head, without_logits
+
 VOCABULARY = 97
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -18,6 +20,7 @@ _SHARED: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _OTHER_HEADS = ("t5", "bart", "bert")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,7 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoX", _SHARED),
     "opt": ("OPT", _SHARED | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
     "bloom": ("Bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "falcon": ("Falcon", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "falcon": ("Falcon", {name: _SHARED[name] for name in _SIZES}),
     "mixtral": ("Mixtral", _SHARED | _EXPERTS | {"output_router_logits": True}),
     "olmoe": ("Olmoe", _SHARED | _EXPERTS | {"output_router_logits": True}),
     "cohere": ("Cohere", _SHARED | {"logit_scale": 0.25}),
@@ -93,3 +96,18 @@ def loss_and_gradients(model: nn.Module, compute: Callable[[], Tensor]) -> tuple
 def takes(model: nn.Module, name: str) -> bool:
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+
+
+def check_chunked(model: nn.Module, batch: dict[str, Any], chunk_size: int) -> None:
+    """Compares the loss in chunks and its gradients with those of whole logits; in float32."""
+    whole, expected = loss_and_gradients(model, lambda: model(**batch).loss)
+    with chunked_head(model, chunk_size) as head, without_logits(model):
+        loss, gradients = loss_and_gradients(model, lambda: model(**batch).loss)
+    assert head.chunked
+    assert not head.needed_by
+    assert loss.dtype == whole.dtype
+    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-6, equal_nan=True)
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=2e-6 * max(largest, 1))
