@@ -45,7 +45,9 @@ def chunked_cross_entropy(
     Returns:
         The loss, a scalar in float32 (float64 where logits are); NaN for the mean of no rows.
     """
-    trained = _trained_tensors(head, hidden) if torch.is_grad_enabled() else []
+    learns = torch.is_grad_enabled()
+    trained = _trained_tensors(head, hidden) if learns else []
+    hidden = hidden if learns else hidden.detach()
     learned = targets != ignore_index
     if not bool(learned.all()):
         rows = learned.nonzero().flatten()
@@ -104,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scales the gradients by that of the sum."""
         scale = upstream if ctx.divisor is None else upstream * ctx.divisor
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)

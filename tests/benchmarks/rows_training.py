@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from tests.benchmarks.harness import OURS, Measure, Row, Size
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """What is learned in a step.
 
     Attributes:
