@@ -1,6 +1,5 @@
 """The loss of language models without their logits as a whole: learned tokens only, some at a time."""
 
-from nbpeft.losses.cross_entropy import LOSS_CHUNK_SIZE
 from nbpeft.losses.heads import (
     check_chunk_size,
     chunked_head,
@@ -11,7 +10,6 @@ from nbpeft.losses.heads import (
 from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
 
 __all__ = [
-    "LOSS_CHUNK_SIZE",
     "ChunkedHead",
     "LazyLogits",
     "check_chunk_size",

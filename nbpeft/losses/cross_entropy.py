@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOSS_CHUNK_SIZE = 128
-"""Tokens whose logits are in memory at once, by default."""
+from nbpeft.names import LOSS_CHUNK_SIZE
 
 Head = Callable[[Tensor], Tensor]
 """Logits (n, vocabulary) of hidden states (n, features)."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nbpeft.engine.model_tree import base_model_of, embedding_of
 from nbpeft.errors import ConfigError, TrainingError
-from nbpeft.losses.cross_entropy import LOSS_CHUNK_SIZE
 from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
+from nbpeft.names import LOSS_CHUNK_SIZE
 
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 """Classes of a head whose weight is whole during its own call alone."""

@@ -17,7 +17,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
-from nbpeft.losses import LOSS_CHUNK_SIZE, chunked_head, without_logits
+from nbpeft.losses import chunked_head, without_logits
 from nbpeft.memory.allocations import fake_tensors, record
 from nbpeft.memory.architecture import Architecture, can_checkpoint, equal_layers, in_main_thread, silenced
 from nbpeft.memory.checkpointing import enable_checkpointing
@@ -26,6 +26,7 @@ from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.saved import tensors_in
 from nbpeft.memory.stages import Peak
+from nbpeft.names import LOSS_CHUNK_SIZE
 from nbpeft.state import MemoryPart
 
 SAMPLED_LAYERS = 3

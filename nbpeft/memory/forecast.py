@@ -17,7 +17,7 @@ from nbpeft.display.blocks import Block, Card, Table
 from nbpeft.display.shown import Shown
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import ConfigError, did_you_mean
-from nbpeft.losses import LOSS_CHUNK_SIZE, check_chunk_size
+from nbpeft.losses import check_chunk_size
 from nbpeft.memory.architecture import Architecture, architecture_of
 from nbpeft.memory.devices import device_memory, is_cpu, placed_on
 from nbpeft.memory.estimate import Setting, estimate
@@ -25,7 +25,7 @@ from nbpeft.memory.formatting import size_text
 from nbpeft.memory.measure import weights_by_kind
 from nbpeft.memory.optimizers import kind_of
 from nbpeft.memory.suggest import Suggestion, suggest
-from nbpeft.names import QUANTIZATIONS
+from nbpeft.names import LOSS_CHUNK_SIZE, QUANTIZATIONS
 from nbpeft.state import MemoryPart
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

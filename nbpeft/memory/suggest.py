@@ -12,10 +12,10 @@ import torch
 
 from nbpeft.engine.registry import method_of
 from nbpeft.errors import NbpeftError
-from nbpeft.losses import LOSS_CHUNK_SIZE
 from nbpeft.memory.estimate import Setting, estimate
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of
+from nbpeft.names import LOSS_CHUNK_SIZE
 
 _LEAST_SHARE = 0.01
 """Suggestions that save less than this share of the peak are left out."""

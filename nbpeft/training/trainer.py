@@ -12,8 +12,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
-from nbpeft.losses import LOSS_CHUNK_SIZE, ChunkedHead, LazyLogits, check_chunk_size, chunked_head, is_compiled
+from nbpeft.losses import ChunkedHead, LazyLogits, check_chunk_size, chunked_head, is_compiled
 from nbpeft.losses import without_logits as without_lazy_logits
+from nbpeft.names import LOSS_CHUNK_SIZE
 from nbpeft.training.trainer_patch import patch_trainer
 
 logger = logging.getLogger("nbpeft.training")

@@ -16,11 +16,12 @@ from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
-from nbpeft.losses import LOSS_CHUNK_SIZE, chunked_loss
+from nbpeft.losses import chunked_loss
 from nbpeft.memory import measure
 from nbpeft.memory.architecture import Architecture
 from nbpeft.memory.devices import mark_peak, peak
 from nbpeft.memory.saved import SavedTensors
+from nbpeft.names import LOSS_CHUNK_SIZE
 
 SMALL: dict[str, Any] = dict(
     vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,

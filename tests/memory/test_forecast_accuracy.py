@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.losses import LOSS_CHUNK_SIZE
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.processor import onednn_multiplies
+from nbpeft.names import LOSS_CHUNK_SIZE
 from tests.memory.measured_peak import SHAPES, real_peak
 
 OPTIMIZERS: dict[str, Any] = {
