@@ -33,6 +33,7 @@ from .errors import TrainingError as TrainingError
 from .errors import UnknownAdapterError as UnknownAdapterError
 from .errors import UnknownMethodError as UnknownMethodError
 from .errors import UntypedConfigError as UntypedConfigError
+from .losses import chunked_loss as chunked_loss
 from .memory import Forecast as Forecast
 from .memory import forecast as forecast
 from .model import AdapterPool as AdapterPool

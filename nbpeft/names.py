@@ -29,6 +29,9 @@ QUANTIZATIONS = (*QUANT_TYPES, "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion", "lion_8bit")
 """Optimizers that a memory plan offers; it knows the state of others too."""
 
+LOSS_CHUNK_SIZE = 128
+"""Tokens of which the logits are in memory at once for the loss of a language model, by default."""
+
 COMBINATION_TYPES = (
     *("exact", "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd"),
     *("dare_ties", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),

@@ -17,6 +17,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
+from nbpeft.losses import chunked_head, without_logits
 from nbpeft.memory.allocations import fake_tensors, record
 from nbpeft.memory.architecture import Architecture, can_checkpoint, equal_layers, in_main_thread, silenced
 from nbpeft.memory.checkpointing import enable_checkpointing
@@ -25,6 +26,7 @@ from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.saved import tensors_in
 from nbpeft.memory.stages import Peak
+from nbpeft.names import LOSS_CHUNK_SIZE
 from nbpeft.state import MemoryPart
 
 SAMPLED_LAYERS = 3
@@ -48,6 +50,7 @@ class Setting:
     optimizer: str
     training: bool
     on_cpu: bool = False
+    loss_chunk_size: int = LOSS_CHUNK_SIZE
 
     def key(self, *, step: bool) -> str:
         """Equal for settings with the same weights or, with ``step``, the same step."""
@@ -61,6 +64,7 @@ class Setting:
         ]
         if step:
             fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
+            fields += [self.loss_chunk_size]
         return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -244,7 +248,8 @@ def _checkpoint(model: nn.Module) -> None:
 
 def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> None:
     batch = setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True)
-    output = model(**batch)
+    with chunked_head(model, setting.loss_chunk_size), without_logits(model):
+        output = model(**batch)
     loss = getattr(output, "loss", None)
     if loss is None:
         loss = next(tensors_in(dict(output))).sum()

@@ -17,6 +17,7 @@ from nbpeft.display.blocks import Block, Card, Table
 from nbpeft.display.shown import Shown
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.losses import check_chunk_size
 from nbpeft.memory.architecture import Architecture, architecture_of
 from nbpeft.memory.devices import device_memory, is_cpu, placed_on
 from nbpeft.memory.estimate import Setting, estimate
@@ -24,7 +25,7 @@ from nbpeft.memory.formatting import size_text
 from nbpeft.memory.measure import weights_by_kind
 from nbpeft.memory.optimizers import kind_of
 from nbpeft.memory.suggest import Suggestion, suggest
-from nbpeft.names import QUANTIZATIONS
+from nbpeft.names import LOSS_CHUNK_SIZE, QUANTIZATIONS
 from nbpeft.state import MemoryPart
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -88,6 +89,7 @@ def forecast(
     optimizer: str = "adamw",
     training: bool = True,
     device: int | str | torch.device | None = None,
+    loss_chunk_size: int = LOSS_CHUNK_SIZE,
 ) -> Forecast:
     """Estimate what a run will need, from shapes alone; no weight is loaded.
 
@@ -110,6 +112,8 @@ def forecast(
         training: forward, backward and optimizer; else reading a prompt into a cache.
         device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
             is, or the model is on, a CPU, what CPU kernels copy is counted.
+        loss_chunk_size: tokens whose logits are in memory at once, as ``nbpeft.Trainer`` and
+            ``nbpeft.chunked_loss`` have it; 0 for logits as a whole. All tokens are taken as learned.
 
     Raises:
         ConfigError: a value is impossible or the model cannot run without data.
@@ -131,6 +135,7 @@ def forecast(
         optimizer=optimizer,
         training=training,
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
+        loss_chunk_size=loss_chunk_size,
     )
     return Forecast(estimate(setting), device_bytes(device), setting)
 
@@ -148,6 +153,7 @@ def setting_of(
     training: bool,
     double_quant: bool = True,
     on_cpu: bool = False,
+    loss_chunk_size: int = LOSS_CHUNK_SIZE,
 ) -> Setting:
     """Check the values of a forecast and put them together; see ``forecast``.
 
@@ -174,6 +180,7 @@ def setting_of(
         optimizer=optimizer,
         training=training,
         on_cpu=on_cpu,
+        loss_chunk_size=check_chunk_size(loss_chunk_size),
     )
 
 

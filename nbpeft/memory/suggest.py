@@ -15,6 +15,7 @@ from nbpeft.errors import NbpeftError
 from nbpeft.memory.estimate import Setting, estimate
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of
+from nbpeft.names import LOSS_CHUNK_SIZE
 
 _LEAST_SHARE = 0.01
 """Suggestions that save less than this share of the peak are left out."""
@@ -205,6 +206,8 @@ def _switches(setting: Setting) -> Iterator[_Change]:
     if setting.training and not setting.gradient_checkpointing and setting.architecture.checkpoints:
         text = "gradient_checkpointing=True"
         yield _Change("gradient_checkpointing", True, text, "costs about a third more time")
+    if setting.training and not setting.loss_chunk_size:
+        yield _Change("loss_chunk_size", LOSS_CHUNK_SIZE, f"loss_chunk_size={LOSS_CHUNK_SIZE}", "")
     if setting.dtype == torch.float32:
         yield _Change("dtype", torch.bfloat16, "dtype float32 -> bfloat16", "rounds weights")
     for kind in ("nf4", "int8"):

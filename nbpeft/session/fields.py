@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbpeft.names import DTYPES, QUANT_TYPES
+from nbpeft.names import DTYPES, LOSS_CHUNK_SIZE, QUANT_TYPES
 from nbpeft.session.configs import BOOKKEEPING, DEFAULT_METHOD, config_class, method_names
 from nbpeft.session.handles import uncompiled
 from nbpeft.training.argument_source import NOTEBOOK_DEFAULTS, tracker_names, training_arguments
@@ -129,6 +129,8 @@ def _training() -> Iterator[Field]:
         if item.name == "report_to":
             field = dataclasses.replace(field, choices=("none", "all", *trackers), listed=trackers)
         yield field
+    about = "Tokens whose logits are in memory at once for the loss of a language model; 0 for all."
+    yield Field("loss_chunk_size", "int", str(LOSS_CHUNK_SIZE), about)
 
 
 def _of(item: dataclasses.Field[Any], cls: type, text: str) -> Field:

@@ -40,6 +40,10 @@ class RunCallback(TrainerCallback):
         if tokens is not None:
             self.run.record(0, tokens=tokens)
 
+    def note(self, message: str) -> None:
+        """Adds to the line shown with the run."""
+        self.run.note(message)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -1,12 +1,23 @@
-"""``nbpeft.Trainer``: transformers' Trainer, which knows adapters once it is patched."""
+"""``nbpeft.Trainer``: transformers' Trainer, which knows adapters once it is patched, and computes losses in chunks."""
 
 from __future__ import annotations
 
+import logging
+from contextlib import ExitStack
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import transformers
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import LabelSmoother
 
+from nbpeft.losses import ChunkedHead, LazyLogits, check_chunk_size, chunked_head, is_compiled
+from nbpeft.losses import without_logits as without_lazy_logits
+from nbpeft.names import LOSS_CHUNK_SIZE
 from nbpeft.training.trainer_patch import patch_trainer
+
+logger = logging.getLogger("nbpeft.training")
 
 
 class Trainer(transformers.Trainer):
@@ -16,11 +27,101 @@ class Trainer(transformers.Trainer):
     Trainer's own files; adapters that are not called ``default`` lie in subfolders of their name.
     ``resume_from_checkpoint``, ``load_best_model_at_end`` and ``save_model`` work on adapters
     alone, and quantized bases are accepted. It calls ``nbpeft.patch_trainer()``.
+
+    The loss of a language model is computed in chunks of learned tokens, as ``nbpeft.chunked_loss`` does, in
+    training and in evaluations that ask for the loss alone. Where logits are needed (``compute_metrics``,
+    ``preprocess_logits_for_metrics``, ``return_outputs=True``), they are there.
+
+    Args:
+        *args: of ``transformers.Trainer``.
+        loss_chunk_size: tokens whose logits are in memory at once; 0 for logits as a whole.
+        **kwargs: of ``transformers.Trainer``.
+
+    Raises:
+        ConfigError: ``loss_chunk_size`` is no whole number of at least 0.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss_chunk_size: int = LOSS_CHUNK_SIZE, **kwargs: Any) -> None:
         patch_trainer()
+        self.loss_chunk_size = check_chunk_size(loss_chunk_size)
+        self._loss_alone = False
+        self._noted = False
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:
+            self.label_smoother = _ChunkedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's loss, in chunks where nobody needs the logits; see ``transformers.Trainer``."""
+        outside = self.label_smoother is not None or self.compute_loss_func is not None
+        # DistributedDataParallel reads what a model returns, and so cannot return logits without data.
+        shown = (return_outputs and not self._loss_alone) or (outside and self.accelerator.num_processes > 1)
+        with ExitStack() as block:
+            head = block.enter_context(chunked_head(model, 0 if shown else self.loss_chunk_size, num_items_in_batch))
+            if not outside:
+                block.enter_context(without_lazy_logits(model))
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not shown and self.loss_chunk_size:
+            self._note_once(model, head)
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The Trainer's step of an evaluation; see ``transformers.Trainer``."""
+        self._loss_alone = prediction_loss_only
+        try:
+            result: tuple[Tensor | None, Tensor | None, Tensor | None] = super().prediction_step(
+                model, inputs, prediction_loss_only, ignore_keys
+            )
+            return result
+        finally:
+            self._loss_alone = False
+
+    def _note_once(self, model: nn.Module, head: ChunkedHead) -> None:
+        """Says why the loss is not computed in chunks, where a model has a head."""
+        why = f"{head.needed_by} needs them" if head.needed_by and not head.chunked else ""
+        if is_compiled(model):
+            why = "the model is compiled"
+        if not why or self._noted:
+            return
+        self._noted = True
+        message = f"the loss is computed from logits as a whole: {why}"
+        notes = [note for item in self.callback_handler.callbacks if (note := getattr(item, "note", None)) is not None]
+        for note in notes or [logger.warning]:
+            note(message)
+
+
+class _ChunkedLabelSmoother(LabelSmoother):
+    """The Trainer's smoothed loss, computed in chunks from logits without data."""
+
+    def __call__(
+        self, model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if not isinstance(logits, LazyLogits):
+            smoothed: Any = super().__call__
+            whole: Tensor = smoothed(model_output, labels, shift_labels, num_items_in_batch)
+            return whole
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        loss = F.cross_entropy(
+            logits.reshape(-1, logits.size(-1)),
+            labels.reshape(-1),
+            ignore_index=self.ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+            label_smoothing=self.epsilon,
+        )
+        if num_items_in_batch is None:
+            return loss
+        return loss / (
+            num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+        )
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:

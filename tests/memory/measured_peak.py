@@ -16,10 +16,12 @@ from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.losses import chunked_loss
 from nbpeft.memory import measure
 from nbpeft.memory.architecture import Architecture
 from nbpeft.memory.devices import mark_peak, peak
 from nbpeft.memory.saved import SavedTensors
+from nbpeft.names import LOSS_CHUNK_SIZE
 
 SMALL: dict[str, Any] = dict(
     vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -76,6 +78,11 @@ def allocated_peak(step: Callable[[], Any]) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
+    return peak_of(profiler)
+
+
+def peak_of(profiler: profile) -> int:
+    """Most bytes allocated at any time of what a profiler has seen, beyond those before it."""
     results: Any = profiler.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
@@ -125,6 +132,7 @@ def real_step(
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
     training: bool = True,
     resident: int | None = None,
+    loss_chunk_size: int = LOSS_CHUNK_SIZE,
 ) -> Step:
     """Adapts a model and measures a step after a first one.
 
@@ -138,6 +146,7 @@ def real_step(
         optimizer: makes the optimizer of the adapter's tensors.
         training: a training step, or reading a prompt.
         resident: bytes the process held before the model; counts its peak in a step of its own.
+        loss_chunk_size: tokens whose logits are in memory at once; 0 for all.
     """
     manager = AdapterManager.attach(model)
     manager.add("one", adapter)
@@ -162,7 +171,7 @@ def real_step(
 
     def step(inputs: dict[str, Any] = batch) -> None:
         chosen.zero_grad()
-        model(**inputs).loss.backward()
+        chunked_loss(model, chunk_size=loss_chunk_size, **inputs).backward()
         chosen.step()
 
     step(architecture.batch(1, 8, labels=True))

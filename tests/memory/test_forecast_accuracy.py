@@ -17,6 +17,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.memory import forecast
 from nbpeft.memory.architecture import architecture_of
 from nbpeft.memory.processor import onednn_multiplies
+from nbpeft.names import LOSS_CHUNK_SIZE
 from tests.memory.measured_peak import SHAPES, real_peak
 
 OPTIMIZERS: dict[str, Any] = {
@@ -28,7 +29,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 def combinations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Every shape with every dtype and quantization, the other settings drawn at random."""
-    draw = random.Random(seed)
+    draw, sizes = random.Random(seed), random.Random(seed)
     kinds = list(itertools.product(SHAPES, (torch.float32, torch.bfloat16), (None, "nf4", "fp4", "int8")))
     return [
         {
@@ -43,6 +44,7 @@ def combinations(count: int, seed: int = 0) -> list[dict[str, Any]]:
             "use_dora": draw.random() < 0.15,
             "optimizer": draw.choice(list(OPTIMIZERS)),
             "training": draw.random() < 0.85,
+            "loss_chunk_size": sizes.choice([0, 32, LOSS_CHUNK_SIZE]),
         }
         for shape, dtype, quantization in itertools.islice(itertools.cycle(kinds), count)
     ]
@@ -55,6 +57,7 @@ def compare(case: dict[str, Any]) -> tuple[int, int]:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     names = ("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "training")
+    names += ("loss_chunk_size",)
     settings = {name: case[name] for name in names}
     config = SHAPES[case["shape"]]
     foreseen = forecast(config, adapter, optimizer=case["optimizer"], device="cpu", **settings).peak_bytes

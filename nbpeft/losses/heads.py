@@ -1,0 +1,141 @@
+"""Runs language models so that their own forward computes its loss in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from nbpeft.engine.model_tree import base_model_of, embedding_of
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
+from nbpeft.names import LOSS_CHUNK_SIZE
+
+_SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+"""Classes of a head whose weight is whole during its own call alone."""
+
+
+def chunked_loss(model: nn.Module, /, *, chunk_size: int = LOSS_CHUNK_SIZE, **inputs: Any) -> Tensor:
+    """The loss of a language model, equal to ``model(**inputs).loss``, without logits as a whole.
+
+    Hidden states of learned tokens alone go through the output head, a chunk at a time, and their gradient is
+    computed with the loss. For loops of your own::
+
+        loss = nbpeft.chunked_loss(model, **batch)
+        loss.backward()
+
+    A model without an output head, a compiled one and one whose loss is no cross entropy compute theirs as ever.
+
+    Args:
+        model: a language model of transformers, with or without adapters, wrapped by DDP or FSDP or not.
+        chunk_size: tokens whose logits are in memory at once; 0 for all.
+        **inputs: of the model, ``labels`` among them, and ``num_items_in_batch`` where batches are accumulated.
+
+    Returns:
+        The loss, a scalar; float32 as a rule.
+
+    Raises:
+        ConfigError: ``chunk_size`` is no whole number of at least 0.
+        TrainingError: the model returns no loss for these inputs.
+    """
+    with chunked_head(model, chunk_size, inputs.get("num_items_in_batch")), without_logits(model):
+        output = model(**inputs)
+    loss = output.get("loss") if isinstance(output, dict) else output[0] if "labels" in inputs else None
+    if not isinstance(loss, Tensor):
+        raise TrainingError(f"{type(base_model_of(model)).__name__} returned no loss: give it labels=…")
+    return loss
+
+
+def check_chunk_size(size: object) -> int:
+    """The size of a chunk as given.
+
+    Raises:
+        ConfigError: it is no whole number of at least 0.
+    """
+    if type(size) is not int or size < 0:
+        raise ConfigError(
+            f"loss_chunk_size must be a whole number of tokens, or 0 for logits as a whole, not {size!r:.60}",
+            field="loss_chunk_size",
+        )
+    return size
+
+
+@contextmanager
+def chunked_head(
+    model: nn.Module, chunk_size: int = LOSS_CHUNK_SIZE, divisor: Tensor | float | None = None
+) -> Iterator[ChunkedHead]:
+    """A block in which losses of a language model are computed in chunks.
+
+    The logits that the model returns in it have data once they are used.
+
+    Args:
+        model: a language model, with or without adapters and wrappers. One without an output head, and a compiled
+            one, is left as it is.
+        chunk_size: tokens whose logits are in memory at once; 0 leaves the model as it is.
+        divisor: what sums over tokens will be divided by, where that is known.
+
+    Yields:
+        What became of the logits.
+    """
+    found = ChunkedHead(check_chunk_size(chunk_size), divisor)
+    head = None if not chunk_size or is_compiled(model) else _head_of(model)
+    size = getattr(head, "out_features", None)
+    if head is None or not isinstance(size, int):
+        yield found
+        return
+    forward, before = head.forward, head.__dict__.get("forward")
+
+    def lazy_forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or hidden.dim() < 2 or _treats_rows_apart(head):
+            return forward(hidden, *args, **kwargs)
+        return LazyLogits.of(hidden, forward, size, found)
+
+    head.__dict__["forward"] = lazy_forward
+    try:
+        yield found
+    finally:
+        if before is None:
+            del head.__dict__["forward"]
+        else:
+            head.__dict__["forward"] = before
+
+
+@contextmanager
+def without_logits(model: nn.Module) -> Iterator[None]:
+    """A block in which a model leaves logits without data out of what it returns: wrappers would read them."""
+    handle = base_model_of(model).register_forward_hook(lambda module, args, output: _without_lazy(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or one in it that is called as a whole, was compiled."""
+    wrappers = [model, getattr(model, "module", model), base_model_of(model)]
+    return any("_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) for part in wrappers)
+
+
+def _without_lazy(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(None if isinstance(value, LazyLogits) else value for value in output)
+    if isinstance(output, dict):
+        return type(output)(**{name: value for name, value in output.items() if not isinstance(value, LazyLogits)})
+    return output
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    """The output head, where it can be called for some tokens alone and after its own call."""
+    head = None if isinstance(model, nn.DataParallel) else embedding_of(base_model_of(model), output=True)
+    if head is None or any(cls.__name__ in _SHARDED for cls in type(head).__mro__):
+        return None
+    return None if any(hasattr(parameter, "ds_id") for parameter in head.parameters()) else head
+
+
+def _treats_rows_apart(head: nn.Module) -> bool:
+    """Whether what a head computes depends on where a token is in the batch: rows with adapters of their own."""
+    state: Any = getattr(head, "active_state", None)
+    active = None if state is None else state.current()
+    return active is not None and (active.rows is not None or bool(active.context))

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nbpeft.losses.cross_entropy import chunked_cross_entropy
+
+CLASSES, FEATURES, TOKENS = 31, 7, 12
+
+
+def head(**options):
+    torch.manual_seed(0)
+    return nn.Linear(FEATURES, CLASSES, **options)
+
+
+def inputs(dtype=torch.float32, learned=0.5):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(TOKENS, FEATURES, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, CLASSES, (TOKENS,), generator=generator)
+    return hidden, targets.masked_fill(torch.rand(TOKENS, generator=generator) > learned, -100)
+
+
+def gradients(compute, *tensors, factor=3):
+    for tensor in tensors:
+        tensor.grad = None
+    loss = compute()
+    (factor * loss).backward()
+    return loss.detach(), [tensor.grad for tensor in tensors]
+
+
+@pytest.mark.parametrize(("reduction", "smoothing"), [("mean", 0.0), ("mean", 0.1), ("sum", 0.0), ("sum", 0.1)])
+@pytest.mark.parametrize("learned", [0.0, 0.5, 1.0])
+def test_it_is_torchs_cross_entropy(reduction, smoothing, learned):
+    layer = head()
+    hidden, targets = inputs(learned=learned)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    whole, expected = gradients(lambda: F.cross_entropy(layer(hidden), targets, **options), hidden, *layer.parameters())
+    for chunk_size in (1, 5, 12, 100):
+        loss, found = gradients(
+            lambda size=chunk_size: chunked_cross_entropy(layer, hidden, targets, chunk_size=size, **options),
+            hidden,
+            *layer.parameters(),
+        )
+        torch.testing.assert_close(loss, whole, equal_nan=True, rtol=1e-6, atol=1e-6)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_another_index_is_ignored_and_a_head_may_be_half_frozen():
+    layer = head()
+    layer.weight.requires_grad_(False)
+    hidden, targets = inputs(learned=1.0)
+    targets[:4] = 3
+    whole, expected = gradients(lambda: F.cross_entropy(layer(hidden), targets, ignore_index=3), hidden, layer.bias)
+    loss, found = gradients(
+        lambda: chunked_cross_entropy(layer, hidden, targets, ignore_index=3, chunk_size=3), hidden, layer.bias
+    )
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(found, expected)
+    assert layer.weight.grad is None
+
+
+def test_in_double_precision_gradients_are_exact():
+    layer = head().double()
+    hidden, targets = inputs(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda states, weight: chunked_cross_entropy(
+            lambda rows: F.linear(rows, weight).tanh(), states, targets, chunk_size=4
+        ),
+        (hidden, layer.weight),
+    )
+
+
+@pytest.mark.parametrize("divisor", [None, 37.0])
+def test_in_bfloat16_it_is_as_accurate_as_whole_logits(divisor):
+    layer = head(bias=False).bfloat16().requires_grad_(False)
+    hidden, targets = inputs(torch.bfloat16)
+    reduction, scale = ("mean", 1) if divisor is None else ("sum", divisor)
+    states, weight = hidden.detach().double().requires_grad_(), layer.weight.double()
+    options: dict[str, Any] = {"reduction": reduction}
+    exact, (truth,) = gradients(
+        lambda: F.cross_entropy(F.linear(states, weight), targets, **options) / scale, states, factor=2
+    )
+    whole, (rounded,) = gradients(
+        lambda: F.cross_entropy(layer(hidden).float(), targets, **options) / scale, hidden, factor=2
+    )
+    options |= {"chunk_size": 4, "divisor": divisor}
+    loss, (found,) = gradients(
+        lambda: chunked_cross_entropy(layer, hidden, targets, **options) / scale, hidden, factor=2
+    )
+    assert loss.dtype == torch.float32
+    assert abs(loss - exact) <= abs(whole - exact) + 1e-6
+    assert (found - truth).norm() <= 1.01 * (rounded - truth).norm()
+
+
+def test_nothing_is_computed_for_backward_without_gradients():
+    layer, calls = head(), []
+
+    def counted(rows):
+        calls.append((len(rows), torch.is_grad_enabled()))
+        return layer(rows)
+
+    hidden, targets = inputs(learned=1.0)
+    with torch.no_grad():
+        loss = chunked_cross_entropy(counted, hidden, targets, chunk_size=5)
+    assert calls == [(5, False), (5, False), (2, False)]
+    assert not loss.requires_grad
+
+
+def test_tokens_that_are_not_learned_do_not_go_through_the_head():
+    layer, rows_seen = head(), []
+
+    def counted(rows):
+        rows_seen.append(len(rows))
+        return layer(rows)
+
+    hidden, targets = inputs()
+    chunked_cross_entropy(counted, hidden, targets, chunk_size=2).backward()
+    learned = int((targets != -100).sum())
+    assert sum(rows_seen) == learned + 1  # one more, which tells what the head trains
+    assert max(rows_seen) == 2
+    assert hidden.grad[targets == -100].abs().max() == 0
