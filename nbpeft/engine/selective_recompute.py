@@ -30,6 +30,7 @@ from nbpeft.interrupts import HeldInterrupts
 
 _FORWARD = "forward"
 _ACTIVATION_HOMES = ("transformers.activations", "torch.nn.modules.activation")
+_PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
 _ACTIVATION_NAMES = re.compile(r"gelu|silu|swish|mish", re.IGNORECASE)
 
 
@@ -268,6 +269,8 @@ class _Activated:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            return args[0] * args[1] if isinstance(args[0], cls) else args[1] * args[0]
         return func(*map(_as_tensor, args), **{name: _as_tensor(value) for name, value in (kwargs or {}).items()})
 
 
