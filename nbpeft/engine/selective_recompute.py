@@ -135,9 +135,9 @@ def _is_gating(activation: nn.Module, mlp: nn.Module) -> bool:
     try:
         with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
             expected, found = _Trial(mlp, activation, activation).run(), _Trial(mlp, activation, activated).run()
+            same = len(expected) == len(found) and all(map(_are_equal, expected, found))
     except Exception:
         return False
-    same = len(expected) == len(found) and all(map(_are_equal, expected, found))
     return same and bool(waiting) and all(each.is_multiplied and each.tensor is None for each in waiting)
 
 

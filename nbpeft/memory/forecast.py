@@ -88,6 +88,7 @@ def forecast(
     optimizer: str = "adamw",
     training: bool = True,
     device: int | str | torch.device | None = None,
+    recompute: bool = True,
 ) -> Forecast:
     """Estimate what a run will need, from shapes alone; no weight is loaded.
 
@@ -110,6 +111,7 @@ def forecast(
         training: forward, backward and optimizer; else reading a prompt into a cache.
         device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
             is, or the model is on, a CPU, what CPU kernels copy is counted.
+        recompute: compute activations and norms again in backward, as ``nbpeft.train`` does by default.
 
     Raises:
         ConfigError: a value is impossible or the model cannot run without data.
@@ -131,6 +133,7 @@ def forecast(
         optimizer=optimizer,
         training=training,
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
+        recompute=recompute,
     )
     return Forecast(estimate(setting), device_bytes(device), setting)
 
@@ -148,6 +151,7 @@ def setting_of(
     training: bool,
     double_quant: bool = True,
     on_cpu: bool = False,
+    recompute: bool = True,
 ) -> Setting:
     """Check the values of a forecast and put them together; see ``forecast``.
 
@@ -158,6 +162,7 @@ def setting_of(
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
+    switches["recompute"] = recompute
     for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise ConfigError(f"{name} is {switch!r}; expected True or False")
@@ -174,6 +179,7 @@ def setting_of(
         optimizer=optimizer,
         training=training,
         on_cpu=on_cpu,
+        recompute=recompute,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.memory import measure
 from nbpeft.memory.architecture import Architecture
 from nbpeft.memory.devices import mark_peak, peak
@@ -125,6 +127,7 @@ def real_step(
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
     training: bool = True,
     resident: int | None = None,
+    recompute: bool = True,
 ) -> Step:
     """Adapts a model and measures a step after a first one.
 
@@ -138,6 +141,7 @@ def real_step(
         optimizer: makes the optimizer of the adapter's tensors.
         training: a training step, or reading a prompt.
         resident: bytes the process held before the model; counts its peak in a step of its own.
+        recompute: whether activations and norms are computed again in backward.
     """
     manager = AdapterManager.attach(model)
     manager.add("one", adapter)
@@ -162,7 +166,8 @@ def real_step(
 
     def step(inputs: dict[str, Any] = batch) -> None:
         chosen.zero_grad()
-        model(**inputs).loss.backward()
+        with selective_recompute(model) if recompute else nullcontext():
+            model(**inputs).loss.backward()
         chosen.step()
 
     step(architecture.batch(1, 8, labels=True))

@@ -43,6 +43,7 @@ def combinations(count: int, seed: int = 0) -> list[dict[str, Any]]:
             "use_dora": draw.random() < 0.15,
             "optimizer": draw.choice(list(OPTIMIZERS)),
             "training": draw.random() < 0.85,
+            "recompute": draw.random() < 0.7,
         }
         for shape, dtype, quantization in itertools.islice(itertools.cycle(kinds), count)
     ]
@@ -54,7 +55,8 @@ def compare(case: dict[str, Any]) -> tuple[int, int]:
         r=case["r"], lora_dropout=case["lora_dropout"], use_dora=case["use_dora"], target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    names = ("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "training")
+    names: tuple[str, ...] = ("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing")
+    names += ("training", "recompute")
     settings = {name: case[name] for name in names}
     config = SHAPES[case["shape"]]
     foreseen = forecast(config, adapter, optimizer=case["optimizer"], device="cpu", **settings).peak_bytes
