@@ -19,7 +19,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from nbpeft.engine.base import LayerKind
 from nbpeft.engine.model_tree import frozen_module, walk
@@ -44,7 +43,7 @@ class selective_recompute:
 
     Args:
         model: with or without adapters.
-        verify: compare the first output of each module with that of a second call; off for tensors without data.
+        verify: compare outputs with those of a second call; off for tensors without data.
 
     Example:
         with nbpeft.selective_recompute(model):
@@ -86,7 +85,7 @@ def _replacements(model: nn.Module, verify: bool) -> Iterator[tuple[nn.Module, C
         if _is_free(site.module) and (_is_norm(site.module) or _is_activation(site.module)):
             parents.setdefault(site.module, []).append(site.parent)
     for module, places in parents.items():
-        if _is_activation(module) and all(_is_gating(module, parent) for parent in places):
+        if _is_activation(module) and all(_is_gating(module, parent, verify) for parent in places):
             yield module, _GatingForward(module)
         elif _is_norm(module) or _keeps_input(module):
             yield module, _RecomputedForward(module, verify)
@@ -110,14 +109,18 @@ def _is_activation(module: nn.Module) -> bool:
 
 def _keeps_input(activation: nn.Module) -> bool:
     kept: list[int] = []
-    with unset_fake_temporarily(), torch.enable_grad():
+    with torch.enable_grad():
         x = torch.ones(2, 2, device="cpu", requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(_storage(t)), lambda _: x):
             output = activation(x)
-    return any(address != output.data_ptr() for address in kept)
+    return any(storage != _storage(output) for storage in kept)
 
 
-def _is_gating(activation: nn.Module, mlp: nn.Module) -> bool:
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _is_gating(activation: nn.Module, mlp: nn.Module, verify: bool) -> bool:
     """Whether an MLP multiplies what its activation returns with something, and does nothing else with it.
 
     Found out with the MLP's own code on a few random numbers, its linear layers replaced by what they might return:
@@ -133,12 +136,13 @@ def _is_gating(activation: nn.Module, mlp: nn.Module) -> bool:
         return waiting[-1]
 
     try:
-        with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
-            expected, found = _Trial(mlp, activation, activation).run(), _Trial(mlp, activation, activated).run()
-            same = len(expected) == len(found) and all(map(_are_equal, expected, found))
+        with torch.no_grad(), torch.device("cpu"):
+            found, expected = _Trial(mlp, activation, activated).run(), _Trial(mlp, activation, activation).run()
     except Exception:
         return False
-    return same and bool(waiting) and all(each.is_multiplied and each.tensor is None for each in waiting)
+    if verify and not (len(expected) == len(found) and all(map(_are_equal, expected, found))):
+        return False
+    return bool(waiting) and all(each.is_multiplied and each.tensor is None for each in waiting)
 
 
 def _are_equal(first: Any, second: Any) -> bool:

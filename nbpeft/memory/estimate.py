@@ -229,6 +229,8 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     model.train(setting.training)
     if checkpointed:
         _checkpoint(model)
+    elif hasattr(config := model.config, "use_cache"):
+        config.use_cache = True  # without a cache a mask is made of fake tensors, though of real ones none is
     return model
 
 
