@@ -7,6 +7,7 @@ from typing import Any
 
 from .engine.methods.ia3 import IA3Config as IA3Config
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .engine.selective_recompute import selective_recompute as selective_recompute
 from .errors import AdapterError as AdapterError
 from .errors import AdapterExistsError as AdapterExistsError
 from .errors import BaseMismatchError as BaseMismatchError

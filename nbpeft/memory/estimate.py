@@ -6,6 +6,7 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.losses import chunked_head, without_logits
@@ -51,6 +53,7 @@ class Setting:
     training: bool
     on_cpu: bool = False
     loss_chunk_size: int = LOSS_CHUNK_SIZE
+    recompute: bool = True
 
     def key(self, *, step: bool) -> str:
         """Equal for settings with the same weights or, with ``step``, the same step."""
@@ -65,6 +68,7 @@ class Setting:
         if step:
             fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
             fields += [self.loss_chunk_size]
+            fields.append(self.recompute)
         return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -229,6 +233,8 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     model.train(setting.training)
     if checkpointed:
         _checkpoint(model)
+    elif hasattr(config := model.config, "use_cache"):
+        config.use_cache = True  # without a cache a mask is made of fake tensors, though of real ones none is
     return model
 
 
@@ -248,14 +254,16 @@ def _checkpoint(model: nn.Module) -> None:
 
 def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> None:
     batch = setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True)
-    with chunked_head(model, setting.loss_chunk_size), without_logits(model):
-        output = model(**batch)
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        loss = next(tensors_in(dict(output))).sum()
-    del output
-    on_backward()
-    loss.backward()
+    recomputing = selective_recompute(model, verify=False) if setting.recompute else nullcontext()
+    with recomputing:
+        with chunked_head(model, setting.loss_chunk_size), without_logits(model):
+            output = model(**batch)
+        loss = getattr(output, "loss", None)
+        if loss is None:
+            loss = next(tensors_in(dict(output))).sum()
+        del output
+        on_backward()
+        loss.backward()
 
 
 def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> Any:

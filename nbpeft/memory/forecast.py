@@ -90,6 +90,7 @@ def forecast(
     training: bool = True,
     device: int | str | torch.device | None = None,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
+    recompute: bool = True,
 ) -> Forecast:
     """Estimate what a run will need, from shapes alone; no weight is loaded.
 
@@ -114,6 +115,7 @@ def forecast(
             is, or the model is on, a CPU, what CPU kernels copy is counted.
         loss_chunk_size: tokens whose logits are in memory at once, as ``nbpeft.Trainer`` and
             ``nbpeft.chunked_loss`` have it; 0 for logits as a whole. All tokens are taken as learned.
+        recompute: compute activations and norms again in backward, as ``nbpeft.train`` does by default.
 
     Raises:
         ConfigError: a value is impossible or the model cannot run without data.
@@ -136,6 +138,7 @@ def forecast(
         training=training,
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
         loss_chunk_size=loss_chunk_size,
+        recompute=recompute,
     )
     return Forecast(estimate(setting), device_bytes(device), setting)
 
@@ -154,6 +157,7 @@ def setting_of(
     double_quant: bool = True,
     on_cpu: bool = False,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
+    recompute: bool = True,
 ) -> Setting:
     """Check the values of a forecast and put them together; see ``forecast``.
 
@@ -164,6 +168,7 @@ def setting_of(
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
+    switches["recompute"] = recompute
     for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise ConfigError(f"{name} is {switch!r}; expected True or False")
@@ -181,6 +186,7 @@ def setting_of(
         training=training,
         on_cpu=on_cpu,
         loss_chunk_size=check_chunk_size(loss_chunk_size),
+        recompute=recompute,
     )
 
 

@@ -89,7 +89,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def oom_error(
-    error: Exception, model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, optimizer: Any, step: int
+    error: Exception,
+    model: nn.Module,
+    settings: Any,
+    batch: tuple[int, int] | None,
+    *,
+    optimizer: Any,
+    step: int,
+    recompute: bool = False,
 ) -> TrainingError:
     """The error to raise for one that ran out of memory; releases what the failed step held.
 
@@ -100,6 +107,7 @@ def oom_error(
         batch: rows and tokens a row of the batch it failed on, or None.
         optimizer: the optimizer, if there is one.
         step: optimizer steps done.
+        recompute: whether activations and norms were computed again in backward.
 
     Returns:
         A TrainingError of one line; its details hold ``batch_size``, ``parts``, ``suggestions``,
@@ -111,7 +119,7 @@ def oom_error(
     error.__traceback__ = error.__context__ = None
     model.zero_grad(set_to_none=True)
     free_memory()
-    expected = _expected(model, settings, batch, training=stage != "evaluation")
+    expected = _expected(model, settings, batch, training=stage != "evaluation", recompute=recompute)
     size = settings.per_device_eval_batch_size if stage == "evaluation" else settings.per_device_train_batch_size
     where = f"in {stage} after {step} step{'' if step == 1 else 's'}"
     how = f"at batch size {size}" + (f" and {batch[1]} tokens a row" if batch is not None else "")
@@ -165,7 +173,9 @@ def _stage(trace: TracebackType | None) -> str:
     return stage
 
 
-def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool) -> Forecast | None:
+def _expected(
+    model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool, recompute: bool
+) -> Forecast | None:
     """What the step needs in whole, by forecast; None where that is not known."""
     base: Any = base_of(model)
     names = active_names(model)
@@ -191,6 +201,7 @@ def _expected(model: nn.Module, settings: Any, batch: tuple[int, int] | None, *,
             optimizer=optim,
             training=training,
             device=_limit(base),
+            recompute=recompute,
         )
     except (NbpeftError, RuntimeError, ValueError, TypeError, AttributeError):
         return None  # a model or an optimizer that cannot be forecast: what was measured has to do

@@ -410,6 +410,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             callback.batch_shape,
             optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
             step=callback.run.state.step,
+            recompute=getattr(trainer, "recompute", False),
         )
     raise failure  # out here it does not hold the frames of the old one
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 
+from nbpeft.engine.selective_recompute import selective_recompute
+from nbpeft.errors import ConfigError
 from nbpeft.losses import ChunkedHead, LazyLogits, check_chunk_size, chunked_head, is_compiled
 from nbpeft.losses import without_logits as without_lazy_logits
 from nbpeft.names import LOSS_CHUNK_SIZE
@@ -35,15 +37,22 @@ class Trainer(transformers.Trainer):
     Args:
         *args: of ``transformers.Trainer``.
         loss_chunk_size: tokens whose logits are in memory at once; 0 for logits as a whole.
+        recompute: whether activations and norms are computed again in backward instead of being kept, as
+            ``nbpeft.selective_recompute`` does; compiled and data-parallel models keep them.
         **kwargs: of ``transformers.Trainer``.
 
     Raises:
-        ConfigError: ``loss_chunk_size`` is no whole number of at least 0.
+        ConfigError: ``loss_chunk_size`` is no whole number of at least 0, or ``recompute`` neither True nor False.
     """
 
-    def __init__(self, *args: Any, loss_chunk_size: int = LOSS_CHUNK_SIZE, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, loss_chunk_size: int = LOSS_CHUNK_SIZE, recompute: bool = True, **kwargs: Any
+    ) -> None:
         patch_trainer()
         self.loss_chunk_size = check_chunk_size(loss_chunk_size)
+        if not isinstance(recompute, bool):
+            raise ConfigError(f"recompute must be True or False, not {recompute!r:.60}", field="recompute")
+        self.recompute = recompute
         self._loss_alone = False
         self._noted = False
         super().__init__(*args, **kwargs)
@@ -122,6 +131,15 @@ class _ChunkedLabelSmoother(LabelSmoother):
         return loss / (
             num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
         )
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._recomputing():
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _recomputing(self) -> AbstractContextManager[Any]:
+        if not self.recompute or self.args.torch_compile or self.args.n_gpu > 1 or self.model is None:
+            return nullcontext()
+        return selective_recompute(self.model)
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:

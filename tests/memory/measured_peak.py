@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import GemmaConfig, GPT2Config, LlamaConfig, Qwen2Config, Qwen
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.losses import chunked_loss
 from nbpeft.memory import measure
 from nbpeft.memory.architecture import Architecture
@@ -133,6 +135,7 @@ def real_step(
     training: bool = True,
     resident: int | None = None,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
+    recompute: bool = True,
 ) -> Step:
     """Adapts a model and measures a step after a first one.
 
@@ -147,6 +150,7 @@ def real_step(
         training: a training step, or reading a prompt.
         resident: bytes the process held before the model; counts its peak in a step of its own.
         loss_chunk_size: tokens whose logits are in memory at once; 0 for all.
+        recompute: whether activations and norms are computed again in backward.
     """
     manager = AdapterManager.attach(model)
     manager.add("one", adapter)
@@ -171,7 +175,8 @@ def real_step(
 
     def step(inputs: dict[str, Any] = batch) -> None:
         chosen.zero_grad()
-        chunked_loss(model, chunk_size=loss_chunk_size, **inputs).backward()
+        with selective_recompute(model) if recompute else nullcontext():
+            chunked_loss(model, chunk_size=loss_chunk_size, **inputs).backward()
         chosen.step()
 
     step(architecture.batch(1, 8, labels=True))

@@ -45,6 +45,7 @@ def combinations(count: int, seed: int = 0) -> list[dict[str, Any]]:
             "optimizer": draw.choice(list(OPTIMIZERS)),
             "training": draw.random() < 0.85,
             "loss_chunk_size": sizes.choice([0, 32, LOSS_CHUNK_SIZE]),
+            "recompute": draw.random() < 0.7,
         }
         for shape, dtype, quantization in itertools.islice(itertools.cycle(kinds), count)
     ]
@@ -56,8 +57,8 @@ def compare(case: dict[str, Any]) -> tuple[int, int]:
         r=case["r"], lora_dropout=case["lora_dropout"], use_dora=case["use_dora"], target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    names = ("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "training")
-    names += ("loss_chunk_size",)
+    names: tuple[str, ...] = ("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing")
+    names += ("training", "loss_chunk_size", "recompute")
     settings = {name: case[name] for name in names}
     config = SHAPES[case["shape"]]
     foreseen = forecast(config, adapter, optimizer=case["optimizer"], device="cpu", **settings).peak_bytes

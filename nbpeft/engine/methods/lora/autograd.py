@@ -5,7 +5,8 @@
 Composed from ordinary operations, autograd would keep a copy of ``x`` in the adapter's dtype, a
 dropped copy, the dropout mask and the hidden product: several times the size of ``x`` in every
 layer. ``x`` itself is in memory anyway (q, k and v share it), so backward casts and drops again,
-and only the thin product of A is kept beside it. The mask is drawn from a seed; the seed comes
+and only the thin product of A is kept beside it. Where ``x`` itself can be computed again (``recomputed``), what
+it comes from is kept in its place. The mask is drawn from a seed; the seed comes
 from the CPU generator inside forward, which activation checkpointing restores, so a recomputation
 draws the same mask.
 """
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nbpeft.engine.numerics import add_delta, composes, compute_dtype, without_autocast
+from nbpeft.engine.recomputed import origin_of
 
 _LANES = 1 << 16
 """Number of values of one 16-bit lane of the random words."""
@@ -100,7 +102,7 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """scaling * B(A(dropout(x))), plus ``onto`` where given; keeps x, A, B and the thin product of A.
+    """scaling * B(A(dropout(x))), plus ``onto`` where given; keeps x or its origin, A, B and the thin product of A.
 
     One wide buffer serves each direction: fresh memory costs a CPU more than the arithmetic does.
     """
@@ -126,7 +128,10 @@ class _LowRank(torch.autograd.Function):
             buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, total)
             flat = _dropped_input(x, ctx, buffer)
             hidden = (flat @ lora_A.to(dtype).T) * _factor(ctx)
-            ctx.save_for_backward(x, lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None)
+            origin = origin_of(x)
+            ctx.recomputation = None if origin is None else origin.recomputation
+            kept = (x,) if origin is None else origin.inputs
+            ctx.save_for_backward(lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None, *kept)
             if onto is None:
                 return (hidden @ lora_B.to(dtype).T).view(shape)
             room = (
@@ -141,7 +146,8 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, gradients[0])
-        x, lora_A, lora_B, hidden = ctx.saved_tensors
+        lora_A, lora_B, hidden, *kept = ctx.saved_tensors
+        x = kept[0] if ctx.recomputation is None else ctx.recomputation.output(kept)
         dtype: torch.dtype = ctx.dtype
         need_x, need_A, need_B, need_onto = ctx.needs_input_grad[:4]
         with without_autocast(x.device.type):
@@ -168,7 +174,8 @@ class _LowRank(torch.autograd.Function):
 
 def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as functions of the inputs, for derivatives of higher order."""
-    x, lora_A, lora_B, _ = ctx.saved_tensors
+    lora_A, lora_B, _, *kept = ctx.saved_tensors
+    x = kept[0] if ctx.recomputation is None else ctx.recomputation.differentiable_output(kept)
     with without_autocast(x.device.type):
         mask = _mask(x, ctx)
         cast = x.to(ctx.dtype)

@@ -1,0 +1,152 @@
+"""Tensors that are computed again in the backward pass instead of being kept for it.
+
+    hidden = recompute(product, gate, up)     # product(gate, up); keeps gate and up alone
+    origin_of(hidden)                         # lets whoever needs hidden in backward keep gate and up, too
+
+Activations and norms cost next to nothing beside the matrix products around them, but what autograd
+keeps of them is more than half of what a layer keeps. A function is run again as it is, so that outputs
+and gradients are those of the function itself, bit by bit. All that is needed of it is that it gives the
+same output for the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nbpeft.engine.numerics import composes
+
+_ORIGIN = "_nbpeft_origin"
+"""Attribute of an output that can be computed again: how, and from what."""
+
+
+class Recomputation:
+    """One call of a function, to be repeated in the backward pass.
+
+    Backward needs the output for the weights of whoever reads it, and then the function's own gradient. The
+    first of them repeats the call, and the last one, the function's own, drops what it left.
+
+    Args:
+        function: takes ``inputs``, returns a tensor; the same for the same inputs.
+        inputs: those of this call.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        self._function = function
+        self._device_type = inputs[0].device.type
+        self._autocast = _autocast_dtype(self._device_type)
+        self._needed = tuple(tensor.requires_grad for tensor in inputs)
+        self._repeated: tuple[list[Tensor], Tensor] | None = None
+
+    def output(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The output, detached.
+
+        Args:
+            inputs: as they were kept.
+        """
+        if self._repeated is None:
+            self._repeated = self._repeat(inputs)
+        return self._repeated[1].detach()
+
+    def gradients(self, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
+        """The gradients of the inputs, None for one that needs none.
+
+        Args:
+            inputs: as they were kept.
+            upstream: gradient of the output.
+        """
+        leaves, output = self._repeated or self._repeat(inputs)
+        self._repeated = None
+        return self._gradients(leaves, output, upstream)
+
+    def differentiable_output(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The output as a function of the inputs, for derivatives of higher order."""
+        with self._as_before():
+            return self._function(*inputs)
+
+    def differentiable_gradients(self, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor | None]:
+        """The gradients as functions of inputs and ``upstream``."""
+        return self._gradients(inputs, self.differentiable_output(inputs), upstream, create_graph=True)
+
+    def _repeat(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, self._needed, strict=True)]
+        with torch.enable_grad(), self._as_before():
+            return leaves, self._function(*leaves)
+
+    def _gradients(
+        self, inputs: Sequence[Tensor], output: Tensor, upstream: Tensor, *, create_graph: bool = False
+    ) -> list[Tensor | None]:
+        needed = [tensor for tensor, need in zip(inputs, self._needed, strict=True) if need]
+        found = iter(torch.autograd.grad(output, needed, upstream, create_graph=create_graph))
+        return [next(found) if need else None for need in self._needed]
+
+    def _as_before(self) -> AbstractContextManager[Any]:
+        """Autocast as it was in the forward pass: backward runs outside of it, as a rule."""
+        if self._autocast == _autocast_dtype(self._device_type):
+            return nullcontext()
+        return torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor comes from.
+
+    Attributes:
+        recomputation: computes it again.
+        inputs: what from; kept for the backward anyway.
+        version: of the tensor: one that was changed since cannot be computed again.
+    """
+
+    recomputation: Recomputation
+    inputs: tuple[Tensor, ...]
+    version: int
+
+
+class _Recompute(torch.autograd.Function):
+    """A function's output; keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], recomputation: Recomputation, *inputs: Tensor) -> Tensor:
+        ctx.recomputation = recomputation
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        recomputation: Recomputation = ctx.recomputation
+        find = recomputation.differentiable_gradients if torch.is_grad_enabled() else recomputation.gradients
+        return None, None, *find(ctx.saved_tensors, gradients[0])
+
+
+def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``, of which autograd keeps the inputs alone.
+
+    Args:
+        function: takes tensors, returns a new one, the same for the same; what else it reads is not trained.
+        *inputs: tensors of one device, any shapes and dtypes.
+
+    Returns:
+        What the function returns.
+    """
+    if composes() or not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
+        return function(*inputs)
+    recomputation = Recomputation(function, inputs)
+    output: Tensor = _Recompute.apply(function, recomputation, *inputs)  # type: ignore[no-untyped-call]
+    setattr(output, _ORIGIN, Origin(recomputation, inputs, output._version))
+    return output
+
+
+def origin_of(tensor: Tensor) -> Origin | None:
+    """How a tensor is computed again, or None where it has to be kept."""
+    origin: Origin | None = getattr(tensor, _ORIGIN, None)
+    return origin if origin is not None and origin.version == tensor._version else None
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast, or None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
