@@ -48,6 +48,7 @@ class Setting:
     optimizer: str
     training: bool
     on_cpu: bool = False
+    packing: bool = False
 
     def key(self, *, step: bool) -> str:
         """Equal for settings with the same weights or, with ``step``, the same step."""
@@ -61,6 +62,7 @@ class Setting:
         ]
         if step:
             fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
+            fields.append(self.packing)
         return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -243,7 +245,11 @@ def _checkpoint(model: nn.Module) -> None:
 
 
 def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> None:
-    batch = setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True)
+    batch: dict[str, Any] = dict(
+        setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True, packed=setting.packing)
+    )
+    if setting.packing:  # with a cache, models of transformers see one row a sequence
+        batch["use_cache"] = False
     output = model(**batch)
     loss = getattr(output, "loss", None)
     if loss is None:

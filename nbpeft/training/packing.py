@@ -13,13 +13,14 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from nbpeft.engine.model_tree import is_quantized
-from nbpeft.errors import ConfigError, in_one_line
+from nbpeft.errors import ConfigError, TrainingError, in_one_line
 from nbpeft.training.adapted import base_of, main_dtype
-from nbpeft.training.data import Collator, PackedCollator, PackedRows, is_stream, joined
+from nbpeft.training.data import Collator, PackedCollator, PackedRows, is_stream, joined, prepare_data
 from nbpeft.training.data.lengths import lengths_of
+from nbpeft.training.data.packing import best_fit
 from nbpeft.training.data.tokenized import default_length
 from nbpeft.training.failures import is_out_of_memory
-from nbpeft.training.rows import is_causal
+from nbpeft.training.rows import is_causal, is_encoder_decoder
 from nbpeft.training.run import Run
 
 _JOINED = {"input_ids", "labels", "attention_mask", "label", "label_ids"}
@@ -68,8 +69,44 @@ def pack(
     extra = sorted((set(first) - _JOINED) & set(inspect.signature(base_of(model).forward).parameters))
     if extra:
         raise _refusal(f"the rows hold {', '.join(extra)} besides tokens and labels")
-    packed = PackedRows(rows, max_length or max([default_length(tokenizer), *lengths]))
+    packed = PackedRows(rows, max_length or max(default_length(tokenizer), *lengths))
     return packed, packed_collator(model, collator)
+
+
+def longest_sequence(
+    model: Any,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    packing: bool = False,
+) -> int:
+    """Tokens of the longest sequence that a training on some data would have: of a row, or of rows packed together.
+
+    Args:
+        model: that is trained; a config or name of one is taken for a causal language model.
+        data: rows, or where they are.
+        tokenizer: as for training, like the others.
+        max_length: tokens a row is cut to.
+        columns: what the columns are called.
+        packing: whether rows are packed.
+
+    Raises:
+        ConfigError: these rows, or those of this model, cannot be packed.
+        TrainingError: the data cannot be read, or its rows have no known length.
+    """
+    apart = isinstance(model, nn.Module) and is_encoder_decoder(model)
+    rows = prepare_data(data, tokenizer, max_length=max_length, encoder_decoder=apart, columns=columns)
+    lengths = lengths_of(rows)
+    if lengths is None:
+        raise TrainingError("how long these rows are is not known without going through them; give a sequence length")
+    if not packing:
+        return max(lengths)
+    if isinstance(model, nn.Module):
+        refuse_to_pack(model)
+    packs = best_fit(lengths, max_length or max(default_length(tokenizer), *lengths))
+    return max(sum(lengths[row] for row in pack) for pack in packs)
 
 
 def refuse_to_pack(model: nn.Module) -> None:

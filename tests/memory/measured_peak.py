@@ -124,6 +124,7 @@ def real_step(
     gradient_checkpointing: bool = False,
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
     training: bool = True,
+    packing: bool = False,
     resident: int | None = None,
 ) -> Step:
     """Adapts a model and measures a step after a first one.
@@ -137,6 +138,7 @@ def real_step(
         gradient_checkpointing: whether activations are computed again.
         optimizer: makes the optimizer of the adapter's tensors.
         training: a training step, or reading a prompt.
+        packing: several rows in a sequence.
         resident: bytes the process held before the model; counts its peak in a step of its own.
     """
     manager = AdapterManager.attach(model)
@@ -158,7 +160,8 @@ def real_step(
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     chosen = optimizer(manager.parameters("one"))
-    batch = architecture.batch(batch_size, sequence_length, labels=True)
+    batch = architecture.batch(batch_size, sequence_length, labels=True, packed=packing)
+    model.config.use_cache = model.config.use_cache and not packing
 
     def step(inputs: dict[str, Any] = batch) -> None:
         chosen.zero_grad()
