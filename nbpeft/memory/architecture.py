@@ -90,10 +90,19 @@ class Architecture:
         name = self.auto_class if self.model_class is None else self.model_class.__qualname__
         return name + json.dumps(self.config.to_dict(), sort_keys=True, default=str)
 
-    def batch(self, batch_size: int, sequence_length: int, *, labels: bool) -> dict[str, Tensor]:
-        """Inputs of a training or inference step, of the surrounding context's kind of tensors."""
+    def batch(self, batch_size: int, sequence_length: int, *, labels: bool, packed: bool = False) -> dict[str, Tensor]:
+        """Inputs of a training or inference step, of the surrounding context's kind of tensors.
+
+        Args:
+            batch_size: sequences.
+            sequence_length: tokens of each.
+            labels: whether there is something to learn.
+            packed: whether each sequence holds several rows, which shows in their positions.
+        """
         tokens = torch.zeros((batch_size, sequence_length), dtype=torch.long)
         inputs = {"input_ids": tokens}
+        if packed:
+            inputs["position_ids"] = torch.arange(sequence_length).expand(batch_size, -1) % max(2, sequence_length // 2)
         if getattr(self.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = tokens.clone()
         if labels and self.auto_class == "AutoModelForQuestionAnswering":

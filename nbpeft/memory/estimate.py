@@ -54,6 +54,7 @@ class Setting:
     on_cpu: bool = False
     loss_chunk_size: int = LOSS_CHUNK_SIZE
     recompute: bool = True
+    packing: bool = False
 
     def key(self, *, step: bool) -> str:
         """Equal for settings with the same weights or, with ``step``, the same step."""
@@ -67,8 +68,7 @@ class Setting:
         ]
         if step:
             fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
-            fields += [self.loss_chunk_size]
-            fields.append(self.recompute)
+            fields += [self.loss_chunk_size, self.recompute, self.packing]
         return json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -253,9 +253,12 @@ def _checkpoint(model: nn.Module) -> None:
 
 
 def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> None:
-    batch = setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True)
-    recomputing = selective_recompute(model, verify=False) if setting.recompute else nullcontext()
-    with recomputing:
+    batch: dict[str, Any] = dict(
+        setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True, packed=setting.packing)
+    )
+    if setting.packing:  # with a cache, models of transformers see one row a sequence
+        batch["use_cache"] = False
+    with selective_recompute(model, verify=False) if setting.recompute else nullcontext():
         with chunked_head(model, setting.loss_chunk_size), without_logits(model):
             output = model(**batch)
         loss = getattr(output, "loss", None)

@@ -88,6 +88,7 @@ def forecast(
     gradient_checkpointing: bool = False,
     optimizer: str = "adamw",
     training: bool = True,
+    packing: bool = False,
     device: int | str | torch.device | None = None,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
     recompute: bool = True,
@@ -103,7 +104,8 @@ def forecast(
         adapter_config: the adapter to train or to run with; None for the model alone (all of it
             trains then).
         batch_size: sequences in a step.
-        sequence_length: tokens of each; in inference prompt and answer together.
+        sequence_length: tokens of each, padding included, so those of the longest row; with ``packing`` those of all
+            rows in a sequence; in inference prompt and answer together.
         dtype: of weights and activations; by default the model's.
         quantization: how linear layers are stored: ``"nf4"``, ``"fp4"`` or ``"int8"``. None: as they are
             in the model, or as its config says.
@@ -111,6 +113,7 @@ def forecast(
         gradient_checkpointing: keep layer inputs only, compute the rest again in backward.
         optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
         training: forward, backward and optimizer; else reading a prompt into a cache.
+        packing: whether each sequence holds several rows, for which some kinds of attention need a mask.
         device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
             is, or the model is on, a CPU, what CPU kernels copy is counted.
         loss_chunk_size: tokens whose logits are in memory at once, as ``nbpeft.Trainer`` and
@@ -136,6 +139,7 @@ def forecast(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         training=training,
+        packing=packing,
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
         loss_chunk_size=loss_chunk_size,
         recompute=recompute,
@@ -158,6 +162,7 @@ def setting_of(
     on_cpu: bool = False,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
     recompute: bool = True,
+    packing: bool = False,
 ) -> Setting:
     """Check the values of a forecast and put them together; see ``forecast``.
 
@@ -169,6 +174,7 @@ def setting_of(
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
     switches["recompute"] = recompute
+    switches["packing"] = packing
     for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise ConfigError(f"{name} is {switch!r}; expected True or False")
@@ -187,6 +193,7 @@ def setting_of(
         on_cpu=on_cpu,
         loss_chunk_size=check_chunk_size(loss_chunk_size),
         recompute=recompute,
+        packing=packing,
     )
 
 

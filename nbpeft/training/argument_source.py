@@ -20,6 +20,7 @@ NOTEBOOK_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
     "save_strategy": "no",
+    "train_sampling_strategy": "group_by_length",
 }
 """What is assumed instead of the defaults of ``TrainingArguments``."""
 

@@ -110,6 +110,7 @@ def build_arguments(
         ConfigError: values contradict each other or are impossible.
     """
     values: dict[str, Any] = NOTEBOOK_DEFAULTS | {
+        "train_sampling_strategy": "random",  # of the Trainer: GroupedByLength is ours
         "output_dir": folder,
         "eval_strategy": "epoch" if evaluates else "no",
         "use_cpu": not _has_accelerator(),

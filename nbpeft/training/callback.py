@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -182,7 +182,10 @@ def _several_processes() -> bool:
 
 def count_tokens(inputs: Mapping[str, Any]) -> int | Tensor | None:
     """Input tokens of a batch: unmasked ones where there is a mask; None without tokens."""
-    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    mask, tokens, positions = (inputs.get(name) for name in ("attention_mask", "input_ids", "position_ids"))
     if isinstance(mask, Tensor):
         return mask.detach().ne(0).sum()
+    if isinstance(positions, Tensor) and positions.ndim == 2:  # packed: padding has no position but 0
+        starts = positions.detach().eq(0)
+        return starts.numel() - (starts & nn.functional.pad(starts[:, 1:], (0, 1), value=True)).sum()
     return tokens.numel() if isinstance(tokens, Tensor) else None

@@ -33,8 +33,10 @@ from nbpeft.training.data import Collator, is_plain, is_stream, open_data
 from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
+from nbpeft.training.grouping import group_rows, wants_groups
 from nbpeft.training.keeping import RunKeeper, check_rows_are_those, mark_of_rows
 from nbpeft.training.learning_check import why_no_gradient
+from nbpeft.training.packing import PackingCheck, pack
 from nbpeft.training.result import TrainResult
 from nbpeft.training.rows import is_causal, training_rows
 from nbpeft.training.run import Run
@@ -56,6 +58,7 @@ def train(
     patience: int | None = None,
     sample: str | Sequence[str] | None = None,
     every: int | None = None,
+    packing: bool = False,
     control: RunControl | None = None,
     publish: Callable[[TrainState], None] | None = None,
     run_factory: Callable[..., Run] = Run,
@@ -89,6 +92,10 @@ def train(
         sample: A prompt, or several, that the adapter and the base answer while training goes on, in
             ``result.state.samples``.
         every: Steps from one time to the next; by default about five times a run.
+        packing: Put several rows into one sequence of ``max_length`` tokens, so that nothing is padding; each row is
+            learned as it would be alone. The batch size counts sequences. Rows to evaluate on are not packed. Without
+            packing, batches are of rows about as long, in an order drawn by ``seed``, unless
+            ``train_sampling_strategy`` says otherwise (``"random"``).
         control: Where Stop and Pause are requested.
         publish: Called with each new state of the run.
         run_factory: Makes the run, called like :class:`Run`.
@@ -131,10 +138,13 @@ def train(
     check_patience(patience, fields, evaluates=rows.evaluation is not None)
     batch = _sample_batch(model, sample, tokenizer, every, data, columns)
     given = {name: value for name, value in options.items() if value is not None}
-    options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
+    learned, collator = rows.train, _collator(model, tokenizer)
+    if packing:
+        learned, collator = pack(model, learned, collator, max_length=max_length, tokenizer=tokenizer, given=given)
+    options = {"data_collator": collator, "processing_class": tokenizer} | given
     with scratch_folder() as folder:
         settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
-        options |= {"args": settings, "train_dataset": rows.train, "eval_dataset": rows.evaluation}
+        options |= {"args": settings, "train_dataset": learned, "eval_dataset": rows.evaluation}
         failure: Exception | None = None
         try:
             with _activated(model, adapter) as activation:
@@ -143,14 +153,16 @@ def train(
                 run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
-                kept = given | fields | ({} if max_length is None else {"max_length": max_length})
+                own = {"max_length": max_length, "packing": packing or None}
+                kept = given | fields | {name: value for name, value in own.items() if value is not None}
                 keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
                 tracking = TrackCallback(trackers, run, kept) if trackers else None
                 around = [part for part in (keeper, tracking) if part is not None]
-                inside: list[EarlyStop | SampleCallback] = []
+                inside: list[EarlyStop | SampleCallback | PackingCheck] = []
+                inside += [PackingCheck(run, learned, collator)] if packing else []
                 inside += [] if patience is None else [EarlyStop(run, model, patience)]
                 inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
-                metrics = _fit(trainer_class, model, run, options, around, inside, keep="output_dir" in fields)
+                metrics = _fit(trainer_class, model, run, options, around, inside, fields)
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
             if failure is error and not isinstance(error, NbpeftError):
@@ -275,7 +287,7 @@ def _has_an_end(rows: Any, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _collator(model: nn.Module, tokenizer: Any) -> Collator:
+def _collator(model: nn.Module, tokenizer: Any) -> Any:
     config = getattr(base_of(model), "config", None)
     candidates = [
         getattr(owner, name, None) for owner in (tokenizer, config) for name in ("pad_token_id", "eos_token_id")
@@ -309,9 +321,8 @@ def _fit(
     run: Run,
     options: dict[str, Any],
     around: Sequence[RunKeeper | TrackCallback],
-    inside: Sequence[EarlyStop | SampleCallback],
-    *,
-    keep: bool,
+    inside: Sequence[EarlyStop | SampleCallback | PackingCheck],
+    fields: Mapping[str, Any],
 ) -> dict[str, float]:
     """Runs a Trainer, and takes everything of it off the model again.
 
@@ -322,10 +333,11 @@ def _fit(
         options: of the Trainer.
         around: callbacks that see the run end.
         inside: callbacks that end before the run does.
-        keep: save the adapter at the end.
+        fields: of the arguments, as given; with ``output_dir`` the adapter is saved at the end.
     """
     trainer: Any = None
     metrics: dict[str, float] = {}
+    keep = "output_dir" in fields
     try:
         with _restoring(model):
             with ExitStack() as block:
@@ -335,6 +347,7 @@ def _fit(
                 block.enter_context(run)
                 trainer = _make_trainer(trainer_class, model, options)
                 trainer.remove_callback(PrinterCallback)
+                group_rows(trainer, wanted=wants_groups(fields))
                 callback = RunCallback(run)
                 for part in around:
                     if isinstance(part, RunKeeper):

@@ -227,3 +227,10 @@ def test_a_device_that_is_not_known(notebook: Notebook) -> None:
     assert "'RTX4090'" in notebook.run("%lora plan model --device RTX4091").line
     assert "T4" in notebook.complete("%lora plan model --device T")
     assert notebook.do("%lora plan model --seq 32 --device this-machine").room.name == "this machine (CPU)"
+
+
+def test_rows_that_are_given_say_how_long_sequences_are(adapted: Notebook) -> None:
+    adapted["rows"] = [{"input_ids": [1] * length} for length in (9, 4, 12, 7)]
+    assert adapted.do("%lora plan model --data rows --batch 2").settings.sequence_length == 12
+    packed = adapted.do("%lora plan model --data rows --batch 2 --seq 16 --packing")
+    assert (packed.settings.sequence_length, packed.settings.packing) == (16, True)

@@ -44,6 +44,12 @@ def test_a_cell_trains_the_active_adapter(ready: Notebook) -> None:
     assert all(".sql." in name for name in changed)
 
 
+def test_rows_are_packed_where_the_line_says_so(ready: Notebook) -> None:
+    result = ready.do("%%lora_train model --data rows --packing --max-length 24\nmax_steps = 2")
+    assert result.steps == 2 and "8 rows packed in 2 sequences of 24 tokens (100% full)" in result.message
+    assert result.token_count == 2 * 8 * 6
+
+
 def test_an_adapter_can_be_chosen(ready: Notebook) -> None:
     result = ready.do("%lora_train model --data rows --adapter chat max_steps=1")
     assert result.adapter == "chat"

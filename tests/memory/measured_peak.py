@@ -133,6 +133,7 @@ def real_step(
     gradient_checkpointing: bool = False,
     optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.AdamW,
     training: bool = True,
+    packing: bool = False,
     resident: int | None = None,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
     recompute: bool = True,
@@ -148,6 +149,7 @@ def real_step(
         gradient_checkpointing: whether activations are computed again.
         optimizer: makes the optimizer of the adapter's tensors.
         training: a training step, or reading a prompt.
+        packing: several rows in a sequence.
         resident: bytes the process held before the model; counts its peak in a step of its own.
         loss_chunk_size: tokens whose logits are in memory at once; 0 for all.
         recompute: whether activations and norms are computed again in backward.
@@ -171,7 +173,8 @@ def real_step(
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     chosen = optimizer(manager.parameters("one"))
-    batch = architecture.batch(batch_size, sequence_length, labels=True)
+    batch = architecture.batch(batch_size, sequence_length, labels=True, packed=packing)
+    model.config.use_cache = model.config.use_cache and not packing
 
     def step(inputs: dict[str, Any] = batch) -> None:
         chosen.zero_grad()

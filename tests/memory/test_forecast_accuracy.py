@@ -77,6 +77,21 @@ def test_a_few(case):
     assert errors_of([case])[0] < 0.1
 
 
+@pytest.mark.parametrize(("shape", "checkpointing"), [("llama", False), ("gpt2", True)])
+def test_packed_rows_take_a_mask_more(shape, checkpointing):
+    adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings: dict[str, Any] = {
+        "batch_size": 2, "sequence_length": 256, "dtype": torch.float32, "gradient_checkpointing": checkpointing,
+    }  # fmt: skip
+    config = SHAPES[shape]
+    foreseen, plain = (
+        forecast(config, adapter, optimizer="adamw", device="cpu", packing=packing, **settings).peak_bytes
+        for packing in (True, False)
+    )
+    measured = real_peak(architecture_of(config, adapter), adapter, packing=True, **settings)
+    assert abs(foreseen - measured) < 0.01 * measured and foreseen > plain
+
+
 @pytest.mark.parametrize("batch_size", [4, 3])
 def test_what_a_cpu_copies_of_the_head_is_counted_on_a_cpu_alone(batch_size):
     # Without oneDNN torch multiplies as on a processor without instructions for bfloat16: it copies nothing.

@@ -169,3 +169,17 @@ def test_a_rank_is_varied_where_one_holds_for_all_of_the_adapter() -> None:
     planner = Session().memory_planner(CONFIG, FIELDS | {"rank_pattern": {"q_proj": 2}}, sequence_length=16)
     assert planner.settings.rank is None
     assert planner.plan(planner.settings, suggest=False).parts == planner.plan(suggest=False).parts
+
+
+def test_rows_say_how_long_sequences_are(session: Session) -> None:
+    rows = [{"input_ids": [1] * length} for length in (30, 40, 20, 50)]
+
+    def found(**settings: Any) -> PlanSettings:
+        return session.plan_memory(CONFIG, FIELDS, data=rows, suggest=False, **settings).settings
+
+    assert found().sequence_length == 50 and not found().packing
+    packed = found(packing=True, sequence_length=70)
+    assert packed.sequence_length == 70 and packed.packing and ", packed, " in str(packed)
+    assert found(packing=True).sequence_length == 140
+    with pytest.raises(ConfigError, match="packing is 1; expected True or False"):
+        session.plan_memory(CONFIG, FIELDS, packing=1)

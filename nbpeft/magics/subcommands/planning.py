@@ -12,7 +12,7 @@ from nbpeft.device_names import DEVICES, THIS_MACHINE, named
 from nbpeft.errors import CellError, ConfigError, did_you_mean
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument, positive
-from nbpeft.magics.registry import METHOD, fields_of, subcommand
+from nbpeft.magics.registry import COLUMNS, METHOD, fields_of, subcommand
 from nbpeft.names import DTYPES, OPTIMIZERS, QUANTIZATIONS, SHORT_DTYPES
 from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.session.handles import is_module
@@ -60,6 +60,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         found["gradient_checkpointing"] = True
     if given.get("inference"):
         found["training"] = False
+    if given.get("packing"):
+        found["packing"] = True
     return found
 
 
@@ -85,6 +87,10 @@ def sizes_without_dry_run() -> CellError:
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
+    argument("--data", metavar="DATA", completes="data", help="rows to learn, which say how long sequences are"),
+    COLUMNS,
+    argument("--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="of rows that are not tokenised"),
+    argument("--packing", action="store_true", help="several rows in each sequence, as %%lora_train --packing"),
     METHOD,
     argument("--rank", type=positive, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),
     argument(
@@ -105,6 +111,9 @@ def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
         names = [name.strip() for name in options.targets.split(",") if name.strip()]
         changes["target_modules"] = "all-linear" if options.targets == "all-linear" else names
     settings |= {"changes": changes, "rank": options.rank}
+    if options.data is not None:
+        settings |= {"data": notebook.data(options.data, "--data"), "tokenizer": notebook.tokenizer(options.tokenizer)}
+        settings["columns"] = None if options.columns is None else dict(options.columns)
     if options.panel:
         return show_plan_panel(notebook, options.target, settings)
     source, title = _source(options.target, notebook)

@@ -47,6 +47,9 @@ _RESERVED = (
     ),
     argument("--adapter", "-a", metavar="NAME", completes="adapter", help="switch to this adapter; it stays active"),
     MAX_LENGTH,
+    argument(
+        "--packing", action="store_true", help="several rows in each sequence of --max-length: nothing is padding"
+    ),
     argument("--restart", action="store_true", help="start from the weights the adapter was made with"),
     argument("--no-keep", action="store_true", help="keep no run folder of it on disk"),
     argument(
@@ -122,6 +125,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
     given = {name: getattr(options, name) for name in ("max_length", "patience", "every")}
     given["columns"] = None if options.columns is None else dict(options.columns)
     given["sample"] = [prompt_text(text) for text in options.sample] if options.sample else None
+    given["packing"] = options.packing or None
     return arguments | {name: value for name, value in given.items() if value is not None}
 
 

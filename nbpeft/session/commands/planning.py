@@ -32,7 +32,8 @@ USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_t
 """Fields of the adapter that is assumed."""
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
-    *("optimizer", "training", "device", "variable", "changes", "rank"),
+    *("optimizer", "training", "packing", "device", "variable", "changes", "rank"),
+    *("data", "tokenizer", "columns"),
 )
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 
@@ -49,10 +50,12 @@ def plan_memory(
             rank 16 on all linear layers.
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
-            ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch
+            ``double_quant``, ``optimizer``, ``training``, ``packing``, ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch
             device, by default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and
             ``changes`` (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not
-            the config's means an adapter of that method with these fields.
+            the config's means an adapter of that method with these fields. ``data`` (with ``tokenizer`` and
+            ``columns``, as for ``train``): the rows, whose longest, or fullest sequence, says how long sequences are;
+            ``sequence_length`` is then what they are cut to.
 
     Raises:
         ConfigError: a value is impossible, or the model cannot run without data.
@@ -75,6 +78,9 @@ def memory_planner(
     changes: Mapping[str, Any] = {},
     rank: int | None = None,
     variable: str | None = None,
+    data: Any = None,
+    tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> MemoryPlanner:
     """Prepare the same for settings that are changed again and again; see ``plan_memory``."""
@@ -87,6 +93,17 @@ def memory_planner(
         source, name = tracked.manager.model, tracked.name
     else:
         source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
+    if data is not None:
+        from nbpeft.training.packing import longest_sequence
+
+        settings["sequence_length"] = longest_sequence(
+            source,
+            data,
+            tokenizer=tokenizer,
+            max_length=settings.get("sequence_length"),
+            columns=columns,
+            packing=settings.get("packing", False),
+        )
     return MemoryPlanner(source, _planned(tracked, config, changes, rank), name=variable or name, **settings)
 
 
@@ -143,6 +160,7 @@ class MemoryPlanner:
         gradient_checkpointing: bool | None = None,
         optimizer: str = "adamw",
         training: bool = True,
+        packing: bool = False,
         device: Any = None,
         double_quant: bool | None = None,
     ) -> None:
@@ -167,6 +185,7 @@ class MemoryPlanner:
             gradient_checkpointing=gradient_checkpointing,
             optimizer=optimizer,
             training=training,
+            packing=packing,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
         )
@@ -238,6 +257,7 @@ class MemoryPlanner:
             setting.gradient_checkpointing,
             setting.optimizer,
             setting.training,
+            packing=setting.packing,
         )
 
     def _result(

@@ -32,6 +32,7 @@ class PlanSettings:
         optimizer: its name.
         training: a training step; else reading a prompt.
         device: name of where it should fit, ``this-machine`` among them; empty for the planner's own.
+        packing: whether a sequence holds several rows.
     """
 
     batch_size: int
@@ -43,11 +44,13 @@ class PlanSettings:
     optimizer: str = "adamw"
     training: bool = True
     device: str = ""
+    packing: bool = False
 
     def __str__(self) -> str:
         words = [f"batch {self.batch_size}", f"length {self.sequence_length}"]
         words += [f"rank {self.rank}"] if self.rank is not None else []
         words.append(self.dtype if self.quantization is None else f"{self.quantization} + {self.dtype}")
+        words += ["packed"] if self.packing else []
         if self.training:
             words += ["gradient checkpointing"] if self.gradient_checkpointing else []
             words.append(self.optimizer)

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from nbpeft.training.data.checks import check_rows as check_rows
 from nbpeft.training.data.collator import Collator as Collator
+from nbpeft.training.data.packing import PackedCollator as PackedCollator
+from nbpeft.training.data.packing import PackedRows as PackedRows
+from nbpeft.training.data.packing import joined as joined
 from nbpeft.training.data.sources import is_stream as is_stream
 from nbpeft.training.data.sources import open_data as open_data
 from nbpeft.training.data.split import hold_out as hold_out

@@ -34,7 +34,7 @@ class Collator:
         renamed = [
             {"labels" if key in ("label", "label_ids") else key: value for key, value in row.items()} for row in rows
         ]
-        complete = [self._complete(row) for row in renamed]
+        complete = [self.complete(row) for row in renamed]
         batch = {}
         for key in complete[0]:
             values = [torch.as_tensor(row[key]) for row in complete]
@@ -48,7 +48,8 @@ class Collator:
             batch[key] = torch.stack([_padded(value, length, filler) for value in values])
         return batch
 
-    def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row with mask and labels, where it is one of tokens."""
         if "input_ids" not in row:
             return row
         if "attention_mask" not in row:

@@ -231,8 +231,12 @@ def reading(
         return Reading(rows, None, mapping, tokenizer, encoder_decoder=encoder_decoder)
     if tokenizer is None:
         raise TrainingError(f"Rows with {form.name} need a tokenizer (tokenizer=…)", columns=found)
-    limit = max_length or min(int(getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)), DEFAULT_MAX_LENGTH)
-    return Reading(rows, form, mapping, tokenizer, limit, encoder_decoder)
+    return Reading(rows, form, mapping, tokenizer, max_length or default_length(tokenizer), encoder_decoder)
+
+
+def default_length(tokenizer: Any) -> int:
+    """Tokens that rows are cut to where nothing else is said."""
+    return min(int(getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)), DEFAULT_MAX_LENGTH)
 
 
 def prepare_data(

@@ -1,0 +1,82 @@
+"""How long rows are, and an order in which rows of about the same length share a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler, Subset
+
+from nbpeft.training.data.tokenized import TokenizedRows
+
+_READ_THROUGH = 10_000
+"""Rows of a dataset of unknown kind that are read for their lengths, which may cost anything."""
+_BLUR = 0.1
+"""By how much of its length a row may seem longer or shorter: rows that are about as long meet in ever new batches."""
+
+
+def lengths_of(rows: Any) -> list[int] | None:
+    """Tokens of each row; None where they are not known, or it could take long to find out.
+
+    Args:
+        rows: what ``prepare_data`` gave.
+    """
+    if isinstance(rows, Subset):
+        inside = lengths_of(rows.dataset)
+        return None if inside is None else [inside[index] for index in rows.indices]
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        return None
+    if hasattr(rows, "column_names"):
+        if "input_ids" not in rows.column_names:
+            return None
+        names = [name for name in ("input_ids", "attention_mask") if name in rows.column_names]
+        return [_length(row) for row in rows.select_columns(names)]
+    if not isinstance(rows, TokenizedRows) and len(rows) > _READ_THROUGH:
+        return None
+    found = []
+    for index in range(len(rows)):
+        row = rows[index]
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            return None
+        found.append(_length(row))
+    return found
+
+
+class GroupedByLength(Sampler[int]):
+    """All rows once, in an order drawn from the seed and the epoch, in which those of a batch are about as long.
+
+    The batch with the longest row comes first: what runs out of memory does so at once.
+
+    Args:
+        lengths: tokens of each row.
+        size: rows that should be about as long; of all processes together.
+        seed: of the order.
+        epoch: tells the passes over the rows before this one.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self._lengths, self._size, self._seed, self._epoch = lengths, size, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch())
+        drawn = torch.randperm(len(self._lengths), generator=generator).tolist()
+        whole = len(drawn) - len(drawn) % self._size
+        rest = drawn[whole:]  # drawn before anything is sorted: where the last batch is dropped, no length is favoured
+        blur = 1 + _BLUR * (2 * torch.rand(whole, generator=generator) - 1)
+        keys = [-self._lengths[row] * factor for row, factor in zip(drawn[:whole], blur.tolist(), strict=True)]
+        order = [row for _, row in sorted(zip(keys, drawn[:whole], strict=True))]
+        batches = [order[start : start + self._size] for start in range(0, whole, self._size)]
+        shuffled = [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+        if shuffled:
+            longest = max(range(len(shuffled)), key=lambda index: max(self._lengths[row] for row in shuffled[index]))
+            shuffled.insert(0, shuffled.pop(longest))
+        yield from (row for batch in (*shuffled, rest) for row in batch)
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    mask = row.get("attention_mask")
+    return len(row["input_ids"]) if mask is None else int(sum(map(bool, mask)))
