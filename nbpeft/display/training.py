@@ -9,7 +9,9 @@ from nbpeft.display.blocks import (
     Block,
     Box,
     Card,
+    Cell,
     Columns,
+    CurveChart,
     Details,
     Figure,
     Figures,
@@ -24,8 +26,9 @@ from nbpeft.display.blocks import (
     dim,
     line,
 )
+from nbpeft.display.charts import smooth
 from nbpeft.display.memory import memory_bar
-from nbpeft.state import ENDED, Curve, Sample, TrainState
+from nbpeft.state import ENDED, Curve, MemberState, Sample, TrainState
 
 _MESSAGE_TONES: dict[str, Tone] = {"failed": "error", "finished": "dim", "stopped": "dim"}
 _STATUS_TONES: dict[str, Tone] = {
@@ -53,18 +56,31 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "") ->
     planned = (train.total_steps or 0) - begun
     done = min(1.0, (train.step - begun) / planned) if planned > 0 else float(train.status == "finished")
     return card(
-        f"Training {train.adapter}".strip(),
+        f"Training {f'{len(train.members)} adapters side by side' if train.members else train.adapter}".strip(),
         _figures(train),
         Progress(done, train.status == "failed"),
         line(Text(train.message, _MESSAGE_TONES.get(train.status, "warning"))),
         line(dim(_MORE if train.status == "failed" else "")),
-        LossChart(train),
-        SmallCharts(train),
+        _curves(train),
+        members_table(train) if train.members else SmallCharts(train),
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
         line(dim(hint)),
         aside=(dim(model_name), Pill(status_words(train), _STATUS_TONES.get(train.status, "accent"))),
     )
+
+
+def _curves(train: TrainState) -> Block:
+    """The loss of the run, or of each adapter that is trained in it."""
+    if not train.members:
+        return LossChart(train)
+    curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
+    return CurveChart(curves, legend=False, live=train.status not in (*ENDED, "paused"))
+
+
+def _smoothed(curve: Curve) -> Curve:
+    """Noise hides which of several curves is lower."""
+    return tuple((int(step), value) for step, value in smooth(curve))
 
 
 def _figures(train: TrainState) -> Figures:
@@ -157,6 +173,34 @@ def small_curves(train: TrainState) -> tuple[tuple[str, Curve, str, str, str], .
 
 def _size(value: float) -> str:
     return numbers.size(int(value))
+
+
+def members_table(train: TrainState) -> Table:
+    """The adapters of a sweep, the best first, each with the colour of its curve and what distinguishes it."""
+    ranked = sorted(enumerate(train.members), key=lambda item: item[1].rank)
+    fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
+    evaluated = any(member.eval_loss is not None for member in train.members)
+    head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), "gradient norm", "")
+    rows: list[tuple[Cell, ...]] = []
+    for number, (place, member) in enumerate(ranked):
+        figures = [member.smoothed_loss, *([member.eval_loss] if evaluated else [])]
+        name = Text(member.name, "bold" if number == 0 else "", curve=place)
+        ended = "" if member.status == "training" else _member_words(member)
+        rows.append(
+            (
+                name,
+                *(member.settings.get(field, "") for field in fields),
+                *map(numbers.loss, figures),
+                numbers.NONE if member.gradient_norm is None else numbers.metric(member.gradient_norm),
+                Text(ended, "error" if member.status == "diverged" else "dim"),
+            )
+        )
+    figures_from = 1 + len(fields)
+    return Table(head, tuple(rows), right=tuple(range(figures_from, figures_from + 2 + evaluated)))
+
+
+def _member_words(member: MemberState) -> str:
+    return member.status if member.status == "finished" else f"{member.status} at step {member.step:,}"
 
 
 def status_words(train: TrainState) -> str:

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,10 +40,12 @@ from nbpeft.training.result import TrainResult
 from nbpeft.training.rows import is_causal, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
+from nbpeft.training.sweep import SideBySide, SideBySideCallback, side_by_side, trainer_for
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
 
+@side_by_side
 def train(
     model: nn.Module,
     data: Any,
@@ -63,6 +66,7 @@ def train(
     arguments_class: type[TrainingArguments] = TrainingArguments,
     run_dir: RunPlace | str | os.PathLike[str] | None = None,
     track: str | Sequence[str] | None = None,
+    members: Mapping[str, Mapping[str, Any]] | SideBySide | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -71,6 +75,10 @@ def train(
     other, and the model keeps what it learned. An interrupted one does the same and then raises
     ``TrainingInterrupted``, which holds the result. Whatever fails before the first step leaves the
     model, and which adapters are active or merged, as before.
+
+    With ``sweep(…)`` as a field, e.g. ``learning_rate=sweep(1e-4, 3e-4)`` or ``r=sweep(8, 64)``, an adapter for each
+    value, or each combination, learns beside the others as if it were alone: ``codes-lr1e-4`` and so on start from the
+    active adapter, or anew where its config varies, and the result is a :class:`SweepResult` whose best is active.
 
     Args:
         model: A model with adapters.
@@ -97,6 +105,8 @@ def train(
         run_dir: A folder in which the run gets one of its own, ``ADAPTER-N``, with its settings, its curve and
             every few seconds the state to go on from. Where it cannot be written, training goes on without.
         track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them: where the numbers go as well.
+        members: Adapters of the model to train side by side, each with fields of its own:
+            ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. What a sweep makes by itself.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
             options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
@@ -115,6 +125,9 @@ def train(
     arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
     check_options(options)
+    if isinstance(members, SideBySide):
+        given_to_all = {**fields, **options, "patience": patience, "sample": sample}
+        trainer_class = trainer_for(trainer_class, members, given_to_all)
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
     data = open_data(data)
@@ -133,7 +146,10 @@ def train(
     given = {name: value for name, value in options.items() if value is not None}
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
     with scratch_folder() as folder:
-        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
+        build = partial(build_arguments, folder=str(folder), evaluates=rows.evaluation is not None)
+        settings = build(fields, arguments_class)
+        if isinstance(members, SideBySide):
+            members.set_arguments(lambda own: build({**fields, **own}, arguments_class))
         options |= {"args": settings, "train_dataset": rows.train, "eval_dataset": rows.evaluation}
         failure: Exception | None = None
         try:
@@ -144,10 +160,13 @@ def train(
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
                 kept = given | fields | ({} if max_length is None else {"max_length": max_length})
+                if isinstance(members, SideBySide):
+                    kept["members"] = members.fields()
                 keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
                 tracking = TrackCallback(trackers, run, kept) if trackers else None
                 around = [part for part in (keeper, tracking) if part is not None]
-                inside: list[EarlyStop | SampleCallback] = []
+                inside: list[EarlyStop | SampleCallback | SideBySideCallback] = []
+                inside += [SideBySideCallback(members, run)] if isinstance(members, SideBySide) else []
                 inside += [] if patience is None else [EarlyStop(run, model, patience)]
                 inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
                 metrics = _fit(trainer_class, model, run, options, around, inside, keep="output_dir" in fields)
@@ -309,7 +328,7 @@ def _fit(
     run: Run,
     options: dict[str, Any],
     around: Sequence[RunKeeper | TrackCallback],
-    inside: Sequence[EarlyStop | SampleCallback],
+    inside: Sequence[EarlyStop | SampleCallback | SideBySideCallback],
     *,
     keep: bool,
 ) -> dict[str, float]:
