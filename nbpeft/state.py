@@ -166,7 +166,7 @@ class MemberState:
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """Sorts the best first: by the loss on held-out rows or, where none was measured, the smoothed training loss."""
+        """Sorts the best first: by the loss on held-out rows, else by the smoothed loss of training."""
         loss = self.smoothed_loss if self.eval_loss is None else self.eval_loss
         return self.status == "diverged", self.eval_loss is None, float("inf") if loss is None else loss
 

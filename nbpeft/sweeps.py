@@ -95,6 +95,14 @@ def names_of(stem: str, combined: Iterable[Mapping[str, Any]]) -> list[str]:
     return [label if labels.count(label) == 1 else f"{label}-{number}" for number, label in enumerate(labels, 1)]
 
 
+def stem_of(names: Iterable[str]) -> str:
+    """What the names of a sweep begin with: ``codes`` of ``codes-lr1e-4`` and ``codes-lr3e-4``."""
+    first, *others = names
+    while first and not all(name.startswith(f"{first}-") for name in others):
+        first = first.rpartition("-")[0]
+    return first
+
+
 def _label(name: str, value: Any) -> str:
     short = _SHORT.get(name, name.replace("_", ""))
     if isinstance(value, bool):

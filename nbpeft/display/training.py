@@ -56,7 +56,7 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "") ->
     planned = (train.total_steps or 0) - begun
     done = min(1.0, (train.step - begun) / planned) if planned > 0 else float(train.status == "finished")
     return card(
-        f"Training {f'{len(train.members)} adapters side by side' if train.members else train.adapter}".strip(),
+        f"Training {_subject(train)}".strip(),
         _figures(train),
         Progress(done, train.status == "failed"),
         line(Text(train.message, _MESSAGE_TONES.get(train.status, "warning"))),
@@ -68,6 +68,11 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "") ->
         line(dim(hint)),
         aside=(dim(model_name), Pill(status_words(train), _STATUS_TONES.get(train.status, "accent"))),
     )
+
+
+def _subject(train: TrainState) -> str:
+    """What is trained."""
+    return f"{len(train.members)} adapters side by side" if train.members else train.adapter
 
 
 def _curves(train: TrainState) -> Block:
@@ -93,10 +98,17 @@ def _figures(train: TrainState) -> Figures:
     memory = train.memory
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
-    mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
+    over = "over all steps" if train.members else "mean"
+    mean = f"{over} {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
     figures = (
-        Figure("loss", numbers.loss(train.loss), mean, 84),
-        Figure("eval loss", numbers.loss(train.eval_loss), _best_words(train), 84, _perplexity(train.eval_loss)),
+        Figure("mean loss" if train.members else "loss", numbers.loss(train.loss), mean, 84),
+        Figure(
+            "lowest eval loss" if train.members else "eval loss",
+            numbers.loss(train.eval_loss),
+            _best_words(train),
+            84,
+            _perplexity(train.eval_loss),
+        ),
         *(
             Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
             for name, value in train.metrics.items()
@@ -224,4 +236,4 @@ def training_text(train: TrainState) -> str:
     else:
         parts.append(numbers.clock(train.elapsed))
     parts += [train.message] if train.message else []
-    return f"training {f'{train.adapter} ' if train.adapter else ''}{' · '.join(parts)}"
+    return f"training {f'{_subject(train)} ' if train.adapter else ''}{' · '.join(parts)}"

@@ -26,6 +26,7 @@ from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.processor import slow_dtype, slow_words
 from nbpeft.state import Curve, MemberState, MemoryState, Sample, TrainState, TrainStatus
+from nbpeft.sweeps import stem_of
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
 from nbpeft.training.failures import explain_failure
@@ -413,6 +414,12 @@ class Run:
         """``stopped at step 12``, with the reason where one was given."""
         reason = f": {self.control.reason}" if self.control.reason else ""
         return " · ".join([f"stopped at step {self._record.step:,}{reason}", *self._notes])
+
+    @property
+    def label(self) -> str:
+        """What it is called on disk: as its adapter, or as what the adapters of a sweep have in common."""
+        names = [member.name for member in self.members("running")]
+        return f"{stem_of(names)}-sweep".strip("-") if names else self.adapter
 
     @property
     def elapsed(self) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
+import transformers
 from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
@@ -16,10 +17,11 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.method_hooks import learns_with_hooks
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.random_numbers import drawing_from
-from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted, did_you_mean
+from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.sweeps import Sweep, combinations, names_of, swept
 from nbpeft.training.adapted import trainable
+from nbpeft.training.arguments import split_arguments
 from nbpeft.training.result import TrainResult
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.result import SweepResult
@@ -63,7 +65,7 @@ def side_by_side(train: Callable[Parameters, TrainResult]) -> Callable[Parameter
                 result = train(*args, **{**given, "members": group, "adapter": None})
             except TrainingInterrupted as error:
                 interrupted, result = error, error.result
-        found = SweepResult.of(result)
+        found = SweepResult.of(result, group.fields())
         if interrupted is not None:
             raise TrainingInterrupted(str(interrupted), found)
         return found
@@ -107,9 +109,10 @@ def _made(model: nn.Module, manager: AdapterManager, given: Mapping[str, Any]) -
     origin = _origin(manager, given.get("adapter"))
     config, fields = manager.configs[origin], swept(given)
     of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in _BOOKKEEPING]
-    for name in fields:
-        if name not in OWN_FIELDS and name not in of_config:
-            raise _not_swept(name, [*OWN_FIELDS, *of_config])
+    strange = {name: sweep for name, sweep in fields.items() if name not in (*OWN_FIELDS, *of_config)}
+    split_arguments(strange, transformers.Trainer, given.get("arguments_class", transformers.TrainingArguments))
+    for name in strange:
+        raise _not_swept(name)
     combined = list(combinations(fields))
     names = names_of(origin, combined)
     made: list[str] = []
@@ -159,18 +162,16 @@ def _given(manager: AdapterManager, members: Any) -> list[Member]:
     for name, fields in members.items():
         for field in fields:
             if field not in OWN_FIELDS:
-                raise _not_swept(field, OWN_FIELDS)
+                raise _not_swept(field)
         if name in manager.frozen:
             raise TrainingError(f"{name!r} is frozen: unfreeze it, or leave it out")
     return [Member(name, fields, fields, manager.parameters(name)) for name, fields in members.items()]
 
 
-def _not_swept(name: str, known: Any) -> ConfigError:
-    near = did_you_mean(name, known)
-    own = ", ".join(OWN_FIELDS[:5])
+def _not_swept(name: str) -> ConfigError:
     return ConfigError(
-        f"{name} cannot be a sweep: adapters that learn side by side share rows, batches and steps; what may differ is "
-        f"a field of the adapter's config, or {own}, ….{near}",
+        f"{name} cannot be a sweep: adapters that learn side by side share rows, batches and steps. A field of the "
+        f"adapter's config can, and {', '.join(OWN_FIELDS[:5])}, …",
         field=name,
     )
 

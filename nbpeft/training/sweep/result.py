@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from nbpeft.display import numbers
 from nbpeft.display.blocks import Block, Stack
@@ -19,15 +20,23 @@ class SweepResult(TrainResult):
 
     Attributes:
         best: the adapter with the lowest loss on held-out rows, or of training where none was measured. It is active.
+        best_fields: fields of ``TrainingArguments`` that it had of its own.
     """
 
     best: str = ""
+    best_fields: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, result: TrainResult) -> Self:
-        """The same result with the best adapter named."""
-        fields = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
-        return cls(**fields | {"best": min(result.state.members, key=lambda member: member.rank).name})
+    def of(cls, result: TrainResult, fields: Mapping[str, Mapping[str, Any]]) -> Self:
+        """The same result with the best adapter named.
+
+        Args:
+            result: of the training.
+            fields: by adapter, what it had of its own.
+        """
+        best = min(result.state.members, key=lambda member: member.rank).name
+        given = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
+        return cls(**given | {"best": best, "best_fields": dict(fields[best])})
 
     @property
     def members(self) -> tuple[MemberState, ...]:
