@@ -98,17 +98,12 @@ def _figures(train: TrainState) -> Figures:
     memory = train.memory
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
-    over = "over all steps" if train.members else "mean"
+    several, evaluated, perplexity = bool(train.members), numbers.loss(train.eval_loss), _perplexity(train.eval_loss)
+    over = "over all steps" if several else "mean"
     mean = f"{over} {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
     figures = (
-        Figure("mean loss" if train.members else "loss", numbers.loss(train.loss), mean, 84),
-        Figure(
-            "lowest eval loss" if train.members else "eval loss",
-            numbers.loss(train.eval_loss),
-            _best_words(train),
-            84,
-            _perplexity(train.eval_loss),
-        ),
+        Figure("mean loss" if several else "loss", numbers.loss(train.loss), mean, 84),
+        Figure("lowest eval loss" if several else "eval loss", evaluated, _best_words(train), 84, perplexity),
         *(
             Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
             for name, value in train.metrics.items()

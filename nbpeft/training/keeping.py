@@ -249,11 +249,7 @@ class RunKeeper(TrainerCallback):
             "adapter": self._run.adapter,
             "model": self._place.model,
             "started": time.time(),
-            "settings": self._adapter_settings()
-            | fields
-            | plain_settings
-            | self._own_settings()
-            | self._swept_settings(),
+            "settings": self._adapter_settings() | fields | given_settings | self._own_settings(),
             "arguments": plain,
             "secrets": list(left_out),
             "objects": [name for name in given if name not in plain],
