@@ -134,6 +134,11 @@ class Scope:
     active: Active = NONE_ACTIVE
     closed: bool = False
 
+    @property
+    def effective(self) -> tuple[str, ...]:
+        """Names of the adapters that act together."""
+        return (self.names[:1] if self.apart else self.names) if self.enabled else ()
+
 
 @dataclass(frozen=True, eq=False)
 class _Pin:

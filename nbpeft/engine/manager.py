@@ -621,8 +621,7 @@ class AdapterManager:
 
     def _publish_active(self) -> None:
         for scope in self.active_state.scopes:
-            chosen = scope.names[:1] if scope.apart else scope.names
-            scope.active = self._acting(self._merged or (chosen if scope.enabled else ()))
+            scope.active = self._acting(self._merged or scope.effective)
         self.active_state.publish(
             self._acting(self._merged or self._parked or (self._selected if self._enabled else ()))
         )

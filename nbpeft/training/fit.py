@@ -7,7 +7,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ from nbpeft.training.result import TrainResult
 from nbpeft.training.rows import is_causal, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
-from nbpeft.training.sweep import SideBySide, SideBySideCallback, side_by_side, trainer_for
+from nbpeft.training.sweep import SideBySide, SideBySideCallback, callbacks_of, kept_of, side_by_side
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
@@ -125,9 +124,6 @@ def train(
     arguments_class = _checked_class(arguments_class, TrainingArguments, "arguments_class")
     fields, options = split_arguments(arguments, trainer_class, arguments_class)
     check_options(options)
-    if isinstance(members, SideBySide):
-        given_to_all = {**fields, **options, "patience": patience, "sample": sample}
-        trainer_class = trainer_for(trainer_class, members, given_to_all)
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
     data = open_data(data)
@@ -146,10 +142,7 @@ def train(
     given = {name: value for name, value in options.items() if value is not None}
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
     with scratch_folder() as folder:
-        build = partial(build_arguments, folder=str(folder), evaluates=rows.evaluation is not None)
-        settings = build(fields, arguments_class)
-        if isinstance(members, SideBySide):
-            members.set_arguments(lambda own: build({**fields, **own}, arguments_class))
+        settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
         options |= {"args": settings, "train_dataset": rows.train, "eval_dataset": rows.evaluation}
         failure: Exception | None = None
         try:
@@ -159,14 +152,11 @@ def train(
                 run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
-                kept = given | fields | ({} if max_length is None else {"max_length": max_length})
-                if isinstance(members, SideBySide):
-                    kept["members"] = members.fields()
+                kept = given | fields | ({} if max_length is None else {"max_length": max_length}) | kept_of(members)
                 keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
                 tracking = TrackCallback(trackers, run, kept) if trackers else None
                 around = [part for part in (keeper, tracking) if part is not None]
-                inside: list[EarlyStop | SampleCallback | SideBySideCallback] = []
-                inside += [SideBySideCallback(members, run)] if isinstance(members, SideBySide) else []
+                inside: list[EarlyStop | SampleCallback | SideBySideCallback] = [*callbacks_of(members, run)]
                 inside += [] if patience is None else [EarlyStop(run, model, patience)]
                 inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
                 metrics = _fit(trainer_class, model, run, options, around, inside, keep="output_dir" in fields)

@@ -8,6 +8,7 @@ fit.train ── @side_by_side ──> adapters.py     makes the adapters, choos
 
 from nbpeft.training.sweep.adapters import side_by_side as side_by_side
 from nbpeft.training.sweep.members import SideBySide as SideBySide
+from nbpeft.training.sweep.members import kept_of as kept_of
 from nbpeft.training.sweep.result import SweepResult as SweepResult
 from nbpeft.training.sweep.trainer import SideBySideCallback as SideBySideCallback
-from nbpeft.training.sweep.trainer import trainer_for as trainer_for
+from nbpeft.training.sweep.trainer import callbacks_of as callbacks_of

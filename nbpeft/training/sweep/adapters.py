@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import transformers
 from torch import nn
+from transformers import TrainingArguments
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.adapter_names import check_name
@@ -21,10 +22,12 @@ from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, Traini
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.sweeps import Sweep, combinations, names_of, swept
 from nbpeft.training.adapted import trainable
-from nbpeft.training.arguments import split_arguments
+from nbpeft.training.arguments import build_arguments, split_arguments
 from nbpeft.training.result import TrainResult
 from nbpeft.training.sweep.members import Member, SideBySide
 from nbpeft.training.sweep.result import SweepResult
+from nbpeft.training.sweep.trainer import trainer_for
+from nbpeft.training.trainer import Trainer
 
 OWN_FIELDS = (
     "learning_rate",
@@ -58,11 +61,11 @@ def side_by_side(train: Callable[Parameters, TrainResult]) -> Callable[Parameter
         if kwargs.get("members") is None and not swept(kwargs):
             return train(*args, **kwargs)
         model: Any = args[0] if args else kwargs["model"]
-        given: dict[str, Any] = {name: value for name, value in kwargs.items() if not isinstance(value, Sweep)}
         interrupted: TrainingInterrupted | None = None
         with _members(model, kwargs) as group:
             try:
-                result = train(*args, **{**given, "members": group, "adapter": None})
+                own = {"members": group, "adapter": None, "trainer_class": _prepared(group, kwargs)}
+                result = train(*args, **{**_plain(kwargs), **own})
             except TrainingInterrupted as error:
                 interrupted, result = error, error.result
         found = SweepResult.of(result, group.fields())
@@ -71,6 +74,27 @@ def side_by_side(train: Callable[Parameters, TrainResult]) -> Callable[Parameter
         return found
 
     return with_sweeps
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that all members have in common."""
+    return {name: value for name, value in given.items() if not isinstance(value, Sweep)}
+
+
+def _prepared(group: SideBySide, given: Mapping[str, Any]) -> type[Any]:
+    """Gives each member its arguments. Returns the Trainer for all."""
+    trainer_class, kind = given.get("trainer_class", Trainer), given.get("arguments_class", TrainingArguments)
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
+        return trainer_class  # type: ignore[no-any-return]  # which training refuses
+    known = {field.name for field in dataclasses.fields(kind)}
+    fields = {name: value for name, value in _plain(given).items() if name in known}
+    evaluates = given.get("eval_data") is not None
+    chosen = trainer_for(trainer_class, group, given)
+    for member in group.members:
+        member.arguments = build_arguments({**fields, **member.fields}, kind, folder="", evaluates=evaluates)
+        if member.arguments.world_size > 1 or member.arguments.n_gpu > 1:
+            raise ConfigError("a sweep trains on one device: start one process, and let it see one device")
+    return chosen
 
 
 @contextmanager
@@ -110,7 +134,7 @@ def _made(model: nn.Module, manager: AdapterManager, given: Mapping[str, Any]) -
     config, fields = manager.configs[origin], swept(given)
     of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in _BOOKKEEPING]
     strange = {name: sweep for name, sweep in fields.items() if name not in (*OWN_FIELDS, *of_config)}
-    split_arguments(strange, transformers.Trainer, given.get("arguments_class", transformers.TrainingArguments))
+    split_arguments(strange, transformers.Trainer, given.get("arguments_class", TrainingArguments))
     for name in strange:
         raise _not_swept(name)
     combined = list(combinations(fields))

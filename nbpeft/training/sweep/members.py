@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 from nbpeft.display import numbers
 from nbpeft.engine.active_state import Active, Call
 from nbpeft.engine.manager import AdapterManager, require_manager
-from nbpeft.errors import ConfigError
 from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
 from nbpeft.training.callback import shape_of
 from nbpeft.training.record import Record
@@ -34,7 +33,7 @@ class Member:
         parameters: those of the adapter that train.
 
     Attributes:
-        arguments: its ``TrainingArguments``; set before the first step.
+        arguments: its ``TrainingArguments``; set before training starts.
         status: whether it learns, or why not.
         learning_rate: of the step that runs.
     """
@@ -138,20 +137,6 @@ class SideBySide:
         """The one that learned best; see ``MemberState.rank``."""
         return min(self.states("finished"), key=lambda member: member.rank).name
 
-    def set_arguments(self, build: Callable[[Mapping[str, Any]], TrainingArguments]) -> None:
-        """Gives each its arguments.
-
-        Args:
-            build: Makes arguments of the fields that one has of its own.
-
-        Raises:
-            ConfigError: a field is impossible, or the training runs on several devices.
-        """
-        for member in self.members:
-            member.arguments = arguments = build(member.fields)
-            if arguments.world_size > 1 or arguments.n_gpu > 1:
-                raise ConfigError("a sweep trains on one device: start one process, and let it see one device")
-
     def fields(self) -> dict[str, dict[str, Any]]:
         """What each has of its own, for a record of the run."""
         return {member.name: member.fields for member in self.members}
@@ -177,6 +162,11 @@ class SideBySide:
         if self.mixed and shape is not None and _in_rows(inputs, shape[0]):
             width = members_together(len(members), shape[0] * shape[1], inputs)
         return [members[start : start + width] for start in range(0, len(members), width)]
+
+
+def kept_of(members: object) -> dict[str, Any]:
+    """What the record of a run keeps of the members of a sweep, so that it can go on; nothing where it is none."""
+    return {"members": members.fields()} if isinstance(members, SideBySide) else {}
 
 
 def members_together(count: int, tokens: int, inputs: Mapping[str, Any]) -> int:

@@ -239,6 +239,11 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             control.should_training_stop = True
 
 
+def callbacks_of(members: object, run: Run) -> list[SideBySideCallback]:
+    """What notes the steps of the members of a sweep; nothing where it is none."""
+    return [SideBySideCallback(members, run)] if isinstance(members, SideBySide) else []
+
+
 def _factor(member: Member, steps: int) -> Any:
     """The factor on a member's learning rate, by step."""
     arguments = member.arguments
