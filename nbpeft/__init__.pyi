@@ -100,13 +100,16 @@ from .session import track as track
 from .shipping import Shipment as Shipment
 from .shipping import ship as ship
 from .state import AdapterState as AdapterState
+from .state import MemberState as MemberState
 from .state import MemoryState as MemoryState
 from .state import ModelState as ModelState
 from .state import SessionState as SessionState
 from .state import TrainState as TrainState
+from .sweeps import sweep as sweep
 from .training import Run as Run
 from .training import RunCallback as RunCallback
 from .training import RunControl as RunControl
+from .training import SweepResult as SweepResult
 from .training import Trainer as Trainer
 from .training import TrainResult as TrainResult
 from .training import adapter_trainer as adapter_trainer

@@ -141,6 +141,36 @@ class Sample:
     base: str = ""
 
 
+MemberStatus = Literal["training", "finished", "stopped", "diverged"]
+
+
+@dataclass(frozen=True)
+class MemberState:
+    """One of several adapters that are trained side by side, at one moment."""
+
+    name: str
+    status: MemberStatus
+    step: int
+    settings: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What distinguishes it from the others: field and value in words."""
+    loss: float | None = None
+    """Of the last step."""
+    smoothed_loss: float | None = None
+    eval_loss: float | None = None
+    eval_step: int | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    history: Curve = ()
+    """The loss of each step."""
+    eval_history: Curve = ()
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """Sorts the best first: by the loss on held-out rows, else by the smoothed loss of training."""
+        loss = self.smoothed_loss if self.eval_loss is None else self.eval_loss
+        return self.status == "diverged", self.eval_loss is None, float("inf") if loss is None else loss
+
+
 @dataclass(frozen=True)
 class TrainState:
     """A training run at one moment."""
@@ -181,6 +211,8 @@ class TrainState:
     samples: tuple[Sample, ...] = ()
     folder: str = ""
     """Where the run is kept, or the empty string."""
+    members: tuple[MemberState, ...] = ()
+    """The adapters of a sweep; the figures above are then of all together."""
 
 
 @dataclass(frozen=True)

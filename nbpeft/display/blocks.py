@@ -32,6 +32,7 @@ class Text:
         wrap: ``names``: may be broken behind underscores and slashes; ``never``; ``cut``: an ellipsis in the middle
             where there is no room; ``as is``: keeps line breaks.
         href: address that it links to.
+        curve: the place of a curve in a chart, whose colour stands before the text.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Text:
     tooltip: str = ""
     wrap: Wrap = ""
     href: str = ""
+    curve: int | None = None
 
 
 @dataclass(frozen=True)
@@ -318,9 +320,17 @@ LabelledCurves = tuple[str, Curve, Curve]
 
 @dataclass(frozen=True)
 class CurveChart:
-    """The loss curves of several runs over each other."""
+    """The loss curves of several runs over each other; an image once none of them goes on.
+
+    Attributes:
+        curves: of the runs.
+        legend: whether their labels stand below it.
+        live: whether more points will come.
+    """
 
     curves: tuple[LabelledCurves, ...]
+    legend: bool = True
+    live: bool = False
 
 
 @dataclass(frozen=True)

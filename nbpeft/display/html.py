@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import singledispatch
 from html import escape
 
@@ -23,11 +24,11 @@ from nbpeft.display.charts import (
 )
 from nbpeft.display.memory import label, part_words
 from nbpeft.display.numbers import count, plural, size
-from nbpeft.display.overlay import colour_of, overlay_image
+from nbpeft.display.overlay import colour_of, overlay_chart, overlay_image, overlay_left, overlay_values
 from nbpeft.display.palette import background
 from nbpeft.display.shares import bar_image, grid_image
 from nbpeft.display.training import small_curves
-from nbpeft.state import ENDED, TrainState
+from nbpeft.state import ENDED
 
 _TONES = {
     "bold": f"color:{palette.STRONG};font-weight:600",
@@ -77,6 +78,8 @@ def span(item: blocks.Span) -> str:
             f'<span style="{_TONES.get(item.tone, "")};font-weight:600;font-size:12px;white-space:nowrap;'
             f'border:1px solid currentColor;border-radius:10px;padding:1px 9px">{escape(item.text)}</span>'
         )
+    if item.curve is not None:
+        return _swatch(colour_of(item.curve)) + span(replace(item, curve=None))
     text = _broken(item.text) if item.wrap == "names" else _cut(item.text) if item.wrap == "cut" else escape(item.text)
     style = ";".join(part for part in (_TONES.get(item.tone, ""), _WRAPS.get(item.wrap, "")) if part)
     tooltip = f' title="{escape(item.tooltip)}"' if item.tooltip else ""
@@ -396,25 +399,28 @@ def _(block: blocks.LossChart) -> str:
     legend = "".join(f"<span>{_swatch(colour, opacity)}{label}</span>" for colour, opacity, label in entries)
     scale = span(blocks.dim("log scale" if is_logarithmic(train) else ""))
     chart = loss_image(train) if train.status in ENDED else loss_chart(train)
+    settled = train.status in (*ENDED, "paused")  # a running chart is replaced too often for a tooltip to be seen
+    values = _with_values(chart, hover_values(train), loss_left(train)) if settled else chart
     return (
-        f'<div style="margin-top:8px">{_with_values(chart, train)}</div>'
+        f'<div style="margin-top:8px">{values}</div>'
         f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:2px;font-size:12px">{legend}{scale}</div>'
     )
 
 
-def _with_values(chart: str, train: TrainState) -> str:
+def _with_values(chart: str, values: Iterable[tuple[float, str]], left: float) -> str:
     """A chart with the values where the mouse rests: invisible strips in front of it, in the same cell of a grid.
 
-    A running chart is replaced too often for a tooltip to be seen. Where the grid is dropped the strips have no height.
+    Where the grid is dropped the strips have no height.
+
+    Args:
+        chart: the picture.
+        values: share of the width of its curves, and what is said there.
+        left: percent of its width that lies left of the curves.
     """
-    if train.status not in (*ENDED, "paused"):
-        return chart
-    strips = "".join(
-        f'<div title="{escape(words)}" style="flex:{share:.4f} 1 0"></div>' for share, words in hover_values(train)
-    )
+    strips = "".join(f'<div title="{escape(words)}" style="flex:{share:.4f} 1 0"></div>' for share, words in values)
     return (
         f'<div style="display:grid;max-width:{WIDTH}px"><div style="grid-area:1/1">{chart}</div>'
-        f'<div style="grid-area:1/1;display:flex;margin:0 {RIGHT:g}% 0 {loss_left(train):g}%">{strips}</div></div>'
+        f'<div style="grid-area:1/1;display:flex;margin:0 {RIGHT:g}% 0 {left:g}%">{strips}</div></div>'
     )
 
 
@@ -433,12 +439,16 @@ def _(block: blocks.SmallCharts) -> str:
 
 @to_html.register
 def _(block: blocks.CurveChart) -> str:
-    legend = "".join(
+    labels = "".join(
         f"<span>{_swatch(colour_of(place))}{escape(label)}</span>" for place, (label, _, _) in enumerate(block.curves)
     )
-    evaluated = f"<span style='color:{palette.DIM}'>dashed: eval loss</span>" if any(c[2] for c in block.curves) else ""
+    legend = labels if block.legend else ""
+    if any(evaluated for _, _, evaluated in block.curves):
+        legend += f"<span style='color:{palette.DIM}'>dashed: eval loss</span>"
     style = "display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:4px;font-size:12px"
-    return f'{overlay_image(block.curves)}<div style="{style}">{legend}{evaluated}</div>'
+    chart = overlay_chart(block.curves) if block.live else overlay_image(block.curves)
+    shown = chart if block.live else _with_values(chart, overlay_values(block.curves), overlay_left(block.curves))
+    return f'<div style="margin-top:8px">{shown}</div><div style="{style}">{legend}</div>'
 
 
 def grid_row(cells: Iterable[tuple[blocks.Cell, str]]) -> str:

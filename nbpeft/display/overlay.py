@@ -8,11 +8,13 @@ from html import escape
 
 from nbpeft.display import palette
 from nbpeft.display.blocks import LabelledCurves
-from nbpeft.display.charts import BOTTOM, NEUTRAL, TOP, WIDTH, Picture, across, decimate, ticks
+from nbpeft.display.charts import BOTTOM, NEUTRAL, TOP, WIDTH, Picture, across, decimate, left_of, ticks
 
 Point = tuple[float, float]
 
 HEIGHT = 260
+_STRIPS = 80
+"""Places where the mouse finds values."""
 _COLOURS = (*(palette.PARTS[name] for name in list(palette.PARTS)[:7]), "#2b88e0")
 
 
@@ -35,11 +37,45 @@ def overlay_chart(curves: Sequence[LabelledCurves]) -> str:
     return _picture(curves).svg(NEUTRAL)
 
 
+def overlay_left(curves: Sequence[LabelledCurves]) -> float:
+    """Percent of the picture that lies left of the curves."""
+    return left_of(f"{tick:.4g}" for tick in _frame(curves)[1])
+
+
+def overlay_values(curves: Sequence[LabelledCurves]) -> list[tuple[float, str]]:
+    """What the mouse finds along the chart: the share of its width, and the losses there in words."""
+    _, _, right = _frame(curves)
+    found: list[tuple[float, str]] = []
+    for number in range(_STRIPS):
+        low, high = right * number / _STRIPS, right * (number + 1) / _STRIPS
+        words = [words for curve in curves if (words := _at(curve, low, high))]
+        if not words and found:  # a step is wider than a strip: its values reach from the one before
+            found[-1] = (found[-1][0] + 1 / _STRIPS, found[-1][1])
+        else:
+            found.append((1 / _STRIPS, f"step {math.floor(high):,}: {' · '.join(words)}" if words else ""))
+    return found
+
+
+def _at(curve: LabelledCurves, low: float, high: float) -> str:
+    """Label and last losses of a curve between two steps; empty where it has none there."""
+    label, *kinds = curve
+    last = [[value for step, value in points if low < step <= high][-1:] for points in kinds]
+    words = [f"{name}{value:.4g}" for name, values in zip(("", "eval "), last, strict=True) for value in values]
+    return f"{label} {', '.join(words)}" if words else ""
+
+
+def _frame(curves: Sequence[LabelledCurves]) -> tuple[list[float], list[float], float]:
+    """Ticks across and upwards, and the step at the right edge."""
+    points = [point for _, *kinds in curves for part in kinds for point in _finite(part)]
+    steps, upwards = _axes(points)
+    return steps, upwards, max(steps[-1], max((step for step, _ in points), default=1.0))
+
+
 def _picture(curves: Sequence[LabelledCurves]) -> Picture:
     lines = [(_finite(losses), _finite(evaluated)) for _, losses, evaluated in curves]
     points = [point for pair in lines for part in pair for point in part]
-    steps, upwards = _axes(points)
-    right, (low, high) = max(steps[-1], max((step for step, _ in points), default=1.0)), (upwards[0], upwards[-1])
+    steps, upwards, right = _frame(curves)
+    low, high = upwards[0], upwards[-1]
 
     def place(step: float, value: float) -> Point:
         return step / right * WIDTH, HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)

@@ -9,7 +9,9 @@ from nbpeft.display.blocks import (
     Block,
     Box,
     Card,
+    Cell,
     Columns,
+    CurveChart,
     Details,
     Figure,
     Figures,
@@ -24,8 +26,9 @@ from nbpeft.display.blocks import (
     dim,
     line,
 )
+from nbpeft.display.charts import smooth
 from nbpeft.display.memory import memory_bar
-from nbpeft.state import ENDED, Curve, Sample, TrainState
+from nbpeft.state import ENDED, Curve, MemberState, Sample, TrainState
 
 _MESSAGE_TONES: dict[str, Tone] = {"failed": "error", "finished": "dim", "stopped": "dim"}
 _STATUS_TONES: dict[str, Tone] = {
@@ -53,18 +56,36 @@ def training_card(train: TrainState, *, model_name: str = "", hint: str = "") ->
     planned = (train.total_steps or 0) - begun
     done = min(1.0, (train.step - begun) / planned) if planned > 0 else float(train.status == "finished")
     return card(
-        f"Training {train.adapter}".strip(),
+        f"Training {_subject(train)}".strip(),
         _figures(train),
         Progress(done, train.status == "failed"),
         line(Text(train.message, _MESSAGE_TONES.get(train.status, "warning"))),
         line(dim(_MORE if train.status == "failed" else "")),
-        LossChart(train),
-        SmallCharts(train),
+        _curves(train),
+        members_table(train) if train.members else SmallCharts(train),
         _samples(train),
         memory_bar(train.memory, thin=True) if train.memory is not None else None,
         line(dim(hint)),
         aside=(dim(model_name), Pill(status_words(train), _STATUS_TONES.get(train.status, "accent"))),
     )
+
+
+def _subject(train: TrainState) -> str:
+    """What is trained."""
+    return f"{len(train.members)} adapters side by side" if train.members else train.adapter
+
+
+def _curves(train: TrainState) -> Block:
+    """The loss of the run, or of each adapter that is trained in it."""
+    if not train.members:
+        return LossChart(train)
+    curves = tuple((member.name, _smoothed(member.history), member.eval_history) for member in train.members)
+    return CurveChart(curves, legend=False, live=train.status not in (*ENDED, "paused"))
+
+
+def _smoothed(curve: Curve) -> Curve:
+    """Noise hides which of several curves is lower."""
+    return tuple((int(step), value) for step, value in smooth(curve))
 
 
 def _figures(train: TrainState) -> Figures:
@@ -77,10 +98,12 @@ def _figures(train: TrainState) -> Figures:
     memory = train.memory
     used = sum(part.byte_count for part in memory.parts) if memory is not None else None
     peak = f"peak {numbers.size(memory.peak)}" if memory is not None and memory.peak is not None else ""
-    mean = f"mean {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
+    several, evaluated, perplexity = bool(train.members), numbers.loss(train.eval_loss), _perplexity(train.eval_loss)
+    over = "over all steps" if several else "mean"
+    mean = f"{over} {numbers.loss(train.mean_loss)}" if train.mean_loss is not None else ""
     figures = (
-        Figure("loss", numbers.loss(train.loss), mean, 84),
-        Figure("eval loss", numbers.loss(train.eval_loss), _best_words(train), 84, _perplexity(train.eval_loss)),
+        Figure("mean loss" if several else "loss", numbers.loss(train.loss), mean, 84),
+        Figure("lowest eval loss" if several else "eval loss", evaluated, _best_words(train), 84, perplexity),
         *(
             Figure(name, numbers.metric(value), f"at step {train.eval_step:,}" if train.eval_step else "", 70)
             for name, value in train.metrics.items()
@@ -159,6 +182,34 @@ def _size(value: float) -> str:
     return numbers.size(int(value))
 
 
+def members_table(train: TrainState) -> Table:
+    """The adapters of a sweep, the best first, each with the colour of its curve and what distinguishes it."""
+    ranked = sorted(enumerate(train.members), key=lambda item: item[1].rank)
+    fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
+    evaluated = any(member.eval_loss is not None for member in train.members)
+    head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), "gradient norm", "")
+    rows: list[tuple[Cell, ...]] = []
+    for number, (place, member) in enumerate(ranked):
+        figures = [member.smoothed_loss, *([member.eval_loss] if evaluated else [])]
+        name = Text(member.name, "bold" if number == 0 else "", curve=place)
+        ended = "" if member.status == "training" else _member_words(member)
+        rows.append(
+            (
+                name,
+                *(member.settings.get(field, "") for field in fields),
+                *map(numbers.loss, figures),
+                numbers.NONE if member.gradient_norm is None else numbers.metric(member.gradient_norm),
+                Text(ended, "error" if member.status == "diverged" else "dim"),
+            )
+        )
+    figures_from = 1 + len(fields)
+    return Table(head, tuple(rows), right=tuple(range(figures_from, figures_from + 2 + evaluated)))
+
+
+def _member_words(member: MemberState) -> str:
+    return member.status if member.status == "finished" else f"{member.status} at step {member.step:,}"
+
+
 def status_words(train: TrainState) -> str:
     """The status for a person."""
     return _WORDS.get(train.status, train.status)
@@ -180,4 +231,4 @@ def training_text(train: TrainState) -> str:
     else:
         parts.append(numbers.clock(train.elapsed))
     parts += [train.message] if train.message else []
-    return f"training {f'{train.adapter} ' if train.adapter else ''}{' · '.join(parts)}"
+    return f"training {f'{_subject(train)} ' if train.adapter else ''}{' · '.join(parts)}"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import groupby
 from types import TracebackType
 from typing import Any, Self
 
@@ -71,6 +72,19 @@ class Rows:
         count = len(self.index)
         return values.expand(count, *values.shape[1:]) if values.shape[0] == 1 < count else values
 
+    def runs(self, batch: int) -> list[tuple[str, slice]]:
+        """Neighbouring rows that one adapter serves: its name, or the empty string for the base alone, and the rows.
+
+        Args:
+            batch: rows, a multiple of those that were assigned.
+        """
+        repeats, start, found = batch // len(self.index), 0, []
+        for place, group in groupby(self.index):
+            end = start + len(list(group)) * repeats
+            found.append((self.names[place] if place >= 0 else "", slice(start, end)))
+            start = end
+        return found
+
     def rows_of(self, name: str, batch: int, device: torch.device) -> Tensor:
         """Row numbers, int64, that an adapter serves."""
         key = (name, batch, device)
@@ -109,6 +123,7 @@ class Scope:
         names: selected adapters.
         enabled: whether they act.
         chooses: whether the selection is its own; else one made in it is made around it, too, as in PEFT.
+        apart: whether its adapters learn side by side: the first acts, unless a call names others.
         outer: the scope around it.
         active: names as the layers read them.
         closed: whether its block has ended; a task that outlives it goes on without it.
@@ -117,9 +132,15 @@ class Scope:
     names: tuple[str, ...]
     enabled: bool
     chooses: bool = True
+    apart: bool = False
     outer: Scope | None = None
     active: Active = NONE_ACTIVE
     closed: bool = False
+
+    @property
+    def effective(self) -> tuple[str, ...]:
+        """Names of the adapters that act together."""
+        return (self.names[:1] if self.apart else self.names) if self.enabled else ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,6 +166,8 @@ class AdaptedLayer(PeftLayerMixin):
             return output
         x, output = rows.spread(x), rows.spread(output)
         batch = output.shape[0]
+        if self.training:
+            return self._learning(x, output, active, rows)
         kinds = {type(self.adapter(name)) for name in present}
         prepared = any(name in active.context for name in present)
         if not prepared and len(kinds) == 1 and issubclass(serving := kinds.pop(), ServesRows):
@@ -183,6 +185,29 @@ class AdaptedLayer(PeftLayerMixin):
                 delta = self.adapter(name)(x[chosen], output[chosen], base) * rows.scales[rows.names.index(name)]
                 result[chosen] = add_delta(output[chosen], delta)
         return result
+
+    def _learning(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
+        """A mixed batch that is learned from: each adapter drops from its rows what it would drop alone."""
+        parts, drawn = [], torch.get_rng_state()
+        for name, run in rows.runs(len(output)):
+            torch.set_rng_state(drawn)
+            parts.append(self._rows_learning(x[run], output[run], active, rows, name, run))
+        return torch.cat(parts)
+
+    def _rows_learning(self, x: Tensor, output: Tensor, active: Active, rows: Rows, name: str, run: slice) -> Tensor:
+        """Neighbouring rows of one adapter; views, of which backward keeps nothing that it would not of the batch."""
+        adapter: Any = self.adapters._modules.get(name)
+        if adapter is None:
+            return output
+        base = self._base_in(active, name)
+        base = base if base.context is None else base.within(_rows_of(base.context, run, len(rows.index)))
+        scale = rows.scales[rows.names.index(name)]
+        if scale == 1.0 and isinstance(adapter, TransformsOutput):
+            return adapter.transform_output(output, base)
+        if scale == 1.0 and adapter.supports_fused_add:
+            fused: Tensor = adapter(x, output, base, True)
+            return fused
+        return add_delta(output, adapter(x, output, base) * scale)
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name on this layer."""
@@ -430,12 +455,14 @@ class LayerReplica(AdaptedLayer):
         return super().forward(x, *args, **kwargs)
 
 
-def _rows_of(context: Any, chosen: Tensor, batch: int) -> Any:
+def _rows_of(context: Any, chosen: Tensor | slice, batch: int) -> Any:
     """The part of a call's context that belongs to some rows, where it holds one entry for each row."""
     if not isinstance(context, Tensor) or context.ndim == 0 or batch % context.shape[0]:
         return context
     # A generation with beams computes with several rows for each of the call's.
-    return context[chosen.to(context.device).div(batch // context.shape[0], rounding_mode="floor")]
+    each = batch // context.shape[0]
+    rows = torch.arange(batch)[chosen] if isinstance(chosen, slice) else chosen
+    return context[rows.to(context.device).div(each, rounding_mode="floor")]
 
 
 def _add_bias_deltas(bias: Tensor, deltas: Sequence[tuple[Tensor, float]]) -> None:

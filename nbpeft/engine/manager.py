@@ -534,10 +534,10 @@ class AdapterManager:
         self.layer_commands.gather_now()
         return ScopedChoice(self, None)
 
-    def use(self, names: str | Sequence[str]) -> ScopedChoice:
-        """Other active adapters inside the block, for this thread or asyncio task; others go on as they are."""
+    def use(self, names: str | Sequence[str], *, apart: bool = False) -> ScopedChoice:
+        """Other active adapters, or some that learn ``apart``, inside the block for this thread or asyncio task."""
         self.layer_commands.gather_now()
-        return ScopedChoice(self, names_in(names))
+        return ScopedChoice(self, names_in(names), apart=apart)
 
     def select_again(self, names: Sequence[str]) -> None:
         """Activates those that are still there or can be brought, unless others were chosen meanwhile."""
@@ -621,7 +621,7 @@ class AdapterManager:
 
     def _publish_active(self) -> None:
         for scope in self.active_state.scopes:
-            scope.active = self._acting(self._merged or (scope.names if scope.enabled else ()))
+            scope.active = self._acting(self._merged or scope.effective)
         self.active_state.publish(
             self._acting(self._merged or self._parked or (self._selected if self._enabled else ()))
         )

@@ -62,13 +62,15 @@ class ScopedChoice(ContextDecorator):
     Args:
         manager: of the model.
         names: the adapters that act; None for none, the base model alone.
+        apart: they learn side by side and need not go together; the first acts, unless a call names others.
     """
 
     _scope: Scope | None = None  # on the class: an interruption can come before __init__
 
-    def __init__(self, manager: Manager, names: tuple[str, ...] | None) -> None:
+    def __init__(self, manager: Manager, names: tuple[str, ...] | None, *, apart: bool = False) -> None:
         self._manager = manager
         self._names = names
+        self._apart = apart
         self._again: tuple[str, ...] = ()
         self._woken: dict[str, list[tuple[Tensor, bool]]] = {}
         self._provided = ExitStack()
@@ -78,7 +80,7 @@ class ScopedChoice(ContextDecorator):
         return "they are disabled" if self._names is None else "another is activated"
 
     def _recreate_cm(self) -> ScopedChoice:
-        return ScopedChoice(self._manager, self._names)
+        return ScopedChoice(self._manager, self._names, apart=self._apart)
 
     def __enter__(self) -> None:
         manager = self._manager
@@ -90,7 +92,8 @@ class ScopedChoice(ContextDecorator):
                 self._bring(self._names)
             with manager.transaction(during_calls=not manager.merged, quiet=True) as change:
                 if self._names is not None:
-                    manager.check_choice(self._names)
+                    for chosen in [(name,) for name in self._names] if self._apart else [self._names]:
+                        manager.check_choice(chosen)
                 if manager.merged:
                     warnings.warn(f"adapters are merged: unmerging before {self._aim}", stacklevel=3)
                     manager.park()
@@ -112,7 +115,7 @@ class ScopedChoice(ContextDecorator):
         active_state = self._manager.active_state
         names = self._manager.active if self._names is None else self._names
         chooses = self._names is not None
-        scope = Scope(names, enabled=chooses, chooses=chooses, outer=active_state.scope)
+        scope = Scope(names, chooses, chooses, self._apart, active_state.scope)
 
         def undo() -> None:
             self._scope = None

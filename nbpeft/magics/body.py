@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbpeft.confidential import masked_assignment
-from nbpeft.errors import CellError, did_you_mean, in_one_line
+from nbpeft.errors import CellError, NbpeftError, did_you_mean, in_one_line
 from nbpeft.magics.tokenize import Word, own_names, reference
+from nbpeft.sweeps import sweep
 
 _KINDS = {
     ast.Import: "an import",
@@ -79,7 +80,7 @@ def evaluate(assignments: Iterable[Assignment], namespace: Mapping[str, Any]) ->
     Raises:
         CellError: an expression fails; carries its line.
     """
-    scope = dict(namespace)
+    scope = {"sweep": sweep, **namespace}
     values: dict[str, Any] = {}
     for assignment in assignments:
         value = evaluate_expression(assignment.value, scope, line=assignment.line)
@@ -101,6 +102,8 @@ def evaluate_expression(expression: ast.expr, scope: dict[str, Any], *, line: in
     except NameError as error:
         name = getattr(error, "name", None) or ""
         failure = f"name {name!r} is not defined.{did_you_mean(name, own_names(scope))}" if name else str(error)
+    except NbpeftError as error:
+        failure = in_one_line(error)
     except Exception as error:
         failure = f"{type(error).__name__}: {in_one_line(error)}"
     raise CellError(failure, line=line, column=expression.col_offset if line is not None else None)
@@ -191,6 +194,8 @@ def _short(value: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
+    if text.startswith("sweep(") and text.endswith(")"):
+        return evaluate_expression(expression_of(text, "sweep"), {"sweep": sweep})
     try:
         return ast.literal_eval(text)
     except (*UNREADABLE, TypeError):

@@ -34,6 +34,8 @@ class TrackedModel:
         requested: adapter name -> its config, and the fields that were asked for when it was made.
         trained_steps: adapter name -> its config, the steps it was trained for, and the run that did the last of them.
         first_random: adapter name -> its config, and the random numbers that its first weights were drawn with.
+        sweep: adapters that a cell made for several values, until they are trained.
+        origins: adapter of a sweep -> the adapter that it started from.
     """
 
     def __init__(self, name: str, model: PeftModel, changed: Callable[[], None]) -> None:
@@ -45,6 +47,8 @@ class TrackedModel:
         self.requested: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {}
         self.trained_steps: dict[str, tuple[AdapterConfig, int, str]] = {}
         self.first_random: dict[str, tuple[AdapterConfig, Any]] = {}
+        self.sweep: tuple[str, ...] = ()
+        self.origins: dict[str, str] = {}
         self._model = weakref.ref(model)
         self._manager = weakref.ref(model.manager)
         self._snapshots = Snapshots()

@@ -32,6 +32,7 @@ class RunControl:
         self._paused = False
         self._waiting = False
         self._save = False
+        self._members: set[str] = set()
 
     @property
     def stop_requested(self) -> bool:
@@ -52,6 +53,11 @@ class RunControl:
     def save_requested(self) -> bool:
         """Whether the adapter is to be saved after the step the run is in."""
         return self._save
+
+    @property
+    def members_to_stop(self) -> frozenset[str]:
+        """The adapters of a sweep that are to learn no more after the step the run is in."""
+        return frozenset(self._members)
 
     def on_request(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Calls back after each request, in the thread that made it, until the returned function is called.
@@ -79,6 +85,13 @@ class RunControl:
         """Asks the run to save the adapter after the step it is in."""
         with self._changed:
             self._save = True
+            self._changed.notify_all()
+        self._report()
+
+    def request_stop_of(self, member: str) -> None:
+        """Asks one adapter of a sweep to learn no more after the step the run is in, while the others go on."""
+        with self._changed:
+            self._members.add(member)
             self._changed.notify_all()
         self._report()
 

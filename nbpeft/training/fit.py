@@ -41,10 +41,12 @@ from nbpeft.training.result import TrainResult
 from nbpeft.training.rows import is_causal, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
+from nbpeft.training.sweep import SideBySide, SideBySideCallback, callbacks_of, kept_of, side_by_side
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
 
+@side_by_side
 def train(
     model: nn.Module,
     data: Any,
@@ -66,6 +68,7 @@ def train(
     arguments_class: type[TrainingArguments] = TrainingArguments,
     run_dir: RunPlace | str | os.PathLike[str] | None = None,
     track: str | Sequence[str] | None = None,
+    members: Mapping[str, Mapping[str, Any]] | SideBySide | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -74,6 +77,10 @@ def train(
     other, and the model keeps what it learned. An interrupted one does the same and then raises
     ``TrainingInterrupted``, which holds the result. Whatever fails before the first step leaves the
     model, and which adapters are active or merged, as before.
+
+    With ``sweep(…)`` as a field, e.g. ``learning_rate=sweep(1e-4, 3e-4)`` or ``r=sweep(8, 64)``, an adapter for each
+    value, or each combination, learns beside the others as if it were alone: ``codes-lr1e-4`` and so on start from the
+    active adapter, or anew where its config varies, and the result is a :class:`SweepResult` whose best is active.
 
     Args:
         model: A model with adapters.
@@ -104,6 +111,8 @@ def train(
         run_dir: A folder in which the run gets one of its own, ``ADAPTER-N``, with its settings, its curve and
             every few seconds the state to go on from. Where it cannot be written, training goes on without.
         track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them: where the numbers go as well.
+        members: Adapters of the model to train side by side, each with fields of its own:
+            ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. What a sweep makes by itself.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
             options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
@@ -155,10 +164,12 @@ def train(
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
                 own = {"max_length": max_length, "packing": packing or None}
                 kept = given | fields | {name: value for name, value in own.items() if value is not None}
+                kept |= kept_of(members)
                 keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
                 tracking = TrackCallback(trackers, run, kept) if trackers else None
                 around = [part for part in (keeper, tracking) if part is not None]
-                inside: list[EarlyStop | SampleCallback | PackingCheck] = []
+                inside: list[EarlyStop | SampleCallback | SideBySideCallback | PackingCheck]
+                inside = [*callbacks_of(members, run)]
                 inside += [PackingCheck(run, learned, collator)] if packing else []
                 inside += [] if patience is None else [EarlyStop(run, model, patience)]
                 inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
@@ -321,7 +332,7 @@ def _fit(
     run: Run,
     options: dict[str, Any],
     around: Sequence[RunKeeper | TrackCallback],
-    inside: Sequence[EarlyStop | SampleCallback | PackingCheck],
+    inside: Sequence[EarlyStop | SampleCallback | SideBySideCallback | PackingCheck],
     fields: Mapping[str, Any],
 ) -> dict[str, float]:
     """Runs a Trainer, and takes everything of it off the model again.

@@ -113,7 +113,7 @@ class RunKeeper(TrainerCallback):
             return
         name, store = self._place.name, self._place.store
         with self._noting():
-            self.folder = folder = store.create(self._run.adapter) if name is None else store.find(name)
+            self.folder = folder = store.create(self._run.label) if name is None else store.find(name)
             if name is not None:
                 folder.open()
                 self._before, self._contents = folder.facts(), folder.contents()
@@ -243,12 +243,13 @@ class RunKeeper(TrainerCallback):
     def _first_facts(self, args: TrainingArguments) -> dict[str, Any]:
         given, left_out = without_secrets(self._given)
         plain = {name: value for name, value in given.items() if is_plain_value(value)}
+        given_settings = {name: value for name, value in plain.items() if name != "members"} | self._swept_settings()
         fields = {name: getattr(args, name) for name in _SHOWN_FIELDS if hasattr(args, name)}
         return {
             "adapter": self._run.adapter,
             "model": self._place.model,
             "started": time.time(),
-            "settings": self._adapter_settings() | fields | plain | self._own_settings(),
+            "settings": self._adapter_settings() | fields | given_settings | self._own_settings(),
             "arguments": plain,
             "secrets": list(left_out),
             "objects": [name for name in given if name not in plain],
@@ -263,6 +264,11 @@ class RunKeeper(TrainerCallback):
     def _own_settings(self) -> dict[str, Any]:
         own = {"rows": self._data.get("rows"), "starts from": self._run.starts_from}
         return {name: value for name, value in own.items() if value}
+
+    def _swept_settings(self) -> dict[str, list[str]]:
+        """Of the adapters of a sweep, what they differ in."""
+        settings = [member.settings for member in self._run.members("running")]
+        return {name: list(dict.fromkeys(one[name] for one in settings)) for name in (settings[0] if settings else ())}
 
     def _adapter_settings(self) -> dict[str, Any]:
         config = self._model.peft_config[trained_names(self._model)[0]]

@@ -25,7 +25,8 @@ from torch import nn
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.processor import slow_dtype, slow_words
-from nbpeft.state import Curve, MemoryState, Sample, TrainState, TrainStatus
+from nbpeft.state import Curve, MemberState, MemoryState, Sample, TrainState, TrainStatus
+from nbpeft.sweeps import stem_of
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.control import RunControl
 from nbpeft.training.failures import explain_failure
@@ -85,6 +86,7 @@ class Run:
         output_dir: Where its adapter goes at the end, or the empty string.
         steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
         starts_from: That in words; empty for weights that no run has trained.
+        members: Says, by the status of the run, how each adapter of a sweep does.
     """
 
     interval = 0.2
@@ -119,6 +121,7 @@ class Run:
         self.shown: Literal["", "text", "card"] = ""
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
+        self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
         self._display_failed = False
         self._status: TrainStatus = "starting"
         self._notes: list[str] = []
@@ -413,6 +416,12 @@ class Run:
         return " · ".join([f"stopped at step {self._record.step:,}{reason}", *self._notes])
 
     @property
+    def label(self) -> str:
+        """What it is called on disk: as its adapter, or as what the adapters of a sweep have in common."""
+        names = [member.name for member in self.members("running")]
+        return f"{stem_of(names)}-sweep".strip("-") if names else self.adapter
+
+    @property
     def elapsed(self) -> float:
         """Seconds since the start, without pauses."""
         with self._lock:
@@ -531,6 +540,7 @@ class Run:
             best_step=record.best[0] if record.best else None,
             samples=tuple(self._samples),
             folder=self.folder,
+            members=self.members(self._status_now()),
         )
         return self._latest
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.widgets.click_delivery import Delivery, deliver_clicks
@@ -31,16 +31,17 @@ class RunButtons:
 
     Args:
         control: Where Stop and Pause are asked for.
+        members: Adapters of a sweep, each of which gets a Stop of its own.
     """
 
-    def __init__(self, control: RunControl) -> None:
+    def __init__(self, control: RunControl, members: Iterable[str] = ()) -> None:
         import ipywidgets
 
         self._control = control
         self._lock = threading.Lock()
         self._seen = self._handled = 0
         self._ended = False
-        self._shown: tuple[bool, ...] = (False,) * 4
+        self._shown: tuple[object, ...] = (False,) * 4 + (frozenset(),)
 
         def button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:
             layout = ipywidgets.Layout(width="auto", display=display)
@@ -50,9 +51,13 @@ class RunButtons:
         self.resume = button("Resume", "play", "Go on", "none")
         self.stop = button("Stop", "stop", "End the run after this step and keep what was learned")
         self.save = button("Save now", "save", "Save the adapter after this step and go on")
+        self.members = {
+            name: button(f"Stop {name}", "stop", f"Let {name} learn no more, and the others go on") for name in members
+        }
         layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
         style = ipywidgets.HTML(f"<style>{RUN_BUTTONS_CSS}</style>", layout=ipywidgets.Layout(display="none"))
-        self.box = ipywidgets.HBox([style, self.pause, self.resume, self.stop, self.save], layout=layout)
+        buttons = [self.pause, self.resume, self.stop, self.save, *self.members.values()]
+        self.box = ipywidgets.HBox([style, *buttons], layout=layout)
         self.box.add_class("nbpeft-run")
         self._requests: dict[Any, Callable[[], None]] = {
             self.pause: control.pause,
@@ -60,6 +65,8 @@ class RunButtons:
             self.stop: control.request_stop,
             self.save: control.request_save,
         }
+        for name, member in self.members.items():
+            self._requests[member] = functools.partial(control.request_stop_of, name)
         for clicked, request in self._requests.items():
             clicked.on_click(weakly(self._clicked, request))
         self._delivery = self._listen()
@@ -77,12 +84,13 @@ class RunButtons:
     def sync(self) -> None:
         """Lets the buttons say what was asked for. May be called in any thread."""
         control = self._control
-        wanted = (control.paused, control.waiting, control.stop_requested, control.save_requested)
+        flags = (control.paused, control.waiting, control.stop_requested, control.save_requested)
+        wanted = (*flags, control.members_to_stop)
         with self._lock:
             if self._ended or wanted == self._shown:
                 return
             self._shown = wanted
-        paused, waiting, stopping, saving = wanted
+        paused, waiting, stopping, saving = flags
         waits = paused and waiting
         self.pause.layout.display = "none" if waits else None
         self.resume.layout.display = None if waits else "none"
@@ -91,6 +99,8 @@ class RunButtons:
         self.save.description = "Saving…" if saving else "Save now"
         self.pause.disabled = paused or stopping
         self.stop.disabled, self.save.disabled = stopping, saving
+        for name, member in self.members.items():
+            member.disabled = stopping or name in control.members_to_stop
 
     @property
     def needs_peeking(self) -> bool:

@@ -89,7 +89,7 @@ class RunView:
         run.shown = "text" if text else "card"
         self.draw(run.state)
         if self._run is not None and self._shown_as == "widgets":
-            self._buttons = RunButtons(run.control)
+            self._buttons = RunButtons(run.control, [member.name for member in run.state.members])
             self._buttons.show()
         if self._run is not None:
             removals = [self._session.subscribe(self._published), run.control.on_request(self._wake.set)]

@@ -22,7 +22,18 @@ def _register(name: str, summary: str, method: str) -> Callable[[argparse.Namesp
     return subcommand(name, summary, _MODEL, example=f"%lora {name}")(run)
 
 
-_register("stop", "End the training in the background after the step it is in; what it learned stays.", "stop")
+@subcommand(
+    "stop",
+    "End the training in the background after the step it is in; what it learned stays.",
+    _MODEL,
+    argument("--adapter", "-a", metavar="NAME", completes="adapter", help="this one of a sweep alone; others go on"),
+    example="%lora stop",
+)
+def stop(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """End a training, or one adapter's of a sweep."""
+    return notebook.session.stop(options.target, adapter=options.adapter)
+
+
 _register("pause", "Let the training in the background wait after the step it is in.", "pause")
 _register("continue", "Let a training go on that waits.", "go_on")
 

@@ -11,6 +11,7 @@ from nbpeft.magics.notebook_context import NotebookContext, TrainingCell, which_
 from nbpeft.magics.parse import argument, positive, prompt_text
 from nbpeft.magics.registry import COLUMNS, DATA, MAX_LENGTH, MODEL, subcommand
 from nbpeft.session.results.base import TracebackResult
+from nbpeft.sweeps import Sweep
 
 _RESERVED = (
     "data",
@@ -84,16 +85,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
     notebook.session.adopt(notebook.namespace)
     data, eval_data, tokenizer = training_data(options, notebook)
     arguments = training_arguments(options, notebook)
-    left_out = notebook.session.unwritable(arguments)
-    cell = TrainingCell(
-        data=options.data,
-        eval_data=options.eval_data,
-        tokenizer=options.tokenizer,
-        arguments={name: value for name, value in arguments.items() if name not in (*left_out, "sample", "every")},
-        left_out=(*left_out, *(["--trainer"] if options.trainer is not None else [])),
-    )
-    if options.trainer is not None:
-        arguments["trainer_class"] = notebook.value(options.trainer, "--trainer")
+    trainer = {} if options.trainer is None else {"trainer_class": notebook.value(options.trainer, "--trainer")}
     result = notebook.session.train(
         model,
         data,
@@ -106,10 +98,27 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         source=notebook.source(options.fields),
         data_hint=f"{_look(options, arguments)} shows them",
         **arguments,
+        **trainer,
         **({"track": options.track} if options.track else {}),
     )
-    notebook.trained[options.target] = cell
+    written = _of_the_best(arguments, result)
+    left_out = notebook.session.unwritable(written)
+    notebook.trained[options.target] = TrainingCell(
+        data=options.data,
+        eval_data=options.eval_data,
+        tokenizer=options.tokenizer,
+        arguments={name: value for name, value in written.items() if name not in (*left_out, "sample", "every")},
+        left_out=(*left_out, *(["--trainer"] if options.trainer is not None else [])),
+    )
     return result
+
+
+def _of_the_best(arguments: Mapping[str, Any], result: object) -> dict[str, Any]:
+    """The fields of a training with, of a sweep, the values of the adapter that is active now."""
+    best: Mapping[str, Any] | None = getattr(result, "best_fields", None)
+    if best is None:
+        return dict(arguments)
+    return {**{name: value for name, value in arguments.items() if not isinstance(value, Sweep)}, **best}
 
 
 def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.handles import rehandle, uncompiled
 from nbpeft.session.preview import preview_of
 from nbpeft.session.results import AddResult, LoadResult, ModelRef, Preview, SavedAdapter, SaveResult
+from nbpeft.session.sweeps import all_or_none, configs_of
 from nbpeft.session.undoable import Undoable, unsaved_words
+from nbpeft.sweeps import swept
 
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
@@ -44,6 +46,9 @@ def add(
 ) -> AddResult:
     """Configure and apply an adapter; an adapter of that name is reconfigured.
 
+    With ``sweep(…)`` as a field there is an adapter for each value, ``NAME-r8`` and so on. The first is active, and the
+    next training trains them side by side.
+
     Args:
         model: a bare or an adapted model.
         config: a config, or its fields.
@@ -61,6 +66,9 @@ def add(
     from nbpeft.model import files, get_peft_model
 
     adapter_name(name)
+    if isinstance(config, Mapping) and swept(config):
+        options = {"variable": variable, "allow_missing": allow_missing, "trainable": trainable}
+        return _add_sweep(ctx, model, config, name, **options)
     made = build_config(config, instead_of=_present(ctx, model, name))
     fields = meaning(made)
     with ctx.command(f"adding {name!r}", slow=True) as notes:
@@ -97,6 +105,34 @@ def add(
             planned = _reconfigured(ctx, tracked, name, named, notes, trainable=trainable)
         tracked.first_random[name] = (manager.configs[name], first_random)
         return _added(tracked, name, fields, notes, plan=planned, reconfigured=present is not None)
+
+
+def _add_sweep(
+    ctx: SessionContext, model: ModelLike, config: Mapping[str, Any], stem: str, **options: Any
+) -> AddResult:
+    """Add an adapter for every combination of values, all or none, each drawing the same random numbers."""
+    from nbpeft.engine.random_numbers import drawing_from, random_state
+
+    wanted, state = configs_of(config, stem), random_state()
+    for name, fields in wanted.items():
+        adapter_name(name)
+        build_config(fields, instead_of=_present(ctx, model, name))
+    with ctx.command(f"adding {len(wanted)} adapters", slow=True), all_or_none(ctx, model):
+        notes: list[str] = []
+        for name, fields in wanted.items():
+            with drawing_from(state):
+                added = add(ctx, model, fields, name=name, **options)
+            model = added.model
+            notes += [note for note in added.notes if note not in notes and "is not active" not in note]
+        tracked = ctx.models.get(model)
+        tracked.manager.activate(next(iter(wanted)))
+        tracked.sweep = tuple(wanted)
+        present = {item.name: item for item in tracked.state().adapters}
+        first, *others = (present[name] for name in wanted)
+        notes.append("the next training trains them side by side")
+        return dataclasses.replace(
+            added, adapter=first, others=tuple(others), state=tracked.state(), notes=tuple(notes), unchanged=False
+        )
 
 
 def _reconfigured(

@@ -55,16 +55,25 @@ def start(ctx: SessionContext, tracked: TrackedModel, names: str, work: Work) ->
     return BackgroundRun(tracked.name, f"{names} trains in the background while other cells run; {_WAYS}", training)
 
 
-def stop(ctx: SessionContext, model: str | None = None) -> RequestResult:
+def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None = None) -> RequestResult:
     """Ask a training to end after the step it is in; it keeps what was learned.
 
     Args:
         model: name of its model; may be left out where one training runs.
+        adapter: stop this one of a sweep alone; the others go on.
 
     Raises:
-        AdapterError: none runs.
+        AdapterError: none runs, or no such adapter learns in it.
     """
     run = _running(ctx, model, "stop")
+    if adapter is not None:
+        learning = [member.name for member in run.state.members if member.status == "training"]
+        if adapter not in learning:
+            there = f"; {', '.join(learning)} do" if learning else ": the training that runs is no sweep"
+            raise AdapterError(f"{adapter!r:.60} does not learn beside others now{there}")
+        run.control.request_stop_of(adapter)
+        state = run.state
+        return RequestResult(adapter, "learns no more after this step; the others go on", state.step, state.total_steps)
     run.control.request_stop()
     return _requested(run, "stops after the step it is in")
 

@@ -14,6 +14,7 @@ from nbpeft.session.commands.training import run_place, train_tracked
 from nbpeft.session.handles import is_module, rehandle, uncompiled
 from nbpeft.session.results import ModelRef
 from nbpeft.session.results.kept_runs import ResumeResult, RunChanged, RunsComparison, RunsResult, sorted_records
+from nbpeft.session.sweeps import restore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from nbpeft.runs.record import RunRecord
     from nbpeft.runs.store import RunStore
     from nbpeft.session.context import ModelLike, SessionContext
-    from nbpeft.session.registry import TrackedModel
 
 _SAME = ("peft_type", "r", "lora_alpha")
 """Settings that decide at once whether an adapter is the one of a run."""
@@ -209,23 +209,8 @@ def _undone_unless_learned(ctx: SessionContext, base: Any) -> Iterator[None]:
         tracked = ctx.models.find(base)
         if tracked is not None and tracked.trained_steps == steps:
             with HeldInterrupts(to_the_end=True):
-                _restore(tracked, names, selected, enabled=enabled)
+                restore(tracked, names, selected, enabled=enabled)
         raise
-
-
-def _restore(tracked: TrackedModel, names: tuple[str, ...], selected: tuple[str, ...], *, enabled: bool) -> None:
-    """Leaves a model with these adapters of those it has; one that had none is bare again."""
-    manager = tracked.manager
-    if not names:
-        tracked.model.unload()
-        return
-    with manager.transaction():
-        for name in set(manager.names).difference(names):
-            manager.remove(name)
-        if selected != manager.selected:
-            manager.activate(selected)
-        if not enabled:
-            manager.disable()
 
 
 def _check_given(record: RunRecord, facts: Mapping[str, Any], data: Any, arguments: Mapping[str, Any]) -> None:
@@ -252,7 +237,7 @@ def _check_config(record: RunRecord, name: str, config: Any) -> None:
     present = config.to_dict()
     for field in _SAME:
         then, now = record.settings.get(field), getattr(present.get(field), "value", present.get(field))
-        if field in record.settings and then != now:
+        if field in record.settings and then != now and not isinstance(then, list):  # a sweep has several
             raise AdapterError(
                 f"{name!r} has {field}={now!r}, and in run {record.name} it had {then!r}: delete or rename it first"
             )

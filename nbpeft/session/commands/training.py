@@ -14,6 +14,7 @@ from nbpeft.session.checks import place_of
 from nbpeft.session.commands.running import start
 from nbpeft.session.first_weights import draw_anew, weights_kept_unless
 from nbpeft.session.results import ExportResult
+from nbpeft.session.sweeps import plan_sweep
 from nbpeft.session.trained import training_call
 
 if TYPE_CHECKING:
@@ -195,10 +196,12 @@ def _trained(
     from nbpeft.training.adapted import trained_names
 
     trained, manager = tracked.model, tracked.manager
+    together = plan_sweep(tracked, arguments)
     adapter = arguments.get("adapter")
     if adapter is not None:
         manager.require_available(adapter)
-    names = tuple(name for name in ((adapter,) if adapter else trained_names(trained)) if name in manager.configs)
+    started = tuple(name for name in ((adapter,) if adapter else trained_names(trained)) if name in manager.configs)
+    names = together or started
     made: list[Run] = []
 
     def make_run(watched: nn.Module, total_steps: int | None, publish: object, **options: Any) -> Run:
@@ -212,11 +215,14 @@ def _trained(
         return any(run.steps_done for run in made)
 
     given, data = data, open_data(data)
+    again = tuple(name for name in dict.fromkeys((*started, *together)) if name in manager.configs)
     try:
-        with weights_kept_unless(ctx, tracked, names if restart else replaced, learned):
-            if restart:
-                for name in names:
+        with weights_kept_unless(ctx, tracked, again if restart else replaced, learned):
+            for name in again if restart else ():
+                if name in started or "members" in arguments:
                     draw_anew(ctx, tracked, name, seed=int(arguments.get("seed", _SEED)))
+                else:  # made again from the adapter that the sweep starts from
+                    manager.remove(name)
             result = train(trained, data, eval_data, **arguments, run_factory=make_run)
         ctx.keep_result(tracked.name, result)
     except TrainingInterrupted as error:
@@ -225,6 +231,7 @@ def _trained(
     finally:
         if learned():
             tracked.count_steps(names, made[-1])
+            tracked.sweep = ()
             tracked.training_call = training_call(made[-1].run_id, given, eval_data, arguments)
             plain = is_plain(data, arguments.get("tokenizer"), arguments.get("columns"))
             tracked.trained_on_plain_text = tracked.trained_on_plain_text if plain is None else plain

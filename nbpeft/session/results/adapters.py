@@ -10,6 +10,7 @@ from nbpeft.display.blocks import Block, Card, Stack, Table, Text, card, dim, li
 from nbpeft.display.memory import free_words, parts_text
 from nbpeft.display.models import (
     activity,
+    adapter_table,
     condition,
     describe,
     model_card,
@@ -39,6 +40,7 @@ class AddResult(ModelResult):
         unchanged: whether the same adapter was there already, so that nothing was done.
         plan: what was adapted (no tensors); None where ``unchanged``.
         notes: what a person should know.
+        others: the other adapters of a sweep.
     """
 
     model_name: str
@@ -48,6 +50,7 @@ class AddResult(ModelResult):
     unchanged: bool = False
     plan: Any = field(default=None, compare=False)
     notes: tuple[str, ...] = ()
+    others: tuple[AdapterState, ...] = ()
 
     @property
     def did(self) -> str:
@@ -55,6 +58,9 @@ class AddResult(ModelResult):
         return "unchanged" if self.unchanged else "reconfigured" if self.reconfigured else "added"
 
     def __str__(self) -> str:
+        if self.others:
+            names = ", ".join(item.name for item in (self.adapter, *self.others))
+            return with_notes(f"{self.did} {names} on {self.model_name}; {trainable(self.state)}", self.notes)
         what = (
             f"{self.did} {self.adapter.name!r} on {self.model_name}: {describe(self.adapter)}; {trainable(self.state)}"
         )
@@ -65,6 +71,12 @@ class AddResult(ModelResult):
     def view(self) -> Card:
         """The adapter and what trains."""
         did = "already set up like this, nothing changed" if self.unchanged else self.did
+        if self.others:
+            table = adapter_table((self.adapter, *self.others))
+            title = f"{1 + len(self.others)} adapters: {did}"
+            return card(
+                title, table, line(dim(trainable(self.state))), notes(self.notes), aside=model_title(self.state)
+            )
         return adapter_card(did, self, line(dim(trainable(self.state))))
 
 

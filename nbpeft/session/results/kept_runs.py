@@ -191,7 +191,9 @@ class ResumeResult(ModelResult):
 def _origin(record: RunRecord) -> str:
     """When it began and, where its name does not say it, what it trained."""
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.started))
-    return started if record.name.startswith(f"{record.adapter}-") else f"{record.adapter}, {started}"
+    several = record.adapter.count(", ") + 1
+    adapter = record.adapter if several < 3 else f"{several} adapters"
+    return started if record.name.startswith(f"{record.adapter}-") else f"{adapter}, {started}"
 
 
 def _took(record: RunRecord) -> str:

@@ -1,0 +1,125 @@
+"""Several values for one field: what is trained side by side, and what its adapters are called.
+
+::
+
+    learning_rate = sweep(1e-4, 3e-4)      two adapters: …-lr1e-4 and …-lr3e-4
+    r = sweep(8, 64)                       with the line above: all four pairs
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from nbpeft.errors import ConfigError
+
+MOST = 16
+"""Adapters that one sweep may have."""
+_SHORT = {
+    "learning_rate": "lr",
+    "weight_decay": "wd",
+    "warmup_steps": "warmup",
+    "max_grad_norm": "clip",
+    "lr_scheduler_type": "",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "",
+    "init_lora_weights": "init",
+    "use_dora": "dora",
+    "use_rslora": "rslora",
+}
+"""What fields are called in names; nothing where the value says it."""
+_LONGEST = 24
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Values of one field, of which each is trained. Made by ``sweep``."""
+
+    values: tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        return f"sweep({', '.join(map(repr, self.values))})"
+
+
+def sweep(*values: Any) -> Sweep:
+    """Several values for a field of a training or of an adapter's config, to be trained side by side.
+
+    Args:
+        *values: two or more; several fields with a sweep give every combination.
+
+    Raises:
+        ConfigError: there are not two of them, or two are the same.
+    """
+    if len(values) == 1 and isinstance(values[0], list | tuple | range):
+        shown = ", ".join(map(repr, values[0][:3]))
+        raise ConfigError(f"sweep takes the values one by one: sweep({shown}), not {values[0]!r:.60}")
+    if len(values) < 2:
+        raise ConfigError(f"a sweep has at least two values, e.g. sweep(1e-4, 3e-4), not {len(values)}")
+    for first, second in itertools.combinations(values, 2):
+        if type(first) is type(second) and first == second:
+            raise ConfigError(f"the sweep has {first!r:.60} twice")
+    return Sweep(values)
+
+
+def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:
+    """The fields that have several values."""
+    return {name: value for name, value in fields.items() if isinstance(value, Sweep)}
+
+
+def combinations(fields: Mapping[str, Sweep]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values, the last field changing fastest.
+
+    Raises:
+        ConfigError: there are more than ``MOST``.
+    """
+    count = math.prod(len(sweep.values) for sweep in fields.values())
+    if count > MOST:
+        factors = " × ".join(f"{len(sweep.values)} {name}" for name, sweep in fields.items())
+        raise ConfigError(
+            f"the sweep has {count} combinations ({factors}); at most {MOST} are trained side by side",
+            field=list(fields)[-1],
+        )
+    for values in itertools.product(*(sweep.values for sweep in fields.values())):
+        yield dict(zip(fields, values, strict=True))
+
+
+def names_of(stem: str, combined: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the adapters of a sweep are called: ``codes-lr1e-4``; those that would be called the same are numbered."""
+    labels = ["-".join([stem, *(_label(*item) for item in values.items())]) for values in combined]
+    return [label if labels.count(label) == 1 else f"{label}-{number}" for number, label in enumerate(labels, 1)]
+
+
+def stem_of(names: Iterable[str]) -> str:
+    """What the names of a sweep begin with: ``codes`` of ``codes-lr1e-4`` and ``codes-lr3e-4``."""
+    first, *others = names
+    while first and not all(name.startswith(f"{first}-") for name in others):
+        first = first.rpartition("-")[0]
+    return first
+
+
+def _label(name: str, value: Any) -> str:
+    short = _SHORT.get(name, name.replace("_", ""))
+    if isinstance(value, bool):
+        return (short or name) if value else f"no{short or name}"
+    if isinstance(value, int | float):
+        return f"{short}{number_text(value)}"
+    plain = value.value if isinstance(value, Enum) else value
+    parts = sorted(map(str, plain)) if isinstance(plain, set | frozenset) else plain
+    text = "+".join(map(str, parts)) if isinstance(parts, list | tuple | set) else str(plain)
+    return re.sub(r"[^\w+-]+", "_", f"{short}{text}")[:_LONGEST] or "value"
+
+
+def number_text(value: float) -> str:
+    """A number without a dot, which names may not have: ``1e-4``, ``25e-5``, ``8``, ``5e-2``."""
+    if isinstance(value, int) or (value == int(value) and abs(value) < 1e6 if math.isfinite(value) else False):
+        return str(int(value))
+    mantissa, _, exponent = f"{value:.12e}".partition("e")
+    digits = mantissa.replace(".", "").rstrip("0") or "0"
+    power = int(exponent or 0) - len(digits.lstrip("-")) + 1
+    return f"{digits}e{power}" if math.isfinite(value) else str(value)

@@ -1,0 +1,227 @@
+"""Makes the adapters of a sweep, chooses the best of them, and leaves a model as it was where nothing was learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+
+from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter_names import check_name
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.method_hooks import learns_with_hooks
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.random_numbers import drawing_from
+from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
+from nbpeft.interrupts import HeldInterrupts
+from nbpeft.sweeps import Sweep, combinations, names_of, swept
+from nbpeft.training.adapted import trainable
+from nbpeft.training.arguments import build_arguments, split_arguments
+from nbpeft.training.result import TrainResult
+from nbpeft.training.sweep.members import Member, SideBySide
+from nbpeft.training.sweep.result import SweepResult
+from nbpeft.training.sweep.trainer import trainer_for
+from nbpeft.training.trainer import Trainer
+
+OWN_FIELDS = (
+    "learning_rate",
+    "weight_decay",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
+"""Fields of ``TrainingArguments`` that each adapter of a sweep may have of its own."""
+_BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
+_SEED = 42
+"""Of ``TrainingArguments``."""
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result", bound=TrainResult)
+
+
+def side_by_side(train: Callable[Parameters, TrainResult]) -> Callable[Parameters, TrainResult]:
+    """Lets ``train`` take a ``sweep(…)`` for a field, or ``members``: adapters with fields of their own.
+
+    The decorated function is called with ``members`` as a :class:`SideBySide` while the adapters are there and learn.
+    Afterwards the best is active; where no step was done the model is as it was.
+    """
+
+    @functools.wraps(train)
+    def with_sweeps(*args: Parameters.args, **kwargs: Parameters.kwargs) -> TrainResult:
+        if kwargs.get("members") is None and not swept(kwargs):
+            return train(*args, **kwargs)
+        model: Any = args[0] if args else kwargs["model"]
+        interrupted: TrainingInterrupted | None = None
+        with _members(model, kwargs) as group:
+            try:
+                own = {"members": group, "adapter": None, "trainer_class": _prepared(group, kwargs)}
+                result = train(*args, **{**_plain(kwargs), **own})
+            except TrainingInterrupted as error:
+                interrupted, result = error, error.result
+        found = SweepResult.of(result, group.fields())
+        if interrupted is not None:
+            raise TrainingInterrupted(str(interrupted), found)
+        return found
+
+    return with_sweeps
+
+
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that all members have in common."""
+    return {name: value for name, value in given.items() if not isinstance(value, Sweep)}
+
+
+def _prepared(group: SideBySide, given: Mapping[str, Any]) -> type[Any]:
+    """Gives each member its arguments. Returns the Trainer for all."""
+    trainer_class, kind = given.get("trainer_class", Trainer), given.get("arguments_class", TrainingArguments)
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
+        return trainer_class  # type: ignore[no-any-return]  # which training refuses
+    known = {field.name for field in dataclasses.fields(kind)}
+    fields = {name: value for name, value in _plain(given).items() if name in known}
+    evaluates = given.get("eval_data") is not None
+    chosen = trainer_for(trainer_class, group, given)
+    for member in group.members:
+        member.arguments = build_arguments({**fields, **member.fields}, kind, folder="", evaluates=evaluates)
+        if member.arguments.world_size > 1 or member.arguments.n_gpu > 1:
+            raise ConfigError("a sweep trains on one device: start one process, and let it see one device")
+    return chosen
+
+
+@contextmanager
+def _members(model: Any, given: Mapping[str, Any]) -> Iterator[SideBySide]:
+    """The adapters, which learn inside the block; afterwards the best is active, if they learned."""
+    manager = manager_of(model)
+    if manager is None:
+        raise TrainingError(f"a sweep trains adapters of nbpeft, which a {type(model).__name__} does not have")
+    manager.refuse_merged("a sweep")
+    members = given.get("members")
+    if members is not None and swept(given):
+        name = next(iter(swept(given)))
+        raise ConfigError(f"{name} is a sweep, and members=… says already what each adapter has", field=name)
+    selected, enabled = manager.selected, manager.enabled
+    group = _made(model, manager, given) if members is None else SideBySide(model, _given(manager, members))
+    try:
+        manager.activate(group.names[0])  # what else was active would train along
+        with manager.use(group.names, apart=True):
+            _check_alone(model, group)
+            yield group
+    finally:
+        with HeldInterrupts(to_the_end=True), manager.transaction():
+            if group.learned:
+                manager.activate(group.best, enable=True)
+            else:
+                for name in group.made:
+                    manager.remove(name)
+                if selected and manager.selected != selected:
+                    manager.activate(selected)
+                if not enabled and manager.enabled:
+                    manager.disable()
+
+
+def _made(model: nn.Module, manager: AdapterManager, given: Mapping[str, Any]) -> SideBySide:
+    """Adapters for every combination of the values: copies of one, or new ones where its config varies."""
+    origin = _origin(manager, given.get("adapter"))
+    config, fields = manager.configs[origin], swept(given)
+    of_config = [item.name for item in dataclasses.fields(config) if item.init and item.name not in _BOOKKEEPING]
+    strange = {name: sweep for name, sweep in fields.items() if name not in (*OWN_FIELDS, *of_config)}
+    split_arguments(strange, transformers.Trainer, given.get("arguments_class", TrainingArguments))
+    for name in strange:
+        raise _not_swept(name)
+    combined = list(combinations(fields))
+    names = names_of(origin, combined)
+    made: list[str] = []
+    with manager.transaction():
+        for name, values in zip(names, combined, strict=True):
+            check_name(name)
+            changed = {field: value for field, value in values.items() if field not in OWN_FIELDS}
+            wanted = config.copy(**changed) if changed else config
+            if name in manager.configs:
+                _check_same(manager, name, wanted)
+                continue
+            if changed:
+                with drawing_from(int(given.get("seed", _SEED))):
+                    manager.add(name, wanted, trainable=True, select=False)
+            else:
+                manager.copy(origin, name)
+                manager.unfreeze(name)
+            made.append(name)
+        members = [
+            Member(name, {key: values[key] for key in values if key in OWN_FIELDS}, values, manager.parameters(name))
+            for name, values in zip(names, combined, strict=True)
+        ]
+    return SideBySide(model, members, made)
+
+
+def _origin(manager: AdapterManager, adapter: Any) -> str:
+    """The adapter that a sweep starts from."""
+    if adapter is not None:
+        manager.require(adapter)
+        return str(adapter)
+    if len(manager.active) != 1:
+        names = ", ".join(map(repr, manager.active)) or "none"
+        raise TrainingError(f"a sweep starts from one adapter (active: {names}): say which, adapter=…")
+    return manager.active[0]
+
+
+def _given(manager: AdapterManager, members: Any) -> list[Member]:
+    """Adapters that are there, with fields of their own."""
+    fields_of = isinstance(members, Mapping) and all(isinstance(fields, Mapping) for fields in members.values())
+    if not fields_of or len(members) < 2:
+        raise ConfigError(
+            "members are two adapters or more with fields of their own, "
+            f"{{'a': {{'learning_rate': 1e-4}}, 'b': {{}}}}, not {members!r:.60}",
+            field="members",
+        )
+    manager.require(*members)
+    for name, fields in members.items():
+        for field in fields:
+            if field not in OWN_FIELDS:
+                raise _not_swept(field)
+        if name in manager.frozen:
+            raise TrainingError(f"{name!r} is frozen: unfreeze it, or leave it out")
+    return [Member(name, fields, fields, manager.parameters(name)) for name, fields in members.items()]
+
+
+def _not_swept(name: str) -> ConfigError:
+    return ConfigError(
+        f"{name} cannot be a sweep: adapters that learn side by side share rows, batches and steps. A field of the "
+        f"adapter's config can, and {', '.join(OWN_FIELDS[:5])}, …",
+        field=name,
+    )
+
+
+def _check_same(manager: AdapterManager, name: str, wanted: AdapterConfig) -> None:
+    """Refuses to go on with an adapter that is another than the sweep would make."""
+    present, planned = manager.configs[name].to_dict(), manager.plan(wanted, name).config.to_dict()
+    other = next((key for key in present if key not in _BOOKKEEPING and planned.get(key) != present[key]), "")
+    if other:
+        raise AdapterExistsError(
+            f"{name!r} is there already with {other}={present[other]!r:.60}: rename or delete that one first", name=name
+        )
+    if name in manager.frozen:
+        raise TrainingError(f"{name!r} is there already and frozen: unfreeze or delete it")
+
+
+def _check_alone(model: nn.Module, group: SideBySide) -> None:
+    """Refuses what adapters that learn side by side would have in common."""
+    manager = manager_of(model)
+    assert manager is not None
+    own = {id(parameter) for member in group.members for parameter in member.parameters}
+    common = next((name for name, parameter in trainable(model) if id(parameter) not in own), None)
+    if common is not None:
+        raise TrainingError(f"{common} trains too and is no part of one adapter: freeze it, or train without a sweep")
+    for name in group.names:
+        if manager.base_biases(name):
+            raise TrainingError(f"{name!r} trains biases of the base model (bias=…), which has one of each: no sweep")
+        if learns_with_hooks(manager.configs[name]):
+            raise TrainingError(f"{name!r} learns with hooks of its method and cannot be trained in a sweep")

@@ -1,0 +1,195 @@
+"""The adapters of a sweep and how each of them does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from nbpeft.display import numbers
+from nbpeft.engine.active_state import Active, Call
+from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
+from nbpeft.training.callback import shape_of
+from nbpeft.training.record import Record
+
+TOKENS_TOGETHER = 512
+"""Input tokens of one pass on a CPU: with more of them a pass over several adapters takes memory and saves no time."""
+TOKENS_ON_DEVICE = 16_384
+"""The same on an accelerator."""
+
+
+class Member:
+    """One adapter that learns beside others.
+
+    Args:
+        name: of the adapter.
+        fields: what it has of its own: fields of ``TrainingArguments``.
+        settings: what distinguishes it from the others, its config included.
+        parameters: those of the adapter that train.
+
+    Attributes:
+        arguments: its ``TrainingArguments``; set before training starts.
+        status: whether it learns, or why not.
+        learning_rate: of the step that runs.
+    """
+
+    arguments: TrainingArguments
+
+    def __init__(
+        self, name: str, fields: Mapping[str, Any], settings: Mapping[str, Any], parameters: Sequence[nn.Parameter]
+    ) -> None:
+        self.name, self.fields, self.parameters = name, dict(fields), list(parameters)
+        self.status: MemberStatus = "training"
+        self.learning_rate: float | None = None
+        self._settings = {field: setting_text(value) for field, value in settings.items()}
+        self._record = Record()
+        self._loss: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._broken: Tensor | None = None
+
+    def clip(self) -> Tensor | None:
+        """Clips its gradients as its arguments say. Returns their norm before that, or None where it has none."""
+        most = self.arguments.max_grad_norm
+        if most and most > 0 and self.status == "training":
+            self._norm = torch.nn.utils.clip_grad_norm_(self.parameters, most)
+            return self._norm
+        return None
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Adds the loss of a batch to that of the step."""
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def end_step(self, step: int) -> None:
+        """Notes the step."""
+        if self._loss is not None:
+            self._record.add(step, self._loss, self.learning_rate, None, None, self._norm)
+            self._broken = ~self._loss.isfinite()
+        self._loss = self._norm = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss of the last step is no finite number."""
+        return self._broken is not None and bool(self._broken)
+
+    def evaluated(self, step: int, loss: float | None) -> None:
+        """Notes what was measured on held-out rows."""
+        if loss is not None and math.isfinite(loss):
+            self._record.add_evaluation(step, loss, {})
+
+    def state(self, run: TrainStatus) -> MemberState:
+        """How it does now, in a run of that status."""
+        record = self._record
+        record.collect()
+        ended: MemberStatus = "finished" if run == "finished" else "stopped"
+        return MemberState(
+            name=self.name,
+            status=ended if self.status == "training" and run in ENDED else self.status,
+            step=record.step,
+            settings=self._settings,
+            loss=record.loss,
+            smoothed_loss=record.smoothed.value,
+            eval_loss=record.evaluated[1] if record.evaluated else None,
+            eval_step=record.evaluated[0] if record.evaluated else None,
+            learning_rate=self.learning_rate,
+            gradient_norm=record.gradient_norm,
+            history=record.history.points(),
+            eval_history=record.eval_history.points(),
+        )
+
+
+class SideBySide:
+    """Adapters that learn side by side, and which of them a pass over the model serves.
+
+    Args:
+        model: with the adapters.
+        members: one for each adapter.
+        made: adapters that were made for it.
+
+    Attributes:
+        mixed: whether one pass may serve several; set to False where a model's loss cannot be taken apart.
+        note: said once with the run.
+        learned: whether a step was done.
+    """
+
+    def __init__(self, model: Any, members: Sequence[Member], made: Sequence[str] = ()) -> None:
+        self._manager: AdapterManager = require_manager(model)
+        self.members, self.made = tuple(members), tuple(made)
+        self.mixed, self.learned = True, False
+        self.note: Callable[[str], None] = lambda message: None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all adapters."""
+        return tuple(member.name for member in self.members)
+
+    @property
+    def training(self) -> list[Member]:
+        """Those that still learn."""
+        return [member for member in self.members if member.status == "training"]
+
+    @property
+    def best(self) -> str:
+        """The one that learned best; see ``MemberState.rank``."""
+        return min(self.states("finished"), key=lambda member: member.rank).name
+
+    def fields(self) -> dict[str, dict[str, Any]]:
+        """What each has of its own, for a record of the run."""
+        return {member.name: member.fields for member in self.members}
+
+    def states(self, run: TrainStatus) -> tuple[MemberState, ...]:
+        """How each does now, in a run of that status."""
+        return tuple(member.state(run) for member in self.members)
+
+    def alone(self, member: Member) -> Call:
+        """A context for calls of the model in which one adapter serves all rows."""
+        return self._manager.active_state.call(Active((member.name,), (self._manager.scale(member.name),)))
+
+    def stop(self, name: str, status: MemberStatus = "stopped") -> None:
+        """Takes an adapter's rows out of the batch from the next step on; it keeps what it learned."""
+        for member in self.training:
+            if member.name == name:
+                member.status = status
+
+    def passes(self, inputs: Mapping[str, Any]) -> list[list[Member]]:
+        """Who is served in one pass over the model, for a batch of one of them."""
+        members, shape = self.training, shape_of(inputs)
+        width = 1
+        if self.mixed and shape is not None and _in_rows(inputs, shape[0]):
+            width = members_together(len(members), shape[0] * shape[1], inputs)
+        return [members[start : start + width] for start in range(0, len(members), width)]
+
+
+def kept_of(members: object) -> dict[str, Any]:
+    """What the record of a run keeps of the members of a sweep, so that it can go on; nothing where it is none."""
+    return {"members": members.fields()} if isinstance(members, SideBySide) else {}
+
+
+def members_together(count: int, tokens: int, inputs: Mapping[str, Any]) -> int:
+    """How many of ``count`` members one pass serves, whose batches have so many tokens each; as even as can be."""
+    on_cpu = all(value.device.type == "cpu" for value in inputs.values() if isinstance(value, Tensor))
+    most = max(1, (TOKENS_TOGETHER if on_cpu else TOKENS_ON_DEVICE) // max(1, tokens))
+    return math.ceil(count / math.ceil(count / most)) if count else 1
+
+
+def _in_rows(inputs: Mapping[str, Any], rows: int) -> bool:
+    """Whether everything in a batch belongs to its rows, one for one, so that rows can be repeated."""
+    return all(
+        isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+        for value in inputs.values()
+        if value is not None
+    )
+
+
+def setting_text(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return numbers.learning_rate(value)
+    plain = getattr(value, "value", value)
+    return ", ".join(sorted(map(str, plain))) if isinstance(plain, list | tuple | set) else str(plain)

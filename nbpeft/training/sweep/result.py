@@ -1,0 +1,57 @@
+"""What a sweep leaves behind, for the output of a cell."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from nbpeft.display import numbers
+from nbpeft.display.blocks import Block, Stack
+from nbpeft.display.training import members_table
+from nbpeft.state import MemberState
+from nbpeft.training.result import TrainResult
+
+
+@dataclass(frozen=True, repr=False)
+class SweepResult(TrainResult):
+    """How a training of several adapters ended; the numbers beside ``members`` are of all of them together.
+
+    Attributes:
+        best: the adapter with the lowest loss on held-out rows, or of training where none was measured. It is active.
+        best_fields: fields of ``TrainingArguments`` that it had of its own.
+    """
+
+    best: str = ""
+    best_fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, result: TrainResult, fields: Mapping[str, Mapping[str, Any]]) -> Self:
+        """The same result with the best adapter named.
+
+        Args:
+            result: of the training.
+            fields: by adapter, what it had of its own.
+        """
+        best = min(result.state.members, key=lambda member: member.rank).name
+        given = {item.name: getattr(result, item.name) for item in dataclasses.fields(result)}
+        return cls(**given | {"best": best, "best_fields": dict(fields[best])})
+
+    @property
+    def members(self) -> tuple[MemberState, ...]:
+        """How each adapter ended."""
+        return self.state.members
+
+    def view(self) -> Block:  # type: ignore[override]
+        """What ended and which is best, and a row for each."""
+        first = super().view()
+        return Stack((first, members_table(self.state))) if self.shown != "card" else first
+
+    def _parts(self, *, message: bool = True) -> list[str]:
+        best = next(member for member in self.members if member.name == self.best)
+        loss = best.smoothed_loss if best.eval_loss is None else best.eval_loss
+        kind = "loss" if best.eval_loss is None else "eval loss"
+        _, *others = super()._parts(message=message)
+        told = [part for part in others if not part.startswith(("loss ", "eval loss "))]
+        return [f"{len(self.members)} adapters {self.status}", f"best {self.best} ({kind} {numbers.loss(loss)})", *told]

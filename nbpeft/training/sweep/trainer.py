@@ -1,0 +1,269 @@
+"""One Trainer for several adapters: each has its rows, loss, clipping, schedule and evaluation as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from nbpeft.engine.random_numbers import random_state, set_random_state
+from nbpeft.errors import ConfigError
+from nbpeft.model.serving import serving_rows
+from nbpeft.training.adapted import base_of
+from nbpeft.training.run import Run
+from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
+from nbpeft.training.sweep.members import Member, SideBySide
+
+_OF_A_GROUP = ("lr", "betas", "eps")
+"""Options of an optimizer that its parameter groups may have of their own."""
+_OWN_PARAMETERS = ("params", "model", "optimizer_dict")
+"""Options with which an optimizer of transformers chooses its parameters by itself."""
+
+
+_REFUSED = {
+    "fp16": "one scaler would skip the steps of all; take bf16",
+    "load_best_model_at_end": "the best adapter is active at the end, each with its last weights",
+    "optimizers": "each adapter has its own; say which with optim=…",
+    "optimizer_cls_and_kwargs": "each adapter has its own; say which with optim=…",
+    "patience": "stop an adapter when its curve says so",
+    "sample": "compare the adapters when they are trained",
+}
+"""Arguments of a training that would act on all adapters at once, and why not or what instead."""
+
+
+class SideBySideTrainer(transformers.Trainer):
+    """Trains the members of ``group``; made by ``trainer_for``."""
+
+    group: ClassVar[SideBySide]
+    _split: SplitLoss | None = None
+    _evaluated: Member | None = None
+    _splits_surely = False
+
+    # A step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward for each member's copy of the batch. Returns the mean of their losses."""
+        try:
+            losses = self._passes(model, inputs, num_items_in_batch)
+        except NotApartError:  # before any backward
+            self.group.mixed = False
+            self.group.note("one pass for each adapter: the loss of this model cannot be taken apart by rows")
+            losses = self._passes(model, inputs, num_items_in_batch)
+        return torch.stack(losses).mean()
+
+    def _passes(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> list[Tensor]:
+        passes = self.group.passes(inputs)
+        state = random_state() if len(passes) > 1 else None
+        losses = []
+        for place, members in enumerate(passes):
+            if place and state is not None:  # each draws what it would draw alone
+                set_random_state(state)
+            losses += self._one_pass(model, dict(inputs), members, num_items)
+        return losses
+
+    def _one_pass(
+        self, model: nn.Module, inputs: dict[str, Any], members: list[Member], num_items: Tensor | int | None
+    ) -> list[Tensor]:
+        if len(members) == 1:
+            with self.group.alone(members[0]):
+                losses = [super().training_step(model, inputs, num_items)]
+        else:
+            count, rows = len(members), len(next(iter(inputs.values())))
+            batch = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in inputs.items()}
+            names = [member.name for member in members for _ in range(rows)]
+            trained: Any = self.model
+            with serving_rows(trained.manager, names, (), batch), split_loss(base_of(trained), count, batch) as split:
+                self._split = split
+                try:
+                    super().training_step(model, batch, num_items)
+                finally:
+                    self._split = None
+            losses = [loss / self._accumulated(num_items) for loss in split.losses]
+        for member, loss in zip(members, losses, strict=True):
+            member.add_loss(loss)
+        return losses
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; refuses one that is not the sum of the members' losses."""
+        loss = super().compute_loss(model, *args, **kwargs)
+        if self._split is not None and not self._splits_surely:
+            self._split.check(loss[0] if isinstance(loss, tuple) else loss)
+            self._splits_surely = True
+        return loss
+
+    def _accumulated(self, num_items: Tensor | int | None) -> int:
+        """What a loss is divided by where gradients are accumulated, unless it was normalized over all batches."""
+        normalized = self.loss_is_scaled_for_ga
+        if normalized is None:
+            normalized = self.model_accepts_loss_kwargs and num_items is not None
+        return 1 if normalized else int(self.current_gradient_accumulation_steps)
+
+    # Optimizer, schedule and clipping
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """One optimizer, with parameter groups for each member."""
+        if self.optimizer is not None:
+            return self.optimizer
+        whole: Any = self.model if model is None else model
+        decays = set(self.get_decay_parameter_names(whole))
+        decayed = {id(parameter) for name, parameter in whole.named_parameters() if name in decays}
+        groups: list[dict[str, Any]] = []
+        for member in self.group.members:
+            kind, options = self.get_optimizer_cls_and_kwargs(member.arguments, whole)
+            if not isinstance(kind, type) or any(name in options for name in _OWN_PARAMETERS):
+                name = getattr(self.args.optim, "value", self.args.optim)
+                raise ConfigError(f"optim {name!r:.60} chooses its parameters itself: no sweep", field="optim")
+            own = {name: options[name] for name in _OF_A_GROUP if name in options}
+            for decay in (True, False):
+                chosen = [one for one in member.parameters if (id(one) in decayed) is decay]
+                weight_decay = member.arguments.weight_decay if decay else 0.0
+                groups.append({"params": chosen, "weight_decay": weight_decay, "member": member.name, **own})
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, whole)
+        self.optimizer = kind([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """One schedule, with the factor of its own for each group."""
+        if self.lr_scheduler is None:
+            factors = {member.name: _factor(member, num_training_steps) for member in self.group.members}
+            chosen: Any = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(chosen, [factors[group["member"]] for group in chosen.param_groups])
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norms = [norm for member in self.group.training if (norm := member.clip()) is not None]
+        return torch.stack(norms).max() if norms else torch.zeros(())
+
+    # Evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates each member that learns. Returns the outputs of the one with the lowest loss."""
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        members, outputs = self.group.training or list(self.group.members), []
+        try:
+            for member in members:
+                self._evaluated = member
+                outputs.append(super().evaluation_loop(*args, **kwargs))
+                member.evaluated(self.state.global_step, (outputs[-1].metrics or {}).get(f"{prefix}_loss"))
+        finally:
+            self._evaluated = None
+        return min(outputs, key=partial(_rank, name=f"{prefix}_loss"))
+
+    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the member that is evaluated."""
+        if self._evaluated is None:
+            return super().prediction_step(model, *args, **kwargs)
+        with self.group.alone(self._evaluated):
+            return super().prediction_step(model, *args, **kwargs)
+
+
+def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str, Any]) -> type[Any]:
+    """A Trainer that derives from another one and trains the members of a group.
+
+    Args:
+        trainer_class: the other one.
+        group: the members.
+        given: arguments and options of the training, as given.
+
+    Raises:
+        ConfigError: one of them cannot serve several adapters.
+    """
+    for name, reason in _REFUSED.items():
+        if given.get(name) not in (None, False):
+            raise ConfigError(f"{name} does not go with a sweep: {reason}", field=name)
+    own_loss = trainer_class.compute_loss is not transformers.Trainer.compute_loss
+    if own_loss or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
+        group.mixed = False  # what it computes of a mixed batch is not known
+    return type(trainer_class.__name__, (SideBySideTrainer, trainer_class), {"group": group})
+
+
+class SideBySideCallback(TrainerCallback, ExportableState):
+    """Notes the members' steps, and takes those out of the batch that are to stop or that have diverged.
+
+    Args:
+        group: the members.
+        run: their common run.
+    """
+
+    def __init__(self, group: SideBySide, run: Run) -> None:
+        self._group, self._run = group, run
+        group.note = run.note
+        run.members = group.states
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: who has stopped."""
+        stopped = {one.name: one.status for one in self._group.members if one.status != "training"}
+        return {"args": {}, "attributes": {"stopped": stopped}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Those that had stopped in a run that is resumed do not learn on."""
+        callbacks: Any = state.stateful_callbacks or {}
+        kept = callbacks.get(type(self).__name__)
+        stopped: Any = kept["attributes"].get("stopped", {}) if isinstance(kept, dict) else {}
+        for name, status in stopped.items():
+            self._group.stop(name, status)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reads the learning rates that the step will use."""
+        rates = {group["member"]: float(group["lr"]) for group in kwargs["optimizer"].param_groups}
+        for member in self._group.training:
+            member.learning_rate = rates.get(member.name)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes the step of each, and who learns on."""
+        self._group.learned = True
+        for member in self._group.training:
+            member.end_step(state.global_step)
+        if control.should_log:
+            for member in [one for one in self._group.training if one.diverged]:
+                self._group.stop(member.name, "diverged")
+                self._run.note(f"{member.name} diverged at step {state.global_step:,} and learns no more")
+        for name in self._run.control.members_to_stop:
+            self._group.stop(name)
+        if not self._group.training:
+            self._run.note("all adapters have stopped")
+            control.should_training_stop = True
+
+
+def callbacks_of(members: object, run: Run) -> list[SideBySideCallback]:
+    """What notes the steps of the members of a sweep; nothing where it is none."""
+    return [SideBySideCallback(members, run)] if isinstance(members, SideBySide) else []
+
+
+def _factor(member: Member, steps: int) -> Any:
+    """The factor on a member's learning rate, by step."""
+    arguments = member.arguments
+    options: Any = arguments.lr_scheduler_kwargs
+    schedule: LRScheduler = transformers.get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=options,
+    )
+    if not isinstance(schedule, LambdaLR):
+        kind = getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)
+        raise ConfigError(
+            f"lr_scheduler_type {kind!r} looks at one loss and cannot serve a sweep: take linear, cosine or constant",
+            field="lr_scheduler_type",
+        )
+    return schedule.lr_lambdas[0]
+
+
+def _rank(output: Any, name: str) -> float:
+    loss = output.metrics.get(name)
+    return float("inf") if loss is None or loss != loss else float(loss)

@@ -1,0 +1,107 @@
+"""Sweeps in cells: ``learning_rate = sweep(1e-4, 3e-4)`` and ``r = sweep(8, 64)``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from nbpeft.training import SweepResult
+from tests.magics.notebook import Notebook
+
+TRAIN = """%%lora_train model --data rows --eval held_out
+max_steps = 2
+per_device_train_batch_size = 2
+learning_rate = sweep(0.01, 0.05)"""
+
+
+@pytest.fixture
+def ready(adapted: Notebook) -> Any:
+    rows = [{"input_ids": [1 + (step + start) % 7 for step in range(6)]} for start in range(8)]
+    adapted["rows"], adapted["held_out"] = rows[:6], rows[6:]
+    return adapted
+
+
+def weights(notebook: Notebook, name: str) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in notebook["model"].manager.parameters(name)]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_training_cell_trains_an_adapter_for_each_value(ready: Notebook) -> None:
+    before = weights(ready, "sql")
+    result = ready.do(TRAIN)
+    assert isinstance(result, SweepResult)
+    assert [member.name for member in result.members] == ["sql-lr1e-2", "sql-lr5e-2"]
+    assert ready["model"].manager.names == ("chat", "sql", "sql-lr1e-2", "sql-lr5e-2")
+    assert ready["model"].active_adapters == [result.best]
+    assert same(weights(ready, "sql"), before)
+    assert not same(weights(ready, "sql-lr1e-2"), before)
+
+
+def test_the_cell_run_again_goes_on_with_the_same_adapters(ready: Notebook) -> None:
+    ready.do(TRAIN)
+    once = weights(ready, "sql-lr1e-2")
+    result = ready.do(TRAIN)
+    assert [member.name for member in result.members] == ["sql-lr1e-2", "sql-lr5e-2"]
+    assert not same(weights(ready, "sql-lr1e-2"), once)
+    assert "goes on with the weights after step 2" in result.state.message
+
+
+def test_restart_makes_them_again(ready: Notebook) -> None:
+    ready.do(TRAIN)
+    once = weights(ready, "sql-lr1e-2")
+    ready.do(TRAIN.replace("held_out", "held_out --restart"))
+    assert same(weights(ready, "sql-lr1e-2"), once)
+
+
+def test_an_adapter_cell_makes_several_that_train_together(ready: Notebook) -> None:
+    added = ready.do("%%lora model --name codes\nr = sweep(2, 4)\ntarget_modules = 'q_proj'")
+    assert [item.name for item in (added.adapter, *added.others)] == ["codes-r2", "codes-r4"]
+    assert ready["model"].active_adapters == ["codes-r2"]
+    assert "side by side" in str(added)
+    result = ready.do("%%lora_train model --data rows\nmax_steps = 1")
+    assert [member.name for member in result.members] == ["codes-r2", "codes-r4"]
+    assert ready.do("%%lora_train model --data rows\nmax_steps = 1").adapter == result.best
+
+
+def test_a_bare_model_takes_a_sweep(notebook: Notebook) -> None:
+    notebook.do("%lora add model --name codes r=sweep(2,4) target_modules=q_proj")
+    assert notebook["model"].manager.names == ("codes-r2", "codes-r4")
+
+
+def test_a_script_is_written_with_the_best(ready: Notebook, tmp_path: Any) -> None:
+    result = ready.do(TRAIN)
+    ready.do(f"%lora export {tmp_path}/train.py --base here/base")
+    rate = re.escape(str(result.best_fields["learning_rate"]))
+    assert re.search(rf"learning_rate\W+{rate}\W", (tmp_path / "train.py").read_text())
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        (TRAIN.replace("sweep(0.01, 0.05)", "sweep(0.01)"), "line 3: a sweep has at least two values"),
+        (TRAIN.replace("sweep(0.01, 0.05)", "sweep([0.01, 0.05])"), "line 3: sweep takes the values one by one"),
+        (TRAIN.replace("sweep(0.01, 0.05)", "sweep(0.01, 0.01)"), "line 3: the sweep has 0.01 twice"),
+        (TRAIN.replace("max_steps = 2", "max_steps = sweep(2, 3)"), "line 1: max_steps cannot be a sweep"),
+        (TRAIN.replace("0.05)", "-1.0)"), "line 3: learning_rate must be at least 0"),
+        (TRAIN + "\nr = sweep(*range(1, 10))", "line 4: the sweep has 18 combinations"),
+        (TRAIN.replace("--eval", "--patience 2 --eval"), "patience does not go with a sweep"),
+        (TRAIN + "\nlr_scheduler_type = sweep('linear', 'reduce_lr_on_plateau')", "looks at one loss"),
+        ("%%lora model --name new\nr = sweep(0, 4)", "line 1: "),
+        ("%%lora model --name new\nr = sweep(2, 4)\ntarget_modules = ['nothing']", "nothing"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(ready: Notebook, cell: str, words: str) -> None:
+    names = ready["model"].manager.names
+    assert words in ready.run(cell).line
+    assert ready["model"].manager.names == names
+    assert ready["model"].active_adapters == ["sql"]
+
+
+def test_a_sweep_of_the_bits_of_a_base_is_refused(notebook: Notebook) -> None:
+    assert "sweep" in notebook.run("%%qlora model\nbits = sweep(4, 8)").line
