@@ -23,6 +23,7 @@ from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
+from nbpeft.model.sharded import gathered, is_sharded
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -265,7 +266,7 @@ def save(
     manager.require(*chosen)
     with manager.active_state.turn():  # a training in the background writes into what is read here
         print_ = base
-        if print_ is None and write and not manager.merged:
+        if print_ is None and write and not manager.merged and not is_sharded(manager.model):
             print_ = checkpoint.fingerprint(manager.model)
         places: dict[str, str] = {}
         ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
@@ -346,13 +347,7 @@ def file_tensors(
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
     tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
-    return {key: _gathered(tensor.detach()) for key, tensor in tensors.items()}
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """A tensor whole: of one that is sharded over processes (``DTensor``) each has a part, and all call this."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
+    return {key: gathered(tensor) for key, tensor in tensors.items()}
 
 
 def _saved_weights(

@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 
-from nbpeft.checkpoint import fingerprint
 from nbpeft.confidential import without_secrets
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.random_numbers import drawing_from, random_state
@@ -36,8 +35,9 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.checkpoints import put_checkpoint
-from nbpeft.training.launch.agreement import is_first, is_launched, of_the_first, several_processes, write_together
+from nbpeft.training.launch.agreement import is_first, of_the_first, several_processes, write_together
 from nbpeft.training.run import Run
+from nbpeft.training.sharded_trainer import base_mark
 
 SHARE = 0.015
 """Of the time, that writing states may take; noting each step takes less than half a millisecond."""
@@ -103,9 +103,6 @@ class RunKeeper(TrainerCallback):
         self._in_step = self._step_open = False
         self._random: dict[str, Any] = {}
         self._next = float("inf")
-        manager = manager_of(model)
-        whole = is_launched() and manager is not None and not manager.merged
-        self._base = fingerprint(manager.model) if whole and manager is not None else None  # before it is sharded
 
     # What the Trainer calls
 
@@ -238,7 +235,9 @@ class RunKeeper(TrainerCallback):
         manager = manager_of(self._model)
         assert manager is not None
         names, write = trained_names(self._model), is_first()
-        files.save(manager, folder, names=names, embeddings=False, stays=False, write=write, base=self._base)
+        files.save(
+            manager, folder, names=names, embeddings=False, stays=False, write=write, base=base_mark(self.trainer)
+        )
         if write:
             self._write_trainer_state(folder)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -96,7 +97,10 @@ def main(folder: Path) -> int:
 
 
 def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None) -> TrainResult:
-    _share_frozen(model)
+    if job.arguments.get("fsdp"):
+        _shard_on_the_cpu()
+    else:
+        _share_frozen(model)
 
     def publish(state: TrainState) -> None:
         if channel is not None:
@@ -111,6 +115,19 @@ def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None
     except TrainingInterrupted as error:
         assert isinstance(error.result, TrainResult)
         return error.result
+
+
+def _shard_on_the_cpu() -> None:
+    """Lets accelerate shard over processes on the CPU too, where what it does works all the same."""
+    made = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
 
 
 def _share_frozen(model: Any) -> None:
