@@ -23,6 +23,7 @@ from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
+from nbpeft.model.sharded import gathered, is_sharded
 
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -238,8 +239,10 @@ def save(
     stays: bool = True,
     facts: checkpoint.CardFacts | None = None,
     pickled: bool = False,
+    write: bool = True,
+    base: checkpoint.Fingerprint | None = None,
 ) -> dict[str, checkpoint.WrittenFiles]:
-    """Saves adapters.
+    """Saves adapters. Where they are sharded over processes, all of them call it, and one writes.
 
     Args:
         manager: has them.
@@ -253,6 +256,8 @@ def save(
         stays: whether the folder is one that stays, so that the adapters are no longer unsaved.
         facts: what the card says besides the config.
         pickled: write the tensors as PEFT's old ``.bin``.
+        write: whether this process writes.
+        base: fingerprint of the base model, taken before that was sharded; taken here by default.
 
     Returns:
         Adapter name -> what was written.
@@ -260,7 +265,9 @@ def save(
     chosen = list(manager.names if names is None else names)
     manager.require(*chosen)
     with manager.active_state.turn():  # a training in the background writes into what is read here
-        print_ = None if manager.merged else checkpoint.fingerprint(manager.model)
+        print_ = base
+        if print_ is None and write and not manager.merged and not is_sharded(manager.model):
+            print_ = checkpoint.fingerprint(manager.model)
         places: dict[str, str] = {}
         ready: dict[str, tuple[AdapterConfig, Mapping[str, Tensor]]] = {}
         for name in chosen:
@@ -273,7 +280,7 @@ def save(
                 config, weights = rewrite(name, config, weights)
             config = checkpoint.config_to_save(config, manager.model, targets=paths)
             ready[places[name]] = config, _under_keys(config, weights)
-        if not ready:
+        if not ready or not write:
             return {}
         first = ready[""][0] if "" in ready else _first_config(manager)  # as PEFT does, whichever adapters it saves
         card = _card_config(manager, first)
@@ -340,7 +347,7 @@ def file_tensors(
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
     tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
-    return {key: tensor.detach() for key, tensor in tensors.items()}
+    return {key: gathered(tensor) for key, tensor in tensors.items()}
 
 
 def _saved_weights(

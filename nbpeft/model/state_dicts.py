@@ -15,6 +15,7 @@ from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import BaseMismatchError, did_you_mean, few
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
+from nbpeft.model.sharded import like
 
 
 def get_peft_model_state_dict(
@@ -103,7 +104,7 @@ def set_peft_model_state_dict(
         _fill_in(manager, adapter_name, {id(own): value for own, value in writes if own.is_meta}, change)
         for own, value in writes:
             if not own.is_meta:
-                own.copy_(value)
+                own.copy_(like(own, value))
     # The state dict of a whole model holds the base and other adapters besides.
     unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
     return LoadResult(loaded.missing, unexpected)

@@ -208,7 +208,7 @@ def _check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArgum
             continue
         name, value = field.name, fields[field.name]
         kinds = _kinds_of(field.type)
-        if name == "resume_from_checkpoint" and value is True:  # the newest one; the field's type leaves it out
+        if name in ("resume_from_checkpoint", "fsdp") and value is True:  # the fields' types leave it out
             continue
         if kinds and not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(_WORDS[kind] for kind in kinds if kind is not type(None))

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from nbpeft.training.launch.agreement import several_processes
 from nbpeft.training.run import Run, StopRun
 
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -55,7 +56,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ends a run that is resumed after its last step: a Trainer would do one more."""
-        if 0 < state.max_steps <= state.global_step and self.run.entered and not _several_processes():
+        if 0 < state.max_steps <= state.global_step and self.run.entered and not several_processes():
             self.run.note(f"no step was left: it had finished at step {state.global_step:,}")
             raise StopRun(self.run, finished=True)
 
@@ -107,7 +108,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Carries out Pause during an evaluation, and Stop where the run can end it at once."""
-        if self.run.wait_or_stop() and self.run.entered and not _several_processes():
+        if self.run.wait_or_stop() and self.run.entered and not several_processes():
             raise StopRun(self.run)
 
     def on_epoch_end(
@@ -169,15 +170,11 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
     Processes that end at different steps would wait for each other for ever.
     """
-    if not _several_processes():
+    if not several_processes():
         return flag
     flags = torch.tensor([int(flag)], device=device)
     distributed.all_reduce(flags, distributed.ReduceOp.MAX)
     return bool(flags.item())
-
-
-def _several_processes() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def count_tokens(inputs: Mapping[str, Any]) -> int | Tensor | None:

@@ -121,6 +121,17 @@ class RunControl:
             self._wait(on_wait, on_save)
         return self._stop
 
+    def relay(self, on_save: Callable[[], None], *, waiting: bool) -> None:
+        """Called instead of ``wait_or_stop`` by who waits for a run in other processes, and hands requests on to it.
+
+        Args:
+            on_save: called where saving was requested.
+            waiting: whether the run waits now.
+        """
+        self._deliver()
+        self._save_if_requested(on_save)
+        self._waiting = waiting
+
     def _wait(self, on_wait: Callable[[], None] | None, on_save: Callable[[], None] | None) -> None:
         self._waiting = True
         try:

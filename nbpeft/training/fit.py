@@ -35,10 +35,12 @@ from nbpeft.training.failures import explain_failure, free_memory, is_out_of_mem
 from nbpeft.training.generation import PromptBatch
 from nbpeft.training.grouping import group_rows, wants_groups
 from nbpeft.training.keeping import RunKeeper, check_rows_are_those, mark_of_rows
+from nbpeft.training.launch.parent import train_apart
+from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.learning_check import why_no_gradient
 from nbpeft.training.packing import PackingCheck, pack
 from nbpeft.training.result import TrainResult
-from nbpeft.training.rows import is_causal, training_rows
+from nbpeft.training.rows import TrainingRows, is_causal, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
 from nbpeft.training.sweep import SideBySide, SideBySideCallback, callbacks_of, kept_of, side_by_side
@@ -69,6 +71,8 @@ def train(
     run_dir: RunPlace | str | os.PathLike[str] | None = None,
     track: str | Sequence[str] | None = None,
     members: Mapping[str, Mapping[str, Any]] | SideBySide | None = None,
+    processes: int | None = None,
+    hosts: Sequence[str] | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -113,6 +117,9 @@ def train(
         track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them: where the numbers go as well.
         members: Adapters of the model to train side by side, each with fields of its own:
             ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. What a sweep makes by itself.
+        processes: Train in so many processes of this machine, one for each card; see :mod:`nbpeft.training.launch`.
+            Each takes ``per_device_train_batch_size`` rows a step. ``fsdp=True`` shards the model over them.
+        hosts: Addresses of machines that see the same folders, this one's first: so many processes on each of them.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
             options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
@@ -133,6 +140,9 @@ def train(
     check_options(options)
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
+    launch = launch_of(processes, hosts)
+    if launch is not None and members is not None:
+        raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
     data = open_data(data)
     rows = training_rows(
         model,
@@ -163,17 +173,24 @@ def train(
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
                 own = {"max_length": max_length, "packing": packing or None}
-                kept = given | fields | {name: value for name, value in own.items() if value is not None}
-                kept |= kept_of(members)
-                keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
-                tracking = TrackCallback(trackers, run, kept) if trackers else None
-                around = [part for part in (keeper, tracking) if part is not None]
-                inside: list[EarlyStop | SampleCallback | SideBySideCallback | PackingCheck]
-                inside = [*callbacks_of(members, run)]
-                inside += [PackingCheck(run, learned, collator)] if packing else []
-                inside += [] if patience is None else [EarlyStop(run, model, patience)]
-                inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
-                metrics = _fit(trainer_class, model, run, options, around, inside, fields)
+                own |= {"processes": processes, "hosts": hosts and list(hosts)}
+                own = {name: value for name, value in own.items() if value is not None}
+                if launch is not None:
+                    arguments |= own | {"tokenizer": tokenizer, "sample": batch, "every": every, "patience": patience}
+                    arguments |= {"run_dir": run_dir, "track": track}
+                    arguments |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
+                    metrics = _elsewhere(model, run, launch, rows, arguments)
+                else:
+                    kept = given | fields | own | kept_of(members)
+                    keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
+                    tracking = TrackCallback(trackers, run, kept) if trackers else None
+                    around = [part for part in (keeper, tracking) if part is not None]
+                    inside: list[EarlyStop | SampleCallback | SideBySideCallback | PackingCheck]
+                    inside = [*callbacks_of(members, run)]
+                    inside += [PackingCheck(run, learned, collator)] if packing else []
+                    inside += [] if patience is None else [EarlyStop(run, model, patience)]
+                    inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
+                    metrics = _fit(trainer_class, model, run, options, around, inside, fields)
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
             if failure is error and not isinstance(error, NbpeftError):
@@ -281,6 +298,8 @@ def _sample_batch(
     model: nn.Module, sample: Any, tokenizer: Any, every: Any, data: Any, columns: Mapping[str, str] | None
 ) -> PromptBatch | None:
     """The prompts to sample, if there are any, in the form that the rows to learn have."""
+    if isinstance(sample, PromptBatch):  # of the process that launched this one
+        return sample
     if sample is not None:
         return sample_batch(model, sample, tokenizer, every, plain=is_plain(data, tokenizer, columns))
     if every is not None:
@@ -384,6 +403,22 @@ def _fit(
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None
             trainer.model_wrapped = None
+
+
+def _elsewhere(
+    model: nn.Module, run: Run, launch: Launch, rows: TrainingRows, arguments: Mapping[str, Any]
+) -> dict[str, float]:
+    """Runs a Trainer in each of several processes, as ``_fit`` runs one here."""
+    if is_stream(rows.train):
+        raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
+    metrics: dict[str, float] = {}
+    run.follows = True
+    with _interrupted_once(run), run:
+        metrics = train_apart(model, run, launch, rows.train, rows.evaluation, arguments)
+    manager = manager_of(model)
+    if manager is not None and run.steps_done and "output_dir" not in arguments:
+        mark_unsaved(manager, *trained_names(model))
+    return metrics
 
 
 @contextmanager

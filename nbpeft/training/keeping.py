@@ -35,7 +35,9 @@ from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.adapted import trained_names
 from nbpeft.training.checkpoints import put_checkpoint
+from nbpeft.training.launch.agreement import is_first, of_the_first, several_processes, write_together
 from nbpeft.training.run import Run
+from nbpeft.training.sharded_trainer import base_mark
 
 SHARE = 0.015
 """Of the time, that writing states may take; noting each step takes less than half a millisecond."""
@@ -108,16 +110,16 @@ class RunKeeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Takes the folder; a run that goes on is cut back to the step that it goes on from."""
-        if args.world_size > 1:
-            self._run.note("runs of several processes are not kept")
-            return
         name, store = self._place.name, self._place.store
+        if name is not None:
+            self._saved_step = state.global_step
+        if not is_first():
+            return
         with self._noting():
             self.folder = folder = store.create(self._run.label) if name is None else store.find(name)
             if name is not None:
                 folder.open()
                 self._before, self._contents = folder.facts(), folder.contents()
-                self._saved_step = state.global_step
                 self._run.goes_on(folder.series(state.global_step), folder.samples(state.global_step))
                 state.log_history = folder.cut_after(state.global_step)
                 self._seconds_before = max((float(entry.get("seconds", 0)) for entry in state.log_history), default=0.0)
@@ -129,9 +131,8 @@ class RunKeeper(TrainerCallback):
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         """Keeps the state before the first step."""
-        if self.folder is not None and self._saved_step < 0:
-            with self._noting():
-                self._save()
+        if of_the_first(self.folder is not None and self._saved_step < 0):
+            self._save()
         elif self._next == float("inf"):
             self._next = self._clock() + SHORTEST
 
@@ -158,14 +159,14 @@ class RunKeeper(TrainerCallback):
 
     def after_step(self) -> None:
         """Called when a step was logged, and when an epoch was evaluated: keeps the state if it is time."""
-        if self.folder is None or self._step_open:  # stopped inside a step: that is kept when the run ends
+        if self._step_open:  # stopped inside a step: that is kept when the run ends
             return
         if self._evaluated:  # which draws random numbers
             self._random = random_state()
         saved = self._saved_step == self.trainer.state.global_step
-        if self._evaluated if saved else self._clock() >= self._next:
-            with self._noting():
-                self._save()
+        due = self._evaluated if saved else self._clock() >= self._next
+        if of_the_first(due and self.folder is not None):
+            self._save()
 
     # Around the run
 
@@ -176,23 +177,29 @@ class RunKeeper(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         folder, state = self.folder, self._run.state
-        if folder is None:
+        alone = state.status == "failed" and several_processes()  # the others may be anywhere
+        if not (folder is not None if alone else of_the_first(folder is not None)):
             return
         try:
             with HeldInterrupts(to_the_end=True), self._noting():  # a second interruption waits for the last state
-                if self._run.steps_done == 0 and state.status == "failed":
+                if folder is not None and self._run.steps_done == 0 and state.status == "failed":
                     self._undo(folder)
                 elif state.status == "finished":
                     self._save(whole=False)
-                elif not self._in_step and self.trainer.optimizer is not None and state.step > self._saved_step:
+                elif not alone and self._has_new_state(state.step):
                     with drawing_from(self._random or random_state()):
                         self._save()
                 else:
                     self._write_facts()
-                folder.close()
-                self._place.store.tidy()
+                if folder is not None:
+                    folder.close()
+                    self._place.store.tidy()
         finally:
-            folder.close()
+            if folder is not None:
+                folder.close()
+
+    def _has_new_state(self, step: int) -> bool:
+        return not self._in_step and self.trainer.optimizer is not None and step > self._saved_step
 
     def _undo(self, folder: RunFolder) -> None:
         """Leaves the disk as it was before a run that failed before its first step."""
@@ -207,21 +214,32 @@ class RunKeeper(TrainerCallback):
     # Writing
 
     def _save(self, *, whole: bool = True) -> None:
-        """Keeps the state now; of a run that has ended all the same (not ``whole``) the adapter alone."""
-        assert self.folder is not None
+        """Keeps the state now; of a run that has ended all the same (not ``whole``) the adapter alone.
+
+        Where there are several processes, all of them call it, and each writes its part.
+        """
         begun, step = self._clock(), int(self.trainer.state.global_step)
-        write = self._write_state if whole else self._write_adapter
-        put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
+
+        def put(write: Callable[[Path], object]) -> None:
+            assert self.folder is not None
+            put_checkpoint(self.folder.path, step, write, most=_MOST_STATES if whole else 1)
+
+        with self._noting():
+            write_together(put, self._write_state if whole else self._write_adapter)
+            self._write_facts()
         self._saved_step, self._evaluated = step, False
-        self._write_facts()
         now = self._clock()
         self._next = now + max(SHORTEST, (now - begun) / SHARE)
 
     def _write_adapter(self, folder: Path) -> None:
         manager = manager_of(self._model)
         assert manager is not None
-        files.save(manager, folder, names=trained_names(self._model), embeddings=False, stays=False)
-        self._write_trainer_state(folder)
+        names, write = trained_names(self._model), is_first()
+        files.save(
+            manager, folder, names=names, embeddings=False, stays=False, write=write, base=base_mark(self.trainer)
+        )
+        if write:
+            self._write_trainer_state(folder)
 
     def _write_state(self, folder: Path) -> None:
         self._write_adapter(folder)
@@ -283,7 +301,8 @@ class RunKeeper(TrainerCallback):
         }
 
     def _write_facts(self) -> None:
-        assert self.folder is not None
+        if self.folder is None:  # another process writes them
+            return
         state = self._run.state
         self._facts |= _summary(state) | {"seconds": self._seconds()}
         series = {name: points for name, points in {**state.series, **state.metric_history}.items() if points}

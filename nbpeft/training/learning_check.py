@@ -80,6 +80,9 @@ class LearningCheck:
         model = self._model()
         if model is None:
             return message
+        if len(self._parameters) < len(self._paths):  # FSDP2 has put others in their places
+            self.close()
+            return message
         # A loop may report a step before its backward pass: then nothing has arrived at step 1.
         if not self._gradients_checked and (self._largest or steps > 1 or last):
             if self._was_skipped() and steps < PATIENCE and not last:

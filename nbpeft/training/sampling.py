@@ -13,6 +13,7 @@ from transformers.training_args import TrainingArguments
 from nbpeft.engine.adapter_names import BASE_NAME
 from nbpeft.engine.random_numbers import random_state, set_random_state
 from nbpeft.errors import ConfigError, in_one_line
+from nbpeft.model.sharded import is_sharded
 from nbpeft.state import Sample
 from nbpeft.training.generation import GenerationRequest, PromptBatch, evaluating, generate_batch
 from nbpeft.training.run import Run
@@ -44,7 +45,8 @@ class SampleCallback(TrainerCallback):
         """Samples where it is time, and after the last step."""
         every = self._every or max(1, -(-state.max_steps // TIMES))
         due = state.global_step % every == 0 or state.global_step == state.max_steps
-        if due and state.is_world_process_zero and not self._failed and not self._run.control.stop_requested:
+        mine = state.is_world_process_zero or is_sharded(self._model)  # a part of the weights is in each process
+        if due and mine and not self._failed and not self._run.control.stop_requested:
             self._sample(state.global_step)
 
     def _sample(self, step: int) -> None:

@@ -91,7 +91,9 @@ class TrackCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Opens the trackers."""
+        """Opens the trackers, in one of several processes."""
+        if not state.is_world_process_zero:
+            return
         run = self._run
         folder = Path(run.folder or f"{PROJECT}_tracked/{run.adapter.replace(', ', '+')}-{run.run_id}")
         for name in self._names:

@@ -44,6 +44,7 @@ from nbpeft.model import LoraLayer, PeftModel, get_peft_model, load_peft_weights
 from nbpeft.training.checkpoints import resume_point, save_beside, save_whole
 from nbpeft.training.import_hook import ImportHook
 from nbpeft.training.optimizer_steps import watch_steps
+from nbpeft.training.sharded_trainer import load_optimizer, note_base, save_model, save_optimizer
 
 _ACCELERATE, _FSDP, _TRANSFORMERS = (
     "accelerate.utils.modeling",
@@ -160,6 +161,7 @@ def log_save_evaluate(original: Callable[..., Any], trainer: Any, *args: Any, **
 
 def training_loop(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """As the Trainer's, with their turn for methods that learn with hooks."""
+    note_base(trainer)
     end = watch_steps(trainer.model, lambda: int(trainer.state.global_step))
     try:
         return original(trainer, *args, **kwargs)
@@ -188,6 +190,9 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "_save_checkpoint": save_checkpoint,
     "_load_from_checkpoint": load_from_checkpoint,
     "_load_best_model": load_best_model,
+    "save_model": save_model,
+    "_save_optimizer_and_scheduler": save_optimizer,
+    "_load_optimizer_and_scheduler": load_optimizer,
 }
 """Name of a method of ``transformers.Trainer`` -> what runs instead where the model is ours."""
 

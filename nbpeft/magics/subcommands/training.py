@@ -26,7 +26,11 @@ _RESERVED = (
     "run_factory",
     "run_dir",
     "source",
+    "processes",
+    "hosts",
 )
+_OF_THIS_NOTEBOOK = ("sample", "every", "processes", "hosts")
+"""What a script is not given."""
 
 
 @subcommand(
@@ -69,6 +73,18 @@ _RESERVED = (
     ),
     argument("--sample", action="append", metavar="PROMPT", help="answer this while it trains; may be repeated"),
     argument("--every", type=positive, metavar="STEPS", help="how often to sample; about five times a run if left out"),
+    argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="train in N processes, one for each card; with fsdp = True in the cell the model is sharded over them",
+    ),
+    argument(
+        "--hosts",
+        nargs="+",
+        metavar="ADDRESS",
+        help="N processes on each of these machines, this one first; all must see this folder under this path",
+    ),
     argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library to use"),
     argument("--background", "-b", action="store_true", help="the cell returns at once; other cells run meanwhile"),
     fields="training",
@@ -107,7 +123,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
         data=options.data,
         eval_data=options.eval_data,
         tokenizer=options.tokenizer,
-        arguments={name: value for name, value in written.items() if name not in (*left_out, "sample", "every")},
+        arguments={name: value for name, value in written.items() if name not in (*left_out, *_OF_THIS_NOTEBOOK)},
         left_out=(*left_out, *(["--trainer"] if options.trainer is not None else [])),
     )
     return result
@@ -131,7 +147,7 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         if name in options.fields:
             raise CellError(f"{name} is given in the magic's line, not in the cell")
     arguments: dict[str, Any] = dict(options.fields)
-    given = {name: getattr(options, name) for name in ("max_length", "patience", "every")}
+    given = {name: getattr(options, name, None) for name in ("max_length", "patience", "every", "processes", "hosts")}
     given["columns"] = None if options.columns is None else dict(options.columns)
     given["sample"] = [prompt_text(text) for text in options.sample] if options.sample else None
     given["packing"] = options.packing or None

@@ -1,0 +1,12 @@
+"""Training in several processes, for one that waits: a notebook's.
+
+    notebook                                 process 0              process 1 …
+    train(…, processes=2)
+      └ job.pt: model, rows, arguments ────> train(…)  <─DDP/FSDP2─> train(…)
+      Run.follow(state)       <── states ──   Run
+      RunControl              ── requests ─>  SharedControl ──────── the same step
+      load_adapters(result/)  <── adapter ──  end
+
+The processes get the variables that ``torch.distributed.run`` and ``accelerate launch`` set, so that a Trainer does in
+them what it does under those. Nothing of the notebook's model changes before the trained adapter is there.
+"""

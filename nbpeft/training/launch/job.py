@@ -1,0 +1,44 @@
+"""What the processes of a training are given, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+JOB, RESULT = "job.pt", "result"
+"""In the folder of a job: what is to be done, and the trained adapters."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        model: with its adapters, those to train active.
+        rows: tokenized.
+        eval_rows: the same, or None.
+        arguments: further ones of ``nbpeft.training.train``.
+    """
+
+    model: nn.Module
+    rows: Any
+    eval_rows: Any
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How it ended.
+
+    Attributes:
+        status: of the run.
+        metrics: what the Trainer reports.
+        token_count: input tokens of all steps.
+    """
+
+    status: Literal["finished", "stopped"]
+    metrics: Mapping[str, float]
+    token_count: int

@@ -1,0 +1,255 @@
+"""The processes of one training on this host: started together, ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from nbpeft.errors import ConfigError
+from nbpeft.training.launch.agreement import is_launched
+
+CHILD = "nbpeft.training.process"
+"""The module that each process runs."""
+MOST = 256
+_GRACE = 5.0
+"""Seconds that a process has to end by itself."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes train, and where.
+
+    Attributes:
+        processes: on each host.
+        hosts: addresses, this host's first; empty where it is the only one.
+    """
+
+    processes: int
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def world(self) -> int:
+        """Processes of all hosts."""
+        return self.processes * max(len(self.hosts), 1)
+
+
+def launch_of(processes: Any, hosts: Any = None) -> Launch | None:
+    """What a training is to be launched as; None where it is to run in this process.
+
+    Inside a process that a launcher has started that is what was asked for already.
+
+    Args:
+        processes: on each host, as given; None for one.
+        hosts: addresses, as given, or None.
+
+    Raises:
+        ConfigError: they are impossible here.
+    """
+    count = 1 if processes is None else processes
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST:
+        raise ConfigError(
+            f"processes must be a whole number from 1 to {MOST}, not {processes!r:.60}", field="processes"
+        )
+    names = (hosts,) if isinstance(hosts, str) else tuple(hosts or ())
+    if not all(isinstance(name, str) and name for name in names) or len(names) == 1:
+        raise ConfigError(
+            f"hosts must be at least two addresses, this machine's first, not {hosts!r:.80}", field="hosts"
+        )
+    if is_launched() or (count == 1 and not names):
+        return None
+    cards = torch.accelerator.device_count() if torch.accelerator.is_available() else count
+    if count > cards:
+        raise ConfigError(
+            f"{count} processes need {count} {torch.accelerator.current_accelerator()} devices, and this machine has "
+            f"{cards}: processes={cards}",
+            field="processes",
+        )
+    return Launch(count, names)
+
+
+def environment(launch: Launch, host: int, local_rank: int, address: str, port: int) -> dict[str, str]:
+    """The variables of one process, as ``torch.distributed.run`` sets them, with the paths of this interpreter."""
+    threads = max(1, (os.cpu_count() or 1) // launch.processes)
+    ranks = {
+        "RANK": host * launch.processes + local_rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": launch.world,
+        "LOCAL_WORLD_SIZE": launch.processes,
+        "GROUP_RANK": host,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": paths, **{k: str(v) for k, v in ranks.items()}}
+
+
+class Processes:
+    """The processes of this host; as a context manager they have ended when the block has.
+
+    The first one sends messages (``receive``) and takes requests (``send``). Each ends by itself when this one does.
+
+    Args:
+        folder: of the job; takes what they print and why they failed.
+        launch: how many.
+        host: which of the hosts this is.
+        address: of the first host.
+        port: on it.
+    """
+
+    def __init__(self, folder: Path, launch: Launch, *, host: int = 0, address: str, port: int) -> None:
+        self.folder, self.launch = folder, launch
+        self._first = host * launch.processes
+        self._variables = [environment(launch, host, rank, address, port) for rank in range(launch.processes)]
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def __enter__(self) -> Self:
+        try:
+            for number, variables in enumerate(self._variables):
+                self._running.append(self._start(number, variables))
+            threading.Thread(target=self._read, name="nbpeft-processes", daemon=True).start()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def _start(self, number: int, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        # In a session of its own: an interruption of the notebook's process group is delivered once, to the notebook.
+        with open(self.folder / f"process-{self._first + number}.log", "wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", CHILD, str(self.folder)],
+                env=dict(variables),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if number == 0 else log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _read(self) -> None:
+        stream = self._running[0].stdout
+        assert stream is not None
+        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError, ValueError):
+            while True:
+                self._messages.put(pickle.load(stream))
+
+    def receive(self, timeout: float) -> Any:
+        """The next message of the first process; None where none comes within ``timeout`` seconds."""
+        try:
+            return self._messages.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def send(self, **request: Any) -> None:
+        """Sends a request to the first process."""
+        stream = self._running[0].stdin
+        assert stream is not None
+        with contextlib.suppress(OSError, ValueError):  # it has ended: that is seen elsewhere
+            pickle.dump(request, stream)
+            stream.flush()
+
+    @property
+    def running(self) -> bool:
+        """Whether any of them runs."""
+        return any(process.poll() is None for process in self._running)
+
+    def failure(self) -> Failure | None:
+        """Why the first of those failed that did, on any host; None where none has."""
+        failed = {number: code for number, process in enumerate(self._running) if (code := process.poll())}
+        if not failed and not Failure.all_in(self.folder):
+            return None
+        time.sleep(0.2)  # one that failed first may be about to say so
+        told = Failure.all_in(self.folder)
+        if told:
+            return min(told, key=lambda found: found.time)
+        number, code = next(iter(failed.items()))
+        how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        rank = self._first + number
+        return Failure(rank, "", f"{how}{hint}{_last_line(self.folder / f'process-{rank}.log')}", time.time())
+
+    def end(self, grace: float = _GRACE) -> None:
+        """Ends those that run: asked to, and after ``grace`` seconds at once."""
+        alive = [process for process in self._running if process.poll() is None]
+        for process in alive:
+            with contextlib.suppress(OSError):
+                process.terminate()
+        until = time.monotonic() + grace
+        for process in self._running:
+            try:
+                process.wait(max(until - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+
+    def wait(self, timeout: float) -> bool:
+        """Waits for the end of all, at most ``timeout`` seconds. Returns whether that came about."""
+        until = time.monotonic() + timeout
+        while self.running and time.monotonic() < until:
+            time.sleep(0.02)
+        return not self.running
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process failed.
+
+    Attributes:
+        rank: of the process.
+        kind: name of the error's class.
+        message: one line.
+        time: seconds since 1970.
+        trace: the traceback as text.
+    """
+
+    rank: int
+    kind: str
+    message: str
+    time: float
+    trace: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Leaves it for the process that waits."""
+        path = folder / f"failure-{self.rank}.json"
+        path.with_suffix(".new").write_text(json.dumps(vars(self)), encoding="utf-8")
+        os.replace(path.with_suffix(".new"), path)
+
+    @classmethod
+    def all_in(cls, folder: Path) -> list[Failure]:
+        """What the processes of a job have left."""
+        found = []
+        for path in folder.glob("failure-*.json"):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                found.append(cls(**json.loads(path.read_text(encoding="utf-8"))))
+        return found
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return f": {lines[-1].strip()[:200]}" if lines else ""

@@ -1,0 +1,48 @@
+"""Stop, Pause and Save in several processes at once: the first one is asked, and all of them hear of it at one step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from nbpeft.training.control import RunControl
+from nbpeft.training.launch.agreement import is_first, of_the_first
+
+_STOP, _PAUSE, _SAVE = range(3)
+
+
+class SharedControl(RunControl):
+    """A ``RunControl`` whose requests are carried out by all processes after the same step.
+
+    A process that waited alone would leave the others in a collective operation, until that times out. Requests are
+    therefore kept by the first process, and handed on wherever a run looks for them, which all do in step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wanted = [False, False, False]
+        self._reason = ""
+        self._guard = threading.Lock()
+
+    def take(self, request: Mapping[str, Any]) -> None:
+        """Notes a request in the first process; may come from any thread.
+
+        Args:
+            request: ``stop`` and ``reason``, ``pause``, ``save``; what is left out stays.
+        """
+        with self._guard:
+            for place, name in ((_STOP, "stop"), (_PAUSE, "pause"), (_SAVE, "save")):
+                self._wanted[place] = bool(request.get(name, self._wanted[place]))
+            self._reason = str(request.get("reason", self._reason))
+
+    def _deliver(self) -> None:
+        with self._guard:
+            wanted, self._wanted[_SAVE] = list(self._wanted), False
+        stop, pause, save = of_the_first(wanted)
+        if stop:
+            self.request_stop(self._reason)
+        if pause != self._paused:
+            self._set_paused(pause)
+        if save and is_first():
+            self.request_save()

@@ -1,0 +1,95 @@
+"""A model, its rows and its arguments in one file, which other processes map: one copy in the memory of a host.
+
+Any model that pickle can name is taken, quantized or not, with its adapters as they are now.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.errors import TrainingError, in_one_line
+from nbpeft.memory.formatting import size_text
+
+_INPUT_GRADS = "enable_input_require_grads.<locals>"
+"""In the qualified name of the hook that transformers puts on embeddings."""
+
+
+class _Pickler(pickle.Pickler):
+    """Names what another process cannot import, and keeps the classes of parameters, as bitsandbytes has them."""
+
+    def reducer_override(self, value: Any) -> Any:
+        kind = type(value)
+        if nn.Parameter in kind.__mro__[1:]:
+            plain = value.detach().as_subclass(Tensor)
+            return _parameter, (kind, plain, value.requires_grad), dict(vars(value)), None, None, _set_attributes
+        if not isinstance(value, FunctionType | type):
+            return NotImplemented
+        if _INPUT_GRADS in value.__qualname__:
+            return _input_grads, ()
+        if value.__module__ == "__main__" or "<locals>" in value.__qualname__ or "<lambda>" in value.__qualname__:
+            raise TrainingError(
+                f"{value.__qualname__} is defined in the notebook or inside a function, where other processes cannot "
+                "import it: put it into a module (a .py file) and import it from there"
+            )
+        return NotImplemented
+
+
+_PICKLE = SimpleNamespace(__name__="pickle", Pickler=_Pickler, dumps=pickle.dumps, dump=pickle.dump)
+
+
+def save_whole(path: Path, content: Any, model: nn.Module) -> int:
+    """Writes a model and what belongs to it. Returns the number of bytes.
+
+    Args:
+        path: of the new file.
+        content: holds the model.
+        model: whose tensors are the most of it.
+
+    Raises:
+        TrainingError: something of it cannot be sent to other processes, or the disk has no room.
+    """
+    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise TrainingError(
+            f"the processes read the model from a file of {size_text(needed)}, and {path.parent} has {size_text(free)} "
+            "left: set TMPDIR to a folder with more room"
+        )
+    try:
+        torch.save(content, path, pickle_module=_PICKLE)
+    except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+        raise TrainingError(f"this cannot be sent to other processes: {in_one_line(error)}") from error
+    return path.stat().st_size
+
+
+def load_whole(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``save_whole`` wrote. On the CPU the tensors are pages of the file, shared until one is written to.
+
+    Args:
+        path: of the file.
+        device: where the tensors go.
+    """
+    return torch.load(path, map_location=device, mmap=True, weights_only=False)
+
+
+def _parameter(kind: type[Any], data: Tensor, requires_grad: bool) -> Any:
+    return Tensor._make_subclass(kind, data, requires_grad)
+
+
+def _set_attributes(parameter: Any, attributes: dict[str, Any]) -> None:
+    vars(parameter).update(attributes)
+
+
+def _input_grads() -> Any:
+    return _require_input_grads
+
+
+def _require_input_grads(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)

@@ -1,0 +1,150 @@
+"""One of the processes of a training: python -m nbpeft.training.process FOLDER.
+
+It has the variables that ``torch.distributed.run`` or ``accelerate launch`` set; the folder is that of a job, see
+:mod:`nbpeft.training.launch`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.errors import TrainingInterrupted, in_one_line
+from nbpeft.memory import Meter
+from nbpeft.model import files
+from nbpeft.state import TrainState
+from nbpeft.training.adapted import trained_names
+from nbpeft.training.failures import explain_failure
+from nbpeft.training.fit import train
+from nbpeft.training.launch.job import JOB, RESULT, Ended
+from nbpeft.training.launch.processes import Failure
+from nbpeft.training.launch.shared_control import SharedControl
+from nbpeft.training.launch.transport import load_whole
+from nbpeft.training.result import TrainResult
+from nbpeft.training.run import Run
+
+_PARENT_GONE = "the process that started it is gone"
+
+
+class Channel:
+    """To the process that waits and from it, over what were the standard streams; what is printed goes to the log."""
+
+    def __init__(self) -> None:
+        self._requests: IO[bytes] = os.fdopen(os.dup(0), "rb")
+        self._messages: IO[bytes] = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+
+    def send(self, message: Any) -> None:
+        """Sends one message; nobody may be there any more."""
+        try:
+            with self._lock:
+                pickle.dump(message, self._messages)
+                self._messages.flush()
+        except OSError:
+            return
+
+    def listen(self, control: SharedControl) -> None:
+        """Takes requests in a thread, and asks for the end when nobody is there any more."""
+
+        def work() -> None:
+            while True:
+                try:
+                    control.take(pickle.load(self._requests))
+                except (EOFError, OSError, pickle.UnpicklingError):
+                    control.take({"stop": True, "pause": False, "reason": _PARENT_GONE})
+                    return
+
+        threading.Thread(target=work, name="nbpeft-requests", daemon=True).start()
+
+
+def main(folder: Path) -> int:
+    """Trains. Returns the status of the process."""
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    channel, control = Channel(), SharedControl()
+    channel.listen(control)
+    model = None
+    try:
+        job = load_whole(folder / JOB, _device(folder, local_rank))
+        model = job.model
+        result = _train(job, model, control, channel if rank == 0 else None)
+        manager = manager_of(model)
+        assert manager is not None
+        files.save(manager, folder / RESULT, names=trained_names(model), embeddings=False, stays=False, write=rank == 0)
+        if rank == 0:
+            channel.send(Ended(result.status, result.metrics, result.token_count))
+        distributed.barrier()
+        return 0
+    except BaseException as error:
+        trace = "".join(traceback.format_exception(error))
+        print(trace, file=sys.stderr, flush=True)
+        message = in_one_line(explain_failure(error, model))
+        Failure(rank, type(error).__name__, message, time.time(), trace).write(folder)
+        return 1
+
+
+def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None) -> TrainResult:
+    if job.arguments.get("fsdp"):
+        _shard_on_the_cpu()
+    else:
+        _share_frozen(model)
+
+    def publish(state: TrainState) -> None:
+        if channel is not None:
+            channel.send(state)
+
+    meter = Meter(model)
+    run_factory = functools.partial(Run, memory=meter.read)
+    try:
+        return train(
+            model, job.rows, job.eval_rows, control=control, publish=publish, run_factory=run_factory, **job.arguments
+        )
+    except TrainingInterrupted as error:
+        assert isinstance(error.result, TrainResult)
+        return error.result
+
+
+def _shard_on_the_cpu() -> None:
+    """Lets accelerate shard over processes on the CPU too, where what it does works all the same."""
+    made = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def _share_frozen(model: Any) -> None:
+    """Keeps DDP from sending the frozen base around, which all processes have read from one file."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+
+
+def _device(folder: Path, local_rank: int) -> str:
+    """Where the weights go: to the card of this process, unless they are sharded, which a Trainer does from the CPU."""
+    if (folder / "sharded").exists() or not torch.accelerator.is_available():
+        return "cpu"
+    torch.accelerator.set_device_index(local_rank)
+    return f"{torch.accelerator.current_accelerator()}:{local_rank}"
+
+
+if __name__ == "__main__":
+    status = main(Path(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(status)  # threads that wait, of torch and for requests, would keep it or abort it

@@ -1,0 +1,76 @@
+"""What a Trainer does instead where FSDP2 shards a model of ours: files hold every process's part of the adapters.
+
+accelerate gathers whole state dicts, base and all, or the adapter's part of one process, and to read an optimizer's
+state before its first step it does a step. Here the adapters and what trains them are gathered alone, into the files
+that a training of one process has: a checkpoint of the one goes on as the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nbpeft.checkpoint import fingerprint
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.model import files
+from nbpeft.model.sharded import gathered_state, is_sharded, state_like
+from nbpeft.training.checkpoints import save_beside
+
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+_MARK = "_nbpeft_base"
+
+
+def note_base(trainer: Any) -> None:
+    """Takes the fingerprint of the base before it is sharded."""
+    manager = manager_of(trainer.model)
+    if getattr(trainer, "is_fsdp_enabled", False) and manager is not None and not is_sharded(trainer.model):
+        setattr(trainer, _MARK, None if manager.merged else fingerprint(manager.model))
+
+
+def base_mark(trainer: Any) -> Any:
+    """The fingerprint that ``note_base`` took, or None."""
+    return getattr(trainer, _MARK, None)
+
+
+def save_model(
+    original: Callable[..., Any], trainer: Any, output_dir: str | None = None, _internal_call: bool = False
+) -> None:
+    """As the Trainer's; of a sharded model the adapters alone, whole."""
+    if not is_sharded(trainer.model) or trainer.is_deepspeed_enabled:
+        original(trainer, output_dir, _internal_call)
+        return
+    folder = Path(output_dir if output_dir is not None else trainer.args.output_dir)
+    manager = manager_of(trainer.model)
+    assert manager is not None
+    write = bool(trainer.args.should_save)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+    files.save(manager, folder, write=write, base=base_mark(trainer))
+    if write:
+        save_beside(folder, trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None), trainer.args)
+    if trainer.args.push_to_hub and not _internal_call:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+def save_optimizer(original: Callable[..., Any], trainer: Any, output_dir: str) -> None:
+    """As the Trainer's; of a sharded model as if it were not."""
+    if not is_sharded(trainer.model) or trainer.is_deepspeed_enabled:
+        original(trainer, output_dir)
+        return
+    state = gathered_state(trainer.optimizer.state_dict())
+    if trainer.args.should_save:
+        torch.save(state, Path(output_dir) / _OPTIMIZER)
+        torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+
+def load_optimizer(original: Callable[..., Any], trainer: Any, checkpoint: str | None) -> None:
+    """As the Trainer's; reads what ``save_optimizer`` wrote into a sharded model's."""
+    if checkpoint is None or not is_sharded(trainer.model) or not (Path(checkpoint) / _OPTIMIZER).is_file():
+        original(trainer, checkpoint)
+        return
+    state = torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
+    trainer.optimizer.load_state_dict(state_like(trainer.optimizer, state))
+    trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
