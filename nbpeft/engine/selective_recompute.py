@@ -117,7 +117,7 @@ def _keeps_input(activation: nn.Module) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _is_gating(activation: nn.Module, mlp: nn.Module, verify: bool) -> bool:

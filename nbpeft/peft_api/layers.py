@@ -61,7 +61,7 @@ def of_method(package: str, name: str) -> Any:
     if name.isupper():
         return usual_targets_of(method.peft_type)
     kind = name.removeprefix(title)
-    known = {part.peft_name for part in (*layer_kinds(), *backends())}
+    known = {str(getattr(part, "peft_name", "")) for part in (*layer_kinds(), *backends())}
     return layer_class(f"{package}.{kind}") if kind in known else None
 
 

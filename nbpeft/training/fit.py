@@ -172,7 +172,7 @@ def train(
                 run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
-                own = {"max_length": max_length, "packing": packing or None}
+                own: dict[str, Any] = {"max_length": max_length, "packing": packing or None}
                 own |= {"processes": processes, "hosts": hosts and list(hosts)}
                 own = {name: value for name, value in own.items() if value is not None}
                 if launch is not None:

@@ -59,6 +59,15 @@ class Trainer(transformers.Trainer):
         if self.label_smoother is not None:
             self.label_smoother = _ChunkedLabelSmoother(self.label_smoother.epsilon, self.label_smoother.ignore_index)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._recomputing():
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _recomputing(self) -> AbstractContextManager[Any]:
+        if not self.recompute or self.args.torch_compile or self.args.n_gpu > 1 or self.model is None:
+            return nullcontext()
+        return selective_recompute(self.model)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -131,15 +140,6 @@ class _ChunkedLabelSmoother(LabelSmoother):
         return loss / (
             num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
         )
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with self._recomputing():
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _recomputing(self) -> AbstractContextManager[Any]:
-        if not self.recompute or self.args.torch_compile or self.args.n_gpu > 1 or self.model is None:
-            return nullcontext()
-        return selective_recompute(self.model)
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
