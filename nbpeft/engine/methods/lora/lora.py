@@ -9,7 +9,6 @@ W and b stay frozen; A starts random and B at zero, so training starts at the ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
@@ -39,10 +38,10 @@ class PlainLowRank(LowRankAdapter):
     """A product of two factors, and the bias of B, added to the output as they are.
 
     Attributes:
-        observed: PEFT's name -> module with hooks; the product is computed with it then.
+        observed: PEFT's name -> module with hooks; the product is computed with it then. None where nobody observes.
     """
 
-    observed: Mapping[str, Any] = MappingProxyType({})
+    observed: Mapping[str, Any] | None = None
 
     @classmethod
     def parameter_shapes(
@@ -82,8 +81,8 @@ class PlainLowRank(LowRankAdapter):
             base: the layer.
             fused: return ``base_output`` with the delta added, in its dtype.
         """
-        if self.observed:
-            delta = self._through_modules(base.module, x)
+        if self.observed is not None:
+            delta = self._through_modules(base.module, x, self.observed)
             return add_delta(base_output, delta) if fused else delta
         lora_A, lora_B = self.trained_factors
         dropout = Dropout(self.dropout, self.training)
@@ -105,9 +104,9 @@ class PlainLowRank(LowRankAdapter):
             super().observe(module)
             return
         name = module.shown_parameter if isinstance(module, ParameterModule) else self.peft_modules[0]
-        self.__dict__["observed"] = {**self.observed, name: module}
+        self.__dict__["observed"] = {**(self.observed or {}), name: module}
 
-    def _through_modules(self, module: nn.Module, x: Tensor) -> Tensor:
+    def _through_modules(self, module: nn.Module, x: Tensor, observed: Mapping[str, Any]) -> Tensor:
         """The product of a linear layer, each step that somebody observes computed by its module."""
         name_A, name_B = self.factor_names
         lora_A, lora_B = self.trained_factors
@@ -119,7 +118,7 @@ class PlainLowRank(LowRankAdapter):
             (name_B, lambda value: F.linear(value, lora_B.to(value.dtype), self.output_bias)),
         ]
         for name, plain in steps:
-            x = self.observed.get(name, plain)(x)
+            x = observed.get(name, plain)(x)
         x = x * self.scaling
         return x if delta is None else x + delta
 
