@@ -14,6 +14,9 @@ from torch import Tensor
 
 from nbpeft.names import LOSS_CHUNK_SIZE
 
+_FREE_OUTPUTS = frozenset(("MmBackward0", "AddmmBackward0", "LinearBackward0"))
+"""Operations whose backward does not read their output, so that it may be overwritten."""
+
 Head = Callable[[Tensor], Tensor]
 """Logits (n, vocabulary) of hidden states (n, features)."""
 
@@ -86,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = hidden[place].detach().requires_grad_(inside)
             with torch.set_grad_enabled(learns):
                 logits = head(rows)
-            losses, upstream = _losses(logits.detach(), targets[place], smoothing, learns)
+            losses, upstream = _losses(logits, targets[place], smoothing, learns)
             total = total + losses.sum()
             if upstream is None:
                 continue
@@ -118,17 +121,23 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _losses(logits: Tensor, targets: Tensor, smoothing: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss of each row, (n,), and the gradient of their sum by the logits, (n, vocabulary), where wanted."""
-    log_shares = torch.log_softmax(logits, -1, dtype=_wide(logits.dtype))
-    index = targets.to(log_shares.device).unsqueeze(-1)
-    losses = log_shares.gather(-1, index).squeeze(-1).neg()
+    """The loss of each row, (n,), and the gradient of their sum by the logits, (n, vocabulary), where wanted.
+
+    The gradient takes the place of the logits where they are in its dtype and no graph holds them.
+    """
+    held = logits.grad_fn is not None and type(logits.grad_fn).__name__ not in _FREE_OUTPUTS
+    shares = logits.detach().to(_wide(logits.dtype), copy=held)
+    shares.sub_(shares.amax(-1, keepdim=True))
+    index = targets.to(shares.device).unsqueeze(-1)
+    of_target = shares.gather(-1, index).squeeze(-1)
     if smoothing:
-        losses = (1 - smoothing) * losses - smoothing * log_shares.mean(-1)
+        of_target = (1 - smoothing) * of_target + smoothing * shares.mean(-1)
+    total = shares.exp_().sum(-1, keepdim=True)
+    losses = total.squeeze(-1).log() - of_target
     if not wanted:
         return losses, None
-    gradient = log_shares.exp_()
-    gradient.scatter_add_(-1, index, gradient.new_full((), smoothing - 1).expand_as(index))
-    return losses, gradient.sub_(smoothing / logits.shape[-1]) if smoothing else gradient
+    shares.div_(total).scatter_add_(-1, index, shares.new_full((), smoothing - 1).expand_as(index))
+    return losses, shares.sub_(smoothing / logits.shape[-1]) if smoothing else shares
 
 
 def _trained_tensors(head: Head, hidden: Tensor) -> list[Tensor]:

@@ -8,8 +8,9 @@ done with the hidden states; and ``cross_entropy`` is computed in chunks. Anythi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,14 +133,8 @@ class LazyLogits(Tensor):
         """
         if self._whole is None:
             self._settings.needed_by = self._settings.needed_by or name
-            self._whole = self._compute(self.hidden)
+            self._whole = _logits(self._head, self._pointwise, self.hidden)
         return self._whole
-
-    def _compute(self, hidden: Tensor) -> Tensor:
-        logits = self._head(hidden)
-        for function in self._pointwise:
-            logits = function(logits)
-        return logits
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a function returns without the data; None where it needs them."""
@@ -166,11 +161,12 @@ class LazyLogits(Tensor):
 
     def _apply(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits | None:
         """These logits after a function of each; None where it is one of others, too."""
-        if not all(_is_the_same_for_all_tokens(value, self.size(-1)) for value in args):
+        if not all(_is_the_same_for_all_tokens(value, self.size(-1)) for value in (*args, *kwargs.values())):
             return None
         args = tuple(value.reshape(-1) if isinstance(value, Tensor) and value.dim() > 1 else value for value in args)
         sample = func(torch.empty(0, self.size(-1), dtype=self.dtype, device=self.device), *args, **kwargs)
-        pointwise = (*self._pointwise, lambda logits: func(logits, *args, **kwargs))
+        function = func if not args and not kwargs else lambda logits: func(logits, *args, **kwargs)
+        pointwise = (*self._pointwise, function)
         if name.endswith("_"):
             self._pointwise = pointwise
             return self
@@ -190,14 +186,24 @@ class LazyLogits(Tensor):
         if values["reduction"] not in ("mean", "sum"):
             return None
         self._settings.chunked = True
+        pointwise = self._pointwise
+        while pointwise and pointwise[-1] is Tensor.float:  # a loss is computed in float32 anyway
+            pointwise = pointwise[:-1]
         return chunked_cross_entropy(
-            self._compute,
+            partial(_logits, self._head, pointwise),
             self.hidden,
             target,
             chunk_size=self._settings.chunk_size,
             divisor=self._settings.divisor,
             **{name: values[name] for name in ("ignore_index", "reduction", "label_smoothing")},
         )
+
+
+def _logits(head: Head, pointwise: Sequence[Callable[[Tensor], Tensor]], hidden: Tensor) -> Tensor:
+    logits = head(hidden)
+    for function in pointwise:
+        logits = function(logits)
+    return logits
 
 
 def _is_the_same_for_all_tokens(value: Any, size: int) -> bool:

@@ -86,6 +86,21 @@ def test_parts_add_up():
         assert all(part.byte_count >= 0 for part in found.parts)
 
 
+def test_less_is_needed_for_a_loss_in_chunks():
+    settings = {"batch_size": 4, "sequence_length": 64, "gradient_checkpointing": True}
+    config = copy.deepcopy(CONFIG)
+    config.vocab_size = 8192
+    sizes = (0, 128, 64)
+    peaks = [forecast(config, lora(), loss_chunk_size=size, **settings).peak_bytes for size in sizes]
+    logits = 4 * 64 * config.vocab_size * 4
+    assert peaks[0] - peaks[1] > logits
+    assert peaks[1] - peaks[2] > logits / 5
+    whole = forecast(config, lora(), loss_chunk_size=0, **settings)
+    assert any(suggestion.change == "loss_chunk_size=128" for suggestion in whole.suggestions)
+    with pytest.raises(ConfigError, match="loss_chunk_size must be"):
+        forecast(CONFIG, lora(), loss_chunk_size=-1)
+
+
 def test_few_layers_tell_what_many_take():
     for changes in ({}, {"gradient_checkpointing": True}, {"training": False}, {"quantization": "nf4"}):
         found = forecast(CONFIG, lora(lora_dropout=0.1), batch_size=2, sequence_length=48, **changes)
@@ -106,6 +121,7 @@ def test_few_layers_tell_what_many_take():
 )
 def test_what_is_freed_before_backward_or_kept_beyond_it_counts(config, changes):
     """A cache goes before backward begins; 8-bit inputs that checkpointing cannot drop stay until its end."""
+    changes = changes | {"loss_chunk_size": 0}  # with logits as a whole the peak is in backward
     found = forecast(config, lora(target_modules="all-linear"), batch_size=3, sequence_length=48, **changes)
     step = found.peak_bytes - sum(parts(found)[name] for name in ("base weights", "adapters", "optimizer"))
     assert step == run_step(found.setting).total

@@ -57,8 +57,8 @@ def compare(case: dict[str, Any]) -> tuple[int, int]:
         r=case["r"], lora_dropout=case["lora_dropout"], use_dora=case["use_dora"], target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    names: tuple[str, ...] = ("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing")
-    names += ("training", "loss_chunk_size", "recompute")
+    names = [*("batch_size", "sequence_length", "dtype", "quantization"), "gradient_checkpointing", "training"]
+    names += ["loss_chunk_size", "recompute"]
     settings = {name: case[name] for name in names}
     config = SHAPES[case["shape"]]
     foreseen = forecast(config, adapter, optimizer=case["optimizer"], device="cpu", **settings).peak_bytes
