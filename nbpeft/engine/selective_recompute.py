@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,10 +37,11 @@ _ACTIVATION_NAMES = re.compile(r"gelu|silu|swish|mish", re.IGNORECASE)
 class selective_recompute:
     """Context manager in which a model's activations and norms are computed again instead of kept.
 
-    Outputs and gradients are those of the model, bit by bit: the modules' own code runs again. Without gradients
-    (``torch.no_grad()``, ``generate``) and in compiled code the model is as it was, also in other threads. Left alone
-    are modules that train, have hooks, buffers or a ``forward`` set by somebody else, or give another output for the
-    same input (found out on the first batch). What LoRA's adapters of linear layers read is not kept, either.
+    Outputs are those of the model, bit by bit, and gradients up to the order of sums: the modules' own code runs
+    again. Without gradients (``torch.no_grad()``, ``generate``) and in compiled code the model is as it was, also in
+    other threads. Left alone are modules that train, have hooks, buffers or a ``forward`` set by somebody else, or
+    give another output for the same input (found out on the first batch). What LoRA's adapters of linear layers read
+    is not kept, either. Backward has to run before the block ends where layers are checkpointed.
 
     Args:
         model: with or without adapters.
@@ -108,7 +110,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _keeps_input(activation: nn.Module) -> bool:
-    kept: list[int] = []
+    kept: list[Any] = []
     with torch.enable_grad():
         x = torch.ones(2, 2, device="cpu", requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(_storage(t)), lambda _: x):
@@ -116,8 +118,8 @@ def _keeps_input(activation: nn.Module) -> bool:
     return any(storage != _storage(output) for storage in kept)
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()._cdata
 
 
 def _is_gating(activation: nn.Module, mlp: nn.Module, verify: bool) -> bool:
@@ -254,12 +256,9 @@ class _Activated:
         if not isinstance(up, Tensor) or self.tensor is not None:
             return self._value() * up  # type: ignore[no-any-return]
         self.is_multiplied = True
-        return recompute(self._product, self._gate, up)
+        return recompute(partial(_gated, self._act), self._gate, up)
 
     __rmul__ = __mul__
-
-    def _product(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self._act(gate) * up
 
     def _value(self) -> Tensor:
         if self.tensor is None:
@@ -276,6 +275,11 @@ class _Activated:
         if func in _PRODUCTS and len(args) == 2 and not kwargs:
             return args[0] * args[1] if isinstance(args[0], cls) else args[1] * args[0]
         return func(*map(_as_tensor, args), **{name: _as_tensor(value) for name, value in (kwargs or {}).items()})
+
+
+def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """``act(gate) * up``: a function that holds no tensor, which would live as long as the graph."""
+    return act(gate) * up
 
 
 def _as_tensor(value: Any) -> Any:

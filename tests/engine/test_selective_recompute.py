@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.memory.checkpointing import enable_checkpointing
 from nbpeft.memory.saved import SavedTensors
 from nbpeft.model import LoraConfig, get_peft_model
+from tests.model.allocations import Allocations
 from tests.tiny_models import VOCABULARY, llama, tokens
 
 ROWS, LENGTH, HIDDEN, WIDE = 2, 8, 32, 96
@@ -178,6 +180,20 @@ def test_gradient_checkpointing_works_with_it(reentrant: bool) -> None:
         assert kept_bytes(model) <= kept
     for name, gradient in plain.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpointed_layer_keeps_its_input_alone() -> None:
+    sizes = []
+    for recomputes in (False, True):
+        model = with_lora(llama(intermediate_size=72)).base_model.model.model
+        model.enable_input_require_grads()
+        enable_checkpointing(model, {"use_reentrant": False})
+        with selective_recompute(model) if recomputes else nullcontext():
+            with Allocations() as allocated:
+                output = model(input_ids=tokens(ROWS, LENGTH), use_cache=False).last_hidden_state
+            sizes.append(allocated.now)
+            output.sum().backward()
+    assert sizes[1] <= sizes[0]
 
 
 def test_derivatives_of_higher_order_are_right() -> None:
