@@ -315,4 +315,4 @@ def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Pat
     )
     ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
     text = (tmp_path / "train.py").read_text()
-    assert '"patience": 2' in text and "'sample'" not in text and "'every'" not in text
+    assert '"patience": 2' in text and '"sample"' not in text and '"every"' not in text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from packaging.requirements import Requirement
 
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
@@ -174,6 +177,19 @@ def test_targets_are_said_shortly(folder: Path, targets: Any, said: Any) -> None
     model = loaded(folder, target_modules=targets)
     found = constants(export_script(model, folder / "t.py", token_rows(2)).script)
     assert found["CONFIG"]["target_modules"] == said
+
+
+def test_its_dependencies_are_inline_metadata(folder: Path) -> None:
+    text = export_script(loaded(folder), folder / "t.py", token_rows(2)).script.read_text()
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    assert block is not None
+    found = tomllib.loads(
+        "".join(line.removeprefix("#").removeprefix(" ") for line in block["content"].splitlines(True))
+    )
+    assert found["requires-python"] == ">=3.11"
+    names = [Requirement(text) for text in found["dependencies"]]
+    assert [one.name for one in names] == ["nbpeft", "torch", "transformers"] and names[0].extras == {"train"}
+    assert all(one.specifier.contains(importlib.metadata.version(one.name)) for one in names)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
