@@ -157,7 +157,7 @@ def test_the_last_training_can_be_exported(ready: Notebook, tmp_path: Path) -> N
     result = ready.do(f"%lora export {script} --base {tmp_path}")
     assert str(result).startswith(f"wrote {script}, which trains 'sql' anew, and 8 rows in {tmp_path}/train_data-")
     text = script.read_text()
-    assert "'max_steps': 3" in text and "'learning_rate': 0.05" in text and "train_eval-" in text
+    assert '"max_steps": 3' in text and '"learning_rate": 0.05' in text and "train_eval-" in text
 
 
 def test_a_token_of_the_cell_reaches_neither_the_script_nor_what_is_shown(ready: Notebook, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_cell_that_fails_is_not_what_is_exported(ready: Notebook, tmp_path: Pa
     ready.do(CELL)
     assert "found an int" in ready.run("%lora_train model --data 5 max_steps=1").line
     ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
-    assert "'max_steps': 3" in (tmp_path / "train.py").read_text()
+    assert '"max_steps": 3' in (tmp_path / "train.py").read_text()
 
 
 class At(TrainerCallback):
@@ -315,4 +315,4 @@ def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Pat
     )
     ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
     text = (tmp_path / "train.py").read_text()
-    assert "'patience': 2" in text and "'sample'" not in text and "'every'" not in text
+    assert '"patience": 2' in text and '"sample"' not in text and '"every"' not in text

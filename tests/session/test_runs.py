@@ -121,6 +121,18 @@ def test_an_adapter_that_is_configured_otherwise_is_refused(broken_off: Path) ->
     assert same_state(everything(model), before)
 
 
+def test_a_packed_run_goes_on_with_its_sequences(tmp_path: Path) -> None:
+    packing: dict[str, Any] = {"packing": True, "max_length": 25, "per_device_train_batch_size": 2}
+    through, expected = unbroken(tmp_path / "whole", **packing)
+    session, model = adapted_session(tmp_path)
+    end = session.on_run(lambda run, name: when_noted(run, 8, run.control.request_stop))
+    session.train(model, rows(), **ARGUMENTS | packing)
+    end()
+    result = session.resume(model="model", data=rows())
+    assert (result.step, result.training.steps) == (8, 14) and result.training.state.history == through.state.history
+    assert same_state(weights(model, "sql"), expected)
+
+
 def test_weights_are_as_before_when_a_resumed_run_cannot_begin(broken_off: Path) -> None:
     """They were replaced by those of the state already."""
 

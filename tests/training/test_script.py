@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
+from packaging.requirements import Requirement
 
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.model.quantize import quantize_model
-from nbpeft.training import export_script, train
+from nbpeft.training import export_script, prepare_model_for_kbit_training, train
+from tests.char_tokenizer import CharTokenizer
 from tests.tiny_models import llama
 from tests.training.support import token_rows, trainable
 
@@ -52,7 +58,7 @@ def test_it_says_what_the_notebook_said(folder: Path) -> None:
     assert found["CONFIG"].pop("target_modules") == ["q_proj", "v_proj"]
     assert found["CONFIG"] == {"r": 4, "lora_dropout": 0.1, "use_dora": True}
     assert found["ARGUMENTS"] == {"output_dir": "train_output", "lr_scheduler_type": "constant", **ARGUMENTS}
-    assert found["BASE"] == str((folder / "base").resolve())
+    assert found["BASE"] == "base" and str(folder) not in files.script.read_text()
     assert [found["DATA"], found["EVAL_DATA"]] == [path.name for path in files.data]
     assert [path.name.split("-")[0] for path in files.data] == ["train_data", "train_eval"]
     assert [json.loads(line)["input_ids"] for line in files.data[0].read_text().splitlines()] == [
@@ -67,15 +73,18 @@ def test_a_quantized_base_is_loaded_quantized(folder: Path, double: bool) -> Non
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     model = trainable(quantize_model(base, quant_type="fp4", double_quant=double))
     text = export_script(model, folder / "train.py", token_rows(2)).script.read_text()
-    assert f"bits=4, quant_type='fp4', double_quant={double}, compute_dtype=" in text
-    assert "prepare_model_for_kbit_training(nbpeft.load_quantized(BASE, model_class='LlamaForCausalLM'" in text
+    words = re.sub(r"\s+", " ", text)
+    assert f'bits=4, quant_type="fp4", double_quant={double}, compute_dtype=' in words and "nbpeft[bnb]>=" in text
+    assert (
+        'prepare_model_for_kbit_training( nbpeft.load_quantized( str(HERE / BASE), model_class="LlamaForCausalLM"'
+    ) in words
 
 
 def test_a_gguf_file_is_named(folder: Path) -> None:
     (folder / "gguf").mkdir()
     (folder / "gguf" / "tiny.gguf").touch()
     text = export_script(loaded(folder), folder / "t.py", token_rows(2), base=str(folder / "gguf")).script.read_text()
-    assert "gguf_file='tiny.gguf'" in text
+    assert 'gguf_file="tiny.gguf"' in text and '"gguf>=' in text
 
 
 def test_what_cannot_be_written_leaves_nothing_behind(folder: Path) -> None:
@@ -89,6 +98,113 @@ def test_what_cannot_be_written_leaves_nothing_behind(folder: Path) -> None:
     with pytest.raises(TrainingError, match="need a tokenizer"):
         export_script(model, folder / "train.py", [{"text": "a"}])
     assert sorted(folder.iterdir()) == before
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}? {{ m['content'] }} {% else %}! {{ m['content'] }} <end> "
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}! {% endif %}"
+)
+CHATS = [
+    {"messages": [{"role": "user", "content": "a b " * size}, {"role": "assistant", "content": "c d" + " e" * size}]}
+    for size in (1, 3, 2, 4, 1, 2)
+]
+
+
+def saved_tokenizer(place: Path) -> Any:
+    """A tokenizer of words that a script can load, as loaded from a folder."""
+    words = {word: number for number, word in enumerate(["<pad>", "<end>", "<unk>", "?", "!", *"abcdefgh"])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(place)
+    return transformers.AutoTokenizer.from_pretrained(place)
+
+
+def test_rows_of_the_notebook_are_written_as_they_are(folder: Path) -> None:
+    tokenizer = saved_tokenizer(folder / "base")
+    rows = [{**row, "number": 3} for row in CHATS]
+    files = export_script(loaded(folder), folder / "t.py", rows, 0.5, tokenizer=tokenizer, max_length=12, **ARGUMENTS)
+    found, text = constants(files.script), files.script.read_text()
+    assert [json.loads(line) for line in files.data[0].read_text().splitlines()] == CHATS and files.row_counts == (6,)
+    assert found["EVAL_DATA"] == 0.5 and found["ARGUMENTS"]["max_length"] == 12
+    assert "tokenizer = transformers.AutoTokenizer.from_pretrained(str(HERE / BASE))" in text and files.notes == ()
+    pairs = [("a b", "c"), ("d", "e f")]
+    files = export_script(loaded(folder), folder / "t.py", pairs, tokenizer=tokenizer)
+    assert json.loads(files.data[0].read_text().splitlines()[1]) == {"prompt": "d", "completion": "e f"}
+
+
+def test_a_file_or_dataset_is_named_where_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "rows").mkdir()
+    (folder / "rows" / "text.csv").write_text("q,a,other\na b,c,1\nd,e,2\n")
+    monkeypatch.chdir(folder / "rows")
+    given: dict[str, Any] = {"tokenizer": saved_tokenizer(folder / "base")}
+    given["columns"] = {"prompt": "q", "completion": "a"}
+    files = export_script(loaded(folder), folder / "runs" / "t.py", "text.csv[:1]", "text.csv", **given)
+    found = constants(files.script)
+    assert (found["DATA"], found["EVAL_DATA"], found["BASE"]) == ("../rows/text.csv[:1]", "../rows/text.csv", "../base")
+    assert found["ARGUMENTS"]["columns"] == given["columns"] and files.data == ()
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(CHATS).save_to_disk(folder / "chats")
+    files = export_script(loaded(folder), folder / "t.py", str(folder / "chats"), tokenizer=given["tokenizer"])
+    assert constants(files.script)["DATA"] == "chats" and '"datasets>=' in files.script.read_text()
+
+
+def test_a_changed_tokenizer_is_saved_beside_the_script(folder: Path) -> None:
+    tokenizer = saved_tokenizer(folder / "base")
+    tokenizer.chat_template = TEMPLATE.replace("<end>", "h")
+    files = export_script(loaded(folder), folder / "t.py", CHATS, tokenizer=tokenizer)
+    assert constants(files.script)["TOKENIZER"] == "t_tokenizer"
+    again = transformers.AutoTokenizer.from_pretrained(folder / "t_tokenizer")
+    assert again.chat_template == tokenizer.chat_template
+    files = export_script(loaded(folder), folder / "u.py", ["ab", "cd"], tokenizer=CharTokenizer())
+    assert "TOKENIZER" not in constants(files.script) and not (folder / "u_tokenizer").exists()
+    assert json.loads(files.data[0].read_text().splitlines()[0])["input_ids"] == [65, 66, 96]
+    assert files.notes == ("the rows are tokenised: no script can load the tokenizer of this notebook",)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("all-linear", "all-linear"),
+        (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "all-linear"),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (r".*\.0\.self_attn\.q_proj", r".*\.0\.self_attn\.q_proj"),
+    ],
+)
+def test_targets_are_said_shortly(folder: Path, targets: Any, said: Any) -> None:
+    model = loaded(folder, target_modules=targets)
+    found = constants(export_script(model, folder / "t.py", token_rows(2)).script)
+    assert found["CONFIG"]["target_modules"] == said
+
+
+def test_its_dependencies_are_inline_metadata(folder: Path) -> None:
+    text = export_script(loaded(folder), folder / "t.py", token_rows(2)).script.read_text()
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    assert block is not None
+    found = tomllib.loads(
+        "".join(line.removeprefix("#").removeprefix(" ") for line in block["content"].splitlines(True))
+    )
+    assert found["requires-python"] == ">=3.11"
+    names = [Requirement(text) for text in found["dependencies"]]
+    assert [one.name for one in names] == ["nbpeft", "torch", "transformers"] and names[0].extras == {"train"}
+    assert all(one.specifier.contains(importlib.metadata.version(one.name)) for one in names)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_it_is_formatted_and_names_no_path_of_this_machine(folder: Path, quantized: bool) -> None:
+    model = loaded(folder, target_modules="all-linear", rank_pattern={"q_proj": 8})
+    model = trainable(quantize_model(model.unload())) if quantized else model
+    given: dict[str, Any] = {"run_name": 'it\'s "one"', "optim_target_modules": [f"layers.{n}.mlp" for n in range(9)]}
+    files = export_script(model, folder / "t.py", CHATS, 0.5, tokenizer=saved_tokenizer(folder / "base"), **given)
+    assert str(folder) not in files.script.read_text()
+    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    for command in (["format", "--diff"], ["check"]):
+        done = subprocess.run([ruff, *command, "--isolated", "t.py"], capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stdout
 
 
 HOSTILE = (
@@ -141,7 +257,7 @@ def test_rows_belong_to_their_script_and_old_ones_go(folder: Path) -> None:
     other = export_script(model, folder / "train_data.py", token_rows(2), **ARGUMENTS)
     (folder / "train_data-mine.jsonl").write_text("mine")
     second = export_script(model, script, token_rows(4), **ARGUMENTS)
-    assert constants(script)["DATA"] == second.data[0].name and constants(script)["EVAL_DATA"] is None
+    assert constants(script)["DATA"] == second.data[0].name and "EVAL_DATA" not in constants(script)
     assert not any(path.exists() for path in first.data)
     assert (folder / "train_data-mine.jsonl").exists() and other.data[0].exists()
 
@@ -176,3 +292,46 @@ def test_it_trains_the_same(folder: Path, processes: int) -> None:
     train(here.train(), rows, **{**ARGUMENTS, "per_device_train_batch_size": together})
     expected = {name: part for name, part in here.named_parameters() if "lora" in name}
     assert all(torch.allclose(part, trained.get_parameter(name), atol=1e-5) for name, part in expected.items())
+
+
+RUN = """
+import json, runpy, sys
+losses = [runpy.run_path(script)["main"]().state.history for script in sys.argv[1:]]
+print("LOSSES", json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_fresh_processes_have_the_losses_of_the_cells(folder: Path) -> None:
+    tokenizer = saved_tokenizer(folder / "base")
+    text = [{"text": "a b c d e " * (1 + number % 3)} for number in range(8)]
+    cases: list[tuple[Any, bool, dict[str, Any]]] = [
+        (text, False, {}),
+        (CHATS, False, {"packing": True, "max_length": 24}),
+        (CHATS, True, {"gradient_checkpointing": True}),
+    ]
+    scripts, expected = [], []
+    for number, (rows, quantized, more) in enumerate(cases):
+        base: Any = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        if quantized:
+            base = prepare_model_for_kbit_training(quantize_model(base))
+        transformers.set_seed(ARGUMENTS["seed"])
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1), adapter_name="sql")
+        given = ARGUMENTS | more
+        result = train(model.train(), rows, tokenizer=tokenizer, **given)
+        expected.append([list(point) for point in result.state.history])
+        scripts.append(export_script(model, folder / f"train{number}.py", rows, tokenizer=tokenizer, **given).script)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, scripts)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.partition("LOSSES")[2])
+    for losses, wanted in zip(found, expected, strict=True):
+        assert len(wanted) == 3
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=1e-6, atol=1e-6)

@@ -284,10 +284,10 @@ def export(
     model: ModelLike = None,
     **arguments: Any,
 ) -> ExportResult:
-    """Write a script that trains an adapter like the active one on the same rows, for ``accelerate launch``.
+    """Write a script that trains an adapter like the active one on the same rows: ``uv run``, ``accelerate launch``.
 
     Args:
-        path: of the script; the tokenised rows go beside it.
+        path: of the script; rows that are in the notebook alone go beside it.
         data: as for ``train``.
         eval_data: as for ``train``.
         tokenizer: as for ``train``.
@@ -305,7 +305,7 @@ def export(
     with ctx.command(f"exporting to {place}", slow=True) as notes:
         files = export_script(tracked.model, place, data, eval_data, tokenizer=tokenizer, base=base, **arguments)
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
-        return ExportResult(str(files.script), files.adapter, data_files, tuple(notes))
+        return ExportResult(str(files.script), files.adapter, data_files, (*files.notes, *notes))
 
 
 def control(ctx: SessionContext, model: str | None = None) -> RunControl | None:

@@ -29,7 +29,8 @@ class ExportResult(Result):
 
     def __str__(self) -> str:
         rows = " and ".join(f"{plural(count, 'row')} in {path}" for path, count in self.data)
-        line = f"wrote {self.script}, which trains {self.adapter!r} anew, and {rows}; accelerate launch {self.script}"
+        beside = f", and {rows}" if rows else ""
+        line = f"wrote {self.script}, which trains {self.adapter!r} anew{beside}; accelerate launch {self.script}"
         return with_notes(line, self.notes)
 
     def view(self) -> Card:

@@ -31,7 +31,8 @@ def lengths_of(rows: Any) -> list[int] | None:
         if "input_ids" not in rows.column_names:
             return None
         names = [name for name in ("input_ids", "attention_mask") if name in rows.column_names]
-        return [_length(row) for row in rows.select_columns(names)]
+        batches = rows.with_format(None).select_columns(names).iter(1000)
+        return [_length(dict(zip(names, row, strict=True))) for batch in batches for row in _rows_of(batch, names)]
     if not isinstance(rows, TokenizedRows) and len(rows) > _READ_THROUGH:
         return None
     found = []
@@ -75,6 +76,10 @@ class GroupedByLength(Sampler[int]):
             longest = max(range(len(shuffled)), key=lambda index: max(self._lengths[row] for row in shuffled[index]))
             shuffled.insert(0, shuffled.pop(longest))
         yield from (row for batch in (*shuffled, rest) for row in batch)
+
+
+def _rows_of(batch: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(batch[name] for name in names), strict=True)
 
 
 def _length(row: Mapping[str, Any]) -> int:

@@ -48,6 +48,12 @@ def open_data(data: Any) -> Any:
     return data
 
 
+def place_in(text: str) -> str:
+    """The file, folder or dataset id in what names data, without config, split and part."""
+    found = None if os.path.exists(text) else _NAME.fullmatch(text)
+    return text if found is None else found["place"]
+
+
 def is_stream(data: Any) -> bool:
     """Whether rows come one after the other and nobody knows how many there are."""
     return not hasattr(data, "__len__") and (

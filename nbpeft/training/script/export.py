@@ -1,0 +1,394 @@
+"""Writes a training of a notebook as a script, with the files it needs."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nbpeft.checkpoint.atomic import NewFile, replace_files
+from nbpeft.confidential import LOG_IN, without_secrets
+from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.model.weight_storage import stored_parts
+from nbpeft.names import QUANTIZATIONS
+from nbpeft.training.adapted import base_of, main_dtype, trained_names
+from nbpeft.training.data import is_amount, is_stream, open_data
+from nbpeft.training.data.tokenized import reading
+from nbpeft.training.rows import is_encoder_decoder, training_rows
+from nbpeft.training.script.python import call, is_literal, plain, source_of
+from nbpeft.training.script.sources import (
+    Source,
+    json_lines,
+    short_targets,
+    source_of_base,
+    source_of_path,
+    source_of_tokenizer,
+    text_rows,
+)
+
+_OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+"""Fields of a config that say where it comes from, not what to make."""
+
+_DIGEST_LENGTH = 12
+
+_TEMPLATE = '''# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+{dependencies}
+# ]
+# ///
+"""Trains an adapter as a cell of a notebook did.
+
+One process, in an environment of its own:   uv run SCRIPT
+One process, in this environment:            python SCRIPT
+All GPUs of a machine:                       accelerate launch SCRIPT
+
+The batch size counts for each process. The adapter is saved in the output_dir of ARGUMENTS.
+"""
+
+import os
+from pathlib import Path
+
+import nbpeft
+import transformers
+
+HERE = Path(__file__).parent
+{constants}
+
+
+def main():
+{body}
+    return result
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class ScriptFiles:
+    """What was written.
+
+    Attributes:
+        script: the script.
+        data: the rows beside it, evaluation rows last if there are any; none where the script names where they are.
+        row_counts: how many each of them has.
+        adapter: name of the adapter that the script trains.
+        left_out: arguments that hold a token, password or key, which the script does not.
+        notes: what a person should know of it.
+    """
+
+    script: Path
+    data: tuple[Path, ...]
+    row_counts: tuple[int, ...]
+    adapter: str
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def unwritable(arguments: Mapping[str, Any]) -> list[str]:
+    """Names of arguments whose values have no text that gives them back."""
+    return [name for name, value in arguments.items() if not is_literal(plain(value))]
+
+
+def export_script(
+    model: nn.Module,
+    path: str | Path,
+    data: Any,
+    eval_data: Any = None,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    base: str | None = None,
+    **arguments: Any,
+) -> ScriptFiles:
+    """Writes a script that trains a new adapter, configured as the active one, on the same rows.
+
+    Data that was given as a file or the name of a dataset is named in the script; rows of the notebook are written
+    beside it, as they are, under names that follow from their content: a script always finds the rows it was written
+    with. The tokenizer is loaded from where it came from, or saved beside the script where it was changed since; where
+    no script can load it, the rows are written tokenised. Paths are those from the script's folder. All files
+    are written together or not at all; rows of an earlier script of that name go. Tokens and passwords among
+    the arguments are left out, with a warning.
+
+    Args:
+        model: a model with adapters.
+        path: of the script, ``name.py``.
+        data: rows to learn, as for ``train``; no stream.
+        eval_data: rows to measure on, or how many to hold out, as for ``train``.
+        tokenizer: needed unless the rows are tokenised.
+        max_length: tokens a row is cut to.
+        columns: as for ``train``.
+        base: where the script loads the base model from: a folder or a hub id; by default where
+            this one came from.
+        **arguments: fields of ``TrainingArguments``, as for ``train``.
+
+    Raises:
+        ConfigError: an argument cannot be written down, or the path is not a ``.py`` file.
+        TrainingError: it is not known how to load the base model, or rows cannot be read.
+    """
+    target = Path(os.path.expanduser(os.fspath(path)))
+    if target.suffix != ".py":
+        raise ConfigError(f"a script's name ends in .py, not {target.name!r:.60}")
+    refused = unwritable(arguments)
+    if refused:
+        raise ConfigError(f"{', '.join(refused)}: objects of the notebook cannot be written into a script")
+    arguments, left_out = without_secrets({name: plain(value) for name, value in arguments.items()})
+    names = trained_names(model)
+    if len(names) != 1:
+        raise TrainingError(f"one adapter must be active to be exported, not {len(names)}")
+    rows = _rows(model, target, data, eval_data, tokenizer, max_length, columns, arguments.get("seed"))
+    plain_base: Any = base_of(model)
+    source, place = source_of_base(plain_base, base, target.parent)
+    config: Any = getattr(model, "peft_config", {})[names[0]]
+    own = {"max_length": max_length, "columns": None if columns is None else dict(columns)} if rows.as_they_are else {}
+    constants = {
+        "BASE": source.text,
+        "TOKENIZER": None if rows.tokenizer in (None, source) else rows.tokenizer.text,
+        "ADAPTER": names[0],
+        "DATA": rows.train.text,
+        "EVAL_DATA": rows.evaluation.text if isinstance(rows.evaluation, Source) else rows.evaluation,
+        "CONFIG": _changed(config) | _targets(model, config),
+        "ARGUMENTS": {
+            "output_dir": f"{target.stem}_output",
+            **arguments,
+            **{name: value for name, value in own.items() if value is not None},
+        },
+    }
+    written = {name: value for name, value in constants.items() if value is not None}
+    body = _body(written, type(config).__name__, _load(plain_base, source, place), rows)
+    text = _script(written, body, _dependencies(plain_base, rows, place))
+    parts = [part for part in (rows.tokenizer, rows.train, rows.evaluation) if isinstance(part, Source)]
+    files = [file for part in parts for file in part.files]
+    replace_files(target.parent, [*files, NewFile.of_text(target.name, text)])
+    _sweep_rows(target, [target.parent / file.name for file in files])
+    if left_out:
+        warnings.warn(
+            f"{', '.join(left_out)} left out of the script, which is no place for secrets: {LOG_IN}", stacklevel=2
+        )
+    data_files = tuple(target.parent / name for name in rows.counts)
+    return ScriptFiles(target, data_files, tuple(rows.counts.values()), names[0], left_out, rows.notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of a script.
+
+    Attributes:
+        train: to learn.
+        evaluation: to measure on; or how many to hold out.
+        tokenizer: None where they are tokenised.
+        counts: file beside the script -> number of its rows.
+        as_they_are: whether they are read as in the notebook; else they are written as what a model reads.
+        notes: what a person should know.
+    """
+
+    train: Source
+    evaluation: Source | float | None
+    tokenizer: Source | None
+    counts: Mapping[str, int]
+    as_they_are: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def _rows(
+    model: nn.Module,
+    target: Path,
+    data: Any,
+    eval_data: Any,
+    tokenizer: Any,
+    max_length: int | None,
+    columns: Mapping[str, str] | None,
+    seed: Any,
+) -> _Rows:
+    """The rows as the script finds them.
+
+    Raises:
+        TrainingError: they cannot be read, or come from a stream.
+    """
+    given = [part for part in (data, None if is_amount(eval_data) else eval_data) if part is not None]
+    opened = list(map(open_data, given))
+    if any(map(is_stream, opened)):
+        raise TrainingError("a stream cannot be written beside a script: give as many of its rows as are to be learned")
+    found = training_rows(
+        model,
+        opened[0],
+        opened[1] if len(opened) > 1 else eval_data,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        columns=columns,
+        seed=seed,
+    )
+    apart = is_encoder_decoder(model)
+    readings = [
+        reading(part, tokenizer, max_length=max_length, encoder_decoder=apart, columns=columns) for part in opened
+    ]
+    loaded = None
+    texts = [how for how in readings if how.form is not None]
+    if texts:
+        loaded = source_of_tokenizer(tokenizer, texts, f"{target.stem}_tokenizer", target.parent)
+    if loaded is None and (texts or not all(isinstance(part, (str, os.PathLike)) for part in given)):
+        tokens = [part for part in (found.train, found.evaluation) if part is not None]
+        sources = [_written(target, kind, json_lines(part)) for kind, part in zip(_KINDS, tokens, strict=False)]
+        counts = {source.text: len(part) for source, part in zip(sources, tokens, strict=True)}
+        note = "the rows are tokenised: no script can load the tokenizer of this notebook" if texts else ""
+        return _Rows(sources[0], sources[1] if len(sources) > 1 else None, None, counts, False, (note,) * bool(note))
+    sources = [
+        source_of_path(os.fspath(part), target.parent)
+        if isinstance(part, (str, os.PathLike))
+        else _written(target, kind, text_rows(how) if how.form is not None else json_lines(how.rows))
+        for kind, part, how in zip(_KINDS, given, readings, strict=False)
+    ]
+    counts = {source.text: len(part) for source, part in zip(sources, opened, strict=True) if source.files}
+    held = eval_data if is_amount(eval_data) else None
+    return _Rows(sources[0], sources[1] if len(sources) > 1 else held, loaded, counts)
+
+
+_KINDS = ("data", "eval")
+
+
+def _written(target: Path, kind: str, text: str) -> Source:
+    """Rows in a file beside the script."""
+    name = f"{target.stem}_{kind}-{_digest(text)}.jsonl"
+    return Source(name, local=True, files=(NewFile.of_text(name, text),))
+
+
+def _targets(model: nn.Module, config: Any) -> dict[str, Any]:
+    """The targets of a config, said shortly."""
+    targets = plain(short_targets(model, config))
+    return {"target_modules": targets} if targets else {}
+
+
+def _body(constants: Mapping[str, Any], config_class: str, load: str, rows: _Rows) -> str:
+    """What ``main`` does."""
+    lines = [f"    base = {load}"]
+    data = [rows.train.expression("DATA")]
+    if "EVAL_DATA" in constants:
+        data.append(rows.evaluation.expression("EVAL_DATA") if isinstance(rows.evaluation, Source) else "EVAL_DATA")
+    options = ["**ARGUMENTS"]
+    if rows.tokenizer is not None:
+        name = "TOKENIZER" if "TOKENIZER" in constants else "BASE"
+        loaded = f"transformers.AutoTokenizer.from_pretrained({rows.tokenizer.expression(name)})"
+        lines.append(f"    tokenizer = {loaded}")
+        options.insert(0, "tokenizer=tokenizer")
+    model = ["base", f"nbpeft.{config_class}(**CONFIG)", "adapter_name=ADAPTER"]
+    return "\n".join(
+        [
+            *lines,
+            '    transformers.set_seed(ARGUMENTS.get("seed", 42))',
+            f"    model = {call('nbpeft.get_peft_model', model, 4)}",
+            "    model.train()",
+            f"    result = {call('nbpeft.train', ['model', *data, *options], 4)}",
+            '    if os.environ.get("RANK", "0") == "0":',
+            "        print(result)",
+        ]
+    )
+
+
+def _script(constants: Mapping[str, Any], body: str, dependencies: Sequence[str]) -> str:
+    """The text of a script.
+
+    Raises:
+        ConfigError: a value would not come back from the text as it is.
+    """
+    lines = [f"{name} = {source_of(value, used=len(name) + 3)}" for name, value in constants.items()]
+    listed = [f'#     "{dependency}",' for dependency in dependencies]
+    text = _TEMPLATE.format(constants="\n".join(lines), body=body, dependencies="\n".join(listed))
+    try:
+        found = {
+            node.targets[0].id: ast.literal_eval(node.value)
+            for node in ast.parse(text).body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id != "HERE"
+        }
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        found = {}
+    for name, value in constants.items():
+        if name not in found or found[name] != value:
+            raise ConfigError(f"{name} cannot be written into a script: {value!r:.60}", name=name)
+    return text
+
+
+def _dependencies(model: Any, rows: _Rows, base: str) -> list[str]:
+    """What has to be installed for a script, with the versions that are installed here as the oldest."""
+    quantized = any(part.name == "quantized layers" for part in stored_parts(model))
+    needed = ["nbpeft[bnb]" if quantized else "nbpeft[train]", "torch", "transformers"]
+    sources = [part for part in (rows.train, rows.evaluation) if isinstance(part, Source)]
+    if any(not part.local or not Path(part.text.partition("[")[0]).suffix for part in sources):
+        needed.append("datasets")
+    if any(".parquet" in part.text for part in sources):
+        needed.append("pyarrow")
+    if _gguf_file(Path(base)):
+        needed.append("gguf")
+    return [f"{name}{_version(name.partition('[')[0])}" for name in needed]
+
+
+def _version(package: str) -> str:
+    """At least the version that is installed, without what only this machine's build of it is called."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return f">={importlib.metadata.version(package).partition('+')[0]}"
+    return ""
+
+
+def _sweep_rows(script: Path, kept: Sequence[Path]) -> None:
+    """Removes rows that an earlier script of that name was written with."""
+    pattern = re.compile(rf"{re.escape(script.stem)}_(?:data|eval)-[0-9a-f]{{{_DIGEST_LENGTH}}}\.jsonl")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(script.parent):
+            if pattern.fullmatch(name) and script.parent / name not in kept:
+                (script.parent / name).unlink()
+
+
+def _load(model: Any, source: Source, place: str) -> str:
+    """The expression that loads the base model as it is now."""
+    import transformers
+
+    name = type(model).__name__
+    if not isinstance(getattr(transformers, name, None), type):
+        raise TrainingError(f"{name} is not a class of transformers, so a script cannot load it")
+    dtype = str(main_dtype(model)).removeprefix("torch.")
+    where, options = source.expression("BASE"), [f'dtype="{dtype}"']
+    file = _gguf_file(Path(place))
+    options += [f"gguf_file={source_of(file)}"] if file else []
+    kinds = {kind for part in stored_parts(model) if part.name == "quantized layers" for kind in part.kinds}
+    if not kinds:
+        return call(f"transformers.{name}.from_pretrained", [where, *options], 4)
+    kind = next((kind for kind in QUANTIZATIONS if any(found.startswith(kind) for found in kinds)), None)
+    if kind is None:
+        raise TrainingError(f"a script cannot load layers stored as {', '.join(sorted(kinds))}; only nf4, fp4 and int8")
+    how = [f'model_class="{name}"', f"bits={8 if kind == 'int8' else 4}"]
+    if kind != "int8":
+        how += [f'quant_type="{kind}"', f"double_quant={any('double' in found for found in kinds)}"]
+        options[0] = options[0].replace("dtype=", "compute_dtype=")
+    loaded = call("nbpeft.load_quantized", [where, *how, *options], 8)
+    return call("nbpeft.prepare_model_for_kbit_training", [loaded], 4)
+
+
+def _gguf_file(folder: Path) -> str | None:
+    """The GGUF file of a folder that holds no other weights."""
+    if not os.path.isdir(folder) or (folder / "config.json").exists():
+        return None
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """Fields of a config that are not as by default."""
+    usual = type(config)().to_dict()
+    fields = {name: plain(value) for name, value in config.to_dict().items() if name not in _OWN}
+    return {name: value for name, value in fields.items() if value != plain(usual.get(name))}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_DIGEST_LENGTH]

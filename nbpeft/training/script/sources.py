@@ -1,0 +1,163 @@
+"""Where base model, tokenizer and rows of a training come from, said so that another machine finds them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nbpeft.checkpoint.atomic import NewFile
+from nbpeft.checkpoint.config_format import config_to_save
+from nbpeft.engine.model_tree import manager_of
+from nbpeft.errors import NbpeftError, TrainingError
+from nbpeft.logs import collapsed
+from nbpeft.memory.architecture import silenced
+from nbpeft.training.data.forms import Form, row_of
+from nbpeft.training.data.sources import place_in
+from nbpeft.training.data.tokenized import Reading, default_length
+
+_COMPARED = 500
+"""Rows that a tokenizer has to read as the notebook's does."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a script loads.
+
+    Attributes:
+        text: name on the hub, or path from the script's folder.
+        local: whether it is a path.
+        files: that have to lie beside the script.
+    """
+
+    text: str
+    local: bool = False
+    files: tuple[NewFile, ...] = field(default=(), repr=False)
+
+    def expression(self, name: str) -> str:
+        """How the script refers to it, where a constant of that name holds the text."""
+        return f"str(HERE / {name})" if self.local else name
+
+
+def source_of_path(text: str, folder: Path) -> Source:
+    """A file or folder of this machine as a path from the script's folder; anything else as it is.
+
+    Args:
+        text: a path, a name on the hub, or either with a part behind it (``rows.jsonl[:100]``).
+        folder: of the script.
+    """
+    text = os.path.expanduser(text)
+    place = place_in(text)
+    if not os.path.exists(place):
+        return Source(text)
+    relative = os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
+    return Source(Path(relative).as_posix() + text[len(place) :], local=True)
+
+
+def source_of_base(model: Any, given: str | None, folder: Path) -> tuple[Source, str]:
+    """Where to load the base model from, for the script and for this process.
+
+    Raises:
+        TrainingError: it does not say where it came from.
+    """
+    found = given or str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if not found:
+        raise TrainingError(
+            f"this {type(model).__name__} does not say where it came from; give a folder or hub id (base=…)"
+        )
+    return source_of_path(found, folder), found
+
+
+def source_of_tokenizer(tokenizer: Any, readings: Sequence[Reading], name: str, folder: Path) -> Source | None:
+    """Where a script finds a tokenizer that reads rows as this one does: where it came from, or saved beside it.
+
+    Args:
+        tokenizer: of the notebook, which may have been changed since it was loaded.
+        readings: of the rows, with that tokenizer.
+        name: of a folder for it, beside the script.
+        folder: of the script.
+
+    Returns:
+        None where no tokenizer that a script can load reads them the same.
+    """
+    before = [_first_read(how) for how in readings], default_length(tokenizer)
+
+    def same(place: str) -> bool:
+        from transformers import AutoTokenizer
+
+        try:
+            with collapsed():
+                loaded = AutoTokenizer.from_pretrained(place, local_files_only=True)
+                others = [_first_read(replace(how, tokenizer=loaded)) for how in readings], default_length(loaded)
+        except Exception:  # whatever a tokenizer's files make a library raise, it is not one to name
+            return False
+        return bool(others == before)
+
+    origin = str(getattr(tokenizer, "name_or_path", "") or "")
+    if origin and same(origin):
+        return source_of_path(origin, folder)
+    if not hasattr(tokenizer, "save_pretrained"):
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        if not same(scratch):
+            return None
+        contents = {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
+    files = tuple(_file(f"{name}/{file}", content) for file, content in sorted(contents.items()))
+    return Source(name, local=True, files=files)
+
+
+def _file(name: str, content: bytes) -> NewFile:
+    return NewFile(name, lambda path: path.write_bytes(content))
+
+
+def _first_read(how: Reading) -> list[Any]:
+    return [(row.whole, row.limit, row.empty) for row in itertools.islice(how.coded(), _COMPARED)]
+
+
+def text_rows(how: Reading) -> str:
+    """Rows as JSON lines with the columns that are read of them, which say in a script what they say here."""
+    form = how.form
+    assert form is not None
+    return json_lines(_kept(row, number, form, how.columns) for number, row in enumerate(how.rows))
+
+
+def _kept(value: Any, number: int, form: Form, columns: Mapping[str, str]) -> dict[str, Any]:
+    row = dict(row_of(value, number, {}).values)
+    wanted = {columns.get(name, name) for name in (*form.needs, *form.may)}
+    return {name: item for name, item in row.items() if name in wanted}
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as lines of JSON; tensors and arrays as lists, what JSON has no word for as text."""
+    return "".join(f"{json.dumps(dict(row), default=_listed, ensure_ascii=False)}\n" for row in rows)
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def short_targets(model: Any, config: Any) -> Any:
+    """``"all-linear"`` or the fewest names that mean the same modules as the targets of a config.
+
+    Args:
+        model: with the adapter on it.
+        config: of the adapter, whose targets may be a path each.
+    """
+    targets, manager = getattr(config, "target_modules", None), manager_of(model)
+    if isinstance(targets, str) or not targets or manager is None:
+        return targets
+    try:
+        with silenced():
+            meant, linear = (set(manager.plan(one).paths) for one in (config, config.copy(target_modules="all-linear")))
+    except NbpeftError:
+        return targets
+    if meant == linear:
+        return "all-linear"
+    condensed: Any = config_to_save(config, manager.model)
+    return condensed.target_modules
