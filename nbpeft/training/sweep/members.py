@@ -17,7 +17,7 @@ from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
 from nbpeft.training.callback import shape_of
 from nbpeft.training.record import Record
 
-TOKENS_TOGETHER = 512
+TOKENS_TOGETHER = 128
 """Input tokens of one pass on a CPU: with more of them a pass over several adapters takes memory and saves no time."""
 TOKENS_ON_DEVICE = 16_384
 """The same on an accelerator."""
