@@ -41,6 +41,11 @@ def ia3() -> Any:
     return get_peft_model(llama(), config, "a").train()
 
 
+def convolutional() -> Any:
+    base = gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, eos_token_id=0)
+    return trainable(base, "a", target_modules=["c_attn"])
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -78,10 +83,7 @@ def test_other_methods_and_models_learn_side_by_side() -> None:
     assert swept_and_alone(ia3, token_rows(12), **FAST) < 1e-6
     labelled = [{**row, "label": place % 3} for place, row in enumerate(token_rows(12))]
     assert swept_and_alone(lambda: trainable(classifier(), "a", task_type="SEQ_CLS"), labelled, **FAST) < 1e-6
-    conv = lambda: trainable(
-        gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, eos_token_id=0), "a", target_modules=["c_attn"]
-    )  # noqa: E731
-    assert swept_and_alone(conv, token_rows(12), **FAST) < 1e-6
+    assert swept_and_alone(convolutional, token_rows(12), **FAST) < 1e-6
 
 
 def test_a_trainer_with_a_loss_of_its_own_gets_a_pass_for_each() -> None:
@@ -131,7 +133,7 @@ def test_the_result_ranks_them_and_the_best_is_active() -> None:
     assert (slow.status, fast.status, slow.step, fast.step) == ("finished", "finished", 4, 4)
     assert slow.eval_loss is not None
     assert fast.eval_loss is not None
-    assert result.best == min((slow, fast), key=lambda member: member.eval_loss).name
+    assert result.best == (slow if slow.eval_loss < fast.eval_loss else fast).name
     assert model.active_adapters == [result.best]
     assert result.eval_loss == min(slow.eval_loss, fast.eval_loss)
     assert len(slow.history) == 4
