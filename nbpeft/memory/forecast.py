@@ -87,6 +87,7 @@ def forecast(
     gradient_checkpointing: bool = False,
     optimizer: str = "adamw",
     training: bool = True,
+    adapters: int = 1,
     device: int | str | torch.device | None = None,
 ) -> Forecast:
     """Estimate what a run will need, from shapes alone; no weight is loaded.
@@ -108,6 +109,7 @@ def forecast(
         gradient_checkpointing: keep layer inputs only, compute the rest again in backward.
         optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
         training: forward, backward and optimizer; else reading a prompt into a cache.
+        adapters: how many are trained side by side, each with a batch of that size.
         device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
             is, or the model is on, a CPU, what CPU kernels copy is counted.
 
@@ -130,6 +132,7 @@ def forecast(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         training=training,
+        adapters=adapters,
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
     )
     return Forecast(estimate(setting), device_bytes(device), setting)
@@ -146,6 +149,7 @@ def setting_of(
     gradient_checkpointing: bool,
     optimizer: str,
     training: bool,
+    adapters: int = 1,
     double_quant: bool = True,
     on_cpu: bool = False,
 ) -> Setting:
@@ -154,7 +158,8 @@ def setting_of(
     Raises:
         ConfigError: a value is impossible.
     """
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "adapters": adapters}
+    for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
@@ -173,6 +178,7 @@ def setting_of(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         training=training,
+        adapters=adapters,
         on_cpu=on_cpu,
     )
 

@@ -13,6 +13,7 @@ from nbpeft.names import SHORT_DTYPES
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
+from nbpeft.sweeps import largest_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_t
 """Fields of the adapter that is assumed."""
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
-    *("optimizer", "training", "device", "variable", "changes", "rank"),
+    *("optimizer", "training", "adapters", "device", "variable", "changes", "rank"),
 )
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 
@@ -49,8 +50,8 @@ def plan_memory(
             rank 16 on all linear layers.
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
-            ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch
-            device, by default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and
+            ``double_quant``, ``optimizer``, ``training``, ``adapters`` (how many learn side by side; a sweep among the
+            ``changes`` says so, too), ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch device, by default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and
             ``changes`` (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not
             the config's means an adapter of that method with these fields.
 
@@ -87,7 +88,9 @@ def memory_planner(
         source, name = tracked.manager.model, tracked.name
     else:
         source, name = uncompiled(model), model if isinstance(model, str) else type(model).__name__
-    return MemoryPlanner(source, _planned(tracked, config, changes, rank), name=variable or name, **settings)
+    chosen, count = largest_of(changes)
+    settings = {"adapters": count, **settings} if count > 1 else settings
+    return MemoryPlanner(source, _planned(tracked, config, chosen, rank), name=variable or name, **settings)
 
 
 def _planned(
@@ -143,6 +146,7 @@ class MemoryPlanner:
         gradient_checkpointing: bool | None = None,
         optimizer: str = "adamw",
         training: bool = True,
+        adapters: int = 1,
         device: Any = None,
         double_quant: bool | None = None,
     ) -> None:
@@ -167,6 +171,7 @@ class MemoryPlanner:
             gradient_checkpointing=gradient_checkpointing,
             optimizer=optimizer,
             training=training,
+            adapters=adapters,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
         )
@@ -238,6 +243,7 @@ class MemoryPlanner:
             setting.gradient_checkpointing,
             setting.optimizer,
             setting.training,
+            adapters=setting.adapters,
         )
 
     def _result(

@@ -32,6 +32,7 @@ class PlanSettings:
         optimizer: its name.
         training: a training step; else reading a prompt.
         device: name of where it should fit, ``this-machine`` among them; empty for the planner's own.
+        adapters: how many are trained side by side.
     """
 
     batch_size: int
@@ -43,6 +44,7 @@ class PlanSettings:
     optimizer: str = "adamw"
     training: bool = True
     device: str = ""
+    adapters: int = 1
 
     def __str__(self) -> str:
         words = [f"batch {self.batch_size}", f"length {self.sequence_length}"]
@@ -51,6 +53,7 @@ class PlanSettings:
         if self.training:
             words += ["gradient checkpointing"] if self.gradient_checkpointing else []
             words.append(self.optimizer)
+            words += [f"{self.adapters} adapters side by side"] if self.adapters > 1 else []
         else:
             words.append("inference")
         return ", ".join(words)

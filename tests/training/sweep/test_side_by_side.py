@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback
 from nbpeft import IA3Config, get_peft_model, sweep, train
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.training import RunControl, SweepResult
-from nbpeft.training.sweep import members as sweep_members
 from tests.tiny_models import classifier, gpt2, llama
 from tests.training.support import token_rows, trainable
 
@@ -59,7 +58,7 @@ def convolutional() -> Any:
 )
 @pytest.mark.parametrize("tokens", [1, 10_000], ids=["apart", "in one pass"])
 def test_each_learns_what_it_would_alone(config: dict[str, Any], tokens: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sweep_members, "TOKENS_TOGETHER", tokens)
+    monkeypatch.setattr("nbpeft.sweeps.TOKENS_TOGETHER", tokens)
     assert swept_and_alone(lambda: trainable(name="a", **config), token_rows(12), **FAST) < 1e-6
 
 
