@@ -51,8 +51,9 @@ def plan_memory(
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
             ``double_quant``, ``optimizer``, ``training``, ``adapters`` (how many learn side by side; a sweep among the
-            ``changes`` says so, too), ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch device, by default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and
-            ``changes`` (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not
+            ``changes`` says so, too), ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch device, by default this
+            machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and ``changes`` (fields
+            by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not
             the config's means an adapter of that method with these fields.
 
     Raises:
