@@ -20,6 +20,10 @@ from nbpeft.errors import ConfigError
 
 MOST = 16
 """Adapters that one sweep may have."""
+TOKENS_TOGETHER = 128
+"""Input tokens of one pass on a CPU: with more of them a pass over several adapters takes memory and saves no time."""
+TOKENS_ON_DEVICE = 16_384
+"""The same on an accelerator."""
 _SHORT = {
     "learning_rate": "lr",
     "weight_decay": "wd",
@@ -87,6 +91,27 @@ def combinations(fields: Mapping[str, Sweep]) -> Iterator[dict[str, Any]]:
         )
     for values in itertools.product(*(sweep.values for sweep in fields.values())):
         yield dict(zip(fields, values, strict=True))
+
+
+def largest_of(fields: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The fields with one value each, the largest where they are numbers and else the first, and how many there are."""
+    found = dict(fields)
+    for name, values in swept(fields).items():
+        numbers = all(isinstance(value, int | float) for value in values.values)
+        found[name] = max(values.values) if numbers else values.values[0]
+    return found, math.prod(len(values.values) for values in swept(fields).values())
+
+
+def members_together(count: int, tokens: int, *, on_cpu: bool) -> int:
+    """How many of ``count`` adapters one pass over the model serves, as evenly as can be.
+
+    Args:
+        count: adapters that learn.
+        tokens: of the batch of one of them.
+        on_cpu: where the pass runs.
+    """
+    most = max(1, (TOKENS_TOGETHER if on_cpu else TOKENS_ON_DEVICE) // max(1, tokens))
+    return math.ceil(count / math.ceil(count / most)) if count else 1
 
 
 def names_of(stem: str, combined: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -193,6 +193,7 @@ def members_table(train: TrainState) -> Table:
         figures = [member.smoothed_loss, *([member.eval_loss] if evaluated else [])]
         name = Text(member.name, "bold" if number == 0 else "", curve=place)
         ended = "" if member.status == "training" else _member_words(member)
+        ended += " · the best, active" if number == 0 and train.status in ENDED else ""
         rows.append(
             (
                 name,

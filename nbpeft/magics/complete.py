@@ -153,11 +153,12 @@ def _python_values(text: str, after: str, values: Values) -> Suggestions | None:
     before, quote, typed = found["before"] or "", found["quote"], found["typed"]
     given = re.findall(r"""['"]([^'"]*)['"]""", before)
     choices = [item for item in (values.listed if before else values.choices) if item not in given]
-    if not choices:
+    sweeps = ["sweep("] if typed and not before and not quote and "sweep(".startswith(typed) else []
+    if not choices and not sweeps:
         return None
     if not quote:
-        words = [repr(choice) for choice in choices if str(choice).startswith(typed)]
-        return Suggestions(typed, tuple(words), closed=bool(words))
+        words = [repr(choice) for choice in choices if str(choice).startswith(typed)] + sweeps
+        return Suggestions(typed, tuple(words), closed=bool(words) and not sweeps)
     end = "" if after.startswith(quote) else quote
     texts = [choice for choice in choices if isinstance(choice, str) and choice.startswith(typed)]
     return Suggestions(typed, tuple(f"{text}{end}" for text in texts))

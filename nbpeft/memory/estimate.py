@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from nbpeft.memory.saved import tensors_in
 from nbpeft.memory.stages import Peak
 from nbpeft.names import LOSS_CHUNK_SIZE
 from nbpeft.state import MemoryPart
+from nbpeft.sweeps import members_together
 
 SAMPLED_LAYERS = 3
 """Number of layers that are run; what more of them need follows, because each adds the same."""
@@ -55,6 +56,17 @@ class Setting:
     loss_chunk_size: int = LOSS_CHUNK_SIZE
     recompute: bool = True
     packing: bool = False
+    adapters: int = 1
+
+    @property
+    def one_pass(self) -> Setting:
+        """The same with the adapters that one pass over the model serves, taken as one with all their rows."""
+        return replace(self, adapters=1, batch_size=self.batch_size * self.together)
+
+    @property
+    def together(self) -> int:
+        """How many of the adapters one pass serves."""
+        return members_together(self.adapters, self.batch_size * self.sequence_length, on_cpu=self.on_cpu)
 
     def key(self, *, step: bool) -> str:
         """Equal for settings with the same weights or, with ``step``, the same step."""
@@ -102,23 +114,25 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
         ConfigError: the model cannot run without data.
         TargetError: the adapter does not fit the model.
     """
-    weights, step = _weights_of(setting), _peak_of(setting)
+    weights, step = _weights_of(setting), _peak_of(setting.one_pass)
+    trained = weights.trained * setting.adapters
     base = sum(weights.kinds.values())
     kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
-    parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes)]
+    parts = [MemoryPart("base weights", base, kinds), MemoryPart("adapters", weights.adapter_bytes * setting.adapters)]
     if not setting.training:
         return (*parts, MemoryPart("KV cache", step.result), MemoryPart("temporary", step.total - step.result))
-    states = state_bytes(setting.optimizer, weights.trained)
+    states = state_bytes(setting.optimizer, trained)
     paged = "paged: may go to the host" if kind_of(setting.optimizer)[1] else setting.optimizer
     parts.append(MemoryPart("optimizer", states, paged))
-    sizes = [torch.Size(shape).numel() * item for shape, item in weights.trained]
+    sizes = [torch.Size(shape).numel() * item for shape, item in trained]
     largest = max(sizes, default=0)
-    if sum(sizes) + 2 * largest > step.total:
+    earlier = sum(sizes) * (setting.adapters - setting.together) // setting.adapters  # of the passes before the last
+    if sum(sizes) + 2 * largest > step.total + earlier:
         return (*parts, MemoryPart("gradients", sum(sizes)), MemoryPart("temporary", 2 * largest, "optimizer step"))
     rest = step.total - step.saved - step.gradients
     return (
         *parts,
-        MemoryPart("gradients", step.gradients),
+        MemoryPart("gradients", step.gradients + earlier),
         MemoryPart("activations", step.saved, "kept for backward"),
         MemoryPart("temporary", rest, "logits, loss and single layers at the peak"),
     )

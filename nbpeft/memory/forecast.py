@@ -89,6 +89,7 @@ def forecast(
     optimizer: str = "adamw",
     training: bool = True,
     packing: bool = False,
+    adapters: int = 1,
     device: int | str | torch.device | None = None,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
     recompute: bool = True,
@@ -114,6 +115,7 @@ def forecast(
         optimizer: ``"adamw"``, ``"adamw_8bit"``, ``"sgd"``, … or a name of ``TrainingArguments.optim``.
         training: forward, backward and optimizer; else reading a prompt into a cache.
         packing: whether each sequence holds several rows, for which some kinds of attention need a mask.
+        adapters: how many are trained side by side, each with a batch of that size.
         device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
             is, or the model is on, a CPU, what CPU kernels copy is counted.
         loss_chunk_size: tokens whose logits are in memory at once, as ``nbpeft.Trainer`` and
@@ -140,6 +142,7 @@ def forecast(
         optimizer=optimizer,
         training=training,
         packing=packing,
+        adapters=adapters,
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
         loss_chunk_size=loss_chunk_size,
         recompute=recompute,
@@ -158,6 +161,7 @@ def setting_of(
     gradient_checkpointing: bool,
     optimizer: str,
     training: bool,
+    adapters: int = 1,
     double_quant: bool = True,
     on_cpu: bool = False,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
@@ -169,7 +173,8 @@ def setting_of(
     Raises:
         ConfigError: a value is impossible.
     """
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "adapters": adapters}
+    for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
@@ -190,6 +195,7 @@ def setting_of(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         training=training,
+        adapters=adapters,
         on_cpu=on_cpu,
         loss_chunk_size=check_chunk_size(loss_chunk_size),
         recompute=recompute,

@@ -11,11 +11,12 @@ from tests.benchmarks import table
 from tests.benchmarks.harness import FULL, OURS, PEFT, TOY, Measure, Result, Row, Size, measure, rows
 
 ROWS = rows()
-STARTS_INTERPRETERS = {"load_ext", "import", "first-use"}
+SLOW = {"load_ext", "import", "first-use", "sweep-peak", "sweep-short-peak", "sweep-time", "sweep-short-time"}
+"""Rows that start interpreters or train several times."""
 
 
 def named(row: Row) -> object:
-    marks = [pytest.mark.slow] if row.name in STARTS_INTERPRETERS else []
+    marks = [pytest.mark.slow] if row.name in SLOW else []
     return pytest.param(row, id=row.name, marks=marks)
 
 
@@ -30,7 +31,7 @@ def test_every_row_runs_on_both_sides(row: Row) -> None:
     assert table.as_dict(result)["name"] == row.name
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if row.name.startswith("saved-")])
+@pytest.mark.parametrize("row", [named(row) for row in ROWS if row.name.startswith("saved-")])
 def test_bytes_are_within_their_target(row: Row) -> None:
     result = measure(row, dataclasses.replace(FULL, repeats=0))
     assert result.ratio <= row.target

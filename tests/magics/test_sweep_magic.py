@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from nbpeft.training import SweepResult
 from tests.magics.notebook import Notebook
@@ -72,6 +73,45 @@ def test_an_adapter_cell_makes_several_that_train_together(ready: Notebook) -> N
 def test_a_bare_model_takes_a_sweep(notebook: Notebook) -> None:
     notebook.do("%lora add model --name codes r=sweep(2,4) target_modules=q_proj")
     assert notebook["model"].manager.names == ("codes-r2", "codes-r4")
+
+
+def test_a_dry_run_and_a_plan_count_all(ready: Notebook) -> None:
+    preview = ready.do("%%lora model --name codes --dry-run --batch 2 --seq 16\nr = sweep(2, 4)")
+    assert "2 adapters, to be trained side by side" in str(preview)
+    assert "2 adapters side by side" in str(preview.memory.settings)
+    plans = [ready.do(f"%lora plan model --batch 2 --seq 16 {more}") for more in ("", "--adapters 3", "r=sweep(2,4)")]
+    one, three, two = ({part.name: part.byte_count for part in plan.parts} for plan in plans)
+    assert three["adapters"] == 3 * one["adapters"]
+    assert two["optimizer"] == 2 * one["optimizer"]
+    assert three["base weights"] == one["base weights"]
+
+
+def test_a_sweep_is_completed(ready: Notebook) -> None:
+    assert "sweep(" in ready.complete("%%lora_train model --data rows\nlearning_rate = sw")
+    assert "sweep(" in ready.complete("%%lora model\nuse_dora = s")
+
+
+def test_a_sweep_that_was_broken_off_goes_on(ready: Notebook, tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("NBPEFT_RUNS", str(tmp_path))
+    ready["held"] = ready["model"].manager
+    ready.do(TRAIN.replace("max_steps = 2", "max_steps = 4"))
+    whole = {name: weights(ready, name) for name in ("sql-lr1e-2", "sql-lr5e-2")}
+    for name in whole:
+        ready["held"].activate("sql")
+        ready["held"].remove(name)
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    ready["broken"] = [Break()]
+    ready.run(TRAIN.replace("max_steps = 2", "max_steps = 4\ncallbacks = broken"))
+    rows = {"data": ready["rows"], "eval_data": ready["held_out"], "callbacks": []}
+    result = ready.session.resume("sql-sweep-2", model="model", **rows)
+    assert [member.name for member in result.training.members] == list(whole)
+    for name, tensors in whole.items():
+        assert same(weights(ready, name), tensors)
 
 
 def test_a_script_is_written_with_the_best(ready: Notebook, tmp_path: Any) -> None:

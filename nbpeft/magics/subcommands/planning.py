@@ -42,7 +42,9 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         CellError: a size has no unit, or a word is not known.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
-    names = {"batch": "batch_size", "seq": "sequence_length", "device": "device", "optimizer": "optimizer"}
+    names = {"batch": "batch_size", "seq": "sequence_length"} | {
+        name: name for name in ("device", "optimizer", "adapters")
+    }
     found: dict[str, Any] = {names[option]: given[option] for option in names if option in given}
     device = str(given.get("device", ""))
     if re.fullmatch(r"[\d.]+", device) and named(device) is None:  # it would be read as bytes, which nobody means
@@ -86,6 +88,7 @@ def sizes_without_dry_run() -> CellError:
     argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4, int8 (default: as it is)"),
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
+    argument("--adapters", type=positive, metavar="N", help="so many trained side by side (default: 1)"),
     argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
     argument("--data", metavar="DATA", completes="data", help="rows to learn, which say how long sequences are"),
     COLUMNS,

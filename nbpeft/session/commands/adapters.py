@@ -20,7 +20,7 @@ from nbpeft.session.preview import preview_of
 from nbpeft.session.results import AddResult, LoadResult, ModelRef, Preview, SavedAdapter, SaveResult
 from nbpeft.session.sweeps import all_or_none, configs_of
 from nbpeft.session.undoable import Undoable, unsaved_words
-from nbpeft.sweeps import swept
+from nbpeft.sweeps import largest_of, swept
 
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
@@ -199,8 +199,14 @@ def preview(
     """
     from nbpeft.engine.kept import keeps_weights
 
+    count = 1
+    if isinstance(config, Mapping):
+        config, count = largest_of(config)
     made = build_config(config, instead_of=_present(ctx, model, name))
     with ctx.command("planning") as notes:
+        if count > 1:
+            notes.append(f"{count} adapters, to be trained side by side; this is the largest")
+            settings = {"adapters": count, **settings}
         tracked = ctx.find(model, variable, command="preview")
         base = tracked.manager.model if tracked is not None else uncompiled(model)
         title = tracked.name if tracked is not None else variable or "model"

@@ -13,6 +13,7 @@ from nbpeft.names import SHORT_DTYPES
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
+from nbpeft.sweeps import largest_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_t
 """Fields of the adapter that is assumed."""
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
-    *("optimizer", "training", "packing", "device", "variable", "changes", "rank"),
+    *("optimizer", "training", "packing", "adapters", "device", "variable", "changes", "rank"),
     *("data", "tokenizer", "columns"),
 )
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
@@ -50,11 +51,12 @@ def plan_memory(
             rank 16 on all linear layers.
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
-            ``double_quant``, ``optimizer``, ``training``, ``packing``, ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch
-            device, by default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and
-            ``changes`` (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not
-            the config's means an adapter of that method with these fields. ``data`` (with ``tokenizer`` and
-            ``columns``, as for ``train``): the rows, whose longest, or fullest sequence, says how long sequences are;
+            ``double_quant``, ``optimizer``, ``training``, ``packing``, ``adapters`` (how many learn side by side; a
+            sweep among the ``changes`` says so, too), ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch device, by
+            default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and ``changes``
+            (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not the
+            config's means an adapter of that method with these fields. ``data`` (with ``tokenizer`` and ``columns``,
+            as for ``train``): the rows, whose longest, or fullest sequence, says how long sequences are;
             ``sequence_length`` is then what they are cut to.
 
     Raises:
@@ -104,7 +106,9 @@ def memory_planner(
             columns=columns,
             packing=settings.get("packing", False),
         )
-    return MemoryPlanner(source, _planned(tracked, config, changes, rank), name=variable or name, **settings)
+    chosen, count = largest_of(changes)
+    settings = {"adapters": count, **settings} if count > 1 else settings
+    return MemoryPlanner(source, _planned(tracked, config, chosen, rank), name=variable or name, **settings)
 
 
 def _planned(
@@ -161,6 +165,7 @@ class MemoryPlanner:
         optimizer: str = "adamw",
         training: bool = True,
         packing: bool = False,
+        adapters: int = 1,
         device: Any = None,
         double_quant: bool | None = None,
     ) -> None:
@@ -186,6 +191,7 @@ class MemoryPlanner:
             optimizer=optimizer,
             training=training,
             packing=packing,
+            adapters=adapters,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
         )
@@ -258,6 +264,7 @@ class MemoryPlanner:
             setting.optimizer,
             setting.training,
             packing=setting.packing,
+            adapters=setting.adapters,
         )
 
     def _result(

@@ -33,6 +33,7 @@ class PlanSettings:
         training: a training step; else reading a prompt.
         device: name of where it should fit, ``this-machine`` among them; empty for the planner's own.
         packing: whether a sequence holds several rows.
+        adapters: how many are trained side by side.
     """
 
     batch_size: int
@@ -45,6 +46,7 @@ class PlanSettings:
     training: bool = True
     device: str = ""
     packing: bool = False
+    adapters: int = 1
 
     def __str__(self) -> str:
         words = [f"batch {self.batch_size}", f"length {self.sequence_length}"]
@@ -54,6 +56,7 @@ class PlanSettings:
         if self.training:
             words += ["gradient checkpointing"] if self.gradient_checkpointing else []
             words.append(self.optimizer)
+            words += [f"{self.adapters} adapters side by side"] if self.adapters > 1 else []
         else:
             words.append("inference")
         return ", ".join(words)

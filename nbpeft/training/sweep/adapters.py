@@ -144,7 +144,7 @@ def _made(model: nn.Module, manager: AdapterManager, given: Mapping[str, Any]) -
         for name, values in zip(names, combined, strict=True):
             check_name(name)
             changed = {field: value for field, value in values.items() if field not in OWN_FIELDS}
-            wanted = config.copy(**changed) if changed else config
+            wanted = dataclasses.replace(config, **changed) if changed else config
             if name in manager.configs:
                 _check_same(manager, name, wanted)
                 continue

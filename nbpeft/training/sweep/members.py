@@ -14,13 +14,9 @@ from nbpeft.display import numbers
 from nbpeft.engine.active_state import Active, Call
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
+from nbpeft.sweeps import members_together
 from nbpeft.training.callback import shape_of
 from nbpeft.training.record import Record
-
-TOKENS_TOGETHER = 512
-"""Input tokens of one pass on a CPU: with more of them a pass over several adapters takes memory and saves no time."""
-TOKENS_ON_DEVICE = 16_384
-"""The same on an accelerator."""
 
 
 class Member:
@@ -160,7 +156,8 @@ class SideBySide:
         members, shape = self.training, shape_of(inputs)
         width = 1
         if self.mixed and shape is not None and _in_rows(inputs, shape[0]):
-            width = members_together(len(members), shape[0] * shape[1], inputs)
+            on_cpu = all(value.device.type == "cpu" for value in inputs.values())
+            width = members_together(len(members), shape[0] * shape[1], on_cpu=on_cpu)
         return [members[start : start + width] for start in range(0, len(members), width)]
 
 
@@ -169,20 +166,9 @@ def kept_of(members: object) -> dict[str, Any]:
     return {"members": members.fields()} if isinstance(members, SideBySide) else {}
 
 
-def members_together(count: int, tokens: int, inputs: Mapping[str, Any]) -> int:
-    """How many of ``count`` members one pass serves, whose batches have so many tokens each; as even as can be."""
-    on_cpu = all(value.device.type == "cpu" for value in inputs.values() if isinstance(value, Tensor))
-    most = max(1, (TOKENS_TOGETHER if on_cpu else TOKENS_ON_DEVICE) // max(1, tokens))
-    return math.ceil(count / math.ceil(count / most)) if count else 1
-
-
 def _in_rows(inputs: Mapping[str, Any], rows: int) -> bool:
     """Whether everything in a batch belongs to its rows, one for one, so that rows can be repeated."""
-    return all(
-        isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
-        for value in inputs.values()
-        if value is not None
-    )
+    return all(isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows for value in inputs.values())
 
 
 def setting_text(value: Any) -> str:

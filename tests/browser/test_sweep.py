@@ -1,0 +1,53 @@
+"""A person trains three adapters side by side, stops one of them with a click, and then all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Opener
+
+pytestmark = pytest.mark.browser
+
+MODEL = """\
+%load_ext nbpeft
+import torch
+from tests.tiny_models import llama
+
+torch.set_num_threads(1)
+model = llama()
+rows = [{"input_ids": [1 + (step * start) % 7 for step in range(12)]} for start in range(64)]
+%lora add model --name codes r=4 target_modules=q_proj,v_proj
+"""
+TRAIN = """\
+%%lora_train model --data rows --eval 8
+max_steps = 20000
+per_device_train_batch_size = 2
+eval_steps = 20
+learning_rate = sweep(1e-4, 1e-3, 1e-2)
+"""
+
+
+@pytest.mark.parametrize("app", ["lab"], indirect=True)
+def test_one_of_three_is_stopped_and_then_all(open_notebook: Opener, pictures: Path) -> None:
+    page = open_notebook(MODEL, TRAIN)
+    page.run_cell(0)
+    page.start_cell(1)
+    page.wait_for(re.compile(r"^[1-9]\d[\d,]* / 20,000$"), cell=1, timeout=90)
+    page.click("Stop codes-lr1e-4", cell=1)
+    page.wait_for(re.compile(r"stopped at step \d+"), cell=1, timeout=60)
+    expect(page.button("Stop codes-lr1e-4", cell=1)).to_be_disabled()
+    page.wait_for("running", cell=1)
+    for theme in ("light", "dark"):
+        page.theme(theme)
+        page.screenshot(pictures / f"sweep-running-{theme}.png")
+    page.theme("light")
+    page.click("Stop", cell=1)
+    page.wait_idle()
+    expect(page.button("Stop", cell=1)).to_have_count(0)
+    expect(page.output(1).locator("img[src^='data:image/svg+xml']").first).to_be_visible()
+    page.screenshot(pictures / "sweep-stopped.png")
+    page.check()
