@@ -88,6 +88,8 @@ def forecast(
     optimizer: str = "adamw",
     training: bool = True,
     device: int | str | torch.device | None = None,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Forecast:
     """Estimate what a run will need, from shapes alone; no weight is loaded.
 
@@ -110,6 +112,8 @@ def forecast(
         training: forward, backward and optimizer; else reading a prompt into a cache.
         device: what it should fit: bytes, ``"16GB"``, a name (``"T4"``), or a device of this machine. Where it
             is, or the model is on, a CPU, what CPU kernels copy is counted.
+        processes: that train together, each with its own batch and device; what one of them needs is estimated.
+        sharded: whether they share the model out (FSDP2); else each has all of it (DDP).
 
     Raises:
         ConfigError: a value is impossible or the model cannot run without data.
@@ -131,6 +135,8 @@ def forecast(
         optimizer=optimizer,
         training=training,
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
+        processes=processes,
+        sharded=sharded,
     )
     return Forecast(estimate(setting), device_bytes(device), setting)
 
@@ -148,16 +154,20 @@ def setting_of(
     training: bool,
     double_quant: bool = True,
     on_cpu: bool = False,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Setting:
     """Check the values of a forecast and put them together; see ``forecast``.
 
     Raises:
         ConfigError: a value is impossible.
     """
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+    numbers = {"batch_size": batch_size, "sequence_length": sequence_length, "processes": processes}
+    for name, value in numbers.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
+    switches["sharded"] = sharded
     for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise ConfigError(f"{name} is {switch!r}; expected True or False")
@@ -174,6 +184,8 @@ def setting_of(
         optimizer=optimizer,
         training=training,
         on_cpu=on_cpu,
+        processes=processes,
+        sharded=sharded,
     )
 
 

@@ -34,6 +34,7 @@ from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
 from nbpeft.training.keeping import RunKeeper, check_rows_are_those, mark_of_rows
+from nbpeft.training.launch.agreement import is_launched
 from nbpeft.training.launch.parent import train_apart
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.learning_check import why_no_gradient
@@ -125,6 +126,8 @@ def train(
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
     launch = launch_of(processes, hosts)
+    if fields.get("fsdp") and launch is None and not is_launched():
+        raise ConfigError("fsdp shards a model over several processes: say how many, processes=…", field="fsdp")
     data = open_data(data)
     rows = training_rows(
         model,

@@ -297,7 +297,7 @@ class Run:
             self._record.step, self._record.first_step = state.step, state.first_step
             self.total_steps, self.folder = state.total_steps, state.folder
             self._started, self._waiting_since = now - state.elapsed, now if state.status == "paused" else None
-        self.publish()
+        self.publish(force=True)  # they come as seldom as they are to be shown
 
     def wait_or_stop(self) -> bool:
         """Waits while paused. Returns whether the loop is to end."""
@@ -517,7 +517,7 @@ class Run:
         return "running"
 
     def _message(self) -> str:
-        if self._followed is not None and self._status != "failed":
+        if self._followed is not None and self._status not in ("failed", "stopped"):
             return " · ".join(dict.fromkeys([*self._notes, self._followed.message])).strip(" ·")
         saving = "saving after this step" if self.control.save_requested and self._ended is None else self._saved
         return " · ".join([*self._notes, *([saving] if saving else [])])

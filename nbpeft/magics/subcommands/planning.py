@@ -58,6 +58,10 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         found["quantization"] = None if given["quant"] == "none" else given["quant"]
     if given.get("checkpointing"):
         found["gradient_checkpointing"] = True
+    if "processes" in given:
+        found["processes"] = given["processes"]
+    if given.get("sharded"):
+        found["sharded"] = True
     if given.get("inference"):
         found["training"] = False
     return found
@@ -84,6 +88,8 @@ def sizes_without_dry_run() -> CellError:
     argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4, int8 (default: as it is)"),
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
+    argument("--processes", type=positive, metavar="N", help="what one of N processes needs, each with such a batch"),
+    argument("--sharded", action="store_true", help="the processes share the model out (fsdp = True)"),
     argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
     METHOD,
     argument("--rank", type=positive, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),

@@ -32,7 +32,7 @@ USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_t
 """Fields of the adapter that is assumed."""
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
-    *("optimizer", "training", "device", "variable", "changes", "rank"),
+    *("optimizer", "training", "device", "variable", "changes", "rank", "processes", "sharded"),
 )
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 
@@ -49,7 +49,8 @@ def plan_memory(
             rank 16 on all linear layers.
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
-            ``double_quant``, ``optimizer``, ``training``, ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch
+            ``double_quant``, ``optimizer``, ``training``, ``processes`` and ``sharded`` (what one of several processes
+            needs, with DDP or with FSDP2), ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch
             device, by default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and
             ``changes`` (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not
             the config's means an adapter of that method with these fields.
@@ -145,6 +146,8 @@ class MemoryPlanner:
         training: bool = True,
         device: Any = None,
         double_quant: bool | None = None,
+        processes: int = 1,
+        sharded: bool = False,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
@@ -169,6 +172,8 @@ class MemoryPlanner:
             training=training,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
+            processes=processes,
+            sharded=sharded,
         )
         self._stored_note = found.note
         self.name = name
@@ -238,6 +243,8 @@ class MemoryPlanner:
             setting.gradient_checkpointing,
             setting.optimizer,
             setting.training,
+            processes=setting.processes,
+            sharded=setting.sharded,
         )
 
     def _result(

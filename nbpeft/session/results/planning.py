@@ -32,6 +32,8 @@ class PlanSettings:
         optimizer: its name.
         training: a training step; else reading a prompt.
         device: name of where it should fit, ``this-machine`` among them; empty for the planner's own.
+        processes: that train together.
+        sharded: whether they share the model out.
     """
 
     batch_size: int
@@ -43,6 +45,8 @@ class PlanSettings:
     optimizer: str = "adamw"
     training: bool = True
     device: str = ""
+    processes: int = 1
+    sharded: bool = False
 
     def __str__(self) -> str:
         words = [f"batch {self.batch_size}", f"length {self.sequence_length}"]
@@ -51,6 +55,7 @@ class PlanSettings:
         if self.training:
             words += ["gradient checkpointing"] if self.gradient_checkpointing else []
             words.append(self.optimizer)
+            words += [f"one of {self.processes} {'sharded ' if self.sharded else ''}processes"] * (self.processes > 1)
         else:
             words.append("inference")
         return ", ".join(words)

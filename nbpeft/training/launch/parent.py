@@ -20,6 +20,7 @@ from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.formatting import size_text
+from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
 from nbpeft.training.launch.job import JOB, RESULT, Ended, Job
@@ -68,12 +69,16 @@ def train_apart(
         if scripts:
             run.note("start it on the others: " + ", ".join(scripts))
         run.publish(force=True)
-        with Processes(folder, launch, address=address, port=port) as processes:
-            ended, interrupted = _wait(processes, run)
-            with HeldInterrupts(to_the_end=True):
-                load_adapters(model, folder / RESULT)
-                run.token_count = ended.token_count
-            processes.wait(_TO_END)
+        try:
+            with Processes(folder, launch, address=address, port=port) as processes:
+                ended, interrupted = _wait(processes, run)
+                with HeldInterrupts(to_the_end=True):
+                    load_adapters(model, folder / RESULT)
+                    run.token_count = ended.token_count
+                processes.wait(_TO_END)
+        except NbpeftError as error:
+            _note_failure(run, error, arguments.get("run_dir"))
+            raise
     if interrupted:
         raise KeyboardInterrupt
     if ended.status == "stopped":
@@ -89,7 +94,7 @@ def _wait(processes: Processes, run: Run) -> tuple[Ended, bool]:
             relayed.turn()
             message = processes.receive(_TURN)
             if isinstance(message, TrainState):
-                relayed.waiting = message.status == "paused"
+                relayed.turn(waiting=message.status == "paused")
                 run.follow(message)
             elif isinstance(message, Ended):
                 return message, interrupted
@@ -106,13 +111,14 @@ class _Relay:
     """Hands on what is requested of a run that other processes do."""
 
     def __init__(self, processes: Processes, run: Run) -> None:
-        self.waiting = False
+        self._waiting = False
         self._processes, self._control = processes, run.control
         self._sent: dict[str, Any] = {"stop": False, "reason": "", "pause": False}
 
-    def turn(self) -> None:
-        control = self._control
-        control.relay(lambda: self._processes.send(save=True), waiting=self.waiting)
+    def turn(self, waiting: bool | None = None) -> None:
+        """Hands on what is new; ``waiting`` says whether the run waits now, where that is known anew."""
+        control, self._waiting = self._control, self._waiting if waiting is None else waiting
+        control.relay(lambda: self._processes.send(save=True), waiting=self._waiting)
         wanted = {"stop": control.stop_requested, "reason": control.reason, "pause": control.paused}
         if wanted != self._sent:
             self._processes.send(**wanted)
@@ -130,6 +136,22 @@ def _check(processes: Processes, run: Run) -> None:
     if isinstance(kind, type) and issubclass(kind, NbpeftError) and failure.rank == 0:
         raise kind(failure.message)
     raise TrainingError(f"process {failure.rank} of {processes.launch.world}: {failure.message}", trace=failure.trace)
+
+
+def _note_failure(run: Run, error: NbpeftError, place: Any) -> None:
+    """Says in the folder of the run why it failed, where its process could not; one without a step goes again."""
+    if not run.folder or place is None:
+        return
+    folder, chosen = RunFolder(Path(run.folder)), RunPlace.of(place)
+    facts = folder.facts()
+    if facts.get("status") != "running":
+        return
+    with contextlib.suppress(NbpeftError):  # the error of the training is the one to hear of
+        if chosen.name is None and not run.steps_done:
+            chosen.store.delete(folder.name)
+            run.folder = ""
+        else:
+            folder.write({**facts, "status": "failed", "message": error.message})
 
 
 @contextlib.contextmanager
