@@ -167,7 +167,8 @@ def _count_weights(setting: Setting) -> Weights:
     added = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in there]
     trained = tuple((tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad)
     layers = equal_layers(model, setting.architecture.layer_count)
-    inside: Any = model.get_submodule(layers)[0].parameters() if layers else ()
+    found: Any = model.get_submodule(layers) if layers else ()
+    inside = found[0].parameters() if layers else ()
     layer_bytes = sum(p.nbytes for p in inside if id(p) in there and id(p) not in quantized)
     return Weights(dict(kinds), trained, sum(tensor.nbytes for tensor in added), layers, layer_bytes)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 import nbpeft
 from nbpeft.memory.devices import mark_peak, peak
@@ -106,7 +107,9 @@ def cost_of(library: str, work: Work, device: torch.device, steps: int) -> Cost:
             quiet: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
             settings = TrainingArguments(output_dir=folder, use_cpu=device.type == "cpu", **quiet, **arguments)
             collator = Collator(pad_token_id=0, copy_labels=True)
-            Trainer(theirs, settings, data_collator=collator, train_dataset=rows, callbacks=[clock]).train()
+            trainer = Trainer(theirs, settings, data_collator=collator, train_dataset=rows, callbacks=[clock])
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
     highest = peak(device)
     del model
     gc.collect()

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from nbpeft import prepare_model_for_kbit_training
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError
 from nbpeft.model.sharded import gathered, is_sharded
 from nbpeft.state import TrainState
@@ -22,7 +21,7 @@ from nbpeft.training import Run, train
 from nbpeft.training.launch.processes import CHILD, Failure, Launch, Processes, environment, launch_of
 from nbpeft.training.launch.shared_control import SharedControl
 from nbpeft.training.launch.transport import load_whole, save_whole
-from tests.tiny_models import VOCABULARY, same_state, state, tokens
+from tests.tiny_models import VOCABULARY, llama, same_state, state, tokens
 from tests.training.support import Clock, trainable
 
 ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
@@ -31,9 +30,9 @@ ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
 @pytest.mark.parametrize(
     ("processes", "hosts", "message"),
     [
-        (0, None, "processes must be a number from 1 to 256, not 0"),
-        (True, None, "processes must be a number from 1 to 256, not True"),
-        ("2", None, "processes must be a number from 1 to 256, not '2'"),
+        (0, None, "processes must be a whole number from 1 to 256, not 0"),
+        (True, None, "processes must be a whole number from 1 to 256, not True"),
+        ("2", None, "processes must be a whole number from 1 to 256, not '2'"),
         (2, ["10.0.0.1"], r"hosts must be at least two addresses, this machine's first, not \['10.0.0.1'\]"),
         (2, "10.0.0.1", "hosts must be at least two addresses"),
     ],
@@ -92,7 +91,8 @@ def test_a_quantized_parameter_keeps_its_class_and_the_base_its_hooks(tmp_path: 
     assert isinstance(found.weight, bnb.nn.Params4bit) and found.weight.quant_state is not None
     x = torch.randn(2, 64)
     assert torch.equal(found(x), layer(x))
-    model = prepare_model_for_kbit_training(trainable().get_base_model(), use_gradient_checkpointing=True)
+    model = llama()
+    model.enable_input_require_grads()
     save_whole(tmp_path / "model.pt", model, model)
     assert load_whole(tmp_path / "model.pt").get_input_embeddings()(tokens()).requires_grad
 
@@ -135,7 +135,8 @@ def test_sharding_without_processes_says_what_is_missing() -> None:
 
 
 def test_requests_are_kept_until_a_step_has_ended() -> None:
-    control, saved = SharedControl(), []
+    control = SharedControl()
+    saved: list[int] = []
     control.take({"pause": True, "save": True})
     assert not control.paused and not control.save_requested
     control._deliver()
@@ -146,7 +147,8 @@ def test_requests_are_kept_until_a_step_has_ended() -> None:
 
 
 def test_a_run_that_follows_shows_the_other_process() -> None:
-    clock, states = Clock(), []
+    clock = Clock()
+    states: list[TrainState] = []
     run = Run(trainable(), None, clock=clock, publish=states.append)
     run.follows = True
     with run:
