@@ -34,7 +34,6 @@ from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
 from nbpeft.training.keeping import RunKeeper, check_rows_are_those, mark_of_rows
-from nbpeft.training.launch.agreement import is_launched
 from nbpeft.training.launch.parent import train_apart
 from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.learning_check import why_no_gradient
@@ -67,7 +66,7 @@ def train(
     run_dir: RunPlace | str | os.PathLike[str] | None = None,
     track: str | Sequence[str] | None = None,
     processes: int | None = None,
-    hosts: Sequence[str] | None = None,
+    machines: Sequence[str] | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -104,7 +103,7 @@ def train(
         track: ``tensorboard``, ``wandb`` or ``trackio``, or several of them: where the numbers go as well.
         processes: Train in so many processes of this machine, one for each card; see :mod:`nbpeft.training.launch`.
             Each takes ``per_device_train_batch_size`` rows a step. ``fsdp=True`` shards the model over them.
-        hosts: Addresses of machines that see the same folders, this one's first: so many processes on each of them.
+        machines: Addresses of machines that see the same folders, this one's first: so many processes on each of them.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
             options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
@@ -125,9 +124,7 @@ def train(
     check_options(options)
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
-    launch = launch_of(processes, hosts)
-    if fields.get("fsdp") and launch is None and not is_launched():
-        raise ConfigError("fsdp shards a model over several processes: say how many, processes=…", field="fsdp")
+    launch = launch_of(processes, machines, sharded=bool(fields.get("fsdp")))
     data = open_data(data)
     rows = training_rows(
         model,
@@ -141,7 +138,7 @@ def train(
     _has_an_end(rows.train, fields)
     check_patience(patience, fields, evaluates=rows.evaluation is not None)
     batch = _sample_batch(model, sample, tokenizer, every, data, columns)
-    given = {name: value for name, value in options.items() if value is not None}
+    given = _not_none(**options)
     options = {"data_collator": _collator(model, tokenizer), "processing_class": tokenizer} | given
     with scratch_folder() as folder:
         settings = build_arguments(fields, arguments_class, folder=str(folder), evaluates=rows.evaluation is not None)
@@ -154,21 +151,16 @@ def train(
                 run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
-                own = {"max_length": max_length, "processes": processes, "hosts": hosts and list(hosts)}
-                own = {name: value for name, value in own.items() if value is not None}
+                own = _not_none(max_length=max_length, processes=processes, machines=machines)
                 if launch is not None:
-                    arguments |= own | {"tokenizer": tokenizer, "sample": batch, "every": every, "patience": patience}
-                    arguments |= {"run_dir": run_dir, "track": track}
-                    arguments |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
-                    metrics = _elsewhere(model, run, launch, rows, arguments)
+                    own |= {"tokenizer": tokenizer, "sample": batch, "every": every, "patience": patience}
+                    own |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
+                    own |= {"run_dir": run_dir, "track": track}
+                    metrics = _elsewhere(model, run, launch, rows, arguments | own)
                 else:
                     kept = given | fields | own
-                    keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
-                    tracking = TrackCallback(trackers, run, kept) if trackers else None
-                    around = [part for part in (keeper, tracking) if part is not None]
-                    inside: list[EarlyStop | SampleCallback] = []
-                    inside += [] if patience is None else [EarlyStop(run, model, patience)]
-                    inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
+                    around = _around(run_dir, run, model, kept, trackers, rows)
+                    inside = _inside(run, model, patience, batch, every)
                     metrics = _fit(trainer_class, model, run, options, around, inside, keep="output_dir" in fields)
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
@@ -180,6 +172,10 @@ def train(
     if run.interrupted:
         raise TrainingInterrupted(f"{result} · what it learned is kept", result)
     return result
+
+
+def _not_none(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _can_train(model: nn.Module, adapter: str | None) -> None:
@@ -305,6 +301,29 @@ def _collator(model: nn.Module, tokenizer: Any) -> Collator:
     return Collator(pad_token_id=pad, copy_labels=is_causal(model))
 
 
+def _around(
+    place: RunPlace | str | os.PathLike[str] | None,
+    run: Run,
+    model: nn.Module,
+    given: Mapping[str, Any],
+    trackers: Sequence[str],
+    rows: TrainingRows,
+) -> list[RunKeeper | TrackCallback]:
+    """The callbacks that see the run end."""
+    keeper = _keeper(place, run, model, given, mark_of_rows(rows.train, rows.evaluation))
+    tracking = TrackCallback(trackers, run, given) if trackers else None
+    return [part for part in (keeper, tracking) if part is not None]
+
+
+def _inside(
+    run: Run, model: nn.Module, patience: int | None, batch: PromptBatch | None, every: int | None
+) -> list[EarlyStop | SampleCallback]:
+    """The callbacks that end before the run does."""
+    found: list[EarlyStop | SampleCallback] = []
+    found += [] if patience is None else [EarlyStop(run, model, patience)]
+    return found + ([] if batch is None else [SampleCallback(run, model, batch, every)])
+
+
 def _keeper(
     place: RunPlace | str | os.PathLike[str] | None,
     run: Run,
@@ -390,7 +409,7 @@ def _elsewhere(
     if is_stream(rows.train):
         raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
     metrics: dict[str, float] = {}
-    run.follows = True
+    run.mirrors = True
     with _interrupted_once(run), run:
         metrics = train_apart(model, run, launch, rows.train, rows.evaluation, arguments)
     manager = manager_of(model)

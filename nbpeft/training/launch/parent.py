@@ -45,7 +45,7 @@ def train_apart(
 
     Args:
         model: with the adapters to train active; its weights reach the processes in a temporary file.
-        run: shows how it goes; ``follows`` is set.
+        run: shows how it goes; ``mirrors`` is set.
         launch: how many processes.
         rows: tokenized.
         eval_rows: the same, or None.
@@ -64,8 +64,8 @@ def train_apart(
         if arguments.get("fsdp"):
             (folder / "sharded").touch()
         run.note(f"{launch.world} processes, which read the model from a file of {size_text(size)}")
-        address, port = (launch.hosts or ("127.0.0.1",))[0], _free_port()
-        scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.hosts))]
+        address, port = (launch.machines or ("127.0.0.1",))[0], _free_port()
+        scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.machines))]
         if scripts:
             run.note("start it on the others: " + ", ".join(scripts))
         run.publish(force=True)
@@ -95,7 +95,7 @@ def _wait(processes: Processes, run: Run) -> tuple[Ended, bool]:
             message = processes.receive(_TURN)
             if isinstance(message, TrainState):
                 relayed.turn(waiting=message.status == "paused")
-                run.follow(message)
+                run.mirror(message)
             elif isinstance(message, Ended):
                 return message, interrupted
             elif message is None:
@@ -157,7 +157,7 @@ def _note_failure(run: Run, error: NbpeftError, place: Any) -> None:
 @contextlib.contextmanager
 def _job_folder(launch: Launch, place: Any) -> Iterator[Path]:
     """A folder that all hosts see, removed afterwards: a temporary one, or for several hosts one beside the runs."""
-    if not launch.hosts:
+    if not launch.machines:
         with scratch_folder() as folder:
             yield folder
         return
@@ -176,11 +176,11 @@ def _host_script(folder: Path, launch: Launch, host: int, address: str, port: in
     path = folder / f"host-{host}.sh"
     paths = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     words = [sys.executable, "-m", "nbpeft.training.launch.host", str(folder)]
-    words += [str(number) for number in (launch.processes, len(launch.hosts), host)] + [address, str(port)]
+    words += [str(number) for number in (launch.processes, len(launch.machines), host)] + [address, str(port)]
     lines = ["#!/bin/sh", f"cd {shlex.quote(os.getcwd())} || exit"]
     lines.append(f"PYTHONPATH={shlex.quote(paths)} exec {shlex.join(words)}")
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return f"{launch.hosts[host]}: sh {shlex.quote(str(path))}"
+    return f"{launch.machines[host]}: sh {shlex.quote(str(path))}"
 
 
 def _free_port() -> int:

@@ -69,14 +69,14 @@ def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -
 
 
 def when_shown(run: Any, step: int, act: Callable[[], None]) -> None:
-    follow = run.follow
+    mirror = run.mirror
 
-    def following(state: Any) -> None:
-        follow(state)
+    def mirroring(state: Any) -> None:
+        mirror(state)
         if state.step >= step:
             act()
 
-    run.follow = following
+    run.mirror = mirroring
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_an_error_on_another_host_is_one_line_and_changes_nothing(tmp_path: Path
             model,
             rows(),
             processes=1,
-            hosts=["127.0.0.1", "127.0.0.2"],
+            machines=["127.0.0.1", "127.0.0.2"],
             run_dir=tmp_path,
             publish=start_other,
             callbacks=[FailsInTheSecond()],

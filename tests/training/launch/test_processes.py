@@ -28,18 +28,18 @@ ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
 
 
 @pytest.mark.parametrize(
-    ("processes", "hosts", "message"),
+    ("processes", "machines", "message"),
     [
         (0, None, "processes must be a whole number from 1 to 256, not 0"),
         (True, None, "processes must be a whole number from 1 to 256, not True"),
         ("2", None, "processes must be a whole number from 1 to 256, not '2'"),
-        (2, ["10.0.0.1"], r"hosts must be at least two addresses, this machine's first, not \['10.0.0.1'\]"),
-        (2, "10.0.0.1", "hosts must be at least two addresses"),
+        (2, ["10.0.0.1"], r"machines must be at least two addresses, this machine's first, not \['10.0.0.1'\]"),
+        (2, "10.0.0.1", "machines must be at least two addresses"),
     ],
 )
-def test_impossible_numbers_are_refused(processes: Any, hosts: Any, message: str) -> None:
+def test_impossible_numbers_are_refused(processes: Any, machines: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        launch_of(processes, hosts)
+        launch_of(processes, machines)
 
 
 def test_one_process_trains_here_as_does_one_that_was_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,25 +146,25 @@ def test_requests_are_kept_until_a_step_has_ended() -> None:
     assert control.reason == "enough" and not control.paused
 
 
-def test_a_run_that_follows_shows_the_other_process() -> None:
+def test_a_run_that_mirrors_shows_the_other_process() -> None:
     clock = Clock()
     states: list[TrainState] = []
     run = Run(trainable(), None, clock=clock, publish=states.append)
-    run.follows = True
+    run.mirrors = True
     with run:
         run.note("2 processes")
         clock.advance(5)
-        run.follow(
+        run.mirror(
             TrainState("other", "default", "running", 3, 8, loss=2.0, elapsed=1.5, remaining=4.0, message="slow")
         )
         clock.advance(1)
         assert run.tick().elapsed == pytest.approx(2.5) and run.tick().remaining == pytest.approx(3.0)
         assert (run.state.step, run.state.loss, run.state.message) == (3, 2.0, "2 processes · slow")
         assert run.state.run_id == run.run_id and run.steps_done == 3
-        run.follow(TrainState("other", "default", "paused", 3, 8, elapsed=2.5))
+        run.mirror(TrainState("other", "default", "paused", 3, 8, elapsed=2.5))
         clock.advance(9)
         assert run.state.elapsed == pytest.approx(2.5)
-        run.follow(TrainState("other", "default", "finished", 8, 8, loss=1.0, elapsed=3.0))
+        run.mirror(TrainState("other", "default", "finished", 8, 8, loss=1.0, elapsed=3.0))
     assert (states[-1].status, states[-1].step, states[-1].remaining) == ("finished", 8, None)
 
 
