@@ -227,3 +227,14 @@ def test_a_device_that_is_not_known(notebook: Notebook) -> None:
     assert "'RTX4090'" in notebook.run("%lora plan model --device RTX4091").line
     assert "T4" in notebook.complete("%lora plan model --device T")
     assert notebook.do("%lora plan model --seq 32 --device this-machine").room.name == "this machine (CPU)"
+
+
+def test_a_plan_for_one_of_several_processes(bare: Notebook, folder: str) -> None:
+    alone = bare.do(f"%lora plan {folder} --batch 1 --seq 64")
+    one = bare.do(f"%lora plan {folder} --batch 1 --seq 64 --processes 4 --sharded")
+    sizes = [{part.name: part.byte_count for part in plan.parts} for plan in (alone, one)]
+    assert sizes[1]["base weights"] == -(-sizes[0]["base weights"] // 4)
+    layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    outside = sizes[0]["base weights"] - 32 * layer
+    assert sizes[1]["gathered weights"] == outside + 2 * layer
+    assert "one of 4 sharded processes" in str(one.settings)

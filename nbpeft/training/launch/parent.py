@@ -16,14 +16,15 @@ from torch import nn
 from nbpeft import errors
 from nbpeft.checkpoint import scratch_folder
 from nbpeft.checkpoint.staging import Staging, sweep
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.formatting import size_text
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.launch.job import JOB, RESULT, Ended, Job
+from nbpeft.training.adapted import base_of
+from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended, Job
 from nbpeft.training.launch.processes import Failure, Launch, Processes
 from nbpeft.training.launch.transport import save_whole
 from nbpeft.training.run import Run, StopRun
@@ -59,10 +60,13 @@ def train_apart(
     """
     if manager_of(model) is None:
         raise TrainingError(f"several processes train models that nbpeft adapted, and no {type(model).__name__}")
+    spread = set((getattr(base_of(model), "hf_device_map", None) or {}).values())
+    if len(spread) > 1:
+        raise TrainingError(f"the model is spread over {len(spread)} devices: load it on one, device_map={{'': 0}}")
     with _job_folder(launch, arguments.get("run_dir")) as folder:
         size = save_whole(folder / JOB, Job(model, rows, eval_rows, dict(arguments)), model)
-        if arguments.get("fsdp"):
-            (folder / "sharded").touch()
+        if arguments.get("fsdp") and not is_quantized(base_of(model)):
+            (folder / ON_THE_CPU).touch()
         run.note(f"{launch.world} processes, which read the model from a file of {size_text(size)}")
         address, port = (launch.machines or ("127.0.0.1",))[0], _free_port()
         scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.machines))]
@@ -144,7 +148,7 @@ def _note_failure(run: Run, error: NbpeftError, place: Any) -> None:
         return
     folder, chosen = RunFolder(Path(run.folder)), RunPlace.of(place)
     facts = folder.facts()
-    if facts.get("status") != "running":
+    if facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
         return
     with contextlib.suppress(NbpeftError):  # the error of the training is the one to hear of
         if chosen.name is None and not run.steps_done:
