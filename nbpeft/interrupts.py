@@ -154,6 +154,10 @@ class RunningBlock:
         self._code = frame.f_code
         self._frame = id(frame)
 
+    def ended_before(self, other: RunningBlock) -> bool:
+        """Whether it has ended, now that another one begins: also where that one runs in the same frame."""
+        return (self.thread == other.thread and self._frame == other._frame) or not self.runs()
+
     def runs(self) -> bool:
         """Whether its frame is on the stack of its thread. A generator's may come back, and counts as running."""
         if self._code.co_flags & _SUSPENDS:

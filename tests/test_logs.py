@@ -119,6 +119,8 @@ def test_talk_about_an_optional_kernel_is_dropped(shown: io.StringIO) -> None:
 def test_a_block_that_was_interrupted_anywhere_leaves_nothing(shown: io.StringIO) -> None:
     """At each line, also those of entering and leaving; another thread gets in afterwards."""
     seen = 0
+    gc.collect()
+    gc.freeze()  # what other tests have made is not gone over at each line
     for number in itertools.count(1):
         visits = itertools.count(1)
 

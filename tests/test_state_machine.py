@@ -7,6 +7,7 @@ sequences than the usual, which are always the same; a failing one is printed as
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -460,6 +461,8 @@ def test_any_sequence_of_commands(steps: int) -> None:
         phases=[Phase.generate],
     )
     machine: Any = AdapterMachine if SEED is None else seed(int(SEED))(AdapterMachine)
+    gc.collect()
+    gc.freeze()  # what is there by now is not gone over, and not counted, with each example
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="adapters are merged|Already unmerged|All adapters are already")
         run_state_machine_as_test(machine, settings=chosen)

@@ -25,6 +25,8 @@ FACTS, CURVE, SERIES, SAMPLES = "run.json", "curve.jsonl", "series.json", "sampl
 VERSION = 1
 """Of ``run.json``; a newer one is not read."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_END = 4096
+"""Bytes at the end of a curve that hold its last step."""
 
 
 class RunFolder:
@@ -99,7 +101,10 @@ class RunFolder:
     def record(self) -> RunRecord | None:
         """What is known about the run, or None where that cannot be read."""
         facts = self.facts()
-        running = facts.get("status") == "running" and self.running
+        begun = facts.get("status") == "running"  # its facts are as old as its last state, its curve is not
+        running = begun and self.running
+        if begun:
+            facts |= self._last_logged()
         return record_of(self.name, str(self.path), facts, running=running, kept_steps=self.kept_steps())
 
     def write(
@@ -167,14 +172,20 @@ class RunFolder:
 
     def entries(self) -> list[dict[str, Any]]:
         """What was logged, in order; a line that is cut off is left out."""
-        found = []
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            for line in (self.path / CURVE).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    entry = json.loads(line)
-                    if isinstance(entry, dict):
-                        found.append(entry)
-        return found
+        try:
+            return _entries((self.path / CURVE).read_bytes())
+        except OSError:
+            return []
+
+    def _last_logged(self) -> dict[str, Any]:
+        """Step, loss and seconds of the last step in the curve, of which only the end is read."""
+        try:
+            with open(self.path / CURVE, "rb") as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - _END, 0))
+                steps = [entry for entry in _entries(file.read()) if "loss" in entry]
+        except OSError:
+            return {}
+        return {name: steps[-1][name] for name in ("step", "loss", "seconds") if name in steps[-1]} if steps else {}
 
     def cut_after(self, step: int) -> list[dict[str, Any]]:
         """Forgets what was logged after a step, before the run goes on from there; returns what is left.
@@ -204,6 +215,16 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     total += os.lstat(os.path.join(path, name)).st_size
         return total
+
+
+def _entries(lines: bytes) -> list[dict[str, Any]]:
+    found = []
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                found.append(entry)
+    return found
 
 
 def _text(value: Any, indent: int | None = None) -> str:

@@ -6,11 +6,11 @@ import os
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, BusyError, in_one_line
+from nbpeft.interrupts import HeldInterrupts, RunningBlock
 from nbpeft.logs import collapsed
 from nbpeft.session.handles import handle_over, is_handle, is_module, uncompiled
 from nbpeft.session.history import History
@@ -115,35 +115,29 @@ class SessionContext:
             if failure not in self.notes:
                 self.notes.append(failure)
 
-    @contextmanager
-    def command(self, description: str, *, slow: bool = False, gather: bool = True) -> Iterator[list[str]]:
-        """Run one command: take the lock, collect warnings as notes, publish once at the end.
+    def command(
+        self, description: str, *, slow: bool = False, gather: bool = True
+    ) -> AbstractContextManager[list[str]]:
+        """Context manager around one command: takes the lock, collects warnings as notes, publishes once at the end.
+
+        It gives the notes so far, which the command may add to.
 
         Args:
             description: what is done, for ``busy``.
             slow: publish at the start as well, so that panels show what is running.
             gather: turn user warnings into notes.
 
-        Yields:
-            The notes so far, which the command may add to.
-
         Raises:
             BusyError: another thread runs a command.
         """
-        try:
-            with self.lock.command(description):
-                if slow:
-                    self.publish()
-                    self.changed = True
-                notes: list[str] = []
-                # Whoever catches warnings does so for all threads: not while another trains.
-                gather = gather and self.training_in_background is None
-                with collapsed(), _warnings_as_notes(notes) if gather else nullcontext():
-                    yield notes
-        finally:
-            # A run may publish "busy" without changing anything: that has to be taken back, too.
-            if self.lock.depth == 0 and (self.changed or self._published_busy):
-                self.publish()
+        # Whoever catches warnings does so for all threads: not while another trains.
+        return _Command(self, description, slow, gather and self.training_in_background is None)
+
+    def end_command(self) -> None:
+        """Publish what a command has changed, if it was the outermost."""
+        # A run may publish "busy" without changing anything: that has to be taken back, too.
+        if self.lock.depth == 0 and (self.changed or self._published_busy):
+            self.publish()
 
     def find(self, model: Any, variable: str | None = None, *, command: str = "") -> TrackedModel | None:
         """Find a model, tracking it where it is adapted already; None for a bare model.
@@ -239,23 +233,91 @@ def _working_directory() -> str:
         return os.curdir
 
 
-@contextmanager
-def _warnings_as_notes(notes: list[str]) -> Iterator[None]:
-    """Turn user warnings into notes as they come, each once; other warnings are raised again at the end."""
-    others: list[tuple[Any, ...]] = []
+class _Command:
+    """What ``SessionContext.command`` returns.
 
-    def take(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+    No generator: of one that an interruption keeps from being left, the rest would run whenever it is collected.
+    """
+
+    def __init__(self, context: SessionContext, description: str, slow: bool, gather: bool) -> None:
+        self._context, self._slow, self._gather = context, slow, gather
+        self._description = description
+        self._entered = ExitStack()
+
+    def __enter__(self) -> list[str]:
+        notes: list[str] = []
+        try:
+            self._enter(notes, RunningBlock(__name__))
+        except BaseException:
+            self._context.end_command()
+            raise
+        return notes
+
+    def _enter(self, notes: list[str], block: RunningBlock) -> None:
+        context = self._context
+        with HeldInterrupts() as held, ExitStack() as entered:
+            command = context.lock.take(self._description, block)
+            entered.callback(context.lock.give_back, command)
+            if self._slow:
+                with held.released():
+                    context.publish()
+                context.changed = True
+            entered.enter_context(collapsed())
+            if self._gather:
+                entered.enter_context(_WarningsAsNotes(notes, block))
+            self._entered = entered.pop_all()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            with HeldInterrupts():
+                self._entered.__exit__(*error)
+        finally:
+            self._context.end_command()
+
+
+class _WarningsAsNotes:
+    """Turns user warnings into notes as they come, each once; other warnings are raised again at the end.
+
+    Args:
+        notes: to add to.
+        block: in which warnings are taken. Should an interruption keep it from being left, the next
+            warning or the next command ends the taking.
+    """
+
+    def __init__(self, notes: list[str], block: RunningBlock) -> None:
+        self._notes, self._block = notes, block
+        self._others: list[tuple[Any, ...]] = []
+        self._before: warnings.catch_warnings[None] | None = None
+
+    def __enter__(self) -> None:
+        left = getattr(warnings.showwarning, "__self__", None)
+        if isinstance(left, _WarningsAsNotes) and left._block.ended_before(self._block):
+            left._end()
+        self._before = warnings.catch_warnings()
+        self._before.__enter__()
+        warnings.simplefilter("always")
+        warnings.showwarning = self._take
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self._others.clear()
+        self._end()
+
+    def _take(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
     ) -> None:
         text = in_one_line(message)
-        if issubclass(category, _FOR_PROGRAMMERS):
-            others.append((message, category, filename, lineno))
-        elif text not in notes:
-            notes.append(text)
+        if not self._block.runs():
+            self._others.append((message, category, filename, lineno))
+            self._end()
+        elif issubclass(category, _FOR_PROGRAMMERS):
+            self._others.append((message, category, filename, lineno))
+        elif text not in self._notes:
+            self._notes.append(text)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = take
-        yield
-    for item in others:
-        warnings.warn_explicit(*item)
+    def _end(self) -> None:
+        before, self._before = self._before, None
+        if before is not None:
+            before.__exit__(None, None, None)
+            for item in self._others:
+                warnings.warn_explicit(*item)

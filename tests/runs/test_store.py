@@ -76,6 +76,20 @@ def test_a_run_whose_process_died_has_crashed(store: RunStore) -> None:
     assert (record.name, record.status, record.step) == ("sql-1", "crashed", 7)
 
 
+def test_a_run_that_has_not_ended_is_where_its_curve_is(store: RunStore) -> None:
+    folder = store.create("sql")
+    folder.write({"adapter": "sql", "status": "running", "step": 7, "loss": 2.0, "seconds": 1.5})
+    for entry in ({"step": 8, "loss": 1.25, "seconds": 2.5}, {"step": 8, "eval_loss": 9.0, "seconds": 3.0}):
+        folder.append(entry)
+    with open(folder.path / "curve.jsonl", "a", encoding="utf-8") as curve:
+        curve.write('{"step": 9, "lo')
+    (record,) = store.records()
+    assert (record.status, record.step, record.loss, record.seconds) == ("running", 8, 1.25, 2.5)
+    folder.write({"adapter": "sql", "status": "stopped", "step": 7, "loss": 2.0})
+    assert [record.step for record in store.records()] == [7]
+    folder.close()
+
+
 def test_a_run_that_is_written_is_running_for_everybody(store: RunStore) -> None:
     folder = store.create("sql")
     folder.write({"adapter": "sql", "status": "running"})

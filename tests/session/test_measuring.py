@@ -18,7 +18,7 @@ def parts(memory: Any) -> dict[str, int]:
 
 def test_another_thread_measures_while_a_command_holds_the_lock(session: Session, two_adapters: Any) -> None:
     read: list[Any] = []
-    with session.context.lock.command("training orders"):
+    with session.context.command("training orders"):
         thread = threading.Thread(target=lambda: read.append(session.measure("model")))
         thread.start()
         thread.join(30)

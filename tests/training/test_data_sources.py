@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 from nbpeft import hub_access
 from nbpeft.errors import ConfigError, MissingPackageError, TrainingError
 from nbpeft.training import open_data, prepare_data, train
-from nbpeft.training.data import StreamedRows
+from nbpeft.training.data import StreamedRows, hub
 from tests.char_tokenizer import CharTokenizer
 from tests.checkpoint import loopback
 from tests.training.support import trainable
@@ -173,6 +173,17 @@ def test_a_split_that_is_not_there_names_those_there_are(folder: Path) -> None:
         open_data(str(folder))
     (folder / "validation.jsonl").unlink()
     assert list(open_data(f"{folder}[:1]")) == PAIRS[:1]
+
+
+def test_a_folder_that_is_not_one_of_data_is_refused_at_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nothing" / "below").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="nothing' holds no file; expected one with data"):
+        open_data(str(tmp_path / "nothing"))
+    monkeypatch.setattr(hub, "MOST_FILES", 1)
+    with pytest.raises(TrainingError, match="sums' holds more than 1 files; name one that holds the data alone"):
+        open_data(str(folder))
 
 
 def test_what_datasets_saved_is_read(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from nbpeft.errors import TrainingError, did_you_mean, in_one_line
 from nbpeft.hub_access import hub_answers
 from nbpeft.optional import needs
 
+MOST_FILES = 10_000
+"""In a folder of data; the largest text corpora of the hub have as many shards."""
+
 
 @dataclass(frozen=True)
 class DatasetName:
@@ -47,10 +50,25 @@ def load_named(name: DatasetName) -> Any:
     if os.path.isdir(name.place):
         if any(os.path.exists(os.path.join(name.place, file)) for file in ("state.json", "dataset_dict.json")):
             return _saved(datasets, name)
+        _check_folder(name.place)
         return _loaded(datasets, name, "")
     online = hub_answers()
     with _offline(datasets, not online):
         return _loaded(datasets, name, "" if online else ", the hub is offline or cannot be reached, and it")
+
+
+def _check_folder(place: str) -> None:
+    """Refuses a folder that is not one of data: ``datasets`` would go over everything below it, for minutes."""
+    count = 0
+    for _, _, files in os.walk(place):
+        count += len(files)
+        if count > MOST_FILES:
+            raise TrainingError(
+                f"The folder {place!r:.100} holds more than {MOST_FILES:,} files; name one that holds the data alone.",
+                name=place,
+            )
+    if count == 0:
+        raise TrainingError(f"The folder {place!r:.100} holds no file; expected one with data.", name=place)
 
 
 def _loaded(datasets: Any, name: DatasetName, offline: str) -> Any:
