@@ -132,12 +132,18 @@ def short_name(dtype: torch.dtype) -> str:
     return _SHORT.get(dtype, name.replace("float", "fp"))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, of one that is sharded (``DTensor``); any other as it is."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
 def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address of each storage on a real device -> its size in bytes. Meta tensors have none."""
     storages: dict[int, int] = {}
     for tensor in tensors:
         if tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             if storage.nbytes():
                 storages[storage.data_ptr()] = storage.nbytes()
     return storages

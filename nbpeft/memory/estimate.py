@@ -27,6 +27,7 @@ from nbpeft.memory.fake_quantized import quantized_bytes, replace_by_fakes
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.optimizers import kind_of, state_bytes
 from nbpeft.memory.saved import tensors_in
+from nbpeft.memory.shared_out import for_one_process
 from nbpeft.memory.stages import Peak
 from nbpeft.names import LOSS_CHUNK_SIZE
 from nbpeft.state import MemoryPart
@@ -68,6 +69,9 @@ class Setting:
         """How many of the adapters one pass serves."""
         return members_together(self.adapters, self.batch_size * self.sequence_length, on_cpu=self.on_cpu)
 
+    processes: int = 1
+    sharded: bool = False
+
     def key(self, *, step: bool) -> str:
         """Equal for settings with the same weights or, with ``step``, the same step."""
         adapter = None if self.adapter_config is None else self.adapter_config.to_dict()
@@ -93,12 +97,14 @@ class Weights:
         trained: (shape, bytes an element) of each trained tensor: the adapter's, or all without one.
         adapter_bytes: bytes of the adapter; 0 without one.
         layers: path of the list of layers, where all have the same shapes and the same adapter; else empty.
+        layer_bytes: base weights of one of these that are not quantized.
     """
 
     kinds: dict[str, int]
     trained: tuple[tuple[tuple[int, ...], int], ...]
     adapter_bytes: int
     layers: str
+    layer_bytes: int = 0
 
 
 _weights: dict[str, Weights] = {}
@@ -114,6 +120,22 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
         ConfigError: the model cannot run without data.
         TargetError: the adapter does not fit the model.
     """
+    parts, weights = _alone(setting), _weights_of(setting)
+    if setting.processes == 1 or not setting.training:
+        return parts
+    return for_one_process(
+        parts,
+        setting.processes,
+        sharded=setting.sharded,
+        kinds=weights.kinds,
+        layer_bytes=weights.layer_bytes,
+        layer_count=setting.architecture.layer_count,
+        trained_bytes=sum(torch.Size(shape).numel() * item for shape, item in weights.trained),
+    )
+
+
+def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
+    """The same for a process that trains alone."""
     weights, step = _weights_of(setting), _peak_of(setting.one_pass)
     trained = weights.trained * setting.adapters
     base = sum(weights.kinds.values())
@@ -168,7 +190,10 @@ def _count_weights(setting: Setting) -> Weights:
     added = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in there]
     trained = tuple((tuple(p.shape), p.element_size()) for p in model.parameters() if p.requires_grad)
     layers = equal_layers(model, setting.architecture.layer_count)
-    return Weights(dict(kinds), trained, sum(tensor.nbytes for tensor in added), layers)
+    found: Any = model.get_submodule(layers) if layers else ()
+    inside = found[0].parameters() if layers else ()
+    layer_bytes = sum(p.nbytes for p in inside if id(p) in there and id(p) not in quantized)
+    return Weights(dict(kinds), trained, sum(tensor.nbytes for tensor in added), layers, layer_bytes)
 
 
 def _peak_of(setting: Setting) -> Peak:

@@ -93,6 +93,8 @@ def forecast(
     device: int | str | torch.device | None = None,
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
     recompute: bool = True,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Forecast:
     """Estimate what a run will need, from shapes alone; no weight is loaded.
 
@@ -121,6 +123,8 @@ def forecast(
         loss_chunk_size: tokens whose logits are in memory at once, as ``nbpeft.Trainer`` and
             ``nbpeft.chunked_loss`` have it; 0 for logits as a whole. All tokens are taken as learned.
         recompute: compute activations and norms again in backward, as ``nbpeft.train`` does by default.
+        processes: that train together, each with its own batch and device; what one of them needs is estimated.
+        sharded: whether they share the model out (FSDP2); else each has all of it (DDP).
 
     Raises:
         ConfigError: a value is impossible or the model cannot run without data.
@@ -146,6 +150,8 @@ def forecast(
         on_cpu=is_cpu(placed_on(model_or_config) if device is None else device),
         loss_chunk_size=loss_chunk_size,
         recompute=recompute,
+        processes=processes,
+        sharded=sharded,
     )
     return Forecast(estimate(setting), device_bytes(device), setting)
 
@@ -167,19 +173,21 @@ def setting_of(
     loss_chunk_size: int = LOSS_CHUNK_SIZE,
     recompute: bool = True,
     packing: bool = False,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Setting:
     """Check the values of a forecast and put them together; see ``forecast``.
 
     Raises:
         ConfigError: a value is impossible.
     """
-    sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "adapters": adapters}
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length}
+    sizes |= {"adapters": adapters, "processes": processes}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
     switches = {"gradient_checkpointing": gradient_checkpointing, "training": training, "double_quant": double_quant}
-    switches["recompute"] = recompute
-    switches["packing"] = packing
+    switches |= {"recompute": recompute, "packing": packing, "sharded": sharded}
     for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise ConfigError(f"{name} is {switch!r}; expected True or False")
@@ -200,6 +208,8 @@ def setting_of(
         loss_chunk_size=check_chunk_size(loss_chunk_size),
         recompute=recompute,
         packing=packing,
+        processes=processes,
+        sharded=sharded,
     )
 
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from nbpeft.engine.model_tree import base_model_of, manager_of
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.engine.storage import StoredWeight, short_name, unique_storages
+from nbpeft.engine.storage import StoredWeight, local, short_name, unique_storages
 from nbpeft.memory.devices import device_memory, join, mark_peak, peak
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.saved import SavedTensors, tensors_in
@@ -175,7 +175,7 @@ def _key(model: nn.Module) -> tuple[Any, ...]:
     """Changes when adapters do, and when the model moves as a whole."""
     manager = manager_of(model)
     first = next(model.parameters(), None)
-    place = None if first is None else (first.device, first.dtype, first.data_ptr() if not first.is_meta else 0)
+    place = None if first is None else (first.device, first.dtype, local(first).data_ptr() if not first.is_meta else 0)
     return (None if manager is None else manager.revision, place)
 
 

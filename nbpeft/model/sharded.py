@@ -32,7 +32,7 @@ def like(own: Tensor, value: Tensor) -> Tensor:
 
     Args:
         own: what is written to.
-        value: whole; the same in all processes, which all call this.
+        value: whole; the same in all processes, which all call this in the same order.
     """
     mesh = getattr(own, "device_mesh", None)
     if mesh is None:

@@ -92,12 +92,13 @@ def set_peft_model_state_dict(
     writes = [
         (own[path][key], value)
         for own, new in ((weights.adapters, loaded.weights.adapters), (weights.copies, loaded.weights.copies))
-        for path, named in new.items()
-        for key, value in named.items()
+        for path, named in sorted(new.items())  # parts of sharded tensors are sent around: each process in one order
+        for key, value in sorted(named.items())
     ]
-    writes += [(weights.shared[key], value) for key, value in loaded.weights.shared.items()]
+    writes += [(weights.shared[key], value) for key, value in sorted(loaded.weights.shared.items())]
     writes += [
-        (present[key] if key in present else weights.base[key], value) for key, value in loaded.weights.base.items()
+        (present[key] if key in present else weights.base[key], value)
+        for key, value in sorted(loaded.weights.base.items())
     ]
     with manager.transaction() as change:
         change.keep_values([own for own, _ in writes if not own.is_meta])

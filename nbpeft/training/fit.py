@@ -43,7 +43,7 @@ from nbpeft.training.result import TrainResult
 from nbpeft.training.rows import TrainingRows, is_causal, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
-from nbpeft.training.sweep import SideBySide, SideBySideCallback, callbacks_of, kept_of, side_by_side
+from nbpeft.training.sweep import SideBySide, callbacks_of, kept_of, side_by_side
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer
 
@@ -72,7 +72,7 @@ def train(
     track: str | Sequence[str] | None = None,
     members: Mapping[str, Mapping[str, Any]] | SideBySide | None = None,
     processes: int | None = None,
-    hosts: Sequence[str] | None = None,
+    machines: Sequence[str] | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """Trains the active adapters of ``model``.
@@ -119,7 +119,7 @@ def train(
             ``{"a": {"learning_rate": 1e-4}, "b": {"learning_rate": 3e-4}}``. What a sweep makes by itself.
         processes: Train in so many processes of this machine, one for each card; see :mod:`nbpeft.training.launch`.
             Each takes ``per_device_train_batch_size`` rows a step. ``fsdp=True`` shards the model over them.
-        hosts: Addresses of machines that see the same folders, this one's first: so many processes on each of them.
+        machines: Addresses of machines that see the same folders, this one's first: so many processes on each of them.
         **arguments: Fields of the arguments class (``learning_rate``, ``max_steps``, …) and
             options of the Trainer (``callbacks``, ``compute_metrics``, ``data_collator``, …).
             With ``output_dir`` the adapter is saved there at the end; without, nothing is kept.
@@ -140,7 +140,7 @@ def train(
     check_options(options)
     check_report_to(fields.get("report_to"))
     trackers = tracker_names(track)
-    launch = launch_of(processes, hosts)
+    launch = launch_of(processes, machines, sharded=bool(fields.get("fsdp")))
     if launch is not None and members is not None:
         raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
     data = open_data(data)
@@ -156,7 +156,7 @@ def train(
     _has_an_end(rows.train, fields)
     check_patience(patience, fields, evaluates=rows.evaluation is not None)
     batch = _sample_batch(model, sample, tokenizer, every, data, columns)
-    given = {name: value for name, value in options.items() if value is not None}
+    given = _not_none(**options)
     learned, collator = rows.train, _collator(model, tokenizer)
     if packing:
         learned, collator = pack(model, learned, collator, max_length=max_length, tokenizer=tokenizer, given=given)
@@ -172,24 +172,20 @@ def train(
                 run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
                 if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
                     run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
-                own: dict[str, Any] = {"max_length": max_length, "packing": packing or None}
-                own |= {"processes": processes, "hosts": hosts and list(hosts)}
-                own = {name: value for name, value in own.items() if value is not None}
+                own = _not_none(max_length=max_length, packing=packing or None, processes=processes, machines=machines)
                 if launch is not None:
-                    arguments |= own | {"tokenizer": tokenizer, "sample": batch, "every": every, "patience": patience}
-                    arguments |= {"run_dir": run_dir, "track": track}
-                    arguments |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
-                    metrics = _elsewhere(model, run, launch, rows, arguments)
+                    own |= {"tokenizer": tokenizer, "sample": batch, "every": every, "patience": patience}
+                    own |= {"trainer_class": trainer_class, "arguments_class": arguments_class}
+                    own |= {"run_dir": run_dir, "track": track}
+                    metrics = _elsewhere(model, run, launch, rows, arguments | own)
                 else:
                     kept = given | fields | own | kept_of(members)
-                    keeper = _keeper(run_dir, run, model, kept, mark_of_rows(rows.train, rows.evaluation))
-                    tracking = TrackCallback(trackers, run, kept) if trackers else None
-                    around = [part for part in (keeper, tracking) if part is not None]
-                    inside: list[EarlyStop | SampleCallback | SideBySideCallback | PackingCheck]
-                    inside = [*callbacks_of(members, run)]
+                    around = _around(run_dir, run, model, kept, trackers, rows)
+                    inside: list[TrainerCallback] = [
+                        *callbacks_of(members, run),
+                        *_inside(run, model, patience, batch, every),
+                    ]
                     inside += [PackingCheck(run, learned, collator)] if packing else []
-                    inside += [] if patience is None else [EarlyStop(run, model, patience)]
-                    inside += [] if batch is None else [SampleCallback(run, model, batch, every)]
                     metrics = _fit(trainer_class, model, run, options, around, inside, fields)
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
@@ -201,6 +197,10 @@ def train(
     if run.interrupted:
         raise TrainingInterrupted(f"{result} · what it learned is kept", result)
     return result
+
+
+def _not_none(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _can_train(model: nn.Module, adapter: str | None) -> None:
@@ -326,6 +326,29 @@ def _collator(model: nn.Module, tokenizer: Any) -> Any:
     return Collator(pad_token_id=pad, copy_labels=is_causal(model))
 
 
+def _around(
+    place: RunPlace | str | os.PathLike[str] | None,
+    run: Run,
+    model: nn.Module,
+    given: Mapping[str, Any],
+    trackers: Sequence[str],
+    rows: TrainingRows,
+) -> list[RunKeeper | TrackCallback]:
+    """The callbacks that see the run end."""
+    keeper = _keeper(place, run, model, given, mark_of_rows(rows.train, rows.evaluation))
+    tracking = TrackCallback(trackers, run, given) if trackers else None
+    return [part for part in (keeper, tracking) if part is not None]
+
+
+def _inside(
+    run: Run, model: nn.Module, patience: int | None, batch: PromptBatch | None, every: int | None
+) -> list[EarlyStop | SampleCallback]:
+    """The callbacks that end before the run does."""
+    found: list[EarlyStop | SampleCallback] = []
+    found += [] if patience is None else [EarlyStop(run, model, patience)]
+    return found + ([] if batch is None else [SampleCallback(run, model, batch, every)])
+
+
 def _keeper(
     place: RunPlace | str | os.PathLike[str] | None,
     run: Run,
@@ -351,7 +374,7 @@ def _fit(
     run: Run,
     options: dict[str, Any],
     around: Sequence[RunKeeper | TrackCallback],
-    inside: Sequence[EarlyStop | SampleCallback | SideBySideCallback | PackingCheck],
+    inside: Sequence[Any],
     fields: Mapping[str, Any],
 ) -> dict[str, float]:
     """Runs a Trainer, and takes everything of it off the model again.
@@ -412,7 +435,7 @@ def _elsewhere(
     if is_stream(rows.train):
         raise TrainingError("several processes share rows out by number, and a stream has none: give a list of them")
     metrics: dict[str, float] = {}
-    run.follows = True
+    run.mirrors = True
     with _interrupted_once(run), run:
         metrics = train_apart(model, run, launch, rows.train, rows.evaluation, arguments)
     manager = manager_of(model)

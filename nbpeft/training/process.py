@@ -26,10 +26,10 @@ from nbpeft.errors import TrainingInterrupted, in_one_line
 from nbpeft.memory import Meter
 from nbpeft.model import files
 from nbpeft.state import TrainState
-from nbpeft.training.adapted import trained_names
+from nbpeft.training.adapted import base_of, trained_names
 from nbpeft.training.failures import explain_failure
 from nbpeft.training.fit import train
-from nbpeft.training.launch.job import JOB, RESULT, Ended
+from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended
 from nbpeft.training.launch.processes import Failure
 from nbpeft.training.launch.shared_control import SharedControl
 from nbpeft.training.launch.transport import load_whole
@@ -97,6 +97,9 @@ def main(folder: Path) -> int:
 
 
 def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None) -> TrainResult:
+    base: Any = base_of(model)
+    if getattr(base, "hf_device_map", None):  # accelerate compares it with the card of the process
+        base.hf_device_map = {"": next(base.parameters()).device}
     if job.arguments.get("fsdp"):
         _shard_on_the_cpu()
     else:
@@ -137,8 +140,8 @@ def _share_frozen(model: Any) -> None:
 
 
 def _device(folder: Path, local_rank: int) -> str:
-    """Where the weights go: to the card of this process, unless they are sharded, which a Trainer does from the CPU."""
-    if (folder / "sharded").exists() or not torch.accelerator.is_available():
+    """Where the weights go."""
+    if (folder / ON_THE_CPU).exists() or not torch.accelerator.is_available():
         return "cpu"
     torch.accelerator.set_device_index(local_rank)
     return f"{torch.accelerator.current_accelerator()}:{local_rank}"

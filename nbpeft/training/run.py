@@ -84,7 +84,7 @@ class Run:
         thread: Identifier of the thread that began it; None before.
         folder: Where the run is kept on disk, or the empty string.
         output_dir: Where its adapter goes at the end, or the empty string.
-        follows: Whether it goes on in other processes, whose states it takes over (``follow``); set before it begins.
+        mirrors: Whether it goes on in other processes, whose states it takes over (``mirror``); set before it begins.
         steps_before: Steps that the adapter was trained for in earlier runs, whose weights this one starts from.
         starts_from: That in words; empty for weights that no run has trained.
         members: Says, by the status of the run, how each adapter of a sweep does.
@@ -123,8 +123,8 @@ class Run:
         self.folder = self.output_dir = ""
         self.steps_before, self.starts_from = 0, ""
         self.members: Callable[[TrainStatus], tuple[MemberState, ...]] = lambda status: ()
-        self.follows = False
-        self._followed: TrainState | None = None
+        self.mirrors = False
+        self._mirrored: TrainState | None = None
         self._display_failed = False
         self._status: TrainStatus = "starting"
         self._notes: list[str] = []
@@ -167,7 +167,7 @@ class Run:
             self.thread = threading.get_ident()
             self._started = self._clock()
             model = self._model()
-            if model is not None and not self.follows:
+            if model is not None and not self.mirrors:
                 self._check = LearningCheck(model, self.adapter)
                 record = self._record  # the hook must not keep a run alive that nobody holds any more
                 self._end_watching = watch_steps(model, lambda: record.step)
@@ -288,7 +288,7 @@ class Run:
             self.starts_from = f"the weights after step {steps:,}" + (f" of run {run_name}" if run_name else "")
             self.note(f"goes on with {self.starts_from}, with a new schedule")
 
-    def follow(self, state: TrainState) -> None:
+    def mirror(self, state: TrainState) -> None:
         """Takes over how the run stands in the processes that train, and publishes that.
 
         Args:
@@ -296,11 +296,11 @@ class Run:
         """
         with self._lock:
             now = self._clock()
-            self._followed, self._memory, self._memory_state = state, None, state.memory
+            self._mirrored, self._memory, self._memory_state = state, None, state.memory
             self._record.step, self._record.first_step = state.step, state.first_step
             self.total_steps, self.folder = state.total_steps, state.folder
             self._started, self._waiting_since = now - state.elapsed, now if state.status == "paused" else None
-        self.publish()
+        self.publish(force=True)  # they come as seldom as they are to be shown
 
     def wait_or_stop(self) -> bool:
         """Waits while paused. Returns whether the loop is to end."""
@@ -429,7 +429,7 @@ class Run:
 
     def stop_message(self) -> str:
         """``stopped at step 12``, with the reason where one was given."""
-        if self._followed is not None and self._followed.status == "stopped":
+        if self._mirrored is not None and self._mirrored.status == "stopped":
             return self._message()
         reason = f": {self.control.reason}" if self.control.reason else ""
         return " · ".join([f"stopped at step {self._record.step:,}{reason}", *self._notes])
@@ -526,19 +526,19 @@ class Run:
         return "running"
 
     def _message(self) -> str:
-        if self._followed is not None and self._status != "failed":
-            return " · ".join(dict.fromkeys([*self._notes, self._followed.message])).strip(" ·")
+        if self._mirrored is not None and self._status not in ("failed", "stopped"):
+            return " · ".join(dict.fromkeys([*self._notes, self._mirrored.message])).strip(" ·")
         saving = "saving after this step" if self.control.save_requested and self._ended is None else self._saved
         return " · ".join([*self._notes, *([saving] if saving else [])])
 
     def _build(self) -> TrainState:
-        if self._followed is not None:
+        if self._mirrored is not None:
             self._latest = dataclasses.replace(
-                self._followed,
+                self._mirrored,
                 run_id=self.run_id,
                 status=self._status_now(),
                 elapsed=self._elapsed(),
-                remaining=None if self._ended is not None else self._followed.remaining,
+                remaining=None if self._ended is not None else self._mirrored.remaining,
                 message=self._message(),
             )
             return self._latest

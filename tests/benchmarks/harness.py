@@ -7,6 +7,7 @@ import importlib
 import math
 import pkgutil
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -187,9 +188,17 @@ def library(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def _finish() -> None:
+    """Waits for what a card was given."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 def timed(work: Callable[[], object], *, times: int = 1) -> float:
     """Seconds that the work took, per time."""
     start = time.perf_counter()
     for _ in range(times):
         work()
+    _finish()
     return (time.perf_counter() - start) / times

@@ -234,3 +234,14 @@ def test_rows_that_are_given_say_how_long_sequences_are(adapted: Notebook) -> No
     assert adapted.do("%lora plan model --data rows --batch 2").settings.sequence_length == 12
     packed = adapted.do("%lora plan model --data rows --batch 2 --seq 16 --packing")
     assert (packed.settings.sequence_length, packed.settings.packing) == (16, True)
+
+
+def test_a_plan_for_one_of_several_processes(bare: Notebook, folder: str) -> None:
+    alone = bare.do(f"%lora plan {folder} --batch 1 --seq 64")
+    one = bare.do(f"%lora plan {folder} --batch 1 --seq 64 --processes 4 --sharded")
+    sizes = [{part.name: part.byte_count for part in plan.parts} for plan in (alone, one)]
+    assert sizes[1]["base weights"] == -(-sizes[0]["base weights"] // 4)
+    layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    outside = sizes[0]["base weights"] - 32 * layer
+    assert sizes[1]["gathered weights"] == outside + 2 * layer
+    assert "one of 4 sharded processes" in str(one.settings)

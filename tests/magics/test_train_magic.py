@@ -316,3 +316,16 @@ def test_patience_is_exported_and_samples_are_not(ready: Notebook, tmp_path: Pat
     ready.do(f"%lora export {tmp_path / 'train.py'} --base {tmp_path}")
     text = (tmp_path / "train.py").read_text()
     assert '"patience": 2' in text and '"sample"' not in text and '"every"' not in text
+
+
+def test_processes_and_machines_are_said_in_the_line(ready: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr("nbpeft.training.fit.train_apart", lambda *args: given.append(args[-1]) or {})
+    ready.do("%lora_train model --data rows --processes 2 --hosts 10.0.0.1 10.0.0.2 max_steps=1 fsdp=True")
+    assert (given[0]["processes"], given[0]["machines"]) == (2, ["10.0.0.1", "10.0.0.2"])
+    assert given[0]["fsdp"] is True and given[0]["max_steps"] == 1
+    refused = ready.run("%lora_train model --data rows max_steps=1 fsdp=True").line
+    assert refused == "fsdp shards a model over several processes: say how many, processes=…"
+    assert ready.run("%lora_train model --data rows processes=2").line.endswith(
+        "is given in the magic's line, not in the cell"
+    )

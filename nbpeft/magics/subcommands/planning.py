@@ -60,6 +60,10 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         found["quantization"] = None if given["quant"] == "none" else given["quant"]
     if given.get("checkpointing"):
         found["gradient_checkpointing"] = True
+    if "processes" in given:
+        found["processes"] = given["processes"]
+    if given.get("sharded"):
+        found["sharded"] = True
     if given.get("inference"):
         found["training"] = False
     if given.get("packing"):
@@ -89,6 +93,8 @@ def sizes_without_dry_run() -> CellError:
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
     argument("--optimizer", metavar="NAME", words=OPTIMIZERS, help="as for TrainingArguments.optim (default: adamw)"),
     argument("--adapters", type=positive, metavar="N", help="so many trained side by side (default: 1)"),
+    argument("--processes", type=positive, metavar="N", help="what one of N processes needs, each with such a batch"),
+    argument("--sharded", action="store_true", help="the processes share the model out (fsdp = True)"),
     argument("--inference", action="store_true", help="reading a prompt of that length, no training"),
     argument("--data", metavar="DATA", completes="data", help="rows to learn, which say how long sequences are"),
     COLUMNS,

@@ -27,9 +27,9 @@ _RESERVED = (
     "run_dir",
     "source",
     "processes",
-    "hosts",
+    "machines",
 )
-_OF_THIS_NOTEBOOK = ("sample", "every", "processes", "hosts")
+_OF_THIS_NOTEBOOK = ("sample", "every", "processes", "machines")
 """What a script is not given."""
 
 
@@ -81,6 +81,7 @@ _OF_THIS_NOTEBOOK = ("sample", "every", "processes", "hosts")
     ),
     argument(
         "--hosts",
+        dest="machines",
         nargs="+",
         metavar="ADDRESS",
         help="N processes on each of these machines, this one first; all must see this folder under this path",
@@ -147,7 +148,9 @@ def training_arguments(options: argparse.Namespace, notebook: NotebookContext) -
         if name in options.fields:
             raise CellError(f"{name} is given in the magic's line, not in the cell")
     arguments: dict[str, Any] = dict(options.fields)
-    given = {name: getattr(options, name, None) for name in ("max_length", "patience", "every", "processes", "hosts")}
+    given = {
+        name: getattr(options, name, None) for name in ("max_length", "patience", "every", "processes", "machines")
+    }
     given["columns"] = None if options.columns is None else dict(options.columns)
     given["sample"] = [prompt_text(text) for text in options.sample] if options.sample else None
     given["packing"] = options.packing or None

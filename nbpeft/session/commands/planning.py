@@ -34,7 +34,7 @@ USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_t
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
     *("optimizer", "training", "packing", "adapters", "device", "variable", "changes", "rank"),
-    *("data", "tokenizer", "columns"),
+    *("processes", "sharded", "data", "tokenizer", "columns"),
 )
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 
@@ -52,12 +52,13 @@ def plan_memory(
         **settings: ``batch_size``, ``sequence_length``, ``dtype``, ``quantization`` (``"nf4"``,
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
             ``double_quant``, ``optimizer``, ``training``, ``packing``, ``adapters`` (how many learn side by side; a
-            sweep among the ``changes`` says so, too), ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch device, by
-            default this machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and ``changes``
-            (fields by name) for what differs from ``config``. A ``peft_type`` among ``changes`` that is not the
-            config's means an adapter of that method with these fields. ``data`` (with ``tokenizer`` and ``columns``,
-            as for ``train``): the rows, whose longest, or fullest sequence, says how long sequences are;
-            ``sequence_length`` is then what they are cut to.
+            sweep among the ``changes`` says so, too), ``processes`` and ``sharded`` (what one of several processes
+            needs, with DDP or with FSDP2), ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch device, by default this
+            machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and ``changes`` (fields by name)
+            for what differs from ``config``. A ``peft_type`` among ``changes`` that is not the config's means an
+            adapter of that method with these fields. ``data`` (with ``tokenizer`` and ``columns``, as for ``train``):
+            the rows, whose longest, or fullest sequence, says how long sequences are; ``sequence_length`` is then
+            what they are cut to.
 
     Raises:
         ConfigError: a value is impossible, or the model cannot run without data.
@@ -168,6 +169,8 @@ class MemoryPlanner:
         adapters: int = 1,
         device: Any = None,
         double_quant: bool | None = None,
+        processes: int = 1,
+        sharded: bool = False,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
@@ -194,6 +197,8 @@ class MemoryPlanner:
             adapters=adapters,
             double_quant=found.double_quant if double_quant is None else double_quant,
             on_cpu=self.room.on_cpu,
+            processes=processes,
+            sharded=sharded,
         )
         self._stored_note = found.note
         self.name = name
@@ -265,6 +270,8 @@ class MemoryPlanner:
             setting.training,
             packing=setting.packing,
             adapters=setting.adapters,
+            processes=setting.processes,
+            sharded=setting.sharded,
         )
 
     def _result(

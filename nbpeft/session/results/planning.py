@@ -34,6 +34,8 @@ class PlanSettings:
         device: name of where it should fit, ``this-machine`` among them; empty for the planner's own.
         packing: whether a sequence holds several rows.
         adapters: how many are trained side by side.
+        processes: that train together.
+        sharded: whether they share the model out.
     """
 
     batch_size: int
@@ -47,6 +49,8 @@ class PlanSettings:
     device: str = ""
     packing: bool = False
     adapters: int = 1
+    processes: int = 1
+    sharded: bool = False
 
     def __str__(self) -> str:
         words = [f"batch {self.batch_size}", f"length {self.sequence_length}"]
@@ -57,6 +61,7 @@ class PlanSettings:
             words += ["gradient checkpointing"] if self.gradient_checkpointing else []
             words.append(self.optimizer)
             words += [f"{self.adapters} adapters side by side"] if self.adapters > 1 else []
+            words += [f"one of {self.processes} {'sharded ' if self.sharded else ''}processes"] * (self.processes > 1)
         else:
             words.append("inference")
         return ", ".join(words)

@@ -11,9 +11,9 @@ from nbpeft.training.launch.processes import Launch, Processes
 _TURN = 0.2
 
 
-def main(folder: str, processes: str, hosts: str, host: str, address: str, port: str) -> int:
+def main(folder: str, processes: str, machines: str, host: str, address: str, port: str) -> int:
     """Starts them and waits for their end. Returns the status of the process."""
-    launch = Launch(int(processes), (address, *["?"] * (int(hosts) - 1)))
+    launch = Launch(int(processes), (address, *["?"] * (int(machines) - 1)))
     with Processes(Path(folder), launch, host=int(host), address=address, port=int(port)) as running:
         while running.running:
             time.sleep(_TURN)

@@ -10,6 +10,8 @@ from torch import nn
 
 JOB, RESULT = "job.pt", "result"
 """In the folder of a job: what is to be done, and the trained adapters."""
+ON_THE_CPU = "on-the-cpu"
+"""A file that says that weights are not to be moved to a card: they are sharded, which a Trainer does from there."""
 
 
 @dataclass(frozen=True)

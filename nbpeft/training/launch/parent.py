@@ -16,13 +16,15 @@ from torch import nn
 from nbpeft import errors
 from nbpeft.checkpoint import scratch_folder
 from nbpeft.checkpoint.staging import Staging, sweep
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import NbpeftError, TrainingError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.memory.formatting import size_text
+from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.store import RunPlace
 from nbpeft.state import TrainState
-from nbpeft.training.launch.job import JOB, RESULT, Ended, Job
+from nbpeft.training.adapted import base_of
+from nbpeft.training.launch.job import JOB, ON_THE_CPU, RESULT, Ended, Job
 from nbpeft.training.launch.processes import Failure, Launch, Processes
 from nbpeft.training.launch.transport import save_whole
 from nbpeft.training.run import Run, StopRun
@@ -44,7 +46,7 @@ def train_apart(
 
     Args:
         model: with the adapters to train active; its weights reach the processes in a temporary file.
-        run: shows how it goes; ``follows`` is set.
+        run: shows how it goes; ``mirrors`` is set.
         launch: how many processes.
         rows: tokenized.
         eval_rows: the same, or None.
@@ -58,22 +60,29 @@ def train_apart(
     """
     if manager_of(model) is None:
         raise TrainingError(f"several processes train models that nbpeft adapted, and no {type(model).__name__}")
+    spread = set((getattr(base_of(model), "hf_device_map", None) or {}).values())
+    if len(spread) > 1:
+        raise TrainingError(f"the model is spread over {len(spread)} devices: load it on one, device_map={{'': 0}}")
     with _job_folder(launch, arguments.get("run_dir")) as folder:
         size = save_whole(folder / JOB, Job(model, rows, eval_rows, dict(arguments)), model)
-        if arguments.get("fsdp"):
-            (folder / "sharded").touch()
+        if arguments.get("fsdp") and not is_quantized(base_of(model)):
+            (folder / ON_THE_CPU).touch()
         run.note(f"{launch.world} processes, which read the model from a file of {size_text(size)}")
-        address, port = (launch.hosts or ("127.0.0.1",))[0], _free_port()
-        scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.hosts))]
+        address, port = (launch.machines or ("127.0.0.1",))[0], _free_port()
+        scripts = [_host_script(folder, launch, host, address, port) for host in range(1, len(launch.machines))]
         if scripts:
             run.note("start it on the others: " + ", ".join(scripts))
         run.publish(force=True)
-        with Processes(folder, launch, address=address, port=port) as processes:
-            ended, interrupted = _wait(processes, run)
-            with HeldInterrupts(to_the_end=True):
-                load_adapters(model, folder / RESULT)
-                run.token_count = ended.token_count
-            processes.wait(_TO_END)
+        try:
+            with Processes(folder, launch, address=address, port=port) as processes:
+                ended, interrupted = _wait(processes, run)
+                with HeldInterrupts(to_the_end=True):
+                    load_adapters(model, folder / RESULT)
+                    run.token_count = ended.token_count
+                processes.wait(_TO_END)
+        except NbpeftError as error:
+            _note_failure(run, error, arguments.get("run_dir"))
+            raise
     if interrupted:
         raise KeyboardInterrupt
     if ended.status == "stopped":
@@ -89,8 +98,8 @@ def _wait(processes: Processes, run: Run) -> tuple[Ended, bool]:
             relayed.turn()
             message = processes.receive(_TURN)
             if isinstance(message, TrainState):
-                relayed.waiting = message.status == "paused"
-                run.follow(message)
+                relayed.turn(waiting=message.status == "paused")
+                run.mirror(message)
             elif isinstance(message, Ended):
                 return message, interrupted
             elif message is None:
@@ -106,13 +115,14 @@ class _Relay:
     """Hands on what is requested of a run that other processes do."""
 
     def __init__(self, processes: Processes, run: Run) -> None:
-        self.waiting = False
+        self._waiting = False
         self._processes, self._control = processes, run.control
         self._sent: dict[str, Any] = {"stop": False, "reason": "", "pause": False}
 
-    def turn(self) -> None:
-        control = self._control
-        control.relay(lambda: self._processes.send(save=True), waiting=self.waiting)
+    def turn(self, waiting: bool | None = None) -> None:
+        """Hands on what is new; ``waiting`` says whether the run waits now, where that is known anew."""
+        control, self._waiting = self._control, self._waiting if waiting is None else waiting
+        control.relay(lambda: self._processes.send(save=True), waiting=self._waiting)
         wanted = {"stop": control.stop_requested, "reason": control.reason, "pause": control.paused}
         if wanted != self._sent:
             self._processes.send(**wanted)
@@ -132,10 +142,26 @@ def _check(processes: Processes, run: Run) -> None:
     raise TrainingError(f"process {failure.rank} of {processes.launch.world}: {failure.message}", trace=failure.trace)
 
 
+def _note_failure(run: Run, error: NbpeftError, place: Any) -> None:
+    """Says in the folder of the run why it failed, where its process could not; one without a step goes again."""
+    if not run.folder or place is None:
+        return
+    folder, chosen = RunFolder(Path(run.folder)), RunPlace.of(place)
+    facts = folder.facts()
+    if facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
+        return
+    with contextlib.suppress(NbpeftError):  # the error of the training is the one to hear of
+        if chosen.name is None and not run.steps_done:
+            chosen.store.delete(folder.name)
+            run.folder = ""
+        else:
+            folder.write({**facts, "status": "failed", "message": error.message})
+
+
 @contextlib.contextmanager
 def _job_folder(launch: Launch, place: Any) -> Iterator[Path]:
     """A folder that all hosts see, removed afterwards: a temporary one, or for several hosts one beside the runs."""
-    if not launch.hosts:
+    if not launch.machines:
         with scratch_folder() as folder:
             yield folder
         return
@@ -154,11 +180,11 @@ def _host_script(folder: Path, launch: Launch, host: int, address: str, port: in
     path = folder / f"host-{host}.sh"
     paths = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     words = [sys.executable, "-m", "nbpeft.training.launch.host", str(folder)]
-    words += [str(number) for number in (launch.processes, len(launch.hosts), host)] + [address, str(port)]
+    words += [str(number) for number in (launch.processes, len(launch.machines), host)] + [address, str(port)]
     lines = ["#!/bin/sh", f"cd {shlex.quote(os.getcwd())} || exit"]
     lines.append(f"PYTHONPATH={shlex.quote(paths)} exec {shlex.join(words)}")
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return f"{launch.hosts[host]}: sh {shlex.quote(str(path))}"
+    return f"{launch.machines[host]}: sh {shlex.quote(str(path))}"
 
 
 def _free_port() -> int:

@@ -36,26 +36,27 @@ class Launch:
 
     Attributes:
         processes: on each host.
-        hosts: addresses, this host's first; empty where it is the only one.
+        machines: addresses, this host's first; empty where it is the only one.
     """
 
     processes: int
-    hosts: tuple[str, ...] = ()
+    machines: tuple[str, ...] = ()
 
     @property
     def world(self) -> int:
         """Processes of all hosts."""
-        return self.processes * max(len(self.hosts), 1)
+        return self.processes * max(len(self.machines), 1)
 
 
-def launch_of(processes: Any, hosts: Any = None) -> Launch | None:
+def launch_of(processes: Any, machines: Any = None, *, sharded: bool = False) -> Launch | None:
     """What a training is to be launched as; None where it is to run in this process.
 
     Inside a process that a launcher has started that is what was asked for already.
 
     Args:
         processes: on each host, as given; None for one.
-        hosts: addresses, as given, or None.
+        machines: addresses, as given, or None.
+        sharded: whether the model is to be sharded over them.
 
     Raises:
         ConfigError: they are impossible here.
@@ -65,12 +66,14 @@ def launch_of(processes: Any, hosts: Any = None) -> Launch | None:
         raise ConfigError(
             f"processes must be a whole number from 1 to {MOST}, not {processes!r:.60}", field="processes"
         )
-    names = (hosts,) if isinstance(hosts, str) else tuple(hosts or ())
+    names = (machines,) if isinstance(machines, str) else tuple(machines or ())
     if not all(isinstance(name, str) and name for name in names) or len(names) == 1:
         raise ConfigError(
-            f"hosts must be at least two addresses, this machine's first, not {hosts!r:.80}", field="hosts"
+            f"machines must be at least two addresses, this machine's first, not {machines!r:.80}", field="machines"
         )
     if is_launched() or (count == 1 and not names):
+        if sharded and not is_launched():
+            raise ConfigError("fsdp shards a model over several processes: say how many, processes=…", field="fsdp")
         return None
     cards = torch.accelerator.device_count() if torch.accelerator.is_available() else count
     if count > cards:

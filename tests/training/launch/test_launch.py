@@ -1,17 +1,29 @@
-"""Training in several processes from one that waits."""
+"""Training in several processes from one that waits: what comes of it is what one process learns."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from nbpeft.errors import TrainingError
 from nbpeft.runs.folder import RunFolder
-from nbpeft.training import train
-from tests.tiny_models import VOCABULARY
+from nbpeft.training import RunControl, train
+from tests.char_tokenizer import CharTokenizer
+from tests.runs.killed import session_in
+from tests.tiny_models import VOCABULARY, llama, same_state
+from tests.training.launch.callbacks import FailsInTheSecond
 from tests.training.support import trainable, weights
+
+ARGUMENTS: dict[str, Any] = {"max_steps": 24, "learning_rate": 0.01}
+TWO: dict[str, Any] = {"processes": 2, "per_device_train_batch_size": 2}
+ONE: dict[str, Any] = {"per_device_train_batch_size": 4}
 
 
 def rows(count: int = 16) -> list[dict[str, Any]]:
@@ -20,34 +32,107 @@ def rows(count: int = 16) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-ARGUMENTS: dict[str, Any] = {"max_steps": 6, "learning_rate": 0.01, "lr_scheduler_type": "linear"}
+def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
+@pytest.mark.slice
 def test_two_processes_learn_what_one_does_on_the_same_batches(tmp_path: Path) -> None:
     alone, apart = trainable(lora_dropout=0.0), trainable(lora_dropout=0.0)
-    expected = train(alone, rows(), rows(4), per_device_train_batch_size=4, **ARGUMENTS)
-    states: list[Any] = []
-    result = train(
-        apart,
-        rows(),
-        rows(4),
-        processes=2,
-        per_device_train_batch_size=2,
-        run_dir=tmp_path,
-        publish=states.append,
-        **ARGUMENTS,
-    )
-    assert result.status == "finished" and result.steps == 6
+    expected = train(alone, rows(), rows(4), **ONE, **ARGUMENTS)
+    control, seen = RunControl(), []
+
+    def publish(state: Any) -> None:
+        seen.append(state.status)
+        if state.step and "pausing" not in seen:
+            control.pause()
+        if state.status == "paused":
+            control.request_save()
+            control.resume()
+
+    result = train(apart, rows(), rows(4), run_dir=tmp_path, control=control, publish=publish, **TWO, **ARGUMENTS)
+    assert (result.status, result.steps, result.token_count) == ("finished", 24, expected.token_count // 2)
     for (step, mine), (other, theirs) in zip(result.state.history, expected.state.history, strict=True):
         assert step == other and mine == pytest.approx(theirs, abs=1e-4)
     assert result.eval_loss == pytest.approx(expected.eval_loss, abs=1e-4)
-    found = weights(apart)
-    for name, tensor in weights(alone).items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=0)
+    close(weights(apart), weights(alone))
+    assert seen[-1] == "finished" and "paused" in seen
     (folder,) = tmp_path.glob("default-*")
     facts = RunFolder(folder).facts()
-    assert facts["status"] == "finished" and facts["step"] == 6 and facts["arguments"]["processes"] == 2
-    assert [entry["step"] for entry in RunFolder(folder).entries() if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert (facts["status"], facts["step"], facts["arguments"]["processes"]) == ("finished", 24, 2)
+    assert [entry["step"] for entry in RunFolder(folder).entries() if "loss" in entry] == list(range(1, 25))
+    assert "saved in" in result.message and list(folder.glob("default-step-*/adapter_model.safetensors"))
     assert result.state.folder == str(folder) and result.state.memory is not None
-    assert {state.status for state in states} <= {"running", "finished"} and states[-1].status == "finished"
+
+
+def when_shown(run: Any, step: int, act: Callable[[], None]) -> None:
+    mirror = run.mirror
+
+    def mirroring(state: Any) -> None:
+        mirror(state)
+        if state.step >= step:
+            act()
+
+    run.mirror = mirroring
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_stopped_and_goes_on_with_every_part_of_it(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"max_steps": 60, "learning_rate": 0.01, "seed": 7}
+    found = []
+    for place, options in (("one", ONE), ("two", TWO | {"fsdp": True})):
+        session, base = session_in(tmp_path / place), llama()
+        torch.manual_seed(11)
+        model = session.add(base, {"r": 4, "target_modules": ["q_proj", "v_proj"]}, name="sql", variable="model").model
+        if options is ONE:
+            session.train(model, rows(), **options, **arguments)
+            found.append(weights(model, "sql"))
+            continue
+        end = session.on_run(lambda run, name: when_shown(run, 2, run.control.request_stop))
+        stopped = session.train(model, rows(), tokenizer=CharTokenizer(), sample="ab", every=1, **options, **arguments)
+        end()
+        assert stopped.status == "stopped" and 2 <= stopped.steps < 60
+        assert stopped.state.samples and not any("no samples" in note for note in (stopped.message,))
+        state = tmp_path / f"two/sql-1/checkpoint-{stopped.steps}"
+        kept = load_file(state / "sql/adapter_model.safetensors")
+        assert same_state({name.replace(".sql.", "."): value for name, value in weights(model, "sql").items()}, kept)
+        assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {path.name for path in state.iterdir()}
+        result = session.resume(model="model", data=rows())
+        assert (result.step, result.training.steps) == (stopped.steps, 60)
+        found.append(weights(model, "sql"))
+    close(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_an_error_on_another_host_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    model = trainable()
+    before = weights(model)
+    others: list[subprocess.Popen[str]] = []
+
+    def start_other(state: Any) -> None:
+        script = re.search(r"127\.0\.0\.2: sh (\S+\.sh)", state.message)
+        if script and not others:
+            others.append(subprocess.Popen(["sh", script[1]], stderr=subprocess.PIPE, text=True))
+
+    with pytest.raises(TrainingError) as caught:
+        train(
+            model,
+            rows(),
+            processes=1,
+            machines=["127.0.0.1", "127.0.0.2"],
+            run_dir=tmp_path,
+            publish=start_other,
+            callbacks=[FailsInTheSecond()],
+            per_device_train_batch_size=2,
+            **ARGUMENTS,
+        )
+    assert str(caught.value) == "process 1 of 2: ValueError: the second of them is out of rows"
+    told = others[0].communicate(timeout=60)[1]
+    assert others[0].returncode == 1 and told.startswith("process 1 of 2: ")
+    assert same_state(weights(model), before)
+    (record,) = (RunFolder(folder).record() for folder in tmp_path.glob("default-*"))
+    assert record.status == "failed" and record.message == str(caught.value)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".nbpeft")] == []

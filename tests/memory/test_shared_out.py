@@ -1,0 +1,47 @@
+"""What one of several processes needs of a step."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbpeft import LoraConfig
+from nbpeft.errors import ConfigError
+from nbpeft.memory import forecast
+from nbpeft.session import Session
+from tests.tiny_models import llama
+
+CONFIG = LoraConfig(r=4, target_modules="all-linear")
+
+
+def parts(**settings: object) -> dict[str, int]:
+    found = forecast(llama(), CONFIG, batch_size=2, sequence_length=16, **settings)
+    return {part.name: part.byte_count for part in found.parts}
+
+
+def test_each_process_of_ddp_has_the_whole_and_buckets_of_gradients() -> None:
+    alone, one_of_two = parts(), parts(processes=2)
+    buckets = one_of_two.pop("gradient buckets")
+    assert one_of_two == alone and buckets == alone["adapters"] > 0
+    assert parts(processes=1) == alone
+
+
+def test_sharded_processes_share_weights_optimizer_and_gradients() -> None:
+    alone, one_of_four = parts(), parts(processes=4, sharded=True)
+    for name in ("base weights", "adapters", "optimizer", "gradients"):
+        assert one_of_four[name] == -(-alone[name] // 4)
+    assert 0 < one_of_four["gathered weights"] <= alone["base weights"]
+    unshared = {"activations", "temporary"} & alone.keys()
+    assert all(one_of_four[name] == alone[name] for name in unshared)
+
+
+def test_weights_in_four_bits_stay_whole() -> None:
+    alone, one_of_four = parts(quantization="nf4"), parts(quantization="nf4", processes=4, sharded=True)
+    assert alone["base weights"] / 4 < one_of_four["base weights"] < alone["base weights"]
+
+
+def test_a_plan_says_for_how_many_processes_it_is() -> None:
+    session = Session()
+    plan = session.plan_memory(llama(), batch_size=2, sequence_length=16, processes=2, sharded=True, suggest=False)
+    assert str(plan.settings).endswith("adamw, one of 2 sharded processes")
+    with pytest.raises(ConfigError, match="processes is 0; expected a whole number of at least 1"):
+        session.plan_memory(llama(), processes=0)
