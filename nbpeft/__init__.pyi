@@ -5,8 +5,16 @@ Configs come from the registry, whether they have a line here or not: it makes t
 
 from typing import Any
 
+from .engine.methods.c3a import C3AConfig as C3AConfig
+from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
+from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
+from .engine.methods.loha import LoHaConfig as LoHaConfig
+from .engine.methods.lokr import LoKrConfig as LoKrConfig
+from .engine.methods.miss import MissConfig as MissConfig
+from .engine.methods.oft import OFTConfig as OFTConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .engine.methods.vera import VeraConfig as VeraConfig
 from .engine.selective_recompute import selective_recompute as selective_recompute
 from .errors import AdapterError as AdapterError
 from .errors import AdapterExistsError as AdapterExistsError

@@ -181,7 +181,7 @@ def train(
                 else:
                     kept = given | fields | own | kept_of(members)
                     around = _around(run_dir, run, model, kept, trackers, rows)
-                    inside: list[TrainerCallback] = [
+                    inside: list[Any] = [
                         *callbacks_of(members, run),
                         *_inside(run, model, patience, batch, every),
                     ]
