@@ -169,9 +169,7 @@ def train(
             with _activated(model, adapter) as activation:
                 activation.run = run = run_factory(model, None, control=control, publish=publish)
                 run.output_dir = str(fields.get("output_dir", ""))
-                run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
-                if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
-                    run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
+                _note(run, rows, settings, data_hint)
                 own = _not_none(max_length=max_length, packing=packing or None, processes=processes, machines=machines)
                 if launch is not None:
                     own |= {"tokenizer": tokenizer, "sample": batch, "every": every, "patience": patience}
@@ -181,11 +179,8 @@ def train(
                 else:
                     kept = given | fields | own | kept_of(members)
                     around = _around(run_dir, run, model, kept, trackers, rows)
-                    inside: list[Any] = [
-                        *callbacks_of(members, run),
-                        *_inside(run, model, patience, batch, every),
-                    ]
-                    inside += [PackingCheck(run, learned, collator)] if packing else []
+                    inside: list[Any] = [PackingCheck(run, learned, collator)] if packing else []
+                    inside += [*callbacks_of(members, run), *_inside(run, model, patience, batch, every)]
                     metrics = _fit(trainer_class, model, run, options, around, inside, fields)
         except Exception as error:
             failure = _error_to_raise(error, model, settings)
@@ -197,6 +192,13 @@ def train(
     if run.interrupted:
         raise TrainingInterrupted(f"{result} · what it learned is kept", result)
     return result
+
+
+def _note(run: Run, rows: TrainingRows, settings: TrainingArguments, data_hint: str) -> None:
+    """Says what was done to the rows, and what will be slow."""
+    run.note("; ".join(rows.notes) + (f" ({data_hint})" if data_hint and rows.lossy else ""))
+    if settings.bf16 and settings.device.type == "cpu" and slow_here(torch.bfloat16):
+        run.note(slow_words(torch.bfloat16, instead="leave bf16=True out"))
 
 
 def _not_none(**values: Any) -> dict[str, Any]:
