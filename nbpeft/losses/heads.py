@@ -17,7 +17,7 @@ _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 """Classes of a head whose weight is whole during its own call alone."""
 
 
-def chunked_loss(model: nn.Module, /, *, chunk_size: int = LOSS_CHUNK_SIZE, **inputs: Any) -> Tensor:
+def chunked_loss(model: nn.Module, /, *, loss_chunk_size: int = LOSS_CHUNK_SIZE, **inputs: Any) -> Tensor:
     """The loss of a language model, equal to ``model(**inputs).loss``, without logits as a whole.
 
     Hidden states of learned tokens alone go through the output head, a chunk at a time, and their gradient is
@@ -30,17 +30,17 @@ def chunked_loss(model: nn.Module, /, *, chunk_size: int = LOSS_CHUNK_SIZE, **in
 
     Args:
         model: a language model of transformers, with or without adapters, wrapped by DDP or FSDP or not.
-        chunk_size: tokens whose logits are in memory at once; 0 for all.
+        loss_chunk_size: tokens whose logits are in memory at once; 0 for all.
         **inputs: of the model, ``labels`` among them, and ``num_items_in_batch`` where batches are accumulated.
 
     Returns:
         The loss, a scalar; float32 as a rule.
 
     Raises:
-        ConfigError: ``chunk_size`` is no whole number of at least 0.
+        ConfigError: ``loss_chunk_size`` is no whole number of at least 0.
         TrainingError: the model returns no loss for these inputs.
     """
-    with chunked_head(model, chunk_size, inputs.get("num_items_in_batch")), without_logits(model):
+    with chunked_head(model, loss_chunk_size, inputs.get("num_items_in_batch")), without_logits(model):
         output = model(**inputs)
     loss = output.get("loss") if isinstance(output, dict) else output[0] if "labels" in inputs else None
     if not isinstance(loss, Tensor):

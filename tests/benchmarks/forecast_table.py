@@ -159,7 +159,7 @@ def forecast_of(published: Published) -> Any:
     adapter = None
     if published.adapter:
         adapter = LoraConfig(task_type=published.task, **published.adapter)
-    return forecast(published.make(), adapter, **published.settings)
+    return forecast(published.make(), adapter, loss_chunk_size=0, **published.settings)  # as others compute losses
 
 
 def words(settings: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:

@@ -61,9 +61,9 @@ def test_rows_with_adapters_of_their_own_and_switched_off_adapters():
     model.add_adapter("other", LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
     given = batch() | {"adapter_names": ["default", "other", "__base__"]}
     with torch.no_grad():
-        torch.testing.assert_close(chunked_loss(model, chunk_size=4, **given), model(**given).loss)
+        torch.testing.assert_close(chunked_loss(model, loss_chunk_size=4, **given), model(**given).loss)
         with model.disable_adapter():
-            torch.testing.assert_close(chunked_loss(model, chunk_size=4, **batch()), model(**batch()).loss)
+            torch.testing.assert_close(chunked_loss(model, loss_chunk_size=4, **batch()), model(**batch()).loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,7 +71,7 @@ def test_under_autocast_the_head_computes_as_it_would(dtype):
     model = adapted(llama(dtype=dtype)).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole, expected = loss_and_gradients(model, lambda: model(**batch()).loss)
-        loss, found = loss_and_gradients(model, lambda: chunked_loss(model, chunk_size=5, **batch()))
+        loss, found = loss_and_gradients(model, lambda: chunked_loss(model, loss_chunk_size=5, **batch()))
     torch.testing.assert_close(loss, whole, rtol=1e-6, atol=1e-6)
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found, expected, rtol=0.1, atol=2e-3)
@@ -162,7 +162,7 @@ def test_the_head_is_as_before_after_an_error():
 @pytest.mark.parametrize("size", [-1, 2.5, True, "many", None])
 def test_a_chunk_is_a_number_of_tokens(size):
     with pytest.raises(ConfigError, match="loss_chunk_size must be a whole number of tokens"):
-        chunked_loss(llama(), chunk_size=size, **batch())
+        chunked_loss(llama(), loss_chunk_size=size, **batch())
 
 
 def test_the_public_function_adds_up_over_batches():

@@ -179,7 +179,7 @@ def real_step(
     def step(inputs: dict[str, Any] = batch) -> None:
         chosen.zero_grad()
         with selective_recompute(model) if recompute else nullcontext():
-            chunked_loss(model, chunk_size=loss_chunk_size, **inputs).backward()
+            chunked_loss(model, loss_chunk_size=loss_chunk_size, **inputs).backward()
         chosen.step()
 
     step(architecture.batch(1, 8, labels=True))
