@@ -144,15 +144,8 @@ def train(
     if launch is not None and members is not None:
         raise ConfigError("A sweep trains in one process: leave processes out, or the sweep", field="processes")
     data = open_data(data)
-    rows = training_rows(
-        model,
-        data,
-        eval_data,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        columns=columns,
-        seed=fields.get("seed"),
-    )
+    form: dict[str, Any] = {"tokenizer": tokenizer, "max_length": max_length, "columns": columns}
+    rows = training_rows(model, data, eval_data, **form, seed=fields.get("seed"))
     _has_an_end(rows.train, fields)
     check_patience(patience, fields, evaluates=rows.evaluation is not None)
     batch = _sample_batch(model, sample, tokenizer, every, data, columns)
