@@ -217,7 +217,8 @@ def _can_train(model: nn.Module, adapter: str | None) -> None:
 
 def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, Any]) -> None:
     """Refuses a model of which a Trainer gets no loss, unless somebody says how it is computed."""
-    own = getattr(trainer_class, "compute_loss", None) is not transformers.Trainer.compute_loss
+    usual = (transformers.Trainer.compute_loss, Trainer.compute_loss)
+    own = getattr(trainer_class, "compute_loss", None) not in usual
     base = base_of(model)
     taken = inspect.signature(base.forward).parameters.values()
     if (
