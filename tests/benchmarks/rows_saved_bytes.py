@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.harness import Measure, Row, Size
+from nbpeft.engine.selective_recompute import selective_recompute
+from tests.benchmarks.harness import OURS, Measure, Row, Size
 from tests.benchmarks.models import adapted, smollm2_layers
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,13 +44,18 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(size for address, size in kept.items() if address not in before)
 
 
-def backbone(dtype: torch.dtype, dropout: float) -> Callable[[str, Size], Measure]:
-    """Four layers of SmolLM2 with LoRA on all their linear layers."""
+def backbone(dtype: torch.dtype, dropout: float, *, recompute: bool = False) -> Callable[[str, Size], Measure]:
+    """Four layers of SmolLM2 with LoRA on all their linear layers; ours with ``selective_recompute`` if wanted."""
 
     def prepare(name: str, size: Size) -> Measure:
         model = adapted(name, smollm2_layers(size.hidden, dtype), target_modules=TARGETS, lora_dropout=dropout)
         inputs = torch.randn(1, size.sequence, size.hidden).to(dtype).requires_grad_()
-        return lambda: saved_bytes(lambda: model(inputs_embeds=inputs).last_hidden_state)
+
+        def count() -> int:
+            with selective_recompute(model) if recompute and name == OURS else nullcontext():
+                return saved_bytes(lambda: model(inputs_embeds=inputs).last_hidden_state)
+
+        return count
 
     return prepare
 
@@ -59,12 +66,15 @@ ROWS = [
         f"saved for backward, {name.replace('-', ', ')}",
         "bytes",
         target,
-        backbone(dtype, dropout),
+        backbone(dtype, dropout, recompute="recompute" in name),
         repeats=1,
     )
     for name, dtype, dropout, target in (
         ("bf16-dropout", torch.bfloat16, 0.1, 0.45),
         ("bf16", torch.bfloat16, 0.0, 0.65),
         ("fp32-dropout", torch.float32, 0.1, 0.62),
+        ("bf16-dropout-recompute", torch.bfloat16, 0.1, 0.25),
+        ("bf16-recompute", torch.bfloat16, 0.0, 0.35),
+        ("fp32-recompute", torch.float32, 0.0, 0.6),
     )
 ]
