@@ -100,6 +100,7 @@ def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None
     base: Any = base_of(model)
     if getattr(base, "hf_device_map", None):  # accelerate compares it with the card of the process
         base.hf_device_map = {"": next(base.parameters()).device}
+    _stay_on_the_cpu()
     if job.arguments.get("fsdp"):
         _shard_on_the_cpu()
     else:
@@ -118,6 +119,18 @@ def _train(job: Any, model: Any, control: SharedControl, channel: Channel | None
     except TrainingInterrupted as error:
         assert isinstance(error.result, TrainResult)
         return error.result
+
+
+def _stay_on_the_cpu() -> None:
+    """Keeps accelerate from numbering the CPU: moved from ``cpu`` to ``cpu:1``, shared weights would be copied."""
+    made = PartialState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.device.type == "cpu":
+            self.device = torch.device("cpu")
+
+    PartialState.__init__ = init
 
 
 def _shard_on_the_cpu() -> None:

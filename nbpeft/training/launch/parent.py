@@ -151,7 +151,7 @@ def _note_failure(run: Run, error: NbpeftError, place: Any) -> None:
     if facts.get("status") not in ("running", "failed"):  # of a failure elsewhere it has the echo
         return
     with contextlib.suppress(NbpeftError):  # the error of the training is the one to hear of
-        if chosen.name is None and not run.steps_done:
+        if chosen.name is None and not folder.entries():
             chosen.store.delete(folder.name)
             run.folder = ""
         else:

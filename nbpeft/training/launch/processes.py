@@ -186,9 +186,10 @@ class Processes:
             return min(told, key=lambda found: found.time)
         number, code = next(iter(failed.items()))
         how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         rank = self._first + number
-        return Failure(rank, "", f"{how}{hint}{_last_line(self.folder / f'process-{rank}.log')}", time.time())
+        log = self.folder / f"process-{rank}.log"
+        why = " (out of memory?)" if code == -signal.SIGKILL else _last_line(log)
+        return Failure(rank, "", how + why, time.time())
 
     def end(self, grace: float = _GRACE) -> None:
         """Ends those that run: asked to, and after ``grace`` seconds at once."""

@@ -181,7 +181,7 @@ def test_a_process_that_is_killed_is_named_with_its_signal(tmp_path: Path, monke
         os.kill(processes._running[1].pid, signal.SIGKILL)
         processes._running[1].wait()
         failure = processes.failure()
-    assert failure.rank == 1 and failure.message.startswith("was killed by signal SIGKILL (out of memory?)")
+    assert failure.rank == 1 and failure.message == "was killed by signal SIGKILL (out of memory?)"
     assert not processes.running
     Failure(0, "TrainingError", "first", 1.0).write(tmp_path)
     Failure(1, "ValueError", "second", 2.0).write(tmp_path)
