@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 
-def _usual_targets(peft_type: str) -> dict[str, Any]:
-    """Model type -> usual targets of a method."""
+@cache
+def usual_targets_of(peft_type: str) -> dict[str, Any]:
+    """Model type -> usual targets of a method: the same table each time."""
     usual = methods_of_type(peft_type)[0].default_targets
     return {name: targets for name in usual_model_types() if (targets := usual(name)) is not None}
 
@@ -36,8 +38,8 @@ def _feedforward_modules(model_type: str) -> Any:
     return sorted(config.feedforward_modules)
 
 
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = _usual_targets("LORA")
-TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = _usual_targets("IA3")
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = usual_targets_of("LORA")
+TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = usual_targets_of("IA3")
 TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = {
     name: _feedforward_modules(name) for name in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 }

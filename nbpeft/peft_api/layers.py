@@ -8,10 +8,11 @@ from typing import Any
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
-from nbpeft.engine.registry import methods_of_type
+from nbpeft.engine.registry import backends, layer_kinds, methods_of_type
 from nbpeft.model.status import LayerStatus, ModelStatus
 from nbpeft.model.tuner import BaseTuner as BaseTuner
 from nbpeft.model.tuner import tuner_class
+from nbpeft.peft_api.constants import usual_targets_of
 
 IA3Model = tuner_class(methods_of_type("IA3")[0])
 TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
@@ -34,6 +35,35 @@ def layer_class(title: str) -> type[Any]:
     """
     doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` only."
     return _TitledLayer(title.rpartition(".")[2], (), {"title": title, "__doc__": doc})
+
+
+_layer_type = cache(layer_type)
+"""The same class each time."""
+
+
+def of_method(package: str, name: str) -> Any:
+    """What a method has under a name in PEFT's package of it: its model, its layers, its usual targets.
+
+    Args:
+        package: in ``peft.tuners``, such as ``loha``.
+        name: such as ``LoHaModel``, ``LoHaLayer`` or ``Linear``.
+
+    Returns:
+        None where no such method is registered, or it has nothing under the name.
+    """
+    method = next(iter(methods_of_type(package.upper())), None)
+    if method is None:
+        return None
+    title = method.config_class.__name__.removesuffix("Config")
+    if name == f"{title}Model":
+        return tuner_class(method)
+    if name == f"{title}Layer":
+        return _layer_type(method.peft_type, name)
+    if name.isupper():
+        return usual_targets_of(method.peft_type)
+    own = name.removeprefix(title)
+    known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
+    return layer_class(f"{package}.{own}") if own in known else None
 
 
 class _TitledLayer(type):

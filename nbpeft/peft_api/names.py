@@ -15,7 +15,7 @@ _ROOT = __name__.partition(".")[0]
 
 # Where a name is from: a module of nbpeft.peft_api that has it, or one of these.
 OWN = "nbpeft"
-"""A public name of nbpeft. Where it is none (yet), the name is missing."""
+"""A public name of nbpeft, or what a registered method has under it. Where it is none (yet), the name is missing."""
 LAYER = "layer"
 """A class for ``isinstance``: the layers with adapters of one method that PEFT calls so, as ``lora.Linear``."""
 
@@ -324,7 +324,9 @@ MODULES: dict[str, dict[str, str]] = {
 }
 """PEFT's module below ``peft`` -> where names are from -> names that are separated by spaces."""
 
-_METHOD_OF = {name: method for method, names in METHODS.values() for name in names.split()}
+_PACKAGE_OF = {name: package for package, (_, names) in METHODS.items() for name in names.split()} | {
+    name: package for package in METHODS for name in _targets_of(package).split()[:1]
+}
 
 
 def names_in(place: str) -> list[str]:
@@ -351,8 +353,10 @@ def value(place: str, name: str) -> Any:
     root = sys.modules[_ROOT]
     if name in root.__all__:
         return getattr(root, name)
-    method = METHODS[room][0] if room in METHODS else _METHOD_OF.get(name, "")
-    return missing(name, method, f"tuners.{room}" if name in _ONLY_HERE else "")
+    package = room if room in METHODS else _PACKAGE_OF.get(name, "")
+    if package and (found := _module("layers").of_method(package, name)) is not None:
+        return found
+    return missing(name, METHODS[package][0] if package else "", f"tuners.{room}" if name in _ONLY_HERE else "")
 
 
 def _origins(place: str) -> dict[str, str]:

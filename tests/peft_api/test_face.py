@@ -19,6 +19,7 @@ import pytest
 from torch import Tensor, nn
 
 import nbpeft
+from nbpeft.engine.registry import methods
 from nbpeft.peft_api.missing import missing
 from nbpeft.peft_api.names import METHODS, MODULES
 
@@ -153,7 +154,9 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "handed on as keywords": ("*.push_to_hub: no parameter *",),
 }
 
-CONFIGS = ("PeftConfig", "LoraConfig", "LoraRuntimeConfig", "IA3Config", "TrainableTokensConfig")
+CONFIGS = sorted(
+    {"PeftConfig", "LoraRuntimeConfig", *(method.config_class.__name__ for method in methods())} & vars(peft).keys()
+)
 TASKS = (
     *("PeftModel", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
     *("PeftModelForTokenClassification", "PeftModelForQuestionAnswering", "PeftModelForFeatureExtraction"),
@@ -199,7 +202,7 @@ def is_missing(value: Any) -> bool:
 
 def differing_names() -> Iterator[str]:
     """Names that are not there or only refuse, and signatures of those that are there."""
-    lacking = {name for _, names in METHODS.values() for name in names.split()}
+    lacking = {name for _, names in METHODS.values() for name in names.split()} - set(names_of_methods())
     for path, module in modules():
         if path.partition(".")[2] not in MODULES:
             yield f"{path}: no such module"
@@ -212,6 +215,13 @@ def differing_names() -> Iterator[str]:
                 yield from () if name in lacking else (f"{path}: {name} refuses",)
             elif callable(getattr(module, name)):
                 yield from differing_signature(f"{path}: {name}", getattr(module, name), getattr(ours, name))
+
+
+def names_of_methods() -> Iterator[str]:
+    """What every method that is there has to have under PEFT's names."""
+    for method in methods():
+        title = method.config_class.__name__.removesuffix("Config")
+        yield from (f"{title}Config", f"{title}Model", f"{title}Layer")
 
 
 def differing_signature(title: str, theirs: Any, ours: Any) -> Iterator[str]:
@@ -316,8 +326,11 @@ def test_constants_are_pefts() -> None:
     for name, value in vars(theirs).items():
         if name.isupper() and not name.startswith(tables[0]):
             assert getattr(ours, name) == value, name
-    for name in ("LORA_TARGET", "IA3_TARGET", "IA3_FEEDFORWARD"):
+    own = {method.peft_type.replace("_", "") + "_TARGET" for method in methods()}
+    for name in sorted({*own, "IA3_FEEDFORWARD"}):
         table = f"{tables[0]}{name}_MODULES{tables[1]}"
+        if not hasattr(theirs, table):
+            continue
         found = getattr(ours, table)
         for model_type, targets in getattr(theirs, table).items():
             assert set(found[model_type]) == set(targets), (table, model_type)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 
 import nbpeft
+from nbpeft.engine.registry import methods_of_type
 from nbpeft.peft_api.missing import missing
 from nbpeft.peft_api.modules import add_import_paths
 from nbpeft.peft_api.names import METHODS, MODULES, names_in
@@ -96,7 +97,7 @@ def test_a_missing_function_refuses_and_a_missing_table_is_empty() -> None:
     with pytest.raises(nbpeft.NotSupportedError, match="convert_to_lora is not available: nbpeft does not"):
         nbpeft.convert_to_lora(None)
     tables = importlib.import_module("nbpeft.utils.constants")
-    assert tables.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING == {}
+    assert tables.TRANSFORMERS_MODELS_TO_PSOFT_TARGET_MODULES_MAPPING == {}
     assert tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"] == ["q_proj", "v_proj"]
     assert tables.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING["llama"] == ["down_proj"]
 
@@ -105,14 +106,20 @@ def test_layers_of_one_name_are_told_apart_by_their_method() -> None:
     rooms = [importlib.import_module(f"nbpeft.tuners.{room}") for room in ("vera", "loha", "lora", "ia3")]
     assert len({room.Linear for room in rooms}) == 4
     assert rooms[0].Linear is importlib.import_module("nbpeft.tuners.vera.layer").Linear
-    assert missing("Linear", "VeRA", "tuners.vera") is rooms[0].Linear
+    psoft = importlib.import_module("nbpeft.tuners.psoft")
+    assert missing("Linear", "PSOFT", "tuners.psoft") is psoft.Linear
 
 
 def test_a_method_that_is_there_is_not_missing() -> None:
-    """A row of the table may stay when its method is registered: the public name comes first."""
-    for _, names in METHODS.values():
-        for name in set(names.split()) & set(nbpeft.__all__):
-            assert getattr(nbpeft, name).__module__.startswith("nbpeft.engine."), name
+    """A row of the table stays when its method is registered: what the method has comes first."""
+    for package, (_, names) in METHODS.items():
+        for method in methods_of_type(package.upper()):
+            title = method.config_class.__name__.removesuffix("Config")
+            room = importlib.import_module(f"nbpeft.tuners.{package}")
+            for name in (f"{title}Config", f"{title}Model"):
+                assert name in names.split() and getattr(room, name) is getattr(nbpeft, name), name
+                assert getattr(nbpeft, name).__module__.startswith(("nbpeft.engine.", "nbpeft.model.")), name
+            assert "adapters" in getattr(room, f"{title}Layer").__doc__
 
 
 def test_errors_of_missing_names_can_be_pickled() -> None:
