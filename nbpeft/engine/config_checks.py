@@ -1,13 +1,17 @@
-"""Checks of the config fields that several methods have: which modules they target."""
+"""Checks of the config fields that several methods have: which modules they target, ranks, shares, patterns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nbpeft.engine.module_paths import PLAIN_PATTERN
+from nbpeft.engine.module_paths import PLAIN_PATTERN, pattern_table
 from nbpeft.engine.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
-from nbpeft.errors import ConfigError
+from nbpeft.errors import BiasError, ConfigError, did_you_mean, few, shown
+
+_LARGEST_COUNT = 2**24
+"""Upper bound on a rank or another size; larger values are typos."""
 
 
 def check_target_fields(config: Any, *, name_fields: Sequence[str] = (), pattern_fields: Sequence[str] = ()) -> None:
@@ -65,3 +69,72 @@ def _names(name: str, value: Any) -> Any:
     if not all(isinstance(item, str) for item in names):
         raise ConfigError(f"{name} must be a name pattern or a list of names, not {value!r:.60}", field=name)
     return list(dict.fromkeys(names))
+
+
+def check_count(name: str, value: object, *, field: str = "") -> None:
+    """Raises ConfigError for a rank or size that is not a positive whole number of a possible size.
+
+    Args:
+        name: what it is called in the error.
+        value: the value.
+        field: its field, where that is not the name.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST_COUNT:
+        small = f" of at most {_LARGEST_COUNT:,}" if isinstance(value, int) and value > _LARGEST_COUNT else ""
+        raise ConfigError(
+            f"{name} must be a positive whole number{small}, not {shown(value)}", field=field or name, value=value
+        )
+
+
+def check_number(name: str, value: object, *, field: str = "") -> None:
+    """Raises ConfigError for what is not a finite number; see ``check_count``."""
+    try:
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ConfigError(f"{name} must be a finite number, not {shown(value)}", field=field or name, value=value)
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raises ConfigError for a dropout or another share that is not between 0 and 1."""
+    if value is None or not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} must be between 0 and 1, not {shown(value)}", field=name)
+
+
+def check_bias(bias: object, choices: Sequence[str]) -> None:
+    """Raises BiasError for a ``bias`` that is none of the choices."""
+    if bias not in choices:
+        raise BiasError(
+            f"bias must be one of {', '.join(map(repr, choices))}, not {shown(bias)}."
+            + did_you_mean(str(bias), choices),
+            field="bias",
+        )
+
+
+def checked_pattern(name: str, patterns: Mapping[str, Any] | None, check: Callable[..., None]) -> dict[str, Any]:
+    """The entries of a field that maps patterns over paths to values, each of which is checked."""
+    for pattern, value in (patterns or {}).items():
+        check(f"{name}[{shown(pattern)}]", value, field=name)
+    return dict(patterns or {})
+
+
+def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> str:
+    """Describes the keys of fields that map patterns to values which match none of the paths; else empty.
+
+    Args:
+        config: a config.
+        names: the fields.
+        paths: of the adapted modules.
+    """
+    last_names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    parts = []
+    for name in names:
+        unused = pattern_table(config, name).unused(paths) if getattr(config, name) else ()
+        if unused:
+            hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
+            parts.append(
+                f"{name} [{few(unused)}] did not match any targeted module and "
+                f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
+            )
+    return " ".join(parts)

@@ -9,19 +9,24 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from nbpeft.engine.adapter import AdapterConfig, PeftType
-from nbpeft.engine.config_checks import check_target_fields
+from nbpeft.engine.config_checks import (
+    check_bias,
+    check_count,
+    check_number,
+    check_share,
+    check_target_fields,
+    checked_pattern,
+    unused_patterns,
+)
 from nbpeft.engine.field_types import plain
 from nbpeft.engine.module_paths import pattern_table
-from nbpeft.errors import BiasError, ConfigError, did_you_mean, few, shown
+from nbpeft.errors import ConfigError, did_you_mean, shown
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa")
 """Named inits of ``init_lora_weights`` besides True, False and ``pissa_niter_N``."""
 _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
-
-_LARGEST_RANK = 2**24
-"""Upper bound on a rank; larger values are typos."""
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _BIASES = ("none", "all", "lora_only")
@@ -144,25 +149,14 @@ class LoraConfig(AdapterConfig):
 
     def _check_numbers(self) -> None:
         self.r = plain(self.r)
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha, field="lora_alpha")
-        if self.lora_dropout is None or not 0.0 <= self.lora_dropout <= 1.0:
-            raise ConfigError(
-                f"lora_dropout must be between 0 and 1, not {shown(self.lora_dropout)}", field="lora_dropout"
-            )
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
-            patterns = getattr(self, name) or {}
-            for pattern, value in patterns.items():
-                check(f"{name}[{shown(pattern)}]", value, field=name)
-            setattr(self, name, dict(patterns))
+        check_count("r", self.r)
+        check_number("lora_alpha", self.lora_alpha)
+        check_share("lora_dropout", self.lora_dropout)
+        self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, check_count)
+        self.alpha_pattern = checked_pattern("alpha_pattern", self.alpha_pattern, check_number)
 
     def _check_choices(self) -> None:
-        if self.bias not in _BIASES:
-            raise BiasError(
-                f"bias must be one of {', '.join(map(repr, _BIASES))}, not {shown(self.bias)}."
-                + did_you_mean(str(self.bias), _BIASES),
-                field="bias",
-            )
+        check_bias(self.bias, _BIASES)
         _check_init_name(self.init_lora_weights)
         if self.use_dora and self.lora_bias:
             raise ConfigError(
@@ -229,34 +223,7 @@ class LoraConfig(AdapterConfig):
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
         """Describes the keys of ``rank_pattern`` and ``alpha_pattern`` that match no module; see ``AdapterConfig``."""
-        last_names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-        parts = []
-        for name in _PATTERNS:
-            unused = pattern_table(self, name).unused(paths) if getattr(self, name) else ()
-            if unused:
-                hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
-                parts.append(
-                    f"{name} [{few(unused)}] did not match any targeted module and "
-                    f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
-                )
-        return " ".join(parts)
-
-
-def _check_rank(name: str, rank: object, *, field: str = "r") -> None:
-    """Raises ConfigError for a rank that is not a positive whole number of a possible size."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _LARGEST_RANK:
-        small = f" of at most {_LARGEST_RANK:,}" if isinstance(rank, int) and rank > _LARGEST_RANK else ""
-        raise ConfigError(f"{name} must be a positive whole number{small}, not {shown(rank)}", field=field, value=rank)
-
-
-def _check_alpha(name: str, alpha: object, *, field: str = "alpha") -> None:
-    """Raises ConfigError for an alpha that is not a finite number."""
-    try:
-        finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    except OverflowError:
-        finite = False
-    if not finite:
-        raise ConfigError(f"{name} must be a finite number, not {shown(alpha)}", field=field, value=alpha)
+        return unused_patterns(self, _PATTERNS, paths)
 
 
 def _check_init_name(init: object) -> None:
