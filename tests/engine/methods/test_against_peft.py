@@ -1,0 +1,224 @@
+"""Every method that peft has, too, on whole models: targets, files, training, memory, folders of strangers."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import nbpeft
+from nbpeft.engine.registry import Method, methods
+from nbpeft.errors import NbpeftError
+from nbpeft.model import PeftModel, get_peft_model
+from tests.fuzz import mutations
+from tests.fuzz.mutations import mutated
+from tests.tiny_models import gpt2, llama, logits, randomize, same_state, state, tokens
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def bert() -> Any:
+    return seeded(lambda: BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=64)))
+
+
+def bloom() -> Any:
+    return seeded(lambda: BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)))
+
+
+def gpt_neox() -> Any:
+    return seeded(lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=64)))
+
+
+def opt() -> Any:
+    return seeded(lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32)))
+
+
+def qwen2() -> Any:
+    sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
+    return seeded(lambda: Qwen2ForCausalLM(Qwen2Config(**sizes)))
+
+
+def t5() -> Any:
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return seeded(lambda: T5ForConditionalGeneration(T5Config(**sizes)))
+
+
+MODELS = (llama, gpt2, bert, bloom, gpt_neox, opt, qwen2, t5)
+
+OLDER = {"LORA", "IA3", "TRAINABLE_TOKENS"}
+"""Methods with tests of their own for all of this."""
+METHODS = [method for method in methods() if method.peft_type not in OLDER and hasattr(peft.PeftType, method.peft_type)]
+SAMPLES = [
+    pytest.param(method, dict(fields), id=f"{method.peft_type.lower()}-{name}")
+    for method in METHODS
+    for name, fields in method.sample_configs.items()
+]
+TARGETS = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.peft_type.lower())
+every_sample = pytest.mark.parametrize(("method", "fields"), SAMPLES)
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def both_configs(method: Method, **fields: Any) -> tuple[Any, Any]:
+    ours = method.config_class(**fields)
+    theirs = getattr(peft, method.config_class.__name__)
+    return ours, theirs(**fields)
+
+
+def counted(make: Callable[[], Any]) -> Any:
+    """What a library makes of a model: shapes of the adapter's tensors, or that it refuses."""
+    try:
+        model = make()
+    except (ValueError, TypeError, NotImplementedError, NbpeftError, AssertionError):
+        return "refused"
+    module = peft if isinstance(model, peft.PeftModel) else nbpeft
+    return {name: tuple(value.shape) for name, value in module.get_peft_model_state_dict(model).items()}
+
+
+@every_method
+@pytest.mark.parametrize("base", MODELS, ids=lambda base: base.__name__)
+def test_default_targets_give_the_tensors_that_peft_gives(method: Method, base: Callable[[], Any]) -> None:
+    ours, theirs = both_configs(method)
+    expected = counted(lambda: peft.get_peft_model(base(), theirs))
+    found = counted(lambda: get_peft_model(base(), ours))
+    if expected != "refused":
+        assert found == expected
+
+
+def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:
+    """The same random adapter in both libraries."""
+    ours = get_peft_model(llama(), method.config_class(**TARGETS | fields))
+    randomize(ours, scale=0.1)
+    ours.save_pretrained(folder)
+    return ours.eval(), peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True).eval()
+
+
+@every_sample
+def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = pair(method, fields, tmp_path / "ours")
+    assert (logits(ours) - logits(llama())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), logits(ours), atol=1e-6, rtol=0)
+    merged = logits(ours.merge_and_unload())
+    torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, atol=1e-4, rtol=1e-3)
+
+
+def trained(model: Any, steps: int = 8) -> list[float]:
+    ids, losses = tokens(), []
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+@every_sample
+def test_eight_steps_of_training_are_those_of_peft(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = pair(method, fields, tmp_path)
+    assert trained(ours) == pytest.approx(trained(theirs), abs=1e-3)
+    torch.testing.assert_close(logits(ours.eval()), logits(theirs.eval()), atol=1e-3, rtol=1e-3)
+
+
+def saved_bytes(model: Any) -> int:
+    """Bytes that a training call keeps for backward, each storage once, without what the model holds anyway."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = tokens(2, 32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.train()(input_ids=ids, labels=ids).loss
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+@every_sample
+def test_a_step_keeps_no_more_than_that_of_peft(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = pair(method, fields, tmp_path)
+    assert saved_bytes(ours) <= 1.05 * saved_bytes(theirs)
+
+
+@pytest.mark.slow
+@every_method
+def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is right or refused in one line, and the model stays as it was."""
+    monkeypatch.setattr(mutations, "FIELDS", tuple(one.name for one in dataclasses.fields(method.config_class)))
+    starts = []
+    for name, fields in method.sample_configs.items():
+        start = get_peft_model(llama(), method.config_class(**TARGETS | fields))
+        starts.append(tmp_path / name)
+        start.save_pretrained(starts[-1])
+    model = get_peft_model(llama(), nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = state(model)
+    right = 0
+    for seed in range(200):
+        draw = random.Random(seed)
+        folder = tmp_path / f"f{seed}"
+        done = mutated(draw.choice(starts), folder, draw)
+        try:
+            model.load_adapter(str(folder), "new")
+            model.set_adapter("new")
+            logits(model)
+            right += 1
+        except NbpeftError as error:
+            assert len(str(error)) <= 520 and "\n" not in str(error), (seed, done, str(error))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {done}") from error
+        finally:
+            if "new" in model.peft_config:
+                model.set_adapter("default")
+                model.delete_adapter("new")
+        assert same_state(state(model), before), (seed, done)
+    assert right >= 20
+
+
+@every_method
+def test_every_field_has_its_type_and_none_is_refused_in_one_line(method: Method) -> None:
+    values: tuple[Any, ...] = (None, -1, "no", 1.5, float("nan"), True, [], {}, [1], "\n")
+    for name in [one.name for one in dataclasses.fields(method.config_class)]:
+        for value in values:
+            try:
+                config = method.config_class(**{name: value})
+                get_peft_model(llama(), config)
+            except NbpeftError as error:
+                assert "\n" not in str(error) and len(str(error)) <= 520, (name, value, str(error))
