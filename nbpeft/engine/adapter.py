@@ -313,7 +313,7 @@ class SharedState(nn.Module):
 
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the tensors that its file holds.
+        """Name -> shape of its tensors.
 
         Args:
             config: the method's own config.
@@ -343,6 +343,11 @@ class SharedState(nn.Module):
             dtype: dtype of new tensors.
         """
         raise NotImplementedError
+
+    @classmethod
+    def is_saved(cls, config: Any) -> bool:
+        """Whether a file holds its tensors; otherwise ``create`` makes the same ones again from the config."""
+        return True
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """What an adapter's file holds of it, by name; references."""

@@ -108,6 +108,12 @@ class InjectionPlan:
         return tuple(target.path for target in self.targets)
 
     @property
+    def saved_shared(self) -> dict[str, tuple[int, ...]]:
+        """Those of the shared tensors that a file holds."""
+        state = method_of(self.config).shared
+        return self.shared if state is not None and state.is_saved(self.config) else {}
+
+    @property
     def parameter_count(self) -> int:
         """Parameters added: adapters, what they share, and copies."""
         shared = sum(math.prod(shape) for shape in self.shared.values())

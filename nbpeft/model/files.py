@@ -138,7 +138,7 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         adapters={target.path: target.shapes for target in plan.targets},
         copies=copies,
         base=base,
-        shared=plan.shared,
+        shared=plan.saved_shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}),
     )
