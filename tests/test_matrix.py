@@ -111,7 +111,7 @@ labels = {f"{method.label}-{name}": method.label for method in methods() for nam
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:merging into", "ignore:MatMul8bitLt", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.* no bias in the base"),
+    pytest.mark.filterwarnings("ignore:.* no bias in the base", "ignore:.* is taken there"),
 ]
 
 
@@ -137,11 +137,16 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
 
 
+PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A")
+"""Methods that peft has for nn.Linear alone, which a 4-bit layer is an instance of."""
+
 # (kind, sample), or (kind, label) for all samples of a method.
 PEFT_IS_WRONG = {
-    **{(kind, label): "takes the shape of the packed weight" for kind in ("nf4", "fp4-double") for label in ("LoHa",)},
+    **{(kind, label): "takes the shape of the packed weight" for kind in ("nf4", "fp4-double") for label in PACKED},
     **{(kind, "trainable tokens-tokens"): "drops the bias of the layer" for kind in ("linear", "linear-bf16")},
     ("transformers-conv1d", "trainable tokens-tokens"): "raises AttributeError",
+    ("int8", "HRA"): "multiplies the 8-bit numbers",
+    ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
     **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
 }
 UNMERGEABLE = {("linear-no-bias", "LoRA-bias"): "adds a bias but the base layer has none"}

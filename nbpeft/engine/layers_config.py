@@ -50,6 +50,8 @@ class LayersConfig(AdapterConfig):
     """Fields that hold a rank or another size."""
     shares: ClassVar[tuple[str, ...]] = ()
     """Fields that hold a dropout or another share, from 0 to 1."""
+    not_in_peft: ClassVar[tuple[str, ...]] = ()
+    """Fields that PEFT's config of the method lacks."""
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {}
     """Fields that map patterns over paths to values -> what checks a value."""
 
@@ -66,6 +68,11 @@ class LayersConfig(AdapterConfig):
         for name, values in self.choices.items():
             _check_choice(name, getattr(self, name), values)
         check_target_fields(self, pattern_fields=tuple(self.pattern_fields))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; without those that PEFT's config lacks, where they say nothing."""
+        fields = super().to_dict()
+        return {name: value for name, value in fields.items() if name not in self.not_in_peft or value is not None}
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
         """Describes the keys of its patterns that match no module; see ``AdapterConfig``."""
