@@ -8,6 +8,7 @@ from typing import Any
 from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
 from .engine.methods.loha import LoHaConfig as LoHaConfig
+from .engine.methods.miss import MissConfig as MissConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .errors import AdapterError as AdapterError
 from .errors import AdapterExistsError as AdapterExistsError
