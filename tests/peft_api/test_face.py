@@ -142,6 +142,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "PeftModelForTokenClassification.__init__: peft_config='no default', not None",
     ),
     "the default depends on the method": ("LoraModel.add_weighted_adapter: combination_type=None, not 'svd'",),
+    "a field that every method has": ("*Config: field exclude_modules is not PEFT's",),
     "not there yet": (
         "LoRA's embedding: no attribute bias",
         "LoRA's head: no attribute *",
