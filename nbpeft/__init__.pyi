@@ -9,6 +9,7 @@ from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
 from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
 from .engine.methods.loha import LoHaConfig as LoHaConfig
+from .engine.methods.lokr import LoKrConfig as LoKrConfig
 from .engine.methods.miss import MissConfig as MissConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .engine.methods.vera import VeraConfig as VeraConfig

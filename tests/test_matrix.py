@@ -145,6 +145,7 @@ PEFT_IS_WRONG = {
     **{(kind, label): "takes the shape of the packed weight" for kind in ("nf4", "fp4-double") for label in PACKED},
     **{(kind, "trainable tokens-tokens"): "drops the bias of the layer" for kind in ("linear", "linear-bf16")},
     ("transformers-conv1d", "trainable tokens-tokens"): "raises AttributeError",
+    ("conv1d", "LoKr-factored"): "raises RuntimeError",
     ("int8", "HRA"): "multiplies the 8-bit numbers",
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
     **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
