@@ -7,6 +7,7 @@ from typing import Any
 
 from .engine.methods.c3a import C3AConfig as C3AConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
+from .engine.methods.hira import HiraConfig as HiraConfig
 from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
 from .engine.methods.loha import LoHaConfig as LoHaConfig

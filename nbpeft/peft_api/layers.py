@@ -40,6 +40,10 @@ def layer_class(title: str) -> type[Any]:
     return _TitledLayer(title.rpartition(".")[2], (), {"title": title, "__doc__": doc})
 
 
+_layer_type = cache(layer_type)
+"""The same class each time."""
+
+
 def of_method(package: str, name: str) -> Any:
     """What a method has under a name in PEFT's package of it: its model, its layers, its usual targets.
 
@@ -57,12 +61,12 @@ def of_method(package: str, name: str) -> Any:
     if name == f"{title}Model":
         return tuner_class(method)
     if name == f"{title}Layer":
-        return layer_type(method.peft_type, name)
+        return _layer_type(method.peft_type, name)
     if name.isupper():
         return usual_targets_of(method.peft_type)
-    kind = name.removeprefix(title)
-    known = {str(getattr(part, "peft_name", "")) for part in (*layer_kinds(), *backends())}
-    return layer_class(f"{package}.{kind}") if kind in known else None
+    own = name.removeprefix(title)
+    known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
+    return layer_class(f"{package}.{own}") if own in known else None
 
 
 class _TitledLayer(type):

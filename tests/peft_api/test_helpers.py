@@ -229,9 +229,10 @@ def test_the_mappings_are_those_of_the_methods() -> None:
             set(ours)
         )
         assert {"LORA", "IA3", "TRAINABLE_TOKENS"} <= set(ours) & set(getattr(theirs, name))
-        assert nbpeft.PeftType.LORA in ours and nbpeft.PeftType.LOHA not in ours
+        assert nbpeft.PeftType.LORA in ours and nbpeft.PeftType.SHADOW not in ours
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is nbpeft.LoraConfig
-    assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING["LORA"] == theirs.PEFT_TYPE_TO_PREFIX_MAPPING["LORA"] == "lora_"
+    prefixes = mapping.PEFT_TYPE_TO_PREFIX_MAPPING
+    assert dict(prefixes) == {kind: theirs.PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in prefixes}
     tasks = importlib.import_module("nbpeft.auto").MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     assert tasks["CAUSAL_LM"] is nbpeft.PeftModelForCausalLM
     assert tasks.keys() == importlib.import_module("peft.auto").MODEL_TYPE_TO_PEFT_MODEL_MAPPING.keys()

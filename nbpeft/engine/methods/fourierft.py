@@ -20,6 +20,7 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_number
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
+from nbpeft.engine.numerics import composes
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
@@ -71,9 +72,15 @@ class FourierFTConfig(LayersConfig):
         return int(pattern_table(self, "n_frequency_pattern").get(path, self.n_frequency))
 
 
-@lru_cache(maxsize=32)
 def _places(size: int, count: int, seed: int) -> Tensor:
     """Places of the frequencies in a flat weight of a size, on the CPU; layers of one shape share them."""
+    real = type(torch.empty(0)) is Tensor  # a forecast computes with tensors that hold nothing
+    return _drawn_places(size, count, seed) if real else _drawn_places.__wrapped__(size, count, seed)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _drawn_places(size: int, count: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].clone()
 
 
@@ -139,8 +146,8 @@ class FourierFT(WeightDelta, Rescales):
         wide = torch.promote_types(spectrum.dtype, torch.float32)  # there is no transform of half precision on a CPU
         dense = torch.zeros(shape[0] * shape[1], device=spectrum.device, dtype=wide)
         dense = dense.index_put((places,), spectrum.to(wide)).view(shape)
-        found: Tensor = torch.fft.ifft2(dense).real * self.scaling
-        return found.to(spectrum.dtype)
+        made = _real_inverse(dense) if composes() else _RealInverse.apply(dense)  # type: ignore[no-untyped-call]
+        return (made * self.scaling).to(spectrum.dtype)
 
     def configure(self, config: FourierFTConfig, path: str) -> None:
         """Takes the scaling and the seed of a config over."""
@@ -155,3 +162,23 @@ class FourierFT(WeightDelta, Rescales):
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
         return f"frequencies={self.count}"
+
+
+def _real_inverse(dense: Tensor) -> Tensor:
+    """``Re(F⁻¹(E))`` of a real E (rows, columns), from the half of its spectrum that tells the other."""
+    rows, columns = dense.shape
+    half = torch.fft.rfft2(dense).real
+    rest = half[:, 1 : (columns + 1) // 2].flip(0, 1).roll(1, 0)
+    return torch.cat([half, rest], 1) / (rows * columns)
+
+
+class _RealInverse(torch.autograd.Function):
+    """The same; a sum of cosines is its own transpose, so backward is the same transform."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor) -> Tensor:
+        return _real_inverse(dense)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _real_inverse(gradients[0])

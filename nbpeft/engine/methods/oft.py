@@ -9,8 +9,9 @@ A rotation is the Cayley transform of a skew-symmetric matrix, whose upper trian
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,10 +21,11 @@ from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsInput, Transfo
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_number
 from nbpeft.engine.layers_config import LayersConfig
+from nbpeft.engine.numerics import composes, without_autocast
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import apply_delta, keeping_inputs
+from nbpeft.engine.weight_delta import apply_delta
 from nbpeft.errors import ConfigError
 
 ROTATION, EMBEDDING_ROTATION = "oft_R", "oft_embedding_R"
@@ -225,8 +227,7 @@ class OFT(Adapter):
     def rotated(self, rows: Tensor, kept: Tensor | None, triangles: Tensor, *, transposed: bool = False) -> Tensor:
         """Vectors (…, features) whose blocks are rotated, or rotated back."""
         blocks = self.rotations(triangles, kept)
-        parts = rows.to(blocks.dtype).reshape(*rows.shape[:-1], self.count, self.size)
-        return torch.einsum("...rk,rck->...rc" if transposed else "...rk,rkc->...rc", parts, blocks).flatten(-2)
+        return _blockwise(rows.to(blocks.dtype), blocks.mT if transposed else blocks)
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``W R - W``, in the dtype of the parameter; see ``Adapter``."""
@@ -259,12 +260,11 @@ class OFTOnLinear(OFT, TransformsInput):
 
     def transform_input(self, x: Tensor, base: BaseLayer) -> Tensor:
         """``R x``, (…, in), in the dtype of ``x``."""
-        kept = self._kept(x.device)
-
-        def rotated(x: Tensor, triangles: Tensor) -> Tensor:
+        kept, triangles = self._kept(x.device), self.triangles
+        if composes():
             return self.rotated(x, kept, triangles).to(x.dtype)
-
-        return keeping_inputs(rotated, x, self.triangles)
+        rotations = partial(self.rotations, kept=kept)
+        return _Rotate.apply(x, triangles, rotations)  # type: ignore[no-any-return, no-untyped-call]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``W (R x - x)``; see ``Adapter``."""
@@ -298,6 +298,39 @@ class OFTOnConvolution(OFT):
         return apply_delta(
             x, base, lambda triangles: self._change_of_weight(weight, triangles, kept), (self.triangles,)
         )
+
+
+class _Rotate(torch.autograd.Function):
+    """An input times its rotations, which backward makes again: it keeps the input and the triangles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, triangles: Tensor, rotations: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.rotations = rotations
+        ctx.save_for_backward(x, triangles)
+        with without_autocast(x.device.type):
+            return _blockwise(x.to(triangles.dtype), rotations(triangles)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, triangles = ctx.saved_tensors
+        leaf = triangles.detach().requires_grad_()
+        with without_autocast(x.device.type):
+            with torch.enable_grad():
+                blocks = ctx.rotations(leaf)
+            of_output = gradients[0].to(blocks.dtype)
+            of_x = _blockwise(of_output, blocks.detach().mT).to(x.dtype) if ctx.needs_input_grad[0] else None
+            if not ctx.needs_input_grad[1]:
+                return of_x, None, None
+            shape = -1, *blocks.shape[:2]
+            of_blocks = torch.einsum("nrk,nrc->rkc", x.to(blocks.dtype).reshape(shape), of_output.reshape(shape))
+            return of_x, torch.autograd.grad(blocks, leaf, of_blocks)[0], None
+
+
+def _blockwise(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Vectors (…, blocks * b), each part of which is multiplied with its block (blocks, b, b)."""
+    parts = rows.reshape(*rows.shape[:-1], *blocks.shape[:2])
+    return torch.einsum("...rk,rkc->...rc", parts, blocks).flatten(-2)
 
 
 def _rotated(module: nn.Module, kind: LayerKind) -> int:

@@ -29,8 +29,10 @@ from transformers import (
 
 import nbpeft
 from nbpeft.engine.registry import Method, methods
-from nbpeft.errors import NbpeftError
-from nbpeft.model import PeftModel, get_peft_model
+from nbpeft.errors import HotSwapError, NbpeftError
+from nbpeft.memory import forecast
+from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter
+from nbpeft.session import Session
 from tests.fuzz import mutations
 from tests.fuzz.mutations import mutated
 from tests.tiny_models import gpt2, llama, logits, randomize, same_state, state, tokens
@@ -219,10 +221,33 @@ def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch
 
 @every_method
 def test_every_field_has_its_type_and_none_is_refused_in_one_line(method: Method) -> None:
+    values: tuple[Any, ...] = (None, -1, "no", 1.5, float("nan"), True, [], {}, [1], "\n")
     for name in [one.name for one in dataclasses.fields(method.config_class)]:
-        for value in (None, -1, "no", 1.5, float("nan"), True, [], {}, [1], "\n"):
+        for value in values:
             try:
                 config = method.config_class(**{name: value})
                 get_peft_model(llama(), config)
             except NbpeftError as error:
                 assert "\n" not in str(error) and len(str(error)) <= 520, (name, value, str(error))
+
+
+@every_sample
+def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
+    config = method.config_class(**TARGETS | fields)
+    parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, sequence_length=8).parts}
+    model, other = get_peft_model(llama(), config), get_peft_model(llama(), config)
+    shared = model.manager.shared("default")
+    tensors = [*model.manager.parameters("default"), *(() if shared is None else shared.buffers())]
+    assert parts["adapters"] == sum(tensor.nbytes for tensor in tensors)
+    added = Session().add(llama(), {"peft_type": method.peft_type.lower(), **TARGETS, **fields}, name="s")
+    assert added.adapter.method == method.title(config) and added.adapter.summary
+    randomize(other, seed=4, scale=0.1)
+    other.save_pretrained(tmp_path)
+    if shared is not None and shared.is_saved(config):
+        with pytest.raises(HotSwapError, match="the slot 'default' has no place for"):
+            hotswap_adapter(model, tmp_path, "default")
+    else:
+        hotswap_adapter(model, tmp_path, "default")
+        torch.testing.assert_close(logits(model.eval()), logits(other.eval()), atol=1e-6, rtol=0)
+    with pytest.raises(NbpeftError, match="cannot be combined"):
+        model.add_weighted_adapter(["default", "default"], [1.0, 1.0], "both")
