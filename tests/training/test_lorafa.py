@@ -99,7 +99,7 @@ def test_it_goes_into_a_training_and_its_state_can_be_loaded():
 
 def test_impossible_requests():
     model = trainable(llama())
-    with pytest.raises(ConfigError, match="not what the config of 'default' says"):
+    with pytest.raises(ConfigError, match="the config of 'default' says otherwise: leave it out"):
         create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2, use_rslora=True)
     with pytest.warns(FutureWarning, match="config says it"):
         create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2, use_rslora=False)
