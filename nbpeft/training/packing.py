@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from nbpeft.engine.model_tree import is_quantized
+from nbpeft.engine.method_hooks import prepares_calls
+from nbpeft.engine.model_tree import is_quantized, manager_of
 from nbpeft.errors import ConfigError, TrainingError, in_one_line
 from nbpeft.training.adapted import base_of, main_dtype
 from nbpeft.training.data import Collator, PackedCollator, PackedRows, is_stream, joined, prepare_data
@@ -121,6 +122,11 @@ def refuse_to_pack(model: nn.Module) -> None:
         raise _refusal(f"it is for causal language models, and {name} is none")
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise _refusal(f"{name} takes no position_ids, so that a row would read on from the one before it")
+    manager = manager_of(model)
+    configs = {} if manager is None else {adapter: manager.configs[adapter] for adapter in manager.active}
+    for adapter, config in configs.items():
+        if prepares_calls(config):
+            raise _refusal(f"adapter {adapter!r} looks for something in each sequence, and would take it for one row")
 
 
 def packed_collator(model: nn.Module, plain: Collator) -> PackedCollator:
