@@ -88,12 +88,14 @@ def build_config(
 
 
 def _elsewhere(name: str) -> str:
-    """Names the methods whose configs have a field."""
+    """Names methods whose configs have a field: the usual one, where it is among them."""
     from nbpeft.engine.registry import methods
 
     having = [method for method in methods() if name in field_names(method.peft_type)]
-    types = dict.fromkeys(f"peft_type={str(method.peft_type)!r}" for method in having)
-    return f" {' and '.join(types)} has it." if types else ""
+    types = list(dict.fromkeys(str(method.peft_type) for method in having))
+    named = DEFAULT_METHOD if DEFAULT_METHOD in types else next(iter(types), "")
+    others = f", as have {len(types) - 1} others" if len(types) > 1 else ""
+    return f" peft_type={named!r} has it{others}." if named else ""
 
 
 def meaning(config: AdapterConfig) -> dict[str, Any]:

@@ -131,7 +131,10 @@ def test_a_script_is_written_with_the_best(ready: Notebook, tmp_path: Any) -> No
         (TRAIN.replace("0.05)", "-1.0)"), "line 3: learning_rate must be at least 0"),
         (TRAIN + "\nr = sweep(*range(1, 10))", "line 4: the sweep has 18 combinations"),
         (TRAIN.replace("--eval", "--patience 2 --eval"), "patience does not go with a sweep"),
-        (TRAIN + "\nlr_scheduler_type = sweep('linear', 'reduce_lr_on_plateau')", "looks at one loss"),
+        (
+            TRAIN + "\neval_strategy = 'steps'\nlr_scheduler_type = sweep('linear', 'reduce_lr_on_plateau')",
+            "looks at one loss",
+        ),
         ("%%lora model --name new\nr = sweep(0, 4)", "line 1: "),
         ("%%lora model --name new\nr = sweep(2, 4)\ntarget_modules = ['nothing']", "nothing"),
     ],

@@ -169,7 +169,7 @@ def test_an_adapter_is_frozen_and_activated() -> None:
 def test_configs_of_two_methods_cannot_be_swapped() -> None:
     _, check = both("utils.hotswap", "check_hotswap_configs_compatible")
     check(nbpeft.LoraConfig(r=4), nbpeft.LoraConfig(r=8))
-    with pytest.raises(nbpeft.HotSwapError, match="type IA3 cannot take the place of a LORA"):
+    with pytest.raises(nbpeft.HotSwapError, match="Incompatible PEFT types found: LORA and IA3"):
         check(nbpeft.LoraConfig(), nbpeft.IA3Config())
 
 

@@ -222,6 +222,6 @@ def _check_alone(model: nn.Module, group: SideBySide) -> None:
         raise TrainingError(f"{common} trains too and is no part of one adapter: freeze it, or train without a sweep")
     for name in group.names:
         if manager.base_biases(name):
-            raise TrainingError(f"{name!r} trains biases of the base model (bias=…), which has one of each: no sweep")
+            raise TrainingError(f"{name!r} trains biases of the base, which has one of each: bias='none' can be swept")
         if learns_with_hooks(manager.configs[name]):
             raise TrainingError(f"{name!r} learns with hooks of its method and cannot be trained in a sweep")
