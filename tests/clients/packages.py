@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+DIFFUSERS = ("diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2")
+LLAMA_CPP = ("xllamacpp==2026.10.11549",)
+"""llama.cpp with its Python interface, as wheels."""
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nbpeft-tests"
 
 

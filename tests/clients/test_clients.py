@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.clients.client_run import CASES
-from tests.clients.packages import installed
+from tests.clients.packages import DIFFUSERS, installed
 from tests.peft_api.processes import ROOT, python
 
 # What each client needs that is not installed beside nbpeft.
@@ -18,7 +18,7 @@ PACKAGES = {
     "transformers": (),
     "torch": (),
     "lm_eval": ("lm-eval==0.4.13",),
-    "diffusers": ("diffusers==0.42.1", "importlib_metadata==10.2.0", "zipp==4.1.2"),
+    "diffusers": DIFFUSERS,
     "sentence": (
         *("sentence-transformers==6.2.0", "scikit-learn==1.9.1", "scipy==1.17.1", "joblib==1.6.0"),
         *("threadpoolctl==3.8.0", "narwhals==2.29.0", "cloudpickle==3.1.3"),

@@ -1,8 +1,10 @@
-"""The engines themselves load what is shipped, where they are installed: ``pip install xllamacpp diffusers``."""
+"""The engines themselves load what is shipped; they are installed beside the test's own environment."""
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from nbpeft.shipping import ship
+from tests.clients.packages import DIFFUSERS, LLAMA_CPP, installed
 from tests.shipping.support import FAMILIES, adapted, base_model, ids, tokenizer
 from tests.tiny_models import logits, randomize
 
@@ -20,9 +23,19 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 UNEVEN: dict[str, Any] = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}, "use_rslora": True}
 
 
-def llama_cpp(model: Path, prompt: list[int] | str, adapter: Path | None = None) -> dict[int, float]:
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Imports a package from a folder of its own, until the test ends."""
+
+    def imported(name: str, *requirements: str) -> Any:
+        monkeypatch.syspath_prepend(installed(*requirements))
+        return importlib.import_module(name)
+
+    return imported
+
+
+def llama_cpp(library: Any, model: Path, prompt: list[int] | str, adapter: Path | None = None) -> dict[int, float]:
     """Token -> log-probability of the likeliest that follow a prompt in llama.cpp."""
-    library: Any = pytest.importorskip("xllamacpp")
     params = library.CommonParams()
     params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = str(model), 64, 0, False
     if adapter is not None:
@@ -34,7 +47,8 @@ def llama_cpp(model: Path, prompt: list[int] | str, adapter: Path | None = None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_llama_cpp_answers_as_the_model(family: str, tmp_path: Path) -> None:
+def test_llama_cpp_answers_as_the_model(family: str, beside: Callable[..., Any], tmp_path: Path) -> None:
+    library = beside("xllamacpp", *LLAMA_CPP)
     base = base_model(family)
     with torch.no_grad():
         for parameter in base.parameters():
@@ -49,23 +63,24 @@ def test_llama_cpp_answers_as_the_model(family: str, tmp_path: Path) -> None:
     prompt = ids()[:1]
     expected = logits(model, prompt)[0, -1].log_softmax(-1)
     pair = tmp_path / "base" / "model.gguf", tmp_path / "adapter" / "adapter.gguf"
-    whole = llama_cpp(tmp_path / "merged" / "model.gguf", prompt[0].tolist())
-    for found in (whole, llama_cpp(pair[0], prompt[0].tolist(), pair[1])):
+    whole = llama_cpp(library, tmp_path / "merged" / "model.gguf", prompt[0].tolist())
+    for found in (whole, llama_cpp(library, pair[0], prompt[0].tolist(), pair[1])):
         assert len(found) == 5
         assert all(abs(value - float(expected[token])) < 0.01 for token, value in found.items())  # its cache is f16
 
 
-def test_llama_cpp_reads_text_as_the_tokenizer(tmp_path: Path) -> None:
+def test_llama_cpp_reads_text_as_the_tokenizer(beside: Callable[..., Any], tmp_path: Path) -> None:
+    library = beside("xllamacpp", *LLAMA_CPP)
     made = tokenizer()
     ship(adapted(), engine="llama.cpp", merged=True, quantize="f32", tokenizer=made, to=tmp_path / "merged")
     text = "select 24 orders, ¿sí? I've 3333."
     file = tmp_path / "merged" / "model.gguf"
-    assert llama_cpp(file, text) == llama_cpp(file, made(text)["input_ids"])
+    assert llama_cpp(library, file, text) == llama_cpp(library, file, made(text)["input_ids"])
 
 
 @pytest.mark.parametrize("engine", ["diffusers", "kohya"])
-def test_diffusers_draws_as_the_model(engine: str, tmp_path: Path) -> None:
-    library: Any = pytest.importorskip("diffusers")
+def test_diffusers_draws_as_the_model(engine: str, beside: Callable[..., Any], tmp_path: Path) -> None:
+    library = beside("diffusers", *DIFFUSERS)
 
     def unet() -> Any:
         torch.manual_seed(0)
