@@ -45,7 +45,7 @@ from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
 from nbpeft.training.sweep import SideBySide, callbacks_of, kept_of, side_by_side
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
-from nbpeft.training.trainer import Trainer, adapter_trainer
+from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss
 
 
 @side_by_side
@@ -217,12 +217,10 @@ def _can_train(model: nn.Module, adapter: str | None) -> None:
 
 def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, Any]) -> None:
     """Refuses a model of which a Trainer gets no loss, unless somebody says how it is computed."""
-    usual = (transformers.Trainer.compute_loss, Trainer.compute_loss)
-    own = getattr(trainer_class, "compute_loss", None) not in usual
     base = base_of(model)
     taken = inspect.signature(base.forward).parameters.values()
     if (
-        own
+        has_own_loss(trainer_class)
         or options.get("compute_loss_func")
         or any(
             item.kind is item.VAR_KEYWORD or "label" in item.name or item.name in ("return_loss", "start_positions")
