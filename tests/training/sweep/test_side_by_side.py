@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
 from nbpeft import IA3Config, get_peft_model, sweep, train
@@ -98,6 +100,28 @@ def test_the_usual_trainer_serves_all_in_one_pass_with_losses_in_chunks(monkeypa
 def test_arguments_of_all_act_on_each(arguments: dict[str, Any]) -> None:
     make = lambda: trainable(name="a", lora_dropout=0.2)  # noqa: E731
     assert swept_and_alone(make, token_rows(12), **FAST | arguments) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000], ids=["apart", "in one pass"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_are_computed_again_for_their_rows_in_threads_of_autograd(
+    reentrant: bool, tokens: int, monkeypatch: Any
+) -> None:
+    """On accelerators autograd has threads of its own, in which checkpointed layers run again."""
+    original = Accelerator.backward
+
+    def elsewhere(self: Any, loss: Any, **options: Any) -> None:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(original, self, loss, **options).result()
+
+    monkeypatch.setattr(Accelerator, "backward", elsewhere)
+    monkeypatch.setattr("nbpeft.sweeps.TOKENS_TOGETHER", tokens)
+    checkpointed = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+        "max_steps": 2,
+    }
+    assert swept_and_alone(lambda: trainable(name="a"), token_rows(12), **FAST | checkpointed) < 1e-6
 
 
 def test_other_methods_and_models_learn_side_by_side() -> None:
