@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.model_tree import embedding_of, manager_of
 from nbpeft.engine.trained import mark_unsaved
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
@@ -493,8 +493,10 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
 
 @contextmanager
 def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward."""
+    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward, hooks."""
     base: Any = base_of(model)
+    embedding = embedding_of(base)
+    watched = set() if embedding is None else set(embedding._forward_hooks)
     was_training = model.training
     config = getattr(base, "config", None)
     cache = getattr(config, "use_cache", None)
@@ -509,6 +511,9 @@ def _restoring(model: nn.Module) -> Iterator[None]:
             config.use_cache = cache
         if not checkpoints and is_checkpointing(base):
             disable_checkpointing(base)
+        if embedding is not None:  # with checkpointing transformers adds one more to them in each training
+            for hook in embedding._forward_hooks.keys() - watched:
+                del embedding._forward_hooks[hook]
         for name in cast:
             vars(model).pop(name, None)
 
