@@ -464,6 +464,9 @@ class Call:
                     self._state.remember(*self._begun)
                 _set_here(self._state, self._outer)
                 self._state.trace()
+                outer = self._state._here()
+                if isinstance(outer, _Pin) and (call := outer.call()) is not None and call._active is not None:
+                    self._state.traced = outer.active  # what this call was made in goes on, its backward too
             self._state._end(self)
 
 

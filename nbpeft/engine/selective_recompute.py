@@ -106,15 +106,18 @@ def _is_norm(module: nn.Module) -> bool:
 def _is_activation(module: nn.Module) -> bool:
     home = type(module).__module__
     known = home in _ACTIVATION_HOMES or _ACTIVATION_NAMES.search(type(module).__name__) is not None
-    return known and not module._parameters
+    return known and not module._parameters and not getattr(module, "inplace", False)  # what it keeps would change
 
 
 def _keeps_input(activation: nn.Module) -> bool:
     kept: list[Any] = []
     with torch.enable_grad():
         x = torch.ones(2, 2, device="cpu", requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(_storage(t)), lambda _: x):
-            output = activation(x)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(_storage(t)), lambda _: x):
+                output = activation(x)
+        except Exception:  # it takes something else
+            return False
     return any(storage != _storage(output) for storage in kept)
 
 

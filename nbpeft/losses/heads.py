@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.model_tree import base_model_of, embedding_of
 from nbpeft.errors import ConfigError, TrainingError
+from nbpeft.interrupts import HeldInterrupts
 from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
 from nbpeft.names import LOSS_CHUNK_SIZE
 
@@ -66,7 +68,7 @@ def check_chunk_size(size: object) -> int:
 def chunked_head(
     model: nn.Module, chunk_size: int = LOSS_CHUNK_SIZE, divisor: Tensor | float | None = None
 ) -> Iterator[ChunkedHead]:
-    """A block in which losses of a language model are computed in chunks.
+    """A block in which losses of a language model are computed in chunks, for the thread that enters it.
 
     The logits that the model returns in it have data once they are used.
 
@@ -85,21 +87,14 @@ def chunked_head(
     if head is None or not isinstance(size, int):
         yield found
         return
-    forward, before = head.forward, head.__dict__.get("forward")
-
-    def lazy_forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or hidden.dim() < 2 or _treats_rows_apart(head):
-            return forward(hidden, *args, **kwargs)
-        return LazyLogits.of(hidden, forward, size, found)
-
-    head.__dict__["forward"] = lazy_forward
+    lazy = _LazyForward(head, size, found)
     try:
+        with HeldInterrupts():
+            head.__dict__["forward"] = lazy
         yield found
     finally:
-        if before is None:
-            del head.__dict__["forward"]
-        else:
-            head.__dict__["forward"] = before
+        with HeldInterrupts(to_the_end=True):
+            lazy.end()
 
 
 @contextmanager
@@ -116,6 +111,38 @@ def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or one in it that is called as a whole, was compiled."""
     wrappers = [model, getattr(model, "module", model), base_model_of(model)]
     return any("_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) for part in wrappers)
+
+
+class _LazyForward:
+    """The ``forward`` of a head whose logits wait, for the thread that made it; for all others the head's own.
+
+    Args:
+        head: that has it until ``end``.
+        size: of the vocabulary.
+        settings: how the logits are computed.
+    """
+
+    def __init__(self, head: nn.Module, size: int, settings: ChunkedHead) -> None:
+        self._head, self._size, self._settings = head, size, settings
+        self._forward, self._before = head.forward, head.__dict__.get("forward")
+        self._thread = threading.get_ident()
+        self._ended = False
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        elsewhere = self._ended or threading.get_ident() != self._thread
+        if elsewhere or args or kwargs or hidden.dim() < 2 or _treats_rows_apart(self._head):
+            return self._forward(hidden, *args, **kwargs)
+        return LazyLogits.of(hidden, self._forward, self._size, self._settings)
+
+    def end(self) -> None:
+        """Takes it off, and with it those that it was put on while blocks of other threads have not ended."""
+        self._ended = True
+        held = self._head.__dict__
+        while isinstance(now := held.get("forward"), _LazyForward) and now._ended:
+            if now._before is None:
+                del held["forward"]
+            else:
+                held["forward"] = now._before
 
 
 def _without_lazy(output: Any) -> Any:

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from nbpeft.checkpoint import scratch_folder
-from nbpeft.engine.model_tree import manager_of
+from nbpeft.engine.model_tree import embedding_of, manager_of
 from nbpeft.engine.trained import mark_unsaved
 from nbpeft.errors import ConfigError, NbpeftError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
@@ -45,7 +45,7 @@ from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
 from nbpeft.training.sweep import SideBySide, callbacks_of, kept_of, side_by_side
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
-from nbpeft.training.trainer import Trainer, adapter_trainer
+from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss
 
 
 @side_by_side
@@ -217,12 +217,10 @@ def _can_train(model: nn.Module, adapter: str | None) -> None:
 
 def _takes_labels(model: nn.Module, trainer_class: Any, options: Mapping[str, Any]) -> None:
     """Refuses a model of which a Trainer gets no loss, unless somebody says how it is computed."""
-    usual = (transformers.Trainer.compute_loss, Trainer.compute_loss)
-    own = getattr(trainer_class, "compute_loss", None) not in usual
     base = base_of(model)
     taken = inspect.signature(base.forward).parameters.values()
     if (
-        own
+        has_own_loss(trainer_class)
         or options.get("compute_loss_func")
         or any(
             item.kind is item.VAR_KEYWORD or "label" in item.name or item.name in ("return_loss", "start_positions")
@@ -495,8 +493,10 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
 
 @contextmanager
 def _restoring(model: nn.Module) -> Iterator[None]:
-    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward."""
+    """Undoes what a Trainer leaves on a model: train mode, no cache, gradients, a cast forward, hooks."""
     base: Any = base_of(model)
+    embedding = embedding_of(base)
+    watched = set() if embedding is None else set(embedding._forward_hooks)
     was_training = model.training
     config = getattr(base, "config", None)
     cache = getattr(config, "use_cache", None)
@@ -511,6 +511,9 @@ def _restoring(model: nn.Module) -> Iterator[None]:
             config.use_cache = cache
         if not checkpoints and is_checkpointing(base):
             disable_checkpointing(base)
+        if embedding is not None:  # with checkpointing transformers adds one more to them in each training
+            for hook in embedding._forward_hooks.keys() - watched:
+                del embedding._forward_hooks[hook]
         for name in cast:
             vars(model).pop(name, None)
 

@@ -142,6 +142,16 @@ class _ChunkedLabelSmoother(LabelSmoother):
         )
 
 
+def has_own_loss(trainer_class: type[Any]) -> bool:
+    """Whether a Trainer class computes its loss in another way than transformers' Trainer and ours.
+
+    Args:
+        trainer_class: A subclass of ``transformers.Trainer``.
+    """
+    usual = (transformers.Trainer.compute_loss, Trainer.compute_loss)
+    return getattr(trainer_class, "compute_loss", None) not in usual
+
+
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
     """The given Trainer class, which knows adapters from here on; for Trainers of other libraries.
 

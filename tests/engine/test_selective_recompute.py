@@ -332,6 +332,35 @@ def test_who_watches_or_trains_a_module_sees_it_as_it_is() -> None:
         assert torch.equal(replaced(x), 2 * x)
 
 
+class ScaledGELU(nn.Module):
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return nn.functional.gelu(x) * scale
+
+
+@pytest.mark.parametrize(
+    ("activation", "further"),
+    [
+        (nn.ReLU(inplace=True), ()),
+        (nn.SiLU(inplace=True), ()),
+        (nn.Softmax(dim=2), ()),
+        (nn.Softmax2d(), ()),
+        (ScaledGELU(), (2.0,)),
+    ],
+    ids=str,
+)
+def test_an_activation_of_another_kind_is_left_alone(activation: nn.Module, further: tuple[float, ...]) -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(2, 3, 5, 4)
+    model = nn.ModuleList([layer, activation])
+    gradients = []
+    for context in (nullcontext(), selective_recompute(model)):
+        with context:
+            layer.zero_grad()
+            activation(layer(x), *further).pow(2).sum().backward()
+        assert layer.weight.grad is not None
+        gradients.append(layer.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
 class Mlp(nn.Module):
     """down(act(gate) * up), or what a test makes of it."""
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -157,6 +158,29 @@ def test_the_head_is_as_before_after_an_error():
         raise ZeroDivisionError
     assert "forward" not in vars(model.lm_head)
     assert model(**batch()).logits.shape == (3, 12, 97)
+
+
+def test_threads_that_only_call_the_model_get_logits_with_data():
+    model = adapted(llama()).eval()
+    expected = model(**batch()).logits
+    with ThreadPoolExecutor(1) as other, chunked_head(model, 4):
+        found = other.submit(lambda: model(**batch()).logits).result()
+        assert isinstance(model(**batch()).logits, LazyLogits)
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, expected)
+
+
+def test_blocks_of_two_threads_may_end_in_any_order():
+    model = llama()
+    first, second = chunked_head(model, 4), chunked_head(model, 4)
+    first.__enter__()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert type(model(**batch()).logits) is torch.Tensor
+        assert isinstance(other.submit(lambda: model(**batch()).logits).result(), LazyLogits)
+        other.submit(second.__exit__, None, None, None).result()
+    assert "forward" not in vars(model.lm_head)
 
 
 @pytest.mark.parametrize("size", [-1, 2.5, True, "many", None])

@@ -57,6 +57,7 @@ def test_the_model_is_left_as_it_was_found():
     assert "forward" not in vars(model) and "_original_forward" not in vars(model)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.get_base_model().is_activation_checkpointing
+    assert not model.get_base_model().get_input_embeddings()._forward_hooks
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     model.train()
     train(model, token_rows(), **QUICK)

@@ -135,6 +135,12 @@ def test_rows_of_the_notebook_are_written_as_they_are(folder: Path) -> None:
     assert json.loads(files.data[0].read_text().splitlines()[1]) == {"prompt": "d", "completion": "e f"}
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_sequences_of_packed_tokens_are_as_long_as_in_the_notebook(folder: Path, packing: bool) -> None:
+    export_script(loaded(folder), folder / "run.py", token_rows(6), packing=packing, max_length=24)
+    assert constants(folder / "run.py")["ARGUMENTS"].get("max_length") == (24 if packing else None)
+
+
 def test_a_file_or_dataset_is_named_where_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "rows").mkdir()
     (folder / "rows" / "text.csv").write_text("q,a,other\na b,c,1\nd,e,2\n")

@@ -153,7 +153,10 @@ def export_script(
     plain_base: Any = base_of(model)
     source, place = source_of_base(plain_base, base, target.parent)
     config: Any = getattr(model, "peft_config", {})[names[0]]
-    own = {"max_length": max_length, "columns": None if columns is None else dict(columns)} if rows.as_they_are else {}
+    own = {
+        "max_length": max_length if rows.as_they_are or arguments.get("packing") else None,  # of a sequence as well
+        "columns": dict(columns) if rows.as_they_are and columns is not None else None,
+    }
     constants = {
         "BASE": source.text,
         "TOKENIZER": None if rows.tokenizer in (None, source) else rows.tokenizer.text,

@@ -20,6 +20,7 @@ from nbpeft.training.adapted import base_of
 from nbpeft.training.run import Run
 from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
+from nbpeft.training.trainer import has_own_loss
 
 _OF_A_GROUP = ("lr", "betas", "eps")
 """Options of an optimizer that its parameter groups may have of their own."""
@@ -181,8 +182,7 @@ def trainer_for(trainer_class: type[Any], group: SideBySide, given: Mapping[str,
     for name, reason in _REFUSED.items():
         if given.get(name) not in (None, False):
             raise ConfigError(f"{name} does not go with a sweep: {reason}", field=name)
-    own_loss = trainer_class.compute_loss is not transformers.Trainer.compute_loss
-    if own_loss or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
+    if has_own_loss(trainer_class) or given.get("compute_loss_func") is not None or given.get("label_smoothing_factor"):
         group.mixed = False  # what it computes of a mixed batch is not known
     return type(trainer_class.__name__, (SideBySideTrainer, trainer_class), {"group": group})
 
