@@ -92,6 +92,21 @@ class Recomputation:
         return torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None)
 
 
+class _RowsAgain:
+    """Some rows of what a call returns."""
+
+    def __init__(self, whole: Recomputation | _RowsAgain, rows: slice) -> None:
+        self._whole, self._rows = whole, rows
+
+    def output(self, inputs: Sequence[Tensor]) -> Tensor:
+        """See ``Recomputation``."""
+        return self._whole.output(inputs)[self._rows]
+
+    def differentiable_output(self, inputs: Sequence[Tensor]) -> Tensor:
+        """See ``Recomputation``."""
+        return self._whole.differentiable_output(inputs)[self._rows]
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a tensor comes from.
@@ -102,7 +117,7 @@ class Origin:
         version: of the tensor: one that was changed since cannot be computed again.
     """
 
-    recomputation: Recomputation
+    recomputation: Recomputation | _RowsAgain
     inputs: tuple[Tensor, ...]
     version: int
 
@@ -145,6 +160,14 @@ def origin_of(tensor: Tensor) -> Origin | None:
     """How a tensor is computed again, or None where it has to be kept."""
     origin: Origin | None = getattr(tensor, _ORIGIN, None)
     return origin if origin is not None and origin.version == tensor._version else None
+
+
+def slice_of(tensor: Tensor, rows: slice) -> Tensor:
+    """``tensor[rows]``, computed again where the tensor is."""
+    part, origin = tensor[rows], origin_of(tensor)
+    if origin is not None:
+        setattr(part, _ORIGIN, Origin(_RowsAgain(origin.recomputation, rows), origin.inputs, part._version))
+    return part
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

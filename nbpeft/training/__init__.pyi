@@ -16,7 +16,7 @@ from .result import TrainResult as TrainResult
 from .run import Run as Run
 from .run import track as track
 from .script import export_script as export_script
-from .sweep import SweepResult as SweepResult
+from .sweep.result import SweepResult as SweepResult
 from .trainer import Trainer as Trainer
 from .trainer import adapter_trainer as adapter_trainer
 from .trainer_patch import patch_trainer as patch_trainer

@@ -43,7 +43,9 @@ from nbpeft.training.result import TrainResult
 from nbpeft.training.rows import TrainingRows, is_causal, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
-from nbpeft.training.sweep import SideBySide, callbacks_of, kept_of, side_by_side
+from nbpeft.training.sweep.adapters import side_by_side
+from nbpeft.training.sweep.members import SideBySide, kept_of
+from nbpeft.training.sweep.trainer import callbacks_of
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
 from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss
 

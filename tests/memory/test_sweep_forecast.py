@@ -24,7 +24,7 @@ def test_a_sweep_takes_what_is_forecast(rows: int, tokens: int, adapters: int) -
         lambda: train(model, data, learning_rate=rates, max_steps=3, per_device_train_batch_size=rows)
     )
     shape = {"batch_size": rows, "sequence_length": tokens, "device": "cpu"}
-    assert forecast(SHAPES["llama"], config, adapters=adapters, **shape).peak_bytes == pytest.approx(peak, rel=0.03)
+    assert forecast(SHAPES["llama"], config, adapters=adapters, **shape).peak_bytes == pytest.approx(peak, rel=0.05)
 
 
 def test_adapters_and_optimizers_are_counted_for_each() -> None:
