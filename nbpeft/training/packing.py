@@ -122,6 +122,8 @@ def refuse_to_pack(model: nn.Module) -> None:
         raise _refusal(f"it is for causal language models, and {name} is none")
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise _refusal(f"{name} takes no position_ids, so that a row would read on from the one before it")
+    if getattr(getattr(base, "config", None), "output_router_logits", False):
+        raise _refusal(f"the routers of {name} have a loss of whole sequences; config.output_router_logits = False")
     manager = manager_of(model)
     configs = {} if manager is None else {adapter: manager.configs[adapter] for adapter in manager.active}
     for adapter, config in configs.items():

@@ -176,6 +176,8 @@ def test_what_cannot_be_packed_is_refused_in_one_line() -> None:
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[1])
     with pytest.raises(ConfigError, match="adapter 'default' looks for something in each sequence"):
         pack(get_peft_model(llama(), config), rows_of(3), Collator(), **given, given={})
+    with pytest.raises(ConfigError, match="the routers of MixtralForCausalLM have a loss of whole sequences"):
+        pack(causal("Mixtral", output_router_logits=True), rows_of(3), Collator(), **given, given={})
     encoder_decoder = transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=VOCABULARY)
     )
