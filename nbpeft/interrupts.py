@@ -151,23 +151,31 @@ class RunningBlock:
             frame = frame.f_back
         assert frame is not None
         self.thread = threading.get_ident()
-        self._code = frame.f_code
-        self._frame = id(frame)
+        self._frame = frame
 
     def ended_before(self, other: RunningBlock) -> bool:
         """Whether it has ended, now that another one begins: also where that one runs in the same frame."""
-        return (self.thread == other.thread and self._frame == other._frame) or not self.runs()
+        return (self.thread == other.thread and self._frame is other._frame) or not self.runs()
 
     def runs(self) -> bool:
-        """Whether its frame is on the stack of its thread. A generator's may come back, and counts as running."""
-        if self._code.co_flags & _SUSPENDS:
+        """Whether its frame runs. A generator's may come back, and counts as running.
+
+        The stack of another thread is never walked: that crashes CPython 3.11 while a frame of it is being cleared.
+        Its own frame can be asked: one that runs refuses to be cleared, and of one that has ended nobody needs the
+        variables, but for a debugger.
+        """
+        if self._frame.f_code.co_flags & _SUSPENDS:
             return True
-        frame = sys._current_frames().get(self.thread)
-        while frame is not None:
-            if id(frame) == self._frame and frame.f_code is self._code:
+        if self.thread != threading.get_ident():
+            try:
+                self._frame.clear()
+            except RuntimeError:
                 return True
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._frame:
             frame = frame.f_back
-        return False
+        return frame is not None
 
 
 def _holder(handler: Any) -> HeldInterrupts | None:

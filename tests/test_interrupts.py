@@ -6,6 +6,7 @@ import contextlib
 import gc
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from nbpeft import interrupts
-from nbpeft.interrupts import HeldInterrupts, check_interrupt, released_interrupts
+from nbpeft.interrupts import HeldInterrupts, RunningBlock, check_interrupt, released_interrupts
 
 
 def held_and_released(seen: list[str]) -> None:
@@ -73,3 +74,21 @@ def test_one_that_was_noted_comes_when_it_is_let_through() -> None:
         with released_interrupts():
             seen.append("let through")
     assert seen == ["held"]
+
+
+def test_another_thread_sees_whether_a_block_runs() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    blocks: list[RunningBlock] = []
+
+    def work() -> None:
+        blocks.append(RunningBlock())
+        entered.set()
+        go_on.wait(20)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert entered.wait(20)
+    assert blocks[0].runs()
+    go_on.set()
+    thread.join(20)
+    assert not blocks[0].runs()

@@ -468,6 +468,7 @@ class Call:
                 if isinstance(outer, _Pin) and (call := outer.call()) is not None and call._active is not None:
                     self._state.traced = outer.active  # what this call was made in goes on, its backward too
             self._state._end(self)
+            self._block = None  # which keeps a frame and its variables
 
 
 def _set_here(active_state: ActiveState, value: Scope | _Pin | None) -> None:
