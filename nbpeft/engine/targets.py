@@ -53,6 +53,11 @@ def usual_targets(model_type: str | None) -> list[str] | str | None:
     return None
 
 
+def usual_unfused_targets(model_type: str | None) -> list[str] | str | None:
+    """``usual_targets``, but for GPT-2, whose query, key and value are one weight: there the down projection."""
+    return ["mlp.c_proj"] if model_type in ("gpt2", "gpt_bigcode") else usual_targets(model_type)
+
+
 def usual_model_types() -> list[str]:
     """The architectures (``config.model_type``) that have usual targets."""
     return [*_DEFAULT_PATTERNS, *(name for model_types in _USUAL_TARGETS.values() for name in model_types.split())]

@@ -21,7 +21,7 @@ from nbpeft.engine.config_checks import check_count
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.registry import register
-from nbpeft.engine.targets import usual_targets
+from nbpeft.engine.targets import usual_unfused_targets
 from nbpeft.engine.weight_delta import WeightDelta, keeping_inputs
 from nbpeft.errors import ConfigError
 
@@ -62,9 +62,7 @@ class C3AConfig(LayersConfig):
     C3AConfig,
     peft_type="C3A",
     label="C3A",
-    default_targets=lambda model_type: (
-        ["mlp.c_proj"] if model_type in ("gpt2", "gpt_bigcode") else usual_targets(model_type)
-    ),
+    default_targets=usual_unfused_targets,
     summary=lambda config: {"block": str(config.block_size)},
     sample_configs={"b8": {"block_size": 8, "init_weights": True}, "b2": {"block_size": 2, "init_weights": True}},
 )

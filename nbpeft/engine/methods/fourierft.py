@@ -22,7 +22,7 @@ from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.numerics import composes
 from nbpeft.engine.registry import register
-from nbpeft.engine.targets import usual_targets
+from nbpeft.engine.targets import usual_unfused_targets
 from nbpeft.engine.transaction import Transaction
 from nbpeft.engine.weight_delta import WeightDelta
 from nbpeft.errors import ConfigError
@@ -88,9 +88,7 @@ def _drawn_places(size: int, count: int, seed: int) -> Tensor:
     FourierFTConfig,
     peft_type="FOURIERFT",
     label="FourierFT",
-    default_targets=lambda model_type: (
-        ["mlp.c_proj"] if model_type in ("gpt2", "gpt_bigcode") else usual_targets(model_type)
-    ),
+    default_targets=usual_unfused_targets,
     summary=lambda config: {"frequencies": str(config.n_frequency)},
     smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,
     sample_configs={"n20": {"n_frequency": 20, "init_weights": True, "scaling": 50.0}},
