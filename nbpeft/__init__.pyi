@@ -88,6 +88,7 @@ from .model import hotswap_adapter_from_state_dict as hotswap_adapter_from_state
 from .model import inject_adapter_in_model as inject_adapter_in_model
 from .model import load_peft_weights as load_peft_weights
 from .model import load_quantized as load_quantized
+from .model import merge_calibrated as merge_calibrated
 from .model import merge_errors as merge_errors
 from .model import merge_to_folder as merge_to_folder
 from .model import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap

@@ -15,6 +15,8 @@ from nbpeft.model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from nbpeft.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from nbpeft.model.calibrated_merge import CalibratedMerge as CalibratedMerge
+from nbpeft.model.calibrated_merge import merge_calibrated as merge_calibrated
 from nbpeft.model.combining import Combined as Combined
 from nbpeft.model.functional import DoraCaching as DoraCaching
 from nbpeft.model.functional import cast_adapter_dtype as cast_adapter_dtype
