@@ -269,16 +269,25 @@ class AdapterConfig:
         """PEFT's hook before a config is made from keywords; the constructor checks them here."""
         return kwargs
 
-    def _register_custom_module(self, custom_modules: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-        """Refuses PEFT's experimental way to bring layers of one's own.
+    def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
+        """A class of somebody else's that adapts a layer instead of the engine; see ``engine.custom_layers``."""
+        return None
+
+    def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
+        """Makes an object of such a class.
+
+        Args:
+            layer_class: the class.
+            module: the frozen layer.
+            path: of the layer.
+            name: of the adapter.
 
         Raises:
-            ConfigError: always.
+            ConfigError: the method has no such layers.
         """
-        names = ", ".join(module.__name__ for module in custom_modules)
         raise ConfigError(
-            f"layer classes of PEFT's cannot be brought ({names}): register a kind of layer or a method instead, see "
-            "nbpeft.engine.registry"
+            f"{path} is a {layer_class.__name__}, which takes no adapters of {type(self).__name__}: exclude it",
+            path=path,
         )
 
 
@@ -365,6 +374,7 @@ class AdapterSite:
         shapes: what ``parameter_shapes`` gave for it.
         dtype: dtype of new parameters.
         shared: the state that the adapter shares with those of other layers, where its method has one.
+        name: of the adapter; for layers of somebody else's class, which go by it.
     """
 
     path: str
@@ -372,6 +382,7 @@ class AdapterSite:
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     shared: SharedState | None = None
+    name: str = "default"
 
 
 class Adapter(nn.Module):

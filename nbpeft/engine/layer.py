@@ -272,15 +272,19 @@ class AdaptedLayer(PeftLayerMixin):
         if apart:
             shared: Any = self.base_layer._parameters["weight"]
             self.base_layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
-        # Every delta is taken against the frozen layer: a method's may be a multiple of its bias.
+        self._write_merged(chosen)
+        self.merged_names = tuple(name for name, _ in chosen)
+        self._frozen = frozen if keep_frozen else None
+
+    def _write_merged(self, chosen: Sequence[tuple[str, float]]) -> None:
+        """Adds deltas of adapters here to the weight and bias, each taken against the frozen layer."""
+        # The biases first: a method's may be a multiple of its bias, or of its weight.
         bias_deltas = self._bias_deltas(chosen)
         weight = self.backend.dequantize(self.base_layer)
         self._add_deltas(self.kind.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
         self.backend.store(self.base_layer, weight)
         if self.base.bias is not None:
             _add_bias_deltas(self.base.bias, bias_deltas)
-        self.merged_names = tuple(name for name, _ in chosen)
-        self._frozen = frozen if keep_frozen else None
 
     def check_mergeable(self, names: Sequence[str]) -> None:
         """Raises MergeError where ``merge_into_base`` would."""

@@ -298,7 +298,7 @@ class AdapterManager:
                     made = self.plan(made, name, allow_missing=allow_missing)
                 self._biases.check(name, made.biases)
                 check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
-                return self.revision, made, build(self.model, made, self.active_state, weights, half=half)
+                return self.revision, made, build(self.model, made, self.active_state, weights, name, half=half)
 
         prepared = built()
 

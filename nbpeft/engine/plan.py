@@ -26,6 +26,7 @@ from nbpeft.engine.config_warnings import (
     warn_of_experts,
     warn_of_tied,
 )
+from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
 from nbpeft.engine.module_paths import suffixes
@@ -304,12 +305,17 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
 
 
 def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Target:
-    kind, backend = resolve_parts(site)
-    shapes = {} if tied_to else method.adapter_class.parameter_shapes(config, site.path, site.module, kind)
+    adapter_class: type[Adapter] = method.adapter_class
+    part = custom_part(site.module, site.wrapper, config, site.path) if isinstance(config, AdapterConfig) else None
+    if part is not None:
+        kind, backend = kind_and_backend(site.module)
+        shapes = probed_shapes(part, site.module, site.path)
+        adapter_class, config = CustomAdapter, part
+    else:
+        kind, backend = resolve_parts(site)
+        shapes = {} if tied_to else adapter_class.parameter_shapes(config, site.path, site.module, kind)
     in_features, out_features = kind.features(site.module)
-    return Target(
-        site.path, kind.name, backend.name, in_features, out_features, shapes, method.adapter_class, config, tied_to
-    )
+    return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, adapter_class, config, tied_to)
 
 
 def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:

@@ -118,7 +118,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.auto: no *_allowlist",
         "peft.config: PeftConfigMixin refuses",
         "peft.optimizers.lorafa: LoraFAOptimizer refuses",
-        "peft.tuners.tuners_utils: check_adapters_to_merge refuses",
         "peft.tuners.tuners_utils: clone_module refuses",
         "peft.tuners.tuners_utils: no *",
         "peft.utils: _set_trainable refuses",

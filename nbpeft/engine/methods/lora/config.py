@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from torch import nn
+
 from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.engine.config_checks import (
     check_bias,
@@ -148,6 +150,7 @@ class LoraConfig(AdapterConfig):
         self._check_choices()
         self._check_invocation()
         check_target_fields(self, pattern_fields=_PATTERNS)
+        self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
     def _check_numbers(self) -> None:
         self.r = plain(self.r)
@@ -242,6 +245,31 @@ class LoraConfig(AdapterConfig):
     def unused_patterns(self, paths: Sequence[str]) -> str:
         """Describes the keys of ``rank_pattern`` and ``alpha_pattern`` that match no module; see ``AdapterConfig``."""
         return unused_patterns(self, _PATTERNS, paths)
+
+    # Layer classes of somebody else's
+
+    def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+        """Has layers of some classes adapted by classes of one's own, which derive from ``LoraLayer``; as in PEFT.
+
+        The mapping is no part of a saved config: register it again before an adapter is loaded.
+
+        Args:
+            mapping: class of layers in the model -> class that is put around them, made as ``cls(base_layer,
+                adapter_name, config=…, r=…, lora_alpha=…, target_name=…, …)``.
+        """
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+    def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
+        """The class registered for a layer, or None."""
+        registered = (self._custom_modules or {}).items()
+        return next((custom for layer, custom in registered if isinstance(module, layer)), None)
+
+    def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
+        """Makes an object of such a class with the arguments that PEFT gives; see ``AdapterConfig``."""
+        given: dict[str, Any] = {"r": self.rank_at(path), "lora_alpha": self.alpha_at(path), "target_name": path}
+        given |= {"loaded_in_8bit": False, "loaded_in_4bit": False, "parameter_name": None, "tied_adapter": {}}
+        offload = self.runtime_config.ephemeral_gpu_offload
+        return layer_class(module, name, config=self, ephemeral_gpu_offload=offload, **given)
 
 
 def _check_init_name(init: object) -> None:
