@@ -269,6 +269,19 @@ class AdapterConfig:
         """PEFT's hook before a config is made from keywords; the constructor checks them here."""
         return kwargs
 
+    def with_layer(self, path: str, layer_config: Any, *, target: bool) -> Self:
+        """A copy that says of one layer what another config of the method says, so that a file holds it.
+
+        Args:
+            path: of the layer.
+            layer_config: what the adapter has there.
+            target: whether the layer becomes a target, which it was not.
+
+        Raises:
+            ConfigError: the method's configs are the same for all layers, or one config cannot say both.
+        """
+        raise ConfigError(f"{type(self).__name__} is the same for all layers")
+
     def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
         """A class of somebody else's that adapts a layer instead of the engine; see ``engine.custom_layers``."""
         return None
@@ -418,7 +431,7 @@ class Adapter(nn.Module):
     """PEFT's name of an attribute of an adapted layer -> that of the adapter behind it."""
 
     peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    """PEFT's name of a method of an adapted layer -> a function of its adapters by name, the layer, and arguments."""
+    """PEFT's name of a method of an adapted layer -> a function of the layer and arguments."""
 
     # What every method gives
 

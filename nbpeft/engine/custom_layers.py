@@ -396,6 +396,19 @@ class CustomLayer(AdaptedLayer):
         """As of the object."""
         self.custom.unscale_layer(scale)
 
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As of the object, for an adapter of the model.
+
+        Raises:
+            UnknownAdapterError: the model has no such adapter.
+        """
+
+        def make() -> CustomAdapter:
+            self.custom.update_layer(adapter_name, *args, **kwargs)
+            return CustomAdapter(self.custom, adapter_name)
+
+        self._commands().replace(self, adapter_name, make, *mappings_of(self.custom).values())
+
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The object's."""

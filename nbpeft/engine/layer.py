@@ -437,7 +437,7 @@ class AdaptedLayer(PeftLayerMixin):
         adapters, base_layer = self.adapters._modules, modules["base_layer"]
         found: Any = by_name(adapters, name)
         if found is None:
-            found = function_by_name(adapters, self.base, name)
+            found = function_by_name(self, name)
         if found is None:
             self.show_adapters()
             found = shown_under(modules, name)

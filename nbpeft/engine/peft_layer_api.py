@@ -338,16 +338,16 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
     return None
 
 
-def function_by_name(adapters: dict[str, Any], base: BaseLayer, name: str) -> Callable[..., Any] | None:
+def function_by_name(layer: PeftLayerMixin, name: str) -> Callable[..., Any] | None:
     """A method that adapted layers have in PEFT because of an adapter's method; None if there is none of that name.
 
     Args:
-        adapters: adapter name -> adapter.
-        base: the layer.
+        layer: the layer.
         name: one of ``Adapter.peft_functions``.
     """
-    found = (adapter.peft_functions[name] for adapter in adapters.values() if name in adapter.peft_functions)
-    return next((partial(function, adapters, base) for function in found), None)
+    adapters = layer._named().values()
+    found = (adapter.peft_functions[name] for adapter in adapters if name in adapter.peft_functions)
+    return next((partial(function, layer) for function in found), None)
 
 
 def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:

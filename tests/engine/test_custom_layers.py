@@ -17,7 +17,7 @@ import nbpeft
 from nbpeft.engine.custom_layers import CustomLayer
 from nbpeft.engine.methods.lora.custom_layers import Linear
 from nbpeft.engine.model_tree import manager_of
-from nbpeft.errors import ConfigError, LayerKindError, MergeError, NotSupportedError
+from nbpeft.errors import ConfigError, LayerKindError, MergeError, NotSupportedError, UnknownAdapterError
 from nbpeft.model import LoraConfig, LoraLayer, get_peft_model
 
 
@@ -262,6 +262,20 @@ def test_what_it_cannot_do_is_refused_in_one_line() -> None:
     plain = get_peft_model(Net(), LoraConfig(target_modules=["lin"]))
     with pytest.raises(LayerKindError, match="lin carries adapters already and cannot become a LSTMWithLoRA"):
         plain.add_adapter("c", other)
+
+
+def test_an_update_of_a_layer_is_the_classes_own() -> None:
+    model = adapted(names=("a", "b"))
+    lin, before = model.base_model.model.lin, output(model)
+    lin.update_layer("a", 5, 5, config=LoraConfig(init_lora_weights=False))
+    assert lin.r == {"a": 5, "b": 2} and lin.lora_A["a"].weight.shape == (5, 6) and lin.scaling["a"] == 1.0
+    assert not torch.equal(output(model), before) and lin.lora_A["a"].weight.requires_grad
+    assert any(lin.lora_A["a"].weight is one for one in model.base_model.manager.parameters("a"))
+    with pytest.raises(ConfigError, match="`r` should be a positive integer value"):
+        lin.update_layer("a", 0, 5, config=LoraConfig())
+    with pytest.raises(UnknownAdapterError, match="Adapter 'c' not found"):
+        lin.update_layer("c", 2, 5, config=LoraConfig())
+    assert lin.r == {"a": 5, "b": 2}
 
 
 def test_a_config_without_the_class_joins_it() -> None:

@@ -22,6 +22,7 @@ from nbpeft.engine.config_checks import (
 )
 from nbpeft.engine.field_types import plain
 from nbpeft.engine.module_paths import pattern_table
+from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa")
@@ -245,6 +246,20 @@ class LoraConfig(AdapterConfig):
     def unused_patterns(self, paths: Sequence[str]) -> str:
         """Describes the keys of ``rank_pattern`` and ``alpha_pattern`` that match no module; see ``AdapterConfig``."""
         return unused_patterns(self, _PATTERNS, paths)
+
+    def with_layer(self, path: str, layer_config: LoraConfig, *, target: bool) -> Self:
+        """A copy with rank and alpha of one layer; see ``AdapterConfig``."""
+        apart = ("init_lora_weights",) if self.initialised_from_weight or layer_config.initialised_from_weight else ()
+        for name in ("lora_bias", *apart):
+            if getattr(self, name) != getattr(layer_config, name):
+                raise ConfigError(f"{name} must be the adapter's own, {getattr(self, name)!r}", field=name)
+        exact, rank, scaling = f"^{path}", layer_config.rank_at(path), layer_config.scaling_at(path)
+        alpha = scaling * (math.sqrt(rank) if self.use_rslora else rank)
+        changed = self.copy(rank_pattern={exact: rank, **{**self.rank_pattern, exact: rank}})
+        changed.alpha_pattern = {exact: alpha, **{**self.alpha_pattern, exact: alpha}}
+        if target:
+            changed.target_modules = with_target(self.target_modules, path)
+        return changed
 
     # Layer classes of somebody else's
 
