@@ -570,6 +570,9 @@ class Adapter(nn.Module):
 
     # Layers that share a weight
 
+    source: Adapter | None = None
+    """The adapter of another layer whose tensors this one uses."""
+
     def tie_to(self, source: Adapter) -> None:
         """Makes this adapter use the tensors of another one, for layers that share one weight."""
         raise NotImplementedError

@@ -389,6 +389,19 @@ class AdaptedLayer(PeftLayerMixin):
             show_adapters(self._modules, adapters, self.base)
             self.__dict__["_shown"] = dict(adapters)
 
+    def _shown_where_tied(self, name: str) -> nn.Module | None:
+        """What the layer shows under a name whose adapters those here are tied to."""
+        sources = [
+            source for adapter in self.adapters._modules.values() if (source := getattr(adapter, "source", None))
+        ]
+        if not any(name in (source.peft_container, *source._parameters) for source in sources):
+            return None
+        for layer in self._commands().manager.layers.values():
+            if any(adapter is source for adapter in layer.adapters._modules.values() for source in sources):
+                layer.show_adapters()
+                return shown_under(layer._modules, name)
+        return None
+
     def hide_adapters(self) -> None:
         """Lets go of those of adapters that are gone."""
         if self._shown:
@@ -444,7 +457,7 @@ class AdaptedLayer(PeftLayerMixin):
         if found is None:
             found = empty_mapping(adapters, name)
         if found is None and not hasattr(base_layer, name):
-            found = attribute_by_name(adapters, name)
+            found = self._shown_where_tied(name) or attribute_by_name(adapters, name)
         return getattr(base_layer, name) if found is None else found
 
 

@@ -169,7 +169,9 @@ def plan(
     modules = [(site.path, site.module) for site in sites if site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     _check_size(model, (*targets, *parts))
-    warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
+    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
+    everything = [(site.path, site.module) for site in sites]
+    warn_of_tied(model, everything, adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)

@@ -67,6 +67,8 @@ class LoraConfig(AdapterConfig):
         trainable_token_indices: ids of tokens whose rows of the embedding are trained.
         use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
         lora_bias: give the second matrix a bias.
+        ensure_weight_tying: refuse factors and copies on one of two tied layers; trained rows of tokens follow by
+            themselves.
         alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
 
     Raises:
@@ -123,7 +125,6 @@ class LoraConfig(AdapterConfig):
         "use_bdlora",
         "arrow_config",
         "kasa_config",
-        "ensure_weight_tying",
     )
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
