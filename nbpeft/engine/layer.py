@@ -391,9 +391,8 @@ class AdaptedLayer(PeftLayerMixin):
 
     def _shown_where_tied(self, name: str) -> nn.Module | None:
         """What the layer shows under a name whose adapters those here are tied to."""
-        sources = [
-            source for adapter in self.adapters._modules.values() if (source := getattr(adapter, "source", None))
-        ]
+        here: Any = self.adapters._modules.values()
+        sources = [adapter.source for adapter in here if adapter.source is not None]
         if not any(name in (source.peft_container, *source._parameters) for source in sources):
             return None
         for layer in self._commands().manager.layers.values():
