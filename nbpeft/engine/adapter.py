@@ -269,16 +269,38 @@ class AdapterConfig:
         """PEFT's hook before a config is made from keywords; the constructor checks them here."""
         return kwargs
 
-    def _register_custom_module(self, custom_modules: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-        """Refuses PEFT's experimental way to bring layers of one's own.
+    def with_layer(self, path: str, layer_config: Any, *, target: bool) -> Self:
+        """A copy that says of one layer what another config of the method says, so that a file holds it.
+
+        Args:
+            path: of the layer.
+            layer_config: what the adapter has there.
+            target: whether the layer becomes a target, which it was not.
 
         Raises:
-            ConfigError: always.
+            ConfigError: the method's configs are the same for all layers, or one config cannot say both.
         """
-        names = ", ".join(module.__name__ for module in custom_modules)
+        raise ConfigError(f"{type(self).__name__} is the same for all layers")
+
+    def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
+        """A class of somebody else's that adapts a layer instead of the engine; see ``engine.custom_layers``."""
+        return None
+
+    def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
+        """Makes an object of such a class.
+
+        Args:
+            layer_class: the class.
+            module: the frozen layer.
+            path: of the layer.
+            name: of the adapter.
+
+        Raises:
+            ConfigError: the method has no such layers.
+        """
         raise ConfigError(
-            f"layer classes of PEFT's cannot be brought ({names}): register a kind of layer or a method instead, see "
-            "nbpeft.engine.registry"
+            f"{path} is a {layer_class.__name__}, which takes no adapters of {type(self).__name__}: exclude it",
+            path=path,
         )
 
 
@@ -365,6 +387,7 @@ class AdapterSite:
         shapes: what ``parameter_shapes`` gave for it.
         dtype: dtype of new parameters.
         shared: the state that the adapter shares with those of other layers, where its method has one.
+        name: of the adapter; for layers of somebody else's class, which go by it.
     """
 
     path: str
@@ -372,6 +395,7 @@ class AdapterSite:
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     shared: SharedState | None = None
+    name: str = "default"
 
 
 class Adapter(nn.Module):
@@ -407,7 +431,7 @@ class Adapter(nn.Module):
     """PEFT's name of an attribute of an adapted layer -> that of the adapter behind it."""
 
     peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    """PEFT's name of a method of an adapted layer -> a function of its adapters by name, the layer, and arguments."""
+    """PEFT's name of a method of an adapted layer -> a function of the layer and arguments."""
 
     # What every method gives
 
@@ -545,6 +569,9 @@ class Adapter(nn.Module):
         return tuple(name for name in self.peft_mappings if name not in self.peft_modules) or tuple(self._parameters)
 
     # Layers that share a weight
+
+    source: Adapter | None = None
+    """The adapter of another layer whose tensors this one uses."""
 
     def tie_to(self, source: Adapter) -> None:
         """Makes this adapter use the tensors of another one, for layers that share one weight."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, SharedState
 from nbpeft.engine.base import offloading
+from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import Site, walk
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
@@ -48,6 +49,7 @@ def build(
     plan: InjectionPlan,
     active_state: ActiveState,
     weights: AdapterWeights | None,
+    name: str = "default",
     *,
     half: bool = False,
 ) -> Parts:
@@ -59,6 +61,7 @@ def build(
         active_state: what new wrappers read.
         weights: loaded tensors to bind instead of initialising; for a path or parameter that
             is not in them the usual init is used.
+        name: of the adapter, for layers that go by it.
         half: keep adapters in the base's dtype also where that is a half one; otherwise they
             are float32 there, which training needs.
 
@@ -80,7 +83,7 @@ def build(
     def create(target: Target) -> Adapter:
         check_interrupt()  # some inits take a second a layer
         base = layers[target.path].base
-        site = AdapterSite(target.path, base, target.shapes, adapter_dtype(base.dtype, half=half), shared)
+        site = AdapterSite(target.path, base, target.shapes, adapter_dtype(base.dtype, half=half), shared, name)
         return _create(target, site, None if weights is None else weights.adapters.get(target.path))
 
     for target, adapter in make_adapters(plan, create):
@@ -104,8 +107,12 @@ def build(
 
 
 def _layer(site: Site, target: Target, active_state: ActiveState) -> AdaptedLayer:
-    if isinstance(site.wrapper, AdaptedLayer):
-        return site.wrapper
+    wrapper = site.wrapper
+    if target.adapter_class is CustomAdapter:
+        fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
+        return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
+    if isinstance(wrapper, AdaptedLayer) and not isinstance(wrapper, CustomLayer):
+        return wrapper
     return AdaptedLayer(site.module, layer_kind_named(target.kind), backend_named(target.backend), active_state)
 
 

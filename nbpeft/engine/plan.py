@@ -26,6 +26,7 @@ from nbpeft.engine.config_warnings import (
     warn_of_experts,
     warn_of_tied,
 )
+from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
 from nbpeft.engine.module_paths import suffixes
@@ -168,7 +169,9 @@ def plan(
     modules = [(site.path, site.module) for site in sites if site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     _check_size(model, (*targets, *parts))
-    warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
+    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
+    everything = [(site.path, site.module) for site in sites]
+    warn_of_tied(model, everything, adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
@@ -304,12 +307,17 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
 
 
 def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Target:
-    kind, backend = resolve_parts(site)
-    shapes = {} if tied_to else method.adapter_class.parameter_shapes(config, site.path, site.module, kind)
+    adapter_class: type[Adapter] = method.adapter_class
+    part = custom_part(site.module, site.wrapper, config, site.path) if isinstance(config, AdapterConfig) else None
+    if part is not None:
+        kind, backend = kind_and_backend(site.module)
+        shapes = probed_shapes(part, site.module, site.path)
+        adapter_class, config = CustomAdapter, part
+    else:
+        kind, backend = resolve_parts(site)
+        shapes = {} if tied_to else adapter_class.parameter_shapes(config, site.path, site.module, kind)
     in_features, out_features = kind.features(site.module)
-    return Target(
-        site.path, kind.name, backend.name, in_features, out_features, shapes, method.adapter_class, config, tied_to
-    )
+    return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, adapter_class, config, tied_to)
 
 
 def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:

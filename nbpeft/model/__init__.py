@@ -5,8 +5,8 @@ from nbpeft.engine.adapter import PeftType as PeftType
 from nbpeft.engine.adapter import TaskType as TaskType
 from nbpeft.engine.methods.lora.config import LoraConfig as LoraConfig
 from nbpeft.engine.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from nbpeft.engine.methods.lora.custom_layers import LoraLayer as LoraLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
-from nbpeft.engine.peft_layer_api import layer_type
 from nbpeft.engine.registry import method_of
 from nbpeft.model.auto import AutoPeftModel as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -64,5 +64,4 @@ from nbpeft.model.tasks import get_peft_model as get_peft_model
 from nbpeft.model.tuner import BaseTuner, tuner_class
 
 PeftConfig = AdapterConfig
-LoraLayer = layer_type("LORA", "LoraLayer")
 LoraModel: type[BaseTuner] = tuner_class(method_of(LoraConfig()))

@@ -209,10 +209,11 @@ MODULES: dict[str, dict[str, str]] = {
         OWN: f"{_ADAPTER_FUNCTIONS} PeftConfig",
         "layers": "BaseTuner BaseTunerLayer",
         "helpers": "_filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_tuner_state_dict_key_prefixes "
-        "_maybe_include_all_linear_layers check_target_module_exists inspect_matched_modules onload_layer",
+        "_maybe_include_all_linear_layers check_adapters_to_merge check_target_module_exists inspect_matched_modules "
+        "onload_layer",
         "constants": "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES",
-        "missing": "BasePromptEncoder check_adapters_to_merge clone_module replicate_layers",
+        "missing": "BasePromptEncoder clone_module replicate_layers",
     },
     "tuners.lora": {**_LORA_ROOM, LAYER: f"{_LORA_LAYERS} {' '.join(_OTHER_QUANTIZED.values())}"},
     "tuners.lora.config": {OWN: "LoraConfig LoraRuntimeConfig", "missing": _LORA_EXTRAS},

@@ -118,7 +118,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.auto: no *_allowlist",
         "peft.config: PeftConfigMixin refuses",
         "peft.optimizers.lorafa: LoraFAOptimizer refuses",
-        "peft.tuners.tuners_utils: check_adapters_to_merge refuses",
         "peft.tuners.tuners_utils: clone_module refuses",
         "peft.tuners.tuners_utils: no *",
         "peft.utils: _set_trainable refuses",
@@ -142,7 +141,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "PeftModelForTokenClassification.__init__: peft_config='no default', not None",
     ),
     "the default depends on the method": ("LoraModel.add_weighted_adapter: combination_type=None, not 'svd'",),
-    "adapters are added to a model, not to one of its layers": ("LoRA's *: no attribute update_layer",),
     "a field that every method has": ("*Config: field exclude_modules is not PEFT's",),
     "not there yet": (
         "LoRA's embedding: no attribute bias",

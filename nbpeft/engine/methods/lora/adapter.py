@@ -15,6 +15,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.inits import check_init, init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
+from nbpeft.engine.peft_layer_api import PeftLayerMixin
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
 
@@ -27,21 +28,18 @@ _ENERGY = 0.9
 
 
 @torch.no_grad()
-def reset_factors(
-    adapters: Mapping[str, Any], layer: BaseLayer, adapter_name: str, init_lora_weights: bool | str
-) -> None:
+def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights: bool | str) -> None:
     """Draws the factors of an adapter on one layer anew, in place; as PEFT, not DoRA's magnitude.
 
     Args:
-        adapters: adapter name -> adapter on the layer.
-        layer: the layer.
+        adapted: the layer with its adapters.
         adapter_name: the adapter; nothing is done where the layer has none of that name.
         init_lora_weights: as in ``LoraConfig``; False leaves the factors as they are.
 
     Raises:
         ConfigError: the init takes the start from the weight.
     """
-    adapter = adapters.get(adapter_name)
+    layer, adapter = adapted.base, adapted._named().get(adapter_name)
     if init_lora_weights is False or not isinstance(adapter, LowRankAdapter):
         return
     config = LoraConfig(r=adapter.rank, init_lora_weights=init_lora_weights)
@@ -56,6 +54,33 @@ def reset_factors(
     site = AdapterSite("", layer, shapes, adapter.trained_factors[0].dtype)
     for name, value in init_factors(config, site, None).items():
         held[name].copy_(value)
+
+
+def update_layer(
+    adapted: PeftLayerMixin, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
+) -> None:
+    """Makes the factors of an adapter on one layer anew; as PEFT's layers do, but what is saved then says so, too.
+
+    An adapter that the model does not have is added to it, on this layer alone, and is not active.
+
+    Args:
+        adapted: the layer with its adapters.
+        adapter_name: the adapter.
+        r: its rank here.
+        lora_alpha: its alpha here.
+        config: the rest: init, dropout, rsLoRA. Its targets and patterns do not count.
+        **kwargs: accepted for PEFT's sake.
+
+    Raises:
+        ConfigError: the config is none of LoRA's, or a file could not hold both it and the adapter's own.
+        MergeError: the adapter is merged.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"update_layer takes a LoraConfig, not a {type(config).__name__}")
+    if r <= 0:
+        raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}", field="r")
+    here = config.copy(r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={})
+    adapted._commands().remake(adapted, adapter_name, here)
 
 
 class LowRankAdapter(Adapter, Rescales, Pads):
@@ -95,7 +120,10 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         "use_rslora": "use_rslora",
         "lora_bias": "has_bias",
     }
-    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {"reset_lora_parameters": reset_factors}
+    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        "reset_lora_parameters": reset_factors,
+        "update_layer": update_layer,
+    }
 
     def __init__(
         self,

@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from torch import nn
+
 from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.engine.config_checks import (
     check_bias,
@@ -20,6 +22,7 @@ from nbpeft.engine.config_checks import (
 )
 from nbpeft.engine.field_types import plain
 from nbpeft.engine.module_paths import pattern_table
+from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa")
@@ -64,6 +67,8 @@ class LoraConfig(AdapterConfig):
         trainable_token_indices: ids of tokens whose rows of the embedding are trained.
         use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
         lora_bias: give the second matrix a bias.
+        ensure_weight_tying: refuse factors and copies on one of two tied layers; trained rows of tokens follow by
+            themselves.
         alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
 
     Raises:
@@ -120,7 +125,6 @@ class LoraConfig(AdapterConfig):
         "use_bdlora",
         "arrow_config",
         "kasa_config",
-        "ensure_weight_tying",
     )
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
@@ -148,6 +152,7 @@ class LoraConfig(AdapterConfig):
         self._check_choices()
         self._check_invocation()
         check_target_fields(self, pattern_fields=_PATTERNS)
+        self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
     def _check_numbers(self) -> None:
         self.r = plain(self.r)
@@ -242,6 +247,45 @@ class LoraConfig(AdapterConfig):
     def unused_patterns(self, paths: Sequence[str]) -> str:
         """Describes the keys of ``rank_pattern`` and ``alpha_pattern`` that match no module; see ``AdapterConfig``."""
         return unused_patterns(self, _PATTERNS, paths)
+
+    def with_layer(self, path: str, layer_config: LoraConfig, *, target: bool) -> Self:
+        """A copy with rank and alpha of one layer; see ``AdapterConfig``."""
+        apart = ("init_lora_weights",) if self.initialised_from_weight or layer_config.initialised_from_weight else ()
+        for name in ("lora_bias", *apart):
+            if getattr(self, name) != getattr(layer_config, name):
+                raise ConfigError(f"{name} must be the adapter's own, {getattr(self, name)!r}", field=name)
+        exact, rank, scaling = f"^{path}", layer_config.rank_at(path), layer_config.scaling_at(path)
+        alpha = scaling * (math.sqrt(rank) if self.use_rslora else rank)
+        changed = self.copy(rank_pattern={exact: rank, **{**self.rank_pattern, exact: rank}})
+        changed.alpha_pattern = {exact: alpha, **{**self.alpha_pattern, exact: alpha}}
+        if target:
+            changed.target_modules = with_target(self.target_modules, path)
+        return changed
+
+    # Layer classes of somebody else's
+
+    def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+        """Has layers of some classes adapted by classes of one's own, which derive from ``LoraLayer``; as in PEFT.
+
+        The mapping is no part of a saved config: register it again before an adapter is loaded.
+
+        Args:
+            mapping: class of layers in the model -> class that is put around them, made as ``cls(base_layer,
+                adapter_name, config=…, r=…, lora_alpha=…, target_name=…, …)``.
+        """
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+    def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
+        """The class registered for a layer, or None."""
+        registered = (self._custom_modules or {}).items()
+        return next((custom for layer, custom in registered if isinstance(module, layer)), None)
+
+    def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
+        """Makes an object of such a class with the arguments that PEFT gives; see ``AdapterConfig``."""
+        given: dict[str, Any] = {"r": self.rank_at(path), "lora_alpha": self.alpha_at(path), "target_name": path}
+        given |= {"loaded_in_8bit": False, "loaded_in_4bit": False, "parameter_name": None, "tied_adapter": {}}
+        offload = self.runtime_config.ephemeral_gpu_offload
+        return layer_class(module, name, config=self, ephemeral_gpu_offload=offload, **given)
 
 
 def _check_init_name(init: object) -> None:
