@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import numbers
@@ -140,6 +141,23 @@ def build_arguments(
         return arguments_class(**{name: value for name, value in values.items() if name in known})
     except Exception as error:
         raise _impossible(reason_of(error), fields) from error
+
+
+def changed_arguments(arguments: TrainingArguments, fields: Mapping[str, Any]) -> TrainingArguments:
+    """A copy with other values, made while a training runs: a new object would reset what accelerate knows of it.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+    _check_values(fields, type(arguments))
+    made = copy.copy(arguments)
+    for name, value in fields.items():
+        kind = type(getattr(arguments, name))
+        try:
+            setattr(made, name, kind(value) if issubclass(kind, Enum) else value)
+        except ValueError as error:
+            raise _impossible(reason_of(error), fields) from error
+    return made
 
 
 def reason_of(error: Exception) -> str:
