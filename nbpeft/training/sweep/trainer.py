@@ -225,8 +225,8 @@ class SideBySideCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: who has stopped, and what each has of its own, clones among them."""
         stopped = {one.name: one.status for one in self._group.members if one.status != "training"}
-        fields = self._group.fields()
-        kept = {"fields": fields} if is_plain_value(fields) else {}
+        members = [[name, fields] for name, fields in self._group.fields().items()]  # the file sorts dictionaries
+        kept = {"members": members} if is_plain_value(members) else {}
         return {"args": {}, "attributes": {"stopped": stopped, **kept}}
 
     def on_train_begin(
@@ -273,6 +273,16 @@ class SideBySideCallback(TrainerCallback, ExportableState):
             return
         self._run.adapter = ", ".join(self._group.names)
         self._run.note(f"{clone.name} goes on beside {request.source} from step {step:,}")
+
+
+def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The adapters of a sweep in a checkpoint, clones among them, and what each has of its own; none where it is none.
+
+    Args:
+        state: what its ``trainer_state.json`` holds.
+    """
+    kept = (state.get("stateful_callbacks") or {}).get(SideBySideCallback.__name__) or {}
+    return dict(kept.get("attributes", {}).get("members", ()))
 
 
 def callbacks_of(members: object, run: Run) -> list[SideBySideCallback]:
