@@ -127,6 +127,10 @@ class RunControl:
             self._changed.notify_all()
         self._report()
 
+    def request_clone_of(self, member: str, rate_factor: float = 0.5) -> None:
+        """Asks that an adapter of a sweep goes on as two, the second at another learning rate: half, by default."""
+        self.request_clone(CloneRequest(member, rate_factor=rate_factor))
+
     def take_clones(self) -> list[CloneRequest]:
         """Called by the training loop between steps: what was requested, once."""
         taken, self._clones = self._clones, []
