@@ -120,16 +120,18 @@ class RunControl:
             self._changed.notify_all()
         self._report()
 
-    def request_clone(self, request: CloneRequest) -> None:
-        """Asks that an adapter of a sweep goes on as two after the step the run is in, one with other settings."""
+    def request_clone_of(self, member: str, name: str | None = None, **fields: Any) -> None:
+        """Asks that an adapter of a sweep goes on as two after the step the run is in, the second with other settings.
+
+        Args:
+            member: the adapter, which goes on as it is.
+            name: of the second one; None for one that follows from what it has of its own.
+            **fields: what it has of its own, e.g. ``learning_rate``; half the learning rate if nothing is said.
+        """
         with self._changed:
-            self._clones.append(request)
+            self._clones.append(CloneRequest(member, name, fields, 1.0 if fields else 0.5))
             self._changed.notify_all()
         self._report()
-
-    def request_clone_of(self, member: str, rate_factor: float = 0.5) -> None:
-        """Asks that an adapter of a sweep goes on as two, the second at another learning rate: half, by default."""
-        self.request_clone(CloneRequest(member, rate_factor=rate_factor))
 
     def take_clones(self) -> list[CloneRequest]:
         """Called by the training loop between steps: what was requested, once."""

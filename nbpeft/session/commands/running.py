@@ -98,7 +98,6 @@ def clone(
     from transformers import TrainingArguments
 
     from nbpeft.training.arguments import check_values
-    from nbpeft.training.control import CloneRequest
 
     run = _running(ctx, model, "clone an adapter of")
     _check_learns(run, adapter)
@@ -111,7 +110,7 @@ def clone(
         trained = ctx.models.get(next(known for known, other in ctx.runs.items() if other is run))
         if name in trained.manager.configs:
             raise AdapterExistsError(f"{name!r} is there already: take another name", name=name)
-    run.control.request_clone(CloneRequest(adapter, name, fields))
+    run.control.request_clone_of(adapter, name, **fields)
     what, state = f"is cloned after this step{f' as {name}' if name else ''}", run.state
     return RequestResult(adapter, what, state.step, state.total_steps)
 

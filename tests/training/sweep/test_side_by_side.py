@@ -15,7 +15,6 @@ from nbpeft import IA3Config, get_peft_model, sweep, train
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.losses import lazy_logits
 from nbpeft.training import RunControl, SweepResult
-from nbpeft.training.control import CloneRequest
 from tests.tiny_models import classifier, gpt2, llama
 from tests.training.support import token_rows, trainable
 
@@ -323,10 +322,10 @@ def test_a_sweep_starts_from_one_adapter_and_trains_nothing_else() -> None:
     assert model.manager.names == ("a", "b")
 
 
-def cloned(model: Any, request: CloneRequest, at: int = 1, **arguments: Any) -> Any:
-    """The result of a sweep over the rates of which one adapter is cloned after step ``at + 1``."""
+def cloned(model: Any, source: str, name: str | None, fields: dict[str, Any], **arguments: Any) -> Any:
+    """The result of a sweep over the rates of which one adapter is cloned after the second step."""
     control = RunControl()
-    act = At(at, lambda: control.request_clone(request))
+    act = At(1, lambda: control.request_clone_of(source, name, **fields))
     given = FAST | {"learning_rate": sweep(*RATES.values())} | arguments
     return train(model, token_rows(12), control=control, callbacks=[act], **given)
 
@@ -337,7 +336,7 @@ def test_a_clone_goes_on_from_weights_and_optimizer_state(tokens: int, monkeypat
     monkeypatch.setattr("nbpeft.sweeps.TOKENS_TOGETHER", tokens)
     model = trainable(name="a", lora_dropout=0.3)
     fields = {"learning_rate": 0.02, "weight_decay": 0.5, "lr_scheduler_type": "cosine"}
-    result = cloned(model, CloneRequest("a-lr5e-2", "b", fields), max_steps=6)
+    result = cloned(model, "a-lr5e-2", "b", fields, max_steps=6)
     _, source, clone = result.members
     assert (clone.name, clone.status, clone.step) == ("b", "finished", 6)
     assert [step for step, _ in clone.history] == [3, 4, 5, 6]
@@ -367,21 +366,21 @@ def test_a_clone_goes_on_from_weights_and_optimizer_state(tokens: int, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("source", "name", "fields", "words"),
     [
-        (CloneRequest("c", "b"), "'c' does not learn beside others; a-lr1e-2, a-lr5e-2 do"),
-        (CloneRequest("a-lr1e-2", "a"), "'a' already exists; delete it or take another name"),
-        (CloneRequest("a-lr1e-2", "b", {"num_train_epochs": 2}), "num_train_epochs cannot be a sweep"),
-        (CloneRequest("a-lr1e-2", "b", {"learning_rate": "fast"}), "learning_rate must be a number, not 'fast'"),
-        (CloneRequest("a-lr1e-2", "b", {"lr_scheduler_type": "cosin"}), "lr_scheduler_type 'cosin' is unknown"),
-        (CloneRequest("a-lr1e-2", "b", {"lr_scheduler_type": "reduce_lr_on_plateau"}), "looks at one loss"),
-        (CloneRequest("a-lr1e-2", "b.c"), "'b.c'"),
+        ("c", "b", {}, "'c' does not learn beside others; a-lr1e-2, a-lr5e-2 do"),
+        ("a-lr1e-2", "a", {}, "'a' already exists; delete it or take another name"),
+        ("a-lr1e-2", "b", {"num_train_epochs": 2}, "num_train_epochs cannot be a sweep"),
+        ("a-lr1e-2", "b", {"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
+        ("a-lr1e-2", "b", {"lr_scheduler_type": "cosin"}, "lr_scheduler_type 'cosin' is unknown"),
+        ("a-lr1e-2", "b", {"lr_scheduler_type": "reduce_lr_on_plateau"}, "looks at one loss"),
+        ("a-lr1e-2", "b.c", {}, "'b.c'"),
     ],
 )
-def test_what_cannot_be_cloned_is_said_and_training_goes_on(request_: CloneRequest, words: str) -> None:
+def test_what_cannot_be_cloned_is_said_and_training_goes_on(source: str, name: str, fields: Any, words: str) -> None:
     model = trainable(name="a")
-    result = cloned(model, request_)
-    assert f"{request_.source} was not cloned: " in result.message and words in result.message
+    result = cloned(model, source, name, fields)
+    assert f"{source} was not cloned: " in result.message and words in result.message
     assert set(model.manager.names) == {"a", *RATES} and result.steps == 4
     alone = trainable(name="a")
     train(alone, token_rows(12), learning_rate=0.05, **FAST)
@@ -391,5 +390,5 @@ def test_what_cannot_be_cloned_is_said_and_training_goes_on(request_: CloneReque
 def test_a_clone_without_a_name_is_called_by_what_it_has_of_its_own() -> None:
     model = trainable(name="a")
     model.manager.copy("a", "a-lr5e-2-lr25e-3")
-    result = cloned(model, CloneRequest("a-lr5e-2", rate_factor=0.5))
+    result = cloned(model, "a-lr5e-2", None, {})
     assert result.members[-1].name == "a-lr5e-2-lr25e-3-2" and result.members[-1].settings["learning_rate"] == "2.5e-2"
