@@ -556,6 +556,10 @@ class Adapter(nn.Module):
         """
         return None
 
+    def ds_external_parameters(self) -> tuple[()]:
+        """What DeepSpeed's ZeRO-3 asks each module with hooks for: parameters of other modules that it uses; none."""
+        return ()
+
     def observe(self, module: nn.Module) -> None:
         """Called when somebody puts a hook on a module that ``peft_module`` made, which a layer does not call."""
         warnings.warn(

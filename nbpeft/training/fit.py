@@ -47,7 +47,7 @@ from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import callbacks_of
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
-from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss
+from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
 
 
 @side_by_side
@@ -488,7 +488,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             callback.batch_shape,
             optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
             step=callback.run.state.step,
-            recompute=getattr(trainer, "recompute", False),
+            costs=step_settings(trainer),
         )
     raise failure  # out here it does not hold the frames of the old one
 
