@@ -86,6 +86,8 @@ class Method:
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
+        model_functions: PEFT's name of a function of a model whose first adapter is of the method -> a function of the
+            model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
     """
 
@@ -106,6 +108,7 @@ class Method:
     combine: Combine | None = None
     companion: Companion | None = None
     layer_name: str = ""
+    model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
 
     def title(self, config: AdapterConfig) -> str:
