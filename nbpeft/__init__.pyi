@@ -12,6 +12,7 @@ from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
 from .engine.methods.loha import LoHaConfig as LoHaConfig
 from .engine.methods.lokr import LoKrConfig as LoKrConfig
+from .engine.methods.lora.adalora import AdaLoraConfig as AdaLoraConfig
 from .engine.methods.miss import MissConfig as MissConfig
 from .engine.methods.oft import OFTConfig as OFTConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
