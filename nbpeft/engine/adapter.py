@@ -569,7 +569,7 @@ class TransformsInput(ABC):
 
 
 class TransformsOutput(ABC):
-    """Alone on a layer, changes the output of the base call."""
+    """Alone on a layer, changes the output of the base call; beside ``TransformsInput``, of that call."""
 
     @abstractmethod
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:

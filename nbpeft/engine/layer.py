@@ -102,7 +102,7 @@ class AdaptedLayer(PeftLayerMixin):
         if isinstance(alone, TransformsInput):
             base = self._base_in(active, active.names[0])
             transformed: Tensor = self.base_layer(alone.transform_input(x, base), *args, **kwargs)
-            return transformed
+            return alone.transform_output(transformed, base) if isinstance(alone, TransformsOutput) else transformed
         output: Tensor = self.base_layer(x, *args, **kwargs)
         if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
             x = x.to(output.device)
@@ -203,7 +203,7 @@ class AdaptedLayer(PeftLayerMixin):
         base = self._base_in(active, name)
         base = base if base.context is None else base.within(_rows_of(base.context, run, len(rows.index)))
         scale = rows.scales[rows.names.index(name)]
-        if scale == 1.0 and isinstance(adapter, TransformsOutput):
+        if scale == 1.0 and isinstance(adapter, TransformsOutput) and not isinstance(adapter, TransformsInput):
             return adapter.transform_output(output, base)
         if scale == 1.0 and adapter.supports_fused_add:
             fused: Tensor = adapter(x, output, base, True)
