@@ -73,6 +73,16 @@ class Target:
     tied_to: str = ""
 
     @property
+    def fixed(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and dtype of what a file holds here that is not trained."""
+        return {} if self.tied_to else self.adapter_class.fixed_tensors(self.config, self.shapes)
+
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what a file holds here."""
+        return self.shapes | {name: shape for name, (shape, _) in self.fixed.items()}
+
+    @property
     def parameter_count(self) -> int:
         """Parameters added here."""
         return sum(math.prod(shape) for shape in self.shapes.values())

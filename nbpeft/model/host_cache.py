@@ -173,6 +173,8 @@ class AdapterReader:
             raise AdapterError(
                 f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"
             )
+        if any(target.fixed for target in plan.targets):
+            raise AdapterError(f"adapter {name!r} has tensors of its own that are not trained: load it by itself")
         wanted = expected(model, plan)
         sites = {site.path: site for site in walk(model) if site.path in wanted.adapters or site.path in wanted.copies}
         dtypes = {}

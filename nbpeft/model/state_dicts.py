@@ -82,7 +82,7 @@ def set_peft_model_state_dict(
         optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
         others={
             f"{path}.{key}": tensor.dtype
-            for path, named in weights.copies.items()
+            for path, named in (*weights.copies.items(), *weights.adapters.items())
             for key, tensor in named.items()
             if not tensor.is_floating_point()
         },
