@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
 from nbpeft.engine.base import Backend, LayerKind
@@ -86,6 +86,8 @@ class Method:
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
+        pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
+        unpack: (config, key -> tensor of a file) -> the tensors of an adapter.
         model_functions: PEFT's name of a function of a model whose first adapter is of the method -> a function of the
             model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
@@ -108,6 +110,8 @@ class Method:
     combine: Combine | None = None
     companion: Companion | None = None
     layer_name: str = ""
+    pack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
+    unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
 

@@ -358,7 +358,7 @@ def file_tensors(
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
     tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
     whole = {key: gathered(tensors[key]) for key in sorted(tensors)}  # each process in one order
-    return {key: whole[key] for key in tensors}
+    return dict(method_of(config).pack(config, {key: whole[key] for key in tensors}))
 
 
 def _saved_weights(

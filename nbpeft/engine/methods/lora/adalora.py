@@ -35,20 +35,12 @@ from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.registry import register
-from nbpeft.engine.targets import usual_targets
+from nbpeft.engine.targets import usual_wide_targets
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, few, shown
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"
-_OWN_TARGETS = {
-    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    "roberta": ["query", "key", "value", "dense"],
-    "t5": ["q", "k", "v", "o", "wi", "wo"],
-}
-"""Model type -> targets, where they are not those of the other methods."""
+_ROBERTA = ["query", "key", "value", "dense"]
 
 
 @dataclass
@@ -351,7 +343,7 @@ def update_and_allocate(manager: Any, global_step: int) -> None:
     peft_type="ADALORA",
     label="AdaLoRA",
     prefix="lora_",
-    default_targets=lambda model_type: _OWN_TARGETS.get(model_type or "") or usual_targets(model_type),
+    default_targets=lambda model_type: _ROBERTA if model_type == "roberta" else usual_wide_targets(model_type),
     summary=lambda config: {"r": f"{config.init_r} → {config.target_r}", "α": f"{config.lora_alpha:g}"},
     smaller=lambda config: config.resized(config.init_r // 2) if config.init_r > 1 else None,
     sample_configs={
