@@ -19,6 +19,7 @@ from .engine.methods.oft import OFTConfig as OFTConfig
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .engine.methods.vera import VeraConfig as VeraConfig
 from .engine.selective_recompute import selective_recompute as selective_recompute
 from .errors import AdapterError as AdapterError
