@@ -171,7 +171,7 @@ def _logits(config: VBLoRAConfig, tensors: Mapping[str, Tensor], key: str) -> Te
     summary=lambda config: {"r": str(config.r), "vectors": str(config.num_vectors), "k": str(config.topk)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={
-        "k2": {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.5},
+        "k2": {"r": 3, "num_vectors": 20, "vector_length": 8, "init_vector_bank_bound": 0.0},
     },
     shared=VectorBank,
     pack=_packed,
