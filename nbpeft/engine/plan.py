@@ -314,7 +314,7 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
 
 
 def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Target:
-    kind, backend = resolve_parts(site)
+    kind, backend = resolve_parts(site, method)
     shapes = {} if tied_to else method.adapter_class.parameter_shapes(config, site.path, site.module, kind)
     in_features, out_features = kind.features(site.module)
     return Target(
@@ -322,19 +322,21 @@ def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Targe
     )
 
 
-def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:
+def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
     """Finds the kind and the backend of the module at a site.
 
     Raises:
-        TargetError: the module cannot be adapted.
+        TargetError: the module cannot be adapted by the method.
     """
-    if isinstance(site.wrapper, AdaptedLayer):
+    kind, backend = resolve_layer_kind(site.module, method), resolve_backend(site.module)
+    if kind is not None and isinstance(site.wrapper, AdaptedLayer):
         return site.wrapper.kind, site.wrapper.backend
-    kind, backend = resolve_layer_kind(site.module), resolve_backend(site.module)
     if kind is None or backend is None:
+        what = "name other modules" if method.layer_kinds else "name its linear layers"
         raise TargetError(
-            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted "
-            f"(target module is not supported); name its linear layers or exclude it",
+            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted"
+            f"{' by ' + method.label if method.layer_kinds else ''} (target module is not supported); {what} or "
+            "exclude it",
             path=site.path,
             kind=type(site.module).__name__,
         )
