@@ -82,6 +82,12 @@ SAMPLES = [
     for name, fields in method.sample_configs.items()
 ]
 TARGETS = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+NORMS = {"target_modules": ["input_layernorm", "norm"]}
+
+
+def targets(method: Method) -> dict[str, Any]:
+    return NORMS if method.layer_kinds else TARGETS
+
 
 # On one layer no gradient passes through another adapter.
 ONE_LAYER = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
@@ -129,7 +135,7 @@ def test_default_targets_give_the_tensors_that_peft_gives(method: Method, base: 
 def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:
     """The same random adapter in both libraries."""
     # Without a task peft leaves out what a method adds to the loss.
-    ours = get_peft_model(llama(), method.config_class(task_type="CAUSAL_LM", **TARGETS | fields))
+    ours = get_peft_model(llama(), method.config_class(task_type="CAUSAL_LM", **targets(method) | fields))
     randomize(ours, scale=0.1)
     ours.save_pretrained(folder)
     return ours.eval(), peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True).eval()
@@ -201,7 +207,7 @@ def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch
     monkeypatch.setattr(mutations, "FIELDS", tuple(one.name for one in dataclasses.fields(method.config_class)))
     starts = []
     for name, fields in method.sample_configs.items():
-        start = get_peft_model(llama(), method.config_class(**TARGETS | fields))
+        start = get_peft_model(llama(), method.config_class(**targets(method) | fields))
         starts.append(tmp_path / name)
         start.save_pretrained(starts[-1])
     model = get_peft_model(llama(), nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
@@ -242,14 +248,14 @@ def test_every_field_has_its_type_and_none_is_refused_in_one_line(method: Method
 
 @every_sample
 def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
-    config = method.config_class(**TARGETS | fields)
+    config = method.config_class(**targets(method) | fields)
     parts = {part.name: part.byte_count for part in forecast(llama(), config, batch_size=1, sequence_length=8).parts}
     model, other = get_peft_model(llama(), config), get_peft_model(llama(), config)
     shared = model.manager.shared("default")
     buffers = [one for layer in model.manager.layers.values() for one in layer.adapter("default").buffers()]
     tensors = [*model.manager.parameters("default"), *buffers]
     assert parts["adapters"] == sum(tensor.nbytes for tensor in tensors)
-    added = Session().add(llama(), {"peft_type": method.peft_type.lower(), **TARGETS, **fields}, name="s")
+    added = Session().add(llama(), {"peft_type": method.peft_type.lower(), **targets(method), **fields}, name="s")
     assert added.adapter.method == method.title(config) and added.adapter.summary
     randomize(other, seed=4, scale=0.1)
     other.save_pretrained(tmp_path)
