@@ -8,6 +8,7 @@ store a weight (``base.py``) are M + K + N files. What only some methods can do 
 derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`` and never for a method:
 
     TransformsInput, TransformsOutput   act on the input or output of the one base call, at no second product
+    ReplacesCall                        compute what a layer gives without the base call
     Rescales                            have a factor that can be changed while loaded
     Pads                                fit into larger tensors, so that a compiled model need not compile again
     ServesRows                          serve a mixed batch in one pass
@@ -398,6 +399,9 @@ class AdapterSite:
     name: str = "default"
 
 
+Shape = tuple[int, ...]
+
+
 class Adapter(nn.Module):
     """One method, for one name, on one layer. Subclass it in ``methods/``.
 
@@ -511,6 +515,16 @@ class Adapter(nn.Module):
         """
         return {key: value for key, value in self._parameters.items() if value is not None}
 
+    @classmethod
+    def fixed_tensors(cls, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Shape, torch.dtype]]:
+        """What a file holds of it that is not trained: name of a buffer -> its shape and dtype.
+
+        Args:
+            config: the method's own config.
+            shapes: what ``parameter_shapes`` gave.
+        """
+        return {}
+
     def swap_refusal(self) -> str:
         """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
         return ""
@@ -599,8 +613,16 @@ class TransformsInput(ABC):
         """The input (…, in) to call the frozen layer with, in the dtype of ``x``."""
 
 
+class ReplacesCall(ABC):
+    """Alone on a layer without hooks, computes what the layer gives in place of the base call."""
+
+    @abstractmethod
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """What the layer gives for ``x``, bias included, in its own dtype; None where the base has to be called."""
+
+
 class TransformsOutput(ABC):
-    """Alone on a layer, changes the output of the base call."""
+    """Alone on a layer, changes the output of the base call; beside ``TransformsInput``, of that call."""
 
     @abstractmethod
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,13 +136,20 @@ def shared_state(
 def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:
     if given is None:
         return target.adapter_class.create(target.config, site, None)
-    options: Any = {"device": site.base.device, "dtype": site.dtype}
-    if set(site.shapes) - set(given):
-        adapter = target.adapter_class.create(target.config, site, None)
-        for name, tensor in given.items():
-            adapter._parameters[name] = nn.Parameter(tensor.to(**options))
-        return adapter
-    return target.adapter_class.create(target.config, site, {name: given[name].to(**options) for name in site.shapes})
+    placed = {
+        name: tensor.to(site.base.device, site.dtype if name in site.shapes else None)
+        for name, tensor in given.items()
+        if name in target.saved_shapes
+    }
+    if site.shapes.keys() <= placed.keys():
+        return target.adapter_class.create(target.config, site, placed)
+    adapter = target.adapter_class.create(target.config, site, None)
+    for name, tensor in placed.items():
+        if name in site.shapes:
+            adapter._parameters[name] = nn.Parameter(tensor)
+        else:
+            adapter._buffers[name] = tensor
+    return adapter
 
 
 def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:

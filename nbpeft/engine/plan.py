@@ -74,6 +74,16 @@ class Target:
     tied_to: str = ""
 
     @property
+    def fixed(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and dtype of what a file holds here that is not trained."""
+        return {} if self.tied_to else self.adapter_class.fixed_tensors(self.config, self.shapes)
+
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what a file holds here."""
+        return self.shapes | {name: shape for name, (shape, _) in self.fixed.items()}
+
+    @property
     def parameter_count(self) -> int:
         """Parameters added here."""
         return sum(math.prod(shape) for shape in self.shapes.values())
@@ -314,25 +324,27 @@ def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Targe
         shapes = probed_shapes(part, site.module, site.path)
         adapter_class, config = CustomAdapter, part
     else:
-        kind, backend = resolve_parts(site)
+        kind, backend = resolve_parts(site, method)
         shapes = {} if tied_to else adapter_class.parameter_shapes(config, site.path, site.module, kind)
     in_features, out_features = kind.features(site.module)
     return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, adapter_class, config, tied_to)
 
 
-def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:
+def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
     """Finds the kind and the backend of the module at a site.
 
     Raises:
-        TargetError: the module cannot be adapted.
+        TargetError: the module cannot be adapted by the method.
     """
-    if isinstance(site.wrapper, AdaptedLayer):
+    kind, backend = resolve_layer_kind(site.module, method), resolve_backend(site.module)
+    if kind is not None and isinstance(site.wrapper, AdaptedLayer):
         return site.wrapper.kind, site.wrapper.backend
-    kind, backend = resolve_layer_kind(site.module), resolve_backend(site.module)
     if kind is None or backend is None:
+        what = "name other modules" if method.layer_kinds else "name its linear layers"
         raise TargetError(
-            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted "
-            f"(target module is not supported); name its linear layers or exclude it",
+            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted"
+            f"{' by ' + method.label if method.layer_kinds else ''} (target module is not supported); {what} or "
+            "exclude it",
             path=site.path,
             kind=type(site.module).__name__,
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
 from nbpeft.engine.base import Backend, LayerKind
@@ -85,7 +85,12 @@ class Method:
             while the call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
+        layer_kinds: kinds of layers that it alone takes; where it has some, it takes no others.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
+        pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
+        unpack: (config, key -> tensor of a file) -> the tensors of an adapter.
+        model_functions: PEFT's name of a function of a model whose first adapter is of the method -> a function of the
+            model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
     """
 
@@ -105,7 +110,11 @@ class Method:
     call_context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
     combine: Combine | None = None
     companion: Companion | None = None
+    layer_kinds: tuple[LayerKind, ...] = ()
     layer_name: str = ""
+    pack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
+    unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
+    model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
 
     def title(self, config: AdapterConfig) -> str:
@@ -262,9 +271,10 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
     return known[peft_type]
 
 
-def resolve_layer_kind(module: nn.Module) -> LayerKind | None:
-    """The kind a layer is of, or None when it cannot be adapted."""
-    return next((kind for kind in _layer_kinds if kind.matches(module)), None)
+def resolve_layer_kind(module: nn.Module, method: Method | None = None) -> LayerKind | None:
+    """The kind a layer is of, or None when it cannot be adapted; by a method that may have kinds of its own."""
+    kinds = _layer_kinds if method is None or not method.layer_kinds else method.layer_kinds
+    return next((kind for kind in kinds if kind.matches(module)), None)
 
 
 def resolve_backend(module: nn.Module) -> Backend | None:
@@ -274,7 +284,8 @@ def resolve_backend(module: nn.Module) -> Backend | None:
 
 def layer_kind_named(name: str) -> LayerKind:
     """The kind of a name that ``resolve_layer_kind`` gave."""
-    return next(kind for kind in _layer_kinds if kind.name == name)
+    own = (kind for method in _methods for kind in method.layer_kinds)
+    return next(kind for kind in (*_layer_kinds, *own) if kind.name == name)
 
 
 def backend_named(name: str) -> Backend:

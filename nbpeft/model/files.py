@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.peft_modules import ADAPTER_PARTS, shown_name
-from nbpeft.engine.plan import InjectionPlan
+from nbpeft.engine.plan import InjectionPlan, Target
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.trained import mark_saved
@@ -136,13 +136,23 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
     base = {name: tuple(bias.shape) for name, bias in biases.items() if bias is not None}
     embeddings = {name: tuple(tensor.shape) for name, tensor in embedding_weights(model).items()}
     return checkpoint.Expected(
-        adapters={target.path: target.shapes for target in plan.targets},
+        adapters={target.path: target.saved_shapes for target in plan.targets},
         copies=copies,
         base=base,
         shared=plan.saved_shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
-        others=not_floating({path: modules[path] for path in plan.copies}),
+        others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan.targets),
     )
+
+
+def fixed_dtypes(targets: Iterable[Target]) -> dict[str, torch.dtype]:
+    """Returns name -> dtype of what a file holds of adapters that is neither trained nor floating-point."""
+    return {
+        f"{target.path}.{name}": dtype
+        for target in targets
+        for name, (_, dtype) in target.fixed.items()
+        if not dtype.is_floating_point
+    }
 
 
 def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
@@ -348,7 +358,7 @@ def file_tensors(
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
     tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
     whole = {key: gathered(tensors[key]) for key in sorted(tensors)}  # each process in one order
-    return {key: whole[key] for key in tensors}
+    return dict(method_of(config).pack(config, {key: whole[key] for key in tensors}))
 
 
 def _saved_weights(

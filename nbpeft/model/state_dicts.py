@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
+from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import BaseMismatchError, did_you_mean, few
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
@@ -82,12 +83,14 @@ def set_peft_model_state_dict(
         optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
         others={
             f"{path}.{key}": tensor.dtype
-            for path, named in weights.copies.items()
+            for path, named in (*weights.copies.items(), *weights.adapters.items())
             for key, tensor in named.items()
             if not tensor.is_floating_point()
         },
     )
-    tensors = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
+    config = manager.configs[adapter_name]
+    packed = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
+    tensors = method_of(config).unpack(config, packed)
     loaded = checkpoint.from_file(tensors, wanted, peft_type=peft_type, ignore_mismatched=ignore_mismatched_sizes)
     writes = [
         (own[path][key], value)

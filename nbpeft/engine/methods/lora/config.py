@@ -31,7 +31,6 @@ _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
 
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -131,6 +130,8 @@ class LoraConfig(AdapterConfig):
         *("r", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),
     )
 
+    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    """Fields that map patterns over paths to values."""
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "bias": _BIASES,
         "init_lora_weights": (True, False, *INITS, "pissa_niter_4"),
@@ -151,7 +152,7 @@ class LoraConfig(AdapterConfig):
         self._check_numbers()
         self._check_choices()
         self._check_invocation()
-        check_target_fields(self, pattern_fields=_PATTERNS)
+        check_target_fields(self, pattern_fields=self.pattern_fields)
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
     def _check_numbers(self) -> None:
@@ -245,8 +246,8 @@ class LoraConfig(AdapterConfig):
         self.alpha_pattern = dict(sorted(others.items(), key=lambda item: -len(item[0])))
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes the keys of ``rank_pattern`` and ``alpha_pattern`` that match no module; see ``AdapterConfig``."""
-        return unused_patterns(self, _PATTERNS, paths)
+        """Describes the keys of its patterns that match no module; see ``AdapterConfig``."""
+        return unused_patterns(self, self.pattern_fields, paths)
 
     def with_layer(self, path: str, layer_config: LoraConfig, *, target: bool) -> Self:
         """A copy with rank and alpha of one layer; see ``AdapterConfig``."""
