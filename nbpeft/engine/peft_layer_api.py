@@ -267,6 +267,11 @@ class PeftLayerMixin(ChoosesAlone):
         """
         self._commands().set_base_weight(self, weight_data)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for an adapter on this layer; False where it has none of that name."""
+        found = self._named().get(adapter_name)
+        return found is not None and not found.unconvertible_reason(self.base)
+
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the layer stores its weight as (in, out), as transformers' ``Conv1D`` does."""

@@ -16,6 +16,8 @@ from nbpeft.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2S
 from nbpeft.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from nbpeft.model.combining import Combined as Combined
+from nbpeft.model.conversion import convert_to_lora as convert_to_lora
+from nbpeft.model.conversion import save_as_lora as save_as_lora
 from nbpeft.model.functional import DoraCaching as DoraCaching
 from nbpeft.model.functional import cast_adapter_dtype as cast_adapter_dtype
 from nbpeft.model.functional import cast_mixed_precision_params as cast_mixed_precision_params

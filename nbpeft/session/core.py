@@ -15,6 +15,7 @@ from nbpeft.session.commands import (
     asking,
     combining,
     comparing,
+    converting,
     data,
     inspecting,
     merging,
@@ -106,6 +107,7 @@ class Session:
 
     # Several adapters
     combine = _command(combining.combine)
+    convert = _command(converting.convert)
     ask = _command(asking.ask)
     compare = _command(comparing.compare)
     try_combination = _command(comparing.try_combination)

@@ -204,6 +204,10 @@ class TrainableTokens(Adapter):
         """Rows of other tokens do not fit in."""
         return "trains rows of embeddings (trainable_token_indices)"
 
+    def unconvertible_reason(self, base: BaseLayer) -> str:
+        """A product of matrices is not shared by the layers that share the rows."""
+        return "it trains rows of an embedding, as LoRA does along with its own with trainable_token_indices"
+
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
         """Computes the change of the output where a trained token is.
 

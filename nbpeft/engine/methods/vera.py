@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, SharedState
+from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_number
 from nbpeft.engine.layers_config import LayersConfig
@@ -125,7 +125,7 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     sample_configs={"r8": {"r": 8}, "drawn": {"r": 5, "save_projection": False}},
     shared=Projections,
 )
-class Vera(Adapter):
+class Vera(Adapter, ConvertsToLora):
     """The two vectors of one layer."""
 
     @classmethod
@@ -181,6 +181,12 @@ class Vera(Adapter):
         """``(b ∘ B) (d ∘ A)``; see ``Adapter``."""
         first, second, d, b = self._parts(base)
         return (second * b[:, None]) @ (first * d[:, None])
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """``d ∘ A`` and ``b ∘ B``; see ``ConvertsToLora``."""
+        first, second, d, b = self._parts(base)
+        return LowRankDelta(first * d[:, None], second * b[:, None], 1.0)
 
     @property
     def delta_rank(self) -> int | None:

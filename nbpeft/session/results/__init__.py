@@ -18,6 +18,7 @@ from nbpeft.session.results.base import Result as Result
 from nbpeft.session.results.combining import CombineResult as CombineResult
 from nbpeft.session.results.combining import SwapResult as SwapResult
 from nbpeft.session.results.comparing import CompareResult as CompareResult
+from nbpeft.session.results.converting import ConvertResult as ConvertResult
 from nbpeft.session.results.data import DataResult as DataResult
 from nbpeft.session.results.doctor import Check as Check
 from nbpeft.session.results.doctor import DoctorReport as DoctorReport
