@@ -392,6 +392,9 @@ class Adapter(nn.Module):
     is_tied: ClassVar[bool] = False
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
 
+    takes_quantized: ClassVar[bool] = True
+    """Whether it goes on a layer whose weight is stored quantized."""
+
     wrapped_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
 

@@ -87,6 +87,9 @@ class Method:
         companion: lets configs of other methods ask for it.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
+        when: when to choose it, in a few words.
+        paper: where it is described: ``arXiv:2106.09685``, or an address.
+        listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
     """
 
     label: str
@@ -107,6 +110,9 @@ class Method:
     companion: Companion | None = None
     layer_name: str = ""
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
+    when: str = ""
+    paper: str = ""
+    listed_with: Mapping[str, Any] = field(default_factory=dict)
 
     def title(self, config: AdapterConfig) -> str:
         """Its name for people, for one config."""

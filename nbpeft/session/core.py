@@ -18,6 +18,7 @@ from nbpeft.session.commands import (
     converting,
     data,
     inspecting,
+    listing,
     merging,
     planning,
     pushing,
@@ -91,6 +92,7 @@ class Session:
     reset = _command(undoing.reset)
     undo = _command(undoing.undo)
     inspect = _command(inspecting.inspect)
+    methods = _command(listing.methods)
 
     # Which of them are active, and how strongly
     use = _command(switching.use)

@@ -28,3 +28,21 @@ def test_convert_makes_a_lora(notebook: Notebook) -> None:
 )
 def test_mistakes_are_one_line(adapted: Notebook, line: str, words: str) -> None:
     assert words in adapted.run(f"%lora {line}").line
+
+
+def test_methods_lists_what_each_costs_on_the_model(notebook: Notebook) -> None:
+    listed = str(notebook.do("%lora methods"))
+    assert " methods on model, with their defaults" in listed and "the usual choice" in listed
+    fields = str(notebook.do("%lora methods model target_modules=all-linear r=4"))
+    assert "with target_modules=all-linear, r=4 where they have it" in fields
+    assert "did you mean" in notebook.run("%lora methods modle").line.lower()
+    notebook["other"] = notebook["model"]
+    assert "Parameters" not in str(notebook.do("%lora methods"))
+
+
+def test_a_cell_of_a_method_completes_the_fields_of_that_method_alone(notebook: Notebook) -> None:
+    offered = notebook.complete("%%lora model --method oft\n")
+    assert "oft_block_size = " in offered or "oft_block_size=" in offered or "oft_block_size" in offered
+    assert not any(word.startswith(("lora_", "use_dora", "vera_")) for word in offered)
+    assert not notebook.complete("%%lora model --method oft\nlora_a")
+    assert any(word.startswith("vera_dropout") for word in notebook.complete("%%lora model --method vera\nvera_"))

@@ -62,6 +62,8 @@ class C3AConfig(LayersConfig):
     C3AConfig,
     peft_type="C3A",
     label="C3A",
+    when="a high rank from few parameters, where blocks divide the layers",
+    paper="arXiv:2407.19342",
     default_targets=usual_unfused_targets,
     summary=lambda config: {"block": str(config.block_size)},
     sample_configs={"b8": {"block_size": 8, "init_weights": True}, "b2": {"block_size": 2, "init_weights": True}},

@@ -88,6 +88,8 @@ def _drawn_places(size: int, count: int, seed: int) -> Tensor:
     FourierFTConfig,
     peft_type="FOURIERFT",
     label="FourierFT",
+    when="very small files: some numbers a layer, whatever its size",
+    paper="arXiv:2405.03003",
     default_targets=usual_unfused_targets,
     summary=lambda config: {"frequencies": str(config.n_frequency)},
     smaller=lambda config: config.copy(n_frequency=config.n_frequency // 2) if config.n_frequency > 1 else None,

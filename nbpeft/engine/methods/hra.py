@@ -52,6 +52,8 @@ class HRAConfig(LayersConfig):
     HRAConfig,
     peft_type="HRA",
     label="HRA",
+    when="as OFT, for fewer parameters",
+    paper="arXiv:2405.17484",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 4 * 2) if config.r > 3 else None,

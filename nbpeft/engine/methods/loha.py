@@ -55,6 +55,8 @@ class LoHaConfig(RankedConfig):
     LoHaConfig,
     peft_type="LOHA",
     label="LoHa",
+    when="a high rank from few parameters; images",
+    paper="arXiv:2108.06098",
     prefix="hada_",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},

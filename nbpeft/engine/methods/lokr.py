@@ -90,6 +90,8 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
     LoKrConfig,
     peft_type="LOKR",
     label="LoKr",
+    when="very small files; images",
+    paper="arXiv:2212.10650",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

@@ -113,6 +113,8 @@ class _Companion:
     TrainableTokensConfig,
     peft_type="TRAINABLE_TOKENS",
     label="trainable tokens",
+    when="new tokens, and nothing else of the model",
+    listed_with={"token_indices": [0]},
     summary=lambda config: {"tokens": str(len(config.token_indices))},
     sample_configs={"tokens": {"token_indices": [0, 2, 5]}},
     companion=_Companion(),
@@ -129,6 +131,7 @@ class TrainableTokens(Adapter):
     supports_fused_add: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
     is_tied: ClassVar[bool] = True
+    takes_quantized: ClassVar[bool] = False
     peft_attributes: ClassVar[Mapping[str, str]] = {
         "token_indices": "token_list",
         "trainable_tokens_original": "frozen_rows",

@@ -7,6 +7,24 @@ import argparse
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
 from nbpeft.magics.registry import ADAPTER, ON_MODEL, subcommand
+from nbpeft.magics.subcommands.planning import SIZES, settings_of
+
+
+@subcommand(
+    "methods",
+    "List the methods: what each costs on a model, what it can do, and when to choose it.",
+    argument("target", nargs="?", metavar="MODEL", completes="model", help="variable that holds the model"),
+    *SIZES,
+    fields="config",
+    example="%lora methods model target_modules=all-linear --batch 4 --seq 512",
+)
+def methods(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """List the methods."""
+    notebook.session.adopt(notebook.namespace)
+    names = notebook.model_names()
+    variable = options.target or (names[0] if len(names) == 1 else None)
+    model = None if variable is None else notebook.chosen(variable)
+    return notebook.session.methods(model, options.fields, variable=variable, **settings_of(options))
 
 
 def rank_or_share(text: str) -> int | float:

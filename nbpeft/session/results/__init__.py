@@ -24,6 +24,7 @@ from nbpeft.session.results.doctor import Check as Check
 from nbpeft.session.results.doctor import DoctorReport as DoctorReport
 from nbpeft.session.results.inspecting import InspectResult as InspectResult
 from nbpeft.session.results.merging import MergedCopy as MergedCopy
+from nbpeft.session.results.methods import MethodsResult as MethodsResult
 from nbpeft.session.results.planning import PlanResult as PlanResult
 from nbpeft.session.results.preview import Preview as Preview
 from nbpeft.session.results.preview import PreviewRow as PreviewRow
