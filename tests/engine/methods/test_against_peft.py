@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -71,10 +72,41 @@ def t5() -> Any:
     return seeded(lambda: T5ForConditionalGeneration(T5Config(**sizes)))
 
 
-MODELS = (llama, gpt2, bert, bloom, gpt_neox, opt, qwen2, t5)
+def of_decoder(name: str, config_name: str = "", **sizes: Any) -> Any:
+    """A tiny decoder of transformers: ``Mistral``, ``Phi``."""
+    config = getattr(transformers, f"{config_name or name}Config")(**{**SIZES, "pad_token_id": 0, **sizes})
+    return seeded(lambda: getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+GATED: dict[str, Any] = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "mistral": lambda: of_decoder("Mistral", **GATED),
+    "qwen2": qwen2,
+    "qwen3": lambda: of_decoder("Qwen3", **GATED),
+    "gemma2": lambda: of_decoder("Gemma2", **GATED),
+    "gemma3_text": lambda: of_decoder("Gemma3", "Gemma3Text", **GATED),
+    "phi": lambda: of_decoder("Phi", intermediate_size=64),
+    "falcon": lambda: of_decoder("Falcon"),
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "opt": opt,
+    "bloom": bloom,
+    "bert": bert,
+    "t5": t5,
+}
+
+SMALL = {"C3A": {"block_size": 8}, "FOURIERFT": {"n_frequency": 20}, "MISS": {"r": 4}}
+"""Settings of methods whose defaults are too large for the models here."""
 
 OLDER = {"LORA", "IA3", "TRAINABLE_TOKENS"}
 """Methods with tests of their own for all of this."""
+ALL_METHODS = [
+    method
+    for method in {method.peft_type: method for method in reversed(methods())}.values()
+    if hasattr(peft.PeftType, method.peft_type) and method.companion is None
+]
 METHODS = [method for method in methods() if method.peft_type not in OLDER and hasattr(peft.PeftType, method.peft_type)]
 SAMPLES = [
     pytest.param(method, dict(fields), id=f"{method.peft_type.lower()}-{name}")
@@ -109,14 +141,14 @@ def counted(make: Callable[[], Any]) -> Any:
     return {name: tuple(value.shape) for name, value in module.get_peft_model_state_dict(model).items()}
 
 
-@every_method
-@pytest.mark.parametrize("base", MODELS, ids=lambda base: base.__name__)
-def test_default_targets_give_the_tensors_that_peft_gives(method: Method, base: Callable[[], Any]) -> None:
-    ours, theirs = both_configs(method)
-    expected = counted(lambda: peft.get_peft_model(base(), theirs))
-    found = counted(lambda: get_peft_model(base(), ours))
-    if expected != "refused":
-        assert found == expected
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.peft_type.lower())
+def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: str) -> None:
+    ours, theirs = both_configs(method, **SMALL.get(method.peft_type, {}))
+    assert MODELS[name]().config.model_type == name
+    expected = counted(lambda: peft.get_peft_model(MODELS[name](), theirs))
+    found = counted(lambda: get_peft_model(MODELS[name](), ours))
+    assert found == expected or (expected == "refused" and name == "gpt2")  # some in peft leave its Conv1D out
 
 
 def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:
