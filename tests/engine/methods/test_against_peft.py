@@ -120,6 +120,7 @@ ONE_LAYER = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
 TRAINED = {"C3A": ONE_LAYER}
 """Methods whose gradient of the input is wrong in peft."""
 
+every_method_alike = pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.peft_type.lower())
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.peft_type.lower())
 every_sample = pytest.mark.parametrize(("method", "fields"), SAMPLES)
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -142,7 +143,7 @@ def counted(make: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.peft_type.lower())
+@every_method_alike
 def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: str) -> None:
     ours, theirs = both_configs(method, **SMALL.get(method.peft_type, {}))
     assert MODELS[name]().config.model_type == name
@@ -217,20 +218,19 @@ def test_a_step_keeps_no_more_than_that_of_peft(method: Method, fields: dict[str
     assert saved_bytes(ours) <= 1.05 * saved_bytes(theirs)
 
 
-@pytest.mark.slow
-@every_method
-def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is right or refused in one line, and the model stays as it was."""
+def check_mutated_folders(method: Method, seeds: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Each is right or refused in one line, and the model stays as it was; returns how many are right."""
     monkeypatch.setattr(mutations, "FIELDS", tuple(one.name for one in dataclasses.fields(method.config_class)))
     starts = []
     for name, fields in method.sample_configs.items():
-        start = get_peft_model(llama(), method.config_class(**TARGETS | fields))
+        own = {key: ["down_proj"] if value == ["target"] else value for key, value in fields.items()}
+        start = get_peft_model(llama(), method.config_class(**TARGETS | own))
         starts.append(tmp_path / name)
         start.save_pretrained(starts[-1])
     model = get_peft_model(llama(), nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
     before = state(model)
     right = 0
-    for seed in range(200):
+    for seed in seeds:
         draw = random.Random(seed)
         folder = tmp_path / f"f{seed}"
         done = mutated(draw.choice(starts), folder, draw)
@@ -248,7 +248,19 @@ def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch
                 model.set_adapter("default")
                 model.delete_adapter("new")
         assert same_state(state(model), before), (seed, done)
-    assert right >= 20
+    return right
+
+
+@pytest.mark.slow
+@every_method_alike
+def test_mutated_folders(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_mutated_folders(method, range(12), tmp_path, monkeypatch) < 12
+
+
+@pytest.mark.long
+@every_method_alike
+def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 20 <= check_mutated_folders(method, range(200), tmp_path, monkeypatch) < 200
 
 
 @every_method
