@@ -293,7 +293,8 @@ class PeftLayerMixin(ChoosesAlone):
         methods = [found for adapter in self._named().values() if (found := method_of_adapter(adapter)) is not None]
         own = sorted({method.peft_type.lower() for method in methods if not method.layer_name})
         layer = self.base.backend.peft_name or self.base.kind.peft_name
-        return f"{'/'.join(own)}.{layer}" if own or not methods else methods[0].layer_name
+        prefix = methods[0].layer_prefix if len(own) == 1 else ""
+        return f"{'/'.join(own)}.{prefix}{layer}" if own or not methods else methods[0].layer_name
 
     def _get_name(self) -> str:
         return self.adapted_as

@@ -85,6 +85,7 @@ class Method:
             while the call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
+        layer_prefix: what PEFT's names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
         when: when to choose it, in a few words.
@@ -108,6 +109,7 @@ class Method:
     call_context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
     combine: Combine | None = None
     companion: Companion | None = None
+    layer_prefix: str = ""
     layer_name: str = ""
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
     when: str = ""

@@ -62,6 +62,7 @@ class C3AConfig(LayersConfig):
     C3AConfig,
     peft_type="C3A",
     label="C3A",
+    layer_prefix="C3A",
     when="a high rank from few parameters, where blocks divide the layers",
     paper="arXiv:2407.19342",
     default_targets=usual_unfused_targets,

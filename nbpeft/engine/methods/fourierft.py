@@ -88,6 +88,7 @@ def _drawn_places(size: int, count: int, seed: int) -> Tensor:
     FourierFTConfig,
     peft_type="FOURIERFT",
     label="FourierFT",
+    layer_prefix="FourierFT",
     when="very small files: some numbers a layer, whatever its size",
     paper="arXiv:2405.03003",
     default_targets=usual_unfused_targets,

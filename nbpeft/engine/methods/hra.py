@@ -52,6 +52,7 @@ class HRAConfig(LayersConfig):
     HRAConfig,
     peft_type="HRA",
     label="HRA",
+    layer_prefix="HRA",
     when="as OFT, for fewer parameters",
     paper="arXiv:2405.17484",
     default_targets=usual_targets,

@@ -61,6 +61,7 @@ class MissConfig(LayersConfig):
     MissConfig,
     peft_type="MISS",
     label="MiSS",
+    layer_prefix="Miss",
     when="LoRA's memory, for about half of its parameters at the same rank",
     paper="arXiv:2409.15371",
     default_targets=usual_targets,

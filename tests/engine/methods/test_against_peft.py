@@ -33,6 +33,7 @@ from nbpeft.engine.registry import Method, methods
 from nbpeft.errors import HotSwapError, NbpeftError
 from nbpeft.memory import forecast
 from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter
+from nbpeft.peft_api import mappings
 from nbpeft.session import Session
 from tests.fuzz import mutations
 from tests.fuzz.mutations import mutated
@@ -158,6 +159,24 @@ def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftMode
     randomize(ours, scale=0.1)
     ours.save_pretrained(folder)
     return ours.eval(), peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True).eval()
+
+
+@every_method_alike
+def test_its_status_and_its_names_are_those_of_peft(method: Method, tmp_path: Path) -> None:
+    fields = next(iter(method.sample_configs.values()))
+    own = {key: ["down_proj"] if value == ["target"] else value for key, value in fields.items()}
+    ours, theirs = pair(method, own, tmp_path)
+    expected = [dataclasses.asdict(layer) for layer in theirs.get_layer_status()]
+    for layer in expected:
+        if method.peft_type == "IA3":  # whose layers do not say in peft of which method they are
+            layer["module_type"] = f"ia3.{layer['module_type']}"
+    assert [dataclasses.asdict(layer) for layer in ours.get_layer_status()] == expected
+    assert dataclasses.asdict(ours.get_model_status()) == dataclasses.asdict(theirs.get_model_status())
+    peft_type = nbpeft.PeftType(method.peft_type)
+    for name in ("CONFIG", "PREFIX", "TUNER"):
+        found = getattr(mappings, f"PEFT_TYPE_TO_{name}_MAPPING")[peft_type]
+        wanted = getattr(peft.mapping, f"PEFT_TYPE_TO_{name}_MAPPING")[peft.PeftType(method.peft_type)]
+        assert getattr(found, "__name__", found) == getattr(wanted, "__name__", wanted)
 
 
 @every_sample
