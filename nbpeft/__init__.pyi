@@ -33,6 +33,7 @@ from .errors import CellError as CellError
 from .errors import CheckpointError as CheckpointError
 from .errors import CheckpointNotFoundError as CheckpointNotFoundError
 from .errors import ConfigError as ConfigError
+from .errors import ConversionError as ConversionError
 from .errors import CorruptCheckpointError as CorruptCheckpointError
 from .errors import HotSwapError as HotSwapError
 from .errors import LayerKindError as LayerKindError
@@ -81,6 +82,7 @@ from .model import TaskType as TaskType
 from .model import cast_adapter_dtype as cast_adapter_dtype
 from .model import cast_mixed_precision_params as cast_mixed_precision_params
 from .model import check_if_peft_model as check_if_peft_model
+from .model import convert_to_lora as convert_to_lora
 from .model import delete_adapter as delete_adapter
 from .model import disable_input_dtype_casting as disable_input_dtype_casting
 from .model import get_base_model_state_dict as get_base_model_state_dict
@@ -100,6 +102,7 @@ from .model import merge_to_folder as merge_to_folder
 from .model import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from .model import quantize_model as quantize_model
 from .model import rescale_adapter_scale as rescale_adapter_scale
+from .model import save_as_lora as save_as_lora
 from .model import set_adapter as set_adapter
 from .model import set_base_model_state_dict as set_base_model_state_dict
 from .model import set_peft_model_state_dict as set_peft_model_state_dict

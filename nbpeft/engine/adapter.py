@@ -12,7 +12,8 @@ derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`
     Rescales                            have a factor that can be changed while loaded
     Pads                                fit into larger tensors, so that a compiled model need not compile again
     ServesRows                          serve a mixed batch in one pass
-    IsLowRank                           add a product of two thin matrices, so that any LoRA runtime can serve them
+    ConvertsToLora                      add a product of two thin matrices, which a LoRA can take over as they are
+    IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
     LearnsWithHooks                     take part in training beside the gradient
 """
 
@@ -419,6 +420,9 @@ class Adapter(nn.Module):
     is_tied: ClassVar[bool] = False
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
 
+    takes_quantized: ClassVar[bool] = True
+    """Whether it goes on a layer whose weight is stored quantized."""
+
     wrapped_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
 
@@ -492,6 +496,13 @@ class Adapter(nn.Module):
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why what it adds is not a change of the layer's weight and bias, as part of a sentence; else empty."""
         return ""
+
+    def unconvertible_reason(self, base: BaseLayer) -> str:
+        """Why no product of two matrices can stand for it, as part of a sentence; else empty."""
+        reason = self.unmergeable_reason(base)
+        if not reason and int(getattr(base.module, "groups", 1)) > 1:
+            return "the weight of a convolution in groups is no product of two matrices"
+        return f"it cannot be merged into {reason}" if reason else ""
 
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
         """Measures the change of the weight.
@@ -734,12 +745,20 @@ class LowRankDelta:
         return int(self.down.shape[0])
 
 
-class IsLowRank(ABC):
+class ConvertsToLora(ABC):
     """What it adds to a weight is exactly the product of two thin matrices."""
 
     @abstractmethod
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """The two matrices, detached, without rows that are only padding; None where there are none on the layer."""
+
+
+class IsLowRank(ConvertsToLora):
+    """Its parameters are those two matrices, on every layer."""
+
+    @abstractmethod
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """The two matrices, detached, without rows that are only padding."""
+        """The two matrices; see ``ConvertsToLora``."""
 
 
 class LearnsWithHooks:

@@ -127,8 +127,13 @@ class InjectionPlan:
     @property
     def parameter_count(self) -> int:
         """Parameters added: adapters, what they share, and copies."""
-        shared = sum(math.prod(shape) for shape in self.shared.values())
-        return sum(target.parameter_count for target in self.targets) + shared + sum(self.copies.values())
+        own = sum(target.parameter_count for target in self.targets)
+        return own + self.shared_count + sum(self.copies.values())
+
+    @property
+    def shared_count(self) -> int:
+        """Elements of the tensors that all targets share."""
+        return sum(math.prod(shape) for shape in self.shared.values())
 
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the added parameters in a dtype."""

@@ -18,6 +18,8 @@ from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftMod
 from nbpeft.model.calibrated_merge import CalibratedMerge as CalibratedMerge
 from nbpeft.model.calibrated_merge import merge_calibrated as merge_calibrated
 from nbpeft.model.combining import Combined as Combined
+from nbpeft.model.conversion import convert_to_lora as convert_to_lora
+from nbpeft.model.conversion import save_as_lora as save_as_lora
 from nbpeft.model.functional import DoraCaching as DoraCaching
 from nbpeft.model.functional import cast_adapter_dtype as cast_adapter_dtype
 from nbpeft.model.functional import cast_mixed_precision_params as cast_mixed_precision_params

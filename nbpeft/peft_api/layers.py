@@ -69,4 +69,4 @@ def of_method(package: str, name: str) -> Any:
         return usual_targets_of(method.peft_type)
     own = name.removeprefix(title)
     known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
-    return layer_class(f"{package}.{own}") if own in known else None
+    return layer_class(f"{package}.{method.layer_prefix}{own}") if own in known else None

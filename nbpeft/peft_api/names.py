@@ -36,7 +36,7 @@ _MAPPINGS = "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_T
 _ADAPTER_FUNCTIONS = "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"
 _LORA_EXTRAS = (
     "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig "
-    "convert_to_lora create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
+    "create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga"
 )
 _CARTRIDGE_FUNCTIONS = (
     "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
@@ -74,7 +74,12 @@ _MISSING_UTILS = (
     "resolve_quantization_backend set_additional_trainable_modules"
 )
 _LORA_LAYERS = "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper"
-_LORA_ROOM = {OWN: "LoraConfig LoraLayer LoraModel LoraRuntimeConfig", LAYER: _LORA_LAYERS, "missing": _LORA_EXTRAS}
+_CONVERSION = "convert_to_lora save_as_lora"
+_LORA_ROOM = {
+    OWN: f"LoraConfig LoraLayer LoraModel LoraRuntimeConfig {_CONVERSION}",
+    LAYER: _LORA_LAYERS,
+    "missing": _LORA_EXTRAS,
+}
 _OTHER_QUANTIZED = {
     "aqlm": "AqlmLoraLinear",
     "awq": "AwqLoraLinear",
@@ -201,7 +206,7 @@ MODULES: dict[str, dict[str, str]] = {
         "layers": "TunerLayerStatus TunerModelStatus",
     },
     "tuners": {
-        OWN: f"IA3Config LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig {_METHOD_NAMES}",
+        OWN: f"IA3Config LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig {_CONVERSION} {_METHOD_NAMES}",
         "layers": _TUNERS,
         "missing": _LORA_EXTRAS,
     },
@@ -225,7 +230,7 @@ MODULES: dict[str, dict[str, str]] = {
         OWN: "LoraConfig LoraLayer LoraModel",
         "constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     },
-    "tuners.lora.conversion": {"missing": "convert_to_lora save_as_lora"},
+    "tuners.lora.conversion": {OWN: _CONVERSION},
     "tuners._buffer_dict": {"missing": "BufferDict"},
     "tuners.lora.arrow": {"missing": "ArrowLoraLinearLayer _resolve_adapter_source create_arrow_model"},
     "tuners.lora.corda": {"missing": "preprocess_corda"},

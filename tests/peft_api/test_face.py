@@ -54,9 +54,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.utils.loftq_utils: loftq_init refuses",
     ),
     "tools that nbpeft lacks": (
-        "peft*: convert_to_lora refuses",
-        "peft*: save_as_lora refuses",
-        "*: no attribute supports_lora_conversion",
         "peft*: find_kappa_target_modules refuses",
         "peft*: create_riemannian_optimizer refuses",
         "peft.helpers: KappaTuneSelector refuses",

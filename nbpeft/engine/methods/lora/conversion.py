@@ -24,6 +24,9 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError
 
+KEPT_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save", "bias")
+"""Fields of a config that hold for the LoRA that takes its place, too."""
+
 
 def as_plain_lora(
     config: Any, adapters: Mapping[str, Any], weights: AdapterWeights
@@ -77,21 +80,20 @@ def as_uniform_lora(
     for path, (kind, delta) in deltas.items():
         name_A, name_B = low_rank_of(kind).factor_names
         up = delta.up if delta.scaling == scaling else delta.up * (delta.scaling / scaling)
-        tensors[path] = {name_A: _padded(delta.down, 0, rank), name_B: _padded(up, 1, rank)}
+        tensors[path] = {name_A: padded(delta.down, 0, rank), name_B: padded(up, 1, rank)}
         if delta.bias is not None:
             tensors[path][f"{name_B}_bias"] = delta.bias / scaling
-    kept = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save", "bias")
     uniform = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         target_modules=list(deltas),
         lora_bias=any(delta.bias is not None for _, delta in deltas.values()),
-        **{name: getattr(config, name) for name in kept if hasattr(config, name)},
+        **{name: getattr(config, name) for name in KEPT_FIELDS if hasattr(config, name)},
     )
     return uniform, AdapterWeights(tensors, weights.copies, weights.base)
 
 
-def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
+def padded(factor: Tensor, dim: int, rank: int) -> Tensor:
     """A factor with zeros up to a rank."""
     missing = rank - factor.shape[dim]
     if not missing:

@@ -35,6 +35,9 @@ _CANCELLATION = 1e-2
 @register(
     LoraConfig,
     label="DoRA",
+    when="low ranks, where it learns a little more than LoRA, at a slower step",
+    paper="arXiv:2402.09353",
+    listed_with={"use_dora": True},
     applies=lambda config: config.use_dora,
     variant=lambda config: "rsDoRA" if config.use_rslora else "",
     sample_configs={

@@ -150,6 +150,8 @@ class PlainLowRank(LowRankAdapter):
 @register(
     LoraConfig,
     label="LoRA",
+    when="the usual choice: every tool and every server takes it",
+    paper="arXiv:2106.09685",
     applies=lambda config: not config.use_dora and config.alora_invocation_tokens is None,
     variant=lambda config: "rsLoRA" if config.use_rslora else "",
     sample_configs={
