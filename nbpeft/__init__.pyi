@@ -56,6 +56,7 @@ from .model import AutoPeftModelForSequenceClassification as AutoPeftModelForSeq
 from .model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from .model import DoraCaching as DoraCaching
 from .model import LayerStatus as LayerStatus
+from .model import LoftQConfig as LoftQConfig
 from .model import LoraConfig as LoraConfig
 from .model import LoraLayer as LoraLayer
 from .model import LoraModel as LoraModel
@@ -92,6 +93,7 @@ from .model import merge_errors as merge_errors
 from .model import merge_to_folder as merge_to_folder
 from .model import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from .model import quantize_model as quantize_model
+from .model import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .model import rescale_adapter_scale as rescale_adapter_scale
 from .model import set_adapter as set_adapter
 from .model import set_base_model_state_dict as set_base_model_state_dict

@@ -9,6 +9,7 @@ derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`
 
     TransformsInput, TransformsOutput   act on the input or output of the one base call, at no second product
     Rescales                            have a factor that can be changed while loaded
+    ChangesBase                         change the layer itself when they are put on it
     Pads                                fit into larger tensors, so that a compiled model need not compile again
     ServesRows                          serve a mixed batch in one pass
     IsLowRank                           add a product of two thin matrices, so that any LoRA runtime can serve them
@@ -388,6 +389,9 @@ class Adapter(nn.Module):
     supports_fused_add: ClassVar[bool] = False
     """Whether ``forward`` takes ``fused=True``: return output and delta together, which can be cheaper."""
 
+    loses_start: bool = False
+    """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
+
     is_tied: ClassVar[bool] = False
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
 
@@ -614,6 +618,14 @@ class Rescales:
         """Lets the factor change without recompiling."""
         if not isinstance(self.scaling, Tensor):
             self.__dict__["scaling"] = torch.tensor(float(self.scaling), device=device)
+
+
+class ChangesBase(ABC):
+    """Changes the layer it is put on, beside what it adds."""
+
+    @abstractmethod
+    def change_base(self, base: BaseLayer, change: Transaction) -> None:
+        """Changes the layer, once, as the adapter is put on it; what it changes is recorded."""
 
 
 class Pads(ABC):

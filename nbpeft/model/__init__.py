@@ -5,6 +5,7 @@ from nbpeft.engine.adapter import PeftType as PeftType
 from nbpeft.engine.adapter import TaskType as TaskType
 from nbpeft.engine.methods.lora.config import LoraConfig as LoraConfig
 from nbpeft.engine.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from nbpeft.engine.methods.lora.init_configs import LoftQConfig as LoftQConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
 from nbpeft.engine.registry import method_of
@@ -33,6 +34,7 @@ from nbpeft.model.hotswap import hotswap_adapter as hotswap_adapter
 from nbpeft.model.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
 from nbpeft.model.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from nbpeft.model.injection import inject_adapter_in_model as inject_adapter_in_model
+from nbpeft.model.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from nbpeft.model.merge_export import MergedFolder as MergedFolder
 from nbpeft.model.merge_export import MergedTensors as MergedTensors
 from nbpeft.model.merge_export import merge_errors as merge_errors

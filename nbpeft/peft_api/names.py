@@ -294,7 +294,7 @@ MODULES: dict[str, dict[str, str]] = {
         "missing": "dequantize_bnb_weight gather_params_ctx get_layer_device_map init_empty_weights "
         "map_cache_to_layer_device_map skip_init_on_device",
     },
-    "utils.loftq_utils": {"missing": "loftq_init replace_lora_weights_loftq"},
+    "utils.loftq_utils": {OWN: "replace_lora_weights_loftq", "inits": "loftq_init"},
     "utils.merge_utils": {
         "merging": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
         "missing": "calculate_majority_sign_mask disjoint_merge magnitude_based_pruning prune random_pruning "

@@ -33,7 +33,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft*: CordaConfig refuses",
         "peft*: EvaConfig refuses",
         "peft*: KasaConfig refuses",
-        "peft*: LoftQConfig refuses",
         "peft*: LoraGAConfig refuses",
         "peft*: MontecloraConfig refuses",
         "peft*: VeloraConfig refuses",
@@ -41,7 +40,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft*: get_eva_state_dict refuses",
         "peft*: initialize_lora_eva_weights refuses",
         "peft*: preprocess_loraga refuses",
-        "peft*: replace_lora_weights_loftq refuses",
         "peft.helpers: MontecloraTrainerMixin refuses",
         "peft.tuners.lora.arrow: *",
         "peft.tuners.lora.corda: *",
@@ -51,7 +49,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.lora.monteclora: * refuses",
         "peft.tuners.lora.velora: * refuses",
         "peft.utils.incremental_pca: * refuses",
-        "peft.utils.loftq_utils: loftq_init refuses",
     ),
     "tools that nbpeft lacks": (
         "peft*: convert_to_lora refuses",

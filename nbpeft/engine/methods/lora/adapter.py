@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, Pads, Rescales
+from nbpeft.engine.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.inits import check_init, init_factors
+from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_init, init_factors
+from nbpeft.engine.methods.lora.loftq import nearest_product
 from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
 from nbpeft.engine.transaction import Transaction
@@ -58,7 +59,7 @@ def reset_factors(
         held[name].copy_(value)
 
 
-class LowRankAdapter(Adapter, Rescales, Pads):
+class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
     """Two factors A and B whose product, times a scaling, is added to a weight.
 
     Args:
@@ -66,7 +67,7 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         kind: the kind of layer.
         config: the adapter's.
         path: of the layer.
-        initial: A0 and B0 where the adapter starts in a component of the weight, whose product it subtracts.
+        start: where it starts; its product is subtracted where it is a component of the weight.
 
     Attributes:
         scaling: factor on the product; a 0-d tensor once the model is prepared for compiled hot-swapping.
@@ -103,7 +104,7 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         kind: LayerKind,
         config: Any,
         path: str,
-        initial: tuple[Tensor, Tensor] | None = None,
+        start: Start = RANDOM,
     ) -> None:
         super().__init__()
         self._parameters.update(tensors)
@@ -115,10 +116,24 @@ class LowRankAdapter(Adapter, Rescales, Pads):
             alpha=config.alpha_at(path),
             use_rslora=config.use_rslora,
             padded=False,
+            loses_start=start.is_from_data,
         )
-        if initial is not None:
-            for name, tensor in zip(_INITIAL, (initial[0], -initial[1]), strict=True):
+        if start.quantized is not None or start.found:
+            self.__dict__["_start"] = start
+        if start.is_subtracted and start.factors is not None:
+            for name, tensor in zip(_INITIAL, (start.factors[0], -start.factors[1]), strict=True):
                 self.register_buffer(name, tensor, persistent=False)
+
+    def change_base(self, base: BaseLayer, change: Transaction) -> None:
+        """Puts the quantized weight of LoftQ in, and takes what data gave off the layer; see ``ChangesBase``."""
+        start: Start = self.__dict__.pop("_start", RANDOM)
+        if start.found:
+            change.keep_attributes(base.module, start.found)
+            base.module.__dict__.pop(start.found, None)
+        if start.quantized is not None:
+            snapshot = base.backend.snapshot(base.module)
+            change.on_undo(lambda: base.backend.restore(base.module, snapshot))
+            base.backend.store(base.module, start.quantized.dequantize())
 
     @property
     def factor_names(self) -> tuple[str, str]:
@@ -194,6 +209,20 @@ class LowRankAdapter(Adapter, Rescales, Pads):
     def row_scale(self, base: BaseLayer) -> Tensor | None:
         """The factor (out,) on the rows of the adapted weight ``W + s B A``, detached; None means 1."""
         return None
+
+    @torch.no_grad()
+    def approximate_(self, delta: Tensor, base: BaseLayer) -> None:
+        """Sets the factors so that what they add is as near as their rank allows to a change of the weight.
+
+        Args:
+            delta: shaped like the canonical weight, of a linear layer or an embedding.
+            base: the layer.
+        """
+        scaling = float(self.scaling)
+        factors = nearest_product(delta if scaling > 0 else -delta, self.rank)
+        for factor, value in zip(self.trained_factors, factors, strict=True):
+            factor.copy_(value / abs(scaling) ** 0.5)
+        self.set_row_scale_(None, base)
 
     def set_row_scale_(self, row_scale: Tensor | None, base: BaseLayer) -> None:
         """Sets that factor, where there is one."""
