@@ -54,10 +54,13 @@ from .model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestion
 from .model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from .model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from .model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .model import CordaConfig as CordaConfig
 from .model import DoraCaching as DoraCaching
+from .model import EvaConfig as EvaConfig
 from .model import LayerStatus as LayerStatus
 from .model import LoftQConfig as LoftQConfig
 from .model import LoraConfig as LoraConfig
+from .model import LoraGAConfig as LoraGAConfig
 from .model import LoraLayer as LoraLayer
 from .model import LoraModel as LoraModel
 from .model import LoraRuntimeConfig as LoraRuntimeConfig
@@ -79,6 +82,7 @@ from .model import check_if_peft_model as check_if_peft_model
 from .model import delete_adapter as delete_adapter
 from .model import disable_input_dtype_casting as disable_input_dtype_casting
 from .model import get_base_model_state_dict as get_base_model_state_dict
+from .model import get_eva_state_dict as get_eva_state_dict
 from .model import get_layer_status as get_layer_status
 from .model import get_model_status as get_model_status
 from .model import get_peft_config as get_peft_config
@@ -86,6 +90,7 @@ from .model import get_peft_model as get_peft_model
 from .model import get_peft_model_state_dict as get_peft_model_state_dict
 from .model import hotswap_adapter as hotswap_adapter
 from .model import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+from .model import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .model import inject_adapter_in_model as inject_adapter_in_model
 from .model import load_peft_weights as load_peft_weights
 from .model import load_quantized as load_quantized

@@ -5,7 +5,10 @@ from nbpeft.engine.adapter import PeftType as PeftType
 from nbpeft.engine.adapter import TaskType as TaskType
 from nbpeft.engine.methods.lora.config import LoraConfig as LoraConfig
 from nbpeft.engine.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from nbpeft.engine.methods.lora.init_configs import CordaConfig as CordaConfig
+from nbpeft.engine.methods.lora.init_configs import EvaConfig as EvaConfig
 from nbpeft.engine.methods.lora.init_configs import LoftQConfig as LoftQConfig
+from nbpeft.engine.methods.lora.init_configs import LoraGAConfig as LoraGAConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
 from nbpeft.engine.registry import method_of
@@ -17,6 +20,8 @@ from nbpeft.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2S
 from nbpeft.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from nbpeft.model.combining import Combined as Combined
+from nbpeft.model.eva import get_eva_state_dict as get_eva_state_dict
+from nbpeft.model.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from nbpeft.model.functional import DoraCaching as DoraCaching
 from nbpeft.model.functional import cast_adapter_dtype as cast_adapter_dtype
 from nbpeft.model.functional import cast_mixed_precision_params as cast_mixed_precision_params

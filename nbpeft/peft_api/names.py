@@ -228,7 +228,10 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners._buffer_dict": {"missing": "BufferDict"},
     "tuners.lora.arrow": {"missing": "ArrowLoraLinearLayer _resolve_adapter_source create_arrow_model"},
     "tuners.lora.corda": {"missing": "preprocess_corda"},
-    "tuners.lora.eva": {"missing": "get_eva_state_dict initialize_lora_eva_weights"},
+    "tuners.lora.eva": {
+        OWN: "get_eva_state_dict initialize_lora_eva_weights",
+        "inits": "forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling",
+    },
     "tuners.lora.intruders": {"missing": "reduce_intruder_dimension"},
     "tuners.lora.loraga": {"missing": "estimate_gradients preprocess_loraga"},
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
@@ -315,7 +318,7 @@ MODULES: dict[str, dict[str, str]] = {
         "missing": "Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
         "TorchaoBackend get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
     },
-    "utils.incremental_pca": {"missing": "IncrementalPCA"},
+    "utils.incremental_pca": {"inits": "IncrementalPCA"},
     "utils.save_and_load": {OWN: _STATE_DICTS},
     "utils.transformers_weight_conversion": {
         "conversion": "build_peft_weight_mapping",

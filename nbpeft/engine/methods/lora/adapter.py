@@ -224,6 +224,11 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
             factor.copy_(value / abs(scaling) ** 0.5)
         self.set_row_scale_(None, base)
 
+    def started_at(self, directions: Tensor) -> dict[str, Tensor]:
+        """The factors of an adapter that adds nothing and reads its input in some directions, (rank, in)."""
+        (name_A, name_B), lora_B = self.factor_names, self.trained_factors[1]
+        return {name_A: directions.to(lora_B), name_B: lora_B.new_zeros(lora_B.shape[0], len(directions))}
+
     def set_row_scale_(self, row_scale: Tensor | None, base: BaseLayer) -> None:
         """Sets that factor, where there is one."""
 
