@@ -97,6 +97,8 @@ from .model import load_quantized as load_quantized
 from .model import merge_errors as merge_errors
 from .model import merge_to_folder as merge_to_folder
 from .model import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from .model import preprocess_corda as preprocess_corda
+from .model import preprocess_loraga as preprocess_loraga
 from .model import quantize_model as quantize_model
 from .model import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .model import rescale_adapter_scale as rescale_adapter_scale

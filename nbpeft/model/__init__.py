@@ -20,6 +20,8 @@ from nbpeft.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2S
 from nbpeft.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from nbpeft.model.combining import Combined as Combined
+from nbpeft.model.data_inits import preprocess_corda as preprocess_corda
+from nbpeft.model.data_inits import preprocess_loraga as preprocess_loraga
 from nbpeft.model.eva import get_eva_state_dict as get_eva_state_dict
 from nbpeft.model.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from nbpeft.model.functional import DoraCaching as DoraCaching

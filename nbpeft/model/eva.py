@@ -9,10 +9,9 @@ Reference: https://arxiv.org/abs/2410.07170
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from nbpeft.engine.registry import layer_kind_named
 from nbpeft.errors import AdapterError, ConfigError, few
 from nbpeft.interrupts import check_interrupt
 from nbpeft.model.eva_search import EvaSearch, LayerInputsFn
+from nbpeft.model.observing import base_alone, evaluated, progress
 
 _LARGEST_RHO = 1000
 """Above, rho is bounded by the largest dimension of the model."""
@@ -134,10 +134,9 @@ def get_eva_state_dict(
     functions = _functions(prepare_layer_inputs_fn, modules)
     search = EvaSearch(modules, functions, config, _rho(config, model), gather=gather_distributed_inputs)
     batches = _Batches(model, dataloader, config, forward_fn, prepare_model_inputs_fn)
-    apart: AbstractContextManager[Any] = nullcontext() if manager is None else manager.disabled()
-    with apart, _evaluated(model):
+    with base_alone(model), evaluated(model):
         batches.run(search.look_for_equal_inputs(), search)
-        with _progress(len(modules), show=show_progress_bar) as report:
+        with progress(len(modules), "EVA: layers converged", show=show_progress_bar) as report:
             for first_of_pass, batch in batches.endless():
                 report(search.converged_count)
                 if search.has_converged:
@@ -345,31 +344,3 @@ def _moved(inputs: Any, device: torch.device | None) -> Any:
     if isinstance(inputs, tuple | list):
         return type(inputs)(_moved(value, device) for value in inputs)
     return inputs
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, each of its modules as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _progress(layers: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """What shows how many of the layers have converged."""
-    if not show:
-        yield lambda count: None
-        return
-    tqdm = importlib.import_module("transformers.utils.logging").tqdm
-    with tqdm(total=layers, leave=False, desc="EVA: layers converged") as bar:
-
-        def report(count: int) -> None:
-            bar.n = count
-            bar.refresh()
-
-        yield report

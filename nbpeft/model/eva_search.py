@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.methods.lora.incremental_pca import IncrementalPCA
 from nbpeft.errors import ConfigError, few
+from nbpeft.model.observing import input_hooks
 
 _SEED = 42
 """Of the randomized decompositions, as in PEFT."""
@@ -145,21 +146,14 @@ class EvaSearch:
             found[name] = rows / pca.singular_values_[:rank].sqrt()[:, None] if whiten else rows.clone()
         return found
 
-    @contextmanager
-    def _hooks(self, modules: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-        def hook(name: str, args: Any) -> None:
+    def _hooks(
+        self, modules: Mapping[str, nn.Module], take: Callable[[str, Tensor], None]
+    ) -> AbstractContextManager[None]:
+        def see(name: str, args: tuple[Any, ...]) -> None:
             rows = self._functions[name](args, self.model_input, name)
             take(name, _gathered(rows) if self._gather else rows)
 
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: hook(name, args))
-            for name, module in modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return input_hooks(modules, see)
 
 
 def _gathered(rows: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nbpeft.engine.methods.lora.incremental_pca import IncrementalPCA as IncrementalPCA
 from nbpeft.engine.methods.lora.loftq import loftq_start
+from nbpeft.model.data_inits import CordaEigens as CordaEigens
+from nbpeft.model.data_inits import estimate_gradients as estimate_gradients
 from nbpeft.model.eva import forward_fn_dict as forward_fn_dict
 from nbpeft.model.eva import prepare_layer_inputs_fn_language_modeling as prepare_layer_inputs_fn_language_modeling
 from nbpeft.model.eva import prepare_model_inputs_fn_language_modeling as prepare_model_inputs_fn_language_modeling

@@ -227,13 +227,13 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.conversion": {"missing": "convert_to_lora save_as_lora"},
     "tuners._buffer_dict": {"missing": "BufferDict"},
     "tuners.lora.arrow": {"missing": "ArrowLoraLinearLayer _resolve_adapter_source create_arrow_model"},
-    "tuners.lora.corda": {"missing": "preprocess_corda"},
+    "tuners.lora.corda": {OWN: "preprocess_corda", "inits": "CordaEigens"},
     "tuners.lora.eva": {
         OWN: "get_eva_state_dict initialize_lora_eva_weights",
         "inits": "forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling",
     },
     "tuners.lora.intruders": {"missing": "reduce_intruder_dimension"},
-    "tuners.lora.loraga": {"missing": "estimate_gradients preprocess_loraga"},
+    "tuners.lora.loraga": {OWN: "preprocess_loraga", "inits": "estimate_gradients"},
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
     "tuners.lora.te": {"missing": "TeLinear"},
     "tuners.lora.variants": {

@@ -110,8 +110,6 @@ def test_a_model_without_adapters_gives_the_same_directions() -> None:
     own = get_peft_model_state_dict(model)
     for name, value in bare.items():
         assert torch.equal(own[f"base_model.model.{name}.lora_A.weight"], value.float())
-        torch.equal(own[f"base_model.model.{name}.lora_A.weight"], value.float()) for name, value in bare.items()
-    )
 
 
 def test_it_starts_at_the_base_trains_saves_and_loads(tmp_path: Path) -> None:

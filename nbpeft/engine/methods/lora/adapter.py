@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.decompositions import nearest_product
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_init, init_factors
-from nbpeft.engine.methods.lora.loftq import nearest_product
 from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
 from nbpeft.engine.transaction import Transaction

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.decompositions import randomized_svd
 from nbpeft.errors import ConfigError
 
 GRADIENT = "_peft_loraga_grad"
 """Attribute of a layer that holds its gradient, (…) as its weight, under PEFT's name."""
 _ITERATIONS = 4
-"""Of the randomized decompositions, as in PEFT."""
+"""Of the randomized decompositions, as in PEFT; here they find the same each time."""
 
 Factors = tuple[Tensor, Tensor]
 
@@ -37,14 +38,14 @@ def gradient_factors(gradient: Tensor, config: LoraConfig, site: AdapterSite) ->
             path=site.path,
         )
     most = min(4 * rank, *gradient.shape)
-    left, values, right = torch.svd_lowrank(gradient, q=most, niter=_ITERATIONS)
+    left, values, right = randomized_svd(gradient, most, _ITERATIONS)
     of_A, of_B = _shares(settings.direction, rank)
     of_A, of_B = of_A.to(values.device), of_B.to(values.device)
-    lora_A, lora_B = right.T[of_A], left[:, of_B] * values[of_B]
+    lora_A, lora_B = right[of_A], left[:, of_B] * values[of_B]
     if settings.scale == "stable":
         lora_B = lora_B * (base.out_features**0.25 / settings.stable_gamma**0.5)
     elif settings.scale == "weight_svd":
-        largest = torch.svd_lowrank(base.weight().float(), q=rank, niter=_ITERATIONS)[1][0]
+        largest = randomized_svd(base.weight().float(), rank, _ITERATIONS)[1][0]
         first = values[of_B][0]
         lora_B = lora_B * (largest / first if first > 0 else 1.0)
     elif settings.scale == "gd_scale":

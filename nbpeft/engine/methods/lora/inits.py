@@ -34,14 +34,13 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import LayerKind, offloading
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.decompositions import randomized_svd
 from nbpeft.engine.methods.lora.gradients import GRADIENT, gradient_factors
 from nbpeft.engine.methods.lora.loftq import QuantizedWeight, loftq_start
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.numerics import is_finite
 from nbpeft.errors import ConfigError
 
-_SEED = 0
-"""Of a randomized SVD: whoever loads an adapter has to find the part it started from again."""
 _ORTHOGONAL_SCALE = 10.0
 
 DECOMPOSITION = "eigens"
@@ -278,21 +277,6 @@ def _pissa(weight: Tensor, rank: int, scaling: float, config: LoraConfig) -> Fac
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         left, values, right = left[:, :rank], values[:rank], right[:rank]
     else:
-        left, values, right = _randomized_svd(weight, rank, config.pissa_iterations)
+        left, values, right = randomized_svd(weight, rank, config.pissa_iterations)
     root = (values / scaling).sqrt()
     return root[:, None] * right, left * root
-
-
-def _randomized_svd(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``torch.svd_lowrank``, from the same draws on every device, since they decide what is found.
-
-    Reference: Halko et al. 2009, arXiv:0909.4061.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    draws = torch.randn(weight.shape[1], rank, generator=generator, dtype=weight.dtype).to(weight.device)
-    basis = torch.linalg.qr(weight @ draws)[0]
-    for _ in range(iterations):
-        basis = torch.linalg.qr(weight.T @ basis)[0]
-        basis = torch.linalg.qr(weight @ basis)[0]
-    left, values, right = torch.linalg.svd(basis.T @ weight, full_matrices=False)
-    return basis @ left, values, right

@@ -8,13 +8,14 @@ nor an accelerator is needed. PEFT leaves the scaling s out, and so adds s times
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from nbpeft.engine.methods.lora.decompositions import nearest_product
 
 BLOCK = 64
 """Values that share a constant under a normal float."""
@@ -122,18 +123,3 @@ def loftq_start(
             target = weight - product
     assert best is not None
     return best[1], best[2]
-
-
-def nearest_product(matrix: Tensor, rank: int) -> Factors:
-    """A (rank, in) and B (out, rank), equally large, whose product is nearest to a matrix (out, in).
-
-    From the eigenvectors of its smaller Gram matrix, a fraction of the work of a singular value decomposition.
-    """
-    transposed = matrix.shape[0] < matrix.shape[1]
-    tall = matrix.T if transposed else matrix
-    gram = tall.T.double() @ tall.double() if tall.shape[1] <= 2048 else tall.T @ tall
-    basis = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).to(tall.dtype)
-    image = tall @ basis
-    root = image.norm(dim=0).sqrt().clamp_min(math.sqrt(torch.finfo(torch.float32).tiny))
-    left, right = image / root, (basis * root).T
-    return (left.T, right.T) if transposed else (right, left)
