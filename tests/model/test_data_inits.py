@@ -182,7 +182,7 @@ def test_other_layers_of_a_lora_ga_adapter_start_as_usual(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("library", [nbpeft, peft])
-def test_files_of_covariances_decompositions_and_gradients_are_those_of_peft(library: Any, tmp_path: Path) -> None:
+def test_files_of_what_data_gave_are_those_of_peft(library: Any, tmp_path: Path) -> None:
     files = {"cache_file": str(tmp_path / "c" / "cache.pt"), "covariance_file": str(tmp_path / "c" / "cov.pt")}
     base, given = Net(), config("corda", library, **files)
     prepare(base, given, theirs=library is peft)

@@ -130,7 +130,7 @@ def test_it_starts_at_the_base_trains_saves_and_loads(tmp_path: Path) -> None:
     assert torch.allclose(peft.PeftModel.from_pretrained(base(), tmp_path)(ids).logits, expected, atol=1e-5)
 
 
-def test_a_layer_without_ranks_loses_its_adapter_and_embeddings_start_as_usual() -> None:
+def test_a_layer_without_ranks_loses_its_adapter() -> None:
     model = adapted(target_modules=[*TARGETS, "embed_tokens"])
     directions = get_eva_state_dict(model, batches(), show_progress_bar=False)
     gone = "model.layers.0.self_attn.o_proj"
