@@ -491,6 +491,19 @@ class Adapter(nn.Module):
         """
         return {key: value for key, value in self._parameters.items() if value is not None}
 
+    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its tensors in a file; only where it ``loses_start``."""
+        raise NotImplementedError
+
+    def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
+        """Takes the start over that tensors of a file hold, and returns those of its parameters.
+
+        Args:
+            tensors: parameter name -> tensor, as ``shapes_with_start`` says; only where it ``loses_start``.
+            change: records what is written.
+        """
+        raise NotImplementedError
+
     def swap_refusal(self) -> str:
         """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
         return ""

@@ -260,3 +260,32 @@ def test_what_is_missing_is_said() -> None:
         LoraGAConfig(direction="up")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="corda_method must be one of 'ipm', 'kpm', not 'x'"):
         CordaConfig(corda_method="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_a_file_of_it_brings_its_own_start(init: str, tmp_path: Path) -> None:
+    """As a training does that goes on from a checkpoint, whose data was another."""
+    model = started(init)
+    train(model)
+    expected = model(data())
+    model.save_pretrained(tmp_path)
+    base, given = Net(), config(init)
+    prepare(base, given)
+    for one in base.children():
+        for found in (getattr(one, "eigens", None), getattr(one, "_peft_loraga_grad", None)):
+            if isinstance(found, Tensor):
+                found.mul_(torch.randn_like(found))
+            elif found is not None:
+                found.U_WC.mul_(1.5)
+    other = get_peft_model(base, given)
+    before = copy.deepcopy(get_peft_model_state_dict(other))
+    tensors = nbpeft.load_peft_weights(str(tmp_path))
+    nbpeft.set_peft_model_state_dict(other, tensors)
+    assert torch.allclose(other(data()), expected, atol=1e-5)
+    manager = other.manager
+    taken, weights = manager.configs["default"].copy(), manager.weights("default")
+    manager.remove("default")
+    manager.add("default", taken, weights)
+    assert torch.allclose(other(data()), expected, atol=1e-5)
+    nbpeft.set_peft_model_state_dict(other, before)  # parameters alone: the start stays
+    assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(other).items())

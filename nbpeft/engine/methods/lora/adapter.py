@@ -118,6 +118,8 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
             padded=False,
             loses_start=start.is_from_data,
         )
+        if start.remembered is not None:
+            self.__dict__["_remembered"] = (start.remembered, path)
         if start.quantized is not None or start.found:
             self.__dict__["_start"] = start
         if start.is_subtracted and start.factors is not None:
@@ -209,6 +211,25 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
     def row_scale(self, base: BaseLayer) -> Tensor | None:
         """The factor (out,) on the rows of the adapted weight ``W + s B A``, detached; None means 1."""
         return None
+
+    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its tensors in a file, where the start is saved along; see ``Adapter``."""
+        (name_A, name_B), (lora_A, lora_B) = self.factor_names, self.factors
+        own = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        return own | {name_A: tuple(lora_A.shape), name_B: tuple(lora_B.shape)}
+
+    def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
+        """Takes the start over from tensors of a file, and gives those of its parameters; see ``Adapter``."""
+        (name_A, name_B), (init_A, neg_init_B) = self.factor_names, self.initial or self.trained_factors
+        rank = self.rank
+        change.keep(self._buffers)
+        whole_A, whole_B = tensors[name_A], tensors[name_B]
+        start = whole_A[rank:].to(init_A), whole_B[:, rank:].to(neg_init_B)
+        self._buffers.update(zip(_INITIAL, start, strict=True))
+        remembered, path = self.__dict__["_remembered"]
+        change.keep(remembered)
+        remembered[path] = (start[0], -start[1])
+        return {**tensors, name_A: whole_A[:rank], name_B: whole_B[:, :rank]}
 
     @torch.no_grad()
     def approximate_(self, delta: Tensor, base: BaseLayer) -> None:

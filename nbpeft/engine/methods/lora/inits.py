@@ -69,6 +69,8 @@ class Start:
     is_from_data: bool = False
     quantized: QuantizedWeight | None = None
     found: str = ""
+    remembered: dict[str, Factors] | None = None
+    """Where the factors of the layer are kept with the config, by path."""
 
 
 RANDOM = Start()
@@ -203,7 +205,7 @@ def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start
     attribute, function = _FOUND[config.init_name]
     data = site.base.module.__dict__.get(attribute)
     if site.path in starts and not is_new:
-        return Start(_stored(starts[site.path], site), is_subtracted=True, is_from_data=True)
+        return Start(_stored(starts[site.path], site), is_subtracted=True, is_from_data=True, remembered=starts)
     if data is None:
         if is_new:
             raise ConfigError(
@@ -220,7 +222,7 @@ def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start
         return RANDOM
     make = _corda if config.init_name == "corda" else gradient_factors
     starts[site.path] = factors = _stored(make(data, config, site), site)
-    return Start(factors, is_subtracted=True, is_from_data=True, found=attribute)
+    return Start(factors, is_subtracted=True, is_from_data=True, found=attribute, remembered=starts)
 
 
 def _corda(found: Any, config: LoraConfig, site: AdapterSite) -> Factors:
