@@ -66,6 +66,10 @@ class LoraConfig(AdapterConfig):
         trainable_token_indices: ids of tokens whose rows of the embedding are trained.
         use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
         lora_bias: give the second matrix a bias.
+        loftq_config: settings of init_lora_weights="loftq": loftq_bits and loftq_iter.
+        eva_config: settings of init_lora_weights="eva".
+        corda_config: settings of init_lora_weights="corda".
+        lora_ga_config: settings of init_lora_weights="lora_ga".
         alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
 
     Raises:

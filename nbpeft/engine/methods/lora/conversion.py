@@ -21,6 +21,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
 from nbpeft.engine.base import LayerKind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.init_configs import no_settings
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError
 
@@ -112,8 +113,7 @@ def _doubled(config: Any, others: Iterable[str]) -> AdapterConfig:
     alphas = {pattern: factor * alpha for pattern, alpha in config.alpha_pattern.items()}
     doubled: AdapterConfig = config.copy(
         init_lora_weights=True,
-        corda_config=None,
-        lora_ga_config=None,
+        **no_settings(),
         r=2 * config.r,
         lora_alpha=config.lora_alpha * factor,
         rank_pattern={path: config.rank_at(path) for path in kept} | ranks,

@@ -144,6 +144,11 @@ INIT_CONFIGS: dict[str, tuple[str, type[Any]]] = {
 """Value of ``init_lora_weights`` -> the field of its settings, and their class."""
 
 
+def no_settings() -> dict[str, Any]:
+    """The fields of the settings of all inits, without any."""
+    return {field: {} if init == "loftq" else None for init, (field, _) in INIT_CONFIGS.items()}
+
+
 def as_settings(name: str, value: Any, settings_class: type[Any]) -> Any:
     """The settings that a field means: a file holds them as a dictionary.
 
