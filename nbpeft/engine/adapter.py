@@ -10,6 +10,7 @@ derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`
     TransformsInput, TransformsOutput   act on the input or output of the one base call, at no second product
     ReplacesCall                        compute what a layer gives without the base call
     Rescales                            have a factor that can be changed while loaded
+    ChangesBase                         change the layer itself when they are put on it
     Pads                                fit into larger tensors, so that a compiled model need not compile again
     ServesRows                          serve a mixed batch in one pass
     ConvertsToLora                      add a product of two thin matrices, which a LoRA can take over as they are
@@ -417,6 +418,9 @@ class Adapter(nn.Module):
     supports_fused_add: ClassVar[bool] = False
     """Whether ``forward`` takes ``fused=True``: return output and delta together, which can be cheaper."""
 
+    loses_start: bool = False
+    """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
+
     is_tied: ClassVar[bool] = False
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
 
@@ -535,6 +539,19 @@ class Adapter(nn.Module):
             shapes: what ``parameter_shapes`` gave.
         """
         return {}
+
+    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its tensors in a file; only where it ``loses_start``."""
+        raise NotImplementedError
+
+    def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
+        """Takes the start over that tensors of a file hold, and returns those of its parameters.
+
+        Args:
+            tensors: parameter name -> tensor, as ``shapes_with_start`` says; only where it ``loses_start``.
+            change: records what is written.
+        """
+        raise NotImplementedError
 
     def swap_refusal(self) -> str:
         """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
@@ -678,6 +695,14 @@ class Rescales:
         """Lets the factor change without recompiling."""
         if not isinstance(self.scaling, Tensor):
             self.__dict__["scaling"] = torch.tensor(float(self.scaling), device=device)
+
+
+class ChangesBase(ABC):
+    """Changes the layer it is put on, beside what it adds."""
+
+    @abstractmethod
+    def change_base(self, base: BaseLayer, change: Transaction) -> None:
+        """Changes the layer, once, as the adapter is put on it; what it changes is recorded."""
 
 
 class Pads(ABC):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState
-from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, SharedState
+from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
 from nbpeft.engine.base import offloading
 from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.layer import AdaptedLayer
@@ -227,6 +227,8 @@ def commit(
     """
     for sites, layer, adapter in parts.adapters:
         layer.adapters[name] = adapter
+        if isinstance(adapter, ChangesBase):
+            adapter.change_base(layer.base, change)
         for site in sites:
             change.set_item(site.parent._modules, site.attribute, layer)
         layers[sites[0].path] = layer

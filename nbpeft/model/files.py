@@ -284,7 +284,7 @@ def save(
             places[name] = "" if name == _ROOT_ADAPTER or flat else name
             paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
             weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
-            if converted:
+            if converted or _loses_start(manager, name):
                 config, weights = _without_weight(manager, name, weights)
             if rewrite is not None:
                 config, weights = rewrite(name, config, weights)
@@ -308,13 +308,19 @@ def save(
     return {name: written[place] for name, place in places.items()}
 
 
+def _loses_start(manager: AdapterManager, name: str) -> bool:
+    """Whether a file of an adapter could not say what it started from."""
+    adapters: Iterable[Any] = (layer.adapters._modules.get(name) for layer in manager.layers.values())
+    return any(adapter is not None and adapter.loses_start for adapter in adapters)
+
+
 def _without_weight(
     manager: AdapterManager, name: str, weights: AdapterWeights
 ) -> tuple[AdapterConfig, AdapterWeights]:
     """The config and tensors of an adapter as those of one that is not initialised from the weight."""
     config = manager.configs[name]
     rewrite = method_of(config).without_weight
-    if rewrite is None or not config.initialised_from_weight:
+    if rewrite is None or not (config.initialised_from_weight or _loses_start(manager, name)):
         warnings.warn(f"adapter {name!r} did not start in a part of the base: it is saved as it is", stacklevel=5)
         return config, weights
     adapters = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}

@@ -233,10 +233,13 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.conversion": {OWN: _CONVERSION},
     "tuners._buffer_dict": {"missing": "BufferDict"},
     "tuners.lora.arrow": {"missing": "ArrowLoraLinearLayer _resolve_adapter_source create_arrow_model"},
-    "tuners.lora.corda": {"missing": "preprocess_corda"},
-    "tuners.lora.eva": {"missing": "get_eva_state_dict initialize_lora_eva_weights"},
+    "tuners.lora.corda": {OWN: "preprocess_corda", "inits": "CordaEigens"},
+    "tuners.lora.eva": {
+        OWN: "get_eva_state_dict initialize_lora_eva_weights",
+        "inits": "forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling",
+    },
     "tuners.lora.intruders": {"missing": "reduce_intruder_dimension"},
-    "tuners.lora.loraga": {"missing": "estimate_gradients preprocess_loraga"},
+    "tuners.lora.loraga": {OWN: "preprocess_loraga", "inits": "estimate_gradients"},
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
     "tuners.lora.te": {"missing": "TeLinear"},
     "tuners.lora.variants": {
@@ -300,7 +303,7 @@ MODULES: dict[str, dict[str, str]] = {
         "missing": "dequantize_bnb_weight gather_params_ctx get_layer_device_map init_empty_weights "
         "map_cache_to_layer_device_map skip_init_on_device",
     },
-    "utils.loftq_utils": {"missing": "loftq_init replace_lora_weights_loftq"},
+    "utils.loftq_utils": {OWN: "replace_lora_weights_loftq", "inits": "loftq_init"},
     "utils.merge_utils": {
         "merging": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
         "missing": "calculate_majority_sign_mask disjoint_merge magnitude_based_pruning prune random_pruning "
@@ -321,7 +324,7 @@ MODULES: dict[str, dict[str, str]] = {
         "missing": "Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
         "TorchaoBackend get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
     },
-    "utils.incremental_pca": {"missing": "IncrementalPCA"},
+    "utils.incremental_pca": {"inits": "IncrementalPCA"},
     "utils.save_and_load": {OWN: _STATE_DICTS},
     "utils.transformers_weight_conversion": {
         "conversion": "build_peft_weight_mapping",
