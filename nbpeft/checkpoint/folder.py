@@ -261,6 +261,12 @@ class FolderStore:
         """See ``read_config``."""
         return read_config(source, **options)
 
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """See ``ConfigStore``."""
+        if not Path(path).is_file():
+            raise CheckpointNotFoundError(f"there is no file {path!r}")
+        return read_tensors(Path(path))[0]
+
     def make(self, fields: dict[str, Any]) -> AdapterConfig:
         """See ``config_of``; warns of fields that are not known."""
         config, unknown = config_of(fields, "the config")

@@ -107,6 +107,10 @@ class ConfigStore(Protocol):
         """Uploads the file of a config to a repository."""
         ...
 
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a file, by key."""
+        ...
+
 
 @dataclass
 class AdapterConfig:
@@ -178,7 +182,7 @@ class AdapterConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """PEFT's question; no method here learns a prompt."""
+        """PEFT's question: whether the method learns a prompt."""
         return False
 
     @property
@@ -192,6 +196,29 @@ class AdapterConfig:
         Raises:
             ConfigError: a field has no default for this type of model.
         """
+
+    def fill_in_sizes(self, model: nn.Module, width: int) -> None:
+        """Fills in what a method without layers derives from the model; called on a copy of a config.
+
+        Args:
+            model: the base model.
+            width: features of its input embedding.
+
+        Raises:
+            ConfigError: the model does not say what is needed.
+        """
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+        """What the config and the tensors of one file mean for each other: the config, and tensors to bind, by key."""
+        return self, tensors
+
+    def stored_tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a file that a field names, by key.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return _store(type(self)).tensors(path)
 
     @property
     def size(self) -> int | None:

@@ -44,6 +44,8 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
         own: its own name of the parameter.
         name: the adapter's name.
     """
+    if "." in own:  # of a module inside the adapter
+        return f"{ADAPTER_PARTS}.{name}.{own}"
     for tail in ("weight", "bias"):
         wrapped = own if tail == "weight" else own.removesuffix("_bias")
         if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):

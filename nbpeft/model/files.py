@@ -98,12 +98,12 @@ def read(
     else:
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
     given = config
-    config = (config or saved.config).copy(inference_mode=not trainable)
+    config, tensors = (config or saved.config).copy(inference_mode=not trainable).beside(saved.tensors)
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     plan = manager.plan(config, name)
     loaded = checkpoint.from_file(
-        saved.tensors,
+        tensors,
         expected(manager.model, plan),
         peft_type=str(config.peft_type),
         key_mapping=key_mapping,
@@ -347,6 +347,9 @@ def file_tensors(
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
     tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
+    derived = method_of(config).derived
+    for named in weights.adapters.values() if derived is not None else ():
+        tensors.update(derived(config, named))  # type: ignore[misc]
     whole = {key: gathered(tensors[key]) for key in sorted(tensors)}  # each process in one order
     return {key: whole[key] for key in tensors}
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls
+from nbpeft.engine.method_hooks import acts_on_calls, learns_with_hooks, prepares_calls
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
@@ -20,7 +20,7 @@ from nbpeft.errors import UnknownAdapterError
 from nbpeft.model import files
 from nbpeft.model.injection import put_active
 from nbpeft.model.quantize import clear_gguf_flags
-from nbpeft.model.serving import serving
+from nbpeft.model.serving import of_the_model, serving
 from nbpeft.model.state_dicts import drop_values
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tuner import (
@@ -227,7 +227,10 @@ class PeftModel(nn.Module):
     def _acts_on_calls(self, names: tuple[str, ...], training: bool) -> bool:
         """Whether the method of an active adapter does something in each call beside the maths of its layers."""
         configs = [self.manager.configs[name] for name in names]
-        return any(prepares_calls(config) or (training and learns_with_hooks(config)) for config in configs)
+        return any(
+            prepares_calls(config) or acts_on_calls(config) or (training and learns_with_hooks(config))
+            for config in configs
+        )
 
     # Compiled code takes the result for a constant and is guarded on the arguments. What says so in public,
     # torch.compiler.assume_constant_result, would import the compiler with this module.
@@ -239,6 +242,7 @@ class PeftModel(nn.Module):
             self.manager.active_state.turn(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
+            kwargs = of_the_model(self.manager, kwargs)
             output = self.base_model.model(*args, **kwargs)
             return self._with_extra_loss(output, kwargs) if self.training else output
 
@@ -267,7 +271,7 @@ class PeftModel(nn.Module):
             self.manager.active_state.turn(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
-            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+            return self.base_model.model.generate(*args, **of_the_model(self.manager, kwargs))  # type: ignore[operator]
 
     # Managing
 
