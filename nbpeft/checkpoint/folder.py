@@ -30,7 +30,7 @@ from nbpeft.checkpoint.tensor_file import (
     write_tensors,
 )
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.errors import CheckpointError, CorruptCheckpointError, in_one_line, shortened
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, in_one_line, shortened
 
 CARD_NAME = "README.md"
 _READS = 3

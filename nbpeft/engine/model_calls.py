@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ _CACHES = ("cache", "past_key_values")
 """What models call the argument; newer versions of transformers first."""
 
 
-@cache
-def _parameters_of(model_class: type[nn.Module]) -> tuple[str, ...]:
+@lru_cache(maxsize=64)
+def _parameters_of(model_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
@@ -146,17 +146,15 @@ class _ModelHook(_CallHook):
         if size is None or not (states or tokens):
             return
         batch, length, device = size
-        if name and call.get(_CACHES[1]) is not None:
-            call[name] = call.pop(_CACHES[1])
-        seen = 0 if not name or call.get(name) is None else int(call[name].get_seq_length())
-        front = acting.front({**states}, batch, device).beside(acting.front(tokens, batch, device))
+        seen = _seen(call, name)
+        front = acting.front(states, batch, device).beside(acting.front(tokens, batch, device))
         new_tokens = acting.front(tokens, batch, device) if not seen else None
         _extend_positions(module, call, front, new_tokens, length, seen)
         _extend_mask(call, "attention_mask", front, length, seen)
         if seen:
             return
         if states:
-            call[name] = _filled(module, call.get(name), acting.joined(_STATES, batch, device), self.layer)
+            call[name] = _filled(module, call.get(name), acting.joined(_STATES, batch, device), self.layer.base)
         if tokens:
             _put_tokens(call, "inputs_embeds", "input_ids", acting.joined(_TOKENS, batch, device), self.layer)
             _extend_labels(module, call, length, front.width - acting.front(states, batch, device).width)
@@ -175,7 +173,8 @@ class _CacheHook(_CallHook):
         front = acting.front(states, batch, device)
         _extend_positions(module, call, front, None, length, 0)
         _extend_mask(call, "attention_mask", front, length, 0)
-        call[name] = _filled(module, call.get(name), acting.joined(_STATES, batch, device), self.layer)
+        _seen(call, name)
+        call[name] = _filled(module, call.get(name), acting.joined(_STATES, batch, device), self.layer.base)
 
 
 class _EncoderHook(_CallHook):
@@ -242,10 +241,7 @@ class _EncoderDecoderHook(_CallHook):
 
     def _put_states(self, module: nn.Module, acting: _Acting, call: dict[str, Any]) -> None:
         name = cache_argument(module)
-        if call.get(_CACHES[1]) is not None:
-            call[name] = call.pop(_CACHES[1])
-        past = call.get(name)
-        seen = 0 if past is None else int(past.get_seq_length())
+        seen = _seen(call, name)
         size = _size(call, "decoder_input_ids", "decoder_inputs_embeds", "labels")
         if size is None:
             return
@@ -255,7 +251,7 @@ class _EncoderDecoderHook(_CallHook):
         if call.get("decoder_position_ids") is not None:
             call["decoder_position_ids"] = call["decoder_position_ids"] + front.offset
         if not seen:
-            call[name] = _filled(module, past, acting.joined(_STATES, batch, device), self.layer)
+            call[name] = _filled(module, call.get(name), acting.joined(_STATES, batch, device), self.layer.base)
 
 
 # What acts, and what it puts in front
@@ -341,9 +337,7 @@ class _Acting:
     def joined(self, kind: _Kind, batch: int, device: torch.device) -> Tensor:
         """What the adapters give of a kind, (batch, width, …)."""
         counts = self.counts(kind)
-        parts = {
-            name: _for_rows(kind.give(*self.adapters[name]).to(device), batch) for name in counts
-        }
+        parts = {name: _for_rows(kind.give(*self.adapters[name]).to(device), batch) for name in counts}
         if self.rows is None:
             return torch.cat(list(parts.values()), 1)
         width, index = max(counts.values()), self.rows.expanded(batch, device)
@@ -376,7 +370,9 @@ def _acting(layer: AdaptedLayer) -> _Acting | None:
         if not isinstance(adapter, ModelAdapter):
             continue
         if scale != 1.0:
-            raise AdapterError(f"adapter {name!r} has a scale of {scale:.3g}: tokens of a prompt are there or not, so 1")
+            raise AdapterError(
+                f"adapter {name!r} has a scale of {scale:.3g}: tokens of a prompt are there or not, so 1"
+            )
         base = layer.base.within(active.context[name]) if name in active.context else layer.base
         found[name] = adapter, base
     return _Acting(found, rows) if found else None
@@ -385,15 +381,23 @@ def _acting(layer: AdaptedLayer) -> _Acting | None:
 # Arguments of a call
 
 
-def _size(
-    call: Mapping[str, Any], *names: str
-) -> tuple[int, int, torch.device] | None:
+def _size(call: Mapping[str, Any], *names: str) -> tuple[int, int, torch.device] | None:
     """Rows, length and device of the input; None where a call has none."""
     for name in names or ("input_ids", "inputs_embeds"):
         given = call.get(name)
         if isinstance(given, Tensor):
             return given.shape[0], given.shape[1], given.device
     return None
+
+
+def _seen(call: dict[str, Any], name: str) -> int:
+    """How many positions are cached already; a call without a cache of its own begins anew, whatever it is given."""
+    if name and call.get(_CACHES[1]) is not None:
+        call[name] = call.pop(_CACHES[1])
+    past = call.get(name) if name else None
+    if past is not None and call.get("use_cache") is False:
+        past = call[name] = None
+    return 0 if past is None else int(past.get_seq_length())
 
 
 def _extend_mask(call: dict[str, Any], name: str, front: _Front, length: int, seen: int) -> None:
@@ -473,7 +477,7 @@ def _with_ignored(labels: Tensor, width: int) -> Tensor:
     return torch.cat([labels.new_full((len(labels), width), _IGNORED_LABEL), labels], 1)
 
 
-def _filled(module: nn.Module, past: Any, states: Tensor, embedding: AdaptedLayer) -> Any:
+def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> Any:
     """A cache that begins with keys and values (batch, width, layers, 2, heads, features); the one given, if any."""
     if module.training and torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
         raise AdapterError(
@@ -488,6 +492,22 @@ def _filled(module: nn.Module, past: Any, states: Tensor, embedding: AdaptedLaye
         if has_encoder(module):
             past = EncoderDecoderCache(past, DynamicCache())
     into = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
-    for number, (keys, values) in enumerate(states.to(embedding.base.dtype).permute(2, 3, 0, 4, 1, 5)):
+    for number, (keys, values) in enumerate(states.to(base.dtype).permute(2, 3, 0, 4, 1, 5)):
         into.update(keys, values, number)
     return past
+
+
+# What a prompt is outside of calls
+
+
+def prompt_of(adapter: ModelAdapter, base: BaseLayer, batch: int) -> Tensor:
+    """All tokens of a prompt, (batch, tokens, features), those for a decoder behind those of the encoder."""
+    parts = [adapter.input_tokens(base)]
+    if adapter.decoder_token_count:
+        parts.append(adapter.decoder_tokens(base))
+    return torch.cat([_for_rows(part, batch) for part in parts], 1)
+
+
+def cache_of(model: nn.Module, adapter: ModelAdapter, base: BaseLayer, batch: int) -> Any:
+    """A cache for a batch that begins with the keys and values of a prefix."""
+    return _filled(model, None, _for_rows(adapter.cached_states(base), batch), base)

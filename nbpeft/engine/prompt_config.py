@@ -136,7 +136,7 @@ def size_in(config: Any, field: str, names: Sequence[str] = ()) -> int:
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     known = [None if one is None else str(getattr(one, "value", one)) for one in choices]
-    if value is not None and str(getattr(value, "value", value)) in known or value is None and None in known:
+    if (None if value is None else str(getattr(value, "value", value))) in known:
         return
     near = did_you_mean(str(value), [one for one in known if one])
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, not {shown(value)}.{near}", field=name)
@@ -167,8 +167,7 @@ class InitialisedPromptConfig(PromptLearningConfig):
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             if of_text and not getattr(self, name):
                 raise ConfigError(
-                    f"{name} can't be {getattr(self, name)!r} when prompt_tuning_init='TEXT': the tokens start as those "
-                    "of a text",
+                    f"{name} can't be {getattr(self, name)!r} when prompt_tuning_init='TEXT': it is where the tokens start",
                     field=name,
                 )
         if self.tokenizer_kwargs and not of_text:

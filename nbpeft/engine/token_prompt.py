@@ -29,7 +29,7 @@ class TokenPrompt(ModelAdapter):
         self.token_count = config.num_virtual_tokens
         self.embedding = nn.Embedding(config.total_tokens, config.token_dim)
 
-    def initialise(self, config: InitialisedPromptConfig, base: BaseLayer) -> None:
+    def initialise(self, config: Any, base: BaseLayer) -> None:
         """Copies rows of the model's embedding where the config asks for it; see ``ModelAdapter``."""
         tokens = self.initial_tokens(config, base)
         if tokens is not None:
@@ -49,7 +49,7 @@ class TokenPrompt(ModelAdapter):
 
         # A config from a stranger must not run code of its own.
         options = {key: value for key, value in (config.tokenizer_kwargs or {}).items() if key != "trust_remote_code"}
-        tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)  # type: ignore[no-untyped-call]
+        tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
         ids = list(tokenizer(config.prompt_tuning_init_text)["input_ids"])
         return torch.tensor((ids * math.ceil(total / max(len(ids), 1)))[:total], dtype=torch.long)
 

@@ -17,7 +17,7 @@ from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, paramet
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import UnknownAdapterError
-from nbpeft.model import files
+from nbpeft.model import files, prompts
 from nbpeft.model.injection import put_active
 from nbpeft.model.quantize import clear_gguf_flags
 from nbpeft.model.serving import of_the_model, serving
@@ -174,6 +174,37 @@ class PeftModel(nn.Module):
     def base_model_torch_dtype(self) -> Any:
         """dtype of the base model."""
         return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """Adapter name -> adapter, for those that learn a prompt; its ``embedding`` has the trained rows."""
+        return prompts.encoders(self.manager)
+
+    @property
+    def prompt_tokens(self) -> dict[str, torch.Tensor]:
+        """Adapter name -> numbers of the tokens of its prompt, int64."""
+        return prompts.tokens(self.manager)
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The model's input embedding, where an adapter learns a prompt."""
+        return prompts.word_embeddings(self.manager)
+
+    def get_prompt(
+        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """Returns what the active prompt puts in front of a batch; see ``nbpeft.model.prompts.prompt``.
+
+        Args:
+            batch_size: rows.
+            task_ids: (rows,) int64: the task of each, for multitask prompts.
+            max_cache_len: accepted for PEFT's sake; the cache of a prefix grows.
+        """
+        return prompts.prompt(self.manager, batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """Returns what the file of a prompt holds, (tokens, features), on the CPU."""
+        return prompts.embedding_to_save(self.manager, adapter_name)
 
     def get_base_model(self) -> nn.Module:
         """Returns the base model, with the adapters' layers still in it."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import layer_type
 from nbpeft.engine.registry import backends, layer_kinds, methods_of_type
@@ -20,6 +22,7 @@ TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
 PeftMixedModel = PeftModel
 """The same: adapters of different methods go together on every model here."""
 BaseTunerLayer = AdaptedLayer
+BasePromptEncoder = ModelAdapter
 TunerLayerStatus = LayerStatus
 TunerModelStatus = ModelStatus
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
@@ -58,6 +61,8 @@ def of_method(package: str, name: str) -> Any:
     if method is None:
         return None
     title = method.config_class.__name__.removesuffix("Config")
+    if method.acts_on_calls:  # its classes are what PEFT has under their names
+        return getattr(sys.modules[method.adapter_class.__module__], name, None)
     if name == f"{title}Model":
         return tuner_class(method)
     if name == f"{title}Layer":

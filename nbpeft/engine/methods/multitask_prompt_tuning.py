@@ -114,7 +114,7 @@ class MultitaskPromptEmbedding(TokenPrompt):
         self.prefix_task_cols = nn.Parameter(torch.normal(0.0, 0.02, (tasks, config.total_tokens, rank)))
         self.prefix_task_rows = nn.Parameter(torch.normal(0.0, 0.02, (tasks, rank, width)))
 
-    def initialise(self, config: MultitaskPromptTuningConfig, base: BaseLayer) -> None:
+    def initialise(self, config: Any, base: BaseLayer) -> None:
         """Copies rows of the model's embedding, or a trained file; see ``ModelAdapter``."""
         if not config.of_a_source:
             super().initialise(config, base)
@@ -138,10 +138,14 @@ class MultitaskPromptEmbedding(TokenPrompt):
         """The prompts (rows, tokens, features) of the tasks that the call names."""
         ids = base.context
         if not isinstance(ids, Tensor):
-            raise AdapterError("task_ids cannot be None: say which task each row is of, as task_ids=torch.tensor([0, …])")
+            raise AdapterError(
+                "task_ids cannot be None: say which task each row is of, as task_ids=torch.tensor([0, …])"
+            )
         count = len(self.prefix_task_cols)
         if ids.dim() != 1 or not bool(((ids >= 0) & (ids < count)).all()):
-            raise AdapterError(f"task_ids must be one number for each row, from 0 to {count - 1}, not {ids.tolist()!s:.60}")
+            raise AdapterError(
+                f"task_ids must be one number for each row, from 0 to {count - 1}, not {ids.tolist()!s:.60}"
+            )
         ids = ids.to(self.prefix_task_cols.device)
         return self.embedding.weight * (self.prefix_task_cols[ids] @ self.prefix_task_rows[ids])
 

@@ -82,7 +82,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     derived=derived_tokens,
     summary=lambda config: {
         "tokens": str(config.num_virtual_tokens),
-        "encoder": str(getattr(config.encoder_reparameterization_type, "value", config.encoder_reparameterization_type)),
+        "encoder": str(
+            getattr(config.encoder_reparameterization_type, "value", config.encoder_reparameterization_type)
+        ),
     },
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
     sample_configs={

@@ -73,8 +73,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     label="prefix tuning",
     file_keys={"embedding.weight": PROMPT_KEY},
     derived=derived_tokens,
-    summary=lambda config: {"tokens": str(config.num_virtual_tokens)}
-    | ({"projection": "MLP"} if config.prefix_projection else {}),
+    summary=lambda config: (
+        {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
+    ),
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
     sample_configs={
         "plain": {"num_virtual_tokens": 4},

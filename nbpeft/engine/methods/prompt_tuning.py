@@ -1,6 +1,6 @@
 """Prompt tuning: trained embeddings in front of the input (Lester et al. 2021, arXiv:2104.08691).
 
-    x' = [p_1 … p_n, E(x)]        p: (n, features), trained; the model itself is frozen
+x' = [p_1 … p_n, E(x)]        p: (n, features), trained; the model itself is frozen
 """
 
 from __future__ import annotations
