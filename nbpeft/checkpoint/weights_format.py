@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.numerics import is_finite
-from nbpeft.engine.registry import acts_on_calls, file_keys, methods_of_type
+from nbpeft.engine.registry import file_keys, methods_of_type, transforms_calls
 from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
 
 PREFIX = "base_model.model."
@@ -97,7 +97,7 @@ def to_file(weights: AdapterWeights, *, peft_type: str) -> dict[str, Tensor]:
     """
     spelling = file_keys(peft_type)
     tensors: dict[str, Tensor] = {}
-    nowhere = acts_on_calls(peft_type)
+    nowhere = transforms_calls(peft_type)
     prefix = SHARED_PREFIX if nowhere else PREFIX
     for path, parameters in weights.adapters.items():
         place = "" if nowhere else f"{PREFIX}{_wrapped(path, weights.adapters, weights.copies)}."
@@ -219,7 +219,7 @@ def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     spelling = file_keys(peft_type)
     slots: dict[str, tuple[Slot, Shape]] = {}
     for path, parameters in expected.adapters.items():
-        place = "" if acts_on_calls(peft_type) else f"{_wrapped(path, expected.adapters, expected.copies)}."
+        place = "" if transforms_calls(peft_type) else f"{_wrapped(path, expected.adapters, expected.copies)}."
         for name, shape in parameters.items():
             slots[f"{place}{spelling.get(name, name)}"] = ("adapters", path, name), shape
     for path, parameters in expected.copies.items():

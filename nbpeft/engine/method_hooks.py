@@ -15,9 +15,9 @@ def prepares_calls(config: AdapterConfig) -> bool:
     return method_of(config).call_context is not None
 
 
-def acts_on_calls(config: AdapterConfig) -> bool:
+def transforms_calls(config: AdapterConfig) -> bool:
     """Whether a method acts on the arguments of each call of the model."""
-    return method_of(config).acts_on_calls
+    return method_of(config).transforms_calls
 
 
 def learns_with_hooks(config: AdapterConfig) -> bool:

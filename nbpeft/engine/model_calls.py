@@ -20,6 +20,7 @@ from nbpeft.engine.active_state import Rows
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import ModelAdapter
+from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 
@@ -28,14 +29,20 @@ _CACHES = ("cache", "past_key_values")
 """What models call the argument; newer versions of transformers first."""
 
 
+def _parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward."""
+    module_class: Any = type(module)
+    return _signature(module_class)
+
+
 @lru_cache(maxsize=64)
-def _parameters_of(model_class: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(model_class.forward).parameters)[1:]
+def _signature(module_class: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
 def cache_argument(module: nn.Module) -> str:
     """Name of the argument with which a model takes cached keys and values; empty if it takes none."""
-    return next((name for name in _CACHES if name in _parameters_of(type(module))), "")
+    return next((name for name in _CACHES if name in _parameters_of(module)), "")
 
 
 def has_encoder(model: nn.Module) -> bool:
@@ -48,6 +55,11 @@ def part_with_cache(model: nn.Module) -> nn.Module | None:
     backbone = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", None)
     parts = [model, *([backbone] if isinstance(backbone, nn.Module) else [])]
     return next((part for part in parts if cache_argument(part)), None)
+
+
+def checkpoints_gradients(model: nn.Module) -> bool:
+    """Whether layers of a model run again in backward."""
+    return any(module.__dict__.get("gradient_checkpointing", False) for module in reached_modules(model))
 
 
 # The hooks
@@ -116,19 +128,19 @@ class _CallHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        acting = _acting(self.layer)
-        if acting is None:
+        prompts = _active_prompts(self.layer)
+        if prompts is None:
             return None
-        named = dict(zip(_parameters_of(type(module)), args, strict=False)) | kwargs
-        self.transform(module, acting, named)
+        named = dict(zip(_parameters_of(module), args, strict=False)) | kwargs
+        self.transform(module, prompts, named)
         return (), named
 
-    def transform(self, module: nn.Module, acting: _Acting, call: dict[str, Any]) -> None:
+    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
         """Changes the arguments of a call.
 
         Args:
             module: what is called.
-            acting: the adapters that act.
+            prompts: the adapters that act.
             call: name -> argument; changed in place.
         """
         raise NotImplementedError
@@ -137,93 +149,93 @@ class _CallHook:
 class _ModelHook(_CallHook):
     """On a model of one stack."""
 
-    def transform(self, module: nn.Module, acting: _Acting, call: dict[str, Any]) -> None:
+    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
         """Adds tokens and, where the model takes them, cached states; see ``_CallHook``."""
         name = cache_argument(module)
-        states = acting.counts(_STATES) if name else {}
-        tokens = acting.counts(_TOKENS)
+        states = prompts.counts(_STATES) if name else {}
+        tokens = prompts.counts(_TOKENS)
         size = _size(call)
         if size is None or not (states or tokens):
             return
         batch, length, device = size
         seen = _seen(call, name)
-        front = acting.front(states, batch, device).beside(acting.front(tokens, batch, device))
-        new_tokens = acting.front(tokens, batch, device) if not seen else None
+        front = prompts.front(states, batch, device).beside(prompts.front(tokens, batch, device))
+        new_tokens = prompts.front(tokens, batch, device) if not seen else None
         _extend_positions(module, call, front, new_tokens, length, seen)
         _extend_mask(call, "attention_mask", front, length, seen)
         if seen:
             return
         if states:
-            call[name] = _filled(module, call.get(name), acting.joined(_STATES, batch, device), self.layer.base)
+            call[name] = _filled(module, call.get(name), prompts.joined(_STATES, batch, device), self.layer.base)
         if tokens:
-            _put_tokens(call, "inputs_embeds", "input_ids", acting.joined(_TOKENS, batch, device), self.layer)
-            _extend_labels(module, call, length, front.width - acting.front(states, batch, device).width)
+            _put_tokens(call, "inputs_embeds", "input_ids", prompts.joined(_TOKENS, batch, device), self.layer)
+            _extend_labels(module, call, length, front.width - prompts.front(states, batch, device).width)
 
 
 class _CacheHook(_CallHook):
     """On the backbone of a model that takes no cache itself."""
 
-    def transform(self, module: nn.Module, acting: _Acting, call: dict[str, Any]) -> None:
+    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
         """Adds cached states; see ``_CallHook``."""
-        states, size = acting.counts(_STATES), _size(call)
+        states, size = prompts.counts(_STATES), _size(call)
         if not states or size is None:
             return
         batch, length, device = size
         name = cache_argument(module)
-        front = acting.front(states, batch, device)
+        front = prompts.front(states, batch, device)
         _extend_positions(module, call, front, None, length, 0)
         _extend_mask(call, "attention_mask", front, length, 0)
         _seen(call, name)
-        call[name] = _filled(module, call.get(name), acting.joined(_STATES, batch, device), self.layer.base)
+        call[name] = _filled(module, call.get(name), prompts.joined(_STATES, batch, device), self.layer.base)
 
 
 class _EncoderHook(_CallHook):
     """On the encoder of an encoder-decoder model, which ``generate`` calls by itself."""
 
-    def transform(self, module: nn.Module, acting: _Acting, call: dict[str, Any]) -> None:
+    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
         """Adds tokens; the mask of a call that the whole model makes has them already."""
-        tokens, size = acting.counts(_TOKENS), _size(call)
+        tokens, size = prompts.counts(_TOKENS), _size(call)
         if not tokens or size is None:
             return
         batch, length, device = size
         mask = call.get("attention_mask")
         if mask is None or mask.shape[-1] == length:
-            _extend_mask(call, "attention_mask", acting.front(tokens, batch, device), length, 0)
-        _put_tokens(call, "inputs_embeds", "input_ids", acting.joined(_TOKENS, batch, device), self.layer)
+            _extend_mask(call, "attention_mask", prompts.front(tokens, batch, device), length, 0)
+        _put_tokens(call, "inputs_embeds", "input_ids", prompts.joined(_TOKENS, batch, device), self.layer)
 
 
 class _EncoderDecoderHook(_CallHook):
     """On an encoder-decoder model: the mask of the encoder's tokens, and what comes in front of the decoder's."""
 
-    def transform(self, module: nn.Module, acting: _Acting, call: dict[str, Any]) -> None:
+    def transform(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
         """Extends masks, the decoder's input and labels, and the cache; see ``_CallHook``."""
-        tokens = acting.counts(_TOKENS)
+        tokens = prompts.counts(_TOKENS)
         encoded = call.get("encoder_outputs")
         if tokens:
-            self._extend_encoder_mask(acting, call, tokens, encoded)
-        if encoded is None and acting.counts(_DECODER_TOKENS):
-            self._put_decoder_tokens(module, acting, call)
-        if acting.counts(_STATES):
-            self._put_states(module, acting, call)
+            self._extend_encoder_mask(prompts, call, tokens, encoded)
+        if encoded is None and prompts.counts(_DECODER_TOKENS):
+            self._put_decoder_tokens(module, prompts, call)
+        if prompts.counts(_STATES):
+            self._put_states(module, prompts, call)
 
     def _extend_encoder_mask(
-        self, acting: _Acting, call: dict[str, Any], tokens: Mapping[str, int], encoded: Any
+        self, prompts: _Prompts, call: dict[str, Any], tokens: Mapping[str, int], encoded: Any
     ) -> None:
         mask = call.get("attention_mask")
         size = _size(call)
-        ragged = acting.rows is not None
+        ragged = prompts.rows is not None
         if encoded is not None:
             length = encoded[0].shape[1] - max(tokens.values(), default=0) if ragged else None
             if mask is not None and mask.shape[-1] < encoded[0].shape[1]:
-                _extend_mask(call, "attention_mask", acting.front(tokens, len(mask), mask.device), mask.shape[-1], 0)
+                _extend_mask(call, "attention_mask", prompts.front(tokens, len(mask), mask.device), mask.shape[-1], 0)
             elif mask is None and length is not None:
-                front = acting.front(tokens, len(encoded[0]), encoded[0].device)
+                front = prompts.front(tokens, len(encoded[0]), encoded[0].device)
                 _extend_mask(call, "attention_mask", front, length, 0)
         elif size is not None:
             batch, length, device = size
-            _extend_mask(call, "attention_mask", acting.front(tokens, batch, device), length, 0)
+            _extend_mask(call, "attention_mask", prompts.front(tokens, batch, device), length, 0)
 
-    def _put_decoder_tokens(self, module: Any, acting: _Acting, call: dict[str, Any]) -> None:
+    def _put_decoder_tokens(self, module: Any, prompts: _Prompts, call: dict[str, Any]) -> None:
         labels = call.get("labels")
         if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
             if labels is None:
@@ -232,26 +244,26 @@ class _EncoderDecoderHook(_CallHook):
         size = _size(call, "decoder_input_ids", "decoder_inputs_embeds")
         assert size is not None
         batch, length, device = size
-        front = acting.front(acting.counts(_DECODER_TOKENS), batch, device)
+        front = prompts.front(prompts.counts(_DECODER_TOKENS), batch, device)
         _extend_mask(call, "decoder_attention_mask", front, length, 0)
-        joined = acting.joined(_DECODER_TOKENS, batch, device)
+        joined = prompts.joined(_DECODER_TOKENS, batch, device)
         _put_tokens(call, "decoder_inputs_embeds", "decoder_input_ids", joined, self.layer)
         if labels is not None:
             call["labels"] = _with_ignored(labels, front.width)
 
-    def _put_states(self, module: nn.Module, acting: _Acting, call: dict[str, Any]) -> None:
+    def _put_states(self, module: nn.Module, prompts: _Prompts, call: dict[str, Any]) -> None:
         name = cache_argument(module)
         seen = _seen(call, name)
         size = _size(call, "decoder_input_ids", "decoder_inputs_embeds", "labels")
         if size is None:
             return
         batch, length, device = size
-        front = acting.front(acting.counts(_STATES), batch, device)
+        front = prompts.front(prompts.counts(_STATES), batch, device)
         _extend_mask(call, "decoder_attention_mask", front, length, seen)
         if call.get("decoder_position_ids") is not None:
             call["decoder_position_ids"] = call["decoder_position_ids"] + front.offset
         if not seen:
-            call[name] = _filled(module, call.get(name), acting.joined(_STATES, batch, device), self.layer.base)
+            call[name] = _filled(module, call.get(name), prompts.joined(_STATES, batch, device), self.layer.base)
 
 
 # What acts, and what it puts in front
@@ -261,13 +273,13 @@ class _EncoderDecoderHook(_CallHook):
 class _Kind:
     """One kind of what model adapters give."""
 
-    count: str
+    count: Callable[[ModelAdapter], int]
     give: Callable[[ModelAdapter, BaseLayer], Tensor]
 
 
-_TOKENS = _Kind("token_count", lambda adapter, base: adapter.input_tokens(base))
-_DECODER_TOKENS = _Kind("decoder_token_count", lambda adapter, base: adapter.decoder_tokens(base))
-_STATES = _Kind("state_count", lambda adapter, base: adapter.cached_states(base))
+_TOKENS = _Kind(lambda adapter: adapter.token_count, lambda adapter, base: adapter.input_tokens(base))
+_DECODER_TOKENS = _Kind(lambda adapter: adapter.decoder_token_count, lambda adapter, base: adapter.decoder_tokens(base))
+_STATES = _Kind(lambda adapter: adapter.state_count, lambda adapter, base: adapter.cached_states(base))
 
 
 @dataclass(frozen=True)
@@ -308,7 +320,7 @@ class _Front:
 
 
 @dataclass(frozen=True)
-class _Acting:
+class _Prompts:
     """The model adapters that act in a call.
 
     Attributes:
@@ -321,7 +333,7 @@ class _Acting:
 
     def counts(self, kind: _Kind) -> dict[str, int]:
         """Adapter name -> how much of a kind it gives, where it gives any."""
-        counts = {name: getattr(adapter, kind.count) for name, (adapter, _) in self.adapters.items()}
+        counts = {name: kind.count(adapter) for name, (adapter, _) in self.adapters.items()}
         return {name: count for name, count in counts.items() if count}
 
     def front(self, counts: Mapping[str, int], batch: int, device: torch.device) -> _Front:
@@ -360,7 +372,7 @@ def _for_rows(values: Tensor, batch: int) -> Tensor:
     return values.repeat_interleave(repeats, 0)
 
 
-def _acting(layer: AdaptedLayer) -> _Acting | None:
+def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
     active = layer.active_state.current()
     rows = active.rows
     names, scales = (active.names, active.scales) if rows is None else (rows.names, rows.scales)
@@ -375,7 +387,7 @@ def _acting(layer: AdaptedLayer) -> _Acting | None:
             )
         base = layer.base.within(active.context[name]) if name in active.context else layer.base
         found[name] = adapter, base
-    return _Acting(found, rows) if found else None
+    return _Prompts(found, rows) if found else None
 
 
 # Arguments of a call
@@ -439,7 +451,7 @@ def _extend_positions(
     """
     given = call.get("position_ids")
     if given is None:
-        if front.mask is None or "position_ids" not in _parameters_of(type(module)):
+        if front.mask is None or "position_ids" not in _parameters_of(module):
             return
         given = torch.arange(length, device=front.mask.device).unsqueeze(0) + max(seen - front.width, 0)
     moved = given + (front.offset if front.mask is None else front.offset.to(given.device))
@@ -479,7 +491,7 @@ def _with_ignored(labels: Tensor, width: int) -> Tensor:
 
 def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> Any:
     """A cache that begins with keys and values (batch, width, layers, 2, heads, features); the one given, if any."""
-    if module.training and torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False):
+    if module.training and torch.is_grad_enabled() and checkpoints_gradients(module):
         raise AdapterError(
             "a prefix does not work with gradient checkpointing, which leaves cached keys and values out: call "
             "gradient_checkpointing_disable()"

@@ -145,7 +145,7 @@ def plan(
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
     resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
-    if method.acts_on_calls:
+    if method.transforms_calls:
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
@@ -209,7 +209,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     """A copy of the config whose targets are names or a pattern."""
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
-    if targets is None and method.companion is None and not method.acts_on_calls:
+    if targets is None and method.companion is None and not method.transforms_calls:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         targets = method.default_targets(model_type)
         if targets is None:

@@ -54,6 +54,8 @@ class PromptLearningConfig(AdapterConfig):
         *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
     )
     """Fields that hold a size; None for the model's."""
+    beside_embeddings: ClassVar[bool] = True
+    """Whether its tokens stand beside the model's embeddings, so that they have as many features."""
     encoded: ClassVar[bool] = True
     """Whether the network that computes the tokens is there; False on a copy for a file that holds the tokens alone."""
 
@@ -110,6 +112,10 @@ class PromptLearningConfig(AdapterConfig):
             both = self.task_type == TaskType.SEQ_2_SEQ_LM or getattr(config, "is_encoder_decoder", False)
             self.num_transformer_submodules = 2 if both else 1
         self.token_dim = self.token_dim or width
+        if self.beside_embeddings and self.token_dim != width:
+            raise ConfigError(
+                f"token_dim is {self.token_dim}, but the tokens of the model have {width} features", field="token_dim"
+            )
         for name, names in _SIZES.items():
             if getattr(self, name) is None:
                 setattr(self, name, size_in(config, name, names))
@@ -167,7 +173,7 @@ class InitialisedPromptConfig(PromptLearningConfig):
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             if of_text and not getattr(self, name):
                 raise ConfigError(
-                    f"{name} can't be {getattr(self, name)!r} when prompt_tuning_init='TEXT': it is where the tokens start",
+                    f"{name} can't be {getattr(self, name)!r} when prompt_tuning_init='TEXT'",
                     field=name,
                 )
         if self.tokenizer_kwargs and not of_text:

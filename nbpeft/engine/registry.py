@@ -114,7 +114,7 @@ class Method:
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
 
     @property
-    def acts_on_calls(self) -> bool:
+    def transforms_calls(self) -> bool:
         """Whether its adapters act on calls of the whole model, and not on layers."""
         return issubclass(self.adapter_class, ModelAdapter)
 
@@ -228,9 +228,9 @@ def methods_of_type(peft_type: str) -> tuple[Method, ...]:
     return tuple(method for method in methods() if method.peft_type == peft_type)
 
 
-def acts_on_calls(peft_type: str) -> bool:
+def transforms_calls(peft_type: str) -> bool:
     """Whether adapters with a ``peft_type`` act on calls of the whole model: their files name no layers."""
-    return any(method.acts_on_calls for method in methods_of_type(peft_type))
+    return any(method.transforms_calls for method in methods_of_type(peft_type))
 
 
 def companions() -> tuple[Method, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.method_hooks import acts_on_calls, learns_with_hooks, prepares_calls
+from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls, transforms_calls
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
@@ -248,24 +248,24 @@ class PeftModel(nn.Module):
         return self._forward_pinned(adapter_names, *args, **kwargs)
 
     def _forward_compiled(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
-        if adapter_names is None and not self._acts_on_calls(self.manager.active_state.traced.names, self.training):
+        if adapter_names is None and not self._transforms_calls(self.manager.active_state.traced.names, self.training):
             return self.base_model.model(*args, **kwargs)
         # Rows are assigned anew in each call, and a compiled layer does not know for which it was compiled. Nor does
         # it know what a method prepares for each call or adds to each loss.
         alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
         return alone(adapter_names, *args, **kwargs)
 
-    def _acts_on_calls(self, names: tuple[str, ...], training: bool) -> bool:
+    def _transforms_calls(self, names: tuple[str, ...], training: bool) -> bool:
         """Whether the method of an active adapter does something in each call beside the maths of its layers."""
         configs = [self.manager.configs[name] for name in names]
         return any(
-            prepares_calls(config) or acts_on_calls(config) or (training and learns_with_hooks(config))
+            prepares_calls(config) or transforms_calls(config) or (training and learns_with_hooks(config))
             for config in configs
         )
 
     # Compiled code takes the result for a constant and is guarded on the arguments. What says so in public,
     # torch.compiler.assume_constant_result, would import the compiler with this module.
-    _acts_on_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _transforms_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()

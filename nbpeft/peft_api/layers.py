@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from typing import Any
 
@@ -61,8 +60,6 @@ def of_method(package: str, name: str) -> Any:
     if method is None:
         return None
     title = method.config_class.__name__.removesuffix("Config")
-    if method.acts_on_calls:  # its classes are what PEFT has under their names
-        return getattr(sys.modules[method.adapter_class.__module__], name, None)
     if name == f"{title}Model":
         return tuner_class(method)
     if name == f"{title}Layer":

@@ -111,8 +111,8 @@ class MultitaskPromptEmbedding(TokenPrompt):
         super().__init__(config)
         tasks, rank, width = int(config.num_tasks or 1), int(config.num_ranks or 1), int(config.token_dim or 0)
         self.decoder_token_count = self.token_count if config.num_transformer_submodules == 2 else 0
-        self.prefix_task_cols = nn.Parameter(torch.normal(0.0, 0.02, (tasks, config.total_tokens, rank)))
-        self.prefix_task_rows = nn.Parameter(torch.normal(0.0, 0.02, (tasks, rank, width)))
+        self.prefix_task_cols = nn.Parameter(torch.empty(tasks, config.total_tokens, rank).normal_(0, 0.02))
+        self.prefix_task_rows = nn.Parameter(torch.empty(tasks, rank, width).normal_(0, 0.02))
 
     def initialise(self, config: Any, base: BaseLayer) -> None:
         """Copies rows of the model's embedding, or a trained file; see ``ModelAdapter``."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from nbpeft.engine.base import BaseLayer
-from nbpeft.engine.model_calls import part_with_cache
+from nbpeft.engine.model_calls import checkpoints_gradients, part_with_cache
 from nbpeft.engine.prompt_config import PROMPT_KEY, PromptLearningConfig, size_in
 from nbpeft.engine.registry import register
 from nbpeft.engine.token_prompt import EncodedPrompt, derived_tokens
@@ -39,6 +39,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = field(default=None)
     prefix_projection: bool = field(default=False)
 
+    beside_embeddings: ClassVar[bool] = False
     method_type: ClassVar[str] = "PREFIX_TUNING"
     counts: ClassVar[tuple[str, ...]] = (*PromptLearningConfig.counts, "encoder_hidden_size")
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_weights": ("zero", None)}
@@ -92,6 +93,7 @@ class PrefixEncoder(EncodedPrompt):
         assert config.num_virtual_tokens is not None and config.num_layers is not None
         self.state_count, width = config.num_virtual_tokens, int(config.token_dim or 0)
         self.layers, self.heads = config.num_layers, int(config.num_attention_heads or 1)
+        self.has_decoder = config.num_transformer_submodules == 2
         size = config.num_layers * 2 * width
         encoded = config.prefix_projection and config.encoded
         self.hold(nn.Embedding(config.num_virtual_tokens, width if encoded else size), encoded=encoded)
@@ -113,8 +115,11 @@ class PrefixEncoder(EncodedPrompt):
 
     def cached_states(self, base: BaseLayer) -> Tensor:
         """The keys and values by layer and head; see ``ModelAdapter``."""
-        states = self.encoded()
-        return states.view(1, self.state_count, self.layers, 2, self.heads, -1)
+        states = self.encoded().view(1, self.state_count, self.layers, 2, self.heads, -1)
+        if not self.has_decoder:
+            return states
+        # PEFT deals them out in fours there, two of which it then drops: files mean that.
+        return states[:, :, [2 * layer % self.layers for layer in range(self.layers)]]
 
     @classmethod
     def check_model(cls, config: PrefixTuningConfig, model: nn.Module) -> None:
@@ -123,7 +128,7 @@ class PrefixEncoder(EncodedPrompt):
             raise ConfigError(
                 f"{type(model).__name__} does not support past key values, which are required for prefix tuning"
             )
-        if getattr(model, "is_gradient_checkpointing", False):
+        if checkpoints_gradients(model):
             raise ConfigError(
                 "PREFIX_TUNING does not work with gradient checkpointing, which leaves the cache out: call "
                 "gradient_checkpointing_disable() first"

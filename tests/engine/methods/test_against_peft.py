@@ -74,8 +74,12 @@ def t5() -> Any:
 MODELS = (llama, gpt2, bert, bloom, gpt_neox, opt, qwen2, t5)
 
 OLDER = {"LORA", "IA3", "TRAINABLE_TOKENS"}
-"""Methods with tests of their own for all of this."""
-METHODS = [method for method in methods() if method.peft_type not in OLDER and hasattr(peft.PeftType, method.peft_type)]
+"""Methods with tests of their own for all of this, as those have that act on whole calls (``test_prompts``)."""
+METHODS = [
+    method
+    for method in methods()
+    if method.peft_type not in OLDER and hasattr(peft.PeftType, method.peft_type) and not method.transforms_calls
+]
 SAMPLES = [
     pytest.param(method, dict(fields), id=f"{method.peft_type.lower()}-{name}")
     for method in METHODS
