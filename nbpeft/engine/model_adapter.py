@@ -30,12 +30,14 @@ class ModelAdapter(Adapter, TransformsOutput):
     ``initialise`` overwrites those that depend on the model.
 
     Attributes:
+        call_argument: name of an argument of calls that is for the adapter alone, its ``base.context``; or empty.
         token_count: embeddings that it puts in front of the input's.
         decoder_token_count: the same for a decoder that has an encoder.
         state_count: keys and values that it puts in front of the cached ones.
     """
 
     is_tied: ClassVar[bool] = True  # it leaves the embedding's weight as it is, whoever shares that
+    call_argument: ClassVar[str] = ""
     token_count: int = 0
     decoder_token_count: int = 0
     state_count: int = 0
@@ -94,10 +96,8 @@ class ModelAdapter(Adapter, TransformsOutput):
             made = cls(config)
             with torch.no_grad():
                 made.initialise(config, site.base)
-            made = made.to(site.base.device, site.dtype)
-        else:
-            made = cls.bound(config, tensors)
-        return made.train(site.base.module.training)
+            tensors = {name: value.detach().to(site.base.device, site.dtype) for name, value in made.named_parameters()}
+        return cls.bound(config, tensors).train(site.base.module.training)
 
     @classmethod
     def bound(cls, config: Any, tensors: Mapping[str, Tensor]) -> Self:

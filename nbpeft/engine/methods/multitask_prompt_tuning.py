@@ -19,6 +19,7 @@ from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.config_checks import check_count
 from nbpeft.engine.prompt_config import PROMPT_KEY, InitialisedPromptConfig
 from nbpeft.engine.registry import register
+from nbpeft.engine.storage import loaded
 from nbpeft.engine.token_prompt import TokenPrompt
 from nbpeft.errors import AdapterError, ConfigError
 
@@ -104,6 +105,7 @@ class MultitaskPromptEmbedding(TokenPrompt):
         prefix_task_rows: (tasks, r, features).
     """
 
+    call_argument: ClassVar[str] = _TASK_IDS
     prefix_task_cols: nn.Parameter
     prefix_task_rows: nn.Parameter
 
@@ -137,12 +139,15 @@ class MultitaskPromptEmbedding(TokenPrompt):
     def _prompts(self, base: BaseLayer) -> Tensor:
         """The prompts (rows, tokens, features) of the tasks that the call names."""
         ids = base.context
+        if ids is None and len(self.prefix_task_cols) == 1:
+            ids = torch.zeros(1, dtype=torch.long)
         if not isinstance(ids, Tensor):
             raise AdapterError(
                 "task_ids cannot be None: say which task each row is of, as task_ids=torch.tensor([0, …])"
             )
         count = len(self.prefix_task_cols)
-        if ids.dim() != 1 or not bool(((ids >= 0) & (ids < count)).all()):
+        without_data = isinstance(ids, loaded("torch._subclasses.fake_tensor", "FakeTensor"))  # in a forecast
+        if ids.dim() != 1 or not (without_data or bool(((ids >= 0) & (ids < count)).all())):
             raise AdapterError(
                 f"task_ids must be one number for each row, from 0 to {count - 1}, not {ids.tolist()!s:.60}"
             )

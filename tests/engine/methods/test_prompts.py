@@ -353,7 +353,8 @@ def test_two_prompts_and_a_lora_act_together() -> None:
     model.set_adapter(["p2", "p4", "prefix", "lora"])
     found = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert found.logits.shape[1] == 9 + 6
-    embeds = torch.cat([model.prompt_encoder[name].embedding.weight for name in ("p2", "p4")])
+    rows: list[Any] = [model.prompt_encoder[name].embedding.weight for name in ("p2", "p4")]
+    embeds = torch.cat(rows)
     whole = torch.cat([embeds.expand(2, -1, -1), model.word_embeddings(ids)], 1)
     with model.use("prefix"):
         cache = model.get_prompt(2)
