@@ -38,6 +38,9 @@ from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_TYPES, PEFT_VERSION
 
+ADAPTER_PARTS = "adapter_parts"
+"""Where the buffers and submodules of adapters are shown for which PEFT has no name."""
+
 
 class TaskType(str, enum.Enum):
     """What the adapted model is for. Values as in PEFT's files."""
@@ -423,6 +426,9 @@ class Adapter(nn.Module):
 
     peft_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
+
+    parts_shown_as: ClassVar[str] = ADAPTER_PARTS
+    """Where the buffers and submodules of adapters are shown on a layer."""
 
     peft_container: str = ""
     """The module below the layer in which PEFT has the parameters; empty for the layer itself."""

@@ -37,6 +37,7 @@ class ModelAdapter(Adapter, TransformsOutput):
     """
 
     is_tied: ClassVar[bool] = True  # it leaves the embedding's weight as it is, whoever shares that
+    parts_shown_as: ClassVar[str] = "prompt_encoder"
     call_argument: ClassVar[str] = ""
     token_count: int = 0
     decoder_token_count: int = 0

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
-from nbpeft.engine.peft_modules import ADAPTER_PARTS, shown_name
+from nbpeft.engine.peft_modules import shown_name
 from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
