@@ -122,6 +122,11 @@ class ModelAdapter(Adapter, TransformsOutput):
         """Zeros; see ``Adapter``."""
         return torch.zeros_like(weight)
 
+    def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
+        """The norm of its parameters; see ``Adapter``."""
+        norms = [torch.linalg.vector_norm(parameter.detach().float()) for parameter in self.parameters()]
+        return float(torch.stack(norms).norm()), None
+
     def unmergeable_reason(self, base: BaseLayer) -> str:
         """Why it cannot be merged; see ``Adapter``."""
         return "the weights: it puts trained tokens in front of the input and changes no weight"

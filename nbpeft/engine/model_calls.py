@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import Rows
+from nbpeft.engine.adapter_names import check_scale
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import ModelAdapter
@@ -393,9 +394,7 @@ def _active_prompts(layer: AdaptedLayer) -> _Prompts | None:
         if not isinstance(adapter, ModelAdapter):
             continue
         if scale != 1.0:
-            raise AdapterError(
-                f"adapter {name!r} has a scale of {scale:.3g}: tokens of a prompt are there or not, so 1"
-            )
+            check_scale(name, scale, fixed=True)
         base = layer.base.within(active.context[name]) if name in active.context else layer.base
         found[name] = adapter, base
     return _Prompts(found, rows) if found else None

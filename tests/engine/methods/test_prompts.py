@@ -33,6 +33,7 @@ from nbpeft.engine.kept import keep, put_back
 from nbpeft.engine.registry import Method, methods
 from nbpeft.errors import AdapterError, ConfigError, MergeError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
+from nbpeft.model.serving import blended
 from tests.tiny_models import LLAMA, classifier, config, gpt2, llama, randomize, same_state, state, tokens
 
 METHODS = [method for method in methods() if method.transforms_calls]
@@ -442,10 +443,10 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, selected_adapters=["p4"])
     with pytest.raises(NbpeftError, match="load the other one beside it"):
         nbpeft.hotswap_adapter(model, tmp_path / "p4", "p4")
-    model.manager.set_scale("p4", 0.5)
-    with pytest.raises(AdapterError, match=r"has a scale of 0\.5"):
+    with pytest.raises(AdapterError, match=r"cannot have a scale of 0\.5: tokens of a prompt are there or not"):
+        model.manager.set_scale("p4", 0.5)
+    with blended(model.manager, {"p4": 0.5, "lora": 0.5}), pytest.raises(AdapterError, match=r"scale of 0\.5"):
         model(input_ids=tokens())
-    model.manager.set_scale("p4", 1.0)
     pool = nbpeft.AdapterPool(model, 10.0)
     with pytest.raises(NbpeftError, match="acts on whole calls"):
         pool.register("stored", tmp_path / "p4")
