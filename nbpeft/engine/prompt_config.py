@@ -178,7 +178,7 @@ class InitialisedPromptConfig(PromptLearningConfig):
                 )
         if self.tokenizer_kwargs and not of_text:
             raise ConfigError(
-                "tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'", field="tokenizer_kwargs"
+                "tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.", field="tokenizer_kwargs"
             )
 
     def starts_as(self, *inits: str) -> bool:

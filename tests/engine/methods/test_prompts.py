@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,8 @@ from nbpeft.engine.registry import Method, methods
 from nbpeft.errors import AdapterError, ConfigError, MergeError, NbpeftError
 from nbpeft.model import PeftModel, get_peft_model
 from nbpeft.model.serving import blended
+from tests.fuzz import mutations
+from tests.fuzz.mutations import mutated
 from tests.tiny_models import LLAMA, classifier, config, gpt2, llama, randomize, same_state, state, tokens
 
 METHODS = [method for method in methods() if method.transforms_calls]
@@ -42,10 +46,10 @@ SAMPLES = [
     for method in METHODS
     for name, fields in method.sample_configs.items()
 ]
+FIRST = [next(sample for sample in SAMPLES if sample.values[0] is method) for method in METHODS]
 every_sample = pytest.mark.parametrize(("method", "fields"), SAMPLES)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-]
+every_method = pytest.mark.parametrize(("method", "fields"), FIRST)
+pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
 
 
@@ -171,7 +175,7 @@ def test_eight_steps_of_training_are_those_of_peft(method: Method, fields: dict[
     assert all(p.grad is None for p in ours.get_base_model().parameters() if not p.requires_grad)
 
 
-@every_sample
+@every_method
 @pytest.mark.parametrize("base", [t5, bart], ids=["t5", "bart"])
 def test_encoder_decoder_models_are_as_in_peft(method: Method, fields: dict[str, Any], base: Any) -> None:
     ours, theirs = pair(method, fields, base, task="SEQ_2_SEQ_LM")
@@ -216,7 +220,6 @@ OTHER_TASKS = {
     ),
     "FEATURE_EXTRACTION": (of_llama(LlamaModel), {}),
 }
-PLAIN = [SAMPLES[index] for index, sample in enumerate(SAMPLES) if sample.id and "plain" not in sample.id]
 
 
 @pytest.mark.parametrize("task", OTHER_TASKS)
@@ -272,7 +275,7 @@ def test_a_prefix_of_other_models(base: Callable[[], Any], projected: bool, tmp_
 # In generate
 
 
-@every_sample
+@every_method
 @pytest.mark.parametrize("base", [lively, lively_gpt2], ids=["llama", "gpt2"])
 @torch.no_grad()
 def test_generate_gives_what_forward_gives(method: Method, fields: dict[str, Any], base: Callable[[], Any]) -> None:
@@ -297,7 +300,7 @@ def test_generate_gives_what_forward_gives(method: Method, fields: dict[str, Any
     assert model.generate(**inputs, **GENERATE | {"do_sample": True}).shape == (2, 14)
 
 
-@every_sample
+@every_method
 @torch.no_grad()
 def test_padding_on_the_left_changes_nothing(method: Method, fields: dict[str, Any]) -> None:
     model = get_peft_model(lively(), made(method, fields)).eval()
@@ -560,3 +563,47 @@ def test_a_multitask_prompt_starts_from_a_file(init: str, tmp_path: Path) -> Non
         method.config_class(**start)
     with pytest.raises(NbpeftError, match="there is no file"):
         get_peft_model(llama(), method.config_class(**start, prompt_tuning_init_state_dict_path="nowhere"))
+
+
+@pytest.mark.slow
+@every_method
+def test_two_hundred_mutated_folders(
+    method: Method, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is right or refused in one line, and the model stays as it was."""
+    monkeypatch.setattr(mutations, "FIELDS", tuple(one.name for one in dataclasses.fields(method.config_class)))
+    start = get_peft_model(llama(), made(method, fields))
+    start.save_pretrained(tmp_path / "start")
+    model = get_peft_model(llama(), nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before, right = state(model), 0
+    for seed in range(200):
+        draw, folder = random.Random(seed), tmp_path / f"f{seed}"
+        done = mutated(tmp_path / "start", folder, draw)
+        try:
+            model.load_adapter(str(folder), "new")
+            model.set_adapter("new")
+            with torch.no_grad():
+                model(input_ids=tokens(), **tasks(method))
+            right += 1
+        except NbpeftError as error:
+            assert len(str(error)) <= 520 and "\n" not in str(error), (seed, done, str(error))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {done}") from error
+        finally:
+            if "new" in model.peft_config:
+                model.set_adapter("default")
+                model.delete_adapter("new")
+        assert same_state(state(model), before), (seed, done)
+    assert right >= 20
+
+
+@every_method
+def test_every_field_has_its_type_and_none_is_refused_in_one_line(method: Method, fields: dict[str, Any]) -> None:
+    values: tuple[Any, ...] = (None, -1, "no", 1.5, float("nan"), True, [], {}, [1], "\n")
+    base = llama()
+    for name in [one.name for one in dataclasses.fields(method.config_class)]:
+        for value in values:
+            try:
+                base = get_peft_model(base, method.config_class(**fields | {name: value})).unload()
+            except NbpeftError as error:
+                assert "\n" not in str(error) and len(str(error)) <= 520, (name, value, str(error))
