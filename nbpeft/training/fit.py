@@ -398,9 +398,7 @@ def _fit(
                 trainer.remove_callback(PrinterCallback)
                 group_rows(trainer, wanted=wants_groups(fields))
                 callback = RunCallback(run)
-                for part in around:
-                    if isinstance(part, RunKeeper):
-                        part.trainer = trainer
+                _introduce(trainer, around, inside)
                 for item in (*around, callback, *inside):
                     trainer.add_callback(item)
                 for item in inside:
@@ -422,6 +420,16 @@ def _fit(
             for owner in (trainer, trainer.callback_handler):
                 owner.model = owner.optimizer = owner.lr_scheduler = None
             trainer.model_wrapped = None
+
+
+def _introduce(trainer: Any, around: Sequence[RunKeeper | TrackCallback], inside: Sequence[Any]) -> None:
+    """Makes the callbacks known to those that they work with."""
+    stops = [item for item in inside if isinstance(item, EarlyStop)]
+    for keeper in around:
+        if isinstance(keeper, RunKeeper):
+            keeper.trainer = trainer
+            for stop in stops:
+                stop.keep_last, keeper.beside = keeper.keep_last, stop.write
 
 
 def _elsewhere(
