@@ -41,6 +41,9 @@ from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_TYPES, PEFT_VERSION
 
+ADAPTER_PARTS = "adapter_parts"
+"""Where the buffers and submodules of adapters are shown for which PEFT has no name."""
+
 
 class TaskType(str, enum.Enum):
     """What the adapted model is for. Values as in PEFT's files."""
@@ -108,6 +111,10 @@ class ConfigStore(Protocol):
 
     def push(self, config: AdapterConfig, repo_id: str, **options: Any) -> str:
         """Uploads the file of a config to a repository."""
+        ...
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a file, by key."""
         ...
 
 
@@ -181,7 +188,7 @@ class AdapterConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """PEFT's question; no method here learns a prompt."""
+        """PEFT's question: whether the method learns a prompt."""
         return False
 
     @property
@@ -195,6 +202,29 @@ class AdapterConfig:
         Raises:
             ConfigError: a field has no default for this type of model.
         """
+
+    def fill_in_sizes(self, model: nn.Module, width: int) -> None:
+        """Fills in what a method without layers derives from the model; called on a copy of a config.
+
+        Args:
+            model: the base model.
+            width: features of its input embedding.
+
+        Raises:
+            ConfigError: the model does not say what is needed.
+        """
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+        """What the config and the tensors of one file mean for each other: the config, and tensors to bind, by key."""
+        return self, tensors
+
+    def stored_tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a file that a field names, by key.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return _store(type(self)).tensors(path)
 
     @property
     def size(self) -> int | None:
@@ -432,6 +462,9 @@ class Adapter(nn.Module):
 
     peft_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
+
+    parts_shown_as: ClassVar[str] = ADAPTER_PARTS
+    """Where the buffers and submodules of adapters are shown on a layer."""
 
     peft_container: str = ""
     """The module below the layer in which PEFT has the parameters; empty for the layer itself."""

@@ -15,6 +15,8 @@ from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, ChangesB
 from nbpeft.engine.base import offloading
 from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.model_adapter import ModelAdapter
+from nbpeft.engine.model_calls import put_hooks, take_hooks
 from nbpeft.engine.model_tree import Site, walk
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
@@ -36,11 +38,13 @@ class Parts:
         adapters: (sites of one module, its wrapper, the new adapter) in model order.
         copies: (sites, wrapper, trained copy).
         shared: what the adapters share, if anything.
+        model: the base model.
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
     copies: list[tuple[list[Site], ModulesToSaveWrapper, nn.Module]]
-    shared: SharedState | None = None
+    shared: SharedState | None
+    model: nn.Module
 
 
 def build(
@@ -77,7 +81,7 @@ def build(
     layers = {target.path: _layer(by_path[target.path], target, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
     shared = None if first is None else shared_state(plan, weights, first.device, adapter_dtype(first.dtype, half=half))
-    parts = Parts([], [], shared)
+    parts = Parts([], [], shared, model)
 
     def create(target: Target) -> Adapter:
         check_interrupt()  # some inits take a second a layer
@@ -145,10 +149,12 @@ def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | Non
         return target.adapter_class.create(target.config, site, placed)
     adapter = target.adapter_class.create(target.config, site, None)
     for name, tensor in placed.items():
+        owner, _, own = name.rpartition(".")
+        holder = adapter.get_submodule(owner)
         if name in site.shapes:
-            adapter._parameters[name] = nn.Parameter(tensor)
+            holder._parameters[own] = nn.Parameter(tensor)
         else:
-            adapter._buffers[name] = tensor
+            holder._buffers[own] = tensor
     return adapter
 
 
@@ -232,6 +238,8 @@ def commit(
         for site in sites:
             change.set_item(site.parent._modules, site.attribute, layer)
         layers[sites[0].path] = layer
+        if isinstance(adapter, ModelAdapter):
+            put_hooks(parts.model, layer, change)
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained
         for site in sites:
@@ -277,6 +285,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module], cha
     """Puts other modules wherever those with the given ids hang."""
     if not replacements:
         return
+    take_hooks(model, replacements, change)
     for parent in reached_modules(model):
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:

@@ -161,6 +161,8 @@ def plan(
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
     resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
+    if method.transforms_calls:
+        return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
     matcher = Matcher(
@@ -193,6 +195,27 @@ def plan(
     return InjectionPlan(method.label, resolved, (*targets, *parts), copies, biases, tuple(excluded), missing, shared)
 
 
+def _plan_for_calls(
+    model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site], *, strict: bool
+) -> InjectionPlan:
+    """The plan of an adapter that acts on calls of the whole model: it hangs at the input embedding."""
+    embedding = embedding_of(model)
+    site = next((site for site in sites if embedding is not None and site.module is frozen_module(embedding)), None)
+    if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
+        why = "trained as a whole by another adapter" if site is not None else "none that it names"
+        raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which is {why}")
+    kind, _ = resolve_parts(site)
+    config.fill_in_sizes(model, kind.features(site.module)[1])
+    adapter_class: Any = method.adapter_class
+    adapter_class.check_model(config, model)
+    names = list(getattr(config, "modules_to_save", None) or ())
+    copies = _copies(sites, names, guessed_heads(config), strict=strict)
+    target = _target(site, config, method)
+    warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
+    _check_size(model, [target])
+    return InjectionPlan(method.label, config, (target,), copies, (), (), ())
+
+
 def _check_size(model: nn.Module, targets: Sequence[Target]) -> None:
     """Refuses an adapter of a size that can only be a mistake: many times the model itself."""
     size = sum(math.prod(shape) for target in targets for shape in target.shapes.values())
@@ -204,7 +227,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     """A copy of the config whose targets are names or a pattern."""
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
-    if targets is None and method.companion is None:
+    if targets is None and method.companion is None and not method.transforms_calls:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         targets = method.default_targets(model_type)
         if targets is None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
-from nbpeft.engine.peft_modules import ADAPTER_PARTS, shown_name
+from nbpeft.engine.peft_modules import shown_name
 from nbpeft.engine.plan import InjectionPlan, Target
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
@@ -98,12 +98,12 @@ def read(
     else:
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
     given = config
-    config = (config or saved.config).copy(inference_mode=not trainable)
+    config, tensors = (config or saved.config).copy(inference_mode=not trainable).beside(saved.tensors)
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     plan = manager.plan(config, name)
     loaded = checkpoint.from_file(
-        saved.tensors,
+        tensors,
         expected(manager.model, plan),
         peft_type=str(config.peft_type),
         key_mapping=key_mapping,
@@ -363,6 +363,9 @@ def file_tensors(
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
     tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
+    derived = method_of(config).derived
+    for named in weights.adapters.values() if derived is not None else ():
+        tensors.update(derived(config, named))  # type: ignore[misc]
     whole = {key: gathered(tensors[key]) for key in sorted(tensors)}  # each process in one order
     return dict(method_of(config).pack(config, {key: whole[key] for key in tensors}))
 

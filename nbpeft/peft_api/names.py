@@ -160,14 +160,11 @@ MODULES: dict[str, dict[str, str]] = {
         "mappings": f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING {_MAPPINGS}",
         "helpers": "shift_tokens_right",
         "layers": f"{_TUNERS} PeftMixedModel",
-        OWN: _METHOD_NAMES,
-        "missing": (
-            f"PromptLearningConfig find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} "
-            f"{_PREFIX_POSTPROCESSING}"
-        ),
+        OWN: f"PromptLearningConfig {_METHOD_NAMES}",
+        "missing": (f"find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} {_PREFIX_POSTPROCESSING}"),
     },
     "auto": {OWN: _AUTO, "mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"},
-    "config": {OWN: "PeftConfig", "constants": "CONFIG_NAME", "missing": "PeftConfigMixin PromptLearningConfig"},
+    "config": {OWN: "PeftConfig PromptLearningConfig", "constants": "CONFIG_NAME", "missing": "PeftConfigMixin"},
     "functional": {
         OWN: f"{_ADAPTER_FUNCTIONS} get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict"
     },
@@ -212,13 +209,13 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "tuners.tuners_utils": {
         OWN: f"{_ADAPTER_FUNCTIONS} PeftConfig",
-        "layers": "BaseTuner BaseTunerLayer",
+        "layers": "BasePromptEncoder BaseTuner BaseTunerLayer",
         "helpers": "_filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_tuner_state_dict_key_prefixes "
         "_maybe_include_all_linear_layers check_adapters_to_merge check_target_module_exists inspect_matched_modules "
         "onload_layer",
         "constants": "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES",
-        "missing": "BasePromptEncoder clone_module replicate_layers",
+        "missing": "clone_module replicate_layers",
     },
     "tuners.lora": {**_LORA_ROOM, LAYER: f"{_LORA_LAYERS} {' '.join(_OTHER_QUANTIZED.values())}"},
     "tuners.lora.config": {OWN: "LoraConfig LoraRuntimeConfig", "missing": _LORA_EXTRAS},

@@ -50,16 +50,13 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.tuners_utils: replicate_layers refuses",
         "peft.utils.merge_utils: * refuses",
     ),
-    "of prompt learning, which nbpeft lacks": (
-        "peft*: PromptLearningConfig refuses",
+    "how PEFT makes prompts; the engine gives them their values and puts them into calls": (
+        "peft*: *Embedding: no parameter word_embeddings",
         "peft*: *_model_postprocess_past_key_value refuses",
         "peft*: map_cache_to_layer_device_map refuses",
-        "peft.tuners.tuners_utils: BasePromptEncoder refuses",
         "peft.utils: _prepare_prompt_learning_config refuses",
         "peft.utils.integrations: get_layer_device_map refuses",
-        "PeftModel: no attribute get_prompt*",
         "PeftModel: no attribute special_peft_forward_args",
-        "PeftModelFor*.forward: no parameter task_ids",
     ),
     "of methods that nbpeft lacks": (
         "peft.tuners.lycoris_utils: * refuses",

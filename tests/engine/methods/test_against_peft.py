@@ -107,13 +107,13 @@ SMALL: dict[str, dict[str, Any]] = {
 """Fields without which a method has no config, or is too large for the models here."""
 
 OLDER = {"LORA", "IA3", "TRAINABLE_TOKENS"}
-"""Methods with tests of their own for all of this."""
+"""Methods with tests of their own for all of this, as those have that act on whole calls (``test_prompts``)."""
 ALL_METHODS = [
     method
     for method in {method.peft_type: method for method in reversed(methods())}.values()
-    if hasattr(peft.PeftType, method.peft_type) and method.companion is None
+    if hasattr(peft.PeftType, method.peft_type) and method.companion is None and not method.transforms_calls
 ]
-METHODS = [method for method in methods() if method.peft_type not in OLDER and hasattr(peft.PeftType, method.peft_type)]
+METHODS = [method for method in ALL_METHODS if method.peft_type not in OLDER]
 SAMPLES = [
     pytest.param(method, dict(fields), id=f"{method.peft_type.lower()}-{name}")
     for method in METHODS
