@@ -278,6 +278,7 @@ def test_an_update_of_a_layer_is_the_classes_own() -> None:
     assert lin.r == {"a": 5, "b": 2}
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_scalings_that_are_written_act_and_go_with_a_copy() -> None:
     model = adapted()
     lin, before = model.base_model.model.lin, output(model)
