@@ -247,7 +247,7 @@ class CustomAdapter(Adapter, Rescales):
     def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
         """Sets the object's factor; see ``Rescales``."""
         self.__dict__["_trained_scaling"] = None if trained else self.trained_scaling
-        self.owner.scaling[self.name] = float(scaling)
+        self.owner.scaling[self.name] = self.entries["scaling"] = float(scaling)
 
     def keep_scaling(self, change: Transaction) -> None:
         """Records the object's factors."""
@@ -343,15 +343,12 @@ class CustomLayer(AdaptedLayer):
             return
         if self.custom is None:
             self._adopt(next(iter(now.values())))
-        before = {id(adapter): name for name, adapter in self._shown.items()}
         for attribute, mapping in mappings_of(self.custom).items():
+            for name, adapter in self._shown.items():
+                adapter.entries.update({attribute: mapping[name]} if name in mapping else {})  # written meanwhile
             entries = {name: value for name, value in mapping.items() if name not in self._shown}
-            for name, adapter in now.items():
-                old = before.get(id(adapter))
-                if old is not None and old in mapping:
-                    entries[name] = mapping[old]
-                elif attribute in adapter.entries:
-                    entries[name] = adapter.entries[attribute]
+            held = ((name, adapter.entries) for name, adapter in now.items())
+            entries.update({name: own[attribute] for name, own in held if attribute in own})
             _fill(mapping, entries)
         for name, adapter in now.items():
             adapter.__dict__.update(owner=self.custom, name=name)
