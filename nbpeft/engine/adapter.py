@@ -8,10 +8,13 @@ store a weight (``base.py``) are M + K + N files. What only some methods can do 
 derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`` and never for a method:
 
     TransformsInput, TransformsOutput   act on the input or output of the one base call, at no second product
+    ReplacesCall                        compute what a layer gives without the base call
     Rescales                            have a factor that can be changed while loaded
+    ChangesBase                         change the layer itself when they are put on it
     Pads                                fit into larger tensors, so that a compiled model need not compile again
     ServesRows                          serve a mixed batch in one pass
-    IsLowRank                           add a product of two thin matrices, so that any LoRA runtime can serve them
+    ConvertsToLora                      add a product of two thin matrices, which a LoRA can take over as they are
+    IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
     LearnsWithHooks                     take part in training beside the gradient
 """
 
@@ -37,6 +40,9 @@ from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_TYPES, PEFT_VERSION
+
+ADAPTER_PARTS = "adapter_parts"
+"""Where the buffers and submodules of adapters are shown for which PEFT has no name."""
 
 
 class TaskType(str, enum.Enum):
@@ -105,6 +111,10 @@ class ConfigStore(Protocol):
 
     def push(self, config: AdapterConfig, repo_id: str, **options: Any) -> str:
         """Uploads the file of a config to a repository."""
+        ...
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a file, by key."""
         ...
 
 
@@ -178,7 +188,7 @@ class AdapterConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """PEFT's question; no method here learns a prompt."""
+        """PEFT's question: whether the method learns a prompt."""
         return False
 
     @property
@@ -192,6 +202,29 @@ class AdapterConfig:
         Raises:
             ConfigError: a field has no default for this type of model.
         """
+
+    def fill_in_sizes(self, model: nn.Module, width: int) -> None:
+        """Fills in what a method without layers derives from the model; called on a copy of a config.
+
+        Args:
+            model: the base model.
+            width: features of its input embedding.
+
+        Raises:
+            ConfigError: the model does not say what is needed.
+        """
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+        """What the config and the tensors of one file mean for each other: the config, and tensors to bind, by key."""
+        return self, tensors
+
+    def stored_tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a file that a field names, by key.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return _store(type(self)).tensors(path)
 
     @property
     def size(self) -> int | None:
@@ -398,6 +431,9 @@ class AdapterSite:
     name: str = "default"
 
 
+Shape = tuple[int, ...]
+
+
 class Adapter(nn.Module):
     """One method, for one name, on one layer. Subclass it in ``methods/``.
 
@@ -412,14 +448,23 @@ class Adapter(nn.Module):
     supports_fused_add: ClassVar[bool] = False
     """Whether ``forward`` takes ``fused=True``: return output and delta together, which can be cheaper."""
 
+    loses_start: bool = False
+    """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
+
     is_tied: ClassVar[bool] = False
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
+
+    takes_quantized: ClassVar[bool] = True
+    """Whether it goes on a layer whose weight is stored quantized."""
 
     wrapped_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
 
     peft_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
+
+    parts_shown_as: ClassVar[str] = ADAPTER_PARTS
+    """Where the buffers and submodules of adapters are shown on a layer."""
 
     peft_container: str = ""
     """The module below the layer in which PEFT has the parameters; empty for the layer itself."""
@@ -489,6 +534,13 @@ class Adapter(nn.Module):
         """Why what it adds is not a change of the layer's weight and bias, as part of a sentence; else empty."""
         return ""
 
+    def unconvertible_reason(self, base: BaseLayer) -> str:
+        """Why no product of two matrices can stand for it, as part of a sentence; else empty."""
+        reason = self.unmergeable_reason(base)
+        if not reason and int(getattr(base.module, "groups", 1)) > 1:
+            return "the weight of a convolution in groups is no product of two matrices"
+        return f"it cannot be merged into {reason}" if reason else ""
+
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
         """Measures the change of the weight.
 
@@ -510,6 +562,29 @@ class Adapter(nn.Module):
             shapes: returns what ``parameter_shapes`` gives for its config.
         """
         return {key: value for key, value in self._parameters.items() if value is not None}
+
+    @classmethod
+    def fixed_tensors(cls, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Shape, torch.dtype]]:
+        """What a file holds of it that is not trained: name of a buffer -> its shape and dtype.
+
+        Args:
+            config: the method's own config.
+            shapes: what ``parameter_shapes`` gave.
+        """
+        return {}
+
+    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its tensors in a file; only where it ``loses_start``."""
+        raise NotImplementedError
+
+    def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
+        """Takes the start over that tensors of a file hold, and returns those of its parameters.
+
+        Args:
+            tensors: parameter name -> tensor, as ``shapes_with_start`` says; only where it ``loses_start``.
+            change: records what is written.
+        """
+        raise NotImplementedError
 
     def swap_refusal(self) -> str:
         """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
@@ -556,6 +631,10 @@ class Adapter(nn.Module):
         """
         return None
 
+    def ds_external_parameters(self) -> tuple[()]:
+        """What DeepSpeed's ZeRO-3 asks each module with hooks for: parameters of other modules that it uses; none."""
+        return ()
+
     def observe(self, module: nn.Module) -> None:
         """Called when somebody puts a hook on a module that ``peft_module`` made, which a layer does not call."""
         warnings.warn(
@@ -595,8 +674,16 @@ class TransformsInput(ABC):
         """The input (…, in) to call the frozen layer with, in the dtype of ``x``."""
 
 
+class ReplacesCall(ABC):
+    """Alone on a layer without hooks, computes what the layer gives in place of the base call."""
+
+    @abstractmethod
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """What the layer gives for ``x``, bias included, in its own dtype; None where the base has to be called."""
+
+
 class TransformsOutput(ABC):
-    """Alone on a layer, changes the output of the base call."""
+    """Alone on a layer, changes the output of the base call; beside ``TransformsInput``, of that call."""
 
     @abstractmethod
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
@@ -641,6 +728,14 @@ class Rescales:
         """Lets the factor change without recompiling."""
         if not isinstance(self.scaling, Tensor):
             self.__dict__["scaling"] = torch.tensor(float(self.scaling), device=device)
+
+
+class ChangesBase(ABC):
+    """Changes the layer it is put on, beside what it adds."""
+
+    @abstractmethod
+    def change_base(self, base: BaseLayer, change: Transaction) -> None:
+        """Changes the layer, once, as the adapter is put on it; what it changes is recorded."""
 
 
 class Pads(ABC):
@@ -708,12 +803,20 @@ class LowRankDelta:
         return int(self.down.shape[0])
 
 
-class IsLowRank(ABC):
+class ConvertsToLora(ABC):
     """What it adds to a weight is exactly the product of two thin matrices."""
 
     @abstractmethod
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """The two matrices, detached, without rows that are only padding; None where there are none on the layer."""
+
+
+class IsLowRank(ConvertsToLora):
+    """Its parameters are those two matrices, on every layer."""
+
+    @abstractmethod
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """The two matrices, detached, without rows that are only padding."""
+        """The two matrices; see ``ConvertsToLora``."""
 
 
 class LearnsWithHooks:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import Active, ActiveState, LayerState, ReplicaState, Rows
-from nbpeft.engine.adapter import Adapter, ServesRows, TransformsInput, TransformsOutput
+from nbpeft.engine.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
@@ -20,6 +20,13 @@ from nbpeft.engine.recomputed import slice_of
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of a module does what its class says: no hook of a person or a library is on it."""
+    return not any(module.__dict__.get(name) for name in _HOOKS) and "forward" not in module.__dict__
 
 
 @dataclass
@@ -102,7 +109,11 @@ class AdaptedLayer(PeftLayerMixin):
         if isinstance(alone, TransformsInput):
             base = self._base_in(active, active.names[0])
             transformed: Tensor = self.base_layer(alone.transform_input(x, base), *args, **kwargs)
-            return transformed
+            return alone.transform_output(transformed, base) if isinstance(alone, TransformsOutput) else transformed
+        if isinstance(alone, ReplacesCall) and not (args or kwargs) and is_plain(self.base_layer):
+            replaced = alone.output(x, self._base_in(active, active.names[0]))
+            if replaced is not None:
+                return replaced
         output: Tensor = self.base_layer(x, *args, **kwargs)
         if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
             x = x.to(output.device)
@@ -203,7 +214,7 @@ class AdaptedLayer(PeftLayerMixin):
         base = self._base_in(active, name)
         base = base if base.context is None else base.within(_rows_of(base.context, run, len(rows.index)))
         scale = rows.scales[rows.names.index(name)]
-        if scale == 1.0 and isinstance(adapter, TransformsOutput):
+        if scale == 1.0 and isinstance(adapter, TransformsOutput) and not isinstance(adapter, TransformsInput):
             return adapter.transform_output(output, base)
         if scale == 1.0 and adapter.supports_fused_add:
             fused: Tensor = adapter(x, output, base, True)

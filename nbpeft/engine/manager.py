@@ -583,7 +583,7 @@ class AdapterManager:
             AdapterError: it is no finite number.
             MergeError: the adapter is merged at another scale.
         """
-        factor = check_scale(name, scale)
+        factor = check_scale(name, scale, fixed=name in self.configs and self.configs[name].is_prompt_learning)
         with self.transaction(during_calls=True) as change:
             self.require(name)
             if name in (*self._merged, *self._parked):

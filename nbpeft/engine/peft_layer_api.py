@@ -267,6 +267,11 @@ class PeftLayerMixin(ChoosesAlone):
         """
         self._commands().set_base_weight(self, weight_data)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for an adapter on this layer; False where it has none of that name."""
+        found = self._named().get(adapter_name)
+        return found is not None and not found.unconvertible_reason(self.base)
+
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the layer stores its weight as (in, out), as transformers' ``Conv1D`` does."""
@@ -288,7 +293,8 @@ class PeftLayerMixin(ChoosesAlone):
         methods = [found for adapter in self._named().values() if (found := method_of_adapter(adapter)) is not None]
         own = sorted({method.peft_type.lower() for method in methods if not method.layer_name})
         layer = self.base.backend.peft_name or self.base.kind.peft_name
-        return f"{'/'.join(own)}.{layer}" if own or not methods else methods[0].layer_name
+        prefix = methods[0].layer_prefix if len(own) == 1 else ""
+        return f"{'/'.join(own)}.{prefix}{layer}" if own or not methods else methods[0].layer_name
 
     def _get_name(self) -> str:
         return self.adapted_as

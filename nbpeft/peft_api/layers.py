@@ -7,6 +7,7 @@ from typing import Any
 
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.methods.lora.custom_layers import Linear
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.peft_layer_api import LayerType, layer_type
 from nbpeft.engine.registry import backends, layer_kinds, methods_of_type
@@ -21,6 +22,7 @@ TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
 PeftMixedModel = PeftModel
 """The same: adapters of different methods go together on every model here."""
 BaseTunerLayer = AdaptedLayer
+BasePromptEncoder = ModelAdapter
 TunerLayerStatus = LayerStatus
 TunerModelStatus = ModelStatus
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
@@ -69,4 +71,4 @@ def of_method(package: str, name: str) -> Any:
         return usual_targets_of(method.peft_type)
     own = name.removeprefix(title)
     known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
-    return layer_class(f"{package}.{own}") if own in known else None
+    return layer_class(f"{package}.{method.layer_prefix}{own}") if own in known else None
