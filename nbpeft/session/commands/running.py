@@ -99,7 +99,7 @@ def clone(
     from nbpeft.engine.adapter_names import check_name
     from nbpeft.training.arguments import check_values
 
-    run = _running(ctx, model, "clone an adapter of")
+    run = _running(ctx, model, "clone")
     _check_learns(run, adapter)
     if not fields:
         raise ConfigError("a clone has other settings: say which, e.g. learning_rate=1e-4")
