@@ -16,6 +16,7 @@ from torch import nn
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.registry import method_of
 from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
@@ -300,6 +301,7 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
     batch: dict[str, Any] = dict(
         setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True, packed=setting.packing)
     )
+    batch |= _for_adapter(setting)
     if setting.packing:  # with a cache, models of transformers see one row a sequence
         batch["use_cache"] = False
     with selective_recompute(model, verify=False) if setting.recompute else nullcontext():
@@ -315,11 +317,18 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
 
 def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> Any:
     batch: dict[str, Any] = dict(setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=False))
+    batch |= _for_adapter(setting)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         batch["logits_to_keep"] = 1
     with torch.no_grad():
         output = model(**batch)
     return next((value for value in dict(output).values() if not isinstance(value, torch.Tensor)), None)
+
+
+def _for_adapter(setting: Setting) -> dict[str, Any]:
+    """Arguments that the method of the adapter takes from each call: one number for each row."""
+    names = () if setting.adapter_config is None else method_of(setting.adapter_config).call_arguments
+    return {name: torch.zeros(setting.batch_size, dtype=torch.long) for name in names}
 
 
 def _make_room(cache: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ _OF_THE_TRAINER = ("loss_chunk_size", "recompute")
 """Fields of a training cell, and not of an adapter's config, that decide what a step needs."""
 _QUANTS = ("none", *QUANTIZATIONS)
 
-_SIZES = (
+SIZES = (
     argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
     argument("--seq", type=positive, metavar="N", help="tokens of each (default: 1024)"),
     argument(
@@ -33,7 +33,7 @@ _SIZES = (
     ),
 )
 DRY_RUN_SIZES = tuple(
-    replace(item, options={**item.options, "help": f"for --dry-run: {item.options['help']}"}) for item in _SIZES
+    replace(item, options={**item.options, "help": f"for --dry-run: {item.options['help']}"}) for item in SIZES
 )
 
 
@@ -89,7 +89,7 @@ def sizes_without_dry_run() -> CellError:
         completes="model",
         help="a variable with a model, a folder, a .gguf file or a repository",
     ),
-    *_SIZES,
+    *SIZES,
     argument("--dtype", metavar="DTYPE", words=tuple(SHORT_DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
     argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4, int8 (default: as it is)"),
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
