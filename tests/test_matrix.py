@@ -106,6 +106,7 @@ SAMPLES: dict[str, tuple[type[AdapterConfig], dict[str, Any]]] = {
     f"{method.label}-{name}": (method.config_class, dict(fields))
     for method in methods()
     for name, fields in method.sample_configs.items()
+    if not method.transforms_calls
 }
 
 labels = {f"{method.label}-{name}": method.label for method in methods() for name in method.sample_configs}
@@ -213,7 +214,8 @@ every_pair = pytest.mark.parametrize(("kind", "sample"), PAIRS)
 
 def test_every_method_has_samples_and_works_somewhere() -> None:
     for method in methods():
-        if method.call_context is not None:  # says nothing on these layers, which are called without a model's inputs
+        # These say nothing on layers, which are called without a model's inputs.
+        if method.call_context is not None or method.transforms_calls:
             continue
         names = [f"{method.label}-{name}" for name in method.sample_configs]
         assert names, method.label

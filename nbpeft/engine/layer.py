@@ -283,15 +283,19 @@ class AdaptedLayer(PeftLayerMixin):
         if apart:
             shared: Any = self.base_layer._parameters["weight"]
             self.base_layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
-        # Every delta is taken against the frozen layer: a method's may be a multiple of its bias.
+        self._write_merged(chosen)
+        self.merged_names = tuple(name for name, _ in chosen)
+        self._frozen = frozen if keep_frozen else None
+
+    def _write_merged(self, chosen: Sequence[tuple[str, float]]) -> None:
+        """Adds deltas of adapters here to the weight and bias, each taken against the frozen layer."""
+        # The biases first: a method's may be a multiple of its bias, or of its weight.
         bias_deltas = self._bias_deltas(chosen)
         weight = self.backend.dequantize(self.base_layer)
         self._add_deltas(self.kind.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
         self.backend.store(self.base_layer, weight)
         if self.base.bias is not None:
             _add_bias_deltas(self.base.bias, bias_deltas)
-        self.merged_names = tuple(name for name, _ in chosen)
-        self._frozen = frozen if keep_frozen else None
 
     def check_mergeable(self, names: Sequence[str]) -> None:
         """Raises MergeError where ``merge_into_base`` would."""
@@ -396,6 +400,18 @@ class AdaptedLayer(PeftLayerMixin):
             show_adapters(self._modules, adapters, self.base)
             self.__dict__["_shown"] = dict(adapters)
 
+    def _shown_where_tied(self, name: str) -> nn.Module | None:
+        """What the layer shows under a name whose adapters those here are tied to."""
+        here: Any = self.adapters._modules.values()
+        sources = [adapter.source for adapter in here if adapter.source is not None]
+        if not any(name in (source.peft_container, *source._parameters) for source in sources):
+            return None
+        for layer in self._commands().manager.layers.values():
+            if any(adapter is source for adapter in layer.adapters._modules.values() for source in sources):
+                layer.show_adapters()
+                return shown_under(layer._modules, name)
+        return None
+
     def hide_adapters(self) -> None:
         """Lets go of those of adapters that are gone."""
         if self._shown:
@@ -444,14 +460,14 @@ class AdaptedLayer(PeftLayerMixin):
         adapters, base_layer = self.adapters._modules, modules["base_layer"]
         found: Any = by_name(adapters, name)
         if found is None:
-            found = function_by_name(adapters, self.base, name)
+            found = function_by_name(self, name)
         if found is None:
             self.show_adapters()
             found = shown_under(modules, name)
         if found is None:
             found = empty_mapping(adapters, name)
         if found is None and not hasattr(base_layer, name):
-            found = attribute_by_name(adapters, name)
+            found = self._shown_where_tied(name) or attribute_by_name(adapters, name)
         return getattr(base_layer, name) if found is None else found
 
 

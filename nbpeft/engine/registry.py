@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
 from nbpeft.engine.base import Backend, LayerKind
 from nbpeft.engine.combination import Combine
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 from nbpeft.interrupts import HeldInterrupts
 
@@ -83,15 +84,21 @@ class Method:
         shared: class of what its layers share, if anything.
         call_context: (config, args, kwargs of a call of the model) -> what its adapters find in ``base.context``
             while the call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
+        call_arguments: names of arguments of a call that are for that alone, and not for the model.
+        derived: (config, parameters of one place) -> what a file holds besides, computed from them, by key.
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
         layer_kinds: kinds of layers that it alone takes; where it has some, it takes no others.
+        layer_prefix: what PEFT's names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
         pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
         unpack: (config, key -> tensor of a file) -> the tensors of an adapter.
         model_functions: PEFT's name of a function of a model whose first adapter is of the method -> a function of the
             model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
+        when: when to choose it, in a few words.
+        paper: where it is described: ``arXiv:2106.09685``, or an address.
+        listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
     """
 
     label: str
@@ -108,14 +115,25 @@ class Method:
     sample_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shared: type[SharedState] | None = None
     call_context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
+    call_arguments: tuple[str, ...] = ()
+    derived: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     combine: Combine | None = None
     companion: Companion | None = None
     layer_kinds: tuple[LayerKind, ...] = ()
+    layer_prefix: str = ""
     layer_name: str = ""
     pack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
+    when: str = ""
+    paper: str = ""
+    listed_with: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def transforms_calls(self) -> bool:
+        """Whether its adapters act on calls of the whole model, and not on layers."""
+        return issubclass(self.adapter_class, ModelAdapter)
 
     def title(self, config: AdapterConfig) -> str:
         """Its name for people, for one config."""
@@ -225,6 +243,11 @@ def method_of_adapter(adapter: Adapter) -> Method | None:
 def methods_of_type(peft_type: str) -> tuple[Method, ...]:
     """The methods that share a ``peft_type`` in files."""
     return tuple(method for method in methods() if method.peft_type == peft_type)
+
+
+def transforms_calls(peft_type: str) -> bool:
+    """Whether adapters with a ``peft_type`` act on calls of the whole model: their files name no layers."""
+    return any(method.transforms_calls for method in methods_of_type(peft_type))
 
 
 def companions() -> tuple[Method, ...]:

@@ -76,6 +76,11 @@ def usual_model_types() -> list[str]:
     return [*_DEFAULT_PATTERNS, *(name for model_types in _USUAL_TARGETS.values() for name in model_types.split())]
 
 
+def with_target(targets: Collection[str] | str | None, path: str) -> Collection[str] | str:
+    """Targets that name one more module."""
+    return f"(?:{targets})|{re.escape(path)}" if isinstance(targets, str) else {*(targets or ()), path}
+
+
 @dataclass
 class Matcher:
     """Asks of one path after another whether a config means it.

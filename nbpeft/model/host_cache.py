@@ -169,6 +169,8 @@ class AdapterReader:
             )
         if config.initialised_from_weight:
             raise AdapterError(f"adapter {name!r} starts in a part of the base weights: load it by itself")
+        if method_of(plan.config).transforms_calls:
+            raise AdapterError(f"adapter {name!r} acts on whole calls ({plan.method}): load it by itself")
         if any(target.adapter_class.is_tied for target in plan.targets):
             raise AdapterError(
                 f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"

@@ -21,6 +21,7 @@ from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
 from nbpeft.model.combining import Combined, combine_adapters
+from nbpeft.model.conversion import can_convert
 from nbpeft.model.injection import inject, inject_adapter_in_model
 
 
@@ -109,8 +110,8 @@ class BaseTuner(nn.Module):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter can be converted into a LoRA; none can here yet."""
-        return False
+        """Whether an adapter can be converted into a LoRA; see ``convert_to_lora``."""
+        return can_convert(self.manager, adapter_name)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -32,6 +33,7 @@ from nbpeft.engine.registry import Method, methods
 from nbpeft.errors import HotSwapError, NbpeftError
 from nbpeft.memory import forecast
 from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter
+from nbpeft.peft_api import mappings
 from nbpeft.session import Session
 from tests.fuzz import mutations
 from tests.fuzz.mutations import mutated
@@ -71,11 +73,47 @@ def t5() -> Any:
     return seeded(lambda: T5ForConditionalGeneration(T5Config(**sizes)))
 
 
-MODELS = (llama, gpt2, bert, bloom, gpt_neox, opt, qwen2, t5)
+def of_decoder(name: str, config_name: str = "", **sizes: Any) -> Any:
+    """A tiny decoder of transformers: ``Mistral``, ``Phi``."""
+    config = getattr(transformers, f"{config_name or name}Config")(**{**SIZES, "pad_token_id": 0, **sizes})
+    return seeded(lambda: getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+GATED: dict[str, Any] = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "mistral": lambda: of_decoder("Mistral", **GATED),
+    "qwen2": qwen2,
+    "qwen3": lambda: of_decoder("Qwen3", **GATED),
+    "gemma2": lambda: of_decoder("Gemma2", **GATED),
+    "gemma3_text": lambda: of_decoder("Gemma3", "Gemma3Text", **GATED),
+    "phi": lambda: of_decoder("Phi", intermediate_size=64),
+    "falcon": lambda: of_decoder("Falcon"),
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "opt": opt,
+    "bloom": bloom,
+    "bert": bert,
+    "t5": t5,
+}
+
+SMALL: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 20},
+    "MISS": {"r": 4},
+}
+"""Fields without which a method has no config, or is too large for the models here."""
 
 OLDER = {"LORA", "IA3", "TRAINABLE_TOKENS"}
-"""Methods with tests of their own for all of this."""
-METHODS = [method for method in methods() if method.peft_type not in OLDER and hasattr(peft.PeftType, method.peft_type)]
+"""Methods with tests of their own for all of this, as those have that act on whole calls (``test_prompts``)."""
+ALL_METHODS = [
+    method
+    for method in {method.peft_type: method for method in reversed(methods())}.values()
+    if hasattr(peft.PeftType, method.peft_type) and method.companion is None and not method.transforms_calls
+]
+METHODS = [method for method in ALL_METHODS if method.peft_type not in OLDER]
 SAMPLES = [
     pytest.param(method, dict(fields), id=f"{method.peft_type.lower()}-{name}")
     for method in METHODS
@@ -94,12 +132,10 @@ ONE_LAYER = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
 TRAINED = {"C3A": ONE_LAYER}
 """Methods whose gradient of the input is wrong in peft."""
 
-NEEDED: dict[str, dict[str, Any]] = {"ADALORA": {"total_step": 10}}
-"""Fields without which a method has no config."""
-
 REPEATED = ("randlora_A", "randlora_B")
 """What layers share that peft writes once more for each of them."""
 
+every_method_alike = pytest.mark.parametrize("method", ALL_METHODS, ids=lambda method: method.peft_type.lower())
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.peft_type.lower())
 every_sample = pytest.mark.parametrize(("method", "fields"), SAMPLES)
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -122,14 +158,14 @@ def counted(make: Callable[[], Any]) -> Any:
     return {name: shape for name, shape in shapes.items() if not name.endswith(REPEATED) or name.count(".") == 1}
 
 
-@every_method
-@pytest.mark.parametrize("base", MODELS, ids=lambda base: base.__name__)
-def test_default_targets_give_the_tensors_that_peft_gives(method: Method, base: Callable[[], Any]) -> None:
-    ours, theirs = both_configs(method, **NEEDED.get(method.peft_type, {}))
-    expected = counted(lambda: peft.get_peft_model(base(), theirs))
-    found = counted(lambda: get_peft_model(base(), ours))
-    if expected != "refused":
-        assert found == expected
+@pytest.mark.parametrize("name", MODELS)
+@every_method_alike
+def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: str) -> None:
+    ours, theirs = both_configs(method, **SMALL.get(method.peft_type, {}))
+    assert MODELS[name]().config.model_type == name
+    expected = counted(lambda: peft.get_peft_model(MODELS[name](), theirs))
+    found = counted(lambda: get_peft_model(MODELS[name](), ours))
+    assert found == expected or (expected == "refused" and name == "gpt2")  # some in peft leave its Conv1D out
 
 
 def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:
@@ -139,6 +175,24 @@ def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftMode
     randomize(ours, scale=0.1)
     ours.save_pretrained(folder)
     return ours.eval(), peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True).eval()
+
+
+@every_method_alike
+def test_its_status_and_its_names_are_those_of_peft(method: Method, tmp_path: Path) -> None:
+    fields = next(iter(method.sample_configs.values()))
+    own = {key: ["down_proj"] if value == ["target"] else value for key, value in fields.items()}
+    ours, theirs = pair(method, own, tmp_path)
+    expected = [dataclasses.asdict(layer) for layer in theirs.get_layer_status()]
+    for layer in expected:
+        if method.peft_type == "IA3":  # whose layers do not say in peft of which method they are
+            layer["module_type"] = f"ia3.{layer['module_type']}"
+    assert [dataclasses.asdict(layer) for layer in ours.get_layer_status()] == expected
+    assert dataclasses.asdict(ours.get_model_status()) == dataclasses.asdict(theirs.get_model_status())
+    peft_type = nbpeft.PeftType(method.peft_type)
+    for name in ("CONFIG", "PREFIX", "TUNER"):
+        found = getattr(mappings, f"PEFT_TYPE_TO_{name}_MAPPING")[peft_type]
+        wanted = getattr(peft.mapping, f"PEFT_TYPE_TO_{name}_MAPPING")[peft.PeftType(method.peft_type)]
+        assert getattr(found, "__name__", found) == getattr(wanted, "__name__", wanted)
 
 
 @every_sample
@@ -200,20 +254,19 @@ def test_a_step_keeps_no_more_than_that_of_peft(method: Method, fields: dict[str
     assert saved_bytes(ours) <= 1.05 * saved_bytes(theirs)
 
 
-@pytest.mark.slow
-@every_method
-def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is right or refused in one line, and the model stays as it was."""
+def check_mutated_folders(method: Method, seeds: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Each is right or refused in one line, and the model stays as it was; returns how many are right."""
     monkeypatch.setattr(mutations, "FIELDS", tuple(one.name for one in dataclasses.fields(method.config_class)))
     starts = []
     for name, fields in method.sample_configs.items():
-        start = get_peft_model(llama(), method.config_class(**targets(method) | fields))
+        own = {key: ["down_proj"] if value == ["target"] else value for key, value in fields.items()}
+        start = get_peft_model(llama(), method.config_class(**targets(method) | own))
         starts.append(tmp_path / name)
         start.save_pretrained(starts[-1])
     model = get_peft_model(llama(), nbpeft.LoraConfig(r=2, target_modules=["q_proj"]))
     before = state(model)
     right = 0
-    for seed in range(200):
+    for seed in seeds:
         draw = random.Random(seed)
         folder = tmp_path / f"f{seed}"
         done = mutated(draw.choice(starts), folder, draw)
@@ -231,7 +284,19 @@ def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch
                 model.set_adapter("default")
                 model.delete_adapter("new")
         assert same_state(state(model), before), (seed, done)
-    assert right >= 20
+    return right
+
+
+@pytest.mark.slow
+@every_method_alike
+def test_mutated_folders(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_mutated_folders(method, range(12), tmp_path, monkeypatch) < 12
+
+
+@pytest.mark.long
+@every_method_alike
+def test_two_hundred_mutated_folders(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 20 <= check_mutated_folders(method, range(200), tmp_path, monkeypatch) < 200
 
 
 @every_method

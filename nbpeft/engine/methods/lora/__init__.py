@@ -9,6 +9,7 @@ multi_adapter.py  one batch served by several adapters
 inits.py          how the factors start
 combining/        one adapter of several
 conversion.py     OLoRA and PiSSA written as plain LoRA
+nearest.py        the LoRA that comes closest to an adapter of any method
 optimizers.py     LoRA-FA and LoRA+
 family.py         what the records of the methods share
 """
