@@ -140,6 +140,8 @@ class AdapterConfig:
     store: ClassVar[ConfigStore | None] = None
     not_implemented: ClassVar[tuple[str, ...]] = ()
     """Fields that are accepted only while they ask for nothing; their type is not asked about."""
+    instead: ClassVar[Mapping[str, str]] = {}
+    """Such a field -> what to do instead."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Fields that say something only together with those; completion leaves them out."""
     checked_apart: ClassVar[tuple[str, ...]] = ()
@@ -163,7 +165,8 @@ class AdapterConfig:
         check_types(self, passing=(*self.not_implemented, *self.checked_apart))
         for name in self.not_implemented:
             if getattr(self, name):
-                raise ConfigError(f"{name} is not implemented; leave it out", field=name)
+                advice = self.instead.get(name, "leave it out")
+                raise ConfigError(f"{name} is not implemented; {advice}", field=name)
         self.peft_version = self.peft_version or PEFT_VERSION
         if self.task_type is None:
             return
