@@ -30,6 +30,7 @@ from nbpeft.checkpoint.tensor_file import (
     write_tensors,
 )
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.registry import method_of
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, in_one_line, shortened
 
 CARD_NAME = "README.md"
@@ -139,6 +140,7 @@ def read_checkpoint(
             break
     config, unknown = parse_config(text, str(path))
     _warn_of_unknown(unknown, path)
+    tensors = dict(method_of(config).unpack(config, tensors))
     return Checkpoint(config, tensors, metadata, weights_path.parent, tuple(sorted(unknown)))
 
 

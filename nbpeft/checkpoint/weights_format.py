@@ -282,7 +282,13 @@ def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
 
 
 def _is_repeated(key: str, found: Mapping[str, Tensor]) -> bool:
-    """With ``bias="all"`` PEFT writes the bias of a copied module thrice: as usual, and under these keys."""
+    """Whether PEFT wrote a tensor more than once.
+
+    With ``bias="all"`` it writes the bias of a copied module thrice: as usual, and under these keys. What layers share
+    it may write once more for each of them.
+    """
+    if SHARED_PREFIX + key.rpartition(".")[2] in found:
+        return True
     for mark in ("modules_to_save", ORIGINAL_MODULE):
         path, marked, name = key.rpartition(f".{mark}.")
         if marked and f"{path.removeprefix(PREFIX)}.{name}" in found:
@@ -345,7 +351,7 @@ def adapted_paths(keys: Iterable[str], peft_type: str) -> tuple[str, ...]:
             bare = bare.replace(f".{segment}", ".").removeprefix(segment)
         for mark in marks:
             path, marked, _ = bare.removeprefix(PREFIX).rpartition(mark)
-            if marked:
+            if marked and f"{path}." != SHARED_PREFIX:
                 paths[path] = None
     return tuple(paths)
 

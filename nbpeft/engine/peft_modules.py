@@ -57,7 +57,7 @@ class LiveParameters(MutableMapping[str, Any]):
         slots: name in the module -> the adapter, and its own name of the parameter; it need not have one.
     """
 
-    __slots__ = ("slots",)
+    __slots__ = ("_in_forward", "slots")  # DeepSpeed ZeRO-3 notes the first
 
     def __init__(self, slots: dict[str, Slot]) -> None:
         self.slots = slots
@@ -108,6 +108,8 @@ class _Shows(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
+        if name == "_parameters" and isinstance(live, LiveParameters):
+            return  # DeepSpeed ZeRO-3 puts a dictionary of its own into all modules: the adapters' are enough
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
         elif name in live and not isinstance(value, nn.Parameter):

@@ -26,6 +26,7 @@ from nbpeft.engine.config_warnings import (
     warn_of_experts,
     warn_of_tied,
 )
+from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
 from nbpeft.engine.module_paths import suffixes
@@ -73,6 +74,16 @@ class Target:
     tied_to: str = ""
 
     @property
+    def fixed(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and dtype of what a file holds here that is not trained."""
+        return {} if self.tied_to else self.adapter_class.fixed_tensors(self.config, self.shapes)
+
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what a file holds here."""
+        return self.shapes | {name: shape for name, (shape, _) in self.fixed.items()}
+
+    @property
     def parameter_count(self) -> int:
         """Parameters added here."""
         return sum(math.prod(shape) for shape in self.shapes.values())
@@ -116,8 +127,13 @@ class InjectionPlan:
     @property
     def parameter_count(self) -> int:
         """Parameters added: adapters, what they share, and copies."""
-        shared = sum(math.prod(shape) for shape in self.shared.values())
-        return sum(target.parameter_count for target in self.targets) + shared + sum(self.copies.values())
+        own = sum(target.parameter_count for target in self.targets)
+        return own + self.shared_count + sum(self.copies.values())
+
+    @property
+    def shared_count(self) -> int:
+        """Elements of the tensors that all targets share."""
+        return sum(math.prod(shape) for shape in self.shared.values())
 
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the added parameters in a dtype."""
@@ -170,7 +186,9 @@ def plan(
     modules = [(site.path, site.module) for site in sites if site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     _check_size(model, (*targets, *parts))
-    warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
+    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
+    everything = [(site.path, site.module) for site in sites]
+    warn_of_tied(model, everything, adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
@@ -327,27 +345,34 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
 
 
 def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Target:
-    kind, backend = resolve_parts(site)
-    shapes = {} if tied_to else method.adapter_class.parameter_shapes(config, site.path, site.module, kind)
+    adapter_class: type[Adapter] = method.adapter_class
+    part = custom_part(site.module, site.wrapper, config, site.path) if isinstance(config, AdapterConfig) else None
+    if part is not None:
+        kind, backend = kind_and_backend(site.module)
+        shapes = probed_shapes(part, site.module, site.path)
+        adapter_class, config = CustomAdapter, part
+    else:
+        kind, backend = resolve_parts(site, method)
+        shapes = {} if tied_to else adapter_class.parameter_shapes(config, site.path, site.module, kind)
     in_features, out_features = kind.features(site.module)
-    return Target(
-        site.path, kind.name, backend.name, in_features, out_features, shapes, method.adapter_class, config, tied_to
-    )
+    return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, adapter_class, config, tied_to)
 
 
-def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:
+def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
     """Finds the kind and the backend of the module at a site.
 
     Raises:
-        TargetError: the module cannot be adapted.
+        TargetError: the module cannot be adapted by the method.
     """
-    if isinstance(site.wrapper, AdaptedLayer):
+    kind, backend = resolve_layer_kind(site.module, method), resolve_backend(site.module)
+    if kind is not None and isinstance(site.wrapper, AdaptedLayer):
         return site.wrapper.kind, site.wrapper.backend
-    kind, backend = resolve_layer_kind(site.module), resolve_backend(site.module)
     if kind is None or backend is None:
+        what = "name other modules" if method.layer_kinds else "name its linear layers"
         raise TargetError(
-            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted "
-            f"(target module is not supported); name its linear layers or exclude it",
+            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted"
+            f"{' by ' + method.label if method.layer_kinds else ''} (target module is not supported); {what} or "
+            "exclude it",
             path=site.path,
             kind=type(site.module).__name__,
         )

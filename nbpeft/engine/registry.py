@@ -88,8 +88,17 @@ class Method:
         derived: (config, parameters of one place) -> what a file holds besides, computed from them, by key.
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
+        layer_kinds: kinds of layers that it alone takes; where it has some, it takes no others.
+        layer_prefix: what PEFT's names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
+        pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
+        unpack: (config, key -> tensor of a file) -> the tensors of an adapter.
+        model_functions: PEFT's name of a function of a model whose first adapter is of the method -> a function of the
+            model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
+        when: when to choose it, in a few words.
+        paper: where it is described: ``arXiv:2106.09685``, or an address.
+        listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
     """
 
     label: str
@@ -110,8 +119,16 @@ class Method:
     derived: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     combine: Combine | None = None
     companion: Companion | None = None
+    layer_kinds: tuple[LayerKind, ...] = ()
+    layer_prefix: str = ""
     layer_name: str = ""
+    pack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
+    unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
+    model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
+    when: str = ""
+    paper: str = ""
+    listed_with: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def transforms_calls(self) -> bool:
@@ -277,9 +294,10 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
     return known[peft_type]
 
 
-def resolve_layer_kind(module: nn.Module) -> LayerKind | None:
-    """The kind a layer is of, or None when it cannot be adapted."""
-    return next((kind for kind in _layer_kinds if kind.matches(module)), None)
+def resolve_layer_kind(module: nn.Module, method: Method | None = None) -> LayerKind | None:
+    """The kind a layer is of, or None when it cannot be adapted; by a method that may have kinds of its own."""
+    kinds = _layer_kinds if method is None or not method.layer_kinds else method.layer_kinds
+    return next((kind for kind in kinds if kind.matches(module)), None)
 
 
 def resolve_backend(module: nn.Module) -> Backend | None:
@@ -289,7 +307,8 @@ def resolve_backend(module: nn.Module) -> Backend | None:
 
 def layer_kind_named(name: str) -> LayerKind:
     """The kind of a name that ``resolve_layer_kind`` gave."""
-    return next(kind for kind in _layer_kinds if kind.name == name)
+    own = (kind for method in _methods for kind in method.layer_kinds)
+    return next(kind for kind in (*_layer_kinds, *own) if kind.name == name)
 
 
 def backend_named(name: str) -> Backend:

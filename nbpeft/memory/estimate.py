@@ -62,8 +62,12 @@ class Setting:
 
     @property
     def one_pass(self) -> Setting:
-        """The same with the adapters that one pass over the model serves, taken as one with all their rows."""
-        return replace(self, adapters=1, batch_size=self.batch_size * self.together)
+        """The same with the adapters that one pass over the model serves, taken as one with all their rows.
+
+        The loss is computed for one after the other, so that a chunk has tokens of one of them.
+        """
+        chunk = min(self.loss_chunk_size, self.batch_size * self.sequence_length)
+        return replace(self, adapters=1, batch_size=self.batch_size * self.together, loss_chunk_size=chunk)
 
     @property
     def together(self) -> int:
@@ -149,7 +153,8 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     parts.append(MemoryPart("optimizer", states, paged))
     sizes = [torch.Size(shape).numel() * item for shape, item in trained]
     largest = max(sizes, default=0)
-    earlier = sum(sizes) * (setting.adapters - setting.together) // setting.adapters  # of the passes before the last
+    full_passes = setting.adapters // setting.together  # a last one of fewer adapters takes less
+    earlier = sum(sizes) * (full_passes - 1) * setting.together // setting.adapters  # of the passes before
     if sum(sizes) + 2 * largest > step.total + earlier:
         return (*parts, MemoryPart("gradients", sum(sizes)), MemoryPart("temporary", 2 * largest, "optimizer step"))
     rest = step.total - step.saved - step.gradients

@@ -175,11 +175,13 @@ class AdapterReader:
             raise AdapterError(
                 f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"
             )
+        if any(target.fixed for target in plan.targets):
+            raise AdapterError(f"adapter {name!r} has tensors of its own that are not trained: load it by itself")
         wanted = expected(model, plan)
         sites = {site.path: site for site in walk(model) if site.path in wanted.adapters or site.path in wanted.copies}
         dtypes = {}
         for path in wanted.adapters:
-            _, backend = resolve_parts(sites[path])
+            _, backend = resolve_parts(sites[path], method_of(plan.config))
             dtypes[path] = adapter_dtype(backend.dtype(sites[path].module), half=self._half)
         copy_dtypes = {
             path: {key: tensor.dtype for key, tensor in sites[path].module.state_dict().items()}
