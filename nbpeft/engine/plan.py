@@ -204,7 +204,7 @@ def _plan_for_calls(
     if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
         why = "trained as a whole by another adapter" if site is not None else "none that it names"
         raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which is {why}")
-    kind, _ = resolve_parts(site)
+    kind, _ = resolve_parts(site, method)
     config.fill_in_sizes(model, kind.features(site.module)[1])
     adapter_class: Any = method.adapter_class
     adapter_class.check_model(config, model)
