@@ -334,7 +334,7 @@ class _Prompts:
     rows: Rows | None
 
     def with_arguments_of(self, call: dict[str, Any]) -> _Prompts:
-        """The same with the arguments of a call that are for them alone; those are taken out of the call, whose model does not know it."""
+        """The same with the arguments of a call that are for them alone, which are taken out of the call."""
         names = {adapter.call_argument for adapter, _ in self.adapters.values()} - {""}
         given = {name: call.pop(name) for name in names if name in call}
         prompts = {
