@@ -5,17 +5,35 @@ Configs come from the registry, whether they have a line here or not: it makes t
 
 from typing import Any
 
+from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
 from .engine.methods.hira import HiraConfig as HiraConfig
 from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
+from .engine.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .engine.methods.loha import LoHaConfig as LoHaConfig
 from .engine.methods.lokr import LoKrConfig as LoKrConfig
+from .engine.methods.lora.adalora import AdaLoraConfig as AdaLoraConfig
 from .engine.methods.miss import MissConfig as MissConfig
+from .engine.methods.multitask_prompt_tuning import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+from .engine.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from .engine.methods.multitask_prompt_tuning import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from .engine.methods.oft import OFTConfig as OFTConfig
+from .engine.methods.p_tuning import PromptEncoder as PromptEncoder
+from .engine.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+from .engine.methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+from .engine.methods.prefix_tuning import PrefixEncoder as PrefixEncoder
+from .engine.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+from .engine.methods.prompt_tuning import PromptEmbedding as PromptEmbedding
+from .engine.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from .engine.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
+from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
+from .engine.methods.shira import ShiraConfig as ShiraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .engine.methods.vera import VeraConfig as VeraConfig
+from .engine.prompt_config import PromptLearningConfig as PromptLearningConfig
 from .engine.selective_recompute import selective_recompute as selective_recompute
 from .errors import AdapterError as AdapterError
 from .errors import AdapterExistsError as AdapterExistsError
@@ -55,9 +73,13 @@ from .model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestion
 from .model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from .model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from .model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .model import CordaConfig as CordaConfig
 from .model import DoraCaching as DoraCaching
+from .model import EvaConfig as EvaConfig
 from .model import LayerStatus as LayerStatus
+from .model import LoftQConfig as LoftQConfig
 from .model import LoraConfig as LoraConfig
+from .model import LoraGAConfig as LoraGAConfig
 from .model import LoraLayer as LoraLayer
 from .model import LoraModel as LoraModel
 from .model import LoraRuntimeConfig as LoraRuntimeConfig
@@ -80,6 +102,7 @@ from .model import convert_to_lora as convert_to_lora
 from .model import delete_adapter as delete_adapter
 from .model import disable_input_dtype_casting as disable_input_dtype_casting
 from .model import get_base_model_state_dict as get_base_model_state_dict
+from .model import get_eva_state_dict as get_eva_state_dict
 from .model import get_layer_status as get_layer_status
 from .model import get_model_status as get_model_status
 from .model import get_peft_config as get_peft_config
@@ -87,13 +110,18 @@ from .model import get_peft_model as get_peft_model
 from .model import get_peft_model_state_dict as get_peft_model_state_dict
 from .model import hotswap_adapter as hotswap_adapter
 from .model import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+from .model import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .model import inject_adapter_in_model as inject_adapter_in_model
 from .model import load_peft_weights as load_peft_weights
 from .model import load_quantized as load_quantized
+from .model import merge_calibrated as merge_calibrated
 from .model import merge_errors as merge_errors
 from .model import merge_to_folder as merge_to_folder
 from .model import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from .model import preprocess_corda as preprocess_corda
+from .model import preprocess_loraga as preprocess_loraga
 from .model import quantize_model as quantize_model
+from .model import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .model import rescale_adapter_scale as rescale_adapter_scale
 from .model import save_as_lora as save_as_lora
 from .model import set_adapter as set_adapter

@@ -19,9 +19,6 @@ from nbpeft.engine.peft_layer_api import by_name
 Slot = tuple[nn.Module, str]
 """An adapter and the name of a parameter of its."""
 
-ADAPTER_PARTS = "adapter_parts"
-"""Where the buffers and submodules of adapters are shown, which PEFT has no name for."""
-
 
 class AdapterDict(nn.ModuleDict):
     """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``."""
@@ -44,6 +41,8 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
         own: its own name of the parameter.
         name: the adapter's name.
     """
+    if "." in own:  # of a module inside the adapter
+        return f"{adapter.parts_shown_as}.{name}.{own}"
     for tail in ("weight", "bias"):
         wrapped = own if tail == "weight" else own.removesuffix("_bias")
         if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
@@ -58,7 +57,7 @@ class LiveParameters(MutableMapping[str, Any]):
         slots: name in the module -> the adapter, and its own name of the parameter; it need not have one.
     """
 
-    __slots__ = ("slots",)
+    __slots__ = ("_in_forward", "slots")  # DeepSpeed ZeRO-3 notes the first
 
     def __init__(self, slots: dict[str, Slot]) -> None:
         self.slots = slots
@@ -109,6 +108,8 @@ class _Shows(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
+        if name == "_parameters" and isinstance(live, LiveParameters):
+            return  # DeepSpeed ZeRO-3 puts a dictionary of its own into all modules: the adapters' are enough
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
         elif name in live and not isinstance(value, nn.Parameter):
@@ -260,8 +261,8 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
             elif own.removesuffix("_bias") not in adapter.wrapped_parameters:
                 parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
         if adapter._buffers or adapter._modules:
-            rest = _kept(shown, ADAPTER_PARTS, name, adapter) or Remainder(adapter)
-            modules.setdefault(ADAPTER_PARTS, {})[name] = rest
+            rest = _kept(shown, adapter.parts_shown_as, name, adapter) or Remainder(adapter)
+            modules.setdefault(adapter.parts_shown_as, {})[name] = rest
     used = {"base_layer", *modules, *(container or own for container, own in parameters)}
     for gone in shown.keys() - used:
         _empty(shown.pop(gone))

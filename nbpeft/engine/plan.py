@@ -26,6 +26,7 @@ from nbpeft.engine.config_warnings import (
     warn_of_experts,
     warn_of_tied,
 )
+from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
 from nbpeft.engine.module_paths import suffixes
@@ -71,6 +72,16 @@ class Target:
     adapter_class: type[Adapter]
     config: Any
     tied_to: str = ""
+
+    @property
+    def fixed(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and dtype of what a file holds here that is not trained."""
+        return {} if self.tied_to else self.adapter_class.fixed_tensors(self.config, self.shapes)
+
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what a file holds here."""
+        return self.shapes | {name: shape for name, (shape, _) in self.fixed.items()}
 
     @property
     def parameter_count(self) -> int:
@@ -150,6 +161,8 @@ def plan(
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
     resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
+    if method.transforms_calls:
+        return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
     matcher = Matcher(
@@ -173,11 +186,34 @@ def plan(
     modules = [(site.path, site.module) for site in sites if site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     _check_size(model, (*targets, *parts))
-    warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
+    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
+    everything = [(site.path, site.module) for site in sites]
+    warn_of_tied(model, everything, adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
     return InjectionPlan(method.label, resolved, (*targets, *parts), copies, biases, tuple(excluded), missing, shared)
+
+
+def _plan_for_calls(
+    model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site], *, strict: bool
+) -> InjectionPlan:
+    """The plan of an adapter that acts on calls of the whole model: it hangs at the input embedding."""
+    embedding = embedding_of(model)
+    site = next((site for site in sites if embedding is not None and site.module is frozen_module(embedding)), None)
+    if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
+        why = "trained as a whole by another adapter" if site is not None else "none that it names"
+        raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which is {why}")
+    kind, _ = resolve_parts(site, method)
+    config.fill_in_sizes(model, kind.features(site.module)[1])
+    adapter_class: Any = method.adapter_class
+    adapter_class.check_model(config, model)
+    names = list(getattr(config, "modules_to_save", None) or ())
+    copies = _copies(sites, names, guessed_heads(config), strict=strict)
+    target = _target(site, config, method)
+    warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
+    _check_size(model, [target])
+    return InjectionPlan(method.label, config, (target,), copies, (), (), ())
 
 
 def _check_size(model: nn.Module, targets: Sequence[Target]) -> None:
@@ -191,7 +227,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     """A copy of the config whose targets are names or a pattern."""
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
-    if targets is None and method.companion is None:
+    if targets is None and method.companion is None and not method.transforms_calls:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         targets = method.default_targets(model_type)
         if targets is None:
@@ -309,27 +345,34 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
 
 
 def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Target:
-    kind, backend = resolve_parts(site)
-    shapes = {} if tied_to else method.adapter_class.parameter_shapes(config, site.path, site.module, kind)
+    adapter_class: type[Adapter] = method.adapter_class
+    part = custom_part(site.module, site.wrapper, config, site.path) if isinstance(config, AdapterConfig) else None
+    if part is not None:
+        kind, backend = kind_and_backend(site.module)
+        shapes = probed_shapes(part, site.module, site.path)
+        adapter_class, config = CustomAdapter, part
+    else:
+        kind, backend = resolve_parts(site, method)
+        shapes = {} if tied_to else adapter_class.parameter_shapes(config, site.path, site.module, kind)
     in_features, out_features = kind.features(site.module)
-    return Target(
-        site.path, kind.name, backend.name, in_features, out_features, shapes, method.adapter_class, config, tied_to
-    )
+    return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, adapter_class, config, tied_to)
 
 
-def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:
+def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
     """Finds the kind and the backend of the module at a site.
 
     Raises:
-        TargetError: the module cannot be adapted.
+        TargetError: the module cannot be adapted by the method.
     """
-    if isinstance(site.wrapper, AdaptedLayer):
+    kind, backend = resolve_layer_kind(site.module, method), resolve_backend(site.module)
+    if kind is not None and isinstance(site.wrapper, AdaptedLayer):
         return site.wrapper.kind, site.wrapper.backend
-    kind, backend = resolve_layer_kind(site.module), resolve_backend(site.module)
     if kind is None or backend is None:
+        what = "name other modules" if method.layer_kinds else "name its linear layers"
         raise TargetError(
-            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted "
-            f"(target module is not supported); name its linear layers or exclude it",
+            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted"
+            f"{' by ' + method.label if method.layer_kinds else ''} (target module is not supported); {what} or "
+            "exclude it",
             path=site.path,
             kind=type(site.module).__name__,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -327,9 +327,21 @@ def tuner_class(method: Method) -> type[BaseTuner]:
             "tuner_layer_cls": layer_type(method.peft_type, method.layer_name or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
+            **{name: _model_function(function) for name, function in method.model_functions.items()},
         }
         _classes[name] = type(name, (BaseTuner,), own)
     return _classes[name]
+
+
+def _model_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a method does to a model, as a method of its class."""
+
+    def call(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+        self.check_live()
+        return function(self.manager, *args, **kwargs)
+
+    call.__doc__ = function.__doc__
+    return call
 
 
 def _class_name(method: Method) -> str:

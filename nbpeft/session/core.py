@@ -121,6 +121,7 @@ class Session:
     track = _command(training.track)
     result = _command(training.result)
     stop = _command(running.stop)
+    clone = _command(running.clone)
     pause = _command(running.pause)
     go_on = _command(running.go_on)
     control = _command(training.control)

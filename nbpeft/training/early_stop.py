@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from nbpeft.checkpoint.tensor_file import read_tensors, write_tensors
 from nbpeft.errors import ConfigError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.training.adapted import trainable
@@ -17,6 +21,8 @@ from nbpeft.training.run import Run, StopRun
 
 EVALUATIONS = 10
 """Evaluations a run where nobody said how many; three times the patience where that is more."""
+_FILE = "early_stop.safetensors"
+"""Of a kept state: the weights of the best evaluation, where those are not the state's own."""
 
 
 class EarlyStop(TrainerCallback):
@@ -28,13 +34,35 @@ class EarlyStop(TrainerCallback):
         run: told why it ends.
         model: in training.
         patience: evaluations without improvement that end it.
+
+    Attributes:
+        keep_last: keeps the state of the last step, before that of the best is put back into a run that can go on.
     """
+
+    keep_last: Callable[[], None] | None = None
 
     def __init__(self, run: Run, model: nn.Module, patience: int) -> None:
         self._run, self._model, self._patience = run, model, patience
         self._best: float | None = None
         self._best_step = self._worse = 0
         self._state: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts on from the evaluations of a run that goes on, and takes the state of the best of them."""
+        for entry in state.log_history:
+            self._is_better(score_of(args, entry), int(entry.get("step", 0)))
+        if self._best is None:
+            return
+        folder = args.resume_from_checkpoint
+        file = Path(folder, _FILE) if isinstance(folder, str | os.PathLike) else None
+        if self._best_step == state.global_step:
+            self._state = self._copied()
+        elif file is not None and file.is_file():
+            self._state = read_tensors(file)[0]
+        else:
+            self._run.note(f"the state of step {self._best_step:,}, the best, was not kept: only a better one can be")
 
     def on_evaluate(
         self,
@@ -45,16 +73,32 @@ class EarlyStop(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keeps the state where it is the best, or counts."""
-        score = score_of(args, metrics or {})
-        if score is None:
-            return
-        if self._best is None or score < self._best:
-            self._best, self._best_step, self._worse = score, state.global_step, 0
-            self._state = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors()}
-            return
-        self._worse += 1
-        if self._worse >= self._patience:
+        if self._is_better(score_of(args, metrics or {}), state.global_step):
+            self._state = self._copied()
+        elif self._worse >= self._patience:
             control.should_training_stop = True
+
+    def _is_better(self, score: float | None, step: int) -> bool:
+        if score is None:
+            return False
+        if self._best is None or score < self._best:
+            self._best, self._best_step, self._worse = score, step, 0
+            return True
+        self._worse += 1
+        return False
+
+    def write(self, folder: Path) -> None:
+        """Writes the weights of the best evaluation beside those of a later step.
+
+        Args:
+            folder: of a state that is kept.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        whole = all(type(tensor) is Tensor for tensor in self._state.values())  # not a process's part of a sharded one
+        if self._state and whole and self._best_step != self._run.state.step:
+            write_tensors(folder / _FILE, self._state, {"step": str(self._best_step)})
 
     def __enter__(self) -> Self:
         return self
@@ -70,10 +114,15 @@ class EarlyStop(TrainerCallback):
             self._run.note(f"stopped early: no better in {evaluations}")
         if not self._state or self._run.state.step == self._best_step:
             return
+        if self.keep_last is not None:
+            self.keep_last()
         with HeldInterrupts(to_the_end=True), torch.no_grad():  # a second interruption must not mix two states
             for name, tensor in self._tensors():
                 tensor.copy_(self._state[name])
         self._run.note(f"the state of step {self._best_step:,}, the best, was put back")
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors()}
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [(name, parameter.detach()) for name, parameter in trainable(self._model)]

@@ -78,7 +78,10 @@ class RunKeeper(TrainerCallback):
     Attributes:
         folder: of the run; None before the first step, and where nothing is kept.
         trainer: has to be set before it trains.
+        beside: writes more into the folder of a state; None for nothing.
     """
+
+    beside: Callable[[Path], None] | None = None
 
     def __init__(
         self,
@@ -187,8 +190,7 @@ class RunKeeper(TrainerCallback):
                 elif state.status == "finished":
                     self._save(whole=False)
                 elif not alone and self._has_new_state(state.step):
-                    with drawing_from(self._random or random_state()):
-                        self._save()
+                    self._save_as_the_step_ended()
                 else:
                     self._write_facts()
                 if folder is not None:
@@ -197,6 +199,16 @@ class RunKeeper(TrainerCallback):
         finally:
             if folder is not None:
                 folder.close()
+
+    def keep_last(self) -> None:
+        """Keeps the state of the last step of a run that ends early, if it is not kept yet."""
+        if of_the_first(self.folder is not None) and self._has_new_state(self._run.state.step):
+            with HeldInterrupts(to_the_end=True), self._noting():
+                self._save_as_the_step_ended()
+
+    def _save_as_the_step_ended(self) -> None:
+        with drawing_from(self._random or random_state()):
+            self._save()
 
     def _has_new_state(self, step: int) -> bool:
         return not self._in_step and self.trainer.optimizer is not None and step > self._saved_step
@@ -247,6 +259,8 @@ class RunKeeper(TrainerCallback):
         trainer._save_optimizer_and_scheduler(str(folder))
         trainer._save_scaler(str(folder))
         trainer._save_rng_state(str(folder))
+        if self.beside is not None and is_first():
+            self.beside(folder)
 
     def _write_trainer_state(self, folder: Path) -> None:
         """Without what was logged, which the curve has: the file would grow with every step."""
@@ -264,7 +278,6 @@ class RunKeeper(TrainerCallback):
         given_settings = {name: value for name, value in plain.items() if name != "members"} | self._swept_settings()
         fields = {name: getattr(args, name) for name in _SHOWN_FIELDS if hasattr(args, name)}
         return {
-            "adapter": self._run.adapter,
             "model": self._place.model,
             "started": time.time(),
             "settings": self._adapter_settings() | fields | given_settings | self._own_settings(),
@@ -365,6 +378,7 @@ def _summary(state: TrainState) -> dict[str, Any]:
     best = min(state.eval_history, key=lambda point: point[1], default=(None, None))
     status = state.status if state.status in ("finished", "stopped", "failed") else "running"
     return {
+        "adapter": state.adapter,
         "status": status,
         "step": state.step,
         "total_steps": state.total_steps,

@@ -93,6 +93,13 @@ class Notebook:
             except queue.Empty:
                 continue
 
+    def wait_until_queued(self) -> None:
+        """Gives the kernel time to read what was sent: what it reads after an error is not queued behind it."""
+        for _ in range(3):
+            time.sleep(0.4)
+            if self.forgetful:
+                self._remind()
+
     def _remind(self) -> None:
         """Makes the kernel look at its requests: a new connection does, a message on this one does not."""
         file = self.client.parent.connection_file
@@ -206,7 +213,7 @@ def test_pause_waits_until_it_is_resumed(notebook: Notebook) -> None:
 def test_an_interrupt_keeps_the_run_and_stops_queued_cells(notebook: Notebook, kernel: Notebook) -> None:
     request, *_ = start_run(notebook)
     following = notebook.start("print('QUEUED CELL RAN')")
-    time.sleep(1)  # the kernel reads it in a thread of its own: what comes after the error is not queued behind it
+    notebook.wait_until_queued()
     notebook.errors = []
     kernel.client.parent.interrupt_kernel()
     notebook.wait_for_end(request)

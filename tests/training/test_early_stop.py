@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from transformers import TrainerCallback
 
 from nbpeft.errors import ConfigError, TrainingInterrupted
+from nbpeft.runs.store import RunPlace, RunStore
 from nbpeft.training import train
+from nbpeft.training.control import RunControl
 from nbpeft.training.early_stop import EarlyStop
 from tests.training.support import token_rows, trainable, weights
 
@@ -95,6 +98,39 @@ def test_a_second_interruption_does_not_mix_two_states(monkeypatch: pytest.Monke
     best = min(kept.losses, key=lambda step: kept.losses[step])
     assert putting and best < 6
     assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("how", ["Stop", "an interruption"])
+def test_a_resumed_run_counts_on_and_has_the_best_state(tmp_path: Path, how: str):
+    """The state it goes on from is that of its last step, though the model had the best one put back."""
+    _, kept, whole = trained(patience=4, eval_steps=1)
+    best = min(kept.losses, key=lambda step: kept.losses[step])
+    model, control = trainable(), RunControl()
+
+    class Ends(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+            if how == "an interruption" and state.global_step == best + 2:
+                raise KeyboardInterrupt
+
+        def on_evaluate(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+            if how == "Stop" and state.global_step == best + 2:
+                control.request_stop()
+
+    with contextlib.suppress(TrainingInterrupted):
+        rows: Any = (token_rows(8), token_rows(8, 5))
+        train(model, *rows, callbacks=[Ends()], patience=4, eval_steps=1, run_dir=tmp_path, control=control, **SETTINGS)
+    assert all(torch.equal(value, kept.weights[best][name]) for name, value in weights(model).items())
+    record = RunStore(tmp_path).records()[0]
+    last = record.kept_steps[0]
+    assert best < last < best + 4
+    state = str(Path(record.path, f"checkpoint-{last}"))
+    _, kept_again, _ = trained(eval_steps=1, eval_strategy="steps", max_steps=last + 1, resume_from_checkpoint=state)
+    assert kept_again.losses[last + 1] == kept.losses[last + 1]
+    place = RunPlace(RunStore(tmp_path), record.name)
+    _, _, result = trained(patience=4, eval_steps=1, resume_from_checkpoint=state, run_dir=place)
+    assert whole.steps == best + 4
+    assert result.steps == best + 4 + (how == "Stop")  # the step it was stopped at is not evaluated
+    assert f"the state of step {best}, the best, was put back" in result.message
 
 
 def test_the_best_is_that_of_the_metric_asked_for():

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nbpeft.engine.methods.lora.combining.layers import CombinedFactors
+from nbpeft.engine.methods.lora.init_configs import no_settings
 
 _SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -27,6 +28,7 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
         alpha_pattern=dict(ranks),
         use_rslora=False,
         init_lora_weights=True,
+        **no_settings(),
         lora_bias=any(layer.bias is not None for layer in layers),
         use_dora=first.use_dora
         if combination.recipe.combination_type != "exact"
