@@ -86,9 +86,6 @@ def _task_ids(config: MultitaskPromptTuningConfig, args: Sequence[Any], kwargs: 
     MultitaskPromptTuningConfig,
     peft_type="MULTITASK_PROMPT_TUNING",
     label="multitask prompt tuning",
-    when="one prompt for several tasks, from which a new one starts",
-    paper="arXiv:2303.02861",
-    listed_with={"num_virtual_tokens": 20},
     file_keys={"embedding.weight": PROMPT_KEY},
     summary=lambda config: {
         "tokens": str(config.num_virtual_tokens),

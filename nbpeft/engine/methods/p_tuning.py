@@ -78,9 +78,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     PromptEncoderConfig,
     peft_type="P_TUNING",
     label="P-tuning",
-    when="as prompt tuning, with a network that helps it to learn",
-    paper="arXiv:2103.10385",
-    listed_with={"num_virtual_tokens": 20},
     file_keys={"embedding.weight": PROMPT_KEY},
     derived=derived_tokens,
     summary=lambda config: {

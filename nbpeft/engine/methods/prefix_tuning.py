@@ -72,9 +72,6 @@ class PrefixTuningConfig(PromptLearningConfig):
     PrefixTuningConfig,
     peft_type="PREFIX_TUNING",
     label="prefix tuning",
-    when="trained keys and values in each layer, and no weight changed",
-    paper="arXiv:2101.00190",
-    listed_with={"num_virtual_tokens": 20},
     file_keys={"embedding.weight": PROMPT_KEY},
     derived=derived_tokens,
     summary=lambda config: (
