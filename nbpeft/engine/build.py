@@ -140,10 +140,11 @@ def shared_state(
 def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:
     if given is None:
         return target.adapter_class.create(target.config, site, None)
+    # In the order in which a new adapter has them: an optimizer's state goes by it.
     placed = {
-        name: tensor.to(site.base.device, site.dtype if name in site.shapes else None)
-        for name, tensor in given.items()
-        if name in target.saved_shapes
+        name: given[name].to(site.base.device, site.dtype if name in site.shapes else None)
+        for name in target.saved_shapes
+        if name in given
     }
     if site.shapes.keys() <= placed.keys():
         return target.adapter_class.create(target.config, site, placed)
