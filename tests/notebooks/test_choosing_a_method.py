@@ -15,7 +15,7 @@ METHODS = ("LoRA", "OFT", "MiSS", "VeRA", "IA3")
 
 
 def test_09_trains_five_methods_and_converts_one(tmp_path: Path) -> None:
-    notebook, full = nbformat.read(NOTEBOOK, 4), "STEPS, TEST_ORDERS = 20, 24"
+    notebook, full = nbformat.read(NOTEBOOK, 4), "STEPS, TEST_ORDERS = 20, 16"
     changed = [cell for cell in notebook.cells if full in cell.source]
     assert len(changed) == 1
     changed[0].source = changed[0].source.replace(full, "STEPS, TEST_ORDERS = 1, 2")
