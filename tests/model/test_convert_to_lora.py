@@ -29,7 +29,7 @@ SAMPLES = [
     )
     for method in methods()
     for name, fields in method.sample_configs.items()
-    if method.companion is None and "target_modules" in method.config_class.__dataclass_fields__
+    if method.companion is None and not method.transforms_calls and not method.layer_kinds
 ]
 
 
@@ -45,8 +45,7 @@ every_sample = pytest.mark.parametrize(("method", "fields"), SAMPLES)
 
 
 def random_model(method: Method, fields: dict[str, Any], base: Any = None) -> PeftModel:
-    targets = {"target_modules": ["norm"]} if method.peft_type == "LN_TUNING" else TARGETS
-    model = get_peft_model(llama() if base is None else base, method.config_class(**targets | fields)).eval()
+    model = get_peft_model(llama() if base is None else base, method.config_class(**TARGETS | fields)).eval()
     randomize(model, scale=0.1)
     return model
 

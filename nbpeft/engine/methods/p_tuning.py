@@ -78,9 +78,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     PromptEncoderConfig,
     peft_type="P_TUNING",
     label="P-tuning",
-    when="as prompt tuning, with a network that helps it to learn",
-    paper="arXiv:2103.10385",
-    listed_with={"num_virtual_tokens": 20},
     file_keys={"embedding.weight": PROMPT_KEY},
     derived=derived_tokens,
     summary=lambda config: {
@@ -90,6 +87,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         ),
     },
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+    when="prompts that learn slowly by themselves, as of small models",
+    paper="arXiv:2103.10385",
+    listed_with={"num_virtual_tokens": 20},
     sample_configs={
         "mlp": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
         "lstm": {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12},
