@@ -493,6 +493,8 @@ class Adapter(nn.Module):
     def unconvertible_reason(self, base: BaseLayer) -> str:
         """Why no product of two matrices can stand for it, as part of a sentence; else empty."""
         reason = self.unmergeable_reason(base)
+        if len(base.kind.weight_shape(base.module)) < 2:
+            return "its weight is a vector, which is no product of two matrices"
         if not reason and int(getattr(base.module, "groups", 1)) > 1:
             return "the weight of a convolution in groups is no product of two matrices"
         return f"it cannot be merged into {reason}" if reason else ""

@@ -174,6 +174,8 @@ def _convertible(manager: AdapterManager, name: str) -> dict[str, AdaptedLayer]:
         ConversionError: there is none, or one on which none can.
     """
     config: Any = manager.configs[name]
+    if config.is_prompt_learning:
+        raise ConversionError(f"{_NOTHING}: adapter {name!r} learns a prompt and changes no weight")
     if getattr(config, "bias", "none") != "none":
         raise ConversionError(
             f"The adapter's config sets bias={config.bias}, this is not supported: a LoRA would add nothing to the "

@@ -262,6 +262,10 @@ def test_what_cannot_be_converted_is_refused() -> None:
     assert not invoked.supports_lora_conversion()
     with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*q_proj: it cannot be merged into a weight"):
         convert_to_lora(invoked, 2)
+    prompt = get_peft_model(llama(), nbpeft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert not prompt.supports_lora_conversion()
+    with pytest.raises(TypeError, match="Could not detect any layer that supports LoRA conversion"):
+        convert_to_lora(prompt, 2)
     rows = get_peft_model(llama(), nbpeft.TrainableTokensConfig(token_indices=[1]))
     with pytest.raises(ConversionError, match="embed_tokens: it trains rows of an embedding"):
         convert_to_lora(rows, 1)
