@@ -12,6 +12,7 @@ derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`
     Pads                                fit into larger tensors, so that a compiled model need not compile again
     ServesRows                          serve a mixed batch in one pass
     IsLowRank                           add a product of two thin matrices, so that any LoRA runtime can serve them
+    AdaptsParameters                    add products of thin matrices to a bare parameter, as experts have
     LearnsWithHooks                     take part in training beside the gradient
 """
 
@@ -24,7 +25,7 @@ import json
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -298,12 +299,14 @@ class AdapterWeights:
             buffer name inside that module -> tensor.
         base: name of a trained base parameter (``bias="all"``), without any wrapper -> tensor.
         shared: name of a tensor that all layers of the adapter share -> tensor.
+        parameters: those of the paths in ``adapters`` that are parameters, those of one module in its own order.
     """
 
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    parameters: Collection[str] = ()
 
 
 class SharedState(nn.Module):
@@ -687,6 +690,14 @@ class IsLowRank(ABC):
     @abstractmethod
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """The two matrices, detached, without rows that are only padding."""
+
+
+class AdaptsParameters(ABC):
+    """Adapts a parameter of a module that is no layer: it has no output to add to, only a weight."""
+
+    @abstractmethod
+    def parameter_products(self, base: BaseLayer) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
+        """What it adds to the parameter, with gradients: left (…, rows, r), right (…, r, columns), and a factor."""
 
 
 class LearnsWithHooks:

@@ -7,17 +7,15 @@ the adapter, whoever does it: ``load_state_dict``, ``torch.func.functional_call`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_layer_api import by_name
-
-Slot = tuple[nn.Module, str]
-"""An adapter and the name of a parameter of its."""
 
 ADAPTER_PARTS = "adapter_parts"
 """Where the buffers and submodules of adapters are shown, which PEFT has no name for."""
@@ -49,59 +47,6 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
         if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
             return f"{wrapped}.{name}.{tail}"
     return ".".join(filter(None, (adapter.peft_container, own, name)))
-
-
-class LiveParameters(MutableMapping[str, Any]):
-    """The parameters of a module whose owners are adapters.
-
-    Args:
-        slots: name in the module -> the adapter, and its own name of the parameter; it need not have one.
-    """
-
-    __slots__ = ("slots",)
-
-    def __init__(self, slots: dict[str, Slot]) -> None:
-        self.slots = slots
-
-    def __getitem__(self, name: str) -> Any:
-        adapter, own = self.slots[name]
-        return adapter._parameters[own]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        adapter, own = self.slots[name]
-        held = adapter._parameters.get(own, adapter.__dict__.get(own))
-        if held is not None and value is not None and held.shape != value.shape:
-            raise ValueError(f"{own} must have shape {tuple(held.shape)}, not {tuple(value.shape)}")
-        adapter.__dict__.pop(own, None)
-        adapter._parameters[own] = value
-
-    def __delitem__(self, name: str) -> None:
-        adapter, own = self.slots[name]
-        del adapter._parameters[own]
-
-    def __contains__(self, name: object) -> bool:
-        slot = self.slots.get(name)  # type: ignore[call-overload]
-        return slot is not None and slot[1] in slot[0]._parameters
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([name for name in self.slots if name in self])
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def held(self, name: str) -> Any:
-        """What the adapter has in the place of a parameter: also a plain tensor, which FSDP puts there; or None."""
-        adapter, own = self.slots[name]
-        return adapter._parameters.get(own, adapter.__dict__.get(own))
-
-    def hold(self, name: str, value: Tensor) -> None:
-        """Puts a plain tensor into the place of a parameter that was taken out."""
-        adapter, own = self.slots[name]
-        adapter.__dict__[own] = value
-
-    def copy(self) -> dict[str, Any]:
-        """A dictionary of what it holds now."""
-        return dict(self)
 
 
 class _Shows(nn.Module):

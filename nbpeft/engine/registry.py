@@ -87,6 +87,7 @@ class Method:
         companion: lets configs of other methods ask for it.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
+        parameter_class: class of its adapters on bare parameters (``target_parameters``), if it has any.
     """
 
     label: str
@@ -107,6 +108,7 @@ class Method:
     companion: Companion | None = None
     layer_name: str = ""
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
+    parameter_class: type[Adapter] | None = None
 
     def title(self, config: AdapterConfig) -> str:
         """Its name for people, for one config."""
@@ -208,7 +210,7 @@ def method_of_adapter(adapter: Adapter) -> Method | None:
     """The method that an adapter is made by, that of the nearest registered class; None if there is none."""
     for cls in type(adapter).__mro__:
         for method in _methods:
-            if method.adapter_class is cls:
+            if cls in (method.adapter_class, method.parameter_class):
                 return method
     return None
 

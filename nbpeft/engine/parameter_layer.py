@@ -1,0 +1,157 @@
+"""AdaptedParameter: the wrapper around a module of which one bare parameter is adapted, as the experts of a mixture.
+
+Several parameters of one module have a wrapper each, one inside the other; the outermost one calls the module. It
+calls a twin that shares everything with the module but those parameters, so that other threads may call the module,
+or the same one with other adapters, meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.active_state import Active, ActiveState
+from nbpeft.engine.adapter import AdaptsParameters
+from nbpeft.engine.base import Backend, BaseLayer, LayerKind
+from nbpeft.engine.factored_weight import FactoredWeight, Product
+from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.transaction import Transaction
+from nbpeft.errors import AdapterError
+
+_MULTIPLYING = (None, "eager", "grouped_mm", "batched_mm")
+"""transformers' ways to compute experts (``_experts_implementation``) that only index and multiply."""
+
+
+class AdaptedParameter(AdaptedLayer):
+    """A module and the named adapters of one of its parameters.
+
+    Attributes:
+        base_layer: the module, or the wrapper for another parameter of it.
+        parameter_name: of the parameter.
+    """
+
+    parameter_name: str
+
+    def __init__(self, module: nn.Module, name: str, kind: LayerKind, backend: Backend, state: ActiveState) -> None:
+        super().__init__(module, kind, backend, state)
+        self.__dict__.update(parameter_name=name, base=BaseLayer(ParameterView(module, name), kind, backend))
+
+    @property
+    def holder(self) -> nn.Module:
+        """A module that has the parameter as its ``weight``."""
+        return self.base.module
+
+    def path_at(self, place: str) -> str:
+        """Path of the parameter where the module is at a place."""
+        return f"{place}.{self.parameter_name}"
+
+    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+        """Takes the place of the module, or of the wrappers for other parameters that are there, around those."""
+        there = modules[attribute]
+        if not any(wrapper is self for wrapper in wrappers_of(there)):
+            self._modules["base_layer"] = there
+            super().hang(modules, attribute, change)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """What the module gives with the active adapters' deltas on its parameters."""
+        found: dict[str, FactoredWeight] = {}
+        module: nn.Module = self
+        for layer in wrappers_of(self):
+            weight = layer._with_adapters()
+            if weight is not None:
+                found[layer.parameter_name] = weight
+            module = layer._modules["base_layer"]  # type: ignore[assignment]
+        return _called_with(module, found, args, kwargs) if found else module(*args, **kwargs)
+
+    def _with_adapters(self) -> FactoredWeight | None:
+        """The parameter with the products of the active adapters; None where none acts that is not merged."""
+        active = self.active_state.current()
+        if self.merged_names:
+            return None
+        if active.rows is not None:
+            self._refuse_rows(active)
+            return None
+        base = self._own_base()
+        products: list[Product] = []
+        for name, scale in zip(active.names, active.scales, strict=True):
+            adapter: Any = self.adapters._modules.get(name)
+            if isinstance(adapter, AdaptsParameters):
+                products += [Product(left, right, s * scale) for left, right, s in adapter.parameter_products(base)]
+        return FactoredWeight(getattr(base.module.owner, self.parameter_name), products) if products else None  # type: ignore[arg-type, union-attr]
+
+    def _refuse_rows(self, active: Active) -> None:
+        present = [name for name in active.rows.names if name in self.adapters._modules] if active.rows else []
+        if present:
+            raise AdapterError(
+                f"adapter {present[0]!r} adapts {self.parameter_name} (target_parameters), which cannot serve some rows of "
+                "a batch: give each adapter a batch of its own"
+            )
+
+    def _own_base(self) -> BaseLayer:
+        """``base``; a replica that nn.DataParallel made has a module of its own."""
+        module: nn.Module = self.get_base_layer()
+        if module is self.holder.owner:
+            return self.base
+        return BaseLayer(ParameterView(module, self.parameter_name), self.kind, self.backend)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module, inside all wrappers."""
+        inner: Any = self
+        while isinstance(inner, AdaptedLayer):
+            inner = inner._modules["base_layer"]
+        return inner  # type: ignore[no-any-return]
+
+    def get_param(self) -> Tensor:
+        """The parameter, without adapters."""
+        found: Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        return found
+
+    @property
+    def num_experts(self) -> int:
+        """Number of matrices in the parameter."""
+        view: Any = self.holder
+        return int(view.count)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        return f"parameter_name={self.parameter_name!r}"
+
+
+def wrappers_of(module: nn.Module | None) -> Iterator[AdaptedParameter]:
+    """The wrappers for parameters around a module, the outermost first."""
+    while isinstance(module, AdaptedParameter):
+        yield module
+        module = module._modules["base_layer"]
+
+
+def _only_multiplies(module: nn.Module) -> bool:
+    """Whether a module is known to do nothing with its parameters but to index and to multiply."""
+    source = getattr(type(module).forward, "__module__", "")
+    way = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return source.startswith("transformers.models.") and way in _MULTIPLYING
+
+
+@torch.compiler.disable
+def _called_with(module: nn.Module, weights: Mapping[str, FactoredWeight], args: Any, kwargs: Any) -> Any:
+    """Calls a module with other values of some parameters, which it keeps."""
+    lean = _only_multiplies(module)
+    twin = object.__new__(type(module))
+    twin.__dict__ = {key: _rebound(value, module, twin) for key, value in module.__dict__.items()}
+    parameters = {name: value for name, value in module._parameters.items() if name not in weights}
+    twin.__dict__.update(_parameters=parameters)
+    twin.__dict__.update({name: weight if lean else weight.summed() for name, weight in weights.items()})
+    return twin(*args, **kwargs)
+
+
+def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    """A method of a module, or what accelerate made of it, as the twin's; anything else as it is."""
+    if getattr(value, "__self__", None) is module:
+        return value.__func__.__get__(twin)
+    if isinstance(value, functools.partial) and value.args[:1] == (module,):
+        return functools.partial(value.func, twin, *value.args[1:], **value.keywords)
+    return value
