@@ -160,9 +160,10 @@ def _linear(function: Any, x: Tensor, weight: Any, bias: Tensor | None = None) -
 
 def _grouped(function: Any, x: Tensor, weight: Any, offs: Tensor | None = None, **options: Any) -> Any:
     """Rows of ``x`` (rows, in) times a weight (n, in, out) of theirs; those of weight i end before ``offs[i]``."""
-    if offs is None or options or not isinstance(weight, FactoredWeight) or weight.weight.ndim != 3 or x.ndim != 2:
+    known = isinstance(weight, FactoredWeight) and weight.weight.ndim == 3 and x.ndim == 2
+    if offs is None or not known or any(value is not None for value in options.values()):
         return NotImplemented
-    total = function(x, weight.weight, offs=offs) if function.__name__ == "grouped_mm" else function(x, weight.weight, offs)
+    total = function(x, weight.weight, offs=offs)
     for left, right, scale in weight.products:
         total = _plus(total, grouped_product(x, left, right, offs) * scale)
     return total

@@ -86,6 +86,7 @@ def set_peft_model_state_dict(
             for key, tensor in named.items()
             if not tensor.is_floating_point()
         },
+        parameters=weights.parameters,
     )
     tensors = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
     loaded = checkpoint.from_file(tensors, wanted, peft_type=peft_type, ignore_mismatched=ignore_mismatched_sizes)
