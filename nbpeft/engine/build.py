@@ -73,9 +73,7 @@ def build(
         sites.setdefault(id(site.module), []).append(site)
         if site.path in wanted:
             by_path[site.path] = site
-    layers = {
-        target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets
-    }
+    layers = {target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
     shared = None if first is None else shared_state(plan, weights, first.device, adapter_dtype(first.dtype, half=half))
     parts = Parts([], [], shared)

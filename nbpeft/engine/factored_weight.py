@@ -80,7 +80,7 @@ class FactoredWeight:
         return FactoredWeight(self.weight.transpose(first, second), products)
 
     @property
-    def mT(self) -> Any:  # noqa: N802
+    def mT(self) -> Any:
         """As of a tensor."""
         return self.transpose(-2, -1)
 
@@ -101,7 +101,8 @@ class FactoredWeight:
         return [Product(left[index], right[index], s) for (left, right), s in zip(self._parts, scales, strict=True)]
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        return _product(torch.matmul, self, other)
+        product: Tensor = _product(torch.matmul, self, other)
+        return product
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.weight if name in _OF_THE_WEIGHT else self.summed(), name)
@@ -118,8 +119,11 @@ class FactoredWeight:
             found = handled(function, *args, **kwargs)
             if found is not NotImplemented:
                 return found
-        args = tuple(value.summed() if isinstance(value, cls) else value for value in args)
-        return function(*args, **{k: value.summed() if isinstance(value, cls) else value for k, value in kwargs.items()})
+        return function(*map(_summed, args), **{key: _summed(value) for key, value in kwargs.items()})
+
+
+def _summed(value: Any) -> Any:
+    return value.summed() if isinstance(value, FactoredWeight) else value
 
 
 def _is_list(index: Any) -> bool:
@@ -209,9 +213,8 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, left, right, hidden = ctx.saved_tensors
         output = gradients[0].to(x.dtype)
-        of_x, of_left, of_right = (
-            torch.zeros_like(t) if need else None for t, need in zip((x, left, right), ctx.needs_input_grad, strict=False)
-        )
+        needed = zip((x, left, right), ctx.needs_input_grad, strict=False)
+        of_x, of_left, of_right = (torch.zeros_like(tensor) if need else None for tensor, need in needed)
         for i, rows in ctx.groups:
             if of_right is not None:
                 of_right[i] = hidden[rows].T @ output[rows]

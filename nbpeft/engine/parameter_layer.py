@@ -57,7 +57,7 @@ class AdaptedParameter(AdaptedLayer):
             self._modules["base_layer"] = there
             super().hang(modules, attribute, change)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives with the active adapters' deltas on its parameters."""
         found: dict[str, FactoredWeight] = {}
         module: nn.Module = self
@@ -82,14 +82,14 @@ class AdaptedParameter(AdaptedLayer):
             adapter: Any = self.adapters._modules.get(name)
             if isinstance(adapter, AdaptsParameters):
                 products += [Product(left, right, s * scale) for left, right, s in adapter.parameter_products(base)]
-        return FactoredWeight(getattr(base.module.owner, self.parameter_name), products) if products else None  # type: ignore[arg-type, union-attr]
+        return FactoredWeight(getattr(base.module.owner, self.parameter_name), products) if products else None
 
     def _refuse_rows(self, active: Active) -> None:
         present = [name for name in active.rows.names if name in self.adapters._modules] if active.rows else []
         if present:
             raise AdapterError(
-                f"adapter {present[0]!r} adapts {self.parameter_name} (target_parameters), which cannot serve some rows of "
-                "a batch: give each adapter a batch of its own"
+                f"adapter {present[0]!r} adapts {self.parameter_name} (target_parameters), which cannot serve rows "
+                "of a batch: give each adapter a batch of its own"
             )
 
     def _own_base(self) -> BaseLayer:
@@ -136,7 +136,7 @@ def _only_multiplies(module: nn.Module) -> bool:
     return source.startswith("transformers.models.") and way in _MULTIPLYING
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _called_with(module: nn.Module, weights: Mapping[str, FactoredWeight], args: Any, kwargs: Any) -> Any:
     """Calls a module with other values of some parameters, which it keeps."""
     lean = _only_multiplies(module)

@@ -36,7 +36,9 @@ def parameter_sites(
         LayerKindError: one of them is neither a matrix nor several of them.
     """
     if any(matcher.matches(name) for name in model._parameters):
-        raise TargetError("a parameter of the model itself cannot be adapted: target_parameters takes those of its modules")
+        raise TargetError(
+            "a parameter of the model itself cannot be adapted: target_parameters takes those of its modules"
+        )
     inside = tuple(f"{path}." for path in copies)
     found: list[Site] = []
     seen: set[int] = set()

@@ -170,8 +170,10 @@ def plan(
     parts = _companion_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or parts) and not matcher.targets):
         nowhere = named.targets and not matcher.targets
-        raise no_parameter(named.missing(), sites) if nowhere else nothing_matches(
-            matcher, excluded, adaptable_paths(sites)
+        raise (
+            no_parameter(named.missing(), sites)
+            if nowhere
+            else nothing_matches(matcher, excluded, adaptable_paths(sites))
         )
     missing = (*matcher.missing(), *named.missing())
     for problem in _problems(matcher, named, sites):

@@ -392,7 +392,10 @@ def _picked(
     places = wrapper_places(weights.parameters)
     return AdapterWeights(
         {
-            path: {k: find(f"{places.get(path, path)}.{shown_name(manager.layers[path].adapter(name), k, name)}") for k in named}
+            path: {
+                k: find(f"{places.get(path, path)}.{shown_name(manager.layers[path].adapter(name), k, name)}")
+                for k in named
+            }
             for path, named in weights.adapters.items()
         },
         {

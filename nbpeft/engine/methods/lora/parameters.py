@@ -51,7 +51,7 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
         for field, asked in refused.items():
             if asked:
                 raise ConfigError(
-                    f"{path} (target_parameters) does not work with {field}={getattr(config, field)!r}; leave {field} out",
+                    f"{path} (target_parameters) does not work with {field}={getattr(config, field)!r}; leave that out",
                     field=field,
                     path=path,
                 )
