@@ -88,8 +88,8 @@ class AdaptedParameter(AdaptedLayer):
         present = [name for name in active.rows.names if name in self.adapters._modules] if active.rows else []
         if present:
             raise AdapterError(
-                f"adapter {present[0]!r} adapts {self.parameter_name} (target_parameters), which cannot serve rows "
-                "of a batch: give each adapter a batch of its own"
+                f"lora.ParamWrapper does not support mixed adapter batches yet: adapter {present[0]!r} adapts "
+                f"{self.parameter_name}, so give each adapter a batch of its own"
             )
 
     def _own_base(self) -> BaseLayer:

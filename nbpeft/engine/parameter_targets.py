@@ -35,10 +35,9 @@ def parameter_sites(
         TargetError: one of them cannot be adapted.
         LayerKindError: one of them is neither a matrix nor several of them.
     """
-    if any(matcher.matches(name) for name in model._parameters):
-        raise TargetError(
-            "a parameter of the model itself cannot be adapted: target_parameters takes those of its modules"
-        )
+    own = next((name for name in model._parameters if matcher.matches(name)), None)
+    if own is not None:
+        raise TargetError(f"Targeting an nn.Parameter on the top-level module is not supported (parameter {own!r})")
     inside = tuple(f"{path}." for path in copies)
     found: list[Site] = []
     seen: set[int] = set()
