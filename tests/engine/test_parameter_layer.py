@@ -83,7 +83,7 @@ def test_eight_training_steps_are_those_of_peft(model_type: str) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[-1].append(float(loss))
+            losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[1][-1] < losses[1][0] - 0.05
 
 
@@ -182,7 +182,7 @@ def test_threads_with_and_without_adapters_do_not_see_each_other() -> None:
 def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was() -> None:
     model = adapted()
     before, expected = state(model), logits(model)
-    with pytest.raises(ValueError, match="all adapters must target the same set of parameters of model.layers.0.mlp"):
+    with pytest.raises(ValueError, match=r"all adapters must target the same set of parameters of model\.layers"):
         model.add_adapter("other", LoraConfig(**settings("mixtral", target_parameters=["experts.down_proj"])))
     assert model.manager.names == ("default",) and same_state(state(model), before)
     assert torch.equal(logits(model), expected)
@@ -209,7 +209,7 @@ def test_rows_of_a_batch_cannot_have_adapters_of_their_own() -> None:
 
 def test_adapters_of_parameters_cannot_be_combined() -> None:
     model = adapted()
-    with pytest.raises(ValueError, match="add_weighted_adapter does not support targeting nn.Parameter"):
+    with pytest.raises(ValueError, match=r"add_weighted_adapter does not support targeting nn\.Parameter"):
         model.add_weighted_adapter(["default", "default"], [0.5, 0.5], "mean")
     assert model.manager.names == ("default",)
 
