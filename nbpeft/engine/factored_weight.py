@@ -94,6 +94,8 @@ class FactoredWeight:
         return FactoredWeight(self.weight[index], products)
 
     def _at(self, index: int) -> list[Product]:
+        if not torch.is_grad_enabled():
+            return [Product(left[index], right[index], scale) for left, right, scale in self.products]
         # Taken apart once: the gradient of each part alone would be as large as the whole.
         if self._parts is None:
             self._parts = [(product.left.unbind(), product.right.unbind()) for product in self.products]

@@ -42,7 +42,7 @@ class AdaptedParameter(AdaptedLayer):
         self.__dict__.update(parameter_name=name, base=BaseLayer(ParameterView(module, name), kind, backend))
 
     @property
-    def holder(self) -> nn.Module:
+    def weight_module(self) -> nn.Module:
         """A module that has the parameter as its ``weight``."""
         return self.base.module
 
@@ -95,7 +95,7 @@ class AdaptedParameter(AdaptedLayer):
     def _own_base(self) -> BaseLayer:
         """``base``; a replica that nn.DataParallel made has a module of its own."""
         module: nn.Module = self.get_base_layer()
-        if module is self.holder.owner:
+        if module is self.weight_module.owner:
             return self.base
         return BaseLayer(ParameterView(module, self.parameter_name), self.kind, self.backend)
 
@@ -114,7 +114,7 @@ class AdaptedParameter(AdaptedLayer):
     @property
     def num_experts(self) -> int:
         """Number of matrices in the parameter."""
-        view: Any = self.holder
+        view: Any = self.weight_module
         return int(view.count)
 
     def extra_repr(self) -> str:

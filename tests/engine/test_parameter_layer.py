@@ -126,7 +126,7 @@ def test_merging_writes_the_parameter_and_unmerging_puts_it_back(model_type: str
     assert close(logits(merged), expected, 1e-4) and state(merged).keys() == base.keys()
 
 
-def test_several_adapters_are_switched_scaled_combined_disabled_and_deleted() -> None:
+def test_several_adapters_are_switched_scaled_merged_and_deleted() -> None:
     model, plain = adapted(), logits(mixture("mixtral"))
     model.add_adapter("other", LoraConfig(**settings("mixtral")))
     randomize(model, "other", seed=5, scale=0.1)
