@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nbpeft.engine.numerics import composes, without_autocast
+from nbpeft.engine.storage import loaded
 
 _OF_THE_WEIGHT = frozenset(
     ("shape", "dtype", "device", "ndim", "size", "dim", "is_cuda", "requires_grad", "layout", "numel", "data_ptr")
@@ -187,7 +188,8 @@ def grouped_product(x: Tensor, left: Tensor, right: Tensor, offs: Tensor) -> Ten
     Returns:
         (rows, out) in the dtype of ``x``.
     """
-    ends = offs.tolist()
+    fake = isinstance(offs, loaded("torch._subclasses.fake_tensor", "FakeTensor"))
+    ends = [len(x)] if fake else offs.tolist()  # in a forecast, that of one group: as large as those of all
     groups = [(i, slice(start, end)) for i, (start, end) in enumerate(zip([0, *ends], ends)) if end > start]  # noqa: B905
     if composes():
         parts = [x[rows] @ left[i].to(x.dtype) @ right[i].to(x.dtype) for i, rows in groups]

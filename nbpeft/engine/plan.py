@@ -27,6 +27,7 @@ from nbpeft.engine.config_warnings import (
     warn_of_tied,
 )
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
 from nbpeft.engine.module_paths import suffixes
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper, only_holds
@@ -63,6 +64,7 @@ class Target:
         config: what makes it: the plan's config, or what a companion method takes.
         tied_to: path of the target whose tensors this one shares; else empty.
         parameter: name of the parameter in its module, where that is adapted and no layer; else empty.
+        matrix_count: how many matrices that parameter holds: experts.
     """
 
     path: str
@@ -75,6 +77,7 @@ class Target:
     config: Any
     tied_to: str = ""
     parameter: str = ""
+    matrix_count: int = 1
 
     @property
     def module_path(self) -> str:
@@ -346,7 +349,8 @@ def _parameter_target(site: Site, config: Any, method: Method) -> Target:
             f"target_parameters does not work with {method.title(config)}; use plain LoRA", field="target_parameters"
         )
     target = _target(site, config, method, adapter_class=method.parameter_class)
-    return replace(target, parameter=site.path.rpartition(".")[2])
+    assert isinstance(site.module, ParameterView)
+    return replace(target, parameter=site.module.parameter_name, matrix_count=site.module.count)
 
 
 def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:
