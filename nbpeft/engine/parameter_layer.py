@@ -8,13 +8,13 @@ or the same one with other adapters, meanwhile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.active_state import Active, ActiveState
+from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
 from nbpeft.engine.adapter import AdaptsParameters
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.factored_weight import FactoredWeight, Product
@@ -59,38 +59,26 @@ class AdaptedParameter(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives with the active adapters' deltas on its parameters."""
-        found: dict[str, FactoredWeight] = {}
-        module: nn.Module = self
-        for layer in wrappers_of(self):
-            weight = layer._with_adapters()
-            if weight is not None:
-                found[layer.parameter_name] = weight
-            module = layer._modules["base_layer"]  # type: ignore[assignment]
-        return _called_with(module, found, args, kwargs) if found else module(*args, **kwargs)
+        layers = tuple(wrappers_of(self))
+        if any(layer._acts() for layer in layers):
+            return _adapted(layers, args, kwargs)
+        return self.get_base_layer()(*args, **kwargs)
 
-    def _with_adapters(self) -> FactoredWeight | None:
-        """The parameter with the products of the active adapters; None where none acts that is not merged."""
+    def _acts(self) -> bool:
+        """Whether an adapter changes the parameter in the call that runs."""
         active = self.active_state.current()
-        if self.merged_names:
-            return None
-        if active.rows is not None:
-            self._refuse_rows(active)
-            return None
+        names = active.names if active.rows is None else active.rows.names
+        return not self.merged_names and any(name in self.adapters._modules for name in names)
+
+    def with_adapters(self, active: Active) -> FactoredWeight | None:
+        """The parameter with the products of active adapters; None where there are none, or they are merged."""
         base = self._own_base()
         products: list[Product] = []
         for name, scale in zip(active.names, active.scales, strict=True):
             adapter: Any = self.adapters._modules.get(name)
-            if isinstance(adapter, AdaptsParameters):
+            if isinstance(adapter, AdaptsParameters) and not self.merged_names:
                 products += [Product(left, right, s * scale) for left, right, s in adapter.parameter_products(base)]
         return FactoredWeight(getattr(base.module.owner, self.parameter_name), products) if products else None
-
-    def _refuse_rows(self, active: Active) -> None:
-        present = [name for name in active.rows.names if name in self.adapters._modules] if active.rows else []
-        if present:
-            raise AdapterError(
-                f"lora.ParamWrapper does not support mixed adapter batches yet: adapter {present[0]!r} adapts "
-                f"{self.parameter_name}, so give each adapter a batch of its own"
-            )
 
     def _own_base(self) -> BaseLayer:
         """``base``; a replica that nn.DataParallel made has a module of its own."""
@@ -137,8 +125,36 @@ def _only_multiplies(module: nn.Module) -> bool:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _called_with(module: nn.Module, weights: Mapping[str, FactoredWeight], args: Any, kwargs: Any) -> Any:
-    """Calls a module with other values of some parameters, which it keeps."""
+def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module inside some wrappers gives with what acts on each of them."""
+    active = [layer.active_state.current() for layer in layers]
+    rows = next((one.rows for one in active if one.rows is not None), None)
+    if rows is None:
+        return _called(layers, active, args, kwargs)
+    tokens = {len(value) if isinstance(value, Tensor) else -1 for value in args}
+    if kwargs or len(args) < 2 or len(tokens) != 1 or max(tokens) % len(rows.index):
+        kind, name = type(layers[0].get_base_layer()).__name__, rows.names[0]
+        parameters = " and ".join(layer.parameter_name for layer in reversed(layers))
+        raise AdapterError(
+            f"lora.ParamWrapper does not support mixed adapter batches yet in a {kind:.60}: adapter {name!r} adapts "
+            f"its {parameters}, so give each adapter a batch of its own"
+        )
+    parts = []
+    for name, run in rows.runs(tokens.pop()):  # experts take tokens one by one, those of a row after those of another
+        alone = Active((name,), (rows.scales[rows.names.index(name)],)) if name else NONE_ACTIVE
+        parts.append(_called(layers, [alone] * len(layers), tuple(value[run] for value in args), {}))
+    return torch.cat(parts)
+
+
+def _called(
+    layers: Sequence[AdaptedParameter], active: Sequence[Active], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls the module inside some wrappers with other values of their parameters, which it keeps."""
+    found = {layer.parameter_name: layer.with_adapters(one) for layer, one in zip(layers, active, strict=True)}
+    weights = {name: weight for name, weight in found.items() if weight is not None}
+    module = layers[0].get_base_layer()
+    if not weights:
+        return module(*args, **kwargs)
     lean = _only_multiplies(module)
     twin = object.__new__(type(module))
     twin.__dict__ = {key: _rebound(value, module, twin) for key, value in module.__dict__.items()}
