@@ -20,6 +20,7 @@ from nbpeft.engine.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.factored_weight import FactoredWeight, Product
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.peft_modules import use_shown
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError
 
@@ -87,6 +88,11 @@ class AdaptedParameter(AdaptedLayer):
             return self.base
         return BaseLayer(ParameterView(module, self.parameter_name), self.kind, self.backend)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.__class__ = ParameterReplica
+        return replica
+
     def get_base_layer(self) -> nn.Module:
         """The module, inside all wrappers."""
         inner: Any = self
@@ -108,6 +114,18 @@ class AdaptedParameter(AdaptedLayer):
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
         return f"parameter_name={self.parameter_name!r}"
+
+
+class ParameterReplica(AdaptedParameter):
+    """A replica that nn.DataParallel made; see ``LayerReplica``."""
+
+    def show_adapters(self) -> None:
+        """Changes nothing."""
+
+    def with_adapters(self, active: Active) -> FactoredWeight | None:
+        """The same on the replica's device."""
+        use_shown(self.adapters._modules, self._modules)
+        return super().with_adapters(active)
 
 
 def wrappers_of(module: nn.Module | None) -> Iterator[AdaptedParameter]:

@@ -8,6 +8,8 @@ A ``ParameterView`` stands for it as the layer whose ``weight`` it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from nbpeft.engine.live_parameters import LiveParameters
@@ -31,6 +33,10 @@ class ParameterView(nn.Module):
     owner: nn.Module
     parameter_name: str
 
+    def __getattr__(self, name: str) -> Any:
+        # Replicas and shards hold plain tensors in the place of parameters.
+        return getattr(self.owner, self.parameter_name) if name == "weight" else super().__getattr__(name)
+
     @property
     def is_transposed(self) -> bool:
         """Whether the owner keeps several matrices as (in, out)."""
@@ -39,9 +45,7 @@ class ParameterView(nn.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
-        weight = self.weight
-        assert isinstance(weight, Tensor)
-        return tuple(weight.shape)
+        return tuple(self.weight.shape)
 
     @property
     def count(self) -> int:
