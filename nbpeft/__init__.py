@@ -20,7 +20,11 @@ __version__ = "0.2.0"
 
 # Configs come from the registry, which gives them the files they are saved in; the stub has them for type checkers.
 _METHODS = f"{__name__}.engine.methods."
-_NAMES = {name: home for name, home in lazy_names(__name__, __file__).items() if not home.startswith(_METHODS)}
+_NAMES = {
+    name: home
+    for name, home in lazy_names(__name__, __file__).items()
+    if not (home.startswith(_METHODS) and name.endswith("Config"))
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@
     │   └── LayerKindError        what is asked for does not work on layers of that kind
     ├── AdapterError
     │   ├── UnknownAdapterError   no adapter of that name
+    │   ├── ConversionError       no adapter of another method can stand for it
     │   └── AdapterExistsError    the name is taken
     ├── MergeError                these weights cannot be merged, or are merged already
     ├── CheckpointError
@@ -92,6 +93,10 @@ class AdapterError(NbpeftError, ValueError):
 
 class UnknownAdapterError(AdapterError, KeyError):
     """No adapter of that name."""
+
+
+class ConversionError(AdapterError, TypeError):
+    """An adapter cannot be written as one of another method."""
 
 
 class AdapterExistsError(AdapterError):

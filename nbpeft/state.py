@@ -62,12 +62,12 @@ class MemoryState:
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What combining lost on one layer.
+    """What combining or converting adapters lost on one layer.
 
     Attributes:
         path: where the layer is.
         rank: rank of the result; None where the method has none.
-        relative_error: distance to the true weighted delta over its norm.
+        relative_error: distance to the true (weighted) delta over its norm.
         energy_kept: share of the true delta's energy that lies along the result.
     """
 

@@ -24,6 +24,18 @@ TOKENS_TOGETHER = 128
 """Input tokens of one pass on a CPU: with more of them a pass over several adapters takes memory and saves no time."""
 TOKENS_ON_DEVICE = 16_384
 """The same on an accelerator."""
+OWN_FIELDS = (
+    "learning_rate",
+    "weight_decay",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
+"""Fields of ``TrainingArguments`` that each adapter of a sweep may have of its own."""
 _SHORT = {
     "learning_rate": "lr",
     "weight_decay": "wd",
@@ -74,6 +86,26 @@ def sweep(*values: Any) -> Sweep:
 def swept(fields: Mapping[str, Any]) -> dict[str, Sweep]:
     """The fields that have several values."""
     return {name: value for name, value in fields.items() if isinstance(value, Sweep)}
+
+
+def not_swept(name: str) -> ConfigError:
+    """The error for a field that adapters which learn side by side have in common."""
+    return ConfigError(
+        f"{name} cannot be a sweep: adapters that learn side by side share rows, batches and steps. A field of the "
+        f"adapter's config can, and {', '.join(OWN_FIELDS[:5])}, …",
+        field=name,
+    )
+
+
+def check_own(fields: Iterable[str]) -> None:
+    """Refuses fields that an adapter of a sweep cannot have of its own.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name in fields:
+        if name not in OWN_FIELDS:
+            raise not_swept(name)
 
 
 def combinations(fields: Mapping[str, Sweep]) -> Iterator[dict[str, Any]]:

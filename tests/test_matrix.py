@@ -88,6 +88,7 @@ CASES = {
     "conv1d": Case(lambda: nn.Conv1d(6, 8, 3, padding=1), _floats(2, 6, 9)),
     "conv2d": Case(lambda: nn.Conv2d(3, 8, 3, stride=2), _floats(2, 3, 9, 9)),
     "conv3d": Case(lambda: nn.Conv3d(3, 8, 2), _floats(2, 3, 4, 5, 6)),
+    "layer-norm": Case(lambda: nn.LayerNorm(16), _floats(3, 5, 16)),
     "nf4": Case(
         lambda: _linear4bit(quant_type="nf4"), _floats(2, 3, 64), quantized=True, tolerance=1e-4, merge_tolerance=0.3
     ),
@@ -105,6 +106,7 @@ SAMPLES: dict[str, tuple[type[AdapterConfig], dict[str, Any]]] = {
     f"{method.label}-{name}": (method.config_class, dict(fields))
     for method in methods()
     for name, fields in method.sample_configs.items()
+    if not method.transforms_calls
 }
 
 labels = {f"{method.label}-{name}": method.label for method in methods() for name in method.sample_configs}
@@ -211,7 +213,8 @@ every_pair = pytest.mark.parametrize(("kind", "sample"), PAIRS)
 
 def test_every_method_has_samples_and_works_somewhere() -> None:
     for method in methods():
-        if method.call_context is not None:  # says nothing on these layers, which are called without a model's inputs
+        # These say nothing on layers, which are called without a model's inputs.
+        if method.call_context is not None or method.transforms_calls:
             continue
         names = [f"{method.label}-{name}" for name in method.sample_configs]
         assert names, method.label
@@ -245,8 +248,8 @@ def test_failed_injection_leaves_the_model_as_it_was(kind: str, sample: str) -> 
     base = make(case)
     before, modules = weights_of(base), [type(m) for m in base.modules()]
     trainable = [name for name, p in base.named_parameters() if p.requires_grad]
-    with pytest.raises(TargetError, match="LayerNorm"):
-        get_peft_model(base, config_of(sample, target_modules=["target", "norm"]))
+    with pytest.raises(TargetError, match="Tanh"):
+        get_peft_model(base, config_of(sample, target_modules=["target", "after"]))
     assert same(before, weights_of(base))
     assert modules == [type(m) for m in base.modules()]
     assert trainable == [name for name, p in base.named_parameters() if p.requires_grad]

@@ -42,6 +42,7 @@ from nbpeft.checkpoint.lora_file import write_lora_file as write_lora_file
 from nbpeft.checkpoint.model_files import ModelFolder as ModelFolder
 from nbpeft.checkpoint.model_files import TensorSpec as TensorSpec
 from nbpeft.checkpoint.model_files import in_shards as in_shards
+from nbpeft.checkpoint.model_files import local_folder as local_folder
 from nbpeft.checkpoint.model_files import other_files as other_files
 from nbpeft.checkpoint.model_files import write_model as write_model
 from nbpeft.checkpoint.model_keys import is_of_a_model as is_of_a_model

@@ -30,7 +30,8 @@ from nbpeft.checkpoint.tensor_file import (
     write_tensors,
 )
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.errors import CheckpointError, CorruptCheckpointError, in_one_line, shortened
+from nbpeft.engine.registry import method_of
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, in_one_line, shortened
 
 CARD_NAME = "README.md"
 _READS = 3
@@ -139,6 +140,7 @@ def read_checkpoint(
             break
     config, unknown = parse_config(text, str(path))
     _warn_of_unknown(unknown, path)
+    tensors = dict(method_of(config).unpack(config, tensors))
     return Checkpoint(config, tensors, metadata, weights_path.parent, tuple(sorted(unknown)))
 
 
@@ -260,6 +262,12 @@ class FolderStore:
     def read(self, source: str, **options: Any) -> AdapterConfig:
         """See ``read_config``."""
         return read_config(source, **options)
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """See ``ConfigStore``."""
+        if not Path(path).is_file():
+            raise CheckpointNotFoundError(f"there is no file {path!r}")
+        return read_tensors(Path(path))[0]
 
     def make(self, fields: dict[str, Any]) -> AdapterConfig:
         """See ``config_of``; warns of fields that are not known."""

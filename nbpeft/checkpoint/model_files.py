@@ -7,6 +7,7 @@ once; written one after the other, a model of any size is copied with the memory
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,22 @@ class ModelFolder:
         with _opened(self._files[name]) as file:
             # The file is mapped for as long as one of its tensors lives.
             return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a model: the one of that name, or what was downloaded of a hub id. Nothing is downloaded.
+
+    Raises:
+        CheckpointNotFoundError: there is neither.
+    """
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return folder
+    hub: Any = importlib.import_module("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(name, local_files_only=True))
+    except (ValueError, OSError):  # no hub id; nothing of it here
+        raise CheckpointNotFoundError(f"{name} is no folder, and not in the hub's cache", source=name) from None
 
 
 def other_files(folder: Path) -> list[Path]:

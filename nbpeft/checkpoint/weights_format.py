@@ -22,7 +22,7 @@ from torch import Tensor
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.numerics import is_finite
-from nbpeft.engine.registry import file_keys, methods_of_type
+from nbpeft.engine.registry import file_keys, methods_of_type, transforms_calls
 from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
 
 PREFIX = "base_model.model."
@@ -101,13 +101,15 @@ def to_file(weights: AdapterWeights, *, peft_type: str) -> dict[str, Tensor]:
     """
     spelling, places = file_keys(peft_type), _Places(weights.adapters, weights.copies, weights.parameters)
     tensors: dict[str, Tensor] = {}
+    nowhere = transforms_calls(peft_type)
+    prefix = SHARED_PREFIX if nowhere else PREFIX
     for path, parameters in weights.adapters.items():
-        place = PREFIX + places.of_adapter(path)
+        place = "" if nowhere else f"{PREFIX}{places.of_adapter(path)}."
         for name, tensor in parameters.items():
-            tensors[f"{place}.{spelling.get(name, name)}"] = tensor
+            tensors[f"{place}{spelling.get(name, name)}"] = tensor
     for path, parameters in weights.copies.items():
         for name, tensor in parameters.items():
-            tensors[f"{PREFIX}{path}.{name}"] = tensor
+            tensors[f"{prefix}{path}.{name}"] = tensor
     for name, tensor in weights.base.items():
         tensors[PREFIX + places.of(name)] = tensor
     for name, tensor in weights.shared.items():
@@ -222,9 +224,9 @@ def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     spelling, places = file_keys(peft_type), _Places(expected.adapters, expected.copies, expected.parameters)
     slots: dict[str, tuple[Slot, Shape]] = {}
     for path, parameters in expected.adapters.items():
-        place = places.of_adapter(path)
+        place = "" if transforms_calls(peft_type) else f"{places.of_adapter(path)}."
         for name, shape in parameters.items():
-            slots[f"{place}.{spelling.get(name, name)}"] = ("adapters", path, name), shape
+            slots[f"{place}{spelling.get(name, name)}"] = ("adapters", path, name), shape
     for path, parameters in expected.copies.items():
         for name, shape in parameters.items():
             slots[f"{path}.{name}"] = ("copies", path, name), shape
@@ -302,12 +304,19 @@ def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:
         bare = bare.replace(f".{segment}", ".").removeprefix(segment)
     bare = bare.removeprefix(PREFIX)
     yield bare
+    yield bare.removeprefix(SHARED_PREFIX)
     if rename is not None:
         yield rename(bare)
 
 
 def _is_repeated(key: str, found: Mapping[str, Tensor]) -> bool:
-    """With ``bias="all"`` PEFT writes the bias of a copied module thrice: as usual, and under these keys."""
+    """Whether PEFT wrote a tensor more than once.
+
+    With ``bias="all"`` it writes the bias of a copied module thrice: as usual, and under these keys. What layers share
+    it may write once more for each of them.
+    """
+    if SHARED_PREFIX + key.rpartition(".")[2] in found:
+        return True
     for mark in ("modules_to_save", ORIGINAL_MODULE):
         path, marked, name = key.rpartition(f".{mark}.")
         if marked and f"{path.removeprefix(PREFIX)}.{name}" in found:
@@ -370,7 +379,7 @@ def adapted_paths(keys: Iterable[str], peft_type: str) -> tuple[str, ...]:
             bare = bare.replace(f".{segment}", ".").removeprefix(segment)
         for mark in marks:
             path, marked, _ = bare.removeprefix(PREFIX).rpartition(mark)
-            if marked:
+            if marked and f"{path}." != SHARED_PREFIX:
                 paths[path] = None
     return tuple(paths)
 

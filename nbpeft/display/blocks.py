@@ -2,8 +2,8 @@
 
     Card     a frame with a title
     Line     a line of text; ``Text`` is a stretch of it with a tone
-    Table, Bar, BarChart, Columns, Grid, HeatMap, Histogram, Tokens, Figures, Progress, LossChart, SmallCharts,
-    CurveChart, Details, Stack
+    Table, Bar, BarChart, BarTable, Columns, Grid, HeatMap, Histogram, Tokens, Figures, Progress, LossChart,
+    SmallCharts, CurveChart, Details, Stack
 
 ``nbpeft.display.html`` draws them for a notebook, ``nbpeft.display.text`` for a terminal.
 """
@@ -187,6 +187,19 @@ class BarChart:
     def value(self, number: int) -> str:
         """What stands behind a bar."""
         return self.values[number] if self.values else percent(self.bars[number][1])
+
+
+@dataclass(frozen=True)
+class BarTable:
+    """Several figures of several things, a row for each thing and a column of bars for each figure; an image.
+
+    Attributes:
+        labels: the things.
+        columns: title, and a share from 0 to 1 and the figure in words for each thing.
+    """
+
+    labels: tuple[str, ...]
+    columns: tuple[tuple[str, tuple[tuple[float, str], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -375,6 +388,7 @@ Block = (
     | Table
     | Bar
     | BarChart
+    | BarTable
     | Columns
     | Grid
     | HeatMap

@@ -26,7 +26,7 @@ from nbpeft.display.memory import label, part_words
 from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_chart, overlay_image, overlay_left, overlay_values
 from nbpeft.display.palette import background
-from nbpeft.display.shares import bar_image, grid_image
+from nbpeft.display.shares import bar_image, bar_table_image, grid_image
 from nbpeft.display.training import small_curves
 from nbpeft.state import ENDED
 
@@ -148,6 +148,11 @@ def _(block: blocks.Line) -> str:
 @to_html.register
 def _(block: blocks.BarChart) -> str:
     return bar_image(block)
+
+
+@to_html.register
+def _(block: blocks.BarTable) -> str:
+    return bar_table_image(block)
 
 
 @to_html.register

@@ -1,4 +1,4 @@
-"""Shares as pictures: bars below each other, and a grid.
+"""Shares as pictures: bars below each other, or beside each other, too, and a grid.
 
 Like the curve of a run that has ended they are self-contained images, which stay when a notebook is saved, reopened,
 or not trusted, in colours that are readable on light and on dark.
@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterable
 from html import escape
 
-from nbpeft.display.blocks import BarChart, Grid
+from nbpeft.display.blocks import BarChart, BarTable, Grid
 from nbpeft.display.numbers import percent
 
 _WIDTH = 640
 _BLUE, _GREY, _TRACK = "#2b88e0", "#808080", "rgba(128,128,128,.18)"
 _ROW, _BAR = 34, 18
+_TALL_ROW = 44
 _LETTER = 7.4
 """Pixels of a letter, about, in 13px text."""
 _LONGEST = 26
@@ -40,6 +41,35 @@ def bar_image(chart: BarChart) -> str:
             _text(_WIDTH, middle + 4.5, figure, "end"),
         ]
     return _image(parts, _WIDTH, int(top + _ROW * len(chart.bars) + 2), describe_bars(chart))
+
+
+def bar_table_image(table: BarTable) -> str:
+    """Rows of bars as an ``<img>``: label, and for each column a bar with its figure above it."""
+    left = 10 + _LETTER * min(max(map(len, table.labels), default=0), _LONGEST)
+    wide = (_WIDTH - left) / max(len(table.columns), 1) - 16
+    parts = []
+    for number, label in enumerate(table.labels):
+        middle = 24 + number * _TALL_ROW + _TALL_ROW / 2
+        parts.append(_text(left - 10, middle + 4.5, _cut(label), "end"))
+        for place, (_, bars) in enumerate(table.columns):
+            share, words = bars[number]
+            x = left + place * (wide + 16)
+            parts += [
+                _text(x, middle - 1, words, weight=600),
+                f'<rect x="{x:.0f}" y="{middle + 5:.0f}" width="{wide:.0f}" height="8" rx="3" fill="{_TRACK}"/>',
+                f'<rect x="{x:.0f}" y="{middle + 5:.0f}" width="{max(wide * share, 2):.1f}" height="8" rx="3" '
+                f'fill="{_BLUE}"/>',
+            ]
+    heads = [_text(left + place * (wide + 16), 14, title) for place, (title, _) in enumerate(table.columns)]
+    return _image([*heads, *parts], _WIDTH, 28 + _TALL_ROW * len(table.labels), describe_bar_table(table))
+
+
+def describe_bar_table(table: BarTable) -> str:
+    """What the bars show, for those who cannot see them."""
+    return "; ".join(
+        f"{label}: {', '.join(f'{bars[number][1]} {title}' for title, bars in table.columns)}"
+        for number, label in enumerate(table.labels)
+    )
 
 
 def grid_image(grid: Grid) -> str:

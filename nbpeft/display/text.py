@@ -177,6 +177,13 @@ def _(block: blocks.BarChart) -> RenderableType:
 
 
 @renderable.register
+def _(block: blocks.BarTable) -> RenderableType:
+    head = ("", *(title for title, _ in block.columns))
+    rows = [(label, *(bars[number][1] for _, bars in block.columns)) for number, label in enumerate(block.labels)]
+    return _grid([head, *rows])
+
+
+@renderable.register
 def _(block: blocks.Grid) -> RenderableType:
     shares = dict(block.cells)
     rows = [

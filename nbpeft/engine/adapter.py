@@ -8,10 +8,13 @@ store a weight (``base.py``) are M + K + N files. What only some methods can do 
 derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`` and never for a method:
 
     TransformsInput, TransformsOutput   act on the input or output of the one base call, at no second product
+    ReplacesCall                        compute what a layer gives without the base call
     Rescales                            have a factor that can be changed while loaded
+    ChangesBase                         change the layer itself when they are put on it
     Pads                                fit into larger tensors, so that a compiled model need not compile again
     ServesRows                          serve a mixed batch in one pass
-    IsLowRank                           add a product of two thin matrices, so that any LoRA runtime can serve them
+    ConvertsToLora                      add a product of two thin matrices, which a LoRA can take over as they are
+    IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
     AdaptsParameters                    add products of thin matrices to a bare parameter, as experts have
     LearnsWithHooks                     take part in training beside the gradient
 """
@@ -38,6 +41,9 @@ from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_TYPES, PEFT_VERSION
+
+ADAPTER_PARTS = "adapter_parts"
+"""Where the buffers and submodules of adapters are shown for which PEFT has no name."""
 
 
 class TaskType(str, enum.Enum):
@@ -106,6 +112,10 @@ class ConfigStore(Protocol):
 
     def push(self, config: AdapterConfig, repo_id: str, **options: Any) -> str:
         """Uploads the file of a config to a repository."""
+        ...
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a file, by key."""
         ...
 
 
@@ -179,7 +189,7 @@ class AdapterConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """PEFT's question; no method here learns a prompt."""
+        """PEFT's question: whether the method learns a prompt."""
         return False
 
     @property
@@ -193,6 +203,29 @@ class AdapterConfig:
         Raises:
             ConfigError: a field has no default for this type of model.
         """
+
+    def fill_in_sizes(self, model: nn.Module, width: int) -> None:
+        """Fills in what a method without layers derives from the model; called on a copy of a config.
+
+        Args:
+            model: the base model.
+            width: features of its input embedding.
+
+        Raises:
+            ConfigError: the model does not say what is needed.
+        """
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+        """What the config and the tensors of one file mean for each other: the config, and tensors to bind, by key."""
+        return self, tensors
+
+    def stored_tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a file that a field names, by key.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        return _store(type(self)).tensors(path)
 
     @property
     def size(self) -> int | None:
@@ -270,16 +303,38 @@ class AdapterConfig:
         """PEFT's hook before a config is made from keywords; the constructor checks them here."""
         return kwargs
 
-    def _register_custom_module(self, custom_modules: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-        """Refuses PEFT's experimental way to bring layers of one's own.
+    def with_layer(self, path: str, layer_config: Any, *, target: bool) -> Self:
+        """A copy that says of one layer what another config of the method says, so that a file holds it.
+
+        Args:
+            path: of the layer.
+            layer_config: what the adapter has there.
+            target: whether the layer becomes a target, which it was not.
 
         Raises:
-            ConfigError: always.
+            ConfigError: the method's configs are the same for all layers, or one config cannot say both.
         """
-        names = ", ".join(module.__name__ for module in custom_modules)
+        raise ConfigError(f"{type(self).__name__} is the same for all layers")
+
+    def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
+        """A class of somebody else's that adapts a layer instead of the engine; see ``engine.custom_layers``."""
+        return None
+
+    def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
+        """Makes an object of such a class.
+
+        Args:
+            layer_class: the class.
+            module: the frozen layer.
+            path: of the layer.
+            name: of the adapter.
+
+        Raises:
+            ConfigError: the method has no such layers.
+        """
         raise ConfigError(
-            f"layer classes of PEFT's cannot be brought ({names}): register a kind of layer or a method instead, see "
-            "nbpeft.engine.registry"
+            f"{path} is a {layer_class.__name__}, which takes no adapters of {type(self).__name__}: exclude it",
+            path=path,
         )
 
 
@@ -368,6 +423,7 @@ class AdapterSite:
         shapes: what ``parameter_shapes`` gave for it.
         dtype: dtype of new parameters.
         shared: the state that the adapter shares with those of other layers, where its method has one.
+        name: of the adapter; for layers of somebody else's class, which go by it.
     """
 
     path: str
@@ -375,6 +431,10 @@ class AdapterSite:
     shapes: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     shared: SharedState | None = None
+    name: str = "default"
+
+
+Shape = tuple[int, ...]
 
 
 class Adapter(nn.Module):
@@ -391,14 +451,23 @@ class Adapter(nn.Module):
     supports_fused_add: ClassVar[bool] = False
     """Whether ``forward`` takes ``fused=True``: return output and delta together, which can be cheaper."""
 
+    loses_start: bool = False
+    """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
+
     is_tied: ClassVar[bool] = False
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
+
+    takes_quantized: ClassVar[bool] = True
+    """Whether it goes on a layer whose weight is stored quantized."""
 
     wrapped_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
 
     peft_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
+
+    parts_shown_as: ClassVar[str] = ADAPTER_PARTS
+    """Where the buffers and submodules of adapters are shown on a layer."""
 
     peft_container: str = ""
     """The module below the layer in which PEFT has the parameters; empty for the layer itself."""
@@ -410,7 +479,7 @@ class Adapter(nn.Module):
     """PEFT's name of an attribute of an adapted layer -> that of the adapter behind it."""
 
     peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    """PEFT's name of a method of an adapted layer -> a function of its adapters by name, the layer, and arguments."""
+    """PEFT's name of a method of an adapted layer -> a function of the layer and arguments."""
 
     # What every method gives
 
@@ -468,6 +537,13 @@ class Adapter(nn.Module):
         """Why what it adds is not a change of the layer's weight and bias, as part of a sentence; else empty."""
         return ""
 
+    def unconvertible_reason(self, base: BaseLayer) -> str:
+        """Why no product of two matrices can stand for it, as part of a sentence; else empty."""
+        reason = self.unmergeable_reason(base)
+        if not reason and int(getattr(base.module, "groups", 1)) > 1:
+            return "the weight of a convolution in groups is no product of two matrices"
+        return f"it cannot be merged into {reason}" if reason else ""
+
     def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
         """Measures the change of the weight.
 
@@ -489,6 +565,29 @@ class Adapter(nn.Module):
             shapes: returns what ``parameter_shapes`` gives for its config.
         """
         return {key: value for key, value in self._parameters.items() if value is not None}
+
+    @classmethod
+    def fixed_tensors(cls, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Shape, torch.dtype]]:
+        """What a file holds of it that is not trained: name of a buffer -> its shape and dtype.
+
+        Args:
+            config: the method's own config.
+            shapes: what ``parameter_shapes`` gave.
+        """
+        return {}
+
+    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its tensors in a file; only where it ``loses_start``."""
+        raise NotImplementedError
+
+    def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
+        """Takes the start over that tensors of a file hold, and returns those of its parameters.
+
+        Args:
+            tensors: parameter name -> tensor, as ``shapes_with_start`` says; only where it ``loses_start``.
+            change: records what is written.
+        """
+        raise NotImplementedError
 
     def swap_refusal(self) -> str:
         """Why other tensors cannot take the place of its own, as part of a sentence; else empty."""
@@ -535,6 +634,10 @@ class Adapter(nn.Module):
         """
         return None
 
+    def ds_external_parameters(self) -> tuple[()]:
+        """What DeepSpeed's ZeRO-3 asks each module with hooks for: parameters of other modules that it uses; none."""
+        return ()
+
     def observe(self, module: nn.Module) -> None:
         """Called when somebody puts a hook on a module that ``peft_module`` made, which a layer does not call."""
         warnings.warn(
@@ -548,6 +651,9 @@ class Adapter(nn.Module):
         return tuple(name for name in self.peft_mappings if name not in self.peft_modules) or tuple(self._parameters)
 
     # Layers that share a weight
+
+    source: Adapter | None = None
+    """The adapter of another layer whose tensors this one uses."""
 
     def tie_to(self, source: Adapter) -> None:
         """Makes this adapter use the tensors of another one, for layers that share one weight."""
@@ -571,8 +677,16 @@ class TransformsInput(ABC):
         """The input (…, in) to call the frozen layer with, in the dtype of ``x``."""
 
 
+class ReplacesCall(ABC):
+    """Alone on a layer without hooks, computes what the layer gives in place of the base call."""
+
+    @abstractmethod
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """What the layer gives for ``x``, bias included, in its own dtype; None where the base has to be called."""
+
+
 class TransformsOutput(ABC):
-    """Alone on a layer, changes the output of the base call."""
+    """Alone on a layer, changes the output of the base call; beside ``TransformsInput``, of that call."""
 
     @abstractmethod
     def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
@@ -617,6 +731,14 @@ class Rescales:
         """Lets the factor change without recompiling."""
         if not isinstance(self.scaling, Tensor):
             self.__dict__["scaling"] = torch.tensor(float(self.scaling), device=device)
+
+
+class ChangesBase(ABC):
+    """Changes the layer it is put on, beside what it adds."""
+
+    @abstractmethod
+    def change_base(self, base: BaseLayer, change: Transaction) -> None:
+        """Changes the layer, once, as the adapter is put on it; what it changes is recorded."""
 
 
 class Pads(ABC):
@@ -684,12 +806,20 @@ class LowRankDelta:
         return int(self.down.shape[0])
 
 
-class IsLowRank(ABC):
+class ConvertsToLora(ABC):
     """What it adds to a weight is exactly the product of two thin matrices."""
 
     @abstractmethod
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """The two matrices, detached, without rows that are only padding; None where there are none on the layer."""
+
+
+class IsLowRank(ConvertsToLora):
+    """Its parameters are those two matrices, on every layer."""
+
+    @abstractmethod
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """The two matrices, detached, without rows that are only padding."""
+        """The two matrices; see ``ConvertsToLora``."""
 
 
 class AdaptsParameters(ABC):

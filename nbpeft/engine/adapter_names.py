@@ -42,11 +42,16 @@ def names_in(names: object) -> tuple[str, ...]:
         raise AdapterError(f"expected the name of an adapter or a list of names, not {names!r:.60}") from None
 
 
-def check_scale(name: str, scale: Any) -> float:
+def check_scale(name: str, scale: Any, *, fixed: bool = False) -> float:
     """The factor on an adapter's delta as a float.
 
+    Args:
+        name: of the adapter.
+        scale: the factor.
+        fixed: whether the adapter has no delta, so that the factor can only be 1.
+
     Raises:
-        AdapterError: it is no finite number.
+        AdapterError: it is no finite number, or cannot be that one.
     """
     try:
         factor = float(scale)
@@ -54,4 +59,9 @@ def check_scale(name: str, scale: Any) -> float:
         factor = math.nan
     if not math.isfinite(factor):
         raise AdapterError(f"the scale of adapter {name!r} must be a finite number, not {shown(scale)}", name=name)
+    if fixed and factor != 1.0:
+        raise AdapterError(
+            f"adapter {name!r} cannot have a scale of {factor:.3g}: tokens of a prompt are there or not, so 1",
+            name=name,
+        )
     return factor

@@ -6,15 +6,17 @@ import copy
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState
-from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, SharedState
+from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
 from nbpeft.engine.base import offloading
+from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.model_adapter import ModelAdapter
+from nbpeft.engine.model_calls import put_hooks, take_hooks
 from nbpeft.engine.model_tree import Site, walk
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.parameter_layer import AdaptedParameter, wrappers_of
@@ -37,11 +39,13 @@ class Parts:
         adapters: (sites of one module, its wrapper, the new adapter) in model order.
         copies: (sites, wrapper, trained copy).
         shared: what the adapters share, if anything.
+        model: the base model.
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
     copies: list[tuple[list[Site], ModulesToSaveWrapper, nn.Module]]
-    shared: SharedState | None = None
+    shared: SharedState | None
+    model: nn.Module
 
 
 def build(
@@ -49,6 +53,7 @@ def build(
     plan: InjectionPlan,
     active_state: ActiveState,
     weights: AdapterWeights | None,
+    name: str = "default",
     *,
     half: bool = False,
 ) -> Parts:
@@ -60,6 +65,7 @@ def build(
         active_state: what new wrappers read.
         weights: loaded tensors to bind instead of initialising; for a path or parameter that
             is not in them the usual init is used.
+        name: of the adapter, for layers that go by it.
         half: keep adapters in the base's dtype also where that is a half one; otherwise they
             are float32 there, which training needs.
 
@@ -76,12 +82,12 @@ def build(
     layers = {target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
     shared = None if first is None else shared_state(plan, weights, first.device, adapter_dtype(first.dtype, half=half))
-    parts = Parts([], [], shared)
+    parts = Parts([], [], shared, model)
 
     def create(target: Target) -> Adapter:
         check_interrupt()  # some inits take a second a layer
         base = layers[target.path].base
-        site = AdapterSite(target.path, base, target.shapes, adapter_dtype(base.dtype, half=half), shared)
+        site = AdapterSite(target.path, base, target.shapes, adapter_dtype(base.dtype, half=half), shared, name)
         return _create(target, site, None if weights is None else weights.adapters.get(target.path))
 
     for target, adapter in make_adapters(plan, create):
@@ -105,14 +111,18 @@ def build(
 
 
 def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: ActiveState) -> AdaptedLayer:
+    wrapper = site.wrapper
     if target.parameter:
-        wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(site.wrapper)}
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
         alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
         kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
         made = wrappers.get(target.parameter) if alike else None
         return made or AdaptedParameter(site.module, target.parameter, kind, backend, active_state)
-    if isinstance(site.wrapper, AdaptedLayer):
-        return site.wrapper
+    if target.adapter_class is CustomAdapter:
+        fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
+        return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
+    if isinstance(wrapper, AdaptedLayer) and not isinstance(wrapper, CustomLayer):
+        return wrapper
     return AdaptedLayer(site.module, layer_kind_named(target.kind), backend_named(target.backend), active_state)
 
 
@@ -137,13 +147,22 @@ def shared_state(
 def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:
     if given is None:
         return target.adapter_class.create(target.config, site, None)
-    options: Any = {"device": site.base.device, "dtype": site.dtype}
-    if set(site.shapes) - set(given):
-        adapter = target.adapter_class.create(target.config, site, None)
-        for name, tensor in given.items():
-            adapter._parameters[name] = nn.Parameter(tensor.to(**options))
-        return adapter
-    return target.adapter_class.create(target.config, site, {name: given[name].to(**options) for name in site.shapes})
+    placed = {
+        name: tensor.to(site.base.device, site.dtype if name in site.shapes else None)
+        for name, tensor in given.items()
+        if name in target.saved_shapes
+    }
+    if site.shapes.keys() <= placed.keys():
+        return target.adapter_class.create(target.config, site, placed)
+    adapter = target.adapter_class.create(target.config, site, None)
+    for name, tensor in placed.items():
+        owner, _, own = name.rpartition(".")
+        holder = adapter.get_submodule(owner)
+        if name in site.shapes:
+            holder._parameters[own] = nn.Parameter(tensor)
+        else:
+            holder._buffers[own] = tensor
+    return adapter
 
 
 def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:
@@ -221,9 +240,13 @@ def commit(
     """
     for sites, layer, adapter in parts.adapters:
         layer.adapters[name] = adapter
+        if isinstance(adapter, ChangesBase):
+            adapter.change_base(layer.base, change)
         for site in sites:
             layer.hang(site.parent._modules, site.attribute, change)
         layers[layer.path_at(sites[0].path)] = layer
+        if isinstance(adapter, ModelAdapter):
+            put_hooks(parts.model, layer, change)
     for sites, module, trained in parts.copies:
         module.modules_to_save[name] = trained
         for site in sites:
@@ -269,6 +292,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module], cha
     """Puts other modules wherever those with the given ids hang."""
     if not replacements:
         return
+    take_hooks(model, replacements, change)
     for parent in reached_modules(model):
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:

@@ -10,7 +10,7 @@ from torch import nn
 from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.engine.registry import resolve_layer_kind
-from nbpeft.errors import PeftWarning, TargetError, shown
+from nbpeft.errors import ConfigError, PeftWarning, TargetError, shown
 
 
 def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
@@ -26,13 +26,19 @@ def missing_head_message(missing: Sequence[str]) -> str:
     )
 
 
-def warn_of_tied(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str]) -> None:
+def warn_of_tied(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str], *, strict: bool = False
+) -> None:
     """Says where an adapter changes an embedding or head that shares its weight with another module.
 
     Args:
         model: the base model.
         modules: path and module of everything in it.
         changed: paths that get factors or are trained as a whole.
+        strict: refuse that (``ensure_weight_tying``).
+
+    Raises:
+        ConfigError: it is asked to stay tied.
     """
     weight = getattr(embedding_of(model), "weight", None)
     users: dict[int, str] = {}
@@ -41,6 +47,14 @@ def warn_of_tied(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], cha
             users[id(module)] = path
     paths = list(users.values())
     own = [path for path in paths if path in changed]
+    if strict and len(paths) < 2:
+        warnings.warn("ensure_weight_tying=True but the model does not have tied weights", stacklevel=5)
+    elif strict and own:
+        raise ConfigError(
+            f"ensure_weight_tying ties trained rows of tokens, not other adapters: {' and '.join(paths)} share one "
+            f"weight; take {' and '.join(own)} out of the targets",
+            field="ensure_weight_tying",
+        )
     if not own or len(paths) < 2:
         return
     which = f"{' and '.join(own)} alone" if len(own) < len(paths) else "each on its own"

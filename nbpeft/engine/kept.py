@@ -146,7 +146,8 @@ def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bo
         return False
     weights = manager.weights(name)
     shapes = {path: {key: tuple(one.shape) for key, one in named.items()} for path, named in weights.adapters.items()}
-    return shapes == {target.path: target.shapes for target in plan.targets} and set(weights.copies) == set(plan.copies)
+    wanted = {target.path: target.saved_shapes for target in plan.targets}
+    return shapes == wanted and set(weights.copies) == set(plan.copies)
 
 
 def has_weights(manager: AdapterManager, name: str, weights: AdapterWeights) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import Active, ActiveState, LayerState, ReplicaState, Rows
-from nbpeft.engine.adapter import Adapter, ServesRows, TransformsInput, TransformsOutput
+from nbpeft.engine.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
@@ -20,6 +20,13 @@ from nbpeft.engine.recomputed import slice_of
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of a module does what its class says: no hook of a person or a library is on it."""
+    return not any(module.__dict__.get(name) for name in _HOOKS) and "forward" not in module.__dict__
 
 
 @dataclass
@@ -115,7 +122,11 @@ class AdaptedLayer(PeftLayerMixin):
         if isinstance(alone, TransformsInput):
             base = self._base_in(active, active.names[0])
             transformed: Tensor = self.base_layer(alone.transform_input(x, base), *args, **kwargs)
-            return transformed
+            return alone.transform_output(transformed, base) if isinstance(alone, TransformsOutput) else transformed
+        if isinstance(alone, ReplacesCall) and not (args or kwargs) and is_plain(self.base_layer):
+            replaced = alone.output(x, self._base_in(active, active.names[0]))
+            if replaced is not None:
+                return replaced
         output: Tensor = self.base_layer(x, *args, **kwargs)
         if x.device != output.device:  # accelerate moves inputs inside the call of a layer on another device
             x = x.to(output.device)
@@ -216,7 +227,7 @@ class AdaptedLayer(PeftLayerMixin):
         base = self._base_in(active, name)
         base = base if base.context is None else base.within(_rows_of(base.context, run, len(rows.index)))
         scale = rows.scales[rows.names.index(name)]
-        if scale == 1.0 and isinstance(adapter, TransformsOutput):
+        if scale == 1.0 and isinstance(adapter, TransformsOutput) and not isinstance(adapter, TransformsInput):
             return adapter.transform_output(output, base)
         if scale == 1.0 and adapter.supports_fused_add:
             fused: Tensor = adapter(x, output, base, True)
@@ -285,15 +296,19 @@ class AdaptedLayer(PeftLayerMixin):
         if apart:
             shared: Any = self.weight_module._parameters["weight"]
             self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
-        # Every delta is taken against the frozen layer: a method's may be a multiple of its bias.
+        self._write_merged(chosen)
+        self.merged_names = tuple(name for name, _ in chosen)
+        self._frozen = frozen if keep_frozen else None
+
+    def _write_merged(self, chosen: Sequence[tuple[str, float]]) -> None:
+        """Adds deltas of adapters here to the weight and bias, each taken against the frozen layer."""
+        # The biases first: a method's may be a multiple of its bias, or of its weight.
         bias_deltas = self._bias_deltas(chosen)
         weight = self.backend.dequantize(self.weight_module)
         self._add_deltas(self.kind.canonical(self.weight_module, weight), *zip(*chosen, strict=True))
         self.backend.store(self.weight_module, weight)
         if self.base.bias is not None:
             _add_bias_deltas(self.base.bias, bias_deltas)
-        self.merged_names = tuple(name for name, _ in chosen)
-        self._frozen = frozen if keep_frozen else None
 
     def check_mergeable(self, names: Sequence[str]) -> None:
         """Raises MergeError where ``merge_into_base`` would."""
@@ -398,6 +413,18 @@ class AdaptedLayer(PeftLayerMixin):
             show_adapters(self._modules, adapters, self.base)
             self.__dict__["_shown"] = dict(adapters)
 
+    def _shown_where_tied(self, name: str) -> nn.Module | None:
+        """What the layer shows under a name whose adapters those here are tied to."""
+        here: Any = self.adapters._modules.values()
+        sources = [adapter.source for adapter in here if adapter.source is not None]
+        if not any(name in (source.peft_container, *source._parameters) for source in sources):
+            return None
+        for layer in self._commands().manager.layers.values():
+            if any(adapter is source for adapter in layer.adapters._modules.values() for source in sources):
+                layer.show_adapters()
+                return shown_under(layer._modules, name)
+        return None
+
     def hide_adapters(self) -> None:
         """Lets go of those of adapters that are gone."""
         if self._shown:
@@ -446,14 +473,14 @@ class AdaptedLayer(PeftLayerMixin):
         adapters, base_layer = self.adapters._modules, modules["base_layer"]
         found: Any = by_name(adapters, name)
         if found is None:
-            found = function_by_name(adapters, self.base, name)
+            found = function_by_name(self, name)
         if found is None:
             self.show_adapters()
             found = shown_under(modules, name)
         if found is None:
             found = empty_mapping(adapters, name)
         if found is None and not hasattr(base_layer, name):
-            found = attribute_by_name(adapters, name)
+            found = self._shown_where_tied(name) or attribute_by_name(adapters, name)
         return getattr(base_layer, name) if found is None else found
 
 

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nbpeft.engine.active_state import LayerState
+from nbpeft.engine.adapter import Adapter, AdapterConfig
+from nbpeft.engine.build import build, commit
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge
+from nbpeft.engine.registry import companions, method_of
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import BaseMismatchError, MergeError, StaleModelError
+from nbpeft.errors import BaseMismatchError, ConfigError, MergeError, StaleModelError
+
+
+def _at(config: AdapterConfig, path: str) -> AdapterConfig:
+    """A config for one layer alone."""
+    fields = {"target_modules": re.escape(path), "bias": "none"}
+    asked = [method.companion.field for method in companions() if method.companion is not None]
+    cleared = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", *asked)
+    return config.copy(**fields, **dict.fromkeys(cleared))
 
 
 class LayerCommands:
@@ -80,6 +93,77 @@ class LayerCommands:
             before = backend.snapshot(module)
             change.on_undo(lambda: backend.restore(module, before))
             backend.store(module, weight)
+
+    def remake(self, layer: AdaptedLayer, name: str, config: AdapterConfig) -> None:
+        """Makes an adapter anew on one layer; one that the model does not have is added, on this layer alone.
+
+        Args:
+            layer: the layer.
+            name: of the adapter.
+            config: what it is to be there; its targets do not count.
+
+        Raises:
+            ConfigError: the adapter is of another method, or its file could not say so.
+            MergeError: it is merged.
+        """
+        manager = self.manager
+        path = next(path for path, own in manager.layers.items() if own is layer)
+        config = _at(config, path)
+        whole = manager.configs.get(name)
+        if whole is None:
+            manager.add(name, config, select=False)
+            return
+        if method_of(whole) is not method_of(config):
+            raise ConfigError(f"adapter {name!r} is {method_of(whole).label}, not {method_of(config).label}")
+        with manager.transaction() as change:
+            manager.refuse_merged(f"{name!r} is changed on a layer")
+            made = manager.plan(config, name)
+            dtypes = {parameter.dtype for parameter in manager.parameters(name)}
+            half = torch.float32 not in dtypes
+            parts = build(manager.model, made, manager.active_state, None, name, half=half)
+            manager._keep_structure(change)
+            manager.configs[name] = self._with_layer(layer, name, path, config)
+            commit(name, parts, manager.layers, manager.copies, change)
+            manager._slots.pop(name, None)
+            manager.refresh((name,), change)
+
+    def replace(
+        self, layer: AdaptedLayer, name: str, make: Callable[[], Adapter], *kept: MutableMapping[str, Any]
+    ) -> None:
+        """Puts another adapter in the place of one on a layer; its config stays.
+
+        Args:
+            layer: the layer.
+            name: of the adapter.
+            make: makes the other one.
+            kept: what that changes on the way.
+
+        Raises:
+            UnknownAdapterError: the model has no such adapter.
+            MergeError: it is merged.
+        """
+        manager = self.manager
+        with manager.transaction() as change:
+            manager.require(name)
+            manager.refuse_merged(f"{name!r} is changed on a layer")
+            manager._keep_structure(change)
+            change.keep(*kept)
+            layer.adapters[name] = make()
+            manager._slots.pop(name, None)
+            manager.refresh((name,), change)
+
+    def _with_layer(self, layer: AdaptedLayer, name: str, path: str, config: AdapterConfig) -> AdapterConfig:
+        """The config of an adapter that has another one on a layer, whose targets are those that it has then."""
+        manager, target = self.manager, name not in layer.adapters
+        whole: AdapterConfig = manager.configs[name].with_layer(path, config, target=target)
+        if not target:
+            return whole
+        paths = {own for own, other in manager.layers.items() if name in other.adapters} | {path}
+        if {*manager.plan(whole, name).paths} != paths:
+            raise ConfigError(
+                f"{path} cannot be named as a target of {name!r} by itself: add an adapter of another name"
+            )
+        return whole
 
     def remove(self, layer: AdaptedLayer, name: str) -> None:
         """Takes an adapter out of one layer.

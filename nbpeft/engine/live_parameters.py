@@ -18,7 +18,7 @@ class LiveParameters(MutableMapping[str, Any]):
         slots: name in the module -> the owner, and its own name of the parameter; it need not have one.
     """
 
-    __slots__ = ("slots",)
+    __slots__ = ("_in_forward", "slots")  # DeepSpeed ZeRO-3 notes the first
 
     def __init__(self, slots: dict[str, Slot]) -> None:
         self.slots = slots

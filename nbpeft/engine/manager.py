@@ -298,7 +298,7 @@ class AdapterManager:
                     made = self.plan(made, name, allow_missing=allow_missing)
                 self._biases.check(name, made.biases)
                 check_addable(made, self._merged, self.layers, () if weights is None else weights.base)
-                return self.revision, made, build(self.model, made, self.active_state, weights, half=half)
+                return self.revision, made, build(self.model, made, self.active_state, weights, name, half=half)
 
         prepared = built()
 
@@ -511,7 +511,7 @@ class AdapterManager:
         self._set_enabled(True)
 
     def disable(self) -> None:
-        """Lets the base model act alone; the selection and every freeze stay."""
+        """Lets the base model act alone: no gradient reaches an adapter then; the selection and every freeze stay."""
         self._set_enabled(False)
 
     def _set_enabled(self, enabled: bool) -> None:
@@ -527,7 +527,7 @@ class AdapterManager:
                 self._enabled, self._parked = enabled, ()
             else:
                 scope.enabled = enabled
-            self._publish_active()
+            self.refresh(self.active, change)
 
     def disabled(self) -> ScopedChoice:
         """The base model alone inside the block, for this thread or asyncio task; others go on as they are."""
@@ -572,8 +572,9 @@ class AdapterManager:
             self._publish_active()
 
     def idle(self, names: Iterable[str]) -> set[str]:
-        """Those of the adapters that are selected nowhere: in no scope, and not outside of them."""
-        return set(names).difference(self._selected, *(scope.names for scope in self.active_state.scopes))
+        """Those of the adapters that act nowhere: in no scope, and not outside of them."""
+        acting = [scope.names for scope in self.active_state.scopes if scope.enabled]
+        return set(names).difference(*acting, self._selected if self._enabled else ())
 
     def set_scale(self, name: str, scale: float) -> None:
         """Sets the factor on an adapter's delta (1 is the trained strength).
@@ -582,7 +583,7 @@ class AdapterManager:
             AdapterError: it is no finite number.
             MergeError: the adapter is merged at another scale.
         """
-        factor = check_scale(name, scale)
+        factor = check_scale(name, scale, fixed=name in self.configs and self.configs[name].is_prompt_learning)
         with self.transaction(during_calls=True) as change:
             self.require(name)
             if name in (*self._merged, *self._parked):
@@ -622,9 +623,8 @@ class AdapterManager:
     def _publish_active(self) -> None:
         for scope in self.active_state.scopes:
             scope.active = self._acting(self._merged or scope.effective)
-        self.active_state.publish(
-            self._acting(self._merged or self._parked or (self._selected if self._enabled else ()))
-        )
+        selected = self._selected if self._enabled else ()
+        self.active_state.publish(self._acting(self._merged or self._parked or selected))
 
     def _acting(self, names: tuple[str, ...]) -> Active:
         return Active(names, tuple(self._scales.get(name, 1.0) for name in names)) if names else NONE_ACTIVE
@@ -700,7 +700,7 @@ class AdapterManager:
         self._keep_choice(change)
         merge_additional(self.model, self.layers, self._merged, together, self.scale, change, safe=safe)
         self._merged, self._enabled = together, True
-        self._publish_active()
+        self.refresh(self._selected, change)
 
     def _refuse_in_scopes(self, what: str) -> None:
         if self.active_state.scopes:

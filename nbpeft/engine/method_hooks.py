@@ -15,6 +15,11 @@ def prepares_calls(config: AdapterConfig) -> bool:
     return method_of(config).call_context is not None
 
 
+def transforms_calls(config: AdapterConfig) -> bool:
+    """Whether a method acts on the arguments of each call of the model."""
+    return method_of(config).transforms_calls
+
+
 def learns_with_hooks(config: AdapterConfig) -> bool:
     """Whether a method takes part in training beside the gradient."""
     method = method_of(config)

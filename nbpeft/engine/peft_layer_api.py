@@ -267,6 +267,11 @@ class PeftLayerMixin(ChoosesAlone):
         """
         self._commands().set_base_weight(self, weight_data)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for an adapter on this layer; False where it has none of that name."""
+        found = self._named().get(adapter_name)
+        return found is not None and not found.unconvertible_reason(self.base)
+
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the layer stores its weight as (in, out), as transformers' ``Conv1D`` does."""
@@ -288,7 +293,8 @@ class PeftLayerMixin(ChoosesAlone):
         methods = [found for adapter in self._named().values() if (found := method_of_adapter(adapter)) is not None]
         own = sorted({method.peft_type.lower() for method in methods if not method.layer_name})
         layer = self.base.backend.peft_name or self.base.kind.peft_name
-        return f"{'/'.join(own)}.{layer}" if own or not methods else methods[0].layer_name
+        prefix = methods[0].layer_prefix if len(own) == 1 else ""
+        return f"{'/'.join(own)}.{prefix}{layer}" if own or not methods else methods[0].layer_name
 
     def _get_name(self) -> str:
         return self.adapted_as
@@ -338,16 +344,16 @@ def by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
     return None
 
 
-def function_by_name(adapters: dict[str, Any], base: BaseLayer, name: str) -> Callable[..., Any] | None:
+def function_by_name(layer: PeftLayerMixin, name: str) -> Callable[..., Any] | None:
     """A method that adapted layers have in PEFT because of an adapter's method; None if there is none of that name.
 
     Args:
-        adapters: adapter name -> adapter.
-        base: the layer.
+        layer: the layer.
         name: one of ``Adapter.peft_functions``.
     """
-    found = (adapter.peft_functions[name] for adapter in adapters.values() if name in adapter.peft_functions)
-    return next((partial(function, adapters, base) for function in found), None)
+    adapters = layer._named().values()
+    found = (adapter.peft_functions[name] for adapter in adapters if name in adapter.peft_functions)
+    return next((partial(function, layer) for function in found), None)
 
 
 def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | None:
@@ -368,19 +374,28 @@ def _has(adapter: nn.Module, attribute: str) -> bool:
     return attribute in adapter._parameters or attribute in adapter.__dict__ or hasattr(type(adapter), attribute)
 
 
-class _LayerType(type):
-    """The type of layers that carry adapters of one method, for ``isinstance``."""
+class LayerType(type):
+    """The type of classes that ``isinstance`` takes adapted layers for, and of what derives from them.
 
-    peft_type: str
+    A class has a ``peft_type``, that of the adapters on the layers, or a ``title``, what PEFT calls them. A class that
+    derives from it has instances of its own alone: what ``custom_layers`` put into a model.
+    """
 
     def __instancecheck__(cls, layer: object) -> bool:
+        if type.__instancecheck__(cls, layer):
+            return True
         if not isinstance(layer, PeftLayerMixin):
             return False
-        methods = (method_of_adapter(adapter) for adapter in layer._named().values())
-        return any(method is not None and method.peft_type == cls.peft_type for method in methods)
+        if type.__instancecheck__(cls, layer.__dict__.get("custom")):
+            return True
+        own = vars(cls)
+        if "title" in own:
+            return bool(layer.adapted_as == own["title"])
+        methods = (method_of_adapter(adapter) for adapter in layer._named().values() if "peft_type" in own)
+        return any(method is not None and method.peft_type == own["peft_type"] for method in methods)
 
 
 def layer_type(peft_type: str, name: str) -> type[Any]:
     """A class for ``isinstance``: adapted layers that carry adapters of a method, as PEFT's ``LoraLayer``."""
     doc = f"Adapted layers with adapters of type {peft_type}; for ``isinstance`` only."
-    return _LayerType(name, (), {"peft_type": peft_type, "__doc__": doc})
+    return LayerType(name, (), {"peft_type": peft_type, "__doc__": doc})

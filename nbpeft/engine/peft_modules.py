@@ -17,9 +17,6 @@ from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_layer_api import by_name
 
-ADAPTER_PARTS = "adapter_parts"
-"""Where the buffers and submodules of adapters are shown, which PEFT has no name for."""
-
 
 class AdapterDict(nn.ModuleDict):
     """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``."""
@@ -42,6 +39,8 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
         own: its own name of the parameter.
         name: the adapter's name.
     """
+    if "." in own:  # of a module inside the adapter
+        return f"{adapter.parts_shown_as}.{name}.{own}"
     for tail in ("weight", "bias"):
         wrapped = own if tail == "weight" else own.removesuffix("_bias")
         if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
@@ -54,6 +53,8 @@ class _Shows(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
+        if name == "_parameters" and isinstance(live, LiveParameters):
+            return  # DeepSpeed ZeRO-3 puts a dictionary of its own into all modules: the adapters' are enough
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
         elif name in live and not isinstance(value, nn.Parameter):
@@ -205,8 +206,8 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
             elif own.removesuffix("_bias") not in adapter.wrapped_parameters:
                 parameters.setdefault((adapter.peft_container, own), {})[name] = (adapter, own)
         if adapter._buffers or adapter._modules:
-            rest = _kept(shown, ADAPTER_PARTS, name, adapter) or Remainder(adapter)
-            modules.setdefault(ADAPTER_PARTS, {})[name] = rest
+            rest = _kept(shown, adapter.parts_shown_as, name, adapter) or Remainder(adapter)
+            modules.setdefault(adapter.parts_shown_as, {})[name] = rest
     used = {"base_layer", *modules, *(container or own for container, own in parameters)}
     for gone in shown.keys() - used:
         _empty(shown.pop(gone))

@@ -26,6 +26,7 @@ from nbpeft.engine.config_warnings import (
     warn_of_experts,
     warn_of_tied,
 )
+from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
@@ -85,6 +86,16 @@ class Target:
         return self.path.removesuffix(f".{self.parameter}") if self.parameter else self.path
 
     @property
+    def fixed(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> shape and dtype of what a file holds here that is not trained."""
+        return {} if self.tied_to else self.adapter_class.fixed_tensors(self.config, self.shapes)
+
+    @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what a file holds here."""
+        return self.shapes | {name: shape for name, (shape, _) in self.fixed.items()}
+
+    @property
     def parameter_count(self) -> int:
         """Parameters added here."""
         return sum(math.prod(shape) for shape in self.shapes.values())
@@ -128,8 +139,13 @@ class InjectionPlan:
     @property
     def parameter_count(self) -> int:
         """Parameters added: adapters, what they share, and copies."""
-        shared = sum(math.prod(shape) for shape in self.shared.values())
-        return sum(target.parameter_count for target in self.targets) + shared + sum(self.copies.values())
+        own = sum(target.parameter_count for target in self.targets)
+        return own + self.shared_count + sum(self.copies.values())
+
+    @property
+    def shared_count(self) -> int:
+        """Elements of the tensors that all targets share."""
+        return sum(math.prod(shape) for shape in self.shared.values())
 
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the added parameters in a dtype."""
@@ -157,6 +173,8 @@ def plan(
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
     resolved.fill_in(getattr(getattr(model, "config", None), "model_type", None))
+    if method.transforms_calls:
+        return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
     matcher = Matcher(
@@ -187,7 +205,9 @@ def plan(
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     _check_size(model, (*targets, *parts))
-    warn_of_tied(model, [(site.path, site.module) for site in sites], adapted | copies.keys())
+    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
+    everything = [(site.path, site.module) for site in sites]
+    warn_of_tied(model, everything, adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
@@ -202,6 +222,27 @@ def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[T
         yield no_parameter(named.missing(), sites)
 
 
+def _plan_for_calls(
+    model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site], *, strict: bool
+) -> InjectionPlan:
+    """The plan of an adapter that acts on calls of the whole model: it hangs at the input embedding."""
+    embedding = embedding_of(model)
+    site = next((site for site in sites if embedding is not None and site.module is frozen_module(embedding)), None)
+    if site is None or isinstance(site.wrapper, ModulesToSaveWrapper):
+        why = "trained as a whole by another adapter" if site is not None else "none that it names"
+        raise TargetError(f"{method.label} needs the input embedding of {type(model).__name__}, which is {why}")
+    kind, _ = resolve_parts(site, method)
+    config.fill_in_sizes(model, kind.features(site.module)[1])
+    adapter_class: Any = method.adapter_class
+    adapter_class.check_model(config, model)
+    names = list(getattr(config, "modules_to_save", None) or ())
+    copies = _copies(sites, names, guessed_heads(config), strict=strict)
+    target = _target(site, config, method)
+    warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
+    _check_size(model, [target])
+    return InjectionPlan(method.label, config, (target,), copies, (), (), ())
+
+
 def _check_size(model: nn.Module, targets: Sequence[Target]) -> None:
     """Refuses an adapter of a size that can only be a mistake: many times the model itself."""
     size = sum(math.prod(shape) for target in targets for shape in target.shapes.values())
@@ -213,7 +254,7 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     """A copy of the config whose targets are names or a pattern."""
     resolved = config.copy()
     targets = getattr(config, "target_modules", None)
-    if targets is None and method.companion is None:
+    if targets is None and method.companion is None and not method.transforms_calls:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         targets = method.default_targets(model_type)
         if targets is None and getattr(config, "target_parameters", None):
@@ -336,9 +377,15 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
 def _target(
     site: Site, config: Any, method: Method, tied_to: str = "", adapter_class: type[Adapter] | None = None
 ) -> Target:
-    kind, backend = resolve_parts(site)
     made_by = adapter_class or method.adapter_class
-    shapes = {} if tied_to else made_by.parameter_shapes(config, site.path, site.module, kind)
+    part = custom_part(site.module, site.wrapper, config, site.path) if isinstance(config, AdapterConfig) else None
+    if part is not None:
+        kind, backend = kind_and_backend(site.module)
+        shapes = probed_shapes(part, site.module, site.path)
+        made_by, config = CustomAdapter, part
+    else:
+        kind, backend = resolve_parts(site, method)
+        shapes = {} if tied_to else made_by.parameter_shapes(config, site.path, site.module, kind)
     in_features, out_features = kind.features(site.module)
     return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, made_by, config, tied_to)
 
@@ -353,21 +400,23 @@ def _parameter_target(site: Site, config: Any, method: Method) -> Target:
     return replace(target, parameter=site.module.parameter_name, matrix_count=site.module.count)
 
 
-def resolve_parts(site: Site) -> tuple[LayerKind, Backend]:
+def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
     """Finds the kind and the backend of the module at a site.
 
     Raises:
-        TargetError: the module cannot be adapted.
+        TargetError: the module cannot be adapted by the method.
     """
     if isinstance(site.wrapper, AdaptedParameter) and site.module is site.wrapper.get_base_layer():
         raise TargetError(f"{site.path} has parameters that another adapter adapts (target_parameters); exclude it")
-    if isinstance(site.wrapper, AdaptedLayer):
+    kind, backend = resolve_layer_kind(site.module, method), resolve_backend(site.module)
+    if kind is not None and isinstance(site.wrapper, AdaptedLayer):
         return site.wrapper.kind, site.wrapper.backend
-    kind, backend = resolve_layer_kind(site.module), resolve_backend(site.module)
     if kind is None or backend is None:
+        what = "name other modules" if method.layer_kinds else "name its linear layers"
         raise TargetError(
-            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted "
-            f"(target module is not supported); name its linear layers or exclude it",
+            f"{site.path} is a {type(site.module).__name__}, which cannot be adapted"
+            f"{' by ' + method.label if method.layer_kinds else ''} (target module is not supported); {what} or "
+            "exclude it",
             path=site.path,
             kind=type(site.module).__name__,
         )

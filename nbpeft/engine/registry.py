@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
 from nbpeft.engine.base import Backend, LayerKind
 from nbpeft.engine.combination import Combine
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 from nbpeft.interrupts import HeldInterrupts
 
@@ -83,11 +84,22 @@ class Method:
         shared: class of what its layers share, if anything.
         call_context: (config, args, kwargs of a call of the model) -> what its adapters find in ``base.context``
             while the call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
+        call_arguments: names of arguments of a call that are for that alone, and not for the model.
+        derived: (config, parameters of one place) -> what a file holds besides, computed from them, by key.
         combine: how adapters of it are combined; methods that can be combined with each other have the same.
         companion: lets configs of other methods ask for it.
+        layer_kinds: kinds of layers that it alone takes; where it has some, it takes no others.
+        layer_prefix: what PEFT's names of its kinds of layers begin with: ``HRA`` of ``HRALinear``.
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
+        pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
+        unpack: (config, key -> tensor of a file) -> the tensors of an adapter.
+        model_functions: PEFT's name of a function of a model whose first adapter is of the method -> a function of the
+            model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
         parameter_class: class of its adapters on bare parameters (``target_parameters``), if it has any.
+        when: when to choose it, in a few words.
+        paper: where it is described: ``arXiv:2106.09685``, or an address.
+        listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
     """
 
     label: str
@@ -104,11 +116,26 @@ class Method:
     sample_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shared: type[SharedState] | None = None
     call_context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
+    call_arguments: tuple[str, ...] = ()
+    derived: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
     combine: Combine | None = None
     companion: Companion | None = None
+    layer_kinds: tuple[LayerKind, ...] = ()
+    layer_prefix: str = ""
     layer_name: str = ""
+    pack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
+    unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
+    model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
     parameter_class: type[Adapter] | None = None
+    when: str = ""
+    paper: str = ""
+    listed_with: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def transforms_calls(self) -> bool:
+        """Whether its adapters act on calls of the whole model, and not on layers."""
+        return issubclass(self.adapter_class, ModelAdapter)
 
     def title(self, config: AdapterConfig) -> str:
         """Its name for people, for one config."""
@@ -220,6 +247,11 @@ def methods_of_type(peft_type: str) -> tuple[Method, ...]:
     return tuple(method for method in methods() if method.peft_type == peft_type)
 
 
+def transforms_calls(peft_type: str) -> bool:
+    """Whether adapters with a ``peft_type`` act on calls of the whole model: their files name no layers."""
+    return any(method.transforms_calls for method in methods_of_type(peft_type))
+
+
 def companions() -> tuple[Method, ...]:
     """The methods that configs of other methods can ask for."""
     return tuple(method for method in methods() if method.companion is not None)
@@ -264,9 +296,10 @@ def config_class_of(peft_type: str) -> type[AdapterConfig]:
     return known[peft_type]
 
 
-def resolve_layer_kind(module: nn.Module) -> LayerKind | None:
-    """The kind a layer is of, or None when it cannot be adapted."""
-    return next((kind for kind in _layer_kinds if kind.matches(module)), None)
+def resolve_layer_kind(module: nn.Module, method: Method | None = None) -> LayerKind | None:
+    """The kind a layer is of, or None when it cannot be adapted; by a method that may have kinds of its own."""
+    kinds = _layer_kinds if method is None or not method.layer_kinds else method.layer_kinds
+    return next((kind for kind in kinds if kind.matches(module)), None)
 
 
 def resolve_backend(module: nn.Module) -> Backend | None:
@@ -276,7 +309,8 @@ def resolve_backend(module: nn.Module) -> Backend | None:
 
 def layer_kind_named(name: str) -> LayerKind:
     """The kind of a name that ``resolve_layer_kind`` gave."""
-    return next(kind for kind in _layer_kinds if kind.name == name)
+    own = (kind for method in _methods for kind in method.layer_kinds)
+    return next(kind for kind in (*_layer_kinds, *own) if kind.name == name)
 
 
 def backend_named(name: str) -> Backend:

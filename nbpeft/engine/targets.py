@@ -40,6 +40,14 @@ _USUAL_TARGETS: dict[tuple[str, ...], str] = {
     ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
 }
 
+_WIDE_TARGETS = {
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+}
+
 _DEFAULT_PATTERNS = {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
@@ -58,9 +66,19 @@ def usual_unfused_targets(model_type: str | None) -> list[str] | str | None:
     return ["mlp.c_proj"] if model_type in ("gpt2", "gpt_bigcode") else usual_targets(model_type)
 
 
+def usual_wide_targets(model_type: str | None) -> list[str] | str | None:
+    """``usual_targets``, but for some older architectures, of which all projections are adapted."""
+    return _WIDE_TARGETS.get(model_type or "") or usual_targets(model_type)
+
+
 def usual_model_types() -> list[str]:
     """The architectures (``config.model_type``) that have usual targets."""
     return [*_DEFAULT_PATTERNS, *(name for model_types in _USUAL_TARGETS.values() for name in model_types.split())]
+
+
+def with_target(targets: Collection[str] | str | None, path: str) -> Collection[str] | str:
+    """Targets that name one more module."""
+    return f"(?:{targets})|{re.escape(path)}" if isinstance(targets, str) else {*(targets or ()), path}
 
 
 @dataclass

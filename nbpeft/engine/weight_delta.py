@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales
@@ -147,19 +148,33 @@ def uniform(shape: Sequence[int], site: AdapterSite) -> Tensor:
     return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
-def apply_delta(x: Tensor, base: BaseLayer, compute: Compute, parameters: tuple[Tensor, ...]) -> Tensor:
-    """The map of a layer with a computed weight and no bias; backward keeps its arguments and nothing else.
+def apply_delta(
+    x: Tensor,
+    base: BaseLayer,
+    compute: Compute,
+    parameters: tuple[Tensor, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The map of a layer with a computed weight; backward keeps its arguments and nothing else.
 
     Args:
         x: the layer's input, (…, in) or ids.
         base: the layer.
         compute: parameters -> canonical weight.
         parameters: tensors that are trained.
+        dtype: to compute in; that of the parameters, or autocast's, if None.
+        bias: frozen, (out,), of a linear layer; None for none.
     """
-    dtype = compute_dtype(x, parameters[0])
+    dtype = dtype or compute_dtype(x, parameters[0])
     if composes():
-        return base.kind.apply(base.module, _cast(x, dtype), compute(*parameters).to(dtype))
-    return _ApplyDelta.apply(x, base, compute, dtype, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+        return _map(base, _cast(x, dtype), compute(*parameters).to(dtype), bias)
+    return _ApplyDelta.apply(x, base, compute, dtype, bias, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _map(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return base.kind.apply(base.module, x, weight) if bias is None else F.linear(x, weight, bias.to(weight.dtype))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,12 +186,18 @@ class _ApplyDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: BaseLayer, compute: Compute, dtype: torch.dtype, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        base: BaseLayer,
+        compute: Compute,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.base, ctx.compute, ctx.dtype = base, compute, dtype
         ctx.save_for_backward(x, *parameters)
         with without_autocast(x.device.type):
-            return base.kind.apply(base.module, _cast(x, dtype), compute(*parameters).to(dtype))
+            return _map(base, _cast(x, dtype), compute(*parameters).to(dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -194,14 +215,14 @@ class _ApplyDelta(torch.autograd.Function):
                 wanted = [leaf for leaf in leaves if leaf.requires_grad]
                 given = iter(torch.autograd.grad(delta, wanted, of_delta.to(delta.dtype), allow_unused=True))
                 found = [next(given) if leaf.requires_grad else None for leaf in leaves]
-        return (None if of_x is None else of_x.to(x.dtype), None, None, None, *found)
+        return (None if of_x is None else of_x.to(x.dtype), None, None, None, None, *found)
 
 
 def _gradients(
     base: BaseLayer, x: Tensor, delta: Tensor, of_output: Tensor, ctx: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the input and of the delta, where they are needed."""
-    for_x, for_delta = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+    for_x, for_delta = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
     if base.kind.is_linear:
         of_x = of_output @ delta if for_x else None
         of_delta = of_output.reshape(-1, delta.shape[0]).T @ x.reshape(-1, delta.shape[1]) if for_delta else None

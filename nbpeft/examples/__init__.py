@@ -6,6 +6,7 @@
     score, answers      what a model answers, and how much of it is right
     Score, Scores       one score, and several as a picture
     Times               how long things take, as a picture
+    Costs, Trained      what several trainings learned and cost, as a picture
 
 ::
 
@@ -17,16 +18,19 @@ Importing this imports neither torch nor transformers.
 """
 
 from nbpeft.examples.base_model import HUB_NAME, small_model, small_model_path
+from nbpeft.examples.costs import Costs, Trained
 from nbpeft.examples.scoring import Score, Scores, answers, score
 from nbpeft.examples.tasks import Row, dates, filters, order_codes, prompted, records
 from nbpeft.examples.times import Times
 
 __all__ = [
     "HUB_NAME",
+    "Costs",
     "Row",
     "Score",
     "Scores",
     "Times",
+    "Trained",
     "answers",
     "dates",
     "filters",

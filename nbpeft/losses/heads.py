@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nbpeft.engine.active_state import NONE_ACTIVE, Active, Rows
 from nbpeft.engine.model_tree import base_model_of, embedding_of
 from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.interrupts import HeldInterrupts
+from nbpeft.losses.cross_entropy import Head
 from nbpeft.losses.lazy_logits import ChunkedHead, LazyLogits
 from nbpeft.names import LOSS_CHUNK_SIZE
 
@@ -130,9 +132,30 @@ class _LazyForward:
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         elsewhere = self._ended or threading.get_ident() != self._thread
-        if elsewhere or args or kwargs or hidden.dim() < 2 or _treats_rows_apart(self._head):
+        state: Any = getattr(self._head, "active_state", None)
+        active = NONE_ACTIVE if state is None else state.current()
+        if elsewhere or args or kwargs or hidden.dim() < 2 or active.context:
             return self._forward(hidden, *args, **kwargs)
-        return LazyLogits.of(hidden, self._forward, self._size, self._settings)
+        if active.rows is None:
+            return LazyLogits.of(hidden, self._forward, self._size, self._settings)
+        whole, parts = self._as_served(state, active), self._parts(state, active.rows, len(hidden))
+        return LazyLogits.of(hidden, whole, self._size, self._settings, parts)
+
+    def _parts(self, state: Any, rows: Rows, batch: int) -> dict[tuple[int, int], Head]:
+        """The head as it computes for rows of a mixed batch that one adapter serves: their first and last but one."""
+        scales = dict(zip(rows.names, rows.scales, strict=True))
+        return {
+            (part.start, part.stop): self._as_served(state, Active((name,), (scales[name],)) if name else NONE_ACTIVE)
+            for name, part in rows.runs(batch)
+        }
+
+    def _as_served(self, state: Any, active: Active) -> Head:
+        def compute(hidden: Tensor) -> Tensor:
+            with state.call(active):
+                logits: Tensor = self._forward(hidden)
+                return logits
+
+        return compute
 
     def end(self) -> None:
         """Takes it off, and with it those that it was put on while blocks of other threads have not ended."""
@@ -159,10 +182,3 @@ def _head_of(model: nn.Module) -> nn.Module | None:
     if head is None or any(cls.__name__ in _SHARDED for cls in type(head).__mro__):
         return None
     return None if any(hasattr(parameter, "ds_id") for parameter in head.parameters()) else head
-
-
-def _treats_rows_apart(head: nn.Module) -> bool:
-    """Whether what a head computes depends on where a token is in the batch: rows with adapters of their own."""
-    state: Any = getattr(head, "active_state", None)
-    active = None if state is None else state.current()
-    return active is not None and (active.rows is not None or bool(active.context))

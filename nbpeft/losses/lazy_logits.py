@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,10 +74,18 @@ class LazyLogits(Tensor):
     _head: Head
     _pointwise: tuple[Callable[[Tensor], Tensor], ...]
     _settings: ChunkedHead
+    _parts: Mapping[tuple[int, int], Head]
     _whole: Tensor | None
 
     @classmethod
-    def of(cls, hidden: Tensor, head: Head, size: int, settings: ChunkedHead) -> LazyLogits:
+    def of(
+        cls,
+        hidden: Tensor,
+        head: Head,
+        size: int,
+        settings: ChunkedHead,
+        parts: Mapping[tuple[int, int], Head] = MappingProxyType({}),
+    ) -> LazyLogits:
         """Returns what a head gives, (…, ``size``).
 
         Args:
@@ -84,10 +93,12 @@ class LazyLogits(Tensor):
             head: computes the logits (…, size) of hidden states (…, features).
             size: of the vocabulary.
             settings: how; what becomes of the logits is noted there.
+            parts: where what the head computes depends on the row, its first and last but one -> the head of rows.
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        return cls._make(hidden, size, dtype, hidden.device, _as_now(head, kind), (), settings)
+        parts = {rows: _as_now(own, kind) for rows, own in parts.items()}
+        return cls._make(hidden, size, dtype, hidden.device, _as_now(head, kind), (), settings, parts)
 
     @classmethod
     def _make(
@@ -99,10 +110,12 @@ class LazyLogits(Tensor):
         head: Head,
         pointwise: tuple[Callable[[Tensor], Tensor], ...],
         settings: ChunkedHead,
+        parts: Mapping[tuple[int, int], Head] = MappingProxyType({}),
     ) -> LazyLogits:
         make: Any = Tensor._make_wrapper_subclass
         made: LazyLogits = make(cls, (*hidden.shape[:-1], size), dtype=dtype, device=device)
-        made.hidden, made._head, made._pointwise, made._settings, made._whole = hidden, head, pointwise, settings, None
+        made.hidden, made._head, made._pointwise, made._settings = hidden, head, pointwise, settings
+        made._parts, made._whole = parts, None
         return made
 
     @classmethod
@@ -138,6 +151,8 @@ class LazyLogits(Tensor):
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a function returns without the data; None where it needs them."""
+        if self._parts and getattr(func, "__name__", "") not in _POINTWISE:
+            return self._rows(args[1]) if func is Tensor.__getitem__ else None
         if func is F.cross_entropy:
             return self._cross_entropy(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -159,6 +174,15 @@ class LazyLogits(Tensor):
         hidden = function(self.hidden)
         return self._make(hidden, self.size(-1), self.dtype, self.device, self._head, self._pointwise, self._settings)
 
+    def _rows(self, index: Any) -> LazyLogits | None:
+        """These logits of neighbouring rows for which the head computes alike; None of others."""
+        rows = index.indices(len(self.hidden)) if isinstance(index, slice) else (0, 0, 0)
+        head = self._parts.get(rows[:2]) if rows[2] == 1 else None
+        if head is None:
+            return None
+        hidden = self.hidden[index]
+        return self._make(hidden, self.size(-1), self.dtype, self.device, head, self._pointwise, self._settings)
+
     def _apply(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits | None:
         """These logits after a function of each; None where it is one of others, too."""
         if not all(_is_the_same_for_all_tokens(value, self.size(-1)) for value in (*args, *kwargs.values())):
@@ -171,7 +195,14 @@ class LazyLogits(Tensor):
             self._pointwise = pointwise
             return self
         return self._make(
-            self.hidden, self.size(-1), sample.dtype, sample.device, self._head, pointwise, self._settings
+            self.hidden,
+            self.size(-1),
+            sample.dtype,
+            sample.device,
+            self._head,
+            pointwise,
+            self._settings,
+            self._parts,
         )
 
     def _cross_entropy(self, *args: Any, **kwargs: Any) -> Tensor | None:

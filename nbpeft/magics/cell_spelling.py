@@ -13,6 +13,7 @@ from typing import Any
 _PHRASES = {
     "session.add(model, config)": "a cell that begins with %%lora MODEL",
     "session.merge(to=…)": "%lora merge --to DIR",
+    "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
     "model.enable_adapter_layers()": "%lora on",
 }
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")

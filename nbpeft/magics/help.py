@@ -16,7 +16,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "Base weights": ("merge", "unmerge", "unload"),
     "See and compare": ("panel", "ask", "compare", "inspect", "memory", "data", "runs", "result"),
     "Several adapters": ("combine", "blend", "swap"),
-    "While it trains": ("pause", "continue", "stop"),
+    "While it trains": ("pause", "continue", "stop", "clone"),
     "Plan, go on, export": ("plan", "resume", "export", "traceback", "doctor"),
 }
 _MORE = "More"

@@ -16,6 +16,7 @@ from torch import nn
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.registry import method_of
 from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.engine.storage import short_name
 from nbpeft.errors import ConfigError, TargetError
@@ -61,8 +62,12 @@ class Setting:
 
     @property
     def one_pass(self) -> Setting:
-        """The same with the adapters that one pass over the model serves, taken as one with all their rows."""
-        return replace(self, adapters=1, batch_size=self.batch_size * self.together)
+        """The same with the adapters that one pass over the model serves, taken as one with all their rows.
+
+        The loss is computed for one after the other, so that a chunk has tokens of one of them.
+        """
+        chunk = min(self.loss_chunk_size, self.batch_size * self.sequence_length)
+        return replace(self, adapters=1, batch_size=self.batch_size * self.together, loss_chunk_size=chunk)
 
     @property
     def together(self) -> int:
@@ -148,7 +153,8 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     parts.append(MemoryPart("optimizer", states, paged))
     sizes = [torch.Size(shape).numel() * item for shape, item in trained]
     largest = max(sizes, default=0)
-    earlier = sum(sizes) * (setting.adapters - setting.together) // setting.adapters  # of the passes before the last
+    full_passes = setting.adapters // setting.together  # a last one of fewer adapters takes less
+    earlier = sum(sizes) * (full_passes - 1) * setting.together // setting.adapters  # of the passes before
     if sum(sizes) + 2 * largest > step.total + earlier:
         return (*parts, MemoryPart("gradients", sum(sizes)), MemoryPart("temporary", 2 * largest, "optimizer step"))
     rest = step.total - step.saved - step.gradients
@@ -295,6 +301,7 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
     batch: dict[str, Any] = dict(
         setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=True, packed=setting.packing)
     )
+    batch |= _for_adapter(setting)
     if setting.packing:  # with a cache, models of transformers see one row a sequence
         batch["use_cache"] = False
     with selective_recompute(model, verify=False) if setting.recompute else nullcontext():
@@ -310,11 +317,18 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
 
 def _prefill(model: nn.Module, setting: Setting, on_backward: Callable[[], None]) -> Any:
     batch: dict[str, Any] = dict(setting.architecture.batch(setting.batch_size, setting.sequence_length, labels=False))
+    batch |= _for_adapter(setting)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         batch["logits_to_keep"] = 1
     with torch.no_grad():
         output = model(**batch)
     return next((value for value in dict(output).values() if not isinstance(value, torch.Tensor)), None)
+
+
+def _for_adapter(setting: Setting) -> dict[str, Any]:
+    """Arguments that the method of the adapter takes from each call: one number for each row."""
+    names = () if setting.adapter_config is None else method_of(setting.adapter_config).call_arguments
+    return {name: torch.zeros(setting.batch_size, dtype=torch.long) for name in names}
 
 
 def _make_room(cache: dict[str, Any]) -> None:

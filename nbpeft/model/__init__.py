@@ -5,8 +5,12 @@ from nbpeft.engine.adapter import PeftType as PeftType
 from nbpeft.engine.adapter import TaskType as TaskType
 from nbpeft.engine.methods.lora.config import LoraConfig as LoraConfig
 from nbpeft.engine.methods.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
+from nbpeft.engine.methods.lora.custom_layers import LoraLayer as LoraLayer
+from nbpeft.engine.methods.lora.init_configs import CordaConfig as CordaConfig
+from nbpeft.engine.methods.lora.init_configs import EvaConfig as EvaConfig
+from nbpeft.engine.methods.lora.init_configs import LoftQConfig as LoftQConfig
+from nbpeft.engine.methods.lora.init_configs import LoraGAConfig as LoraGAConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
-from nbpeft.engine.peft_layer_api import layer_type
 from nbpeft.engine.registry import method_of
 from nbpeft.model.auto import AutoPeftModel as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -15,7 +19,15 @@ from nbpeft.model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from nbpeft.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from nbpeft.model.calibrated_merge import CalibratedMerge as CalibratedMerge
+from nbpeft.model.calibrated_merge import merge_calibrated as merge_calibrated
 from nbpeft.model.combining import Combined as Combined
+from nbpeft.model.conversion import convert_to_lora as convert_to_lora
+from nbpeft.model.conversion import save_as_lora as save_as_lora
+from nbpeft.model.data_inits import preprocess_corda as preprocess_corda
+from nbpeft.model.data_inits import preprocess_loraga as preprocess_loraga
+from nbpeft.model.eva import get_eva_state_dict as get_eva_state_dict
+from nbpeft.model.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from nbpeft.model.functional import DoraCaching as DoraCaching
 from nbpeft.model.functional import cast_adapter_dtype as cast_adapter_dtype
 from nbpeft.model.functional import cast_mixed_precision_params as cast_mixed_precision_params
@@ -33,6 +45,7 @@ from nbpeft.model.hotswap import hotswap_adapter as hotswap_adapter
 from nbpeft.model.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
 from nbpeft.model.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from nbpeft.model.injection import inject_adapter_in_model as inject_adapter_in_model
+from nbpeft.model.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from nbpeft.model.merge_export import MergedFolder as MergedFolder
 from nbpeft.model.merge_export import MergedTensors as MergedTensors
 from nbpeft.model.merge_export import merge_errors as merge_errors
@@ -62,5 +75,4 @@ from nbpeft.model.tasks import get_peft_model as get_peft_model
 from nbpeft.model.tuner import BaseTuner, tuner_class
 
 PeftConfig = AdapterConfig
-LoraLayer = layer_type("LORA", "LoraLayer")
 LoraModel: type[BaseTuner] = tuner_class(method_of(LoraConfig()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.engine.adapter_names import check_name
-from nbpeft.engine.combination import Combination, Combine, Loss, Member, check_weights
+from nbpeft.engine.combination import Combine, Loss, Member, check_weights
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
@@ -111,7 +111,7 @@ def _combined(
     copied = [name for config in configs for name in getattr(config, "modules_to_save", None) or ()]
     if copied:
         combination.config.modules_to_save = list(dict.fromkeys(copied))
-    plan = _plan(manager, combination)
+    plan = plan_on(manager, combination.config, combination.tensors)
     half = all(tensor.dtype != torch.float32 for named in combination.tensors.values() for tensor in named.values())
     with manager.transaction():
         manager.add(name, plan, AdapterWeights(combination.tensors, copies), trainable=False, half=half)
@@ -205,10 +205,16 @@ def _members(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, dict
     return layers
 
 
-def _plan(manager: AdapterManager, combination: Combination) -> InjectionPlan:
-    """The plan of the result: just the combined layers get an adapter."""
-    plan = manager.plan(combination.config)
-    if set(plan.paths) == set(combination.tensors):
+def plan_on(manager: AdapterManager, config: Any, paths: Collection[str]) -> InjectionPlan:
+    """The plan of a config on just some layers, which it lists where its targets mean others.
+
+    Args:
+        manager: of the model.
+        config: of a method that has targets.
+        paths: of the layers.
+    """
+    plan = manager.plan(config)
+    if set(plan.paths) == set(paths):
         return plan
     everything = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    return manager.plan(combination.config.copy(target_modules=sorted(combination.tensors), **everything))
+    return manager.plan(config.copy(target_modules=sorted(paths), **everything))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.module_paths import wrapper_places
-from nbpeft.engine.peft_modules import ADAPTER_PARTS, shown_name
-from nbpeft.engine.plan import InjectionPlan
+from nbpeft.engine.peft_modules import shown_name
+from nbpeft.engine.plan import InjectionPlan, Target
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.trained import mark_saved
@@ -99,12 +99,12 @@ def read(
     else:
         saved = checkpoint.read_checkpoint(str(source), device=device, **hub)
     given = config
-    config = (config or saved.config).copy(inference_mode=not trainable)
+    config, tensors = (config or saved.config).copy(inference_mode=not trainable).beside(saved.tensors)
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     plan = manager.plan(config, name)
     loaded = checkpoint.from_file(
-        saved.tensors,
+        tensors,
         expected(manager.model, plan),
         peft_type=str(config.peft_type),
         key_mapping=key_mapping,
@@ -137,14 +137,24 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
     base = {name: tuple(bias.shape) for name, bias in biases.items() if bias is not None}
     embeddings = {name: tuple(tensor.shape) for name, tensor in embedding_weights(model).items()}
     return checkpoint.Expected(
-        adapters={target.path: target.shapes for target in plan.targets},
+        adapters={target.path: target.saved_shapes for target in plan.targets},
         copies=copies,
         base=base,
         shared=plan.saved_shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
-        others=not_floating({path: modules[path] for path in plan.copies}),
+        others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan.targets),
         parameters=[target.path for target in plan.targets if target.parameter],
     )
+
+
+def fixed_dtypes(targets: Iterable[Target]) -> dict[str, torch.dtype]:
+    """Returns name -> dtype of what a file holds of adapters that is neither trained nor floating-point."""
+    return {
+        f"{target.path}.{name}": dtype
+        for target in targets
+        for name, (_, dtype) in target.fixed.items()
+        if not dtype.is_floating_point
+    }
 
 
 def not_floating(modules: Mapping[str, nn.Module]) -> dict[str, torch.dtype]:
@@ -276,7 +286,7 @@ def save(
             places[name] = "" if name == _ROOT_ADAPTER or flat else name
             paths = [path for path, layer in manager.layers.items() if name in layer.adapters._modules]
             weights, config = _saved_weights(manager, name, embeddings, state_dict), manager.configs[name]
-            if converted:
+            if converted or _loses_start(manager, name):
                 config, weights = _without_weight(manager, name, weights)
             if rewrite is not None:
                 config, weights = rewrite(name, config, weights)
@@ -300,13 +310,19 @@ def save(
     return {name: written[place] for name, place in places.items()}
 
 
+def _loses_start(manager: AdapterManager, name: str) -> bool:
+    """Whether a file of an adapter could not say what it started from."""
+    adapters: Iterable[Any] = (layer.adapters._modules.get(name) for layer in manager.layers.values())
+    return any(adapter is not None and adapter.loses_start for adapter in adapters)
+
+
 def _without_weight(
     manager: AdapterManager, name: str, weights: AdapterWeights
 ) -> tuple[AdapterConfig, AdapterWeights]:
     """The config and tensors of an adapter as those of one that is not initialised from the weight."""
     config = manager.configs[name]
     rewrite = method_of(config).without_weight
-    if rewrite is None or not config.initialised_from_weight:
+    if rewrite is None or not (config.initialised_from_weight or _loses_start(manager, name)):
         warnings.warn(f"adapter {name!r} did not start in a part of the base: it is saved as it is", stacklevel=5)
         return config, weights
     adapters = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
@@ -349,8 +365,11 @@ def file_tensors(
 
 def _under_keys(config: AdapterConfig, weights: AdapterWeights) -> dict[str, Tensor]:
     tensors = checkpoint.to_file(weights, peft_type=str(config.peft_type))
+    derived = method_of(config).derived
+    for named in weights.adapters.values() if derived is not None else ():
+        tensors.update(derived(config, named))  # type: ignore[misc]
     whole = {key: gathered(tensors[key]) for key in sorted(tensors)}  # each process in one order
-    return {key: whole[key] for key in tensors}
+    return dict(method_of(config).pack(config, {key: whole[key] for key in tensors}))
 
 
 def _saved_weights(

@@ -169,15 +169,19 @@ class AdapterReader:
             )
         if config.initialised_from_weight:
             raise AdapterError(f"adapter {name!r} starts in a part of the base weights: load it by itself")
+        if method_of(plan.config).transforms_calls:
+            raise AdapterError(f"adapter {name!r} acts on whole calls ({plan.method}): load it by itself")
         if any(target.adapter_class.is_tied for target in plan.targets):
             raise AdapterError(
                 f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"
             )
+        if any(target.fixed for target in plan.targets):
+            raise AdapterError(f"adapter {name!r} has tensors of its own that are not trained: load it by itself")
         wanted = expected(model, plan)
         sites = {site.path: site for site in walk(model) if site.path in wanted.adapters or site.path in wanted.copies}
         dtypes = {}
         for path in wanted.adapters:
-            _, backend = resolve_parts(sites[path])
+            _, backend = resolve_parts(sites[path], method_of(plan.config))
             dtypes[path] = adapter_dtype(backend.dtype(sites[path].module), half=self._half)
         copy_dtypes = {
             path: {key: tensor.dtype for key, tensor in sites[path].module.state_dict().items()}

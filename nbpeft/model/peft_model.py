@@ -12,15 +12,15 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, TaskType
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls
+from nbpeft.engine.method_hooks import learns_with_hooks, prepares_calls, transforms_calls
 from nbpeft.engine.model_tree import MANAGER, base_model_of, manager_of, parameter_counts
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.scopes import ScopedChoice
 from nbpeft.errors import UnknownAdapterError
-from nbpeft.model import files
+from nbpeft.model import files, prompts
 from nbpeft.model.injection import put_active
 from nbpeft.model.quantize import clear_gguf_flags
-from nbpeft.model.serving import serving
+from nbpeft.model.serving import of_the_model, serving
 from nbpeft.model.state_dicts import drop_values
 from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from nbpeft.model.tuner import (
@@ -175,6 +175,37 @@ class PeftModel(nn.Module):
         """dtype of the base model."""
         return getattr(self.get_base_model(), "dtype", None)
 
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """Adapter name -> adapter, for those that learn a prompt; its ``embedding`` has the trained rows."""
+        return prompts.encoders(self.manager)
+
+    @property
+    def prompt_tokens(self) -> dict[str, torch.Tensor]:
+        """Adapter name -> numbers of the tokens of its prompt, int64."""
+        return prompts.tokens(self.manager)
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The model's input embedding, where an adapter learns a prompt."""
+        return prompts.word_embeddings(self.manager)
+
+    def get_prompt(
+        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """Returns what the active prompt puts in front of a batch; see ``nbpeft.model.prompts.prompt``.
+
+        Args:
+            batch_size: rows.
+            task_ids: (rows,) int64: the task of each, for multitask prompts.
+            max_cache_len: accepted for PEFT's sake; the cache of a prefix grows.
+        """
+        return prompts.prompt(self.manager, batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """Returns what the file of a prompt holds, (tokens, features), on the CPU."""
+        return prompts.embedding_to_save(self.manager, adapter_name)
+
     def get_base_model(self) -> nn.Module:
         """Returns the base model, with the adapters' layers still in it."""
         return self.base_model.model
@@ -217,21 +248,24 @@ class PeftModel(nn.Module):
         return self._forward_pinned(adapter_names, *args, **kwargs)
 
     def _forward_compiled(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
-        if adapter_names is None and not self._acts_on_calls(self.manager.active_state.traced.names, self.training):
+        if adapter_names is None and not self._transforms_calls(self.manager.active_state.traced.names, self.training):
             return self.base_model.model(*args, **kwargs)
         # Rows are assigned anew in each call, and a compiled layer does not know for which it was compiled. Nor does
         # it know what a method prepares for each call or adds to each loss.
         alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
         return alone(adapter_names, *args, **kwargs)
 
-    def _acts_on_calls(self, names: tuple[str, ...], training: bool) -> bool:
+    def _transforms_calls(self, names: tuple[str, ...], training: bool) -> bool:
         """Whether the method of an active adapter does something in each call beside the maths of its layers."""
         configs = [self.manager.configs[name] for name in names]
-        return any(prepares_calls(config) or (training and learns_with_hooks(config)) for config in configs)
+        return any(
+            prepares_calls(config) or transforms_calls(config) or (training and learns_with_hooks(config))
+            for config in configs
+        )
 
     # Compiled code takes the result for a constant and is guarded on the arguments. What says so in public,
     # torch.compiler.assume_constant_result, would import the compiler with this module.
-    _acts_on_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _transforms_calls._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _forward_pinned(self, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         self._check_live()
@@ -239,6 +273,7 @@ class PeftModel(nn.Module):
             self.manager.active_state.turn(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
+            kwargs = of_the_model(self.manager, kwargs)
             output = self.base_model.model(*args, **kwargs)
             return self._with_extra_loss(output, kwargs) if self.training else output
 
@@ -267,7 +302,7 @@ class PeftModel(nn.Module):
             self.manager.active_state.turn(),
             serving(self.manager, adapter_names, args, kwargs, training=self.training),
         ):
-            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+            return self.base_model.model.generate(*args, **of_the_model(self.manager, kwargs))  # type: ignore[operator]
 
     # Managing
 

@@ -12,6 +12,7 @@ from nbpeft.engine.active_state import NONE_ACTIVE, Active, Rows
 from nbpeft.engine.adapter_names import BASE_NAME
 from nbpeft.engine.combination import check_weights
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.registry import method_of
 from nbpeft.errors import AdapterError
 
 
@@ -47,6 +48,12 @@ def serving(
         raise AdapterError("adapter_names is for inference: call model.eval() first")
     with serving_rows(manager, adapter_names, args, kwargs):
         yield
+
+
+def of_the_model(manager: AdapterManager, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call without those that are for the adapters alone."""
+    own = {name for config in manager.configs.values() for name in method_of(config).call_arguments}
+    return {name: value for name, value in kwargs.items() if name not in own}
 
 
 @contextmanager

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft import checkpoint
+from nbpeft.engine.adapter import Adapter, AdapterWeights
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
+from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import BaseMismatchError, did_you_mean, few
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
@@ -82,14 +85,49 @@ def set_peft_model_state_dict(
         optional=_shapes({key: value for key, value in present.items() if not key.startswith(inside)}),
         others={
             f"{path}.{key}": tensor.dtype
-            for path, named in weights.copies.items()
+            for path, named in (*weights.copies.items(), *weights.adapters.items())
             for key, tensor in named.items()
             if not tensor.is_floating_point()
         },
         parameters=weights.parameters,
     )
-    tensors = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
-    loaded = checkpoint.from_file(tensors, wanted, peft_type=peft_type, ignore_mismatched=ignore_mismatched_sizes)
+    config = manager.configs[adapter_name]
+    packed = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)
+    tensors = method_of(config).unpack(config, packed)
+    started: Mapping[str, Adapter] = {}
+    options: dict[str, Any] = {"peft_type": peft_type, "ignore_mismatched": ignore_mismatched_sizes}
+    try:
+        loaded = checkpoint.from_file(tensors, wanted, **options)
+    except BaseMismatchError:
+        started = _lost_starts(manager, adapter_name)
+        if not started:
+            raise
+        shapes = {path: adapter.shapes_with_start() for path, adapter in started.items()}
+        loaded = checkpoint.from_file(tensors, replace(wanted, adapters={**wanted.adapters, **shapes}), **options)
+    with manager.transaction() as change:
+        for path, adapter in started.items():
+            loaded.weights.adapters[path] = adapter.split_start(loaded.weights.adapters[path], change)
+        _write(manager, adapter_name, weights, loaded, present, change)
+    # The state dict of a whole model holds the base and other adapters besides.
+    unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
+    return LoadResult(loaded.missing, unexpected)
+
+
+def _lost_starts(manager: AdapterManager, name: str) -> dict[str, Adapter]:
+    """Path -> adapter whose start a file holds beside its factors; see ``Adapter.loses_start``."""
+    found = {path: layer.adapters._modules.get(name) for path, layer in manager.layers.items()}
+    return {path: one for path, one in found.items() if isinstance(one, Adapter) and one.loses_start}
+
+
+def _write(
+    manager: AdapterManager,
+    name: str,
+    weights: AdapterWeights,
+    loaded: checkpoint.Loaded,
+    present: Mapping[str, Tensor],
+    change: Transaction,
+) -> None:
+    """Writes loaded tensors into an adapter's own."""
     writes = [
         (own[path][key], value)
         for own, new in ((weights.adapters, loaded.weights.adapters), (weights.copies, loaded.weights.copies))
@@ -101,15 +139,11 @@ def set_peft_model_state_dict(
         (present[key] if key in present else weights.base[key], value)
         for key, value in sorted(loaded.weights.base.items())
     ]
-    with manager.transaction() as change:
-        change.keep_values([own for own, _ in writes if not own.is_meta])
-        _fill_in(manager, adapter_name, {id(own): value for own, value in writes if own.is_meta}, change)
-        for own, value in writes:
-            if not own.is_meta:
-                own.copy_(like(own, value))
-    # The state dict of a whole model holds the base and other adapters besides.
-    unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
-    return LoadResult(loaded.missing, unexpected)
+    change.keep_values([own for own, _ in writes if not own.is_meta])
+    _fill_in(manager, name, {id(own): value for own, value in writes if own.is_meta}, change)
+    for own, value in writes:
+        if not own.is_meta:
+            own.copy_(like(own, value))
 
 
 def drop_values(manager: AdapterManager, name: str) -> None:

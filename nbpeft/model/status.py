@@ -12,6 +12,8 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import parameter_counts, unwrapped
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.registry import method_of
+from nbpeft.model.tuner import tuner_class
 
 _IRREGULAR = "irregular"
 """PEFT's word for values that differ."""
@@ -76,8 +78,9 @@ def _bare(model: nn.Module, manager: AdapterManager) -> bool:
 
 def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStatus:
     adapters = {own: layer.adapter(own) for own in layer.adapters}
+    containers = {adapter.peft_container for adapter in adapters.values()}
     return LayerStatus(
-        name=name,
+        name=".".join(filter(None, (name, containers.pop() if len(containers) == 1 else ""))),
         module_type=layer.adapted_as,
         enabled=layer.adapters_enabled,
         active_adapters=layer.active_adapters,
@@ -142,10 +145,10 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     trainable, total = parameter_counts(model)
     layers = get_layer_status(model)
     parts = [*manager.layers.values(), *manager.copies.values()]
-    methods = sorted({_method(manager, name) for name in manager.names})
+    tuners = sorted({tuner_class(method_of(config)).__name__ for config in manager.configs.values()})
     return ModelStatus(
         base_model_type=type(manager.model).__name__,
-        adapter_model_type="None" if _bare(model, manager) else "/".join(f"{own.capitalize()}Model" for own in methods),
+        adapter_model_type="None" if _bare(model, manager) else "/".join(tuners),
         peft_types={name: _method(manager, name) for name in manager.names},
         trainable_params=trainable,
         total_params=total,

@@ -43,6 +43,7 @@ class _SingleStack(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the base model's forward with the active adapters."""
@@ -72,6 +73,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the base model's forward with the active adapters."""
@@ -110,6 +112,7 @@ class PeftModelForQuestionAnswering(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the base model's forward with the active adapters."""
@@ -129,6 +132,7 @@ class PeftModelForFeatureExtraction(_TaskModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the base model's forward with the active adapters."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, StaleModelError, UnknownAdapterError, did_you_mean
 from nbpeft.model.combining import Combined, combine_adapters
+from nbpeft.model.conversion import can_convert
 from nbpeft.model.injection import inject, inject_adapter_in_model
 
 
@@ -110,8 +111,8 @@ class BaseTuner(nn.Module):
             )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter can be converted into a LoRA; none can here yet."""
-        return False
+        """Whether an adapter can be converted into a LoRA; see ``convert_to_lora``."""
+        return can_convert(self.manager, adapter_name)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -331,9 +332,21 @@ def tuner_class(method: Method) -> type[BaseTuner]:
             "tuner_layer_cls": layer_type(method.peft_type, method.layer_name or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
+            **{name: _model_function(function) for name, function in method.model_functions.items()},
         }
         _classes[name] = type(name, (BaseTuner,), own)
     return _classes[name]
+
+
+def _model_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a method does to a model, as a method of its class."""
+
+    def call(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+        self.check_live()
+        return function(self.manager, *args, **kwargs)
+
+    call.__doc__ = function.__doc__
+    return call
 
 
 def _class_name(method: Method) -> str:

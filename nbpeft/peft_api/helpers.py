@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,25 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None) -> list[str]:
+    """Those of some adapters that are not merged into a layer yet, for the ``merge`` of a layer class of one's own.
+
+    Args:
+        module: the layer.
+        adapter_names: adapters; the active ones if None.
+
+    Raises:
+        ConfigError: they are no list of names.
+    """
+    names = module.active_adapters if adapter_names is None else adapter_names
+    if isinstance(names, str):
+        raise ConfigError(f"adapter_names should be a list of strings, got {names!r}.")
+    left = [name for name in names if name not in module.merged_adapters]
+    if module.merged and not left:
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+    return left
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:

@@ -6,8 +6,10 @@ from functools import cache
 from typing import Any
 
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.methods.lora.custom_layers import Linear
+from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
-from nbpeft.engine.peft_layer_api import layer_type
+from nbpeft.engine.peft_layer_api import LayerType, layer_type
 from nbpeft.engine.registry import backends, layer_kinds, methods_of_type
 from nbpeft.model.peft_model import PeftModel
 from nbpeft.model.status import LayerStatus, ModelStatus
@@ -20,6 +22,7 @@ TrainableTokensModel = tuner_class(methods_of_type("TRAINABLE_TOKENS")[0])
 PeftMixedModel = PeftModel
 """The same: adapters of different methods go together on every model here."""
 BaseTunerLayer = AdaptedLayer
+BasePromptEncoder = ModelAdapter
 TunerLayerStatus = LayerStatus
 TunerModelStatus = ModelStatus
 AuxiliaryTrainingWrapper = ModulesToSaveWrapper
@@ -36,8 +39,10 @@ def layer_class(title: str) -> type[Any]:
     Args:
         title: method and kind, such as ``lora.Linear``.
     """
+    if title == Linear.title:
+        return Linear
     doc = f"Adapted layers that PEFT calls {title}; for ``isinstance`` only."
-    return _TitledLayer(title.rpartition(".")[2], (), {"title": title, "__doc__": doc})
+    return LayerType(title.rpartition(".")[2], (), {"title": title, "__doc__": doc})
 
 
 _layer_type = cache(layer_type)
@@ -66,13 +71,4 @@ def of_method(package: str, name: str) -> Any:
         return usual_targets_of(method.peft_type)
     own = name.removeprefix(title)
     known = {kind.peft_name for kind in layer_kinds()} | {backend.peft_name for backend in backends()}
-    return layer_class(f"{package}.{own}") if own in known else None
-
-
-class _TitledLayer(type):
-    """The type of such classes."""
-
-    title: str
-
-    def __instancecheck__(cls, layer: object) -> bool:
-        return isinstance(layer, AdaptedLayer) and layer.adapted_as == cls.title
+    return layer_class(f"{package}.{method.layer_prefix}{own}") if own in known else None

@@ -35,7 +35,9 @@ class _ByPeftType(Mapping[PeftType, Any]):
 
 PEFT_TYPE_TO_CONFIG_MAPPING = _ByPeftType(lambda method: method.config_class)
 PEFT_TYPE_TO_PREFIX_MAPPING = _ByPeftType(lambda method: method.prefix)
-PEFT_TYPE_TO_TUNER_MAPPING = _ByPeftType(tuner_class)
+PEFT_TYPE_TO_TUNER_MAPPING = _ByPeftType(
+    lambda method: method.adapter_class if method.transforms_calls else tuner_class(method)
+)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, Any] = {}
 """Empty: any methods can be mixed on a model, which takes no class of its own."""
 

@@ -36,7 +36,7 @@ _MAPPINGS = "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_T
 _ADAPTER_FUNCTIONS = "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"
 _LORA_EXTRAS = (
     "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig "
-    "convert_to_lora create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora"
+    "create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga"
 )
 _CARTRIDGE_FUNCTIONS = (
     "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
@@ -74,7 +74,12 @@ _MISSING_UTILS = (
     "resolve_quantization_backend set_additional_trainable_modules"
 )
 _LORA_LAYERS = "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper"
-_LORA_ROOM = {OWN: "LoraConfig LoraLayer LoraModel LoraRuntimeConfig", LAYER: _LORA_LAYERS, "missing": _LORA_EXTRAS}
+_CONVERSION = "convert_to_lora save_as_lora"
+_LORA_ROOM = {
+    OWN: f"LoraConfig LoraLayer LoraModel LoraRuntimeConfig {_CONVERSION}",
+    LAYER: _LORA_LAYERS,
+    "missing": _LORA_EXTRAS,
+}
 _OTHER_QUANTIZED = {
     "aqlm": "AqlmLoraLinear",
     "awq": "AwqLoraLinear",
@@ -155,14 +160,11 @@ MODULES: dict[str, dict[str, str]] = {
         "mappings": f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING {_MAPPINGS}",
         "helpers": "shift_tokens_right",
         "layers": f"{_TUNERS} PeftMixedModel",
-        OWN: _METHOD_NAMES,
-        "missing": (
-            f"PromptLearningConfig find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} "
-            f"{_PREFIX_POSTPROCESSING}"
-        ),
+        OWN: f"PromptLearningConfig {_METHOD_NAMES}",
+        "missing": (f"find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} {_PREFIX_POSTPROCESSING}"),
     },
     "auto": {OWN: _AUTO, "mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"},
-    "config": {OWN: "PeftConfig", "constants": "CONFIG_NAME", "missing": "PeftConfigMixin PromptLearningConfig"},
+    "config": {OWN: "PeftConfig PromptLearningConfig", "constants": "CONFIG_NAME", "missing": "PeftConfigMixin"},
     "functional": {
         OWN: f"{_ADAPTER_FUNCTIONS} get_peft_model_state_dict inject_adapter_in_model set_peft_model_state_dict"
     },
@@ -201,18 +203,19 @@ MODULES: dict[str, dict[str, str]] = {
         "layers": "TunerLayerStatus TunerModelStatus",
     },
     "tuners": {
-        OWN: f"IA3Config LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig {_METHOD_NAMES}",
+        OWN: f"IA3Config LoraConfig LoraModel LoraRuntimeConfig TrainableTokensConfig {_CONVERSION} {_METHOD_NAMES}",
         "layers": _TUNERS,
         "missing": _LORA_EXTRAS,
     },
     "tuners.tuners_utils": {
         OWN: f"{_ADAPTER_FUNCTIONS} PeftConfig",
-        "layers": "BaseTuner BaseTunerLayer",
+        "layers": "BasePromptEncoder BaseTuner BaseTunerLayer",
         "helpers": "_filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_tuner_state_dict_key_prefixes "
-        "_maybe_include_all_linear_layers check_target_module_exists inspect_matched_modules onload_layer",
+        "_maybe_include_all_linear_layers check_adapters_to_merge check_target_module_exists inspect_matched_modules "
+        "onload_layer",
         "constants": "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES UPCAST_DTYPES",
-        "missing": "BasePromptEncoder check_adapters_to_merge clone_module replicate_layers",
+        "missing": "clone_module replicate_layers",
     },
     "tuners.lora": {**_LORA_ROOM, LAYER: f"{_LORA_LAYERS} {' '.join(_OTHER_QUANTIZED.values())}"},
     "tuners.lora.config": {OWN: "LoraConfig LoraRuntimeConfig", "missing": _LORA_EXTRAS},
@@ -224,13 +227,16 @@ MODULES: dict[str, dict[str, str]] = {
         OWN: "LoraConfig LoraLayer LoraModel",
         "constants": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     },
-    "tuners.lora.conversion": {"missing": "convert_to_lora save_as_lora"},
+    "tuners.lora.conversion": {OWN: _CONVERSION},
     "tuners._buffer_dict": {"missing": "BufferDict"},
     "tuners.lora.arrow": {"missing": "ArrowLoraLinearLayer _resolve_adapter_source create_arrow_model"},
-    "tuners.lora.corda": {"missing": "preprocess_corda"},
-    "tuners.lora.eva": {"missing": "get_eva_state_dict initialize_lora_eva_weights"},
+    "tuners.lora.corda": {OWN: "preprocess_corda", "inits": "CordaEigens"},
+    "tuners.lora.eva": {
+        OWN: "get_eva_state_dict initialize_lora_eva_weights",
+        "inits": "forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling",
+    },
     "tuners.lora.intruders": {"missing": "reduce_intruder_dimension"},
-    "tuners.lora.loraga": {"missing": "estimate_gradients preprocess_loraga"},
+    "tuners.lora.loraga": {OWN: "preprocess_loraga", "inits": "estimate_gradients"},
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
     "tuners.lora.te": {"missing": "TeLinear"},
     "tuners.lora.variants": {
@@ -294,7 +300,7 @@ MODULES: dict[str, dict[str, str]] = {
         "missing": "dequantize_bnb_weight gather_params_ctx get_layer_device_map init_empty_weights "
         "map_cache_to_layer_device_map skip_init_on_device",
     },
-    "utils.loftq_utils": {"missing": "loftq_init replace_lora_weights_loftq"},
+    "utils.loftq_utils": {OWN: "replace_lora_weights_loftq", "inits": "loftq_init"},
     "utils.merge_utils": {
         "merging": "dare_linear dare_ties magnitude_prune task_arithmetic ties",
         "missing": "calculate_majority_sign_mask disjoint_merge magnitude_based_pruning prune random_pruning "
@@ -315,7 +321,7 @@ MODULES: dict[str, dict[str, str]] = {
         "missing": "Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend HqqBackend QuantizationBackend "
         "TorchaoBackend get_quantization_kwargs quantization_extra_repr resolve_quantization_backend"
     },
-    "utils.incremental_pca": {"missing": "IncrementalPCA"},
+    "utils.incremental_pca": {"inits": "IncrementalPCA"},
     "utils.save_and_load": {OWN: _STATE_DICTS},
     "utils.transformers_weight_conversion": {
         "conversion": "build_peft_weight_mapping",

@@ -15,8 +15,10 @@ from nbpeft.session.commands import (
     asking,
     combining,
     comparing,
+    converting,
     data,
     inspecting,
+    listing,
     merging,
     planning,
     pushing,
@@ -90,6 +92,7 @@ class Session:
     reset = _command(undoing.reset)
     undo = _command(undoing.undo)
     inspect = _command(inspecting.inspect)
+    methods = _command(listing.methods)
 
     # Which of them are active, and how strongly
     use = _command(switching.use)
@@ -106,6 +109,7 @@ class Session:
 
     # Several adapters
     combine = _command(combining.combine)
+    convert = _command(converting.convert)
     ask = _command(asking.ask)
     compare = _command(comparing.compare)
     try_combination = _command(comparing.try_combination)
@@ -117,6 +121,7 @@ class Session:
     track = _command(training.track)
     result = _command(training.result)
     stop = _command(running.stop)
+    clone = _command(running.clone)
     pause = _command(running.pause)
     go_on = _command(running.go_on)
     control = _command(training.control)

@@ -11,7 +11,7 @@ from nbpeft.errors import AdapterError, did_you_mean
 from nbpeft.session.configs import meaning
 from nbpeft.session.handles import is_live, uncompiled
 from nbpeft.session.snapshot import Snapshots
-from nbpeft.state import MemoryState, ModelState, TrainState
+from nbpeft.state import MemberState, MemoryState, ModelState, TrainState
 
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
@@ -67,6 +67,13 @@ class TrackedModel:
         configs = [self.manager.configs[name] for name in names]
         found = [item for item in self.trained_steps.values() if any(item[0] is config for config in configs)]
         return max(((steps, run) for _, steps, run in found), default=(0, ""))
+
+    def with_clones(self, names: tuple[str, ...], members: Iterable[MemberState]) -> tuple[str, ...]:
+        """The adapters that a training began with, and those that were cloned in it, which start from where they do."""
+        clones = [member.name for member in members if member.name not in names]
+        origin = next((self.origins[name] for name in names if name in self.origins), None)
+        self.origins |= {name: origin for name in clones if origin is not None}
+        return (*names, *clones)
 
     def count_steps(self, names: Iterable[str], run: Run) -> None:
         """Remember that a run trained adapters."""

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from nbpeft.engine.model_tree import manager_of
-from nbpeft.engine.peft_modules import ADAPTER_PARTS
 from nbpeft.engine.registry import methods
 
 
@@ -53,7 +52,8 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def module_path(parameter_name: str) -> str:
     """The module of the base model that a trained parameter belongs to, without wrappers."""
     path = parameter_name.removeprefix("base_model.model.")
-    for mark in (f".{ADAPTER_PARTS}.", ".modules_to_save.", *(f".{method.prefix}" for method in methods())):
+    parts = dict.fromkeys(f".{method.adapter_class.parts_shown_as}." for method in methods())
+    for mark in (*parts, ".modules_to_save.", *(f".{method.prefix}" for method in methods())):
         if mark in path:
             return path.split(mark)[0]
     return path.rpartition(".")[0] or path

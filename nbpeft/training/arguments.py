@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import numbers
@@ -129,7 +130,7 @@ def build_arguments(
     keeps = str(getattr(fields.get("save_strategy", "no"), "value", fields.get("save_strategy", "no"))) != "no"
     if keeps and "output_dir" not in fields and not fields.get("load_best_model_at_end"):
         raise ConfigError(f"save_strategy={fields['save_strategy']!r} writes checkpoints: say where with output_dir=…")
-    _check_values(fields, arguments_class)
+    check_values(fields, arguments_class)
     if fields.get("resume_from_checkpoint") is True and "output_dir" not in fields:
         raise ConfigError(
             "resume_from_checkpoint=True needs output_dir=…, where the checkpoints lie", field="resume_from_checkpoint"
@@ -140,6 +141,23 @@ def build_arguments(
         return arguments_class(**{name: value for name, value in values.items() if name in known})
     except Exception as error:
         raise _impossible(reason_of(error), fields) from error
+
+
+def changed_arguments(arguments: TrainingArguments, fields: Mapping[str, Any]) -> TrainingArguments:
+    """A copy with other values, made while a training runs: a new object would reset what accelerate knows of it.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+    check_values(fields, type(arguments))
+    made = copy.copy(arguments)
+    for name, value in fields.items():
+        kind = type(getattr(arguments, name))
+        try:
+            setattr(made, name, kind(value) if issubclass(kind, Enum) else value)
+        except ValueError as error:
+            raise _impossible(reason_of(error), fields) from error
+    return made
 
 
 def reason_of(error: Exception) -> str:
@@ -201,8 +219,12 @@ def _is_callback(item: Any) -> bool:
     return isinstance(item, TrainerCallback) or (isinstance(item, type) and issubclass(item, TrainerCallback))
 
 
-def _check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:
-    """Raises ConfigError for a value of another kind than its field, and a number that cannot be."""
+def check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArguments]) -> None:
+    """Refuses a value of another kind than its field, and a number that cannot be.
+
+    Raises:
+        ConfigError: there is one.
+    """
     for field in dataclasses.fields(arguments_class):
         if field.name not in fields:
             continue

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CloneRequest:
+    """An adapter of a sweep is to go on as two.
+
+    Attributes:
+        source: the adapter, which goes on as it is.
+        name: of its clone; None for one that follows from what it has of its own.
+        fields: what the clone has of its own, e.g. ``learning_rate``.
+        rate_factor: on the learning rate that it would have otherwise.
+    """
+
+    source: str
+    name: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    rate_factor: float = 1.0
 
 
 class RunControl:
@@ -33,6 +52,7 @@ class RunControl:
         self._waiting = False
         self._save = False
         self._members: set[str] = set()
+        self._clones: list[CloneRequest] = []
 
     @property
     def stop_requested(self) -> bool:
@@ -58,6 +78,11 @@ class RunControl:
     def members_to_stop(self) -> frozenset[str]:
         """The adapters of a sweep that are to learn no more after the step the run is in."""
         return frozenset(self._members)
+
+    @property
+    def members_to_clone(self) -> frozenset[str]:
+        """The adapters of a sweep that are to be cloned after the step the run is in."""
+        return frozenset(request.source for request in list(self._clones))
 
     def on_request(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Calls back after each request, in the thread that made it, until the returned function is called.
@@ -94,6 +119,24 @@ class RunControl:
             self._members.add(member)
             self._changed.notify_all()
         self._report()
+
+    def request_clone_of(self, member: str, name: str | None = None, **fields: Any) -> None:
+        """Asks that an adapter of a sweep goes on as two after the step the run is in, the second with other settings.
+
+        Args:
+            member: the adapter, which goes on as it is.
+            name: of the second one; None for one that follows from what it has of its own.
+            **fields: what it has of its own, e.g. ``learning_rate``; half the learning rate if nothing is said.
+        """
+        with self._changed:
+            self._clones.append(CloneRequest(member, name, fields, 1.0 if fields else 0.5))
+            self._changed.notify_all()
+        self._report()
+
+    def take_clones(self) -> list[CloneRequest]:
+        """Called by the training loop between steps: what was requested, once."""
+        taken, self._clones = self._clones, []
+        return taken
 
     def pause(self) -> None:
         """Asks the run to wait before its next step."""

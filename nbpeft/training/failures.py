@@ -6,6 +6,7 @@ Out of memory: which part grew, what to change and by how much.
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -96,7 +97,7 @@ def oom_error(
     *,
     optimizer: Any,
     step: int,
-    recompute: bool = False,
+    costs: Mapping[str, Any] = {},
 ) -> TrainingError:
     """The error to raise for one that ran out of memory; releases what the failed step held.
 
@@ -107,7 +108,7 @@ def oom_error(
         batch: rows and tokens a row of the batch it failed on, or None.
         optimizer: the optimizer, if there is one.
         step: optimizer steps done.
-        recompute: whether activations and norms were computed again in backward.
+        costs: how the step was computed, as keywords of ``forecast``: ``loss_chunk_size``, ``recompute``, ``adapters``.
 
     Returns:
         A TrainingError of one line; its details hold ``batch_size``, ``parts``, ``suggestions``,
@@ -119,7 +120,7 @@ def oom_error(
     error.__traceback__ = error.__context__ = None
     model.zero_grad(set_to_none=True)
     free_memory()
-    expected = _expected(model, settings, batch, training=stage != "evaluation", recompute=recompute)
+    expected = _expected(model, settings, batch, training=stage != "evaluation", costs=costs)
     size = settings.per_device_eval_batch_size if stage == "evaluation" else settings.per_device_train_batch_size
     where = f"in {stage} after {step} step{'' if step == 1 else 's'}"
     how = f"at batch size {size}" + (f" and {batch[1]} tokens a row" if batch is not None else "")
@@ -174,7 +175,7 @@ def _stage(trace: TracebackType | None) -> str:
 
 
 def _expected(
-    model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool, recompute: bool
+    model: nn.Module, settings: Any, batch: tuple[int, int] | None, *, training: bool, costs: Mapping[str, Any]
 ) -> Forecast | None:
     """What the step needs in whole, by forecast; None where that is not known."""
     base: Any = base_of(model)
@@ -201,7 +202,7 @@ def _expected(
             optimizer=optim,
             training=training,
             device=_limit(base),
-            recompute=recompute,
+            **costs,
         )
     except (NbpeftError, RuntimeError, ValueError, TypeError, AttributeError):
         return None  # a model or an optimizer that cannot be forecast: what was measured has to do

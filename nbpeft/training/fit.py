@@ -29,7 +29,7 @@ from nbpeft.training.adapted import active_names, base_of, is_adapted, trainable
 from nbpeft.training.arguments import build_arguments, check_options, reason_of, split_arguments
 from nbpeft.training.callback import RunCallback
 from nbpeft.training.control import RunControl
-from nbpeft.training.data import Collator, is_plain, is_stream, open_data
+from nbpeft.training.data import is_plain, is_stream, open_data
 from nbpeft.training.early_stop import EarlyStop, check_patience
 from nbpeft.training.failures import explain_failure, free_memory, is_out_of_memory, oom_error, trains_in_half
 from nbpeft.training.generation import PromptBatch
@@ -40,14 +40,14 @@ from nbpeft.training.launch.processes import Launch, launch_of
 from nbpeft.training.learning_check import why_no_gradient
 from nbpeft.training.packing import PackingCheck, pack
 from nbpeft.training.result import TrainResult
-from nbpeft.training.rows import TrainingRows, is_causal, training_rows
+from nbpeft.training.rows import TrainingRows, collator_for, training_rows
 from nbpeft.training.run import Run
 from nbpeft.training.sampling import SampleCallback, sample_batch
 from nbpeft.training.sweep.adapters import side_by_side
 from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.trainer import callbacks_of
 from nbpeft.training.trackers import TrackCallback, check_report_to, tracker_names
-from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss
+from nbpeft.training.trainer import Trainer, adapter_trainer, has_own_loss, step_settings
 
 
 @side_by_side
@@ -152,7 +152,8 @@ def train(
     check_patience(patience, fields, evaluates=rows.evaluation is not None)
     batch = _sample_batch(model, sample, tokenizer, every, data, columns)
     given = _not_none(**options)
-    learned, collator = rows.train, _collator(model, tokenizer)
+    learned = rows.train
+    collator: Any = collator_for(model, tokenizer)
     if packing:
         learned, collator = pack(model, learned, collator, max_length=max_length, tokenizer=tokenizer, given=given)
     options = {"data_collator": collator, "processing_class": tokenizer} | given
@@ -311,15 +312,6 @@ def _has_an_end(rows: Any, fields: Mapping[str, Any]) -> None:
             "The rows are a stream, whose end is not known: say how many steps to train, e.g. max_steps=200",
             field="max_steps",
         )
-
-
-def _collator(model: nn.Module, tokenizer: Any) -> Any:
-    config = getattr(base_of(model), "config", None)
-    candidates = [
-        getattr(owner, name, None) for owner in (tokenizer, config) for name in ("pad_token_id", "eos_token_id")
-    ]
-    pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
-    return Collator(pad_token_id=pad, copy_labels=is_causal(model))
 
 
 def _around(
@@ -496,7 +488,7 @@ def _train(trainer: Any, model: nn.Module, callback: RunCallback, settings: Trai
             callback.batch_shape,
             optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
             step=callback.run.state.step,
-            recompute=getattr(trainer, "recompute", False),
+            costs=step_settings(trainer),
         )
     raise failure  # out here it does not hold the frames of the old one
 

@@ -278,7 +278,6 @@ class RunKeeper(TrainerCallback):
         given_settings = {name: value for name, value in plain.items() if name != "members"} | self._swept_settings()
         fields = {name: getattr(args, name) for name in _SHOWN_FIELDS if hasattr(args, name)}
         return {
-            "adapter": self._run.adapter,
             "model": self._place.model,
             "started": time.time(),
             "settings": self._adapter_settings() | fields | given_settings | self._own_settings(),
@@ -379,6 +378,7 @@ def _summary(state: TrainState) -> dict[str, Any]:
     best = min(state.eval_history, key=lambda point: point[1], default=(None, None))
     status = state.status if state.status in ("finished", "stopped", "failed") else "running"
     return {
+        "adapter": state.adapter,
         "status": status,
         "step": state.step,
         "total_steps": state.total_steps,

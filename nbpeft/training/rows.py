@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nbpeft.display.numbers import count, plural
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.errors import ConfigError, with_article
 from nbpeft.training.adapted import base_of
-from nbpeft.training.data import StreamedRows, TokenizedRows, check_rows, hold_out, is_amount, prepare_data
+from nbpeft.training.data import (
+    Collator,
+    StreamedRows,
+    TokenizedRows,
+    check_rows,
+    hold_out,
+    is_amount,
+    open_data,
+    prepare_data,
+)
 from nbpeft.training.data.checks import check_row
 
 
@@ -70,6 +80,39 @@ def training_rows(
     held = f"{plural(len(evaluation), 'row')}{known} held out to evaluate on"
     notes = _notes(rows)
     return TrainingRows(train, evaluation, (*notes, held), bool(notes))
+
+
+def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
+    """What makes batches of rows, padded with the token that the tokenizer or the model's config names."""
+    config = getattr(base_of(model), "config", None)
+    candidates = [
+        getattr(owner, name, None) for owner in (tokenizer, config) for name in ("pad_token_id", "eos_token_id")
+    ]
+    pad = next((int(token) for token in candidates if isinstance(token, int)), 0)
+    return Collator(pad_token_id=pad, copy_labels=is_causal(model))
+
+
+def first_batches(
+    model: nn.Module, data: Any, *, rows: int, batch_size: int = 8, tokenizer: Any = None, columns: Any = None
+) -> list[dict[str, Tensor]]:
+    """The first rows of data as a training would give them to the model, without labels.
+
+    Args:
+        model: adapted or bare.
+        data: see :func:`prepare_data`.
+        rows: how many, at most.
+        batch_size: rows of a batch.
+        tokenizer: see :func:`prepare_data`.
+        columns: see :func:`prepare_data`.
+
+    Raises:
+        ConfigError: an argument is impossible.
+        TrainingError: the data cannot be read, or does not fit the model.
+    """
+    prepared = training_rows(model, open_data(data), tokenizer=tokenizer, columns=columns).train
+    chosen, collate = list(itertools.islice(iter(prepared), rows)), collator_for(model, tokenizer)
+    batches = [collate(chosen[first : first + batch_size]) for first in range(0, len(chosen), batch_size)]
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

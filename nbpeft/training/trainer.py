@@ -152,6 +152,21 @@ def has_own_loss(trainer_class: type[Any]) -> bool:
     return getattr(trainer_class, "compute_loss", None) not in usual
 
 
+def step_settings(trainer: Any) -> dict[str, Any]:
+    """How a Trainer computes a step, as keywords of ``nbpeft.forecast``.
+
+    Args:
+        trainer: A Trainer or its class; one of another library keeps logits as a whole, and activations.
+    """
+    kind = trainer if isinstance(trainer, type) else type(trainer)
+    if not issubclass(kind, Trainer):
+        found: dict[str, Any] = {"loss_chunk_size": 0, "recompute": False}
+    else:
+        found = {name: getattr(trainer, name) for name in ("loss_chunk_size", "recompute") if hasattr(trainer, name)}
+    group = getattr(trainer, "group", None)  # of adapters that learn side by side
+    return found if group is None else {**found, "adapters": max(len(group.training), 1)}
+
+
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
     """The given Trainer class, which knows adapters from here on; for Trainers of other libraries.
 

@@ -45,6 +45,12 @@ class Delivery:
         self._comm_ids = tuple(listeners)
         tap.listeners.update(listeners)
 
+    def add(self, listeners: Mapping[str, Listener]) -> None:
+        """Clicks of further widgets reach theirs, too."""
+        if self._tap is not None:
+            self._comm_ids += tuple(listeners)
+            self._tap.listeners.update(listeners)
+
     def poll(self) -> None:
         """Looks at messages that wait; the running loop calls it often. Cheap."""
         if self._tap is not None:

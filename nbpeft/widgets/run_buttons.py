@@ -31,7 +31,7 @@ class RunButtons:
 
     Args:
         control: Where Stop and Pause are asked for.
-        members: Adapters of a sweep, each of which gets a Stop of its own.
+        members: Adapters of a sweep, each of which gets a Stop and a Clone of its own.
     """
 
     def __init__(self, control: RunControl, members: Iterable[str] = ()) -> None:
@@ -41,38 +41,56 @@ class RunButtons:
         self._lock = threading.Lock()
         self._seen = self._handled = 0
         self._ended = False
-        self._shown: tuple[object, ...] = (False,) * 4 + (frozenset(),)
+        self._shown: tuple[object, ...] = (False,) * 4 + (frozenset(),) * 2
 
-        def button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:
-            layout = ipywidgets.Layout(width="auto", display=display)
-            return ipywidgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
-
-        self.pause = button("Pause", "pause", "Wait after this step")
-        self.resume = button("Resume", "play", "Go on", "none")
-        self.stop = button("Stop", "stop", "End the run after this step and keep what was learned")
-        self.save = button("Save now", "save", "Save the adapter after this step and go on")
-        self.members = {
-            name: button(f"Stop {name}", "stop", f"Let {name} learn no more, and the others go on") for name in members
-        }
+        self.pause = _button("Pause", "pause", "Wait after this step")
+        self.resume = _button("Resume", "play", "Go on", "none")
+        self.stop = _button("Stop", "stop", "End the run after this step and keep what was learned")
+        self.save = _button("Save now", "save", "Save the adapter after this step and go on")
+        self.members: dict[str, Any] = {}
+        self.clones: dict[str, Any] = {}
         layout = ipywidgets.Layout(flex_flow="row wrap", overflow="visible")
         style = ipywidgets.HTML(f"<style>{RUN_BUTTONS_CSS}</style>", layout=ipywidgets.Layout(display="none"))
-        buttons = [self.pause, self.resume, self.stop, self.save, *self.members.values()]
-        self.box = ipywidgets.HBox([style, *buttons], layout=layout)
+        self.box = ipywidgets.HBox([style, self.pause, self.resume, self.stop, self.save], layout=layout)
         self.box.add_class("nbpeft-run")
-        self._requests: dict[Any, Callable[[], None]] = {
-            self.pause: control.pause,
-            self.resume: control.resume,
-            self.stop: control.request_stop,
-            self.save: control.request_save,
-        }
-        for name, member in self.members.items():
-            self._requests[member] = functools.partial(control.request_stop_of, name)
-        for clicked, request in self._requests.items():
-            clicked.on_click(weakly(self._clicked, request))
+        self._requests: dict[Any, Callable[[], None]] = {}
+        self._delivery: Delivery | None = None
+        self._take(
+            {
+                self.pause: control.pause,
+                self.resume: control.resume,
+                self.stop: control.request_stop,
+                self.save: control.request_save,
+            }
+        )
+        self._add(members)
         self._delivery = self._listen()
         self._previous_poll = control.deliver_clicks
         control.deliver_clicks = self._poll
         self._display: Any = None
+
+    def _take(self, requests: dict[Any, Callable[[], None]]) -> None:
+        """Lets clicks on buttons be requests."""
+        self._requests |= requests
+        for clicked, request in requests.items():
+            clicked.on_click(weakly(self._clicked, request))
+        if self._delivery is not None and (listeners := self._listeners(requests)) is not None:
+            self._delivery.add(listeners)
+
+    def _add(self, members: Iterable[str]) -> None:
+        """Makes buttons for adapters of a sweep that have none: one may have been cloned meanwhile."""
+        requests: dict[Any, Callable[[], None]] = {}
+        for name in members:
+            if name in self.members:
+                continue
+            stop = _button(f"Stop {name}", "stop", f"Let {name} learn no more, and the others go on")
+            clone = _button(f"Clone {name}", "clone", f"Let a copy of {name} learn on too, at half the learning rate")
+            self.members[name], self.clones[name] = stop, clone
+            requests[stop] = functools.partial(self._control.request_stop_of, name)
+            requests[clone] = functools.partial(self._control.request_clone_of, name)
+        if requests:
+            self._take(requests)
+            self.box.children = (*self.box.children, *requests)
 
     def show(self) -> None:
         """Displays the buttons in the running cell."""
@@ -81,11 +99,17 @@ class RunButtons:
         bundle = {WIDGET_VIEW: view_of(self.box), "text/plain": "Pause, Stop, Save now"}
         self._display = display(bundle, raw=True, display_id=True)
 
-    def sync(self) -> None:
-        """Lets the buttons say what was asked for. May be called in any thread."""
+    def sync(self, members: Iterable[str] = ()) -> None:
+        """Lets the buttons say what was asked for. May be called in any thread.
+
+        Args:
+            members: adapters of a sweep, among them those that are new.
+        """
         control = self._control
+        if not self._ended:
+            self._add(members)
         flags = (control.paused, control.waiting, control.stop_requested, control.save_requested)
-        wanted = (*flags, control.members_to_stop)
+        wanted = (*flags, control.members_to_stop, control.members_to_clone)
         with self._lock:
             if self._ended or wanted == self._shown:
                 return
@@ -101,6 +125,7 @@ class RunButtons:
         self.stop.disabled, self.save.disabled = stopping, saving
         for name, member in self.members.items():
             member.disabled = stopping or name in control.members_to_stop
+            self.clones[name].disabled = member.disabled or name in control.members_to_clone
 
     @property
     def needs_peeking(self) -> bool:
@@ -131,13 +156,15 @@ class RunButtons:
             self._free()
 
     def _listen(self) -> Delivery | None:
-        listeners: dict[str, Any] = {}
-        for button, request in self._requests.items():
-            comm_id = getattr(button.comm, "comm_id", None)
-            if comm_id is None:
-                return None
-            listeners[comm_id] = functools.partial(self._peeked, request)
-        return deliver_clicks(listeners)
+        listeners = self._listeners(self._requests)
+        return None if listeners is None else deliver_clicks(listeners)
+
+    def _listeners(self, requests: dict[Any, Callable[[], None]]) -> dict[str, Any] | None:
+        """What to call for a click, by comm id; None where widgets have none."""
+        found = {getattr(button.comm, "comm_id", None): request for button, request in requests.items()}
+        if None in found:
+            return None
+        return {str(comm_id): functools.partial(self._peeked, request) for comm_id, request in found.items()}
 
     def _peeked(self, request: Callable[[], None]) -> None:
         with self._lock:
@@ -167,6 +194,13 @@ class RunButtons:
     def _free(self) -> None:
         _waiting.discard(self)
         close_tree(self.box)
+
+
+def _button(description: str, icon: str, tooltip: str, display: str | None = None) -> Any:
+    import ipywidgets
+
+    layout = ipywidgets.Layout(width="auto", display=display)
+    return ipywidgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
 
 
 _waiting: set[RunButtons] = set()

@@ -118,7 +118,7 @@ class RunView:
             self._wait = max(_INTERVAL, _SHARE * (time.perf_counter() - began))
             self._drawn, self._drawn_at = train, now
             if self._buttons is not None:
-                self._buttons.sync()
+                self._buttons.sync(member.name for member in train.members)
             if ended:
                 self._end(train)
 

@@ -1,4 +1,4 @@
-"""A training as a whole: peft under transformers' Trainer, and ``nbpeft.train``, on the same rows.
+"""A training as a whole: peft under transformers' Trainer or TRL's, and ``nbpeft.train``, on the same rows.
 
 Each side runs in a fresh process. Peaks are exact: what is there before a step, and the most that torch allocated in
 it beside that. Times are of the processor, so that a busy machine does not count.
@@ -13,11 +13,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from tests.benchmarks.harness import OURS, Measure, Row, Size
+from tests.benchmarks.harness import OURS, PEFT, Measure, Row, Size
+
+TRL = "peft under TRL's SFTTrainer"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ CASES = {
     "long": Rows("2 rows of 512, loss on all", (512, 512), 2, 1.0, False, (0.40, 0.95)),
     "checkpointed": Rows("2 rows of 512, loss on half, checkpointing", (512, 512), 2, 0.5, True, (0.30, 0.90)),
 }
+BASES = {
+    "shape": "SmolLM2's shape with 8 layers",
+    "nf4": "the same in nf4",
+    "smollm2": "SmolLM2-135M itself",
+}
 VOCABULARY = 49152
 LAYERS = 8
 
@@ -62,15 +69,15 @@ def token_rows(case: Rows, vocabulary: int, shrink: int) -> list[dict[str, list[
     return rows
 
 
-def train(library: str, case: Rows, *, hidden: int, layers: int, vocabulary: int, steps: int, shrink: int) -> Any:
-    """Trains and returns (peak bytes, median seconds of a step)."""
+def base_of(kind: str, *, hidden: int, layers: int, vocabulary: int) -> Any:
+    """The model to adapt: one of ``BASES``."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-    from nbpeft.training import Collator
-    from tests.benchmarks.harness import library as imported
-    from tests.benchmarks.step_costs import StepCosts
+    if kind == "smollm2":
+        from tests.smollm2 import source
 
+        return AutoModelForCausalLM.from_pretrained(source().parent, gguf_file=source().name, dtype=torch.float32)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -81,8 +88,24 @@ def train(library: str, case: Rows, *, hidden: int, layers: int, vocabulary: int
         vocab_size=vocabulary,
         tie_word_embeddings=True,
     )
-    base = LlamaForCausalLM(config)
-    source = imported(library)
+    base: Any = LlamaForCausalLM(config)
+    if kind != "nf4":
+        return base
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        stored: Any = BitsAndBytesConfig(load_in_4bit=True, **how)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=stored, dtype=torch.float32)
+
+
+def train(library: str, case: Rows, kind: str, *, vocabulary: int, steps: int, shrink: int, **sizes: int) -> Any:
+    """Trains and returns (peak bytes, median seconds of a step)."""
+    from nbpeft.training import Collator
+    from tests.benchmarks.harness import library as imported
+    from tests.benchmarks.step_costs import StepCosts
+
+    base = base_of(kind, vocabulary=vocabulary, **sizes)
+    source = imported(OURS if library == OURS else PEFT)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = source.get_peft_model(base, source.LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
     costs = StepCosts()
@@ -98,49 +121,80 @@ def train(library: str, case: Rows, *, hidden: int, layers: int, vocabulary: int
         if library == OURS:
             source.train(model, rows, callbacks=[costs], data_collator=Collator(copy_labels=True), **settings)
         else:
-            _train_with_trainer(model, rows, costs, Collator(copy_labels=True), settings)
+            _train_with_trainer(library, model, rows, costs, settings)
     return costs.peak, statistics.median(costs.seconds[1:-1] or costs.seconds)
 
 
-def _train_with_trainer(model: Any, rows: Any, costs: Any, collator: Any, settings: dict[str, Any]) -> None:
+def _train_with_trainer(library: str, model: Any, rows: Any, costs: Any, settings: dict[str, Any]) -> None:
     import transformers
 
-    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False}
-    arguments = transformers.TrainingArguments(learning_rate=2e-4, logging_steps=1, **quiet, **settings)
-    trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[costs]
-    )
+    from nbpeft.training import Collator
+
+    settings |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False}
+    settings |= {"learning_rate": 2e-4, "logging_steps": 1}
+    trainer: Any
+    if library == TRL:
+        import trl
+        from datasets import Dataset
+
+        from tests.training.trl_run import tiny_tokenizer
+
+        arguments = trl.SFTConfig(bf16=False, **settings)
+        own = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer()}
+        trainer = trl.SFTTrainer(model=model, args=arguments, callbacks=[costs], **own)
+    else:
+        own = {"train_dataset": rows, "data_collator": Collator(copy_labels=True)}
+        trainer = transformers.Trainer(
+            model=model, args=transformers.TrainingArguments(**settings), callbacks=[costs], **own
+        )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
 
 @functools.cache
-def measured(library: str, case: str, size: Size) -> tuple[float, float]:
+def measured(library: str, case: str, kind: str, size: Size) -> tuple[float, float]:
     """(peak bytes, seconds of a step); at toy size in this process, else in one of its own."""
     if not size.repeats:
         sizes = {"hidden": size.hidden, "layers": 2, "vocabulary": 64, "steps": 2, "shrink": 8}
-        peak, seconds = train(library, CASES[case], **sizes)
+        peak, seconds = train(library, CASES[case], "shape" if kind == "smollm2" else kind, **sizes)
         return peak, seconds
     sizes = {"hidden": size.hidden, "layers": LAYERS, "vocabulary": VOCABULARY, "shrink": 1}
     sizes["steps"] = max(3, 2 + round(3 * size.repeats))
     code = (
         "import json; from tests.benchmarks.rows_training import CASES, train; "
-        f"print(json.dumps(train({library!r}, CASES[{case!r}], **{sizes!r})))"
+        f"print(json.dumps(train({library!r}, CASES[{case!r}], {kind!r}, **{sizes!r})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak, seconds = json.loads(done.stdout.splitlines()[-1])
     return peak, seconds
 
 
-def cost(case: str, which: int) -> Callable[[str, Size], Measure]:
+def cost(case: str, kind: str, which: int) -> Callable[[str, Size], Measure]:
     """The peak (0) or the time of a step (1)."""
-    return lambda name, size: lambda: measured(name, case, size)[which]
+    return lambda name, size: lambda: measured(name, case, kind, size)[which]
 
 
+def rows_of(
+    case: str, kind: str = "shape", rival: str = PEFT, targets: tuple[float, float] | None = None
+) -> Iterator[Row]:
+    """The rows for peak and time of a step."""
+    most = targets or CASES[case].targets
+    name = "-".join(["training", *({"shape": []}.get(kind, [kind])), *(["trl"] if rival == TRL else []), case])
+    where = f", {BASES[kind]}" if kind != "shape" else ""
+    beside = ", beside TRL" if rival == TRL else ""
+    for which, (ending, words, unit) in enumerate(_COSTS):
+        title = f"{words}, {CASES[case].title}{where}{beside}"
+        measure = cost(case, kind, which)
+        yield Row(f"{name}-{ending}", title, unit, most[which], measure, rival=rival, repeats=1)
+
+
+_COSTS: tuple[tuple[str, str, Literal["seconds", "bytes"]], ...] = (
+    ("peak", "peak of a training step", "bytes"),
+    ("time", "a training step (processor time)", "seconds"),
+)
 ROWS = [
-    Row(f"training-{name}-{kind}", f"{words}, {case.title}", unit, case.targets[which], cost(name, which), repeats=1)
-    for name, case in CASES.items()
-    for which, (kind, words, unit) in enumerate(
-        [("peak", "peak of a training step", "bytes"), ("time", "a training step (processor time)", "seconds")]
-    )
+    *(row for case in CASES for row in rows_of(case)),
+    *(row for case in ("short", "long") for row in rows_of(case, "smollm2")),
+    *(row for case in ("short", "long") for row in rows_of(case, "nf4")),
+    *(row for case in ("short", "long") for row in rows_of(case, rival=TRL, targets=(1.0, 1.0))),
 ]

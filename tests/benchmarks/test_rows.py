@@ -12,11 +12,12 @@ from tests.benchmarks.harness import FULL, OURS, PEFT, TOY, Measure, Result, Row
 
 ROWS = rows()
 SLOW = {"load_ext", "import", "first-use", "sweep-peak", "sweep-short-peak", "sweep-time", "sweep-short-time"}
-"""Rows that start interpreters or train several times."""
+"""Rows that start interpreters or train several times; those that import another library's Trainer are slow, too."""
 
 
 def named(row: Row) -> object:
-    marks = [pytest.mark.slow] if row.name in SLOW else []
+    slow = row.name in SLOW or row.name.startswith(("training-nf4", "training-trl"))
+    marks = [pytest.mark.slow] if slow else []
     return pytest.param(row, id=row.name, marks=marks)
 
 

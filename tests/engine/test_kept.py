@@ -20,6 +20,7 @@ SAMPLES = [
     pytest.param(method, fields, id=f"{method.label}-{name}")
     for method in methods()
     for name, fields in method.sample_configs.items()
+    if not method.transforms_calls  # whose tests are test_prompts
 ]
 NAMES = ("a", "b", "dora", "whole", "rows")
 

@@ -124,6 +124,30 @@ def test_replacing_an_adapter_by_one_of_another_kind(first: dict[str, Any], seco
     assert same_state(state(models[0]), state(llama()))
 
 
+def trains(manager: AdapterManager, name: str) -> bool:
+    return all(parameter.requires_grad for parameter in manager.parameters(name))
+
+
+def test_adapters_that_are_off_train_only_in_blocks_that_use_them() -> None:
+    manager = adapted("a", "b")
+    manager.disable()
+    assert not any(parameter.requires_grad for parameter in manager.model.parameters())
+    manager.activate("b")
+    assert not trains(manager, "b")
+    with manager.use("a"):
+        assert trains(manager, "a")
+        manager.disable()
+        assert not trains(manager, "a")
+    assert not trains(manager, "a")
+    manager.freeze("b")
+    manager.enable()
+    assert not trains(manager, "b") and not trains(manager, "a"), "what was frozen stays so"
+    manager.unfreeze("b")
+    manager.disable()
+    manager.merge()
+    assert trains(manager, "b"), "merging turns them on"
+
+
 def test_a_module_with_adapters_inside_is_not_trained_as_a_whole() -> None:
     """Its copy would hold the adapters, and its file their tensors."""
     model = llama()

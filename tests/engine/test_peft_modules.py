@@ -464,3 +464,14 @@ def test_hooks_may_change_the_dtype_of_a_factor_for_a_call() -> None:
     factor.register_forward_pre_hook(lambda module, _: module.to(torch.float64) and None)
     factor.register_forward_hook(lambda module, _, out: module.to(torch.float32) and out)
     torch.testing.assert_close(ours(IDS), expected)
+
+
+def test_parameters_stay_the_adapters_where_deepspeed_takes_modules_over() -> None:
+    """ZeRO-3 gives every module that it finds a dictionary of its own, notes in it, and asks those with hooks."""
+    layer = pair("linear")[0].base_model.model.first
+    shown, adapter = layer.lora_A["default"], layer.adapter("default")
+    live = shown._parameters
+    shown._parameters = dict(live)
+    live._in_forward = True
+    assert shown._parameters is live and shown.weight is adapter.lora_A
+    assert adapter.ds_external_parameters() == ()

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Trainer
 
 from nbpeft.memory import forecast
 from nbpeft.session.results.planning import PlanResult
@@ -57,6 +57,13 @@ def test_it_is_the_forecast_of_the_python_form(bare: Notebook, folder: str) -> N
     assert plan.peak_bytes == found.peak_bytes and plan.parts == found.parts
     assert plan.fits and plan.room.total == 24 * 2**30
     assert plan.verdict.endswith("left") and not plan.exceeding
+
+
+def test_a_plan_for_a_trainer_of_another_library_or_other_chunks(adapted: Notebook) -> None:
+    adapted["Other"] = Trainer
+    by_class = adapted.do("%lora plan model --seq 64 --trainer Other")
+    by_fields = adapted.do("%lora plan model --seq 64 loss_chunk_size=0 recompute=False")
+    assert by_class.parts == by_fields.parts != adapted.do("%lora plan model --seq 64").parts
 
 
 def test_a_variable_is_planned_with_its_adapter_on_this_machine(adapted: Notebook) -> None:

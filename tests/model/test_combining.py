@@ -172,6 +172,24 @@ def test_11_a_combination_with_rank_patterns_loads_again(kind: str, tmp_path: Pa
     torch.testing.assert_close(logits(restored), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["linear", "svd", "cat", "exact"])
+@pytest.mark.parametrize("fields", ["use_dora", "lora_bias", "use_rslora use_dora", "use_rslora lora_bias"])
+def test_22_one_adapter_at_full_weight_stays_itself(fields: str, kind: str, tmp_path: Path) -> None:
+    """PEFT scales rsLoRA's result again and loses DoRA's magnitudes and the biases (peft #3761, #3737)."""
+    pattern: dict[str, Any] = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    model = adapted(name="one", **dict.fromkeys(fields.split(), True), **pattern)
+    for name, parameter in model.named_parameters():
+        if name.endswith("magnitude_vector"):
+            parameter.data.mul_(1.2)
+    expected = weighted(model, {"one": 1.0})
+    model.add_weighted_adapter(["one"], [1.0], "same", combination_type=kind)
+    model.set_adapter("same")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path, selected_adapters=["same"])
+    restored = PeftModel.from_pretrained(llama(), tmp_path / "same")
+    torch.testing.assert_close(logits(restored), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["a", "lora", "q_proj"])
 def test_5_combining_under_any_name_leaves_the_others_alone(name: str) -> None:
     """PEFT freezes every parameter whose name contains the new adapter's."""

@@ -85,10 +85,9 @@ def test_disabled_adapters_are_told() -> None:
 
 
 def test_rows_of_an_embedding_are_a_layer() -> None:
-    config = LoraConfig(target_modules=["lin0"], trainable_token_indices={"emb": [1, 2]})
-    status = {record.name: record for record in get_peft_model(Mixed(), config).get_layer_status()}
-    assert status["model.emb"].module_type == "TrainableTokensLayer"
-    assert status["model.emb"].requires_grad == {"default": True}
+    ours, theirs = both({"target_modules": ["lin0"], "trainable_token_indices": {"emb": [1, 2]}})
+    assert ours.get_layer_status()[0].name == "model.emb.token_adapter"
+    assert fields(ours.get_layer_status()) == fields(theirs.get_layer_status())
 
 
 def test_quantized_layers_tell_how_they_are_stored() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nbpeft
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, MergeError, TargetError
 from nbpeft.model import (
     AdapterPool,
@@ -205,6 +206,28 @@ def test_what_cannot_be_trained_changes_nothing(changes: dict[str, Any], error: 
     with pytest.raises(ConfigError, match="share one weight: trainable_token_indices must name the same tokens"):
         different = {"embed_tokens": [1], "lm_head": [2]}
         get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**settings(trainable_token_indices=different)))
+
+
+def test_a_tied_head_shows_the_rows_of_the_embedding_as_in_peft() -> None:
+    for library in (nbpeft, peft):
+        settings_of = library.LoraConfig(**settings(ensure_weight_tying=True))
+        model: Any = library.get_peft_model(llama(tie_word_embeddings=True), settings_of)
+        base = model.get_base_model()
+        table, head = base.model.embed_tokens.token_adapter, base.lm_head.token_adapter
+        assert head.trainable_tokens_delta is table.trainable_tokens_delta and head.token_indices["default"] == IDS
+        assert not any("lm_head" in name and "delta" in name for name, _ in model.named_parameters())
+        apart = library.get_peft_model(llama(), library.LoraConfig(**settings()))
+        assert not hasattr(apart.get_base_model().lm_head, "token_adapter")
+
+
+def test_rows_alone_are_ensured_to_stay_tied() -> None:
+    with pytest.warns(UserWarning, match="ensure_weight_tying=True but the model does not have tied weights"):
+        get_peft_model(llama(), LoraConfig(**settings(ensure_weight_tying=True)))
+    message = "ties trained rows of tokens, not other adapters: .* share one weight; take lm_head out of the targets"
+    for changes in ({"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}):
+        fields = settings(ensure_weight_tying=True, trainable_token_indices=None, **changes)
+        with pytest.raises(ConfigError, match=message):
+            get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**fields))
 
 
 def test_rows_alone_need_no_target() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,3 +249,15 @@ def test_packages_are_found_where_peft_finds_them() -> None:
             assert (one if isinstance(one, bool) else one()) == bool(other if isinstance(other, bool) else other()), (
                 name
             )
+
+
+def test_adapters_to_merge_are_those_that_are_not_merged() -> None:
+    layer = SimpleNamespace(active_adapters=["a", "b"], merged=True, merged_adapters=["a"])
+    for check in both("tuners.tuners_utils", "check_adapters_to_merge"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of those that are added, too
+            assert check(layer) == ["b"]
+        with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+            assert check(layer, ["a"]) == []
+        with pytest.raises((TypeError, nbpeft.ConfigError), match="adapter_names should be a list of strings, got 'a'"):
+            check(layer, "a")

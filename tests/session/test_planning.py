@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.memory import forecast
 from nbpeft.memory.suggest import Suggestion
 from nbpeft.session import Session
 from nbpeft.session.commands.planning import _room
+from nbpeft.session.configs import build_config
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
 from nbpeft.state import MemoryPart
+from nbpeft.training import Trainer
 from tests.pretend_cpu import pretend_cpu
 
 CONFIG = LlamaConfig(
@@ -125,6 +129,17 @@ def test_plans_of_a_session(tmp_path: Any) -> None:
     assert session.plan_memory(str(tmp_path), FIELDS, **sizes).parts == bare.parts
     with pytest.raises(ConfigError, match="batch_size is 0"):
         session.plan_memory(model, FIELDS, batch_size=0)
+
+
+def test_a_plan_counts_what_the_trainer_computes() -> None:
+    session, model = Session(), LlamaForCausalLM(CONFIG)
+    sizes: dict[str, Any] = {"sequence_length": 64, "batch_size": 8}
+    usual = session.plan_memory(model, FIELDS, suggest=False, **sizes)
+    assert session.plan_memory(model, FIELDS, suggest=False, trainer_class=Trainer, **sizes).parts == usual.parts
+    other = session.plan_memory(model, FIELDS, suggest=False, trainer_class=transformers.Trainer, **sizes)
+    whole = forecast(model, build_config(FIELDS), loss_chunk_size=0, recompute=False, **sizes)
+    assert other.parts == whole.parts and other.peak_bytes > usual.peak_bytes
+    assert "logits are counted as a whole" in str(other.notes) and "logits" not in str(usual.notes)
 
 
 def test_a_model_is_planned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

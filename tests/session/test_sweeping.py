@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.session import Session
 from nbpeft.sweeps import sweep
 from tests.tiny_models import adapted
+from tests.training.support import weights
 
 ROWS = [{"input_ids": [1 + (step + start) % 7 for step in range(6)]} for start in range(8)]
 CONFIG: dict[str, Any] = {"target_modules": ["q_proj"]}
@@ -47,6 +50,81 @@ def test_one_of_a_sweep_is_stopped(background: bool) -> None:
     assert [(member.status, member.step) for member in result.state.members] == [("stopped", 2), ("finished", 4)]
     assert session.result("model").best in ("sql-lr1e-2", "sql-lr5e-2")
     assert model.active_adapters == [session.result("model").best]
+
+
+class AskForAClone(TrainerCallback):
+    """Asks the session to clone one adapter, in the middle of the training."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.said: list[str] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            clone = self.session.clone
+            with pytest.raises(AdapterError, match="'x' does not learn beside others now; sql-lr1e-2, sql-lr5e-2 do"):
+                clone("x", learning_rate=0.1)
+            with pytest.raises(ConfigError, match="a clone has other settings: say which, e"):
+                clone("sql-lr1e-2")
+            with pytest.raises(ConfigError, match="num_train_epochs cannot be a sweep"):
+                clone("sql-lr1e-2", num_train_epochs=3)
+            with pytest.raises(ConfigError, match="learning_rate must be a number, not 'fast'"):
+                clone("sql-lr1e-2", learning_rate="fast")
+            with pytest.raises(AdapterExistsError, match="'sql' is there already"):
+                clone("sql-lr1e-2", "sql", learning_rate=0.1)
+            self.said.append(str(clone("sql-lr1e-2", "slow", learning_rate=0.001)))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_one_of_a_sweep_goes_on_as_two(background: bool) -> None:
+    session, model = Session(), adapted(name="sql")
+    session.watch(model, name="model")
+    ask = AskForAClone(session)
+    given: dict[str, Any] = {"learning_rate": sweep(0.01, 0.05), "max_steps": 4, "keep": False, "callbacks": [ask]}
+    result = session.train(model, ROWS, background=background, **given)
+    result = result.wait(60) if background else result
+    assert ask.said == ["training sql-lr1e-2 is cloned after this step as slow (step 1 of 4)"]
+    clone = result.state.members[-1]
+    assert (clone.name, clone.status, len(clone.history), clone.settings["learning_rate"]) == (
+        "slow",
+        "finished",
+        2,
+        "1.0e-3",
+    )
+    tracked = session.context.models.get("model")
+    assert tracked.steps_of(["slow"])[0] == 4 and tracked.origins["slow"] == "sql"
+    assert result.adapter == "sql-lr1e-2, sql-lr5e-2, slow"
+
+
+class StopAt(TrainerCallback):
+    """Asks the session to stop after a step."""
+
+    def __init__(self, session: Session, step: int) -> None:
+        self.session, self.step = session, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.session.control("model").request_stop()
+
+
+@pytest.mark.parametrize("stop", [1, 3], ids=["before its clone", "with its clone"])
+def test_a_run_goes_on_with_its_clones(tmp_path: Path, stop: int) -> None:
+    found = []
+    for step in (0, stop):
+        session, model = Session(), adapted(name="sql")
+        session.context.runs_dir = str(tmp_path / f"{step}")
+        session.watch(model, name="model")
+        given: dict[str, Any] = {"callbacks": [AskForAClone(session), StopAt(session, step)]}
+        result = session.train(model, ROWS, learning_rate=sweep(0.01, 0.05), max_steps=4, **given)
+        if step:
+            assert result.steps == step
+            for member in result.state.members:
+                session.delete(member.name, model="model")
+            result = session.resume(model="model", data=ROWS, callbacks=[AskForAClone(session)]).training
+        assert [member.name for member in result.state.members] == ["sql-lr1e-2", "sql-lr5e-2", "slow"]
+        found.append([weights(model, member.name) for member in result.state.members])
+    for broken, expected in zip(found[1], found[0], strict=True):
+        assert all(torch.equal(broken[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_failed_sweep_of_configs_leaves_a_bare_model_bare() -> None:

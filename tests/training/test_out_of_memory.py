@@ -13,6 +13,7 @@ from nbpeft.errors import TrainingError
 from nbpeft.memory import forecast
 from nbpeft.model.quantize import quantize_model
 from nbpeft.state import TrainState
+from nbpeft.sweeps import sweep
 from nbpeft.training import track, train
 from nbpeft.training.failures import free_memory
 from tests.model.allocations import Allocations
@@ -89,6 +90,24 @@ def test_what_is_promised_is_true(model: Any) -> None:
             train(model, rows(), **{"per_device_train_batch_size": 16, **QUICK, **changes})
         peaks[name] = counted.peak
     assert peaks["now"] - peaks["half"] == pytest.approx(promised["batch_size 16 -> 8"], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ({"loss_chunk_size": 64, "recompute": False}, {"loss_chunk_size": 64, "recompute": False}),
+        ({"trainer_class": transformers.Trainer}, {"loss_chunk_size": 0, "recompute": False}),
+        ({"learning_rate": sweep(0.1, 0.2)}, {"adapters": 2}),
+    ],
+    ids=["chunks", "of another library", "sweep"],
+)
+def test_the_report_counts_what_the_run_computes(model: Any, given: dict[str, Any], own: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"batch_size": 16, "sequence_length": LENGTH, "dtype": "float32"}
+    told = forecast(model, model.peft_config["default"], **sizes, **own)
+    with Allocations(needed(model, 16) // 4), pytest.raises(TrainingError) as caught:
+        train(model, rows(), per_device_train_batch_size=16, **QUICK | given)
+    assert caught.value.details["parts"] == {part.name: part.byte_count for part in told.parts}
+    assert told.parts != forecast(model, model.peft_config["default"], **sizes).parts
 
 
 def test_a_quantized_model_and_checkpointing(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""A training as a script: what it says, and that it trains the same, on one process and on two."""
+"""A training as a script: what it says, and that it trains the same, on one process, and on two under accelerate."""
 
 from __future__ import annotations
 
@@ -274,8 +274,9 @@ def test_it_trains_the_same(folder: Path, processes: int) -> None:
     rows = token_rows(12)
     model = loaded(folder, init_lora_weights=False)
     files = export_script(model, folder / "train.py", rows, **ARGUMENTS)
-    # "accelerate launch --cpu --num_processes 2" starts one process, unless it is given mpirun's hosts
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    # --multi_gpu is what it adds where it sees several; "--cpu --num_processes 2" would start one, or ask for mpirun.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), str(files.script)],
@@ -291,13 +292,15 @@ def test_it_trains_the_same(folder: Path, processes: int) -> None:
     trained = PeftModel.from_pretrained(base, folder / "train_output" / "sql", adapter_name="sql")
     assert trained.peft_config["sql"].r == 4
     assert any(bool(part.any()) for name, part in trained.named_parameters() if "lora_B" in name)
-    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    transformers.set_seed(ARGUMENTS["seed"])
-    here = get_peft_model(base, LoraConfig(**constants(files.script)["CONFIG"]), adapter_name="sql")
-    together = ARGUMENTS["per_device_train_batch_size"] * processes
-    train(here.train(), rows, **{**ARGUMENTS, "per_device_train_batch_size": together})
-    expected = {name: part for name, part in here.named_parameters() if "lora" in name}
-    assert all(torch.allclose(part, trained.get_parameter(name), atol=1e-5) for name, part in expected.items())
+    ways = [{"per_device_train_batch_size": ARGUMENTS["per_device_train_batch_size"] * processes}]
+    ways += [{"processes": processes}] if processes > 1 else []
+    for given in ways:
+        base = transformers.LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        transformers.set_seed(ARGUMENTS["seed"])
+        here = get_peft_model(base, LoraConfig(**constants(files.script)["CONFIG"]), adapter_name="sql")
+        train(here.train(), rows, **ARGUMENTS | given)
+        expected = {name: part for name, part in here.named_parameters() if "lora" in name}
+        assert all(torch.allclose(part, trained.get_parameter(name), atol=1e-5) for name, part in expected.items())
 
 
 RUN = """

@@ -171,6 +171,43 @@ def test_a_second_click_on_pause_pauses_too(
     buttons.close()
 
 
+def test_adapters_of_a_sweep_have_a_stop_and_a_clone_also_when_they_are_new(session: Any, monkeypatch: Any) -> None:
+    listeners: dict[str, Any] = {}
+
+    class Delivery:
+        needs_peeking = False
+
+        def add(self, found: dict[str, Any]) -> None:
+            listeners.update(found)
+
+        def close(self) -> None: ...
+
+    def deliver(found: dict[str, Any]) -> Delivery:
+        listeners.update(found)
+        return Delivery()
+
+    monkeypatch.setattr(run_buttons, "deliver_clicks", deliver)
+    control = FakeRun(session).control
+    buttons = run_buttons.RunButtons(control, ["a", "b"])
+    listeners[buttons.clones["a"].comm.comm_id]()
+    assert control.members_to_clone == {"a"}
+    buttons.sync(["a", "b"])
+    assert buttons.clones["a"].disabled and not buttons.clones["b"].disabled
+    (request,) = control.take_clones()
+    assert (request.source, request.name, request.rate_factor) == ("a", None, 0.5)
+    buttons.sync(["a", "b", "a-lr5e-5"])
+    assert not buttons.clones["a"].disabled and buttons.members.keys() == {"a", "b", "a-lr5e-5"}
+    assert [button.description for button in buttons.box.children[-2:]] == ["Stop a-lr5e-5", "Clone a-lr5e-5"]
+    listeners[buttons.members["a-lr5e-5"].comm.comm_id]()
+    assert control.members_to_stop == {"a-lr5e-5"}
+    buttons.sync()
+    assert buttons.members["a-lr5e-5"].disabled and buttons.clones["a-lr5e-5"].disabled
+    buttons.close()
+    for button in (buttons.clones["a"], buttons.members["a-lr5e-5"]):
+        button.click()  # the kernel's own delivery, when the cell is done
+    assert not control.members_to_clone
+
+
 class SlowStep:
     """A run inside a step that lasts until it is released."""
 

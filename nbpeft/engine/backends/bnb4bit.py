@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.registry import register_backend
+from nbpeft.engine.rounding import Grid
 from nbpeft.engine.storage import StoredWeight, loaded, plain
 
 PACKED_ROWS = 32
@@ -116,6 +117,29 @@ class Bnb4bit(StoredWeight):
         data, state = _quantized(weight.contiguous(), old, nested=_nested(module), storage=storage)
         state.dtype = _original_dtype(old)
         _bind(module, data, state)
+
+    def grid(self, module: nn.Module, weight: Tensor) -> Grid | None:
+        """The code table times the constant of each block; None where blocks go over the ends of rows.
+
+        Such blocks are read by bitsandbytes 0.50 on CPUs with other constants than they were made with.
+        """
+        old = _state(module)
+        if old is None or old.shape[-1] % old.blocksize:
+            return None
+        state = _widened(_plain_state(module), weight)
+        levels, codes = state.code.float().sort(stable=True)
+        scales = _constants(state).repeat_interleave(state.blocksize)[: weight.numel()].view(weight.shape)
+        storage = getattr(module.weight, "quant_storage", torch.uint8)
+
+        def stored(places: Tensor) -> Snapshot4bit:
+            chosen = codes.to(torch.uint8)[places.int()].view(-1)
+            chosen = nn.functional.pad(chosen, (0, chosen.numel() % 2))
+            data = ((chosen[0::2] << 4) | chosen[1::2]).view(storage).view(-1, 1)
+            kept = copy.deepcopy(state)
+            kept.to("cpu")
+            return Snapshot4bit(data.cpu(), kept)
+
+        return Grid(levels, scales, stored)
 
     def snapshot(self, module: nn.Module) -> Snapshot4bit:
         """Codes and state in the layout they have now."""
@@ -218,11 +242,41 @@ def _quantized(weight: Tensor, like: Any, *, nested: bool, storage: torch.dtype)
     )
     state.absmax = _fitted(weight, data, state)
     if nested:
-        offset = state.absmax.mean()
-        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - offset, blocksize=NESTED_BLOCK)
-        state.offset = offset
-        state.nested = True
+        _nest(state)
     return data, state
+
+
+def _nest(state: Any) -> None:
+    """Quantizes the constants of a state."""
+    offset = state.absmax.mean()
+    quantize = sys.modules["bitsandbytes"].functional.quantize_blockwise
+    state.absmax, state.state2 = quantize(state.absmax - offset, blocksize=NESTED_BLOCK)
+    state.offset = offset
+    state.nested = True
+
+
+def _plain_state(module: nn.Module) -> Any:
+    """A copy of the quantization state for the plain layout, with the same constants as near as they can be stored."""
+    old = _state(module)
+    state = copy.deepcopy(old)
+    if hasattr(state, "packing_format_for_cpu"):
+        state.absmax, state.dtype, state.nested = _constants(old), _original_dtype(old), False
+        state.packing_format_for_cpu = False
+        if _nested(module):
+            _nest(state)
+    return state
+
+
+def _widened(state: Any, weight: Tensor) -> Any:
+    """The state, with larger constants where a weight needs them."""
+    constants = _constants(state)
+    needed = _in_blocks(weight.reshape(-1), state.blocksize).abs().amax(1)
+    if bool((needed > constants).any()):
+        nested = state.nested
+        state.absmax, state.nested = torch.maximum(needed, constants), False
+        if nested:
+            _nest(state)
+    return state
 
 
 def _fitted(weight: Tensor, data: Tensor, state: Any) -> Tensor:

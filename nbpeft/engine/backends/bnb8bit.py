@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.registry import register_backend
+from nbpeft.engine.rounding import Grid
 from nbpeft.engine.storage import StoredWeight, loaded, plain
 
 
@@ -70,6 +71,19 @@ class Bnb8bit(StoredWeight):
             half = weight.detach().to(stored.device, torch.float16).contiguous()
             codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half, 0.0)
         _bind(module, codes, scales, initialised=False)
+
+    def grid(self, module: nn.Module, weight: Tensor) -> Grid | None:
+        """Whole numbers times the scale of each row."""
+        scales = _scales(module)
+        if plain(module.weight).dtype != torch.int8 or scales is None:
+            return None
+        scales = torch.maximum(scales.to(weight), weight.abs().amax(1))
+        levels = torch.arange(-127, 128, device=weight.device, dtype=torch.float32)
+
+        def stored(places: Tensor) -> Snapshot8bit:
+            return Snapshot8bit((places.to("cpu", torch.int16) - 127).to(torch.int8), scales.cpu(), False)
+
+        return Grid(levels, scales.view(-1, 1) * (1.0 / 127.0), stored)
 
     def snapshot(self, module: nn.Module) -> Snapshot8bit:
         """Codes and scales, and where they were kept."""

@@ -63,6 +63,8 @@ class HiraConfig(LayersConfig):
     HiraConfig,
     peft_type="HIRA",
     label="HiRA",
+    paper="https://openreview.net/forum?id=TwJrTz9cRS",
+    when="much to learn: a high rank for LoRA's parameters",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

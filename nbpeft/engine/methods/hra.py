@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsInput
+from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
@@ -52,6 +52,9 @@ class HRAConfig(LayersConfig):
     HRAConfig,
     peft_type="HRA",
     label="HRA",
+    layer_prefix="HRA",
+    when="as OFT, for fewer parameters",
+    paper="arXiv:2405.17484",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 4 * 2) if config.r > 3 else None,
@@ -126,9 +129,7 @@ class HRA(Adapter):
         if self.orthogonal:
             basis: Tensor = torch.linalg.qr(vectors).Q
             return rows @ basis @ basis.T * -2
-        unit: Tensor = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny)
-        identity = torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)
-        core: Tensor = torch.linalg.solve_triangular((unit.T @ unit).triu(1) + identity / 2, identity, upper=True)
+        unit, core = _reflections(vectors)
         return rows @ unit @ (core.T if transposed else core) @ unit.T * -1
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
@@ -154,12 +155,23 @@ class HRA(Adapter):
             yield f"with an odd r ({config.r}) HRA does not start at the base model: take an even one"
 
 
-class HRAOnLinear(HRA, TransformsInput):
+class HRAOnLinear(HRA, TransformsInput, ConvertsToLora):
     """Reflects the input."""
 
     def transform_input(self, x: Tensor, base: BaseLayer) -> Tensor:
         """``H x``, (…, in), in the dtype of ``x``."""
         return keeping_inputs(self._reflected, x, self.vectors)
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """``Vᵀ`` and ``-W V C``; see ``ConvertsToLora``."""
+        vectors = self.vectors
+        weight = base.weight().to(vectors.dtype)
+        if self.orthogonal:
+            basis = torch.linalg.qr(vectors).Q
+            return LowRankDelta(basis.T, weight @ basis, -2.0)
+        unit, core = _reflections(vectors)
+        return LowRankDelta(unit.T, weight @ unit @ core, -1.0)
 
     def _reflected(self, x: Tensor, vectors: Tensor) -> Tensor:
         rows = x.to(vectors.dtype)
@@ -184,3 +196,10 @@ class HRAOnConvolution(HRA):
             return self.change(rows, vectors, transposed=False).view(weight.shape)
 
         return apply_delta(x, base, delta, (self.vectors,))
+
+
+def _reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """V (in, r) and C (r, r) of ``H = I - V C Vᵀ``."""
+    unit: Tensor = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny)
+    identity = torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)
+    return unit, torch.linalg.solve_triangular((unit.T @ unit).triu(1) + identity / 2, identity, upper=True)

@@ -16,7 +16,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite
+from nbpeft.engine.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.layers_config import RankedConfig
 from nbpeft.engine.registry import register
@@ -55,13 +55,15 @@ class LoHaConfig(RankedConfig):
     LoHaConfig,
     peft_type="LOHA",
     label="LoHa",
+    when="a high rank from few parameters; images",
+    paper="arXiv:2108.06098",
     prefix="hada_",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r3": {"r": 3, "alpha": 4}, "cores": {"r": 2, "use_effective_conv2d": True}},
 )
-class LoHa(ScaledDelta):
+class LoHa(ScaledDelta, ConvertsToLora):
     """Four factors on one layer, and two cores where a convolution is taken apart."""
 
     @classmethod
@@ -100,6 +102,16 @@ class LoHa(ScaledDelta):
                 torch.einsum("ijkl,ip,jr->prkl", core, *pair) for core, pair in zip(cores, pairs, strict=True)
             )
         return (first * second).view(base.kind.weight_shape(base.module))
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """Products of each column of A1 with each of A2, and of each row of B1 with each of B2."""
+        if not base.kind.is_linear:
+            return None
+        first_A, first_B, second_A, second_B = self.tensors
+        up = torch.einsum("or,os->ors", first_A, second_A).flatten(1)
+        down = torch.einsum("ri,si->rsi", first_B, second_B).flatten(0, 1)
+        return LowRankDelta(down, up, float(self.scaling))
 
     @property
     def delta_rank(self) -> int | None:

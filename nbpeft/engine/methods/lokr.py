@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite
+from nbpeft.engine.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.layers_config import RankedConfig
 from nbpeft.engine.numerics import compute_dtype
@@ -90,6 +90,8 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
     LoKrConfig,
     peft_type="LOKR",
     label="LoKr",
+    when="very small files; images",
+    paper="arXiv:2212.10650",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.alpha:g}"},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
@@ -99,7 +101,7 @@ def two_factors(size: int, factor: int = -1) -> tuple[int, int]:
         "flat": {"r": 1, "decompose_factor": 2},
     },
 )
-class LoKr(ScaledDelta):
+class LoKr(ScaledDelta, ConvertsToLora):
     """The two matrices, each whole or as factors, on one layer."""
 
     @classmethod
@@ -159,12 +161,28 @@ class LoKr(ScaledDelta):
         shape = base.kind.weight_shape(base.module)
         if second.ndim == 3:  # PEFT pairs the dimensions of Conv1d otherwise, and so do its files
             return (first[:, None, :, None] * second[:, None, :, None, :]).reshape(shape)
-        # torch.kron fails on some strides of dimensions of size 1
-        return (first[:, None, :, None, None] * second.reshape(*second.shape[:2], -1)[:, None, :]).reshape(shape)
+        return _kron(first, second.flatten(1)).reshape(shape)
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """The Kronecker products of the first factors and of the second ones, where W2 has factors."""
+        held = dict(zip(self._names, self.tensors, strict=True))
+        if not base.kind.is_linear or W2 in held:
+            return None
+        if W1 in held:
+            outer, inner = held[W1], torch.eye(held[W1].shape[1], device=base.device, dtype=held[W1].dtype)
+        else:
+            outer, inner = held[W1_A], held[W1_B]
+        return LowRankDelta(_kron(inner, held[W2_B]), _kron(outer, held[W2_A]), float(self.scaling))
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites the first matrix, or its first factor, with zeros."""
         self.get_parameter(_zeros_at_start(self._parameters, lycoris=False)).detach().zero_()
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    """The Kronecker product of two matrices; torch.kron fails on some strides of dimensions of size 1."""
+    return torch.einsum("ij,kl->ikjl", first, second).flatten(2).flatten(0, 1)
 
 
 def _first(held: Mapping[str, Tensor]) -> Tensor:

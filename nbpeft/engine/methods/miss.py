@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite
+from nbpeft.engine.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
@@ -61,6 +61,9 @@ class MissConfig(LayersConfig):
     MissConfig,
     peft_type="MISS",
     label="MiSS",
+    layer_prefix="Miss",
+    when="LoRA's memory, for about half of its parameters at the same rank",
+    paper="arXiv:2409.15371",
     default_targets=usual_targets,
     variant=lambda config: {"bat": "Bat", "mini": "MiSS mini"}.get(str(config.init_weights), ""),
     summary=lambda config: {"r": str(config.r)},
@@ -72,7 +75,7 @@ class MissConfig(LayersConfig):
         "bat": {"r": 4, "init_weights": "bat"},
     },
 )
-class Miss(WeightDelta):
+class Miss(WeightDelta, ConvertsToLora):
     """The block of one layer."""
 
     peft_attributes: ClassVar[Mapping[str, str]] = {"miss_r": "rank"}
@@ -150,6 +153,14 @@ class Miss(WeightDelta):
         block = self._whole_block(base).T
         return block.repeat(1, -(-base.in_features // self.rank))[:, : base.in_features]
 
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """What sums the groups of inputs, and the block; see ``ConvertsToLora``."""
+        block = self._whole_block(base)
+        groups = -(-base.in_features // self.rank)
+        sums = torch.eye(self.rank, device=block.device, dtype=block.dtype).repeat(1, groups)[:, : base.in_features]
+        return LowRankDelta(sums, block.T, 1.0)
+
     def configure(self, config: MissConfig, path: str) -> None:
         """Takes the dropout of a config over."""
         self.__dict__["dropout"] = config.miss_dropout
@@ -171,6 +182,10 @@ class Bat(Miss):
     @property
     def delta_rank(self) -> int | None:
         """The change of the weight has its full rank."""
+        return None
+
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta | None:
+        """None: the change of the weight has its full rank."""
         return None
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:

@@ -104,6 +104,8 @@ def nearest_divisor(number: int, wanted: int) -> int:
     OFTConfig,
     peft_type="OFT",
     label="OFT",
+    when="keeping what the model knows: rotations leave the angles between outputs",
+    paper="arXiv:2306.07280",
     file_keys={ROTATION: f"{ROTATION}.weight", EMBEDDING_ROTATION: f"{EMBEDDING_ROTATION}.weight"},
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r)} if config.r else {"block": str(config.oft_block_size)},

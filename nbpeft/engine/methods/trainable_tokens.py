@@ -113,6 +113,8 @@ class _Companion:
     TrainableTokensConfig,
     peft_type="TRAINABLE_TOKENS",
     label="trainable tokens",
+    when="new tokens, and nothing else of the model",
+    listed_with={"token_indices": [0]},
     summary=lambda config: {"tokens": str(len(config.token_indices))},
     sample_configs={"tokens": {"token_indices": [0, 2, 5]}},
     companion=_Companion(),
@@ -129,6 +131,7 @@ class TrainableTokens(Adapter):
     supports_fused_add: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = True
     is_tied: ClassVar[bool] = True
+    takes_quantized: ClassVar[bool] = False
     peft_attributes: ClassVar[Mapping[str, str]] = {
         "token_indices": "token_list",
         "trainable_tokens_original": "frozen_rows",
@@ -203,6 +206,10 @@ class TrainableTokens(Adapter):
     def swap_refusal(self) -> str:
         """Rows of other tokens do not fit in."""
         return "trains rows of embeddings (trainable_token_indices)"
+
+    def unconvertible_reason(self, base: BaseLayer) -> str:
+        """A product of matrices is not shared by the layers that share the rows."""
+        return "it trains rows of an embedding, as LoRA does along with its own with trainable_token_indices"
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
         """Computes the change of the output where a trained token is.

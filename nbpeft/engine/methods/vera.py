@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, SharedState
+from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_number
 from nbpeft.engine.layers_config import LayersConfig
@@ -118,6 +118,8 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     VeraConfig,
     peft_type="VERA",
     label="VeRA",
+    when="very many adapters of one model: two vectors a layer in each file",
+    paper="arXiv:2310.11454",
     prefix="vera_lambda_",
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"r": str(config.r)},
@@ -125,7 +127,7 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     sample_configs={"r8": {"r": 8}, "drawn": {"r": 5, "save_projection": False}},
     shared=Projections,
 )
-class Vera(Adapter):
+class Vera(Adapter, ConvertsToLora):
     """The two vectors of one layer."""
 
     @classmethod
@@ -181,6 +183,12 @@ class Vera(Adapter):
         """``(b ∘ B) (d ∘ A)``; see ``Adapter``."""
         first, second, d, b = self._parts(base)
         return (second * b[:, None]) @ (first * d[:, None])
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """``d ∘ A`` and ``b ∘ B``; see ``ConvertsToLora``."""
+        first, second, d, b = self._parts(base)
+        return LowRankDelta(first * d[:, None], second * b[:, None], 1.0)
 
     @property
     def delta_rank(self) -> int | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ON_MODEL, TOKENIZER, session_command, subcommand
+from nbpeft.magics.registry import COLUMNS, ON_MODEL, TOKENIZER, session_command, subcommand
 from nbpeft.names import DTYPES
 
 _SAFE = argument("--safe", action="store_true", help="refuse where a merged weight would not be finite")
@@ -23,18 +24,31 @@ _SAFE = argument("--safe", action="store_true", help="refuse where a merged weig
     ),
     argument("--dtype", metavar="DTYPE", words=DTYPES, help="with --to: of its weights; the model's if left out"),
     argument("--base", metavar="DIR", completes="path", help="with --to: add to the original weights in this folder"),
+    argument(
+        "--calibrate",
+        metavar="ROWS",
+        completes="variable",
+        help="rows of what was learned: 4-bit and 8-bit weights are rounded so that it stays",
+    ),
+    COLUMNS,
     TOKENIZER,
     ON_MODEL,
     example="%lora merge sql --to merged/sql",
 )
 def merge(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """Merge adapters into the model, or into a copy of it on disk."""
-    given = {name: value for name in ("dtype", "base") if (value := getattr(options, name)) is not None}
-    if options.to is None:
-        if given or options.tokenizer is not None:
-            raise CellError(f"%lora merge: --{next(iter(given), 'tokenizer')} goes with --to DIR")
-    elif (tokenizer := notebook.tokenizer(options.tokenizer)) is not None:
-        given["tokenizer"] = tokenizer
+    given: dict[str, Any] = {name: value for name in ("dtype", "base") if (value := getattr(options, name)) is not None}
+    if options.to is None and given:
+        raise CellError(f"%lora merge: --{next(iter(given))} goes with --to DIR")
+    if options.to is None and options.calibrate is None and options.tokenizer is not None:
+        raise CellError("%lora merge: --tokenizer goes with --to DIR or --calibrate ROWS")
+    if options.columns is not None and options.calibrate is None:
+        raise CellError("%lora merge: --columns goes with --calibrate ROWS")
+    if options.calibrate is not None:
+        given["calibrate"] = notebook.data(options.calibrate, "--calibrate")
+        given["columns"] = None if options.columns is None else dict(options.columns)
+    if options.to is not None or options.calibrate is not None:
+        given["tokenizer"] = notebook.tokenizer(options.tokenizer)
     model = notebook.chosen(options.model)
     return notebook.session.merge(options.names or None, model=model, safe=options.safe, to=options.to, **given)
 

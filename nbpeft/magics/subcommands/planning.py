@@ -18,9 +18,11 @@ from nbpeft.session.commands.planning import MemoryPlanner
 from nbpeft.session.handles import is_module
 from nbpeft.session.results.planning import PlanResult
 
+_OF_THE_TRAINER = ("loss_chunk_size", "recompute")
+"""Fields of a training cell, and not of an adapter's config, that decide what a step needs."""
 _QUANTS = ("none", *QUANTIZATIONS)
 
-_SIZES = (
+SIZES = (
     argument("--batch", type=positive, metavar="N", help="sequences in a step (default: 4)"),
     argument("--seq", type=positive, metavar="N", help="tokens of each (default: 1024)"),
     argument(
@@ -31,7 +33,7 @@ _SIZES = (
     ),
 )
 DRY_RUN_SIZES = tuple(
-    replace(item, options={**item.options, "help": f"for --dry-run: {item.options['help']}"}) for item in _SIZES
+    replace(item, options={**item.options, "help": f"for --dry-run: {item.options['help']}"}) for item in SIZES
 )
 
 
@@ -87,7 +89,7 @@ def sizes_without_dry_run() -> CellError:
         completes="model",
         help="a variable with a model, a folder, a .gguf file or a repository",
     ),
-    *_SIZES,
+    *SIZES,
     argument("--dtype", metavar="DTYPE", words=tuple(SHORT_DTYPES), help="bf16, fp16 or fp32 (default: the model's)"),
     argument("--quant", metavar="KIND", words=_QUANTS, help="none, nf4, fp4, int8 (default: as it is)"),
     argument("--checkpointing", action="store_true", help="compute layers again in backward"),
@@ -100,6 +102,7 @@ def sizes_without_dry_run() -> CellError:
     COLUMNS,
     argument("--tokenizer", "-t", metavar="TOKENIZER", completes="variable", help="of rows that are not tokenised"),
     argument("--packing", action="store_true", help="several rows in each sequence, as %%lora_train --packing"),
+    argument("--trainer", metavar="CLASS", completes="variable", help="a Trainer class of another library"),
     METHOD,
     argument("--rank", type=positive, metavar="R", help="of the adapter (default: the active adapter's, or 16)"),
     argument(
@@ -119,6 +122,9 @@ def plan(options: argparse.Namespace, notebook: NotebookContext) -> object:
     if options.targets is not None:
         names = [name.strip() for name in options.targets.split(",") if name.strip()]
         changes["target_modules"] = "all-linear" if options.targets == "all-linear" else names
+    settings |= {name: changes.pop(name) for name in _OF_THE_TRAINER if name in changes}
+    if options.trainer is not None:
+        settings["trainer_class"] = notebook.value(options.trainer, "--trainer")
     settings |= {"changes": changes, "rank": options.rank}
     if options.data is not None:
         settings |= {"data": notebook.data(options.data, "--data"), "tokenizer": notebook.tokenizer(options.tokenizer)}

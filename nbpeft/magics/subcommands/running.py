@@ -34,6 +34,22 @@ def stop(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return notebook.session.stop(options.target, adapter=options.adapter)
 
 
+@subcommand(
+    "clone",
+    "Let an adapter of a sweep go on as two after the step it is in, the second with other settings.",
+    argument("name", metavar="NAME", completes="adapter", help="the adapter, which goes on as it is"),
+    argument("--as", dest="as_name", metavar="NEW", help="name of the second one (default: from what it has anew)"),
+    argument(
+        "--model", "-m", metavar="MODEL", completes="model", help="which; may be left out where one training runs"
+    ),
+    fields="training",
+    example="%lora clone sql-lr3e-4 --as sql-slow learning_rate=1e-4",
+)
+def clone(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Clone one adapter of a sweep."""
+    return notebook.session.clone(options.name, options.as_name, model=options.model, **options.fields)
+
+
 _register("pause", "Let the training in the background wait after the step it is in.", "pause")
 _register("continue", "Let a training go on that waits.", "go_on")
 

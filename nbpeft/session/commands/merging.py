@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.errors import AdapterError, ConfigError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nbpeft.session.context import ModelLike, SessionContext
     from nbpeft.session.results import CommandResult
 
+_CALIBRATION_ROWS = 128
+
 
 def merge(
     ctx: SessionContext,
@@ -26,6 +28,9 @@ def merge(
     model: ModelLike = None,
     safe: bool = False,
     to: str | os.PathLike[str] | None = None,
+    calibrate: Any = None,
+    tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
     **copying: Any,
 ) -> CommandResult | MergedCopy:
     """Add adapters to the base weights, so that they cost nothing when the model runs.
@@ -35,12 +40,18 @@ def merge(
         model: an adapted model.
         safe: refuse where a merged weight would not be finite.
         to: write a merged copy in full precision into this folder, and leave the model as it is.
-        **copying: with ``to``: ``base``, ``dtype``, ``tokenizer`` and ``max_shard_bytes`` of
-            ``nbpeft.merge_to_folder``.
+        calibrate: rows of what was learned, in any form that ``train`` takes, of which the first 128 are looked at:
+            4-bit and 8-bit weights are rounded so that the adapters' effect on them stays, see
+            ``nbpeft.merge_calibrated``.
+        tokenizer: for ``calibrate``, by default the one that the model was trained or asked with; with ``to`` it is
+            saved beside the copy.
+        columns: of ``calibrate``, as for ``train``.
+        **copying: with ``to``: ``base``, ``dtype`` and ``max_shard_bytes`` of ``nbpeft.merge_to_folder``.
 
     Raises:
         MergeError: the weights cannot be merged into, or are merged already.
         CheckpointError: the folder cannot be written, or holds a model.
+        TrainingError: the rows to calibrate by cannot be read.
     """
     chosen = None if names is None else list(names_of(names))
     folder = None if to is None else place_of(to, "merge")
@@ -51,9 +62,15 @@ def merge(
         raise AdapterError(f"nothing to merge into {tracked.name}: no adapter is {which}")
     if to is None and copying:
         raise ConfigError(f"{next(iter(copying))!r} needs a folder to merge into (to=…)")
+    if to is not None and calibrate is not None:
+        raise ConfigError("a copy in full precision is not rounded: leave calibrate out, or to")
     with ctx.command("merging", slow=True) as notes:
         if folder is not None:
-            return _write_copy(manager, tracked.name, folder, chosen, notes, safe=safe, **copying)
+            how = copying | ({} if tokenizer is None else {"tokenizer": tokenizer})
+            return _write_copy(manager, tracked.name, folder, chosen, notes, safe=safe, **how)
+        if calibrate is not None:
+            note = _merge_calibrated(ctx, manager, chosen, calibrate, tokenizer, columns, safe=safe)
+            return ctx.result(tracked, f"merged {', '.join(map(repr, manager.merged))} into {tracked.name}", [note])
         note = _requantizing_note(manager, chosen)
         manager.merge(chosen, safe=safe)
         notes += [note] if note else []
@@ -96,7 +113,27 @@ def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
     lossy = any(layer.backend.name != "dense" and layer.backend.can_merge for layer in manager.layers.values())
     if manager.merged or not chosen or not lossy:
         return ""
-    return f"{merge_errors(manager.model, chosen)}; session.merge(to=…) keeps full precision"
+    left = "session.merge(to=…) keeps full precision, session.merge(calibrate=…) most of what it does"
+    return f"{merge_errors(manager.model, chosen)}; {left}"
+
+
+def _merge_calibrated(
+    ctx: SessionContext,
+    manager: AdapterManager,
+    names: list[str] | None,
+    rows: Any,
+    tokenizer: Any,
+    columns: Mapping[str, str] | None,
+    *,
+    safe: bool,
+) -> str:
+    """Merges, and says what rounding has left."""
+    from nbpeft.model import merge_calibrated
+    from nbpeft.training.rows import first_batches
+
+    reader = ctx.tokenizers.get(manager.model) if tokenizer is None else tokenizer
+    batches = first_batches(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns)
+    return str(merge_calibrated(manager.model, batches, names, safe_merge=safe))
 
 
 def _write_copy(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbpeft.device_names import DEVICES, THIS_MACHINE, is_apple, named
 from nbpeft.display.numbers import size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
-from nbpeft.names import SHORT_DTYPES
+from nbpeft.names import LOSS_CHUNK_SIZE, SHORT_DTYPES
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.planning import PlanResult, PlanSettings, Room
@@ -34,8 +34,9 @@ USUAL_FIELDS: dict[str, Any] = {"r": 16, "target_modules": "all-linear", "task_t
 _SETTINGS = (
     *("batch_size", "sequence_length", "dtype", "quantization", "gradient_checkpointing", "double_quant"),
     *("optimizer", "training", "packing", "adapters", "device", "variable", "changes", "rank"),
-    *("processes", "sharded", "data", "tokenizer", "columns"),
+    *("processes", "sharded", "data", "tokenizer", "columns", "trainer_class", "loss_chunk_size", "recompute"),
 )
+_WHOLE_NOTE = "logits are counted as a whole, which nbpeft's own Trainer computes in chunks"
 _CUDA_NOTE = "a CUDA context and fragmentation take about 0.5 to 1 GB more"
 
 
@@ -53,12 +54,13 @@ def plan_memory(
             ``"fp4"``, ``"int8"``, None, by default as the model is), ``gradient_checkpointing``,
             ``double_quant``, ``optimizer``, ``training``, ``packing``, ``adapters`` (how many learn side by side; a
             sweep among the ``changes`` says so, too), ``processes`` and ``sharded`` (what one of several processes
-            needs, with DDP or with FSDP2), ``device`` (bytes, ``"16GB"``, ``"T4"``, a torch device, by default this
-            machine's), ``suggest=False`` to leave out what would make it fit; ``rank`` and ``changes`` (fields by name)
-            for what differs from ``config``. A ``peft_type`` among ``changes`` that is not the config's means an
-            adapter of that method with these fields. ``data`` (with ``tokenizer`` and ``columns``, as for ``train``):
-            the rows, whose longest, or fullest sequence, says how long sequences are; ``sequence_length`` is then
-            what they are cut to.
+            needs, with DDP or with FSDP2), ``loss_chunk_size`` and ``recompute`` (as ``nbpeft.Trainer`` has them; a
+            ``trainer_class`` of another library keeps logits as a whole, and activations), ``device`` (bytes,
+            ``"16GB"``, ``"T4"``, a torch device, by default this machine's), ``suggest=False`` to leave out what would
+            make it fit; ``rank`` and ``changes`` (fields by name) for what differs from ``config``. A ``peft_type``
+            among ``changes`` that is not the config's means an adapter of that method with these fields. ``data``
+            (with ``tokenizer`` and ``columns``, as for ``train``): the rows, whose longest, or fullest sequence, says
+            how long sequences are; ``sequence_length`` is then what they are cut to.
 
     Raises:
         ConfigError: a value is impossible, or the model cannot run without data.
@@ -84,6 +86,7 @@ def memory_planner(
     data: Any = None,
     tokenizer: Any = None,
     columns: Mapping[str, str] | None = None,
+    trainer_class: type[Any] | None = None,
     **settings: Any,
 ) -> MemoryPlanner:
     """Prepare the same for settings that are changed again and again; see ``plan_memory``."""
@@ -107,6 +110,10 @@ def memory_planner(
             columns=columns,
             packing=settings.get("packing", False),
         )
+    if trainer_class is not None:
+        from nbpeft.training.trainer import step_settings
+
+        settings = step_settings(trainer_class) | settings
     chosen, count = largest_of(changes)
     settings = {"adapters": count, **settings} if count > 1 else settings
     return MemoryPlanner(source, _planned(tracked, config, chosen, rank), name=variable or name, **settings)
@@ -171,6 +178,8 @@ class MemoryPlanner:
         double_quant: bool | None = None,
         processes: int = 1,
         sharded: bool = False,
+        loss_chunk_size: int = LOSS_CHUNK_SIZE,
+        recompute: bool = True,
     ) -> None:
         from nbpeft.memory.forecast import setting_of
 
@@ -199,6 +208,8 @@ class MemoryPlanner:
             on_cpu=self.room.on_cpu,
             processes=processes,
             sharded=sharded,
+            loss_chunk_size=loss_chunk_size,
+            recompute=recompute,
         )
         self._stored_note = found.note
         self.name = name
@@ -281,7 +292,8 @@ class MemoryPlanner:
 
         settings, config = self._settings(setting), setting.adapter_config
         adapter = "" if config is None else _in_words(config)
-        notes = tuple(note for note in (self._stored_note, _CUDA_NOTE if _is_graphics(room) else "") if note)
+        whole = _WHOLE_NOTE if setting.training and not setting.loss_chunk_size else ""
+        notes = tuple(note for note in (self._stored_note, whole, _CUDA_NOTE if _is_graphics(room) else "") if note)
         if room.on_cpu and slow_here(setting.dtype):
             notes = (*notes, slow_words(setting.dtype))
         return PlanResult(self.name, self.class_name, adapter, settings, parts, room, suggestions, notes)

@@ -1,12 +1,14 @@
-"""Trainings in the background: starting them, and what can be asked of one that runs: stop, pause, go on."""
+"""Trainings in the background: starting them, and what can be asked of one that runs: stop, pause, go on, clone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterError
+from nbpeft.engine.adapter_names import check_name
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.results.requests import RequestResult
+from nbpeft.sweeps import check_own
 
 if TYPE_CHECKING:
     from nbpeft.session.background import Work
@@ -67,15 +69,50 @@ def stop(ctx: SessionContext, model: str | None = None, *, adapter: str | None =
     """
     run = _running(ctx, model, "stop")
     if adapter is not None:
-        learning = [member.name for member in run.state.members if member.status == "training"]
-        if adapter not in learning:
-            there = f"; {', '.join(learning)} do" if learning else ": the training that runs is no sweep"
-            raise AdapterError(f"{adapter!r:.60} does not learn beside others now{there}")
+        _check_learns(run, adapter)
         run.control.request_stop_of(adapter)
         state = run.state
         return RequestResult(adapter, "learns no more after this step; the others go on", state.step, state.total_steps)
     run.control.request_stop()
     return _requested(run, "stops after the step it is in")
+
+
+def clone(
+    ctx: SessionContext, adapter: str, /, name: str | None = None, *, model: str | None = None, **fields: Any
+) -> RequestResult:
+    """Ask a training of a sweep to go on with one of its adapters as two, the second with other settings.
+
+    After the step that runs the new adapter has the weights and the optimizer's state of the other one. From then on
+    both learn side by side, each by its own settings; the schedule is that of the whole run.
+
+    Args:
+        adapter: one that learns.
+        name: of the new one; by default what it is cloned from and has of its own.
+        model: as for ``stop``.
+        **fields: what it has of its own: ``learning_rate``, ``weight_decay``, …; see ``sweep``.
+
+    Raises:
+        AdapterError: none runs, no such adapter learns in it, or the name is taken.
+        ConfigError: a field cannot be an adapter's own, or has a value that is impossible.
+    """
+    from transformers import TrainingArguments
+
+    from nbpeft.training.arguments import check_values
+
+    run = _running(ctx, model, "clone an adapter of")
+    _check_learns(run, adapter)
+    if not fields:
+        raise ConfigError("a clone has other settings: say which, e.g. learning_rate=1e-4")
+    check_own(fields)
+    check_values(fields, TrainingArguments)
+    if name is not None:
+        check_name(name)
+        trained = ctx.models.get(next(known for known, other in ctx.runs.items() if other is run))
+        if name in trained.manager.configs:
+            raise AdapterExistsError(f"{name!r} is there already: take another name", name=name)
+    run.control.request_clone_of(adapter, name, **fields)
+    what, state = f"is cloned after this step{f' as {name}' if name else ''}", run.state
+    return RequestResult(adapter, what, state.step, state.total_steps)
 
 
 def pause(ctx: SessionContext, model: str | None = None) -> RequestResult:
@@ -104,6 +141,14 @@ def go_on(ctx: SessionContext, model: str | None = None) -> RequestResult:
     run = _running(ctx, model, "continue")
     run.control.resume()
     return _requested(run, "goes on")
+
+
+def _check_learns(run: Run, adapter: str) -> None:
+    """Refuses an adapter that does not learn beside others now."""
+    learning = [member.name for member in run.state.members if member.status == "training"]
+    if adapter not in learning:
+        there = f"; {', '.join(learning)} do" if learning else ": the training that runs is no sweep"
+        raise AdapterError(f"{adapter!r:.60} does not learn beside others now{there}")
 
 
 def _running(ctx: SessionContext, model: str | None, command: str) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,7 +139,9 @@ def resume(
     tracked = ctx.find(target, variable) if base is not None or target in ctx.models.names else ctx.models.get(model)
     state = last_whole(Path(record.path))
     step = int(state.name.rpartition("-")[2])
-    names = tuple(record.adapter.split(", "))
+    members = _kept_members(state)
+    names = tuple(members or record.adapter.split(", "))
+    given |= {"members": members} if members else {}
     places = {name: state if name == _ROOT_ADAPTER else state / name for name in names}
     under: Any = tracked.manager.model if tracked is not None else base
     for place in places.values():
@@ -163,6 +166,13 @@ def resume(
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
         return ResumeResult(reference, record.name, step, names, result)
+
+
+def _kept_members(state: Path) -> dict[str, dict[str, Any]]:
+    """The adapters of a sweep that a state has: one that was cloned after it is not among them."""
+    from nbpeft.training.sweep.trainer import kept_members
+
+    return kept_members(json.loads((state / "trainer_state.json").read_text(encoding="utf-8")))
 
 
 def _put_back(

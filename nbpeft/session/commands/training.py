@@ -230,6 +230,7 @@ def _trained(
         raise
     finally:
         if learned():
+            names = tracked.with_clones(names, made[-1].state.members)
             tracked.count_steps(names, made[-1])
             tracked.sweep = ()
             tracked.training_call = training_call(made[-1].run_id, given, eval_data, arguments)

@@ -18,11 +18,13 @@ from nbpeft.session.results.base import Result as Result
 from nbpeft.session.results.combining import CombineResult as CombineResult
 from nbpeft.session.results.combining import SwapResult as SwapResult
 from nbpeft.session.results.comparing import CompareResult as CompareResult
+from nbpeft.session.results.converting import ConvertResult as ConvertResult
 from nbpeft.session.results.data import DataResult as DataResult
 from nbpeft.session.results.doctor import Check as Check
 from nbpeft.session.results.doctor import DoctorReport as DoctorReport
 from nbpeft.session.results.inspecting import InspectResult as InspectResult
 from nbpeft.session.results.merging import MergedCopy as MergedCopy
+from nbpeft.session.results.methods import MethodsResult as MethodsResult
 from nbpeft.session.results.planning import PlanResult as PlanResult
 from nbpeft.session.results.preview import Preview as Preview
 from nbpeft.session.results.preview import PreviewRow as PreviewRow

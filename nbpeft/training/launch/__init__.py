@@ -8,5 +8,8 @@
       load_adapters(result/)  <── adapter ──  end
 
 The processes get the variables that ``torch.distributed.run`` and ``accelerate launch`` set, so that a Trainer does in
-them what it does under those. Nothing of the notebook's model changes before the trained adapter is there.
+them what it does under those. They are started without either: ``accelerate launch`` starts one process on a CPU,
+whatever ``--num_processes`` says, follows a configuration file of the machine in what the cell decides (precision,
+devices), and puts a process of torch between, which hands on neither requests nor states, nor ends with the notebook's.
+Nothing of the notebook's model changes before the trained adapter is there.
 """

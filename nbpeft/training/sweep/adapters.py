@@ -20,7 +20,7 @@ from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.random_numbers import drawing_from
 from nbpeft.errors import AdapterExistsError, ConfigError, TrainingError, TrainingInterrupted
 from nbpeft.interrupts import HeldInterrupts
-from nbpeft.sweeps import Sweep, combinations, names_of, swept
+from nbpeft.sweeps import OWN_FIELDS, Sweep, check_own, combinations, names_of, not_swept, swept
 from nbpeft.training.adapted import trainable
 from nbpeft.training.arguments import build_arguments, split_arguments
 from nbpeft.training.result import TrainResult
@@ -29,18 +29,6 @@ from nbpeft.training.sweep.result import SweepResult
 from nbpeft.training.sweep.trainer import trainer_for
 from nbpeft.training.trainer import Trainer
 
-OWN_FIELDS = (
-    "learning_rate",
-    "weight_decay",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "max_grad_norm",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)
-"""Fields of ``TrainingArguments`` that each adapter of a sweep may have of its own."""
 _BOOKKEEPING = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type")
 _SEED = 42
 """Of ``TrainingArguments``."""
@@ -112,7 +100,8 @@ def _members(model: Any, given: Mapping[str, Any]) -> Iterator[SideBySide]:
     group = _made(model, manager, given) if members is None else SideBySide(model, _given(manager, members))
     try:
         manager.activate(group.names[0])  # what else was active would train along
-        with manager.use(group.names, apart=True):
+        with group.opened:
+            group.opened.enter_context(manager.use(group.names, apart=True))
             _check_alone(model, group)
             yield group
     finally:
@@ -136,7 +125,7 @@ def _made(model: nn.Module, manager: AdapterManager, given: Mapping[str, Any]) -
     strange = {name: sweep for name, sweep in fields.items() if name not in (*OWN_FIELDS, *of_config)}
     split_arguments(strange, transformers.Trainer, given.get("arguments_class", TrainingArguments))
     for name in strange:
-        raise _not_swept(name)
+        raise not_swept(name)
     combined = list(combinations(fields))
     names = names_of(origin, combined)
     made: list[str] = []
@@ -184,20 +173,10 @@ def _given(manager: AdapterManager, members: Any) -> list[Member]:
         )
     manager.require(*members)
     for name, fields in members.items():
-        for field in fields:
-            if field not in OWN_FIELDS:
-                raise _not_swept(field)
+        check_own(fields)
         if name in manager.frozen:
             raise TrainingError(f"{name!r} is frozen: unfreeze it, or leave it out")
     return [Member(name, fields, fields, manager.parameters(name)) for name, fields in members.items()]
-
-
-def _not_swept(name: str) -> ConfigError:
-    return ConfigError(
-        f"{name} cannot be a sweep: adapters that learn side by side share rows, batches and steps. A field of the "
-        f"adapter's config can, and {', '.join(OWN_FIELDS[:5])}, …",
-        field=name,
-    )
 
 
 def _check_same(manager: AdapterManager, name: str, wanted: AdapterConfig) -> None:

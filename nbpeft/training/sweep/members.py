@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,10 +14,14 @@ from transformers import TrainingArguments
 
 from nbpeft.display import numbers
 from nbpeft.engine.active_state import Active, Call
+from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager, require_manager
+from nbpeft.errors import AdapterError, ConfigError
 from nbpeft.state import ENDED, MemberState, MemberStatus, TrainStatus
-from nbpeft.sweeps import members_together
+from nbpeft.sweeps import MOST, check_own, members_together, names_of
+from nbpeft.training.arguments import changed_arguments
 from nbpeft.training.callback import shape_of
+from nbpeft.training.control import CloneRequest
 from nbpeft.training.record import Record
 
 
@@ -31,6 +37,7 @@ class Member:
     Attributes:
         arguments: its ``TrainingArguments``; set before training starts.
         status: whether it learns, or why not.
+        settings: ``settings`` in words.
         learning_rate: of the step that runs.
     """
 
@@ -42,7 +49,7 @@ class Member:
         self.name, self.fields, self.parameters = name, dict(fields), list(parameters)
         self.status: MemberStatus = "training"
         self.learning_rate: float | None = None
-        self._settings = {field: setting_text(value) for field, value in settings.items()}
+        self.settings = {field: setting_text(value) for field, value in settings.items()}
         self._record = Record()
         self._loss: Tensor | None = None
         self._norm: Tensor | None = None
@@ -86,7 +93,7 @@ class Member:
             name=self.name,
             status=ended if self.status == "training" and run in ENDED else self.status,
             step=record.step,
-            settings=self._settings,
+            settings=dict(self.settings),
             loss=record.loss,
             smoothed_loss=record.smoothed.value,
             eval_loss=record.evaluated[1] if record.evaluated else None,
@@ -110,13 +117,18 @@ class SideBySide:
         mixed: whether one pass may serve several; set to False where a model's loss cannot be taken apart.
         note: said once with the run.
         learned: whether a step was done.
+        join: gives a new member the optimizer's state of another one, and the schedule that its arguments say.
+        opened: contexts in which the adapters learn, until training ends.
     """
+
+    join: Callable[[Member, Member], None]
 
     def __init__(self, model: Any, members: Sequence[Member], made: Sequence[str] = ()) -> None:
         self._manager: AdapterManager = require_manager(model)
         self.members, self.made = tuple(members), tuple(made)
         self.mixed, self.learned = True, False
         self.note: Callable[[str], None] = lambda message: None
+        self.opened = ExitStack()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -150,6 +162,50 @@ class SideBySide:
         for member in self.training:
             if member.name == name:
                 member.status = status
+
+    def clone(self, request: CloneRequest) -> Member:
+        """Lets an adapter go on as two: the new one has its weights and its optimizer's state, and learns on beside it.
+
+        Args:
+            request: which, and what the new one has of its own.
+
+        Raises:
+            ConfigError: a field cannot be an adapter's own, or has a value that is impossible.
+            AdapterError: the adapter does not learn, or the name is taken.
+        """
+        source = next((member for member in self.training if member.name == request.source), None)
+        if source is None:
+            learning = ", ".join(member.name for member in self.training)
+            raise AdapterError(f"{request.source!r:.60} does not learn beside others; {learning} do")
+        if len(self.members) >= MOST:
+            raise ConfigError(f"{len(self.members)} adapters are trained side by side already, and {MOST} is the most")
+        changed = dict(request.fields)
+        if request.rate_factor != 1.0:
+            changed["learning_rate"] = source.arguments.learning_rate * request.rate_factor
+        check_own(changed)
+        arguments = changed_arguments(source.arguments, changed)
+        name = request.name or self._free_name(source, changed)
+        check_name(name)
+        with self._manager.transaction():
+            self._manager.copy(source.name, name)
+            self._manager.unfreeze(name)
+            clone = Member(
+                name, {**source.fields, **changed}, {**source.settings, **changed}, self._manager.parameters(name)
+            )
+            clone.arguments = arguments
+            self.join(clone, source)
+        for member in self.members:
+            for field in changed:
+                member.settings.setdefault(field, setting_text(getattr(member.arguments, field)))
+        self.members += (clone,)
+        self.opened.enter_context(self._manager.use(self.names, apart=True))
+        return clone
+
+    def _free_name(self, source: Member, changed: Mapping[str, Any]) -> str:
+        """``codes-lr1e-4-lr5e-5``, or with a number where that is taken."""
+        (name,) = names_of(source.name, [changed])
+        numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        return next(free for free in numbered if free not in self._manager.names)
 
     def passes(self, inputs: Mapping[str, Any]) -> list[list[Member]]:
         """Who is served in one pass over the model, for a batch of one of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -14,9 +15,11 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.training_args import TrainingArguments
 
 from nbpeft.engine.random_numbers import random_state, set_random_state
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, NbpeftError
 from nbpeft.model.serving import serving_rows
 from nbpeft.training.adapted import base_of
+from nbpeft.training.control import CloneRequest
+from nbpeft.training.keeping import is_plain_value
 from nbpeft.training.run import Run
 from nbpeft.training.sweep.loss import NotApartError, SplitLoss, split_loss
 from nbpeft.training.sweep.members import Member, SideBySide
@@ -115,22 +118,41 @@ class SideBySideTrainer(transformers.Trainer):
         if self.optimizer is not None:
             return self.optimizer
         whole: Any = self.model if model is None else model
-        decays = set(self.get_decay_parameter_names(whole))
-        decayed = {id(parameter) for name, parameter in whole.named_parameters() if name in decays}
-        groups: list[dict[str, Any]] = []
-        for member in self.group.members:
-            kind, options = self.get_optimizer_cls_and_kwargs(member.arguments, whole)
-            if not isinstance(kind, type) or any(name in options for name in _OWN_PARAMETERS):
-                name = getattr(self.args.optim, "value", self.args.optim)
-                raise ConfigError(f"optim {name!r:.60} chooses its parameters itself: no sweep", field="optim")
-            own = {name: options[name] for name in _OF_A_GROUP if name in options}
-            for decay in (True, False):
-                chosen = [one for one in member.parameters if (id(one) in decayed) is decay]
-                weight_decay = member.arguments.weight_decay if decay else 0.0
-                groups.append({"params": chosen, "weight_decay": weight_decay, "member": member.name, **own})
+        groups = [group for member in self.group.members for group in self._groups(member, whole)]
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, whole)
-        self.optimizer = kind([group for group in groups if group["params"]], **options)
+        self.optimizer = kind(groups, **options)
+        self.group.join = self._join
         return self.optimizer
+
+    def _groups(self, member: Member, whole: Any) -> list[dict[str, Any]]:
+        """The parameter groups of a member: what decays, and what does not."""
+        parameters = dict(whole.named_parameters())  # before names are asked for: a walk shows adapters that are new
+        decayed = {id(parameters[name]) for name in self.get_decay_parameter_names(whole) if name in parameters}
+        kind, options = self.get_optimizer_cls_and_kwargs(member.arguments, whole)
+        if not isinstance(kind, type) or any(name in options for name in _OWN_PARAMETERS):
+            name = getattr(self.args.optim, "value", self.args.optim)
+            raise ConfigError(f"optim {name!r:.60} chooses its parameters itself: no sweep", field="optim")
+        own = {name: options[name] for name in _OF_A_GROUP if name in options}
+        groups = []
+        for decay in (True, False):
+            chosen = [one for one in member.parameters if (id(one) in decayed) is decay]
+            weight_decay = member.arguments.weight_decay if decay else 0.0
+            groups.append({"params": chosen, "weight_decay": weight_decay, "member": member.name, **own})
+        return [group for group in groups if group["params"]]
+
+    def _join(self, clone: Member, source: Member) -> None:
+        """Lets a new member learn from the state of another one on, by the schedule that its own arguments say."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # as accelerate wraps them
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        factor = _factor(clone, int(self.state.max_steps))
+        for group in self._groups(clone, self.model):
+            rate = group["lr"]
+            optimizer.add_param_group({**group, "initial_lr": rate, "lr": rate * factor(schedule.last_epoch)})
+            schedule.base_lrs.append(rate)
+            schedule.lr_lambdas.append(factor)
+        for new, old in zip(clone.parameters, source.parameters, strict=True):
+            if old in optimizer.state:
+                optimizer.state[new] = copy.deepcopy(optimizer.state[old])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """One schedule, with the factor of its own for each group."""
@@ -201,9 +223,11 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         run.members = group.states
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: who has stopped."""
+        """What a checkpoint keeps: who has stopped, and what each has of its own, clones among them."""
         stopped = {one.name: one.status for one in self._group.members if one.status != "training"}
-        return {"args": {}, "attributes": {"stopped": stopped}}
+        members = [[name, fields] for name, fields in self._group.fields().items()]  # the file sorts dictionaries
+        kept = {"members": members} if is_plain_value(members) else {}
+        return {"args": {}, "attributes": {"stopped": stopped, **kept}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -234,9 +258,31 @@ class SideBySideCallback(TrainerCallback, ExportableState):
                 self._run.note(f"{member.name} diverged at step {state.global_step:,} and learns no more")
         for name in self._run.control.members_to_stop:
             self._group.stop(name)
+        for request in self._run.control.take_clones():
+            self._clone(request, state.global_step)
         if not self._group.training:
             self._run.note("all adapters have stopped")
             control.should_training_stop = True
+
+    def _clone(self, request: CloneRequest, step: int) -> None:
+        """Carries a request out, or says with the run why not: training goes on."""
+        try:
+            clone = self._group.clone(request)
+        except NbpeftError as error:
+            self._run.note(f"{request.source} was not cloned: {error}")
+            return
+        self._run.adapter = ", ".join(self._group.names)
+        self._run.note(f"{clone.name} goes on beside {request.source} from step {step:,}")
+
+
+def kept_members(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The adapters of a sweep in a checkpoint, clones among them, and what each has of its own; none where it is none.
+
+    Args:
+        state: what its ``trainer_state.json`` holds.
+    """
+    kept = (state.get("stateful_callbacks") or {}).get(SideBySideCallback.__name__) or {}
+    return dict(kept.get("attributes", {}).get("members", ()))
 
 
 def callbacks_of(members: object, run: Run) -> list[SideBySideCallback]:

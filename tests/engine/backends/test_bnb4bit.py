@@ -303,3 +303,35 @@ def test_embedding():
     assert torch.allclose(layer(tokens), weight[tokens])
     backend.store(layer, dense.weight * 2)
     assert torch.allclose(layer(tokens), backend.dequantize(layer)[tokens])
+
+
+@pytest.mark.parametrize(("quant_type", "double", "storage", "dtype"), SETTINGS)
+def test_a_grid_is_where_the_weight_lies_and_can_be_stored(quant_type, double, storage, dtype):
+    layer, _ = quantized(quant_type=quant_type, double=double, storage=storage, dtype=dtype)
+    if dtype == torch.bfloat16:
+        evaluate(layer, inputs(layer, dtype))  # re-packed, where the processor does so
+    before = backend.dequantize(layer)
+    grid = backend.grid(layer, before.float())
+    assert torch.equal(backend.dequantize(layer), before)
+    units = before.float() / grid.scales
+    assert float((units[..., None] - grid.levels).abs().amin(-1).max()) < 0.02  # as near as the weight's dtype comes
+    places = torch.randint(0, 16, before.shape, dtype=torch.uint8)
+    backend.restore(layer, grid.stored(places))
+    assert error(backend.dequantize(layer), grid.values(places)) < (1e-6 if dtype == torch.float32 else 4e-3)
+    x = inputs(layer, dtype)
+    assert error(evaluate(layer, x), x.float() @ grid.values(places).T) < 0.02
+
+
+def test_a_weight_that_is_not_quantized_yet_has_no_grid():
+    assert backend.grid(bnb.nn.Linear4bit(64, 32), torch.zeros(32, 64)) is None
+
+
+def test_a_grid_reaches_as_far_as_the_weight_to_round():
+    layer, _ = quantized()
+    before = backend.dequantize(layer).float()
+    grid = backend.grid(layer, 3 * before)
+    wider, present = grid.scales.expand_as(before), backend.grid(layer, before).scales.expand_as(before)
+    assert float((wider / present).min()) > 2.9
+    places = torch.bucketize(3 * before / grid.scales, (grid.levels[1:] + grid.levels[:-1]) / 2).to(torch.uint8)
+    backend.restore(layer, grid.stored(places))
+    assert error(backend.dequantize(layer), 3 * before) < 0.02

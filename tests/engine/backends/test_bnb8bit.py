@@ -176,3 +176,26 @@ def test_embedding():
     assert torch.allclose(layer(tokens), 2 * weight[tokens], rtol=1e-2)
     backend.restore(layer, snapshot)
     assert torch.equal(backend.dequantize(layer), weight)
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_a_grid_is_where_the_weight_lies_and_can_be_stored(out_features: int, in_features: int):
+    layer, _ = quantized(out_features, in_features)
+    grid = backend.grid(layer, backend.dequantize(layer))
+    assert grid is not None
+    units = backend.dequantize(layer) / grid.scales
+    assert float((units - units.round()).abs().max()) < 1e-3
+    places = torch.randint(0, 255, (out_features, in_features), dtype=torch.uint8)
+    backend.restore(layer, grid.stored(places))
+    assert torch.allclose(backend.dequantize(layer), grid.values(places), rtol=1e-6, atol=0)
+
+
+def test_a_grid_reaches_as_far_as_the_weight_to_round():
+    layer, _ = quantized()
+    before = backend.dequantize(layer).float()
+    grid = backend.grid(layer, 3 * before)
+    wider, present = grid.scales.expand_as(before), backend.grid(layer, before).scales.expand_as(before)
+    assert float((wider / present).min()) > 2.9
+    places = torch.bucketize(3 * before / grid.scales, (grid.levels[1:] + grid.levels[:-1]) / 2).to(torch.uint8)
+    backend.restore(layer, grid.stored(places))
+    assert error(backend.dequantize(layer), 3 * before) < 0.02

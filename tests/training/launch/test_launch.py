@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from nbpeft.errors import TrainingError
+from nbpeft.model.quantize import quantize_model
 from nbpeft.runs.folder import RunFolder
 from nbpeft.training import RunControl, train
 from tests.char_tokenizer import CharTokenizer
@@ -104,6 +105,23 @@ def test_a_sharded_run_is_stopped_and_goes_on_with_every_part_of_it(tmp_path: Pa
         assert (result.step, result.training.steps) == (stopped.steps, 60)
         found.append(weights(model, "sql"))
     close(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_on_a_base_in_four_bits() -> None:
+    """Each has the base in 4 bits, from one file, and gradients of the adapter alone go between them."""
+    pytest.importorskip("bitsandbytes")
+    found = []
+    for options in (ONE, TWO):
+        model = trainable(quantize_model(llama()), target_modules="all-linear", lora_dropout=0.0)
+        base = {name: part for name, part in model.named_parameters() if not part.requires_grad}
+        before = {name: part.detach().clone() for name, part in base.items()}
+        assert any(type(part).__name__ == "Params4bit" for part in base.values())
+        result = train(model, rows(), max_steps=12, learning_rate=0.01, **options)
+        assert all(torch.equal(part, before[name]) for name, part in base.items())
+        found.append((weights(model), [loss for _, loss in result.state.history]))
+    close(found[1][0], found[0][0])
+    assert found[1][1] == pytest.approx(found[0][1], abs=1e-4) and found[0][1][-1] < found[0][1][0]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""The LoRA family: LoRA, rsLoRA, DoRA and aLoRA, their inits, combining and optimizers.
+"""The LoRA family: LoRA, rsLoRA, DoRA, aLoRA and AdaLoRA, their inits, combining and optimizers.
 
 config.py         LoraConfig
-lora.py dora.py alora.py   the methods
+lora.py dora.py alora.py adalora.py   the methods
 adapter.py        what they share: two low-rank factors
 low_rank.py       the product of the factors on each kind of layer
 autograd.py       the product on linear layers, keeping nothing but its input for backward
@@ -9,10 +9,11 @@ multi_adapter.py  one batch served by several adapters
 inits.py          how the factors start
 combining/        one adapter of several
 conversion.py     OLoRA and PiSSA written as plain LoRA
+nearest.py        the LoRA that comes closest to an adapter of any method
 optimizers.py     LoRA-FA and LoRA+
 family.py         what the records of the methods share
 """
 
-from nbpeft.engine.methods.lora import alora, dora, lora
+from nbpeft.engine.methods.lora import adalora, alora, dora, lora
 
-__all__ = ["alora", "dora", "lora"]
+__all__ = ["adalora", "alora", "dora", "lora"]

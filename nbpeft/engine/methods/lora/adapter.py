@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, Pads, Rescales
+from nbpeft.engine.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
-from nbpeft.engine.methods.lora.inits import check_init, init_factors
+from nbpeft.engine.methods.lora.decompositions import nearest_product
+from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_init, init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
+from nbpeft.engine.peft_layer_api import PeftLayerMixin
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
 
@@ -27,21 +29,18 @@ _ENERGY = 0.9
 
 
 @torch.no_grad()
-def reset_factors(
-    adapters: Mapping[str, Any], layer: BaseLayer, adapter_name: str, init_lora_weights: bool | str
-) -> None:
+def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights: bool | str) -> None:
     """Draws the factors of an adapter on one layer anew, in place; as PEFT, not DoRA's magnitude.
 
     Args:
-        adapters: adapter name -> adapter on the layer.
-        layer: the layer.
+        adapted: the layer with its adapters.
         adapter_name: the adapter; nothing is done where the layer has none of that name.
         init_lora_weights: as in ``LoraConfig``; False leaves the factors as they are.
 
     Raises:
         ConfigError: the init takes the start from the weight.
     """
-    adapter = adapters.get(adapter_name)
+    layer, adapter = adapted.base, adapted._named().get(adapter_name)
     if init_lora_weights is False or not isinstance(adapter, LowRankAdapter):
         return
     config = LoraConfig(r=adapter.rank, init_lora_weights=init_lora_weights)
@@ -58,7 +57,34 @@ def reset_factors(
         held[name].copy_(value)
 
 
-class LowRankAdapter(Adapter, Rescales, Pads):
+def update_layer(
+    adapted: PeftLayerMixin, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
+) -> None:
+    """Makes the factors of an adapter on one layer anew; as PEFT's layers do, but what is saved then says so, too.
+
+    An adapter that the model does not have is added to it, on this layer alone, and is not active.
+
+    Args:
+        adapted: the layer with its adapters.
+        adapter_name: the adapter.
+        r: its rank here.
+        lora_alpha: its alpha here.
+        config: the rest: init, dropout, rsLoRA. Its targets and patterns do not count.
+        **kwargs: accepted for PEFT's sake.
+
+    Raises:
+        ConfigError: the config is none of LoRA's, or a file could not hold both it and the adapter's own.
+        MergeError: the adapter is merged.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"update_layer takes a LoraConfig, not a {type(config).__name__}")
+    if r <= 0:
+        raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}", field="r")
+    here = config.copy(r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={})
+    adapted._commands().remake(adapted, adapter_name, here)
+
+
+class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
     """Two factors A and B whose product, times a scaling, is added to a weight.
 
     Args:
@@ -66,7 +92,7 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         kind: the kind of layer.
         config: the adapter's.
         path: of the layer.
-        initial: A0 and B0 where the adapter starts in a component of the weight, whose product it subtracts.
+        start: where it starts; its product is subtracted where it is a component of the weight.
 
     Attributes:
         scaling: factor on the product; a 0-d tensor once the model is prepared for compiled hot-swapping.
@@ -95,7 +121,10 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         "use_rslora": "use_rslora",
         "lora_bias": "has_bias",
     }
-    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {"reset_lora_parameters": reset_factors}
+    peft_functions: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        "reset_lora_parameters": reset_factors,
+        "update_layer": update_layer,
+    }
 
     def __init__(
         self,
@@ -103,7 +132,7 @@ class LowRankAdapter(Adapter, Rescales, Pads):
         kind: LayerKind,
         config: Any,
         path: str,
-        initial: tuple[Tensor, Tensor] | None = None,
+        start: Start = RANDOM,
     ) -> None:
         super().__init__()
         self._parameters.update(tensors)
@@ -115,10 +144,26 @@ class LowRankAdapter(Adapter, Rescales, Pads):
             alpha=config.alpha_at(path),
             use_rslora=config.use_rslora,
             padded=False,
+            loses_start=start.is_from_data,
         )
-        if initial is not None:
-            for name, tensor in zip(_INITIAL, (initial[0], -initial[1]), strict=True):
+        if start.remembered is not None:
+            self.__dict__["_remembered"] = (start.remembered, path)
+        if start.quantized is not None or start.found:
+            self.__dict__["_start"] = start
+        if start.is_subtracted and start.factors is not None:
+            for name, tensor in zip(_INITIAL, (start.factors[0], -start.factors[1]), strict=True):
                 self.register_buffer(name, tensor, persistent=False)
+
+    def change_base(self, base: BaseLayer, change: Transaction) -> None:
+        """Puts the quantized weight of LoftQ in, and takes what data gave off the layer; see ``ChangesBase``."""
+        start: Start = self.__dict__.pop("_start", RANDOM)
+        if start.found:
+            change.keep_attributes(base.module, start.found)
+            base.module.__dict__.pop(start.found, None)
+        if start.quantized is not None:
+            snapshot = base.backend.snapshot(base.module)
+            change.on_undo(lambda: base.backend.restore(base.module, snapshot))
+            base.backend.store(base.module, start.quantized.dequantize())
 
     @property
     def factor_names(self) -> tuple[str, str]:
@@ -194,6 +239,44 @@ class LowRankAdapter(Adapter, Rescales, Pads):
     def row_scale(self, base: BaseLayer) -> Tensor | None:
         """The factor (out,) on the rows of the adapted weight ``W + s B A``, detached; None means 1."""
         return None
+
+    def shapes_with_start(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its tensors in a file, where the start is saved along; see ``Adapter``."""
+        (name_A, name_B), (lora_A, lora_B) = self.factor_names, self.factors
+        own = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        return own | {name_A: tuple(lora_A.shape), name_B: tuple(lora_B.shape)}
+
+    def split_start(self, tensors: Mapping[str, Tensor], change: Transaction) -> dict[str, Tensor]:
+        """Takes the start over from tensors of a file, and gives those of its parameters; see ``Adapter``."""
+        (name_A, name_B), (init_A, neg_init_B) = self.factor_names, self.initial or self.trained_factors
+        rank = self.rank
+        change.keep(self._buffers)
+        whole_A, whole_B = tensors[name_A], tensors[name_B]
+        start = whole_A[rank:].to(init_A), whole_B[:, rank:].to(neg_init_B)
+        self._buffers.update(zip(_INITIAL, start, strict=True))
+        remembered, path = self.__dict__["_remembered"]
+        change.keep(remembered)
+        remembered[path] = (start[0], -start[1])
+        return {**tensors, name_A: whole_A[:rank], name_B: whole_B[:, :rank]}
+
+    @torch.no_grad()
+    def approximate_(self, delta: Tensor, base: BaseLayer) -> None:
+        """Sets the factors so that what they add is as near as their rank allows to a change of the weight.
+
+        Args:
+            delta: shaped like the canonical weight, of a linear layer or an embedding.
+            base: the layer.
+        """
+        scaling = float(self.scaling)
+        factors = nearest_product(delta if scaling > 0 else -delta, self.rank)
+        for factor, value in zip(self.trained_factors, factors, strict=True):
+            factor.copy_(value / abs(scaling) ** 0.5)
+        self.set_row_scale_(None, base)
+
+    def started_at(self, directions: Tensor) -> dict[str, Tensor]:
+        """The factors of an adapter that adds nothing and reads its input in some directions, (rank, in)."""
+        (name_A, name_B), lora_B = self.factor_names, self.trained_factors[1]
+        return {name_A: directions.to(lora_B), name_B: lora_B.new_zeros(lora_B.shape[0], len(directions))}
 
     def set_row_scale_(self, row_scale: Tensor | None, base: BaseLayer) -> None:
         """Sets that factor, where there is one."""

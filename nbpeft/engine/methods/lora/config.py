@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
+
+from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.engine.config_checks import (
@@ -19,16 +22,17 @@ from nbpeft.engine.config_checks import (
     unused_patterns,
 )
 from nbpeft.engine.field_types import plain
+from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS, CordaConfig, EvaConfig, LoraGAConfig, as_settings
 from nbpeft.engine.module_paths import pattern_table
+from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
-INITS = ("gaussian", "orthogonal", "olora", "pissa")
+INITS = ("gaussian", "orthogonal", "olora", "pissa", *INIT_CONFIGS)
 """Named inits of ``init_lora_weights`` besides True, False and ``pissa_niter_N``."""
 _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
 
-_PATTERNS = ("rank_pattern", "alpha_pattern")
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -65,6 +69,12 @@ class LoraConfig(AdapterConfig):
         use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
         lora_bias: give the second matrix a bias.
         target_parameters: names of bare parameters to adapt, those of experts: mlp.experts.gate_up_proj.
+        ensure_weight_tying: refuse factors and copies on one of two tied layers; trained rows of tokens follow by
+            themselves.
+        loftq_config: settings of init_lora_weights="loftq": loftq_bits and loftq_iter.
+        eva_config: settings of init_lora_weights="eva".
+        corda_config: settings of init_lora_weights="corda".
+        lora_ga_config: settings of init_lora_weights="lora_ga".
         alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
 
     Raises:
@@ -89,9 +99,9 @@ class LoraConfig(AdapterConfig):
     megatron_core: str | None = field(default="megatron.core")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
     loftq_config: dict[str, Any] = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = field(default=None)
-    corda_config: dict[str, Any] | None = field(default=None)
-    lora_ga_config: dict[str, Any] | None = field(default=None)
+    eva_config: EvaConfig | None = field(default=None)
+    corda_config: CordaConfig | None = field(default=None)
+    lora_ga_config: LoraGAConfig | None = field(default=None)
     use_dora: bool = field(default=False)
     velora_config: dict[str, Any] | None = field(default=None)
     alora_invocation_tokens: list[int] | None = field(default=None)
@@ -109,10 +119,6 @@ class LoraConfig(AdapterConfig):
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         "megatron_config",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
         "velora_config",
         "use_qalora",
         "monteclora_config",
@@ -120,13 +126,14 @@ class LoraConfig(AdapterConfig):
         "use_bdlora",
         "arrow_config",
         "kasa_config",
-        "ensure_weight_tying",
     )
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
-        *("r", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),
+        *("r", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "loftq_config"),
     )
 
+    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    """Fields that map patterns over paths to values."""
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "bias": _BIASES,
         "init_lora_weights": (True, False, *INITS, "pissa_niter_4"),
@@ -146,8 +153,10 @@ class LoraConfig(AdapterConfig):
         self.peft_type = PeftType("LORA")
         self._check_numbers()
         self._check_choices()
+        self._check_init_settings()
         self._check_invocation()
-        check_target_fields(self, pattern_fields=_PATTERNS)
+        check_target_fields(self, pattern_fields=self.pattern_fields)
+        self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
     def _check_numbers(self) -> None:
         self.r = plain(self.r)
@@ -169,6 +178,37 @@ class LoraConfig(AdapterConfig):
                 f"The argument lora_bias=True is supported with init_lora_weights True or False, not "
                 f"{self.init_lora_weights!r}",
                 field="lora_bias",
+            )
+
+    def _check_init_settings(self) -> None:
+        """Makes the settings of inits what they are here: a dictionary for LoftQ as in PEFT, else an object."""
+        for init, (name, settings_class) in INIT_CONFIGS.items():
+            settings = as_settings(name, getattr(self, name) or None, settings_class)
+            used = self.init_name == init
+            if settings is not None and not used:
+                ignored = f"`{name}` specified but will be ignored when `init_lora_weights` is not {init!r}."
+                warnings.warn(ignored, stacklevel=4)
+            if init == "loftq":
+                settings = dict(vars(settings)) if settings is not None and used else {}
+            setattr(self, name, settings)
+        if self.init_name == "loftq" and not self.loftq_config:
+            raise ConfigError(
+                "`loftq_config` must be specified when `init_lora_weights` is 'loftq'.", field="loftq_config"
+            )
+        for init in ("eva", "corda"):
+            name, settings_class = INIT_CONFIGS[init]
+            if self.init_name == init and getattr(self, name) is None:
+                title = "CorDA" if init == "corda" else init.upper()
+                warnings.warn(
+                    f"`init_lora_weights` is {init!r} but `{name}` is not specified. Using default {title} config.",
+                    stacklevel=4,
+                )
+                setattr(self, name, settings_class())
+        if self.initialised_from_data and self.use_dora:
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} cannot be used with use_dora=True: a file could not say "
+                "what it started from; use 'pissa' or 'olora'",
+                field="use_dora",
             )
 
     def _check_invocation(self) -> None:
@@ -203,8 +243,13 @@ class LoraConfig(AdapterConfig):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether the init is OLoRA's or PiSSA's; see ``AdapterConfig``."""
-        return self.init_name in ("olora", "pissa", "pissa_niter")
+        """Whether the init is OLoRA's, PiSSA's, LoftQ's, CorDA's or LoRA-GA's; see ``AdapterConfig``."""
+        return self.init_name in ("olora", "pissa", "pissa_niter", "loftq") or self.initialised_from_data
+
+    @property
+    def initialised_from_data(self) -> bool:
+        """Whether the part of the weight that the adapter takes over depends on what the layer met in a run."""
+        return self.init_name in ("corda", "lora_ga")
 
     def rank_at(self, path: str) -> int:
         """The rank at a module path, ``rank_pattern`` included."""
@@ -240,8 +285,47 @@ class LoraConfig(AdapterConfig):
         self.alpha_pattern = dict(sorted(others.items(), key=lambda item: -len(item[0])))
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
-        """Describes the keys of ``rank_pattern`` and ``alpha_pattern`` that match no module; see ``AdapterConfig``."""
-        return unused_patterns(self, _PATTERNS, paths)
+        """Describes the keys of its patterns that match no module; see ``AdapterConfig``."""
+        return unused_patterns(self, self.pattern_fields, paths)
+
+    def with_layer(self, path: str, layer_config: LoraConfig, *, target: bool) -> Self:
+        """A copy with rank and alpha of one layer; see ``AdapterConfig``."""
+        apart = ("init_lora_weights",) if self.initialised_from_weight or layer_config.initialised_from_weight else ()
+        for name in ("lora_bias", *apart):
+            if getattr(self, name) != getattr(layer_config, name):
+                raise ConfigError(f"{name} must be the adapter's own, {getattr(self, name)!r}", field=name)
+        exact, rank, scaling = f"^{path}", layer_config.rank_at(path), layer_config.scaling_at(path)
+        alpha = scaling * (math.sqrt(rank) if self.use_rslora else rank)
+        changed = self.copy(rank_pattern={exact: rank, **{**self.rank_pattern, exact: rank}})
+        changed.alpha_pattern = {exact: alpha, **{**self.alpha_pattern, exact: alpha}}
+        if target:
+            changed.target_modules = with_target(self.target_modules, path)
+        return changed
+
+    # Layer classes of somebody else's
+
+    def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+        """Has layers of some classes adapted by classes of one's own, which derive from ``LoraLayer``; as in PEFT.
+
+        The mapping is no part of a saved config: register it again before an adapter is loaded.
+
+        Args:
+            mapping: class of layers in the model -> class that is put around them, made as ``cls(base_layer,
+                adapter_name, config=…, r=…, lora_alpha=…, target_name=…, …)``.
+        """
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+    def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
+        """The class registered for a layer, or None."""
+        registered = (self._custom_modules or {}).items()
+        return next((custom for layer, custom in registered if isinstance(module, layer)), None)
+
+    def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
+        """Makes an object of such a class with the arguments that PEFT gives; see ``AdapterConfig``."""
+        given: dict[str, Any] = {"r": self.rank_at(path), "lora_alpha": self.alpha_at(path), "target_name": path}
+        given |= {"loaded_in_8bit": False, "loaded_in_4bit": False, "parameter_name": None, "tied_adapter": {}}
+        offload = self.runtime_config.ephemeral_gpu_offload
+        return layer_class(module, name, config=self, ephemeral_gpu_offload=offload, **given)
 
 
 def _check_init_name(init: object) -> None:

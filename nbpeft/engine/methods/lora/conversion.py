@@ -11,7 +11,7 @@ the scalings, for programs that know one rank and one alpha.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,12 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LowRankDelta
 from nbpeft.engine.base import LayerKind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.init_configs import no_settings
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.errors import AdapterError
+
+KEPT_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save", "bias")
+"""Fields of a config that hold for the LoRA that takes its place, too."""
 
 
 def as_plain_lora(
@@ -45,7 +49,10 @@ def as_plain_lora(
     }
     if config.use_dora:
         raise AdapterError("it is DoRA, whose norm a plain LoRA does not have: save it as it is")
-    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+    if config.init_name == "loftq":
+        raise AdapterError("LoftQ replaced the base's weights: save it as it is, and the base beside it")
+    lost = any(adapter.loses_start for adapter, _ in started.values())
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern) and not lost:
         raise AdapterError("it joins use_rslora with rank_pattern or alpha_pattern: save it as it is")
     tensors = dict(weights.adapters)
     for path, (adapter, (init_A, neg_init_B)) in started.items():
@@ -56,7 +63,7 @@ def as_plain_lora(
             name_A: torch.cat([lora_A, init_A.to(lora_A)]),
             name_B: torch.cat([lora_B, neg_init_B.to(lora_B)], 1),
         }
-    return _doubled(config), AdapterWeights(tensors, weights.copies, weights.base)
+    return _doubled(config, tensors.keys() - started.keys()), AdapterWeights(tensors, weights.copies, weights.base)
 
 
 def as_uniform_lora(
@@ -77,21 +84,20 @@ def as_uniform_lora(
     for path, (kind, delta) in deltas.items():
         name_A, name_B = low_rank_of(kind).factor_names
         up = delta.up if delta.scaling == scaling else delta.up * (delta.scaling / scaling)
-        tensors[path] = {name_A: _padded(delta.down, 0, rank), name_B: _padded(up, 1, rank)}
+        tensors[path] = {name_A: padded(delta.down, 0, rank), name_B: padded(up, 1, rank)}
         if delta.bias is not None:
             tensors[path][f"{name_B}_bias"] = delta.bias / scaling
-    kept = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save", "bias")
     uniform = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
         target_modules=list(deltas),
         lora_bias=any(delta.bias is not None for _, delta in deltas.values()),
-        **{name: getattr(config, name) for name in kept if hasattr(config, name)},
+        **{name: getattr(config, name) for name in KEPT_FIELDS if hasattr(config, name)},
     )
     return uniform, AdapterWeights(tensors, weights.copies, weights.base)
 
 
-def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
+def padded(factor: Tensor, dim: int, rank: int) -> Tensor:
     """A factor with zeros up to a rank."""
     missing = rank - factor.shape[dim]
     if not missing:
@@ -101,13 +107,18 @@ def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
-def _doubled(config: Any) -> AdapterConfig:
-    """The config at twice the rank with the same scaling."""
+def _doubled(config: Any, others: Iterable[str]) -> AdapterConfig:
+    """The config at twice the rank with the same scaling, but for the layers at some paths."""
+    factor = 2**0.5 if config.use_rslora else 2
+    kept = sorted(others)
+    ranks = {pattern: 2 * rank for pattern, rank in config.rank_pattern.items()}
+    alphas = {pattern: factor * alpha for pattern, alpha in config.alpha_pattern.items()}
     doubled: AdapterConfig = config.copy(
         init_lora_weights=True,
+        **no_settings(),
         r=2 * config.r,
-        lora_alpha=config.lora_alpha * (2**0.5 if config.use_rslora else 2),
-        rank_pattern={pattern: 2 * rank for pattern, rank in config.rank_pattern.items()},
-        alpha_pattern={pattern: 2 * alpha for pattern, alpha in config.alpha_pattern.items()},
+        lora_alpha=config.lora_alpha * factor,
+        rank_pattern={path: config.rank_at(path) for path in kept} | ranks,
+        alpha_pattern={path: config.alpha_at(path) for path in kept} | alphas,
     )
     return doubled

@@ -24,7 +24,7 @@ from nbpeft.engine.methods.lora.adapter import MAGNITUDE, LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.inits import check_init, init_factors, weight_component
+from nbpeft.engine.methods.lora.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.registry import register
 
@@ -35,6 +35,9 @@ _CANCELLATION = 1e-2
 @register(
     LoraConfig,
     label="DoRA",
+    when="low ranks, where it learns a little more than LoRA, at a slower step",
+    paper="arXiv:2402.09353",
+    listed_with={"use_dora": True},
     applies=lambda config: config.use_dora,
     variant=lambda config: "rsDoRA" if config.use_rslora else "",
     sample_configs={
@@ -66,12 +69,16 @@ class DoRA(LowRankAdapter):
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded tensors or makes new ones, the magnitude at the norm it has; see ``Adapter``."""
-        initial = weight_component(config, site)
-        given = init_factors(config, site, initial) if tensors is None else tensors
+        start = start_of(config, site, is_new=tensors is None)
+        given = init_factors(config, site, start.factors) if tensors is None else tensors
         parameters = {name: nn.Parameter(given[name]) for name in site.shapes}
-        adapter = cls(parameters, site.base.kind, config, site.path, initial)
+        adapter = cls(parameters, site.base.kind, config, site.path, start)
         if tensors is None:
-            norm = adapter.row_norm(site.base)
+            if start.quantized is None:
+                norm = adapter.row_norm(site.base)
+            else:
+                weight = site.base.kind.canonical(site.base.module, start.quantized.dequantize())
+                norm = adapter._exact_norm(weight, site.base, torch.float32)
             adapter._parameters[MAGNITUDE] = nn.Parameter(norm.to(site.dtype).view(site.shapes[MAGNITUDE]))
         return adapter
 

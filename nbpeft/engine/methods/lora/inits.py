@@ -7,33 +7,83 @@
     "olora"          B, A = Q, R of the weight's first r columns (Büyükakyüz 2024, arXiv:2406.01775)
     "pissa"          the r largest singular directions of the weight (Meng et al. 2024, arXiv:2404.02948)
     "pissa_niter_N"  the same by a randomized SVD of N iterations
+    "corda"          directions of the weight that matter most, or least, on inputs that ``preprocess_corda`` saw
+    "lora_ga"        directions of the gradient that ``preprocess_loraga`` found, see gradients.py
+    "eva"            A the main directions of the layer's inputs, by ``initialize_lora_eva_weights``; as True until then
+    "loftq"          what the weight loses when it is quantized, see loftq.py
 
-OLoRA and PiSSA train a part ``s B0 A0`` of the weight itself, so that part has to leave the base.
-PEFT subtracts it from the base's weight for good. Here the base stays as it is and the adapter
+OLoRA, PiSSA, CorDA and LoRA-GA train a part ``s B0 A0`` of the weight itself, so that part has to leave the
+base. PEFT subtracts it from the base's weight for good. Here the base stays as it is and the adapter
 subtracts it, ``W + s (B A - B0 A0)``: other adapters, ``disable_adapter`` and ``unload`` find the
-model they expect, and half-precision or quantized weights are not rounded again.
+model they expect, and half-precision or quantized weights are not rounded again. What CorDA and LoRA-GA
+start from depends on data, so that an adapter's file could not say it: it is saved as plain LoRA.
+
+LoftQ is made for a base that will be quantized, so the base's weight becomes the quantized one for good, as in PEFT.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite
-from nbpeft.engine.base import LayerKind
+from nbpeft.engine.base import LayerKind, offloading
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.decompositions import randomized_svd
+from nbpeft.engine.methods.lora.gradients import GRADIENT, gradient_factors
+from nbpeft.engine.methods.lora.loftq import QuantizedWeight, loftq_start
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.numerics import is_finite
 from nbpeft.errors import ConfigError
 
-_SEED = 0
-"""Of a randomized SVD: whoever loads an adapter has to find the part it started from again."""
 _ORTHOGONAL_SCALE = 10.0
+
+DECOMPOSITION = "eigens"
+"""Attribute of a layer that holds what ``preprocess_corda`` found, under PEFT's name."""
+_FOUND = {"corda": (DECOMPOSITION, "preprocess_corda"), "lora_ga": (GRADIENT, "preprocess_loraga")}
+_STARTS = "_starts"
 
 Factors = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r)."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an adapter on one layer starts, apart from random draws.
+
+    Attributes:
+        factors: A and B; None for random ones.
+        is_subtracted: whether their product is a part of the weight that the adapter takes over.
+        is_from_data: whether it depends on more than the weight and the config.
+        quantized: what the base's weight becomes, as the module stores it.
+        found: attribute of the layer that held what it was computed from, and is of no use any more.
+    """
+
+    factors: Factors | None = None
+    is_subtracted: bool = False
+    is_from_data: bool = False
+    quantized: QuantizedWeight | None = None
+    found: str = ""
+    remembered: dict[str, Factors] | None = None
+    """Where the factors of the layer are kept with the config, by path."""
+
+
+RANDOM = Start()
+
+
+class _Starts(dict[str, Factors]):
+    """Path -> A0 and B0 of the adapters that were made of a config: data gave them, and they cannot be had again.
+
+    An adapter that was taken off is put back with it, so all copies of a config share one.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
 
 def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> None:
@@ -42,19 +92,20 @@ def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     Raises:
         ConfigError: the layer is not linear, or this init does not support the rank or scaling.
     """
-    orthogonal = config.init_name == "orthogonal"
-    if not (orthogonal or config.initialised_from_weight):
-        return
-    told = f"init_lora_weights={config.init_lora_weights!r}"
-    if not kind.is_linear:
-        raise ConfigError(f"{path}: {told} works on linear layers only, not on an {kind.name}; exclude it", path=path)
-    rank, largest = config.rank_at(path), min(kind.features(module))
-    if orthogonal and rank % 2:
-        raise ConfigError(f"{path}: {told} needs an even rank, not {rank}", field="r", path=path)
+    init, named = config.init_name, f"init_lora_weights={config.init_lora_weights!r}"
+    if init == "lora_ga" and config.lora_ga_config is None:
+        raise ConfigError(f"lora_ga_config must be provided with {named}", field="lora_ga_config", path=path)
+    if not (init == "orthogonal" or config.initialised_from_weight) or (init == "lora_ga" and not kind.is_linear):
+        return  # LoRA-GA starts other layers at random, as PEFT
+    if not (kind.is_linear or (init == "loftq" and kind.takes_ids)):
+        raise ConfigError(f"{path}: {named} works on linear layers only, not on an {kind.name}; exclude it", path=path)
+    rank, largest = config.rank_at(path), min(kind.features(module)) // (2 if init == "lora_ga" else 1)
+    if init == "orthogonal" and rank % 2:
+        raise ConfigError(f"{path}: {named} needs an even rank, not {rank}", field="r", path=path)
     if config.initialised_from_weight and rank > largest:
-        raise ConfigError(f"{path}: {told} takes a rank of at most {largest} there, not {rank}", field="r", path=path)
+        raise ConfigError(f"{path}: {named} takes a rank of at most {largest} there, not {rank}", field="r", path=path)
     if config.initialised_from_weight and config.scaling_at(path) <= 0:
-        raise ConfigError(f"{path}: {told} needs an alpha above 0", field="lora_alpha", path=path)
+        raise ConfigError(f"{path}: {named} needs an alpha above 0", field="lora_alpha", path=path)
 
 
 def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
@@ -63,7 +114,7 @@ def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None)
     Args:
         config: gives the init and the rank.
         site: the layer; of its shapes the first two are the factors', and anything after them starts at zero.
-        initial: what ``weight_component`` gave: the factors themselves, where it is not None.
+        initial: factors that ``start_of`` gave; None for random ones.
 
     Returns:
         Parameter name -> tensor.
@@ -106,19 +157,27 @@ def _fill_orthogonal(lora_A: Tensor, lora_B: Tensor) -> None:
 
 
 @torch.no_grad()
-def weight_component(config: LoraConfig, site: AdapterSite) -> Factors | None:
-    """Computes the part ``s B0 A0`` of the weight that an adapter takes over at its start; None for other inits.
+def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
+    """Computes where an adapter starts; the part of the weight it takes over also when its tensors are loaded.
 
-    It depends on the weight and the config alone, so that an adapter's file need not hold it.
+    That part depends on the weight and the config alone, so that an adapter's file need not hold it, but for
+    the inits from data.
+
+    Args:
+        config: gives the init and the rank.
+        site: the layer.
+        is_new: whether its factors are to be made, not loaded.
 
     Returns:
-        A0 and B0 in the dtype of the adapter, computed in float32 at least.
+        Factors in the dtype of the adapter, computed in float32 at least.
 
     Raises:
-        ConfigError: the weight is not finite.
+        ConfigError: the weight is not finite or stored in a form that the init does not take, or data is missing.
     """
     if not config.initialised_from_weight:
-        return None
+        return RANDOM
+    if config.initialised_from_data:
+        return _data_start(config, site, is_new=is_new)
     path, weight = site.path, site.base.weight()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if not weight.is_meta and not is_finite(weight):
@@ -127,8 +186,86 @@ def weight_component(config: LoraConfig, site: AdapterSite) -> Factors | None:
             path=path,
         )
     rank, scaling = config.rank_at(path), config.scaling_at(path)
-    lora_A, lora_B = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
-    return lora_A.to(site.dtype).contiguous(), lora_B.to(site.dtype).contiguous()
+    if config.init_name == "loftq":
+        return _loftq(config, site, weight, is_new=is_new)
+    factors = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
+    return Start(_stored(factors, site), is_subtracted=True)
+
+
+def _stored(factors: Factors, site: AdapterSite) -> Factors:
+    """Factors in the dtype and on the device of an adapter."""
+    lora_A, lora_B = (factor.to(site.base.device, site.dtype).contiguous() for factor in factors)
+    return lora_A, lora_B
+
+
+def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
+    if config.init_name == "lora_ga" and not site.base.kind.is_linear:
+        return RANDOM
+    starts: _Starts = config.__dict__.setdefault(_STARTS, _Starts())
+    attribute, function = _FOUND[config.init_name]
+    data = site.base.module.__dict__.get(attribute)
+    if site.path in starts and not is_new:
+        return Start(_stored(starts[site.path], site), is_subtracted=True, is_from_data=True, remembered=starts)
+    if data is None:
+        if is_new:
+            raise ConfigError(
+                f"{site.path}: init_lora_weights={config.init_lora_weights!r} needs data: call {function} "
+                "first, with the model and config of the adapter",
+                field="init_lora_weights",
+                path=site.path,
+            )
+        warnings.warn(
+            f"an adapter with init_lora_weights={config.init_lora_weights!r} is loaded without what {function} found: "
+            "it is right on a base that its start was taken from, as PEFT saves one",
+            stacklevel=2,
+        )
+        return RANDOM
+    make = _corda if config.init_name == "corda" else gradient_factors
+    starts[site.path] = factors = _stored(make(data, config, site), site)
+    return Start(factors, is_subtracted=True, is_from_data=True, found=attribute, remembered=starts)
+
+
+def _corda(found: Any, config: LoraConfig, site: AdapterSite) -> Factors:
+    """B0, A0 = the directions that ``preprocess_corda`` left, each with the root of its value."""
+    values, left, right = (part.to(site.base.device) for part in (found.S_WC, found.U_WC, found.V_WC))
+    rank, shape = config.rank_at(site.path), (site.base.out_features, site.base.in_features)
+    if len(values) != rank or (left.shape[0], right.shape[0]) != shape:
+        raise ConfigError(
+            f"{site.path}: preprocess_corda ran for rank {len(values)} and {left.shape[0], right.shape[0]}, this "
+            f"is rank {rank} and {shape}: call it with the config of the adapter",
+            field="r",
+            path=site.path,
+        )
+    root = (values / config.scaling_at(site.path)).sqrt()
+    return right.T * root[:, None], left * root
+
+
+def _loftq(config: LoraConfig, site: AdapterSite, weight: Tensor, *, is_new: bool) -> Start:
+    base = site.base
+    if base.backend.name != "dense" or offloading(base.module) is not None:
+        if not is_new:
+            return RANDOM  # the base is quantized, as it is meant to be in the end
+        how = "offloaded" if base.backend.name == "dense" else "quantized already"
+        raise ConfigError(
+            f"{site.path}: init_lora_weights='loftq' quantizes the weight, which is {how}: add the adapter with "
+            "init_lora_weights=True and call replace_lora_weights_loftq with the folder of the full-precision model",
+            field="init_lora_weights",
+            path=site.path,
+        )
+    if weight.is_meta:
+        return RANDOM
+    quantized, factors = loftq_start(
+        weight,
+        lambda value: base.kind.canonical(base.module, value),
+        config.rank_at(site.path),
+        bits=config.loftq_config["loftq_bits"],
+        iterations=config.loftq_config["loftq_iter"],
+        factors=is_new,
+    )
+    if factors is not None:
+        root = math.sqrt(config.scaling_at(site.path))
+        factors = _stored((factors[0] / root, factors[1] / root), site)
+    return Start(factors, quantized=quantized)
 
 
 def _olora(weight: Tensor, rank: int) -> Factors:
@@ -142,21 +279,6 @@ def _pissa(weight: Tensor, rank: int, scaling: float, config: LoraConfig) -> Fac
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         left, values, right = left[:, :rank], values[:rank], right[:rank]
     else:
-        left, values, right = _randomized_svd(weight, rank, config.pissa_iterations)
+        left, values, right = randomized_svd(weight, rank, config.pissa_iterations)
     root = (values / scaling).sqrt()
     return root[:, None] * right, left * root
-
-
-def _randomized_svd(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``torch.svd_lowrank``, from the same draws on every device, since they decide what is found.
-
-    Reference: Halko et al. 2009, arXiv:0909.4061.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    draws = torch.randn(weight.shape[1], rank, generator=generator, dtype=weight.dtype).to(weight.device)
-    basis = torch.linalg.qr(weight @ draws)[0]
-    for _ in range(iterations):
-        basis = torch.linalg.qr(weight.T @ basis)[0]
-        basis = torch.linalg.qr(weight @ basis)[0]
-    left, values, right = torch.linalg.svd(basis.T @ weight, full_matrices=False)
-    return basis @ left, values, right

@@ -20,7 +20,7 @@ from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.inits import check_init, init_factors, weight_component
+from nbpeft.engine.methods.lora.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
 from nbpeft.engine.methods.lora.parameters import ParameterLoRA
@@ -63,10 +63,10 @@ class PlainLowRank(LowRankAdapter):
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded factors or makes new ones; see ``Adapter``."""
-        initial = weight_component(config, site)
-        given = init_factors(config, site, initial) if tensors is None else tensors
+        start = start_of(config, site, is_new=tensors is None)
+        given = init_factors(config, site, start.factors) if tensors is None else tensors
         parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
-        return cls(parameters, site.base.kind, config, site.path, initial)
+        return cls(parameters, site.base.kind, config, site.path, start)
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -151,6 +151,8 @@ class PlainLowRank(LowRankAdapter):
 @register(
     LoraConfig,
     label="LoRA",
+    when="the usual choice: every tool and every server takes it",
+    paper="arXiv:2106.09685",
     applies=lambda config: not config.use_dora and config.alora_invocation_tokens is None,
     variant=lambda config: "rsLoRA" if config.use_rslora else "",
     sample_configs={

@@ -17,7 +17,7 @@ from nbpeft.errors import ConfigError
         ("lora_dropout", 3, "lora_dropout must be between 0 and 1"),
         ("bias", "al", "Did you mean 'all'"),
         ("task_type", "CAUSAL", "Did you mean 'CAUSAL_LM'"),
-        ("init_lora_weights", "eva", "not implemented"),
+        ("init_lora_weights", "mica", "not implemented"),
         ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] must be a positive whole number, not 0"),
         ("rank_pattern", {"(": 3}, "rank_pattern is not a regular expression"),
         ("rank_pattern", ["a"], "rank_pattern must be a dictionary, not ['a']"),
@@ -43,7 +43,11 @@ def test_a_pattern_of_layers_is_a_name_or_names() -> None:
         LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=3)
 
 
-def test_layer_classes_of_ones_own_are_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"layer classes of PEFT's cannot be brought \(LSTM\): register"):
-        LoraConfig()._register_custom_module({nn.LSTM: nn.Module})
+def test_registered_layer_classes_are_copied_and_not_saved() -> None:
+    config = LoraConfig()
+    config._register_custom_module({nn.LSTM: nn.Module})
+    config._register_custom_module({nn.Linear: nn.Identity})
+    assert config.copy().custom_layer_class(nn.LSTM(1, 1)) is nn.Module
+    assert config.custom_layer_class(nn.Linear(1, 1)) is nn.Identity
+    assert LoraConfig().custom_layer_class(nn.LSTM(1, 1)) is None and "_custom_modules" not in config.to_dict()
     assert LoraConfig.check_kwargs(r=3) == {"r": 3}

@@ -52,13 +52,14 @@ class CombineLowRank:
         tensors = {path: _tensors(kinds[path], layer) for path, layer in combined.layers.items()}
         # Only ``exact`` looks at what DoRA makes of the factors.
         rescaled = any(part.row_scale is not None for named in factors.values() for part in named.values())
-        known = not rescaled or recipe.combination_type == "exact"
+        known = not rescaled or recipe.combination_type == "exact" or len(adapters) == 1
         losses = {path: layer.loss for path, layer in combined.layers.items()} if known else None
 
         def finish(path: str, adapter: Adapter, base: BaseLayer) -> None:
             """Gives a DoRA result the magnitude that makes its delta the exact sum."""
-            if recipe.combination_type == "exact" and isinstance(adapter, LowRankAdapter):
-                adapter.set_row_scale_(combined.layers[path].row_scale, base)
+            row_scale = combined.layers[path].row_scale
+            if isinstance(adapter, LowRankAdapter) and (row_scale is not None or recipe.combination_type == "exact"):
+                adapter.set_row_scale_(row_scale, base)
 
         return Combination(
             combined_config(configs, combined),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nbpeft.engine.methods.lora.combining.layers import CombinedFactors
+from nbpeft.engine.methods.lora.init_configs import no_settings
 
 _SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -19,7 +20,7 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
     """
     first, rank = configs[0], combination.rank
     layers = combination.layers.values()
-    ranks = _patterns(combination)
+    ranks = rank_patterns(combination.ranks_apart, combination.layers)
     return first.copy(
         r=rank,
         lora_alpha=rank,
@@ -27,6 +28,7 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
         alpha_pattern=dict(ranks),
         use_rslora=False,
         init_lora_weights=True,
+        **no_settings(),
         lora_bias=any(layer.bias is not None for layer in layers),
         use_dora=first.use_dora
         if combination.recipe.combination_type != "exact"
@@ -35,12 +37,16 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
     )
 
 
-def _patterns(combination: CombinedFactors) -> dict[str, int]:
-    """Path pattern -> rank, longest path first, because the first match at the end of a path wins."""
-    apart = combination.ranks_apart
+def rank_patterns(apart: Mapping[str, int], paths: Collection[str]) -> dict[str, int]:
+    """Path pattern -> rank, longest path first, because the first match at the end of a path wins.
+
+    Args:
+        apart: path -> rank where that is not the usual one.
+        paths: those of all adapted layers.
+    """
     patterns = {}
     for path in sorted(apart, key=len, reverse=True):
-        shadows = any(other.endswith(f".{path}") and other not in apart for other in combination.layers)
+        shadows = any(other.endswith(f".{path}") and other not in apart for other in paths)
         patterns[f"^{path}" if shadows else path] = apart[path]
     return patterns
 

@@ -177,7 +177,8 @@ def _combined_finite(
 def _combine_layer(parts: Sequence[Factors], weights: Sequence[float], rank: int, recipe: Recipe) -> CombinedLayer:
     dtype, first = parts[0].dtype, parts[0]
     wide = [part.widened() for part in parts]
-    row_scale = _combined_row_scale(wide, weights) if recipe.combination_type == "exact" else None
+    exact = recipe.combination_type == "exact" or len(parts) == 1  # one adapter keeps what DoRA makes of it
+    row_scale = _combined_row_scale(wide, weights) if exact else None
     if row_scale is not None:
         wide = [_with_row_scale(part, row_scale) for part in wide]
     true_B, true_A = stack(wide, weights)

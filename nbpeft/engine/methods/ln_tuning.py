@@ -1,0 +1,163 @@
+"""LN tuning: the weights and biases of norms, and nothing else (Zhao et al. 2023, arXiv:2312.11420).
+
+    y = norm(x) ∘ w + b        w, b: trained copies, which start at those of the layer
+
+A norm runs once, with the copies in place of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, AdapterSite, ReplacesCall
+from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.layers_config import LayersConfig
+from nbpeft.engine.registry import register
+
+WEIGHT, BIAS = "weight", "bias"
+_BLOCK = ["input_layernorm", "post_attention_layernorm"]
+_FOUR = [*_BLOCK, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]
+_TARGETS = {
+    "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+    "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
+    "bloom": [*_BLOCK, "ln_f"],
+    "falcon": [*_BLOCK, "ln_f"],
+    "gemma": [*_BLOCK, "norm"],
+    "gemma2": _FOUR,
+    "gemma3_text": _FOUR,
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "gptj": ["ln_1", "ln_f"],
+    "llama": [*_BLOCK, "norm"],
+    "mistral": [*_BLOCK, "norm"],
+    "mt5": ["layer_norm", "final_layer_norm"],
+    "phi": ["input_layernorm", "final_layernorm"],
+    "qwen2": ["post_attention_layernorm"],
+    "qwen3": ["post_attention_layernorm"],
+    "t5": ["layer_norm", "final_layer_norm"],
+}
+"""Model type -> usual targets. LLaVA's are not here: PEFT trains its embeddings and head, too."""
+
+
+class Norm:
+    """A norm over the last dimension with a weight for each feature, of torch or of a model's own file."""
+
+    name = "norm"
+    peft_name = "Norm"
+    is_linear = False
+    takes_ids = False
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether it is called a norm and has such a weight; one over batches or groups of channels has not."""
+        weight = module._parameters.get(WEIGHT)
+        other = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+        return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1 and not other
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """As many out as in."""
+        count = self.weight_shape(module)[0]
+        return count, count
+
+    def weight_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """(features,)."""
+        weight = module._parameters[WEIGHT]
+        assert weight is not None
+        return tuple(weight.shape)
+
+    def canonical(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """The same."""
+        return weight
+
+    def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """The norm with another weight and no bias."""
+        bias = None if module._parameters.get(BIAS) is None else torch.zeros_like(weight)
+        return _normed(module, x, {WEIGHT: weight, BIAS: bias})
+
+    def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
+        """The same."""
+        return vector
+
+
+def _normed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor:
+    """What a norm gives with other parameters. The module itself is left alone: other threads may run it."""
+    shell = object.__new__(type(module))
+    shell.__dict__.update(module.__dict__)
+    shell.__dict__["_parameters"] = {**module._parameters, **parameters}
+    output: Tensor = type(module).forward(shell, x)
+    return output
+
+
+@dataclass
+class LNTuningConfig(LayersConfig):
+    """Config of LN tuning. Field names are PEFT's; see ``LayersConfig`` for those of the layers."""
+
+    method_type: ClassVar[str] = "LN_TUNING"
+    not_in_peft: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
+
+
+@register(
+    LNTuningConfig,
+    peft_type="LN_TUNING",
+    label="LN tuning",
+    file_keys={name: f"ln_tuning_layers.{name}" for name in (WEIGHT, BIAS)},
+    default_targets=lambda model_type: _TARGETS.get(model_type or ""),
+    summary=lambda config: {"trains": "norms"},
+    sample_configs={"norms": {}},
+    layer_kinds=(Norm(),),
+)
+class LNTuning(Adapter, ReplacesCall):
+    """The copies of one norm's weight and bias, (features,)."""
+
+    reads_weight: ClassVar[bool] = True
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LNTuningConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """Those of the norm; see ``Adapter``."""
+        return {name: tuple(own.shape) for name in (WEIGHT, BIAS) if (own := module._parameters.get(name)) is not None}
+
+    @classmethod
+    def create(cls, config: LNTuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded copies or makes new ones; see ``Adapter``."""
+        made = cls()
+        if tensors is None:
+            base = site.base
+            own = {WEIGHT: base.weight(), BIAS: base.bias}
+            tensors = {
+                name: own[name].detach().to(base.device, site.dtype, copy=True)  # type: ignore[union-attr]
+                for name in site.shapes
+            }
+        made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
+        return made
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor:
+        """What the norm gives with the copies; see ``ReplacesCall``."""
+        held: dict[str, Any] = {name: self.held.get(name) for name in (WEIGHT, BIAS)}
+        copies = {name: None if one is None else one.to(x.device, base.dtype) for name, one in held.items()}
+        return _normed(base.module, x, copies)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """The difference between that and what the frozen norm gives; see ``Adapter``."""
+        return self.output(x, base) - base_output
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """The copy of the weight minus the frozen one; see ``Adapter``."""
+        copied: Tensor = self.held[WEIGHT].detach()
+        return copied - weight.to(copied)
+
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """The copy of the bias minus the frozen one."""
+        bias, copied = base.bias, self.held.get(BIAS)
+        return None if bias is None or copied is None else copied.detach() - bias.detach().to(copied)
+
+    @torch.no_grad()
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites the copies with the frozen norm's."""
+        for name, own in ((WEIGHT, base.weight()), (BIAS, base.bias)):
+            if own is not None and name in self._parameters:
+                self.get_parameter(name).copy_(own)

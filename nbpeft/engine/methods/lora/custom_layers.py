@@ -1,0 +1,394 @@
+"""What a LoRA layer class of one's own derives from: PEFT's ``LoraLayer`` and ``lora.Linear``.
+
+    class LSTMWithLoRA(nn.Module, LoraLayer):
+        def __init__(self, base_layer, adapter_name, config, r, lora_alpha, **kwargs): ...
+        def forward(self, x): ...
+
+    config._register_custom_module({nn.LSTM: LSTMWithLoRA})
+
+Layers that the engine adapts by itself are none of these; ``isinstance`` holds for them all the same.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.peft_layer_api import LayerType
+from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
+from nbpeft.errors import ConfigError, MergeError, PeftWarning, UnknownAdapterError
+
+
+class LoraLayer(metaclass=LayerType):
+    """A LoRA layer; derive from it beside ``nn.Module`` for a class of your own.
+
+    Until the layer is part of a model it keeps for itself what is active; then the model says so.
+
+    Args:
+        base_layer: the frozen layer.
+        ephemeral_gpu_offload: accepted for PEFT's sake.
+        **kwargs: kept as ``kwargs``.
+
+    Attributes:
+        lora_A: adapter name -> the first factor, a module; ``lora_B`` the second.
+        r: adapter name -> rank.
+        scaling: adapter name -> factor on what it adds.
+        in_features: of the frozen layer, or None where it does not say.
+    """
+
+    peft_type = "LORA"
+
+    adapter_layer_names: tuple[str, ...] = (
+        *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    )
+    other_param_names: tuple[str, ...] = (
+        *("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias"),
+    )
+    adapted_layer: Any = None
+    """What stands for it in the model; see ``engine.custom_layers``."""
+    _active_adapter: str | list[str] = "default"
+    _disable_adapters: bool = False
+    fan_in_fan_out: bool = False
+
+    def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_variant: dict[str, Any] = {}
+        self.lora_dropout, self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.ephemeral_gpu_offload = ephemeral_gpu_offload
+        self.kwargs = kwargs
+        self.in_features: int | None
+        self.out_features: int | None
+        self.in_features, self.out_features = self._get_in_out_features(base_layer)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
+        """(in, out) features, or None twice; warns of layers of which nothing is known."""
+        kind, backend = resolve_layer_kind(module), resolve_backend(module)
+        guessed = kind is None or (kind.name == "linear" and getattr(backend, "name", "dense") == "dense")
+        if guessed and not isinstance(module, nn.Linear):
+            warnings.warn(
+                f"Unsupported layer type '{type(module)}' encountered, proceed at your own risk.", stacklevel=3
+            )
+        return (None, None) if kind is None else kind.features(module)
+
+    # The frozen layer
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer."""
+        return self.base_layer
+
+    def get_base_weight(self) -> Tensor:
+        """Its weight as it stores it, detached."""
+        return cast(Tensor, self.base_layer.weight).detach()
+
+    @property
+    def weight(self) -> Any:
+        """The frozen layer's."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The frozen layer's."""
+        return self.base_layer.bias
+
+    # What is active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, those of this call while one runs."""
+        if self.adapted_layer is not None:
+            return list(self.adapted_layer.active_state.current().names or self.adapted_layer.chosen_names())
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else list(self._active_adapter)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The same."""
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the frozen layer acts alone now."""
+        if self.adapted_layer is not None:
+            return not self.adapted_layer.active_state.current().names
+        return self._disable_adapters
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged into the frozen layer."""
+        return bool(self.merged_adapters)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes adapters active here and trainable, or frozen for inference; the others here are frozen."""
+        if self.adapted_layer is not None:
+            self.adapted_layer.set_adapter(adapter_names, inference_mode)
+            return
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._set_trainable([] if inference_mode else names)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Lets the active adapters act here, or the frozen layer alone."""
+        if self.adapted_layer is not None:
+            self.adapted_layer.enable_adapters(enabled)
+            return
+        self._set_trainable(self.active_adapters if enabled else [])
+        self._disable_adapters = not enabled
+
+    def _set_trainable(self, names: Sequence[str]) -> None:
+        for attribute in self.adapter_layer_names:
+            for name, held in getattr(self, attribute).items():
+                held.requires_grad_(name in names)
+
+    def _get_available_adapters(self) -> set[str]:
+        """Names of the adapters that have parameters here."""
+        return {name for attribute in self.adapter_layer_names for name in getattr(self, attribute)}
+
+    # Adapters
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        """Makes the factors of an adapter, as for a matrix product; override it for another kind of layer.
+
+        Args:
+            adapter_name: the adapter.
+            r: rank.
+            lora_alpha: what it adds is multiplied by ``lora_alpha / r``, or ``/ sqrt(r)`` with rsLoRA.
+            config: says the rest.
+            **kwargs: accepted for PEFT's sake.
+
+        Raises:
+            ConfigError: the rank is none, or the config asks for more than two factors that start as usual.
+        """
+        if r <= 0:
+            raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}", field="r")
+        _check_plain(config, type(self).__name__)
+        if self.in_features is None or self.out_features is None:
+            raise ConfigError(
+                f"the factors of a {type(self.base_layer).__name__} are not known: override update_layer in "
+                f"{type(self).__name__}"
+            )
+        if config.lora_bias and getattr(self.base_layer, "bias", None) is None:
+            layer = type(self.base_layer).__name__
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {layer} has no bias. This means that "
+                "merging LoRA weights won't be possible.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.use_dora[adapter_name], self.use_rslora[adapter_name] = config.use_dora, config.use_rslora
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.scaling[adapter_name] = self._trained_scaling(adapter_name)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, config.inference_mode)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Draws the factors of an adapter anew; False leaves them as they are."""
+        if init_lora_weights is False:
+            return
+        if adapter_name in self.lora_A:
+            lora_A, lora_B = cast(Any, self.lora_A[adapter_name]), cast(Any, self.lora_B[adapter_name])
+            if isinstance(init_lora_weights, str):
+                nn.init.normal_(lora_A.weight, std=1 / self.r[adapter_name])
+            else:
+                nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
+            for parameter in lora_B.parameters():
+                parameter.zero_()
+        if adapter_name in self.lora_embedding_A:
+            nn.init.zeros_(self.lora_embedding_A[adapter_name])
+            nn.init.normal_(self.lora_embedding_B[adapter_name])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of this layer; nothing where it has none of that name."""
+        if self.adapted_layer is not None:
+            self.adapted_layer.delete_adapter(adapter_name)
+            return
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            held = getattr(self, attribute)
+            if adapter_name in held:
+                del held[adapter_name]
+
+    def _trained_scaling(self, adapter: str) -> float:
+        rank = self.r[adapter]
+        return self.lora_alpha[adapter] / (math.sqrt(rank) if self.use_rslora.get(adapter) else rank)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets an adapter's scaling to ``scale`` times its trained one; nothing for one that is not here."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._trained_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scalings of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scalings of the active adapters; without a factor they are the trained ones again."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self._trained_scaling(name) if scale is None else self.scaling[name] / scale
+
+    # What a forward of one's own uses
+
+    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Raises ConfigError where a call names an adapter for each row."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(f"adapter_names cannot serve a {type(self).__name__}: one set of adapters acts")
+
+    def _cast_input_dtype(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The input in the dtype of the factors."""
+        return x if x is None or not self.cast_input_dtype_enabled else x.to(dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves an adapter to where the frozen layer is, and into its dtype where that is a floating one."""
+        first = next(self.base_layer.parameters(), None)
+        if first is None or first.is_meta:
+            return
+        dtype = first.dtype if first.is_floating_point() else None
+        for attribute in (*self.adapter_layer_names, "lora_dropout"):
+            held = getattr(self, attribute)
+            if adapter_name in held:
+                held[adapter_name] = held[adapter_name].to(device or first.device, dtype)
+
+
+class Linear(nn.Module, LoraLayer):
+    """PEFT's ``lora.Linear`` for classes of one's own: a matrix product with two factors for each adapter.
+
+    Args:
+        base_layer: a linear layer, or one that has ``in_features``, ``out_features`` and a ``weight`` (out, in).
+        adapter_name: the first adapter.
+        config: its config.
+        r: its rank.
+        lora_alpha: its alpha.
+        **kwargs: accepted for PEFT's sake.
+    """
+
+    title = "lora.Linear"
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: float = 1,
+        is_target_conv_1d_layer: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        kind = resolve_layer_kind(base_layer)
+        self.fan_in_fan_out = config.fan_in_fan_out or (kind is not None and kind.name == "conv1d")
+        self.is_target_conv_1d_layer = is_target_conv_1d_layer
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The frozen layer's output with the active adapters' added, in its dtype.
+
+        Args:
+            x: (…, in).
+            *args: handed to the frozen layer.
+            **kwargs: likewise.
+
+        Returns:
+            (…, out).
+        """
+        self._check_forward_args(x, *args, **kwargs)
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return output
+        total = output
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+                cast_x = self._cast_input_dtype(x, cast(Any, lora_A).weight.dtype)
+                total = total + lora_B(lora_A(self.lora_dropout[name](cast_x))) * self.scaling[name]
+        return total.to(output.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging an adapter would add to the weight, in the orientation of the stored one.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter on this layer.
+        """
+        if adapter not in self.lora_A:
+            raise UnknownAdapterError(f"no adapter {adapter!r} on this layer; there is: {', '.join(self.lora_A)}")
+        lora_A, lora_B = cast(Any, self.lora_A[adapter]).weight, cast(Any, self.lora_B[adapter]).weight
+        delta: Tensor = (lora_B @ lora_A) * self.scaling[adapter]
+        return delta.T if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Adds adapters to the frozen weight and bias, those that are not merged yet.
+
+        Args:
+            safe_merge: refuse a weight that would not be finite.
+            adapter_names: which; the active ones if None.
+
+        Raises:
+            MergeError: the weight would not be finite, or a bias has no place to go.
+        """
+        base: Any = self.base_layer
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.lora_A or name in self.merged_adapters:
+                continue
+            merged = base.weight + self.get_delta_weight(name).to(base.weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise MergeError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self._add_bias(name, self.scaling[name])
+            base.weight.data.copy_(merged)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtracts what was merged, the last first."""
+        base: Any = self.base_layer
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lora_A:
+                base.weight.data -= self.get_delta_weight(name).to(base.weight.dtype)
+                self._add_bias(name, -self.scaling[name])
+
+    def _add_bias(self, name: str, factor: float) -> None:
+        if not self.lora_bias.get(name):
+            return
+        bias = getattr(self.base_layer, "bias", None)
+        if bias is None:
+            raise MergeError(f"adapter {name!r} adds a bias but the base layer has none to take it")
+        bias.data += cast(Any, self.lora_B[name]).bias * factor
+
+    def _get_name(self) -> str:
+        return f"lora.{type(self).__name__}"
+
+
+def _check_plain(config: LoraConfig, layer_class: str) -> None:
+    """Raises ConfigError for what a layer class of one's own would have to compute by itself."""
+    asked = {
+        "use_dora=True": config.use_dora,
+        f"init_lora_weights={config.init_lora_weights!r}": config.init_name not in ("default", "random", "gaussian"),
+        "alora_invocation_tokens": config.alora_invocation_tokens is not None,
+    }
+    unknown = next((field for field, is_asked in asked.items() if is_asked), None)
+    if unknown is not None:
+        raise ConfigError(f"{unknown} is not for a layer class of one's own ({layer_class}): leave it out")

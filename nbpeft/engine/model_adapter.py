@@ -1,0 +1,145 @@
+"""The contract of an adapter without layers: it acts on whole calls of a model, in ``forward`` and ``generate``.
+
+A ``ModelAdapter`` puts trained vectors in front of what a model reads:
+
+    input_tokens     embeddings in front of the input's (soft prompts)
+    decoder_tokens   the same for the decoder of an encoder-decoder model
+    cached_states    keys and values in front of those that attention caches (a prefix)
+
+It hangs at the input embedding, which it leaves as it is: so it moves, trains, is saved and is copied with the model
+as every adapter does. ``model_calls`` puts what it gives into a call, with mask, positions and labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsOutput
+from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.errors import ConfigError
+
+
+class ModelAdapter(Adapter, TransformsOutput):
+    """An adapter that acts on calls of the whole model. Subclass it in ``methods/``.
+
+    A subclass makes its modules in ``__init__``, from the config alone, with the initial values that torch draws;
+    ``initialise`` overwrites those that depend on the model.
+
+    Attributes:
+        call_argument: name of an argument of calls that is for the adapter alone, its ``base.context``; or empty.
+        token_count: embeddings that it puts in front of the input's.
+        decoder_token_count: the same for a decoder that has an encoder.
+        state_count: keys and values that it puts in front of the cached ones.
+    """
+
+    is_tied: ClassVar[bool] = True  # it leaves the embedding's weight as it is, whoever shares that
+    parts_shown_as: ClassVar[str] = "prompt_encoder"
+    call_argument: ClassVar[str] = ""
+    token_count: int = 0
+    decoder_token_count: int = 0
+    state_count: int = 0
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    # What a method gives
+
+    def initialise(self, config: Any, base: BaseLayer) -> None:
+        """Gives new parameters their values, as far as those depend on the model; without gradient.
+
+        Args:
+            config: the method's own config.
+            base: the input embedding.
+        """
+
+    def input_tokens(self, base: BaseLayer) -> Tensor:
+        """Embeddings (1 or rows, ``token_count``, features) to put in front of the input's.
+
+        Args:
+            base: the input embedding; its ``context`` is what the method prepared for the call.
+        """
+        raise NotImplementedError
+
+    def decoder_tokens(self, base: BaseLayer) -> Tensor:
+        """Embeddings (1 or rows, ``decoder_token_count``, features) to put in front of the decoder's input."""
+        raise NotImplementedError
+
+    def cached_states(self, base: BaseLayer) -> Tensor:
+        """Keys and values (1 or rows, ``state_count``, layers, 2, heads, head features) to begin the cache with."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_model(cls, config: Any, model: nn.Module) -> None:
+        """Refuses a model that the method cannot act on.
+
+        Raises:
+            ConfigError: it is one.
+        """
+
+    # What follows from that
+
+    @classmethod
+    def parameter_shapes(cls, config: Any, path: str, module: nn.Module, kind: LayerKind) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters, those of its modules with their path; see ``Adapter``."""
+        if not kind.takes_ids:
+            raise ConfigError(f"{path} is no embedding, so {cls.__name__} has nothing to put tokens in front of")
+        with torch.device("meta"):
+            return {name: tuple(parameter.shape) for name, parameter in cls(config).named_parameters()}
+
+    @classmethod
+    def create(cls, config: Any, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded parameters or makes new ones; see ``Adapter``."""
+        if tensors is None:
+            made = cls(config)
+            with torch.no_grad():
+                made.initialise(config, site.base)
+            tensors = {name: value.detach().to(site.base.device, site.dtype) for name, value in made.named_parameters()}
+        return cls.bound(config, tensors).train(site.base.module.training)
+
+    @classmethod
+    def bound(cls, config: Any, tensors: Mapping[str, Tensor]) -> Self:
+        """Makes an adapter of a config whose parameters, by their path, are these tensors."""
+        with torch.device("meta"):
+            made = cls(config)
+        for name, tensor in tensors.items():
+            owner, _, own = name.rpartition(".")
+            setattr(made.get_submodule(owner), own, nn.Parameter(tensor.detach()))
+        return made
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """Nothing to add to the embedding's output; see ``Adapter``."""
+        return base_output.new_zeros(()).expand_as(base_output)
+
+    def transform_output(self, output: Tensor, base: BaseLayer) -> Tensor:
+        """The embedding's output as it is."""
+        return output
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """Zeros; see ``Adapter``."""
+        return torch.zeros_like(weight)
+
+    def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
+        """The norm of its parameters; see ``Adapter``."""
+        norms = [torch.linalg.vector_norm(parameter.detach().float()) for parameter in self.parameters()]
+        return float(torch.stack(norms).norm()), None
+
+    def unmergeable_reason(self, base: BaseLayer) -> str:
+        """Why it cannot be merged; see ``Adapter``."""
+        return "the weights: it puts trained tokens in front of the input and changes no weight"
+
+    def swap_refusal(self) -> str:
+        """Why nothing takes its place; see ``Adapter``."""
+        return "it is a prompt of the whole model; load the other one beside it and switch with set_adapter()"
+
+    def saved_tensors(self, shapes: Any) -> dict[str, Tensor]:
+        """All parameters by their path; see ``Adapter``."""
+        return dict(self.named_parameters())
+
+    def reset_(self, base: BaseLayer) -> None:
+        """Overwrites all parameters with zeros."""
+        for parameter in self.parameters():
+            parameter.detach().zero_()

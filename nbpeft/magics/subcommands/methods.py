@@ -1,0 +1,65 @@
+"""What methods there are, and making a LoRA of what another one learned."""
+
+from __future__ import annotations
+
+import argparse
+
+from nbpeft.magics.notebook_context import NotebookContext
+from nbpeft.magics.parse import argument
+from nbpeft.magics.registry import ADAPTER, ON_MODEL, subcommand
+from nbpeft.magics.subcommands.planning import SIZES, settings_of
+
+
+@subcommand(
+    "methods",
+    "List the methods: what each costs on a model, what it can do, and when to choose it.",
+    argument("target", nargs="?", metavar="MODEL", completes="model", help="variable that holds the model"),
+    *SIZES,
+    fields="config",
+    example="%lora methods model target_modules=all-linear --batch 4 --seq 512",
+)
+def methods(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """List the methods."""
+    notebook.session.adopt(notebook.namespace)
+    names = notebook.model_names()
+    variable = options.target or (names[0] if len(names) == 1 else None)
+    model = None if variable is None else notebook.chosen(variable)
+    return notebook.session.methods(model, options.fields, variable=variable, **settings_of(options))
+
+
+def rank_or_share(text: str) -> int | float:
+    """``16`` or ``0.9``, as an argument's type.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    try:
+        return int(text) if text.isdecimal() and len(text) <= 9 else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a rank such as 16 or a share such as 0.9, not {text!r:.60}"
+        ) from None
+
+
+@subcommand(
+    "convert",
+    "Make a LoRA that comes closest to an adapter of any method, and report what it keeps of it.",
+    ADAPTER,
+    argument(
+        "--rank",
+        required=True,
+        type=rank_or_share,
+        metavar="R",
+        help="rank of the LoRA; or the share of the change to keep in each layer, e.g. 0.9",
+    ),
+    argument("--as", dest="as_name", metavar="NEW", help="name of the LoRA (default: NAME_lora)"),
+    argument("--replace", action="store_true", help="replace an adapter of that name"),
+    ON_MODEL,
+    example="%lora convert orders --rank 16",
+)
+def convert(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Convert an adapter."""
+    model = notebook.chosen(options.model)
+    return notebook.session.convert(
+        options.name, options.rank, as_name=options.as_name, replace=options.replace, model=model
+    )

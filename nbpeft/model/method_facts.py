@@ -1,0 +1,85 @@
+"""What each method can do, found out on a small layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nbpeft.engine.adapter import AdapterConfig, ServesRows, TransformsInput, TransformsOutput
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.random_numbers import drawing_from
+from nbpeft.engine.registry import Method, methods
+from nbpeft.errors import NbpeftError
+
+_TARGET = "target"
+"""The layer that sample configs are for."""
+_FEATURES = 64
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """What a method can do.
+
+    Attributes:
+        merges: whether it can be merged into the weights.
+        swaps: whether another adapter can take its place while the model runs.
+        quantized: whether it goes on quantized layers.
+        dequantizes: whether it needs the whole weight of such a layer in each call.
+        trains_shared: whether it trains what its layers share.
+        serves_rows: whether a batch whose rows are served by several of its adapters is one pass.
+    """
+
+    merges: bool
+    swaps: bool
+    quantized: bool
+    dequantizes: bool
+    trains_shared: bool
+    serves_rows: bool
+
+
+def listed_config(method: Method, fields: Mapping[str, Any]) -> AdapterConfig:
+    """Returns the config with which a method is listed: its defaults, and fields as far as it has them.
+
+    Raises:
+        ConfigError: a value is impossible for it.
+    """
+    known = method.config_class.__dataclass_fields__
+    own = {name: value for name, value in fields.items() if name in known}
+    return method.config_class(**{**method.listed_with, **own})
+
+
+def facts_of_method(method: Method) -> MethodFacts | None:
+    """Returns what a method can do; None for one that is not on layers."""
+    sample = dict(next(iter(method.sample_configs.values()), method.listed_with))
+    if "target_modules" in method.config_class.__dataclass_fields__:
+        sample["target_modules"] = [_TARGET]
+    with drawing_from(0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        manager = AdapterManager(nn.ModuleDict({_TARGET: nn.Linear(_FEATURES, _FEATURES)}))
+        try:
+            manager.add("default", method.config_class(**sample))
+        except NbpeftError:
+            return None
+    layer = manager.layers.get(_TARGET)
+    if layer is None:
+        return None
+    adapter, shared = layer.adapter("default"), manager.shared("default")
+    acts_beside = isinstance(adapter, TransformsInput | TransformsOutput)
+    return MethodFacts(
+        merges=not adapter.unmergeable_reason(layer.base),
+        swaps=not adapter.swap_refusal() and (shared is None or not shared.is_saved(manager.configs["default"])),
+        quantized=adapter.takes_quantized,
+        dequantizes=adapter.reads_weight and not acts_beside,
+        trains_shared=shared is not None and any(True for _ in shared.parameters()),
+        serves_rows=isinstance(adapter, ServesRows),
+    )
+
+
+def listed_methods() -> tuple[Method, ...]:
+    """Returns all methods, those that share a config class behind each other."""
+    order = list(dict.fromkeys(method.config_class for method in methods()))
+    return tuple(sorted(methods(), key=lambda method: order.index(method.config_class)))

@@ -1,0 +1,88 @@
+"""What PEFT's users reach for on a handle with a learned prompt: the prompts, their encoders and tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.model_adapter import ModelAdapter
+from nbpeft.engine.model_calls import cache_of, prompt_of
+from nbpeft.engine.model_tree import embedding_of
+from nbpeft.errors import AdapterError
+from nbpeft.model.files import file_tensors
+
+
+def encoders(manager: AdapterManager) -> nn.ModuleDict:
+    """Returns the adapters that learn a prompt, by name; the modules themselves, in a new container.
+
+    Raises:
+        AttributeError: there are none.
+    """
+    found: dict[str, nn.Module] = {
+        name: adapter
+        for layer in manager.layers.values()
+        for name, adapter in layer.adapters.items()
+        if isinstance(adapter, ModelAdapter)
+    }
+    if not found:
+        raise AttributeError("no adapter of this model learns a prompt, so there is no prompt_encoder")
+    return nn.ModuleDict(found)
+
+
+def tokens(manager: AdapterManager) -> dict[str, Tensor]:
+    """Returns the numbers of the tokens of each prompt, int64 (tokens,), by adapter name."""
+    return {str(name): torch.arange(_config(manager, str(name)).total_tokens) for name in encoders(manager)}
+
+
+def word_embeddings(manager: AdapterManager) -> nn.Module:
+    """Returns the model's input embedding.
+
+    Raises:
+        AttributeError: no adapter learns a prompt.
+    """
+    encoders(manager)
+    found = embedding_of(manager.model)
+    assert found is not None
+    return found
+
+
+def embedding_to_save(manager: AdapterManager, name: str) -> Tensor:
+    """Returns what the file of a prompt holds, (tokens, features), detached, on the CPU."""
+    _config(manager, name)
+    return file_tensors(manager, name)["prompt_embeddings"].detach().cpu()
+
+
+def prompt(manager: AdapterManager, batch_size: int, task_ids: Tensor | None) -> Any:
+    """Returns what the active prompt puts in front of a batch.
+
+    Args:
+        manager: of the model.
+        batch_size: rows.
+        task_ids: (rows,) int64, for methods that have tasks.
+
+    Returns:
+        Embeddings (rows, tokens, features), or a cache that begins with the prefix.
+
+    Raises:
+        AdapterError: no active adapter learns a prompt.
+    """
+    for name in manager.active:
+        for layer in manager.layers.values():
+            adapter = layer.adapters._modules.get(name)
+            if isinstance(adapter, ModelAdapter):
+                base = layer.base.within(task_ids)
+                if adapter.state_count:
+                    return cache_of(manager.model, adapter, base, batch_size)
+                return prompt_of(adapter, base, batch_size)
+    raise AdapterError("the active adapter learns no prompt")
+
+
+def _config(manager: AdapterManager, name: str) -> Any:
+    manager.require(name)
+    config = manager.configs[name]
+    if not config.is_prompt_learning:
+        raise AdapterError(f"adapter {name!r} learns no prompt")
+    return config

@@ -1,0 +1,32 @@
+"""``peft.utils.loftq_utils`` and what PEFT has beside the public names for its inits from data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nbpeft.engine.methods.lora.incremental_pca import IncrementalPCA as IncrementalPCA
+from nbpeft.engine.methods.lora.loftq import loftq_start
+from nbpeft.model.data_inits import CordaEigens as CordaEigens
+from nbpeft.model.data_inits import estimate_gradients as estimate_gradients
+from nbpeft.model.eva import forward_fn_dict as forward_fn_dict
+from nbpeft.model.eva import prepare_layer_inputs_fn_language_modeling as prepare_layer_inputs_fn_language_modeling
+from nbpeft.model.eva import prepare_model_inputs_fn_language_modeling as prepare_model_inputs_fn_language_modeling
+
+
+@torch.no_grad()
+def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The quantized weight, and two factors whose product is nearest to what it lacks.
+
+    Args:
+        weight: (out, in).
+        num_bits: 2, 4 or 8.
+        reduced_rank: rank of the factors.
+        num_iter: how often both are computed.
+
+    Returns:
+        The dequantized weight in the dtype of the first, A (reduced_rank, in) and B (out, reduced_rank) in float32.
+    """
+    quantized, factors = loftq_start(weight, lambda value: value, reduced_rank, bits=num_bits, iterations=num_iter)
+    assert factors is not None
+    return quantized.dequantize().to(weight.dtype), *factors

@@ -1,0 +1,72 @@
+"""Making a LoRA of an adapter of another method."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import AdapterExistsError
+from nbpeft.session.checks import adapter_name
+from nbpeft.session.commands.adapters import adapter_in
+from nbpeft.session.results.converting import ConvertResult
+from nbpeft.session.undoable import Undoable, unsaved_words
+
+if TYPE_CHECKING:
+    from nbpeft.session.context import ModelLike, SessionContext
+
+
+def convert(
+    ctx: SessionContext,
+    name: str,
+    rank: int | float,
+    *,
+    as_name: str | None = None,
+    replace: bool = False,
+    model: ModelLike = None,
+) -> ConvertResult:
+    """Make a new LoRA that comes closest to an adapter of any method; it starts frozen and inactive.
+
+    Args:
+        name: the adapter, which stays as it is.
+        rank: rank of the LoRA; a float is the share of the squared norm of the change that each layer keeps at least.
+        as_name: name of the LoRA; that of the adapter with ``_lora`` behind it if left out.
+        replace: replace an adapter of that name.
+        model: an adapted model.
+
+    Raises:
+        UnknownAdapterError: there is no such adapter.
+        AdapterExistsError: the name is taken.
+        ConversionError: a LoRA cannot stand for the adapter.
+        ConfigError: the rank is impossible.
+    """
+    from nbpeft.engine.adapter import AdapterWeights
+    from nbpeft.engine.registry import method_of
+    from nbpeft.model.conversion import converted
+
+    tracked = ctx.models.get(model, command="convert")
+    manager = tracked.manager
+    manager.require_available(name)
+    made_name = adapter_name(f"{name}_lora" if as_name is None else as_name)
+    there = made_name in manager.configs
+    if there and (not replace or made_name == name):
+        raise AdapterExistsError(
+            f"{tracked.name} has an adapter {made_name!r} already{unsaved_words(manager, made_name)}; take another name"
+            + ("" if made_name == name else ", or replace it (replace=…)")
+        )
+    with ctx.command(f"converting {name!r}", slow=True) as notes, manager.provided((name,)):
+        made = converted(manager, name, rank)
+        config: Any = made.plan.config
+        if isinstance(rank, float):  # each layer's is in the patterns; this one is what people read
+            largest = max(config.rank_pattern.values())
+            config = config.copy(r=largest, lora_alpha=largest)
+        copies = {
+            path: {key: tensor.clone() for key, tensor in named.items()} for path, named in made.weights.copies.items()
+        }
+        weights = AdapterWeights(made.weights.adapters, copies)
+        half = all(tensor.itemsize < 4 for named in weights.adapters.values() for tensor in named.values())
+        plan = dataclasses.replace(made.plan, config=config)
+        put = manager.prepare(made_name, plan, weights, trainable=False, half=half, replace=there)
+        with Undoable(ctx, tracked, made_name, "converted anew").change() if there else manager.transaction():
+            put()
+        state, method = tracked.state(), method_of(manager.configs[name]).title(manager.configs[name])
+        return ConvertResult(tracked.name, name, method, adapter_in(state, made_name), made.layers, state, tuple(notes))

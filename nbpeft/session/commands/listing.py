@@ -1,0 +1,101 @@
+"""What methods there are, and what each would cost on a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
+from nbpeft.session.commands.planning import plan_memory
+from nbpeft.session.handles import uncompiled
+from nbpeft.session.results.methods import MethodCost, MethodRow, MethodsResult
+
+if TYPE_CHECKING:
+    from nbpeft.engine.registry import Method
+    from nbpeft.session.context import ModelLike, SessionContext
+
+_TRAINING_BYTES = 3 * 4
+"""Gradient and AdamW's two moments of a parameter."""
+
+
+def methods(
+    ctx: SessionContext,
+    /,
+    model: ModelLike = None,
+    fields: Mapping[str, Any] = {},
+    *,
+    variable: str | None = None,
+    **settings: Any,
+) -> MethodsResult:
+    """List the methods: what each costs on a model with its usual settings, what it can do and when to choose it.
+
+    Args:
+        model: a bare or an adapted model; None where none is named and several or none carry adapters: no costs.
+        fields: of the configs, for those that have them, e.g. ``{"target_modules": "all-linear"}``.
+        variable: what to call a model that is new here.
+        **settings: of a memory forecast, as for ``plan_memory``; with any, the peak of a training step is listed.
+
+    Raises:
+        ConfigError: no method has a field.
+    """
+    from nbpeft.model.method_facts import facts_of_method, listed_methods
+
+    known = listed_methods()
+    for name in fields:
+        having = {one for method in known for one in method.config_class.__dataclass_fields__}
+        if name not in having:
+            raise ConfigError(f"no method has a field {name!r}.{did_you_mean(name, having)}", field=name)
+    if model is None and ctx.models.names:
+        model = ctx.models.get(None, command="methods").model
+    tracked = None if model is None else ctx.find(model, variable, command="methods")
+    base = None if model is None else uncompiled(model) if tracked is None else tracked.manager.model
+    title = "" if base is None else tracked.name if tracked is not None else variable or "model"
+    with ctx.command("listing methods", slow=True) as notes:
+        rows = []
+        for method in known:
+            facts = facts_of_method(method)
+            shared = facts is not None and facts.trains_shared
+            cost = None if base is None else _cost(ctx, method, base, fields, settings, shared=shared)
+            rows.append(MethodRow(method.label, _written(method), cost, facts, method.when, method.paper))
+        rows.sort(key=lambda row: row.cost.parameter_count if row.cost and not row.cost.refusal else 1 << 60)
+        if base is None:
+            notes.append("give a model to see what each costs on it")
+        words = ", ".join(f"{name}={value}" for name, value in fields.items())
+        given = f"{words} where they have it" if words else "their defaults"
+        return MethodsResult(title, tuple(rows), given, bool(settings), tuple(notes))
+
+
+def _written(method: Method) -> str:
+    """What is written to choose a method: ``oft``, or a field where several have one config."""
+    from nbpeft.engine.registry import methods_of_type
+
+    for name, value in method.listed_with.items():
+        if len(methods_of_type(method.peft_type)) > 1:
+            return f"{name}={value if value is True else '…'}"
+    return method.peft_type.lower()
+
+
+def _cost(
+    ctx: SessionContext,
+    method: Method,
+    base: Any,
+    fields: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    shared: bool,
+) -> MethodCost:
+    """What a method costs, or why it does not go on the model."""
+    from nbpeft.engine.plan import plan
+    from nbpeft.model.method_facts import listed_config
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = listed_config(method, fields)
+            made = plan(base, config)
+            trained = made.parameter_count if shared else made.parameter_count - made.shared_count
+            peak = plan_memory(ctx, base, config, suggest=False, **settings).peak_bytes if settings else None
+            return MethodCost(trained, made.byte_count(), trained * _TRAINING_BYTES, peak)
+    except NbpeftError as error:
+        return MethodCost(refusal=str(error))

@@ -1,0 +1,86 @@
+"""What converting an adapter gives."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from nbpeft.display.blocks import Card, Details, Table, dim, line
+from nbpeft.display.models import with_notes
+from nbpeft.display.numbers import plural
+from nbpeft.session.results.base import Result, adapter_card
+from nbpeft.state import AdapterState, LayerLoss, ModelState
+
+_WHOLE = 1 - 1e-6
+"""Share from which on nothing counts as lost: rounding stays above it."""
+
+
+@dataclass(frozen=True, repr=False)
+class ConvertResult(Result):
+    """A LoRA was made of an adapter of another method.
+
+    Attributes:
+        model_name: the notebook variable of the model.
+        source: the adapter that it stands for.
+        method: its method.
+        adapter: the LoRA.
+        layers: what was kept, layer by layer, in the model's order.
+        state: the model as it is now.
+        notes: what a person should know.
+    """
+
+    model_name: str
+    source: str
+    method: str
+    adapter: AdapterState
+    layers: tuple[LayerLoss, ...]
+    state: ModelState
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> LayerLoss:
+        """The layer that kept least."""
+        return min(self.layers, key=lambda layer: layer.energy_kept)
+
+    @property
+    def median(self) -> float:
+        """The share kept in the middle of all layers."""
+        return statistics.median(layer.energy_kept for layer in self.layers)
+
+    @property
+    def rank(self) -> str:
+        """``rank 16``, or ``ranks 3 to 16``."""
+        ranks = sorted({layer.rank or 0 for layer in self.layers})
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+
+    @property
+    def kept(self) -> str:
+        """What was kept, in words."""
+        if self.worst.energy_kept > _WHOLE:
+            return "nothing of the change lost"
+        return (
+            f"keeps {_percent(self.median)} of the change in the median layer, {_percent(self.worst.energy_kept)} in "
+            f"the worst ({self.worst.path})"
+        )
+
+    def __str__(self) -> str:
+        text = (
+            f"made {self.adapter.name!r} of {self.source!r} ({self.method}) on {self.model_name}: LoRA, {self.rank}, "
+            f"{plural(len(self.layers), 'layer')}, {self.kept}"
+        )
+        return with_notes(text, self.notes)
+
+    def view(self) -> Card:
+        """The LoRA, and what was kept by layer."""
+        rows = tuple((item.path, str(item.rank), _percent(item.energy_kept)) for item in self.layers)
+        table = Table(("Layer", "Rank", "Kept"), rows, right=(1, 2))
+        lost = self.worst.energy_kept <= _WHOLE
+        what = line(f"the {self.rank} LoRA closest to {self.source}", dim(f"({self.method})"))
+        return adapter_card(
+            "converted", self, what, line(self.kept), Details("layer by layer", table) if lost else None
+        )
+
+
+def _percent(share: float) -> str:
+    """Rounded down, so that only what is whole says so."""
+    return f"{int(share * 1000) / 10:.1f} %" if share <= _WHOLE else "100 %"

@@ -1,0 +1,76 @@
+"""VB-LoRA's small files: which vectors each piece mixes, and their shares, in place of all logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nbpeft
+from nbpeft.errors import CheckpointError, ConfigError, TrainingError
+from nbpeft.model import PeftModel, get_peft_model
+from tests.tiny_models import llama, logits, randomize
+
+FIELDS: dict[str, Any] = {
+    "num_vectors": 12,
+    "vector_length": 4,
+    "topk": 3,
+    "save_only_topk_weights": True,
+    "target_modules": ["q_proj", "down_proj"],
+}
+
+
+def made() -> PeftModel:
+    model = get_peft_model(llama(), nbpeft.VBLoRAConfig(**FIELDS))
+    randomize(model, scale=0.5)
+    return model.eval()
+
+
+def test_small_files_go_both_ways(tmp_path: Path) -> None:
+    ours = made()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
+    assert (logits(ours) - logits(llama())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    assert {key: (one.shape, one.dtype) for key, one in files[0].items()} == {
+        key: (one.shape, one.dtype) for key, one in files[1].items()
+    }
+    again = PeftModel.from_pretrained(llama(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), logits(ours), atol=1e-5, rtol=1e-4)
+    state = nbpeft.get_peft_model_state_dict(ours)
+    assert any(key.endswith("_topk_indices") for key in state)
+    fresh = get_peft_model(llama(), nbpeft.VBLoRAConfig(**FIELDS)).eval()
+    nbpeft.set_peft_model_state_dict(fresh, state)
+    torch.testing.assert_close(logits(fresh), logits(ours), atol=1e-5, rtol=1e-4)
+
+
+def test_one_from_a_small_file_cannot_be_trained_further(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).train()
+    with pytest.raises(TrainingError, match="the other logits are gone"):
+        logits(again)
+
+
+def test_a_broken_small_file_is_refused(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(one for key, one in tensors.items() if key.endswith("_topk_indices"))[0, 0, 0] = 200
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="do not say which of 12 vectors each piece mixes"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"topk": 13}, "more than the num_vectors = 12"), ({"vector_length": 5}, "must divide its 32 inputs")],
+)
+def test_impossible_values_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        get_peft_model(llama(), nbpeft.VBLoRAConfig(**FIELDS | fields))

@@ -1,0 +1,48 @@
+"""``%lora convert`` and ``%lora methods`` in a real shell."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.magics.notebook import Notebook
+from tests.tiny_models import randomize
+
+
+def test_convert_makes_a_lora(notebook: Notebook) -> None:
+    notebook.do("%lora add model --method hra --name a r=2 target_modules=q_proj,v_proj")
+    randomize(notebook["model"], "a")
+    done = notebook.do("%lora convert a --rank 2")
+    assert "made 'a_lora' of 'a' (HRA) on model: LoRA, rank 2, 4 layers, nothing of the change lost" in str(done)
+    assert "LoRA, rank" in str(notebook.do("%lora convert a --rank 0.6 --as b"))
+    assert notebook["model"].manager.names == ("a", "a_lora", "b")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("convert a", "%lora convert needs --rank, e.g. %lora convert orders --rank 16"),
+        ("convert a --rank much", "expected a rank such as 16 or a share such as 0.9, not 'much'"),
+        ("convert chat --rank 2 --as sql", "has an adapter 'sql' already; take another name, or replace it"),
+        ("convert nobody --rank 2", "'nobody'"),
+    ],
+)
+def test_mistakes_are_one_line(adapted: Notebook, line: str, words: str) -> None:
+    assert words in adapted.run(f"%lora {line}").line
+
+
+def test_methods_lists_what_each_costs_on_the_model(notebook: Notebook) -> None:
+    listed = str(notebook.do("%lora methods"))
+    assert " methods on model, with their defaults" in listed and "the usual choice" in listed
+    fields = str(notebook.do("%lora methods model target_modules=all-linear r=4"))
+    assert "with target_modules=all-linear, r=4 where they have it" in fields
+    assert "did you mean" in notebook.run("%lora methods modle").line.lower()
+    notebook["other"] = notebook["model"]
+    assert "Parameters" not in str(notebook.do("%lora methods"))
+
+
+def test_a_cell_of_a_method_completes_the_fields_of_that_method_alone(notebook: Notebook) -> None:
+    offered = notebook.complete("%%lora model --method oft\n")
+    assert "oft_block_size = " in offered or "oft_block_size=" in offered or "oft_block_size" in offered
+    assert not any(word.startswith(("lora_", "use_dora", "vera_")) for word in offered)
+    assert not notebook.complete("%%lora model --method oft\nlora_a")
+    assert any(word.startswith("vera_dropout") for word in notebook.complete("%%lora model --method vera\nvera_"))

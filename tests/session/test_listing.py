@@ -1,0 +1,132 @@
+"""``session.methods``: what is listed is what the methods do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import nbpeft
+from nbpeft.engine.registry import Method, methods
+from nbpeft.errors import ConfigError, HotSwapError, NbpeftError
+from nbpeft.model import PeftModel, get_peft_model, hotswap_adapter
+from nbpeft.model.method_facts import facts_of_method, listed_config
+from nbpeft.session import Session
+from tests.session.support import everything
+from tests.tiny_models import llama, same_state
+
+BUILT_IN = [method for method in methods() if method.adapter_class.__module__.startswith("nbpeft.")]
+every_method = pytest.mark.parametrize("method", BUILT_IN, ids=lambda method: method.label)
+
+
+@every_method
+def test_each_has_words_and_a_config_of_its_own(method: Method) -> None:
+    assert method.when and len(method.when) < 80
+    config = listed_config(method, {})
+    assert method.applies(config)
+
+
+@every_method
+def test_what_it_costs_is_what_it_trains(method: Method) -> None:
+    fields = {"target_modules": ["q_proj", "v_proj"], "block_size": 8, "n_frequency": 20, "feedforward_modules": []}
+    row = next(row for row in Session().methods(llama(hidden_size=64), fields).rows if row.label == method.label)
+    if facts_of_method(method) is None:
+        pytest.skip("not on layers")
+    assert row.cost is not None and not row.cost.refusal
+    model = get_peft_model(llama(hidden_size=64), listed_config(method, fields))
+    assert row.cost.parameter_count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shared = model.manager.shared("default")
+    held = [*model.manager.parameters("default"), *(() if shared is None else shared.buffers())]
+    assert row.cost.byte_count == sum({id(tensor): tensor.nbytes for tensor in held}.values())
+    assert row.cost.training_bytes == 12 * row.cost.parameter_count
+
+
+def on_a_layer(method: Method, layer: nn.Module) -> PeftModel:
+    fields = dict(next(iter(method.sample_configs.values()), method.listed_with))
+    config = method.config_class(**{**fields, "target_modules": ["target"]})
+    return get_peft_model(nn.ModuleDict({"target": layer}), config)
+
+
+@every_method
+def test_what_it_can_do_is_what_is_listed(method: Method, tmp_path: Any) -> None:
+    facts = facts_of_method(method)
+    if facts is None:
+        pytest.skip("not on layers")
+    torch.manual_seed(0)
+    weight = nn.Linear(64, 64)
+    if facts.merges:
+        on_a_layer(method, nn.Linear(64, 64)).merge_and_unload()
+    else:
+        with pytest.raises(NbpeftError, match=r"cannot be merged|does not support merging"):
+            on_a_layer(method, nn.Linear(64, 64)).merge_and_unload()
+    model = on_a_layer(method, weight)
+    model.save_pretrained(tmp_path)
+    if facts.swaps:
+        hotswap_adapter(model, tmp_path, "default")
+    else:
+        with pytest.raises(HotSwapError):
+            hotswap_adapter(model, tmp_path, "default")
+
+
+@every_method
+def test_quantized_layers_are_taken_where_that_is_listed(method: Method) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    facts = facts_of_method(method)
+    if facts is None:
+        pytest.skip("not on layers")
+    layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    if facts.quantized:
+        assert on_a_layer(method, layer.to("cpu")).manager.names == ("default",)
+    else:
+        with pytest.raises(NbpeftError, match="quantized"):
+            on_a_layer(method, layer.to("cpu"))
+
+
+def test_the_list_of_an_adapted_model_changes_nothing(session: Session, two_adapters: Any) -> None:
+    before = everything(two_adapters)
+    result = session.methods()
+    assert same_state(everything(two_adapters), before)
+    assert str(result).startswith(f"{len(result.rows)} methods on model, with their defaults\n")
+    counts = [row.cost.parameter_count for row in result.rows if row.cost is not None and not row.cost.refusal]
+    assert counts == sorted(counts) and len(counts) > 8
+    c3a = next(row for row in result.rows if row.label == "C3A")
+    assert c3a.cost is not None and "must divide its 32 inputs" in c3a.cost.refusal
+    html = result._repr_html_()
+    assert "https://arxiv.org/abs/2106.09685" in html and "not as it is" in html and "Peak" not in html
+
+
+def test_without_a_model_there_are_no_costs(session: Session) -> None:
+    result = session.methods()
+    assert all(row.cost is None for row in result.rows)
+    assert "Parameters" not in str(result) and "give a model to see what each costs on it" in str(result)
+
+
+def test_the_peak_of_a_step_is_forecast_where_sizes_are_given(session: Session, monkeypatch: Any) -> None:
+    only = [method for method in methods() if method.label == "LoRA"]
+    monkeypatch.setattr("nbpeft.model.method_facts.methods", lambda: only)
+    (row,) = session.methods(llama(), {"r": 4}, batch_size=2, sequence_length=16).rows
+    plan = session.plan_memory(llama(), nbpeft.LoraConfig(r=4), batch_size=2, sequence_length=16)
+    assert row.cost is not None and row.cost.peak_bytes == plan.peak_bytes
+
+
+def test_fields_that_no_method_has_are_refused(session: Session) -> None:
+    with pytest.raises(ConfigError, match=r"no method has a field 'rnk'"):
+        session.methods(llama(), {"rnk": 4})
+
+
+def test_it_is_also_a_frame(session: Session) -> None:
+    pytest.importorskip("pandas")
+    frame = session.methods(llama()).to_dataframe()
+    assert {"method", "parameter_count", "merges", "when", "paper"} <= set(frame.columns)
+
+
+def test_random_numbers_go_on_as_before(session: Session) -> None:
+    model = llama()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    session.methods(model)
+    assert torch.equal(torch.rand(3), expected)
