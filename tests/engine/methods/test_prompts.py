@@ -28,6 +28,7 @@ from transformers import (
     LlamaForQuestionAnswering,
     LlamaForTokenClassification,
     LlamaModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
