@@ -85,6 +85,10 @@ class Target:
         """Path of the module that gets a wrapper."""
         return self.path.removesuffix(f".{self.parameter}") if self.parameter else self.path
 
+    def adapted_in(self, module: nn.Module) -> nn.Module:
+        """What has the adapted weight as its ``weight``, of the module at that path."""
+        return ParameterView(module, self.parameter) if self.parameter else module
+
     @property
     def fixed(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> shape and dtype of what a file holds here that is not trained."""

@@ -157,8 +157,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
     shared = shared_state(plan, loaded.weights, torch.device("cpu"), torch.float32)
 
     def create(target: Target) -> Adapter:
-        module = model.get_submodule(target.module_path)
-        module = ParameterView(module, target.parameter) if target.parameter else module
+        module = target.adapted_in(model.get_submodule(target.module_path))
         base = BaseLayer(module, layer_kind_named(target.kind), backend_named(target.backend))
         tensors = {key: value.float() for key, value in loaded.weights.adapters.get(target.path, {}).items()}
         bases[target.path] = base

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.adapter import IsLowRank, LowRankDelta
+from nbpeft.engine.adapter import AdaptsParameters, IsLowRank, LowRankDelta
 from nbpeft.engine.base import LayerKind
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import embedding_of, frozen_module, is_quantized
@@ -107,6 +107,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
             deltas[path] = layer.kind, _scaled(adapter.low_rank_delta(layer.base), scale)
         else:
             label = next((method.label for method in methods() if isinstance(adapter, method.adapter_class)), title)
+            label = "target_parameters" if isinstance(adapter, AdaptsParameters) else label
             others[label] = others.get(label, 0) + 1
     weights = manager.weights(name)
     kept = _bytes([*weights.copies.values(), weights.base])

@@ -99,6 +99,10 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
         assert isinstance(view, ParameterView)
         yield (*self.low_rank.factors(view, *self.trained_factors), self.scaling)
 
+    def unconvertible_reason(self, base: BaseLayer) -> str:
+        """Always one: a LoRA on layers is another thing."""
+        return "bare parameters (target_parameters) have a LoRA of their own"
+
     def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
         """Adds ``scale * s * B A`` to the parameter in place, one expert at a time."""
         view: Any = base.module

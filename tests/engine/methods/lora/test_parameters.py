@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from nbpeft import LoraConfig, PeftModel, get_peft_model, hotswap_adapter, prepare_model_for_compiled_hotswap
+from nbpeft.errors import ConversionError
 from nbpeft.memory.forecast import forecast
+from nbpeft.model.conversion import convert_to_lora
 from nbpeft.model.merge_export import merge_to_folder
+from nbpeft.model.pool import AdapterPool
 from nbpeft.session.preview import preview_of
-from tests.tiny_models import experts_of, logits, mixture, tokens
+from nbpeft.shipping.facts import facts_of
+from tests.tiny_models import experts_of, logits, mixture, randomize, tokens
 
 
 def adapted(model_type: str = "qwen3_moe", way: str = "eager", **changes: Any) -> Any:
@@ -132,3 +136,25 @@ def test_idle_experts_keep_no_memory_in_a_step(way: str) -> None:
     few, many = saved_for_backward(8, way), saved_for_backward(64, way)
     weights = 2 * 56 * 4 * (48 * 32 + 32 * 24)  # of 56 more experts in two layers, in bytes
     assert many - few < 0.02 * weights
+
+
+def test_pools_serve_adapters_of_experts(tmp_path: Path) -> None:
+    expected = {}
+    for seed, name in enumerate("abc"):
+        model = adapted()
+        randomize(model, seed=seed, scale=0.1)
+        model.save_pretrained(str(tmp_path / name))
+        expected[name] = logits(model)
+    size = sum(parameter.nbytes for parameter in model.manager.parameters("default"))
+    folders = {name: tmp_path / name for name in expected}
+    pool = AdapterPool(mixture("qwen3_moe"), 2 * size / 1e6, host_limit_mb=100, adapters=folders)
+    for name in "abcab":
+        pool.set_adapter(name)
+        assert torch.equal(logits(pool.model), expected[name])
+
+
+def test_conversions_and_shipping_refuse_experts_in_one_line() -> None:
+    model = adapted()
+    with pytest.raises(ConversionError, match=r"bare parameters .* have a LoRA of their own"):
+        convert_to_lora(model, rank=2)
+    assert facts_of(model.manager, "default").others == {"target_parameters": 4}
