@@ -15,7 +15,6 @@ derive from beside ``Adapter``; the engine asks ``isinstance(adapter, Rescales)`
     ServesRows                          serve a mixed batch in one pass
     ConvertsToLora                      add a product of two thin matrices, which a LoRA can take over as they are
     IsLowRank                           are saved as such a product, so that any LoRA runtime can serve them
-    AdaptsParameters                    add products of thin matrices to a bare parameter, as experts have
     LearnsWithHooks                     take part in training beside the gradient
 """
 
@@ -820,14 +819,6 @@ class IsLowRank(ConvertsToLora):
     @abstractmethod
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """The two matrices; see ``ConvertsToLora``."""
-
-
-class AdaptsParameters(ABC):
-    """Adapts a parameter of a module that is no layer: it has no output to add to, only a weight."""
-
-    @abstractmethod
-    def parameter_products(self, base: BaseLayer) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
-        """What it adds to the parameter, with gradients: left (…, rows, r), right (…, r, columns), and a factor."""
 
 
 class LearnsWithHooks:

@@ -7,6 +7,7 @@ experts that tokens reach alone. Anything else that is done with it, is done wit
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.numerics import composes, without_autocast
 from nbpeft.engine.storage import loaded
 
@@ -52,6 +54,14 @@ class Product(NamedTuple):
                 return weight + (left * scale) @ right
             add: Callable[..., Tensor] = torch.addmm if weight.ndim == 2 else torch.baddbmm
             return add(weight, left, right, alpha=scale)
+
+
+class AdaptsParameters(ABC):
+    """An adapter of a parameter whose module is no layer: there is no output to add to, only a weight."""
+
+    @abstractmethod
+    def parameter_products(self, base: BaseLayer) -> Sequence[Product]:
+        """What it adds to the parameter, with gradients."""
 
 
 class FactoredWeight:

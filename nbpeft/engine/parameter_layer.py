@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
-from nbpeft.engine.adapter import AdaptsParameters
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind
-from nbpeft.engine.factored_weight import FactoredWeight, Product
+from nbpeft.engine.factored_weight import AdaptsParameters, FactoredWeight, Product
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.peft_modules import use_shown

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.adapter import AdaptsParameters, IsLowRank, LowRankDelta
+from nbpeft.engine.adapter import IsLowRank, LowRankDelta
 from nbpeft.engine.base import LayerKind
+from nbpeft.engine.factored_weight import AdaptsParameters
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import embedding_of, frozen_module, is_quantized
 from nbpeft.engine.registry import method_of, methods

@@ -7,14 +7,15 @@ A holds the rows of one expert after those of another, B their columns interleav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, AdaptsParameters
+from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.factored_weight import AdaptsParameters, Product
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -93,11 +94,11 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
             blocks, used = tensor.view(tensor.shape[0], -1, self.count), shape[1] // self.count
         return blocks[:, :used], [blocks[:, used:]]
 
-    def parameter_products(self, base: BaseLayer) -> Iterator[tuple[Tensor, Tensor, float | Tensor]]:
+    def parameter_products(self, base: BaseLayer) -> tuple[Product]:
         """One product for each expert; see ``AdaptsParameters``."""
         view = base.module
         assert isinstance(view, ParameterView)
-        yield (*self.low_rank.factors(view, *self.trained_factors), self.scaling)
+        return (Product(*self.low_rank.factors(view, *self.trained_factors), self.scaling),)
 
     def unconvertible_reason(self, base: BaseLayer) -> str:
         """Always one: a LoRA on layers is another thing."""

@@ -155,6 +155,9 @@ def test_pools_serve_adapters_of_experts(tmp_path: Path) -> None:
 
 def test_conversions_and_shipping_refuse_experts_in_one_line() -> None:
     model = adapted()
-    with pytest.raises(ConversionError, match=r"bare parameters .* have a LoRA of their own"):
+    with (
+        pytest.warns(UserWarning, match="already a LoRA adapter"),
+        pytest.raises(ConversionError, match=r"bare parameters .* have a LoRA of their own"),
+    ):
         convert_to_lora(model, rank=2)
     assert facts_of(model.manager, "default").others == {"target_parameters": 4}
