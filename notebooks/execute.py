@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=int, default=1800)
     arguments = parser.parse_args()
     notebook = nbformat.read(arguments.notebook, as_version=4)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     print(f"› executing {arguments.notebook.name} in a fresh kernel", flush=True)
     error = execute(notebook, arguments.notebook.parent, arguments.timeout)

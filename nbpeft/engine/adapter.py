@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import enum
 import json
 import os
 import warnings
@@ -37,61 +36,15 @@ from torch import Tensor, nn
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.field_types import check_types
 from nbpeft.engine.numerics import add_scaled_
+from nbpeft.engine.peft_types import TASK_HEADS as TASK_HEADS
+from nbpeft.engine.peft_types import PeftType as PeftType
+from nbpeft.engine.peft_types import TaskType as TaskType
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
-from nbpeft.names import PEFT_TYPES, PEFT_VERSION
+from nbpeft.names import PEFT_VERSION
 
 ADAPTER_PARTS = "adapter_parts"
 """Where the buffers and submodules of adapters are shown for which PEFT has no name."""
-
-
-class TaskType(str, enum.Enum):
-    """What the adapted model is for. Values as in PEFT's files."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-"""Names of heads that start random; a model need not have one of that name."""
-
-
-class _Extensible(enum.EnumMeta):
-    """An enum that methods add their member to."""
-
-    def add(cls, value: str) -> None:
-        """Adds a member that is called as its value; does nothing where there is one."""
-        if value in cls._value2member_map_:
-            return
-        member: Any = str.__new__(cls, value)  # type: ignore[arg-type]
-        member._name_, member._value_, member._sort_order_ = value, value, len(cls._member_names_)
-        cls._member_map_[value] = cls._value2member_map_[value] = member
-        cls._member_names_.append(value)
-
-    def __getattr__(cls, name: str) -> Any:
-        found = cls.__dict__.get("_member_map_", {}).get(name)
-        if found is None:
-            raise AttributeError(name)
-        return found
-
-
-class PeftType(str, enum.Enum, metaclass=_Extensible):
-    """Values of ``peft_type`` in config files: those of PEFT and of registered methods, ``PeftType.LORA``."""
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-for _name in PEFT_TYPES:
-    PeftType.add(_name)
 
 
 class ConfigStore(Protocol):
@@ -140,6 +93,8 @@ class AdapterConfig:
     store: ClassVar[ConfigStore | None] = None
     not_implemented: ClassVar[tuple[str, ...]] = ()
     """Fields that are accepted only while they ask for nothing; their type is not asked about."""
+    instead: ClassVar[Mapping[str, str]] = {}
+    """Such a field -> what to do instead."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Fields that say something only together with those; completion leaves them out."""
     checked_apart: ClassVar[tuple[str, ...]] = ()
@@ -163,7 +118,8 @@ class AdapterConfig:
         check_types(self, passing=(*self.not_implemented, *self.checked_apart))
         for name in self.not_implemented:
             if getattr(self, name):
-                raise ConfigError(f"{name} is not implemented; leave it out", field=name)
+                advice = self.instead.get(name, "leave it out")
+                raise ConfigError(f"{name} is not implemented; {advice}", field=name)
         self.peft_version = self.peft_version or PEFT_VERSION
         if self.task_type is None:
             return

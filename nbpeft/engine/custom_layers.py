@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState
-from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterSite
+from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterSite, Rescales
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.layer import AdaptedLayer, Stored
 from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.storage import StoredWeight
+from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, LayerKindError, MergeError, NotSupportedError
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -189,7 +190,7 @@ def kind_and_backend(module: nn.Module) -> tuple[LayerKind, Backend]:
     return (_OPAQUE_KIND, _OPAQUE_WEIGHTS) if kind is None or backend is None else (kind, backend)
 
 
-class CustomAdapter(Adapter):
+class CustomAdapter(Adapter, Rescales):
     """What belongs to one adapter in the mappings of a layer of somebody else's class.
 
     Args:
@@ -237,6 +238,23 @@ class CustomAdapter(Adapter):
             ConfigError: always.
         """
         raise ConfigError(f"{path} is a layer of its own class: load the adapter instead of swapping it", path=path)
+
+    @property
+    def scaling(self) -> float:  # type: ignore[override]
+        """The object's factor on what the adapter adds; 1 where it has none."""
+        return float(getattr(self.owner, "scaling", {}).get(self.name, 1.0))
+
+    def rescale(self, scaling: float | Tensor, *, trained: bool = False) -> None:
+        """Sets the object's factor; see ``Rescales``."""
+        self.__dict__["_trained_scaling"] = None if trained else self.trained_scaling
+        self.owner.scaling[self.name] = self.entries["scaling"] = float(scaling)
+
+    def keep_scaling(self, change: Transaction) -> None:
+        """Records the object's factors."""
+        change.keep(self.owner.scaling)
+
+    def hold_scaling_as_tensor(self, device: torch.device) -> None:
+        """Changes nothing: the object reads a number."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Name, as in PEFT's files -> tensor."""
@@ -325,15 +343,12 @@ class CustomLayer(AdaptedLayer):
             return
         if self.custom is None:
             self._adopt(next(iter(now.values())))
-        before = {id(adapter): name for name, adapter in self._shown.items()}
         for attribute, mapping in mappings_of(self.custom).items():
+            for name, adapter in self._shown.items():
+                adapter.entries.update({attribute: mapping[name]} if name in mapping else {})  # written meanwhile
             entries = {name: value for name, value in mapping.items() if name not in self._shown}
-            for name, adapter in now.items():
-                old = before.get(id(adapter))
-                if old is not None and old in mapping:
-                    entries[name] = mapping[old]
-                elif attribute in adapter.entries:
-                    entries[name] = adapter.entries[attribute]
+            held = ((name, adapter.entries) for name, adapter in now.items())
+            entries.update({name: own[attribute] for name, own in held if attribute in own})
             _fill(mapping, entries)
         for name, adapter in now.items():
             adapter.__dict__.update(owner=self.custom, name=name)
@@ -351,8 +366,8 @@ class CustomLayer(AdaptedLayer):
         return nn.Module.named_children(self)
 
     def reached_children(self) -> Any:
-        """The object's children: all that is called, moved and put into another mode."""
-        return tuple(child for _, child in self.named_children())
+        """The object's children and the adapters, whose modules are among those."""
+        return *(child for _, child in self.named_children()), self.adapters
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode, the object's too."""

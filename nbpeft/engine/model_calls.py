@@ -133,7 +133,7 @@ class _CallHook:
         if prompts is None:
             return None
         named = dict(zip(_parameters_of(module), args, strict=False)) | kwargs
-        prompts = prompts.told_by(named)
+        prompts = prompts.with_arguments_of(named)
         self.transform(module, prompts, named)
         return (), named
 
@@ -333,15 +333,15 @@ class _Prompts:
     adapters: Mapping[str, tuple[ModelAdapter, BaseLayer]]
     rows: Rows | None
 
-    def told_by(self, call: dict[str, Any]) -> _Prompts:
-        """The same with what a call says to them; it is taken out of the call, whose model does not know it."""
+    def with_arguments_of(self, call: dict[str, Any]) -> _Prompts:
+        """The same with the arguments of a call that are for them alone, which are taken out of the call."""
         names = {adapter.call_argument for adapter, _ in self.adapters.values()} - {""}
-        said = {name: call.pop(name) for name in names if name in call}
-        told = {
-            name: (adapter, base if base.context is not None else base.within(said.get(adapter.call_argument)))
+        given = {name: call.pop(name) for name in names if name in call}
+        prompts = {
+            name: (adapter, base if base.context is not None else base.within(given.get(adapter.call_argument)))
             for name, (adapter, base) in self.adapters.items()
         }
-        return _Prompts(told, self.rows)
+        return _Prompts(prompts, self.rows)
 
     def counts(self, kind: _Kind) -> dict[str, int]:
         """Adapter name -> how much of a kind it gives, where it gives any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,24 +60,32 @@ def facts_of_method(method: Method) -> MethodFacts | None:
         sample["target_modules"] = [_TARGET]
     with drawing_from(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        manager = AdapterManager(nn.ModuleDict({_TARGET: nn.Linear(_FEATURES, _FEATURES)}))
-        try:
-            manager.add("default", method.config_class(**sample))
-        except NbpeftError:
-            return None
-    layer = manager.layers.get(_TARGET)
-    if layer is None:
+        manager = _tried(method, sample)
+    if manager is None:
         return None
+    layer = manager.layers[_TARGET]
     adapter, shared = layer.adapter("default"), manager.shared("default")
+    whole = set(adapter.saved_tensors(dict)) <= set(adapter._parameters)  # not the places of entries, which differ
     acts_beside = isinstance(adapter, TransformsInput | TransformsOutput)
     return MethodFacts(
         merges=not adapter.unmergeable_reason(layer.base),
-        swaps=not adapter.swap_refusal() and (shared is None or not shared.is_saved(manager.configs["default"])),
+        swaps=whole and not adapter.swap_refusal() and not (shared and shared.is_saved(manager.configs["default"])),
         quantized=adapter.takes_quantized,
         dequantizes=adapter.reads_weight and not acts_beside,
         trains_shared=shared is not None and any(True for _ in shared.parameters()),
         serves_rows=isinstance(adapter, ServesRows),
     )
+
+
+def _tried(method: Method, fields: Mapping[str, Any]) -> AdapterManager | None:
+    """A layer with an adapter of a method, of a kind that it goes on; None if there is none."""
+    for layer in (nn.Linear(_FEATURES, _FEATURES), nn.LayerNorm(_FEATURES)):
+        manager = AdapterManager(nn.ModuleDict({_TARGET: layer}))
+        with contextlib.suppress(NbpeftError):
+            manager.add("default", method.config_class(**fields))
+            if _TARGET in manager.layers:
+                return manager
+    return None
 
 
 def listed_methods() -> tuple[Method, ...]:

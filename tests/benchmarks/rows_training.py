@@ -77,7 +77,13 @@ def base_of(kind: str, *, hidden: int, layers: int, vocabulary: int) -> Any:
     if kind == "smollm2":
         from tests.smollm2 import source
 
-        return AutoModelForCausalLM.from_pretrained(source().parent, gguf_file=source().name, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(source().parent, gguf_file=source().name, dtype=torch.float32)
+        fields = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+        plain: Any = LlamaForCausalLM(
+            LlamaConfig(**fields)
+        )  # transformers' Trainer takes none that were read from GGUF
+        plain.load_state_dict(read.state_dict())
+        return plain
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,

@@ -278,6 +278,22 @@ def test_an_update_of_a_layer_is_the_classes_own() -> None:
     assert lin.r == {"a": 5, "b": 2}
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_scalings_that_are_written_act_and_go_with_a_copy() -> None:
+    model = adapted()
+    lin, before = model.base_model.model.lin, output(model)
+    with nbpeft.rescale_adapter_scale(model, 0.5):
+        assert lin.scaling == {"default": 1.0} and not torch.equal(output(model), before)
+    assert torch.equal(output(model), before)
+    lin.scaling["default"] = 0.25
+    weaker = output(model)
+    model.base_model.manager.copy("default", "twin")
+    model.set_adapter("twin")
+    assert lin.scaling == {"default": 0.25, "twin": 0.25} and torch.equal(output(model), weaker)
+    lin.set_scale("twin", 1.0)
+    assert torch.equal(output(model), before)
+
+
 def test_a_config_without_the_class_joins_it() -> None:
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["lin"]))

@@ -20,7 +20,7 @@ SAMPLES = [
     pytest.param(method, fields, id=f"{method.label}-{name}")
     for method in methods()
     for name, fields in method.sample_configs.items()
-    if not method.transforms_calls  # whose tests are test_prompts
+    if not method.transforms_calls and not method.layer_kinds  # which have tests of their own
 ]
 NAMES = ("a", "b", "dora", "whole", "rows")
 

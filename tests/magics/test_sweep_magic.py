@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -89,6 +90,28 @@ def test_a_dry_run_and_a_plan_count_all(ready: Notebook) -> None:
 def test_a_sweep_is_completed(ready: Notebook) -> None:
     assert "sweep(" in ready.complete("%%lora_train model --data rows\nlearning_rate = sw")
     assert "sweep(" in ready.complete("%%lora model\nuse_dora = s")
+
+
+def test_an_adapter_is_cloned_while_a_sweep_runs_in_the_background(ready: Notebook) -> None:
+    cloned = threading.Event()
+
+    class Wait(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert state.global_step != 1 or cloned.wait(60)
+
+    clone = "%lora clone sql-lr1e-2 --as slow learning_rate=0.001"
+    assert ready.run(clone).line == "no training runs: there is nothing to clone"
+    ready["waiting"] = [Wait()]
+    cell = TRAIN.replace("--eval held_out", "--background").replace("max_steps = 2", "max_steps = 3")
+    ready.do(f"{cell}\ncallbacks = waiting")
+    assert (
+        "num_train_epochs cannot be a sweep"
+        in ready.run(clone.replace("learning_rate=0.001", "num_train_epochs=2")).line
+    )
+    assert "sql-lr1e-2 is cloned after this step as slow" in str(ready.do(clone))
+    cloned.set()
+    ready.session.context.background["model"].join(60)
+    assert [member.name for member in ready.do("%lora result").members] == ["sql-lr1e-2", "sql-lr5e-2", "slow"]
 
 
 def test_a_sweep_that_was_broken_off_goes_on(ready: Notebook, tmp_path: Any, monkeypatch: Any) -> None:

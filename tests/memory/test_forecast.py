@@ -26,7 +26,9 @@ from transformers import (
 )
 
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.methods.lora import loftq
 from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.errors import ConfigError, TargetError
 from nbpeft.memory import forecast, measure
@@ -37,6 +39,7 @@ from nbpeft.memory.forecast import device_bytes
 from nbpeft.memory.optimizers import state_bytes
 from nbpeft.model import quantize_model
 from nbpeft.names import OPTIMIZERS
+from tests.tiny_models import llama
 
 CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
@@ -425,3 +428,17 @@ def test_an_adapter_that_names_every_layer_is_forecast_from_a_few(monkeypatch: p
     monkeypatch.setattr("nbpeft.memory.estimate.run_step", lambda setting: pytest.fail("the whole model was run"))
     found = forecast(CONFIG, lora(target_modules=paths), batch_size=2, sequence_length=40)
     assert found.parts == expected.parts
+
+
+@pytest.mark.parametrize("init", INIT_CONFIGS)
+def test_inits_that_need_data_or_a_quantizer_are_estimated_without(init: str) -> None:
+    field, settings = INIT_CONFIGS[init]
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init, **{field: settings()})
+    plain = LoraConfig(r=4, target_modules=["q_proj"])
+    found, before = (
+        next(part.byte_count for part in forecast(llama(), one).parts if part.name == "adapters")
+        for one in (config, plain)
+    )
+    assert found == before * (2 if config.initialised_from_data else 1)
+    # Nothing of the forecast is left in a cache.
+    assert type(loftq.quantize(torch.ones(1, 64), 4).dequantize()) is torch.Tensor

@@ -16,7 +16,7 @@ NOTEBOOK = NOTEBOOKS / "02_qlora_training.ipynb"
 def test_02_forecasts_trains_saves_and_merges(tmp_path: Path) -> None:
     found = summary(execute(shortened(nbformat.read(NOTEBOOK, 4), steps=2, rows=4), tmp_path))
     assert found["trained"].endswith(" s for 2 steps")
-    assert sum(name.startswith("score ") for name in found) == 5
+    assert sum(name.startswith("score ") for name in found) == 6
     assert (tmp_path / "adapters" / "codes-4bit" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "merged" / "codes-4bit" / "tokenizer.json").is_file()
 
@@ -28,7 +28,7 @@ def test_02_ships_the_results_of_a_full_run() -> None:
     assert found["trained"].endswith(" s for 70 steps")
     assert all(value.endswith(" of 48") for name, value in found.items() if name.startswith("score "))
     assert share(found["score 4-bit base"]) < 0.2
-    for way in ("4-bit base + adapter", "merged into a copy"):
+    for way in ("4-bit base + adapter", "merged into a copy", "merged into 4 bits, calibrated"):
         assert share(found[f"score {way}"]) >= 0.9
     assert share(found["score full precision + adapter"]) >= 0.8
     assert share(found["score merged into 4 bits"]) < 0.2

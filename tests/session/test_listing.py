@@ -30,7 +30,11 @@ def test_each_has_words_and_a_config_of_its_own(method: Method) -> None:
 
 @every_method
 def test_what_it_costs_is_what_it_trains(method: Method) -> None:
-    fields = {"target_modules": ["q_proj", "v_proj"], "block_size": 8, "n_frequency": 20, "feedforward_modules": []}
+    fields: dict[str, Any] = {"block_size": 8, "n_frequency": 20, "feedforward_modules": [], "vector_length": 8}
+    if method.label != "LN tuning":
+        fields["target_modules"] = ["q_proj", "v_proj"]
+    if method.label == "SHiRA":
+        fields["r"] = 4
     row = next(row for row in Session().methods(llama(hidden_size=64), fields).rows if row.label == method.label)
     if facts_of_method(method) is None:
         pytest.skip("not on layers")
@@ -49,19 +53,21 @@ def on_a_layer(method: Method, layer: nn.Module) -> PeftModel:
     return get_peft_model(nn.ModuleDict({"target": layer}), config)
 
 
+def layer_of(method: Method) -> nn.Module:
+    return nn.LayerNorm(64) if method.label == "LN tuning" else nn.Linear(64, 64)
+
+
 @every_method
 def test_what_it_can_do_is_what_is_listed(method: Method, tmp_path: Any) -> None:
     facts = facts_of_method(method)
     if facts is None:
         pytest.skip("not on layers")
-    torch.manual_seed(0)
-    weight = nn.Linear(64, 64)
+    model = on_a_layer(method, layer_of(method))
     if facts.merges:
-        on_a_layer(method, nn.Linear(64, 64)).merge_and_unload()
+        on_a_layer(method, layer_of(method)).merge_and_unload()
     else:
         with pytest.raises(NbpeftError, match=r"cannot be merged|does not support merging"):
-            on_a_layer(method, nn.Linear(64, 64)).merge_and_unload()
-    model = on_a_layer(method, weight)
+            on_a_layer(method, layer_of(method)).merge_and_unload()
     model.save_pretrained(tmp_path)
     if facts.swaps:
         hotswap_adapter(model, tmp_path, "default")
@@ -74,8 +80,8 @@ def test_what_it_can_do_is_what_is_listed(method: Method, tmp_path: Any) -> None
 def test_quantized_layers_are_taken_where_that_is_listed(method: Method) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     facts = facts_of_method(method)
-    if facts is None:
-        pytest.skip("not on layers")
+    if facts is None or method.label == "LN tuning":
+        pytest.skip("not on layers that are quantized")
     layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")
     layer.load_state_dict(nn.Linear(64, 64).state_dict())
     if facts.quantized:

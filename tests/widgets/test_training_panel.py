@@ -171,7 +171,7 @@ def test_a_second_click_on_pause_pauses_too(
     buttons.close()
 
 
-def test_adapters_of_a_sweep_have_a_stop_and_a_clone_also_when_they_are_new(session: Any, monkeypatch: Any) -> None:
+def test_each_adapter_of_a_sweep_has_a_stop_and_a_clone_new_ones_too(session: Any, monkeypatch: Any) -> None:
     listeners: dict[str, Any] = {}
 
     class Delivery:

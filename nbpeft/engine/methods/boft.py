@@ -98,6 +98,8 @@ _LARGEST_EXPONENT = 24
     BOFTConfig,
     peft_type="BOFT",
     label="BOFT",
+    when="as OFT, with every input turned against every other",
+    paper="arXiv:2311.06243",
     default_targets=usual_targets,
     summary=lambda config: (
         {"block": str(config.boft_block_size)} if config.boft_block_size else {"blocks": str(config.boft_block_num)}

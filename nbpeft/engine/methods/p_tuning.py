@@ -87,6 +87,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         ),
     },
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+    when="prompts that learn slowly by themselves, as of small models",
+    paper="arXiv:2103.10385",
+    listed_with={"num_virtual_tokens": 20},
     sample_configs={
         "mlp": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
         "lstm": {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12},

@@ -78,6 +78,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         {"tokens": str(config.num_virtual_tokens)} | ({"projection": "MLP"} if config.prefix_projection else {})
     ),
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+    when="generation: it steers every layer, and the input keeps its length",
+    paper="arXiv:2101.00190",
+    listed_with={"num_virtual_tokens": 20},
     sample_configs={
         "plain": {"num_virtual_tokens": 4},
         "projected": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12},

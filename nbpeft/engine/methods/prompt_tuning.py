@@ -40,6 +40,9 @@ class PromptTuningConfig(InitialisedPromptConfig):
     file_keys={"embedding.weight": PROMPT_KEY},
     summary=lambda config: {"tokens": str(config.num_virtual_tokens)},
     smaller=lambda config: config.copy(num_virtual_tokens=max(1, config.num_virtual_tokens // 2)),
+    when="large models and many tasks: a few tokens each, and no layer changes",
+    paper="arXiv:2104.08691",
+    listed_with={"num_virtual_tokens": 20},
     sample_configs={
         "random": {"num_virtual_tokens": 4},
         "vocabulary": {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"},

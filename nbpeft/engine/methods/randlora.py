@@ -160,6 +160,8 @@ def _sparse_bases(
     RandLoraConfig,
     peft_type="RANDLORA",
     label="RandLoRA",
+    when="a full rank from few trained numbers",
+    paper="arXiv:2502.00987",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "α": f"{config.randlora_alpha:g}"},
     smaller=lambda config: config.copy(r=config.r * 2),

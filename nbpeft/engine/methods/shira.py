@@ -95,6 +95,8 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
     ShiraConfig,
     peft_type="SHIRA",
     label="SHiRA",
+    when="few entries of each weight: adapters that hardly touch each other",
+    paper="arXiv:2406.13175",
     default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

@@ -167,6 +167,8 @@ def _logits(config: VBLoRAConfig, tensors: Mapping[str, Tensor], key: str) -> Te
     VBLoRAConfig,
     peft_type="VBLORA",
     label="VB-LoRA",
+    when="the smallest files of many adapters: vectors from one bank",
+    paper="arXiv:2405.15179",
     default_targets=usual_wide_targets,
     summary=lambda config: {"r": str(config.r), "vectors": str(config.num_vectors), "k": str(config.topk)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.engine.adapter_names import check_name
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.results.requests import RequestResult
@@ -97,9 +96,10 @@ def clone(
     """
     from transformers import TrainingArguments
 
+    from nbpeft.engine.adapter_names import check_name
     from nbpeft.training.arguments import check_values
 
-    run = _running(ctx, model, "clone an adapter of")
+    run = _running(ctx, model, "clone")
     _check_learns(run, adapter)
     if not fields:
         raise ConfigError("a clone has other settings: say which, e.g. learning_rate=1e-4")

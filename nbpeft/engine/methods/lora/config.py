@@ -127,6 +127,17 @@ class LoraConfig(AdapterConfig):
         "arrow_config",
         "kasa_config",
     )
+    instead: ClassVar[Mapping[str, str]] = {
+        "megatron_config": "Megatron's parallel layers are not adapted: use a model of transformers, with FSDP or DDP",
+        "velora_config": "leave it out: of a layer's input one copy is kept as it is; checkpointing keeps less",
+        "use_qalora": "leave it out: adapt the quantized base, and merge into full precision",
+        "monteclora_config": "leave it out, and use lora_dropout",
+        "layer_replication": "repeat the layers of the model first, then adapt it",
+        "use_bdlora": "leave it out: plain factors can be split by the engine that serves them",
+        "arrow_config": "leave it out: choose an adapter for each row with adapter_names, or combine them",
+        "kasa_config": "use init_lora_weights='pissa', which starts in the weight, too",
+        "ensure_weight_tying": "leave it out: trainable_token_indices keeps tied embeddings tied",
+    }
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
         *("r", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "loftq_config"),

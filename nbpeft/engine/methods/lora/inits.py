@@ -36,9 +36,11 @@ from nbpeft.engine.base import LayerKind, offloading
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.decompositions import randomized_svd
 from nbpeft.engine.methods.lora.gradients import GRADIENT, gradient_factors
+from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS
 from nbpeft.engine.methods.lora.loftq import QuantizedWeight, loftq_start
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.numerics import is_finite
+from nbpeft.engine.storage import loaded
 from nbpeft.errors import ConfigError
 
 _ORTHOGONAL_SCALE = 10.0
@@ -176,6 +178,8 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     """
     if not config.initialised_from_weight:
         return RANDOM
+    if config.init_name in INIT_CONFIGS and not _has_values(site.base.module):
+        return RANDOM if config.init_name == "loftq" else Start(_empty(site), is_subtracted=True)
     if config.initialised_from_data:
         return _data_start(config, site, is_new=is_new)
     path, weight = site.path, site.base.weight()
@@ -190,6 +194,20 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
         return _loftq(config, site, weight, is_new=is_new)
     factors = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
     return Start(_stored(factors, site), is_subtracted=True)
+
+
+def _has_values(module: nn.Module) -> bool:
+    """Whether a layer's tensors hold numbers: not on the meta device, and not those of a forecast."""
+    fake = loaded("torch._subclasses.fake_tensor", "FakeTensor")
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return not any(isinstance(one, fake) or (one.is_meta and offloading(module) is None) for one in own)
+
+
+def _empty(site: AdapterSite) -> Factors:
+    """Two factors without values, as large as the adapter's."""
+    shapes = list(site.shapes.values())
+    first, second = (torch.empty(shape, device=site.base.device, dtype=site.dtype) for shape in shapes[:2])
+    return first, second
 
 
 def _stored(factors: Factors, site: AdapterSite) -> Factors:
@@ -252,8 +270,6 @@ def _loftq(config: LoraConfig, site: AdapterSite, weight: Tensor, *, is_new: boo
             field="init_lora_weights",
             path=site.path,
         )
-    if weight.is_meta:
-        return RANDOM
     quantized, factors = loftq_start(
         weight,
         lambda value: base.kind.canonical(base.module, value),

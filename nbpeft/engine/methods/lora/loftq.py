@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class QuantizedWeight:
         """The weight that it stands for, float32."""
         if self.bits == 8:
             return (self.codes.float() * (self.constants / _LARGEST_INT8)).view(self.shape)
-        grid = normal_float(self.bits).to(self.codes.device)
+        grid = torch.tensor(normal_float(self.bits), device=self.codes.device)
         shifts = torch.arange(0, 8, self.bits, device=self.codes.device, dtype=torch.uint8)
         codes = (self.codes[:, None] >> shifts) & (2**self.bits - 1)
         values = grid[codes.flatten().int()].view(-1, BLOCK) * self.constants
@@ -54,15 +55,14 @@ class QuantizedWeight:
 
 
 @cache
-def normal_float(bits: int) -> Tensor:
-    """The values of a normal float between -1 and 1, ascending: (2 ** bits,)."""
-    half: int = 2 ** (bits - 1)
+def normal_float(bits: int) -> tuple[float, ...]:
+    """The values of a normal float between -1 and 1, ascending: ``2 ** bits`` of them."""
+    half, quantile = 2 ** (bits - 1), NormalDist().inv_cdf
     above, below = (
-        torch.special.ndtri(torch.linspace(_OFFSET, 0.5, count + 1, dtype=torch.float64)[:-1])
-        for count in (half, half - 1)
+        [quantile(_OFFSET + (0.5 - _OFFSET) * step / count) for step in range(count)] for count in (half, half - 1)
     )
-    values = torch.cat([above, torch.zeros(1, dtype=torch.float64), -below]).sort().values
-    return (values / values.max()).float()
+    largest = max(above)
+    return tuple(sorted([*(value / largest for value in above), 0.0, *(-value / largest for value in below)]))
 
 
 def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
@@ -80,7 +80,7 @@ def quantize(weight: Tensor, bits: int) -> QuantizedWeight:
     flat = weight.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
-    grid = normal_float(bits).to(weight.device)
+    grid = torch.tensor(normal_float(bits), device=weight.device)
     middles = (grid[1:] + grid[:-1]) / 2
     codes = torch.bucketize(blocks / largest.clamp_min(torch.finfo(torch.float32).tiny), middles, out_int32=True)
     parts = codes.to(torch.uint8).view(-1, 8 // bits)

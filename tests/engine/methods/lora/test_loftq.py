@@ -53,7 +53,7 @@ def error(model: nn.Module, base: bool = False) -> float:
 def test_the_numbers_are_those_of_bitsandbytes() -> None:
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     codes, constants = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
-    assert torch.allclose(normal_float(4), constants.code, atol=1e-6)
+    assert torch.allclose(torch.tensor(normal_float(4)), constants.code, atol=1e-6)
     expected = bnb.functional.dequantize_4bit(codes, constants)
     assert torch.allclose(quantize(weight, 4).dequantize(), expected, atol=1e-6)
     rows, largest, _ = bnb.functional.int8_vectorwise_quant(weight.half())

@@ -1,0 +1,57 @@
+"""What configs and files say an adapter is of: the task of its model, and its method."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from nbpeft.names import PEFT_TYPES
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for. Values as in PEFT's files."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""Names of heads that start random; a model need not have one of that name."""
+
+
+class _Extensible(enum.EnumMeta):
+    """An enum that methods add their member to."""
+
+    def add(cls, value: str) -> None:
+        """Adds a member that is called as its value; does nothing where there is one."""
+        if value in cls._value2member_map_:
+            return
+        member: Any = str.__new__(cls, value)  # type: ignore[arg-type]
+        member._name_, member._value_, member._sort_order_ = value, value, len(cls._member_names_)
+        cls._member_map_[value] = cls._value2member_map_[value] = member
+        cls._member_names_.append(value)
+
+    def __getattr__(cls, name: str) -> Any:
+        found = cls.__dict__.get("_member_map_", {}).get(name)
+        if found is None:
+            raise AttributeError(name)
+        return found
+
+
+class PeftType(str, enum.Enum, metaclass=_Extensible):
+    """Values of ``peft_type`` in config files: those of PEFT and of registered methods, ``PeftType.LORA``."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+for _name in PEFT_TYPES:
+    PeftType.add(_name)

@@ -1,0 +1,133 @@
+"""Every field of PEFT's LoraConfig: the same here, more, or refused with what to use. README's table is made here.
+
+``python -m tests.peft_api.test_lora_fields`` prints the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft.tuners.lora import config as peft_lora
+
+import nbpeft
+from nbpeft.errors import ConfigError
+
+README = Path(__file__).parents[2] / "README.md"
+COMMON = {field.name for field in dataclasses.fields(peft.PeftConfig)}
+"""Fields of every method."""
+
+MORE: dict[str, tuple[Any, str]] = {
+    "alora_invocation_tokens": ([1, 2], "beam search works with it"),
+    "alpha_pattern": ({"q_proj": 3}, "hundreds of patterns cost one pass"),
+    "corda_config": (peft_lora.CordaConfig(), "batches of any size; the base stays as it is; saved as plain LoRA"),
+    "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
+    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is; no `mica`"),
+    "layers_pattern": ("layers", "patterns that could run for ever are refused"),
+    "loftq_config": (peft_lora.LoftQConfig(), "2 bits, too; the scaling counts; embeddings and Conv1D; no accelerator"),
+    "lora_bias": (True, "merges in 4 and 8 bits"),
+    "lora_ga_config": (
+        peft_lora.LoraGAConfig(),
+        "a start that can be had again; base and file as with CorDA",
+    ),
+    "modules_to_save": (["score"], "whole path segments: `score` is not `underscore`"),
+    "rank_pattern": ({"q_proj": 2}, "hundreds of patterns cost one pass"),
+    "target_modules": (["q_proj"], "one that matches nothing is named, with the near ones"),
+    "use_dora": (True, "norms from factors; several active in any order"),
+    "use_rslora": (True, "combined without scaling twice"),
+}
+"""Field -> a value, and what is more than PEFT's."""
+SAME: dict[str, Any] = {
+    "bias": "all",
+    "exclude_modules": ["k_proj"],
+    "fan_in_fan_out": True,
+    "layers_to_transform": [0],
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "r": 4,
+    "target_parameters": ["experts.down_proj"],
+    "trainable_token_indices": [0, 1],
+}
+ACCEPTED: dict[str, tuple[Any, str]] = {
+    "runtime_config": (
+        nbpeft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
+        "nothing to do: DoRA's norms are computed where the layer computes, offloaded or not",
+    ),
+}
+REFUSED: dict[str, Any] = {
+    "arrow_config": {"top_k": 2},
+    "ensure_weight_tying": True,
+    "kasa_config": {"beta": 1e-4},
+    "layer_replication": [(0, 2), (1, 3)],
+    "megatron_config": {"tensor_model_parallel_size": 2},
+    "monteclora_config": {"num_samples": 2},
+    "use_bdlora": {"nblocks": 2},
+    "use_qalora": True,
+    "velora_config": {"num_groups": 32},
+}
+BESIDE: dict[str, dict[str, Any]] = {
+    "layers_pattern": {"layers_to_transform": [0]},
+    "layers_to_transform": {"target_modules": ["q_proj"]},
+    "alora_invocation_tokens": {"task_type": "CAUSAL_LM"},
+    "corda_config": {"init_lora_weights": "corda"},
+    "eva_config": {"init_lora_weights": "eva"},
+    "loftq_config": {"init_lora_weights": "loftq"},
+    "lora_ga_config": {"init_lora_weights": "lora_ga"},
+}
+"""Field -> what it needs beside it."""
+VALUES = SAME | {name: value for name, (value, _) in (MORE | ACCEPTED).items()}
+
+
+def test_every_field_has_a_line() -> None:
+    theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)} - COMMON
+    assert sorted(theirs) == sorted((*SAME, *MORE, *ACCEPTED, *REFUSED))
+    assert theirs <= {field.name for field in dataclasses.fields(nbpeft.LoraConfig)}
+
+
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_a_field_is_taken_as_peft_takes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)  # PEFT asks for scipy before it takes LoftQ
+    if name in nbpeft.LoraConfig.not_implemented:
+        pytest.skip("not merged yet")
+    given = {name: VALUES[name], **BESIDE.get(name, {})}
+    ours, theirs = nbpeft.LoraConfig(**given), peft.LoraConfig(**given)
+    found, expected = getattr(ours, name), getattr(theirs, name)
+    if dataclasses.is_dataclass(expected):
+        found, expected = vars(found), vars(expected)  # type: ignore[assignment]
+    assert found == expected
+    assert type(nbpeft.LoraConfig(**ours.to_dict())) is nbpeft.LoraConfig
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_field_is_refused_in_one_line_that_says_what_to_do(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is not implemented; ") as failure:
+        nbpeft.LoraConfig(**{name: REFUSED[name]})
+    assert nbpeft.LoraConfig.instead[name] in str(failure.value) and "\n" not in str(failure.value)
+    assert failure.value.details["field"] == name
+    off = next(field for field in dataclasses.fields(nbpeft.LoraConfig) if field.name == name).default
+    nbpeft.LoraConfig(**{name: off})
+
+
+def table() -> str:
+    """README's table of the fields."""
+    lines = ["| field | here |", "|---|---|"]
+    lines.append(f"| {', '.join(f'`{name}`' for name in sorted(SAME))} | as in PEFT |")
+    lines += [f"| `{name}` | as in PEFT, and: {text} |" for name, (_, text) in sorted(MORE.items())]
+    lines += [f"| `{name}` | taken; {text} |" for name, (_, text) in sorted(ACCEPTED.items())]
+    lines += [f"| `{name}` | refused: {nbpeft.LoraConfig.instead[name]} |" for name in sorted(REFUSED)]
+    return "\n".join(lines)
+
+
+def test_the_readme_has_the_table() -> None:
+    found = re.search(r"\| field \| here \|\n(\|.*\n)+", README.read_text(encoding="utf-8"))
+    assert found is not None and found[0].strip() == table()
+
+
+if __name__ == "__main__":
+    print(table())
