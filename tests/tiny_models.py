@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -78,3 +79,59 @@ def same_state(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.equal(first, second)
     return bool(first == second)
+
+
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 1}),
+    "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8}
+        | {"qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8},
+    ),
+    "llama4": (
+        "Llama4Text",
+        {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8, "interleave_moe_layer_step": 1},
+    ),
+}
+"""Mixtures whose experts are one 3-D parameter each, by model type: start of their class, and their settings."""
+
+
+def mixture(model_type: str, way: str = "eager", **changes: Any) -> Any:
+    """A tiny mixture of experts.
+
+    Args:
+        model_type: one of ``MIXTURES``.
+        way: how its experts compute: eager, grouped_mm or batched_mm.
+        **changes: of its settings.
+    """
+    name, own = MIXTURES[model_type]
+    torch.manual_seed(0)
+    settings = {**LLAMA, "intermediate_size": 48, "attention_bias": False, **own, **changes}
+    built: Any = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
+    model = built(getattr(transformers, f"{name}Config")(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # some experts and routers start at zero
+                parameter.normal_(std=0.1)
+    if way != "eager":
+        model.set_experts_implementation(way)
+    return model
+
+
+def experts_of(model_type: str) -> list[str]:
+    """Names of the parameters of the experts."""
+    block = "feed_forward" if model_type == "llama4" else "mlp"
+    return [f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"]

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterWeights
+from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.numerics import is_finite
 from nbpeft.engine.registry import file_keys, methods_of_type, transforms_calls
 from nbpeft.errors import BaseMismatchError, CheckpointError, shortened, shown
@@ -61,6 +63,7 @@ class Expected:
         optional: name of a base parameter that a file may bring but need not (embeddings of a
             resized vocabulary) -> shape.
         others: name (path and all) of what in ``copies`` holds no floating numbers, such as a counter -> dtype.
+        parameters: those of the paths in ``adapters`` that are parameters; see ``AdapterWeights``.
     """
 
     adapters: Shapes = field(default_factory=dict)
@@ -69,6 +72,7 @@ class Expected:
     shared: Mapping[str, Shape] = field(default_factory=dict)
     optional: Mapping[str, Shape] = field(default_factory=dict)
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
+    parameters: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -95,19 +99,19 @@ def to_file(weights: AdapterWeights, *, peft_type: str) -> dict[str, Tensor]:
         weights: the tensors of one adapter.
         peft_type: the ``peft_type`` of its config; decides how parameters are spelled.
     """
-    spelling = file_keys(peft_type)
+    spelling, places = file_keys(peft_type), _Places(weights.adapters, weights.copies, weights.parameters)
     tensors: dict[str, Tensor] = {}
     nowhere = transforms_calls(peft_type)
     prefix = SHARED_PREFIX if nowhere else PREFIX
     for path, parameters in weights.adapters.items():
-        place = "" if nowhere else f"{PREFIX}{_wrapped(path, weights.adapters, weights.copies)}."
+        place = "" if nowhere else f"{PREFIX}{places.of_adapter(path)}."
         for name, tensor in parameters.items():
             tensors[f"{place}{spelling.get(name, name)}"] = tensor
     for path, parameters in weights.copies.items():
         for name, tensor in parameters.items():
             tensors[f"{prefix}{path}.{name}"] = tensor
     for name, tensor in weights.base.items():
-        tensors[PREFIX + _wrapped(name, weights.adapters, weights.copies)] = tensor
+        tensors[PREFIX + places.of(name)] = tensor
     for name, tensor in weights.shared.items():
         tensors[SHARED_PREFIX + name] = tensor
     return tensors
@@ -170,7 +174,8 @@ def from_file(
         raise _mismatch(mismatched)
     left_out = {key for key, _, _ in mismatched}
     _warn_of_not_finite({key: tensor for key, tensor in found.items() if key not in left_out})
-    optional = {_wrapped(name, expected.adapters, expected.copies) for name in expected.optional}
+    places = _Places(expected.adapters, expected.copies, expected.parameters)
+    optional = {places.of(name) for name in expected.optional}
     missing = [_full_key(key) for key in slots if key not in found and key not in optional]
     return Loaded(weights, missing, unexpected, [_full_key(key) for key, _, _ in mismatched])
 
@@ -216,10 +221,10 @@ def _kind_of(tensor: Tensor) -> str:
 
 def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     """Key without prefix -> where its tensor goes and the shape it must have."""
-    spelling = file_keys(peft_type)
+    spelling, places = file_keys(peft_type), _Places(expected.adapters, expected.copies, expected.parameters)
     slots: dict[str, tuple[Slot, Shape]] = {}
     for path, parameters in expected.adapters.items():
-        place = "" if transforms_calls(peft_type) else f"{_wrapped(path, expected.adapters, expected.copies)}."
+        place = "" if transforms_calls(peft_type) else f"{places.of_adapter(path)}."
         for name, shape in parameters.items():
             slots[f"{place}{spelling.get(name, name)}"] = ("adapters", path, name), shape
     for path, parameters in expected.copies.items():
@@ -227,7 +232,7 @@ def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
             slots[f"{path}.{name}"] = ("copies", path, name), shape
     for names in (expected.optional, expected.base):
         for name, shape in names.items():
-            slots[_wrapped(name, expected.adapters, expected.copies)] = ("base", "", name), shape
+            slots[places.of(name)] = ("base", "", name), shape
     for name, shape in expected.shared.items():
         slots[SHARED_PREFIX + name] = ("shared", "", name), shape
     return slots
@@ -251,19 +256,42 @@ def _sorted_in(
     return weights, mismatched
 
 
-def _wrapped(name: str, adapters: Iterable[str], copies: Iterable[str]) -> str:
-    """A name in the bare model as it reads inside adapted and copied modules. Both need fast ``in``."""
-    start = name.find(".")
-    result = ""
-    taken = 0
-    while start != -1:
-        parent = name[:start]
-        if parent in adapters:
-            result, taken = f"{result}{name[taken:start]}.{BASE_LAYER}", start
-        elif parent in copies:
-            result, taken = f"{result}{name[taken:start]}.{ORIGINAL_MODULE}", start
-        start = name.find(".", start + 1)
-    return result + name[taken:] if taken else name
+class _Places:
+    """Names in the bare model as they read inside adapted and copied modules.
+
+    Args:
+        adapters: paths of what is adapted; needs fast ``in``, as the next one does.
+        copies: paths of modules trained as a whole.
+        parameters: those of ``adapters`` that are parameters.
+    """
+
+    def __init__(self, adapters: Container[str], copies: Container[str], parameters: Collection[str]) -> None:
+        self._adapters, self._copies = adapters, copies
+        self._wrappers = wrapper_places(parameters)
+        self._wrapped = Counter(path.rpartition(".")[0] for path in parameters)
+
+    def of_adapter(self, path: str) -> str:
+        """Where the adapter of a path is."""
+        if path not in self._wrappers:
+            return self.of(path)
+        module = path.rpartition(".")[0]
+        return self.of(module) + self._wrappers[path].removeprefix(module)
+
+    def of(self, name: str) -> str:
+        """A name as it reads there."""
+        start = name.find(".")
+        result = ""
+        taken = 0
+        while start != -1:
+            parent = name[:start]
+            if parent in self._adapters:
+                result, taken = f"{result}{name[taken:start]}.{BASE_LAYER}", start
+            elif parent in self._copies:
+                result, taken = f"{result}{name[taken:start]}.{ORIGINAL_MODULE}", start
+            elif parent in self._wrapped:
+                result, taken = f"{result}{name[taken:start]}{f'.{BASE_LAYER}' * self._wrapped[parent]}", start
+            start = name.find(".", start + 1)
+        return result + name[taken:] if taken else name
 
 
 def _readings(key: str, mapped: Rename, rename: Rename | None) -> Iterator[str]:

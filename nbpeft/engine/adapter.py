@@ -26,7 +26,7 @@ import json
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -309,12 +309,14 @@ class AdapterWeights:
             buffer name inside that module -> tensor.
         base: name of a trained base parameter (``bias="all"``), without any wrapper -> tensor.
         shared: name of a tensor that all layers of the adapter share -> tensor.
+        parameters: those of the paths in ``adapters`` that are parameters, those of one module in its own order.
     """
 
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    parameters: Collection[str] = ()
 
 
 class SharedState(nn.Module):

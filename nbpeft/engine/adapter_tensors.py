@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.parameter_layer import AdaptedParameter
 
 Layers = Mapping[str, AdaptedLayer]
 Copies = Mapping[str, ModulesToSaveWrapper]
@@ -44,12 +45,18 @@ def saved_weights(layers: Layers, copies: Copies, name: str, config: AdapterConf
     for path, layer in layers.items():
         if name in layer.adapters._modules:
             weights.adapters[path] = _saved_tensors(path, layer, name, config)
+    weights.parameters = parameter_paths(layers)
     for path, module in copies.items():
         if name in module.modules_to_save._modules:
             weights.copies[path] = dict(module.modules_to_save[name].state_dict(keep_vars=True))
     shared = shared_state_of(layers, name)
     weights.shared = {} if shared is None else shared.saved_tensors()
     return weights
+
+
+def parameter_paths(layers: Layers) -> tuple[str, ...]:
+    """Returns those of the paths that are parameters of modules, those of one module in its own order."""
+    return tuple(path for path, layer in layers.items() if isinstance(layer, AdaptedParameter))
 
 
 def _saved_tensors(path: str, layer: AdaptedLayer, name: str, config: AdapterConfig) -> dict[str, Tensor]:
@@ -80,6 +87,7 @@ def copied_weights(weights: AdapterWeights, device: str | None = None) -> Adapte
         {path: copied(named, device) for path, named in weights.adapters.items()},
         {path: copied(named, device) for path, named in weights.copies.items()},
         shared=copied(weights.shared, device),
+        parameters=weights.parameters,
     )
 
 

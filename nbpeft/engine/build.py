@@ -19,6 +19,7 @@ from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_calls import put_hooks, take_hooks
 from nbpeft.engine.model_tree import Site, walk
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.parameter_layer import AdaptedParameter, wrappers_of
 from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import backend_named, backends, layer_kind_named, method_of
@@ -72,13 +73,13 @@ def build(
         ConfigError: a module to be copied is offloaded.
     """
     sites: dict[int, list[Site]] = {}
-    wanted = {target.path for target in plan.targets} | set(plan.copies)
+    wanted = {target.module_path for target in plan.targets} | set(plan.copies)
     by_path: dict[str, Site] = {}
     for site in walk(model):
         sites.setdefault(id(site.module), []).append(site)
         if site.path in wanted:
             by_path[site.path] = site
-    layers = {target.path: _layer(by_path[target.path], target, active_state) for target in plan.targets}
+    layers = {target.path: _layer(by_path[target.module_path], target, plan, active_state) for target in plan.targets}
     first = layers[plan.targets[0].path].base if plan.targets else None
     shared = None if first is None else shared_state(plan, weights, first.device, adapter_dtype(first.dtype, half=half))
     parts = Parts([], [], shared, model)
@@ -94,7 +95,7 @@ def build(
         adapter.__dict__["training"] = layer.training
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
-        parts.adapters.append((sites[id(by_path[target.path].module)], layer, adapter))
+        parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
     for path in plan.copies:
         site = by_path[path]
         if any(offloading(part) is not None for part in site.module.modules()):
@@ -109,8 +110,14 @@ def build(
     return parts
 
 
-def _layer(site: Site, target: Target, active_state: ActiveState) -> AdaptedLayer:
+def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: ActiveState) -> AdaptedLayer:
     wrapper = site.wrapper
+    if target.parameter:
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
+        alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
+        kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
+        made = wrappers.get(target.parameter) if alike else None
+        return made or AdaptedParameter(site.module, target.parameter, kind, backend, active_state)
     if target.adapter_class is CustomAdapter:
         fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
         return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
@@ -237,8 +244,8 @@ def commit(
         if isinstance(adapter, ChangesBase):
             adapter.change_base(layer.base, change)
         for site in sites:
-            change.set_item(site.parent._modules, site.attribute, layer)
-        layers[sites[0].path] = layer
+            layer.hang(site.parent._modules, site.attribute, change)
+        layers[layer.path_at(sites[0].path)] = layer
         if isinstance(adapter, ModelAdapter):
             put_hooks(parts.model, layer, change)
     for sites, module, trained in parts.copies:
@@ -290,7 +297,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module], cha
     for parent in reached_modules(model):
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:
-                change.set_item(parent._modules, attribute, replacements[id(child)])
+                while id(child) in replacements:  # wrappers for several parameters of a module are inside each other
+                    child = replacements[id(child)]
+                change.set_item(parent._modules, attribute, child)
 
 
 def prepare_storage(model: nn.Module, change: Transaction) -> None:

@@ -74,7 +74,7 @@ def warn_of_experts(model: nn.Module) -> None:
     which = next(iter(stacked)) + (f" and {len(stacked) - 1} more" if len(stacked) > 1 else "")
     warnings.warn(
         f"target_modules='all-linear' reaches linear layers only: the experts ({which}, {share:.0%} of the parameters) "
-        "are tensors of several weights and stay as they are",
+        "are tensors of several weights and stay as they are unless target_parameters names them",
         stacklevel=5,
     )
 

@@ -90,6 +90,19 @@ class AdaptedLayer(PeftLayerMixin):
     _frozen: Stored | None
     _shown: dict[str, Any]
 
+    @property
+    def weight_module(self) -> nn.Module:
+        """The module whose ``weight`` is adapted."""
+        return self.base_layer
+
+    def path_at(self, place: str) -> str:
+        """Path of what is adapted where the frozen layer is at a place."""
+        return place
+
+    def hang(self, modules: dict[str, nn.Module | None], attribute: str, change: Transaction) -> None:
+        """Takes the place of the frozen layer among the modules of its parent."""
+        change.set_item(modules, attribute, self)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's map with the active adapters' deltas.
 
@@ -281,8 +294,8 @@ class AdaptedLayer(PeftLayerMixin):
         frozen = self._stored(apart=apart, spool=None if keep_frozen else change.spool)
         change.on_undo(lambda: self._put_back(frozen))
         if apart:
-            shared: Any = self.base_layer._parameters["weight"]
-            self.base_layer._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
+            shared: Any = self.weight_module._parameters["weight"]
+            self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
         self._write_merged(chosen)
         self.merged_names = tuple(name for name, _ in chosen)
         self._frozen = frozen if keep_frozen else None
@@ -291,9 +304,9 @@ class AdaptedLayer(PeftLayerMixin):
         """Adds deltas of adapters here to the weight and bias, each taken against the frozen layer."""
         # The biases first: a method's may be a multiple of its bias, or of its weight.
         bias_deltas = self._bias_deltas(chosen)
-        weight = self.backend.dequantize(self.base_layer)
-        self._add_deltas(self.kind.canonical(self.base_layer, weight), *zip(*chosen, strict=True))
-        self.backend.store(self.base_layer, weight)
+        weight = self.backend.dequantize(self.weight_module)
+        self._add_deltas(self.kind.canonical(self.weight_module, weight), *zip(*chosen, strict=True))
+        self.backend.store(self.weight_module, weight)
         if self.base.bias is not None:
             _add_bias_deltas(self.base.bias, bias_deltas)
 
@@ -302,12 +315,12 @@ class AdaptedLayer(PeftLayerMixin):
         present = [name for name in names if name in self.adapters._modules]
         if present and not self.backend.can_merge:
             raise MergeError(f"a {self.backend.name} weight cannot be merged into: {self.backend.unmergeable_reason}")
-        if present and offloading(self.base_layer) is not None:
+        if present and offloading(self.weight_module) is not None:
             raise MergeError(
                 "its weight is offloaded, and what is merged into it would be lost with the next call: load the model "
                 "without offloading"
             )
-        if present and any(tensor.is_meta for tensor in self.base_layer.parameters(recurse=False)):
+        if present and any(tensor.is_meta for tensor in self.weight_module.parameters(recurse=False)):
             raise MergeError("its weight has no data here (meta device): load the model whole")
         for name in present:
             refusal = self.adapter(name).unmergeable_reason(self.base)
@@ -339,11 +352,11 @@ class AdaptedLayer(PeftLayerMixin):
         bias: Tensor | None = self.base.bias
         weight: Any = None
         if not apart and spool is not None and self.backend.name == "dense":
-            weight = spool.keep(self.backend.dequantize(self.base_layer))
+            weight = spool.keep(self.backend.dequantize(self.weight_module))
         elif not apart:
-            weight = self.backend.snapshot(self.base_layer)
+            weight = self.backend.snapshot(self.weight_module)
         return Stored(
-            self.base_layer._parameters["weight"] if apart else None,
+            self.weight_module._parameters["weight"] if apart else None,
             weight,
             None if bias is None else bias.detach().to("cpu", copy=True),
             self.merged_names,
@@ -358,16 +371,16 @@ class AdaptedLayer(PeftLayerMixin):
         """
         if not self.merged_names or self.backend.name == "dense":
             return None
-        kept = self.backend.snapshot(self.base_layer)
-        return lambda: self.backend.restore(self.base_layer, kept)
+        kept = self.backend.snapshot(self.weight_module)
+        return lambda: self.backend.restore(self.weight_module, kept)
 
     @torch.no_grad()
     def _put_back(self, stored: Stored) -> None:
         if stored.parameter is not None:
-            self.base_layer._parameters["weight"] = stored.parameter
+            self.weight_module._parameters["weight"] = stored.parameter
         else:
             weight = stored.weight() if callable(stored.weight) else stored.weight
-            self.backend.restore(self.base_layer, weight)
+            self.backend.restore(self.weight_module, weight)
         if stored.bias is not None and self.base.bias is not None:
             self.base.bias.copy_(stored.bias)
         self.merged_names, self._frozen = stored.merged, stored.frozen

@@ -82,7 +82,7 @@ class LayerCommands:
 
     def set_base_weight(self, layer: AdaptedLayer, weight: Tensor) -> None:
         """Writes the frozen weight of one layer; see ``PeftLayerMixin``."""
-        manager, backend, module = self.manager, layer.backend, layer.base_layer
+        manager, backend, module = self.manager, layer.backend, layer.weight_module
         with manager.transaction() as change:
             manager.refuse_merged("writing base weights")
             if not backend.can_merge:

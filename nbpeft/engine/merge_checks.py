@@ -26,6 +26,7 @@ _KNOWN_FORWARDS = (
     "torch.nn.modules.sparse",
     "torch.nn.modules.conv",
     "transformers.pytorch_utils",
+    "torch.nn.modules.module",  # no forward at all: a bare parameter, through which alone its adapters act
 )
 """Modules whose layers' forward is the stored weight's map."""
 

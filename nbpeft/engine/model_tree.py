@@ -76,8 +76,8 @@ def _children(parent: nn.Module, prefix: str) -> Iterator[Site]:
 
 def frozen_module(module: nn.Module) -> nn.Module:
     """Returns the base module inside an adapter's wrapper, or the module itself."""
-    if isinstance(module, AdaptedLayer):
-        return module.base_layer
+    while isinstance(module, AdaptedLayer):  # each adapted parameter of a module has a wrapper
+        module = module.base_layer
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
@@ -103,8 +103,7 @@ def bare_names(model: nn.Module) -> Callable[[str], str | None]:
         for part in parts:
             path.append(part)
             kept.append(part)
-            inner = frozen.get(".".join(path))
-            if inner is not None:
+            while (inner := frozen.get(".".join(path))) is not None:
                 if next(parts) != inner:
                     return None
                 path.append(inner)

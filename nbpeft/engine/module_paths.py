@@ -54,6 +54,23 @@ class PatternTable:
         return tuple(pattern for order, pattern in enumerate(self.patterns) if order not in used)
 
 
+def wrapper_places(parameters: Iterable[str]) -> dict[str, str]:
+    """Path of an adapted parameter -> place of its wrapper: ``a.experts.down`` -> ``a.experts``.
+
+    Several of one module have a wrapper each, the last one outside: ``a.experts.base_layer`` is the next.
+
+    Args:
+        parameters: paths, those of one module in its own order.
+    """
+    places: dict[str, str] = {}
+    inside: dict[str, str] = {}
+    for path in reversed(list(parameters)):
+        module = path.rpartition(".")[0]
+        places[path] = inside.get(module, module)
+        inside[module] = f"{places[path]}.base_layer"
+    return places
+
+
 def suffixes(path: str) -> Iterable[str]:
     """``a.b.c`` -> ``a.b.c``, ``b.c``, ``c``."""
     yield path

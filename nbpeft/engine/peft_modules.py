@@ -7,17 +7,15 @@ the adapter, whoever does it: ``load_state_dict``, ``torch.func.functional_call`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_layer_api import by_name
-
-Slot = tuple[nn.Module, str]
-"""An adapter and the name of a parameter of its."""
 
 
 class AdapterDict(nn.ModuleDict):
@@ -50,66 +48,13 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
     return ".".join(filter(None, (adapter.peft_container, own, name)))
 
 
-class LiveParameters(MutableMapping[str, Any]):
-    """The parameters of a module whose owners are adapters.
-
-    Args:
-        slots: name in the module -> the adapter, and its own name of the parameter; it need not have one.
-    """
-
-    __slots__ = ("_in_forward", "slots")  # DeepSpeed ZeRO-3 notes the first
-
-    def __init__(self, slots: dict[str, Slot]) -> None:
-        self.slots = slots
-
-    def __getitem__(self, name: str) -> Any:
-        adapter, own = self.slots[name]
-        return adapter._parameters[own]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        adapter, own = self.slots[name]
-        held = adapter._parameters.get(own, adapter.__dict__.get(own))
-        if held is not None and value is not None and held.shape != value.shape:
-            raise ValueError(f"{own} must have shape {tuple(held.shape)}, not {tuple(value.shape)}")
-        adapter.__dict__.pop(own, None)
-        adapter._parameters[own] = value
-
-    def __delitem__(self, name: str) -> None:
-        adapter, own = self.slots[name]
-        del adapter._parameters[own]
-
-    def __contains__(self, name: object) -> bool:
-        slot = self.slots.get(name)  # type: ignore[call-overload]
-        return slot is not None and slot[1] in slot[0]._parameters
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([name for name in self.slots if name in self])
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def held(self, name: str) -> Any:
-        """What the adapter has in the place of a parameter: also a plain tensor, which FSDP puts there; or None."""
-        adapter, own = self.slots[name]
-        return adapter._parameters.get(own, adapter.__dict__.get(own))
-
-    def hold(self, name: str, value: Tensor) -> None:
-        """Puts a plain tensor into the place of a parameter that was taken out."""
-        adapter, own = self.slots[name]
-        adapter.__dict__[own] = value
-
-    def copy(self) -> dict[str, Any]:
-        """A dictionary of what it holds now."""
-        return dict(self)
-
-
 class _Shows(nn.Module):
     """A module whose parameters are those of adapters. A tensor that is assigned takes the parameter's place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
-        if name == "_parameters" and isinstance(live, LiveParameters):
-            return  # DeepSpeed ZeRO-3 puts a dictionary of its own into all modules: the adapters' are enough
+        if name == "_parameters" and isinstance(live, LiveParameters) and value:
+            return  # DeepSpeed ZeRO-3 puts the same parameters into a mapping of its own; a replica starts with none
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
         elif name in live and not isinstance(value, nn.Parameter):

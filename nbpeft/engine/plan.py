@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,9 +28,12 @@ from nbpeft.engine.config_warnings import (
 )
 from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
 from nbpeft.engine.module_paths import suffixes
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper, only_holds
+from nbpeft.engine.parameter_layer import AdaptedParameter
+from nbpeft.engine.parameter_targets import no_parameter, parameter_sites
 from nbpeft.engine.registry import Method, companions, method_of, resolve_backend, resolve_layer_kind
 from nbpeft.engine.targets import (
     ALL_LINEAR,
@@ -61,6 +64,8 @@ class Target:
         adapter_class: class of the adapter.
         config: what makes it: the plan's config, or what a companion method takes.
         tied_to: path of the target whose tensors this one shares; else empty.
+        parameter: name of the parameter in its module, where that is adapted and no layer; else empty.
+        matrix_count: how many matrices that parameter holds: experts.
     """
 
     path: str
@@ -72,6 +77,17 @@ class Target:
     adapter_class: type[Adapter]
     config: Any
     tied_to: str = ""
+    parameter: str = ""
+    matrix_count: int = 1
+
+    @property
+    def module_path(self) -> str:
+        """Path of the module that gets a wrapper."""
+        return self.path.removesuffix(f".{self.parameter}") if self.parameter else self.path
+
+    def adapted_in(self, module: nn.Module) -> nn.Module:
+        """What has the adapted weight as its ``weight``, of the module at that path."""
+        return ParameterView(module, self.parameter) if self.parameter else module
 
     @property
     def fixed(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -173,17 +189,24 @@ def plan(
     )
     targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
     adapted = {target.path for target in targets}
+    named = Matcher(getattr(resolved, "target_parameters", None) or ())
+    bare = parameter_sites(model, sites, named, adapted, tuple(copies)) if named.targets else []
+    targets += [_parameter_target(site, resolved, method) for site in bare]
     parts = _companion_targets(model, resolved, sites, adapted | copies.keys())
     if not targets and not ((copies or parts) and not matcher.targets):
-        raise nothing_matches(matcher, excluded, adaptable_paths(sites))
-    missing = matcher.missing()
-    if missing:
-        problem = no_match(missing, adaptable_paths(sites))
+        nowhere = named.targets and not matcher.targets
+        raise (
+            no_parameter(named.missing(), sites)
+            if nowhere
+            else nothing_matches(matcher, excluded, adaptable_paths(sites))
+        )
+    missing = (*matcher.missing(), *named.missing())
+    for problem in _problems(matcher, named, sites):
         if not allow_missing:
             raise problem
         warnings.warn(str(problem), stacklevel=3)
     unused_exclude = matcher.excludes_none_of(site.path for site in sites)
-    modules = [(site.path, site.module) for site in sites if site.path in adapted]
+    modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     _check_size(model, (*targets, *parts))
     ensured = bool(getattr(resolved, "ensure_weight_tying", False))
@@ -193,6 +216,14 @@ def plan(
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
     return InjectionPlan(method.label, resolved, (*targets, *parts), copies, biases, tuple(excluded), missing, shared)
+
+
+def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[TargetError]:
+    """The errors for names of modules and of parameters that match nothing."""
+    if matcher.missing():
+        yield no_match(matcher.missing(), adaptable_paths(sites))
+    if named.missing():
+        yield no_parameter(named.missing(), sites)
 
 
 def _plan_for_calls(
@@ -230,6 +261,8 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     if targets is None and method.companion is None and not method.transforms_calls:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         targets = method.default_targets(model_type)
+        if targets is None and getattr(config, "target_parameters", None):
+            return resolved
         if targets is None:
             names = sorted({path.rsplit(".", 1)[-1] for path in adaptable_paths(sites)})
             raise TargetError(
@@ -240,7 +273,8 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
         resolved.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[attr-defined]
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
-        warn_of_experts(model)
+        if not getattr(config, "target_parameters", None):
+            warn_of_experts(model)
     return resolved
 
 
@@ -344,18 +378,30 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
     return list(made.values())
 
 
-def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Target:
-    adapter_class: type[Adapter] = method.adapter_class
+def _target(
+    site: Site, config: Any, method: Method, tied_to: str = "", adapter_class: type[Adapter] | None = None
+) -> Target:
+    made_by = adapter_class or method.adapter_class
     part = custom_part(site.module, site.wrapper, config, site.path) if isinstance(config, AdapterConfig) else None
     if part is not None:
         kind, backend = kind_and_backend(site.module)
         shapes = probed_shapes(part, site.module, site.path)
-        adapter_class, config = CustomAdapter, part
+        made_by, config = CustomAdapter, part
     else:
         kind, backend = resolve_parts(site, method)
-        shapes = {} if tied_to else adapter_class.parameter_shapes(config, site.path, site.module, kind)
+        shapes = {} if tied_to else made_by.parameter_shapes(config, site.path, site.module, kind)
     in_features, out_features = kind.features(site.module)
-    return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, adapter_class, config, tied_to)
+    return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, made_by, config, tied_to)
+
+
+def _parameter_target(site: Site, config: Any, method: Method) -> Target:
+    if method.parameter_class is None:
+        raise ConfigError(
+            f"target_parameters does not work with {method.title(config)}; use plain LoRA", field="target_parameters"
+        )
+    target = _target(site, config, method, adapter_class=method.parameter_class)
+    assert isinstance(site.module, ParameterView)
+    return replace(target, parameter=site.module.parameter_name, matrix_count=site.module.count)
 
 
 def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
@@ -364,6 +410,8 @@ def resolve_parts(site: Site, method: Method) -> tuple[LayerKind, Backend]:
     Raises:
         TargetError: the module cannot be adapted by the method.
     """
+    if isinstance(site.wrapper, AdaptedParameter) and site.module is site.wrapper.get_base_layer():
+        raise TargetError(f"{site.path} has parameters that another adapter adapts (target_parameters); exclude it")
     kind, backend = resolve_layer_kind(site.module, method), resolve_backend(site.module)
     if kind is not None and isinstance(site.wrapper, AdaptedLayer):
         return site.wrapper.kind, site.wrapper.backend

@@ -96,6 +96,7 @@ class Method:
         model_functions: PEFT's name of a function of a model whose first adapter is of the method -> a function of the
             model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
+        parameter_class: class of its adapters on bare parameters (``target_parameters``), if it has any.
         when: when to choose it, in a few words.
         paper: where it is described: ``arXiv:2106.09685``, or an address.
         listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
@@ -126,6 +127,7 @@ class Method:
     unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
+    parameter_class: type[Adapter] | None = None
     when: str = ""
     paper: str = ""
     listed_with: Mapping[str, Any] = field(default_factory=dict)
@@ -235,7 +237,7 @@ def method_of_adapter(adapter: Adapter) -> Method | None:
     """The method that an adapter is made by, that of the nearest registered class; None if there is none."""
     for cls in type(adapter).__mro__:
         for method in _methods:
-            if method.adapter_class is cls:
+            if cls in (method.adapter_class, method.parameter_class):
                 return method
     return None
 

@@ -31,10 +31,10 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
     acting = {
         path: [name for name in names if name in layer.adapters._modules]
         for path, layer in layers.items()
-        if isinstance(layer.base_layer._parameters.get("weight"), nn.Parameter)
+        if isinstance(layer.weight_module._parameters.get("weight"), nn.Parameter)
     }
     merging = {path: adapters for path, adapters in acting.items() if adapters}
-    wanted = {id(layers[path].base_layer._parameters["weight"]) for path in merging}
+    wanted = {id(layers[path].weight_module._parameters["weight"]) for path in merging}
     users: dict[int, set[int]] = {}
     for module in reached_modules(model):
         for parameter in module._parameters.values():
@@ -44,7 +44,7 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
         return set()
     parted: set[str] = set()
     for weight, modules in users.items():
-        group = [path for path in merging if id(layers[path].base_layer._parameters["weight"]) == weight]
+        group = [path for path in merging if id(layers[path].weight_module._parameters["weight"]) == weight]
         if len(modules) > 1 and not _alike(layers, {path: merging[path] for path in group}, len(modules)):
             parted.update(group)
     return parted

@@ -154,6 +154,11 @@ def combine_of(manager: AdapterManager, adapters: Sequence[str]) -> Combine:
     """
     methods = [method_of(manager.configs[adapter]) for adapter in adapters]
     for name, method in zip(adapters, methods, strict=True):
+        if getattr(manager.configs[name], "target_parameters", None):
+            raise AdapterError(
+                f"adapter {name!r} adapts bare parameters (target_parameters) and cannot be combined: "
+                "add_weighted_adapter does not support targeting nn.Parameter"
+            )
         if method.combine is None:
             raise AdapterError(
                 f"adapter {name!r} is {method.label}, which cannot be combined: activate several at once"

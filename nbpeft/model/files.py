@@ -17,6 +17,7 @@ from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import bare_modules, embedding_of
+from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.peft_modules import shown_name
 from nbpeft.engine.plan import InjectionPlan, Target
 from nbpeft.engine.reached import reached_modules
@@ -142,6 +143,7 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         shared=plan.saved_shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan.targets),
+        parameters=[target.path for target in plan.targets if target.parameter],
     )
 
 
@@ -406,9 +408,13 @@ def _picked(
             return own
         raise AdapterError(f"the state dict has no {key!r} of adapter {name!r}")
 
+    places = wrapper_places(weights.parameters)
     return AdapterWeights(
         {
-            path: {k: find(f"{path}.{shown_name(manager.layers[path].adapter(name), k, name)}") for k in named}
+            path: {
+                k: find(f"{places.get(path, path)}.{shown_name(manager.layers[path].adapter(name), k, name)}")
+                for k in named
+            }
             for path, named in weights.adapters.items()
         },
         {
@@ -420,6 +426,7 @@ def _picked(
             key: _shared_in(state_dict, f"{ADAPTER_PARTS}.{name}.shared.{key}", own)
             for key, own in weights.shared.items()
         },
+        weights.parameters,
     )
 
 

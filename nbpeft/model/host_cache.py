@@ -20,8 +20,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import adapter_dtype
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import walk
-from nbpeft.engine.plan import resolve_parts
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.registry import backend_named, method_of
 from nbpeft.errors import AdapterError, CheckpointError
 from nbpeft.interrupts import HeldInterrupts
 from nbpeft.model.files import drop_unchanged, embedding_weights, expected
@@ -178,14 +177,13 @@ class AdapterReader:
         if any(target.fixed for target in plan.targets):
             raise AdapterError(f"adapter {name!r} has tensors of its own that are not trained: load it by itself")
         wanted = expected(model, plan)
-        sites = {site.path: site for site in walk(model) if site.path in wanted.adapters or site.path in wanted.copies}
+        modules = {site.path: site.module for site in walk(model)}
         dtypes = {}
-        for path in wanted.adapters:
-            _, backend = resolve_parts(sites[path], method_of(plan.config))
-            dtypes[path] = adapter_dtype(backend.dtype(sites[path].module), half=self._half)
+        for target in plan.targets:
+            dtype = backend_named(target.backend).dtype(target.adapted_in(modules[target.module_path]))
+            dtypes[target.path] = adapter_dtype(dtype, half=self._half)
         copy_dtypes = {
-            path: {key: tensor.dtype for key, tensor in sites[path].module.state_dict().items()}
-            for path in wanted.copies
+            path: {key: tensor.dtype for key, tensor in modules[path].state_dict().items()} for path in wanted.copies
         }
         signature = ShapeSignature(method_of(plan.config).label, wanted.adapters, wanted.copies)
         return _Layout(signature, wanted, dtypes, copy_dtypes)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
+from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager, require_manager
@@ -220,6 +221,7 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
         base=_shapes(manager.base_biases(name)),
         optional=_shapes({key: value for key, value in embeddings.items() if key.rpartition(".")[0] not in copies}),
         others=not_floating({path: manager.copies[path].modules_to_save[name] for path in copies}),
+        parameters=parameter_paths(manager.layers),
     )
 
 

@@ -12,7 +12,7 @@ from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.plan import InjectionPlan
-from nbpeft.errors import TargetError, few
+from nbpeft.errors import ConfigError, TargetError, few
 from nbpeft.model.state_dicts import drop_values
 
 
@@ -85,6 +85,12 @@ def put_active(manager: AdapterManager, put: Callable[[], object], name: str, *,
 
 def _plan_for_keys(manager: AdapterManager, config: AdapterConfig, keys: Iterable[str]) -> InjectionPlan:
     """A plan for the modules that keys name; warns where the config means others."""
+    if getattr(config, "target_parameters", None):
+        raise ConfigError(
+            "the keys of a state_dict do not say which target_parameters they belong to: inject without state_dict and "
+            "load it with set_peft_model_state_dict",
+            field="target_parameters",
+        )
     paths = checkpoint.adapted_paths(keys, str(config.peft_type))
     if not paths:
         raise TargetError("the state_dict has no key of an adapter of this config that says which modules to adapt")

@@ -16,6 +16,7 @@ from nbpeft.engine.adapter import Adapter, AdapterSite
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.build import shared_state
 from nbpeft.engine.layer import add_deltas
+from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.merging import check_compatible
@@ -55,6 +56,10 @@ class LayerDelta:
         adapter, _ = self.adapters[0]
         return next(itertools.chain(adapter.parameters(), adapter.buffers())).device
 
+    def weight_name(self, path: str) -> str:
+        """Returns the name of what it adds to: the weight of the layer at a path, or the parameter there itself."""
+        return path if isinstance(self.base.module, ParameterView) else f"{path}.weight"
+
     def add_to_(self, weight: Tensor) -> None:
         """Adds to a floating-point weight, (out, in) or as the module stores it, in place."""
         add_deltas(self.base.kind.canonical(self.base.module, weight), self.base, self.adapters)
@@ -83,7 +88,7 @@ class Deltas:
     @property
     def changed(self) -> list[str]:
         """Names of the tensors that the merge changes."""
-        names = [f"{path}.weight" for path in self.layers] + list(self.replaced)
+        names = [layer.weight_name(path) for path, layer in self.layers.items()] + list(self.replaced)
         return names + [f"{path}.bias" for path, layer in self.layers.items() if layer.bias() is not None]
 
 
@@ -152,7 +157,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
     shared = shared_state(plan, loaded.weights, torch.device("cpu"), torch.float32)
 
     def create(target: Target) -> Adapter:
-        module = model.get_submodule(target.path)
+        module = target.adapted_in(model.get_submodule(target.module_path))
         base = BaseLayer(module, layer_kind_named(target.kind), backend_named(target.backend))
         tensors = {key: value.float() for key, value in loaded.weights.adapters.get(target.path, {}).items()}
         bases[target.path] = base

@@ -212,8 +212,8 @@ def merge_errors(
     deltas = deltas_of(manager, _names(manager, adapter))
     wanted = _own_dtype(manager.model) if dtype is None else dtype_of(dtype, "dtype", DTYPES)
     merger = _Merger(deltas, LiveWeights(manager.model, deltas.changed), wanted, True, False)
-    for path in deltas.layers:
-        merger.tensor(f"{path}.weight")
+    for path, layer in deltas.layers.items():
+        merger.tensor(layer.weight_name(path))
     return MergeErrors(tuple(merger.errors[path] for path in deltas.layers), merger.dtype_name)
 
 
@@ -281,7 +281,7 @@ class _Merger:
         spec = self.spec(self._specs[name])
         replaced = self._deltas.replaced.get(name)
         value, own = (replaced.detach(), False) if replaced is not None else self._weights.read(name)
-        path, _, kind = name.rpartition(".")
+        path, _, kind = name.rpartition(".") if name not in self._deltas.layers else (name, "", "weight")
         layer = self._deltas.layers.get(path)
         if layer is None or kind not in ("weight", "bias"):
             return value.to(spec.dtype)

@@ -89,6 +89,7 @@ def set_peft_model_state_dict(
             for key, tensor in named.items()
             if not tensor.is_floating_point()
         },
+        parameters=weights.parameters,
     )
     config = manager.configs[adapter_name]
     packed = checkpoint.keys_of_a_file(peft_model_state_dict, adapter_name, peft_type)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nbpeft import hooks
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manager_of
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type
@@ -142,13 +143,17 @@ class BaseTuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths in the base model of the layers that adapters target, those of the first adapter first."""
-        layers = self.manager.layers.items()
-        return [path for path, layer in layers if any(not layer.adapter(name).is_tied for name in layer.adapters)]
+        bare = self.targeted_parameter_names
+        return [
+            path
+            for path, layer in self.manager.layers.items()
+            if path not in bare and any(not layer.adapter(name).is_tied for name in layer.adapters)
+        ]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """Names of the parameters that adapters target; none, because they target modules."""
-        return []
+        """Paths in the base model of the bare parameters that adapters target (``target_parameters``)."""
+        return list(parameter_paths(self.manager.layers))
 
     def inject_adapter(
         self,

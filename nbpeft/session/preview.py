@@ -66,10 +66,22 @@ def _rows(targets: tuple[Target, ...], config: Any, stored: Mapping[str, str]) -
         PreviewRow(
             target=segment,
             module_count=len(group),
-            shapes=tuple(dict.fromkeys(f"{item.out_features} × {item.in_features}" for item in group)),
-            ranks=tuple(sorted({size for item in group if (size := item.adapter_class.size_of(item.shapes))})),
+            shapes=tuple(dict.fromkeys(_shape(item) for item in group)),
+            ranks=tuple(sorted({size for item in group if (size := _size(item))})),
             parameter_count=sum(item.parameter_count for item in group),
             backend=", ".join(dict.fromkeys(stored.get(item.path, item.backend) for item in group)),
         )
         for segment, group in groups.items()
     )
+
+
+def _shape(target: Target) -> str:
+    """``out × in``, of experts with their number before it."""
+    shape = f"{target.out_features} × {target.in_features}"
+    return shape if target.matrix_count == 1 else f"{target.matrix_count} × {shape}"
+
+
+def _size(target: Target) -> int | None:
+    """The rank, for experts that of each."""
+    size: int | None = target.config.size if target.parameter else target.adapter_class.size_of(target.shapes)
+    return size

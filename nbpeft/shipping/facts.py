@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import IsLowRank, LowRankDelta
 from nbpeft.engine.base import LayerKind
+from nbpeft.engine.factored_weight import AdaptsParameters
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import embedding_of, frozen_module, is_quantized
 from nbpeft.engine.registry import method_of, methods
@@ -107,6 +108,7 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
             deltas[path] = layer.kind, _scaled(adapter.low_rank_delta(layer.base), scale)
         else:
             label = next((method.label for method in methods() if isinstance(adapter, method.adapter_class)), title)
+            label = "target_parameters" if isinstance(adapter, AdaptsParameters) else label
             others[label] = others.get(label, 0) + 1
     weights = manager.weights(name)
     kept = _bytes([*weights.copies.values(), weights.base])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import replicate
 
 from nbpeft import LoraConfig, get_peft_model
-from tests.tiny_models import llama
+from tests.tiny_models import experts_of, llama, mixture
 
 IDS = torch.arange(12).view(2, 6)
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -21,6 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "dora": {"target_modules": "all-linear", "use_dora": True},
     "pissa": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    "experts": {"target_modules": [], "target_parameters": experts_of("mixtral")},
     "rows": {"target_modules": [], "trainable_token_indices": [1, 2]},
     "rows and copies": {"target_modules": [], "trainable_token_indices": [1, 2], "modules_to_save": ["norm"]},
 }
@@ -48,7 +49,7 @@ def spoil(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_replica_computes_with_its_own_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = llama(tie_word_embeddings=False)
+    base = mixture("mixtral") if name == "experts" else llama(tie_word_embeddings=False)
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(**({"r": 4, "init_lora_weights": False} | CONFIGS[name]))).train()
     with torch.no_grad():

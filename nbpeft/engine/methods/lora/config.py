@@ -68,6 +68,7 @@ class LoraConfig(AdapterConfig):
         trainable_token_indices: ids of tokens whose rows of the embedding are trained.
         use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
         lora_bias: give the second matrix a bias.
+        target_parameters: names of bare parameters to adapt, those of experts: mlp.experts.gate_up_proj.
         ensure_weight_tying: refuse factors and copies on one of two tied layers; trained rows of tokens follow by
             themselves.
         loftq_config: settings of init_lora_weights="loftq": loftq_bits and loftq_iter.
@@ -122,7 +123,6 @@ class LoraConfig(AdapterConfig):
         "use_qalora",
         "monteclora_config",
         "layer_replication",
-        "target_parameters",
         "use_bdlora",
         "arrow_config",
         "kasa_config",
@@ -149,7 +149,7 @@ class LoraConfig(AdapterConfig):
         "bias": _BIASES,
         "init_lora_weights": (True, False, *INITS, "pissa_niter_4"),
     }
-    slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "lora_bias")
+    slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "lora_bias", "target_parameters")
     value_fields: ClassVar[tuple[str, ...]] = (
         *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
     )

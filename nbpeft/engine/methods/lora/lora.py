@@ -23,6 +23,7 @@ from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
+from nbpeft.engine.methods.lora.parameters import ParameterLoRA
 from nbpeft.engine.numerics import add_delta, compute_dtype, fits
 from nbpeft.engine.peft_modules import ParameterModule
 from nbpeft.engine.registry import register
@@ -162,6 +163,7 @@ class PlainLowRank(LowRankAdapter):
         "olora": {"r": 4, "init_lora_weights": "olora"},
         "pissa": {"r": 4, "init_lora_weights": "pissa"},
     },
+    parameter_class=ParameterLoRA,
     **FAMILY,
 )
 class LoRA(PlainLowRank, ServesRows, IsLowRank):

@@ -5,6 +5,7 @@
                   at zero and B random: a lookup gives gradient only to the rows of A that were looked up
     convolution   A (r, in, *kernel), B (out, r / groups, 1, …): A is a convolution with the layer's stride,
                   padding and dilation, B one with kernel 1 and the layer's groups
+    parameter     A (experts r, in), B (out, r experts): a product for each expert
 
 A of a grouped convolution sees all input channels (PEFT's files have it so); the product is then not a
 weight of the layer and cannot be merged. DoRA norms it all the same, in the shape that PEFT gives it.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from nbpeft.engine.base import LayerKind
 from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.layer_kinds.embedding import Embedding
+from nbpeft.engine.layer_kinds.parameter import Parameter, ParameterView
 from nbpeft.engine.methods.lora.autograd import Dropout, draw_seed, keep_mask, keep_scale, low_rank_linear
 from nbpeft.engine.numerics import add_delta, composes, compute_dtype, without_autocast
 from nbpeft.errors import ConfigError, LayerKindError, MergeError
@@ -199,6 +201,28 @@ class LowRankConvolution(LowRank):
         )
 
 
+class LowRankParameter(LowRank):
+    """The products on a bare parameter, one for each of its matrices: A (n r, in), B (out, r n)."""
+
+    def shapes(self, module: Any, rank: int) -> Shapes:
+        """Shapes of A and B; see ``LowRank.shapes``."""
+        in_features, out_features = self.kind.features(module)
+        return (rank * module.count, in_features), (out_features, rank * module.count)
+
+    def factors(self, module: ParameterView, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of A and B whose product (…, rows, columns) is what is added to the parameter."""
+        if len(module.shape) == 2:
+            return lora_B, lora_A
+        right = lora_A.reshape(module.count, -1, lora_A.shape[1])
+        left = lora_B.reshape(lora_B.shape[0], -1, module.count).permute(2, 0, 1)
+        return (right.transpose(1, 2), left.transpose(1, 2)) if module.is_transposed else (left, right)
+
+    def product(self, module: Any, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """What is added to the parameter."""
+        left, right = self.factors(module, lora_A, lora_B)
+        return left @ right
+
+
 _BY_KIND: dict[LayerKind, LowRank] = {}
 
 
@@ -220,6 +244,8 @@ def _made_for(kind: LayerKind) -> LowRank:
         return LowRankLookup(kind)
     if isinstance(kind, Convolution):
         return LowRankConvolution(kind)
+    if isinstance(kind, Parameter):
+        return LowRankParameter(kind)
     raise LayerKindError(f"LoRA does not work on layers of the kind {kind.name!r}", kind=kind.name)
 
 

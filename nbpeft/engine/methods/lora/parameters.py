@@ -1,0 +1,122 @@
+"""LoRA on a bare parameter (``target_parameters``): the experts of a mixture, each with factors of its own.
+
+    W_e + s * B_e A_e        A (experts r, in), B (out, r experts), as PEFT's files have them
+
+A holds the rows of one expert after those of another, B their columns interleaved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import AdapterSite
+from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.factored_weight import AdaptsParameters, Product
+from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.methods.lora.adapter import LowRankAdapter
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.inits import init_factors
+from nbpeft.engine.methods.lora.low_rank import LowRankParameter, low_rank_of
+from nbpeft.engine.numerics import fits
+from nbpeft.errors import ConfigError
+
+
+class ParameterLoRA(LowRankAdapter, AdaptsParameters):
+    """A LoRA adapter on one parameter of 2 or 3 dimensions.
+
+    Attributes:
+        count: number of matrices in the parameter.
+    """
+
+    count: int
+    low_rank: LowRankParameter
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: Any, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A and B; see ``Adapter``.
+
+        Raises:
+            ConfigError: the config asks for what does not work on a bare parameter.
+        """
+        refused = {
+            "lora_dropout": config.lora_dropout != 0,
+            "lora_bias": config.lora_bias,
+            "init_lora_weights": config.init_name not in ("default", "random", "gaussian"),
+        }
+        for field, asked in refused.items():
+            if asked:
+                raise ConfigError(
+                    f"{path} (target_parameters) does not work with {field}={getattr(config, field)!r}; leave that out",
+                    field=field,
+                    path=path,
+                )
+        low_rank = low_rank_of(kind)
+        return dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        given = init_factors(config, site, None) if tensors is None else tensors
+        parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
+        adapter = cls(parameters, site.base.kind, config, site.path)
+        view: Any = site.base.module
+        adapter.__dict__["count"] = view.count
+        return adapter
+
+    @property
+    def rank(self) -> int:
+        """Rank of each expert's product, padding included."""
+        return int(self.trained_factors[0].shape[0]) // self.count
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The rank of each expert's product."""
+        return self.rank
+
+    @classmethod
+    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """None: how many experts share the rows of A, the shapes do not say."""
+        return None
+
+    def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Views of the part of a factor that an adapter of some shape uses, for each expert, and of the rest."""
+        if tensor.shape == tuple(shape) or key not in self.factor_names:
+            return tensor, []
+        if key == self.factor_names[0]:
+            blocks, used = tensor.view(self.count, -1, tensor.shape[1]), shape[0] // self.count
+        else:
+            blocks, used = tensor.view(tensor.shape[0], -1, self.count), shape[1] // self.count
+        return blocks[:, :used], [blocks[:, used:]]
+
+    def parameter_products(self, base: BaseLayer) -> tuple[Product]:
+        """One product for each expert; see ``AdaptsParameters``."""
+        view = base.module
+        assert isinstance(view, ParameterView)
+        return (Product(*self.low_rank.factors(view, *self.trained_factors), self.scaling),)
+
+    def unconvertible_reason(self, base: BaseLayer) -> str:
+        """Always one: a LoRA on layers is another thing."""
+        return "bare parameters (target_parameters) have a LoRA of their own"
+
+    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
+        """Adds ``scale * s * B A`` to the parameter in place, one expert at a time."""
+        view: Any = base.module
+        left, right = self.low_rank.factors(view, *self.detached_factors)
+        factor = float(self.scaling) * scale
+        for matrix, lora_B, lora_A in zip(*(t if t.ndim == 3 else t[None] for t in (weight, left, right)), strict=True):
+            if matrix.dtype == lora_A.dtype and fits(factor, matrix.dtype):
+                matrix.addmm_(lora_B, lora_A, alpha=factor)
+            else:
+                matrix += (lora_B @ lora_A) * factor
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``s * B A``, shaped like the parameter."""
+        view: Any = base.module
+        left, right = self.low_rank.factors(view, *self.detached_factors)
+        return torch.matmul(left, right) * self.scaling
