@@ -346,7 +346,7 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
 
 def _target(site: Site, config: Any, method: Method, tied_to: str = "") -> Target:
     adapter_class: type[Adapter] = method.adapter_class
-    part = custom_part(site.module, site.wrapper, config, site.path) if isinstance(config, AdapterConfig) else None
+    part = custom_part(site.module, site.wrapper, config, site.path)
     if part is not None:
         kind, backend = kind_and_backend(site.module)
         shapes = probed_shapes(part, site.module, site.path)
