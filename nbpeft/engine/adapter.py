@@ -258,40 +258,6 @@ class AdapterConfig:
         """PEFT's hook before a config is made from keywords; the constructor checks them here."""
         return kwargs
 
-    def with_layer(self, path: str, layer_config: Any, *, target: bool) -> Self:
-        """A copy that says of one layer what another config of the method says, so that a file holds it.
-
-        Args:
-            path: of the layer.
-            layer_config: what the adapter has there.
-            target: whether the layer becomes a target, which it was not.
-
-        Raises:
-            ConfigError: the method's configs are the same for all layers, or one config cannot say both.
-        """
-        raise ConfigError(f"{type(self).__name__} is the same for all layers")
-
-    def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
-        """A class of somebody else's that adapts a layer instead of the engine; see ``engine.custom_layers``."""
-        return None
-
-    def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
-        """Makes an object of such a class.
-
-        Args:
-            layer_class: the class.
-            module: the frozen layer.
-            path: of the layer.
-            name: of the adapter.
-
-        Raises:
-            ConfigError: the method has no such layers.
-        """
-        raise ConfigError(
-            f"{path} is a {layer_class.__name__}, which takes no adapters of {type(self).__name__}: exclude it",
-            path=path,
-        )
-
 
 def _store(cls: type[AdapterConfig]) -> ConfigStore:
     if cls.store is None:
@@ -609,8 +575,7 @@ class Adapter(nn.Module):
 
     # Layers that share a weight
 
-    source: Adapter | None = None
-    """The adapter of another layer whose tensors this one uses."""
+    source: Adapter | None = None  # the adapter of another layer whose tensors this one uses
 
     def tie_to(self, source: Adapter) -> None:
         """Makes this adapter use the tensors of another one, for layers that share one weight."""

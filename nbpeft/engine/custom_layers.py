@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState
-from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterSite, Rescales
+from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind
 from nbpeft.engine.layer import AdaptedLayer, Stored
+from nbpeft.engine.layers_config import LayerByLayer
 from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.storage import StoredWeight
@@ -39,14 +40,13 @@ class CustomPart:
         layer_class: the class.
     """
 
-    config: AdapterConfig
+    config: LayerByLayer
     layer_class: type[nn.Module]
 
     def make(self, module: nn.Module, path: str, name: str) -> CustomAdapter:
         """Makes an object of the class around a frozen layer, for one adapter.
 
         Raises:
-            ConfigError: the config's method has no such layers.
             LayerKindError: the object has no parameters for the adapter.
         """
         adapter = CustomAdapter(self.config.make_custom_layer(self.layer_class, module, path, name), name)
@@ -57,7 +57,7 @@ class CustomPart:
         return adapter
 
 
-def custom_part(module: nn.Module, wrapper: nn.Module | None, config: AdapterConfig, path: str) -> CustomPart | None:
+def custom_part(module: nn.Module, wrapper: nn.Module | None, config: Any, path: str) -> CustomPart | None:
     """The class of its own that a layer gets, or has; None for one that is the engine's.
 
     Args:
@@ -68,7 +68,13 @@ def custom_part(module: nn.Module, wrapper: nn.Module | None, config: AdapterCon
 
     Raises:
         LayerKindError: the layer carries adapters already that do not go together with those of the class.
+        ConfigError: it has a class, and the config's method none.
     """
+    if not isinstance(config, LayerByLayer):
+        if isinstance(wrapper, CustomLayer):
+            title = type(wrapper.custom).__name__
+            raise ConfigError(f"{path} is a {title}, which takes no adapters of {type(config).__name__}: exclude it")
+        return None
     wanted = config.custom_layer_class(module)
     if isinstance(wrapper, CustomLayer):
         held = type(wrapper.custom)

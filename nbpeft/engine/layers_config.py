@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import nn
+
 from nbpeft.engine.adapter import AdapterConfig, PeftType
 from nbpeft.engine.config_checks import (
     check_count,
@@ -132,3 +134,35 @@ class RankedConfig(LayersConfig):
     def scaling_at(self, path: str) -> float:
         """alpha / r at a module path."""
         return self.alpha_at(path) / self.rank_at(path)
+
+
+class LayerByLayer:
+    """A config that may say something of one layer alone, and bring classes that adapt some instead of the engine."""
+
+    def with_layer(self, path: str, layer_config: Any, *, target: bool) -> Any:
+        """A copy that says of one layer what another config of the method says, so that a file holds it.
+
+        Args:
+            path: of the layer.
+            layer_config: what the adapter has there.
+            target: whether the layer becomes a target, which it was not.
+
+        Raises:
+            ConfigError: one config cannot say both.
+        """
+        raise NotImplementedError
+
+    def custom_layer_class(self, module: nn.Module) -> type[nn.Module] | None:
+        """A class of somebody else's for a layer, or None; see ``engine.custom_layers``."""
+        raise NotImplementedError
+
+    def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
+        """Makes an object of such a class.
+
+        Args:
+            layer_class: the class.
+            module: the frozen layer.
+            path: of the layer.
+            name: of the adapter.
+        """
+        raise NotImplementedError

@@ -382,7 +382,7 @@ def _target(
     site: Site, config: Any, method: Method, tied_to: str = "", adapter_class: type[Adapter] | None = None
 ) -> Target:
     made_by = adapter_class or method.adapter_class
-    part = custom_part(site.module, site.wrapper, config, site.path) if isinstance(config, AdapterConfig) else None
+    part = custom_part(site.module, site.wrapper, config, site.path)
     if part is not None:
         kind, backend = kind_and_backend(site.module)
         shapes = probed_shapes(part, site.module, site.path)

@@ -22,6 +22,7 @@ from nbpeft.engine.config_checks import (
     unused_patterns,
 )
 from nbpeft.engine.field_types import plain
+from nbpeft.engine.layers_config import LayerByLayer
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS, CordaConfig, EvaConfig, LoraGAConfig, as_settings
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.targets import with_target
@@ -44,7 +45,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(AdapterConfig):
+class LoraConfig(AdapterConfig, LayerByLayer):
     """Config of LoRA, rsLoRA and DoRA. Field names and defaults are PEFT 0.21's.
 
     Fields of PEFT that nothing here implements are accepted at their default, so that every
@@ -300,7 +301,7 @@ class LoraConfig(AdapterConfig):
         return unused_patterns(self, self.pattern_fields, paths)
 
     def with_layer(self, path: str, layer_config: LoraConfig, *, target: bool) -> Self:
-        """A copy with rank and alpha of one layer; see ``AdapterConfig``."""
+        """A copy with rank and alpha of one layer; see ``LayerByLayer``."""
         apart = ("init_lora_weights",) if self.initialised_from_weight or layer_config.initialised_from_weight else ()
         for name in ("lora_bias", *apart):
             if getattr(self, name) != getattr(layer_config, name):
@@ -332,7 +333,7 @@ class LoraConfig(AdapterConfig):
         return next((custom for layer, custom in registered if isinstance(module, layer)), None)
 
     def make_custom_layer(self, layer_class: type[nn.Module], module: nn.Module, path: str, name: str) -> nn.Module:
-        """Makes an object of such a class with the arguments that PEFT gives; see ``AdapterConfig``."""
+        """Makes an object of such a class with the arguments that PEFT gives; see ``LayerByLayer``."""
         given: dict[str, Any] = {"r": self.rank_at(path), "lora_alpha": self.alpha_at(path), "target_name": path}
         given |= {"loaded_in_8bit": False, "loaded_in_4bit": False, "parameter_name": None, "tied_adapter": {}}
         offload = self.runtime_config.ephemeral_gpu_offload
