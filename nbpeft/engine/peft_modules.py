@@ -53,8 +53,8 @@ class _Shows(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
-        if name == "_parameters" and isinstance(live, LiveParameters) and value:
-            return  # DeepSpeed ZeRO-3 puts the same parameters into a mapping of its own; a replica starts with none
+        if name == "_parameters" and isinstance(live, LiveParameters) and type(value) is not dict:
+            return  # DeepSpeed ZeRO-3 puts a dictionary of its own into all modules: the adapters' are enough
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
         elif name in live and not isinstance(value, nn.Parameter):
