@@ -55,6 +55,7 @@ SAME: dict[str, Any] = {
     "trainable_token_indices": [0, 1],
 }
 ACCEPTED: dict[str, tuple[Any, str]] = {
+    "ensure_weight_tying": (True, "rows of tokens stay tied; other adapters on one of two tied layers are refused"),
     "runtime_config": (
         nbpeft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
         "nothing to do: DoRA's norms are computed where the layer computes, offloaded or not",
@@ -62,7 +63,6 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
 }
 REFUSED: dict[str, Any] = {
     "arrow_config": {"top_k": 2},
-    "ensure_weight_tying": True,
     "kasa_config": {"beta": 1e-4},
     "layer_replication": [(0, 2), (1, 3)],
     "megatron_config": {"tensor_model_parallel_size": 2},
@@ -94,7 +94,7 @@ def test_every_field_has_a_line() -> None:
 def test_a_field_is_taken_as_peft_takes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)  # PEFT asks for scipy before it takes LoftQ
     if name in nbpeft.LoraConfig.not_implemented:
-        pytest.skip("not merged yet")
+        pytest.skip("it is refused")
     given = {name: VALUES[name], **BESIDE.get(name, {})}
     ours, theirs = nbpeft.LoraConfig(**given), peft.LoraConfig(**given)
     found, expected = getattr(ours, name), getattr(theirs, name)

@@ -137,7 +137,6 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         "use_bdlora": "leave it out: plain factors can be split by the engine that serves them",
         "arrow_config": "leave it out: choose an adapter for each row with adapter_names, or combine them",
         "kasa_config": "use init_lora_weights='pissa', which starts in the weight, too",
-        "ensure_weight_tying": "leave it out: trainable_token_indices keeps tied embeddings tied",
     }
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
