@@ -53,7 +53,7 @@ class _Shows(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         live = self.__dict__.get("_parameters")
-        if name == "_parameters" and isinstance(live, LiveParameters) and type(value) is not dict:
+        if name == "_parameters" and isinstance(live, LiveParameters) and value != {}:
             return  # DeepSpeed ZeRO-3 puts a dictionary of its own into all modules: the adapters' are enough
         if not isinstance(live, LiveParameters) or name not in live.slots or not isinstance(value, Tensor):
             super().__setattr__(name, value)
