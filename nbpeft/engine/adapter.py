@@ -574,7 +574,6 @@ class Adapter(nn.Module):
         return tuple(name for name in self.peft_mappings if name not in self.peft_modules) or tuple(self._parameters)
 
     # Layers that share a weight
-
     source: Adapter | None = None  # the adapter of another layer whose tensors this one uses
 
     def tie_to(self, source: Adapter) -> None:
