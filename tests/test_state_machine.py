@@ -417,7 +417,7 @@ class AdapterMachine(RuleBasedStateMachine):
             assert manager.scale(name) == tracked.scale
             check_equal(manager.weights(name).adapters, tracked.weights().adapters)
             check_equal(manager.weights(name).copies, tracked.weights().copies)
-            trains = name in expected.selected and not tracked.frozen
+            trains = expected.enabled and name in expected.selected and not tracked.frozen
             assert {parameter.requires_grad for parameter in manager.parameters(name)} == {trains}
         self.base_is_frozen()
 

@@ -83,6 +83,7 @@ class DeloraConfig(LayersConfig):
     label="DeLoRA",
     when="as LoRA, with a bound on how far each layer may move",
     paper="arXiv:2503.18225",
+    layer_prefix="Delora",
     default_targets=usual_targets,
     summary=lambda config: {"r": str(config.r), "λ": f"{config.delora_lambda:g}"},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,

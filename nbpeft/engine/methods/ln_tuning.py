@@ -105,6 +105,7 @@ class LNTuningConfig(LayersConfig):
     label="LN tuning",
     when="norms alone: very few parameters, and nothing added to the model",
     paper="arXiv:2312.11420",
+    layer_name="ln_tuning.LNTuningLayer",
     file_keys={name: f"ln_tuning_layers.{name}" for name in (WEIGHT, BIAS)},
     default_targets=lambda model_type: _TARGETS.get(model_type or ""),
     summary=lambda config: {"trains": "norms"},

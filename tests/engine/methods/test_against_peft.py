@@ -165,7 +165,8 @@ def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: 
     assert MODELS[name]().config.model_type == name
     expected = counted(lambda: peft.get_peft_model(MODELS[name](), theirs))
     found = counted(lambda: get_peft_model(MODELS[name](), ours))
-    assert found == expected or (expected == "refused" and name == "gpt2")  # some in peft leave its Conv1D out
+    # Some in peft leave GPT-2's Conv1D out, and AdaLoRA's table of targets there is shorter than LoRA's.
+    assert found == expected or (expected == "refused" and (name == "gpt2" or method.peft_type == "ADALORA"))
 
 
 def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:
@@ -187,7 +188,10 @@ def test_its_status_and_its_names_are_those_of_peft(method: Method, tmp_path: Pa
         if method.peft_type == "IA3":  # whose layers do not say in peft of which method they are
             layer["module_type"] = f"ia3.{layer['module_type']}"
     assert [dataclasses.asdict(layer) for layer in ours.get_layer_status()] == expected
-    assert dataclasses.asdict(ours.get_model_status()) == dataclasses.asdict(theirs.get_model_status())
+    whole = dataclasses.asdict(theirs.get_model_status())
+    if method.peft_type == "ADALORA":  # where how many ranks a layer has is a parameter in peft
+        whole["total_params"] -= len(expected)
+    assert dataclasses.asdict(ours.get_model_status()) == whole
     peft_type = nbpeft.PeftType(method.peft_type)
     for name in ("CONFIG", "PREFIX", "TUNER"):
         found = getattr(mappings, f"PEFT_TYPE_TO_{name}_MAPPING")[peft_type]

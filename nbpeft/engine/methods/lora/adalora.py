@@ -345,6 +345,7 @@ def update_and_allocate(manager: Any, global_step: int) -> None:
     when="where ranks should differ by layer: it shares them out as it trains",
     paper="arXiv:2303.10512",
     listed_with={"total_step": 1000},
+    layer_prefix="SVD",
     prefix="lora_",
     default_targets=lambda model_type: _ROBERTA if model_type == "roberta" else usual_wide_targets(model_type),
     summary=lambda config: {"r": f"{config.init_r} → {config.target_r}", "α": f"{config.lora_alpha:g}"},

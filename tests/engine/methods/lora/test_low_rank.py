@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from nbpeft.engine.layer_kinds.convolution import Convolution
-from nbpeft.engine.methods.lora.low_rank import LowRank, LowRankConvolution, LowRankLookup, low_rank_of
+from nbpeft.engine.methods.lora.low_rank import (
+    LowRank,
+    LowRankConvolution,
+    LowRankLookup,
+    LowRankParameter,
+    low_rank_of,
+)
 from nbpeft.engine.registry import layer_kinds
 from nbpeft.errors import LayerKindError
 
@@ -14,7 +20,7 @@ def test_each_kind_has_its_product() -> None:
     found = {kind.name: type(low_rank_of(kind)) for kind in layer_kinds()}
     convolutions = {f"convolution{count}d": LowRankConvolution for count in (1, 2, 3)}
     linear = dict.fromkeys(("linear", "conv1d", "eetq_linear"), LowRank)
-    assert found == {"embedding": LowRankLookup, **convolutions, **linear}
+    assert found == {"embedding": LowRankLookup, "parameter": LowRankParameter, **convolutions, **linear}
 
 
 def test_a_kind_without_a_product_is_refused() -> None:
