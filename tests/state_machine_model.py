@@ -268,7 +268,7 @@ def live_tensors() -> tuple[int, int]:
         warnings.simplefilter("ignore")
         found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     found = [tensor for tensor in found if holds_memory(tensor)]
-    return len(found), sum(tensor.nbytes for tensor in found)
+    return len(found), sum(tensor.nbytes for tensor in found if tensor.layout is torch.strided)
 
 
 def holds_memory(tensor: Tensor) -> bool:
