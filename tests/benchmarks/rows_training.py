@@ -140,10 +140,13 @@ def _train_with_trainer(library: str, model: Any, rows: Any, costs: Any, setting
     settings |= {"learning_rate": 2e-4, "logging_steps": 1}
     trainer: Any
     if library == TRL:
-        import trl
         from datasets import Dataset
 
+        from tests.clients.packages import installed
         from tests.training.trl_run import tiny_tokenizer
+
+        sys.path.append(str(installed("trl==1.16.0")))
+        import trl
 
         arguments = trl.SFTConfig(bf16=False, **settings)
         own = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer()}
