@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from nbpeft.engine.rounding import HasGrid, round_with_feedback, share_lost
 from nbpeft.errors import ConfigError, MergeError
 from nbpeft.interrupts import check_interrupt
 from nbpeft.model.merge_deltas import LayerDelta, deltas_of
+from nbpeft.model.observing import evaluated, input_hooks
 
 _GRAM_BYTES = 2**30
 """Memory for what is known of the inputs: layers that do not fit at once see the rows again."""
@@ -131,8 +130,8 @@ class _Grams:
         self.mask: Tensor | None = None
         self._last: tuple[Tensor, Tensor, int] | None = None
 
-    def see(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+    def see(self, path: str, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
         if self._last is None or self._last[0] is not x:
             rows = self._seen(x).float()
             self._last = (x, rows.t() @ rows, len(rows))
@@ -167,13 +166,7 @@ def _grams(
     """
     grams, model = _Grams(), manager.model
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    with ExitStack() as block:
-        block.enter_context(torch.no_grad())
-        block.enter_context(_in_eval_mode(model))
-        block.enter_context(manager.use(names))
-        for path, layer in layers.items():
-            hook = layer.register_forward_pre_hook(partial(grams.see, path), with_kwargs=True)
-            block.callback(hook.remove)
+    with torch.no_grad(), evaluated(model), manager.use(names), input_hooks(layers, grams.see):
         for batch in batches:
             check_interrupt()
             grams.next_batch(batch)
@@ -185,17 +178,6 @@ def _grams(
             + (f" ({len(missing)} layers in all)" if len(missing) > 1 else "")
         )
     return {path: grams.sums[path] / grams.counts[path] for path in layers}
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

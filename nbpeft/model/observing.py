@@ -33,12 +33,12 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def input_hooks(modules: Mapping[str, nn.Module], see: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Calls a function with the name and the positional arguments of each call of some modules."""
+    """Calls a function with the name and the inputs of each call of some modules: the positional ones, or else all."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: see(name, args)
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, kwargs: see(name, args or tuple(kwargs.values()))
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield
     finally:
