@@ -102,6 +102,12 @@ def check_share(name: str, value: float | None) -> None:
         raise ConfigError(f"{name} must be between 0 and 1, not {shown(value)}", field=name)
 
 
+def check_seed(name: str, value: float) -> None:
+    """Raises ConfigError for a number that torch's generators do not take."""
+    if not 0 <= value < 2**63:
+        raise ConfigError(f"{name} must be a whole number from 0 to 2**63 - 1, not {value:.3g}", field=name)
+
+
 def check_bias(bias: object, choices: Sequence[str]) -> None:
     """Raises BiasError for a ``bias`` that is none of the choices."""
     if bias not in choices:

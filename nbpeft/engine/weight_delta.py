@@ -9,6 +9,7 @@ layer. Here backward computes Δ again, from the parameters alone.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales
+from nbpeft.engine.adapter import Adapter, AdapterSite, IsLowRank, LowRankDelta, Rescales
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.numerics import composes, compute_dtype, without_autocast
 from nbpeft.engine.transaction import Transaction
@@ -140,6 +141,44 @@ class ScaledDelta(WeightDelta, Rescales):
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
         return f"r={self.rank}, alpha={self.alpha:g}"
+
+
+class ComputedFactors(Adapter, IsLowRank):
+    """An adapter that adds ``B A dropout(x)``, whose two factors are computed from what is trained."""
+
+    dropout: float
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The rank of the factors."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, (r, in), and B, (out, r), differentiable functions of the parameters."""
+
+    @property
+    def delta_rank(self) -> int | None:
+        """The rank of the factors."""
+        return self.rank
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
+        """``B A dropout(x)``; see ``Adapter``."""
+        first, second = self.factors()
+        dtype = compute_dtype(x, first)
+        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
+        return F.linear(F.linear(dropped, first.to(dtype)), second.to(dtype))
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``B A``; see ``Adapter``."""
+        first, second = self.factors()
+        return second @ first
+
+    @torch.no_grad()
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """Both factors; see ``IsLowRank``."""
+        return LowRankDelta(*self.factors(), 1.0)
 
 
 def uniform(shape: Sequence[int], site: AdapterSite) -> Tensor:

@@ -13,19 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, IsLowRank, LowRankDelta, Shape
+from nbpeft.engine.adapter import AdapterSite, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_number
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
-from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import keeping_inputs, uniform
+from nbpeft.engine.weight_delta import ComputedFactors, keeping_inputs, uniform
 from nbpeft.errors import ConfigError
 
 FACTOR_A, FACTOR_B, BOUND, NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
@@ -89,12 +87,10 @@ class DeloraConfig(LayersConfig):
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r4": {"r": 4, "delora_lambda": 2}},
 )
-class Delora(Adapter, IsLowRank):
+class Delora(ComputedFactors):
     """Two factors and the bound of one layer, and the norms of the weight's columns, (in,), which are not trained."""
 
     peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
-
-    dropout: float
 
     @classmethod
     def parameter_shapes(
@@ -137,17 +133,12 @@ class Delora(Adapter, IsLowRank):
         return int(self.held[FACTOR_A].shape[0])
 
     @property
-    def delta_rank(self) -> int | None:
-        """The rank of the factors."""
-        return self.rank
-
-    @property
     def norms(self) -> Tensor:
         """‖w_j‖, (in,)."""
         held: Any = self._buffers.get(NORMS)
         return self.__dict__[NORMS] if held is None else held  # type: ignore[no-any-return]
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""
         norms = self.norms
         second: Tensor = self.held[FACTOR_B]
@@ -158,24 +149,6 @@ class Delora(Adapter, IsLowRank):
             return rows * strengths[:, None] * norms.to(rows)
 
         return keeping_inputs(first, self.held[FACTOR_A], second, self.held[BOUND]), second
-
-    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``Δ dropout(x)``; see ``Adapter``."""
-        first, second = self._factors()
-        dtype = compute_dtype(x, second)
-        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-        return F.linear(F.linear(dropped, first.to(dtype)), second.to(dtype))
-
-    @torch.no_grad()
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """Δ; see ``Adapter``."""
-        first, second = self._factors()
-        return second @ first
-
-    @torch.no_grad()
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """Both factors; see ``IsLowRank``."""
-        return LowRankDelta(*self._factors(), 1.0)
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """Its parameters and the norms; see ``Adapter``."""

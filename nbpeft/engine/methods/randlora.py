@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_number
+from nbpeft.engine.config_checks import check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
@@ -70,11 +70,7 @@ class RandLoraConfig(LayersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("randlora_alpha", self.randlora_alpha)
-        if not 0 <= self.projection_prng_key < 2**63:
-            raise ConfigError(
-                f"projection_prng_key must be a whole number from 0 to 2**63 - 1, not {self.projection_prng_key:.3g}",
-                field="projection_prng_key",
-            )
+        check_seed("projection_prng_key", self.projection_prng_key)
 
     @property
     def scaling(self) -> float:

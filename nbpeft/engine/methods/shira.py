@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, ReplacesCall, Rescales, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.config_checks import check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
@@ -56,11 +57,8 @@ class ShiraConfig(LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.random_seed is not None and not 0 <= self.random_seed < 2**63:
-            raise ConfigError(
-                f"random_seed must be a whole number from 0 to 2**63 - 1, not {self.random_seed:.3g}",
-                field="random_seed",
-            )
+        if self.random_seed is not None:
+            check_seed("random_seed", self.random_seed)
         self.mask_fn: MaskFunction | None = random_mask if self.mask_type == "random" else None
 
 

@@ -13,18 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, IsLowRank, LowRankDelta, SharedState
+from nbpeft.engine.adapter import AdapterSite, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_number
 from nbpeft.engine.layers_config import LayersConfig
-from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_wide_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import keeping_inputs
+from nbpeft.engine.weight_delta import ComputedFactors, keeping_inputs
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError, shown
 
 LOGITS_A, LOGITS_B, BANK = "vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"
@@ -179,14 +177,13 @@ def _logits(config: VBLoRAConfig, tensors: Mapping[str, Tensor], key: str) -> Te
     pack=_packed,
     unpack=_unpacked,
 )
-class VBLoRA(Adapter, IsLowRank):
+class VBLoRA(ComputedFactors):
     """The logits of the pieces of one layer."""
 
     peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "topk": "count"}
 
     bank: VectorBank
     count: int
-    dropout: float
     is_picked: bool
 
     @classmethod
@@ -233,12 +230,7 @@ class VBLoRA(Adapter, IsLowRank):
         """The rank of the factors."""
         return int(self.held[LOGITS_A].shape[0])
 
-    @property
-    def delta_rank(self) -> int | None:
-        """The rank of the factors."""
-        return self.rank
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """A, (r, in), and B, (out, r)."""
         logits_A, logits_B = self.held[LOGITS_A], self.held[LOGITS_B]
         held = self.bank.vectors.to(logits_A.device)
@@ -261,21 +253,7 @@ class VBLoRA(Adapter, IsLowRank):
             raise TrainingError(
                 "a VB-LoRA saved with save_only_topk_weights=True cannot be trained further: the other logits are gone"
             )
-        first, second = self._factors()
-        dtype = compute_dtype(x, first)
-        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-        return F.linear(F.linear(dropped, first.to(dtype)), second.to(dtype))
-
-    @torch.no_grad()
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``B A``; see ``Adapter``."""
-        first, second = self._factors()
-        return second @ first
-
-    @torch.no_grad()
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """A and B; see ``IsLowRank``."""
-        return LowRankDelta(*self._factors(), 1.0)
+        return super().forward(x, base_output, base)
 
     def configure(self, config: VBLoRAConfig, path: str) -> None:
         """Takes the dropout and the number of mixed vectors of a config over."""

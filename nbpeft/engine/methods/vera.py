@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_number
+from nbpeft.engine.config_checks import check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
@@ -62,11 +62,7 @@ class VeraConfig(LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.projection_prng_key < 2**63:
-            raise ConfigError(
-                f"projection_prng_key must be a whole number from 0 to 2**63 - 1, not {self.projection_prng_key:.3g}",
-                field="projection_prng_key",
-            )
+        check_seed("projection_prng_key", self.projection_prng_key)
         check_number("d_initial", self.d_initial)
 
 
