@@ -195,6 +195,12 @@ class Record:
         """The mean of all losses of the run that are finite; None before the first."""
         return self._loss_total / self._loss_count if self._loss_count else None
 
+    @property
+    def on_host(self) -> bool:
+        """Whether ``collect`` waits for no device."""
+        values = [self._pending_tokens, *(value for _, value in (*self._pending, *self._pending_norms))]
+        return not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
+
     def collect(self) -> int | None:
         """Turns what is pending into numbers. Returns the first new step whose loss is NaN."""
         pending, self._pending = self._pending, []

@@ -383,13 +383,14 @@ class Run:
             return self._build()
 
     def tick(self) -> TrainState | None:
-        """The state published last, with the status, the clock and the memory of this moment; None before the first.
+        """The state of this moment, as far as it is known on the host; None before the first publication.
 
         Waits neither for the training thread nor for a device: a front end may ask every second while a step
-        takes a minute.
+        takes a minute. Losses that are still on a device are those published last.
         """
         if self._ended is None:
             self._measure_memory()
+            self._catch_up()
         latest = self._latest
         if latest is None or self._ended is not None:
             return latest
@@ -398,6 +399,7 @@ class Run:
         return dataclasses.replace(
             latest,
             status=self._status_now(),
+            step=latest.step if self._mirrored is not None else self._record.step,
             elapsed=elapsed,
             remaining=remaining,
             memory=self._memory_state,
@@ -487,6 +489,18 @@ class Run:
         lost = self._record.collect()
         if lost is not None and not any("NaN" in note for note in self._notes):
             self._warn(f"The loss is NaN since step {lost}: try a lower learning rate, or look at the labels.")
+
+    def _catch_up(self) -> None:
+        """Takes in what came too soon after the last publication to be published, where nothing waits for it."""
+        latest = self._latest
+        if latest is None or latest.step == self._record.step or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._record.on_host:
+                self._collect()
+                self._build()
+        finally:
+            self._lock.release()
 
     def _save_now(self) -> None:
         try:

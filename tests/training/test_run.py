@@ -16,6 +16,7 @@ from nbpeft.errors import TrainingError, TrainingInterrupted
 from nbpeft.model import PeftModel
 from nbpeft.state import MemoryState, TrainState
 from nbpeft.training.control import RunControl
+from nbpeft.training.record import Record
 from nbpeft.training.run import Run, track
 from tests.tiny_models import llama
 from tests.training.support import Clock, trainable
@@ -318,9 +319,35 @@ def test_a_tick_waits_for_no_device(monkeypatch):
         run.step(loop.one())
         run._published_at = float("inf")  # nothing is published, so that the loss stays a tensor
         run.step(loop.one())
+        monkeypatch.setattr(Record, "on_host", property(lambda self: False))
         monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("waited for a device"))
-        assert run.tick() is not None
+        latest = run.tick()
+        assert latest is not None and latest.step == 2
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["loss", "tokens", "gradient_norm"])
+def test_what_is_on_a_device_is_not_on_the_host(name):
+    record = Record()
+    values = {"loss": 1.0, "learning_rate": None, "tokens": torch.tensor(3), "epoch": None, "gradient_norm": None}
+    record.add(1, **values)
+    assert record.on_host
+    record.add(2, **values | {name: torch.empty((), device="meta")})
+    assert not record.on_host
+
+
+def test_a_tick_knows_a_step_that_came_too_soon_to_be_published():
+    loop, clock = Loop(), Clock()
+    states: list[TrainState] = []
+    with track(loop.model, 10, clock=clock, publish=states.append) as run:
+        clock.advance(0.01)
+        loss = loop.one()
+        run.step(loss)
+        assert states[-1].step == 0
+        clock.advance(15.0)  # inside the second step
+        latest = run.tick()
+        assert latest is not None and latest.step == 1 and latest.loss == pytest.approx(loss.item())
+        assert states[-1].step == 0
 
 
 def test_memory_is_measured_so_rarely_that_it_costs_a_hundredth(monkeypatch):
