@@ -160,7 +160,9 @@ def from_file(
         else:
             found[fitting] = tensor
     unexpected = [key for key in unexpected if not _is_repeated(key, found)]
-    if not found and slots:
+    if not found and (
+        expected.base or expected.shared or any(map(any, (expected.adapters.values(), expected.copies.values())))
+    ):
         raise _nothing_fits(tensors, slots, key_mapping)
     weights, mismatched = _sorted_in(found, slots)
     wrong = next((key for key, tensor in found.items() if not _is_plain(tensor, expected.others.get(key))), None)

@@ -378,6 +378,9 @@ class Adapter(nn.Module):
     is_tied: ClassVar[bool] = False
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
 
+    has_tensors: ClassVar[bool] = True
+    """Whether there is anything in it that a file would hold."""
+
     takes_quantized: ClassVar[bool] = True
     """Whether it goes on a layer whose weight is stored quantized."""
 

@@ -7,7 +7,7 @@ BaseLayer   what an adapter may see of the layer it sits on: its kind and backen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -125,19 +125,28 @@ class BaseLayer:
         kind: what kind of layer it is.
         backend: how its weight is stored.
         context: in a forward, what the adapter's method prepared for this call of the model; else None.
+        adapters: name -> adapter of what is on the layer; empty where it is seen by itself.
     """
 
-    __slots__ = ("backend", "context", "kind", "module")
+    __slots__ = ("adapters", "backend", "context", "kind", "module")
 
-    def __init__(self, module: nn.Module, kind: LayerKind, backend: Backend, context: Any = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        kind: LayerKind,
+        backend: Backend,
+        context: Any = None,
+        adapters: Mapping[str, Any] | None = None,
+    ) -> None:
         self.module = module
         self.kind = kind
         self.backend = backend
         self.context = context
+        self.adapters: Mapping[str, Any] = {} if adapters is None else adapters
 
     def within(self, context: Any) -> BaseLayer:
         """The same layer in a call with a context."""
-        return BaseLayer(self.module, self.kind, self.backend, context)
+        return BaseLayer(self.module, self.kind, self.backend, context, self.adapters)
 
     @property
     def in_features(self) -> int:

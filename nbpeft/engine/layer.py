@@ -74,7 +74,7 @@ class AdaptedLayer(PeftLayerMixin):
             adapters=adapters,
             kind=kind,
             backend=backend,
-            base=BaseLayer(base_layer, kind, backend),
+            base=BaseLayer(base_layer, kind, backend, adapters=adapters._modules),
             active_state=active_state,
             merged_names=(),
             training=base_layer.training,
@@ -172,7 +172,7 @@ class AdaptedLayer(PeftLayerMixin):
         layer = self._modules["base_layer"]
         if layer is None or layer is self.base.module:
             return self.base
-        return BaseLayer(layer, self.kind, self.backend)
+        return BaseLayer(layer, self.kind, self.backend, adapters=self.adapters._modules)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
