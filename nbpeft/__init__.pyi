@@ -67,6 +67,7 @@ from .losses import chunked_loss as chunked_loss
 from .memory import Forecast as Forecast
 from .memory import forecast as forecast
 from .model import AdapterPool as AdapterPool
+from .model import ArrowConfig as ArrowConfig
 from .model import AutoPeftModel as AutoPeftModel
 from .model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -100,6 +101,7 @@ from .model import cast_adapter_dtype as cast_adapter_dtype
 from .model import cast_mixed_precision_params as cast_mixed_precision_params
 from .model import check_if_peft_model as check_if_peft_model
 from .model import convert_to_lora as convert_to_lora
+from .model import create_arrow_model as create_arrow_model
 from .model import delete_adapter as delete_adapter
 from .model import disable_input_dtype_casting as disable_input_dtype_casting
 from .model import get_base_model_state_dict as get_base_model_state_dict

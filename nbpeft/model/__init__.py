@@ -10,8 +10,10 @@ from nbpeft.engine.methods.lora.init_configs import CordaConfig as CordaConfig
 from nbpeft.engine.methods.lora.init_configs import EvaConfig as EvaConfig
 from nbpeft.engine.methods.lora.init_configs import LoftQConfig as LoftQConfig
 from nbpeft.engine.methods.lora.init_configs import LoraGAConfig as LoraGAConfig
+from nbpeft.engine.methods.lora.variant_configs import ArrowConfig as ArrowConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
 from nbpeft.engine.registry import method_of
+from nbpeft.model.arrow import create_arrow_model as create_arrow_model
 from nbpeft.model.auto import AutoPeftModel as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from nbpeft.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction

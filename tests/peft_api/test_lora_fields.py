@@ -24,6 +24,10 @@ COMMON = {field.name for field in dataclasses.fields(peft.PeftConfig)}
 MORE: dict[str, tuple[Any, str]] = {
     "alora_invocation_tokens": ([1, 2], "beam search works with it"),
     "alpha_pattern": ({"q_proj": 3}, "hundreds of patterns cost one pass"),
+    "arrow_config": (
+        peft_lora.ArrowConfig(top_k=2),
+        "exact prototypes, made anew when weights change; adapters stay as they are; reads its own files",
+    ),
     "corda_config": (peft_lora.CordaConfig(), "batches of any size; the base stays as it is; saved as plain LoRA"),
     "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
     "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is; no `mica`"),
@@ -62,7 +66,6 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
     ),
 }
 REFUSED: dict[str, Any] = {
-    "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1e-4},
     "layer_replication": [(0, 2), (1, 3)],
     "megatron_config": {"tensor_model_parallel_size": 2},
@@ -99,7 +102,7 @@ def test_a_field_is_taken_as_peft_takes_it(name: str, monkeypatch: pytest.Monkey
     ours, theirs = nbpeft.LoraConfig(**given), peft.LoraConfig(**given)
     found, expected = getattr(ours, name), getattr(theirs, name)
     if dataclasses.is_dataclass(expected):
-        found, expected = vars(found), vars(expected)  # type: ignore[assignment]
+        found, expected = dataclasses.asdict(found), dataclasses.asdict(expected)
     assert found == expected
     assert type(nbpeft.LoraConfig(**ours.to_dict())) is nbpeft.LoraConfig
 

@@ -76,7 +76,7 @@ class AdaLoraConfig(LoraConfig):
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         *LoraConfig.not_implemented,
-        *("alora_invocation_tokens", "alpha_pattern", "lora_bias", "use_dora", "use_rslora"),
+        *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "lora_bias", "use_dora", "use_rslora"),
     )
     unused: ClassVar[tuple[str, ...]] = (*LoraConfig.unused, "r")
     pattern_fields: ClassVar[tuple[str, ...]] = ()

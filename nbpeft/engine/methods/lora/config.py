@@ -24,6 +24,7 @@ from nbpeft.engine.config_checks import (
 from nbpeft.engine.field_types import plain
 from nbpeft.engine.layers_config import LayerByLayer
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS, CordaConfig, EvaConfig, LoraGAConfig, as_settings
+from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS, ArrowConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
@@ -34,6 +35,8 @@ _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
 
+_VARIANTS = ("use_dora", "alora_invocation_tokens", "arrow_config")
+"""Fields that ask for another method than LoRA; see ``LoraConfig.variant``."""
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -77,6 +80,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         corda_config: settings of init_lora_weights="corda".
         lora_ga_config: settings of init_lora_weights="lora_ga".
         alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
+        arrow_config: route each token through other adapters of the model (Arrow, GenKnowSub).
 
     Raises:
         ConfigError: a value is impossible, or asks for something that is not implemented.
@@ -114,7 +118,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     lora_bias: bool = field(default=False)
     target_parameters: list[str] | None = field(default=None)
     use_bdlora: dict[str, Any] | None = field(default=None)
-    arrow_config: dict[str, Any] | None = field(default=None)
+    arrow_config: ArrowConfig | None = field(default=None)
     kasa_config: dict[str, Any] | None = field(default=None)
     ensure_weight_tying: bool = field(default=False)
 
@@ -125,7 +129,6 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         "monteclora_config",
         "layer_replication",
         "use_bdlora",
-        "arrow_config",
         "kasa_config",
     )
     instead: ClassVar[Mapping[str, str]] = {
@@ -135,7 +138,6 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         "monteclora_config": "leave it out, and use lora_dropout",
         "layer_replication": "repeat the layers of the model first, then adapt it",
         "use_bdlora": "leave it out: plain factors can be split by the engine that serves them",
-        "arrow_config": "leave it out: choose an adapter for each row with adapter_names, or combine them",
         "kasa_config": "use init_lora_weights='pissa', which starts in the weight, too",
     }
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "runtime_config")
@@ -166,6 +168,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self._check_choices()
         self._check_init_settings()
         self._check_invocation()
+        self._check_variants()
         check_target_fields(self, pattern_fields=self.pattern_fields)
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
@@ -237,6 +240,22 @@ class LoraConfig(AdapterConfig, LayerByLayer):
                 f"alora_invocation_tokens cannot be used with {other}: tokens before are the base model's",
                 field="alora_invocation_tokens",
             )
+
+    def _check_variants(self) -> None:
+        for name, settings_class in VARIANT_CONFIGS.items():
+            setattr(self, name, as_settings(name, getattr(self, name), settings_class))
+        if len(self._variants) > 1:
+            first, second = self._variants[:2]
+            raise ConfigError(f"{first} cannot be combined with {second}: each is a method of its own", field=second)
+
+    @property
+    def _variants(self) -> list[str]:
+        return [name for name in _VARIANTS if getattr(self, name) not in (None, False)]
+
+    @property
+    def variant(self) -> str:
+        """Which method of the family it means: the field that asks for it; empty for LoRA."""
+        return next(iter(self._variants), "")
 
     @property
     def init_name(self) -> str:

@@ -153,7 +153,7 @@ class PlainLowRank(LowRankAdapter):
     label="LoRA",
     when="the usual choice: every tool and every server takes it",
     paper="arXiv:2106.09685",
-    applies=lambda config: not config.use_dora and config.alora_invocation_tokens is None,
+    applies=lambda config: not config.variant,
     variant=lambda config: "rsLoRA" if config.use_rslora else "",
     sample_configs={
         "plain": {"r": 4, "lora_alpha": 8},

@@ -1,0 +1,60 @@
+"""Settings of variants of LoRA. Fields and defaults are PEFT 0.21's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbpeft.engine.config_checks import check_count, check_number
+from nbpeft.engine.field_types import check_types
+from nbpeft.errors import ConfigError
+
+_GENERAL = re.compile(r"gks_\d+")
+"""Names that ``create_arrow_model`` gives to general adapters."""
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        check_number(name, getattr(config, name))
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} must be above 0, not {getattr(config, name)}", field=name)
+
+
+@dataclass
+class ArrowConfig:
+    """Settings of Arrow (Ostapenko et al. 2024, arXiv:2405.11157) and GenKnowSub (2025.acl-short.54).
+
+    Attributes:
+        top_k: to how many adapters each token goes; to all where there are fewer.
+        router_temperature: the scores of those adapters are divided by it before the softmax.
+        use_gks: subtract the mean of the general adapters' factors from those of each adapter (GenKnowSub). The
+            adapters themselves stay as they are.
+        task_adapter_names: the adapters that tokens go to; None for all LoRA adapters beside, those to come included.
+        gks_adapter_names: the general adapters; None for those called gks_0, gks_1, …
+        rng_seed: accepted for PEFT's sake: nothing is drawn.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    top_k: int = field(default=3)
+    router_temperature: float = field(default=1.0)
+    use_gks: bool = field(default=False)
+    task_adapter_names: list[str] | None = field(default=None, kw_only=True)
+    gks_adapter_names: list[str] | None = field(default=None, kw_only=True)
+    rng_seed: int | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_count("top_k", self.top_k)
+        _check_positive(self, "router_temperature")
+
+    def general_among(self, names: Iterable[str]) -> list[str]:
+        """Names of the general adapters, of which only those among ``names`` where the settings name none."""
+        return self.gks_adapter_names or [name for name in names if _GENERAL.fullmatch(name)]
+
+
+VARIANT_CONFIGS: dict[str, type[Any]] = {"arrow_config": ArrowConfig}
+"""The field of a variant's settings -> their class."""
