@@ -87,6 +87,8 @@ from .model import LoraModel as LoraModel
 from .model import LoraRuntimeConfig as LoraRuntimeConfig
 from .model import ModelStatus as ModelStatus
 from .model import ModulesToSaveWrapper as ModulesToSaveWrapper
+from .model import MontecloraConfig as MontecloraConfig
+from .model import MontecloraTrainerMixin as MontecloraTrainerMixin
 from .model import PeftConfig as PeftConfig
 from .model import PeftModel as PeftModel
 from .model import PeftModelForCausalLM as PeftModelForCausalLM
@@ -97,6 +99,7 @@ from .model import PeftModelForSequenceClassification as PeftModelForSequenceCla
 from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .model import PeftType as PeftType
 from .model import TaskType as TaskType
+from .model import VeloraConfig as VeloraConfig
 from .model import cast_adapter_dtype as cast_adapter_dtype
 from .model import cast_mixed_precision_params as cast_mixed_precision_params
 from .model import check_if_peft_model as check_if_peft_model

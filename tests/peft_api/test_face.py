@@ -30,9 +30,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "variants and initialisations of LoRA that nbpeft lacks": (
         "peft*: *BdLoraConfig refuses",
         "peft*: KasaConfig refuses",
-        "peft*: MontecloraConfig refuses",
-        "peft*: VeloraConfig refuses",
-        "peft.helpers: MontecloraTrainerMixin refuses",
         "peft.tuners.lora.arrow: *",
         "peft.tuners.lora.corda: *",
         "peft.tuners.lora.eva: no *",

@@ -39,9 +39,14 @@ MORE: dict[str, tuple[Any, str]] = {
         "a start that can be had again; base and file as with CorDA",
     ),
     "modules_to_save": (["score"], "whole path segments: `score` is not `underscore`"),
+    "monteclora_config": (
+        peft_lora.MontecloraConfig(num_samples=2),
+        "quantized layers; nothing is drawn ahead; the divergence is right, and in the model's loss",
+    ),
     "rank_pattern": ({"q_proj": 2}, "hundreds of patterns cost one pass"),
     "target_modules": (["q_proj"], "one that matches nothing is named, with the near ones"),
     "use_dora": (True, "norms from factors; several active in any order"),
+    "velora_config": (peft_lora.VeloraConfig(num_groups=32), "quantized layers; no input is put together again"),
     "use_rslora": (True, "combined without scaling twice"),
 }
 """Field -> a value, and what is more than PEFT's."""
@@ -69,10 +74,8 @@ REFUSED: dict[str, Any] = {
     "kasa_config": {"beta": 1e-4},
     "layer_replication": [(0, 2), (1, 3)],
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "monteclora_config": {"num_samples": 2},
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
-    "velora_config": {"num_groups": 32},
 }
 BESIDE: dict[str, dict[str, Any]] = {
     "layers_pattern": {"layers_to_transform": [0]},

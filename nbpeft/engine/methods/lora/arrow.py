@@ -51,7 +51,8 @@ def prototype(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
     outer = torch.linalg.qr(lora_A.to(dtype).T)
     core = torch.linalg.qr(lora_B.to(dtype)).R @ outer.R.T
-    return outer.Q @ torch.linalg.svd(core).Vh[0]
+    found: Tensor = outer.Q @ torch.linalg.svd(core).Vh[0]
+    return found
 
 
 @register(

@@ -24,7 +24,7 @@ from nbpeft.engine.config_checks import (
 from nbpeft.engine.field_types import plain
 from nbpeft.engine.layers_config import LayerByLayer
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS, CordaConfig, EvaConfig, LoraGAConfig, as_settings
-from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS, ArrowConfig
+from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS, ArrowConfig, MontecloraConfig, VeloraConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
@@ -35,7 +35,7 @@ _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
 
-_VARIANTS = ("use_dora", "alora_invocation_tokens", "arrow_config")
+_VARIANTS = ("use_dora", "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config")
 """Fields that ask for another method than LoRA; see ``LoraConfig.variant``."""
 _BIASES = ("none", "all", "lora_only")
 
@@ -81,6 +81,8 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         lora_ga_config: settings of init_lora_weights="lora_ga".
         alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
         arrow_config: route each token through other adapters of the model (Arrow, GenKnowSub).
+        velora_config: keep a fraction of a layer's input for backward (VeLoRA).
+        monteclora_config: train with samples around A, and how far they are spread (MonteCLoRA).
 
     Raises:
         ConfigError: a value is impossible, or asks for something that is not implemented.
@@ -108,11 +110,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     corda_config: CordaConfig | None = field(default=None)
     lora_ga_config: LoraGAConfig | None = field(default=None)
     use_dora: bool = field(default=False)
-    velora_config: dict[str, Any] | None = field(default=None)
+    velora_config: VeloraConfig | None = field(default=None)
     alora_invocation_tokens: list[int] | None = field(default=None)
     use_qalora: bool = field(default=False)
     qalora_group_size: int = field(default=16)
-    monteclora_config: dict[str, Any] | None = field(default=None)
+    monteclora_config: MontecloraConfig | None = field(default=None)
     layer_replication: list[tuple[int, int]] | None = field(default=None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = field(default=False)
@@ -124,18 +126,14 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         "megatron_config",
-        "velora_config",
         "use_qalora",
-        "monteclora_config",
         "layer_replication",
         "use_bdlora",
         "kasa_config",
     )
     instead: ClassVar[Mapping[str, str]] = {
         "megatron_config": "Megatron's parallel layers are not adapted: use a model of transformers, with FSDP or DDP",
-        "velora_config": "leave it out: of a layer's input one copy is kept as it is; checkpointing keeps less",
         "use_qalora": "leave it out: adapt the quantized base, and merge into full precision",
-        "monteclora_config": "leave it out, and use lora_dropout",
         "layer_replication": "repeat the layers of the model first, then adapt it",
         "use_bdlora": "leave it out: plain factors can be split by the engine that serves them",
         "kasa_config": "use init_lora_weights='pissa', which starts in the weight, too",

@@ -73,6 +73,11 @@ class PlainLowRank(LowRankAdapter):
         """The bias of B, (out,), where ``lora_bias`` asked for one."""
         return self.held.get(f"{self.factor_names[1]}_bias")
 
+    @property
+    def active_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B that a call computes with, the trained ones."""
+        return self.trained_factors
+
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
         """Computes ``s * B A dropout(x)``, plus ``s`` times the bias of B where there is one.
 
@@ -85,7 +90,7 @@ class PlainLowRank(LowRankAdapter):
         if self.observed is not None:
             delta = self._through_modules(base.module, x, self.observed)
             return add_delta(base_output, delta) if fused else delta
-        lora_A, lora_B = self.trained_factors
+        lora_A, lora_B = self.active_factors
         dropout = Dropout(self.dropout, self.training)
         bias, initial = self.output_bias, self.initial
         alone = bias is None and initial is None
@@ -110,7 +115,7 @@ class PlainLowRank(LowRankAdapter):
     def _through_modules(self, module: nn.Module, x: Tensor, observed: Mapping[str, Any]) -> Tensor:
         """The product of a linear layer, each step that somebody observes computed by its module."""
         name_A, name_B = self.factor_names
-        lora_A, lora_B = self.trained_factors
+        lora_A, lora_B = self.active_factors
         x = x.to(compute_dtype(x, lora_A))
         delta = self.low_rank.forward(module, x, *self.initial, self.scaling, _WHOLE_INPUT) if self.initial else None
         steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from nbpeft.engine.config_checks import check_count, check_number
 from nbpeft.engine.field_types import check_types
+from nbpeft.engine.methods.lora.init_configs import check_choice
 from nbpeft.errors import ConfigError
 
+DIRECTIONS = ("batch_average", "batch_average_once", "random")
 _GENERAL = re.compile(r"gks_\d+")
 """Names that ``create_arrow_model`` gives to general adapters."""
 
@@ -56,5 +58,66 @@ class ArrowConfig:
         return self.gks_adapter_names or [name for name in names if _GENERAL.fullmatch(name)]
 
 
-VARIANT_CONFIGS: dict[str, type[Any]] = {"arrow_config": ArrowConfig}
+@dataclass
+class VeloraConfig:
+    """Settings of VeLoRA (Miles et al. 2024, arXiv:2405.17991).
+
+    Attributes:
+        num_groups: into how many pieces an input is cut, of each of which one number is kept: more keep more.
+        scale: factor on the input that is put together from them.
+        init_type: the direction that the numbers are lengths along: ``batch_average`` the mean piece of each batch,
+            ``batch_average_once`` that of the first one, or ``random``.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    num_groups: int = field(default=64)
+    scale: float = field(default=1.0)
+    init_type: Literal["batch_average", "batch_average_once", "random"] = field(default="batch_average")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_count("num_groups", self.num_groups)
+        _check_positive(self, "scale")
+        check_choice(self, "init_type", DIRECTIONS)
+
+
+@dataclass
+class MontecloraConfig:
+    """Settings of MonteCLoRA (Sengupta et al. 2024, arXiv:2411.04358).
+
+    Attributes:
+        num_samples: how many perturbations of A are drawn in each call, and averaged.
+        use_entropy: add the sum of the squared weights of that average to the loss, which keeps them even.
+        dirichlet_prior: concentration of the prior of those weights.
+        sample_scaler: factor on the perturbations.
+        kl_loss_weight: weight of the divergence from the priors in the loss.
+        buffer_size: accepted for PEFT's sake: nothing is drawn ahead.
+
+    Raises:
+        ConfigError: a value is impossible.
+    """
+
+    num_samples: int = field(default=8)
+    use_entropy: bool = field(default=False)
+    dirichlet_prior: float = field(default=0.1)
+    sample_scaler: float = field(default=1e-4)
+    kl_loss_weight: float = field(default=1e-5)
+    buffer_size: int = field(default=150)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("num_samples", "buffer_size"):
+            check_count(name, getattr(self, name))
+        for name in ("sample_scaler", "kl_loss_weight"):
+            check_number(name, getattr(self, name))
+        _check_positive(self, "dirichlet_prior")
+
+
+VARIANT_CONFIGS: dict[str, type[Any]] = {
+    "arrow_config": ArrowConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+}
 """The field of a variant's settings -> their class."""
