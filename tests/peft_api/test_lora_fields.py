@@ -26,7 +26,7 @@ MORE: dict[str, tuple[Any, str]] = {
     "alpha_pattern": ({"q_proj": 3}, "hundreds of patterns cost one pass"),
     "corda_config": (peft_lora.CordaConfig(), "batches of any size; the base stays as it is; saved as plain LoRA"),
     "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
-    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is; no `mica`"),
+    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is"),
     "layers_pattern": ("layers", "patterns that could run for ever are refused"),
     "loftq_config": (peft_lora.LoftQConfig(), "2 bits, too; the scaling counts; embeddings and Conv1D; no accelerator"),
     "lora_bias": (True, "merges in 4 and 8 bits"),

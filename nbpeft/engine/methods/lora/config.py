@@ -28,12 +28,14 @@ from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
-INITS = ("gaussian", "orthogonal", "olora", "pissa", *INIT_CONFIGS)
+INITS = ("gaussian", "orthogonal", "olora", "pissa", "mica", *INIT_CONFIGS)
 """Named inits of ``init_lora_weights`` besides True, False and ``pissa_niter_N``."""
 _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
 
+_VARIANTS = ("use_dora", "alora_invocation_tokens")
+"""Fields that ask for another method than LoRA; see ``LoraConfig.variant``."""
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -166,6 +168,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self._check_choices()
         self._check_init_settings()
         self._check_invocation()
+        self._check_variants()
         check_target_fields(self, pattern_fields=self.pattern_fields)
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
@@ -237,6 +240,21 @@ class LoraConfig(AdapterConfig, LayerByLayer):
                 f"alora_invocation_tokens cannot be used with {other}: tokens before are the base model's",
                 field="alora_invocation_tokens",
             )
+
+    def _check_variants(self) -> None:
+        if len(self._variants) > 1:
+            first, second = self._variants[:2]
+            raise ConfigError(f"{first} cannot be combined with {second}: each is a method of its own", field=second)
+
+    @property
+    def _variants(self) -> list[str]:
+        asked = [name for name in _VARIANTS if getattr(self, name) not in (None, False)]
+        return [*asked, "mica"] if self.init_name == "mica" else asked
+
+    @property
+    def variant(self) -> str:
+        """Which method of the family it means: the field that asks for it, or ``mica``; empty for LoRA."""
+        return next(iter(self._variants), "")
 
     @property
     def init_name(self) -> str:

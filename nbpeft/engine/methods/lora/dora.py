@@ -38,7 +38,7 @@ _CANCELLATION = 1e-2
     when="low ranks, where it learns a little more than LoRA, at a slower step",
     paper="arXiv:2402.09353",
     listed_with={"use_dora": True},
-    applies=lambda config: config.use_dora,
+    applies=lambda config: config.variant == "use_dora",
     variant=lambda config: "rsDoRA" if config.use_rslora else "",
     sample_configs={
         "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},

@@ -10,6 +10,7 @@
     "corda"          directions of the weight that matter most, or least, on inputs that ``preprocess_corda`` saw
     "lora_ga"        directions of the gradient that ``preprocess_loraga`` found, see gradients.py
     "eva"            A the main directions of the layer's inputs, by ``initialize_lora_eva_weights``; as True until then
+    "mica"           A zero, B the r smallest left singular directions of the weight, see mica.py
     "loftq"          what the weight loses when it is quantized, see loftq.py
 
 OLoRA, PiSSA, CorDA and LoRA-GA train a part ``s B0 A0`` of the weight itself, so that part has to leave the
@@ -97,14 +98,15 @@ def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     init, named = config.init_name, f"init_lora_weights={config.init_lora_weights!r}"
     if init == "lora_ga" and config.lora_ga_config is None:
         raise ConfigError(f"lora_ga_config must be provided with {named}", field="lora_ga_config", path=path)
-    if not (init == "orthogonal" or config.initialised_from_weight) or (init == "lora_ga" and not kind.is_linear):
+    from_weight = config.initialised_from_weight or init == "mica"
+    if not (init == "orthogonal" or from_weight) or (init == "lora_ga" and not kind.is_linear):
         return  # LoRA-GA starts other layers at random, as PEFT
-    if not (kind.is_linear or (init == "loftq" and kind.takes_ids)):
+    if not (kind.is_linear or (init in ("loftq", "mica") and kind.takes_ids)):
         raise ConfigError(f"{path}: {named} works on linear layers only, not on an {kind.name}; exclude it", path=path)
     rank, largest = config.rank_at(path), min(kind.features(module)) // (2 if init == "lora_ga" else 1)
     if init == "orthogonal" and rank % 2:
         raise ConfigError(f"{path}: {named} needs an even rank, not {rank}", field="r", path=path)
-    if config.initialised_from_weight and rank > largest:
+    if from_weight and rank > largest:
         raise ConfigError(f"{path}: {named} takes a rank of at most {largest} there, not {rank}", field="r", path=path)
     if config.initialised_from_weight and config.scaling_at(path) <= 0:
         raise ConfigError(f"{path}: {named} needs an alpha above 0", field="lora_alpha", path=path)
@@ -176,7 +178,7 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     Raises:
         ConfigError: the weight is not finite or stored in a form that the init does not take, or data is missing.
     """
-    if not config.initialised_from_weight:
+    if not config.initialised_from_weight and not (config.init_name == "mica" and is_new):
         return RANDOM
     if config.init_name in INIT_CONFIGS and not _has_values(site.base.module):
         return RANDOM if config.init_name == "loftq" else Start(_empty(site), is_subtracted=True)
@@ -192,6 +194,8 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     rank, scaling = config.rank_at(path), config.scaling_at(path)
     if config.init_name == "loftq":
         return _loftq(config, site, weight, is_new=is_new)
+    if config.init_name == "mica":
+        return Start(_stored(_mica(weight, rank), site))
     factors = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
     return Start(_stored(factors, site), is_subtracted=True)
 
@@ -288,6 +292,12 @@ def _olora(weight: Tensor, rank: int) -> Factors:
     """Q and R of a QR decomposition, cut off at a rank; the other columns of Q are never made."""
     lora_B = torch.linalg.qr(weight[:, :rank])[0]
     return lora_B.T @ weight, lora_B
+
+
+def _mica(weight: Tensor, rank: int) -> Factors:
+    """Zeros, and the left singular vectors of the smallest values, those of the very smallest last."""
+    left = torch.linalg.svd(weight, full_matrices=False)[0]
+    return weight.new_zeros(rank, weight.shape[1]), left[:, -rank:]
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float, config: LoraConfig) -> Factors:

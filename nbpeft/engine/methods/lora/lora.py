@@ -65,7 +65,8 @@ class PlainLowRank(LowRankAdapter):
         """Binds loaded factors or makes new ones; see ``Adapter``."""
         start = start_of(config, site, is_new=tensors is None)
         given = init_factors(config, site, start.factors) if tensors is None else tensors
-        parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
+        frozen = cls.frozen_parameters
+        parameters = {name: nn.Parameter(tensor, name not in frozen) for name, tensor in given.items()}
         return cls(parameters, site.base.kind, config, site.path, start)
 
     @property
@@ -153,7 +154,7 @@ class PlainLowRank(LowRankAdapter):
     label="LoRA",
     when="the usual choice: every tool and every server takes it",
     paper="arXiv:2106.09685",
-    applies=lambda config: not config.use_dora and config.alora_invocation_tokens is None,
+    applies=lambda config: not config.variant,
     variant=lambda config: "rsLoRA" if config.use_rslora else "",
     sample_configs={
         "plain": {"r": 4, "lora_alpha": 8},
