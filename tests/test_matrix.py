@@ -152,6 +152,9 @@ PEFT_IS_WRONG = {
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
     **{(kind, "DeLoRA"): "takes the norms of the stored numbers" for kind in ("nf4", "fp4-double", "int8")},
     **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
+    **{(kind, "QALoRA"): "takes it for plain LoRA" for kind in CASES},
+    ("transformers-conv1d", "BD-LoRA"): "raises AttributeError",
+    **{(kind, "BD-LoRA"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
     **{(kind, "MiCA"): "raises TypeError" for kind in ("nf4", "fp4-double", "int8")},
 }
 UNMERGEABLE = {("linear-no-bias", "LoRA-bias"): "adds a bias but the base layer has none"}

@@ -37,7 +37,15 @@ MORE: dict[str, tuple[Any, str]] = {
     "modules_to_save": (["score"], "whole path segments: `score` is not `underscore`"),
     "rank_pattern": ({"q_proj": 2}, "hundreds of patterns cost one pass"),
     "target_modules": (["q_proj"], "one that matches nothing is named, with the near ones"),
+    "use_bdlora": (
+        peft_lora.BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2),
+        "served as plain LoRA, combined and converted, too; quantized layers and Conv1D",
+    ),
     "use_dora": (True, "norms from factors; several active in any order"),
+    "use_qalora": (
+        True,
+        "on every linear layer, where it merges; PEFT has it on GPTQ layers, and plain LoRA elsewhere",
+    ),
     "use_rslora": (True, "combined without scaling twice"),
 }
 """Field -> a value, and what is more than PEFT's."""
@@ -67,8 +75,6 @@ REFUSED: dict[str, Any] = {
     "layer_replication": [(0, 2), (1, 3)],
     "megatron_config": {"tensor_model_parallel_size": 2},
     "monteclora_config": {"num_samples": 2},
-    "use_bdlora": {"nblocks": 2},
-    "use_qalora": True,
     "velora_config": {"num_groups": 32},
 }
 BESIDE: dict[str, dict[str, Any]] = {

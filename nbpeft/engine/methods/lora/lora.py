@@ -86,7 +86,7 @@ class PlainLowRank(LowRankAdapter):
         if self.observed is not None:
             delta = self._through_modules(base.module, x, self.observed)
             return add_delta(base_output, delta) if fused else delta
-        lora_A, lora_B = self.trained_factors
+        lora_A, lora_B = self.own_factors
         dropout = Dropout(self.dropout, self.training)
         bias, initial = self.output_bias, self.initial
         alone = bias is None and initial is None
@@ -111,7 +111,7 @@ class PlainLowRank(LowRankAdapter):
     def _through_modules(self, module: nn.Module, x: Tensor, observed: Mapping[str, Any]) -> Tensor:
         """The product of a linear layer, each step that somebody observes computed by its module."""
         name_A, name_B = self.factor_names
-        lora_A, lora_B = self.trained_factors
+        lora_A, lora_B = self.own_factors
         x = x.to(compute_dtype(x, lora_A))
         delta = self.low_rank.forward(module, x, *self.initial, self.scaling, _WHOLE_INPUT) if self.initial else None
         steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [

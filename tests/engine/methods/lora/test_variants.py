@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +16,33 @@ import torch
 from torch import nn
 
 from nbpeft.engine.registry import method_of
-from nbpeft.errors import ConfigError
-from nbpeft.model import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from nbpeft.errors import ConfigError, HotSwapError, MergeError
+from nbpeft.model import (
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    hotswap_adapter_from_state_dict,
+    set_peft_model_state_dict,
+)
+from tests.test_matrix import Net
 from tests.tiny_models import llama, logits, same_state, state, tokens
 
 SETTINGS: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}
 CASES: dict[str, dict[str, Any]] = {
     "MiCA": {"init_lora_weights": "mica", "target_modules": ["q_proj", "down_proj", "embed_tokens"]},
+    "BD-LoRA": {
+        "use_bdlora": {"target_modules_bd_a": ["down_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2},
+        "target_modules": ["q_proj", "down_proj", "v_proj"],
+    },
+    "QALoRA": {"use_qalora": True, "qalora_group_size": 8},
 }
+CASES["BD-LoRA"]["use_bdlora"]["match_strict"] = False
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning")
-each = pytest.mark.parametrize("case", CASES)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning", "ignore:merging into")
+each = pytest.mark.parametrize("case", [case for case in CASES if case != "QALoRA"])
+"""PEFT has QA-LoRA on GPTQ layers alone."""
 
 
 def settings(case: str, **more: Any) -> dict[str, Any]:
@@ -163,9 +182,177 @@ def test_mica_is_a_lora_for_those_that_serve_it() -> None:
     assert torch.allclose(logits(model), expected, atol=1e-5)
 
 
+# BD-LoRA
+
+
+def test_bdlora_has_the_modules_that_peft_has() -> None:
+    ours, theirs = adapted("BD-LoRA"), peft.get_peft_model(llama(), peft.LoraConfig(**settings("BD-LoRA")))
+    x = torch.randn(3, 64)
+    for name in ("mlp.down_proj", "self_attn.q_proj"):
+        layers = [model.get_submodule(f"base_model.model.model.layers.0.{name}") for model in (ours, theirs)]
+        found, expected = (layer.lora_A["default"] for layer in layers)
+        expected.weight.data.copy_(found.weight)
+        assert torch.allclose(found(x[:, : found.in_features]), expected(x[:, : found.in_features]), atol=1e-6)
+        assert (found.in_features, found.out_features) == (expected.in_features, expected.out_features)
+    down = ours.get_submodule("base_model.model.model.layers.0.mlp.down_proj").lora_A["default"]
+    assert down.nblocks == 2 and down.weight_as_blockdiagonal_matrix().shape == (4, 64)
+    assert torch.equal(down(x), x @ down.weight_as_blockdiagonal_matrix().T)
+    assert "BlockDiagonalLinear(in_features=64, out_features=4, nblocks=2)" in repr(ours)
+
+
+def test_bdlora_with_hooks_gives_the_same() -> None:
+    model = adapted("BD-LoRA").eval()
+    move(model)
+    expected, calls = logits(model), []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *given: calls.append(given))
+    assert torch.allclose(logits(model), expected, atol=1e-6) and len(calls) == 6
+
+
+def test_bdlora_draws_its_blocks_as_peft_does() -> None:
+    """Uniform numbers whose variance is 2 / fan-in of a block; the other factor as LoRA's."""
+    config = LoraConfig(r=64, target_modules=["target"], use_bdlora={"target_modules_bd_a": ["target"], "nblocks": 4})
+    model = get_peft_model(nn.ModuleDict({"target": nn.Linear(256, 8)}), config)
+    tensors = {key.split(".")[-2]: value for key, value in get_peft_model_state_dict(model).items()}
+    assert tensors["lora_A"].shape == (64, 64) and not tensors["lora_B"].any()
+    assert float(tensors["lora_A"].std()) == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
+@pytest.mark.parametrize("case", ["BD-LoRA", "QALoRA"])
+def test_computed_factors_are_combined_and_converted_as_plain_ones(case: str) -> None:
+    model = adapted(case).eval()
+    move(model)
+    expected = logits(model)
+    model.add_weighted_adapter(["default"], [1.0], "plain", combination_type="linear")
+    assert method_of(model.peft_config["plain"]).label == "LoRA"
+    model.set_adapter("plain")
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    config, tensors = convert_to_lora(adapted_like(model), rank=4)
+    plain = get_peft_model(llama(), config).eval()
+    set_peft_model_state_dict(plain, tensors)
+    assert torch.allclose(logits(plain), expected, atol=1e-4)
+
+
+def adapted_like(model: PeftModel) -> PeftModel:
+    """The model with its first adapter alone."""
+    model.delete_adapter("plain")
+    model.set_adapter("default")
+    return model
+
+
+def test_bdlora_takes_another_of_its_rank_in_place_and_no_other() -> None:
+    model, other = adapted("BD-LoRA").eval(), adapted("BD-LoRA").eval()
+    move(other)
+    hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(other), "default", other.peft_config["default"])
+    assert torch.equal(logits(model), logits(other))
+    larger = adapted("BD-LoRA", r=8)
+    tensors = get_peft_model_state_dict(larger)
+    with pytest.raises(HotSwapError, match="cannot be padded to rank 8"):
+        hotswap_adapter_from_state_dict(model, tensors, "default", larger.peft_config["default"])
+    with pytest.raises(HotSwapError, match="takes no other rank than its own, 8"):
+        hotswap_adapter_from_state_dict(
+            larger, get_peft_model_state_dict(model), "default", model.peft_config["default"]
+        )
+    assert torch.equal(logits(model), logits(other))
+
+
+# QA-LoRA
+
+
+class QuantLinear(nn.Module):
+    """A layer as those of gptqmodel: packed numbers that only its own forward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 16, 24
+        self.register_buffer("qweight", torch.randint(-8, 8, (24, 16), dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.qweight.to(x.dtype) / 16)
+
+
+@pytest.fixture
+def gptq(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
+    """Makes models with a layer that both libraries take for one of gptqmodel, which is not installed."""
+    library = types.ModuleType("gptqmodel.nn_modules.qlinear")
+    library.BaseQuantLinear = QuantLinear  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    monkeypatch.setattr("peft.tuners.lora.gptq.is_gptqmodel_available", lambda: True)
+
+    def make() -> nn.Module:
+        torch.manual_seed(3)
+        return Net(QuantLinear(), nn.Tanh()).eval()
+
+    return make
+
+
+def steps(model: nn.Module) -> torch.Tensor:
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    for seed in range(8):
+        x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(seed))
+        (model(x) - 0.5).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model(x).detach()
+
+
+def test_qalora_is_equal_to_peft_on_gptq_layers(gptq: Callable[[], nn.Module], tmp_path: Path) -> None:
+    fields = {"r": 4, "target_modules": ["target"], "use_qalora": True, "qalora_group_size": 4}
+    theirs = peft.get_peft_model(gptq(), peft.LoraConfig(**fields, init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = PeftModel.from_pretrained(gptq(), tmp_path / "theirs", is_trainable=True)
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert torch.allclose(steps(ours), steps(theirs), atol=1e-3)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(gptq(), tmp_path / "ours")
+    layer: Any = back.get_submodule("base_model.model.target")
+    assert layer.lora_A["default"].weight.shape == (4, 4) and layer.qalora_group_size["default"] == 4
+    assert ours.get_submodule("base_model.model.target").qalora_group_size["default"] == 4
+    with torch.no_grad():
+        assert torch.allclose(back(x), ours(x), atol=1e-5)
+    with pytest.raises(MergeError, match="gptq") as failure:
+        ours.merge_adapter()
+    assert "\n" not in str(failure.value)
+
+
+def test_qalora_drops_inputs_before_it_takes_their_means() -> None:
+    model = adapted("QALoRA", lora_dropout=1.0)
+    move(model)
+    with model.disable_adapter():
+        expected = logits(model)
+    assert torch.equal(logits(model.train()), expected) and not torch.equal(logits(model.eval()), expected)
+
+
+def test_qalora_takes_another_rank_in_place() -> None:
+    model, larger = adapted("QALoRA").eval(), adapted("QALoRA", r=8, lora_alpha=5).eval()
+    move(larger)
+    config, tensors = larger.peft_config["default"], get_peft_model_state_dict(larger)
+    hotswap_adapter_from_state_dict(model, tensors, "default", config)
+    assert torch.allclose(logits(model), logits(larger), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (
+            {"use_qalora": True, "qalora_group_size": 7},
+            "32 inputs cannot be split into groups of qalora_group_size = 7",
+        ),
+        ({"use_qalora": True, "qalora_group_size": 0}, "qalora_group_size must be a positive whole number, not 0"),
+        ({"use_qalora": True, "use_dora": True}, "use_dora cannot be combined with use_qalora"),
+        ({"use_qalora": True, "target_modules": ["embed_tokens"]}, "works on linear layers only"),
+        ({"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["q"]}}, "both name .q"),
+        ({"use_bdlora": {"target_modules_bd_a": ["attn", "down"], "target_modules_bd_b": ["q_p"]}}, "both name it"),
+        ({"use_bdlora": {"target_modules_bd_a": ["down_proj"]}}, "match_strict=False gives such layers plain"),
+        ({"use_bdlora": {"target_modules_bd_a": ["proj"], "nblocks": 3}}, "4 x 32, cannot have nblocks = 3"),
+        ({"use_bdlora": {"nblock": 3}}, "Did you mean 'nblocks'"),
+        ({"use_bdlora": {"nblocks": 0}}, "nblocks must be a positive whole number, not 0"),
+        ({"use_bdlora": {}, "init_lora_weights": "pissa"}, "use_bdlora cannot be used with init_lora_weights='pissa'"),
+        ({"use_bdlora": {}, "lora_bias": True}, "use_bdlora cannot be used with lora_bias=True"),
         ({"init_lora_weights": "mica", "use_dora": True}, "use_dora cannot be combined with mica"),
         ({"init_lora_weights": "mica", "lora_bias": True}, "lora_bias=True is supported with"),
     ],
