@@ -78,6 +78,7 @@ from .model import BdLoraConfig as BdLoraConfig
 from .model import CordaConfig as CordaConfig
 from .model import DoraCaching as DoraCaching
 from .model import EvaConfig as EvaConfig
+from .model import KasaConfig as KasaConfig
 from .model import LayerStatus as LayerStatus
 from .model import LoftQConfig as LoftQConfig
 from .model import LoraConfig as LoraConfig

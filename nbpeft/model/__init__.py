@@ -11,6 +11,7 @@ from nbpeft.engine.methods.lora.init_configs import EvaConfig as EvaConfig
 from nbpeft.engine.methods.lora.init_configs import LoftQConfig as LoftQConfig
 from nbpeft.engine.methods.lora.init_configs import LoraGAConfig as LoraGAConfig
 from nbpeft.engine.methods.lora.variant_configs import BdLoraConfig as BdLoraConfig
+from nbpeft.engine.methods.lora.variant_configs import KasaConfig as KasaConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
 from nbpeft.engine.registry import method_of
 from nbpeft.model.auto import AutoPeftModel as AutoPeftModel

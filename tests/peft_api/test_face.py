@@ -29,7 +29,6 @@ peft = pytest.importorskip("peft")
 DIFFERENCES: dict[str, tuple[str, ...]] = {
     "variants and initialisations of LoRA that nbpeft lacks": (
         "peft*: *ArrowConfig refuses",
-        "peft*: KasaConfig refuses",
         "peft*: MontecloraConfig refuses",
         "peft*: VeloraConfig refuses",
         "peft*: create_arrow_model refuses",

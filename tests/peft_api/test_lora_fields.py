@@ -27,6 +27,7 @@ MORE: dict[str, tuple[Any, str]] = {
     "corda_config": (peft_lora.CordaConfig(), "batches of any size; the base stays as it is; saved as plain LoRA"),
     "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
     "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is"),
+    "kasa_config": (peft_lora.KasaConfig(), "the base stays as it is; what it adds to the loss is in the model's"),
     "layers_pattern": ("layers", "patterns that could run for ever are refused"),
     "loftq_config": (peft_lora.LoftQConfig(), "2 bits, too; the scaling counts; embeddings and Conv1D; no accelerator"),
     "lora_bias": (True, "merges in 4 and 8 bits"),
@@ -71,7 +72,6 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
 }
 REFUSED: dict[str, Any] = {
     "arrow_config": {"top_k": 2},
-    "kasa_config": {"beta": 1e-4},
     "layer_replication": [(0, 2), (1, 3)],
     "megatron_config": {"tensor_model_parallel_size": 2},
     "monteclora_config": {"num_samples": 2},

@@ -1,7 +1,7 @@
 """The LoRA family: LoRA, its variants and AdaLoRA, their inits, combining and optimizers.
 
 config.py         LoraConfig
-lora.py dora.py alora.py mica.py bdlora.py qalora.py adalora.py   the methods
+lora.py dora.py alora.py mica.py bdlora.py qalora.py kasa.py adalora.py   the methods
 adapter.py        what they share: two low-rank factors
 low_rank.py       the product of the factors on each kind of layer
 autograd.py       the product on linear layers, keeping nothing but its input for backward
@@ -14,6 +14,6 @@ optimizers.py     LoRA-FA and LoRA+
 family.py         what the records of the methods share
 """
 
-from nbpeft.engine.methods.lora import adalora, alora, bdlora, dora, lora, mica, qalora
+from nbpeft.engine.methods.lora import adalora, alora, bdlora, dora, kasa, lora, mica, qalora
 
-__all__ = ["adalora", "alora", "bdlora", "dora", "lora", "mica", "qalora"]
+__all__ = ["adalora", "alora", "bdlora", "dora", "kasa", "lora", "mica", "qalora"]

@@ -76,8 +76,8 @@ class AdaLoraConfig(LoraConfig):
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         *LoraConfig.not_implemented,
-        *("alora_invocation_tokens", "alpha_pattern", "lora_bias", "use_bdlora", "use_dora", "use_qalora"),
-        "use_rslora",
+        *("alora_invocation_tokens", "alpha_pattern", "kasa_config", "lora_bias"),
+        *("use_bdlora", "use_dora", "use_qalora", "use_rslora"),
     )
     unused: ClassVar[tuple[str, ...]] = (*LoraConfig.unused, "qalora_group_size", "r")
     pattern_fields: ClassVar[tuple[str, ...]] = ()

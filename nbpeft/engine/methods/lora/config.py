@@ -24,7 +24,7 @@ from nbpeft.engine.config_checks import (
 from nbpeft.engine.field_types import plain
 from nbpeft.engine.layers_config import LayerByLayer
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS, CordaConfig, EvaConfig, LoraGAConfig, as_settings
-from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS, BdLoraConfig, no_variant
+from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS, BdLoraConfig, KasaConfig, no_variant
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
@@ -35,9 +35,9 @@ _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
 
-_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "use_qalora")
+_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "use_qalora", "kasa_config")
 """Fields that ask for another method than LoRA; see ``LoraConfig.variant``."""
-_OWN_START = ("use_bdlora", "use_qalora")
+_OWN_START = ("use_bdlora", "use_qalora", "kasa_config")
 """Those of them whose factors are none that an init by name could give."""
 _BIASES = ("none", "all", "lora_only")
 
@@ -81,6 +81,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         eva_config: settings of init_lora_weights="eva".
         corda_config: settings of init_lora_weights="corda".
         lora_ga_config: settings of init_lora_weights="lora_ga".
+        kasa_config: learn singular values in the place of the weight's smallest (KaSA).
         use_qalora: let the first factor see the means of groups of inputs (QA-LoRA).
         qalora_group_size: how many inputs have one mean.
         use_bdlora: make one factor of each layer block-diagonal (BD-LoRA).
@@ -123,7 +124,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     target_parameters: list[str] | None = field(default=None)
     use_bdlora: BdLoraConfig | None = field(default=None)
     arrow_config: dict[str, Any] | None = field(default=None)
-    kasa_config: dict[str, Any] | None = field(default=None)
+    kasa_config: KasaConfig | None = field(default=None)
     ensure_weight_tying: bool = field(default=False)
 
     not_implemented: ClassVar[tuple[str, ...]] = (
@@ -132,7 +133,6 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         "monteclora_config",
         "layer_replication",
         "arrow_config",
-        "kasa_config",
     )
     instead: ClassVar[Mapping[str, str]] = {
         "megatron_config": "Megatron's parallel layers are not adapted: use a model of transformers, with FSDP or DDP",
@@ -140,7 +140,6 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         "monteclora_config": "leave it out, and use lora_dropout",
         "layer_replication": "repeat the layers of the model first, then adapt it",
         "arrow_config": "leave it out: choose an adapter for each row with adapter_names, or combine them",
-        "kasa_config": "use init_lora_weights='pissa', which starts in the weight, too",
     }
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
@@ -159,7 +158,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     )
     card_fields: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "target_modules", "modules_to_save"),
-        *("alora_invocation_tokens", "use_bdlora", "use_qalora"),
+        *("alora_invocation_tokens", "use_bdlora", "use_qalora", "kasa_config"),
     )
     card_tags: ClassVar[tuple[str, ...]] = ("lora",)
 
@@ -236,7 +235,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
                 f"alora_invocation_tokens must be a list of token ids, not {shown(tokens)}",
                 field="alora_invocation_tokens",
             )
-        if self.use_dora or self.initialised_from_weight:
+        if self.use_dora or self.init_from_weight:
             other = "use_dora=True" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
             raise ConfigError(
                 f"alora_invocation_tokens cannot be used with {other}: tokens before are the base model's",
@@ -287,7 +286,12 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether the init is OLoRA's, PiSSA's, LoftQ's, CorDA's or LoRA-GA's; see ``AdapterConfig``."""
+        """Whether it is KaSA, or the init OLoRA's, PiSSA's, LoftQ's, CorDA's or LoRA-GA's; see ``AdapterConfig``."""
+        return self.kasa_config is not None or self.init_from_weight
+
+    @property
+    def init_from_weight(self) -> bool:
+        """Whether ``init_lora_weights`` alone says so."""
         return self.init_name in ("olora", "pissa", "pissa_niter", "loftq") or self.initialised_from_data
 
     @property

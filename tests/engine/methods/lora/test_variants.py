@@ -20,6 +20,7 @@ from nbpeft.errors import ConfigError, HotSwapError, MergeError
 from nbpeft.model import (
     LoraConfig,
     PeftModel,
+    cast_adapter_dtype,
     convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
@@ -36,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
         "use_bdlora": {"target_modules_bd_a": ["down_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2},
         "target_modules": ["q_proj", "down_proj", "v_proj"],
     },
+    "KaSA": {"kasa_config": {"beta": 1e-2, "gamma": 2e-2}},
+    "KaSA with a bias": {"kasa_config": {}, "lora_bias": True, "use_rslora": True, "target_modules": ["q_proj"]},
     "QALoRA": {"use_qalora": True, "qalora_group_size": 8},
 }
 CASES["BD-LoRA"]["use_bdlora"]["match_strict"] = False
@@ -79,7 +82,7 @@ def train(model: Any, steps: int = 8) -> list[float]:
     losses = []
     for step in range(steps):
         batch = tokens(3, 11, seed=step % 4)
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(input_ids=batch, labels=batch).loss + model._get_kasa_loss()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -172,6 +175,21 @@ def test_mica_stays_frozen_whatever_is_done_to_the_adapter() -> None:
     assert not layer.lora_B["default"].weight.requires_grad
 
 
+def test_mica_in_half_precision_is_cast_as_a_whole() -> None:
+    config = LoraConfig(**settings("MiCA"))
+    model = get_peft_model(llama(dtype=torch.bfloat16), config, autocast_adapter_dtype=False)
+    factors = [one for name, one in model.named_parameters() if "lora_" in name]
+    assert {one.dtype for one in factors} == {torch.bfloat16}
+    cast_adapter_dtype(model, "default")
+    assert {one.dtype for one in factors} == {torch.float32}
+
+
+def test_mica_cannot_be_reset_on_a_layer_to_what_it_started_from() -> None:
+    layer: Any = adapted("MiCA").get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    with pytest.raises(ConfigError, match="delete it and add it anew"):
+        layer.reset_lora_parameters("default", "mica")
+
+
 def test_mica_is_a_lora_for_those_that_serve_it() -> None:
     model = adapted("MiCA")
     move(model)
@@ -220,7 +238,7 @@ def test_bdlora_draws_its_blocks_as_peft_does() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Converting a PEFT adapter")
-@pytest.mark.parametrize("case", ["BD-LoRA", "QALoRA"])
+@pytest.mark.parametrize("case", ["BD-LoRA", "QALoRA", "KaSA"])
 def test_computed_factors_are_combined_and_converted_as_plain_ones(case: str) -> None:
     model = adapted(case).eval()
     move(model)
@@ -229,7 +247,7 @@ def test_computed_factors_are_combined_and_converted_as_plain_ones(case: str) ->
     assert method_of(model.peft_config["plain"]).label == "LoRA"
     model.set_adapter("plain")
     assert torch.allclose(logits(model), expected, atol=1e-5)
-    config, tensors = convert_to_lora(adapted_like(model), rank=4)
+    config, tensors = convert_to_lora(adapted_like(model), rank=8)
     plain = get_peft_model(llama(), config).eval()
     set_peft_model_state_dict(plain, tensors)
     assert torch.allclose(logits(plain), expected, atol=1e-4)
@@ -335,9 +353,61 @@ def test_qalora_takes_another_rank_in_place() -> None:
     assert torch.allclose(logits(model), logits(larger), atol=1e-6)
 
 
+# KaSA
+
+
+def test_kasa_adds_to_the_loss_once_and_only_in_training(tmp_path: Path) -> None:
+    theirs, ours = from_one_file("KaSA", tmp_path)
+    batch = tokens(2, 7)
+    theirs.eval()
+    expected = theirs(input_ids=batch, labels=batch).loss
+    assert torch.allclose(ours.eval()(input_ids=batch, labels=batch).loss, expected, atol=1e-5)
+    assert torch.allclose(ours._get_kasa_loss(), theirs._get_kasa_loss(), rtol=1e-5)
+    assert torch.allclose(ours._get_kasa_loss("default"), theirs._get_kasa_loss(["default"]), rtol=1e-5)
+    ours.train()(input_ids=batch)
+    assert torch.allclose(ours._get_kasa_loss(), theirs._get_kasa_loss(), rtol=1e-5)  # there was no loss to add it to
+    found = ours(input_ids=batch, labels=batch).loss
+    assert torch.allclose(found, expected + theirs._get_kasa_loss(), atol=1e-5)
+    assert ours._get_kasa_loss() == 0.0
+
+
+def test_kasa_leaves_the_base_as_it_is() -> None:
+    base = llama()
+    plain, before = logits(base), state(base)
+    model = get_peft_model(base, LoraConfig(**settings("KaSA"))).eval()
+    assert not torch.allclose(logits(model), plain, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    layer: Any = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    values = torch.linalg.svdvals(layer.base_layer.weight + layer.get_delta_weight("default"))
+    assert int((values > 1e-5).sum()) == 32 - 4
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert same_state(before, state(model.unload()))
+
+
+def test_kasa_is_saved_as_a_lora_of_twice_the_rank(tmp_path: Path) -> None:
+    model = adapted("KaSA with a bias").eval()
+    move(model)
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path))
+    config = LoraConfig.from_pretrained(str(tmp_path))
+    assert (config.r, config.kasa_config) == (8, None)
+    back = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.allclose(logits(back), logits(model), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"kasa_config": {}, "r": 32}, "kasa_config takes a rank of at most 31 there, not 32"),
+        ({"kasa_config": {}, "lora_alpha": 0}, "kasa_config needs an alpha above 0"),
+        ({"kasa_config": {"beta": -1.0}}, "beta must not be negative, as -1.0 is"),
+        (
+            {"kasa_config": {}, "init_lora_weights": "olora"},
+            "kasa_config cannot be used with init_lora_weights",
+        ),
+        ({"kasa_config": {}, "alora_invocation_tokens": [1]}, "cannot be combined with kasa_config"),
+        ({"kasa_config": {}, "target_modules": ["embed_tokens"]}, "kasa_config works on linear layers only"),
         (
             {"use_qalora": True, "qalora_group_size": 7},
             "32 inputs cannot be split into groups of qalora_group_size = 7",
