@@ -75,9 +75,11 @@ from .model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestion
 from .model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from .model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from .model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .model import BdLoraConfig as BdLoraConfig
 from .model import CordaConfig as CordaConfig
 from .model import DoraCaching as DoraCaching
 from .model import EvaConfig as EvaConfig
+from .model import KasaConfig as KasaConfig
 from .model import LayerStatus as LayerStatus
 from .model import LoftQConfig as LoftQConfig
 from .model import LoraConfig as LoraConfig

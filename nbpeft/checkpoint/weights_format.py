@@ -225,8 +225,9 @@ def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     """Key without prefix -> where its tensor goes and the shape it must have."""
     spelling, places = file_keys(peft_type), _Places(expected.adapters, expected.copies, expected.parameters)
     slots: dict[str, tuple[Slot, Shape]] = {}
+    nowhere = transforms_calls(peft_type)
     for path, parameters in expected.adapters.items():
-        place = "" if transforms_calls(peft_type) else f"{places.of_adapter(path)}."
+        place = "" if nowhere else f"{places.of_adapter(path)}."
         for name, shape in parameters.items():
             slots[f"{place}{spelling.get(name, name)}"] = ("adapters", path, name), shape
     for path, parameters in expected.copies.items():

@@ -160,7 +160,7 @@ def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | Non
         owner, _, own = name.rpartition(".")
         holder = adapter.get_submodule(owner)
         if name in site.shapes:
-            holder._parameters[own] = nn.Parameter(tensor)
+            holder._parameters[own] = nn.Parameter(tensor, name not in adapter.frozen_parameters)
         else:
             holder._buffers[own] = tensor
     return adapter

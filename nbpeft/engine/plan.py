@@ -101,8 +101,9 @@ class Target:
 
     @property
     def parameter_count(self) -> int:
-        """Parameters added here."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        """Parameters added here that are trained."""
+        frozen = self.adapter_class.frozen_parameters
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in frozen)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Method:
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
         pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
         unpack: (config, key -> tensor of a file) -> the tensors of an adapter.
-        model_functions: PEFT's name of a function of a model whose first adapter is of the method -> a function of the
+        model_functions: PEFT's name of a function of a model whose first adapter has such a config -> a function of the
             model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
         parameter_class: class of its adapters on bare parameters (``target_parameters``), if it has any.

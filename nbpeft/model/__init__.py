@@ -11,6 +11,8 @@ from nbpeft.engine.methods.lora.init_configs import EvaConfig as EvaConfig
 from nbpeft.engine.methods.lora.init_configs import LoftQConfig as LoftQConfig
 from nbpeft.engine.methods.lora.init_configs import LoraGAConfig as LoraGAConfig
 from nbpeft.engine.methods.lora.variant_configs import ArrowConfig as ArrowConfig
+from nbpeft.engine.methods.lora.variant_configs import BdLoraConfig as BdLoraConfig
+from nbpeft.engine.methods.lora.variant_configs import KasaConfig as KasaConfig
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig as MontecloraConfig
 from nbpeft.engine.methods.lora.variant_configs import VeloraConfig as VeloraConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper

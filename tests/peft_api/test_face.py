@@ -28,8 +28,6 @@ peft = pytest.importorskip("peft")
 # Reason -> patterns of differences, as the functions below write them.
 DIFFERENCES: dict[str, tuple[str, ...]] = {
     "variants and initialisations of LoRA that nbpeft lacks": (
-        "peft*: *BdLoraConfig refuses",
-        "peft*: KasaConfig refuses",
         "peft.tuners.lora.arrow: *",
         "peft.tuners.lora.corda: *",
         "peft.tuners.lora.eva: no *",

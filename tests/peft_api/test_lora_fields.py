@@ -30,7 +30,8 @@ MORE: dict[str, tuple[Any, str]] = {
     ),
     "corda_config": (peft_lora.CordaConfig(), "batches of any size; the base stays as it is; saved as plain LoRA"),
     "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
-    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is; no `mica`"),
+    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is"),
+    "kasa_config": (peft_lora.KasaConfig(), "the base stays as it is; what it adds to the loss is in the model's"),
     "layers_pattern": ("layers", "patterns that could run for ever are refused"),
     "loftq_config": (peft_lora.LoftQConfig(), "2 bits, too; the scaling counts; embeddings and Conv1D; no accelerator"),
     "lora_bias": (True, "merges in 4 and 8 bits"),
@@ -45,7 +46,15 @@ MORE: dict[str, tuple[Any, str]] = {
     ),
     "rank_pattern": ({"q_proj": 2}, "hundreds of patterns cost one pass"),
     "target_modules": (["q_proj"], "one that matches nothing is named, with the near ones"),
+    "use_bdlora": (
+        peft_lora.BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2),
+        "served as plain LoRA, combined and converted, too; quantized layers and Conv1D",
+    ),
     "use_dora": (True, "norms from factors; several active in any order"),
+    "use_qalora": (
+        True,
+        "on every linear layer, where it merges; PEFT has it on GPTQ layers, and plain LoRA elsewhere",
+    ),
     "velora_config": (peft_lora.VeloraConfig(num_groups=32), "quantized layers; no input is put together again"),
     "use_rslora": (True, "combined without scaling twice"),
 }
@@ -71,11 +80,8 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
     ),
 }
 REFUSED: dict[str, Any] = {
-    "kasa_config": {"beta": 1e-4},
     "layer_replication": [(0, 2), (1, 3)],
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "use_bdlora": {"nblocks": 2},
-    "use_qalora": True,
 }
 BESIDE: dict[str, dict[str, Any]] = {
     "layers_pattern": {"layers_to_transform": [0]},

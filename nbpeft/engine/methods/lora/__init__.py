@@ -1,7 +1,7 @@
-"""The LoRA family: LoRA, rsLoRA, DoRA, aLoRA, Arrow, VeLoRA, MonteCLoRA, AdaLoRA; inits, combining, optimizers.
+"""The LoRA family: LoRA, its variants and AdaLoRA, their inits, combining and optimizers.
 
 config.py         LoraConfig
-lora.py dora.py alora.py arrow.py velora.py monteclora.py adalora.py   the methods
+lora.py dora.py alora.py mica.py bdlora.py qalora.py kasa.py arrow.py velora.py monteclora.py adalora.py   the methods
 together.py       the adapters of all layers, for what is computed over them
 adapter.py        what they share: two low-rank factors
 low_rank.py       the product of the factors on each kind of layer
@@ -15,6 +15,30 @@ optimizers.py     LoRA-FA and LoRA+
 family.py         what the records of the methods share
 """
 
-from nbpeft.engine.methods.lora import adalora, alora, arrow, dora, lora, monteclora, velora
+from nbpeft.engine.methods.lora import (
+    adalora,
+    alora,
+    arrow,
+    bdlora,
+    dora,
+    kasa,
+    lora,
+    mica,
+    monteclora,
+    qalora,
+    velora,
+)
 
-__all__ = ["adalora", "alora", "arrow", "dora", "lora", "monteclora", "velora"]
+__all__ = [
+    "adalora",
+    "alora",
+    "arrow",
+    "bdlora",
+    "dora",
+    "kasa",
+    "lora",
+    "mica",
+    "monteclora",
+    "qalora",
+    "velora",
+]

@@ -77,10 +77,10 @@ class AdaLoraConfig(LoraConfig):
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         *LoraConfig.not_implemented,
-        *("alora_invocation_tokens", "alpha_pattern", "lora_bias", "use_dora", "use_rslora"),
+        *("alora_invocation_tokens", "alpha_pattern", "lora_bias", "use_dora", "use_qalora", "use_rslora"),
         *VARIANT_CONFIGS,
     )
-    unused: ClassVar[tuple[str, ...]] = (*LoraConfig.unused, "r")
+    unused: ClassVar[tuple[str, ...]] = (*LoraConfig.unused, "qalora_group_size", "r")
     pattern_fields: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {**LoraConfig.choices, "init_lora_weights": (True, False)}
     value_fields: ClassVar[tuple[str, ...]] = (

@@ -65,7 +65,8 @@ class PlainLowRank(LowRankAdapter):
         """Binds loaded factors or makes new ones; see ``Adapter``."""
         start = start_of(config, site, is_new=tensors is None)
         given = init_factors(config, site, start.factors) if tensors is None else tensors
-        parameters = {name: nn.Parameter(tensor) for name, tensor in given.items()}
+        frozen = cls.frozen_parameters
+        parameters = {name: nn.Parameter(tensor, name not in frozen) for name, tensor in given.items()}
         return cls(parameters, site.base.kind, config, site.path, start)
 
     @property
@@ -75,8 +76,8 @@ class PlainLowRank(LowRankAdapter):
 
     @property
     def active_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B that a call computes with, the trained ones."""
-        return self.trained_factors
+        """A and B that a call computes with."""
+        return self.own_factors
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
         """Computes ``s * B A dropout(x)``, plus ``s`` times the bias of B where there is one.

@@ -15,14 +15,15 @@ layer. PEFT's divergence of the Dirichlet has one of its terms with the wrong si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, LearnsWithHooks
+from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
@@ -116,12 +117,48 @@ def _without_samplers(config: LoraConfig, tensors: Mapping[str, Tensor]) -> Mapp
 
 
 class Divergence(Together, LearnsWithHooks):
-    """The loss of all layers."""
+    """The loss of all layers.
 
-    def extra_loss(self) -> Tensor | None:
-        """The mean of the losses of the layers that have acted; see ``LearnsWithHooks``."""
+    Attributes:
+        in_loss: whether the loss of the last training call of the model has it.
+    """
+
+    in_loss: ClassVar[bool] = False
+
+    def loss(self) -> Tensor | None:
+        """The mean of the losses of the layers that have acted, a scalar."""
         losses = [loss for one in self.adapters.values() if (loss := one.variational_loss()) is not None]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
+
+    def extra_loss(self) -> Tensor | None:
+        """The same, for the loss that the model returns; see ``LearnsWithHooks``."""
+        self.__dict__["in_loss"] = True
+        return self.loss()
+
+
+def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+    """What MonteCLoRA adds to the loss and the loss that the model returned does not have yet.
+
+    The loss of a training call with labels has it: then this is 0, so that a loop or a Trainer written for PEFT, which
+    adds it, adds it once.
+
+    Args:
+        manager: of the model.
+        adapter_names: of which adapters; None for the active ones.
+
+    Returns:
+        A scalar; 0.0 where nothing is left to add.
+    """
+    total: Tensor | float = 0.0
+    for name in manager.active if adapter_names is None else names_in(adapter_names):
+        shared = manager.shared(name)
+        if not isinstance(shared, Divergence):
+            continue
+        found = None if shared.in_loss else shared.loss()
+        shared.__dict__["in_loss"] = False
+        if found is not None:
+            total = found if isinstance(total, float) else total + found.to(total.device)
+    return total
 
 
 @register(
@@ -137,6 +174,7 @@ class Divergence(Together, LearnsWithHooks):
         "entropy": {"r": 4, "monteclora_config": {"num_samples": 2, "use_entropy": True, "sample_scaler": 1e-3}},
     },
     shared=Divergence,
+    model_functions={"_get_monteclora_loss": monteclora_loss},
     pack=_with_samplers,
     unpack=_without_samplers,
     **{

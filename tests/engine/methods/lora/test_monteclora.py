@@ -181,6 +181,15 @@ def test_the_divergence_is_in_the_loss_of_a_step() -> None:
         assert with_it.manager.extra_loss() is None
 
 
+def test_a_loop_that_adds_it_as_for_PEFT_adds_it_once() -> None:
+    model = adapted(kl_loss_weight=1.0).train()
+    model(input_ids=tokens(), labels=tokens())
+    assert model.base_model._get_monteclora_loss() == 0.0
+    model(input_ids=tokens())
+    extra = model.base_model._get_monteclora_loss()
+    assert extra > 1 and torch.equal(extra, model.manager.extra_loss())
+
+
 def test_a_trainer_with_the_mixin_of_PEFT_adds_it_once() -> None:
     class Trainer:
         def compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
