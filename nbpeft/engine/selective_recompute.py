@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.base import LayerKind
+from nbpeft.engine.grouped_heads import grouped_heads
 from nbpeft.engine.model_tree import frozen_module, walk
 from nbpeft.engine.numerics import composes
 from nbpeft.engine.recomputed import recompute
@@ -41,7 +43,8 @@ class selective_recompute:
     again. Without gradients (``torch.no_grad()``, ``generate``) and in compiled code the model is as it was, also in
     other threads. Left alone are modules that train, have hooks, buffers or a ``forward`` set by somebody else, or
     give another output for the same input (found out on the first batch). What LoRA's adapters of linear layers read
-    is not kept, either. Backward has to run before the block ends where layers are checkpointed.
+    is not kept, either; nor, on a CPU, keys and values repeated for each of their query heads (``grouped_heads``).
+    Backward has to run before the block ends where layers are checkpointed.
 
     Args:
         model: with or without adapters.
@@ -57,10 +60,13 @@ class selective_recompute:
         self._model = model
         self._verify = verify
         self._changed: list[nn.Module] = []
+        self._opened = ExitStack()
 
     def __enter__(self) -> Self:
         try:
             with HeldInterrupts():
+                if self._verify:
+                    self._opened.enter_context(grouped_heads(self._model))
                 for module, forward in _replacements(self._model, self._verify):
                     self._changed.append(module)
                     module.__dict__[_FORWARD] = forward
@@ -75,7 +81,7 @@ class selective_recompute:
         self._restore()
 
     def _restore(self) -> None:
-        with HeldInterrupts(to_the_end=True):
+        with HeldInterrupts(to_the_end=True), self._opened:
             while self._changed:
                 self._changed.pop().__dict__.pop(_FORWARD, None)
 
