@@ -213,12 +213,14 @@ def origin_of(tensor: Tensor) -> Origin | None:
     return origin if origin is not None and origin.version == tensor._version else None
 
 
-def slice_of(tensor: Tensor, rows: slice) -> Tensor:
-    """``tensor[rows]``, computed again where the tensor is."""
-    part, origin = tensor[rows], origin_of(tensor)
-    if origin is not None:
-        setattr(part, _ORIGIN, Origin(_RowsAgain(origin.recomputation, rows), origin.inputs, part._version))
-    return part
+def parts_of(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """``tensor.split(sizes)``, computed again where the tensor is."""
+    parts, origin, start = list(torch.split(tensor, list(sizes))), origin_of(tensor), 0
+    for part in parts if origin is not None else ():
+        again = _RowsAgain(origin.recomputation, slice(start, start + len(part)))  # type: ignore[union-attr]
+        setattr(part, _ORIGIN, Origin(again, origin.inputs, part._version))  # type: ignore[union-attr]
+        start += len(part)
+    return parts
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

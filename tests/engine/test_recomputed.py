@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbpeft.engine.recomputed import Origin, origin_of, recompute, slice_of
+from nbpeft.engine.recomputed import Origin, origin_of, parts_of, recompute
 
 
 def found(tensor: Tensor) -> Origin:
@@ -22,7 +22,7 @@ def found(tensor: Tensor) -> Origin:
 def test_the_output_lives_until_its_last_reader_has_it(pointwise: bool) -> None:
     x = torch.randn(5, 7, requires_grad=True)
     origin = found(y := recompute(F.silu, x, pointwise=pointwise))
-    part = found(slice_of(y, slice(1, 3)))
+    part = found(parts_of(y, [1, 2, 2])[1])
     for each in (origin, part):
         each.recomputation.add_reader()
     first = origin.recomputation.output(origin.inputs)
