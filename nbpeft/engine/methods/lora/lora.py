@@ -14,17 +14,17 @@ from typing import Any, ClassVar, Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, IsLowRank, LowRankDelta, ServesRows
+from nbpeft.engine.adapter import AdapterSite, IsLowRank, LowRankDelta, ReplacesCall, ServesRows
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
-from nbpeft.engine.methods.lora.autograd import Dropout
+from nbpeft.engine.methods.lora.autograd import Dropout, adapted_linear
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
 from nbpeft.engine.methods.lora.parameters import ParameterLoRA
-from nbpeft.engine.numerics import add_delta, compute_dtype, fits
+from nbpeft.engine.numerics import add_delta, composes, compute_dtype, fits
 from nbpeft.engine.peft_modules import ParameterModule
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
@@ -172,10 +172,22 @@ class PlainLowRank(LowRankAdapter):
     parameter_class=ParameterLoRA,
     **FAMILY,
 )
-class LoRA(PlainLowRank, ServesRows, IsLowRank):
+class LoRA(PlainLowRank, ReplacesCall, ServesRows, IsLowRank):
     """A LoRA adapter on one layer."""
 
     supports_fused_add: ClassVar[bool] = True
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """What an ordinary linear layer and the product give, in one function; see ``ReplacesCall``."""
+        layer = base.module
+        if composes():  # and the compiler finds nothing here to guard
+            return None
+        if type(layer) is not nn.Linear or base.backend.name != "dense" or type(layer.weight).__name__ == "DTensor":
+            return None
+        if self.observed is not None or self.output_bias is not None or self.initial is not None:
+            return None
+        dropout = Dropout(self.dropout, self.training)
+        return adapted_linear(x, layer.weight, layer.bias, *self.trained_factors, self.scaling, dropout)
 
     @classmethod
     def mixed(
