@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nbpeft.engine.adapter import IsLowRank, LowRankDelta, ServesRows
 from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.methods.lora.attention import AttentionLoRA
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.multi_adapter import factor_rows
@@ -38,7 +39,7 @@ from nbpeft.engine.registry import register
         "olora": {"r": 4, "init_lora_weights": "olora"},
         "pissa": {"r": 4, "init_lora_weights": "pissa"},
     },
-    kind_classes={"parameter": ParameterLoRA},
+    kind_classes={"parameter": ParameterLoRA, "attention": AttentionLoRA},
     **FAMILY,
 )
 class LoRA(PlainLowRank, ServesRows, IsLowRank):
