@@ -19,8 +19,8 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start
-from nbpeft.engine.methods.lora.lora import PlainLowRank
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor
+from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError, HotSwapError
 

@@ -22,8 +22,8 @@ from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start
-from nbpeft.engine.methods.lora.lora import PlainLowRank
 from nbpeft.engine.methods.lora.low_rank import Shapes
+from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
