@@ -15,7 +15,7 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.model_tree import experts_to_quantize, linear_layers_to_quantize
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.engine.storage import short_name
@@ -42,7 +42,10 @@ _CACHE_SIZE = 512
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that decides what a step needs; see ``forecast`` for the fields."""
+    """Everything that decides what a step needs; see ``forecast`` for the fields.
+
+    ``quantized_experts`` is whether the experts of a mixture are quantized with its linear layers.
+    """
 
     architecture: Architecture
     adapter_config: AdapterConfig | None
@@ -59,6 +62,7 @@ class Setting:
     recompute: bool = True
     packing: bool = False
     adapters: int = 1
+    quantized_experts: bool = True
 
     @property
     def one_pass(self) -> Setting:
@@ -86,6 +90,7 @@ class Setting:
             str(self.dtype),
             self.quantization,
             self.double_quant,
+            self.quantized_experts,
         ]
         if step:
             fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
@@ -167,7 +172,7 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
 
 
 def _weights_of(setting: Setting) -> Weights:
-    """Bytes of weights and adapters, from their shapes alone."""
+    """Bytes of weights and adapters, from their shapes alone; kept for the next question."""
     key = setting.key(step=False)
     if key not in _weights:
         _make_room(_weights)
@@ -179,17 +184,14 @@ def _count_weights(setting: Setting) -> Weights:
     with torch.device("meta"), silenced():
         model = setting.architecture.build(setting.dtype)
         base = [*model.parameters(), *model.buffers()]
-        quantized: dict[int, nn.Module] = {}
-        if setting.quantization is not None:
-            quantized = {id(layer.weight): layer for layer in linear_layers_to_quantize(model).values()}
+        quantized: dict[int, nn.Module] = {id(layer.weight): layer for layer in _to_quantize(model, setting)}
         _add_adapter(model, setting)
     double = setting.double_quant and setting.quantization != "int8"
     kinds: Counter[str] = Counter()
     for tensor in sorted(base, key=lambda tensor: id(tensor) not in quantized):
         if id(tensor) in quantized:
-            rows, columns = tensor.shape if isinstance(quantized[id(tensor)], nn.Linear) else reversed(tensor.shape)
             label = f"{setting.quantization}{' double' if double else ''}"
-            kinds[label] += quantized_bytes(rows, columns, str(setting.quantization), double=double)
+            kinds[label] += quantized_bytes(quantized[id(tensor)], str(setting.quantization), double=double)
         else:
             kinds[short_name(tensor.dtype)] += tensor.nbytes
     there = {id(tensor) for tensor in base}
@@ -199,7 +201,8 @@ def _count_weights(setting: Setting) -> Weights:
     found: Any = model.get_submodule(layers) if layers else ()
     inside = found[0].parameters() if layers else ()
     layer_bytes = sum(p.nbytes for p in inside if id(p) in there and id(p) not in quantized)
-    return Weights(dict(kinds), trained, sum(tensor.nbytes for tensor in added), layers, layer_bytes)
+    adapter_bytes = sum(tensor.nbytes for tensor in added)
+    return Weights(dict(kinds), trained, adapter_bytes, layers, layer_bytes)
 
 
 def _peak_of(setting: Setting) -> Peak:
@@ -268,7 +271,7 @@ def _too_long(setting: Setting) -> str:
 def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     model = setting.architecture.build(setting.dtype, layers)
     checkpointed = setting.gradient_checkpointing and setting.training
-    chosen = linear_layers_to_quantize(model).values() if setting.quantization is not None else ()
+    chosen = _to_quantize(model, setting)
     # Of a few layers the rest are missing, which a config may name: that of an adapter on "all-linear" names each.
     _add_adapter(model, setting, allow_missing=layers is not None)
     if setting.adapter_config is None:
@@ -281,6 +284,14 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     elif hasattr(config := model.config, "use_cache"):
         config.use_cache = True  # without a cache a mask is made of fake tensors, though of real ones none is
     return model
+
+
+def _to_quantize(model: nn.Module, setting: Setting) -> list[nn.Module]:
+    """The linear layers, and views of experts, that the setting quantizes; of a model that carries no adapter yet."""
+    if setting.quantization is None:
+        return []
+    experts = experts_to_quantize(model).values() if setting.quantized_experts else ()
+    return [*linear_layers_to_quantize(model).values(), *experts]
 
 
 def _add_adapter(model: nn.Module, setting: Setting, *, allow_missing: bool = False) -> None:

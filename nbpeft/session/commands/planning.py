@@ -210,6 +210,7 @@ class MemoryPlanner:
             sharded=sharded,
             loss_chunk_size=loss_chunk_size,
             recompute=recompute,
+            quantized_experts=found.experts or quantization != AS_IT_IS,
         )
         self._stored_note = found.note
         self.name = name
@@ -320,6 +321,7 @@ class _Detected:
         self.dtype = _dtype_of(source) if hasattr(source, "parameters") else None
         stored = stored_as(source, config)
         self.quantization, self.double_quant, self.note = stored.quantization, stored.double_quant, stored.note
+        self.experts = stored.experts
         kind = self.architecture.model_class
         self.class_name = kind.__name__ if kind is not None else next(iter(config.architectures or ()), "")
 
