@@ -15,7 +15,8 @@ from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import experts_to_quantize, linear_layers_to_quantize
+from nbpeft.engine.model_tree import experts_to_quantize, linear_layers_to_quantize, manager_of
+from nbpeft.engine.parameter_layer import AdaptedParameter
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.engine.storage import short_name
@@ -108,6 +109,7 @@ class Weights:
         adapter_bytes: bytes of the adapter; 0 without one.
         layers: path of the list of layers, where all have the same shapes and the same adapter; else empty.
         layer_bytes: base weights of one of these that are not quantized.
+        of_experts: how many of the trained numbers are an adapter's on experts.
     """
 
     kinds: dict[str, int]
@@ -115,6 +117,12 @@ class Weights:
     adapter_bytes: int
     layers: str
     layer_bytes: int = 0
+    of_experts: int = 0
+
+    @property
+    def trained_count(self) -> int:
+        """How many numbers are trained."""
+        return sum(torch.Size(shape).numel() for shape, _ in self.trained)
 
 
 _weights: dict[str, Weights] = {}
@@ -130,7 +138,7 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
         ConfigError: the model cannot run without data.
         TargetError: the adapter does not fit the model.
     """
-    parts, weights = _alone(setting), _weights_of(setting)
+    parts, weights = _alone(setting), weights_of(setting)
     if setting.processes == 1 or not setting.training:
         return parts
     return for_one_process(
@@ -146,7 +154,7 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
 
 def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     """The same for a process that trains alone."""
-    weights, step = _weights_of(setting), _peak_of(setting.one_pass)
+    weights, step = weights_of(setting), _peak_of(setting.one_pass)
     trained = weights.trained * setting.adapters
     base = sum(weights.kinds.values())
     kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
@@ -171,7 +179,7 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     )
 
 
-def _weights_of(setting: Setting) -> Weights:
+def weights_of(setting: Setting) -> Weights:
     """Bytes of weights and adapters, from their shapes alone; kept for the next question."""
     key = setting.key(step=False)
     if key not in _weights:
@@ -202,7 +210,15 @@ def _count_weights(setting: Setting) -> Weights:
     inside = found[0].parameters() if layers else ()
     layer_bytes = sum(p.nbytes for p in inside if id(p) in there and id(p) not in quantized)
     adapter_bytes = sum(tensor.nbytes for tensor in added)
-    return Weights(dict(kinds), trained, adapter_bytes, layers, layer_bytes)
+    return Weights(dict(kinds), trained, adapter_bytes, layers, layer_bytes, _trained_on_experts(model))
+
+
+def _trained_on_experts(model: nn.Module) -> int:
+    """How many trained numbers an adapter has on parameters of several matrices."""
+    manager = manager_of(model)
+    layers = manager.layers.values() if manager is not None else ()
+    experts = [layer for layer in layers if isinstance(layer, AdaptedParameter) and layer.num_experts > 1]
+    return sum(parameter.numel() for layer in experts for parameter in layer.adapters.parameters())
 
 
 def _peak_of(setting: Setting) -> Peak:
@@ -216,7 +232,7 @@ def _peak_of(setting: Setting) -> Peak:
 
 def _extrapolated_peak(setting: Setting) -> Peak | None:
     """The peak as a few layers tell it; None where they do not."""
-    if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := _weights_of(setting).layers):
+    if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := weights_of(setting).layers):
         return None
     try:
         return _run(setting, path)
