@@ -77,7 +77,7 @@ class AdaptedParameter(AdaptedLayer):
         for name, scale in zip(active.names, active.scales, strict=True):
             adapter: Any = self.adapters._modules.get(name)
             if isinstance(adapter, AdaptsParameters) and not self.merged_names:
-                products += [Product(left, right, s * scale) for left, right, s in adapter.parameter_products(base)]
+                products += [one._replace(scale=one.scale * scale) for one in adapter.parameter_products(base)]
         return FactoredWeight(getattr(base.module.owner, self.parameter_name), products) if products else None
 
     def _own_base(self) -> BaseLayer:
@@ -134,7 +134,7 @@ def wrappers_of(module: nn.Module | None) -> Iterator[AdaptedParameter]:
         module = module._modules["base_layer"]
 
 
-def _only_multiplies(module: nn.Module) -> bool:
+def only_multiplies(module: nn.Module) -> bool:
     """Whether a module is known to do nothing with its parameters but to index and to multiply."""
     source = getattr(type(module).forward, "__module__", "")
     way = getattr(getattr(module, "config", None), "_experts_implementation", None)
@@ -172,7 +172,7 @@ def _called(
     module = layers[0].get_base_layer()
     if not weights:
         return module(*args, **kwargs)
-    lean = _only_multiplies(module)
+    lean = only_multiplies(module)
     twin = object.__new__(type(module))
     twin.__dict__ = {key: _rebound(value, module, twin) for key, value in module.__dict__.items()}
     parameters = {name: value for name, value in module._parameters.items() if name not in weights}
