@@ -140,7 +140,7 @@ def factored_weight(layer: AdaptedLayer, base: BaseLayer, active: Active) -> Fac
     for name, scale in zip(active.names, active.scales, strict=True):
         adapter: Any = layer.adapters._modules.get(name)
         if isinstance(adapter, AdaptsParameters) and not layer.merged_names:
-            products += [Product(left, right, s * scale) for left, right, s in adapter.parameter_products(base)]
+            products += [one._replace(scale=one.scale * scale) for one in adapter.parameter_products(base)]
     weight: Any = base.module.weight
     return FactoredWeight(weight, products) if products else None
 
@@ -152,7 +152,7 @@ def wrappers_of(module: nn.Module | None) -> Iterator[AdaptedParameter]:
         module = module._modules["base_layer"]
 
 
-def _only_multiplies(module: nn.Module) -> bool:
+def only_multiplies(module: nn.Module) -> bool:
     """Whether a module is known to do nothing with its parameters but to index and to multiply."""
     source = getattr(type(module).forward, "__module__", "")
     way = getattr(getattr(module, "config", None), "_experts_implementation", None)
@@ -190,7 +190,7 @@ def _called(
     module = layers[0].get_base_layer()
     if not weights:
         return module(*args, **kwargs)
-    if _only_multiplies(module):
+    if only_multiplies(module):
         return twin_of(module, weights)(*args, **kwargs)
     return twin_of(module, {name: weight.summed() for name, weight in weights.items()})(*args, **kwargs)
 
