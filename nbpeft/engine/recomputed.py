@@ -24,7 +24,9 @@ from nbpeft.engine.numerics import composes
 _ORIGIN = "_nbpeft_origin"
 """Attribute of an output that can be computed again: how, and from what."""
 _PARTS = 8
-"""In how many parts the gradient of what acts on each number alone is computed."""
+"""In how many parts at most the gradient of what acts on each number alone is computed."""
+_LEAST_PART = 1 << 16
+"""Numbers of a part, or a multiple: processors compute several at once, and what is left at the end by other code."""
 
 
 class Recomputation:
@@ -119,7 +121,8 @@ class Recomputation:
         ]
         places = [None if one is None else one.view(-1) for one in found]
         numbers, passed = [one.detach().reshape(-1) for one in inputs], upstream.reshape(-1)
-        size = max(-(-len(passed) // _PARTS), 1)
+        size = -(-len(passed) // _PARTS)
+        size = max(size + -size % _LEAST_PART, _LEAST_PART)
         for start in range(0, len(passed), size):
             part = slice(start, start + size)
             with torch.enable_grad(), self._as_before():

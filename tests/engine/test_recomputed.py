@@ -36,7 +36,7 @@ def test_the_output_lives_until_its_last_reader_has_it(pointwise: bool) -> None:
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("shape", [(1,), (5,), (3, 7), (2, 3, 11), (0, 4)])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (0, 4), (3, 50_000), (2, 300, 1001)])
 def test_a_gradient_in_parts_is_that_of_the_whole(shape: tuple[int, ...]) -> None:
     gate, up = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
