@@ -16,7 +16,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.quantized_matrices import QuantizedMatrices
-from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.registry import composite_kind, resolve_backend
 from nbpeft.engine.targets import names_part
 from nbpeft.errors import ConfigError, did_you_mean
 
@@ -81,6 +81,12 @@ def frozen_module(module: nn.Module) -> nn.Module:
     while isinstance(module, AdaptedLayer):  # each adapted parameter of a module has a wrapper
         module = module.base_layer
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def reader_of(site: Site) -> nn.Module | None:
+    """Returns the module around a layer that reads its weight and never calls it, as an attention its ``out_proj``."""
+    kind = composite_kind(site.parent)
+    return site.parent if kind is not None and site.attribute in kind.layers else None
 
 
 def bare_modules(model: nn.Module, *, repeat: bool = False) -> Iterator[tuple[str, nn.Module]]:

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.grouped_heads import grouped_heads
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import experts_to_quantize, linear_layers_to_quantize, manager_of
 from nbpeft.engine.parameter_layer import AdaptedParameter
@@ -331,7 +332,11 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
     batch |= _for_adapter(setting)
     if setting.packing:  # with a cache, models of transformers see one row a sequence
         batch["use_cache"] = False
-    with selective_recompute(model, verify=False) if setting.recompute else nullcontext():
+    with ExitStack() as block:
+        if setting.recompute:
+            block.enter_context(selective_recompute(model, verify=False))
+            if setting.on_cpu:
+                block.enter_context(grouped_heads(model))
         with chunked_head(model, setting.loss_chunk_size), without_logits(model):
             output = model(**batch)
         loss = getattr(output, "loss", None)
