@@ -301,7 +301,7 @@ class QuantizedMatrices(Tensor):
         return f"{type(self).__name__}({tuple(self.shape)}, {self.form.label} of {self.dtype}, device={self.device})"
 
     # Above autograd it is an ordinary tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

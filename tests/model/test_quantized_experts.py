@@ -187,3 +187,14 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     assert not stored(skipped) and state(skipped)
     half = quantize_model(mixture("mixtral"), skip_modules=["experts.down_proj"])
     assert {name.rpartition(".")[2] for name in stored(half)} == {"gate_up_proj"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+def test_compiled_models_compute_quantized_experts_as_they_are(way: str) -> None:
+    base = quantize_model(mixture("qwen3_moe", way))
+    expected = logits(base)
+    assert torch.allclose(logits(torch.compile(base, backend="aot_eager")), expected, atol=1e-5)
+    model = adapted("qwen3_moe", base=base)
+    expected = logits(model)
+    assert torch.allclose(logits(torch.compile(model, backend="eager")), expected, atol=1e-5)
