@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.model_tree import bare_modules
 from nbpeft.engine.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.replication import before_replication
 from nbpeft.errors import BaseMismatchError
 
 _PREFIX = "nbpeft.base."
@@ -152,7 +153,7 @@ def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
     # Modules that hang in several places come once for each: what is tied must not change the result.
-    return (module for _, module in bare_modules(model, repeat=True))
+    return (module for _, module in bare_modules(before_replication(model), repeat=True))
 
 
 def _weight_sizes(module: nn.Module) -> Iterator[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from nbpeft.engine.parameter_layer import AdaptedParameter, wrappers_of
 from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import backend_named, backends, layer_kind_named, method_of
+from nbpeft.engine.replication import pending_replication, replicate_layers_, settle_layers
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
@@ -42,12 +44,14 @@ class Parts:
         copies: (sites, wrapper, trained copy).
         shared: what the adapters share, if anything.
         model: the base model.
+        complete: makes them once the layers of the model are replicated, where the config asks for that.
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
     copies: list[tuple[list[Site], ModulesToSaveWrapper, nn.Module]]
     shared: SharedState | None
     model: nn.Module
+    complete: Callable[[Transaction], Parts] | None = None
 
 
 def build(
@@ -74,6 +78,14 @@ def build(
     Raises:
         ConfigError: a module to be copied is offloaded.
     """
+    layer_map = pending_replication(model, plan.config)
+    if layer_map is not None:
+
+        def complete(change: Transaction) -> Parts:
+            replicate_layers_(model, layer_map, change)
+            return build(model, plan, active_state, weights, name, half=half)
+
+        return Parts([], [], None, model, complete)
     sites: dict[int, list[Site]] = {}
     wanted = {target.module_path for target in plan.targets} | set(plan.copies)
     by_path: dict[str, Site] = {}
@@ -98,6 +110,7 @@ def build(
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
+    tied: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
     for path in plan.copies:
         site = by_path[path]
         if any(offloading(part) is not None for part in site.module.modules()):
@@ -107,7 +120,7 @@ def build(
             if isinstance(site.wrapper, ModulesToSaveWrapper)
             else ModulesToSaveWrapper(site.module, active_state)
         )
-        trained = copy_module(site.module, None if weights is None else weights.copies.get(path))
+        trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
         parts.copies.append((sites[id(site.module)], wrapper, trained))
     return parts
 
@@ -176,9 +189,19 @@ def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:
     return torch.float32 if base in _HALF and not half else base
 
 
-def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.Module:
-    """A trainable deep copy, with loaded tensors in place of its own where given."""
-    twin = copy.deepcopy(module, _cloned_fakes(module))
+def copy_module(
+    module: nn.Module, weights: Mapping[str, Tensor] | None, tied: dict[int, Any] | None = None
+) -> nn.Module:
+    """A trainable deep copy, with loaded tensors in place of its own where given.
+
+    Args:
+        module: the module.
+        weights: loaded tensors by name.
+        tied: what was copied before with tensors that this copy shares, as ``copy.deepcopy`` notes it.
+    """
+    memo = {} if tied is None else tied
+    memo.update({key: value for key, value in _cloned_fakes(module).items() if key not in memo})
+    twin = copy.deepcopy(module, memo)
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -244,6 +267,7 @@ def commit(
         copies: likewise.
         change: records the places where wrappers are put.
     """
+    parts = parts.complete(change) if parts.complete is not None else parts
     for sites, layer, adapter in parts.adapters:
         layer.adapters[name] = adapter
         if isinstance(adapter, ChangesBase):
@@ -294,11 +318,26 @@ def drop(
         if not module.modules_to_save._modules and id(module) not in kept:
             empty[id(module)] = module.original_module
             del copies[path]
-    replace_modules(model, empty, change)
+    replace_modules(model, empty, change, merged=None if keep is not None or layers or copies else False)
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
-    """Puts other modules wherever those with the given ids hang."""
+def replace_modules(
+    model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction, *, merged: bool | None = None
+) -> None:
+    """Puts other modules wherever those with the given ids hang.
+
+    Args:
+        model: the base model.
+        replacements: id of a module -> what takes its place.
+        change: records the places.
+        merged: where no adapter is left: whether some were merged for good, into replicated layers too.
+    """
+    _replace(model, replacements, change)
+    if merged is not None:
+        settle_layers(model, change, keep=merged)
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
     if not replacements:
         return
     take_hooks(model, replacements, change)

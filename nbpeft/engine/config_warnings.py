@@ -53,7 +53,7 @@ def warn_of_tied(
         model: the base model.
         modules: path and module of everything in it.
         changed: paths that get factors or are trained as a whole.
-        strict: refuse that (``ensure_weight_tying``).
+        strict: refuse that (``ensure_weight_tying``); copies are tied then, and not among the changed.
 
     Raises:
         ConfigError: it is asked to stay tied.
@@ -69,8 +69,8 @@ def warn_of_tied(
         warnings.warn("ensure_weight_tying=True but the model does not have tied weights", stacklevel=5)
     elif strict and own:
         raise ConfigError(
-            f"ensure_weight_tying ties trained rows of tokens, not other adapters: {' and '.join(paths)} share one "
-            f"weight; take {' and '.join(own)} out of the targets",
+            f"ensure_weight_tying ties trained rows and copies (modules_to_save), not factors: {' and '.join(paths)} "
+            f"share one weight; take {' and '.join(own)} out of the targets",
             field="ensure_weight_tying",
         )
     if not own or len(paths) < 2:

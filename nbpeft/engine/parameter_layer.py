@@ -57,7 +57,7 @@ class AdaptedOwner(AdaptedLayer):
             return self.base
         return BaseLayer(ParameterView(module, self.parameter_name), self.kind, self.backend)
 
-    def acts(self) -> bool:
+    def _acts(self) -> bool:
         """Whether an adapter changes the parameter in the call that runs."""
         active = self.active_state.current()
         names = active.names if active.rows is None else active.rows.names
@@ -88,7 +88,7 @@ class AdaptedParameter(AdaptedOwner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives with the active adapters' deltas on its parameters."""
         layers = tuple(wrappers_of(self))
-        if any(layer.acts() for layer in layers):
+        if any(layer._acts() for layer in layers):
             return _adapted(layers, args, kwargs)
         return self.get_base_layer()(*args, **kwargs)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from nbpeft.engine.modules_to_save import ModulesToSaveWrapper, only_holds
 from nbpeft.engine.parameter_layer import AdaptedParameter
 from nbpeft.engine.parameter_targets import no_parameter, parameter_sites
 from nbpeft.engine.registry import Method, companions, composite_kind, method_of, resolve_backend, resolve_layer_kind
+from nbpeft.engine.replication import pending_replication, replicated
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
@@ -180,6 +181,8 @@ def plan(
         ConfigError: a value of the config is impossible for a layer.
     """
     method = method_of(config)
+    layer_map = pending_replication(model, config)
+    model = model if layer_map is None else replicated(model, layer_map)
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
@@ -188,6 +191,9 @@ def plan(
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
+    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
+    if ensured:
+        copies |= dict.fromkeys(_tied_to(copies, model, sites), 0)  # they share the tensors of those
     matcher = Matcher(
         () if method.companion is not None else getattr(resolved, "target_modules", None) or (),
         getattr(resolved, "exclude_modules", None),
@@ -217,9 +223,8 @@ def plan(
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
     _check_size(model, (*targets, *parts))
-    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
     everything = [(site.path, site.module) for site in sites]
-    warn_of_tied(model, everything, adapted | copies.keys(), strict=ensured)
+    warn_of_tied(model, everything, adapted if ensured else adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
@@ -326,6 +331,15 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
             check_copy(site.path, site.module, site.wrapper)
     inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
     return {path: count for path, count in found.items() if path not in inner}
+
+
+def _tied_to(copies: Mapping[str, int], model: nn.Module, sites: list[Site]) -> list[str]:
+    """Paths of the modules that share the input embedding's weight and are not copied, where one of them is."""
+    weight = getattr(embedding_of(model), "weight", None)
+    tied = {id(site.module): site.path for site in sites if site.module._parameters.get("weight") is weight}
+    if weight is None or not any(path in copies for path in tied.values()):
+        return []
+    return [path for path in tied.values() if path not in copies]
 
 
 def _match(

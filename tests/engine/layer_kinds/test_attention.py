@@ -188,7 +188,7 @@ def test_several_adapters_switch_and_add_up_as_in_peft() -> None:
     assert same_state(base().state_dict(), ours.unload().state_dict())
 
 
-def test_what_cannot_be_adapted_is_refused_in_one_line_before_anything_changes() -> None:
+def test_what_cannot_be_adapted_is_refused_before_anything_changes() -> None:
     apart = base(kdim=8, vdim=8)
     with pytest.raises(ValueError, match="Only same embed for query/key/value"):
         adapt(peft, apart)

@@ -81,10 +81,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         alpha_pattern: layer name or pattern -> another lora_alpha.
         trainable_token_indices: ids of tokens whose rows of the embedding are trained.
         use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
+        layer_replication: pairs [start, end) of layers that make up the model then, each use with factors of its own.
         lora_bias: give the second matrix a bias.
         target_parameters: names of bare parameters to adapt, those of experts: mlp.experts.gate_up_proj.
-        ensure_weight_tying: refuse factors and copies on one of two tied layers; trained rows of tokens follow by
-            themselves.
+        ensure_weight_tying: train one copy of two tied layers (modules_to_save) and refuse factors on one of them;
+            trained rows of tokens follow by themselves.
         loftq_config: settings of init_lora_weights="loftq": loftq_bits and loftq_iter.
         eva_config: settings of init_lora_weights="eva".
         corda_config: settings of init_lora_weights="corda".
@@ -138,13 +139,9 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     kasa_config: KasaConfig | None = field(default=None)
     ensure_weight_tying: bool = field(default=False)
 
-    not_implemented: ClassVar[tuple[str, ...]] = (
-        "megatron_config",
-        "layer_replication",
-    )
+    not_implemented: ClassVar[tuple[str, ...]] = ("megatron_config",)
     instead: ClassVar[Mapping[str, str]] = {
         "megatron_config": "Megatron's parallel layers are not adapted: use a model of transformers, with FSDP or DDP",
-        "layer_replication": "repeat the layers of the model first, then adapt it",
     }
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
@@ -157,7 +154,12 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         "bias": _BIASES,
         "init_lora_weights": (True, False, *INITS, "pissa_niter_4"),
     }
-    slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "lora_bias", "target_parameters")
+    slot_fields: ClassVar[tuple[str, ...]] = (
+        *AdapterConfig.slot_fields,
+        "lora_bias",
+        "target_parameters",
+        "layer_replication",
+    )
     value_fields: ClassVar[tuple[str, ...]] = (
         *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
     )
