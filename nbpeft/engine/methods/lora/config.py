@@ -165,7 +165,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     )
     card_fields: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "target_modules", "modules_to_save"),
-        *("alora_invocation_tokens", "use_qalora", *VARIANT_CONFIGS),
+        "alora_invocation_tokens",
     )
     card_tags: ClassVar[tuple[str, ...]] = ("lora",)
 
@@ -254,10 +254,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
             setattr(self, name, as_settings(name, getattr(self, name), settings_class))
         if self.use_qalora:
             check_count("qalora_group_size", self.qalora_group_size)
-        if len(self._variants) > 1:
-            first, second = self._variants[:2]
+        asked = [name for name in (*_VARIANTS, "mica") if self._asks_for(name)]
+        if len(asked) > 1:
+            first, second = asked[:2]
             raise ConfigError(f"{first} cannot be combined with {second}: each is a method of its own", field=second)
-        alone = next((name for name in _OWN_START if name in self._variants), "")
+        alone = self.variant if self.variant in _OWN_START else ""
         if alone and self.init_name not in ("default", "random", "gaussian"):
             raise ConfigError(
                 f"{alone} cannot be used with init_lora_weights={self.init_lora_weights!r}, only with True, False or "
@@ -267,15 +268,17 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         if alone and self.lora_bias and alone != "kasa_config":
             raise ConfigError(f"{alone} cannot be used with lora_bias=True", field="lora_bias")
 
-    @property
-    def _variants(self) -> list[str]:
-        asked = [name for name in _VARIANTS if getattr(self, name) not in (None, False)]
-        return [*asked, "mica"] if self.init_name == "mica" else asked
+    def _asks_for(self, variant: str) -> bool:
+        init = self.init_lora_weights
+        return bool(getattr(self, variant)) if variant != "mica" else isinstance(init, str) and init.lower() == "mica"
 
     @property
     def variant(self) -> str:
         """Which method of the family it means: the field that asks for it, or ``mica``; empty for LoRA."""
-        return next(iter(self._variants), "")
+        for name in (*_VARIANTS, "mica"):
+            if self._asks_for(name):
+                return name
+        return ""
 
     @property
     def init_name(self) -> str:

@@ -102,7 +102,7 @@ class QALoRA(PlainLowRank, IsLowRank):
         """
         lora_A, lora_B = self.trained_factors
         x = seeded_dropout(x.to(compute_dtype(x, lora_A)), Dropout(self.dropout, self.training))
-        means = x.unflatten(-1, (-1, self.group_size)).mean(-1)
+        means = x.reshape(*x.shape[:-1], -1, self.group_size).mean(-1)
         scaling, onto = self.scaling * lora_A.shape[1], base_output if fused else None
         return self.low_rank.forward(base.module, means, lora_A, lora_B, scaling, _NOT_DROPPED, onto)
 
