@@ -156,7 +156,10 @@ PEFT_IS_WRONG = {
     ("transformers-conv1d", "BD-LoRA"): "raises AttributeError",
     **{(kind, "BD-LoRA"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
     **{(kind, "MiCA"): "raises TypeError" for kind in ("nf4", "fp4-double", "int8")},
+    **{(kind, "VeLoRA-random"): "draws in the dtype of the packed numbers" for kind in ("nf4", "fp4-double", "int8")},
 }
+DRAWS = ("MonteCLoRA",)
+"""Methods whose output in training is drawn."""
 STARTS_ELSEWHERE = ("KaSA",)
 """Methods that leave something of the weight out from the start."""
 UNMERGEABLE = {("linear-no-bias", "LoRA-bias"): "adds a bias but the base layer has none"}
@@ -389,10 +392,11 @@ def test_equal_to_peft_for_the_same_weights(kind: str, sample: str, tmp_path: An
     _, model = adapted(case, sample, **case.peft_config)
     x = case.batch()
     # In eval mode bitsandbytes takes another kernel, and peft reads the re-packed weight wrongly for DoRA.
-    model.train(case.quantized)
+    training = case.quantized and labels[sample] not in DRAWS
+    model.train(training)
     expected = model(x)
     model.save_pretrained(tmp_path)
-    oracle = peft.PeftModel.from_pretrained(make(case), tmp_path).train(case.quantized)
+    oracle = peft.PeftModel.from_pretrained(make(case), tmp_path).train(training)
     assert torch.allclose(oracle(x), expected, atol=case.tolerance, rtol=0)
 
 
