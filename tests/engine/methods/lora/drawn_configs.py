@@ -48,7 +48,11 @@ from tests.tiny_models import experts_of, gpt2, llama, mixture
 CHUNK = 50
 """Draws of one seed."""
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97}
-TOLERANCE = {"atol": 2e-5, "rtol": 2e-4}
+TOLERANCE = 2e-4
+"""Of the largest number, or of 1."""
+ROUNDED = 20
+"""As many times that for OLoRA and PiSSA, which add and subtract a part of the weight, here in another order than in
+PEFT, and this part is many times the weight where alpha is large."""
 
 
 class ConvNet(nn.Module):
@@ -271,6 +275,13 @@ class Case:
         """The config; its values are copied, since PEFT changes what it is given."""
         return library.LoraConfig(**copy.deepcopy(self.fields))
 
+    def close(self, found: Tensor, wanted: Tensor) -> bool:
+        """Whether numbers are the same but for how they were rounded."""
+        if not wanted.numel():
+            return True
+        most = TOLERANCE * (ROUNDED if self.fields["init_lora_weights"] in ("olora", "pissa") else 1)
+        return float((found - wanted).abs().amax()) <= most * max(1.0, float(wanted.abs().amax()))
+
 
 _RANKS = st.sampled_from([1, 2, 4, 6])
 _ALPHAS = st.sampled_from([1, 2, 8, 16, 3.5])
@@ -324,7 +335,8 @@ def cases(draw: Any) -> Case:
     if kind.embedding:
         by_name = st.dictionaries(st.just(kind.embedding), tokens, min_size=1, max_size=1)
         fields["trainable_token_indices"] = rarely(st.one_of(tokens, by_name), 5)
-    fields["ensure_weight_tying"] = rarely(st.just(True), 10, False)
+    # With layers_to_transform PEFT adapts a head tied to an embedding that it does not adapt.
+    fields["ensure_weight_tying"] = fields.get("layers_to_transform") is None and rarely(st.just(True), 10, False)
     return Case(name, {key: value for key, value in fields.items() if value is not None})
 
 
@@ -372,12 +384,12 @@ def stir(model: Any) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def same(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+def same(case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
     """Fails where two sets of tensors are not the same."""
     assert sorted(found) == sorted(wanted), f"{what}: {sorted(found.keys() ^ wanted.keys())}"
     for key, value in wanted.items():
         assert found[key].shape == value.shape, f"{what}: {key} {found[key].shape} {value.shape}"
-        assert torch.allclose(found[key].float(), value.float(), **TOLERANCE), f"{what}: {key}"
+        assert case.close(found[key].float(), value.float()), f"{what}: {key}"
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -409,10 +421,10 @@ def compare(case: Case, folder: Path) -> str:
         if case.fields["init_lora_weights"] is not False:
             plain = outputs(base(name), name)
             start, their_error = attempt(lambda: outputs(theirs, name))
-            assert torch.allclose(outputs(ours, name), plain, **TOLERANCE), "outputs at the start"
+            assert case.close(outputs(ours, name), plain), "outputs at the start"
             if their_error is not None:
                 return f"PEFT cannot run: {_short(their_error)}"
-            if not torch.allclose(start, plain, **TOLERANCE):
+            if not case.close(start, plain):
                 return "PEFT does not start at the base"
         _, their_error = attempt(lambda: theirs.save_pretrained(folder / "start"))
         if their_error is not None:
@@ -425,7 +437,7 @@ def compare(case: Case, folder: Path) -> str:
         )
         assert counts[0] == counts[1], f"trainable: {counts}"
         if case.fields["init_lora_weights"] in ("olora", "pissa"):
-            same(own_first, first, "start")
+            same(case, own_first, first, "start")
         same_settings(folder / "own_start", folder / "start")
         stir(theirs)
         expected = outputs(theirs, name)
@@ -439,33 +451,33 @@ def _after(case: Case, folder: Path, theirs: Any, expected: Tensor) -> str:
     again, error = attempt(lambda: peft.PeftModel.from_pretrained(base(name), folder / "theirs"))
     if error is not None:
         return f"PEFT cannot load its own: {_short(error)}"
-    its_own_is_right = torch.allclose(outputs(again, name), expected, **TOLERANCE)
+    its_own_is_right = case.close(outputs(again, name), expected)
     ours = nbpeft.PeftModel.from_pretrained(base(name), folder / "theirs", is_trainable=True)
     found = outputs(ours, name)
     if not its_own_is_right:
         return "PEFT's file does not bring its model back" + (
-            "" if torch.allclose(found, expected, **TOLERANCE) else ", nor does nbpeft"
+            "" if case.close(found, expected) else ", nor does nbpeft"
         )
-    assert torch.allclose(found, expected, **TOLERANCE), "PEFT's file"
+    assert case.close(found, expected), "PEFT's file"
     losses = step(ours, name), step(theirs, name)
     assert abs(losses[0] - losses[1]) < 1e-4 * max(1, losses[1]), f"losses {losses}"
     ours.save_pretrained(folder / "ours")
     theirs.save_pretrained(folder / "theirs")
-    same(tensors_in(folder / "ours"), tensors_in(folder / "theirs"), "after a step")
+    same(case, tensors_in(folder / "ours"), tensors_in(folder / "theirs"), "after a step")
     expected = outputs(theirs, name)
-    assert torch.allclose(outputs(ours, name), expected, **TOLERANCE), "outputs after a step"
+    assert case.close(outputs(ours, name), expected), "outputs after a step"
     back = peft.PeftModel.from_pretrained(base(name), folder / "ours")
-    assert torch.allclose(outputs(back, name), expected, **TOLERANCE), "own file in PEFT"
+    assert case.close(outputs(back, name), expected), "own file in PEFT"
     merged, error = attempt(lambda: theirs.merge_and_unload())
     if error is not None:
         return f"PEFT cannot merge: {_short(error)}"
     own = ours.merge_and_unload()
     same_merged = outputs(merged, name)
-    if not torch.allclose(same_merged, expected, atol=1e-4, rtol=1e-3):
-        assert torch.allclose(outputs(own, name), expected, atol=1e-4, rtol=1e-3), "merged, where PEFT is wrong"
+    if not case.close(same_merged, expected):
+        assert case.close(outputs(own, name), expected), "merged, where PEFT is wrong"
         return "PEFT's merged model gives something else"
-    assert torch.allclose(outputs(own, name), expected, atol=1e-4, rtol=1e-3), "merged"
-    same({k: v for k, v in own.state_dict().items()}, dict(merged.state_dict()), "merged weights")
+    assert case.close(outputs(own, name), expected), "merged"
+    same(case, {k: v for k, v in own.state_dict().items()}, dict(merged.state_dict()), "merged weights")
     return "equal"
 
 
@@ -474,6 +486,10 @@ REFUSED = (
     r"init_lora_weights='(olora|pissa|orthogonal)' works on linear layers only",
     # PEFT trains both and saves one: the other is gone with the file.
     r"adapted or trained as a whole already; it cannot have an adapter of trainable_token_indices too",
+    # PEFT takes those of its inits that read a weight where the parameter happens to be called weight.
+    r"\(target_parameters\) does not work with init_lora_weights='(olora|pissa|orthogonal)'",
+    # PEFT copies the adapter of one of two tied layers to the other.
+    r"ensure_weight_tying ties trained rows of tokens, not other adapters",
 )
 """What nbpeft alone refuses, and why."""
 _APART = ("base_model_name_or_path", "peft_version", "auto_mapping", "inference_mode", "revision", "runtime_config")
@@ -489,7 +505,8 @@ def same_settings(own: Path, theirs: Path) -> None:
             continue
         if key == "target_modules" and isinstance(found.get(key), str) and isinstance(value, list):
             continue  # of a mixture: see ``cases``
-        values = [sorted(one) if isinstance(one, list) else one for one in (found.get(key) or None, value or None)]
+        # PEFT adds the head of a classifier to modules_to_save once more where it is named already.
+        values = [sorted(set(one)) if isinstance(one, list) else one for one in (found.get(key) or None, value or None)]
         assert values[0] == values[1], f"adapter_config.json: {key} is {values[0]!r}, in PEFT {values[1]!r}"
 
 
