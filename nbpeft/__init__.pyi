@@ -67,6 +67,7 @@ from .losses import chunked_loss as chunked_loss
 from .memory import Forecast as Forecast
 from .memory import forecast as forecast
 from .model import AdapterPool as AdapterPool
+from .model import ArrowConfig as ArrowConfig
 from .model import AutoPeftModel as AutoPeftModel
 from .model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -74,10 +75,12 @@ from .model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestion
 from .model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from .model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from .model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .model import BdLoraConfig as BdLoraConfig
 from .model import CordaConfig as CordaConfig
 from .model import DoraCaching as DoraCaching
 from .model import EvaConfig as EvaConfig
 from .model import KappaTuneSelector as KappaTuneSelector
+from .model import KasaConfig as KasaConfig
 from .model import LayerStatus as LayerStatus
 from .model import LoftQConfig as LoftQConfig
 from .model import LoraConfig as LoraConfig
@@ -87,6 +90,8 @@ from .model import LoraModel as LoraModel
 from .model import LoraRuntimeConfig as LoraRuntimeConfig
 from .model import ModelStatus as ModelStatus
 from .model import ModulesToSaveWrapper as ModulesToSaveWrapper
+from .model import MontecloraConfig as MontecloraConfig
+from .model import MontecloraTrainerMixin as MontecloraTrainerMixin
 from .model import PeftConfig as PeftConfig
 from .model import PeftModel as PeftModel
 from .model import PeftModelForCausalLM as PeftModelForCausalLM
@@ -97,10 +102,12 @@ from .model import PeftModelForSequenceClassification as PeftModelForSequenceCla
 from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .model import PeftType as PeftType
 from .model import TaskType as TaskType
+from .model import VeloraConfig as VeloraConfig
 from .model import cast_adapter_dtype as cast_adapter_dtype
 from .model import cast_mixed_precision_params as cast_mixed_precision_params
 from .model import check_if_peft_model as check_if_peft_model
 from .model import convert_to_lora as convert_to_lora
+from .model import create_arrow_model as create_arrow_model
 from .model import delete_adapter as delete_adapter
 from .model import disable_input_dtype_casting as disable_input_dtype_casting
 from .model import find_kappa_target_modules as find_kappa_target_modules

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.model_tree import bare_modules
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.errors import BaseMismatchError
 
 _PREFIX = "nbpeft.base."
@@ -89,7 +90,9 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         for weight in module._parameters.values():
             if weight is None or weight.dim() < 2:
                 continue
-            quantized = weight.element_size() < 2 or not weight.is_floating_point()
+            quantized = (
+                weight.element_size() < 2 or not weight.is_floating_point() or isinstance(weight, QuantizedMatrices)
+            )
             dtypes["quantized" if quantized else str(weight.dtype).removeprefix("torch.")] += weight.numel()
             if quantized or weight.is_meta or hasattr(weight, "full_tensor"):
                 in_memory = False

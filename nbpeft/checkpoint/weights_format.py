@@ -160,7 +160,9 @@ def from_file(
         else:
             found[fitting] = tensor
     unexpected = [key for key in unexpected if not _is_repeated(key, found)]
-    if not found and slots:
+    if not found and (
+        expected.base or expected.shared or any(map(any, (expected.adapters.values(), expected.copies.values())))
+    ):
         raise _nothing_fits(tensors, slots, key_mapping)
     weights, mismatched = _sorted_in(found, slots)
     wrong = next((key for key, tensor in found.items() if not _is_plain(tensor, expected.others.get(key))), None)
@@ -223,8 +225,9 @@ def _slots(expected: Expected, peft_type: str) -> dict[str, tuple[Slot, Shape]]:
     """Key without prefix -> where its tensor goes and the shape it must have."""
     spelling, places = file_keys(peft_type), _Places(expected.adapters, expected.copies, expected.parameters)
     slots: dict[str, tuple[Slot, Shape]] = {}
+    nowhere = transforms_calls(peft_type)
     for path, parameters in expected.adapters.items():
-        place = "" if transforms_calls(peft_type) else f"{places.of_adapter(path)}."
+        place = "" if nowhere else f"{places.of_adapter(path)}."
         for name, shape in parameters.items():
             slots[f"{place}{spelling.get(name, name)}"] = ("adapters", path, name), shape
     for path, parameters in expected.copies.items():

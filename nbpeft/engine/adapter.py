@@ -378,6 +378,12 @@ class Adapter(nn.Module):
     is_tied: ClassVar[bool] = False
     """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
 
+    frozen_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters that a file holds as any other, and that are never trained."""
+
+    has_tensors: ClassVar[bool] = True
+    """Whether there is anything in it that a file would hold."""
+
     takes_quantized: ClassVar[bool] = True
     """Whether it goes on a layer whose weight is stored quantized."""
 
@@ -568,6 +574,12 @@ class Adapter(nn.Module):
             "in calls of the model; put it on the layer",
             stacklevel=3,
         )
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Sets whether gradients reach its parameters, but for those that are never trained."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in self.frozen_parameters)
+        return self
 
     def layer_names(self) -> tuple[str, ...]:
         """Names under which PEFT's layers keep parameters of the method."""

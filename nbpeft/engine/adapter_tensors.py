@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, SharedState
+from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, SharedState
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.parameter_layer import AdaptedParameter
@@ -24,8 +24,12 @@ def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
         (owner._parameters, key)
         for owner in _owners(layers, copies, name)
         for key, parameter in owner._parameters.items()
-        if parameter is not None and parameter.is_floating_point()
+        if parameter is not None and parameter.is_floating_point() and key not in _frozen(owner)
     ]
+
+
+def _frozen(owner: nn.Module) -> tuple[str, ...]:
+    return owner.frozen_parameters if isinstance(owner, Adapter) else ()
 
 
 def _owners(layers: Layers, copies: Copies, name: str) -> Iterator[nn.Module]:

@@ -1,15 +1,17 @@
 """What the engine asks of a kind of layer and of a way to store its weight.
 
 LayerKind   one kind of layer that can be adapted (Linear, Conv1D, Embedding, …)
+Composite   one whose modules compute with several weights themselves (MultiheadAttention)
 Backend     one way a weight is stored (dense, bitsandbytes 4-bit, …)
 BaseLayer   what an adapter may see of the layer it sits on: its kind and backend, joined
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +119,23 @@ class LayerKind(Protocol):
         ...
 
 
+class Composite(ABC):
+    """A ``LayerKind`` of modules that compute with several weights, some of layers inside them that they never call.
+
+    Each of the weights gets an adapter: the module's own parameter one at the path of the module, those of the
+    layers one at theirs. A method names the class of such adapters (``Method.kind_classes``).
+    """
+
+    parameter: ClassVar[str]
+    """The module's own parameter that is adapted."""
+    layers: ClassVar[tuple[str, ...]]
+    """Names of the layers inside it whose weights it reads."""
+
+    @abstractmethod
+    def refusal(self, module: nn.Module) -> str:
+        """Why a module of the kind cannot be adapted, as part of a sentence; else empty."""
+
+
 class BaseLayer:
     """What an adapter may see of the layer it sits on.
 
@@ -125,19 +144,28 @@ class BaseLayer:
         kind: what kind of layer it is.
         backend: how its weight is stored.
         context: in a forward, what the adapter's method prepared for this call of the model; else None.
+        adapters: name -> adapter of what is on the layer; empty where it is seen by itself.
     """
 
-    __slots__ = ("backend", "context", "kind", "module")
+    __slots__ = ("adapters", "backend", "context", "kind", "module")
 
-    def __init__(self, module: nn.Module, kind: LayerKind, backend: Backend, context: Any = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        kind: LayerKind,
+        backend: Backend,
+        context: Any = None,
+        adapters: Mapping[str, Any] | None = None,
+    ) -> None:
         self.module = module
         self.kind = kind
         self.backend = backend
         self.context = context
+        self.adapters: Mapping[str, Any] = {} if adapters is None else adapters
 
     def within(self, context: Any) -> BaseLayer:
         """The same layer in a call with a context."""
-        return BaseLayer(self.module, self.kind, self.backend, context)
+        return BaseLayer(self.module, self.kind, self.backend, context, self.adapters)
 
     @property
     def in_features(self) -> int:

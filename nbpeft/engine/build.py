@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
-from nbpeft.engine.base import offloading
+from nbpeft.engine.base import Composite, offloading
+from nbpeft.engine.composite_layer import AdaptedComposite
 from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
+from nbpeft.engine.fast_paths import is_encoder_layer, settle_fast_paths
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_calls import put_hooks, take_hooks
@@ -112,18 +114,21 @@ def build(
 
 def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: ActiveState) -> AdaptedLayer:
     wrapper = site.wrapper
-    if target.parameter:
-        wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
-        alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
-        kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
-        made = wrappers.get(target.parameter) if alike else None
-        return made or AdaptedParameter(site.module, target.parameter, kind, backend, active_state)
     if target.adapter_class is CustomAdapter:
         fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
         return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
+    kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
+    if isinstance(kind, Composite):
+        made = wrapper if isinstance(wrapper, AdaptedComposite) else None
+        return made or AdaptedComposite(site.module, target.parameter, kind, backend, active_state)
+    if target.parameter:
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
+        alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
+        own = wrappers.get(target.parameter) if alike else None
+        return own or AdaptedParameter(site.module, target.parameter, kind, backend, active_state)
     if isinstance(wrapper, AdaptedLayer) and not isinstance(wrapper, CustomLayer):
         return wrapper
-    return AdaptedLayer(site.module, layer_kind_named(target.kind), backend_named(target.backend), active_state)
+    return AdaptedLayer(site.module, kind, backend, active_state)
 
 
 def shared_state(
@@ -160,7 +165,7 @@ def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | Non
         owner, _, own = name.rpartition(".")
         holder = adapter.get_submodule(owner)
         if name in site.shapes:
-            holder._parameters[own] = nn.Parameter(tensor)
+            holder._parameters[own] = nn.Parameter(tensor, name not in adapter.frozen_parameters)
         else:
             holder._buffers[own] = tensor
     return adapter
@@ -253,6 +258,9 @@ def commit(
         for site in sites:
             change.set_item(site.parent._modules, site.attribute, module)
         copies[sites[0].path] = module
+    hung = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
+    if any(is_encoder_layer(parent) for parent in hung):
+        settle_fast_paths(parts.model, change)
 
 
 def drop(
@@ -294,12 +302,15 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module], cha
     if not replacements:
         return
     take_hooks(model, replacements, change)
-    for parent in reached_modules(model):
+    parents = reached_modules(model)
+    for parent in parents:
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 while id(child) in replacements:  # wrappers for several parameters of a module are inside each other
                     child = replacements[id(child)]
                 change.set_item(parent._modules, attribute, child)
+    if any(is_encoder_layer(parent) for parent in parents):
+        settle_fast_paths(model, change)
 
 
 def prepare_storage(model: nn.Module, change: Transaction) -> None:

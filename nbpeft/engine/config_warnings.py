@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
-from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.model_tree import Site, embedding_of, reader_of
 from nbpeft.engine.registry import resolve_layer_kind
 from nbpeft.errors import ConfigError, PeftWarning, TargetError, shown
 
@@ -24,6 +24,24 @@ def missing_head_message(missing: Sequence[str]) -> str:
         f"the model has no module {' or '.join(missing)}: its head, under whatever name, is neither trained nor "
         "saved unless modules_to_save names it"
     )
+
+
+def warn_of_uncalled(sites: Sequence[Site], adapted: Set[str]) -> None:
+    """Says once where an adapter does not act, because the module around its layer only reads the layer's weight.
+
+    Args:
+        sites: of the layers that get an adapter.
+        adapted: their paths.
+    """
+    for site in sites:
+        reader, path = reader_of(site), site.path.rpartition(".")[0]
+        if reader is not None and path not in adapted:
+            warnings.warn(
+                f"the adapter at {site.path} does not act: {type(reader).__name__:.60} reads the weight there without "
+                f"calling the layer; target {path} instead, or exclude {site.attribute}",
+                stacklevel=5,
+            )
+            return
 
 
 def warn_of_tied(

@@ -662,7 +662,7 @@ class AdapterManager:
     def extra_loss(self) -> Tensor | None:
         """The sum of what the adapters that train add to the loss, a scalar; None if that is nothing."""
         losses = [loss for hooked in self._hooked() if (loss := hooked.extra_loss()) is not None]
-        return sum(losses[1:], losses[0]) if losses else None
+        return sum((loss.to(losses[0].device) for loss in losses[1:]), losses[0]) if losses else None
 
     def _hooked(self) -> Iterator[LearnsWithHooks]:
         for name in self.active if self.enabled else ():

@@ -1,4 +1,4 @@
-"""Arithmetic that layers and methods share: dtypes, sums in place, finite numbers."""
+"""Arithmetic that layers and methods share: dtypes, sums in place, finite numbers, whether a tensor has changed."""
 
 from __future__ import annotations
 
@@ -57,6 +57,17 @@ def composes() -> bool:
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Turns autocast off for a block, where it is on: it costs less not to, and no interruption can leave it off."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def stamp(tensor: Tensor, *, deep: bool = False) -> Any:
+    """Changes when the tensor does; None where that cannot be told.
+
+    The version counter misses writes through ``.data``, so small host tensors are summed too.
+    """
+    if tensor.is_inference():
+        return None
+    total = float(tensor.sum()) + float(tensor[(0,) * tensor.ndim]) if deep and tensor.device.type == "cpu" else 0.0
+    return tensor.data_ptr(), tensor._version, total
 
 
 class _AddDelta(torch.autograd.Function):

@@ -25,16 +25,17 @@ from nbpeft.engine.config_warnings import (
     warn_about_config,
     warn_of_experts,
     warn_of_tied,
+    warn_of_uncalled,
 )
 from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
+from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, reader_of, walk
 from nbpeft.engine.module_paths import suffixes
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper, only_holds
 from nbpeft.engine.parameter_layer import AdaptedParameter
 from nbpeft.engine.parameter_targets import no_parameter, parameter_sites
-from nbpeft.engine.registry import Method, companions, method_of, resolve_backend, resolve_layer_kind
+from nbpeft.engine.registry import Method, companions, composite_kind, method_of, resolve_backend, resolve_layer_kind
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
@@ -64,7 +65,7 @@ class Target:
         adapter_class: class of the adapter.
         config: what makes it: the plan's config, or what a companion method takes.
         tied_to: path of the target whose tensors this one shares; else empty.
-        parameter: name of the parameter in its module, where that is adapted and no layer; else empty.
+        parameter: name of the parameter in its module, where that is no layer, or a composite one; else empty.
         matrix_count: how many matrices that parameter holds: experts.
     """
 
@@ -85,6 +86,11 @@ class Target:
         """Path of the module that gets a wrapper."""
         return self.path.removesuffix(f".{self.parameter}") if self.parameter else self.path
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the config names the parameter and not the module."""
+        return self.path != self.module_path
+
     def adapted_in(self, module: nn.Module) -> nn.Module:
         """What has the adapted weight as its ``weight``, of the module at that path."""
         return ParameterView(module, self.parameter) if self.parameter else module
@@ -101,8 +107,9 @@ class Target:
 
     @property
     def parameter_count(self) -> int:
-        """Parameters added here."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        """Parameters added here that are trained."""
+        frozen = self.adapter_class.frozen_parameters
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in frozen)
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,7 @@ def plan(
     unused_exclude = matcher.excludes_none_of(site.path for site in sites)
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
+    warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
     _check_size(model, (*targets, *parts))
     ensured = bool(getattr(resolved, "ensure_weight_tying", False))
     everything = [(site.path, site.module) for site in sites]
@@ -339,7 +347,12 @@ def _match(
         if isinstance(site.wrapper, ModulesToSaveWrapper):
             raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
         check_called(model, path)
-        targets.append(_target(site, config, method))
+        kind = composite_kind(site.module)
+        if kind is not None and custom_part(site.module, site.wrapper, config, path) is None:
+            targets += _composite_targets(site, sites, kind, config, method)
+            seen.update(id(other.module) for other in sites if reader_of(other) is site.module)
+        else:
+            targets.append(_target(site, config, method))
     return targets, excluded
 
 
@@ -394,12 +407,36 @@ def _target(
     return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, made_by, config, tied_to)
 
 
+def _composite_targets(site: Site, sites: list[Site], kind: Any, config: Any, method: Method) -> list[Target]:
+    """The targets of a composite module: its own weight, and the layers inside it whose weights it reads."""
+    adapter_class, view = method.kind_classes.get(kind.name), ParameterView(site.module, kind.parameter)
+    refusal = kind.refusal(site.module)
+    if adapter_class is None:
+        refusal = f"{method.title(config)} does not work there (target module is not supported)"
+    elif isinstance(site.wrapper, AdaptedParameter):
+        refusal = "another adapter adapts its parameters (target_parameters)"
+    backend = None if refusal else resolve_backend(view)
+    if adapter_class is None or backend is None:
+        what = type(site.module).__name__
+        raise TargetError(
+            f"{site.path} is a {what:.60}, which cannot be adapted: {refusal or 'its weight is quantized'}; exclude it",
+            path=site.path,
+            kind=what,
+        )
+    shapes = adapter_class.parameter_shapes(config, site.path, view, kind)
+    sizes = kind.features(view)
+    own = Target(site.path, kind.name, backend.name, *sizes, shapes, adapter_class, config, "", kind.parameter)
+    inner = (other for other in sites if reader_of(other) is site.module)
+    return [own, *(_target(other, config, method, adapter_class=adapter_class) for other in inner)]
+
+
 def _parameter_target(site: Site, config: Any, method: Method) -> Target:
-    if method.parameter_class is None:
+    adapter_class = method.kind_classes.get("parameter")
+    if adapter_class is None:
         raise ConfigError(
             f"target_parameters does not work with {method.title(config)}; use plain LoRA", field="target_parameters"
         )
-    target = _target(site, config, method, adapter_class=method.parameter_class)
+    target = _target(site, config, method, adapter_class=adapter_class)
     assert isinstance(site.module, ParameterView)
     return replace(target, parameter=site.module.parameter_name, matrix_count=site.module.count)
 

@@ -35,6 +35,7 @@ _held: weakref.WeakKeyDictionary[Optimizer, weakref.WeakKeyDictionary[Any, tuple
 _held = weakref.WeakKeyDictionary()
 """Optimizer -> manager -> its revision, and the adapters of which the optimizer holds parameters."""
 _hooked: list[object] = []
+_steps = [0]
 
 
 def watch(manager: Manager) -> None:
@@ -42,6 +43,11 @@ def watch(manager: Manager) -> None:
     _managers.add(manager)
     if not _hooked:  # not when this is imported: that changes nothing in other libraries
         _hooked.append(register_optimizer_step_post_hook(_after_step))
+
+
+def optimizer_steps() -> int:
+    """How many steps optimizers have made since the first model was adapted: fused ones leave no other trace."""
+    return _steps[0]
 
 
 def mark_unsaved(manager: Manager, *names: str) -> None:
@@ -63,6 +69,7 @@ def mark_saved(manager: Manager, *names: str) -> None:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
+    _steps[0] += 1
     for manager in tuple(_managers):
         if manager.alive:
             unmarked = [name for name in _held_by(optimizer, manager) if name not in manager.unsaved]

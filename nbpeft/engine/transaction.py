@@ -11,6 +11,7 @@ error ends there. Subscribers hear of it once, when the outermost one is done.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from types import TracebackType
@@ -166,10 +167,7 @@ class Transaction:
         for tensor in tensors:
             groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
         for group in groups.values():
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            parts = torch.split(flat, [tensor.numel() for tensor in group])
-            copies = [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)]
-            self._undo.append(lambda group=group, copies=copies: torch._foreach_copy_(group, copies))  # type: ignore[misc]
+            self._undo.append(functools.partial(_put_back, group, torch.cat([tensor.reshape(-1) for tensor in group])))
 
     def keep_data(self, parameters: Iterable[nn.Parameter]) -> None:
         """Records which storage parameters have, and their gradients; for those that get another one."""
@@ -236,6 +234,12 @@ class Block:
             self._transaction.end(failed=True)
             raise
         return self._transaction.end(failed=failed)
+
+
+def _put_back(tensors: list[Tensor], flat: Tensor) -> None:
+    """Writes into tensors what lies in one block of memory, one after the other."""
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def _set_requires_grad(tensors: Iterable[Tensor], requires_grad: bool) -> None:

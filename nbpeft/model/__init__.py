@@ -10,8 +10,14 @@ from nbpeft.engine.methods.lora.init_configs import CordaConfig as CordaConfig
 from nbpeft.engine.methods.lora.init_configs import EvaConfig as EvaConfig
 from nbpeft.engine.methods.lora.init_configs import LoftQConfig as LoftQConfig
 from nbpeft.engine.methods.lora.init_configs import LoraGAConfig as LoraGAConfig
+from nbpeft.engine.methods.lora.variant_configs import ArrowConfig as ArrowConfig
+from nbpeft.engine.methods.lora.variant_configs import BdLoraConfig as BdLoraConfig
+from nbpeft.engine.methods.lora.variant_configs import KasaConfig as KasaConfig
+from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig as MontecloraConfig
+from nbpeft.engine.methods.lora.variant_configs import VeloraConfig as VeloraConfig
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper as ModulesToSaveWrapper
 from nbpeft.engine.registry import method_of
+from nbpeft.model.arrow import create_arrow_model as create_arrow_model
 from nbpeft.model.auto import AutoPeftModel as AutoPeftModel
 from nbpeft.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from nbpeft.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -35,6 +41,7 @@ from nbpeft.model.functional import delete_adapter as delete_adapter
 from nbpeft.model.functional import get_peft_config as get_peft_config
 from nbpeft.model.functional import set_adapter as set_adapter
 from nbpeft.model.functional import set_requires_grad as set_requires_grad
+from nbpeft.model.helpers import MontecloraTrainerMixin as MontecloraTrainerMixin
 from nbpeft.model.helpers import check_if_peft_model as check_if_peft_model
 from nbpeft.model.helpers import disable_input_dtype_casting as disable_input_dtype_casting
 from nbpeft.model.helpers import rescale_adapter_scale as rescale_adapter_scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
@@ -85,9 +86,12 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         adapter_name: its name.
         autocast_adapter_dtype: False does nothing.
     """
-    parameters = require_manager(model).parameters(adapter_name)
+    manager = require_manager(model)
+    manager.require(adapter_name)
     if autocast_adapter_dtype:
-        _cast(parameters, torch.float32)
+        adapters = (layer.adapters._modules.get(adapter_name) for layer in manager.layers.values())
+        frozen = (adapter.parameters() for adapter in adapters if adapter is not None)
+        _cast([*manager.parameters(adapter_name), *chain.from_iterable(frozen)], torch.float32)
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -113,3 +113,7 @@ def _borrow(model: PeftModel, name: str) -> None:
     theirs = getattr(type(model.get_base_model()), name)
     functools.update_wrapper(borrowed, theirs, assigned=("__doc__", "__name__", "__annotations__"))
     setattr(model, name, MethodType(borrowed, model))
+
+
+class MontecloraTrainerMixin:
+    """PEFT's mixin for Trainers of MonteCLoRA: nothing to add, the model returns a loss with its divergence."""

@@ -83,7 +83,7 @@ def _quantized_layers(manager: AdapterManager, name: str) -> dict[str, tuple[Ada
         adapter = layer.adapters._modules.get(name)
         if adapter is None or not is_quantized_layer(layer.base_layer):
             continue
-        if not isinstance(adapter, LowRankAdapter):
+        if not isinstance(adapter, LowRankAdapter) or adapter.computes_factors:
             raise AdapterError(f"adapter {name!r} is {type(adapter).__name__}, not LoRA: LoftQ sets low-rank factors")
         if adapter.initial is not None:
             raise AdapterError(f"adapter {name!r} started in a part of the weights: use init_lora_weights=True")

@@ -16,7 +16,7 @@ from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manager_of
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type
 from nbpeft.engine.reached import reached_modules
-from nbpeft.engine.registry import Method, methods
+from nbpeft.engine.registry import Method, methods, methods_of_type
 from nbpeft.engine.targets import usual_model_types
 from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.engine.transaction import Transaction
@@ -321,6 +321,8 @@ def tuner_class(method: Method) -> type[BaseTuner]:
     """Returns the class of ``base_model`` for a first adapter of a method: ``LoraModel``, ``IA3Model``."""
     name = _class_name(method)
     if name not in _classes:
+        alike = [one for one in methods_of_type(method.peft_type) if one.config_class is method.config_class]
+        functions = {name: function for one in alike for name, function in one.model_functions.items()}
         own: dict[str, Any] = {
             "prefix": method.prefix,
             "uses_shared_state": method.shared is not None,
@@ -332,7 +334,7 @@ def tuner_class(method: Method) -> type[BaseTuner]:
             "tuner_layer_cls": layer_type(method.peft_type, method.layer_name or name.replace("Model", "Layer")),
             "__doc__": f"``base_model`` of a handle whose first adapter is one of type {method.peft_type}.",
             "__module__": __name__,
-            **{name: _model_function(function) for name, function in method.model_functions.items()},
+            **{name: _model_function(function) for name, function in functions.items()},
         }
         _classes[name] = type(name, (BaseTuner,), own)
     return _classes[name]

@@ -18,8 +18,13 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def storages(tensors: list[Tensor]) -> dict[int, int]:
     """Address -> bytes of the distinct storages under some tensors."""
-    memory = [tensor.untyped_storage() for tensor in tensors]
+    memory = [part.untyped_storage() for tensor in tensors for part in _dense_parts(tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in memory if storage.nbytes()}
+
+
+def _dense_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or the indices and values of a sparse one."""
+    return [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
 
 
 def live_tensors() -> list[Tensor]:

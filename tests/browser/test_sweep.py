@@ -1,4 +1,4 @@
-"""A person trains three adapters side by side, stops one of them with a click, and then all."""
+"""A person trains three adapters side by side, stops one of them with a click, clones another, and stops all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.browser
 
 MODEL = """\
 %load_ext nbpeft
+import nbpeft
 import torch
 from tests.tiny_models import llama
 
@@ -31,9 +32,14 @@ learning_rate = sweep(1e-4, 1e-3, 1e-2)
 """
 
 
+AFTER = """\
+{member.name: (member.status, member.step < 20000) for member in nbpeft.session().last_result.state.members}
+"""
+
+
 @pytest.mark.parametrize("app", ["lab"], indirect=True)
-def test_one_of_three_is_stopped_and_then_all(open_notebook: Opener, pictures: Path) -> None:
-    page = open_notebook(MODEL, TRAIN)
+def test_one_is_stopped_another_cloned_and_all_stopped(open_notebook: Opener, pictures: Path) -> None:
+    page = open_notebook(MODEL, TRAIN, AFTER)
     page.run_cell(0)
     page.start_cell(1)
     page.wait_for(re.compile(r"^[1-9]\d[\d,]* / 20,000$"), cell=1, timeout=90)
@@ -41,6 +47,9 @@ def test_one_of_three_is_stopped_and_then_all(open_notebook: Opener, pictures: P
     page.wait_for(re.compile(r"stopped at step \d+"), cell=1, timeout=60)
     expect(page.button("Stop codes-lr1e-4", cell=1)).to_be_disabled()
     page.wait_for("running", cell=1)
+    page.click("Clone codes-lr1e-2", cell=1)
+    page.wait_for(re.compile(r"codes-lr1e-2-lr5e-3"), cell=1)
+    expect(page.button("Stop codes-lr1e-2-lr5e-3", cell=1)).to_be_enabled(timeout=30_000)
     for theme in ("light", "dark"):
         page.theme(theme)
         page.screenshot(pictures / f"sweep-running-{theme}.png")
@@ -51,3 +60,5 @@ def test_one_of_three_is_stopped_and_then_all(open_notebook: Opener, pictures: P
     expect(page.output(1).locator("img[src^='data:image/svg+xml']").first).to_be_visible()
     page.screenshot(pictures / "sweep-stopped.png")
     page.check()
+    page.run_cell(2)
+    assert "'codes-lr1e-2-lr5e-3': ('stopped', True)" in page.output_text(2)

@@ -108,6 +108,8 @@ def test_nothing_of_that_rank_is_closer(method: Method, fields: dict[str, Any]) 
 def test_it_is_no_further_than_that_of_peft(method: Method, fields: dict[str, Any], tmp_path: Path) -> None:
     if not hasattr(peft.PeftType, method.peft_type):
         pytest.skip("peft has no such method")
+    if method.label in ("BD-LoRA", "QALoRA"):
+        pytest.skip("peft takes what the file holds for the factors of a plain LoRA")
     model = random_model(method, fields)
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)

@@ -275,7 +275,7 @@ def test_auto_model_loads_the_base_the_adapter_names(tmp_path: Path) -> None:
         ({"target_modules": "q(", "layers_to_transform": None}, "not a regular expression"),
         ({"target_modules": "q", "layers_to_transform": [1]}, "needs target_modules to be a list"),
         ({"layers_pattern": "h"}, "needs layers_to_transform"),
-        ({"use_qalora": True}, "not implemented"),
+        ({"megatron_config": {"tensor_model_parallel_size": 2}}, "not implemented"),
         ({"lora_bias": True, "use_dora": True}, "is not supported for DoRA"),
     ],
 )

@@ -28,13 +28,6 @@ peft = pytest.importorskip("peft")
 # Reason -> patterns of differences, as the functions below write them.
 DIFFERENCES: dict[str, tuple[str, ...]] = {
     "variants and initialisations of LoRA that nbpeft lacks": (
-        "peft*: *ArrowConfig refuses",
-        "peft*: *BdLoraConfig refuses",
-        "peft*: KasaConfig refuses",
-        "peft*: MontecloraConfig refuses",
-        "peft*: VeloraConfig refuses",
-        "peft*: create_arrow_model refuses",
-        "peft.helpers: MontecloraTrainerMixin refuses",
         "peft.tuners.lora.arrow: *",
         "peft.tuners.lora.corda: *",
         "peft.tuners.lora.eva: no *",

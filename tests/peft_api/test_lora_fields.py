@@ -24,9 +24,14 @@ COMMON = {field.name for field in dataclasses.fields(peft.PeftConfig)}
 MORE: dict[str, tuple[Any, str]] = {
     "alora_invocation_tokens": ([1, 2], "beam search works with it"),
     "alpha_pattern": ({"q_proj": 3}, "hundreds of patterns cost one pass"),
+    "arrow_config": (
+        peft_lora.ArrowConfig(top_k=2),
+        "exact prototypes, made anew when weights change; adapters stay as they are; reads its own files",
+    ),
     "corda_config": (peft_lora.CordaConfig(), "batches of any size; the base stays as it is; saved as plain LoRA"),
     "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
-    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is; no `mica`"),
+    "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is"),
+    "kasa_config": (peft_lora.KasaConfig(), "the base stays as it is; what it adds to the loss is in the model's"),
     "layers_pattern": ("layers", "patterns that could run for ever are refused"),
     "loftq_config": (peft_lora.LoftQConfig(), "2 bits, too; the scaling counts; embeddings and Conv1D; no accelerator"),
     "lora_bias": (True, "merges in 4 and 8 bits"),
@@ -35,9 +40,22 @@ MORE: dict[str, tuple[Any, str]] = {
         "a start that can be had again; base and file as with CorDA",
     ),
     "modules_to_save": (["score"], "whole path segments: `score` is not `underscore`"),
+    "monteclora_config": (
+        peft_lora.MontecloraConfig(num_samples=2),
+        "quantized layers; nothing is drawn ahead; the divergence is right, and in the model's loss",
+    ),
     "rank_pattern": ({"q_proj": 2}, "hundreds of patterns cost one pass"),
     "target_modules": (["q_proj"], "one that matches nothing is named, with the near ones"),
+    "use_bdlora": (
+        peft_lora.BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2),
+        "served as plain LoRA, combined and converted, too; quantized layers and Conv1D",
+    ),
     "use_dora": (True, "norms from factors; several active in any order"),
+    "use_qalora": (
+        True,
+        "on every linear layer, where it merges; PEFT has it on GPTQ layers, and plain LoRA elsewhere",
+    ),
+    "velora_config": (peft_lora.VeloraConfig(num_groups=32), "quantized layers; no input is put together again"),
     "use_rslora": (True, "combined without scaling twice"),
 }
 """Field -> a value, and what is more than PEFT's."""
@@ -62,14 +80,8 @@ ACCEPTED: dict[str, tuple[Any, str]] = {
     ),
 }
 REFUSED: dict[str, Any] = {
-    "arrow_config": {"top_k": 2},
-    "kasa_config": {"beta": 1e-4},
     "layer_replication": [(0, 2), (1, 3)],
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "monteclora_config": {"num_samples": 2},
-    "use_bdlora": {"nblocks": 2},
-    "use_qalora": True,
-    "velora_config": {"num_groups": 32},
 }
 BESIDE: dict[str, dict[str, Any]] = {
     "layers_pattern": {"layers_to_transform": [0]},
@@ -99,7 +111,7 @@ def test_a_field_is_taken_as_peft_takes_it(name: str, monkeypatch: pytest.Monkey
     ours, theirs = nbpeft.LoraConfig(**given), peft.LoraConfig(**given)
     found, expected = getattr(ours, name), getattr(theirs, name)
     if dataclasses.is_dataclass(expected):
-        found, expected = vars(found), vars(expected)  # type: ignore[assignment]
+        found, expected = dataclasses.asdict(found), dataclasses.asdict(expected)
     assert found == expected
     assert type(nbpeft.LoraConfig(**ours.to_dict())) is nbpeft.LoraConfig
 

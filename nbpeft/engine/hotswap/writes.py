@@ -135,9 +135,11 @@ class Writes:
                 used, rest = home[:0], [home]
             else:
                 used, rest = (home, []) if pads is None else pads.used_part(key, home, shape)
-            source = given[key].detach().reshape(used.shape) if key in given else used
+            source = given.get(key, used)
+            if source.shape != used.shape:
+                source = source.reshape(used.shape)
             if fresh is not None:  # filled now; it takes the parameter's place when all is written
-                used.copy_(source)
+                used.copy_(source.detach())
                 for part in rest:
                     part.zero_()
                 continue

@@ -72,7 +72,7 @@ def _written(method: Method) -> str:
 
     for name, value in method.listed_with.items():
         if len(methods_of_type(method.peft_type)) > 1:
-            return f"{name}={value if value is True else '…'}"
+            return f"{name}={value if value is True or isinstance(value, str) else '…'}"
     return method.peft_type.lower()
 
 

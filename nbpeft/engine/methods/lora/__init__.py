@@ -1,8 +1,11 @@
-"""The LoRA family: LoRA, rsLoRA, DoRA, aLoRA and AdaLoRA, their inits, combining and optimizers.
+"""The LoRA family: LoRA, its variants and AdaLoRA, their inits, combining and optimizers.
 
 config.py         LoraConfig
-lora.py dora.py alora.py adalora.py   the methods
+lora.py dora.py alora.py mica.py bdlora.py qalora.py kasa.py arrow.py velora.py monteclora.py adalora.py   the methods
+together.py       the adapters of all layers, for what is computed over them
 adapter.py        what they share: two low-rank factors
+plain.py          a product that is added as it is: of LoRA and aLoRA
+attention.py      LoRA on the two weights of an attention module
 low_rank.py       the product of the factors on each kind of layer
 autograd.py       the product on linear layers, keeping nothing but its input for backward
 multi_adapter.py  one batch served by several adapters
@@ -14,6 +17,30 @@ optimizers.py     LoRA-FA and LoRA+
 family.py         what the records of the methods share
 """
 
-from nbpeft.engine.methods.lora import adalora, alora, dora, lora
+from nbpeft.engine.methods.lora import (
+    adalora,
+    alora,
+    arrow,
+    bdlora,
+    dora,
+    kasa,
+    lora,
+    mica,
+    monteclora,
+    qalora,
+    velora,
+)
 
-__all__ = ["adalora", "alora", "dora", "lora"]
+__all__ = [
+    "adalora",
+    "alora",
+    "arrow",
+    "bdlora",
+    "dora",
+    "kasa",
+    "lora",
+    "mica",
+    "monteclora",
+    "qalora",
+    "velora",
+]

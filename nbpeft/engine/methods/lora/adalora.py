@@ -27,13 +27,14 @@ from nbpeft.engine.adapter import (
     LowRankDelta,
     PeftType,
     Rescales,
-    SharedState,
 )
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_bias, check_count, check_number, check_share
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.together import Together
+from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_wide_targets
 from nbpeft.engine.transaction import Transaction
@@ -76,9 +77,10 @@ class AdaLoraConfig(LoraConfig):
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         *LoraConfig.not_implemented,
-        *("alora_invocation_tokens", "alpha_pattern", "lora_bias", "use_dora", "use_rslora"),
+        *("alora_invocation_tokens", "alpha_pattern", "lora_bias", "use_dora", "use_qalora", "use_rslora"),
+        *VARIANT_CONFIGS,
     )
-    unused: ClassVar[tuple[str, ...]] = (*LoraConfig.unused, "r")
+    unused: ClassVar[tuple[str, ...]] = (*LoraConfig.unused, "qalora_group_size", "r")
     pattern_fields: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {**LoraConfig.choices, "init_lora_weights": (True, False)}
     value_fields: ClassVar[tuple[str, ...]] = (
@@ -188,7 +190,7 @@ class AdaLoraConfig(LoraConfig):
         return f"rank_pattern [{few(unused)}] did not match any targeted module" if unused else ""
 
 
-class RankAllocator(SharedState, LearnsWithHooks):
+class RankAllocator(Together, LearnsWithHooks):
     """Shares the ranks of an adapter out among its layers.
 
     Args:
@@ -202,33 +204,9 @@ class RankAllocator(SharedState, LearnsWithHooks):
     config: AdaLoraConfig
 
     def __init__(self, config: AdaLoraConfig) -> None:
-        super().__init__()
-        self.__dict__.update(config=config, adapters={}, importance={}, state_after=None, told=False, warned=False)
+        super().__init__(config)
+        self.__dict__.update(importance={}, state_after=None, told=False, warned=False)
         self.__dict__["state_before"] = None
-
-    @classmethod
-    def tensor_shapes(
-        cls, config: AdaLoraConfig, features: Mapping[str, tuple[int, int]]
-    ) -> dict[str, tuple[int, ...]]:
-        """It has no tensors."""
-        return {}
-
-    @classmethod
-    def create(
-        cls,
-        config: AdaLoraConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Starts without any importance."""
-        return cls(config)
-
-    @classmethod
-    def is_saved(cls, config: AdaLoraConfig) -> bool:
-        """A file holds nothing of it."""
-        return False
 
     def extra_loss(self) -> Tensor | None:
         """The distance of A and B from orthogonal ones, on average, times ``orth_reg_weight``."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales
-from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.base import BaseLayer, Composite, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.decompositions import nearest_product
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_init, init_factors
-from nbpeft.engine.methods.lora.low_rank import LowRank, low_rank_of
+from nbpeft.engine.methods.lora.low_rank import LowRank, Shapes, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
 from nbpeft.engine.peft_layer_api import PeftLayerMixin
 from nbpeft.engine.transaction import Transaction
@@ -45,7 +45,7 @@ def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights:
         return
     config = LoraConfig(r=adapter.rank, init_lora_weights=init_lora_weights)
     check_init(config, "the layer", layer.module, layer.kind)
-    if config.initialised_from_weight or adapter.initial is not None:
+    if config.initialised_from_weight or adapter.initial is not None or config.init_name == "mica":
         raise ConfigError(
             "an adapter that starts in the weight cannot be reset on a layer: delete it and add it anew",
             field="init_lora_weights",
@@ -180,11 +180,21 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of what is added to the weight; twice the trained rank where there is an ``initial``."""
-        lora_A, lora_B = self.trained_factors
+        lora_A, lora_B = self.own_factors
         if self.initial is None:
             return lora_A, lora_B
         init_A, neg_init_B = self.initial
         return torch.cat([lora_A, init_A]), torch.cat([lora_B, neg_init_B], 1)
+
+    @property
+    def own_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B without an ``initial``, differentiable functions of the parameters; here those themselves."""
+        return self.trained_factors
+
+    @property
+    def computes_factors(self) -> bool:
+        """Whether ``own_factors`` are others than the parameters."""
+        return any(own is not held for own, held in zip(self.own_factors, self.trained_factors, strict=True))
 
     @property
     def trained_factors(self) -> tuple[Tensor, Tensor]:
@@ -296,6 +306,9 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
                 f"`lora_bias=True` was passed but the targeted layer of type {layer} has no bias: the adapter "
                 f"cannot be merged at {bare[0]}{more}"
             )
+        inside = [path for path, _, kind in modules if isinstance(kind, Composite)]
+        if config.lora_dropout and inside:
+            yield f"lora_dropout={config.lora_dropout:g} does not act at {inside[0]}: adapters there change the weights"
         for path, module, kind in modules:
             refusal = low_rank_of(kind).no_product_reason(module)
             if refusal:
@@ -348,9 +361,13 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         blocks = tensor.view(groups, tensor.shape[0] // groups, *tensor.shape[1:])
         return blocks[:, : shape[0] // groups], [blocks[:, shape[0] // groups :]]
 
+    def shapes_at(self, size: int, base: BaseLayer) -> Shapes:
+        """Shapes of the parameters A and B for a rank."""
+        return self.low_rank.shapes(base.module, size)
+
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The factors' parameters and their values padded with zeros to a rank."""
-        for key, shape in zip(self.factor_names, self.low_rank.shapes(base.module, size), strict=True):
+        for key, shape in zip(self.factor_names, self.shapes_at(size, base), strict=True):
             parameter = self.get_parameter(key)
             larger = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
             used, _ = self.used_part(key, larger, tuple(parameter.shape))

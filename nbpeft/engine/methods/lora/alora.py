@@ -24,7 +24,7 @@ from nbpeft.engine.combination import Combination, Member
 from nbpeft.engine.methods.lora.combining.adapters import CombineLowRank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.lora import PlainLowRank
+from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.engine.numerics import add_delta
 from nbpeft.engine.registry import register
 from nbpeft.errors import AdapterError, ConfigError
@@ -101,7 +101,7 @@ def _no_plain_lora(config: Any, adapters: Mapping[str, Any], weights: AdapterWei
     when="switching within a conversation: what a cache holds of the prompt stays valid",
     paper="arXiv:2504.12397",
     listed_with={"alora_invocation_tokens": [0], "task_type": "CAUSAL_LM"},
-    applies=lambda config: not config.use_dora and config.alora_invocation_tokens is not None,
+    applies=lambda config: config.variant == "alora_invocation_tokens",
     call_context=_invoked,
     **{**FAMILY, "combine": _CombineInvoked(), "without_weight": _no_plain_lora},
 )

@@ -24,16 +24,29 @@ from nbpeft.engine.config_checks import (
 from nbpeft.engine.field_types import plain
 from nbpeft.engine.layers_config import LayerByLayer
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS, CordaConfig, EvaConfig, LoraGAConfig, as_settings
+from nbpeft.engine.methods.lora.variant_configs import (
+    VARIANT_CONFIGS,
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    MontecloraConfig,
+    VeloraConfig,
+    no_variant,
+)
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.targets import with_target
 from nbpeft.errors import ConfigError, did_you_mean, shown
 
-INITS = ("gaussian", "orthogonal", "olora", "pissa", *INIT_CONFIGS)
+INITS = ("gaussian", "orthogonal", "olora", "pissa", "mica", *INIT_CONFIGS)
 """Named inits of ``init_lora_weights`` besides True, False and ``pissa_niter_N``."""
 _PISSA_ITERATIONS = re.compile(r"pissa_niter_([0-9]{1,3})")
 _MOST_ITERATIONS = 128
 """Each costs two decompositions; after a few the subspace no longer changes."""
 
+_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_qalora", *VARIANT_CONFIGS)
+"""Fields that ask for another method than LoRA; see ``LoraConfig.variant``."""
+_OWN_START = ("use_bdlora", "use_qalora", "kasa_config")
+"""Those of them whose factors are none that an init by name could give."""
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -76,7 +89,14 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         eva_config: settings of init_lora_weights="eva".
         corda_config: settings of init_lora_weights="corda".
         lora_ga_config: settings of init_lora_weights="lora_ga".
+        kasa_config: learn singular values in the place of the weight's smallest (KaSA).
+        use_qalora: let the first factor see the means of groups of inputs (QA-LoRA).
+        qalora_group_size: how many inputs have one mean.
+        use_bdlora: make one factor of each layer block-diagonal (BD-LoRA).
         alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
+        arrow_config: route each token through other adapters of the model (Arrow, GenKnowSub).
+        velora_config: keep a fraction of a layer's input for backward (VeLoRA).
+        monteclora_config: train with samples around A, and how far they are spread (MonteCLoRA).
 
     Raises:
         ConfigError: a value is impossible, or asks for something that is not implemented.
@@ -104,41 +124,29 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     corda_config: CordaConfig | None = field(default=None)
     lora_ga_config: LoraGAConfig | None = field(default=None)
     use_dora: bool = field(default=False)
-    velora_config: dict[str, Any] | None = field(default=None)
+    velora_config: VeloraConfig | None = field(default=None)
     alora_invocation_tokens: list[int] | None = field(default=None)
     use_qalora: bool = field(default=False)
     qalora_group_size: int = field(default=16)
-    monteclora_config: dict[str, Any] | None = field(default=None)
+    monteclora_config: MontecloraConfig | None = field(default=None)
     layer_replication: list[tuple[int, int]] | None = field(default=None)
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = field(default=False)
     target_parameters: list[str] | None = field(default=None)
-    use_bdlora: dict[str, Any] | None = field(default=None)
-    arrow_config: dict[str, Any] | None = field(default=None)
-    kasa_config: dict[str, Any] | None = field(default=None)
+    use_bdlora: BdLoraConfig | None = field(default=None)
+    arrow_config: ArrowConfig | None = field(default=None)
+    kasa_config: KasaConfig | None = field(default=None)
     ensure_weight_tying: bool = field(default=False)
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         "megatron_config",
-        "velora_config",
-        "use_qalora",
-        "monteclora_config",
         "layer_replication",
-        "use_bdlora",
-        "arrow_config",
-        "kasa_config",
     )
     instead: ClassVar[Mapping[str, str]] = {
         "megatron_config": "Megatron's parallel layers are not adapted: use a model of transformers, with FSDP or DDP",
-        "velora_config": "leave it out: of a layer's input one copy is kept as it is; checkpointing keeps less",
-        "use_qalora": "leave it out: adapt the quantized base, and merge into full precision",
-        "monteclora_config": "leave it out, and use lora_dropout",
         "layer_replication": "repeat the layers of the model first, then adapt it",
-        "use_bdlora": "leave it out: plain factors can be split by the engine that serves them",
-        "arrow_config": "leave it out: choose an adapter for each row with adapter_names, or combine them",
-        "kasa_config": "use init_lora_weights='pissa', which starts in the weight, too",
     }
-    unused: ClassVar[tuple[str, ...]] = ("megatron_core", "qalora_group_size", "runtime_config")
+    unused: ClassVar[tuple[str, ...]] = ("megatron_core", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
         *("r", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "loftq_config"),
     )
@@ -155,7 +163,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     )
     card_fields: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "target_modules", "modules_to_save"),
-        "alora_invocation_tokens",
+        *("alora_invocation_tokens", "use_qalora", *VARIANT_CONFIGS),
     )
     card_tags: ClassVar[tuple[str, ...]] = ("lora",)
 
@@ -166,6 +174,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self._check_choices()
         self._check_init_settings()
         self._check_invocation()
+        self._check_variants()
         check_target_fields(self, pattern_fields=self.pattern_fields)
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
@@ -231,12 +240,40 @@ class LoraConfig(AdapterConfig, LayerByLayer):
                 f"alora_invocation_tokens must be a list of token ids, not {shown(tokens)}",
                 field="alora_invocation_tokens",
             )
-        if self.use_dora or self.initialised_from_weight:
+        if self.use_dora or self.init_from_weight:
             other = "use_dora=True" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
             raise ConfigError(
                 f"alora_invocation_tokens cannot be used with {other}: tokens before are the base model's",
                 field="alora_invocation_tokens",
             )
+
+    def _check_variants(self) -> None:
+        for name, settings_class in VARIANT_CONFIGS.items():
+            setattr(self, name, as_settings(name, getattr(self, name), settings_class))
+        if self.use_qalora:
+            check_count("qalora_group_size", self.qalora_group_size)
+        if len(self._variants) > 1:
+            first, second = self._variants[:2]
+            raise ConfigError(f"{first} cannot be combined with {second}: each is a method of its own", field=second)
+        alone = next((name for name in _OWN_START if name in self._variants), "")
+        if alone and self.init_name not in ("default", "random", "gaussian"):
+            raise ConfigError(
+                f"{alone} cannot be used with init_lora_weights={self.init_lora_weights!r}, only with True, False or "
+                "'gaussian'",
+                field="init_lora_weights",
+            )
+        if alone and self.lora_bias and alone != "kasa_config":
+            raise ConfigError(f"{alone} cannot be used with lora_bias=True", field="lora_bias")
+
+    @property
+    def _variants(self) -> list[str]:
+        asked = [name for name in _VARIANTS if getattr(self, name) not in (None, False)]
+        return [*asked, "mica"] if self.init_name == "mica" else asked
+
+    @property
+    def variant(self) -> str:
+        """Which method of the family it means: the field that asks for it, or ``mica``; empty for LoRA."""
+        return next(iter(self._variants), "")
 
     @property
     def init_name(self) -> str:
@@ -254,7 +291,12 @@ class LoraConfig(AdapterConfig, LayerByLayer):
 
     @property
     def initialised_from_weight(self) -> bool:
-        """Whether the init is OLoRA's, PiSSA's, LoftQ's, CorDA's or LoRA-GA's; see ``AdapterConfig``."""
+        """Whether it is KaSA, or the init OLoRA's, PiSSA's, LoftQ's, CorDA's or LoRA-GA's; see ``AdapterConfig``."""
+        return self.kasa_config is not None or self.init_from_weight
+
+    @property
+    def init_from_weight(self) -> bool:
+        """Whether ``init_lora_weights`` alone says so."""
         return self.init_name in ("olora", "pissa", "pissa_niter", "loftq") or self.initialised_from_data
 
     @property
@@ -302,7 +344,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     def with_layer(self, path: str, layer_config: LoraConfig, *, target: bool) -> Self:
         """A copy with rank and alpha of one layer; see ``LayerByLayer``."""
         apart = ("init_lora_weights",) if self.initialised_from_weight or layer_config.initialised_from_weight else ()
-        for name in ("lora_bias", *apart):
+        for name in ("lora_bias", *no_variant(), "qalora_group_size", *apart):
             if getattr(self, name) != getattr(layer_config, name):
                 raise ConfigError(f"{name} must be the adapter's own, {getattr(self, name)!r}", field=name)
         exact, rank, scaling = f"^{path}", layer_config.rank_at(path), layer_config.scaling_at(path)

@@ -1,6 +1,6 @@
 """Adapters rewritten as plain LoRA.
 
-Initialised from the weight (OLoRA, PiSSA): twice the rank, and it can be used on any copy of the base
+Initialised from the weight (OLoRA, PiSSA, KaSA): twice the rank, and it can be used on any copy of the base
 without computing the start again.
 
     W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
@@ -23,6 +23,7 @@ from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.init_configs import no_settings
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.variant_configs import no_variant
 from nbpeft.errors import AdapterError
 
 KEPT_FIELDS = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save", "bias")
@@ -57,9 +58,10 @@ def as_plain_lora(
     tensors = dict(weights.adapters)
     for path, (adapter, (init_A, neg_init_B)) in started.items():
         name_A, name_B = adapter.factor_names
-        lora_A, lora_B = tensors[path][name_A], tensors[path][name_B]
+        saved = tensors[path]
+        lora_A, lora_B = adapter.own_factors if adapter.computes_factors else (saved[name_A], saved[name_B])
         tensors[path] = {
-            **tensors[path],
+            **{key: tensor for key, tensor in saved.items() if key == f"{name_B}_bias"},
             name_A: torch.cat([lora_A, init_A.to(lora_A)]),
             name_B: torch.cat([lora_B, neg_init_B.to(lora_B)], 1),
         }
@@ -116,6 +118,7 @@ def _doubled(config: Any, others: Iterable[str]) -> AdapterConfig:
     doubled: AdapterConfig = config.copy(
         init_lora_weights=True,
         **no_settings(),
+        **no_variant(),
         r=2 * config.r,
         lora_alpha=config.lora_alpha * factor,
         rank_pattern={path: config.rank_at(path) for path in kept} | ranks,

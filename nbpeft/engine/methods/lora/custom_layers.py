@@ -387,7 +387,7 @@ def _check_plain(config: LoraConfig, layer_class: str) -> None:
     asked = {
         "use_dora=True": config.use_dora,
         f"init_lora_weights={config.init_lora_weights!r}": config.init_name not in ("default", "random", "gaussian"),
-        "alora_invocation_tokens": config.alora_invocation_tokens is not None,
+        config.variant: bool(config.variant),
     }
     unknown = next((field for field, is_asked in asked.items() if is_asked), None)
     if unknown is not None:

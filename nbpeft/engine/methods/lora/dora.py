@@ -26,6 +26,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.numerics import stamp
 from nbpeft.engine.registry import register
 
 _CANCELLATION = 1e-2
@@ -38,7 +39,7 @@ _CANCELLATION = 1e-2
     when="low ranks, where it learns a little more than LoRA, at a slower step",
     paper="arXiv:2402.09353",
     listed_with={"use_dora": True},
-    applies=lambda config: config.use_dora,
+    applies=lambda config: config.variant == "use_dora",
     variant=lambda config: "rsDoRA" if config.use_rslora else "",
     sample_configs={
         "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},
@@ -95,11 +96,11 @@ class DoRA(LowRankAdapter):
             # Fused and 8-bit optimizers do not bump `_version`, so a cached norm cannot be trusted.
             self._norm = None
             return self._compute_norm(base)
-        trained = (_stamp(factor.detach(), deep=True) for factor in self.trained_factors)
-        scaling = _stamp(self.scaling) if isinstance(self.scaling, Tensor) else self.scaling
-        stamp = (*trained, _weight_stamp(base), scaling)
-        if self._norm is None or self._norm[0] != stamp or stamp[0] is None:
-            self._norm = (stamp, self._compute_norm(base))
+        trained = (stamp(factor.detach(), deep=True) for factor in self.trained_factors)
+        scaling = stamp(self.scaling) if isinstance(self.scaling, Tensor) else self.scaling
+        now = (*trained, _weight_stamp(base), scaling)
+        if self._norm is None or self._norm[0] != now or now[0] is None:
+            self._norm = (now, self._compute_norm(base))
         return self._norm[1]
 
     def _compute_norm(self, base: BaseLayer) -> Tensor:
@@ -133,9 +134,9 @@ class DoRA(LowRankAdapter):
         """``||W||²`` per row, kept as long as the weight is the same."""
         if torch.compiler.is_compiling():
             return rows.to(dtype).square().sum(1)
-        stamp = _weight_stamp(base)
-        if self._weight_square is None or self._weight_square[0] != stamp or stamp is None:
-            self._weight_square = (stamp, rows.to(dtype).square().sum(1))
+        now = _weight_stamp(base)
+        if self._weight_square is None or self._weight_square[0] != now or now is None:
+            self._weight_square = (now, rows.to(dtype).square().sum(1))
         return self._weight_square[1]
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
@@ -192,17 +193,6 @@ class DoRA(LowRankAdapter):
         return {**self.__dict__, "_weight_square": None, "_norm": None}
 
 
-def _stamp(tensor: Tensor, *, deep: bool = False) -> Any:
-    """Changes when the tensor does; None where that cannot be told.
-
-    The version counter misses writes through ``.data``, so small host tensors are summed too.
-    """
-    if tensor.is_inference():
-        return None
-    total = float(tensor.sum()) + float(tensor[(0,) * tensor.ndim]) if deep and tensor.device.type == "cpu" else 0.0
-    return tensor.data_ptr(), tensor._version, total
-
-
 def _weight_stamp(base: BaseLayer) -> Any:
     weight = getattr(base.module, "weight", None)
-    return _stamp(weight) if isinstance(weight, Tensor) else None
+    return stamp(weight) if isinstance(weight, Tensor) else None

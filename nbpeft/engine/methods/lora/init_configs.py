@@ -17,7 +17,8 @@ GRADIENT_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 LOFTQ_BITS = (2, 4, 8)
 
 
-def _check_choice(config: object, name: str, choices: tuple[Any, ...]) -> None:
+def check_choice(config: object, name: str, choices: tuple[Any, ...]) -> None:
+    """Raises ConfigError for a field that is none of some values."""
     value = getattr(config, name)
     if value not in choices:
         raise ConfigError(
@@ -45,7 +46,7 @@ class LoftQConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_choice(self, "loftq_bits", LOFTQ_BITS)
+        check_choice(self, "loftq_bits", LOFTQ_BITS)
         check_count("loftq_iter", self.loftq_iter)
 
 
@@ -106,7 +107,7 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_choice(self, "corda_method", CORDA_METHODS)
+        check_choice(self, "corda_method", CORDA_METHODS)
 
 
 @dataclass
@@ -130,8 +131,8 @@ class LoraGAConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_choice(self, "direction", GRADIENT_DIRECTIONS)
-        _check_choice(self, "scale", GRADIENT_SCALES)
+        check_choice(self, "direction", GRADIENT_DIRECTIONS)
+        check_choice(self, "scale", GRADIENT_SCALES)
         check_count("stable_gamma", self.stable_gamma)
 
 

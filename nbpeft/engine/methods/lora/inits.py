@@ -10,12 +10,13 @@
     "corda"          directions of the weight that matter most, or least, on inputs that ``preprocess_corda`` saw
     "lora_ga"        directions of the gradient that ``preprocess_loraga`` found, see gradients.py
     "eva"            A the main directions of the layer's inputs, by ``initialize_lora_eva_weights``; as True until then
+    "mica"           A zero, B the r smallest left singular directions of the weight, see mica.py
     "loftq"          what the weight loses when it is quantized, see loftq.py
 
 OLoRA, PiSSA, CorDA and LoRA-GA train a part ``s B0 A0`` of the weight itself, so that part has to leave the
-base. PEFT subtracts it from the base's weight for good. Here the base stays as it is and the adapter
-subtracts it, ``W + s (B A - B0 A0)``: other adapters, ``disable_adapter`` and ``unload`` find the
-model they expect, and half-precision or quantized weights are not rounded again. What CorDA and LoRA-GA
+base; KaSA leaves one out and trains another. PEFT subtracts it from the base's weight for good. Here the base stays
+as it is and the adapter subtracts it, ``W + s (B A - B0 A0)``: other adapters, ``disable_adapter`` and ``unload``
+find the model they expect, and half-precision or quantized weights are not rounded again. What CorDA and LoRA-GA
 start from depends on data, so that an adapter's file could not say it: it is saved as plain LoRA.
 
 LoftQ is made for a base that will be quantized, so the base's weight becomes the quantized one for good, as in PEFT.
@@ -120,20 +121,27 @@ def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     Raises:
         ConfigError: the layer is not linear, or this init does not support the rank or scaling.
     """
-    init, named = config.init_name, f"init_lora_weights={config.init_lora_weights!r}"
+    init, named = config.init_name, _named(config)
     if init == "lora_ga" and config.lora_ga_config is None:
         raise ConfigError(f"lora_ga_config must be provided with {named}", field="lora_ga_config", path=path)
-    if not (init == "orthogonal" or config.initialised_from_weight) or (init == "lora_ga" and not kind.is_linear):
+    from_weight = config.initialised_from_weight or init == "mica"
+    if not (init == "orthogonal" or from_weight) or (init == "lora_ga" and not kind.is_linear):
         return  # LoRA-GA starts other layers at random, as PEFT
-    if not (kind.is_linear or (init == "loftq" and kind.takes_ids)):
+    if not (kind.is_linear or (init in ("loftq", "mica") and kind.takes_ids)):
         raise ConfigError(f"{path}: {named} works on linear layers only, not on an {kind.name}; exclude it", path=path)
     rank, largest = config.rank_at(path), min(kind.features(module)) // (2 if init == "lora_ga" else 1)
+    largest -= config.variant == "kasa_config"  # something of the weight has to be left
     if init == "orthogonal" and rank % 2:
         raise ConfigError(f"{path}: {named} needs an even rank, not {rank}", field="r", path=path)
-    if config.initialised_from_weight and rank > largest:
+    if from_weight and rank > largest:
         raise ConfigError(f"{path}: {named} takes a rank of at most {largest} there, not {rank}", field="r", path=path)
     if config.initialised_from_weight and config.scaling_at(path) <= 0:
         raise ConfigError(f"{path}: {named} needs an alpha above 0", field="lora_alpha", path=path)
+
+
+def _named(config: LoraConfig) -> str:
+    """What in a config makes it start in the weight."""
+    return "kasa_config" if config.variant == "kasa_config" else f"init_lora_weights={config.init_lora_weights!r}"
 
 
 def init_factors(config: LoraConfig, site: AdapterSite, initial: Factors | None) -> dict[str, Tensor]:
@@ -202,9 +210,11 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     Raises:
         ConfigError: the weight is not finite or stored in a form that the init does not take, or data is missing.
     """
-    if not config.initialised_from_weight:
-        starts: _Starts | None = config.__dict__.get(_STARTS) if config.init_name == "eva" and is_new else None
-        return RANDOM if starts is None else Start(starts.again(config, site))
+    if config.init_name == "eva" and is_new:
+        seen: _Starts = config.__dict__.get(_STARTS) or _Starts()
+        return Start(seen.again(config, site))
+    if not config.initialised_from_weight and not (config.init_name == "mica" and is_new):
+        return RANDOM
     if config.init_name in INIT_CONFIGS and not _has_values(site.base.module):
         return RANDOM if config.init_name == "loftq" else Start(_empty(site), is_subtracted=True)
     if config.initialised_from_data:
@@ -213,12 +223,16 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if not weight.is_meta and not is_finite(weight):
         raise ConfigError(
-            f"{path}: init_lora_weights={config.init_lora_weights!r} starts in the weight, which is not finite",
+            f"{path}: {_named(config)} starts in the weight, which is not finite",
             path=path,
         )
     rank, scaling = config.rank_at(path), config.scaling_at(path)
     if config.init_name == "loftq":
         return _loftq(config, site, weight, is_new=is_new)
+    if config.init_name == "mica":
+        return Start(_stored(_mica(weight, rank), site))
+    if config.variant == "kasa_config":
+        return Start(_stored(_kasa(weight, rank, scaling), site), is_subtracted=True)
     factors = _olora(weight, rank) if config.init_name == "olora" else _pissa(weight, rank, scaling, config)
     return Start(_stored(factors, site), is_subtracted=True)
 
@@ -317,6 +331,19 @@ def _olora(weight: Tensor, rank: int) -> Factors:
     """Q and R of a QR decomposition, cut off at a rank; the other columns of Q are never made."""
     lora_B = torch.linalg.qr(weight[:, :rank])[0]
     return lora_B.T @ weight, lora_B
+
+
+def _mica(weight: Tensor, rank: int) -> Factors:
+    """Zeros, and the left singular vectors of the smallest values, those of the very smallest last."""
+    left = torch.linalg.svd(weight, full_matrices=False)[0]
+    return weight.new_zeros(rank, weight.shape[1]), left[:, -rank:]
+
+
+def _kasa(weight: Tensor, rank: int, scaling: float) -> Factors:
+    """What KaSA leaves out of the weight: the smallest singular values, each root to one side."""
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    root = (values[-rank:] / scaling).sqrt()
+    return root[:, None] * right[-rank:], left[:, -rank:] * root
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float, config: LoraConfig) -> Factors:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.base import BaseLayer
@@ -39,6 +41,50 @@ class LinearFactor(ParameterModule, nn.Linear):
 
     def _get_name(self) -> str:
         return "Linear"
+
+
+class BlockDiagonalFactor(ParameterModule):
+    """A block-diagonal factor of a product on a linear layer, whose weight is its blocks, one below the other.
+
+    Args:
+        nblocks: how many.
+    """
+
+    weight: Any
+
+    def __init__(self, nblocks: int) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["nblocks"] = nblocks
+
+    @property
+    def nblocks(self) -> int:
+        """How many blocks there are."""
+        return int(self.__dict__["nblocks"])
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the factor."""
+        return int(self.weight.shape[1]) * self.nblocks
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the factor."""
+        return int(self.weight.shape[0])
+
+    def weight_as_blockdiagonal_matrix(self) -> Tensor:
+        """The factor, (out, in), zeros included."""
+        return torch.block_diag(*self.weight.chunk(self.nblocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with the factor, in its dtype or autocast's."""
+        return F.linear(x.to(self.weight.dtype), self.weight_as_blockdiagonal_matrix())
+
+    def extra_repr(self) -> str:
+        """Its sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, nblocks={self.nblocks}"
+
+    def _get_name(self) -> str:
+        return "BlockDiagonalLinear"
 
 
 class _ConvolutionFactor(ParameterModule):

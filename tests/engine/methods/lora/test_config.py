@@ -17,7 +17,7 @@ from nbpeft.errors import ConfigError
         ("lora_dropout", 3, "lora_dropout must be between 0 and 1"),
         ("bias", "al", "Did you mean 'all'"),
         ("task_type", "CAUSAL", "Did you mean 'CAUSAL_LM'"),
-        ("init_lora_weights", "mica", "not implemented"),
+        ("init_lora_weights", "pizza", "not implemented"),
         ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] must be a positive whole number, not 0"),
         ("rank_pattern", {"(": 3}, "rank_pattern is not a regular expression"),
         ("rank_pattern", ["a"], "rank_pattern must be a dictionary, not ['a']"),

@@ -177,7 +177,7 @@ def test_names_of_inits_are_read_in_any_case() -> None:
         ({"init_lora_weights": "pissa", "lora_alpha": 0}, "alpha above 0"),
         ({"init_lora_weights": "pisa"}, "Did you mean 'pissa'"),
         ({"init_lora_weights": "pissa_niter_"}, "is not implemented"),
-        ({"init_lora_weights": "mica"}, "is not implemented"),
+        ({"init_lora_weights": "mica", "r": 17}, "at most 16 there, not 17"),
         ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias=True is supported with"),
     ],
 )

@@ -86,8 +86,8 @@ def _factors(name: str, member: Member) -> Factors:
     if not isinstance(adapter, LowRankAdapter):
         raise AdapterError(f"adapter {name!r} is {type(adapter).__name__}: these are no low-rank factors to combine")
     name_A, name_B = adapter.factor_names
-    # What is initialised from the weight also subtracts that component, which no padding touches.
-    whole = adapter.initial is not None
+    # What is initialised from the weight also subtracts that component; some compute the factors. Neither is padded.
+    whole = adapter.initial is not None or adapter.computes_factors
     lora_A, lora_B = adapter.detached_factors if whole else (member.tensors[name_A], member.tensors[name_B])
     groups = getattr(base.module, "groups", 1)
     return Factors(

@@ -7,6 +7,7 @@ from typing import Any
 
 from nbpeft.engine.methods.lora.combining.layers import CombinedFactors
 from nbpeft.engine.methods.lora.init_configs import no_settings
+from nbpeft.engine.methods.lora.variant_configs import no_variant
 
 _SELECTORS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -29,6 +30,7 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
         use_rslora=False,
         init_lora_weights=True,
         **no_settings(),
+        **no_variant(),
         lora_bias=any(layer.bias is not None for layer in layers),
         use_dora=first.use_dora
         if combination.recipe.combination_type != "exact"
