@@ -18,7 +18,7 @@ from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.adapters import add
 from nbpeft.session.commands.planning import plan_or_reason
 from nbpeft.session.configs import build_config
-from nbpeft.session.handles import uncompiled
+from nbpeft.session.handles import is_module, uncompiled
 from nbpeft.session.preview import preview_of
 from nbpeft.session.results.quantizing import PartSize, QloraPreview, QloraResult
 
@@ -92,11 +92,18 @@ def qlora(
     from nbpeft.engine.plan import plan
     from nbpeft.model.quantize import load_quantized, quantize_model
     from nbpeft.model.quantized_experts import quantize_experts, remaining_experts
+    from nbpeft.model.start_from_rows import init_from_data
     from nbpeft.model.weight_storage import stored_parts
 
     given = {"bits": bits, "quant_type": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
     given |= {"quant_storage": quant_storage, "upcast": upcast, "gradient_checkpointing": gradient_checkpointing}
     request = _request(config, given | loading)  # what is impossible is refused before loading
+    if init_from_data(request.config) and not is_module(source):
+        raise ConfigError(
+            f"init_lora_weights={request.config.init_lora_weights!r} starts from rows, and a model that is there: load "
+            "it quantized without, and add the adapter then (init_data=…)",
+            field="init_lora_weights",
+        )
     adapter_name(name)
     with ctx.command(f"quantizing for {name!r}", slow=True):
         started = time.monotonic()
