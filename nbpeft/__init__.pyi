@@ -30,6 +30,7 @@ from .engine.methods.prompt_tuning import PromptEmbedding as PromptEmbedding
 from .engine.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .engine.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
+from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig
