@@ -79,5 +79,4 @@ def obstacles_of(form: Form | None, facts: AdapterFacts, without: str) -> tuple[
     found = ((rule.what(facts), rule.remedy) for rule in form.rules)
     merging = f"an adapter that cannot be merged into {facts.unmergeable}" if form.merges and facts.unmergeable else ""
     never = Obstacle(merging, "serve the adapter itself") if merging else None
-    told = (Obstacle(what, remedy.format(name=facts.name)) for what, remedy in found if what)
-    return (*((never,) if never else ()), *told)
+    return (*((never,) if never else ()), *(Obstacle(what, remedy) for what, remedy in found if what))

@@ -251,7 +251,7 @@ def test_a_prompt_goes_to_peft_alone(name: str, tmp_path: Path) -> None:
 
 def test_what_a_lora_can_stand_for_ships_once_it_is_converted(tmp_path: Path) -> None:
     model = get_peft_model(base_model(), nbpeft.OFTConfig(oft_block_size=8, target_modules=["q_proj"]), "sql")
-    remedy = r"OFT on 2 layers \(merge it into the base, or make a LoRA of it: %lora convert sql --rank 64\)"
+    remedy = r"OFT on 2 layers \(merge it into the base, or make a LoRA of it: save_as_lora\(DIR, model, rank=64\)\)"
     with pytest.raises(AdapterError, match=remedy):
         ship(model, engine="vllm", to=tmp_path / "served")
     randomize(model, "sql")

@@ -18,7 +18,7 @@ class Rule:
 
     Attributes:
         what: facts -> what the adapter has of it; empty where it has nothing.
-        remedy: what to change; ``{name}`` in it stands for the adapter.
+        remedy: what to change.
     """
 
     what: Callable[[AdapterFacts], str]
@@ -113,7 +113,7 @@ def kinds_beside(allowed: Iterable[str]) -> Callable[[AdapterFacts], str]:
 PROMPT = Rule(_prompt, "serve it with PEFT, or train LoRA")
 CONVERTIBLE = Rule(
     lambda facts: _not_low_rank(facts) if facts.convertible else "",
-    f"{MERGE}, or make a LoRA of it: %lora convert {{name}} --rank 64",
+    f"{MERGE}, or make a LoRA of it: save_as_lora(DIR, model, rank=64)",
 )
 NOT_LOW_RANK = Rule(
     lambda facts: "" if facts.convertible else _not_low_rank(facts),
