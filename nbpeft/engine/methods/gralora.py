@@ -202,7 +202,7 @@ def _product(x: Tensor, first: Tensor, second: Tensor, *whole: Tensor) -> Tensor
     dtype = compute_dtype(x, first)
     x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
     count = first.shape[0]
-    parts = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (count, -1)), first)
-    exchanged = parts.unflatten(-1, (count, -1)).transpose(-3, -2).flatten(-2)
+    parts = torch.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], count, -1), first)
+    exchanged = parts.reshape(*parts.shape[:-1], count, -1).transpose(-3, -2).flatten(-2)
     found = torch.einsum("...jr,jro->...jo", exchanged, second).flatten(-2)
     return found + F.linear(F.linear(x, whole[0].to(dtype)), whole[1].to(dtype)) if whole else found

@@ -129,7 +129,7 @@ class Road(Adapter, TransformsOutput):
         """``R y`` of vectors (…, out), in the dtype of the parameters."""
         rows = rows.to(angle.dtype)
         kept, crossed = self._columns(angle, scale)
-        first, second = rows.unflatten(-1, (-1, 2, self.size // 2)).unbind(-2)
+        first, second = rows.reshape(*rows.shape[:-1], -1, 2, self.size // 2).unbind(-2)
         across = torch.stack((-second, first), -2).flatten(-3)
         return rows * kept + across * crossed
 
