@@ -9,6 +9,7 @@ from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
+from .engine.methods.gralora import GraloraConfig as GraloraConfig
 from .engine.methods.hira import HiraConfig as HiraConfig
 from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
@@ -30,6 +31,7 @@ from .engine.methods.prompt_tuning import PromptEmbedding as PromptEmbedding
 from .engine.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .engine.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
+from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig

@@ -15,6 +15,7 @@ _PHRASES = {
     "session.merge(to=…)": "%lora merge --to DIR",
     "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
     "model.enable_adapter_layers()": "%lora on",
+    "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --rank 64",
 }
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
 _COLUMNS = re.compile(r"columns=\{('\w+': '.*?')\}")

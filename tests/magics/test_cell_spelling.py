@@ -26,6 +26,7 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
         ("give them (init_data=…)", "give them (init_data, --init-data)"),
         ("error 0.1; session.merge(to=…) keeps full precision", "error 0.1; %lora merge --to DIR keeps full precision"),
         ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora on)."),
+        ("make a LoRA of it: save_as_lora(DIR, model, rank=64)", "make a LoRA of it: %lora convert NAME --rank 64"),
         (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
         ("then run.step(loss=…), (r=8)", "then run.step(loss=…), (r=8)"),
         (None, None),
