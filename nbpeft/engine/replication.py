@@ -119,9 +119,10 @@ def _replicas(layers: nn.ModuleList, order: Sequence[int]) -> nn.ModuleList:
         shared = [*layer.parameters(), *layer.buffers()]
         shared += [own for module in layer.modules() if (own := module.__dict__.get("config")) is not None]
         replica = copy.deepcopy(layer, {id(thing): thing for thing in shared})
-        for module in replica.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place
+        part: Any
+        for part in replica.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = place
         replicas.append(replica)
     return nn.ModuleList(replicas)
 
