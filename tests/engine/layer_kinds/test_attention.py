@@ -188,6 +188,19 @@ def test_several_adapters_switch_and_add_up_as_in_peft() -> None:
     assert same_state(base().state_dict(), ours.unload().state_dict())
 
 
+@pytest.mark.parametrize("way", ["linear", "cat", "svd"])
+def test_combined_adapters_are_those_of_peft(way: str) -> None:
+    theirs, ours = pair()
+    for library, model in ((peft, theirs), (nbpeft, ours)):
+        settings = {"target_modules": ["attn"], "r": 4, "lora_alpha": 3, "init_lora_weights": False}
+        model.add_adapter("other", library.LoraConfig(**settings))
+    nbpeft.set_peft_model_state_dict(ours, dict(peft.get_peft_model_state_dict(theirs, adapter_name="other")), "other")
+    for model in (theirs, ours):
+        model.add_weighted_adapter(["default", "other"], [0.6, 0.4], "both", combination_type=way)
+        model.set_adapter("both")
+    assert close(theirs(rows()), ours(rows()), 1e-4)
+
+
 def test_what_cannot_be_adapted_is_refused_before_anything_changes() -> None:
     apart = base(kdim=8, vdim=8)
     with pytest.raises(ValueError, match="Only same embed for query/key/value"):

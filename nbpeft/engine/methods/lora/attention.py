@@ -52,9 +52,7 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded factors or makes new ones; see ``Adapter``."""
-        adapter = super().create(config, replace(site, path=_attention_path(site.path, site.base.kind)), tensors)
-        adapter.__dict__["scaling"] *= adapter._times
-        return adapter
+        return super().create(config, replace(site, path=_attention_path(site.path, site.base.kind)), tensors)
 
     @property
     def _times(self) -> float:
@@ -62,9 +60,7 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
 
     def configure(self, config: Any, path: str) -> None:
         """Takes the scaling of a config over; see ``Adapter``."""
-        place = _attention_path(path, self.low_rank.kind)
-        super().configure(config, place)
-        self.rescale(config.scaling_at(place) * self._times, trained=True)
+        super().configure(config, _attention_path(path, self.low_rank.kind))
 
     def observe(self, module: nn.Module) -> None:
         """Warns: neither factor is called."""
@@ -73,7 +69,24 @@ class AttentionLoRA(PlainLowRank, AdaptsParameters):
     def parameter_products(self, base: BaseLayer) -> Sequence[Product]:
         """The one product; see ``AdaptsParameters``."""
         lora_A, lora_B = self.trained_factors
-        return (Product(lora_B, lora_A, self.scaling),)
+        return (Product(lora_B, lora_A, self.scaling * self._times),)
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
+        """What it adds where ``out_proj`` is called by itself; see ``Adapter``."""
+        return super().forward(x, base_output, base) * self._times
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """The product, shaped like the weight."""
+        return super().delta_weight(weight, base) * self._times
+
+    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
+        """Adds the product to the weight in place; see ``Adapter``."""
+        super().add_to_(weight, base, scale * self._times)
+
+    def delta_size(self, weight: Tensor, base: BaseLayer) -> tuple[float, int | None]:
+        """Measures the product; see ``Adapter``."""
+        norm, directions = super().delta_size(weight, base)
+        return norm * self._times, directions
 
 
 def _attention_path(path: str, kind: LayerKind) -> str:

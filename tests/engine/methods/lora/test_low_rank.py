@@ -19,7 +19,7 @@ from nbpeft.errors import LayerKindError
 def test_each_kind_has_its_product() -> None:
     found = {kind.name: type(low_rank_of(kind)) for kind in layer_kinds()}
     convolutions = {f"convolution{count}d": LowRankConvolution for count in (1, 2, 3)}
-    linear = dict.fromkeys(("linear", "conv1d", "eetq_linear"), LowRank)
+    linear = dict.fromkeys(("linear", "conv1d", "eetq_linear", "attention"), LowRank)
     assert found == {"embedding": LowRankLookup, "parameter": LowRankParameter, **convolutions, **linear}
 
 
