@@ -9,6 +9,7 @@ from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
+from .engine.methods.gralora import GraloraConfig as GraloraConfig
 from .engine.methods.hira import HiraConfig as HiraConfig
 from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
@@ -30,6 +31,7 @@ from .engine.methods.prompt_tuning import PromptEmbedding as PromptEmbedding
 from .engine.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .engine.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
+from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig
@@ -79,6 +81,7 @@ from .model import BdLoraConfig as BdLoraConfig
 from .model import CordaConfig as CordaConfig
 from .model import DoraCaching as DoraCaching
 from .model import EvaConfig as EvaConfig
+from .model import KappaTuneSelector as KappaTuneSelector
 from .model import KasaConfig as KasaConfig
 from .model import LayerStatus as LayerStatus
 from .model import LoftQConfig as LoftQConfig
@@ -109,6 +112,7 @@ from .model import convert_to_lora as convert_to_lora
 from .model import create_arrow_model as create_arrow_model
 from .model import delete_adapter as delete_adapter
 from .model import disable_input_dtype_casting as disable_input_dtype_casting
+from .model import find_kappa_target_modules as find_kappa_target_modules
 from .model import get_base_model_state_dict as get_base_model_state_dict
 from .model import get_eva_state_dict as get_eva_state_dict
 from .model import get_layer_status as get_layer_status
@@ -129,6 +133,7 @@ from .model import prepare_model_for_compiled_hotswap as prepare_model_for_compi
 from .model import preprocess_corda as preprocess_corda
 from .model import preprocess_loraga as preprocess_loraga
 from .model import quantize_model as quantize_model
+from .model import reduce_intruder_dimension as reduce_intruder_dimension
 from .model import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .model import rescale_adapter_scale as rescale_adapter_scale
 from .model import save_as_lora as save_as_lora

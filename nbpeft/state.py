@@ -87,6 +87,7 @@ class LayerChange:
         weight_norm: that of the frozen weight.
         directions: singular directions that hold 90 % of the delta's energy; None where not counted.
         rank: of the adapter there; None for a module trained as a whole.
+        intruders: strong directions of the adapted weight that the frozen one lacks; None where not counted.
     """
 
     path: str
@@ -94,6 +95,7 @@ class LayerChange:
     weight_norm: float
     directions: int | None
     rank: int | None
+    intruders: int | None = None
 
     @property
     def relative(self) -> float:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.model_tree import bare_modules
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.replication import before_replication
 from nbpeft.errors import BaseMismatchError
 
 _PREFIX = "nbpeft.base."
@@ -89,7 +91,9 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         for weight in module._parameters.values():
             if weight is None or weight.dim() < 2:
                 continue
-            quantized = weight.element_size() < 2 or not weight.is_floating_point()
+            quantized = (
+                weight.element_size() < 2 or not weight.is_floating_point() or isinstance(weight, QuantizedMatrices)
+            )
             dtypes["quantized" if quantized else str(weight.dtype).removeprefix("torch.")] += weight.numel()
             if quantized or weight.is_meta or hasattr(weight, "full_tensor"):
                 in_memory = False
@@ -149,7 +153,7 @@ def compare(saved: Mapping[str, str], model: nn.Module) -> str | None:
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
     # Modules that hang in several places come once for each: what is tied must not change the result.
-    return (module for _, module in bare_modules(model, repeat=True))
+    return (module for _, module in bare_modules(before_replication(model), repeat=True))
 
 
 def _weight_sizes(module: nn.Module) -> Iterator[str]:

@@ -20,12 +20,12 @@ Slot = tuple[dict[str, nn.Parameter | None], str]
 
 def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
     """Returns where the trained tensors of an adapter hang, those of copied modules last."""
-    return [
-        (owner._parameters, key)
-        for owner in _owners(layers, copies, name)
-        for key, parameter in owner._parameters.items()
-        if parameter is not None and parameter.is_floating_point() and key not in _frozen(owner)
-    ]
+    found: dict[int, Slot] = {}
+    for owner in _owners(layers, copies, name):
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and key not in _frozen(owner):
+                found.setdefault(id(parameter), (owner._parameters, key))  # copies of tied modules share theirs
+    return list(found.values())
 
 
 def _frozen(owner: nn.Module) -> tuple[str, ...]:

@@ -1,15 +1,17 @@
 """What the engine asks of a kind of layer and of a way to store its weight.
 
 LayerKind   one kind of layer that can be adapted (Linear, Conv1D, Embedding, …)
+Composite   one whose modules compute with several weights themselves (MultiheadAttention)
 Backend     one way a weight is stored (dense, bitsandbytes 4-bit, …)
 BaseLayer   what an adapter may see of the layer it sits on: its kind and backend, joined
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +117,23 @@ class LayerKind(Protocol):
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
         """Views a vector over out channels so that it multiplies the module's output."""
         ...
+
+
+class Composite(ABC):
+    """A ``LayerKind`` of modules that compute with several weights, some of layers inside them that they never call.
+
+    Each of the weights gets an adapter: the module's own parameter one at the path of the module, those of the
+    layers one at theirs. A method names the class of such adapters (``Method.kind_classes``).
+    """
+
+    parameter: ClassVar[str]
+    """The module's own parameter that is adapted."""
+    layers: ClassVar[tuple[str, ...]]
+    """Names of the layers inside it whose weights it reads."""
+
+    @abstractmethod
+    def refusal(self, module: nn.Module) -> str:
+        """Why a module of the kind cannot be adapted, as part of a sentence; else empty."""
 
 
 class BaseLayer:

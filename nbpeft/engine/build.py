@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
-from nbpeft.engine.base import offloading
+from nbpeft.engine.base import Composite, offloading
+from nbpeft.engine.composite_layer import AdaptedComposite
 from nbpeft.engine.custom_layers import CustomAdapter, CustomLayer
+from nbpeft.engine.fast_paths import is_encoder_layer, settle_fast_paths
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_calls import put_hooks, take_hooks
@@ -23,6 +26,7 @@ from nbpeft.engine.parameter_layer import AdaptedParameter, wrappers_of
 from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import backend_named, backends, layer_kind_named, method_of
+from nbpeft.engine.replication import pending_replication, replicate_layers_, settle_layers
 from nbpeft.engine.storage import StoredWeight, loaded
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
@@ -40,12 +44,14 @@ class Parts:
         copies: (sites, wrapper, trained copy).
         shared: what the adapters share, if anything.
         model: the base model.
+        complete: makes them once the layers of the model are replicated, where the config asks for that.
     """
 
     adapters: list[tuple[list[Site], AdaptedLayer, Adapter]]
     copies: list[tuple[list[Site], ModulesToSaveWrapper, nn.Module]]
     shared: SharedState | None
     model: nn.Module
+    complete: Callable[[Transaction], Parts] | None = None
 
 
 def build(
@@ -72,6 +78,14 @@ def build(
     Raises:
         ConfigError: a module to be copied is offloaded.
     """
+    layer_map = pending_replication(model, plan.config)
+    if layer_map is not None:
+
+        def complete(change: Transaction) -> Parts:
+            replicate_layers_(model, layer_map, change)
+            return build(model, plan, active_state, weights, name, half=half)
+
+        return Parts([], [], None, model, complete)
     sites: dict[int, list[Site]] = {}
     wanted = {target.module_path for target in plan.targets} | set(plan.copies)
     by_path: dict[str, Site] = {}
@@ -96,6 +110,7 @@ def build(
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
+    tied: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
     for path in plan.copies:
         site = by_path[path]
         if any(offloading(part) is not None for part in site.module.modules()):
@@ -105,25 +120,28 @@ def build(
             if isinstance(site.wrapper, ModulesToSaveWrapper)
             else ModulesToSaveWrapper(site.module, active_state)
         )
-        trained = copy_module(site.module, None if weights is None else weights.copies.get(path))
+        trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
         parts.copies.append((sites[id(site.module)], wrapper, trained))
     return parts
 
 
 def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: ActiveState) -> AdaptedLayer:
     wrapper = site.wrapper
-    if target.parameter:
-        wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
-        alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
-        kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
-        made = wrappers.get(target.parameter) if alike else None
-        return made or AdaptedParameter(site.module, target.parameter, kind, backend, active_state)
     if target.adapter_class is CustomAdapter:
         fits = isinstance(wrapper, CustomLayer) and type(wrapper.custom) is target.config.layer_class
         return wrapper if fits else CustomLayer(site.module, active_state)  # type: ignore[return-value]
+    kind, backend = layer_kind_named(target.kind), backend_named(target.backend)
+    if isinstance(kind, Composite):
+        made = wrapper if isinstance(wrapper, AdaptedComposite) else None
+        return made or AdaptedComposite(site.module, target.parameter, kind, backend, active_state)
+    if target.parameter:
+        wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers_of(wrapper)}
+        alike = wrappers.keys() == {other.parameter for other in plan.targets if other.module_path == site.path}
+        own = wrappers.get(target.parameter) if alike else None
+        return own or AdaptedParameter(site.module, target.parameter, kind, backend, active_state)
     if isinstance(wrapper, AdaptedLayer) and not isinstance(wrapper, CustomLayer):
         return wrapper
-    return AdaptedLayer(site.module, layer_kind_named(target.kind), backend_named(target.backend), active_state)
+    return AdaptedLayer(site.module, kind, backend, active_state)
 
 
 def shared_state(
@@ -171,9 +189,19 @@ def adapter_dtype(base: torch.dtype, *, half: bool) -> torch.dtype:
     return torch.float32 if base in _HALF and not half else base
 
 
-def copy_module(module: nn.Module, weights: Mapping[str, Tensor] | None) -> nn.Module:
-    """A trainable deep copy, with loaded tensors in place of its own where given."""
-    twin = copy.deepcopy(module, _cloned_fakes(module))
+def copy_module(
+    module: nn.Module, weights: Mapping[str, Tensor] | None, tied: dict[int, Any] | None = None
+) -> nn.Module:
+    """A trainable deep copy, with loaded tensors in place of its own where given.
+
+    Args:
+        module: the module.
+        weights: loaded tensors by name.
+        tied: what was copied before with tensors that this copy shares, as ``copy.deepcopy`` notes it.
+    """
+    memo = {} if tied is None else tied
+    memo.update({key: value for key, value in _cloned_fakes(module).items() if key not in memo})
+    twin = copy.deepcopy(module, memo)
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -239,6 +267,7 @@ def commit(
         copies: likewise.
         change: records the places where wrappers are put.
     """
+    parts = parts.complete(change) if parts.complete is not None else parts
     for sites, layer, adapter in parts.adapters:
         layer.adapters[name] = adapter
         if isinstance(adapter, ChangesBase):
@@ -253,6 +282,9 @@ def commit(
         for site in sites:
             change.set_item(site.parent._modules, site.attribute, module)
         copies[sites[0].path] = module
+    hung = (site.parent for sites, *_ in (*parts.adapters, *parts.copies) for site in sites)
+    if any(is_encoder_layer(parent) for parent in hung):
+        settle_fast_paths(parts.model, change)
 
 
 def drop(
@@ -286,20 +318,38 @@ def drop(
         if not module.modules_to_save._modules and id(module) not in kept:
             empty[id(module)] = module.original_module
             del copies[path]
-    replace_modules(model, empty, change)
+    replace_modules(model, empty, change, merged=None if keep is not None or layers or copies else False)
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
-    """Puts other modules wherever those with the given ids hang."""
+def replace_modules(
+    model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction, *, merged: bool | None = None
+) -> None:
+    """Puts other modules wherever those with the given ids hang.
+
+    Args:
+        model: the base model.
+        replacements: id of a module -> what takes its place.
+        change: records the places.
+        merged: where no adapter is left: whether some were merged for good, into replicated layers too.
+    """
+    _replace(model, replacements, change)
+    if merged is not None:
+        settle_layers(model, change, keep=merged)
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module], change: Transaction) -> None:
     if not replacements:
         return
     take_hooks(model, replacements, change)
-    for parent in reached_modules(model):
+    parents = reached_modules(model)
+    for parent in parents:
         for attribute, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 while id(child) in replacements:  # wrappers for several parameters of a module are inside each other
                     child = replacements[id(child)]
                 change.set_item(parent._modules, attribute, child)
+    if any(is_encoder_layer(parent) for parent in parents):
+        settle_fast_paths(model, change)
 
 
 def prepare_storage(model: nn.Module, change: Transaction) -> None:

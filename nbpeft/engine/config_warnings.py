@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
-from nbpeft.engine.model_tree import embedding_of
+from nbpeft.engine.model_tree import Site, embedding_of, reader_of
 from nbpeft.engine.registry import resolve_layer_kind
 from nbpeft.errors import ConfigError, PeftWarning, TargetError, shown
 
@@ -26,6 +26,24 @@ def missing_head_message(missing: Sequence[str]) -> str:
     )
 
 
+def warn_of_uncalled(sites: Sequence[Site], adapted: Set[str]) -> None:
+    """Says once where an adapter does not act, because the module around its layer only reads the layer's weight.
+
+    Args:
+        sites: of the layers that get an adapter.
+        adapted: their paths.
+    """
+    for site in sites:
+        reader, path = reader_of(site), site.path.rpartition(".")[0]
+        if reader is not None and path not in adapted:
+            warnings.warn(
+                f"the adapter at {site.path} does not act: {type(reader).__name__:.60} reads the weight there without "
+                f"calling the layer; target {path} instead, or exclude {site.attribute}",
+                stacklevel=5,
+            )
+            return
+
+
 def warn_of_tied(
     model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str], *, strict: bool = False
 ) -> None:
@@ -35,7 +53,7 @@ def warn_of_tied(
         model: the base model.
         modules: path and module of everything in it.
         changed: paths that get factors or are trained as a whole.
-        strict: refuse that (``ensure_weight_tying``).
+        strict: refuse that (``ensure_weight_tying``); copies are tied then, and not among the changed.
 
     Raises:
         ConfigError: it is asked to stay tied.
@@ -51,8 +69,8 @@ def warn_of_tied(
         warnings.warn("ensure_weight_tying=True but the model does not have tied weights", stacklevel=5)
     elif strict and own:
         raise ConfigError(
-            f"ensure_weight_tying ties trained rows of tokens, not other adapters: {' and '.join(paths)} share one "
-            f"weight; take {' and '.join(own)} out of the targets",
+            f"ensure_weight_tying ties trained rows and copies (modules_to_save), not factors: {' and '.join(paths)} "
+            f"share one weight; take {' and '.join(own)} out of the targets",
             field="ensure_weight_tying",
         )
     if not own or len(paths) < 2:

@@ -18,6 +18,7 @@ from torch import Tensor
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.numerics import composes, without_autocast
 from nbpeft.engine.storage import loaded
+from nbpeft.errors import AdapterError
 
 _OF_THE_WEIGHT = frozenset(
     ("shape", "dtype", "device", "ndim", "size", "dim", "is_cuda", "requires_grad", "layout", "numel", "data_ptr")
@@ -26,29 +27,39 @@ _OF_THE_WEIGHT = frozenset(
 
 
 class Product(NamedTuple):
-    """``scale * left @ right``.
+    """``scale * left @ right``; what is multiplied with it is dropped out before.
 
     Attributes:
         left: (…, rows, r).
         right: (…, r, columns).
         scale: factor on the product.
+        dropout: share of the input that is dropped.
     """
 
     left: Tensor
     right: Tensor
     scale: float | Tensor = 1.0
+    dropout: float = 0.0
 
     def transposed(self) -> Product:
         """The product of the transposed."""
-        return Product(self.right.transpose(-2, -1), self.left.transpose(-2, -1), self.scale)
+        return self._replace(left=self.right.transpose(-2, -1), right=self.left.transpose(-2, -1))
+
+    def picked(self, index: Any) -> Product:
+        """That of one of several weights, or of some."""
+        return self._replace(left=self.left[index], right=self.right[index])
 
     def cast(self, dtype: torch.dtype) -> Product:
         """In another dtype."""
-        return Product(self.left.to(dtype), self.right.to(dtype), self.scale)
+        return self._replace(left=self.left.to(dtype), right=self.right.to(dtype))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What goes in: of each token a share of its features is zero, the others are as much larger."""
+        return F.dropout(x, self.dropout) if self.dropout else x
 
     def added_to(self, weight: Tensor) -> Tensor:
         """``weight`` plus the product, in its dtype."""
-        left, right, scale = self.cast(weight.dtype)
+        left, right, scale, _ = self.cast(weight.dtype)
         with without_autocast(weight.device.type):
             if isinstance(scale, Tensor) or weight.ndim not in (2, 3):
                 return weight + (left * scale) @ right
@@ -77,7 +88,16 @@ class FactoredWeight:
         self._parts: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
 
     def summed(self) -> Tensor:
-        """The sum as a tensor."""
+        """The sum as a tensor.
+
+        Raises:
+            AdapterError: something is to be dropped out, which a weight has no place for.
+        """
+        if any(product.dropout for product in self.products):
+            raise AdapterError(
+                "lora_dropout on a bare parameter acts in products alone, and its module does something else with it: "
+                "train with lora_dropout=0"
+            )
         total = self.weight
         for product in self.products:
             total = product.added_to(total)
@@ -101,17 +121,16 @@ class FactoredWeight:
             return self.summed()[index]
         if single:
             return FactoredWeight(self.weight[index], self._at(int(index)))
-        products = [Product(left[index], right[index], scale) for left, right, scale in self.products]
-        return FactoredWeight(self.weight[index], products)
+        return FactoredWeight(self.weight[index], [product.picked(index) for product in self.products])
 
     def _at(self, index: int) -> list[Product]:
         if not torch.is_grad_enabled():
-            return [Product(left[index], right[index], scale) for left, right, scale in self.products]
+            return [product.picked(index) for product in self.products]
         # Taken apart once: the gradient of each part alone would be as large as the whole.
         if self._parts is None:
             self._parts = [(product.left.unbind(), product.right.unbind()) for product in self.products]
-        scales = (product.scale for product in self.products)
-        return [Product(left[index], right[index], s) for (left, right), s in zip(self._parts, scales, strict=True)]
+        parts = zip(self.products, self._parts, strict=True)
+        return [product._replace(left=left[index], right=right[index]) for product, (left, right) in parts]
 
     def __matmul__(self, other: Tensor) -> Tensor:
         product: Tensor = _product(torch.matmul, self, other)
@@ -155,13 +174,13 @@ def _product(function: Any, first: Any, second: Any, **options: Any) -> Any:
     if isinstance(second, FactoredWeight):
         total = function(first, second.weight)
         for product in second.products:
-            left, right, scale = product.cast(first.dtype)
-            total = _plus(total, function(function(first, left) * scale, right))
+            left, right, scale, _ = product.cast(first.dtype)
+            total = _plus(total, function(function(product.dropped(first), left) * scale, right))
     else:
         total = function(first.weight, second)
         for product in first.products:
-            left, right, scale = product.cast(second.dtype)
-            total = _plus(total, function(left, function(right, second) * scale))
+            left, right, scale, _ = product.cast(second.dtype)
+            total = _plus(total, function(left, function(right, product.dropped(second)) * scale))
     return total
 
 
@@ -170,8 +189,8 @@ def _linear(function: Any, x: Tensor, weight: Any, bias: Tensor | None = None) -
         return NotImplemented
     total = F.linear(x, weight.weight, bias)
     for product in weight.products:
-        left, right, scale = product.cast(x.dtype)
-        total = _plus(total, F.linear(F.linear(x, right) * scale, left))
+        left, right, scale, _ = product.cast(x.dtype)
+        total = _plus(total, F.linear(F.linear(product.dropped(x), right) * scale, left))
     return total
 
 
@@ -181,8 +200,9 @@ def _grouped(function: Any, x: Tensor, weight: Any, offs: Tensor | None = None, 
     if offs is None or not known or any(value is not None for value in options.values()):
         return NotImplemented
     total = function(x, weight.weight, offs=offs)
-    for left, right, scale in weight.products:
-        total = _plus(total, grouped_product(x, left, right, offs) * scale)
+    for product in weight.products:
+        delta = grouped_product(product.dropped(x), product.left, product.right, offs)
+        total = _plus(total, delta * product.scale)
     return total
 
 

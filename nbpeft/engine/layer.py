@@ -16,7 +16,7 @@ from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
 from nbpeft.engine.peft_modules import AdapterDict, empty_mapping, show_adapters, shown_under, use_shown
-from nbpeft.engine.recomputed import slice_of
+from nbpeft.engine.recomputed import parts_of
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import MergeError
@@ -213,10 +213,12 @@ class AdaptedLayer(PeftLayerMixin):
 
     def _learning(self, x: Tensor, output: Tensor, active: Active, rows: Rows) -> Tensor:
         """A mixed batch that is learned from: each adapter drops from its rows what it would drop alone."""
+        runs = rows.runs(len(output))
+        sizes = [run.stop - run.start for _, run in runs]
         parts, drawn = [], torch.get_rng_state()
-        for name, run in rows.runs(len(output)):
+        for (name, run), own_x, own_output in zip(runs, parts_of(x, sizes), torch.split(output, sizes), strict=True):
             torch.set_rng_state(drawn)
-            parts.append(self._rows_learning(slice_of(x, run), output[run], active, rows, name, run))
+            parts.append(self._rows_learning(own_x, own_output, active, rows, name, run))
         return torch.cat(parts)
 
     def _rows_learning(self, x: Tensor, output: Tensor, active: Active, rows: Rows, name: str, run: slice) -> Tensor:

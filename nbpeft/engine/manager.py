@@ -759,7 +759,7 @@ class AdapterManager:
                 self._biases.stop(name, change)
         replacements: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in self.layers.values()}
         replacements.update({id(module): module_to_keep(module, merged) for module in self.copies.values()})
-        replace_modules(self.model, replacements, change)
+        replace_modules(self.model, replacements, change, merged=bool(merged))
         change.set_requires_grad(self._was_trainable, True)
         change.keep_attributes(self, "layers", "copies", "configs")
         change.keep_attributes(self.model, *_ATTRIBUTES)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
-from nbpeft.engine.registry import resolve_backend
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.registry import composite_kind, resolve_backend
 from nbpeft.engine.targets import names_part
 from nbpeft.errors import ConfigError, did_you_mean
 
@@ -79,6 +81,12 @@ def frozen_module(module: nn.Module) -> nn.Module:
     while isinstance(module, AdaptedLayer):  # each adapted parameter of a module has a wrapper
         module = module.base_layer
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def reader_of(site: Site) -> nn.Module | None:
+    """Returns the module around a layer that reads its weight and never calls it, as an attention its ``out_proj``."""
+    kind = composite_kind(site.parent)
+    return site.parent if kind is not None and site.attribute in kind.layers else None
 
 
 def bare_modules(model: nn.Module, *, repeat: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -225,11 +233,11 @@ def linear_layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dic
     if not isinstance(skip, Collection) or not all(isinstance(name, str) and name for name in skip):
         raise ConfigError(f"skip_modules is {skip!r:.60}; expected names of modules", field="skip_modules")
     skipped = [skip] if isinstance(skip, str) else list(skip)
-    kept = (*skipped, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
     modules: dict[nn.Module, str] = {}
     for path, module in bare_modules(model):
         modules.setdefault(module, path)
     _check_names(skipped, modules)
+    kept = _kept_as_they_are(model, skipped)
     users = Counter(id(module._parameters.get("weight")) for module in modules)
     head = _head(model)
     return {
@@ -245,9 +253,46 @@ def linear_layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dic
     }
 
 
+def experts_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, ParameterView]:
+    """Returns path -> parameter, as the layer whose ``weight`` it is, of the experts that quantizing a model replaces.
+
+    Left out are those that several modules share, and what the model's class keeps in float32. Works on meta tensors
+    too.
+
+    Args:
+        model: with or without adapters.
+        skip: modules or parameters to leave out, by path or by a whole part of it.
+    """
+    kept = _kept_as_they_are(model, [skip] if isinstance(skip, str) else skip)
+    found = [(path, module, name) for path, module in bare_modules(model) for name in expert_parameters(module)]
+    users = Counter(id(module._parameters[name]) for _, module, name in found)
+    return {
+        f"{path}.{name}": ParameterView(module, name)
+        for path, module, name in found
+        if users[id(weight := module._parameters[name])] == 1
+        and not isinstance(weight, QuantizedMatrices)
+        and not any(names_part(part, f"{path}.{name}") for part in kept)
+    }
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Returns the names of a module's own parameters that hold a matrix for each of its ``num_experts``."""
+    count = getattr(module, "num_experts", None)
+    if type(count) is not int:
+        return []
+    held = ((name, weight) for name, weight in module._parameters.items() if weight is not None)
+    return [name for name, weight in held if weight.ndim == 3 and len(weight) == count and weight.is_floating_point()]
+
+
+def _kept_as_they_are(model: nn.Module, skip: Sequence[str]) -> tuple[str, ...]:
+    """Names of what is not quantized, by path or by a whole part of it."""
+    return (*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
+
+
 def _check_names(names: Sequence[str], modules: Mapping[nn.Module, str]) -> None:
     for name in names:
-        if not any(names_part(name, path) for path in modules.values()):
+        of_parameters = (f"{path}.{own}" for module, path in modules.items() for own in module._parameters)
+        if not any(names_part(name, path) for path in (*modules.values(), *of_parameters)):
             known = {path.rpartition(".")[2] for module, path in modules.items() if path and is_plain_linear(module)}
             raise ConfigError(
                 f"skip_modules names {name!r}, which is not a module of the model.{did_you_mean(name, known)}",

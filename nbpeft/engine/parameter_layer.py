@@ -8,7 +8,7 @@ or the same one with other adapters, meanwhile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ _MULTIPLYING = (None, "eager", "grouped_mm", "batched_mm")
 """transformers' ways to compute experts (``_experts_implementation``) that only index and multiply."""
 
 
-class AdaptedParameter(AdaptedLayer):
-    """A module and the named adapters of one of its parameters.
+class AdaptedOwner(AdaptedLayer):
+    """A module that is no layer and the named adapters of one parameter that it computes with itself.
 
     Attributes:
         base_layer: the module, or the wrapper for another parameter of it.
@@ -45,6 +45,34 @@ class AdaptedParameter(AdaptedLayer):
     def weight_module(self) -> nn.Module:
         """A module that has the parameter as its ``weight``."""
         return self.base.module
+
+    def with_adapters(self, active: Active) -> FactoredWeight | None:
+        """The parameter with the products of active adapters; None where there are none, or they are merged."""
+        return factored_weight(self, self._own_base(), active)
+
+    def _own_base(self) -> BaseLayer:
+        """``base``; a replica that nn.DataParallel made has a module of its own."""
+        module: nn.Module = self.get_base_layer()
+        if module is self.weight_module.owner:
+            return self.base
+        return BaseLayer(ParameterView(module, self.parameter_name), self.kind, self.backend)
+
+    def _acts(self) -> bool:
+        """Whether an adapter changes the parameter in the call that runs."""
+        active = self.active_state.current()
+        names = active.names if active.rows is None else active.rows.names
+        return not self.merged_names and any(name in self.adapters._modules for name in names)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module, inside all wrappers."""
+        inner: Any = self
+        while isinstance(inner, AdaptedLayer):
+            inner = inner._modules["base_layer"]
+        return inner  # type: ignore[no-any-return]
+
+
+class AdaptedParameter(AdaptedOwner):
+    """A module and the named adapters of one of its parameters, which the config names (``target_parameters``)."""
 
     def path_at(self, place: str) -> str:
         """Path of the parameter where the module is at a place."""
@@ -64,40 +92,10 @@ class AdaptedParameter(AdaptedLayer):
             return _adapted(layers, args, kwargs)
         return self.get_base_layer()(*args, **kwargs)
 
-    def _acts(self) -> bool:
-        """Whether an adapter changes the parameter in the call that runs."""
-        active = self.active_state.current()
-        names = active.names if active.rows is None else active.rows.names
-        return not self.merged_names and any(name in self.adapters._modules for name in names)
-
-    def with_adapters(self, active: Active) -> FactoredWeight | None:
-        """The parameter with the products of active adapters; None where there are none, or they are merged."""
-        base = self._own_base()
-        products: list[Product] = []
-        for name, scale in zip(active.names, active.scales, strict=True):
-            adapter: Any = self.adapters._modules.get(name)
-            if isinstance(adapter, AdaptsParameters) and not self.merged_names:
-                products += [Product(left, right, s * scale) for left, right, s in adapter.parameter_products(base)]
-        return FactoredWeight(getattr(base.module.owner, self.parameter_name), products) if products else None
-
-    def _own_base(self) -> BaseLayer:
-        """``base``; a replica that nn.DataParallel made has a module of its own."""
-        module: nn.Module = self.get_base_layer()
-        if module is self.weight_module.owner:
-            return self.base
-        return BaseLayer(ParameterView(module, self.parameter_name), self.kind, self.backend)
-
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
         replica.__class__ = ParameterReplica
         return replica
-
-    def get_base_layer(self) -> nn.Module:
-        """The module, inside all wrappers."""
-        inner: Any = self
-        while isinstance(inner, AdaptedLayer):
-            inner = inner._modules["base_layer"]
-        return inner  # type: ignore[no-any-return]
 
     def get_param(self) -> Tensor:
         """The parameter, without adapters."""
@@ -127,6 +125,26 @@ class ParameterReplica(AdaptedParameter):
         return super().with_adapters(active)
 
 
+def factored_weight(layer: AdaptedLayer, base: BaseLayer, active: Active) -> FactoredWeight | None:
+    """The weight of an adapted module with the products of active adapters.
+
+    Args:
+        layer: the wrapper with the adapters.
+        base: what they see of the module.
+        active: adapters and factors on what they add.
+
+    Returns:
+        None where no adapter acts, or those that do are merged.
+    """
+    products: list[Product] = []
+    for name, scale in zip(active.names, active.scales, strict=True):
+        adapter: Any = layer.adapters._modules.get(name)
+        if isinstance(adapter, AdaptsParameters) and not layer.merged_names:
+            products += [one._replace(scale=one.scale * scale) for one in adapter.parameter_products(base)]
+    weight: Any = base.module.weight
+    return FactoredWeight(weight, products) if products else None
+
+
 def wrappers_of(module: nn.Module | None) -> Iterator[AdaptedParameter]:
     """The wrappers for parameters around a module, the outermost first."""
     while isinstance(module, AdaptedParameter):
@@ -134,7 +152,7 @@ def wrappers_of(module: nn.Module | None) -> Iterator[AdaptedParameter]:
         module = module._modules["base_layer"]
 
 
-def _only_multiplies(module: nn.Module) -> bool:
+def only_multiplies(module: nn.Module) -> bool:
     """Whether a module is known to do nothing with its parameters but to index and to multiply."""
     source = getattr(type(module).forward, "__module__", "")
     way = getattr(getattr(module, "config", None), "_experts_implementation", None)
@@ -172,13 +190,26 @@ def _called(
     module = layers[0].get_base_layer()
     if not weights:
         return module(*args, **kwargs)
-    lean = _only_multiplies(module)
+    if only_multiplies(module):
+        return twin_of(module, weights)(*args, **kwargs)
+    return twin_of(module, {name: weight.summed() for name, weight in weights.items()})(*args, **kwargs)
+
+
+def twin_of(module: nn.Module, weights: Mapping[str, Any], modules: Mapping[str, nn.Module] | None = None) -> Any:
+    """A module that shares everything with another one but some parameters and submodules.
+
+    Args:
+        module: the other one.
+        weights: name -> what it has in the place of a parameter.
+        modules: name -> what it has in the place of a submodule.
+    """
     twin = object.__new__(type(module))
     twin.__dict__ = {key: _rebound(value, module, twin) for key, value in module.__dict__.items()}
     parameters = {name: value for name, value in module._parameters.items() if name not in weights}
-    twin.__dict__.update(_parameters=parameters)
-    twin.__dict__.update({name: weight if lean else weight.summed() for name, weight in weights.items()})
-    return twin(*args, **kwargs)
+    twin.__dict__.update(_parameters=parameters, **weights)
+    if modules:
+        twin.__dict__["_modules"] = {**module._modules, **modules}
+    return twin
 
 
 def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.model_tree import Site
+from nbpeft.engine.model_tree import Site, reader_of
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.parameter_layer import wrappers_of
 from nbpeft.engine.targets import Matcher
@@ -47,6 +47,8 @@ def parameter_sites(
         if not names or id(site.module) in seen:
             continue
         seen.add(id(site.module))
+        if reader_of(site) is not None:
+            raise TargetError(f"{site.path} is read by a {type(site.parent).__name__:.60}: target that as a module")
         if site.path in adapted:
             raise TargetError(f"{site.path} is adapted as a layer (target_modules): take it out of target_parameters")
         if site.path in copies or (inside and site.path.startswith(inside)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,16 +25,18 @@ from nbpeft.engine.config_warnings import (
     warn_about_config,
     warn_of_experts,
     warn_of_tied,
+    warn_of_uncalled,
 )
 from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, walk
+from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, reader_of, walk
 from nbpeft.engine.module_paths import suffixes
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper, only_holds
 from nbpeft.engine.parameter_layer import AdaptedParameter
 from nbpeft.engine.parameter_targets import no_parameter, parameter_sites
-from nbpeft.engine.registry import Method, companions, method_of, resolve_backend, resolve_layer_kind
+from nbpeft.engine.registry import Method, companions, composite_kind, method_of, resolve_backend, resolve_layer_kind
+from nbpeft.engine.replication import pending_replication, replicated
 from nbpeft.engine.targets import (
     ALL_LINEAR,
     Matcher,
@@ -64,7 +66,7 @@ class Target:
         adapter_class: class of the adapter.
         config: what makes it: the plan's config, or what a companion method takes.
         tied_to: path of the target whose tensors this one shares; else empty.
-        parameter: name of the parameter in its module, where that is adapted and no layer; else empty.
+        parameter: name of the parameter in its module, where that is no layer, or a composite one; else empty.
         matrix_count: how many matrices that parameter holds: experts.
     """
 
@@ -84,6 +86,11 @@ class Target:
     def module_path(self) -> str:
         """Path of the module that gets a wrapper."""
         return self.path.removesuffix(f".{self.parameter}") if self.parameter else self.path
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the config names the parameter and not the module."""
+        return self.path != self.module_path
 
     def adapted_in(self, module: nn.Module) -> nn.Module:
         """What has the adapted weight as its ``weight``, of the module at that path."""
@@ -174,6 +181,8 @@ def plan(
         ConfigError: a value of the config is impossible for a layer.
     """
     method = method_of(config)
+    layer_map = pending_replication(model, config)
+    model = model if layer_map is None else replicated(model, layer_map)
     sites = [replace(site, wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
     resolved = _resolve_targets(model, config, method, sites)
@@ -182,6 +191,9 @@ def plan(
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
+    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
+    if ensured:
+        copies |= dict.fromkeys(_tied_to(copies, model, sites), 0)  # they share the tensors of those
     matcher = Matcher(
         () if method.companion is not None else getattr(resolved, "target_modules", None) or (),
         getattr(resolved, "exclude_modules", None),
@@ -209,10 +221,10 @@ def plan(
     unused_exclude = matcher.excludes_none_of(site.path for site in sites)
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
+    warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
     _check_size(model, (*targets, *parts))
-    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
     everything = [(site.path, site.module) for site in sites]
-    warn_of_tied(model, everything, adapted | copies.keys(), strict=ensured)
+    warn_of_tied(model, everything, adapted if ensured else adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
     features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
@@ -321,6 +333,15 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
     return {path: count for path, count in found.items() if path not in inner}
 
 
+def _tied_to(copies: Mapping[str, int], model: nn.Module, sites: list[Site]) -> list[str]:
+    """Paths of the modules that share the input embedding's weight and are not copied, where one of them is."""
+    weight = getattr(embedding_of(model), "weight", None)
+    tied = {id(site.module): site.path for site in sites if site.module._parameters.get("weight") is weight}
+    if weight is None or not any(path in copies for path in tied.values()):
+        return []
+    return [path for path in tied.values() if path not in copies]
+
+
 def _match(
     model: nn.Module, sites: list[Site], matcher: Matcher, config: AdapterConfig, copies: tuple[str, ...]
 ) -> tuple[list[Target], list[str]]:
@@ -340,7 +361,12 @@ def _match(
         if isinstance(site.wrapper, ModulesToSaveWrapper):
             raise TargetError(f"{path} is trained as a whole by another adapter (modules_to_save); exclude it")
         check_called(model, path)
-        targets.append(_target(site, config, method))
+        kind = composite_kind(site.module)
+        if kind is not None and custom_part(site.module, site.wrapper, config, path) is None:
+            targets += _composite_targets(site, sites, kind, config, method)
+            seen.update(id(other.module) for other in sites if reader_of(other) is site.module)
+        else:
+            targets.append(_target(site, config, method))
     return targets, excluded
 
 
@@ -395,12 +421,36 @@ def _target(
     return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, made_by, config, tied_to)
 
 
+def _composite_targets(site: Site, sites: list[Site], kind: Any, config: Any, method: Method) -> list[Target]:
+    """The targets of a composite module: its own weight, and the layers inside it whose weights it reads."""
+    adapter_class, view = method.kind_classes.get(kind.name), ParameterView(site.module, kind.parameter)
+    refusal = kind.refusal(site.module)
+    if adapter_class is None:
+        refusal = f"{method.title(config)} does not work there (target module is not supported)"
+    elif isinstance(site.wrapper, AdaptedParameter):
+        refusal = "another adapter adapts its parameters (target_parameters)"
+    backend = None if refusal else resolve_backend(view)
+    if adapter_class is None or backend is None:
+        what = type(site.module).__name__
+        raise TargetError(
+            f"{site.path} is a {what:.60}, which cannot be adapted: {refusal or 'its weight is quantized'}; exclude it",
+            path=site.path,
+            kind=what,
+        )
+    shapes = adapter_class.parameter_shapes(config, site.path, view, kind)
+    sizes = kind.features(view)
+    own = Target(site.path, kind.name, backend.name, *sizes, shapes, adapter_class, config, "", kind.parameter)
+    inner = (other for other in sites if reader_of(other) is site.module)
+    return [own, *(_target(other, config, method, adapter_class=adapter_class) for other in inner)]
+
+
 def _parameter_target(site: Site, config: Any, method: Method) -> Target:
-    if method.parameter_class is None:
+    adapter_class = method.kind_classes.get("parameter")
+    if adapter_class is None:
         raise ConfigError(
             f"target_parameters does not work with {method.title(config)}; use plain LoRA", field="target_parameters"
         )
-    target = _target(site, config, method, adapter_class=method.parameter_class)
+    target = _target(site, config, method, adapter_class=adapter_class)
     assert isinstance(site.module, ParameterView)
     return replace(target, parameter=site.module.parameter_name, matrix_count=site.module.count)
 

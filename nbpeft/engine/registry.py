@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
-from nbpeft.engine.base import Backend, LayerKind
+from nbpeft.engine.base import Backend, Composite, LayerKind
 from nbpeft.engine.combination import Combine
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
@@ -96,7 +96,8 @@ class Method:
         model_functions: PEFT's name of a function of a model whose first adapter has such a config -> a function of the
             model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
-        parameter_class: class of its adapters on bare parameters (``target_parameters``), if it has any.
+        kind_classes: kind of layer -> class of its adapters there, where that is another one. It has to name one for
+            bare parameters (``target_parameters``) and for each ``Composite`` kind, or goes on none.
         when: when to choose it, in a few words.
         paper: where it is described: ``arXiv:2106.09685``, or an address.
         listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
@@ -127,7 +128,7 @@ class Method:
     unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
-    parameter_class: type[Adapter] | None = None
+    kind_classes: Mapping[str, type[Adapter]] = field(default_factory=dict)
     when: str = ""
     paper: str = ""
     listed_with: Mapping[str, Any] = field(default_factory=dict)
@@ -151,6 +152,7 @@ KindClass = TypeVar("KindClass", bound=type[Any])
 
 _methods: list[Method] = []
 _layer_kinds: list[LayerKind] = []
+_composites: list[Any] = []
 _backends: list[Backend] = []
 _entry_points_loaded = False
 _entry_points_loading = False
@@ -191,6 +193,7 @@ def register(
 def register_layer_kind(cls: KindClass) -> KindClass:
     """Registers a kind of layer; ``priority`` orders them, higher is asked first."""
     _insert(_layer_kinds, cls())
+    _composites[:] = [kind for kind in _layer_kinds if isinstance(kind, Composite)]
     return cls
 
 
@@ -237,7 +240,7 @@ def method_of_adapter(adapter: Adapter) -> Method | None:
     """The method that an adapter is made by, that of the nearest registered class; None if there is none."""
     for cls in type(adapter).__mro__:
         for method in _methods:
-            if cls in (method.adapter_class, method.parameter_class):
+            if cls in (method.adapter_class, *method.kind_classes.values()):
                 return method
     return None
 
@@ -300,6 +303,11 @@ def resolve_layer_kind(module: nn.Module, method: Method | None = None) -> Layer
     """The kind a layer is of, or None when it cannot be adapted; by a method that may have kinds of its own."""
     kinds = _layer_kinds if method is None or not method.layer_kinds else method.layer_kinds
     return next((kind for kind in kinds if kind.matches(module)), None)
+
+
+def composite_kind(module: nn.Module) -> Any:
+    """The kind of a module that computes with several weights itself, a ``Composite``; None of any other module."""
+    return next((kind for kind in _composites if kind.matches(module)), None)
 
 
 def resolve_backend(module: nn.Module) -> Backend | None:

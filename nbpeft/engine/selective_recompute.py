@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.base import LayerKind
+from nbpeft.engine.grouped_heads import grouped_heads
 from nbpeft.engine.model_tree import frozen_module, walk
 from nbpeft.engine.numerics import composes
 from nbpeft.engine.recomputed import recompute
@@ -41,7 +43,8 @@ class selective_recompute:
     again. Without gradients (``torch.no_grad()``, ``generate``) and in compiled code the model is as it was, also in
     other threads. Left alone are modules that train, have hooks, buffers or a ``forward`` set by somebody else, or
     give another output for the same input (found out on the first batch). What LoRA's adapters of linear layers read
-    is not kept, either. Backward has to run before the block ends where layers are checkpointed.
+    is not kept, either; nor, on a CPU, keys and values repeated for each of their query heads (``grouped_heads``).
+    Backward has to run before the block ends where layers are checkpointed.
 
     Args:
         model: with or without adapters.
@@ -57,10 +60,13 @@ class selective_recompute:
         self._model = model
         self._verify = verify
         self._changed: list[nn.Module] = []
+        self._opened = ExitStack()
 
     def __enter__(self) -> Self:
         try:
             with HeldInterrupts():
+                if self._verify:
+                    self._opened.enter_context(grouped_heads(self._model))
                 for module, forward in _replacements(self._model, self._verify):
                     self._changed.append(module)
                     module.__dict__[_FORWARD] = forward
@@ -75,7 +81,7 @@ class selective_recompute:
         self._restore()
 
     def _restore(self) -> None:
-        with HeldInterrupts(to_the_end=True):
+        with HeldInterrupts(to_the_end=True), self._opened:
             while self._changed:
                 self._changed.pop().__dict__.pop(_FORWARD, None)
 
@@ -88,9 +94,11 @@ def _replacements(model: nn.Module, verify: bool) -> Iterator[tuple[nn.Module, C
             parents.setdefault(site.module, []).append(site.parent)
     for module, places in parents.items():
         if _is_activation(module) and all(_is_gating(module, parent, verify) for parent in places):
-            yield module, _GatingForward(module)
-        elif _is_norm(module) or _keeps_input(module):
+            yield module, _GatingForward(module, _is_pointwise(module, verify))
+        elif _is_norm(module):
             yield module, _RecomputedForward(module, verify)
+        elif _keeps_input(module):
+            yield module, _RecomputedForward(module, verify, _is_pointwise(module, verify))
 
 
 def _is_free(module: nn.Module) -> bool:
@@ -119,6 +127,19 @@ def _keeps_input(activation: nn.Module) -> bool:
         except Exception:  # it takes something else
             return False
     return any(storage != _storage(output) for storage in kept)
+
+
+def _is_pointwise(activation: nn.Module, verify: bool) -> bool:
+    """Whether an activation gives for a part of its input that part of its output, as one over a dimension does not."""
+    if not verify:
+        return True
+    with torch.no_grad():
+        x = torch.linspace(-2.0, 2.0, 12, device="cpu").view(3, 4)
+        try:
+            part, whole = activation(x[1:2, 1:3]), activation(x)
+        except Exception:  # it takes something else
+            return False
+    return whole.shape == x.shape and torch.allclose(part, whole[1:2, 1:3])
 
 
 def _storage(tensor: Tensor) -> Any:
@@ -214,8 +235,8 @@ class _TrialLayer:
 class _RecomputedForward:
     """The ``forward`` of a module that keeps its input alone."""
 
-    def __init__(self, module: nn.Module, verify: bool) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, verify: bool, pointwise: bool = False) -> None:
+        self._module, self._pointwise = module, pointwise
         self._forward = module.forward
         self._repeats: bool | None = None if verify else True
 
@@ -224,7 +245,7 @@ class _RecomputedForward:
             return self._forward(*args, **kwargs)
         if any(parameter.requires_grad for parameter in self._module._parameters.values() if parameter is not None):
             return self._forward(*args)
-        output = recompute(self._forward, args[0])
+        output = recompute(self._forward, args[0], pointwise=self._pointwise)
         if self._repeats is None:
             with torch.no_grad():
                 self._repeats = torch.equal(output, self._forward(args[0]))
@@ -234,13 +255,13 @@ class _RecomputedForward:
 class _GatingForward:
     """The ``forward`` of a gated MLP's activation, which waits for what it is multiplied with."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._forward = module.forward
+    def __init__(self, module: nn.Module, pointwise: bool) -> None:
+        self._forward, self._pointwise = module.forward, pointwise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 1 or not _needs_gradient(args[0]):
             return self._forward(*args, **kwargs)
-        return _Activated(self._forward, args[0])
+        return _Activated(self._forward, args[0], self._pointwise)
 
 
 def _needs_gradient(x: Any) -> bool:
@@ -250,8 +271,8 @@ def _needs_gradient(x: Any) -> bool:
 class _Activated:
     """``act(gate)`` that is about to be multiplied; a tensor as soon as anything else is done with it."""
 
-    def __init__(self, act: Callable[[Tensor], Tensor], gate: Tensor) -> None:
-        self._act, self._gate = act, gate
+    def __init__(self, act: Callable[[Tensor], Tensor], gate: Tensor, pointwise: bool = False) -> None:
+        self._act, self._gate, self._pointwise = act, gate, pointwise
         self.tensor: Tensor | None = None
         self.is_multiplied = False
 
@@ -259,13 +280,13 @@ class _Activated:
         if not isinstance(up, Tensor) or self.tensor is not None:
             return self._value() * up  # type: ignore[no-any-return]
         self.is_multiplied = True
-        return recompute(partial(_gated, self._act), self._gate, up)
+        return recompute(partial(_gated, self._act), self._gate, up, pointwise=self._pointwise)
 
     __rmul__ = __mul__
 
     def _value(self) -> Tensor:
         if self.tensor is None:
-            self.tensor = recompute(self._act, self._gate)
+            self.tensor = recompute(self._act, self._gate, pointwise=self._pointwise)
         return self.tensor
 
     def __getattr__(self, name: str) -> Any:

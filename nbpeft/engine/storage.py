@@ -138,13 +138,21 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def storage_of(tensor: Any) -> torch.UntypedStorage:
+    """The storage of a tensor, or of the first one that it wraps: the same for all views of it."""
+    while hasattr(tensor, "__tensor_flatten__"):
+        tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
+    found: torch.UntypedStorage = tensor.untyped_storage()
+    return found
+
+
 def unique_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address of each storage on a real device -> its size in bytes. Meta tensors have none."""
     storages: dict[int, int] = {}
     for tensor in tensors:
-        if tensor.device.type != "meta":
-            storage = local(tensor).untyped_storage()
-            if storage.nbytes():
+        for part in inner_tensors(local(tensor)):
+            storage = part.untyped_storage()
+            if part.device.type != "meta" and storage.nbytes():
                 storages[storage.data_ptr()] = storage.nbytes()
     return storages
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.errors import LayerKindError, TargetError
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -72,6 +73,12 @@ def check_copy(path: str, module: nn.Module, wrapper: nn.Module | None) -> None:
     inner = next((name for name, part in module.named_modules() if isinstance(part, AdaptedLayer)), None)
     if inner is not None:
         raise TargetError(f"{path} cannot be trained as a whole (modules_to_save): its {inner} carries adapters")
+    stored = ((name, part) for name, part in module.named_parameters() if isinstance(part, QuantizedMatrices))
+    for name, part in stored:
+        raise TargetError(
+            f"{path} cannot be trained as a whole (modules_to_save): its {name} is stored in {part.form.label}; put an "
+            "adapter on it (target_parameters)"
+        )
     if isinstance(module, _CONTAINERS):
         raise LayerKindError(
             f"modules_to_save cannot be applied to modules of type {type(module).__name__}, such as {path}, which "

@@ -15,6 +15,7 @@ _PHRASES = {
     "session.merge(to=…)": "%lora merge --to DIR",
     "session.merge(calibrate=…)": "%lora merge --calibrate ROWS",
     "model.enable_adapter_layers()": "%lora on",
+    "save_as_lora(DIR, model, rank=64)": "%lora convert NAME --rank 64",
 }
 _CALL = re.compile(r"session\.(\w+)\(['\"]?(.*?)['\"]?\)")
 _COLUMNS = re.compile(r"columns=\{('\w+': '.*?')\}")
@@ -29,6 +30,11 @@ def _as_option(pair: re.Match[str]) -> str:
     return f"{pair[1]}={column}{' ' if pair[3] else ''}"
 
 
+def _with_option(argument: re.Match[str]) -> str:
+    """``(max_length=…)`` as ``(max_length, --max-length)``."""
+    return f"({argument[1]}, --{argument[1].replace('_', '-')})"
+
+
 def in_cell_spelling(said: Any) -> Any:
     """Return a message, or a result with its notes, in the spelling of cells."""
     if isinstance(said, tuple):
@@ -38,7 +44,7 @@ def in_cell_spelling(said: Any) -> Any:
             said = said.replace(phrase, cell)
         said = _CALL.sub(lambda call: f"%lora {call[1]} {call[2]}".rstrip(), said)
         said = _COLUMNS.sub(lambda found: f"--columns {re.sub(_PAIR, _as_option, found[1])}", said)
-        return _ARGUMENT.sub(r"(\1, --\1)", _MODEL.sub(r"--model \1", said))
+        return _ARGUMENT.sub(_with_option, _MODEL.sub(r"--model \1", said))
     if dataclasses.is_dataclass(said) and not isinstance(said, type):
         parts = {name: getattr(said, name) for name in ("line", "notes", "added") if hasattr(said, name)}
         changed = {name: new for name, part in parts.items() if (new := in_cell_spelling(part)) != part}

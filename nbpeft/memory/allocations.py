@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nbpeft.engine.storage import storage_of
 from nbpeft.memory.processor import onednn_multiplies
 from nbpeft.memory.saved import SavedTensors, tensors_in
 from nbpeft.memory.stages import Peak, Stages
@@ -94,7 +95,7 @@ def record(
         tracker = _Allocations(model, stages, on_cpu)
         with tracker:
             result = step(stages.backward_begins)
-            held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(result)}
+            held = {storage._cdata: storage.nbytes() for storage in map(storage_of, tensors_in(result))}
     return stages.peak(sum(held.values()), more)
 
 
@@ -106,7 +107,7 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
         self.total = 0
         self._stages = stages
         self._on_cpu = on_cpu
-        self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._known = {storage_of(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -129,7 +130,7 @@ class _Allocations(_Mode):  # type: ignore[no-untyped-call]
 
     def _follow(self, tensor: Tensor, scratch: int = 0) -> None:
         """Count a storage that is new; ``scratch`` is what its operation needs besides, while it runs."""
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         key = storage._cdata
         if key in self._known:
             return

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.grouped_heads import grouped_heads
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.model_tree import linear_layers_to_quantize
+from nbpeft.engine.model_tree import experts_to_quantize, linear_layers_to_quantize, manager_of
+from nbpeft.engine.parameter_layer import AdaptedParameter
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.selective_recompute import selective_recompute
 from nbpeft.engine.storage import short_name
@@ -42,7 +44,10 @@ _CACHE_SIZE = 512
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that decides what a step needs; see ``forecast`` for the fields."""
+    """Everything that decides what a step needs; see ``forecast`` for the fields.
+
+    ``quantized_experts`` is whether the experts of a mixture are quantized with its linear layers.
+    """
 
     architecture: Architecture
     adapter_config: AdapterConfig | None
@@ -59,6 +64,7 @@ class Setting:
     recompute: bool = True
     packing: bool = False
     adapters: int = 1
+    quantized_experts: bool = True
 
     @property
     def one_pass(self) -> Setting:
@@ -86,6 +92,7 @@ class Setting:
             str(self.dtype),
             self.quantization,
             self.double_quant,
+            self.quantized_experts,
         ]
         if step:
             fields += [self.batch_size, self.sequence_length, self.gradient_checkpointing, self.training, self.on_cpu]
@@ -103,6 +110,7 @@ class Weights:
         adapter_bytes: bytes of the adapter; 0 without one.
         layers: path of the list of layers, where all have the same shapes and the same adapter; else empty.
         layer_bytes: base weights of one of these that are not quantized.
+        of_experts: how many of the trained numbers are an adapter's on experts.
     """
 
     kinds: dict[str, int]
@@ -110,6 +118,12 @@ class Weights:
     adapter_bytes: int
     layers: str
     layer_bytes: int = 0
+    of_experts: int = 0
+
+    @property
+    def trained_count(self) -> int:
+        """How many numbers are trained."""
+        return sum(torch.Size(shape).numel() for shape, _ in self.trained)
 
 
 _weights: dict[str, Weights] = {}
@@ -125,7 +139,7 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
         ConfigError: the model cannot run without data.
         TargetError: the adapter does not fit the model.
     """
-    parts, weights = _alone(setting), _weights_of(setting)
+    parts, weights = _alone(setting), weights_of(setting)
     if setting.processes == 1 or not setting.training:
         return parts
     return for_one_process(
@@ -141,7 +155,7 @@ def estimate(setting: Setting) -> tuple[MemoryPart, ...]:
 
 def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     """The same for a process that trains alone."""
-    weights, step = _weights_of(setting), _peak_of(setting.one_pass)
+    weights, step = weights_of(setting), _peak_of(setting.one_pass)
     trained = weights.trained * setting.adapters
     base = sum(weights.kinds.values())
     kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in weights.kinds.items())
@@ -166,8 +180,8 @@ def _alone(setting: Setting) -> tuple[MemoryPart, ...]:
     )
 
 
-def _weights_of(setting: Setting) -> Weights:
-    """Bytes of weights and adapters, from their shapes alone."""
+def weights_of(setting: Setting) -> Weights:
+    """Bytes of weights and adapters, from their shapes alone; kept for the next question."""
     key = setting.key(step=False)
     if key not in _weights:
         _make_room(_weights)
@@ -179,17 +193,14 @@ def _count_weights(setting: Setting) -> Weights:
     with torch.device("meta"), silenced():
         model = setting.architecture.build(setting.dtype)
         base = [*model.parameters(), *model.buffers()]
-        quantized: dict[int, nn.Module] = {}
-        if setting.quantization is not None:
-            quantized = {id(layer.weight): layer for layer in linear_layers_to_quantize(model).values()}
+        quantized: dict[int, nn.Module] = {id(layer.weight): layer for layer in _to_quantize(model, setting)}
         _add_adapter(model, setting)
     double = setting.double_quant and setting.quantization != "int8"
     kinds: Counter[str] = Counter()
     for tensor in sorted(base, key=lambda tensor: id(tensor) not in quantized):
         if id(tensor) in quantized:
-            rows, columns = tensor.shape if isinstance(quantized[id(tensor)], nn.Linear) else reversed(tensor.shape)
             label = f"{setting.quantization}{' double' if double else ''}"
-            kinds[label] += quantized_bytes(rows, columns, str(setting.quantization), double=double)
+            kinds[label] += quantized_bytes(quantized[id(tensor)], str(setting.quantization), double=double)
         else:
             kinds[short_name(tensor.dtype)] += tensor.nbytes
     there = {id(tensor) for tensor in base}
@@ -199,7 +210,16 @@ def _count_weights(setting: Setting) -> Weights:
     found: Any = model.get_submodule(layers) if layers else ()
     inside = found[0].parameters() if layers else ()
     layer_bytes = sum(p.nbytes for p in inside if id(p) in there and id(p) not in quantized)
-    return Weights(dict(kinds), trained, sum(tensor.nbytes for tensor in added), layers, layer_bytes)
+    adapter_bytes = sum(tensor.nbytes for tensor in added)
+    return Weights(dict(kinds), trained, adapter_bytes, layers, layer_bytes, _trained_on_experts(model))
+
+
+def _trained_on_experts(model: nn.Module) -> int:
+    """How many trained numbers an adapter has on parameters of several matrices."""
+    manager = manager_of(model)
+    layers = manager.layers.values() if manager is not None else ()
+    experts = [layer for layer in layers if isinstance(layer, AdaptedParameter) and layer.num_experts > 1]
+    return sum(parameter.numel() for layer in experts for parameter in layer.adapters.parameters())
 
 
 def _peak_of(setting: Setting) -> Peak:
@@ -213,7 +233,7 @@ def _peak_of(setting: Setting) -> Peak:
 
 def _extrapolated_peak(setting: Setting) -> Peak | None:
     """The peak as a few layers tell it; None where they do not."""
-    if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := _weights_of(setting).layers):
+    if setting.architecture.layer_count <= SAMPLED_LAYERS or not (path := weights_of(setting).layers):
         return None
     try:
         return _run(setting, path)
@@ -268,7 +288,7 @@ def _too_long(setting: Setting) -> str:
 def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     model = setting.architecture.build(setting.dtype, layers)
     checkpointed = setting.gradient_checkpointing and setting.training
-    chosen = linear_layers_to_quantize(model).values() if setting.quantization is not None else ()
+    chosen = _to_quantize(model, setting)
     # Of a few layers the rest are missing, which a config may name: that of an adapter on "all-linear" names each.
     _add_adapter(model, setting, allow_missing=layers is not None)
     if setting.adapter_config is None:
@@ -281,6 +301,14 @@ def _prepared(setting: Setting, layers: int | None) -> nn.Module:
     elif hasattr(config := model.config, "use_cache"):
         config.use_cache = True  # without a cache a mask is made of fake tensors, though of real ones none is
     return model
+
+
+def _to_quantize(model: nn.Module, setting: Setting) -> list[nn.Module]:
+    """The linear layers, and views of experts, that the setting quantizes; of a model that carries no adapter yet."""
+    if setting.quantization is None:
+        return []
+    experts = experts_to_quantize(model).values() if setting.quantized_experts else ()
+    return [*linear_layers_to_quantize(model).values(), *experts]
 
 
 def _add_adapter(model: nn.Module, setting: Setting, *, allow_missing: bool = False) -> None:
@@ -304,7 +332,11 @@ def _train_step(model: nn.Module, setting: Setting, on_backward: Callable[[], No
     batch |= _for_adapter(setting)
     if setting.packing:  # with a cache, models of transformers see one row a sequence
         batch["use_cache"] = False
-    with selective_recompute(model, verify=False) if setting.recompute else nullcontext():
+    with ExitStack() as block:
+        if setting.recompute:
+            block.enter_context(selective_recompute(model, verify=False))
+            if setting.on_cpu:
+                block.enter_context(grouped_heads(model))
         with chunked_head(model, setting.loss_chunk_size), without_logits(model):
             output = model(**batch)
         loss = getattr(output, "loss", None)

@@ -7,7 +7,7 @@ time of one product, and in 8 bits also the input.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,26 +15,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.four_bit import NESTED_BLOCK
 from nbpeft.engine.layer import AdaptedLayer
+from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.quantized_matrices import BLOCK, Form, QuantizedMatrices
 
-_BLOCK, _NESTED_BLOCK = 64, 256
+
+def quantized_bytes(layer: nn.Module, kind: str, *, double: bool) -> int:
+    """Bytes of the quantized weight of a linear layer or of experts, with its constants and code tables.
+
+    Args:
+        layer: has a floating ``weight``, on any device.
+        kind: ``nf4``, ``fp4`` or ``int8``.
+        double: whether 4-bit constants are quantized too.
+    """
+    if isinstance(layer, ParameterView):
+        count, rows, columns = layer.shape
+        return Form(kind, double and kind != "int8", rows, columns).byte_count(count)
+    return _linear_bytes(*_features(layer), kind, double=double)
 
 
-def quantized_bytes(out_features: int, in_features: int, kind: str, *, double: bool) -> int:
-    """Bytes of a quantized weight with its constants and code tables, as bitsandbytes stores it."""
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) features."""
+    weight: Any = layer.weight
+    rows, columns = weight.shape
+    return (columns, rows) if type(layer).__name__ == "Conv1D" else (rows, columns)
+
+
+def _linear_bytes(out_features: int, in_features: int, kind: str, *, double: bool) -> int:
+    """As bitsandbytes stores it."""
     count = out_features * in_features
     if kind == "int8":
         return count + 4 * out_features
-    blocks = -(-count // _BLOCK)
+    blocks = -(-count // BLOCK)
     table = 16 * 4
-    nested = blocks + 4 * -(-blocks // _NESTED_BLOCK) + 256 * 4 + 4
+    nested = blocks + 4 * -(-blocks // NESTED_BLOCK) + 256 * 4 + 4
     return -(-count // 2) + table + (nested if double else 4 * blocks)
 
 
 def replace_by_fakes(
     model: nn.Module, layers: Collection[nn.Module], kind: str, *, double: bool, checkpointed: bool
 ) -> None:
-    """Replace linear layers of a fake model, adapted or not, by quantized ones.
+    """Replace linear layers and experts of a fake model, adapted or not, by quantized ones.
 
     Args:
         model: the model.
@@ -44,6 +66,10 @@ def replace_by_fakes(
         checkpointed: whether layers are computed again in backward. The 8-bit kernel's copy of its input
             then stays in memory, because it is not kept in the way that checkpointing can drop.
     """
+    experts = [layer for layer in layers if isinstance(layer, ParameterView)]
+    for view in experts:
+        stored = FakeQuantizedMatrices.of(view.weight, kind, double=double)
+        view.owner._parameters[view.parameter_name] = nn.Parameter(stored, requires_grad=False)
     chosen = {id(layer) for layer in layers}
     for parent in list(model.modules()):
         for attribute, layer in list(parent._modules.items()):
@@ -61,14 +87,11 @@ class FakeQuantizedLinear(nn.Module):
     def __init__(self, layer: nn.Module, kind: str, *, double: bool, hides_input: bool = False) -> None:
         super().__init__()
         weight: Any = layer.weight
-        rows, columns = weight.shape
-        if type(layer).__name__ == "Conv1D":
-            rows, columns = columns, rows
-        self.in_features, self.out_features = columns, rows
+        self.out_features, self.in_features = _features(layer)
         self.kind = kind
         self.hides_input = hides_input
         self.dtype = weight.dtype
-        byte_count = quantized_bytes(rows, columns, kind, double=double)
+        byte_count = quantized_bytes(layer, kind, double=double)
         self.register_buffer("stored", torch.empty(byte_count, dtype=torch.uint8, device=weight.device))
         self.register_parameter("bias", layer._parameters.get("bias"))
         self.own_shape = tuple(weight.shape)
@@ -86,6 +109,25 @@ class FakeQuantizedLinear(nn.Module):
             return _integer_product(x, self.out_features)
         output: Tensor = _Product.apply(x, bias, self)  # type: ignore[no-untyped-call]
         return output
+
+
+class FakeQuantizedMatrices(QuantizedMatrices):
+    """Quantized experts of which only the shapes are known; as in a forecast, one of them gets all tokens."""
+
+    def write(self, weight: Tensor, *, fit: bool) -> None:
+        """Changes nothing."""
+
+    def matrix(self, i: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor of the matrix's shape."""
+        return torch.empty(self.form.shape, dtype=dtype or self.dtype, device=self.device)
+
+    def uses(self) -> Iterator[tuple[int, Any]]:
+        """All of them one after the other, of some that are picked by index one."""
+        return iter([(0, slice(None))]) if self.picked is not None else super().uses()
+
+    def groups(self, offs: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+        """One with all rows."""
+        yield 0, slice(0, rows)
 
 
 def _integer_product(x: Tensor, out_features: int) -> Tensor:

@@ -16,6 +16,7 @@ from nbpeft.device_names import DEVICES, named, nearest
 from nbpeft.display.blocks import Block, Card, Table
 from nbpeft.display.shown import Shown
 from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.model_tree import base_model_of, experts_to_quantize
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.losses import check_chunk_size
 from nbpeft.memory.architecture import Architecture, architecture_of
@@ -131,8 +132,8 @@ def forecast(
         TargetError: the adapter does not fit the model.
     """
     architecture = architecture_of(model_or_config, adapter_config)
+    stored = stored_as(model_or_config, architecture.config)
     if quantization is None:
-        stored = stored_as(model_or_config, architecture.config)
         quantization, double_quant = stored.quantization, stored.double_quant if stored.quantization else double_quant
     setting = setting_of(
         architecture,
@@ -152,6 +153,7 @@ def forecast(
         recompute=recompute,
         processes=processes,
         sharded=sharded,
+        quantized_experts=stored.experts or quantization != stored.quantization,
     )
     return Forecast(estimate(setting), device_bytes(device), setting)
 
@@ -175,8 +177,9 @@ def setting_of(
     packing: bool = False,
     processes: int = 1,
     sharded: bool = False,
+    quantized_experts: bool = True,
 ) -> Setting:
-    """Check the values of a forecast and put them together; see ``forecast``.
+    """Check the values of a forecast and put them together; see ``forecast`` and ``Setting``.
 
     Raises:
         ConfigError: a value is impossible.
@@ -210,6 +213,7 @@ def setting_of(
         packing=packing,
         processes=processes,
         sharded=sharded,
+        quantized_experts=quantized_experts,
     )
 
 
@@ -266,11 +270,13 @@ class Stored:
         quantization: ``"nf4"``, ``"fp4"``, ``"int8"`` or None.
         double_quant: whether 4-bit constants are quantized too.
         note: what a person should know of it; empty otherwise.
+        experts: whether the experts of a mixture are stored like that, too.
     """
 
     quantization: str | None = None
     double_quant: bool = True
     note: str = ""
+    experts: bool = True
 
 
 def stored_as(source: Any, config: Any) -> Stored:
@@ -284,7 +290,8 @@ def stored_as(source: Any, config: Any) -> Stored:
         for kind in weights_by_kind(source):
             label = kind.split(" ")[0]
             if label in QUANTIZATIONS:
-                return Stored(label, kind.endswith(" double") or label == "int8")
+                experts = not experts_to_quantize(base_model_of(source))
+                return Stored(label, kind.endswith(" double") or label == "int8", experts=experts)
         return Stored()
     found = getattr(config, "quantization_config", None)
     if found is None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from nbpeft.engine.model_tree import base_model_of, manager_of
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.engine.storage import StoredWeight, local, short_name, unique_storages
+from nbpeft.engine.storage import StoredWeight, inner_tensors, local, short_name, unique_storages
 from nbpeft.memory.devices import device_memory, join, mark_peak, peak
 from nbpeft.memory.formatting import size_text
 from nbpeft.memory.saved import SavedTensors, tensors_in
@@ -218,7 +219,9 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
         if isinstance(backend, StoredWeight) and backend.name != "dense":
             yield backend.label(module), backend.tensors(module)
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
+            if isinstance(tensor, QuantizedMatrices):
+                yield tensor.form.label, inner_tensors(tensor)
+            elif tensor is not None:
                 yield short_name(tensor.dtype), [tensor.detach()]
 
 

@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.storage import storage_of
+
 
 class SavedTensors:
     """Context manager that counts what forward passes inside it save for backward.
@@ -84,7 +86,7 @@ def _unpack(kept: Any) -> Tensor:
 def storage_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's storage, on the meta device those it would have."""
     try:
-        return tensor.untyped_storage().nbytes()
+        return storage_of(tensor).nbytes()
     except (NotImplementedError, RuntimeError):
         return tensor.numel() * tensor.element_size()
 
@@ -92,7 +94,7 @@ def storage_bytes(tensor: Tensor) -> int:
 def _key(tensor: Tensor) -> Any:
     """The same for all views of one storage, while that lives; meta storages have no address."""
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_of(tensor)._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
 

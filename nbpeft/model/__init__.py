@@ -52,6 +52,9 @@ from nbpeft.model.hotswap import hotswap_adapter as hotswap_adapter
 from nbpeft.model.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
 from nbpeft.model.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from nbpeft.model.injection import inject_adapter_in_model as inject_adapter_in_model
+from nbpeft.model.intruders import reduce_intruder_dimension as reduce_intruder_dimension
+from nbpeft.model.kappa import KappaTuneSelector as KappaTuneSelector
+from nbpeft.model.kappa import find_kappa_target_modules as find_kappa_target_modules
 from nbpeft.model.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from nbpeft.model.merge_export import MergedFolder as MergedFolder
 from nbpeft.model.merge_export import MergedTensors as MergedTensors

@@ -54,6 +54,8 @@ def preprocess_corda(
     lora_config: LoraConfig,
     run_model: Callable[[], Any] | None = None,
     hooked_model: nn.Module | None = None,
+    *,
+    show_progress: bool = False,
 ) -> None:
     """Finds the directions of the weights that matter most, or least, on data, for ``init_lora_weights="corda"``.
 
@@ -65,6 +67,7 @@ def preprocess_corda(
         lora_config: the adapter's config, with ``corda_config``.
         run_model: runs the model on data; not called where a file of ``corda_config`` has what is needed.
         hooked_model: the model that ``run_model`` runs, if it is another one.
+        show_progress: show how many weights are decomposed, as ``verbose`` of ``corda_config`` does.
 
     Raises:
         ConfigError: there is no config or no data, or an input is not finite. No layer has anything then.
@@ -76,13 +79,13 @@ def preprocess_corda(
     layers = _linear_layers(model, lora_config)
     fields = ("S_WC", "U_WC", "V_WC")
     found: dict[str, CordaEigens] = {}
-    if _is_there(settings.cache_file):
+    if has_file(settings.cache_file):
         cache = _read(settings.cache_file, [f"{path}.{DECOMPOSITION}.{field}" for path in layers for field in fields])
         for path in layers:
             found[path] = CordaEigens(*(cache[f"{path}.{DECOMPOSITION}.{field}"] for field in fields))
     else:
         covariances, counts = _covariances(model, hooked_model, lora_config, run_model, layers)
-        with progress(len(layers), "CorDA: weights decomposed", show=settings.verbose) as report:
+        with progress(len(layers), "CorDA: weights decomposed", show=settings.verbose or show_progress) as report:
             for number, (path, layer) in enumerate(layers.items()):
                 check_interrupt()
                 report(number)
@@ -114,7 +117,7 @@ def _covariances(
     """Path -> mean covariance (in, in) of the layer's inputs, and how many calls it is the mean of."""
     settings = config.corda_config
     assert settings is not None
-    if _is_there(settings.covariance_file):
+    if has_file(settings.covariance_file):
         return _read(settings.covariance_file, layers), dict.fromkeys(layers, 0)
     if run_model is None:
         raise ConfigError("run_model must be specified when covariance file and cache file aren't built.")
@@ -188,12 +191,10 @@ def preprocess_loraga(
         path
         for path, layer in layers.items()
         if is_quantized_layer(layer.module) or hasattr(layer.module, "quant_state")
-        for path, layer in layers.items()
-        if is_quantized_layer(layer.module) or hasattr(layer.module, "quant_state")
     ]
     if quantized:
         raise ConfigError(f"{few(quantized)} quantized: LoRA-GA needs gradients of full-precision weights")
-    if _is_there(cache_file):
+    if has_file(cache_file):
         found = _read(cache_file, [f"{path}.{GRADIENT}" for path in layers])
         gradients = {path: found[f"{path}.{GRADIENT}"] for path in layers}
     else:
@@ -261,7 +262,8 @@ def _linear_layers(model: nn.Module, config: LoraConfig) -> dict[str, BaseLayer]
     return found
 
 
-def _is_there(place: str | None) -> bool:
+def has_file(place: str | None) -> bool:
+    """Whether a file of something found on data is there."""
     return place is not None and os.path.isfile(place) and os.path.getsize(place) > 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.init_configs import EvaConfig
+from nbpeft.engine.methods.lora.inits import remember_starts
 from nbpeft.engine.model_tree import manager_of, walk
 from nbpeft.engine.plan import plan
 from nbpeft.engine.registry import layer_kind_named
 from nbpeft.errors import AdapterError, ConfigError, few
 from nbpeft.interrupts import check_interrupt
 from nbpeft.model.eva_search import EvaSearch, LayerInputsFn
-from nbpeft.model.observing import base_alone, evaluated, progress
+from nbpeft.model.observing import base_alone, device_of, evaluated, moved, progress
 
 _LARGEST_RHO = 1000
 """Above, rho is bounded by the largest dimension of the model."""
@@ -36,6 +38,23 @@ _MOST_PASSES = 100
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 ModelInputsFn = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class EvaBatches:
+    """What EVA looks at; see ``get_eva_state_dict``.
+
+    Attributes:
+        dataloader: batches, gone through as often as it takes.
+        forward_fn: calls the model with a batch.
+        prepare_model_inputs_fn: prepares a batch for the next one.
+        prepare_layer_inputs_fn: gives the rows of a layer.
+    """
+
+    dataloader: Iterable[Any]
+    forward_fn: ForwardFn
+    prepare_model_inputs_fn: ModelInputsFn | None
+    prepare_layer_inputs_fn: LayerInputsFn | Mapping[str, LayerInputsFn] | None
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -131,20 +150,57 @@ def get_eva_state_dict(
     if isinstance(dataloader, Sized) and len(dataloader) == 0:
         raise ConfigError("dataloader is empty")
     modules = _modules(model, manager, config, adapter_name)
-    functions = _functions(prepare_layer_inputs_fn, modules)
-    search = EvaSearch(modules, functions, config, _rho(config, model), gather=gather_distributed_inputs)
-    batches = _Batches(model, dataloader, config, forward_fn, prepare_model_inputs_fn)
+    batches = EvaBatches(dataloader, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    return find_directions(model, config, modules, batches, gather_distributed_inputs, show_progress_bar)
+
+
+def targeted_layers(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[str, nn.Module]]:
+    """Name of each linear layer of a base model that a config targets -> its path and the frozen layer itself."""
+    targets = {target.path for target in plan(model, config).targets if layer_kind_named(target.kind).is_linear}
+    return {site.path: (site.path, site.module) for site in walk(model) if site.path in targets}
+
+
+@torch.no_grad()
+def find_directions(
+    model: nn.Module,
+    config: Any,
+    modules: Mapping[str, tuple[str, nn.Module]],
+    batches: EvaBatches,
+    gather: bool = True,
+    show_progress: bool = True,
+) -> dict[str, Tensor]:
+    """What ``get_eva_state_dict`` computes, of these layers.
+
+    Args:
+        model: evaluated without its adapters, and left as it was.
+        config: of the adapters to come, with ``eva_config``.
+        modules: name of a layer -> its path and the layer.
+        batches: what the model is called with, and what is looked at.
+        gather: with ``torch.distributed``, put the rows of all processes together.
+        show_progress: show how many layers have converged.
+
+    Returns:
+        Name of a layer -> directions (rank, in).
+
+    Raises:
+        ConfigError: there is no layer or no data, or no batch has as many rows as directions are needed.
+    """
+    if not modules:
+        raise ConfigError("EVA takes linear layers, and the config targets none")
+    functions = _functions(batches.prepare_layer_inputs_fn, modules)
+    search = EvaSearch(modules, functions, config, _rho(config, model), gather=gather)
+    calls = _Calls(model, batches, config)
     with base_alone(model), evaluated(model):
-        batches.run(search.look_for_equal_inputs(), search)
-        with progress(len(modules), "EVA: layers converged", show=show_progress_bar) as report:
-            for first_of_pass, batch in batches.endless():
+        calls.run(search.look_for_equal_inputs(), search)
+        with progress(len(modules), "EVA: layers converged", show=show_progress) as report:
+            for first_of_pass, batch in calls.endless():
                 report(search.converged_count)
                 if search.has_converged:
                     break
                 if first_of_pass:
                     search.check_pass()
                 check_interrupt()
-                batches.run_batch(batch, search.collect(), search)
+                calls.run_batch(batch, search.collect(), search)
                 search.share_ranks()
     return search.result(whiten=config.eva_config.whiten)
 
@@ -203,13 +259,24 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
         )
-    _start(manager, adapter_name, config, {_bare(name): value for name, value in eva_state_dict.items()})
+    start_at(manager, adapter_name, {_bare(name): value for name, value in eva_state_dict.items()})
 
 
-def _start(manager: AdapterManager, name: str, config: Any, directions: dict[str, Tensor]) -> None:
-    """Puts an adapter with the ranks of the directions in the place of one."""
+def start_at(manager: AdapterManager, name: str, directions: Mapping[str, Tensor]) -> None:
+    """Puts an adapter with the ranks of the directions in the place of one with ``init_lora_weights="eva"``.
+
+    Args:
+        manager: of the model.
+        name: the adapter.
+        directions: path -> (rank, in).
+
+    Raises:
+        ConfigError: no layer has a rank.
+    """
+    config: Any = manager.configs[name]
     weights = manager.weights(name)
     kept: dict[str, dict[str, Tensor]] = {}
+    starts: dict[str, Any] = {}
     missing: list[str] = []
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -226,6 +293,8 @@ def _start(manager: AdapterManager, name: str, config: Any, directions: dict[str
             rank = len(found)
             adapter: Any = manager.layers[path].adapter(name)
             kept[path] = adapter.started_at(found)
+            first_factor, second_factor = (kept[path][factor].clone() for factor in adapter.factor_names)
+            starts[path] = (manager.layers[path].base_layer, (first_factor, second_factor))
         if rank != config.r:
             ranks[path] = rank
         if alpha != config.lora_alpha:
@@ -238,7 +307,7 @@ def _start(manager: AdapterManager, name: str, config: Any, directions: dict[str
             "layers)",
             stacklevel=3,
         )
-    started = config.copy(
+    started: Any = config.copy(
         target_modules=set(kept),
         exclude_modules=None,
         layers_to_transform=None,
@@ -246,6 +315,7 @@ def _start(manager: AdapterManager, name: str, config: Any, directions: dict[str
         rank_pattern=ranks,
         alpha_pattern=alphas,
     )
+    remember_starts(started, starts)
     start = AdapterWeights(kept, weights.copies, weights.base, weights.shared)
     first = next((value for named in weights.adapters.values() for value in named.values()), None)
     half = first is not None and first.dtype in (torch.float16, torch.bfloat16)
@@ -256,17 +326,13 @@ def _modules(
     model: nn.Module, manager: AdapterManager | None, config: AdapterConfig, name: str
 ) -> dict[str, tuple[str, nn.Module]]:
     """Name of each linear layer that has or gets the adapter -> its path and the frozen layer itself."""
-    found: dict[str, nn.Module] = {}
     if manager is not None and name in manager.configs:
         layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
-        found = {path: layer.base_layer for path, layer in layers.items() if layer.kind.is_linear}
+        found = {path: (path, layer.base_layer) for path, layer in layers.items() if layer.kind.is_linear}
     else:
-        targets = {target.path for target in plan(model, config).targets if layer_kind_named(target.kind).is_linear}
-        found = {site.path: site.module for site in walk(model) if site.path in targets}
+        found = targeted_layers(model, config)
     prefix = _PREFIX if manager is not None and model is not manager.model else ""
-    if not found:
-        raise ConfigError("EVA takes linear layers, and the config targets none")
-    return {f"{prefix}{path}": (path, module) for path, module in found.items()}
+    return {f"{prefix}{path}": layer for path, layer in found.items()}
 
 
 _PREFIX = "base_model.model."
@@ -294,53 +360,33 @@ def _functions(given: Any, modules: Mapping[str, Any]) -> dict[str, LayerInputsF
     return dict.fromkeys(modules, given or _all_rows)
 
 
-class _Batches:
+class _Calls:
     """Calls the model with the batches of a dataloader, moved to its device."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dataloader: Iterable[Any],
-        config: Any,
-        forward_fn: ForwardFn,
-        prepare: ModelInputsFn | None,
-    ) -> None:
-        self._model, self._dataloader, self._config = model, dataloader, config
-        self._forward, self._prepare = forward_fn, prepare
-        devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
-        self._device = devices.pop() if len(devices) == 1 else None
+    def __init__(self, model: nn.Module, batches: EvaBatches, config: Any) -> None:
+        self._model, self._batches, self._config = model, batches, config
+        self._device = device_of(model)
 
     def endless(self) -> Iterator[tuple[bool, Any]]:
         """Yields whether a batch starts another pass over the data, and the batch."""
         for number in range(_MOST_PASSES):
             first = number > 0
-            for batch in self._dataloader:
+            for batch in self._batches.dataloader:
                 yield first, batch
                 first = False
         warnings.warn(f"EVA has not converged after {_MOST_PASSES} passes: it goes by what it has", stacklevel=4)
 
     def run(self, hooked: AbstractContextManager[None], search: EvaSearch) -> None:
         """Calls the model with the first batch."""
-        batch = next(iter(self._dataloader), None)
+        batch = next(iter(self._batches.dataloader), None)
         if batch is None:
             raise ConfigError("dataloader is empty")
         self.run_batch(batch, hooked, search)
 
     def run_batch(self, batch: Any, hooked: AbstractContextManager[None], search: EvaSearch) -> None:
         """Calls the model with a batch, with hooks on its layers."""
-        batch = _moved(batch, self._device)
-        search.model_input = batch if self._prepare is None else self._prepare(batch, self._config)
+        batch = moved(batch, self._device)
+        prepare = self._batches.prepare_model_inputs_fn
+        search.model_input = batch if prepare is None else prepare(batch, self._config)
         with hooked:
-            self._forward(self._model, batch)
-
-
-def _moved(inputs: Any, device: torch.device | None) -> Any:
-    if device is None:
-        return inputs
-    if hasattr(inputs, "to"):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: _moved(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(_moved(value, device) for value in inputs)
-    return inputs
+            self._batches.forward_fn(self._model, batch)

@@ -143,7 +143,7 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         shared=plan.saved_shared,
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan.targets),
-        parameters=[target.path for target in plan.targets if target.parameter],
+        parameters=[target.path for target in plan.targets if target.is_bare],
     )
 
 

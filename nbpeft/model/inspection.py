@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.errors import AdapterError
+from nbpeft.interrupts import check_interrupt
+from nbpeft.model.intruders import count_intruders
+from nbpeft.model.observing import progress
 from nbpeft.state import LayerChange
 
 
 @torch.no_grad()
-def inspect_adapter(manager: AdapterManager, name: str) -> tuple[LayerChange, ...]:
+def inspect_adapter(manager: AdapterManager, name: str, *, intruders: bool = False) -> tuple[LayerChange, ...]:
     """How far an adapter moves the weight of each layer, in Frobenius norms.
 
     The factor that the adapter is applied with counts. Modules trained as a whole are compared with the
@@ -22,6 +26,7 @@ def inspect_adapter(manager: AdapterManager, name: str) -> tuple[LayerChange, ..
     Args:
         manager: has the adapter.
         name: which one.
+        intruders: count intruder dimensions, too: two singular value decompositions of each weight.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -31,7 +36,8 @@ def inspect_adapter(manager: AdapterManager, name: str) -> tuple[LayerChange, ..
     with manager.provided([name]):
         manager.require(name)
         manager.refuse_merged("inspecting")
-        return (*_layers(manager, name), *_copies(manager, name))
+        found = (*_layers(manager, name), *_copies(manager, name))
+        return _with_intruders(manager, name, found) if intruders else found
 
 
 def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
@@ -44,6 +50,19 @@ def _layers(manager: AdapterManager, name: str) -> Iterator[LayerChange]:
             norm, directions = layer.adapter(name).delta_size(weight, layer.base)
             size = float(torch.linalg.vector_norm(weight, dtype=_wide(weight)))
             yield LayerChange(path, scale * norm, size, directions, layer.adapter(name).delta_rank)
+
+
+def _with_intruders(manager: AdapterManager, name: str, found: tuple[LayerChange, ...]) -> tuple[LayerChange, ...]:
+    counted = []
+    with progress(len(found), "weights decomposed", show=True) as report:
+        for number, change in enumerate(found):
+            check_interrupt()
+            report(number)
+            layer = manager.layers.get(change.path)
+            scale = manager.scale(name)
+            count = None if layer is None or change.rank is None else count_intruders(layer, name, scale=scale)
+            counted.append(replace(change, intruders=count))
+    return tuple(counted)
 
 
 def _copies(manager: AdapterManager, name: str) -> Iterator[LayerChange]:

@@ -58,7 +58,11 @@ class LayerDelta:
 
     def weight_name(self, path: str) -> str:
         """Returns the name of what it adds to: the weight of the layer at a path, or the parameter there itself."""
-        return path if isinstance(self.base.module, ParameterView) else f"{path}.weight"
+        view = self.base.module
+        if not isinstance(view, ParameterView):
+            return f"{path}.weight"
+        own = view.parameter_name
+        return path if path.endswith(f".{own}") else f"{path}.{own}"
 
     def add_to_(self, weight: Tensor) -> None:
         """Adds to a floating-point weight, (out, in) or as the module stores it, in place."""

@@ -14,6 +14,7 @@ from nbpeft import checkpoint
 from nbpeft.checkpoint import ModelFolder, TensorSpec
 from nbpeft.engine.base import onloaded
 from nbpeft.engine.model_tree import bare_modules, is_quantized_layer
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
 from nbpeft.errors import CheckpointNotFoundError, ConfigError
 
@@ -112,6 +113,8 @@ class LiveWeights:
         if tensor is not None:
             with onloaded(module):
                 present: Tensor = getattr(module, name.rpartition(".")[2]) if tensor.is_meta else tensor
+                if isinstance(present, QuantizedMatrices):
+                    return present.dequantize(), True
                 return present.detach(), False
         backend: Any = resolve_backend(module)
         weight: Tensor = backend.dequantize(module)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from nbpeft.engine.model_tree import manager_of
@@ -50,6 +51,25 @@ def base_alone(model: nn.Module) -> AbstractContextManager[Any]:
     """The model without its adapters, for this thread."""
     manager = manager_of(model)
     return nullcontext() if manager is None else manager.disabled()
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device of a model's parameters; None where they are on several, and its own hooks move what it is given."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "meta"}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def moved(inputs: Any, device: torch.device | None) -> Any:
+    """A batch, nested or not, on a device; as it is for None."""
+    if device is None:
+        return inputs
+    if hasattr(inputs, "to"):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: moved(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(moved(value, device) for value in inputs)
+    return inputs
 
 
 @contextmanager

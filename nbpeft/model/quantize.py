@@ -1,4 +1,4 @@
-"""Quantized base models: loaded through bitsandbytes, or quantized in memory.
+"""Quantized base models, linear layers and experts: loaded through bitsandbytes, or quantized in memory.
 
     load_quantized(source, …)        a folder, hub id or GGUF file -> a model with quantized layers
     quantize_model(model, …)         the same for a model that is loaded already
@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.model_tree import (
+    experts_to_quantize,
     is_plain_linear,
     is_quantized,
     is_quantized_layer,
@@ -31,6 +33,12 @@ from nbpeft.errors import CheckpointNotFoundError, ConfigError, did_you_mean, in
 from nbpeft.hub_access import hub_options
 from nbpeft.logs import collapsed
 from nbpeft.memory.processor import has_instructions
+from nbpeft.model.quantized_experts import (
+    quantize_experts,
+    quantized_parameter,
+    quantizing_while_reading,
+    save_dequantized,
+)
 from nbpeft.names import DTYPES, QUANT_TYPES, SHORT_DTYPES
 from nbpeft.optional import needs
 
@@ -51,11 +59,11 @@ def load_quantized(
     model_class: Any = None,
     **from_pretrained: Any,
 ) -> Any:
-    """Loads a model with its linear layers quantized.
+    """Loads a model with its linear layers, and the experts of a mixture, quantized.
 
     Weights of a folder or the hub are quantized one by one as they are read. A GGUF file is read
     whole, in the compute dtype, and then quantized layer by layer. Embeddings, norms and the head
-    stay as they are.
+    stay as they are. Experts compute in the dtype of their input.
 
     Args:
         source: a folder, a hub id, or the path of a ``.gguf`` file.
@@ -104,7 +112,9 @@ def load_quantized(
         _library()
         with collapsed():  # takes in the handler that transformers made meanwhile
             if file is None:
-                model = _from_pretrained(loader, place, {**options, "quantization_config": settings})
+                with quantizing_while_reading(settings):
+                    model = _from_pretrained(loader, place, {**options, "quantization_config": settings})
+                quantize_experts(model)  # those of a checkpoint that is quantized already
                 _prepare(model)
                 return model
             with respect_progress_bar_setting():
@@ -124,7 +134,7 @@ def quantize_model(
     quant_storage: torch.dtype | str | None = None,
     skip_modules: Sequence[str] = (),
 ) -> nn.Module:
-    """Quantizes the linear layers of a model in place, and returns it.
+    """Quantizes the linear layers of a model, and the experts of a mixture, in place, and returns it.
 
     Biases, norms, embeddings, the head and layers that share their weight stay as they are. All
     layers or none: until the last one is quantized the old weights are kept.
@@ -136,7 +146,7 @@ def quantize_model(
         double_quant: whether the constants of 4-bit blocks are quantized too.
         compute_dtype: what 4-bit layers compute in; by default the model's dtype.
         quant_storage: dtype that holds the 4-bit codes.
-        skip_modules: further layers that stay, by path or by a whole part of it.
+        skip_modules: further layers that stay, by path or by a whole part of it (``"experts"``).
 
     Raises:
         ConfigError: a setting is impossible, the model has adapters, is quantized already, or has
@@ -171,7 +181,9 @@ def check_quantizable(model: nn.Module) -> None:
 
 
 def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """Returns path -> layer of what ``quantize_model`` replaces; see ``linear_layers_to_quantize``.
+    """Returns path -> layer of what ``quantize_model`` replaces; a parameter of experts is the weight of its view.
+
+    See ``linear_layers_to_quantize`` and ``experts_to_quantize``.
 
     Raises:
         ConfigError: there is nothing to quantize, or ``skip`` names no module.
@@ -179,7 +191,7 @@ def layers_to_quantize(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, 
     found = linear_layers_to_quantize(model, skip)
     if not found:
         raise ConfigError(f"{type(model).__name__} has no linear layer to quantize")
-    return found
+    return found | experts_to_quantize(model, skip)
 
 
 def place_of(source: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
@@ -221,24 +233,39 @@ def _quantize(
     """Replaces layers; with ``own`` one by one, which frees each old weight at once."""
     layers = layers_to_quantize(model, skip)
     stay = [path for path, module in model.named_modules() if path not in layers and is_plain_linear(module)]
-    empty = next((path for path in layers if model.get_submodule(path).weight.is_meta), None)
+    empty = next((path for path, layer in layers.items() if cast(Tensor, layer.weight).is_meta), None)
     if empty is not None:
         raise ConfigError(f"{empty} has no weights (meta device): load the model before quantizing it")
     library = _library()
-    made: list[tuple[str, nn.Module]] = []
+    made: list[tuple[str, nn.Module, nn.Module | nn.Parameter]] = []
     for path in list(layers):
-        new = _quantized_layer(layers.pop(path), settings, library, device)
+        old = layers.pop(path)
+        made.append((path, old, _quantized(old, settings, library, device)))
         if own:
-            model.set_submodule(path, new)
-        else:
-            made.append((path, new))
-    for path, new in made:
-        model.set_submodule(path, new)
+            _replace(model, *made.pop())
+    for each in made:
+        _replace(model, *each)
     if device is not None:
         model.to(device)
     _set_transformers_flags(model, settings, stay)
+    save_dequantized(model)
     _prepare(model)
     return model
+
+
+def _replace(model: nn.Module, path: str, old: nn.Module, new: nn.Module | nn.Parameter) -> None:
+    """Puts what is quantized into the place of a layer, or of the parameter that a view stands for."""
+    if isinstance(old, ParameterView):
+        old.owner._parameters[old.parameter_name] = cast(nn.Parameter, new)
+    else:
+        model.set_submodule(path, cast(nn.Module, new))
+
+
+def _quantized(old: Any, settings: Any, library: Any, device: torch.device | None) -> nn.Module | nn.Parameter:
+    """Returns a quantized layer, or the quantized parameter of experts."""
+    if isinstance(old, ParameterView):
+        return quantized_parameter(old.weight, settings, device)
+    return _quantized_layer(old, settings, library, device)
 
 
 def _quantized_layer(old: Any, settings: Any, library: Any, device: torch.device | None) -> nn.Module:

@@ -1,4 +1,4 @@
-"""How the weights of a model are stored, part by part: quantized layers, embedding, head and the rest."""
+"""How the weights of a model are stored, part by part: quantized layers and experts, embedding, head and the rest."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, frozen_module
+from nbpeft.engine.layer_kinds.parameter import ParameterView
+from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, expert_parameters, frozen_module
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.registry import resolve_backend, resolve_layer_kind
-from nbpeft.engine.storage import StoredWeight, short_name, unique_storages
+from nbpeft.engine.storage import StoredWeight, inner_tensors, short_name, unique_storages
 from nbpeft.memory.fake_quantized import quantized_bytes
 
 BFLOAT16_BYTES = 2
-PARTS = ("quantized layers", "embedding", "head", "other layers", "norms and biases")
+PARTS = ("quantized layers", "experts", "embedding", "head", "other layers", "norms and biases")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class StoredPart:
 
     Attributes:
         name: one of ``PARTS``.
-        module_count: modules that hold its weights.
+        module_count: modules that hold its weights; tensors, of experts.
         byte_count: what it takes, quantization constants included.
         bfloat16_bytes: what the same weights would take in bfloat16.
         kinds: how they are stored, e.g. ``nf4 double``.
@@ -53,25 +55,30 @@ def stored_parts(model: nn.Module) -> tuple[StoredPart, ...]:
 
 
 def estimated_parts(
-    model: nn.Module, paths: Iterable[str] = (), *, kind: str = "", double: bool = False, raised: Iterable[Tensor] = ()
+    model: nn.Module,
+    layers: Iterable[nn.Module] = (),
+    *,
+    kind: str = "",
+    double: bool = False,
+    raised: Iterable[Tensor] = (),
 ) -> tuple[StoredPart, ...]:
     """Returns what ``stored_parts`` will return once layers are quantized and tensors are cast to float32.
 
     Works on meta tensors too; the model is not changed.
 
     Args:
-        model: a base model; without adapters if ``paths`` are given.
-        paths: the linear layers that will be quantized.
+        model: a base model; without adapters if ``layers`` are given.
+        layers: the linear layers, and views of experts, that will be quantized.
         kind: ``nf4``, ``fp4`` or ``int8``.
         double: whether their constants will be quantized too.
         raised: tensors that will be float32.
     """
     wide = {id(tensor) for tensor in raised}
-    chosen = {id(model.get_submodule(path).weight) for path in paths}
+    chosen = {id(layer.weight): layer for layer in layers}
     sizes: dict[str, list[tuple[int, int]]] = {name: [] for name in PARTS}
     kinds: dict[str, dict[str, None]] = {name: {} for name in PARTS}
     seen: set[int] = set()
-    for module, part, label, tensors, numbers in _weights(model):
+    for part, label, tensors, numbers in _weights(model):
         first = tensors[0]
         storages = {id(first): first.nbytes} if first.is_meta else unique_storages(tensors)
         size = sum(count for key, count in storages.items() if key not in seen)
@@ -79,9 +86,10 @@ def estimated_parts(
         if not size:
             continue
         if id(first) in chosen:
-            rows, columns = first.shape if isinstance(module, nn.Linear) else reversed(first.shape)
-            size = quantized_bytes(rows, columns, kind, double=double)
-            part, label = "quantized layers", f"{kind} double" if double else kind
+            layer = chosen[id(first)]
+            size = quantized_bytes(layer, kind, double=double)
+            part = "experts" if isinstance(layer, ParameterView) else "quantized layers"
+            label = f"{kind} double" if double else kind
         elif id(first) in wide:
             label, size = short_name(torch.float32), 4 * numbers
         sizes[part].append((size, BFLOAT16_BYTES * numbers))
@@ -95,26 +103,30 @@ def estimated_parts(
     )
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, list[Tensor], int]]:
-    """Yields (module, part, label, tensors, how many numbers they stand for) of every weight of a base model."""
+def _weights(model: nn.Module) -> Iterator[tuple[str, str, list[Tensor], int]]:
+    """Yields (part, label, tensors, how many numbers they stand for) of every weight of a base model."""
     special = {
         id(frozen_module(found)): name
         for name, output in (("head", True), ("embedding", False))
         if (found := embedding_of(model, output=output)) is not None
     }
     for _, module in bare_modules(model):
+        experts = expert_parameters(module)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            part = "norms and biases" if parameter.ndim == 1 else "other layers"
+            if isinstance(parameter, QuantizedMatrices):
+                yield "experts", parameter.form.label, inner_tensors(parameter), parameter.numel()
+                continue
+            part = "experts" if name in experts else "norms and biases" if parameter.ndim == 1 else "other layers"
             if name != "weight":
-                yield module, part, short_name(parameter.dtype), [parameter], parameter.numel()
+                yield part, short_name(parameter.dtype), [parameter], parameter.numel()
                 continue
             backend: Any = resolve_backend(module)
             end = special.get(id(module))
             if isinstance(backend, StoredWeight) and backend.name != "dense":
                 kind = resolve_layer_kind(module)
                 numbers = parameter.numel() if kind is None else math.prod(kind.features(module))
-                yield module, end or "quantized layers", backend.label(module), backend.tensors(module), numbers
+                yield end or "quantized layers", backend.label(module), backend.tensors(module), numbers
             else:
-                yield module, end or part, short_name(parameter.dtype), [parameter], parameter.numel()
+                yield end or part, short_name(parameter.dtype), [parameter], parameter.numel()

@@ -160,8 +160,8 @@ MODULES: dict[str, dict[str, str]] = {
         "mappings": f"MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING {_MAPPINGS}",
         "helpers": "shift_tokens_right",
         "layers": f"{_TUNERS} PeftMixedModel",
-        OWN: f"PromptLearningConfig {_METHOD_NAMES}",
-        "missing": (f"find_kappa_target_modules replace_lora_weights_loftq {_LORA_EXTRAS} {_PREFIX_POSTPROCESSING}"),
+        OWN: f"PromptLearningConfig find_kappa_target_modules {_METHOD_NAMES}",
+        "missing": f"replace_lora_weights_loftq {_LORA_EXTRAS} {_PREFIX_POSTPROCESSING}",
     },
     "auto": {OWN: _AUTO, "mappings": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING"},
     "config": {OWN: "PeftConfig PromptLearningConfig", "constants": "CONFIG_NAME", "missing": "PeftConfigMixin"},
@@ -170,10 +170,11 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "helpers": {
         OWN: (
-            "DoraCaching check_if_peft_model disable_input_dtype_casting rescale_adapter_scale "
+            "DoraCaching KappaTuneSelector check_if_peft_model disable_input_dtype_casting "
+            "find_kappa_target_modules rescale_adapter_scale "
             "update_forward_signature update_generate_signature update_signature"
         ),
-        "missing": "KappaTuneSelector MontecloraTrainerMixin find_kappa_target_modules",
+        "missing": "MontecloraTrainerMixin",
     },
     "import_utils": {
         "imports": (
@@ -235,7 +236,7 @@ MODULES: dict[str, dict[str, str]] = {
         OWN: "get_eva_state_dict initialize_lora_eva_weights",
         "inits": "forward_fn_dict prepare_layer_inputs_fn_language_modeling prepare_model_inputs_fn_language_modeling",
     },
-    "tuners.lora.intruders": {"missing": "reduce_intruder_dimension"},
+    "tuners.lora.intruders": {OWN: "reduce_intruder_dimension"},
     "tuners.lora.loraga": {OWN: "preprocess_loraga", "inits": "estimate_gradients"},
     "tuners.lora.monteclora": {"missing": "BufferedMontecloraSampler MontecloraSampler"},
     "tuners.lora.te": {"missing": "TeLinear"},

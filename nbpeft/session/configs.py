@@ -58,7 +58,7 @@ def build_config(
     Args:
         config: a config, or fields by name; ``peft_type`` among them chooses the method,
             without it that of ``instead_of``, else LoRA. Among fields, targets that are one plain
-            name mean that name, not a pattern.
+            name mean that name, not a pattern, and an init that has settings gets its usual ones.
         instead_of: config of the adapter that is reconfigured.
 
     Raises:
@@ -66,6 +66,8 @@ def build_config(
             ``details["field"]`` names the field.
         UnknownMethodError: ``peft_type`` is not a known method.
     """
+    from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS
+
     if not isinstance(config, Mapping):
         if not hasattr(config, "base_model_name_or_path"):
             raise ConfigError(f"a config such as LoraConfig, or its fields by name, is expected, not {config!r:.60}")
@@ -81,6 +83,10 @@ def build_config(
                 field=name,
                 known=known,
             )
+    init = fields.get("init_lora_weights")
+    settings, settings_class = INIT_CONFIGS.get(init, ("", None)) if isinstance(init, str) else ("", None)
+    if settings_class is not None and settings in known:
+        fields.setdefault(settings, settings_class())
     try:
         return cls(**fields)
     except (TypeError, AttributeError) as error:

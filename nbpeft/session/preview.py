@@ -83,5 +83,5 @@ def _shape(target: Target) -> str:
 
 def _size(target: Target) -> int | None:
     """The rank, for experts that of each."""
-    size: int | None = target.config.size if target.parameter else target.adapter_class.size_of(target.shapes)
+    size: int | None = target.config.size if target.is_bare else target.adapter_class.size_of(target.shapes)
     return size

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from nbpeft.engine.adapter import IsLowRank, LowRankDelta
+from nbpeft.engine.adapter import IsLowRank, LowRankDelta, PeftType
 from nbpeft.engine.base import LayerKind
 from nbpeft.engine.factored_weight import AdaptsParameters
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import embedding_of, frozen_module, is_quantized
 from nbpeft.engine.registry import method_of, methods
 from nbpeft.model import files
+from nbpeft.model.conversion import can_convert
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class AdapterFacts:
     Attributes:
         name: its name.
         method: its method, as people call it: ``LoRA``, ``rsLoRA``, ``DoRA``.
+        is_lora: whether files of its method are LoRA's.
         own_method: whether the method comes from another package.
         model_class: class of the base model.
         library: package of that class: ``transformers``, ``diffusers``.
         kinds: path -> kind of layer, of every layer it changes.
         deltas: path -> the kind of layer and what is added, where that is a product of two matrices.
         others: what it has that is no such product -> number of layers: ``{"DoRA": 12}``.
+        convertible: whether a LoRA can take the place of all of these.
+        prompt_tokens: trained tokens of the whole model, where it learns a prompt and has no layers; else 0.
         unmergeable: why a layer of it cannot be merged into the base, as part of a sentence; empty where all can.
         copies: paths of modules that were trained as a whole.
         biases: names of the model's biases that were trained.
@@ -46,12 +50,15 @@ class AdapterFacts:
 
     name: str
     method: str
+    is_lora: bool
     own_method: bool
     model_class: str
     library: str
     kinds: Mapping[str, str]
     deltas: Mapping[str, tuple[LayerKind, LowRankDelta]] = field(repr=False, hash=False)
     others: Mapping[str, int]
+    convertible: bool
+    prompt_tokens: int
     unmergeable: str
     copies: tuple[str, ...]
     biases: tuple[str, ...]
@@ -98,29 +105,38 @@ def facts_of(manager: AdapterManager, name: str) -> AdapterFacts:
     kinds: dict[str, str] = {}
     deltas: dict[str, tuple[LayerKind, LowRankDelta]] = {}
     others: dict[str, int] = {}
-    unmergeable = ""
+    unmergeable, rows = "", False
+    prompt_tokens = int(getattr(config, "total_tokens", 0)) if config.is_prompt_learning else 0
     for path, layer in manager.layers.items():
         if name not in layer.adapters._modules:
             continue
-        adapter, kinds[path] = layer.adapter(name), layer.kind.name
+        adapter = layer.adapter(name)
         unmergeable = unmergeable or adapter.unmergeable_reason(layer.base)
+        if prompt_tokens:
+            continue  # it is kept on the embedding and does not change it
+        kinds[path] = layer.kind.name
         if isinstance(adapter, IsLowRank):
             deltas[path] = layer.kind, _scaled(adapter.low_rank_delta(layer.base), scale)
         else:
-            label = next((method.label for method in methods() if isinstance(adapter, method.adapter_class)), title)
+            method = next((method for method in methods() if isinstance(adapter, method.adapter_class)), None)
+            label = method.label if method else title
             label = "target_parameters" if isinstance(adapter, AdaptsParameters) else label
+            rows = rows or bool(method and method.companion)
             others[label] = others.get(label, 0) + 1
     weights = manager.weights(name)
     kept = _bytes([*weights.copies.values(), weights.base])
     return AdapterFacts(
         name=name,
         method=title,
+        is_lora=config.peft_type == PeftType.LORA,
         own_method=not type(config).__module__.startswith("nbpeft."),
         model_class=type(model).__name__,
         library=type(model).__module__.partition(".")[0],
         kinds=kinds,
         deltas=deltas,
         others=others,
+        convertible=bool(others) and not rows and can_convert(manager, name),
+        prompt_tokens=prompt_tokens,
         unmergeable=unmergeable,
         copies=tuple(weights.copies),
         biases=tuple(manager.base_biases(name)),

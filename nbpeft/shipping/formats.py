@@ -46,10 +46,10 @@ def adapter_folder(manager: AdapterManager, facts: AdapterFacts, *, one_rank: bo
     Args:
         manager: has the adapter.
         facts: about it.
-        one_rank: whether several ranks or scalings have to become one; then whole embeddings are left out, too.
+        one_rank: whether it has to be LoRA's with one rank and one scaling; then whole embeddings are left out, too.
     """
-    several = len(facts.ranks) > 1 or len(facts.scalings) > 1
-    rewrites = facts.scale != 1.0 or (bool(facts.deltas) and (facts.starts_in_weight or (one_rank and several)))
+    other = not facts.is_lora or len(facts.ranks) > 1 or len(facts.scalings) > 1
+    rewrites = facts.scale != 1.0 or (bool(facts.deltas) and (facts.starts_in_weight or (one_rank and other)))
     if rewrites and facts.others:
         what = f"its scale of {facts.scale:g}" if facts.scale != 1.0 else "what it started in"
         raise AdapterError(

@@ -224,6 +224,8 @@ def _format_notes(facts: AdapterFacts, form: Form) -> list[str]:
     if form.format == "folder":
         if facts.starts_in_weight and facts.deltas:
             notes.append(f"it started in a part of the weights: written as plain LoRA of rank {facts.ranks[-1]}")
+        elif form.one_rank and not facts.is_lora:
+            notes.append(f"{facts.method} is written as plain LoRA of rank {facts.ranks[-1]}, which adds the same")
         elif form.one_rank and len(facts.ranks) > 1:
             ranks = ", ".join(map(str, facts.ranks))
             notes.append(f"its ranks {ranks} are all written as {facts.ranks[-1]}, filled up with zeros")

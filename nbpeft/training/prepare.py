@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.model_tree import is_quantized, quantization_method
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.memory.checkpointing import enable_checkpointing
 
@@ -134,7 +135,9 @@ def becoming_float32(model: nn.Module, upcast: Upcast) -> list[nn.Parameter]:
     return [
         parameter
         for parameter in model.parameters()
-        if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit"
+        if parameter.dtype in _HALF
+        and type(parameter).__name__ != "Params4bit"
+        and not isinstance(parameter, QuantizedMatrices)
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,9 @@ from nbpeft.training.data import (
     prepare_data,
 )
 from nbpeft.training.data.checks import check_row
+
+BATCH_SIZE = 8
+"""Rows that a model is shown at once, where nothing is learned: that of ``TrainingArguments``."""
 
 
 @dataclass(frozen=True)
@@ -92,27 +95,45 @@ def collator_for(model: nn.Module, tokenizer: Any) -> Collator:
     return Collator(pad_token_id=pad, copy_labels=is_causal(model))
 
 
-def first_batches(
-    model: nn.Module, data: Any, *, rows: int, batch_size: int = 8, tokenizer: Any = None, columns: Any = None
-) -> list[dict[str, Tensor]]:
-    """The first rows of data as a training would give them to the model, without labels.
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of data as a training would give them to a model.
+
+    Attributes:
+        rows: tokenised.
+        collate: makes a batch of some of them.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    collate: Collator
+
+    def batches(self, size: int = BATCH_SIZE, *, labels: bool = True) -> list[dict[str, Tensor]]:
+        """Their batches.
+
+        Args:
+            size: rows of a batch.
+            labels: whether the labels are among a batch's tensors.
+        """
+        found = [self.collate(self.rows[first : first + size]) for first in range(0, len(self.rows), size)]
+        return [{name: value for name, value in batch.items() if labels or name != "labels"} for batch in found]
+
+
+def first_rows(model: nn.Module, data: Any, *, rows: int, tokenizer: Any = None, **reading: Any) -> FirstRows:
+    """The first rows of data as a training would give them to the model.
 
     Args:
         model: adapted or bare.
         data: see :func:`prepare_data`.
         rows: how many, at most.
-        batch_size: rows of a batch.
         tokenizer: see :func:`prepare_data`.
-        columns: see :func:`prepare_data`.
+        **reading: ``columns`` and ``max_length``; see :func:`prepare_data`.
 
     Raises:
         ConfigError: an argument is impossible.
         TrainingError: the data cannot be read, or does not fit the model.
     """
-    prepared = training_rows(model, open_data(data), tokenizer=tokenizer, columns=columns).train
-    chosen, collate = list(itertools.islice(iter(prepared), rows)), collator_for(model, tokenizer)
-    batches = [collate(chosen[first : first + batch_size]) for first in range(0, len(chosen), batch_size)]
-    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    prepared = training_rows(model, open_data(data), tokenizer=tokenizer, **reading).train
+    return FirstRows(list(itertools.islice(iter(prepared), rows)), collator_for(model, tokenizer))
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

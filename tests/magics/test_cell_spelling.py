@@ -23,8 +23,10 @@ HEADLESS = ("checkpoint", "engine", "memory", "model", "session", "training")
         ("they are off; session.on() brings them back", "they are off; %lora on brings them back"),
         ("say which one is meant: model='a' or model='b'", "say which one is meant: --model a or --model b"),
         ("take another name, or replace it (replace=…)", "take another name, or replace it (replace, --replace)"),
+        ("give them (init_data=…)", "give them (init_data, --init-data)"),
         ("error 0.1; session.merge(to=…) keeps full precision", "error 0.1; %lora merge --to DIR keeps full precision"),
         ("enable them first (model.enable_adapter_layers()).", "enable them first (%lora on)."),
+        ("make a LoRA of it: save_as_lora(DIR, model, rank=64)", "make a LoRA of it: %lora convert NAME --rank 64"),
         (("add one with session.add(model, config)",), ("add one with a cell that begins with %%lora MODEL",)),
         ("then run.step(loss=…), (r=8)", "then run.step(loss=…), (r=8)"),
         (None, None),
@@ -43,4 +45,4 @@ def test_what_messages_name_is_there_in_cells() -> None:
     assert {"use", "on", "merge"} <= calls
     assert all(hasattr(Session, name) and name in SUBCOMMANDS for name in calls)
     assert {"replace", "name"} <= arguments
-    assert {f"--{name}" for name in arguments} <= flags
+    assert {f"--{name.replace('_', '-')}" for name in arguments} <= flags

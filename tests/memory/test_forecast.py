@@ -254,10 +254,10 @@ def test_quantized_bytes_are_those_of_the_library():
     for double in (False, True):
         layer = bnb.nn.Linear4bit(192, 80, bias=False, quant_type="nf4", compress_statistics=double).to("cpu")
         real = sum({part.byte_count for part in measure(nn.Sequential(layer)).parts if part.name == "base weights"})
-        assert quantized_bytes(80, 192, "nf4", double=double) == real
+        assert quantized_bytes(nn.Linear(192, 80), "nf4", double=double) == real
     layer = bnb.nn.Linear8bitLt(192, 80, bias=False, has_fp16_weights=False).to("cpu")
     real = next(part.byte_count for part in measure(nn.Sequential(layer)).parts)
-    assert quantized_bytes(80, 192, "int8", double=False) == real
+    assert quantized_bytes(nn.Linear(192, 80), "int8", double=False) == real
 
 
 @pytest.mark.parametrize(

@@ -223,8 +223,8 @@ def test_a_tied_head_shows_the_rows_of_the_embedding_as_in_peft() -> None:
 def test_rows_alone_are_ensured_to_stay_tied() -> None:
     with pytest.warns(UserWarning, match="ensure_weight_tying=True but the model does not have tied weights"):
         get_peft_model(llama(), LoraConfig(**settings(ensure_weight_tying=True)))
-    message = "ties trained rows of tokens, not other adapters: .* share one weight; take lm_head out of the targets"
-    for changes in ({"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}):
+    message = "ties trained rows and copies .*, not factors: .* share one weight; take .* out of the targets"
+    for changes in ({"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens", "lm_head"]}):
         fields = settings(ensure_weight_tying=True, trainable_token_indices=None, **changes)
         with pytest.raises(ConfigError, match=message):
             get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**fields))

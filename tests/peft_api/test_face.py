@@ -36,10 +36,7 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "peft.tuners.lora.velora: * refuses",
     ),
     "tools that nbpeft lacks": (
-        "peft*: find_kappa_target_modules refuses",
         "peft*: create_riemannian_optimizer refuses",
-        "peft.helpers: KappaTuneSelector refuses",
-        "peft.tuners.lora.intruders: reduce_intruder_dimension refuses",
         "peft.tuners.tuners_utils: replicate_layers refuses",
         "peft.utils.merge_utils: * refuses",
     ),

@@ -32,6 +32,10 @@ MORE: dict[str, tuple[Any, str]] = {
     "eva_config": (peft_lora.EvaConfig(), "directions of layers with one input are whitened once each"),
     "init_lora_weights": ("pissa", "OLoRA, PiSSA, CorDA, LoRA-GA leave the base as it is"),
     "kasa_config": (peft_lora.KasaConfig(), "the base stays as it is; what it adds to the loss is in the model's"),
+    "layer_replication": (
+        [[0, 2], [1, 3]],
+        "merged, too; layers come back with `unload()`; several adapters share the replicas",
+    ),
     "layers_pattern": ("layers", "patterns that could run for ever are refused"),
     "loftq_config": (peft_lora.LoftQConfig(), "2 bits, too; the scaling counts; embeddings and Conv1D; no accelerator"),
     "lora_bias": (True, "merges in 4 and 8 bits"),
@@ -73,14 +77,13 @@ SAME: dict[str, Any] = {
     "trainable_token_indices": [0, 1],
 }
 ACCEPTED: dict[str, tuple[Any, str]] = {
-    "ensure_weight_tying": (True, "rows of tokens stay tied; other adapters on one of two tied layers are refused"),
+    "ensure_weight_tying": (True, "rows of tokens and copies stay tied; factors on one of two tied layers are refused"),
     "runtime_config": (
         nbpeft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
         "nothing to do: DoRA's norms are computed where the layer computes, offloaded or not",
     ),
 }
 REFUSED: dict[str, Any] = {
-    "layer_replication": [(0, 2), (1, 3)],
     "megatron_config": {"tensor_model_parallel_size": 2},
 }
 BESIDE: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from tests.effort import drawn
 from tests.faults.harness import traced
 from tests.faults.test_interrupts import interrupted_at
 from tests.shipping.support import VOCABULARY, adapted, base_model, ids, tokenizer
-from tests.tiny_models import logits, same_state, state
+from tests.tiny_models import logits, randomize, same_state, state
 
 UNEVEN: dict[str, Any] = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"down_proj": 3}, "use_rslora": True}
 
@@ -205,6 +205,60 @@ def test_shared_embeddings_are_refused_and_can_be_merged(tmp_path: Path) -> None
     for engine in ("vllm", "llama.cpp"):
         with pytest.raises(AdapterError, match=r"'model.embed_tokens', whose weight embedding and head share"):
             ship(model, engine=engine, to=tmp_path / "served")
+
+
+LOW_RANK: dict[str, Any] = {
+    "AdaLoRA": nbpeft.AdaLoraConfig(init_r=4, target_modules=["q_proj", "down_proj"], total_step=9, tinit=0, tfinal=1),
+    "DeLoRA": nbpeft.DeloraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "VB-LoRA": nbpeft.VBLoRAConfig(r=4, num_vectors=8, vector_length=16, target_modules=["q_proj", "down_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_methods_that_add_a_product_of_two_matrices_become_plain(name: str, tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), LOW_RANK[name].copy(task_type="CAUSAL_LM"), "sql").eval()
+    randomize(model, "sql")
+    done = ship(model, engine="vllm", to=tmp_path / "served")
+    assert any(f"{name} is written as plain LoRA of rank 4" in note for note in done.notes)
+    assert config_of(tmp_path / "served")["peft_type"] == "LORA"
+    assert done.byte_count == sum(
+        t.nbytes for t in safetensors.torch.load_file(tmp_path / "served" / "adapter_model.safetensors").values()
+    )
+    loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
+    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-5)
+
+
+PROMPTS: dict[str, Any] = {
+    "prompt tuning": nbpeft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "prefix tuning": nbpeft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_goes_to_peft_alone(name: str, tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), PROMPTS[name].copy(), "sql")
+    for engine in ("vllm", "llama.cpp", "ollama", "transformers"):
+        what = rf"{name}, 4 trained tokens in front of the input \(serve it with PEFT, or train LoRA\)$"
+        with pytest.raises(AdapterError, match=what):
+            ship(model, engine=engine, base="llama3.2:1b" if engine == "ollama" else None, to=tmp_path / "refused")
+        with pytest.raises(AdapterError, match="does not take the merged model: an adapter that cannot be merged"):
+            ship(model, engine=engine, merged=True, to=tmp_path / "refused")
+    ship(model, engine="peft", to=tmp_path / "served")
+    loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
+    assert torch.allclose(loaded(ids()).logits, model.eval()(ids()).logits, atol=1e-5)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_what_a_lora_can_stand_for_ships_once_it_is_converted(tmp_path: Path) -> None:
+    model = get_peft_model(base_model(), nbpeft.OFTConfig(oft_block_size=8, target_modules=["q_proj"]), "sql")
+    remedy = r"OFT on 2 layers \(merge it into the base, or make a LoRA of it: save_as_lora\(DIR, model, rank=64\)\)"
+    with pytest.raises(AdapterError, match=remedy):
+        ship(model, engine="vllm", to=tmp_path / "served")
+    randomize(model, "sql")
+    nbpeft.save_as_lora(tmp_path / "lora", model, 64, "sql")
+    ship(PeftModel.from_pretrained(base_model(), tmp_path / "lora"), engine="vllm", to=tmp_path / "served")
+    loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path / "served").eval()
+    assert torch.allclose(logits(loaded, ids()), logits(model, ids()), atol=1e-4)
 
 
 def test_other_methods_and_other_programs(tmp_path: Path) -> None:

@@ -23,14 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.four_bit import NESTED_BLOCK, fitted, in_blocks
 from nbpeft.engine.registry import register_backend
 from nbpeft.engine.rounding import Grid
 from nbpeft.engine.storage import StoredWeight, loaded, plain
 
 PACKED_ROWS = 32
-NESTED_BLOCK = 256
-_FITTED_BLOCKS = 1024
-"""Blocks that are fitted at a time, so that fitting takes little memory beside a weight."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +238,7 @@ def _quantized(weight: Tensor, like: Any, *, nested: bool, storage: torch.dtype)
     data, state = functional.quantize_4bit(
         weight, blocksize=like.blocksize, compress_statistics=False, quant_type=like.quant_type, quant_storage=storage
     )
-    state.absmax = _fitted(weight, data, state)
+    state.absmax = fitted(weight, data, state.absmax, state.blocksize, state.quant_type)
     if nested:
         _nest(state)
     return data, state
@@ -270,36 +268,13 @@ def _plain_state(module: nn.Module) -> Any:
 def _widened(state: Any, weight: Tensor) -> Any:
     """The state, with larger constants where a weight needs them."""
     constants = _constants(state)
-    needed = _in_blocks(weight.reshape(-1), state.blocksize).abs().amax(1)
+    needed = in_blocks(weight.reshape(-1), state.blocksize).abs().amax(1)
     if bool((needed > constants).any()):
         nested = state.nested
         state.absmax, state.nested = torch.maximum(needed, constants), False
         if nested:
             _nest(state)
     return state
-
-
-def _fitted(weight: Tensor, data: Tensor, state: Any) -> Tensor:
-    """For each block the constant that brings its codes nearest to the weight, (blocks,) float32."""
-    flat, codes = weight.reshape(-1), data.view(torch.uint8).view(-1)
-    size = state.blocksize
-    fitted: Tensor = state.absmax.clone()
-    for first in range(0, fitted.numel(), _FITTED_BLOCKS):
-        constants = fitted[first : first + _FITTED_BLOCKS]
-        values = _in_blocks(flat[first * size : (first + _FITTED_BLOCKS) * size].float(), size)
-        part = codes[first * size // 2 : (first + constants.numel()) * size // 2]
-        unit = torch.ops.bitsandbytes.dequantize_4bit.default(
-            part, torch.ones_like(constants), size, state.quant_type, (2 * part.numel(),), torch.float32
-        )
-        unit = _in_blocks(unit.view(-1)[: weight.numel() - first * size], size)
-        length = unit.square().sum(1)
-        torch.where(length > 0, values.mul_(unit).sum(1) / length, constants, out=constants)
-    return fitted
-
-
-def _in_blocks(values: Tensor, size: int) -> Tensor:
-    """(blocks, size); the last one filled with zeros."""
-    return nn.functional.pad(values, (0, -values.numel() % size)).view(-1, size)
 
 
 def _bind(module: nn.Module, data: Tensor, state: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -140,8 +140,8 @@ class LNTuning(Adapter, ReplacesCall):
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor:
         """What the norm gives with the copies; see ``ReplacesCall``."""
-        held: dict[str, Any] = {name: self.held.get(name) for name in (WEIGHT, BIAS)}
-        copies = {name: None if one is None else one.to(x.device, base.dtype) for name, one in held.items()}
+        held, dtype = self.held, base.dtype
+        copies = {name: one.to(x.device, dtype) for name in (WEIGHT, BIAS) if (one := held.get(name)) is not None}
         return _normed(base.module, x, copies)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:

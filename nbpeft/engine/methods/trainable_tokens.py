@@ -140,11 +140,12 @@ class TrainableTokens(Adapter):
     token_indices: Tensor
     sorted_indices: Tensor
     order: Tensor
+    _indices: tuple[int, ...]
 
     def __init__(self, indices: tuple[int, ...], tensors: Mapping[str, Tensor], device: torch.device) -> None:
         super().__init__()
         self._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
-        self.__dict__["source"] = None
+        self.__dict__.update(source=None, _indices=indices)
         rows = torch.tensor(indices, dtype=torch.long, device=None if device.type == "meta" else device)
         ordered, order = rows.sort()
         for name, tensor in (("token_indices", rows), ("sorted_indices", ordered), ("order", order)):
@@ -236,7 +237,10 @@ class TrainableTokens(Adapter):
         place = torch.searchsorted(self.sorted_indices, ids).clamp_max(len(self.sorted_indices) - 1)
         hit = (self.sorted_indices[place] == ids).unsqueeze(-1)
         kind: Any = base.kind
-        delta: Tensor = F.embedding(self.order[place], change) * hit * kind.output_scale(base.module, change.dtype)
+        padding = getattr(base.module, "padding_idx", None)  # looked up, it learns nothing: torch's rule
+        row = self._indices.index(padding) if padding in self._indices else None
+        found = F.embedding(self.order[place], change, padding_idx=row)
+        delta: Tensor = found * hit * kind.output_scale(base.module, change.dtype)
         return delta
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:

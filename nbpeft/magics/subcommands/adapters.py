@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 from nbpeft.errors import CellError
 from nbpeft.magics.notebook_context import NotebookContext
-from nbpeft.magics.parse import argument
+from nbpeft.magics.parse import argument, positive
 from nbpeft.magics.registry import (
     ADAPTER,
     ADAPTER_NAME,
     ALLOW_MISSING,
+    COLUMNS,
+    MAX_LENGTH,
     METHOD,
     MODEL,
     NEW_NAME,
     ON_MODEL,
+    TOKENIZER,
     fields_of,
     session_command,
     subcommand,
@@ -25,6 +29,13 @@ from nbpeft.session.handles import is_module
 
 _DEFAULTS = "no field is given, so these are PEFT's defaults; r = 16 with target_modules = 'all-linear' learns more"
 
+_READING = (
+    argument("--init-rows", type=positive, metavar="N", help="how many are looked at (default: 256)"),
+    TOKENIZER,
+    COLUMNS,
+    MAX_LENGTH,
+)
+"""How rows to start from are read."""
 _ARGUMENTS = (
     MODEL,
     ADAPTER_NAME,
@@ -33,6 +44,13 @@ _ARGUMENTS = (
     *DRY_RUN_SIZES,
     ALLOW_MISSING,
     argument("--frozen", action="store_true", help="apply it without training it"),
+    argument(
+        "--init-data",
+        metavar="ROWS",
+        completes="data",
+        help="rows to start from, as for %%lora_train --data, where init_lora_weights is 'eva', 'corda' or 'lora_ga'",
+    ),
+    *(replace(item, options={**item.options, "help": f"for --init-data: {item.options['help']}"}) for item in _READING),
 )
 
 
@@ -67,10 +85,21 @@ def add(options: argparse.Namespace, notebook: NotebookContext) -> object:
         variable=variable,
         allow_missing=options.allow_missing,
         trainable=not options.frozen,
+        **_rows_to_start_from(options, notebook),
     )
     notebook.namespace[variable] = result.model
     result.release()
     return result if fields else replace(result, notes=(*result.notes, _DEFAULTS))
+
+
+def _rows_to_start_from(options: argparse.Namespace, notebook: NotebookContext) -> dict[str, Any]:
+    """What ``Session.add`` is given of the rows that an init needs."""
+    given = {name: getattr(options, name) for name in ("init_rows", "tokenizer", "columns", "max_length")}
+    if options.init_data is None:
+        return given
+    data, tokenizer = notebook.data(options.init_data, "--init-data"), notebook.tokenizer(options.tokenizer)
+    columns = None if options.columns is None else dict(options.columns)
+    return {**given, "init_data": data, "tokenizer": tokenizer, "columns": columns}
 
 
 @subcommand(

@@ -8,7 +8,7 @@ from nbpeft.errors import CellError, did_you_mean
 from nbpeft.magics.front_end import front_end_checks
 from nbpeft.magics.notebook_context import NotebookContext
 from nbpeft.magics.parse import argument
-from nbpeft.magics.registry import ON_MODEL, session_command, subcommand
+from nbpeft.magics.registry import ON_MODEL, subcommand
 from nbpeft.magics.subcommands.planning import show_plan_panel
 from nbpeft.magics.tokenize import reference
 from nbpeft.session import MemoryReport
@@ -61,13 +61,22 @@ def show_panel(notebook: NotebookContext, kind: str, variable: str | None, **con
     return made(session, name, ui=notebook.ui, tokenizer=notebook.tokenizer, **content)
 
 
-session_command(
+@subcommand(
     "inspect",
     "Show where an adapter changed the model: how far it moves each layer's weight.",
     argument("name", nargs="?", metavar="NAME", completes="adapter", help="the active one if left out"),
+    argument(
+        "--intruders",
+        action="store_true",
+        help="count strong new directions, too, with which a model forgets; minutes for a large one",
+    ),
     ON_MODEL,
     example="%lora inspect orders",
 )
+def inspect(options: argparse.Namespace, notebook: NotebookContext) -> object:
+    """Inspect an adapter."""
+    model = notebook.chosen(options.model)
+    return notebook.session.inspect(options.name, model=model, intruders=options.intruders)
 
 
 @subcommand("memory", "Measure what a model uses, by part.", ON_MODEL)

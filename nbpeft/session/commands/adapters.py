@@ -16,6 +16,7 @@ from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.planning import plan_or_reason
 from nbpeft.session.configs import build_config, meaning
 from nbpeft.session.handles import rehandle, uncompiled
+from nbpeft.session.init_rows import InitRows, starting_from
 from nbpeft.session.preview import preview_of
 from nbpeft.session.results import AddResult, LoadResult, ModelRef, Preview, SavedAdapter, SaveResult
 from nbpeft.session.sweeps import all_or_none, configs_of
@@ -24,6 +25,7 @@ from nbpeft.sweeps import largest_of, swept
 
 if TYPE_CHECKING:
     from nbpeft.engine.adapter import AdapterConfig
+    from nbpeft.engine.manager import AdapterManager
     from nbpeft.engine.plan import InjectionPlan
     from nbpeft.model import PeftModel
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
@@ -43,6 +45,11 @@ def add(
     variable: str | None = None,
     allow_missing: bool = False,
     trainable: bool = True,
+    init_data: Any = None,
+    init_rows: int | None = None,
+    tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
+    max_length: int | None = None,
 ) -> AddResult:
     """Configure and apply an adapter; an adapter of that name is reconfigured.
 
@@ -56,18 +63,26 @@ def add(
         variable: what to call a model that is new here.
         allow_missing: go on where a target matches nothing, as long as others match.
         trainable: whether it trains while it is active.
+        init_data: rows that it starts from where ``init_lora_weights`` is ``"eva"``, ``"corda"`` or ``"lora_ga"``, in
+            any form that ``train`` takes; the model is run over them before anything is changed.
+        init_rows: how many of them are looked at; 256 if left out.
+        tokenizer: of ``init_data``, as for ``train``; by default the one that the model was trained or asked with.
+        columns: of ``init_data``, as for ``train``.
+        max_length: of ``init_data``, as for ``train``.
 
     Raises:
-        ConfigError: a field is unknown or impossible.
+        ConfigError: a field is unknown or impossible, or rows to start from are missing.
         TargetError: the targets do not match the model.
+        TrainingError: the rows cannot be read.
     """
     from nbpeft.engine.plan import plan
     from nbpeft.engine.random_numbers import random_state
     from nbpeft.model import files, get_peft_model
 
     adapter_name(name)
+    rows = InitRows.of(init_data, init_rows, tokenizer, columns, max_length)
     if isinstance(config, Mapping) and swept(config):
-        options = {"variable": variable, "allow_missing": allow_missing, "trainable": trainable}
+        options = {"variable": variable, "allow_missing": allow_missing, "trainable": trainable, "init_data": rows}
         return _add_sweep(ctx, model, config, name, **options)
     made = build_config(config, instead_of=_present(ctx, model, name))
     fields = meaning(made)
@@ -76,9 +91,10 @@ def add(
         if tracked is None:
             bare: Any = uncompiled(model)
             planned = plan(bare, made, allow_missing=allow_missing)  # checks everything before the model is touched
-            with HeldInterrupts():
+            with starting_from(ctx, bare, made, rows, notes) as start, HeldInterrupts():
                 handle = get_peft_model(bare, made, adapter_name=name)
                 with _unloaded_on_failure(handle):
+                    start(handle.manager, name)
                     if not trainable:
                         handle.manager.freeze(name)
                     tracked = ctx.models.new(variable, handle)
@@ -92,17 +108,21 @@ def add(
         if present is not None and tracked.requested_fields(name) == fields:
             if name not in manager.active:
                 notes.append(f"{name!r} is not active; session.use({name!r}) switches to it")
+            if rows is not None:
+                notes.append(f"the rows were not looked at again; session.delete({name!r}) first starts it anew")
             result = _added(tracked, name, None, notes, unchanged=True)
             ctx.models.select(tracked)
             return result
         named = manager.plan(files.with_base_name(made, manager.model), name, allow_missing=allow_missing)
         if present is None:
-            put = manager.prepare(name, named, trainable=trainable)
-            with manager.transaction():
-                planned = put()
-                manager.activate(name)
+            with starting_from(ctx, manager.model, named.config, rows, notes) as start:
+                put = manager.prepare(name, named, trainable=trainable)
+                with manager.transaction():
+                    planned = put()
+                    manager.activate(name)
+                    start(manager, name)
         else:
-            planned = _reconfigured(ctx, tracked, name, named, notes, trainable=trainable)
+            planned = _reconfigured(ctx, tracked, name, named, rows, notes, trainable=trainable)
         tracked.first_random[name] = (manager.configs[name], first_random)
         return _added(tracked, name, fields, notes, plan=planned, reconfigured=present is not None)
 
@@ -136,27 +156,41 @@ def _add_sweep(
 
 
 def _reconfigured(
-    ctx: SessionContext, tracked: TrackedModel, name: str, planned: InjectionPlan, notes: list[str], *, trainable: bool
+    ctx: SessionContext,
+    tracked: TrackedModel,
+    name: str,
+    planned: InjectionPlan,
+    rows: InitRows | None,
+    notes: list[str],
+    *,
+    trainable: bool,
 ) -> InjectionPlan:
     """Give an adapter another config; its weights stay where they mean the same under that."""
     from nbpeft.engine.kept import fresh_copies, keeps_weights
 
     manager, going = tracked.manager, Undoable(ctx, tracked, name, "reconfigured")
     steps = tracked.steps_of([name])
-    kept, stays = going.kept, keeps_weights(manager, name, planned)
+    kept, stays = going.kept, rows is None and keeps_weights(manager, name, planned)
     weights = fresh_copies(kept.weights) if stays else None
     options = {"trainable": trainable, "half": stays and kept.half, "replace": True}
-    put = manager.prepare(name, planned, weights, **options)
-    with going.change():
-        put()
-        manager.activate(name)
-        if stays:
-            manager.set_scale(name, kept.scale)
-            manager.unsaved |= {name} if kept.unsaved else set()
+    beginning = nullcontext(_nothing) if stays else starting_from(ctx, manager.model, planned.config, rows, notes)
+    with beginning as start:
+        put = manager.prepare(name, planned, weights, **options)
+        with going.change():
+            put()
+            manager.activate(name)
+            start(manager, name)
+            if stays:
+                manager.set_scale(name, kept.scale)
+                manager.unsaved |= {name} if kept.unsaved else set()
     if stays:
         tracked.trained_steps[name] = (manager.configs[name], *steps)
     notes.append(what_becomes_of_weights(stays=stays, unsaved=kept.unsaved))
     return planned
+
+
+def _nothing(manager: AdapterManager, name: str) -> None:
+    """Of an adapter that keeps its weights, nothing is left to do."""
 
 
 def what_becomes_of_weights(*, stays: bool, unsaved: bool, done: bool = True) -> str:

@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from nbpeft.state import MemoryState
 
 
-def inspect(ctx: SessionContext, name: str | None = None, *, model: ModelLike = None) -> InspectResult:
+def inspect(
+    ctx: SessionContext, name: str | None = None, *, model: ModelLike = None, intruders: bool = False
+) -> InspectResult:
     """Report how far an adapter moves the weights, layer by layer; nothing is changed.
 
     Args:
         name: the active adapter, or the only one, if left out.
         model: an adapted model.
+        intruders: count intruder dimensions, too: strong directions of an adapted weight that the frozen one lacks.
+            Takes two singular value decompositions of each weight: seconds to minutes each for a large model.
 
     Raises:
         UnknownAdapterError: there is no such adapter.
@@ -35,7 +39,7 @@ def inspect(ctx: SessionContext, name: str | None = None, *, model: ModelLike = 
             raise AdapterError(f"say which adapter to inspect: {', '.join(candidates)}")
         name = candidates[0]
     with ctx.command(f"inspecting {name!r}", slow=True) as notes:
-        return InspectResult(tracked.name, name, inspect_adapter(manager, name), tuple(notes))
+        return InspectResult(tracked.name, name, inspect_adapter(manager, name, intruders=intruders), tuple(notes))
 
 
 def measure(ctx: SessionContext, model: str | None = None) -> MemoryState:

@@ -129,11 +129,11 @@ def _merge_calibrated(
 ) -> str:
     """Merges, and says what rounding has left."""
     from nbpeft.model import merge_calibrated
-    from nbpeft.training.rows import first_batches
+    from nbpeft.training.rows import first_rows
 
     reader = ctx.tokenizers.get(manager.model) if tokenizer is None else tokenizer
-    batches = first_batches(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns)
-    return str(merge_calibrated(manager.model, batches, names, safe_merge=safe))
+    first = first_rows(manager.model, rows, rows=_CALIBRATION_ROWS, tokenizer=reader, columns=columns)
+    return str(merge_calibrated(manager.model, first.batches(labels=False), names, safe_merge=safe))
 
 
 def _write_copy(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbpeft.device_names import DEVICES, THIS_MACHINE, is_apple, named
-from nbpeft.display.numbers import size
+from nbpeft.display.numbers import share, size
 from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
 from nbpeft.names import LOSS_CHUNK_SIZE, SHORT_DTYPES
 from nbpeft.session.configs import DEFAULT_METHOD, build_config, label_of, meaning, summary_of
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from nbpeft.engine.adapter import AdapterConfig
-    from nbpeft.memory.estimate import Setting
+    from nbpeft.memory.estimate import Setting, Weights
     from nbpeft.memory.suggest import Suggestion
     from nbpeft.session.context import ConfigLike, ModelLike, SessionContext
     from nbpeft.session.registry import TrackedModel
@@ -210,6 +210,7 @@ class MemoryPlanner:
             sharded=sharded,
             loss_chunk_size=loss_chunk_size,
             recompute=recompute,
+            quantized_experts=found.experts or quantization != AS_IT_IS,
         )
         self._stored_note = found.note
         self.name = name
@@ -288,15 +289,26 @@ class MemoryPlanner:
     def _result(
         self, setting: Setting, parts: tuple[MemoryPart, ...], suggestions: tuple[Suggestion, ...], room: Room
     ) -> PlanResult:
+        from nbpeft.memory.estimate import weights_of
         from nbpeft.memory.processor import slow_here, slow_words
 
         settings, config = self._settings(setting), setting.adapter_config
         adapter = "" if config is None else _in_words(config)
         whole = _WHOLE_NOTE if setting.training and not setting.loss_chunk_size else ""
-        notes = tuple(note for note in (self._stored_note, whole, _CUDA_NOTE if _is_graphics(room) else "") if note)
+        experts = _of_experts(weights_of(setting))
+        found = (self._stored_note, experts, whole, _CUDA_NOTE if _is_graphics(room) else "")
+        notes = tuple(note for note in found if note)
         if room.on_cpu and slow_here(setting.dtype):
             notes = (*notes, slow_words(setting.dtype))
         return PlanResult(self.name, self.class_name, adapter, settings, parts, room, suggestions, notes)
+
+
+def _of_experts(weights: Weights) -> str:
+    """What share of the trained parameters the experts add; empty where they add none."""
+    trained, total = weights.of_experts, weights.trained_count
+    if not trained:
+        return ""
+    return f"adapters on experts are {share(trained, total)} of the trainable parameters ({trained:,} of {total:,})"
 
 
 def _in_words(adapter: AdapterConfig) -> str:
@@ -320,6 +332,7 @@ class _Detected:
         self.dtype = _dtype_of(source) if hasattr(source, "parameters") else None
         stored = stored_as(source, config)
         self.quantization, self.double_quant, self.note = stored.quantization, stored.double_quant, stored.note
+        self.experts = stored.experts
         kind = self.architecture.model_class
         self.class_name = kind.__name__ if kind is not None else next(iter(config.architectures or ()), "")
 

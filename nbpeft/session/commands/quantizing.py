@@ -18,7 +18,7 @@ from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.adapters import add
 from nbpeft.session.commands.planning import plan_or_reason
 from nbpeft.session.configs import build_config
-from nbpeft.session.handles import uncompiled
+from nbpeft.session.handles import is_module, uncompiled
 from nbpeft.session.preview import preview_of
 from nbpeft.session.results.quantizing import PartSize, QloraPreview, QloraResult
 
@@ -91,11 +91,19 @@ def qlora(
     from nbpeft.engine.model_tree import manager_of
     from nbpeft.engine.plan import plan
     from nbpeft.model.quantize import load_quantized, quantize_model
+    from nbpeft.model.quantized_experts import quantize_experts, remaining_experts
+    from nbpeft.model.start_from_rows import init_from_data
     from nbpeft.model.weight_storage import stored_parts
 
     given = {"bits": bits, "quant_type": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
     given |= {"quant_storage": quant_storage, "upcast": upcast, "gradient_checkpointing": gradient_checkpointing}
     request = _request(config, given | loading)  # what is impossible is refused before loading
+    if init_from_data(request.config) and not is_module(source):
+        raise ConfigError(
+            f"init_lora_weights={request.config.init_lora_weights!r} starts from rows, and a model that is there: load "
+            "it quantized without, and add the adapter then (init_data=…)",
+            field="init_lora_weights",
+        )
     adapter_name(name)
     with ctx.command(f"quantizing for {name!r}", slow=True):
         started = time.monotonic()
@@ -105,12 +113,15 @@ def qlora(
             base = load_quantized(origin.source, **request.settings, **request.loading)
         elif origin.source is None:
             before = stored_parts(base)
-            quantized = not _is_quantized(before)
+            experts = _is_quantized(before) and bool(remaining_experts(base))
+            quantized = experts or not _is_quantized(before)
             # What cannot be adapted is refused before a weight is rounded.
             manager = manager_of(base)
             replacing = name if manager is not None and name in manager.configs else None
             plan(base, request.config, allow_missing=allow_missing, replacing=replacing)
-            if quantized:
+            if experts:
+                quantize_experts(base)
+            elif quantized:
                 quantize_model(base, **request.settings)
         seconds = time.monotonic() - started
         with _restored_on_failure(base):
@@ -170,24 +181,23 @@ def preview_qlora(
         title = variable or (tracked.name if tracked is not None else "model")
         base = base if skeleton is None else skeleton.model
         replaces = tracked is not None and name in tracked.manager.configs
-        parts, prepared, to_quantize = _parts_to_come(ctx, base, skeleton, request)
+        come = _parts_to_come(ctx, base, skeleton, request)
         settings: dict[str, Any] = {"gradient_checkpointing": request.checkpointing}
         settings |= {size: value for size, value in sizes.items() if value is not None}
-        if to_quantize is not None:
-            settings |= {"quantization": request.kind, "double_quant": request.double}
+        if come.layers is not None:
+            settings |= {"quantization": come.kind, "double_quant": come.double}
         if skeleton is not None:
             settings["dtype"] = skeleton.dtype
             notes += [skeleton.note] if skeleton.note else []
-        stored = dict.fromkeys(to_quantize or (), "bnb8bit" if request.kind == "int8" else "bnb4bit")
         adapter = preview_of(
-            base, request.config, name=name, model_name=title, replaces=replaces, notes=notes, stored=stored
+            base, request.config, name=name, model_name=title, replaces=replaces, notes=notes, stored=come.backends()
         )
         planned = plan_or_reason(base if skeleton is None else skeleton.architecture, request.config, title, settings)
         return QloraPreview(
             source=_title(origin, base),
-            action="" if to_quantize is None else "quantize" if skeleton is None else "load and quantize",
-            parts=parts,
-            prepared=str(prepared) if prepared is not None else "",
+            action="" if come.layers is None else "quantize" if skeleton is None else "load and quantize",
+            parts=come.parts,
+            prepared=str(come.prepared) if come.prepared is not None else "",
             adapter=dataclasses.replace(adapter, memory=planned),
         )
 
@@ -400,32 +410,59 @@ def _skeleton(source: str, request: _Request) -> _Skeleton:
     return _Skeleton(model, architecture, dtype, "" if known else f"its weights are stored by {method} and stay so")
 
 
-def _parts_to_come(
-    ctx: SessionContext, base: Any, skeleton: _Skeleton | None, request: _Request
-) -> tuple[tuple[PartSize, ...], Preparation | None, list[str] | None]:
-    """Count what would be quantized and prepared; the model is not changed.
+@dataclass(frozen=True)
+class _ToCome:
+    """What quantizing and preparing would do.
 
-    Returns:
-        The parts as they would be, the preparation (None where it is prepared already), and the
-        paths of layers to quantize (None where they are quantized already).
+    Attributes:
+        parts: of the base weights, as they would be.
+        prepared: the preparation; None where the model is prepared already.
+        layers: path -> linear layer or view of experts to quantize; None where all are quantized already.
+        kind: how these will be stored: ``nf4``, ``fp4`` or ``int8``.
+        double: whether 4-bit constants will be quantized, too.
     """
+
+    parts: tuple[PartSize, ...]
+    prepared: Preparation | None
+    layers: Mapping[str, nn.Module] | None
+    kind: str
+    double: bool
+
+    def backends(self) -> dict[str, str]:
+        """Path -> name of how a layer will be stored."""
+        from nbpeft.engine.layer_kinds.parameter import ParameterView
+
+        linear = "bnb8bit" if self.kind == "int8" else "bnb4bit"
+        layers = (self.layers or {}).items()
+        return {path: "quantized_experts" if isinstance(layer, ParameterView) else linear for path, layer in layers}
+
+
+def _parts_to_come(ctx: SessionContext, base: Any, skeleton: _Skeleton | None, request: _Request) -> _ToCome:
+    """Count what would be quantized and prepared; the model is not changed."""
+    from nbpeft.memory.forecast import stored_as
     from nbpeft.model.quantize import check_quantizable, layers_to_quantize
+    from nbpeft.model.quantized_experts import remaining_experts
     from nbpeft.model.weight_storage import estimated_parts, stored_parts
     from nbpeft.training.prepare import Preparation, becoming_float32
 
     before = stored_parts(base) if skeleton is None else None
     done = before is not None and _is_quantized(before)
-    paths: list[str] = []
-    if not done:
+    kind, double = request.kind, request.double
+    layers: Mapping[str, nn.Module]
+    if done:
+        layers, present = remaining_experts(base), stored_as(base, None)
+        kind, double = present.quantization or kind, present.double_quant and present.quantization != "int8"
+    else:
         check_quantizable(base)
-        paths = list(layers_to_quantize(base))
+        layers = layers_to_quantize(base)
     unprepared = skeleton is not None or _is_unprepared(ctx, base)
-    chosen = {id(base.get_submodule(path).weight) for path in paths}
+    chosen = {id(layer.weight) for layer in layers.values()}
     raised = [one for one in becoming_float32(base, request.upcast) if id(one) not in chosen] if unprepared else []
     extra = sum(parameter.numel() * (4 - parameter.element_size()) for parameter in raised)
-    parts = estimated_parts(base, paths, kind=request.kind, double=request.double, raised=raised)
+    parts = estimated_parts(base, layers.values(), kind=kind, double=double, raised=raised)
     preparation = Preparation(0, len(raised), extra, request.checkpointing, False) if unprepared else None
-    return _part_sizes(parts, None if done else before), preparation, None if done else paths
+    sizes = _part_sizes(parts, before if layers else None)
+    return _ToCome(sizes, preparation, layers or None, kind, double)
 
 
 def _config(source: str, loading: Mapping[str, Any]) -> Any:

@@ -50,8 +50,18 @@ class InspectResult(Result):
             return "it changes nothing yet: train it first"
         return (
             f"moves {plural(len(ranked), 'layer')} by {percent(self.median)} of their weight in the median "
-            f"({percent(ranked[-1].relative)} to {percent(ranked[0].relative)})"
+            f"({percent(ranked[-1].relative)} to {percent(ranked[0].relative)}){self._intruders}"
         )
+
+    @property
+    def _intruders(self) -> str:
+        """How many intruder dimensions there are; empty where they were not counted."""
+        counts = [layer.intruders for layer in self.layers if layer.intruders is not None]
+        if not counts:
+            return ""
+        having = sum(count > 0 for count in counts)
+        where = f" in {having} of {plural(len(counts), 'layer')}" if having else ""
+        return f"; {plural(sum(counts), 'intruder dimension')} among the strongest of each layer{where}"
 
     @property
     def changed(self) -> bool:
@@ -101,7 +111,12 @@ class InspectResult(Result):
             (item.path, NONE if item.rank is None else str(item.rank), percent(item.relative), _directions(item))
             for item in self.ranked
         )
-        return Table(("Layer", "Rank", "Change", "Directions"), rows, right=(1, 2))
+        titles = ("Layer", "Rank", "Change", "Directions")
+        if any(item.intruders is not None for item in self.layers):
+            counts = [NONE if item.intruders is None else str(item.intruders) for item in self.ranked]
+            rows = tuple((*row, count) for row, count in zip(rows, counts, strict=True))
+            return Table((*titles, "Intruders"), rows, right=(1, 2, 4))
+        return Table(titles, rows, right=(1, 2))
 
 
 def percent(share: float) -> str:

@@ -17,8 +17,8 @@ class PartSize:
     """What one part of the base weights takes.
 
     Attributes:
-        name: ``quantized layers``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
-        module_count: modules that hold its weights.
+        name: ``quantized layers``, ``experts``, ``embedding``, ``head``, ``other layers`` or ``norms and biases``.
+        module_count: modules that hold its weights; tensors, of experts.
         byte_count: what it takes now.
         before: what it took before, or None where it was never loaded otherwise.
         bfloat16_bytes: what it would take in bfloat16.
@@ -139,15 +139,15 @@ class QloraPreview(_BaseWeights, Result):
 
 
 def stored_words(parts: tuple[PartSize, ...]) -> str:
-    """``210 layers in nf4 double: 55.1 MB, 0.259 of bfloat16; the rest 113.3 MB``."""
-    layers = next((part for part in parts if part.name == "quantized layers"), None)
-    rest = f"the rest {size(sum(part.byte_count for part in parts if part is not layers))}"
-    if layers is None:
-        return rest
-    return (
-        f"{plural(layers.module_count, 'layer')} in {', '.join(layers.kinds)}: "
-        f"{size(layers.byte_count)}, {layers.share:.3f} of bfloat16; {rest}"
-    )
+    """``210 layers in nf4 double: 55.1 MB, 0.259 of bfloat16; the rest 113.3 MB``; experts by themselves."""
+    named = {"quantized layers": "layer", "experts": "tensor"}
+    shown = [part for part in parts if part.name in named]
+    words = [
+        f"{plural(part.module_count, named[part.name])}{' of experts' if part.name == 'experts' else ''} in "
+        f"{', '.join(part.kinds)}: {size(part.byte_count)}, {part.share:.3f} of bfloat16"
+        for part in shown
+    ]
+    return "; ".join((*words, f"the rest {size(sum(part.byte_count for part in parts if part not in shown))}"))
 
 
 def part_table(parts: tuple[PartSize, ...]) -> Table:

@@ -74,6 +74,11 @@ def _not_low_rank(facts: AdapterFacts) -> str:
     return ", ".join(f"{label} on {plural(count, 'layer')}" for label, count in facts.others.items())
 
 
+def _prompt(facts: AdapterFacts) -> str:
+    count = facts.prompt_tokens
+    return f"{facts.method}, {plural(count, 'trained token')} in front of the input" if count else ""
+
+
 def _copies(facts: AdapterFacts) -> str:
     return f"modules trained as a whole (modules_to_save: {few(facts.copies, 3)})" if facts.copies else ""
 
@@ -105,13 +110,21 @@ def kinds_beside(allowed: Iterable[str]) -> Callable[[AdapterFacts], str]:
     return what
 
 
-NOT_LOW_RANK = Rule(_not_low_rank, f"{MERGE}, or train LoRA alone: use_dora=False, no trainable_token_indices")
+PROMPT = Rule(_prompt, "serve it with PEFT, or train LoRA")
+CONVERTIBLE = Rule(
+    lambda facts: _not_low_rank(facts) if facts.convertible else "",
+    f"{MERGE}, or make a LoRA of it: save_as_lora(DIR, model, rank=64)",
+)
+NOT_LOW_RANK = Rule(
+    lambda facts: "" if facts.convertible else _not_low_rank(facts),
+    f"{MERGE}, or train LoRA alone: use_dora=False, no trainable_token_indices",
+)
 COPIES = Rule(_copies, f"{MERGE}, or train with modules_to_save=None")
 BIASES = Rule(_biases, f"{MERGE}, or train with bias='none'")
 OUTPUT_BIASES = Rule(_output_biases, f"{MERGE}, or train with lora_bias=False")
 TIED_ENDS = Rule(_tied_ends, f"{MERGE}, or leave embedding and head out of target_modules")
 RESIZED = Rule(_resized, f"{MERGE}, so that the new embeddings are in the file")
-PLAIN_LORA = (NOT_LOW_RANK, COPIES, BIASES, OUTPUT_BIASES)
+PLAIN_LORA = (PROMPT, CONVERTIBLE, NOT_LOW_RANK, COPIES, BIASES, OUTPUT_BIASES)
 """Only products of two matrices are taken."""
 
 

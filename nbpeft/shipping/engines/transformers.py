@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbpeft.shipping.engines.peft import OWN_METHOD
-from nbpeft.shipping.engines.rules import Engine, Form, base_word, dtype_note
+from nbpeft.shipping.engines.rules import PROMPT, Engine, Form, base_word, dtype_note
 from nbpeft.shipping.facts import AdapterFacts
 
 
@@ -18,7 +18,7 @@ ENGINE = Engine(
     label="transformers",
     checked="5.24",
     source="https://huggingface.co/docs/transformers/peft",
-    adapter=Form("folder", rules=(OWN_METHOD,)),
+    adapter=Form("folder", rules=(OWN_METHOD, PROMPT)),
     merged=Form("model", merges=True, types=("bf16", "f16", "f32")),
     start=_start,
     notes=(dtype_note,),

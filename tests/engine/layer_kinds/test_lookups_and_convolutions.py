@@ -59,8 +59,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | None]] = {
     "pointwise": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(4, 6, 2, padding=1), (2, 4, 4, 5, 3)),
     "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 5, 5)),
+    "grouped-1d": (lambda: nn.Conv1d(4, 6, 3, groups=2, stride=2), (2, 4, 9)),
+    "grouped-depthwise": (lambda: nn.Conv3d(4, 8, 2, groups=4), (2, 4, 3, 4, 3)),
 }
-UNGROUPED = [name for name in LAYERS if name != "grouped"]
+UNGROUPED = [name for name in LAYERS if not name.startswith("grouped")]
 WITH_METHODS = [(name, dora) for dora in (False, True) for name in LAYERS]
 CONVOLUTIONS = [name for name, (_, shape) in LAYERS.items() if shape is not None]
 
@@ -279,6 +281,21 @@ def test_compiles_whole(kind: str) -> None:
     expected = ours(x)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", [name for name in LAYERS if name.startswith("grouped")])
+def test_no_grouped_convolution_is_merged_as_in_peft(kind: str, use_dora: bool) -> None:
+    """Its adapter sees all input channels: what it adds is no weight of the layer, and the layer stays as it is."""
+    ours, theirs, manager, x = pair(kind, use_dora=use_dora)
+    with pytest.raises(NotImplementedError, match="Merging is not supported for _ConvNd layers with groups > 1"):
+        theirs.merge_adapter()
+    before, expected = {name: value.clone() for name, value in ours.state_dict().items()}, ours(x)
+    for merge in (manager.merge, lambda: manager.unload(merge=True)):
+        with pytest.raises(MergeError, match=r"cannot be merged into a Conv[123]d with [24] groups: the adapter sees"):
+            merge()
+    assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
+    assert torch.equal(ours(x), expected)
 
 
 def test_grouped_convolutions_are_refused_where_they_cannot_work() -> None:

@@ -4,6 +4,8 @@ config.py         LoraConfig
 lora.py dora.py alora.py mica.py bdlora.py qalora.py kasa.py arrow.py velora.py monteclora.py adalora.py   the methods
 together.py       the adapters of all layers, for what is computed over them
 adapter.py        what they share: two low-rank factors
+plain.py          a product that is added as it is: of LoRA and aLoRA
+attention.py      LoRA on the two weights of an attention module
 low_rank.py       the product of the factors on each kind of layer
 autograd.py       the product on linear layers, keeping nothing but its input for backward
 multi_adapter.py  one batch served by several adapters

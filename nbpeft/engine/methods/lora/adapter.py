@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, ChangesBase, Pads, Rescales
-from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.base import BaseLayer, Composite, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.decompositions import nearest_product
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_init, init_factors
@@ -306,6 +306,9 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
                 f"`lora_bias=True` was passed but the targeted layer of type {layer} has no bias: the adapter "
                 f"cannot be merged at {bare[0]}{more}"
             )
+        inside = [path for path, _, kind in modules if isinstance(kind, Composite)]
+        if config.lora_dropout and inside:
+            yield f"lora_dropout={config.lora_dropout:g} does not act at {inside[0]}: adapters there change the weights"
         for path, module, kind in modules:
             refusal = low_rank_of(kind).no_product_reason(module)
             if refusal:

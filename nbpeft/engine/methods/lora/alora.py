@@ -24,7 +24,7 @@ from nbpeft.engine.combination import Combination, Member
 from nbpeft.engine.methods.lora.combining.adapters import CombineLowRank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.lora import PlainLowRank
+from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.engine.numerics import add_delta
 from nbpeft.engine.registry import register
 from nbpeft.errors import AdapterError, ConfigError

@@ -26,6 +26,8 @@ from nbpeft.engine.recomputed import origin_of
 
 _LANES = 1 << 16
 """Number of values of one 16-bit lane of the random words."""
+_EXACT = (torch.float32, torch.float64)
+"""In these a product that is added in place gives the bits of one that is added afterwards."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,11 @@ def seeded_dropout(x: Tensor, dropout: Dropout) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """scaling * B(A(dropout(x))), plus ``onto`` where given; keeps x or its origin, A, B and the thin product of A.
+    """scaling * B(A(dropout(x))), plus what is given; keeps x or its origin, A, B and the thin product of A.
 
-    One wide buffer serves each direction: fresh memory costs a CPU more than the arithmetic does.
+    That is ``onto``, or ``frozen``: a layer's weight and bias, in the compute dtype. One wide buffer serves each
+    direction, and the frozen layer's gradient takes the adapter's up: fresh memory costs a CPU more than the
+    arithmetic does.
     """
 
     @staticmethod
@@ -114,6 +118,7 @@ class _LowRank(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         onto: Tensor | None,
+        frozen: tuple[Tensor, Tensor | None] | None,
         scaling: float | Tensor,
         probability: float,
         dtype: torch.dtype,
@@ -123,15 +128,22 @@ class _LowRank(torch.autograd.Function):
         out_features = lora_B.shape[0]
         shape = (*x.shape[:-1], out_features)
         # What is handed on as it is must be no view: models change outputs in place.
-        total = torch.empty(shape, dtype=dtype, device=x.device) if onto is not None and onto.dtype == dtype else None
+        whole = frozen is not None or (onto is not None and onto.dtype == dtype)
+        total = torch.empty(shape, dtype=dtype, device=x.device) if whole else None
         with without_autocast(x.device.type):
-            buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, total)
+            buffer = _buffer(x, max(x.shape[-1], out_features), dtype, probability, None if frozen else total)
             flat = _dropped_input(x, ctx, buffer)
             hidden = (flat @ lora_A.to(dtype).T) * _factor(ctx)
             origin = origin_of(x)
             ctx.recomputation = None if origin is None else origin.recomputation
+            if origin is not None:
+                origin.recomputation.add_reader()
             kept = (x,) if origin is None else origin.inputs
-            ctx.save_for_backward(lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None, *kept)
+            weight = None if frozen is None else frozen[0]
+            ctx.save_for_backward(lora_A, lora_B, hidden if ctx.needs_input_grad[2] else None, weight, *kept)
+            if frozen is not None and total is not None:
+                _linear(_as_rows(x), *frozen, out=_as_rows(total)).addmm_(hidden, lora_B.T)
+                return total
             if onto is None:
                 return (hidden @ lora_B.to(dtype).T).view(shape)
             room = (
@@ -146,7 +158,7 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, gradients[0])
-        lora_A, lora_B, hidden, *kept = ctx.saved_tensors
+        lora_A, lora_B, hidden, weight, *kept = ctx.saved_tensors
         x = kept[0] if ctx.recomputation is None else ctx.recomputation.output(kept)
         dtype: torch.dtype = ctx.dtype
         need_x, need_A, need_B, need_onto = ctx.needs_input_grad[:4]
@@ -166,15 +178,39 @@ class _LowRank(torch.autograd.Function):
             if need_A:
                 grad_A = (hidden_gradient.T @ _dropped_input(x, ctx, buffer, mask)).to(lora_A.dtype)
             if need_x:
-                wide = torch.mm(hidden_gradient, lora_A.to(dtype), out=_part(buffer, rows.shape[0], x.shape[-1]))
-                wide = wide.view(x.shape)
-                grad_x = (wide if mask is None else wide.mul_(mask)).to(x.dtype)
-        return grad_x, grad_A, grad_B, gradients[0] if need_onto else None, None, None, None
+                inside = _part(buffer, rows.shape[0], x.shape[-1])
+                grad_x = _input_gradient(rows, weight, hidden_gradient, lora_A.to(dtype), mask, inside)
+                grad_x = grad_x.view(x.shape).to(x.dtype)
+        return grad_x, grad_A, grad_B, gradients[0] if need_onto else None, None, None, None, None
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """A linear layer's output, written to ``out``."""
+    if bias is None:
+        return torch.mm(rows, weight.T, out=out)
+    return torch.addmm(bias, rows, weight.T, out=out)
+
+
+def _input_gradient(
+    rows: Tensor,
+    weight: Tensor | None,
+    hidden_gradient: Tensor,
+    lora_A: Tensor,
+    mask: Tensor | None,
+    buffer: Tensor | None,
+) -> Tensor:
+    """The gradient of the input as (tokens, in): the adapter's, and that of a frozen weight where there is one."""
+    if weight is not None and mask is None:
+        return (rows @ weight).addmm_(hidden_gradient, lora_A)
+    wide = torch.mm(hidden_gradient, lora_A, out=buffer)
+    if mask is not None:
+        wide.mul_(mask.view(wide.shape))
+    return wide if weight is None else (rows @ weight).add_(wide)
 
 
 def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as functions of the inputs, for derivatives of higher order."""
-    lora_A, lora_B, _, *kept = ctx.saved_tensors
+    lora_A, lora_B, _, weight, *kept = ctx.saved_tensors
     x = kept[0] if ctx.recomputation is None else ctx.recomputation.differentiable_output(kept)
     with without_autocast(x.device.type):
         mask = _mask(x, ctx)
@@ -185,9 +221,10 @@ def _differentiable_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None,
         hidden_gradient = (rows @ up) * factor
         grad_x = (hidden_gradient @ down).view(x.shape)
         grad_x = grad_x if mask is None else grad_x * mask
+        grad_x = grad_x if weight is None else grad_x + gradient @ weight
         grad_A, grad_B = hidden_gradient.T @ flat, rows.T @ ((flat @ down.T) * factor)
     onto = gradient if ctx.needs_input_grad[3] else None
-    return grad_x.to(x.dtype), grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), onto, None, None, None
+    return grad_x.to(x.dtype), grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), onto, None, None, None, None
 
 
 def _buffer(
@@ -268,4 +305,39 @@ def low_rank_linear(
         return delta if onto is None else add_delta(onto, delta)
     if onto is not None and (onto.device != x.device or torch.promote_types(onto.dtype, dtype) != dtype):
         return add_delta(onto, low_rank_linear(x, lora_A, lora_B, scaling, dropout).to(onto.device))
-    return _LowRank.apply(x, lora_A, lora_B, onto, scaling, probability, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _LowRank.apply(x, lora_A, lora_B, onto, None, scaling, probability, dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    dropout: Dropout,
+) -> Tensor | None:
+    """``W x + b + scaling * B(A(dropout(x)))`` in one function, whose gradient needs no room for each summand.
+
+    Args:
+        x: (..., in).
+        weight: W of a frozen layer, (out, in).
+        bias: its bias, (out,).
+        lora_A: (r, in).
+        lora_B: (out, r).
+        scaling: a number, or a 0-d tensor where hot-swapping may change it.
+        dropout: dropout of the input.
+
+    Returns:
+        (..., out), bit by bit what the layer and ``low_rank_linear`` give; None where that is not known: of other
+        dtypes than float32 and float64, of more than one dtype or device, and of a layer that is trained.
+    """
+    tensors = [x, weight, lora_A, lora_B, *([] if bias is None else [bias])]
+    alike = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    probability = dropout.probability if dropout.is_active else 0.0
+    if not alike or trained or x.dtype not in _EXACT or probability >= 1.0:
+        return None
+    if composes() or torch.is_autocast_enabled(x.device.type):
+        return None
+    return _LowRank.apply(x, lora_A, lora_B, None, (weight, bias), scaling, probability, x.dtype)  # type: ignore[no-any-return, no-untyped-call]

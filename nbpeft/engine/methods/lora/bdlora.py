@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, IsLowRank, LowRankDelta
@@ -19,8 +18,8 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start
-from nbpeft.engine.methods.lora.lora import PlainLowRank
-from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor
+from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor, block_diagonal
+from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError, HotSwapError
 
@@ -75,7 +74,7 @@ class BDLoRA(PlainLowRank, IsLowRank):
         assert config.use_bdlora is not None
         blocks = config.use_bdlora.blocks_at(path)
         shapes = super().parameter_shapes(config, path, module, kind)
-        for (name, (rows, columns)), count in zip(shapes.items(), blocks, strict=True):  # type: ignore[misc]
+        for (name, (rows, columns)), count in zip(shapes.items(), blocks, strict=True):
             if rows % count or columns % count:
                 raise ConfigError(
                     f"{path}: {name}, {rows} x {columns}, cannot have nblocks = {count} blocks on its diagonal: choose "
@@ -97,7 +96,10 @@ class BDLoRA(PlainLowRank, IsLowRank):
     @property
     def own_factors(self) -> tuple[Tensor, Tensor]:
         """A and B, zeros beside the blocks included."""
-        first, second = (_whole(held, count) for held, count in zip(self.trained_factors, self.blocks, strict=True))
+        first, second = (
+            block_diagonal(held, count) if count > 1 else held
+            for held, count in zip(self.trained_factors, self.blocks, strict=True)
+        )
         return first, second
 
     def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
@@ -122,8 +124,3 @@ class BDLoRA(PlainLowRank, IsLowRank):
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Always refuses; see ``used_part``."""
         raise HotSwapError(f"a BD-LoRA of rank {self.rank} cannot be padded to rank {size}: load it under another name")
-
-
-def _whole(blocks: Tensor, count: int) -> Tensor:
-    """The matrix with some blocks, (rows, columns / count), on its diagonal."""
-    return torch.block_diag(*blocks.chunk(count)) if count > 1 else blocks

@@ -81,10 +81,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         alpha_pattern: layer name or pattern -> another lora_alpha.
         trainable_token_indices: ids of tokens whose rows of the embedding are trained.
         use_dora: train the magnitude of each row of a weight apart from its direction (DoRA).
+        layer_replication: pairs [start, end) of layers that make up the model then, each use with factors of its own.
         lora_bias: give the second matrix a bias.
         target_parameters: names of bare parameters to adapt, those of experts: mlp.experts.gate_up_proj.
-        ensure_weight_tying: refuse factors and copies on one of two tied layers; trained rows of tokens follow by
-            themselves.
+        ensure_weight_tying: train one copy of two tied layers (modules_to_save) and refuse factors on one of them;
+            trained rows of tokens follow by themselves.
         loftq_config: settings of init_lora_weights="loftq": loftq_bits and loftq_iter.
         eva_config: settings of init_lora_weights="eva".
         corda_config: settings of init_lora_weights="corda".
@@ -138,13 +139,9 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     kasa_config: KasaConfig | None = field(default=None)
     ensure_weight_tying: bool = field(default=False)
 
-    not_implemented: ClassVar[tuple[str, ...]] = (
-        "megatron_config",
-        "layer_replication",
-    )
+    not_implemented: ClassVar[tuple[str, ...]] = ("megatron_config",)
     instead: ClassVar[Mapping[str, str]] = {
         "megatron_config": "Megatron's parallel layers are not adapted: use a model of transformers, with FSDP or DDP",
-        "layer_replication": "repeat the layers of the model first, then adapt it",
     }
     unused: ClassVar[tuple[str, ...]] = ("megatron_core", "runtime_config")
     checked_apart: ClassVar[tuple[str, ...]] = (
@@ -157,13 +154,18 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         "bias": _BIASES,
         "init_lora_weights": (True, False, *INITS, "pissa_niter_4"),
     }
-    slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "lora_bias", "target_parameters")
+    slot_fields: ClassVar[tuple[str, ...]] = (
+        *AdapterConfig.slot_fields,
+        "lora_bias",
+        "target_parameters",
+        "layer_replication",
+    )
     value_fields: ClassVar[tuple[str, ...]] = (
         *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
     )
     card_fields: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "target_modules", "modules_to_save"),
-        *("alora_invocation_tokens", "use_qalora", *VARIANT_CONFIGS),
+        "alora_invocation_tokens",
     )
     card_tags: ClassVar[tuple[str, ...]] = ("lora",)
 
@@ -252,10 +254,11 @@ class LoraConfig(AdapterConfig, LayerByLayer):
             setattr(self, name, as_settings(name, getattr(self, name), settings_class))
         if self.use_qalora:
             check_count("qalora_group_size", self.qalora_group_size)
-        if len(self._variants) > 1:
-            first, second = self._variants[:2]
+        asked = [name for name in (*_VARIANTS, "mica") if self._asks_for(name)]
+        if len(asked) > 1:
+            first, second = asked[:2]
             raise ConfigError(f"{first} cannot be combined with {second}: each is a method of its own", field=second)
-        alone = next((name for name in _OWN_START if name in self._variants), "")
+        alone = self.variant if self.variant in _OWN_START else ""
         if alone and self.init_name not in ("default", "random", "gaussian"):
             raise ConfigError(
                 f"{alone} cannot be used with init_lora_weights={self.init_lora_weights!r}, only with True, False or "
@@ -265,15 +268,17 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         if alone and self.lora_bias and alone != "kasa_config":
             raise ConfigError(f"{alone} cannot be used with lora_bias=True", field="lora_bias")
 
-    @property
-    def _variants(self) -> list[str]:
-        asked = [name for name in _VARIANTS if getattr(self, name) not in (None, False)]
-        return [*asked, "mica"] if self.init_name == "mica" else asked
+    def _asks_for(self, variant: str) -> bool:
+        init = self.init_lora_weights
+        return bool(getattr(self, variant)) if variant != "mica" else isinstance(init, str) and init.lower() == "mica"
 
     @property
     def variant(self) -> str:
         """Which method of the family it means: the field that asks for it, or ``mica``; empty for LoRA."""
-        return next(iter(self._variants), "")
+        for name in (*_VARIANTS, "mica"):
+            if self._asks_for(name):
+                return name
+        return ""
 
     @property
     def init_name(self) -> str:

@@ -26,8 +26,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +82,37 @@ RANDOM = Start()
 
 
 class _Starts(dict[str, Factors]):
-    """Path -> A0 and B0 of the adapters that were made of a config: data gave them, and they cannot be had again.
+    """Path -> A0 and B0 of the adapters that were made of a config: data gave them, and they are had again from here.
 
     An adapter that was taken off is put back with it, so all copies of a config share one.
+
+    Attributes:
+        modules: path -> the layer, where a new adapter starts there again.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+
+    def again(self, config: LoraConfig, site: AdapterSite) -> Factors | None:
+        """Where a new adapter starts on a layer that was seen with data; None for another layer, or rank."""
+        found = self.get(site.path) if self.modules.get(site.path) is site.base.module else None
+        return None if found is None or len(found[0]) != config.rank_at(site.path) else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
+
+
+def remember_starts(config: LoraConfig, starts: Mapping[str, tuple[nn.Module, Factors]]) -> None:
+    """Keeps with a config what data gave its layers, so that its adapter can start there again.
+
+    Args:
+        config: of the adapter.
+        starts: path -> the frozen layer, and A and B.
+    """
+    config.__dict__[_STARTS] = kept = _Starts()
+    for path, (module, factors) in starts.items():
+        kept[path], kept.modules[path] = factors, module
 
 
 def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> None:
@@ -184,6 +210,9 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     Raises:
         ConfigError: the weight is not finite or stored in a form that the init does not take, or data is missing.
     """
+    if config.init_name == "eva" and is_new:
+        seen: _Starts = config.__dict__.get(_STARTS) or _Starts()
+        return Start(seen.again(config, site))
     if not config.initialised_from_weight and not (config.init_name == "mica" and is_new):
         return RANDOM
     if config.init_name in INIT_CONFIGS and not _has_values(site.base.module):
@@ -234,8 +263,9 @@ def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start
     starts: _Starts = config.__dict__.setdefault(_STARTS, _Starts())
     attribute, function = _FOUND[config.init_name]
     data = site.base.module.__dict__.get(attribute)
-    if site.path in starts and not is_new:
-        return Start(_stored(starts[site.path], site), is_subtracted=True, is_from_data=True, remembered=starts)
+    known = starts.get(site.path) if not is_new else starts.again(config, site)
+    if known is not None and (not is_new or data is None):
+        return Start(_stored(known, site), is_subtracted=True, is_from_data=True, remembered=starts)
     if data is None:
         if is_new:
             raise ConfigError(
@@ -252,6 +282,7 @@ def _data_start(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start
         return RANDOM
     make = _corda if config.init_name == "corda" else gradient_factors
     starts[site.path] = factors = _stored(make(data, config, site), site)
+    starts.modules[site.path] = site.base.module
     return Start(factors, is_subtracted=True, is_from_data=True, found=attribute, remembered=starts)
 
 

@@ -26,7 +26,7 @@ from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, init_factors, start_of
-from nbpeft.engine.methods.lora.lora import PlainLowRank
+from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.engine.registry import register
 from nbpeft.errors import HotSwapError
 

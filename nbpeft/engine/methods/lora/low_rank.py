@@ -1,6 +1,7 @@
 """The low-rank product B A on each kind of layer.
 
     linear        A (r, in), B (out, r)
+    attention     A (r, embed), B (3 embed, r), of query, key and value together
     embedding     A (r, vocabulary), B (features, r); the input is ids, so there is nothing to drop. A starts
                   at zero and B random: a lookup gives gradient only to the rows of A that were looked up
     convolution   A (r, in, *kernel), B (out, r / groups, 1, …): A is a convolution with the layer's stride,
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbpeft.engine.base import LayerKind
+from nbpeft.engine.layer_kinds.attention import Attention
 from nbpeft.engine.layer_kinds.convolution import Convolution
 from nbpeft.engine.layer_kinds.embedding import Embedding
 from nbpeft.engine.layer_kinds.parameter import Parameter, ParameterView
@@ -238,7 +240,7 @@ def low_rank_of(kind: LayerKind) -> LowRank:
 
 
 def _made_for(kind: LayerKind) -> LowRank:
-    if kind.is_linear:
+    if kind.is_linear or isinstance(kind, Attention):
         return LowRank(kind)
     if isinstance(kind, Embedding):
         return LowRankLookup(kind)

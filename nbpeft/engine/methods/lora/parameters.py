@@ -2,7 +2,8 @@
 
     W_e + s * B_e A_e        A (experts r, in), B (out, r experts), as PEFT's files have them
 
-A holds the rows of one expert after those of another, B their columns interleaved.
+A holds the rows of one expert after those of another, B their columns interleaved. Dropout acts on what goes into an
+expert's A, where its module is known to do nothing but multiply; PEFT, which changes the weight, refuses it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.inits import init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRankParameter, low_rank_of
 from nbpeft.engine.numerics import fits
+from nbpeft.engine.parameter_layer import only_multiplies
 from nbpeft.errors import ConfigError
 
 
@@ -45,7 +47,7 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
             ConfigError: the config asks for what does not work on a bare parameter.
         """
         refused = {
-            "lora_dropout": config.lora_dropout != 0,
+            "lora_dropout": config.lora_dropout != 0 and not only_multiplies(module.owner),
             "lora_bias": config.lora_bias,
             "init_lora_weights": config.init_name not in ("default", "random", "gaussian"),
         }
@@ -98,7 +100,8 @@ class ParameterLoRA(LowRankAdapter, AdaptsParameters):
         """One product for each expert; see ``AdaptsParameters``."""
         view = base.module
         assert isinstance(view, ParameterView)
-        return (Product(*self.low_rank.factors(view, *self.trained_factors), self.scaling),)
+        dropout = self.dropout if self.training else 0.0
+        return (Product(*self.low_rank.factors(view, *self.trained_factors), self.scaling, dropout),)
 
     def unconvertible_reason(self, base: BaseLayer) -> str:
         """Always one: a LoRA on layers is another thing."""

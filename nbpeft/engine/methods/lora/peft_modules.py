@@ -43,6 +43,12 @@ class LinearFactor(ParameterModule, nn.Linear):
         return "Linear"
 
 
+def block_diagonal(blocks: Tensor, count: int) -> Tensor:
+    """The matrix with some blocks, held one below the other, (rows, columns / count), on its diagonal."""
+    whole: Tensor = torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]
+    return whole
+
+
 class BlockDiagonalFactor(ParameterModule):
     """A block-diagonal factor of a product on a linear layer, whose weight is its blocks, one below the other.
 
@@ -73,7 +79,7 @@ class BlockDiagonalFactor(ParameterModule):
 
     def weight_as_blockdiagonal_matrix(self) -> Tensor:
         """The factor, (out, in), zeros included."""
-        return torch.block_diag(*self.weight.chunk(self.nblocks))
+        return block_diagonal(self.weight, self.nblocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product with the factor, in its dtype or autocast's."""

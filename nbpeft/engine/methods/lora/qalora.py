@@ -22,8 +22,8 @@ from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start
-from nbpeft.engine.methods.lora.lora import PlainLowRank
 from nbpeft.engine.methods.lora.low_rank import Shapes
+from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
@@ -102,7 +102,7 @@ class QALoRA(PlainLowRank, IsLowRank):
         """
         lora_A, lora_B = self.trained_factors
         x = seeded_dropout(x.to(compute_dtype(x, lora_A)), Dropout(self.dropout, self.training))
-        means = x.unflatten(-1, (-1, self.group_size)).mean(-1)
+        means = x.reshape(*x.shape[:-1], -1, self.group_size).mean(-1)
         scaling, onto = self.scaling * lora_A.shape[1], base_output if fused else None
         return self.low_rank.forward(base.module, means, lora_A, lora_B, scaling, _NOT_DROPPED, onto)
 

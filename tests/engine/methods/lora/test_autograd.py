@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nbpeft.engine.methods.lora.autograd import Dropout, keep_mask, keep_scale, low_rank_linear, seeded_dropout
+from nbpeft.engine.methods.lora.autograd import (
+    Dropout,
+    adapted_linear,
+    keep_mask,
+    keep_scale,
+    low_rank_linear,
+    seeded_dropout,
+)
 from nbpeft.engine.numerics import add_delta
 
 NONE = Dropout(0.0, False)
@@ -166,3 +173,47 @@ def test_different_calls_draw_different_masks_and_a_seed_the_same() -> None:
 def test_everything_dropped_gives_zero() -> None:
     x, lora_A, lora_B = factors(dtype=torch.float32)
     assert not low_rank_linear(x, lora_A, lora_B, 2.0, Dropout(1.0, True)).any()
+
+
+def with_layer(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor, drop: float = 0.0) -> Tensor:
+    """The layer and the product in one function, the mask drawn from a seed."""
+    torch.manual_seed(3)
+    output = adapted_linear(x, weight, bias, *factors, 1.7, Dropout(drop, True))
+    assert output is not None
+    return output
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_with_the_frozen_layer_it_is_the_same(probability: float, biased: bool) -> None:
+    x, lora_A, lora_B = factors(dtype=torch.float32)
+    weight, bias = torch.randn(6, 8), torch.randn(6) if biased else None
+    torch.manual_seed(3)
+    apart = low_rank_linear(x, lora_A, lora_B, 1.7, Dropout(probability, True), F.linear(x, weight, bias))
+    whole = with_layer(x, weight, bias, lora_A, lora_B, drop=probability)
+    assert torch.equal(whole, apart) and whole._base is None
+    gradients = (torch.autograd.grad(one.square().sum(), (x, lora_A, lora_B)) for one in (whole, apart))
+    for found, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_gradcheck_with_the_frozen_layer(probability: float) -> None:
+    weight, bias = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+
+    def run(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return with_layer(x, weight, bias, lora_A, lora_B, drop=probability)
+
+    inputs = factors(rank=2, inputs=3, outputs=2)
+    assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_other_dtypes_trained_layers_and_autocast_take_the_layer_by_itself() -> None:
+    x, lora_A, lora_B = factors(dtype=torch.float32)
+    weight = torch.randn(6, 8)
+    assert adapted_linear(x, weight, None, lora_A, lora_B, 1.0, NONE) is not None
+    assert adapted_linear(x.bfloat16(), weight.bfloat16(), None, lora_A, lora_B, 1.0, NONE) is None
+    assert adapted_linear(x, weight.clone().requires_grad_(), None, lora_A, lora_B, 1.0, NONE) is None
+    assert adapted_linear(x, weight, torch.zeros(6, requires_grad=True), lora_A, lora_B, 1.0, NONE) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapted_linear(x, weight, None, lora_A, lora_B, 1.0, NONE) is None

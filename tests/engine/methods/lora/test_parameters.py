@@ -161,3 +161,46 @@ def test_conversions_and_shipping_refuse_experts_in_one_line() -> None:
     ):
         convert_to_lora(model, rank=2)
     assert facts_of(model.manager, "default").others == {"target_parameters": 4}
+
+
+@pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_dropout_acts_on_what_goes_into_each_expert(model_type: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same features are dropped of all tokens, which is the same as to drop those columns of A."""
+    model, other = (adapted(model_type, way, lora_dropout=share) for share in (0.5, 0.0))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model), logits(other))
+
+    def mask(size: int) -> Tensor:
+        return 2.0 * (torch.arange(size) % 2)
+
+    def dropped(x: Tensor, share: float = 0.0, **of_attention: Any) -> Tensor:
+        if of_attention:
+            return x
+        assert share == 0.5
+        return x * (mask(x.shape[-2])[:, None] if x.shape[-1] == 1 else mask(x.shape[-1]))
+
+    monkeypatch.setattr("nbpeft.engine.factored_weight.F.dropout", dropped)
+    found = logits(model.train())
+    with torch.no_grad():
+        for name, factor in other.named_parameters():
+            if "lora_A" in name:
+                factor.mul_(mask(factor.shape[1]))
+    assert torch.allclose(found, logits(other), atol=1e-5)
+    assert not torch.allclose(found, logits(model.eval()), atol=1e-3)
+
+
+def test_dropout_is_drawn_again_alike_where_layers_are_computed_again() -> None:
+    model = adapted("qwen3_moe", "grouped_mm", lora_dropout=0.5).train()
+
+    def gradients() -> list[Any]:
+        model.zero_grad()
+        torch.manual_seed(7)
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        return [parameter.grad.clone() for parameter in model.manager.parameters("default")]
+
+    expected, again = gradients(), gradients()
+    model.get_base_model().gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    checkpointed = gradients()
+    assert all(map(torch.equal, expected, again)) and all(map(torch.allclose, expected, checkpointed))

@@ -1,0 +1,61 @@
+"""Experts of a mixture in 4 or 8 bits: one bare parameter that holds several quantized matrices.
+
+The tensor itself, what it computes and how, is ``nbpeft.engine.quantized_matrices``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.quantized_matrices import QuantizedMatrices
+from nbpeft.engine.registry import register_backend
+from nbpeft.engine.storage import StoredWeight, inner_tensors, moved_copy
+
+
+@register_backend
+class QuantizedExperts(StoredWeight):
+    """A ``weight`` that is a ``QuantizedMatrices``, in most cases of a ``ParameterView``."""
+
+    name = "quantized_experts"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the weight holds quantized matrices."""
+        return isinstance(getattr(module, "weight", None), QuantizedMatrices)
+
+    def tensors(self, module: nn.Module) -> list[Tensor]:
+        """Codes, constants and table."""
+        return inner_tensors(module.weight)
+
+    def label(self, module: nn.Module) -> str:
+        """``nf4``, ``nf4 double``, ``fp4`` or ``int8``."""
+        return _weight(module).form.label
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype that was quantized."""
+        return _weight(module).dtype
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """The parameter as it is shaped, a new tensor: all matrices of it at once."""
+        return _weight(module).dequantize()
+
+    def store(self, module: nn.Module, weight: Tensor) -> None:
+        """Quantizes each matrix as it was, into the same storage; constants of 4 bits are fitted to the codes."""
+        _weight(module).write(weight, fit=True)
+
+    def snapshot(self, module: nn.Module) -> Any:
+        """A copy on the CPU."""
+        return moved_copy(_weight(module), "cpu")
+
+    def restore(self, module: nn.Module, snapshot: Any) -> None:
+        """Copies a snapshot back in place."""
+        with torch.no_grad():
+            _weight(module).copy_(snapshot)
+
+
+def _weight(module: nn.Module) -> QuantizedMatrices:
+    weight: Any = module.weight
+    found: QuantizedMatrices = weight
+    return found

@@ -1,0 +1,81 @@
+"""LoRA on nn.MultiheadAttention: one adapter on the projections of query, key and value together, one on ``out_proj``.
+
+    W_in + s * B A          A (r, embed), B (3 embed, r)
+    W_out + 2 s * B A       A (r, embed), B (embed, r)
+
+The 2 is PEFT's, up to 0.21 (huggingface/peft#3774): its files were trained with it, and it reads ours with it.
+The weights are summed before the call, so there is no dropout of an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, AdapterSite
+from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.factored_weight import AdaptsParameters, Product
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.plain import PlainLowRank
+from nbpeft.errors import ConfigError
+
+_OUT_PROJ_TIMES = 2.0
+"""How often what is added to ``out_proj`` counts."""
+
+
+class AttentionLoRA(PlainLowRank, AdaptsParameters):
+    """A LoRA adapter on one of the two weights of an attention module."""
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A and B; see ``Adapter``.
+
+        Raises:
+            ConfigError: the config asks for what does not work on an attention module.
+        """
+        place = _attention_path(path, kind)
+        if config.lora_bias or config.init_name not in ("default", "random", "gaussian"):
+            field = "lora_bias" if config.lora_bias else "init_lora_weights"
+            raise ConfigError(
+                f"{place}: {field}={getattr(config, field)!r} does not work on nn.MultiheadAttention; leave that out "
+                "or exclude it",
+                field=field,
+                path=place,
+            )
+        return super().parameter_shapes(config, place, module, kind)
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        adapter = super().create(config, replace(site, path=_attention_path(site.path, site.base.kind)), tensors)
+        adapter.__dict__["scaling"] *= adapter._times
+        return adapter
+
+    @property
+    def _times(self) -> float:
+        return _OUT_PROJ_TIMES if self.low_rank.kind.is_linear else 1.0
+
+    def configure(self, config: Any, path: str) -> None:
+        """Takes the scaling of a config over; see ``Adapter``."""
+        place = _attention_path(path, self.low_rank.kind)
+        super().configure(config, place)
+        self.rescale(config.scaling_at(place) * self._times, trained=True)
+
+    def observe(self, module: nn.Module) -> None:
+        """Warns: neither factor is called."""
+        Adapter.observe(self, module)
+
+    def parameter_products(self, base: BaseLayer) -> Sequence[Product]:
+        """The one product; see ``AdaptsParameters``."""
+        lora_A, lora_B = self.trained_factors
+        return (Product(lora_B, lora_A, self.scaling),)
+
+
+def _attention_path(path: str, kind: LayerKind) -> str:
+    """Path of the attention module: both adapters have the rank and alpha of that."""
+    return path.rpartition(".")[0] if kind.is_linear else path

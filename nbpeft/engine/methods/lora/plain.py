@@ -1,0 +1,144 @@
+"""A product of two low-rank factors that is added as it is; see ``lora.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import AdapterSite
+from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.methods.lora.adapter import LowRankAdapter
+from nbpeft.engine.methods.lora.autograd import Dropout
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.inits import check_init, init_factors, start_of
+from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.numerics import add_delta, compute_dtype, fits
+from nbpeft.engine.peft_modules import ParameterModule
+from nbpeft.errors import ConfigError
+
+_MERGE_ROWS = 256
+"""Rows of a weight merged at a time, which bounds the extra memory of a merge."""
+_WHOLE_INPUT = Dropout(0.0, False)
+"""The subtracted initial component gets no dropout, because it is part of the base weight."""
+
+
+class PlainLowRank(LowRankAdapter):
+    """A product of two factors, and the bias of B, added to the output as they are.
+
+    Attributes:
+        observed: PEFT's name -> module with hooks; the product is computed with it then. None where nobody observes.
+    """
+
+    observed: Mapping[str, Any] | None = None
+
+    @classmethod
+    def parameter_shapes(
+        cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[int, ...]]:
+        """A and B, and the bias of B (out,) with ``lora_bias``; see ``Adapter``."""
+        check_init(config, path, module, kind)
+        low_rank = low_rank_of(kind)
+        shapes = dict(zip(low_rank.factor_names, low_rank.shapes(module, config.rank_at(path)), strict=True))
+        if config.lora_bias:
+            if low_rank.zero_init_factor == 0:
+                raise ConfigError(
+                    f"{path}: lora_bias=True is not supported for {kind.peft_name}; exclude it", path=path
+                )
+            shapes[f"{low_rank.factor_names[1]}_bias"] = (kind.features(module)[1],)
+        return shapes
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Binds loaded factors or makes new ones; see ``Adapter``."""
+        start = start_of(config, site, is_new=tensors is None)
+        given = init_factors(config, site, start.factors) if tensors is None else tensors
+        frozen = cls.frozen_parameters
+        parameters = {name: nn.Parameter(tensor, name not in frozen) for name, tensor in given.items()}
+        return cls(parameters, site.base.kind, config, site.path, start)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The bias of B, (out,), where ``lora_bias`` asked for one."""
+        return self.held.get(f"{self.factor_names[1]}_bias")
+
+    @property
+    def active_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B that a call computes with."""
+        return self.own_factors
+
+    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
+        """Computes ``s * B A dropout(x)``, plus ``s`` times the bias of B where there is one.
+
+        Args:
+            x: (…, in), or ids of an embedding.
+            base_output: (…, out).
+            base: the layer.
+            fused: return ``base_output`` with the delta added, in its dtype.
+        """
+        if self.observed is not None:
+            delta = self._through_modules(base.module, x, self.observed)
+            return add_delta(base_output, delta) if fused else delta
+        lora_A, lora_B = self.active_factors
+        dropout = Dropout(self.dropout, self.training)
+        bias, initial = self.output_bias, self.initial
+        alone = bias is None and initial is None
+        onto = base_output if fused and alone else None
+        if initial is not None:
+            onto = self.low_rank.forward(base.module, x, *initial, self.scaling, _WHOLE_INPUT)
+        delta = self.low_rank.forward(base.module, x, lora_A, lora_B, self.scaling, dropout, onto)
+        if alone:
+            return delta
+        if bias is not None:
+            delta = delta + base.kind.per_channel(base.module, bias * self.scaling).to(delta.dtype)
+        return add_delta(base_output, delta) if fused else delta
+
+    def observe(self, module: nn.Module) -> None:
+        """Computes with a module from now on, so that its hooks run; on linear layers alone."""
+        if not self.low_rank.kind.is_linear:
+            super().observe(module)
+            return
+        name = module.shown_parameter if isinstance(module, ParameterModule) else self.peft_modules[0]
+        self.__dict__["observed"] = {**(self.observed or {}), name: module}
+
+    def _through_modules(self, module: nn.Module, x: Tensor, observed: Mapping[str, Any]) -> Tensor:
+        """The product of a linear layer, each step that somebody observes computed by its module."""
+        name_A, name_B = self.factor_names
+        lora_A, lora_B = self.active_factors
+        x = x.to(compute_dtype(x, lora_A))
+        delta = self.low_rank.forward(module, x, *self.initial, self.scaling, _WHOLE_INPUT) if self.initial else None
+        steps: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+            (self.peft_modules[0], lambda value: F.dropout(value, self.dropout, self.training)),
+            (name_A, lambda value: F.linear(value, lora_A.to(value.dtype))),
+            (name_B, lambda value: F.linear(value, lora_B.to(value.dtype), self.output_bias)),
+        ]
+        for name, plain in steps:
+            x = observed.get(name, plain)(x)
+        x = x * self.scaling
+        return x if delta is None else x + delta
+
+    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
+        """``s * B A``, shaped like the canonical weight."""
+        lora_A, lora_B = self.detached_factors
+        return self.low_rank.product(base.module, lora_A, lora_B) * self.scaling
+
+    def delta_bias(self, base: BaseLayer) -> Tensor | None:
+        """``s`` times the bias of B, (out,), or None."""
+        bias = self.output_bias
+        return None if bias is None else bias.detach() * self.scaling
+
+    def add_to_(self, weight: Tensor, base: BaseLayer, scale: float) -> None:
+        """Adds ``scale * s * B A`` to a canonical weight in place, some rows at a time."""
+        lora_A, lora_B = self.detached_factors
+        if weight.ndim != 2 or lora_B.shape[0] != weight.shape[0]:
+            super().add_to_(weight, base, scale)
+            return
+        factor = float(self.scaling) * scale
+        if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
+            weight.addmm_(lora_B, lora_A, alpha=factor)
+            return
+        for start in range(0, weight.shape[0], _MERGE_ROWS):
+            rows = slice(start, start + _MERGE_ROWS)
+            weight[rows] += (lora_B[rows] @ lora_A) * factor
