@@ -77,6 +77,8 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         corda_config: settings of init_lora_weights="corda".
         lora_ga_config: settings of init_lora_weights="lora_ga".
         alora_invocation_tokens: ids of the tokens from whose last occurrence in a row onward the adapter acts (aLoRA).
+        quantization_aware: on quantized layers act, and learn, as if merged into the weight and rounded with it, so
+            that merging changes nothing (nbpeft's own).
 
     Raises:
         ConfigError: a value is impossible, or asks for something that is not implemented.
@@ -117,6 +119,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     arrow_config: dict[str, Any] | None = field(default=None)
     kasa_config: dict[str, Any] | None = field(default=None)
     ensure_weight_tying: bool = field(default=False)
+    quantization_aware: bool = field(default=False)
 
     not_implemented: ClassVar[tuple[str, ...]] = (
         "megatron_config",
@@ -151,8 +154,9 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     }
     slot_fields: ClassVar[tuple[str, ...]] = (*AdapterConfig.slot_fields, "lora_bias", "target_parameters")
     value_fields: ClassVar[tuple[str, ...]] = (
-        *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
+        *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "quantization_aware"),
     )
+    own_fields: ClassVar[tuple[str, ...]] = ("quantization_aware",)
     card_fields: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "target_modules", "modules_to_save"),
         "alora_invocation_tokens",
@@ -166,6 +170,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self._check_choices()
         self._check_init_settings()
         self._check_invocation()
+        self._check_quantization_aware()
         check_target_fields(self, pattern_fields=self.pattern_fields)
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
@@ -237,6 +242,28 @@ class LoraConfig(AdapterConfig, LayerByLayer):
                 f"alora_invocation_tokens cannot be used with {other}: tokens before are the base model's",
                 field="alora_invocation_tokens",
             )
+
+    def _check_quantization_aware(self) -> None:
+        """Refuses what is not a part of the weight that is rounded."""
+        beside = ("use_dora", "lora_dropout", "alora_invocation_tokens")
+        for name in beside if self.quantization_aware else ():
+            if getattr(self, name):
+                raise ConfigError(
+                    f"quantization_aware=True rounds what an adapter adds to the weight, and {name}="
+                    f"{getattr(self, name)!r} is not a part of it: leave one of the two out",
+                    field=name,
+                )
+
+    @property
+    def acts_rounded(self) -> bool:
+        """Whether it is ``quantization_aware``; see ``AdapterConfig``."""
+        return self.quantization_aware
+
+    def rounded(self) -> Self:
+        """A copy that is ``quantization_aware``; see ``AdapterConfig``."""
+        twin = self.copy(quantization_aware=True)
+        twin._check_quantization_aware()
+        return twin
 
     @property
     def init_name(self) -> str:

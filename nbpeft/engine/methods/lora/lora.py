@@ -35,6 +35,12 @@ _WHOLE_INPUT = Dropout(0.0, False)
 """The subtracted initial component gets no dropout, because it is part of the base weight."""
 
 
+def _variant(config: LoraConfig) -> str:
+    """A name more exact than LoRA, or empty."""
+    name = "rsLoRA" if config.use_rslora else ""
+    return f"quantization-aware {name or 'LoRA'}" if config.quantization_aware else name
+
+
 class PlainLowRank(LowRankAdapter):
     """A product of two factors, and the bias of B, added to the output as they are.
 
@@ -154,7 +160,7 @@ class PlainLowRank(LowRankAdapter):
     when="the usual choice: every tool and every server takes it",
     paper="arXiv:2106.09685",
     applies=lambda config: not config.use_dora and config.alora_invocation_tokens is None,
-    variant=lambda config: "rsLoRA" if config.use_rslora else "",
+    variant=_variant,
     sample_configs={
         "plain": {"r": 4, "lora_alpha": 8},
         "rslora": {"r": 4, "use_rslora": True},
