@@ -109,6 +109,8 @@ class AdapterConfig:
     """Fields that a model card lists; if empty, the method's own fields that are not at their default."""
     card_tags: ClassVar[tuple[str, ...]] = ()
     """Tags of a model card."""
+    own_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that PEFT does not have: a file holds them only where they are set."""
     slot_fields: ClassVar[tuple[str, ...]] = (
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     )
@@ -137,6 +139,23 @@ class AdapterConfig:
     def initialised_from_weight(self) -> bool:
         """Whether an adapter takes over a part of the weight at its start, so that it depends on the base's values."""
         return False
+
+    @property
+    def acts_rounded(self) -> bool:
+        """Whether an adapter acts as it will once it is merged into quantized weights, and learns so."""
+        return False
+
+    def rounded(self) -> Self:
+        """A copy whose adapters act so.
+
+        Raises:
+            ConfigError: those of the method cannot.
+        """
+        raise ConfigError(
+            f"the model was prepared with quantization_aware=True, which {type(self).__name__} does not know: use a "
+            "LoraConfig, or prepare the model without",
+            field="quantization_aware",
+        )
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
         """Describes patterns over module paths among the values that match none of the adapted modules; else empty."""
@@ -201,7 +220,8 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but those of this process alone, nested configs as dictionaries, as PEFT's ``to_dict``."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "runtime_config"}
+        unset = [name for name in self.own_fields if not getattr(self, name)]
+        return {name: v for name, v in dataclasses.asdict(self).items() if name not in ("runtime_config", *unset)}
 
     def copy(self, **changes: Any) -> Self:
         """A deep copy with some fields replaced, without the checks of the constructor."""
@@ -371,6 +391,9 @@ class Adapter(nn.Module):
 
     supports_fused_add: ClassVar[bool] = False
     """Whether ``forward`` takes ``fused=True``: return output and delta together, which can be cheaper."""
+
+    acts_rounded: bool = False
+    """Whether its layers act as they will once it is merged into quantized weights (``merged_twin``)."""
 
     loses_start: bool = False
     """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""

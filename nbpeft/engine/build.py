@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine import merged_twin
 from nbpeft.engine.active_state import ActiveState
 from nbpeft.engine.adapter import Adapter, AdapterSite, AdapterWeights, ChangesBase, SharedState
 from nbpeft.engine.base import Composite, offloading
@@ -111,6 +113,8 @@ def build(
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
     tied: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
+    if plan.config.acts_rounded:
+        _check_rounded(layers, parts, is_new=weights is None)
     for path in plan.copies:
         site = by_path[path]
         if any(offloading(part) is not None for part in site.module.modules()):
@@ -123,6 +127,17 @@ def build(
         trained = copy_module(site.module, None if weights is None else weights.copies.get(path), tied)
         parts.copies.append((sites[id(site.module)], wrapper, trained))
     return parts
+
+
+def _check_rounded(layers: Mapping[str, AdaptedLayer], parts: Parts, *, is_new: bool) -> None:
+    """Raises ConfigError where a new adapter cannot act on rounded weights; of a loaded one it warns."""
+    paths = {id(layer): path for path, layer in layers.items()}
+    try:
+        merged_twin.check((paths[id(layer)], layer, adapter) for _, layer, adapter in parts.adapters)
+    except ConfigError as error:
+        if is_new:
+            raise
+        warnings.warn(f"the adapter was trained for merging into quantized weights: {error}", stacklevel=4)
 
 
 def _layer(site: Site, target: Target, plan: InjectionPlan, active_state: ActiveState) -> AdaptedLayer:

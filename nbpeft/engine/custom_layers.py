@@ -472,7 +472,8 @@ class CustomLayer(AdaptedLayer):
         self.merged_names, self._frozen = stored.merged, stored.frozen
         self.custom.merged_adapters[:] = stored.merged
 
-    def _write_merged(self, chosen: Sequence[tuple[str, float]]) -> None:
+    def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
+        """Merges as the layer of somebody else's does; see ``AdaptedLayer``."""
         scaled = next((name for name, scale in chosen if scale != 1.0), None)
         if scaled is not None:
             raise MergeError(f"a {self._get_name()} merges at its trained strength: set the scale of {scaled!r} to 1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,13 +13,14 @@ from nbpeft.engine.active_state import Active, ActiveState, LayerState, ReplicaS
 from nbpeft.engine.adapter import Adapter, ReplacesCall, ServesRows, TransformsInput, TransformsOutput
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.merge_checks import unmergeable_reason
+from nbpeft.engine.merged_twin import MergedTwin
 from nbpeft.engine.numerics import add_delta, add_scaled_, is_finite
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, attribute_by_name, by_name, function_by_name
 from nbpeft.engine.peft_modules import AdapterDict, empty_mapping, show_adapters, shown_under, use_shown
 from nbpeft.engine.recomputed import parts_of
 from nbpeft.engine.spool import Spool
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import MergeError
+from nbpeft.errors import AdapterError, MergeError
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -79,6 +80,7 @@ class AdaptedLayer(PeftLayerMixin):
             merged_names=(),
             training=base_layer.training,
             _frozen=None,
+            _twin=None,
             _shown={},
         )
 
@@ -88,6 +90,7 @@ class AdaptedLayer(PeftLayerMixin):
     active_state: ActiveState | LayerState
     merged_names: tuple[str, ...]
     _frozen: Stored | None
+    _twin: MergedTwin | None
     _shown: dict[str, Any]
 
     @property
@@ -118,6 +121,8 @@ class AdaptedLayer(PeftLayerMixin):
         if self.merged_names:
             merged: Tensor = self.base_layer(x, *args, **kwargs)
             return merged
+        if self.acts_rounded(active.names if active.rows is None else active.rows.names):
+            return self._rounded(x, active, args, kwargs)
         alone = self._alone(active)
         if isinstance(alone, TransformsInput):
             base = self._base_in(active, active.names[0])
@@ -144,6 +149,21 @@ class AdaptedLayer(PeftLayerMixin):
         if len(active.names) != 1 or active.scales[0] != 1.0 or active.rows is not None:
             return None
         return self.adapters._modules.get(active.names[0])
+
+    def acts_rounded(self, names: Sequence[str]) -> bool:
+        """Whether the layer acts as it will once these adapters are merged, because one of them has learned so."""
+        adapters: Any = self.adapters._modules
+        return any(name in adapters and adapters[name].acts_rounded for name in names) and self.backend.name != "dense"
+
+    def _rounded(self, x: Tensor, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        if active.rows is not None:
+            raise AdapterError("adapters that act on rounded weights cannot serve rows of one batch: activate one")
+        twin = self._twin
+        if twin is None:
+            twin = self.__dict__["_twin"] = MergedTwin()
+        chosen = [pair for pair in zip(active.names, active.scales, strict=True) if pair[0] in self.adapters._modules]
+        bases = {name: self._base_in(active, name) for name, _ in chosen}
+        return twin.output(self, x, chosen, bases, args, kwargs)
 
     def _with_deltas(self, x: Tensor, output: Tensor, active: Active) -> Tensor:
         total: Tensor | None = None
@@ -179,7 +199,7 @@ class AdaptedLayer(PeftLayerMixin):
         adapters: Any = AdapterDict()
         for name, adapter in self.adapters._modules.items():
             adapters._modules[name] = adapter._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.__dict__.update(active_state=ReplicaState(self.active_state), adapters=adapters)
+        replica.__dict__.update(active_state=ReplicaState(self.active_state), adapters=adapters, _twin=None)
         replica.__class__ = LayerReplica
         return replica
 
@@ -298,19 +318,26 @@ class AdaptedLayer(PeftLayerMixin):
         if apart:
             shared: Any = self.weight_module._parameters["weight"]
             self.weight_module._parameters["weight"] = nn.Parameter(shared.detach().clone(), requires_grad=False)
-        self._write_merged(chosen)
+        self.write_merged(chosen, self.weight_module, self.base.bias)
         self.merged_names = tuple(name for name, _ in chosen)
+        self.__dict__["_twin"] = None
         self._frozen = frozen if keep_frozen else None
 
-    def _write_merged(self, chosen: Sequence[tuple[str, float]]) -> None:
-        """Adds deltas of adapters here to the weight and bias, each taken against the frozen layer."""
+    def write_merged(self, chosen: Sequence[tuple[str, float]], module: nn.Module, bias: Tensor | None) -> None:
+        """Adds deltas of adapters here, each taken against the frozen layer.
+
+        Args:
+            chosen: names, and the factor on each one's delta.
+            module: where the sum with the frozen weight goes: ``weight_module``, or a twin of it.
+            bias: (out,), what deltas of biases are added to.
+        """
         # The biases first: a method's may be a multiple of its bias, or of its weight.
         bias_deltas = self._bias_deltas(chosen)
         weight = self.backend.dequantize(self.weight_module)
         self._add_deltas(self.kind.canonical(self.weight_module, weight), *zip(*chosen, strict=True))
-        self.backend.store(self.weight_module, weight)
-        if self.base.bias is not None:
-            _add_bias_deltas(self.base.bias, bias_deltas)
+        self.backend.store(module, weight)
+        if bias is not None:
+            _add_bias_deltas(bias, bias_deltas)
 
     def check_mergeable(self, names: Sequence[str]) -> None:
         """Raises MergeError where ``merge_into_base`` would."""

@@ -691,7 +691,7 @@ class AdapterManager:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
             return
         check_compatible(self.copies, self.layers, together)
-        warn_of_requantization(self.layers)
+        warn_of_requantization(self.layers, together)
         with self.transaction() as change:
             self._refuse_in_scopes("merging")
             self._merge(together, change, safe=safe)
@@ -735,7 +735,7 @@ class AdapterManager:
             check_compatible(self.copies, self.layers, chosen)
             if not self._merged:
                 check_merge(self.layers, chosen, self.scale, safe=safe)
-                warn_of_requantization(self.layers)
+                warn_of_requantization(self.layers, chosen)
         with self.transaction() as change:
             self._refuse_in_scopes("unloading")
             self._keep_structure(change)

@@ -171,9 +171,10 @@ def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
         layer.restore_base(change)
 
 
-def warn_of_requantization(layers: Mapping[str, AdaptedLayer]) -> None:
-    """Warns once where merging has to quantize again."""
-    kinds = sorted({layer.backend.name for layer in layers.values() if layer.backend.name != "dense"})
+def warn_of_requantization(layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> None:
+    """Warns once where merging has to quantize again, and the adapters do not act so already."""
+    lossy = (layer for layer in layers.values() if layer.backend.name != "dense" and not layer.acts_rounded(names))
+    kinds = sorted({layer.backend.name for layer in lossy})
     if kinds:
         warnings.warn(
             f"merging into {', '.join(kinds)} weights rounds them again: outputs may differ from the unmerged model",

@@ -438,8 +438,8 @@ def _composite_targets(site: Site, sites: list[Site], kind: Any, config: Any, me
             kind=what,
         )
     shapes = adapter_class.parameter_shapes(config, site.path, view, kind)
-    reads, gives = kind.features(view)
-    own = Target(site.path, kind.name, backend.name, reads, gives, shapes, adapter_class, config, "", kind.parameter)
+    taken, given = kind.features(view)
+    own = Target(site.path, kind.name, backend.name, taken, given, shapes, adapter_class, config, "", kind.parameter)
     inner = (other for other in sites if reader_of(other) is site.module)
     return [own, *(_target(other, config, method, adapter_class=adapter_class) for other in inner)]
 

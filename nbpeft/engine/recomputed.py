@@ -226,6 +226,14 @@ def parts_of(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return parts
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """``tensor.detach()``, computed again where the tensor is."""
+    part, origin = tensor.detach(), origin_of(tensor)
+    if origin is not None:
+        setattr(part, _ORIGIN, Origin(origin.recomputation, origin.inputs, part._version))
+    return part
+
+
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of autocast, or None where it is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from nbpeft.errors import MergeError
 
+_HELD = ("_parameters", "_buffers", "_modules")
+
 
 class StoredWeight:
     """Base class of backends; see ``nbpeft.engine.base.Backend`` for the contract.
@@ -36,6 +38,18 @@ class StoredWeight:
     def label(self, module: nn.Module) -> str:
         """What a person calls the way it is stored: ``bf16``, ``nf4``, ``int8``."""
         return short_name(self.tensors(module)[0].dtype)
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        """A second layer like a module, with the same hooks and bias: what is stored into it leaves the first alone.
+
+        A backend whose ``store`` writes into the tensors of a layer, instead of replacing them, gives it others.
+        """
+        twin: nn.Module = object.__new__(type(module))
+        state = {name: dict(value) if name in _HELD else value for name, value in module.__dict__.items()}
+        twin.__dict__.update(state, _compiled_call_impl=None)
+        # What accelerate puts in place of a layer's forward would call the first one.
+        twin.__dict__.pop("forward", None)
+        return twin
 
     def device(self, module: nn.Module) -> torch.device:
         """Where the weight lies."""

@@ -82,6 +82,11 @@ def merge_calibrated(
         raise MergeError(f"{type(model).__name__} has no adapters to merge")
     chosen = (adapter_names,) if isinstance(adapter_names, str) else adapter_names
     names = tuple(manager.active if chosen is None else chosen)
+    if any(layer.acts_rounded(names) for layer in manager.layers.values()):
+        raise MergeError(
+            f"{' and '.join(map(repr, names))} learned with each number rounded by itself: merge without rows, which "
+            "changes nothing of what it does"
+        )
     deltas = deltas_of(manager, names).layers
     layers = {path: layer for path, layer in manager.layers.items() if path in deltas and _has_known_grid(layer)}
     if not layers:

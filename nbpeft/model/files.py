@@ -16,6 +16,7 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
+from nbpeft.engine.merged_twin import is_rounding_asked_for
 from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.peft_modules import shown_name
@@ -42,12 +43,17 @@ class LoadResult(NamedTuple):
 
 
 def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
-    """Returns a copy of a config that names its base model."""
+    """Returns a copy of a new adapter's config that names its base model, and is as that was prepared for.
+
+    Raises:
+        ConfigError: the base was prepared for adapters that act on rounded weights, and this one cannot.
+    """
     name = model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
     given = config.base_model_name_or_path
     if name and given not in (None, name):
         warnings.warn(f"base_model_name_or_path of the config was renamed from {given!r} to {name!r}", stacklevel=5)
-    return config.copy(base_model_name_or_path=name or given)
+    made = config.copy(base_model_name_or_path=name or given)
+    return made.rounded() if is_rounding_asked_for(model) else made
 
 
 def read(

@@ -215,7 +215,7 @@ def _tokens_that_count(batch: Mapping[str, Any], config: Any) -> Tensor | None:
     ids = batch.get("input_ids")
     if ids is None:
         return None
-    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    mask: Tensor = batch.get("attention_mask", torch.ones_like(ids)).bool()
     settings, labels = config.eva_config, batch.get("labels")
     if settings.use_label_mask and labels is not None and labels.shape == mask.shape:
         mask = mask & (labels != settings.label_mask_value)

@@ -103,6 +103,6 @@ def starting_from(
         yield lambda manager, name: None
         return
     read = rows.read(ctx, model) if rows is not None and init else None
-    given, collate = ((), dict) if read is None else (read.rows, read.collate)
-    with started_from(model, config, given, collate) as start:
+    given: tuple[Any, Any] = ((), dict) if read is None else (read.rows, read.collate)
+    with started_from(model, config, *given) as start:
         yield lambda manager, name: notes.append(start.finish(manager, name))

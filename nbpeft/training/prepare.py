@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nbpeft.engine.merged_twin import ask_for_rounding
 from nbpeft.engine.model_tree import is_quantized, quantization_method
 from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.errors import ConfigError, did_you_mean
@@ -55,6 +56,7 @@ def prepare_model_for_kbit_training(
     auto_clear_cache: bool = True,
     *,
     upcast: Upcast = "norms",
+    quantization_aware: bool = False,
 ) -> Any:
     """Freezes a base model and prepares it for training adapters. Returns the model.
 
@@ -69,13 +71,22 @@ def prepare_model_for_kbit_training(
             unless given.
         auto_clear_cache: Whether to give cached device memory back after casting.
         upcast: ``"norms"``, ``"peft"`` or ``"none"``.
+        quantization_aware: Whether new adapters act, and learn, as if merged into the quantized weights and rounded
+            with them; see ``LoraConfig``.
 
     Raises:
-        ConfigError: ``upcast`` is none of these.
+        ConfigError: ``upcast`` is none of these, or ``quantization_aware`` is asked for on a model that is not
+            quantized.
     """
+    if quantization_aware and not is_quantized(model):
+        raise ConfigError(
+            f"quantization_aware=True is for quantized models, and this {type(model).__name__} is not one",
+            field="quantization_aware",
+        )
     done = prepare_model(
         model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache, upcast=upcast
     )
+    ask_for_rounding(model, quantization_aware)
     if upcast == "peft" and done.extra_bytes:
         warnings.warn(
             f"upcast='peft' turned {done.upcast_count} tensors into float32: {done.extra_bytes / 2**20:,.1f} MiB more. "

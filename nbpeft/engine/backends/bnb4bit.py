@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.four_bit import NESTED_BLOCK, fitted, in_blocks
+from nbpeft.engine.nearest_levels import round_blocks
 from nbpeft.engine.registry import register_backend
 from nbpeft.engine.rounding import Grid
 from nbpeft.engine.storage import StoredWeight, loaded, plain
@@ -139,6 +140,14 @@ class Bnb4bit(StoredWeight):
 
         return Grid(levels, scales, stored)
 
+    def twin(self, module: nn.Module) -> nn.Module:
+        """A second layer, whose parameter shares codes and state until another weight is stored."""
+        twin = super().twin(module)
+        weight: Any = copy.copy(module.weight)
+        weight.module = twin
+        twin._parameters["weight"] = weight
+        return twin
+
     def snapshot(self, module: nn.Module) -> Snapshot4bit:
         """Codes and state in the layout they have now."""
         state = copy.deepcopy(_state(module))
@@ -235,10 +244,14 @@ def _unpacked(packed: Tensor, rows: int, columns: int) -> Tensor:
 def _quantized(weight: Tensor, like: Any, *, nested: bool, storage: torch.dtype) -> tuple[Tensor, Any]:
     """Codes and state for a weight, with the block size and type of ``like``."""
     functional = sys.modules["bitsandbytes"].functional
-    data, state = functional.quantize_4bit(
-        weight, blocksize=like.blocksize, compress_statistics=False, quant_type=like.quant_type, quant_storage=storage
-    )
-    state.absmax = fitted(weight, data, state.absmax, state.blocksize, state.quant_type)
+    kind = {"blocksize": like.blocksize, "quant_type": like.quant_type}
+    if weight.device.type == "cpu":
+        data, constants = round_blocks(weight, like.blocksize, like.code.float())
+        data = data.view(-1).view(storage).view(-1, 1)
+        state = functional.QuantState(constants, shape=weight.shape, dtype=weight.dtype, code=like.code, **kind)
+    else:
+        data, state = functional.quantize_4bit(weight, compress_statistics=False, quant_storage=storage, **kind)
+        state.absmax = fitted(weight, data, state.absmax, state.blocksize, state.quant_type)
     if nested:
         _nest(state)
     return data, state

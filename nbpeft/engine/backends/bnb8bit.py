@@ -8,6 +8,7 @@ Reference: LLM.int8(), https://arxiv.org/abs/2208.07339.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,15 @@ class Bnb8bit(StoredWeight):
             return Snapshot8bit((places.to("cpu", torch.int16) - 127).to(torch.int8), scales.cpu(), False)
 
         return Grid(levels, scales.view(-1, 1) * (1.0 / 127.0), stored)
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        """A second layer with its own parameter and state, which share codes until another weight is stored."""
+        twin: Any = super().twin(module)
+        weight: Any = module.weight
+        made = type(weight)(weight.data, requires_grad=False, has_fp16_weights=weight.has_fp16_weights)
+        made.CB, made.SCB = weight.CB, weight.SCB
+        twin._parameters["weight"], twin.state = made, copy.copy(twin.state)
+        return twin  # type: ignore[no-any-return]
 
     def snapshot(self, module: nn.Module) -> Snapshot8bit:
         """Codes and scales, and where they were kept."""

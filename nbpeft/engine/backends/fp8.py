@@ -57,6 +57,15 @@ class Fp8(StoredWeight):
                 dense = dense / _spread(scales, module, dense)
             stored.copy_(dense.clamp(-limit, limit).to(stored.dtype))
 
+    def twin(self, module: nn.Module) -> nn.Module:
+        """A second layer with copies of weight and scales."""
+        twin = super().twin(module)
+        for name in ("weight", "weight_scale_inv"):
+            tensor = module._parameters.get(name)
+            if tensor is not None:
+                twin._parameters[name] = nn.Parameter(plain(tensor).clone(), requires_grad=False)
+        return twin
+
     def snapshot(self, module: nn.Module) -> Any:
         """Weight and scales on the CPU."""
         return [tensor.to("cpu", copy=True) for tensor in self.tensors(module)]

@@ -110,7 +110,10 @@ def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
     from nbpeft.model import merge_errors
 
     chosen = tuple(manager.active if names is None else names)
-    lossy = any(layer.backend.name != "dense" and layer.backend.can_merge for layer in manager.layers.values())
+    lossy = any(
+        layer.backend.name != "dense" and layer.backend.can_merge and not layer.acts_rounded(chosen)
+        for layer in manager.layers.values()
+    )
     if manager.merged or not chosen or not lossy:
         return ""
     left = "session.merge(to=…) keeps full precision, session.merge(calibrate=…) most of what it does"

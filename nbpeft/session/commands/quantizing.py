@@ -98,9 +98,9 @@ def qlora(
     given = {"bits": bits, "quant_type": quant_type, "double_quant": double_quant, "compute_dtype": compute_dtype}
     given |= {"quant_storage": quant_storage, "upcast": upcast, "gradient_checkpointing": gradient_checkpointing}
     request = _request(config, given | loading)  # what is impossible is refused before loading
-    if init_from_data(request.config) and not is_module(source):
+    if (init := init_from_data(request.config)) and not is_module(source):
         raise ConfigError(
-            f"init_lora_weights={request.config.init_lora_weights!r} starts from rows, and a model that is there: load "
+            f"init_lora_weights={init!r} starts from rows, and a model that is there: load "
             "it quantized without, and add the adapter then (init_data=…)",
             field="init_lora_weights",
         )

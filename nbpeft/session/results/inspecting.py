@@ -107,7 +107,7 @@ class InspectResult(Result):
         return HeatMap(rows), line(dim(legend))
 
     def _table(self) -> Table:
-        rows = tuple(
+        rows: tuple[tuple[str, ...], ...] = tuple(
             (item.path, NONE if item.rank is None else str(item.rank), percent(item.relative), _directions(item))
             for item in self.ranked
         )

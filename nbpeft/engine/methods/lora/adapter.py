@@ -144,6 +144,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
             alpha=config.alpha_at(path),
             use_rslora=config.use_rslora,
             padded=False,
+            acts_rounded=config.acts_rounded,
             loses_start=start.is_from_data,
         )
         if start.remembered is not None:
@@ -386,12 +387,14 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         """Takes the scaling and the dropout of a config over."""
         self.rescale(config.scaling_at(path), trained=True)
         self.dropout = float(config.lora_dropout)
-        self.__dict__.update(alpha=config.alpha_at(path), use_rslora=config.use_rslora)
+        self.__dict__.update(
+            alpha=config.alpha_at(path), use_rslora=config.use_rslora, acts_rounded=config.acts_rounded
+        )
 
     def keep_settings(self, change: Transaction) -> None:
         """Records scaling, dropout and padding."""
         self.keep_scaling(change)
-        change.keep_attributes(self, "dropout", "padded", "alpha", "use_rslora")
+        change.keep_attributes(self, "dropout", "padded", "alpha", "use_rslora", "acts_rounded")
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""

@@ -58,7 +58,7 @@ def prototype(lora_A: Tensor, lora_B: Tensor) -> Tensor:
 @register(
     LoraConfig,
     label="Arrow",
-    when="several tasks' adapters at once: each token takes those that suit it, nothing is trained",
+    when="adapters of several tasks at once: each token takes those that suit it",
     paper="arXiv:2405.11157",
     listed_with={"arrow_config": {}},
     applies=lambda config: config.variant == "arrow_config",

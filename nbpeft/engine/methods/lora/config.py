@@ -98,6 +98,8 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         arrow_config: route each token through other adapters of the model (Arrow, GenKnowSub).
         velora_config: keep a fraction of a layer's input for backward (VeLoRA).
         monteclora_config: train with samples around A, and how far they are spread (MonteCLoRA).
+        quantization_aware: on quantized layers act, and learn, as if merged into the weight and rounded with it, so
+            that merging changes nothing (nbpeft's own).
 
     Raises:
         ConfigError: a value is impossible, or asks for something that is not implemented.
@@ -138,6 +140,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
     arrow_config: ArrowConfig | None = field(default=None)
     kasa_config: KasaConfig | None = field(default=None)
     ensure_weight_tying: bool = field(default=False)
+    quantization_aware: bool = field(default=False)
 
     not_implemented: ClassVar[tuple[str, ...]] = ("megatron_config",)
     instead: ClassVar[Mapping[str, str]] = {
@@ -161,8 +164,9 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         "layer_replication",
     )
     value_fields: ClassVar[tuple[str, ...]] = (
-        *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
+        *("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights", "quantization_aware"),
     )
+    own_fields: ClassVar[tuple[str, ...]] = ("quantization_aware",)
     card_fields: ClassVar[tuple[str, ...]] = (
         *("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "bias", "target_modules", "modules_to_save"),
         "alora_invocation_tokens",
@@ -177,6 +181,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         self._check_init_settings()
         self._check_invocation()
         self._check_variants()
+        self._check_quantization_aware()
         check_target_fields(self, pattern_fields=self.pattern_fields)
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] | None = None
 
@@ -279,6 +284,28 @@ class LoraConfig(AdapterConfig, LayerByLayer):
             if self._asks_for(name):
                 return name
         return ""
+
+    def _check_quantization_aware(self) -> None:
+        """Refuses what is not a part of the weight that is rounded."""
+        variant = "init_lora_weights" if self.variant == "mica" else self.variant
+        for name in ("lora_dropout", variant) if self.quantization_aware else ():
+            if name and getattr(self, name):
+                raise ConfigError(
+                    f"quantization_aware=True rounds what an adapter adds to the weight, and {name}="
+                    f"{getattr(self, name)!r} is not a part of it: leave one of the two out",
+                    field=name,
+                )
+
+    @property
+    def acts_rounded(self) -> bool:
+        """Whether it is ``quantization_aware``; see ``AdapterConfig``."""
+        return self.quantization_aware
+
+    def rounded(self) -> Self:
+        """A copy that is ``quantization_aware``; see ``AdapterConfig``."""
+        twin = self.copy(quantization_aware=True)
+        twin._check_quantization_aware()
+        return twin
 
     @property
     def init_name(self) -> str:

@@ -26,13 +26,19 @@ from nbpeft.engine.numerics import composes
 from nbpeft.engine.registry import register
 
 
+def _variant(config: LoraConfig) -> str:
+    """A name more exact than LoRA, or empty."""
+    name = "rsLoRA" if config.use_rslora else ""
+    return f"quantization-aware {name or 'LoRA'}" if config.quantization_aware else name
+
+
 @register(
     LoraConfig,
     label="LoRA",
     when="the usual choice: every tool and every server takes it",
     paper="arXiv:2106.09685",
     applies=lambda config: not config.variant,
-    variant=lambda config: "rsLoRA" if config.use_rslora else "",
+    variant=_variant,
     sample_configs={
         "plain": {"r": 4, "lora_alpha": 8},
         "rslora": {"r": 4, "use_rslora": True},

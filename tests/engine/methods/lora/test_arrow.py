@@ -85,7 +85,8 @@ def learned(model: Any, steps: int, **options: Any) -> tuple[dict[str, Tensor], 
     chosen = {name: one for name, one in model.named_parameters() if ".task_" in name}
     for parameter in chosen.values():
         parameter.requires_grad_(True)
-    optimizer, losses, first = torch.optim.SGD(chosen.values(), lr=0.05), [], {}
+    optimizer, losses = torch.optim.SGD(chosen.values(), lr=0.05), []
+    first: dict[str, Any] = {}
     for _ in range(steps):
         loss = model.train()(input_ids=tokens(), labels=tokens()).loss
         loss.backward()
