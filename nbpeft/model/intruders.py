@@ -121,13 +121,13 @@ def _reduced(
 ) -> tuple[int, tuple[Tensor, Tensor] | None]:
     """How many intruders an adapted weight has, and A and B of an adapter that has less of them; None for none."""
     adapter: Any = layer.adapter(name)
-    lora_A, lora_B = (factor.detach().float() for factor in adapter.trained_factors)
+    first, second = (factor.detach().float() for factor in adapter.trained_factors)
     scaling = float(adapter.scaling)
     weight = layer.base.weight().float()
     if adapter.initial is not None:  # the part of the weight that the adapter started in is the adapter's
         init_A, neg_init_B = adapter.initial
         weight = weight + scaling * (neg_init_B.float() @ init_A.float())
-    adapted = weight + scaling * (lora_B @ lora_A)
+    adapted = weight + scaling * (second @ first)
     places, (left, values, right) = _intruders(weight, adapted, top_k, threshold)
     if not len(places):
         return 0, None
