@@ -79,8 +79,8 @@ class _WeightedNormals(torch.autograd.Function):
 
 def _weighted_normals(weights: Tensor, seed: int, shape: tuple[int, ...]) -> Tensor:
     if composes():
-        drawn: Tensor = torch.tensordot(weights, torch.randn(len(weights), *shape, device=weights.device), 1)
-        return drawn
+        samples = torch.randn(len(weights), *shape, device=weights.device)
+        return (samples * weights.view(-1, 1, 1)).sum(0)
     return _WeightedNormals.apply(weights, seed, shape)  # type: ignore[no-any-return, no-untyped-call]
 
 
