@@ -141,7 +141,7 @@ class AdapterConfig:
         return False
 
     @property
-    def acts_rounded(self) -> bool:
+    def is_quantization_aware(self) -> bool:
         """Whether an adapter acts as it will once it is merged into quantized weights, and learns so."""
         return False
 
@@ -392,7 +392,7 @@ class Adapter(nn.Module):
     supports_fused_add: ClassVar[bool] = False
     """Whether ``forward`` takes ``fused=True``: return output and delta together, which can be cheaper."""
 
-    acts_rounded: bool = False
+    is_quantization_aware: bool = False
     """Whether its layers act as they will once it is merged into quantized weights (``merged_twin``)."""
 
     loses_start: bool = False

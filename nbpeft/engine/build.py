@@ -113,7 +113,7 @@ def build(
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
     tied: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
-    if plan.config.acts_rounded:
+    if plan.config.is_quantization_aware:
         _check_rounded(layers, parts, is_new=weights is None)
     for path in plan.copies:
         site = by_path[path]

@@ -121,7 +121,7 @@ class AdaptedLayer(PeftLayerMixin):
         if self.merged_names:
             merged: Tensor = self.base_layer(x, *args, **kwargs)
             return merged
-        if self.acts_rounded(active.names if active.rows is None else active.rows.names):
+        if self.is_quantization_aware(active.names if active.rows is None else active.rows.names):
             return self._rounded(x, active, args, kwargs)
         alone = self._alone(active)
         if isinstance(alone, TransformsInput):
@@ -150,10 +150,13 @@ class AdaptedLayer(PeftLayerMixin):
             return None
         return self.adapters._modules.get(active.names[0])
 
-    def acts_rounded(self, names: Sequence[str]) -> bool:
+    def is_quantization_aware(self, names: Sequence[str]) -> bool:
         """Whether the layer acts as it will once these adapters are merged, because one of them has learned so."""
         adapters: Any = self.adapters._modules
-        return any(name in adapters and adapters[name].acts_rounded for name in names) and self.backend.name != "dense"
+        return (
+            any(name in adapters and adapters[name].is_quantization_aware for name in names)
+            and self.backend.name != "dense"
+        )
 
     def _rounded(self, x: Tensor, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if active.rows is not None:

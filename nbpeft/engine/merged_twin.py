@@ -179,13 +179,16 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], of_added if ctx.scale == 1.0 else of_added * ctx.scale, None
 
 
-def ask_for_rounding(model: nn.Module, wanted: bool) -> None:
+def set_quantization_aware(model: nn.Module, wanted: bool) -> None:
     """Sets whether new adapters of a base model act on rounded weights."""
-    model.__dict__[_ASKED] = wanted
+    if wanted:
+        model.__dict__[_ASKED] = True
+    else:
+        model.__dict__.pop(_ASKED, None)
 
 
-def is_rounding_asked_for(model: nn.Module) -> bool:
-    """Whether ``ask_for_rounding`` was told so."""
+def is_prepared_quantization_aware(model: nn.Module) -> bool:
+    """Whether ``set_quantization_aware`` was told so."""
     return bool(model.__dict__.get(_ASKED, False))
 
 

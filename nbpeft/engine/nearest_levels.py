@@ -14,6 +14,8 @@ from torch import Tensor
 
 _HALF = 1 << 15
 """Steps of the table from 0 to 1."""
+_SMALLEST = 1e-30
+"""Blocks of smaller numbers are taken for zeros."""
 _CHUNK = 1 << 16
 """Numbers that are rounded at a time: what is computed on the way stays in the processor's cache."""
 
@@ -73,7 +75,7 @@ class _Chunk:
             numbers.view(-1)[: part.numel()].copy_(part)
             numbers.view(-1)[part.numel() :].zero_()
         largest = torch.abs(numbers, out=work).amax(1)
-        torch.mul(numbers, (_HALF / largest.clamp(min=1e-38)).unsqueeze(1), out=work).add_(_HALF + 0.5)
+        torch.mul(numbers, (_HALF / largest.clamp(min=_SMALLEST)).unsqueeze(1), out=work).add_(_HALF + 0.5)
         steps.copy_(work if bool(largest.sum().isfinite()) else work.nan_to_num_(_HALF, _HALF, _HALF))
         torch.index_select(self._table, 0, steps.view(-1), out=codes.view(-1))
         # The values of the codes take the place of the steps' room.

@@ -82,7 +82,7 @@ def merge_calibrated(
         raise MergeError(f"{type(model).__name__} has no adapters to merge")
     chosen = (adapter_names,) if isinstance(adapter_names, str) else adapter_names
     names = tuple(manager.active if chosen is None else chosen)
-    if any(layer.acts_rounded(names) for layer in manager.layers.values()):
+    if any(layer.is_quantization_aware(names) for layer in manager.layers.values()):
         raise MergeError(
             f"{' and '.join(map(repr, names))} learned with each number rounded by itself: merge without rows, which "
             "changes nothing of what it does"

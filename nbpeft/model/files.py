@@ -16,7 +16,7 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
 from nbpeft.engine.manager import AdapterManager
-from nbpeft.engine.merged_twin import is_rounding_asked_for
+from nbpeft.engine.merged_twin import is_prepared_quantization_aware
 from nbpeft.engine.model_tree import bare_modules, embedding_of
 from nbpeft.engine.module_paths import wrapper_places
 from nbpeft.engine.peft_modules import shown_name
@@ -53,7 +53,7 @@ def with_base_name(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     if name and given not in (None, name):
         warnings.warn(f"base_model_name_or_path of the config was renamed from {given!r} to {name!r}", stacklevel=5)
     made = config.copy(base_model_name_or_path=name or given)
-    return made.rounded() if is_rounding_asked_for(model) else made
+    return made.rounded() if is_prepared_quantization_aware(model) else made
 
 
 def read(

@@ -181,7 +181,7 @@ def merge_to_folder(
         raise ConfigError(f"max_shard_bytes is {max_shard_bytes!r}; expected a whole number of bytes")
     plan = _of_folder(model, adapter, base) if isinstance(model, str | os.PathLike) else _of_model(model, adapter, base)
     deltas, weights = plan.deltas, plan.weights
-    if any(adapter.acts_rounded for delta in deltas.layers.values() for adapter, _ in delta.adapters):
+    if any(adapter.is_quantization_aware for delta in deltas.layers.values() for adapter, _ in delta.adapters):
         warnings.warn(
             f"{' and '.join(map(repr, deltas.names))} learned with quantized weights rounded with what it adds; "
             "a copy in full precision has all of that: merge_adapter() on the quantized model changes nothing",

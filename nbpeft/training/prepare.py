@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.merged_twin import ask_for_rounding
+from nbpeft.engine.merged_twin import set_quantization_aware
 from nbpeft.engine.model_tree import is_quantized, quantization_method
 from nbpeft.engine.quantized_matrices import QuantizedMatrices
 from nbpeft.errors import ConfigError, did_you_mean
@@ -86,7 +86,7 @@ def prepare_model_for_kbit_training(
     done = prepare_model(
         model, use_gradient_checkpointing, gradient_checkpointing_kwargs, auto_clear_cache, upcast=upcast
     )
-    ask_for_rounding(model, quantization_aware)
+    set_quantization_aware(model, quantization_aware)
     if upcast == "peft" and done.extra_bytes:
         warnings.warn(
             f"upcast='peft' turned {done.upcast_count} tensors into float32: {done.extra_bytes / 2**20:,.1f} MiB more. "

@@ -111,7 +111,7 @@ def _requantizing_note(manager: AdapterManager, names: list[str] | None) -> str:
 
     chosen = tuple(manager.active if names is None else names)
     lossy = any(
-        layer.backend.name != "dense" and layer.backend.can_merge and not layer.acts_rounded(chosen)
+        layer.backend.name != "dense" and layer.backend.can_merge and not layer.is_quantization_aware(chosen)
         for layer in manager.layers.values()
     )
     if manager.merged or not chosen or not lossy:

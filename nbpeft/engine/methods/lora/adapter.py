@@ -144,7 +144,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
             alpha=config.alpha_at(path),
             use_rslora=config.use_rslora,
             padded=False,
-            acts_rounded=config.acts_rounded,
+            is_quantization_aware=config.is_quantization_aware,
             loses_start=start.is_from_data,
         )
         if start.remembered is not None:
@@ -388,13 +388,15 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         self.rescale(config.scaling_at(path), trained=True)
         self.dropout = float(config.lora_dropout)
         self.__dict__.update(
-            alpha=config.alpha_at(path), use_rslora=config.use_rslora, acts_rounded=config.acts_rounded
+            alpha=config.alpha_at(path),
+            use_rslora=config.use_rslora,
+            is_quantization_aware=config.is_quantization_aware,
         )
 
     def keep_settings(self, change: Transaction) -> None:
         """Records scaling, dropout and padding."""
         self.keep_scaling(change)
-        change.keep_attributes(self, "dropout", "padded", "alpha", "use_rslora", "acts_rounded")
+        change.keep_attributes(self, "dropout", "padded", "alpha", "use_rslora", "is_quantization_aware")
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""

@@ -297,7 +297,7 @@ class LoraConfig(AdapterConfig, LayerByLayer):
                 )
 
     @property
-    def acts_rounded(self) -> bool:
+    def is_quantization_aware(self) -> bool:
         """Whether it is ``quantization_aware``; see ``AdapterConfig``."""
         return self.quantization_aware
 
