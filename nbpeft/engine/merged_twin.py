@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, ReplacesCall, Rescales, TransformsInput, TransformsOutput
+from nbpeft.engine.adapter import Adapter, Rescales, TransformsInput, TransformsOutput
 from nbpeft.engine.base import Backend, BaseLayer, LayerKind, offloading
 from nbpeft.engine.numerics import composes, without_autocast
 from nbpeft.engine.recomputed import detached
@@ -233,7 +233,7 @@ def _reason(layer: Layer, adapter: Adapter) -> str:
         return f"it is a {layer.kind.peft_name}"
     if offloading(layer.base_layer) is not None:
         return "it is offloaded: load the model without offloading"
-    if adapter.reads_weight or isinstance(adapter, TransformsInput | TransformsOutput | ReplacesCall):
+    if adapter.reads_weight or isinstance(adapter, TransformsInput | TransformsOutput):
         return f"{type(adapter).__name__} does more than to add to it"
     refusal = adapter.unmergeable_reason(layer.base)
     return f"its adapter cannot be merged into {refusal}" if refusal else ""
