@@ -94,7 +94,7 @@ class Reference(torch.autograd.Function):
         return gradients[0], None
 
 
-@pytest.mark.parametrize(("kind", "more"), [("nf4 double", {}), ("fp4", {"use_rslora": True}), ("quanto int4", {})])
+@pytest.mark.parametrize(("kind", "more"), [("nf4 double", {}), ("fp4", {"use_rslora": True})])
 def test_gradients_are_those_of_the_straight_through_estimator(kind: str, more: dict[str, Any]) -> None:
     model = rounded(BASES[kind](), **more).train()
     layer: Any = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")

@@ -116,6 +116,10 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "the default depends on the method": ("LoraModel.add_weighted_adapter: combination_type=None, not 'svd'",),
     "the same name for all methods: peft_config": ("peft*: AdaLoraModel: no parameter config",),
     "empty at first, and filled in by training": ("AdaLoraConfig: rank_pattern={}, not None",),
+    "a field of our own": (
+        "*LoraConfig: field quantization_aware is not PEFT's",
+        "*AdaLoraConfig: field quant* is not PEFT's",
+    ),
     "a field that every method has": (
         "*Config: field exclude_modules is not PEFT's",
         "*Config: field layers_* is not PEFT's",

@@ -59,7 +59,7 @@ class RoadConfig(LayersConfig):
     RoadConfig,
     peft_type="ROAD",
     label="RoAd",
-    when="as (IA)³ on outputs, which also turns them: few parameters, and a step that costs next to nothing",
+    when="as (IA)³, but outputs are turned as well as scaled; a cheap step",
     paper="arXiv:2409.00119",
     default_targets=usual_targets,
     summary=lambda config: {"variant": config.variant, "group": str(config.group_size)},

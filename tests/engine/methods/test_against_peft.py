@@ -110,7 +110,7 @@ OLDER = {"LORA", "IA3", "TRAINABLE_TOKENS"}
 """Methods with tests of their own for all of this, as those have that act on whole calls (``test_prompts``)."""
 ALL_METHODS = [
     method
-    for method in {method.peft_type: method for method in reversed(methods())}.values()
+    for method in {method.peft_type: method for method in reversed(methods()) if method.sample_configs}.values()
     if hasattr(peft.PeftType, method.peft_type) and method.companion is None and not method.transforms_calls
 ]
 METHODS = [method for method in ALL_METHODS if method.peft_type not in OLDER]

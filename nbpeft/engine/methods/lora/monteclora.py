@@ -229,6 +229,10 @@ class MonteCLoRA(LoRA):
         lora_A, lora_B = self.trained_factors
         return (lora_A + self._perturbation(lora_A) if self.training else lora_A), lora_B
 
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """As ``LoRA`` where nothing is drawn; see ``active_factors``."""
+        return None if self.training else super().output(x, base)
+
     def _perturbation(self, lora_A: Tensor) -> Tensor:
         """N, (r, in), in the dtype of A; zeros in rows that are only padding."""
         std: Tensor = self.held[STD]

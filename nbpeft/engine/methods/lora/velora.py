@@ -123,6 +123,10 @@ class VeLoRA(LoRA):
         assert direction is not None
         return direction.to(x.dtype)
 
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """As ``LoRA`` where it does not learn; what it keeps where it learns, ``forward`` decides."""
+        return None if self.training else super().output(x, base)
+
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
         """Computes what ``LoRA`` does, and keeps less of ``x`` where it learns; see there."""
         if not (self.training and torch.is_grad_enabled()) or self.observed is not None:
