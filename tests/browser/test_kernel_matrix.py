@@ -244,7 +244,9 @@ def test_a_click_shows_and_the_clock_moves_inside_a_step(notebook: Notebook) -> 
 
 def test_the_buttons_leave_no_widget(notebook: Notebook) -> None:
     count = (
+        "import warnings\n"
         "import ipywidgets.widgets.widget as module\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)\n"
         "print('WIDGETS', len(getattr(module, '_instances', None) or module.Widget.widgets))"
     )
     before = notebook.run(count)

@@ -29,19 +29,19 @@ def test_sliders_say_whether_it_fits(open_notebook: Opener, pictures: Path, app:
     page.run_all()
     page.wait_for(re.compile("does not fit 16.0 GB"), cell=1)
     panel = page.output(2)
-    expect(panel.get_by_text(re.compile("^fits 16.0 GB")).filter(visible=True)).to_be_visible(timeout=30000)
-    page.wait_for("optimizer adamw -> adamw_8bit", cell=2, timeout=30)  # suggestions come when it is prepared
+    expect(panel.get_by_text(re.compile("^fits 16.0 GB")).filter(visible=True)).to_be_visible(timeout=90000)
+    page.wait_for("optimizer adamw -> adamw_8bit", cell=2, timeout=90)  # suggestions come when it is prepared
     page.screenshot(pictures / f"plan-{app}.png")
     track = panel.locator(".noUi-target").nth(1)
     size = track.bounding_box()
     assert size is not None
     track.click(position={"x": 0.8 * size["width"], "y": size["height"] / 2})
-    expect(panel.get_by_text(re.compile("^does not fit 16.0 GB")).filter(visible=True)).to_be_visible(timeout=30000)
-    expect(panel.get_by_text("no room for").filter(visible=True)).to_be_visible(timeout=30000)
+    expect(panel.get_by_text(re.compile("^does not fit 16.0 GB")).filter(visible=True)).to_be_visible(timeout=90000)
+    expect(panel.get_by_text("no room for").filter(visible=True)).to_be_visible(timeout=90000)
     panel.get_by_label("optimizer").select_option("sgd")
     expect(panel.get_by_text("optimizer 0 B").filter(visible=True)).to_have_count(0)
     panel.locator("input[type=checkbox]").click()
-    expect(panel.get_by_text("gradient_checkpointing=True").filter(visible=True).first).to_be_visible(timeout=30000)
+    expect(panel.get_by_text("gradient_checkpointing=True").filter(visible=True).first).to_be_visible(timeout=90000)
     page.theme("dark") if app == "lab" else None
     page.screenshot(pictures / f"plan-moved-{app}.png")
     page.check()
