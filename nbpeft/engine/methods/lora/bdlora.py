@@ -9,17 +9,17 @@ over n devices can be served with such an adapter without another exchange betwe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, IsLowRank, LowRankDelta
+from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor, block_diagonal
-from nbpeft.engine.methods.lora.plain import PlainLowRank
+from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError, HotSwapError
 
@@ -47,14 +47,12 @@ _ANYWHERE = ["target", "first", "proj"]
     },
     **FAMILY,
 )
-class BDLoRA(PlainLowRank, IsLowRank):
+class BDLoRA(LowRankProduct):
     """A BD-LoRA adapter on one layer.
 
     Attributes:
         blocks: how many blocks A and B have.
     """
-
-    supports_fused_add: ClassVar[bool] = True
 
     blocks: tuple[int, int]
 
@@ -106,10 +104,6 @@ class BDLoRA(PlainLowRank, IsLowRank):
         """A factor or the dropout; see ``Adapter``."""
         blocks = dict(zip(self.factor_names, self.blocks, strict=True)).get(name, 1)
         return BlockDiagonalFactor(blocks) if blocks > 1 else super().peft_module(name, base)
-
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """A and B with their zeros; see ``IsLowRank``."""
-        return LowRankDelta(*self.detached_factors, float(self.scaling))
 
     def used_part(self, key: str, tensor: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """The whole tensor: in another rank each block would be elsewhere.

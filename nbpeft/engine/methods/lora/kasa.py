@@ -19,14 +19,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite, IsLowRank, LearnsWithHooks, LowRankDelta
+from nbpeft.engine.adapter import AdapterSite, LearnsWithHooks
 from nbpeft.engine.adapter_names import names_in
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, init_factors, start_of
-from nbpeft.engine.methods.lora.plain import PlainLowRank
+from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.registry import register
 from nbpeft.errors import HotSwapError
 
@@ -73,7 +72,7 @@ def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) ->
     model_functions={"_get_kasa_loss": kasa_loss},
     **FAMILY,
 )
-class KaSA(PlainLowRank, IsLowRank, LearnsWithHooks):
+class KaSA(LowRankProduct, LearnsWithHooks):
     """A KaSA adapter on one linear layer.
 
     Attributes:
@@ -81,7 +80,7 @@ class KaSA(PlainLowRank, IsLowRank, LearnsWithHooks):
         in_loss: whether the loss of the last training call of the model has its terms.
     """
 
-    supports_fused_add: ClassVar[bool] = True
+    observable: ClassVar[bool] = False
 
     weights: tuple[float, float]
     in_loss: bool
@@ -134,14 +133,6 @@ class KaSA(PlainLowRank, IsLowRank, LearnsWithHooks):
         """The same, for the loss that the model returns; None where both weights are zero."""
         self.__dict__["in_loss"] = True
         return self.penalty() if any(self.weights) else None
-
-    def observe(self, module: nn.Module) -> None:
-        """Tells whoever puts a hook on a factor that it will not run: the factors are not called by themselves."""
-        LowRankAdapter.observe(self, module)
-
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """What it adds to the whole weight, at twice the rank; see ``IsLowRank``."""
-        return LowRankDelta(*self.detached_factors, float(self.scaling), self.delta_bias(base))
 
     def enlarged(self, size: int, base: BaseLayer) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Always refuses: at another rank another part of the weight is left out."""

@@ -28,7 +28,7 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.lora import LoRA
+from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.together import Together
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
 from nbpeft.engine.numerics import composes, without_autocast
@@ -187,7 +187,7 @@ def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = No
         },
     },
 )
-class MonteCLoRA(LoRA):
+class MonteCLoRA(LowRankProduct):
     """A MonteCLoRA adapter on one linear layer.
 
     Attributes:
@@ -228,10 +228,6 @@ class MonteCLoRA(LoRA):
         """A, in training with samples around it, and B."""
         lora_A, lora_B = self.trained_factors
         return (lora_A + self._perturbation(lora_A) if self.training else lora_A), lora_B
-
-    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """As ``LoRA`` where nothing is drawn; see ``active_factors``."""
-        return None if self.training else super().output(x, base)
 
     def _perturbation(self, lora_A: Tensor) -> Tensor:
         """N, (r, in), in the dtype of A; zeros in rows that are only padding."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import AdapterSite
+from nbpeft.engine.adapter import AdapterSite, IsLowRank, LowRankDelta, ServesRows
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.inits import check_init, init_factors, start_of
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.methods.lora.multi_adapter import factor_rows
 from nbpeft.engine.numerics import add_delta, compute_dtype, fits
 from nbpeft.engine.peft_modules import ParameterModule
 from nbpeft.errors import ConfigError
@@ -33,6 +34,8 @@ class PlainLowRank(LowRankAdapter):
     """
 
     observed: Mapping[str, Any] | None = None
+    observable: ClassVar[bool] = True
+    """Whether a call can be computed by the modules of the factors, one after the other."""
 
     @classmethod
     def parameter_shapes(
@@ -97,7 +100,7 @@ class PlainLowRank(LowRankAdapter):
 
     def observe(self, module: nn.Module) -> None:
         """Computes with a module from now on, so that its hooks run; on linear layers alone."""
-        if not self.low_rank.kind.is_linear:
+        if not (self.observable and self.low_rank.kind.is_linear):
             super().observe(module)
             return
         name = module.shown_parameter if isinstance(module, ParameterModule) else self.peft_modules[0]
@@ -142,3 +145,35 @@ class PlainLowRank(LowRankAdapter):
         for start in range(0, weight.shape[0], _MERGE_ROWS):
             rows = slice(start, start + _MERGE_ROWS)
             weight[rows] += (lora_B[rows] @ lora_A) * factor
+
+
+class LowRankProduct(PlainLowRank, ServesRows, IsLowRank):
+    """A product that is a low-rank change of the weight, whoever calls the layer."""
+
+    supports_fused_add: ClassVar[bool] = True
+
+    @classmethod
+    def mixed(
+        cls, adapters: Sequence[Any], scales: Sequence[float], base: BaseLayer, kept: dict[Any, Any]
+    ) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Two batched products on linear layers; see ``ServesRows``."""
+        if not base.kind.is_linear:
+            return None
+        if any(adapter is not None and (adapter.output_bias is not None or adapter.observed) for adapter in adapters):
+            return None
+        if "served" not in kept:
+            entries = [
+                None if adapter is None else (*adapter.factors, float(adapter.scaling) * scale)
+                for adapter, scale in zip(adapters, scales, strict=True)
+            ]
+            kept["served"] = factor_rows(entries, base.device)
+        return kept["served"]  # type: ignore[no-any-return]
+
+    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
+        """A, B and their scaling; see ``IsLowRank``."""
+        lora_A, lora_B = self.detached_factors
+        if self.padded:
+            used = lora_A.flatten(1).any(1) | lora_B.transpose(0, 1).flatten(1).any(1)
+            used[0] = True
+            lora_A, lora_B = lora_A[used], lora_B[:, used]
+        return LowRankDelta(lora_A, lora_B, float(self.scaling), self.delta_bias(base))

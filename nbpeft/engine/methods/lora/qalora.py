@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import IsLowRank, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
@@ -23,7 +22,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start
 from nbpeft.engine.methods.lora.low_rank import Shapes
-from nbpeft.engine.methods.lora.plain import PlainLowRank
+from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.errors import ConfigError
@@ -41,14 +40,14 @@ _NOT_DROPPED = Dropout(0.0, False)
     sample_configs={"groups": {"r": 4, "lora_alpha": 8, "use_qalora": True, "qalora_group_size": 4}},
     **FAMILY,
 )
-class QALoRA(PlainLowRank, IsLowRank):
+class QALoRA(LowRankProduct):
     """A QA-LoRA adapter on one linear layer.
 
     Attributes:
         group_size: how many inputs have one mean.
     """
 
-    supports_fused_add: ClassVar[bool] = True
+    observable: ClassVar[bool] = False
     peft_attributes: ClassVar[Mapping[str, str]] = {
         **LowRankAdapter.peft_attributes,
         "qalora_group_size": "group_size",
@@ -105,11 +104,3 @@ class QALoRA(PlainLowRank, IsLowRank):
         means = x.reshape(*x.shape[:-1], -1, self.group_size).mean(-1)
         scaling, onto = self.scaling * lora_A.shape[1], base_output if fused else None
         return self.low_rank.forward(base.module, means, lora_A, lora_B, scaling, _NOT_DROPPED, onto)
-
-    def observe(self, module: nn.Module) -> None:
-        """Tells whoever puts a hook on a factor that it will not run: the factors are not called by themselves."""
-        LowRankAdapter.observe(self, module)
-
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """A with its columns repeated, and B; see ``IsLowRank``."""
-        return LowRankDelta(*self.detached_factors, float(self.scaling))

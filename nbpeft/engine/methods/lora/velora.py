@@ -25,7 +25,7 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.lora import LoRA
+from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import VeloraConfig
 from nbpeft.engine.numerics import add_delta, compute_dtype
 from nbpeft.engine.registry import register
@@ -65,7 +65,7 @@ def _normalised(direction: Tensor) -> Tensor:
     },
     **FAMILY,
 )
-class VeLoRA(LoRA):
+class VeLoRA(LowRankProduct):
     """A VeLoRA adapter on one linear layer.
 
     Attributes:
@@ -122,10 +122,6 @@ class VeLoRA(LoRA):
         direction = self._buffers[DIRECTION]
         assert direction is not None
         return direction.to(x.dtype)
-
-    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
-        """As ``LoRA`` where it does not learn; what it keeps where it learns, ``forward`` decides."""
-        return None if self.training else super().output(x, base)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer, fused: bool = False) -> Tensor:
         """Computes what ``LoRA`` does, and keeps less of ``x`` where it learns; see there."""
