@@ -4,7 +4,7 @@ EVA, CorDA and LoRA-GA ask for it in three ways (``initialize_lora_eva_weights``
 ``preprocess_loraga``), before the adapter is made or after. Here all of them look first, and what they found is
 used up or gone when the block ends::
 
-    with started_from(base, config, rows, collate) as start:
+    with started_from(base, config, rows) as start:
         manager.add(name, config)
         print(start.finish(manager, name))
 """
@@ -12,10 +12,10 @@ used up or gone when the block ends::
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,14 @@ _LEFT = {"corda": DECOMPOSITION, "lora_ga": GRADIENT}
 _BATCH_SIZE = 8
 """Rows of a batch, and what ``TrainingArguments`` has."""
 
-Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+class Rows(Protocol):
+    """Rows as a training would give them to a model; see ``nbpeft.training.rows.FirstRows``."""
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]: ...  # noqa: D102
+
+    def batches(self, size: int = ..., *, labels: bool = ...) -> list[dict[str, Tensor]]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -92,15 +99,14 @@ def reads_a_file(model: nn.Module, config: Any) -> bool:
 
 @contextmanager
 def started_from(
-    model: nn.Module, config: Any, rows: Sequence[Mapping[str, Any]], collate: Collate, *, show_progress: bool = True
+    model: nn.Module, config: Any, rows: Rows | None, *, show_progress: bool = True
 ) -> Iterator[DataStart]:
     """Shows rows to a base model without its adapters, and lets adapters made in the block start from them.
 
     Args:
         model: the base model, with adapters or without; its weights and adapters stay as they are.
         config: of the adapter to come.
-        rows: tokenised; none where a file of ``corda_config`` has what is needed.
-        collate: makes a batch of some of them.
+        rows: tokenised; None where a file of ``corda_config`` has what is needed.
         show_progress: show how far it is.
 
     Raises:
@@ -111,19 +117,17 @@ def started_from(
         given = getattr(config, "init_lora_weights", None)
         names = " or ".join(map(repr, INITS))
         raise ConfigError(f"rows to start from go with init_lora_weights={names}, not {shown(given)}")
-    if not rows and not _has_files(config):
+    if (rows is None or not rows.rows) and not _has_files(config):
         raise ConfigError("there are no rows to start from")
-    if init == "eva":
-        yield _eva(model, config, rows, collate, show_progress=show_progress)
+    if init == "eva" and rows is not None:
+        yield _eva(model, config, rows, show_progress=show_progress)
         return
     layers, attribute = [site.module for site in walk(model)], _LEFT[init]
     before = [layer.__dict__.get(attribute) for layer in layers]
     try:
-        batches = _batches(rows, collate, _BATCH_SIZE)
-        if init == "corda":
-            yield _corda(model, config, batches, show_progress=show_progress)
-        else:
-            yield _lora_ga(model, config, batches, show_progress=show_progress)
+        start = _corda if init == "corda" else _lora_ga
+        batches = [] if rows is None else rows.batches(_BATCH_SIZE, labels=init != "corda")
+        yield start(model, config, batches, show_progress=show_progress)
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.__dict__.pop(attribute, None)
@@ -145,10 +149,6 @@ def _has_files(config: Any) -> bool:
     return has_file(settings.cache_file) or has_file(settings.covariance_file)
 
 
-def _batches(rows: Sequence[Mapping[str, Any]], collate: Collate, size: int) -> list[dict[str, Tensor]]:
-    return [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
-
-
 def _seen(batches: Sequence[Mapping[str, Any]]) -> str:
     """How much was looked at."""
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches if "attention_mask" in batch)
@@ -167,13 +167,11 @@ def _calls(model: nn.Module, batches: Sequence[Mapping[str, Any]], title: str, *
 
 
 def _corda(model: nn.Module, config: Any, batches: Sequence[Mapping[str, Any]], *, show_progress: bool) -> DataStart:
-    unlabelled = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-
     def run() -> None:
-        for _ in _calls(model, unlabelled, "CorDA: batches seen", show=show_progress):
+        for _ in _calls(model, batches, "CorDA: batches seen", show=show_progress):
             pass
 
-    preprocess_corda(model, config, run_model=run if unlabelled else None, show_progress=show_progress)
+    preprocess_corda(model, config, run_model=run if batches else None, show_progress=show_progress)
     which = "most" if config.corda_config.corda_method == "ipm" else "least"
     how = f"on {_seen(batches)}" if batches else "by the file of corda_config"
     return DataStart(f"starts from CorDA: the directions of each weight that matter {which} {how}")
@@ -191,20 +189,13 @@ def _lora_ga(model: nn.Module, config: Any, batches: Sequence[Mapping[str, Any]]
     return DataStart(f"starts from LoRA-GA: the mean gradient of {len(batches)} batches ({_seen(batches)})")
 
 
-def _eva(
-    model: nn.Module,
-    config: Any,
-    rows: Sequence[Mapping[str, Any]],
-    collate: Collate,
-    *,
-    show_progress: bool,
-) -> DataStart:
+def _eva(model: nn.Module, config: Any, rows: Rows, *, show_progress: bool) -> DataStart:
     modules = targeted_layers(model, config)
     need = max((round(config.rank_at(path) * config.eva_config.rho) for path, _ in modules.values()), default=0)
-    tokens = statistics.mean(len(row.get("input_ids", ())) for row in rows)
+    tokens = statistics.mean(len(row.get("input_ids", ())) for row in rows.rows)
     # A batch counts only where it has as many tokens as a layer may get directions.
     size = max(_BATCH_SIZE, -(-2 * need // max(int(tokens), 1)))
-    batches = _batches(rows, collate, size)
+    batches = rows.batches(size)
     given = EvaBatches(batches, forward_fn_dict, _tokens_that_count, _rows_that_count)
     found = find_directions(model, config, modules, given, False, show_progress)
     return DataStart(f"starts from EVA: the main directions of its layers' inputs on up to {_seen(batches)}", found)

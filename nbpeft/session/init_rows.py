@@ -103,6 +103,5 @@ def starting_from(
         yield lambda manager, name: None
         return
     read = rows.read(ctx, model) if rows is not None and init else None
-    given: tuple[Any, Any] = ((), dict) if read is None else (read.rows, read.collate)
-    with started_from(model, config, *given) as start:
+    with started_from(model, config, read) as start:
         yield lambda manager, name: notes.append(start.finish(manager, name))
