@@ -152,11 +152,10 @@ class AdaptedLayer(PeftLayerMixin):
 
     def is_quantization_aware(self, names: Sequence[str]) -> bool:
         """Whether the layer acts as it will once these adapters are merged, because one of them has learned so."""
+        if self.backend.name == "dense":
+            return False
         adapters: Any = self.adapters._modules
-        return (
-            any(name in adapters and adapters[name].is_quantization_aware for name in names)
-            and self.backend.name != "dense"
-        )
+        return any(name in adapters and adapters[name].is_quantization_aware for name in names)
 
     def _rounded(self, x: Tensor, active: Active, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if active.rows is not None:

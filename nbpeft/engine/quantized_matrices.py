@@ -174,18 +174,8 @@ class QuantizedMatrices(Tensor):
             dtype=dtype,
             device=parts["codes"].device,
         )
+        found.__dict__.update(parts, form=form, picked=picked)
         return found
-
-    def __init__(
-        self,
-        parts: Mapping[str, Tensor],
-        form: Form,
-        dtype: torch.dtype,
-        *,
-        picked: Tensor | None = None,
-        single: bool = False,
-    ) -> None:
-        self.__dict__.update(parts, form=form, picked=picked)
 
     @classmethod
     def of(cls, weight: Tensor, kind: str, *, double: bool = False, device: torch.device | None = None) -> Self:
