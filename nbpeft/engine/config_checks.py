@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from nbpeft.engine.base import LayerKind
 from nbpeft.engine.module_paths import PLAIN_PATTERN, pattern_table
 from nbpeft.engine.patterns import ENDING, LAYER_INDEX, WHOLE, check_patterns
 from nbpeft.errors import BiasError, ConfigError, did_you_mean, few, shown
@@ -106,6 +107,18 @@ def check_seed(name: str, value: float) -> None:
     """Raises ConfigError for a number that torch's generators do not take."""
     if not 0 <= value < 2**63:
         raise ConfigError(f"{name} must be a whole number from 0 to 2**63 - 1, not {value:.3g}", field=name)
+
+
+def check_linear(method: str, path: str, kind: LayerKind) -> None:
+    """Raises ConfigError where a method that works on linear layers meets another one.
+
+    Args:
+        method: what it is called.
+        path: of the layer.
+        kind: of the layer.
+    """
+    if not kind.is_linear:
+        raise ConfigError(f"{path}: {method} works on linear layers, not on {kind.peft_name}; exclude it", path=path)
 
 
 def check_bias(bias: object, choices: Sequence[str]) -> None:

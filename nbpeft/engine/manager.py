@@ -38,6 +38,7 @@ from nbpeft.engine.merging import (
 from nbpeft.engine.method_hooks import call_contexts, hooks_of, prepares_calls
 from nbpeft.engine.model_tree import MANAGER, manager_of
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
+from nbpeft.engine.numerics import summed
 from nbpeft.engine.plan import InjectionPlan, plan
 from nbpeft.engine.provider import AdapterProvider
 from nbpeft.engine.scopes import ScopedChoice
@@ -661,8 +662,7 @@ class AdapterManager:
 
     def extra_loss(self) -> Tensor | None:
         """The sum of what the adapters that train add to the loss, a scalar; None if that is nothing."""
-        losses = [loss for hooked in self._hooked() if (loss := hooked.extra_loss()) is not None]
-        return sum((loss.to(losses[0].device) for loss in losses[1:]), losses[0]) if losses else None
+        return summed(loss for hooked in self._hooked() if (loss := hooked.extra_loss()) is not None)
 
     def _hooked(self) -> Iterator[LearnsWithHooks]:
         for name in self.active if self.enabled else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,6 +58,12 @@ def composes() -> bool:
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Turns autocast off for a block, where it is on: it costs less not to, and no interruption can leave it off."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def summed(scalars: Iterable[Tensor]) -> Tensor | None:
+    """The sum of scalars, on the device of the first; None without any."""
+    found = [*scalars]
+    return sum((one.to(found[0].device) for one in found[1:]), found[0]) if found else None
 
 
 def stamp(tensor: Tensor, *, deep: bool = False) -> Any:

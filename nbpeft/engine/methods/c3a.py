@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_count
+from nbpeft.engine.config_checks import check_count, check_linear
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.registry import register
@@ -79,8 +79,7 @@ class C3A(WeightDelta):
         cls, config: C3AConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """The first rows; see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: C3A works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        check_linear("C3A", path, kind)
         size, (in_features, out_features) = config.block_size_at(path), kind.features(module)
         if in_features % size or out_features % size:
             raise ConfigError(

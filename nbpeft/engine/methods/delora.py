@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_count, check_number
+from nbpeft.engine.config_checks import check_count, check_linear, check_number
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
 from nbpeft.engine.weight_delta import ComputedFactors, keeping_inputs, uniform
-from nbpeft.errors import ConfigError
 
 FACTOR_A, FACTOR_B, BOUND, NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 _LEAST_NORM = 1e-4
@@ -97,8 +96,7 @@ class Delora(ComputedFactors):
         cls, config: DeloraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """A, (r, in), B, (out, r), and the bound, (1,); see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: DeLoRA works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        check_linear("DeLoRA", path, kind)
         rank, (in_features, out_features) = config.rank_at(path), kind.features(module)
         return {FACTOR_A: (rank, in_features), FACTOR_B: (out_features, rank), BOUND: (1,)}
 

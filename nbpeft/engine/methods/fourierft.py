@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_count, check_number
+from nbpeft.engine.config_checks import check_count, check_linear, check_number
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.numerics import composes
@@ -112,10 +112,7 @@ class FourierFT(WeightDelta, Rescales):
         cls, config: FourierFTConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """The numbers, (n,); see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(
-                f"{path}: FourierFT works on linear layers, not on {kind.peft_name}; exclude it", path=path
-            )
+        check_linear("FourierFT", path, kind)
         count, (in_features, out_features) = config.frequencies_at(path), kind.features(module)
         if count > in_features * out_features:
             raise ConfigError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_number
+from nbpeft.engine.config_checks import check_linear, check_number
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
@@ -108,8 +108,7 @@ class Gralora(WeightDelta, Rescales):
         cls, config: GraloraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """The factors; see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: GraLoRA works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        check_linear("GraLoRA", path, kind)
         count, (inputs, outputs) = config.gralora_k, kind.features(module)
         if inputs % count or outputs % count:
             raise ConfigError(

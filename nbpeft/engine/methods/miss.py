@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.config_checks import check_linear
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
@@ -87,8 +88,7 @@ class Miss(WeightDelta, ConvertsToLora):
         cls, config: MissConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """The block: (r, out), with 'mini' (r, mini_r), with 'bat' (out / r, r, r); see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: MiSS works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        check_linear("MiSS", path, kind)
         rank, (in_features, out_features) = config.r, kind.features(module)
         if rank > in_features:
             raise ConfigError(f"{path}: r = {rank} is more than its {in_features} inputs; lower r", path=path)

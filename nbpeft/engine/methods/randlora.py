@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_number, check_seed
+from nbpeft.engine.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
 from nbpeft.engine.weight_delta import keeping_inputs
-from nbpeft.errors import ConfigError
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 BASIS_A, BASIS_B = "randlora_A", "randlora_B"
@@ -180,10 +179,7 @@ class RandLora(Adapter, Rescales):
         cls, config: RandLoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """λ, (r, bases), and γ, (bases, the smaller of in and out); see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(
-                f"{path}: RandLoRA works on linear layers, not on {kind.peft_name}; exclude it", path=path
-            )
+        check_linear("RandLoRA", path, kind)
         small = min(kind.features(module))
         count = -(-small // config.r)
         return {LAMBDA: (config.r, count), GAMMA: (count, small)}

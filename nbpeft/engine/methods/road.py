@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsOutput
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.config_checks import check_linear
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
@@ -83,8 +84,7 @@ class Road(Adapter, TransformsOutput):
         cls, config: RoadConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """The angles and the scales; see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: RoAd works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        check_linear("RoAd", path, kind)
         outputs = kind.features(module)[1]
         if outputs % config.group_size:
             raise ConfigError(f"{path}: group_size = {config.group_size} must divide its {outputs} outputs", path=path)

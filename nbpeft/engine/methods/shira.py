@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, ReplacesCall, Rescales, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_seed
+from nbpeft.engine.config_checks import check_linear, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
@@ -112,8 +112,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
         cls, config: ShiraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """The entries, (r (in + out),); see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: SHiRA works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        check_linear("SHiRA", path, kind)
         in_features, out_features = kind.features(module)
         count = config.r * (in_features + out_features)
         if count > in_features * out_features:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_number
+from nbpeft.engine.config_checks import check_linear, check_number
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_wide_targets
@@ -191,8 +191,7 @@ class VBLoRA(ComputedFactors):
         cls, config: VBLoRAConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """Logits of A, (r, in / length, vectors), and of B, (out / length, r, vectors); see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: VB-LoRA works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        check_linear("VB-LoRA", path, kind)
         length, (in_features, out_features) = config.vector_length, kind.features(module)
         if in_features % length or out_features % length:
             raise ConfigError(

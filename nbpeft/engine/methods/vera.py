@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, SharedState
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_number, check_seed
+from nbpeft.engine.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import ConfigError
 
 LAMBDA_B, LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
 PROJECTION_A, PROJECTION_B = "vera_A", "vera_B"
@@ -131,8 +130,7 @@ class Vera(Adapter, ConvertsToLora):
         cls, config: VeraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """b, (out,), and d, (r,); see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: VeRA works on linear layers, not on {kind.peft_name}; exclude it", path=path)
+        check_linear("VeRA", path, kind)
         return {LAMBDA_B: (kind.features(module)[1],), LAMBDA_D: (config.r,)}
 
     @classmethod

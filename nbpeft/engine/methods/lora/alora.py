@@ -24,10 +24,11 @@ from nbpeft.engine.combination import Combination, Member
 from nbpeft.engine.methods.lora.combining.adapters import CombineLowRank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.inits import check_linear
 from nbpeft.engine.methods.lora.plain import PlainLowRank
 from nbpeft.engine.numerics import add_delta
 from nbpeft.engine.registry import register
-from nbpeft.errors import AdapterError, ConfigError
+from nbpeft.errors import AdapterError
 
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens")
 """Arguments by which ``generate`` checks several new tokens at once."""
@@ -115,11 +116,7 @@ class ALoRA(PlainLowRank):
         cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """A and B, as of LoRA; see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(
-                f"{path}: alora_invocation_tokens works on linear layers only, not on an {kind.name}; exclude it",
-                path=path,
-            )
+        check_linear("alora_invocation_tokens", path, kind)
         return super().parameter_shapes(config, path, module, kind)
 
     @classmethod

@@ -30,6 +30,7 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.inits import check_linear
 from nbpeft.engine.methods.lora.variant_configs import ArrowConfig
 from nbpeft.engine.numerics import compute_dtype, stamp
 from nbpeft.engine.registry import register
@@ -90,10 +91,7 @@ class Arrow(Adapter):
         cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """None; see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(
-                f"{path}: arrow_config works on linear layers only, not on an {kind.name}; exclude it", path=path
-            )
+        check_linear("arrow_config", path, kind)
         return {}
 
     @classmethod

@@ -17,7 +17,7 @@ from nbpeft.engine.adapter import AdapterSite
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.inits import RANDOM, Start
+from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_linear
 from nbpeft.engine.methods.lora.peft_modules import BlockDiagonalFactor, block_diagonal
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.registry import register
@@ -67,8 +67,7 @@ class BDLoRA(LowRankProduct):
         cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """The blocks of A and those of B; see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: use_bdlora works on linear layers only, not on an {kind.name}; exclude it")
+        check_linear("use_bdlora", path, kind)
         assert config.use_bdlora is not None
         blocks = config.use_bdlora.blocks_at(path)
         shapes = super().parameter_shapes(config, path, module, kind)

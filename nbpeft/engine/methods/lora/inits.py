@@ -115,6 +115,20 @@ def remember_starts(config: LoraConfig, starts: Mapping[str, tuple[nn.Module, Fa
         kept[path], kept.modules[path] = factors, module
 
 
+def check_linear(setting: str, path: str, kind: LayerKind) -> None:
+    """Refuses a layer that is not linear.
+
+    Args:
+        setting: what in the config asks for linear layers.
+        path: of the layer.
+        kind: of the layer.
+    """
+    if not kind.is_linear:
+        raise ConfigError(
+            f"{path}: {setting} works on linear layers only, not on an {kind.name}; exclude it", path=path
+        )
+
+
 def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind) -> None:
     """Refuses a layer on which the config's init does not work.
 
@@ -127,8 +141,8 @@ def check_init(config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     from_weight = config.initialised_from_weight or init == "mica"
     if not (init == "orthogonal" or from_weight) or (init == "lora_ga" and not kind.is_linear):
         return  # LoRA-GA starts other layers at random, as PEFT
-    if not (kind.is_linear or (init in ("loftq", "mica") and kind.takes_ids)):
-        raise ConfigError(f"{path}: {named} works on linear layers only, not on an {kind.name}; exclude it", path=path)
+    if not (init in ("loftq", "mica") and kind.takes_ids):
+        check_linear(named, path, kind)
     rank, largest = config.rank_at(path), min(kind.features(module)) // (2 if init == "lora_ga" else 1)
     largest -= config.variant == "kasa_config"  # something of the weight has to be left
     if init == "orthogonal" and rank % 2:

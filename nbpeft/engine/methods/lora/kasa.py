@@ -26,6 +26,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, init_factors, start_of
 from nbpeft.engine.methods.lora.plain import LowRankProduct
+from nbpeft.engine.numerics import summed
 from nbpeft.engine.registry import register
 from nbpeft.errors import HotSwapError
 
@@ -46,18 +47,9 @@ def kasa_loss(manager: Any, adapter_names: str | Sequence[str] | None = None) ->
         A scalar, or 0.0 where nothing is left to add.
     """
     names = manager.active if adapter_names is None else names_in(adapter_names)
-    total: Tensor | float = 0.0
-    for layer in manager.layers.values():
-        for name in names:
-            adapter = layer.adapters._modules.get(name)
-            if not isinstance(adapter, KaSA):
-                continue
-            if adapter.in_loss:
-                adapter.__dict__["in_loss"] = False
-                continue
-            penalty = adapter.penalty()
-            total = penalty if isinstance(total, float) else total + penalty.to(total.device)
-    return total
+    adapters = (layer.adapters._modules.get(name) for layer in manager.layers.values() for name in names)
+    left = summed(loss for one in adapters if isinstance(one, KaSA) and (loss := one.loss_left()) is not None)
+    return 0.0 if left is None else left
 
 
 @register(
@@ -128,6 +120,11 @@ class KaSA(LowRankProduct, LearnsWithHooks):
         distances = [torch.linalg.vector_norm(rows @ rows.T - _identity(rows)) for rows in (lora_A, lora_B.T)]
         total: Tensor = beta * self.diagonal.float().square().sum() + gamma * (distances[0] + distances[1])
         return total
+
+    def loss_left(self) -> Tensor | None:
+        """The same, where the loss that the model returned last does not have it; None where it does."""
+        had, self.__dict__["in_loss"] = self.in_loss, False
+        return None if had else self.penalty()
 
     def extra_loss(self) -> Tensor | None:
         """The same, for the loss that the model returns; None where both weights are zero."""

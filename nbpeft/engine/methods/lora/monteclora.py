@@ -28,12 +28,12 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.autograd import draw_seed
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.inits import check_linear
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.together import Together
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
-from nbpeft.engine.numerics import composes, without_autocast
+from nbpeft.engine.numerics import composes, summed, without_autocast
 from nbpeft.engine.registry import register
-from nbpeft.errors import ConfigError
 
 STD = "lora_monteclora_std_prior"
 PRIOR = "lora_monteclora_expert_weights_prior"
@@ -131,6 +131,11 @@ class Divergence(Together, LearnsWithHooks):
         losses = [loss for one in self.adapters.values() if (loss := one.variational_loss()) is not None]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
+    def loss_left(self) -> Tensor | None:
+        """The same, where the loss that the model returned last does not have it; None where it does."""
+        had, self.__dict__["in_loss"] = self.in_loss, False
+        return None if had else self.loss()
+
     def extra_loss(self) -> Tensor | None:
         """The same, for the loss that the model returns; see ``LearnsWithHooks``."""
         self.__dict__["in_loss"] = True
@@ -150,16 +155,10 @@ def monteclora_loss(manager: Any, adapter_names: str | Sequence[str] | None = No
     Returns:
         A scalar; 0.0 where nothing is left to add.
     """
-    total: Tensor | float = 0.0
-    for name in manager.active if adapter_names is None else names_in(adapter_names):
-        shared = manager.shared(name)
-        if not isinstance(shared, Divergence):
-            continue
-        found = None if shared.in_loss else shared.loss()
-        shared.__dict__["in_loss"] = False
-        if found is not None:
-            total = found if isinstance(total, float) else total + found.to(total.device)
-    return total
+    names = manager.active if adapter_names is None else names_in(adapter_names)
+    shared = (manager.shared(name) for name in names)
+    left = summed(loss for one in shared if isinstance(one, Divergence) and (loss := one.loss_left()) is not None)
+    return 0.0 if left is None else left
 
 
 @register(
@@ -203,10 +202,7 @@ class MonteCLoRA(LowRankProduct):
         cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """A and B, the logarithms of standard deviations (r,) and of concentrations (num_samples,); see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(
-                f"{path}: monteclora_config works on linear layers only, not on an {kind.name}; exclude it", path=path
-            )
+        check_linear("monteclora_config", path, kind)
         assert config.monteclora_config is not None
         shapes = super().parameter_shapes(config, path, module, kind)
         return {**shapes, STD: (config.rank_at(path),), PRIOR: (config.monteclora_config.num_samples,)}

@@ -20,7 +20,7 @@ from nbpeft.engine.methods.lora.adapter import LowRankAdapter
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
-from nbpeft.engine.methods.lora.inits import RANDOM, Start
+from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_linear
 from nbpeft.engine.methods.lora.low_rank import Shapes
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.numerics import compute_dtype
@@ -66,8 +66,7 @@ class QALoRA(LowRankProduct):
         cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """A, (r, in / g), and B; see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(f"{path}: use_qalora works on linear layers only, not on an {kind.name}; exclude it")
+        check_linear("use_qalora", path, kind)
         in_features, size = kind.features(module)[0], config.qalora_group_size
         if in_features % size:
             raise ConfigError(

@@ -25,11 +25,11 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.methods.lora.autograd import Dropout, seeded_dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
+from nbpeft.engine.methods.lora.inits import check_linear
 from nbpeft.engine.methods.lora.plain import LowRankProduct
 from nbpeft.engine.methods.lora.variant_configs import VeloraConfig
 from nbpeft.engine.numerics import add_delta, compute_dtype
 from nbpeft.engine.registry import register
-from nbpeft.errors import ConfigError
 
 DIRECTION = "lora_velora_embed"
 """The buffer of v."""
@@ -80,10 +80,7 @@ class VeLoRA(LowRankProduct):
         cls, config: LoraConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
         """A and B, as of LoRA; see ``Adapter``."""
-        if not kind.is_linear:
-            raise ConfigError(
-                f"{path}: velora_config works on linear layers only, not on an {kind.name}; exclude it", path=path
-            )
+        check_linear("velora_config", path, kind)
         return super().parameter_shapes(config, path, module, kind)
 
     @classmethod
