@@ -155,7 +155,8 @@ def test_what_would_be_refused_is_not_offered(notebook: Notebook) -> None:
     assert "lora_alpha = " in offered and "use_dora = " in offered
     assert not {f"{name} = " for name in LoraConfig.not_implemented} & set(offered)
     assert not {"peft_version = ", "base_model_name_or_path = "} & set(offered)
-    assert "layer_r" not in "".join(notebook.complete("%%lora model\nlayer_r"))
+    assert "megatron_config" in LoraConfig.not_implemented
+    assert "megatron_config" not in "".join(notebook.complete("%%lora model\nmegatron_c"))
     for item in offered:
         name = item.removesuffix(" = ")
         assert notebook.session.fields("config")[name].help, f"{name} has no help"
