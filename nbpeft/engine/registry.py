@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterWeights, PeftType, SharedState
 from nbpeft.engine.base import Backend, Composite, LayerKind
-from nbpeft.engine.combination import Combine
+from nbpeft.engine.combination import Combine, Member
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.errors import UnknownMethodError, did_you_mean, in_one_line, shortened
 from nbpeft.interrupts import HeldInterrupts
@@ -60,6 +60,19 @@ class Companion(Protocol):
         Raises:
             TargetError: a module is not there, or cannot have such an adapter.
             ConfigError: the value is impossible.
+        """
+        ...
+
+    def combine(
+        self, parts: Mapping[str, Sequence[tuple[Member, float]]]
+    ) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+        """Combines what configs asked for.
+
+        Args:
+            parts: path -> adapters there, each with the weight of its change.
+
+        Returns:
+            The field's value for the combination, and path -> parameter name -> tensor.
         """
         ...
 

@@ -15,7 +15,7 @@ from nbpeft.engine.combination import Combine, Loss, Member, check_weights
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
-from nbpeft.engine.registry import method_of
+from nbpeft.engine.registry import companions, method_of
 from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, did_you_mean
 from nbpeft.interrupts import check_interrupt
 from nbpeft.state import LayerLoss
@@ -66,7 +66,7 @@ def combine_adapters(
     """Makes a new adapter of a weighted combination of others; it starts frozen and inactive.
 
     The scale of an adapter counts as it is set now. Of modules trained as a whole, the one copy
-    there is goes into the new adapter.
+    there is goes into the new adapter. The changes of token rows are added up, whatever the type.
 
     Args:
         manager: of the model.
@@ -105,16 +105,21 @@ def _combined(
             combination_type=chosen,
         )
     settings = {**settings, "combination_type": chosen}
-    combination = combine(_members(manager, adapters), configs, adapters, weights, settings)
+    members = _members(manager, adapters)
+    fields, rows = _combined_companions(manager, members, adapters, weights)
+    combination = combine(members, configs, adapters, weights, settings)
+    for field, value in fields.items():
+        setattr(combination.config, field, value)
     if combination.losses is None:
         manager.refuse_merged("adapters whose change depends on the frozen weights are combined")
     copied = [name for config in configs for name in getattr(config, "modules_to_save", None) or ()]
     if copied:
         combination.config.modules_to_save = list(dict.fromkeys(copied))
-    plan = plan_on(manager, combination.config, combination.tensors)
-    half = all(tensor.dtype != torch.float32 for named in combination.tensors.values() for tensor in named.values())
+    tensors = combination.tensors | rows
+    plan = plan_on(manager, combination.config, tensors)
+    half = all(tensor.dtype != torch.float32 for named in tensors.values() for tensor in named.values())
     with manager.transaction():
-        manager.add(name, plan, AdapterWeights(combination.tensors, copies), trainable=False, half=half)
+        manager.add(name, plan, AdapterWeights(tensors, copies), trainable=False, half=half)
         for path in combination.tensors:
             layer = manager.layers[path]
             combination.finish(path, layer.adapter(name), layer.base)
@@ -203,6 +208,38 @@ def _members(manager: AdapterManager, adapters: Sequence[str]) -> dict[str, dict
                 if path in tensors[name]
             }
     return layers
+
+
+def _combined_companions(
+    manager: AdapterManager, layers: dict[str, dict[str, Member]], adapters: Sequence[str], weights: Sequence[float]
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Combines what configs ask of companion methods, and takes those layers out of the others.
+
+    Returns:
+        Fields of the combination's config, and path -> parameter name -> tensor.
+    """
+    fields: dict[str, Any] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for method in companions():
+        assert method.companion is not None
+        parts = {}
+        for path, members in list(layers.items()):
+            own = [name for name, member in members.items() if isinstance(member.adapter, method.adapter_class)]
+            if own and len(own) < len(members):
+                other = next(name for name in members if name not in own)
+                raise AdapterError(
+                    f"{path} has {method.label} of adapter {own[0]!r} and another change of {other!r}: one adapter "
+                    "cannot have both, so activate them together instead",
+                    path=path,
+                )
+            if own:
+                del layers[path]
+                parts[path] = [(members[one], w) for one, w in zip(adapters, weights, strict=True) if one in members]
+        if parts:
+            manager.refuse_merged(f"adapters with {method.label} are combined")
+            fields[method.companion.field], found = method.companion.combine(parts)
+            tensors |= found
+    return fields, tensors
 
 
 def plan_on(manager: AdapterManager, config: Any, paths: Collection[str]) -> InjectionPlan:

@@ -257,6 +257,9 @@ COMMANDS: dict[str, Command] = {
     "unmerge": Command(merged, lambda s: s.model.unmerge_adapter()),
     "combine": Command(adapted, _combine("svd")),
     "combine cat": Command(adapted, _combine("cat")),
+    "combine rows": Command(
+        adapted, lambda s: s.model.base_model.add_weighted_adapter(["b", "rows"], [0.5, 0.7], "sum", "linear")
+    ),
     "swap": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["b2"], "b")),
     "swap smaller": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["c"], "b")),
     "swap larger": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["wide"], "b")),

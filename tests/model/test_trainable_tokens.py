@@ -236,7 +236,7 @@ def test_rows_alone_need_no_target() -> None:
     assert model.get_nb_trainable_parameters()[0] == len(IDS) * 32
 
 
-def test_what_has_no_factors_is_neither_swapped_nor_combined_nor_pooled(tmp_path: Path) -> None:
+def test_what_has_no_factors_is_neither_swapped_nor_pooled(tmp_path: Path) -> None:
     model = rows()
     model.save_pretrained(tmp_path)
     before = state(model)
@@ -244,9 +244,43 @@ def test_what_has_no_factors_is_neither_swapped_nor_combined_nor_pooled(tmp_path
         hotswap_adapter(model, tmp_path, "default")
     with pytest.raises(HotSwapError, match="the new adapter has trainable tokens"):
         hotswap_adapter(adapted(), tmp_path, "default")
-    with pytest.raises(AdapterError, match="'default' is TrainableTokens: these are no low-rank factors"):
-        model.add_weighted_adapter(["default"], [1.0], "new", combination_type="linear")
     pooled = adapted()
     with pytest.raises(AdapterError, match="load it by itself"):
         AdapterPool(pooled, 10, adapters={"rows": tmp_path}).set_adapter("rows")
     assert same_state(state(model), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["exact", "linear", "svd"])
+def test_rows_are_combined_by_their_changes(kind: str, tied: bool, tmp_path: Path) -> None:
+    model = rows(tied=tied)
+    model.add_adapter("other", LoraConfig(**settings(trainable_token_indices={"embed_tokens": [3, 7]})))
+    model.add_adapter("none", LoraConfig(**settings(trainable_token_indices=None)))
+    move(model)
+    model.manager.set_scale("other", 0.5)
+    table = model.get_input_embeddings().weight
+    expected = table.detach().clone()
+    for name, weight in (("default", 0.25), ("other", 0.5 * -2.0)):
+        delta = model.manager.layers["model.embed_tokens"].adapter(name)
+        expected[delta.token_list] += weight * (delta.rows - delta.frozen_rows)
+    model.add_weighted_adapter(["default", "other", "none"], [0.25, -2.0, 1.0], "sum", combination_type=kind)
+    made = model.peft_config["sum"]
+    assert made.trainable_token_indices == {"model.embed_tokens": [*IDS, 7]}
+    model.set_adapter("sum")
+    ours = logits(model, batch())
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    theirs = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=tied), tmp_path / "sum")
+    torch.testing.assert_close(logits(theirs, batch()), ours)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged.get_input_embeddings().weight, expected)
+    torch.testing.assert_close(logits(merged, batch()), ours)
+
+
+def test_rows_and_factors_of_one_embedding_make_no_adapter() -> None:
+    model = rows()
+    model.add_adapter("factors", LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(AdapterError, match="has trainable tokens of adapter 'default' and another change of 'factors'"):
+        model.add_weighted_adapter(["default", "factors"], [1.0, 1.0], "sum", combination_type="linear")
+    model.merge_adapter()
+    with pytest.raises(MergeError, match="unmerge before adapters with trainable tokens are combined"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")

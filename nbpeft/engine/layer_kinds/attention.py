@@ -35,7 +35,8 @@ class Attention(Composite):
         if module.in_proj_weight is None:
             return (
                 f"its keys have {module.kdim} features and its values {module.vdim}, its queries {module.embed_dim}: "
-                "only the same embed for query/key/value is supported"
+                "only the same embed for query/key/value is supported, or q_proj_weight, k_proj_weight and "
+                "v_proj_weight in target_parameters"
             )
         if not isinstance(module.out_proj, nn.Module) or not hasattr(module.out_proj, "weight"):
             return "its out_proj is no layer"

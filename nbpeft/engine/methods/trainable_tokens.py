@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterConfig, AdapterSite, PeftType
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.combination import Member
 from nbpeft.engine.model_tree import embedding_of
 from nbpeft.engine.registry import Part, register, resolve_backend, resolve_layer_kind
 from nbpeft.engine.targets import matches_segment_names, no_match
@@ -107,6 +108,26 @@ class _Companion:
                 if seen.setdefault(id(module), path) == path:
                     found[path] = TokenRows(_checked(path, module, indices, field), starts, not own)
         return _with_tied(found, modules)
+
+    def combine(
+        self, parts: Mapping[str, Sequence[tuple[Member, float]]]
+    ) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+        """Adds up the changes of each row that any of the adapters trains; see ``registry.Companion``."""
+        tokens: dict[str, list[int]] = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for path, members in parts.items():
+            rows: list[Any] = [(member.adapter, member.scale * weight) for member, weight in members]
+            tensors[path] = {}
+            if all(adapter.source is not None for adapter, _ in rows):
+                continue  # a head that follows the embedding
+            tokens[path] = list(dict.fromkeys(token for adapter, _ in rows for token in adapter.token_list))
+            base = members[0][0].base
+            total = _table(base.weight(), base)[tokens[path]].to(rows[0][0].rows.dtype)
+            for adapter, factor in rows:
+                places = [tokens[path].index(token) for token in adapter.token_list]
+                total[places] += (adapter.rows - adapter.frozen_rows.to(total.dtype)) * factor
+            tensors[path] = {ROWS: total}
+        return tokens, tensors
 
 
 @register(

@@ -295,3 +295,23 @@ def test_the_fast_path_comes_back_when_the_adapters_are_gone() -> None:
     assert not model.layers[1]._forward_pre_hooks
     ours.unload()
     assert model.use_nested_tensor and [len(layer._forward_pre_hooks) for layer in model.layers] == before
+
+
+def test_separate_projections_are_adapted_as_parameters_as_in_peft(tmp_path: Path) -> None:
+    names = ["attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight"]
+    settings: dict[str, Any] = {"r": 4, "target_modules": [], "target_parameters": names, "init_lora_weights": False}
+    apart, inputs = base(kdim=8, vdim=12), (torch.randn(2, 3, 16), torch.randn(2, 5, 8), torch.randn(2, 5, 12))
+    theirs = peft.get_peft_model(copy.deepcopy(apart), peft.LoraConfig(**settings)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = nbpeft.PeftModel.from_pretrained(copy.deepcopy(apart), tmp_path, is_trainable=True).eval()
+    attentions = [model.base_model.model.attn for model in (theirs, ours)]
+    outputs = [attention(*inputs)[0] for attention in attentions]
+    assert close(*outputs) and not close(outputs[1], apart.attn(*inputs)[0])
+    for output in outputs:
+        output.square().sum().backward()
+    wanted = {name: parameter.grad for name, parameter in theirs.named_parameters() if "lora" in name}
+    found = {name: parameter.grad for name, parameter in ours.named_parameters() if "lora" in name}
+    assert found.keys() == wanted.keys() and len(found) == 6
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient)
+    assert close(ours.merge_and_unload().attn(*inputs)[0], outputs[0])
