@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,20 @@ Shapes = Mapping[str, Mapping[str, Shape]]
 Rename = Callable[[str], str]
 Slot = tuple[str, str, str]
 """(kind, path, parameter): where a tensor goes in AdapterWeights."""
+
+
+class Conversion(Protocol):
+    """Reads files that were written for an earlier version of a model's class; see ``key_conversion_of``."""
+
+    @property
+    def rename(self) -> Rename | None:
+        """Another name to try for a key (without prefix) that nothing takes."""
+        ...
+
+    def joined(self, tensors: Mapping[str, Tensor], peft_type: str) -> Mapping[str, Tensor]:
+        """The tensors of a file by key, with those joined that are one today."""
+        ...
+
 
 _LONGEST_KEY = 1_000
 _MOST_UNEXPECTED = 1_000
@@ -123,7 +138,7 @@ def from_file(
     *,
     peft_type: str,
     key_mapping: Mapping[str, str] | None = None,
-    rename: Rename | None = None,
+    conversion: Conversion | None = None,
     ignore_mismatched: bool = False,
 ) -> Loaded:
     """Sorts the tensors of a file into the places a model has for them.
@@ -137,7 +152,7 @@ def from_file(
         peft_type: the ``peft_type`` of the config; decides how parameters are spelled.
         key_mapping: regular expression -> replacement, tried in order on each key without its
             prefix; the first that matches is applied.
-        rename: another name to try for a key (without prefix) that nothing takes.
+        conversion: reads what was written for an earlier version of the model's class.
         ignore_mismatched: leave tensors of another shape out instead of refusing the file.
 
     Warns of tensors that are not finite.
@@ -149,7 +164,8 @@ def from_file(
     slots = _slots(expected, peft_type)
     found: dict[str, Tensor] = {}
     unexpected: list[str] = []
-    mapped = by_patterns(key_mapping)
+    mapped, rename = by_patterns(key_mapping), None if conversion is None else conversion.rename
+    tensors = tensors if conversion is None else conversion.joined(tensors, peft_type)
     for key, tensor in tensors.items():
         if len(key) > _LONGEST_KEY or len(unexpected) >= _MOST_UNEXPECTED:
             fitting = key.removeprefix(PREFIX) if key.removeprefix(PREFIX) in slots else None

@@ -97,6 +97,20 @@ def warn_of_experts(model: nn.Module) -> None:
     )
 
 
+def warn_of_experts_along(added: Sequence[tuple[int, int]]) -> None:
+    """Says what the experts, which were linear layers, add to an adapter of all of those.
+
+    Args:
+        added: of each target, how many matrices it has and how many parameters it gets.
+    """
+    total, experts = sum(count for _, count in added), sum(count for matrices, count in added if matrices > 1)
+    warnings.warn(
+        f"target_modules='all-linear' takes the experts along, {experts:,} of the adapter's {total:,} parameters "
+        f"({experts / max(total, 1):.0%}); exclude_modules=['experts'] leaves them out",
+        stacklevel=5,
+    )
+
+
 def _is_stacked(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter holds the weights of several linear maps, and belongs to no layer torch knows."""
     owner = model.get_submodule(name.rpartition(".")[0])

@@ -24,10 +24,12 @@ from nbpeft.engine.config_warnings import (
     missing_head_message,
     warn_about_config,
     warn_of_experts,
+    warn_of_experts_along,
     warn_of_tied,
     warn_of_uncalled,
 )
 from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
+from nbpeft.engine.fused_layers import with_parameters
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, reader_of, walk
@@ -222,6 +224,8 @@ def plan(
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
+    if bare and _is_all_linear(getattr(config, "target_modules", None)) and not config.target_parameters:  # type: ignore[attr-defined]
+        warn_of_experts_along([(target.matrix_count, target.parameter_count) for target in targets])
     _check_size(model, (*targets, *parts))
     everything = [(site.path, site.module) for site in sites]
     warn_of_tied(model, everything, adapted if ensured else adapted | copies.keys(), strict=ensured)
@@ -284,11 +288,16 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
                 model_type=model_type,
             )
         resolved.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[attr-defined]
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+    if _is_all_linear(targets):
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
-        if not getattr(config, "target_parameters", None):
-            warn_of_experts(model)
+    with_parameters(model, config, resolved, method, sites)
+    if _is_all_linear(targets) and not getattr(resolved, "target_parameters", None):
+        warn_of_experts(model)
     return resolved
+
+
+def _is_all_linear(targets: object) -> bool:
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> list[str]:

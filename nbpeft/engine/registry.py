@@ -63,9 +63,7 @@ class Companion(Protocol):
         """
         ...
 
-    def combine(
-        self, parts: Mapping[str, Sequence[tuple[Member, float]]]
-    ) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    def combine(self, parts: Mapping[str, Sequence[tuple[Member, float]]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
         """Combines what configs asked for.
 
         Args:
@@ -106,6 +104,8 @@ class Method:
         layer_name: PEFT's name of a layer that carries adapters of it alone; empty for ``<peft_type>.<kind>``.
         pack: (config, key -> tensor) -> what a file holds in their place, where that is not the tensors themselves.
         unpack: (config, key -> tensor of a file) -> the tensors of an adapter.
+        fuse: (key -> tensor of a file, parameter of experts -> layers that it was) -> the same, with the tensors of
+            those layers joined to the parameter's; for files from before transformers 5.
         model_functions: PEFT's name of a function of a model whose first adapter has such a config -> a function of the
             model's manager and the arguments.
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
@@ -139,6 +139,7 @@ class Method:
     layer_name: str = ""
     pack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
     unpack: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, tensors: tensors
+    fuse: Callable[[Mapping[str, Tensor], Mapping[str, tuple[str, ...]]], Mapping[str, Tensor]] | None = None
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
     kind_classes: Mapping[str, type[Adapter]] = field(default_factory=dict)

@@ -114,7 +114,7 @@ def read(
         expected(manager.model, plan),
         peft_type=str(config.peft_type),
         key_mapping=key_mapping,
-        rename=checkpoint.key_conversion_of(manager.model),
+        conversion=checkpoint.key_conversion_of(manager.model),
         ignore_mismatched=bool(options.get("ignore_mismatched_sizes", False)),
     )
     _warn_of_mismatches(source, loaded, note)

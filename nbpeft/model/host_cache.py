@@ -113,7 +113,7 @@ class AdapterReader:
     def __init__(self, manager: AdapterManager, *, half: bool) -> None:
         self._manager = manager
         self._half = half
-        self._rename = checkpoint.key_conversion_of(manager.model)
+        self._conversion = checkpoint.key_conversion_of(manager.model)
         self._lock = threading.Lock()
         self._layouts: OrderedDict[str, _Layout] = OrderedDict()
         self._notes: dict[str, str | None] = {}
@@ -131,7 +131,7 @@ class AdapterReader:
         config = saved.config.copy(inference_mode=True)
         layout = self._layout(name, config)
         loaded = checkpoint.from_file(
-            saved.tensors, layout.expected, peft_type=str(config.peft_type), rename=self._rename
+            saved.tensors, layout.expected, peft_type=str(config.peft_type), conversion=self._conversion
         )
         for what, keys in (("lacks", loaded.missing), ("has what the model has no place for:", loaded.unexpected)):
             if keys:

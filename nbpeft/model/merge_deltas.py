@@ -151,7 +151,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         saved.tensors,
         files.expected(model, plan),
         peft_type=str(saved.config.peft_type),
-        rename=checkpoint.key_conversion_of(model),
+        conversion=checkpoint.key_conversion_of(model),
     )
     if loaded.missing:
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")

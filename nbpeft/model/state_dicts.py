@@ -96,6 +96,7 @@ def set_peft_model_state_dict(
     tensors = method_of(config).unpack(config, packed)
     started: Mapping[str, Adapter] = {}
     options: dict[str, Any] = {"peft_type": peft_type, "ignore_mismatched": ignore_mismatched_sizes}
+    options["conversion"] = checkpoint.key_conversion_of(manager.model)
     try:
         loaded = checkpoint.from_file(tensors, wanted, **options)
     except BaseMismatchError:

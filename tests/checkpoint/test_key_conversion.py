@@ -34,7 +34,7 @@ def test_old_nesting_of_a_model_that_transformers_rebuilt(tmp_path: Path) -> Non
         f"base_model.model.{path}.lora_B.weight": torch.zeros(16, 8),
     }
     text = {key: value for key, value in expected.adapters.items() if "language_model" in key}
-    loaded = from_file(old, Expected(text), peft_type="LORA", rename=key_conversion_of(llava()))
+    loaded = from_file(old, Expected(text), peft_type="LORA", conversion=key_conversion_of(llava()))
     assert loaded.missing == []
     assert loaded.unexpected == []
 
@@ -42,17 +42,17 @@ def test_old_nesting_of_a_model_that_transformers_rebuilt(tmp_path: Path) -> Non
 def test_patterns_on_the_model_itself() -> None:
     model = nn.Module()
     model._checkpoint_conversion_mapping = {"^old": "new", "^new": "never"}  # type: ignore[assignment]
-    rename = key_conversion_of(model)
-    assert rename is not None
-    assert rename("old.a") == "new.a"
-    assert rename("other.a") == "other.a"
+    conversion = key_conversion_of(model)
+    assert conversion is not None and conversion.rename is not None
+    assert conversion.rename("old.a") == "new.a"
+    assert conversion.rename("other.a") == "other.a"
 
 
 def test_models_without_renames() -> None:
     assert key_conversion_of(nn.Linear(2, 2)) is None
-    rename = key_conversion_of(llama())
+    conversion = key_conversion_of(llama())
     key = "model.layers.0.self_attn.q_proj.lora_A.weight"
-    assert rename is None or rename(key) == key
+    assert conversion is None or conversion.rename is None or conversion.rename(key) == key
 
 
 def test_remapped() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.checkpoint import Expected
+from nbpeft.checkpoint.key_conversion import KeyConversion
 from nbpeft.engine.adapter import AdapterWeights
 from nbpeft.errors import BaseMismatchError, CheckpointError
 from tests.checkpoint.peft_files import Mixed, expected_by_peft, saved_by_peft
@@ -98,7 +99,9 @@ def test_key_mapping_first_match_wins() -> None:
 
 
 def test_rename_is_tried_for_keys_that_nothing_takes() -> None:
-    loaded = from_file(small_file(nesting="old."), SMALL, rename=lambda key: key.removeprefix("old."))
+    loaded = from_file(
+        small_file(nesting="old."), SMALL, conversion=KeyConversion(lambda key: key.removeprefix("old."), {})
+    )
     assert not loaded.missing
     assert not loaded.unexpected
 
@@ -210,7 +213,8 @@ def test_thousands_of_strange_keys_are_looked_up_and_no_more() -> None:
     tensors = {f"base_model.model.x.{number}.lora_A.weight": torch.zeros(1) for number in range(5000)}
     tensors["a." * 3000] = torch.zeros(1)
     tensors["base_model.model.q.lora_A.weight"] = torch.ones(2, 4)
-    loaded = from_file(tensors, Expected({"q": {"lora_A": (2, 4)}}), rename=lambda key: tried.append(key) or key)  # type: ignore[func-returns-value]
+    conversion = KeyConversion(lambda key: tried.append(key) or key, {})  # type: ignore[func-returns-value]
+    loaded = from_file(tensors, Expected({"q": {"lora_A": (2, 4)}}), conversion=conversion)
     assert len(loaded.unexpected) == 5001 and len(tried) <= 1001
     assert torch.equal(loaded.weights.adapters["q"]["lora_A"], torch.ones(2, 4))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nbpeft.engine.plan import plan
 from nbpeft.errors import ConfigError, LayerKindError, NbpeftError, TargetError
 from nbpeft.model import LoraConfig, get_peft_model
-from tests.tiny_models import experts_of, llama, mixture, same_state, state
+from tests.tiny_models import llama, mixture, same_state, state
 
 
 class Bank(nn.Module):
@@ -119,14 +119,3 @@ def test_modules_and_parameters_of_two_adapters_do_not_meet() -> None:
         other.add_adapter("other", config("layer.weight"))
     other.add_adapter("other", config("bank.p3"))
     assert other.manager.names == ("default", "other")
-
-
-def test_all_linear_leaves_experts_to_target_parameters() -> None:
-    model = mixture("qwen3_moe")
-    with pytest.warns(UserWarning, match="stay as they are unless target_parameters names them"):
-        made = plan(model, LoraConfig(r=2, target_modules="all-linear"))
-    assert not any("experts" in path for path in made.paths)
-    both = plan(model, LoraConfig(r=2, target_modules="all-linear", target_parameters=experts_of("qwen3_moe")))
-    assert set(both.paths) - set(made.paths) == {
-        f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")
-    }

@@ -20,13 +20,9 @@ peft = pytest.importorskip("peft")
 def test_trainable_parameters_of_mixtures_are_those_of_peft(
     model_type: str, with_experts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT's all-linear, but for what it renames: it takes names of linear layers for those of transformers 4.
-
-    There the experts were linear layers. So it adapts them at twice the rank, and leaves out linear layers of the
-    same names: those of shared experts and of layers without a mixture.
-    """
+    """Of linear layers, and of experts that are named by themselves; without what PEFT renames, which they are not."""
     monkeypatch.setattr("peft.utils.transformers_weight_conversion._convert_peft_config_moe", lambda *_: None)
-    fields: dict[str, Any] = {"r": 3, "target_modules": "all-linear"}
+    fields: dict[str, Any] = {"r": 3, "target_modules": "all-linear", "exclude_modules": ["experts", "gate"]}
     if with_experts:
         fields["target_parameters"] = experts_of(model_type)
     base = mixture(model_type)
@@ -39,7 +35,7 @@ def test_trainable_parameters_of_mixtures_are_those_of_peft(
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_a_plan_says_what_share_the_experts_add(model_type: str) -> None:
     session, base = Session(), mixture(model_type, "grouped_mm")
-    fields: dict[str, Any] = {"r": 3, "target_modules": "all-linear"}
+    fields: dict[str, Any] = {"r": 3, "target_modules": "all-linear", "exclude_modules": ["experts", "gate"]}
     sizes: dict[str, Any] = {"batch_size": 1, "sequence_length": 16, "suggest": False, "dtype": "bfloat16"}
     plain = session.plan_memory(base, fields, **sizes)
     assert "experts" not in str(plain)

@@ -109,9 +109,7 @@ class _Companion:
                     found[path] = TokenRows(_checked(path, module, indices, field), starts, not own)
         return _with_tied(found, modules)
 
-    def combine(
-        self, parts: Mapping[str, Sequence[tuple[Member, float]]]
-    ) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    def combine(self, parts: Mapping[str, Sequence[tuple[Member, float]]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
         """Adds up the changes of each row that any of the adapters trains; see ``registry.Companion``."""
         tokens: dict[str, list[int]] = {}
         tensors: dict[str, dict[str, Tensor]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 from nbpeft.engine.methods.lora.combining import combine_low_rank
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.conversion import as_plain_lora
+from nbpeft.engine.methods.lora.fused import fuse
 from nbpeft.engine.targets import usual_targets
 
 _LEAST_RANK = 4
@@ -36,5 +37,6 @@ FAMILY: dict[str, Any] = {
     "summary": _summary,
     "smaller": _smaller,
     "combine": combine_low_rank,
+    "fuse": fuse,
     "without_weight": as_plain_lora,
 }

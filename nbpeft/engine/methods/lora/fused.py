@@ -1,0 +1,67 @@
+"""Factors of single experts, as files from before transformers 5 have them, joined to those of one parameter.
+
+With the same input the parts of a gated projection are one product of both ranks: its A has the rows of one part
+after those of the other, its B is block-diagonal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_OF_AN_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)\.(lora_[AB])\.weight")
+_FACTORS = ("lora_A", "lora_B")
+
+Experts = dict[tuple[str, str], dict[int, Tensor]]
+"""(layer, factor) -> expert -> tensor."""
+
+
+@torch.no_grad()
+def fuse(tensors: Mapping[str, Tensor], fused: Mapping[str, tuple[str, ...]]) -> Mapping[str, Tensor]:
+    """Joins factors of experts; see ``Method``.
+
+    Args:
+        tensors: key in the file -> tensor.
+        fused: parameter of the experts -> the layers of each expert that it was, in its order.
+
+    Returns:
+        A copy without the joined ones; where a part is missing, all experts of that block are left as they are.
+    """
+    found: dict[str, Experts] = {}
+    keys: dict[str, list[str]] = {}
+    for key, tensor in tensors.items():
+        match = _OF_AN_EXPERT.fullmatch(key)
+        if match is not None and tensor.ndim == 2 and tensor.layout is torch.strided and not tensor.is_meta:
+            module, expert, layer, factor = match.groups()
+            found.setdefault(module, {}).setdefault((layer, factor), {})[int(expert)] = tensor
+            keys.setdefault(module, []).append(key)
+    joined: dict[str, Tensor] = {}
+    gone: set[str] = set()
+    for module, experts in found.items():
+        made = _of_module(module, experts, fused)
+        joined |= made
+        gone.update(keys[module] if made else ())
+    return {**{key: tensor for key, tensor in tensors.items() if key not in gone}, **joined} if gone else tensors
+
+
+def _of_module(module: str, experts: Experts, fused: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Both factors of each parameter under the keys of PEFT's files, or nothing where they are not whole."""
+    names = [name for name, layers in fused.items() if any((layer, _FACTORS[0]) in experts for layer in layers)]
+    wanted = {(layer, factor) for name in names for layer in fused[name] for factor in _FACTORS}
+    every = range(len(next(iter(experts.values()))))
+    if experts.keys() != wanted or any(
+        tensors.keys() != set(every) or len({tensor.shape for tensor in tensors.values()}) > 1
+        for tensors in experts.values()
+    ):
+        return {}
+    made = {}
+    for place, name in enumerate(names):
+        inner = ".base_layer" * (len(names) - 1 - place)  # PEFT wraps the module once for each of its parameters
+        left, right = ([[experts[layer, factor][e] for layer in fused[name]] for e in every] for factor in _FACTORS)
+        blocks = [torch.block_diag(*parts) for parts in right]  # type: ignore[no-untyped-call]
+        made[f"{module}{inner}.{_FACTORS[0]}.weight"] = torch.cat([torch.cat(parts) for parts in left])
+        made[f"{module}{inner}.{_FACTORS[1]}.weight"] = torch.stack(blocks, dim=-1).flatten(1)
+    return made

@@ -1,0 +1,211 @@
+"""Experts and routers by the names they had as linear layers, beside PEFT: configs, and files of then."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import nbpeft
+from nbpeft import LoraConfig, PeftModel, get_peft_model
+from nbpeft.errors import ConfigError, TargetError
+from tests.tiny_models import adapted, logits, mixture, same_state, state, tokens
+
+ALONG = "takes the experts along"
+pytestmark = pytest.mark.filterwarnings(f"ignore:.*{ALONG}", "ignore::UserWarning:peft")
+JOINED = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+"""Mixtures that PEFT 0.21 knows by their former names, too."""
+LAYERS = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
+EXPERTS = {"mixtral": 4, "qwen3_moe": 6}
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def both(base: nn.Module, **fields: Any) -> tuple[Any, Any]:
+    settings = {"r": 3, "lora_alpha": 5, "init_lora_weights": False, **fields}
+    made = []
+    for library in (peft, nbpeft):
+        torch.manual_seed(7)
+        made.append(library.get_peft_model(copy.deepcopy(base), library.LoraConfig(**settings)).eval())
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["o_proj", "gate_proj", "up_proj", "down_proj"], ["down_proj"], r".*\.(k_proj|gate_proj|up_proj)"],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", JOINED)
+def test_targets_of_then_are_the_parameters_that_peft_takes(model_type: str, targets: Any) -> None:
+    if model_type == "mixtral" and not isinstance(targets, str):
+        targets = [{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.get(name, name) for name in targets]
+    elif model_type == "mixtral":
+        targets = targets.replace("gate_proj|up_proj", "w1|w3")
+    theirs, ours = both(mixture(model_type), target_modules=targets)
+    wanted, found = shapes(theirs), shapes(ours)
+    assert wanted == {name: found.get(name) for name in wanted}
+    if model_type == "deepseek_v3":  # PEFT leaves out the layers of those names that are still there
+        assert all("shared_experts" in name or ".layers.0.mlp." in name for name in found.keys() - wanted.keys())
+    else:
+        assert found == wanted
+        nbpeft.set_peft_model_state_dict(ours, dict(peft.get_peft_model_state_dict(theirs)))
+        torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_those_names_that_are_still_there_stay_targets(tmp_path: Path) -> None:
+    base = mixture("deepseek_v3")
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up_proj", "gate_proj", "down_proj"]))
+    paths = set(model.manager.layers)
+    assert {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.shared_experts.down_proj"} <= paths
+    assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= paths
+    alone = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=2, target_modules="all-linear", exclude_modules=["experts"])
+    )
+    assert not any(".experts." in path for path in alone.manager.layers)
+    for kept in (model, alone):
+        move(kept)
+        kept.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        assert again.manager.layers.keys() == kept.manager.layers.keys()
+        assert torch.equal(logits(again), logits(kept))
+
+
+def move(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(generator=generator, std=0.1)
+
+
+def test_all_linear_says_what_the_experts_add() -> None:
+    with pytest.warns(UserWarning, match=rf"{ALONG}, 7,776 of the adapter's 9,348 parameters \(83%\)"):
+        model = get_peft_model(mixture("qwen3_moe"), LoraConfig(r=3, target_modules="all-linear"))
+    assert model.get_nb_trainable_parameters()[0] == 9348
+    named = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(mixture("qwen3_moe"), LoraConfig(r=3, target_modules="all-linear", target_parameters=named))
+    experts = model.manager.layers["model.layers.0.mlp.experts.gate_up_proj"].adapter("default")
+    assert experts.rank == 3, "named by themselves they have the rank that the config has"
+
+
+def test_all_linear_leaves_experts_that_it_cannot_adapt_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="the experts .* stay as they are"):
+        model = get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_modules="all-linear", use_dora=True))
+    assert not any("mlp" in path for path in model.manager.layers)
+    with pytest.warns(UserWarning, match=r"leaves gate_up_proj as it is: .* does not work with lora_bias=True"):
+        model = get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_modules="all-linear", lora_bias=True))
+    assert not any("mlp" in path for path in model.manager.layers)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"target_modules": ["w1", "q_proj"]}, TargetError, "names w1 of the experts and not w3: they are fused into"),
+        (
+            {"target_modules": ["w1", "w3"], "rank_pattern": {"w1": 2}},
+            ConfigError,
+            "'w1' names a part of .*gate_up_proj",
+        ),
+        ({"target_modules": ["w2"], "use_dora": True}, ConfigError, "target_parameters does not work with DoRA"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_taken_over_is_refused_in_one_line(
+    fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = mixture("mixtral")
+    before = state(model)
+    with pytest.raises(error, match=message) as raised:
+        get_peft_model(model, LoraConfig(r=2, **fields))
+    assert "\n" not in str(raised.value) and same_state(state(model), before)
+
+
+def test_only_the_experts_of_chosen_blocks_are_named_by_their_paths() -> None:
+    config = LoraConfig(r=2, target_modules=["w2", "w1", "w3"], layers_to_transform=[1])
+    model = get_peft_model(mixture("mixtral"), config)
+    assert set(model.manager.layers) == {f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    assert model.manager.layers["model.layers.1.mlp.experts.gate_up_proj"].adapter("default").rank == 4
+
+
+def file_of_then(folder: Path, model_type: str, **fields: Any) -> dict[str, Tensor]:
+    """Writes an adapter as PEFT did with transformers 4: one pair of factors for each expert, and for the router."""
+    base = mixture(model_type)
+    block = "block_sparse_moe" if model_type == "mixtral" else "mlp"
+    first, second, last = LAYERS[model_type]
+    generator = torch.Generator().manual_seed(5)
+    made: dict[str, Tensor] = {}
+    for layer, held in enumerate(base.model.layers):
+        wide, hidden = held.mlp.experts.down_proj.shape[2], held.mlp.experts.down_proj.shape[1]
+        sizes = {first: (wide, hidden), second: (wide, hidden), last: (hidden, wide)}
+        names = {f"experts.{e}.{name}": size for e in range(EXPERTS[model_type]) for name, size in sizes.items()}
+        for name, (outside, inside) in {**names, "gate": tuple(held.mlp.gate.weight.shape)}.items():
+            stem = f"base_model.model.model.layers.{layer}.{block}.{name}"
+            made[f"{stem}.lora_A.weight"] = torch.randn(2, inside, generator=generator) * 0.2
+            made[f"{stem}.lora_B.weight"] = torch.randn(outside, 2, generator=generator) * 0.2
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["gate", *LAYERS[model_type]], **fields}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(made, folder / "adapter_model.safetensors")
+    return made
+
+
+def by_hand(model_type: str, tensors: dict[str, Tensor], scaling: float) -> nn.Module:
+    """The base with each expert's own product in its rows of the parameters."""
+    base = mixture(model_type)
+    block = "block_sparse_moe" if model_type == "mixtral" else "mlp"
+    first, second, last = LAYERS[model_type]
+    with torch.no_grad():
+        for layer, held in enumerate(base.model.layers):
+
+            def delta(name: str, layer: int = layer) -> Tensor:
+                stem = f"base_model.model.model.layers.{layer}.{block}.{name}"
+                return scaling * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+
+            held.mlp.gate.weight += delta("gate")
+            for e in range(EXPERTS[model_type]):
+                held.mlp.experts.gate_up_proj[e] += torch.cat([delta(f"experts.{e}.{one}") for one in (first, second)])
+                held.mlp.experts.down_proj[e] += delta(f"experts.{e}.{last}")
+    return base
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("model_type", LAYERS)
+def test_files_of_transformers_4_act_as_they_did(model_type: str, use_rslora: bool, tmp_path: Path) -> None:
+    tensors = file_of_then(tmp_path / "then", model_type, use_rslora=use_rslora)
+    ours = PeftModel.from_pretrained(mixture(model_type), tmp_path / "then").eval()
+    wanted = logits(by_hand(model_type, tensors, 6 / (2**0.5 if use_rslora else 2)))
+    assert not torch.allclose(wanted, logits(mixture(model_type)), atol=1e-2)
+    torch.testing.assert_close(logits(ours), wanted, rtol=1e-4, atol=1e-4)
+    theirs = peft.PeftModel.from_pretrained(mixture(model_type), tmp_path / "then").eval()
+    # PEFT scales the joined layers by alpha / sqrt(2 r) times two there, which is sqrt(2) times what was trained.
+    assert torch.allclose(logits(theirs), wanted, rtol=1e-4, atol=1e-4) is not use_rslora
+    ours.save_pretrained(tmp_path / "now")
+    again = peft.PeftModel.from_pretrained(mixture(model_type), tmp_path / "now").eval()
+    torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(ours.merge_and_unload()), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_lacks_an_expert_is_told_and_not_joined(tmp_path: Path) -> None:
+    tensors = file_of_then(tmp_path, "qwen3_moe")
+    missing = "base_model.model.model.layers.1.mlp.experts.2.up_proj.lora_A.weight"
+    part = {key: tensor for key, tensor in tensors.items() if key != missing}
+    save_file(part, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match=r"missing.*layers\.1\.mlp\.experts|layers\.1\.mlp\.experts.*missing"):
+        model = PeftModel.from_pretrained(mixture("qwen3_moe"), tmp_path)
+    joined = model.manager.weights("default").adapters["model.layers.0.mlp.experts.gate_up_proj"]["lora_A"]
+    assert torch.equal(joined[:2], tensors[missing.replace("layers.1", "layers.0").replace("2.up_proj", "0.gate_proj")])
+
+
+def test_models_without_experts_are_asked_nothing() -> None:
+    model = adapted()
+    assert nbpeft.get_peft_model_state_dict(model)
+    assert logits(model, tokens()).isfinite().all()
