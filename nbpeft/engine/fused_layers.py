@@ -133,8 +133,10 @@ def with_parameters(model: nn.Module, config: Any, resolved: Any, method: Method
     if not hasattr(config, "target_parameters") or "target_parameters" in config.not_implemented:
         return
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-    given = Matcher(resolved.target_parameters or ())
     found = fused_layers(model, sites) if config.target_modules else []
+    if not found:
+        return
+    given = Matcher(resolved.target_parameters or ())
     found = [fused for fused in found if not given.matches(fused.path)]
     if everything:
         found = _adaptable(found, resolved, method, sites)

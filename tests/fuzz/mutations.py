@@ -88,7 +88,7 @@ def hostile_value(draw: Draw, depth: int = 0) -> Any:
 
 
 def change_field(draw: Draw, fields: Fields) -> None:
-    fields[draw.choice(FIELDS)] = hostile_value(draw)
+    fields[draw.choice((*FIELDS, *sorted(fields)))] = hostile_value(draw)
 
 
 def likely_field(draw: Draw, fields: Fields) -> None:

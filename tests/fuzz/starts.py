@@ -12,6 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nbpeft import LoraConfig, get_peft_model
+from nbpeft.engine.registry import Method, methods
+from nbpeft.errors import NbpeftError
 
 CONFIG, WEIGHTS, LEGACY = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -36,6 +38,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+METHODS: dict[str, Method] = {method.label: method for method in methods() if method.sample_configs}
+
+
 def base_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES)).eval().requires_grad_(False)
@@ -58,3 +63,27 @@ def write_starts(folder: Path) -> None:
     (folder / "legacy").mkdir()
     (folder / "legacy" / CONFIG).write_text((folder / "lora" / CONFIG).read_text())
     torch.save(safetensors.torch.load_file(folder / "lora" / WEIGHTS), folder / "legacy" / LEGACY)
+
+
+def write_method_starts(folder: Path, label: str) -> list[Path]:
+    """One folder for each sample config of a method that goes on the base."""
+    made: list[Path] = []
+    for name, fields in METHODS[label].sample_configs.items():
+        settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **fields}
+        names = METHODS[label].config_class.__dataclass_fields__
+        if "target_modules" in names and label != "LN tuning":
+            settings.setdefault(
+                "target_modules", ["embed_tokens"] if label == "trainable tokens" else ["q_proj", "v_proj"]
+            )
+        torch.manual_seed(1)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = get_peft_model(base_model(), METHODS[label].config_class(**settings))
+                model.save_pretrained(str(folder / name))
+        except NbpeftError:
+            continue  # it needs a larger layer, or data
+        path = folder / name / CONFIG
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(folder / "base")}))
+        made.append(folder / name)
+    return made

@@ -10,7 +10,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from nbpeft.errors import NbpeftError
 from tests.effort import effort
 from tests.fuzz.entry_points import Ways
 from tests.fuzz.mutations import mutated
-from tests.fuzz.starts import KINDS, write_starts
+from tests.fuzz.starts import KINDS, METHODS, write_method_starts, write_starts
 
 COUNT = effort(quick=500, full=1_000, long=10_000)
+OF_A_METHOD = effort(quick=4, full=15, long=200)
+NOT_ALONE: tuple[str, ...] = ()
+"""Methods that no folder of an adapter is of."""
 FIRST = int(os.environ.get("NBPEFT_FUZZ_FROM", "0"))
 """The first seed; a failure names the one to start from."""
 SECONDS = 2.0
@@ -91,12 +94,30 @@ def outcome(way: Callable[[Path], None], folder: Path) -> str:
 def test_a_folder_is_refused_in_one_line_or_can_be_taken_back(
     ways: Ways, stopped_when_it_hangs: None, tmp_path: Path, block: int
 ) -> None:
+    seeds = range(FIRST + block * COUNT // BLOCKS, FIRST + (block + 1) * COUNT // BLOCKS)
+    try_folders(ways, [ways.starts / kind for kind in (*KINDS, "legacy")], seeds, tmp_path)
+
+
+@pytest.mark.parametrize("label", METHODS)
+def test_a_folder_of_any_method_is_refused_or_can_be_taken_back(
+    ways: Ways, stopped_when_it_hangs: None, tmp_path: Path, label: str
+) -> None:
+    (tmp_path / "starts").mkdir()
+    (tmp_path / "starts" / "base").symlink_to(ways.starts / "base")
+    starts = write_method_starts(tmp_path / "starts", label)
+    assert starts or label in NOT_ALONE, "no sample config goes on the base"
+    if starts:
+        try_folders(ways, starts, range(FIRST, FIRST + OF_A_METHOD), tmp_path)
+
+
+def try_folders(ways: Ways, starts: Sequence[Path], seeds: Iterable[int], tmp_path: Path) -> None:
+    """Loads a mutated folder for each seed in some of the ways, all of them in the long run."""
     before = [(name, needed, value.clone()) for name, needed, value in ways.state()]
-    for seed in range(FIRST + block * COUNT // BLOCKS, FIRST + (block + 1) * COUNT // BLOCKS):
+    for seed in seeds:
         draw = random.Random(seed)
         torch.manual_seed(seed)
         folder = tmp_path / f"f{seed}"
-        done = mutated(ways.starts / draw.choice([*KINDS, "legacy"]), folder, draw)
+        done = mutated(draw.choice(starts), folder, draw)
         known = ways.all()
         for name in draw.sample(sorted(known), len(known) if COUNT == 10_000 else 2):
             problem = outcome(known[name], folder)

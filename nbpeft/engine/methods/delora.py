@@ -121,7 +121,7 @@ class Delora(ComputedFactors):
             norms = site.base.weight().float().norm(dim=0)
         made = cls()
         made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
-        made.register_buffer(NORMS, norms.to(site.base.device, torch.float32))
+        made.register_buffer(NORMS, norms.to(tensors[FACTOR_A].device, torch.float32))
         made.__dict__["dropout"] = config.module_dropout
         return made
 

@@ -138,7 +138,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
         indices = tensors.get(INDICES)
         made = cls({WEIGHT: tensors[WEIGHT]})
         places = _new_places(config, site) if indices is None else _checked(indices, site)
-        made.register_buffer(INDICES, places.to(base.device, torch.int32))
+        made.register_buffer(INDICES, places.to(tensors[WEIGHT].device, torch.int32))
         made.__dict__.update(scaling=1.0, rank=config.r)
         return made
 
