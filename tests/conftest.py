@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import itertools
 import os
 import random
 import shutil
@@ -14,6 +15,8 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+_ended = itertools.count(1)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,8 +45,11 @@ def pytest_runtest_teardown() -> None:
 
     CPython leaves it behind where a signal ends an ``except`` clause at its ``return``, as the tests of
     interruptions do; the errors of all later tests in the process would have it as their context.
+    Modules that tests import on the way are spared from collections now and then, too.
     """
     ctypes.pythonapi.PyErr_SetHandledException(ctypes.py_object(None))
+    if next(_ended) % 200 == 0:
+        pytest_collection_finish()
 
 
 @pytest.fixture(autouse=True)

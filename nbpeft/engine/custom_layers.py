@@ -371,6 +371,10 @@ class CustomLayer(AdaptedLayer):
         self.show_adapters()
         return nn.Module.named_children(self)
 
+    def children(self) -> Iterator[nn.Module]:
+        """The object's."""
+        return (child for _, child in self.named_children())
+
     def reached_children(self) -> Any:
         """The object's children and the adapters, whose modules are among those."""
         return *(child for _, child in self.named_children()), self.adapters

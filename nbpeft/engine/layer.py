@@ -467,9 +467,15 @@ class AdaptedLayer(PeftLayerMixin):
         yield from super().named_modules(*args, **kwargs)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those with PEFT's names, as far as somebody has asked for them, and the adapters, which are called."""
+        """Those with PEFT's names, and the adapters, which are called."""
+        self.show_adapters()
         yield from super().named_children()
         yield "adapters", self.adapters
+
+    def children(self) -> Iterator[nn.Module]:
+        """The same, those with PEFT's names as far as somebody has asked for them: who wants no names goes over all."""
+        yield from (child for _, child in super().named_children())
+        yield self.adapters
 
     def __repr__(self) -> str:
         self.show_adapters()

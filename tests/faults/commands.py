@@ -258,7 +258,7 @@ COMMANDS: dict[str, Command] = {
     "combine": Command(adapted, _combine("svd")),
     "combine cat": Command(adapted, _combine("cat")),
     "combine rows": Command(
-        adapted, lambda s: s.model.base_model.add_weighted_adapter(["b", "rows"], [0.5, 0.7], "sum", "linear")
+        adapted, lambda s: s.model.base_model.add_weighted_adapter(["b", "rows"], [0.5, 0.7], "sum", "exact")
     ),
     "swap": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["b2"], "b")),
     "swap smaller": Command(adapted, lambda s: hotswap_adapter(s.model, saved()["c"], "b")),

@@ -148,6 +148,21 @@ class Writing(transformers.Trainer):
         self.loaded = "best"
 
 
+@pytest.mark.parametrize("cls", [transformers.Trainer, nbpeft.Trainer])
+def test_weights_of_a_new_adapter_decay_as_those_of_peft(cls: Any, tmp_path: Path) -> None:
+    made = []
+    for library in (peft, nbpeft):
+        torch.manual_seed(1)
+        config = library.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], lora_bias=True)
+        model = library.get_peft_model(llama(), config)
+        used = cls if library is nbpeft else transformers.Trainer
+        trainer = trainer_of(used, model, tmp_path / library.__name__, weight_decay=0.5)
+        groups = trainer.create_optimizer().param_groups
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        made.append([(group["weight_decay"], sorted(names[id(p)] for p in group["params"])) for group in groups])
+    assert made[1] == made[0] and len(made[0][0][1]) == 5 and len(made[0][1][1]) == 2
+
+
 def test_a_derived_trainer_saves_and_loads_in_its_own_way(tmp_path: Path) -> None:
     trainer_of(Writing, trainable(llama()), tmp_path).train()
     folder = tmp_path / "checkpoint-2"
