@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,13 @@ def share(value: str) -> float:
 
 def shortened(notebook: Any, *, steps: int, rows: int) -> Any:
     """The notebook with fewer steps of training and fewer held-out rows, which one line of it says."""
-    full, changed = "STEPS, TEST_ORDERS = 70, 48", 0
-    for cell in notebook.cells:
-        changed += cell.source.count(full)
-        cell.source = cell.source.replace(full, f"STEPS, TEST_ORDERS = {steps}, {rows}")
-    assert changed == 1
+    return replaced(notebook, {"STEPS, TEST_ORDERS = 70, 48": f"STEPS, TEST_ORDERS = {steps}, {rows}"})
+
+
+def replaced(notebook: Any, texts: Mapping[str, str]) -> Any:
+    """The notebook with texts, each of which comes once in its cells, replaced."""
+    for old, new in texts.items():
+        assert sum(cell.source.count(old) for cell in notebook.cells) == 1, old
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
     return notebook
