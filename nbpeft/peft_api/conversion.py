@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nbpeft.engine.methods.lora.fused import FACTORS, joined
 from nbpeft.engine.registry import methods, prefixes
 
 
 def build_peft_weight_mapping(
     weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: Any = None
 ) -> list[Any]:
-    """The renamings from an adapter's file to the names in a model, which transformers' ``load_adapter`` asks for.
+    """What leads from an adapter's file to the names in a model, which transformers' ``load_adapter`` asks for.
 
-    Conversions of the base model that change tensors are left out: they are for its own weights.
+    Of the conversions of the base model that change tensors those of experts hold for LoRA, too: its factors are
+    joined. The others are for the base's own weights.
 
     Args:
         weight_conversions: those of the base model, ``WeightRenaming`` and ``WeightConverter`` of transformers.
@@ -22,9 +25,9 @@ def build_peft_weight_mapping(
         peft_config: its config; any method's names are meant without one.
 
     Returns:
-        ``WeightRenaming`` objects, in the order in which they are applied.
+        ``WeightRenaming`` and ``WeightConverter`` objects, in the order in which they are applied.
     """
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     if not weight_conversions:
         return []
@@ -35,4 +38,47 @@ def build_peft_weight_mapping(
         WeightRenaming("base_model.model.", ""),
         *(WeightRenaming(rf"({re.escape(start)}[^\.]*)", rf"\1.{adapter_name}") for start in sorted(starts)),
         *(conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)),
+        *(
+            converter
+            for conversion in weight_conversions
+            if isinstance(conversion, WeightConverter) and of_type in (None, "LORA")
+            for converter in _of_experts(conversion, adapter_name)
+        ),
     ]
+
+
+def _of_experts(conversion: Any, adapter_name: str) -> Iterator[Any]:
+    """What joins the factors of single experts, if a conversion joins their weights."""
+    from transformers.core_model_loading import WeightConverter
+
+    target, sources = conversion.target_patterns[0], conversion.source_patterns
+    if not re.search(r"\.experts\.(gate_up_proj|down_proj)$", target) or not all(".*." in source for source in sources):
+        return
+    # PEFT wraps the module once for each of its parameters, the first of them innermost.
+    module = target.replace(".gate_up_proj", ".base_layer").removesuffix(".down_proj")
+    for factor in FACTORS:
+        yield WeightConverter(
+            [f"{source.removesuffix('.weight')}.{factor}.*" for source in sources],
+            [f"{module}.{factor}.{adapter_name}.weight"],
+            [_joining()(factor)],
+        )
+
+
+@functools.cache
+def _joining() -> Any:
+    """The operation, whose base class is transformers'."""
+    from transformers.core_model_loading import ConversionOps
+
+    class JoinExperts(ConversionOps):
+        """Joins one factor of all experts."""
+
+        def __init__(self, factor: str) -> None:
+            self.factor = factor
+
+        def convert(
+            self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        ) -> dict[str, Any]:
+            """See ``ConversionOps``."""
+            return {kwargs["full_layer_name"]: joined(self.factor, [input_dict[source] for source in source_patterns])}
+
+    return JoinExperts

@@ -88,6 +88,19 @@ def transformers_files(peft: Any, folder: str) -> list[Any]:
 
 
 @case
+def transformers_experts(peft: Any, folder: str) -> list[Any]:
+    """An adapter of a mixture that was saved when its experts were linear layers."""
+    from tests.former_adapters import file_of_then
+    from tests.tiny_models import mixture
+
+    file_of_then(Path(folder), "mixtral")
+    model = mixture("mixtral")
+    found = [logits(model)]
+    model.load_adapter(folder, adapter_name="one")
+    return [*found, logits(model)]
+
+
+@case
 def transformers_hotswap(peft: Any, folder: str) -> list[Any]:
     """An adapter read into the place of another."""
     for seed in (0, 1):

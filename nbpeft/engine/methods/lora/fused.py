@@ -7,13 +7,13 @@ after those of the other, its B is block-diagonal.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 _OF_AN_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)\.(lora_[AB])\.weight")
-_FACTORS = ("lora_A", "lora_B")
+FACTORS = ("lora_A", "lora_B")
 
 Experts = dict[tuple[str, str], dict[int, Tensor]]
 """(layer, factor) -> expert -> tensor."""
@@ -49,8 +49,8 @@ def fuse(tensors: Mapping[str, Tensor], fused: Mapping[str, tuple[str, ...]]) ->
 
 def _of_module(module: str, experts: Experts, fused: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """Both factors of each parameter under the keys of PEFT's files, or nothing where they are not whole."""
-    names = [name for name, layers in fused.items() if any((layer, _FACTORS[0]) in experts for layer in layers)]
-    wanted = {(layer, factor) for name in names for layer in fused[name] for factor in _FACTORS}
+    names = [name for name, layers in fused.items() if any((layer, FACTORS[0]) in experts for layer in layers)]
+    wanted = {(layer, factor) for name in names for layer in fused[name] for factor in FACTORS}
     every = range(len(next(iter(experts.values()))))
     if experts.keys() != wanted or any(
         tensors.keys() != set(every) or len({tensor.shape for tensor in tensors.values()}) > 1
@@ -60,8 +60,23 @@ def _of_module(module: str, experts: Experts, fused: Mapping[str, tuple[str, ...
     made = {}
     for place, name in enumerate(names):
         inner = ".base_layer" * (len(names) - 1 - place)  # PEFT wraps the module once for each of its parameters
-        left, right = ([[experts[layer, factor][e] for layer in fused[name]] for e in every] for factor in _FACTORS)
-        blocks = [torch.block_diag(*parts) for parts in right]  # type: ignore[no-untyped-call]
-        made[f"{module}{inner}.{_FACTORS[0]}.weight"] = torch.cat([torch.cat(parts) for parts in left])
-        made[f"{module}{inner}.{_FACTORS[1]}.weight"] = torch.stack(blocks, dim=-1).flatten(1)
+        for factor in FACTORS:
+            parts = [[experts[layer, factor][e] for e in every] for layer in fused[name]]
+            made[f"{module}{inner}.{factor}.weight"] = joined(factor, parts)
     return made
+
+
+def joined(factor: str, parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """One factor of a parameter, as PEFT's files have it.
+
+    Args:
+        factor: which of the two.
+        parts: the factors of each layer that the parameter was, in its order, each with those of all experts.
+
+    Returns:
+        A, (experts r, in), or B, (out, r experts), where r and out are the sums over the layers.
+    """
+    if factor == FACTORS[0]:
+        return torch.cat([torch.cat(of_one) for of_one in zip(*parts, strict=True)])
+    blocks = [torch.block_diag(*of_one) for of_one in zip(*parts, strict=True)]  # type: ignore[no-untyped-call]
+    return torch.stack(blocks, dim=-1).flatten(1)
