@@ -16,6 +16,18 @@ def fits(factor: float, dtype: torch.dtype) -> bool:
     return abs(factor) <= torch.finfo(dtype).max
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 at least: LAPACK and cuSOLVER have nothing for half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """The rotations ``(I - Q) (I + Q)⁻¹`` of skew-symmetric matrices (…, b, b), in their dtype."""
+    wide = widened(skew)
+    identity = torch.eye(wide.shape[-1], device=wide.device, dtype=wide.dtype)
+    return torch.linalg.solve(identity + wide, identity - wide, left=False).to(skew.dtype)
+
+
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
     """Whether a floating tensor holds neither NaN nor infinite numbers."""

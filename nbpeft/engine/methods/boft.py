@@ -20,6 +20,7 @@ from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsInput, Transfo
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count
 from nbpeft.engine.layers_config import LayersConfig
+from nbpeft.engine.numerics import cayley
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
@@ -266,9 +267,9 @@ def _rotated(rows: Tensor, matrices: Tensor, kept: Tensor | None, *, transposed:
         kept: (factors, blocks, 1, 1), False for blocks that are not rotated; None for all.
         transposed: with the transposed M, as a weight is.
     """
-    rotations = _cayley(matrices)
+    rotations = cayley((matrices - matrices.mT) / 2)
     if kept is not None:
-        rotations = torch.where(kept, rotations, torch.eye(matrices.shape[-1], device=matrices.device))
+        rotations = torch.where(kept, rotations, torch.eye(matrices.shape[-1]).to(rotations))
     order = range(len(rotations)) if transposed else reversed(range(len(rotations)))
     rows = rows.to(rotations.dtype)
     for factor in order:
@@ -276,14 +277,6 @@ def _rotated(rows: Tensor, matrices: Tensor, kept: Tensor | None, *, transposed:
         parts = _unmixed(rows, blocks.shape[-1], factor).reshape(*rows.shape[:-1], *blocks.shape[:2])
         rows = _mixed(torch.einsum("...rk,rkc->...rc", parts, blocks).flatten(-2), blocks.shape[-1], factor)
     return rows
-
-
-def _cayley(matrices: Tensor) -> Tensor:
-    """The rotations that the skew-symmetric parts of matrices (…, b, b) stand for."""
-    skew = (matrices - matrices.mT) / 2
-    identity = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype)
-    rotations: Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
-    return rotations
 
 
 def _mixed(rows: Tensor, size: int, factor: int) -> Tensor:

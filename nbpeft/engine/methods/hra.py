@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, TransformsInput
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.layers_config import LayersConfig
+from nbpeft.engine.numerics import widened
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.weight_delta import apply_delta, keeping_inputs, uniform
@@ -127,7 +128,7 @@ class HRA(Adapter):
             transposed: of ``x Hᵀ``, an input's; else of ``w H``, a weight's.
         """
         if self.orthogonal:
-            basis: Tensor = torch.linalg.qr(vectors).Q
+            basis = _basis(vectors)
             return rows @ basis @ basis.T * -2
         unit, core = _reflections(vectors)
         return rows @ unit @ (core.T if transposed else core) @ unit.T * -1
@@ -168,7 +169,7 @@ class HRAOnLinear(HRA, TransformsInput, ConvertsToLora):
         vectors = self.vectors
         weight = base.weight().to(vectors.dtype)
         if self.orthogonal:
-            basis = torch.linalg.qr(vectors).Q
+            basis = _basis(vectors)
             return LowRankDelta(basis.T, weight @ basis, -2.0)
         unit, core = _reflections(vectors)
         return LowRankDelta(unit.T, weight @ unit @ core, -1.0)
@@ -201,5 +202,11 @@ class HRAOnConvolution(HRA):
 def _reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """V (in, r) and C (r, r) of ``H = I - V C Vᵀ``."""
     unit: Tensor = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny)
-    identity = torch.eye(unit.shape[1], device=unit.device, dtype=unit.dtype)
-    return unit, torch.linalg.solve_triangular((unit.T @ unit).triu(1) + identity / 2, identity, upper=True)
+    products = widened(unit.T @ unit).triu(1)
+    identity = torch.eye(unit.shape[1], device=unit.device, dtype=products.dtype)
+    return unit, torch.linalg.solve_triangular(products + identity / 2, identity, upper=True).to(unit.dtype)
+
+
+def _basis(vectors: Tensor) -> Tensor:
+    """An orthonormal basis of them, (in, r)."""
+    return torch.linalg.qr(widened(vectors)).Q.to(vectors.dtype)

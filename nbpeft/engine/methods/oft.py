@@ -21,7 +21,7 @@ from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsInput, Transfo
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_number
 from nbpeft.engine.layers_config import LayersConfig
-from nbpeft.engine.numerics import composes, without_autocast
+from nbpeft.engine.numerics import cayley, composes, without_autocast
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
@@ -212,10 +212,7 @@ class OFT(Adapter):
         skew[:, rows, columns] = triangles
         skew = skew - skew.mT
         identity = torch.eye(self.size, device=skew.device, dtype=skew.dtype)
-        if self.terms is None:
-            rotations = torch.linalg.solve(identity + skew, identity - skew, left=False)
-        else:
-            rotations = _neumann(identity, skew, self.terms)
+        rotations = cayley(skew) if self.terms is None else _neumann(identity, skew, self.terms)
         rotations = rotations if rotations.shape[0] == self.count else rotations.expand(self.count, -1, -1)
         return rotations if kept is None else torch.where(kept, rotations, identity)
 

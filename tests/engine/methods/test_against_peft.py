@@ -231,6 +231,22 @@ def test_eight_steps_of_training_are_those_of_peft(method: Method, fields: dict[
     torch.testing.assert_close(logits(ours.eval()), logits(theirs.eval()), atol=1e-3, rtol=1e-3)
 
 
+@every_sample
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_in_half_precision_it_runs_trains_and_merges(method: Method, fields: dict[str, Any], dtype: Any) -> None:
+    config = method.config_class(task_type="CAUSAL_LM", **targets(method) | fields)
+    wide = get_peft_model(llama(), config).eval()
+    half = get_peft_model(llama(dtype=dtype), config, autocast_adapter_dtype=False).eval()
+    for model in (wide, half):
+        randomize(model, scale=0.1)
+    near = {"atol": 0.1, "rtol": 0.05}
+    torch.testing.assert_close(logits(half).float(), logits(wide), **near)
+    half.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    gradients = [one.grad for one in half.parameters() if one.requires_grad and one.grad is not None]
+    assert gradients and all(one.isfinite().all() for one in gradients)
+    torch.testing.assert_close(logits(half.eval().merge_and_unload()).float(), logits(wide), **near)
+
+
 def saved_bytes(model: Any) -> int:
     """Bytes that a training call keeps for backward, each storage once, without what the model holds anyway."""
     held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

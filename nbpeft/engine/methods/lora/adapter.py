@@ -16,6 +16,7 @@ from nbpeft.engine.methods.lora.decompositions import nearest_product
 from nbpeft.engine.methods.lora.inits import RANDOM, Start, check_init, init_factors
 from nbpeft.engine.methods.lora.low_rank import LowRank, Shapes, low_rank_of
 from nbpeft.engine.methods.lora.peft_modules import AdapterDropout, factor_module
+from nbpeft.engine.numerics import widened
 from nbpeft.engine.peft_layer_api import PeftLayerMixin
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError
@@ -238,9 +239,7 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
         """Computes the norm of the change from the factors, where it is their product; see ``Adapter``."""
         if self.reads_weight or weight.ndim != 2:
             return super().delta_size(weight, base)
-        lora_A, lora_B = (
-            factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.detached_factors
-        )
+        lora_A, lora_B = map(widened, self.detached_factors)
         core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
         energies = torch.linalg.svdvals(core * float(self.scaling)).square()
         total = float(energies.sum())

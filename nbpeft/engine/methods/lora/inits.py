@@ -42,7 +42,7 @@ from nbpeft.engine.methods.lora.gradients import GRADIENT, gradient_factors
 from nbpeft.engine.methods.lora.init_configs import INIT_CONFIGS
 from nbpeft.engine.methods.lora.loftq import QuantizedWeight, loftq_start
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
-from nbpeft.engine.numerics import is_finite
+from nbpeft.engine.numerics import is_finite, widened
 from nbpeft.engine.storage import loaded
 from nbpeft.errors import ConfigError
 
@@ -234,7 +234,7 @@ def start_of(config: LoraConfig, site: AdapterSite, *, is_new: bool) -> Start:
     if config.initialised_from_data:
         return _data_start(config, site, is_new=is_new)
     path, weight = site.path, site.base.weight()
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = widened(weight)
     if not weight.is_meta and not is_finite(weight):
         raise ConfigError(
             f"{path}: {_named(config)} starts in the weight, which is not finite",

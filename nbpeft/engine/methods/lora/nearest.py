@@ -22,6 +22,7 @@ from nbpeft.engine.methods.lora.combining.config import rank_patterns
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.conversion import KEPT_FIELDS, padded
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
+from nbpeft.engine.numerics import widened
 from nbpeft.errors import ConfigError
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "trainable_token_indices")
@@ -109,13 +110,13 @@ def _decomposed(adapter: Adapter, base: BaseLayer) -> tuple[Tensor, Tensor, Tens
         return left @ rotated_left, values, rotated_right @ right.T
     weight = base.weight()
     if adapter.reads_weight:
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = widened(weight)
     return _singular(_wide(adapter.delta_weight(weight, base)))
 
 
 def _wide(tensor: Tensor) -> Tensor:
     """A matrix of it, in float32 at least."""
-    return tensor.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32))
+    return widened(tensor.flatten(1))
 
 
 def _singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
