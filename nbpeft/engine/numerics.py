@@ -25,7 +25,8 @@ def cayley(skew: Tensor) -> Tensor:
     """The rotations ``(I - Q) (I + Q)⁻¹`` of skew-symmetric matrices (…, b, b), in their dtype."""
     wide = widened(skew)
     identity = torch.eye(wide.shape[-1], device=wide.device, dtype=wide.dtype)
-    return torch.linalg.solve(identity + wide, identity - wide, left=False).to(skew.dtype)
+    rotations: Tensor = torch.linalg.solve(identity + wide, identity - wide, left=False)
+    return rotations.to(skew.dtype)
 
 
 @torch.no_grad()

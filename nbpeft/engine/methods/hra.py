@@ -209,4 +209,5 @@ def _reflections(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _basis(vectors: Tensor) -> Tensor:
     """An orthonormal basis of them, (in, r)."""
-    return torch.linalg.qr(widened(vectors)).Q.to(vectors.dtype)
+    basis: Tensor = torch.linalg.qr(widened(vectors)).Q
+    return basis.to(vectors.dtype)

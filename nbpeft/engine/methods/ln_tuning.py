@@ -2,7 +2,8 @@
 
     y = norm(x) ∘ w + b        w, b: trained copies, which start at those of the layer
 
-A norm runs once, with the copies in place of its own.
+A norm runs once, with the copies in place of its own. So does any other layer that is named as a target: it is
+trained as a whole, as long as its weight is not quantized.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.base import BaseLayer, LayerKind
+from nbpeft.engine.layer_kinds.conv1d import TransformersConv1D
+from nbpeft.engine.layer_kinds.convolution import Conv1d, Conv2d, Conv3d
+from nbpeft.engine.layer_kinds.embedding import Embedding
+from nbpeft.engine.layer_kinds.linear import Linear
 from nbpeft.engine.layers_config import LayersConfig
-from nbpeft.engine.registry import register
+from nbpeft.engine.registry import register, resolve_backend
+from nbpeft.errors import TargetError
 
 WEIGHT, BIAS = "weight", "bias"
+COPIES = "ln_tuning_layers"
+OWN = {COPIES: WEIGHT, f"{COPIES}_bias": BIAS}
+"""Parameter of an adapter -> the layer's that it is a copy of."""
 _BLOCK = ["input_layernorm", "post_attention_layernorm"]
 _FOUR = [*_BLOCK, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]
 _TARGETS = {
@@ -75,15 +84,15 @@ class Norm:
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """The norm with another weight and no bias."""
         bias = None if module._parameters.get(BIAS) is None else torch.zeros_like(weight)
-        return _normed(module, x, {WEIGHT: weight, BIAS: bias})
+        return _computed(module, x, {WEIGHT: weight, BIAS: bias})
 
     def per_channel(self, module: nn.Module, vector: Tensor) -> Tensor:
         """The same."""
         return vector
 
 
-def _normed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor:
-    """What a norm gives with other parameters. The module itself is left alone: other threads may run it."""
+def _computed(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None]) -> Tensor:
+    """What a layer gives with other parameters. The module itself is left alone: other threads may run it."""
     shell = object.__new__(type(module))
     shell.__dict__.update(module.__dict__)
     shell.__dict__["_parameters"] = {**module._parameters, **parameters}
@@ -106,61 +115,75 @@ class LNTuningConfig(LayersConfig):
     when="norms alone: very few parameters, and nothing added to the model",
     paper="arXiv:2312.11420",
     layer_name="ln_tuning.LNTuningLayer",
-    file_keys={name: f"ln_tuning_layers.{name}" for name in (WEIGHT, BIAS)},
+    file_keys={name: f"{COPIES}.{own}" for name, own in OWN.items()},
     default_targets=lambda model_type: _TARGETS.get(model_type or ""),
     summary=lambda config: {"trains": "norms"},
     sample_configs={"norms": {}},
-    layer_kinds=(Norm(),),
+    layer_kinds=(Norm(), Embedding(), TransformersConv1D(), Conv1d(), Conv2d(), Conv3d(), Linear()),
 )
 class LNTuning(Adapter, ReplacesCall):
-    """The copies of one norm's weight and bias, (features,)."""
+    """The copies of one layer's weight and bias, shaped as the layer stores them: (features,) for a norm."""
 
     reads_weight: ClassVar[bool] = True
+    wrapped_parameters: ClassVar[tuple[str, ...]] = (COPIES,)
 
     @classmethod
     def parameter_shapes(
         cls, config: LNTuningConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """Those of the norm; see ``Adapter``."""
-        return {name: tuple(own.shape) for name in (WEIGHT, BIAS) if (own := module._parameters.get(name)) is not None}
+        """Those of the layer; see ``Adapter``.
+
+        Raises:
+            TargetError: its weight is quantized.
+        """
+        backend = resolve_backend(module)
+        if backend is None or backend.name != "dense":
+            raise TargetError(
+                f"{path} cannot be adapted by LN tuning, which copies its weight: that is quantized; exclude it",
+                path=path,
+                kind=type(module).__name__,
+            )
+        own = module._parameters
+        return {name: tuple(found.shape) for name, of in OWN.items() if (found := own.get(of)) is not None}
 
     @classmethod
     def create(cls, config: LNTuningConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded copies or makes new ones; see ``Adapter``."""
         made = cls()
         if tensors is None:
-            base = site.base
-            own = {WEIGHT: base.weight(), BIAS: base.bias}
-            tensors = {
-                name: own[name].detach().to(base.device, site.dtype, copy=True)  # type: ignore[union-attr]
-                for name in site.shapes
-            }
+            own = _own(site.base)
+            tensors = {name: own[name].to(site.base.device, site.dtype, copy=True) for name in site.shapes}
         made._parameters.update({name: nn.Parameter(tensors[name]) for name in site.shapes})
         return made
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor:
-        """What the norm gives with the copies; see ``ReplacesCall``."""
+        """What the layer gives with the copies; see ``ReplacesCall``."""
         held, dtype = self.held, base.dtype
-        copies = {name: one.to(x.device, dtype) for name in (WEIGHT, BIAS) if (one := held.get(name)) is not None}
-        return _normed(base.module, x, copies)
+        copies = {own: one.to(x.device, dtype) for name, own in OWN.items() if (one := held.get(name)) is not None}
+        return _computed(base.module, x, copies)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """The difference between that and what the frozen norm gives; see ``Adapter``."""
+        """The difference between that and what the frozen layer gives; see ``Adapter``."""
         return self.output(x, base) - base_output
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """The copy of the weight minus the frozen one; see ``Adapter``."""
-        copied: Tensor = self.held[WEIGHT].detach()
+        copied = base.kind.canonical(base.module, self.held[COPIES].detach())
         return copied - weight.to(copied)
 
     def delta_bias(self, base: BaseLayer) -> Tensor | None:
         """The copy of the bias minus the frozen one."""
-        bias, copied = base.bias, self.held.get(BIAS)
+        bias, copied = base.bias, self.held.get(f"{COPIES}_bias")
         return None if bias is None or copied is None else copied.detach() - bias.detach().to(copied)
 
     @torch.no_grad()
     def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the copies with the frozen norm's."""
-        for name, own in ((WEIGHT, base.weight()), (BIAS, base.bias)):
-            if own is not None and name in self._parameters:
-                self.get_parameter(name).copy_(own)
+        """Overwrites the copies with what the frozen layer has."""
+        for name, own in _own(base).items():
+            self.get_parameter(name).copy_(own)
+
+
+def _own(base: BaseLayer) -> dict[str, Tensor]:
+    """Parameter of an adapter -> what the layer has, as it stores it, detached."""
+    own = {COPIES: base.kind.canonical(base.module, base.weight())}
+    return own if base.bias is None else own | {f"{COPIES}_bias": base.bias.detach()}
