@@ -371,7 +371,20 @@ def attribute_by_name(adapters: dict[str, Any], name: str) -> PerAdapterView | N
 
 
 def _has(adapter: nn.Module, attribute: str) -> bool:
-    return attribute in adapter._parameters or attribute in adapter.__dict__ or hasattr(type(adapter), attribute)
+    own = attribute.partition(".")[0]
+    held = (adapter._parameters, adapter._buffers, adapter.__dict__)
+    return any(own in one for one in held) or hasattr(type(adapter), own)
+
+
+def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | None:
+    """A tensor that the layers of adapters share; None if none of them share one of that name.
+
+    Args:
+        states: adapter name -> what its layers share.
+        name: the tensor's, as ``vera_A``.
+    """
+    found = PerAdapterView(states, name, attrgetter(name))
+    return found if found and name.isidentifier() else None
 
 
 class LayerType(type):

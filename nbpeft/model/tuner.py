@@ -14,7 +14,7 @@ from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manager_of
-from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type
+from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type, shared_by_name
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import Method, methods, methods_of_type
 from nbpeft.engine.targets import usual_model_types
@@ -314,7 +314,14 @@ class BaseTuner(nn.Module):
         except AttributeError:
             if "model" not in self.__dict__.get("_modules", {}):
                 raise
-        return getattr(self.model, name)
+        try:
+            return getattr(self.model, name)
+        except AttributeError:
+            manager = self.manager
+            shared = {adapter: state for adapter in manager.configs if (state := manager.shared(adapter)) is not None}
+            if name.startswith("_") or (found := shared_by_name(shared, name)) is None:
+                raise
+        return found
 
 
 def tuner_class(method: Method) -> type[BaseTuner]:

@@ -169,7 +169,9 @@ def _sparse_bases(
 class RandLora(Adapter, Rescales):
     """The scales of the bases on one layer."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"} | {
+        name: f"bases.{name}" for name in (BASIS_A, BASIS_B)
+    }
 
     bases: Bases
     dropout: float

@@ -180,7 +180,7 @@ def _logits(config: VBLoRAConfig, tensors: Mapping[str, Tensor], key: str) -> Te
 class VBLoRA(ComputedFactors):
     """The logits of the pieces of one layer."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "topk": "count"}
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", "topk": "count", BANK: "bank.vectors"}
 
     bank: VectorBank
     count: int

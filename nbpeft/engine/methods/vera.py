@@ -125,6 +125,10 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 class Vera(Adapter, ConvertsToLora):
     """The two vectors of one layer."""
 
+    peft_attributes: ClassVar[Mapping[str, str]] = {
+        name: f"projections.{name}" for name in (PROJECTION_A, PROJECTION_B)
+    }
+
     @classmethod
     def parameter_shapes(
         cls, config: VeraConfig, path: str, module: nn.Module, kind: LayerKind

@@ -211,6 +211,23 @@ def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Pa
     torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, atol=1e-4, rtol=1e-3)
 
 
+SHARED = {"VBLORA": ["vblora_vector_bank"], "VERA": ["vera_A", "vera_B"], "RANDLORA": ["randlora_A", "randlora_B"]}
+
+
+@pytest.mark.parametrize("method", [one for one in METHODS if one.peft_type in SHARED], ids=lambda one: one.label)
+def test_what_layers_share_has_the_names_of_peft(method: Method, tmp_path: Path) -> None:
+    ours, theirs = pair(method, next(iter(method.sample_configs.values())), tmp_path)
+    for name in SHARED[method.peft_type]:
+        layers = [model.base_model.model.model.layers[0].self_attn.v_proj for model in (ours, theirs)]
+        for found, wanted in ((getattr(ours, name), getattr(theirs, name)), (getattr(one, name) for one in layers)):
+            assert list(found) == list(wanted) == ["default"] and "other" not in found
+            torch.testing.assert_close(found["default"].detach(), wanted["default"].detach())
+            torch.testing.assert_close(found.default.detach(), wanted.default.detach())
+        assert getattr(ours, name)["default"] is getattr(layers[0], name)["default"]
+    with pytest.raises(AttributeError):
+        ours.vera_C  # noqa: B018
+
+
 def trained(model: Any, steps: int = 8) -> list[float]:
     ids, losses = tokens(), []
     model.train()
