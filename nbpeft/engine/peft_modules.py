@@ -18,36 +18,6 @@ from nbpeft.engine.live_parameters import LiveParameters, Slot
 from nbpeft.engine.peft_layer_api import by_name
 
 
-class AdapterDict(nn.ModuleDict):
-    """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``."""
-
-    def __setitem__(self, name: str, module: nn.Module) -> None:
-        self._modules[name] = module
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def _get_name(self) -> str:
-        return "ModuleDict"
-
-
-def shown_name(adapter: Adapter, own: str, name: str) -> str:
-    """Returns the name of a parameter below an adapted layer.
-
-    Args:
-        adapter: the adapter.
-        own: its own name of the parameter.
-        name: the adapter's name.
-    """
-    if "." in own:  # of a module inside the adapter
-        return f"{adapter.parts_shown_as}.{name}.{own}"
-    for tail in ("weight", "bias"):
-        wrapped = own if tail == "weight" else own.removesuffix("_bias")
-        if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
-            return f"{wrapped}.{name}.{tail}"
-    return ".".join(filter(None, (adapter.peft_container, own, name)))
-
-
 class _Shows(nn.Module):
     """A module whose parameters are those of adapters. A tensor that is assigned takes the parameter's place."""
 
@@ -77,6 +47,66 @@ class _Shows(nn.Module):
             adapter.__dict__.pop(own, None)
         else:
             super().__delattr__(name)
+
+
+class AdapterDict(_Shows, nn.ModuleDict):
+    """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``.
+
+    Adapters of two methods on a layer may have a parameter of one name that is a module of the one alone (LoRA's and
+    AdaLoRA's ``lora_A``): that of the other is here as it is.
+    """
+
+    def show(self, slots: dict[str, Slot]) -> None:
+        """Shows parameters beside the modules from now on."""
+        self.__dict__["_parameters"] = LiveParameters(slots) if slots else {}
+
+    def __getitem__(self, name: str) -> Any:
+        live: Any = self.__dict__["_parameters"]
+        return live.held(name) if name in live else self._modules[name]
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        self._modules[name] = module
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._modules, *self._parameters])
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters)
+
+    def keys(self) -> Any:
+        """Names of the adapters."""
+        return {name: None for name in self}.keys()
+
+    def items(self) -> Any:
+        """What there is by adapter."""
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        """What there is of each adapter."""
+        return {name: self[name] for name in self}.values()
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+
+def shown_name(adapter: Adapter, own: str, name: str) -> str:
+    """Returns the name of a parameter below an adapted layer.
+
+    Args:
+        adapter: the adapter.
+        own: its own name of the parameter.
+        name: the adapter's name.
+    """
+    if "." in own:  # of a module inside the adapter
+        return f"{adapter.parts_shown_as}.{name}.{own}"
+    for tail in ("weight", "bias"):
+        wrapped = own if tail == "weight" else own.removesuffix("_bias")
+        if wrapped in adapter.wrapped_parameters and (tail == "weight" or wrapped != own):
+            return f"{wrapped}.{name}.{tail}"
+    return ".".join(filter(None, (adapter.peft_container, own, name)))
 
 
 class Observed(nn.Module):
@@ -212,22 +242,28 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
     for gone in shown.keys() - used:
         _empty(shown.pop(gone))
     for shown_as, leaves in modules.items():
-        held = shown.setdefault(shown_as, AdapterDict())._modules
+        held = _container(shown, shown_as, AdapterDict)._modules
         held.clear()
         held.update(leaves)
+        shown[shown_as].show(parameters.pop(("", shown_as), {}))
     for (container, own), slots in parameters.items():
         place = shown.setdefault(container, Container(adapters))._modules if container else shown
-        if own in place:
-            place[own].show(slots)
-        else:
-            place[own] = ParameterMapping(slots)
+        _container(place, own, ParameterMapping).show(slots)
+
+
+def _container(place: dict[str, Any], name: str, kind: type[AdapterDict | ParameterMapping]) -> Any:
+    """The mapping of a kind under a name, in place of one of the other kind."""
+    if not isinstance(place.get(name), kind):
+        if name in place:
+            _empty(place[name])
+        place[name] = AdapterDict() if kind is AdapterDict else ParameterMapping({})
+    return place[name]
 
 
 def _empty(container: Any) -> None:
     """Lets a mapping that somebody may still have go of what was in it."""
-    if isinstance(container, ParameterMapping):
+    if isinstance(container, AdapterDict | ParameterMapping):
         container.show({})
-        return
     for inner in container._modules.values() if isinstance(container, Container) else ():
         _empty(inner)
     container._modules.clear()

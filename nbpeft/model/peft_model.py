@@ -26,7 +26,7 @@ from nbpeft.model.status import LayerStatus, ModelStatus, get_layer_status, get_
 from nbpeft.model.tuner import (
     BaseTuner,
     enable_input_grads_for_checkpointing,
-    remove_adapter,
+    remove_adapters,
     tuner_class,
     warn_of_trained_biases,
 )
@@ -329,10 +329,10 @@ class PeftModel(nn.Module):
         """Sets whether gradients reach adapters, whatever is active."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter; if no active one is left, the oldest becomes active."""
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Removes one adapter or several, all or none; if no active one is left, the oldest becomes active."""
         self._check_live()
-        remove_adapter(self.manager, adapter_name)
+        remove_adapters(self.manager, adapter_name)
 
     def disable_adapter(self) -> ScopedChoice:
         """Context manager: disables all adapters inside the block; afterwards everything is as before.

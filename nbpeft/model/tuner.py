@@ -226,10 +226,10 @@ class BaseTuner(nn.Module):
         warn_of_trained_biases(self.manager)
         self.manager.disable()
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter; if no active one is left, the oldest becomes active."""
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Removes one adapter or several, all or none; if no active one is left, the oldest becomes active."""
         self.check_live()
-        remove_adapter(self.manager, adapter_name)
+        remove_adapters(self.manager, adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -391,17 +391,22 @@ def enable_input_grads_for_checkpointing(model: nn.Module, change: Transaction) 
         enable()
 
 
-def remove_adapter(manager: AdapterManager, name: str) -> None:
-    """Removes an adapter, and warns which one is active in its place."""
-    if name not in manager.configs:  # in the words that PEFT's users look for
-        have = ", ".join(map(repr, manager.configs)) or "none"
-        raise UnknownAdapterError(
-            f"Adapter {name} does not exist; the model has: {have}." + did_you_mean(str(name), manager.configs)
-        )
-    alone = manager.active == (name,)
-    manager.remove(name)
-    if alone and manager.active:
-        warnings.warn(f"adapter {name!r} was active and is deleted: {manager.active[0]!r} is active now", stacklevel=3)
+def remove_adapters(manager: AdapterManager, names: str | Sequence[str]) -> None:
+    """Removes one adapter or several, all or none, and warns which one is active in their place."""
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    for name in names:
+        if name not in manager.configs:  # in the words that PEFT's users look for
+            have = ", ".join(map(repr, manager.configs)) or "none"
+            raise UnknownAdapterError(
+                f"Adapter {name} does not exist; the model has: {have}." + did_you_mean(str(name), manager.configs)
+            )
+    active = manager.active
+    with manager.transaction():
+        for name in names:
+            manager.remove(name)
+    if active and manager.active and not {*active} & {*manager.active}:
+        gone = " and ".join(map(repr, active))
+        warnings.warn(f"adapter {gone} was active and is deleted: {manager.active[0]!r} is active now", stacklevel=3)
 
 
 def warn_of_trained_biases(manager: AdapterManager) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nbpeft.checkpoint import condense_targets
-from nbpeft.engine.adapter import AdapterConfig
+from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig
 from nbpeft.engine.base import onloaded
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
@@ -263,7 +263,8 @@ def _find_minimal_target_modules(target_modules: Collection[str], other_module_n
 def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
     """What the keys of adapters in a model's state dict start with, those of one adapter or of all."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
-    parts = [(path, name) for path, layer in layers for name in layer.adapter_layer_names]
+    carrying = [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.adapters]
+    parts = [(path, name) for path, layer in carrying for name in (*layer.adapter_layer_names, ADAPTER_PARTS)]
     return {".".join(filter(None, (*part, adapter_name))) for part in parts}
 
 

@@ -165,6 +165,33 @@ def test_modules_follow_their_adapters() -> None:
     assert adapter() is None and not held
 
 
+@pytest.mark.parametrize("first", ["lora", "adalora"])
+def test_one_name_can_be_a_module_of_one_method_and_a_parameter_of_another(first: str) -> None:
+    configs: dict[str, Any] = {
+        "lora": LoraConfig(target_modules=["first"], r=2, init_lora_weights=False),
+        "adalora": nbpeft.AdaLoraConfig(target_modules=["first"], init_r=3, total_step=5, init_lora_weights=False),
+    }
+    second = "lora" if first == "adalora" else "adalora"
+    model = get_peft_model(Net(), configs[first], first)
+    layer: Any = model.base_model.model.first
+    assert "lora_A" in str([name for name, _ in model.named_parameters()])
+    model.add_adapter(second, configs[second])
+    names = {"base_model.model.first.lora_A.lora.weight", "base_model.model.first.lora_A.adalora"}
+    assert names == {name for name, _ in model.named_parameters() if "lora_A" in name}
+    assert names <= model.state_dict().keys() and len(layer.lora_A) == 2 and "lora_A" in repr(model)
+    assert set(layer.lora_A) == set(layer.lora_A.keys()) == {"lora", "adalora"} and "lora" in layer.lora_A
+    assert layer.lora_A["lora"].weight.shape == (2, 6) and layer.lora_A["adalora"].shape == (3, 6)
+    assert len(layer.lora_A.values()) == len(layer.lora_A.items()) == 2
+    before = model(IDS)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert torch.equal(model(IDS), before)
+    held = layer.lora_A
+    model.delete_adapter(first)
+    assert set(layer.lora_A) == {second} and set(held) <= {second}
+    model.delete_adapter(second)
+    assert not held and not hasattr(layer, "lora_A")
+
+
 def test_a_layer_prints_as_in_peft() -> None:
     ours, theirs = pair("linear")
     lines = repr(ours).splitlines()

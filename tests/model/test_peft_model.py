@@ -105,6 +105,20 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
             model.add_adapter(bad, config())  # type: ignore[arg-type]
 
 
+def test_several_adapters_are_deleted_at_once_or_none() -> None:
+    model = adapted(name="first")
+    for name in ("second", "third"):
+        model.add_adapter(name, config())
+    with pytest.raises(UnknownAdapterError, match="fourth does not exist"):
+        model.delete_adapter(["first", "fourth"])
+    assert list(model.peft_config) == ["first", "second", "third"] and model.active_adapters == ["first"]
+    with pytest.warns(UserWarning, match="'first' was active and is deleted: 'third' is active now"):
+        model.delete_adapter(["first", "second", "first"])
+    assert list(model.peft_config) == ["third"]
+    model.base_model.delete_adapter(["third"])
+    assert not model.peft_config and torch.equal(logits(model), logits(llama()))
+
+
 def test_attributes_fall_through_and_names_have_pefts_prefix() -> None:
     model = adapted()
     assert model.config.hidden_size == 32 and model.get_input_embeddings().weight.shape == (VOCABULARY, 32)

@@ -151,6 +151,23 @@ def test_keys_of_adapters_are_those_of_peft() -> None:
     assert found[:2] == found[2:] and found[1] < found[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("VBLoRAConfig", {"vector_length": 8, "num_vectors": 8}), ("VeraConfig", {}), ("LNTuningConfig", {})],
+)
+def test_keys_of_what_layers_share_are_keys_of_an_adapter(name: str, fields: dict[str, Any]) -> None:
+    tools = importlib.import_module("nbpeft.tuners.tuners_utils")
+    model = nbpeft.get_peft_model(tiny_models.llama(), getattr(nbpeft, name)(**fields), "one")
+    first = set(model.state_dict())
+    model.add_adapter("other", nbpeft.LoraConfig(target_modules=["o_proj"]))
+    keys = model.state_dict()
+    for adapter in ("one", "other"):
+        prefixes = tools._get_tuner_state_dict_key_prefixes(model, adapter)
+        found = set(tools._filter_state_dict_by_key_prefixes(keys, prefixes))
+        assert found == {key for key in keys if f".{adapter}" in key} and found
+    assert found.isdisjoint(first)
+
+
 def test_blocks_are_those_of_peft() -> None:
     theirs, ours = both("utils.other", "_get_no_split_modules")
     assert ours(tiny_models.llama()) == set(theirs(tiny_models.llama())) == {"LlamaDecoderLayer"}
