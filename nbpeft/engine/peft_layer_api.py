@@ -383,7 +383,7 @@ def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | None:
         states: adapter name -> what its layers share.
         name: the tensor's, as ``vera_A``.
     """
-    found = PerAdapterView(states, name, attrgetter(name))
+    found = PerAdapterView(states, name, attrgetter(name), lambda state, value: attrgetter(name)(state).copy_(value))
     return found if found and name.isidentifier() else None
 
 

@@ -103,7 +103,7 @@ def _mask(shape: tuple[int, int], places: Tensor) -> Tensor:
 class Shira(WeightDelta, Rescales, ReplacesCall):
     """The entries of one layer, (n,), and their places, (2, n): rows and columns."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank"}
+    peft_attributes: ClassVar[Mapping[str, str]] = {"r": "rank", INDICES: "held_indices"}
 
     rank: int
 
@@ -202,7 +202,8 @@ def _new_places(config: ShiraConfig, site: AdapterSite) -> Tensor:
             "of a layer, or take mask_type='random'",
             field="mask_type",
         )
-    mask = config.mask_fn(site.base.module, config.r, random_seed=config.random_seed)
+    seed = {"random_seed": config.random_seed} if config.mask_type == "random" else {}
+    mask = config.mask_fn(site.base.module, config.r, **seed)
     places = (mask == 1).nonzero().T
     if tuple(mask.shape) != shape or places.shape[1] != site.shapes[WEIGHT][0]:
         raise ConfigError(

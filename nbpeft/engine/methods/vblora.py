@@ -115,17 +115,20 @@ class VectorBank(SharedState):
         return cls(torch.empty(shapes[BANK], device=device, dtype=dtype).uniform_(-bound, bound))
 
 
+def _index_dtype(count: int) -> torch.dtype:
+    """The smallest that a file numbers so many vectors with."""
+    return torch.uint8 if count < 2**8 else torch.int16 if count < 2**15 else torch.int32
+
+
 def _packed(config: VBLoRAConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Which vectors each piece mixes and all of their shares but the last, in place of the logits."""
     if not config.save_only_topk_weights:
         return tensors
-    small = config.num_vectors < 2**8, config.num_vectors < 2**15
-    dtype = torch.uint8 if small[0] else torch.int16 if small[1] else torch.int32
     packed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key.endswith((LOGITS_A, LOGITS_B)):
             largest, indices = tensor.detach().topk(config.topk)
-            packed[key + _INDICES] = indices.to(dtype)
+            packed[key + _INDICES] = indices.to(_index_dtype(config.num_vectors))
             packed[key + _WEIGHTS] = largest.softmax(-1)[..., :-1].contiguous()
         else:
             packed[key] = tensor
@@ -161,6 +164,32 @@ def _logits(config: VBLoRAConfig, tensors: Mapping[str, Tensor], key: str) -> Te
     return logits.scatter(-1, indices.long(), wide.log()).to(shares.dtype)
 
 
+def savable_parameters(manager: Any, adapter: str = "default") -> tuple[int, int]:
+    """What a file of an adapter takes, and what else of the model is trained, both in numbers of 4 bytes.
+
+    Args:
+        manager: of the model.
+        adapter: which adapter.
+    """
+    manager.require(adapter)
+    config, layers = manager.configs[adapter], manager.layers.values()
+    held = [found for layer in layers if isinstance(found := layer.adapters._modules.get(adapter), VBLoRA)]
+    logits = sum(one.held[name].numel() for one in held for name in (LOGITS_A, LOGITS_B))
+    if config.save_only_topk_weights:
+        bytes_of_index = _index_dtype(config.num_vectors).itemsize
+        logits = int(logits / config.num_vectors * (config.topk - 1 + config.topk * bytes_of_index / 4))
+    adapters = (one for layer in layers for one in layer.adapters._modules.values() if isinstance(one, VBLoRA))
+    own = {id(parameter) for one in adapters for parameter in (*one.parameters(), *one.bank.parameters())}
+    others = sum(one.numel() for one in manager.model.parameters() if one.requires_grad and id(one) not in own)
+    return logits + manager.shared(adapter).vectors.numel(), others
+
+
+def print_savable_parameters(manager: Any, adapter: str = "default") -> None:
+    """Prints both numbers of ``savable_parameters``."""
+    own, others = savable_parameters(manager, adapter)
+    print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
+
+
 @register(
     VBLoRAConfig,
     peft_type="VBLORA",
@@ -176,6 +205,10 @@ def _logits(config: VBLoRAConfig, tensors: Mapping[str, Tensor], key: str) -> Te
     shared=VectorBank,
     pack=_packed,
     unpack=_unpacked,
+    model_functions={
+        "get_nb_savable_parameters": savable_parameters,
+        "print_savable_parameters": print_savable_parameters,
+    },
 )
 class VBLoRA(ComputedFactors):
     """The logits of the pieces of one layer."""

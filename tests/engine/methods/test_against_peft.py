@@ -224,6 +224,10 @@ def test_what_layers_share_has_the_names_of_peft(method: Method, tmp_path: Path)
             torch.testing.assert_close(found["default"].detach(), wanted["default"].detach())
             torch.testing.assert_close(found.default.detach(), wanted.default.detach())
         assert getattr(ours, name)["default"] is getattr(layers[0], name)["default"]
+        with torch.no_grad():
+            for model in (ours, theirs):
+                getattr(model, name)["default"] += 1.0
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-3)
     with pytest.raises(AttributeError):
         ours.vera_C  # noqa: B018
 

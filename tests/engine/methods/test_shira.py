@@ -34,11 +34,14 @@ def places_of(model: PeftModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("seed", [None, 5])
 def test_drawn_places_are_those_of_peft(seed: int | None) -> None:
-    found = places_of(get_peft_model(llama(), nbpeft.ShiraConfig(**FIELDS, random_seed=seed)))
+    ours: Any = get_peft_model(llama(), nbpeft.ShiraConfig(**FIELDS, random_seed=seed))
+    found = places_of(ours)
     theirs = peft.get_peft_model(llama(), peft.ShiraConfig(**FIELDS, random_seed=seed)).base_model.model
     assert len(found) == 4
     for key, places in found.items():
-        assert torch.equal(places, theirs.get_submodule(key.rpartition(".")[0]).shira_indices["default"])
+        path = key.rpartition(".")[0]
+        assert torch.equal(places, theirs.get_submodule(path).shira_indices["default"])
+        assert ours.get_submodule(f"base_model.model.{path}").shira_indices["default"] is places
 
 
 def test_places_of_a_function_of_ones_own_are_saved(tmp_path: Path) -> None:
@@ -51,7 +54,7 @@ def test_places_of_a_function_of_ones_own_are_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(llama(), tmp_path)
     assert torch.equal(logits(again), logits(model))
-    config.mask_fn = lambda layer, r, **kwargs: torch.ones(2, 2)
+    config.mask_fn = lambda layer, r: torch.ones(2, 2)
     with pytest.raises(ConfigError, match="must give a mask of shape"):
         get_peft_model(llama(), config)
 

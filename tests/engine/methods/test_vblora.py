@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nbpeft
-from nbpeft.errors import CheckpointError, ConfigError, TrainingError
+from nbpeft.errors import CheckpointError, ConfigError, TrainingError, UnknownAdapterError
 from nbpeft.model import PeftModel, get_peft_model
 from tests.tiny_models import llama, logits, randomize
 
@@ -74,3 +74,19 @@ def test_a_broken_small_file_is_refused(tmp_path: Path) -> None:
 def test_impossible_values_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         get_peft_model(llama(), nbpeft.VBLoRAConfig(**FIELDS | fields))
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_what_a_file_takes_is_counted_as_in_peft(small: bool, capsys: Any) -> None:
+    fields = FIELDS | {"save_only_topk_weights": small}
+    counts: list[Any] = []
+    lines: list[str] = []
+    for library in (peft, nbpeft):
+        model: Any = library.get_peft_model(llama(), library.VBLoRAConfig(**fields))
+        model.base_model.model.lm_head.requires_grad_(True)
+        counts.append(model.get_nb_savable_parameters())
+        model.print_savable_parameters()
+        lines.append(capsys.readouterr().out)
+    assert counts[0] == counts[1] and lines[0] == lines[1] and "to-be-saved" in lines[0]
+    with pytest.raises(UnknownAdapterError):
+        model.get_nb_savable_parameters("other")
