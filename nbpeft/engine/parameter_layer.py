@@ -110,7 +110,7 @@ class AdaptedParameter(AdaptedOwner):
 
     def extra_repr(self) -> str:
         """What ``repr`` shows of it."""
-        return f"parameter_name={self.parameter_name!r}"
+        return ", ".join(filter(None, (f"parameter_name={self.parameter_name!r}", super().extra_repr())))
 
 
 class ParameterReplica(AdaptedParameter):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.active_state import ActiveState, LayerState
 from nbpeft.engine.adapter import Rescales
-from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.base import Backend, BaseLayer
 from nbpeft.engine.registry import method_of_adapter
 from nbpeft.errors import UnknownAdapterError, did_you_mean
 
@@ -271,6 +271,17 @@ class PeftLayerMixin(ChoosesAlone):
         """Whether a LoRA can stand for an adapter on this layer; False where it has none of that name."""
         found = self._named().get(adapter_name)
         return found is not None and not found.unconvertible_reason(self.base)
+
+    @property
+    def quantization_backend(self) -> Backend | None:
+        """How the layer's weight is quantized, with its ``backend_name``; None where it is not."""
+        backend: Backend = self.base.backend
+        return backend if backend.backend_name else None
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of it."""
+        backend = self.quantization_backend
+        return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
 
     @property
     def fan_in_fan_out(self) -> bool:

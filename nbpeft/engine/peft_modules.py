@@ -52,8 +52,8 @@ class _Shows(nn.Module):
 class AdapterDict(_Shows, nn.ModuleDict):
     """Modules by adapter name; unlike its base class it takes names such as ``keys`` or ``type``.
 
-    Adapters of two methods on a layer may have a parameter of one name that is a module of the one alone (LoRA's and
-    AdaLoRA's ``lora_A``): that of the other is here as it is.
+    Adapters of two methods on a layer may have a parameter of one name, which is a module of the one alone, as LoRA's
+    and AdaLoRA's factors are: that of the other is here as it is.
     """
 
     def show(self, slots: dict[str, Slot]) -> None:

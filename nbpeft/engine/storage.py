@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from nbpeft.errors import MergeError
 
+_BACKENDS = {"dense": "", "bnb4bit": "bnb 4bit", "bnb8bit": "bnb 8bit"}
+"""PEFT's names of the ways to store a weight, where they differ."""
 _HELD = ("_parameters", "_buffers", "_modules")
 
 
@@ -27,6 +29,11 @@ class StoredWeight:
     """Backends of higher priority are asked first; a dense weight is the last guess."""
     can_merge: bool = True
     unmergeable_reason: str = ""
+
+    @property
+    def backend_name(self) -> str:
+        """PEFT's name of the quantization; empty for a weight that is not quantized."""
+        return _BACKENDS.get(self.name, self.name)
 
     def prepare(self, module: nn.Module) -> None:
         """Called on every module of a model that gets its first adapter. Idempotent; most need nothing."""

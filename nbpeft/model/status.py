@@ -18,9 +18,6 @@ from nbpeft.model.tuner import tuner_class
 _IRREGULAR = "irregular"
 """PEFT's word for values that differ."""
 
-_BACKENDS = {"dense": None, "bnb4bit": "bnb 4bit", "bnb8bit": "bnb 8bit"}
-"""PEFT's names of weight backends, where they differ."""
-
 
 @dataclass
 class LayerStatus:
@@ -85,7 +82,7 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
         enabled=layer.adapters_enabled,
         active_adapters=layer.active_adapters,
         merged_adapters=list(layer.merged_names),
-        quantization_backend=_BACKENDS.get(layer.backend.name, layer.backend.name),
+        quantization_backend=layer.backend.backend_name or None,
         **_of_modules(adapters),
     )
 

@@ -79,7 +79,6 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "LoRA's *: no attribute frozen_peft_weight_names",
         "LoRA's *: no attribute kwargs",
         "LoRA's *: no attribute lora_variant*",
-        "LoRA's *: no attribute quantization_backend",
         "LoRA's *: no attribute resolve_lora_variant",
         "LoRA's embedding: no attribute *_fns",
         "LoRA's embedding: no attribute device_mesh",

@@ -74,6 +74,7 @@ class VeLoRA(LowRankProduct):
 
     settings: VeloraConfig
     is_found: ClassVar[bool] = False
+    peft_attributes: ClassVar[Mapping[str, str]] = {**LowRankProduct.peft_attributes, DIRECTION: DIRECTION}
 
     @classmethod
     def parameter_shapes(

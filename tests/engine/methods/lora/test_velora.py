@@ -59,6 +59,8 @@ def test_learns_as_in_peft(settings: dict[str, Any], tmp_path: Path) -> None:
     for name in found:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(directions(ours), directions(theirs))
+    layers = [model.base_model.model.model.layers[1].mlp.down_proj for model in (ours, theirs)]
+    torch.testing.assert_close(*(getattr(layer, DIRECTION)["default"] for layer in layers))
     losses: list[list[float]] = [[], []]
     for model, record in zip((ours, theirs), losses, strict=True):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
