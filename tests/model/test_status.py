@@ -97,11 +97,12 @@ def test_quantized_layers_tell_how_they_are_stored() -> None:
     seen = [(record.module_type, record.quantization_backend) for record in model.get_layer_status()]
     assert seen == [("lora.Linear4bit", "bnb 4bit"), ("lora.Linear8bitLt", "bnb 8bit")]
     assert model.get_model_status().quantization_backend == "irregular"
+    layers: Any = model.base_model.model
     kinds = peft.utils.quantization_utils
-    for layer, kind in zip(model.base_model.model, (kinds.Bnb4bitBackend, kinds.Bnb8bitBackend), strict=True):  # type: ignore[arg-type]
+    for layer, kind in zip(layers, (kinds.Bnb4bitBackend, kinds.Bnb8bitBackend), strict=True):
         assert layer.quantization_backend.backend_name == kind.backend_name
         assert f"quantization_backend='{kind.backend_name}'" in repr(layer)
-    dense = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    dense: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     assert dense.base_model.model[0].quantization_backend is None
 
 
