@@ -26,11 +26,14 @@ class Backend(Protocol):
     name: str
     peft_name: str
     """PEFT's name of an adapted layer with such a weight, ``Linear4bit``; empty where the kind of layer gives it."""
-    backend_name: str
-    """PEFT's name of the quantization, ``bnb 4bit``; empty for a weight that is not quantized."""
     can_merge: bool
     unmergeable_reason: str
     """Why ``can_merge`` is False, for the error's message; empty otherwise."""
+
+    @property
+    def backend_name(self) -> str:
+        """PEFT's name of the quantization, ``bnb 4bit``; empty for a weight that is not quantized."""
+        ...
 
     def matches(self, module: nn.Module) -> bool:
         """Whether this backend reads the module's weight."""
