@@ -514,8 +514,11 @@ def _filled(module: nn.Module, past: Any, states: Tensor, base: BaseLayer) -> An
         if has_encoder(module):
             past = EncoderDecoderCache(past, DynamicCache())
     into = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
+    # Layers that attend to the keys and values of an earlier one (Gemma 4's last) have nothing of their own to begin.
+    without = {number for number, layer in enumerate(into.layers) if type(layer).__name__ == "DummyLayer"}
     for number, (keys, values) in enumerate(states.to(base.dtype).permute(2, 3, 0, 4, 1, 5)):
-        into.update(keys, values, number)
+        if number not in without:
+            into.update(keys, values, number)
     return past
 
 

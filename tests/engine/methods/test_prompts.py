@@ -41,7 +41,7 @@ from nbpeft.model import PeftModel, get_peft_model
 from nbpeft.model.serving import blended
 from tests.fuzz import mutations
 from tests.fuzz.mutations import mutated
-from tests.tiny_models import LLAMA, classifier, config, gpt2, llama, randomize, same_state, state, tokens
+from tests.tiny_models import LLAMA, classifier, config, gpt2, llama, logits, randomize, same_state, state, tokens
 
 METHODS = [method for method in methods() if method.transforms_calls]
 SAMPLES = [
@@ -639,3 +639,28 @@ def test_a_prompt_starts_as_a_text(text: str, tmp_path: Path) -> None:
             nbpeft.PromptTuningConfig(**start | {missing: None})
     with pytest.raises(ConfigError, match="tokenizer_kwargs only valid"):
         nbpeft.PromptTuningConfig(num_virtual_tokens=4, tokenizer_kwargs={"use_fast": True})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prefix_passes_over_layers_that_share_a_cache(tmp_path: Path) -> None:
+    gemma4 = pytest.importorskip("transformers.models.gemma4")
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        kinds = ["sliding_attention", "full_attention"] * 2
+        config = gemma4.Gemma4TextConfig(
+            **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4},
+            **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8},
+            **{"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
+            **{"layer_types": kinds, "pad_token_id": 0},
+        )
+        return gemma4.Gemma4ForCausalLM(config).eval()
+
+    config = nbpeft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ours = get_peft_model(base(), config)
+    randomize(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    found = logits(ours.eval())
+    assert (found - logits(base())).abs().max() > 1e-4
+    torch.testing.assert_close(found, logits(theirs), atol=1e-5, rtol=1e-4)
