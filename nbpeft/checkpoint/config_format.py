@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch import nn
 import nbpeft.engine.methods  # noqa: F401  (registers the methods)
 from nbpeft.engine import registry
 from nbpeft.engine.adapter import AdapterConfig
-from nbpeft.engine.fused_layers import fused_layers
-from nbpeft.engine.model_tree import bare_modules, walk
-from nbpeft.engine.targets import Matcher
+from nbpeft.engine.model_tree import bare_modules
 from nbpeft.errors import (
     CheckpointError,
     ConfigError,
@@ -155,19 +153,10 @@ def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable
     if wanted == "all-linear" and targets is not None:
         wanted = changes["target_modules"] = set(targets)
     if isinstance(wanted, (list, set, tuple)) and len(wanted) >= CONDENSE_FROM and config.condenses_targets:
-        condensed = condense_targets(wanted, _module_names(model, config))
+        condensed = condense_targets(wanted, (name for name, _ in bare_modules(model, repeat=True) if name))
         if len(condensed) < len(wanted):
             changes["target_modules"] = condensed
     return config.copy(**changes)
-
-
-def _module_names(model: nn.Module, config: Any) -> Iterator[str]:
-    """Names of all modules, and what experts were called as layers where the config does not adapt them."""
-    yield from (name for name, _ in bare_modules(model, repeat=True) if name)
-    named = Matcher(getattr(config, "target_parameters", None) or ())
-    for fused in fused_layers(model, list(walk(model))):
-        if not named.matches(fused.path):
-            yield from (path for layer in fused.layers for path in fused.former_paths(layer))
 
 
 def condense_targets(targets: Iterable[str], module_names: Iterable[str]) -> set[str]:

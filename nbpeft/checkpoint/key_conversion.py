@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nbpeft.checkpoint.weights_format import Rename, by_patterns
-from nbpeft.engine.fused_layers import fused_parameters
+from nbpeft.engine.fused_layers import fused_layers, fused_parameters
+from nbpeft.engine.model_tree import walk
 from nbpeft.engine.registry import methods_of_type
 
 
@@ -44,6 +45,9 @@ def key_conversion_of(model: nn.Module) -> KeyConversion | None:
         model: a base model; transformers is used only if the model comes from it.
     """
     rename, fused = _rename_of(model), fused_parameters(model)
+    if fused:  # a model may have the layers still
+        present = {one.name for one in fused_layers(model, list(walk(model)))}
+        fused = {name: layers for name, layers in fused.items() if name in present}
     return KeyConversion(rename, fused) if rename is not None or fused else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 from torch import nn
 
@@ -83,10 +83,15 @@ def warn_of_tied(
     )
 
 
-def warn_of_experts(model: nn.Module) -> None:
-    """Says which stacked weights, those of a mixture of experts, ``"all-linear"`` does not reach."""
+def warn_of_experts(model: nn.Module, taken: Callable[[str], bool]) -> None:
+    """Says which stacked weights, those of a mixture of experts, ``"all-linear"`` does not reach, if it reaches none.
+
+    Args:
+        model: the base model.
+        taken: whether a parameter is adapted.
+    """
     stacked = {name: p.numel() for name, p in model.named_parameters() if _is_stacked(model, name, p)}
-    if not stacked:
+    if not stacked or any(map(taken, stacked)):
         return
     share = sum(stacked.values()) / sum(parameter.numel() for parameter in model.parameters())
     which = next(iter(stacked)) + (f" and {len(stacked) - 1} more" if len(stacked) > 1 else "")
@@ -104,9 +109,11 @@ def warn_of_experts_along(added: Sequence[tuple[int, int]]) -> None:
         added: of each target, how many matrices it has and how many parameters it gets.
     """
     total, experts = sum(count for _, count in added), sum(count for matrices, count in added if matrices > 1)
+    if not experts:
+        return
     warnings.warn(
         f"target_modules='all-linear' takes the experts along, {experts:,} of the adapter's {total:,} parameters "
-        f"({experts / max(total, 1):.0%}); exclude_modules=['experts'] leaves them out",
+        f"({experts / total:.0%}); exclude_modules=['experts'] leaves them out",
         stacklevel=5,
     )
 

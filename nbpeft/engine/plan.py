@@ -29,7 +29,7 @@ from nbpeft.engine.config_warnings import (
     warn_of_uncalled,
 )
 from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_backend, probed_shapes
-from nbpeft.engine.fused_layers import with_parameters
+from nbpeft.engine.fused_layers import fused_layers, with_parameters
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, reader_of, walk
@@ -220,7 +220,9 @@ def plan(
         if not allow_missing:
             raise problem
         warnings.warn(str(problem), stacklevel=3)
-    unused_exclude = matcher.excludes_none_of(site.path for site in sites)
+    former = fused_layers(model, sites) if matcher.exclude else []
+    known = (*(site.path for site in sites), *(path for one in former for path in (one.path, *one.former)))
+    unused_exclude = matcher.excludes_none_of(known)
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
@@ -291,8 +293,8 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     if _is_all_linear(targets):
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
     with_parameters(model, config, resolved, method, sites)
-    if _is_all_linear(targets) and not getattr(resolved, "target_parameters", None):
-        warn_of_experts(model)
+    if _is_all_linear(targets) and not getattr(config, "target_parameters", None):
+        warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
     return resolved
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_names import check_name
+from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merged_twin import is_prepared_quantization_aware
 from nbpeft.engine.model_tree import bare_modules, embedding_of
@@ -108,6 +109,7 @@ def read(
     config, tensors = (config or saved.config).copy(inference_mode=not trainable).beside(saved.tensors)
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
+    config = of_former_file(manager.model, config, tensors)
     plan = manager.plan(config, name)
     loaded = checkpoint.from_file(
         tensors,

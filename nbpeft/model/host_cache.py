@@ -18,6 +18,7 @@ import torch
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.build import adapter_dtype
+from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import walk
 from nbpeft.engine.registry import backend_named, method_of
@@ -128,7 +129,7 @@ class AdapterReader:
             AdapterError: an adapter of this kind cannot be in a pool.
         """
         saved = checkpoint.read_checkpoint(source.source, device="cpu", **source.options)
-        config = saved.config.copy(inference_mode=True)
+        config = of_former_file(self._manager.model, saved.config.copy(inference_mode=True), saved.tensors)
         layout = self._layout(name, config)
         loaded = checkpoint.from_file(
             saved.tensors, layout.expected, peft_type=str(config.peft_type), conversion=self._conversion

@@ -15,6 +15,7 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.build import CollectionPaused
+from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import manager_of
@@ -172,8 +173,13 @@ def _swap(
     validate: Callable[[nn.Module], object] | None,
     done: Callable[[Transaction], None] | None = None,
 ) -> Swapped:
+    config = of_former_file(manager.model, config, tensors)
     loaded = checkpoint.from_file(
-        tensors, _expected(manager, name, config), peft_type=str(config.peft_type), key_mapping=key_mapping
+        tensors,
+        _expected(manager, name, config),
+        peft_type=str(config.peft_type),
+        key_mapping=key_mapping,
+        conversion=checkpoint.key_conversion_of(manager.model),
     )
     if loaded.unexpected:
         shown = ", ".join(shortened(key, 120) for key in loaded.unexpected[:3])

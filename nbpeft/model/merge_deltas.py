@@ -15,6 +15,7 @@ from nbpeft import checkpoint
 from nbpeft.engine.adapter import Adapter, AdapterSite
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.build import shared_state
+from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.layer import add_deltas
 from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.manager import AdapterManager
@@ -146,7 +147,7 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         raise MergeError(
             f"{source} started in a part of the weights it was trained on: load it on that model and merge there"
         )
-    plan = AdapterManager(model).plan(saved.config)
+    plan = AdapterManager(model).plan(of_former_file(model, saved.config, saved.tensors))
     loaded = checkpoint.from_file(
         saved.tensors,
         files.expected(model, plan),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import nbpeft
 from nbpeft import LoraConfig, PeftModel, get_peft_model
@@ -20,7 +21,7 @@ from tests.tiny_models import adapted, logits, mixture, same_state, state, token
 
 ALONG = "takes the experts along"
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*{ALONG}", "ignore::UserWarning:peft")
-JOINED = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")
+JOINED = ("mixtral", "qwen3_moe", "olmoe")
 """Mixtures that PEFT 0.21 knows by their former names, too."""
 
 
@@ -49,32 +50,129 @@ def test_targets_of_then_are_the_parameters_that_peft_takes(model_type: str, tar
     elif model_type == "mixtral":
         targets = targets.replace("gate_proj|up_proj", "w1|w3")
     theirs, ours = both(mixture(model_type), target_modules=targets)
+    assert shapes(ours) == shapes(theirs)
+    nbpeft.set_peft_model_state_dict(ours, dict(peft.get_peft_model_state_dict(theirs)))
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
+def test_all_linear_takes_experts_and_the_layers_that_are_still_there(model_type: str, tmp_path: Path) -> None:
+    theirs, ours = both(mixture(model_type), target_modules="all-linear")
     wanted, found = shapes(theirs), shapes(ours)
     assert wanted == {name: found.get(name) for name in wanted}
-    if model_type == "deepseek_v3":  # PEFT leaves out the layers of those names that are still there
-        assert all("shared_experts" in name or ".layers.0.mlp." in name for name in found.keys() - wanted.keys())
-    else:
-        assert found == wanted
-        nbpeft.set_peft_model_state_dict(ours, dict(peft.get_peft_model_state_dict(theirs)))
-        torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    # PEFT takes the experts of one and leaves out all other layers of their names, and of the other the reverse.
+    assert any("shared_expert" in name for name in found) and any(".experts." in name for name in found)
+    ours.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(mixture(model_type), tmp_path).eval()
+    assert shapes(again) == found and torch.equal(logits(again), logits(ours))
 
 
-def test_layers_of_those_names_that_are_still_there_stay_targets(tmp_path: Path) -> None:
-    base = mixture("deepseek_v3")
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["up_proj", "gate_proj", "down_proj"]))
-    paths = set(model.manager.layers)
-    assert {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.shared_experts.down_proj"} <= paths
-    assert {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"} <= paths
-    alone = get_peft_model(
-        copy.deepcopy(base), LoraConfig(r=2, target_modules="all-linear", exclude_modules=["experts"])
-    )
-    assert not any(".experts." in path for path in alone.manager.layers)
-    for kept in (model, alone):
-        move(kept)
-        kept.save_pretrained(tmp_path)
-        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-        assert again.manager.layers.keys() == kept.manager.layers.keys()
-        assert torch.equal(logits(again), logits(kept))
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"up_proj": 4}}], ids=str
+)
+def test_names_that_layers_still_have_mean_these_as_in_files_of_peft(fields: dict[str, Any], tmp_path: Path) -> None:
+    theirs, _ = both(mixture("qwen2_moe"), target_modules=["gate_proj", "up_proj", "down_proj"], **fields)
+    assert not any(".experts." in name for name in shapes(theirs))
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(mixture("qwen2_moe"), tmp_path).eval()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert not any(".experts." in path for path in ours.manager.layers)
+    alone = get_peft_model(mixture("deepseek_v3"), LoraConfig(r=2, target_modules=["q_a_proj", "up_proj"], **fields))
+    assert {path.rpartition(".")[2] for path in alone.manager.layers} == {"q_a_proj", "up_proj"}
+
+
+def test_excluded_experts_are_left_out_and_nothing_else_is_said(tmp_path: Path) -> None:
+    for excluded in (["experts", "gate"], ["gate_proj", "gate"], r".*\.(experts|gate)(\..*)?"):
+        config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=excluded)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = get_peft_model(mixture("deepseek_v3"), config)
+        said = " ".join(str(one.message) for one in told)
+        assert "no modules were excluded" not in said
+        assert (ALONG in said) == any(path.endswith(".experts.down_proj") for path in model.manager.layers)
+        assert not any(path.endswith("gate_up_proj") for path in model.manager.layers)
+        move(model)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(mixture("deepseek_v3"), tmp_path)
+        assert again.manager.layers.keys() == model.manager.layers.keys()
+        assert torch.equal(logits(again), logits(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*share one weight")
+        config = LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"], exclude_modules=["w2"])
+        model = get_peft_model(mixture("mixtral"), config)
+    assert {path.rpartition(".")[2] for path in model.manager.layers} == {"q_proj", "gate_up_proj"}
+
+
+@pytest.mark.filterwarnings("ignore:.*stay as they are unless target_parameters")
+def test_a_router_that_is_trained_as_a_whole_is_no_target() -> None:
+    for copied in ("gate", "mlp"):
+        model = get_peft_model(
+            mixture("mixtral"), LoraConfig(r=2, target_modules="all-linear", modules_to_save=[copied])
+        )
+        assert f"model.layers.0.mlp{'.gate' if copied == 'gate' else ''}" in model.manager.copies
+        assert not any("gate.weight" in path for path in model.manager.layers)
+
+
+def test_layers_by_their_full_former_paths() -> None:
+    count = 4
+    whole = [
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2" for layer in (0, 1) for expert in range(count)
+    ]
+    for targets in (whole, ["block_sparse_moe.gate", *whole], ["block_sparse_moe.gate"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_modules=targets))
+        assert {path.rpartition("mlp.")[2] for path in model.manager.layers} == {
+            *(["experts.down_proj"] if targets[-1].endswith("w2") else []),
+            *(["gate.weight"] if targets[0].endswith("gate") else []),
+        }
+    with pytest.raises(TargetError, match="names 1 of 4 experts and not the others: they are one parameter now"):
+        get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_modules=["experts.3.w2"]))
+
+
+def test_parameters_that_are_named_keep_the_rank_of_the_config() -> None:
+    named = ["layers.0.mlp.experts.gate_up_proj"]
+    model = get_peft_model(mixture("mixtral"), LoraConfig(r=2, target_modules=["w1", "w3"], target_parameters=named))
+    ranks = {path: layer.adapter("default").rank for path, layer in model.manager.layers.items()}
+    assert ranks == {f"model.layers.{layer}.mlp.experts.gate_up_proj": rank for layer, rank in ((0, 2), (1, 4))}
+
+
+class Experts(nn.Module):
+    """Experts as transformers 4 had them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleDict({name: nn.Linear(4, 4) for name in ("w1", "w2")}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (expert["w2"](expert["w1"](x)) for expert in self.experts)  # type: ignore[operator]
+        output: Tensor = first + second
+        return output
+
+
+def test_a_model_whose_experts_are_layers_still_keeps_them(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        whole = nn.Sequential(Experts())
+        whole.config = mixture("mixtral").config
+        return whole
+
+    model = get_peft_model(made(), LoraConfig(r=2, target_modules=["w1", "w2"], init_lora_weights=False))
+    assert len(model.manager.layers) == 4
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(made(), tmp_path)
+    assert torch.equal(again(torch.ones(1, 4)), model(torch.ones(1, 4)))
+    assert not nbpeft.set_peft_model_state_dict(again, nbpeft.get_peft_model_state_dict(model)).missing_keys
+
+
+@pytest.mark.parametrize("model_type", ["mixtral"])
+def test_a_file_of_then_is_swapped_in(model_type: str, tmp_path: Path) -> None:
+    file_of_then(tmp_path / "one", model_type)
+    model = PeftModel.from_pretrained(mixture(model_type), tmp_path / "one").eval()
+    before = logits(model)
+    nbpeft.hotswap_adapter(model, str(tmp_path / "one"), "default")
+    assert torch.equal(logits(model), before)
 
 
 def move(model: nn.Module) -> None:
