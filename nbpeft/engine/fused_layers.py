@@ -26,7 +26,6 @@ from nbpeft.errors import ConfigError, TargetError
 
 _ROUTER = "gate"
 _EXPERT = re.compile(r"((?:^|\.)experts\.)(\d{1,5})\.")
-_OF_AN_EXPERT = re.compile(r"\.experts\.\d{1,5}\.\w+\.lora_")
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,8 @@ class FusedLayers:
         return (f"{self.module}.0.{layer}", f"{self.module}.{layer}") if self.per_expert else (self.module,)
 
 
-def fused_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Returns the parameters of experts that transformers joins when it loads older files.
-
-    Args:
-        model: a base model; {} if it does not come from transformers, or has no such experts.
-
-    Returns:
-        Name of the parameter -> names of the layers of each expert, in the order in which they are joined.
-    """
+def _fused_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter of experts that transformers joins when it loads older files -> the layers it was, in their order."""
     found = {}
     for step in _conversions(model):
         sources, targets = step.source_patterns, step.target_patterns
@@ -98,15 +90,30 @@ def _conversions(model: nn.Module) -> list[Any]:
     return list(get_model_conversion_mapping(loose))
 
 
-def fused_layers(model: nn.Module, sites: Sequence[Site]) -> list[FusedLayers]:
+def renaming(model: nn.Module) -> Callable[[str], str] | None:
+    """What a name of a model's older files is called today, as transformers has it; None if nothing was renamed."""
+    steps = [step for step in _conversions(model) if not hasattr(step, "operations")]
+
+    def rename(name: str) -> str:
+        for step in steps:
+            name, _ = step.rename_source_key(name)
+        return name
+
+    return rename if steps else None
+
+
+def fused_layers(model: nn.Module, sites: Sequence[Site] | None = None) -> list[FusedLayers]:
     """Finds the parameters of a model that were linear layers, in its order.
 
     Args:
         model: the base model, with or without adapters on it.
-        sites: of its modules.
+        sites: of its modules, where they are known already.
     """
-    names = fused_parameters(model)
-    return [fused for site in sites if names for fused in _in_module(site, sites, names)]
+    names = _fused_parameters(model)
+    if not names:
+        return []
+    sites = list(walk(model)) if sites is None else sites
+    return [fused for site in sites for fused in _in_module(site, sites, names)]
 
 
 def _in_module(site: Site, sites: Sequence[Site], names: Mapping[str, tuple[str, ...]]) -> Iterator[FusedLayers]:
@@ -133,7 +140,7 @@ def of_former_file(model: nn.Module, config: Any, keys: Iterable[str]) -> Any:
         config: as the file has it.
         keys: of the file's tensors.
     """
-    if not any(_OF_AN_EXPERT.search(key) for key in keys):
+    if not any(map(_EXPERT.search, keys)):
         return config
     made = config.copy()
     with_parameters(model, config, made, method_of(config), list(walk(model)), beside_layers=True)
@@ -264,14 +271,12 @@ def _present_names(model: nn.Module, targets: Any, found: Sequence[FusedLayers],
     """
     if isinstance(targets, str):
         return targets
-    rename, numbers, present = _renaming(model), dict[str, set[int]](), set()
-    for target in targets:
-        name = rename(f".{target}").removeprefix(".")
-        match = _EXPERT.search(name)
+    numbers: dict[str, set[int]] = {}
+    present = _present(model, targets)
+    for former, name in present.items():
+        match = _EXPERT.search(former)
         if match is not None:
-            name = _EXPERT.sub(r"\g<1>0.", name)
             numbers.setdefault(name, set()).add(int(match[2]))
-        present.add(name)
     modules: dict[str, Any] = {site.path: site.module for site in sites}
     for name, some in numbers.items():
         fused = next((one for one in found if any(map(Matcher([name]).matches, one.former))), None)
@@ -282,7 +287,13 @@ def _present_names(model: nn.Module, targets: Any, found: Sequence[FusedLayers],
                 f"are one parameter now, {fused.path}, so name all or none",
                 path=fused.path,
             )
-    return present
+    return set(present.values())
+
+
+def _present(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name in a config -> today's, with the first expert for any."""
+    rename = renaming(model) or str
+    return {name: _EXPERT.sub(r"\g<1>0.", rename(f".{name}").removeprefix(".")) for name in names}
 
 
 def _check_patterns(config: Any, fused: FusedLayers) -> None:
@@ -325,21 +336,6 @@ def _drop_former_names(resolved: Any, model: nn.Module, found: Sequence[FusedLay
         if any(map(pattern.fullmatch, (*former, *routers))):
             resolved.target_modules = matched
         return
-    rename = _renaming(model)
-    present = {name: _EXPERT.sub(r"\g<1>0.", rename(f".{name}").removeprefix(".")) for name in matcher.missing()}
+    present = _present(model, matcher.missing())
     gone = {name for name, now in present.items() if any(map(Matcher([now]).matches, former))}
     resolved.target_modules = set(resolved.target_modules) - gone
-
-
-def _renaming(model: nn.Module) -> Callable[[str], str]:
-    """From a name of before to that of today."""
-    from transformers.core_model_loading import WeightRenaming
-
-    steps = [step for step in _conversions(model) if isinstance(step, WeightRenaming)]
-
-    def rename(name: str) -> str:
-        for step in steps:
-            name, _ = step.rename_source_key(name)
-        return name
-
-    return rename
