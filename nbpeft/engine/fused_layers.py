@@ -21,7 +21,7 @@ from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.model_tree import Site, walk
 from nbpeft.engine.patterns import ENDING
 from nbpeft.engine.registry import Method, method_of, resolve_backend, resolve_layer_kind
-from nbpeft.engine.targets import ALL_LINEAR, Matcher, matches_segment_names
+from nbpeft.engine.targets import Matcher, is_all_linear, matches_segment_names
 from nbpeft.errors import ConfigError, TargetError
 
 _ROUTER = "gate"
@@ -179,7 +179,7 @@ def with_parameters(
     found = [fused for fused in found if not _is_copied(fused, config)]
     if not found:
         return
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+    if is_all_linear(config.target_modules):
         given = Matcher(resolved.target_parameters or ())
         new = [fused for fused in found if not given.matches(fused.path)]
         _take(resolved, config, _adaptable(new, config, resolved, method, sites), found)

@@ -40,8 +40,8 @@ from nbpeft.engine.parameter_targets import no_parameter, parameter_sites
 from nbpeft.engine.registry import Method, companions, composite_kind, method_of, resolve_backend, resolve_layer_kind
 from nbpeft.engine.replication import pending_replication, replicated
 from nbpeft.engine.targets import (
-    ALL_LINEAR,
     Matcher,
+    is_all_linear,
     matches_segment_names,
     no_match,
     nothing_matches,
@@ -226,7 +226,7 @@ def plan(
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)
     warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
-    if bare and _is_all_linear(getattr(config, "target_modules", None)) and not config.target_parameters:  # type: ignore[attr-defined]
+    if bare and is_all_linear(getattr(config, "target_modules", None)) and not config.target_parameters:  # type: ignore[attr-defined]
         warn_of_experts_along([(target.matrix_count, target.parameter_count) for target in targets])
     _check_size(model, (*targets, *parts))
     everything = [(site.path, site.module) for site in sites]
@@ -290,16 +290,12 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
                 model_type=model_type,
             )
         resolved.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[attr-defined]
-    if _is_all_linear(targets):
+    if is_all_linear(targets):
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
     with_parameters(model, config, resolved, method, sites)
-    if _is_all_linear(targets) and not getattr(config, "target_parameters", None):
+    if is_all_linear(targets) and not getattr(config, "target_parameters", None):
         warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
     return resolved
-
-
-def _is_all_linear(targets: object) -> bool:
-    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> list[str]:

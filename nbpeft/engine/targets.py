@@ -51,6 +51,11 @@ _WIDE_TARGETS = {
 _DEFAULT_PATTERNS = {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
+def is_all_linear(targets: object) -> bool:
+    """Whether targets mean all linear layers, however that is spelled."""
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
 def usual_targets(model_type: str | None) -> list[str] | str | None:
     """The attention projections usually adapted in an architecture (``config.model_type``); None if unknown."""
     if model_type in _DEFAULT_PATTERNS:
