@@ -299,8 +299,8 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
     if is_all_linear(targets):
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
     if method.tied is not None:  # its layers go by the names
-        names = (name for name, _ in bare_modules(model, repeat=True) if name)
-        resolved.target_modules = condensed_if_many(resolved.target_modules, names)  # type: ignore[attr-defined]
+        paths = (path for path, _ in bare_modules(model, repeat=True) if path)
+        resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
     with_parameters(model, config, resolved, method, sites)
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
         warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
