@@ -13,6 +13,7 @@ from .engine.methods.gralora import GraloraConfig as GraloraConfig
 from .engine.methods.hira import HiraConfig as HiraConfig
 from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
+from .engine.methods.lily import LilyConfig as LilyConfig
 from .engine.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .engine.methods.loha import LoHaConfig as LoHaConfig
 from .engine.methods.lokr import LoKrConfig as LoKrConfig
