@@ -21,7 +21,7 @@ from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
-from nbpeft.engine.registry import register
+from nbpeft.engine.registry import method_of, register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
 
@@ -30,14 +30,13 @@ PROJECTION_A, PROJECTION_B = "vera_A", "vera_B"
 
 
 @dataclass
-class VeraConfig(LayersConfig):
-    """Config of VeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+class VectorsConfig(LayersConfig):
+    """Fields of methods with two vectors a layer around random projections.
 
     Attributes:
         r: rank of the shared projections; it costs r numbers a layer, so it can be large.
         projection_prng_key: seed of the projections.
         save_projection: save the projections too; otherwise they are drawn again from the seed.
-        vera_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
         d_initial: what the vector between the projections starts with.
         fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
         bias: which biases of the model are trained too.
@@ -47,45 +46,75 @@ class VeraConfig(LayersConfig):
     r: int = field(default=256)
     projection_prng_key: int = field(default=0)
     save_projection: bool = field(default=True)
-    vera_dropout: float = field(default=0.0)
     d_initial: float = field(default=0.1)
     fan_in_fan_out: bool = field(default=False)
     bias: str = field(default="none")
     init_weights: bool = field(default=True)
 
-    method_type: ClassVar[str] = "VERA"
     not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     counts: ClassVar[tuple[str, ...]] = ("r",)
-    shares: ClassVar[tuple[str, ...]] = ("vera_dropout",)
-    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "vera_only")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed("projection_prng_key", self.projection_prng_key)
         check_number("d_initial", self.d_initial)
 
+    @property
+    def dropout(self) -> float:
+        """Share of the adapter's inputs that are dropped in training."""
+        raise NotImplementedError
+
+
+@dataclass
+class VeraConfig(VectorsConfig):
+    """Config of VeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
+
+    Attributes:
+        vera_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
+    """
+
+    vera_dropout: float = field(default=0.0)
+
+    method_type: ClassVar[str] = "VERA"
+    shares: ClassVar[tuple[str, ...]] = ("vera_dropout",)
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "vera_only")}
+
+    @property
+    def dropout(self) -> float:
+        """Share of the adapter's inputs that are dropped in training."""
+        return self.vera_dropout
+
 
 class Projections(SharedState):
-    """A, (r, largest in), and B, (largest out, r): frozen, and drawn from a seed."""
+    """A, (rows of a rank · r, largest in), and B, (largest out, r): frozen, and drawn from a seed."""
 
-    vera_A: Tensor
-    vera_B: Tensor
+    names: ClassVar[tuple[str, str]] = (PROJECTION_A, PROJECTION_B)
+    rows_of_rank: ClassVar[int] = 1
 
     def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:
         super().__init__()
-        for name in (PROJECTION_A, PROJECTION_B):
+        for name in self.names:
             self.register_buffer(name, tensors[name], persistent=saved)
 
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        first, second = (self.get_buffer(name) for name in self.names)
+        return first, second
+
     @classmethod
-    def tensor_shapes(cls, config: VeraConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(
+        cls, config: VectorsConfig, features: Mapping[str, tuple[int, int]]
+    ) -> dict[str, tuple[int, ...]]:
         """Shapes that suit the largest layers; see ``SharedState``."""
         sizes = list(zip(*features.values(), strict=True)) or [(0,), (0,)]
-        return {PROJECTION_A: (config.r, max(sizes[0])), PROJECTION_B: (max(sizes[1]), config.r)}
+        shapes = (config.r * cls.rows_of_rank, max(sizes[0])), (max(sizes[1]), config.r)
+        return dict(zip(cls.names, shapes, strict=True))
 
     @classmethod
     def create(
         cls,
-        config: VeraConfig,
+        config: VectorsConfig,
         shapes: Mapping[str, tuple[int, ...]],
         tensors: Mapping[str, Tensor] | None,
         device: torch.device,
@@ -94,11 +123,11 @@ class Projections(SharedState):
         """Binds loaded projections or draws them from the config's seed, on the CPU as PEFT does."""
         if tensors is None:
             generator = torch.Generator().manual_seed(config.projection_prng_key)
-            tensors = {name: _drawn(shapes[name], generator) for name in (PROJECTION_A, PROJECTION_B)}
+            tensors = {name: _drawn(shapes[name], generator) for name in cls.names}
         return cls({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, saved=config.save_projection)
 
     @classmethod
-    def is_saved(cls, config: VeraConfig) -> bool:
+    def is_saved(cls, config: VectorsConfig) -> bool:
         """Whether the config asks for it."""
         return config.save_projection
 
@@ -123,54 +152,59 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     shared=Projections,
 )
 class Vera(Adapter, ConvertsToLora):
-    """The two vectors of one layer."""
+    """The two vectors of one layer: b, over its outputs, and d, between the projections."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        name: f"projections.{name}" for name in (PROJECTION_A, PROJECTION_B)
-    }
+    names: ClassVar[tuple[str, str]] = (LAMBDA_B, LAMBDA_D)
+    between: ClassVar[type[Projections]] = Projections
+    peft_attributes: ClassVar[Mapping[str, str]] = {name: f"projections.{name}" for name in Projections.names}
 
     @classmethod
     def parameter_shapes(
-        cls, config: VeraConfig, path: str, module: nn.Module, kind: LayerKind
+        cls, config: VectorsConfig, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """b, (out,), and d, (r,); see ``Adapter``."""
-        check_linear("VeRA", path, kind)
-        return {LAMBDA_B: (kind.features(module)[1],), LAMBDA_D: (config.r,)}
+        """b, (out,), and d, (rows of A,); see ``Adapter``."""
+        check_linear(method_of(config).label, path, kind)
+        shapes = (kind.features(module)[1],), (cls.between.rows_of_rank * config.r,)
+        return dict(zip(cls.names, shapes, strict=True))
 
     @classmethod
-    def create(cls, config: VeraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+    def create(cls, config: VectorsConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded vectors or makes new ones; see ``Adapter``."""
         if tensors is None:
             options: Any = {"device": site.base.device, "dtype": site.dtype}
-            shape_b, shape_d = site.shapes[LAMBDA_B], site.shapes[LAMBDA_D]
+            shape_b, shape_d = (site.shapes[name] for name in cls.names)
             if config.init_weights:
-                tensors = {
-                    LAMBDA_B: torch.zeros(shape_b, **options),
-                    LAMBDA_D: torch.full(shape_d, float(config.d_initial), **options),
-                }
+                new = torch.zeros(shape_b, **options), torch.full(shape_d, float(config.d_initial), **options)
             else:
-                tensors = {LAMBDA_B: torch.ones(shape_b, **options), LAMBDA_D: torch.randn(shape_d, **options)}
+                new = torch.ones(shape_b, **options), torch.randn(shape_d, **options)
+            tensors = dict(zip(cls.names, new, strict=True))
         assert isinstance(site.shared, Projections)
-        return cls(tensors, site.shared, config.vera_dropout)
+        made = cls(tensors, site.shared)
+        made.configure(config, site.path)
+        return made
 
-    def __init__(self, tensors: Mapping[str, Tensor], projections: Projections, dropout: float) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], projections: Projections) -> None:
         super().__init__()
-        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (LAMBDA_B, LAMBDA_D)})
-        self.__dict__.update(projections=projections, dropout=dropout)  # the first layer holds them as a module
+        self._parameters.update({name: nn.Parameter(tensors[name]) for name in self.names})
+        self.__dict__["projections"] = projections  # the first layer holds them as a module
 
     projections: Projections
     dropout: float
 
-    def _parts(self, base: BaseLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """b and d."""
+        b, d = (self.held[name] for name in self.names)
+        return b, d
+
+    def parts(self, base: BaseLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, d and b of this layer, where it is."""
-        device = self.held[LAMBDA_B].device
-        first = self.projections.vera_A[:, : base.in_features].to(device)
-        second = self.projections.vera_B[: base.out_features].to(device)
-        return first, second, self.held[LAMBDA_D], self.held[LAMBDA_B]
+        (first, second), (b, d) = self.projections.matrices, self.vectors
+        return first[:, : base.in_features].to(b.device), second[: base.out_features].to(b.device), d, b
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``b ∘ B (d ∘ (A dropout(x)))``; see ``Adapter``."""
-        first, second, d, b = self._parts(base)
+        first, second, d, b = self.parts(base)
         dtype = compute_dtype(x, b)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
         hidden = F.linear(dropped, first.to(dtype)) * d.to(dtype)
@@ -179,32 +213,32 @@ class Vera(Adapter, ConvertsToLora):
     @torch.no_grad()
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """``(b ∘ B) (d ∘ A)``; see ``Adapter``."""
-        first, second, d, b = self._parts(base)
+        first, second, d, b = self.parts(base)
         return (second * b[:, None]) @ (first * d[:, None])
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
         """``d ∘ A`` and ``b ∘ B``; see ``ConvertsToLora``."""
-        first, second, d, b = self._parts(base)
+        first, second, d, b = self.parts(base)
         return LowRankDelta(first * d[:, None], second * b[:, None], 1.0)
 
     @property
     def delta_rank(self) -> int | None:
         """The rank of the projections."""
-        return int(self.held[LAMBDA_D].shape[0])
+        return int(self.projections.matrices[1].shape[1])
 
     @classmethod
     def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The rank, that of the vector between the projections."""
-        return shapes[LAMBDA_D][0]
+        """The rank, as the vector between the projections tells it."""
+        return shapes[cls.names[1]][0] // cls.between.rows_of_rank
 
     def reset_(self, base: BaseLayer) -> None:
         """Overwrites the vector over the output with zeros."""
-        self.get_parameter(LAMBDA_B).detach().zero_()
+        self.vectors[0].detach().zero_()
 
-    def configure(self, config: VeraConfig, path: str) -> None:
+    def configure(self, config: VectorsConfig, path: str) -> None:
         """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.vera_dropout
+        self.__dict__["dropout"] = config.dropout
 
     def keep_settings(self, change: Transaction) -> None:
         """Records the dropout."""

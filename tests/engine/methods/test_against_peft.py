@@ -221,7 +221,12 @@ def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Pa
     torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, atol=1e-4, rtol=1e-3)
 
 
-SHARED = {"VBLORA": ["vblora_vector_bank"], "VERA": ["vera_A", "vera_B"], "RANDLORA": ["randlora_A", "randlora_B"]}
+SHARED = {
+    "VBLORA": ["vblora_vector_bank"],
+    "VERA": ["vera_A", "vera_B"],
+    "PVERA": ["pvera_A", "pvera_B"],
+    "RANDLORA": ["randlora_A", "randlora_B"],
+}
 
 
 @pytest.mark.parametrize("method", [one for one in METHODS if one.peft_type in SHARED], ids=lambda one: one.label)
