@@ -165,6 +165,7 @@ STARTS_ELSEWHERE = ("KaSA",)
 """Methods that leave something of the weight out from the start."""
 UNMERGEABLE = {
     ("linear-no-bias", "LoRA-bias"): "adds a bias but the base layer has none",
+    ("linear-no-bias", "BEFT"): "adds a bias but the base layer has none",
     **{(kind, "Lily"): "Lily mixes its experts by the inputs of each call" for kind in CASES},
 }
 
