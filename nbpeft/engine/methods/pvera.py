@@ -23,8 +23,8 @@ from torch import Tensor
 
 from nbpeft.engine.base import BaseLayer
 from nbpeft.engine.config_checks import check_seed
-from nbpeft.engine.methods.vera import Projections, VectorsConfig, Vera
 from nbpeft.engine.numerics import compute_dtype
+from nbpeft.engine.projected_vectors import ProjectedVectors, Projections, VectorsConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
@@ -123,7 +123,7 @@ class WideProjections(Projections):
     },
     shared=WideProjections,
 )
-class Pvera(Vera):
+class Pvera(ProjectedVectors):
     """The two vectors of one layer: b, over its outputs, and d, over the mean and the logarithm of the variance."""
 
     names: ClassVar[tuple[str, str]] = ("pvera_lambda_b", "pvera_lambda_d")
