@@ -101,7 +101,9 @@ class Delora(ComputedFactors):
         return {FACTOR_A: (rank, in_features), FACTOR_B: (out_features, rank), BOUND: (1,)}
 
     @classmethod
-    def fixed_tensors(cls, config: DeloraConfig, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, torch.dtype]]:
+    def fixed_tensors(
+        cls, config: DeloraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
         """The norms; see ``Adapter``."""
         return {NORMS: ((shapes[FACTOR_A][1],), torch.float32)}
 

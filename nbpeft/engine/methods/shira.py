@@ -124,7 +124,9 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
         return {WEIGHT: (count,)}
 
     @classmethod
-    def fixed_tensors(cls, config: ShiraConfig, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, torch.dtype]]:
+    def fixed_tensors(
+        cls, config: ShiraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
         """The places; see ``Adapter``."""
         return {INDICES: ((2, *shapes[WEIGHT]), torch.int32)}
 
