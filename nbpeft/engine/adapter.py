@@ -580,6 +580,11 @@ class Adapter(nn.Module):
         """Its parameters by name; nn.DataParallel's replicas have plain attributes instead."""
         return self._parameters or self.__dict__
 
+    def held_buffer(self, name: str) -> Tensor:
+        """One of its buffers; nn.DataParallel's replicas have it as a plain attribute."""
+        found: Any = self._buffers.get(name)
+        return self.__dict__[name] if found is None else found  # type: ignore[no-any-return]
+
 
 class TransformsInput(ABC):
     """Alone on a layer, changes the input of the base call instead of adding to its output."""

@@ -135,8 +135,7 @@ class Delora(ComputedFactors):
     @property
     def norms(self) -> Tensor:
         """‖w_j‖, (in,)."""
-        held: Any = self._buffers.get(NORMS)
-        return self.__dict__[NORMS] if held is None else held  # type: ignore[no-any-return]
+        return self.held_buffer(NORMS)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""

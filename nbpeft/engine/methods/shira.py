@@ -154,8 +154,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
     @property
     def held_indices(self) -> Tensor:
         """Rows and columns of the entries, (2, n)."""
-        found: Any = self._buffers.get(INDICES)
-        return self.__dict__[INDICES] if found is None else found  # type: ignore[no-any-return]
+        return self.held_buffer(INDICES)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """``(W + Δ) x + b``, in one product, where the weight is not quantized; see ``ReplacesCall``."""
