@@ -33,6 +33,7 @@ from .engine.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
 from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
+from .engine.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .engine.methods.vera import VeraConfig as VeraConfig

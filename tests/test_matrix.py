@@ -139,7 +139,7 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
 
 
-PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA")
+PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA")
 """Methods that peft has for nn.Linear alone, which a 4-bit layer is an instance of."""
 
 # (kind, sample), or (kind, label) for all samples of a method.
@@ -149,6 +149,7 @@ PEFT_IS_WRONG = {
     ("transformers-conv1d", "trainable tokens-tokens"): "raises AttributeError",
     ("conv1d", "LoKr-factored"): "raises RuntimeError",
     **{("int8", label): "multiplies the 8-bit numbers" for label in ("HRA", "HiRA")},
+    ("int8", "TinyLoRA"): "takes the directions of the 8-bit numbers",
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
     **{(kind, "DeLoRA"): "takes the norms of the stored numbers" for kind in ("nf4", "fp4-double", "int8")},
     **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
