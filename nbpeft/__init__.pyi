@@ -37,6 +37,7 @@ from .engine.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .engine.methods.vera import VeraConfig as VeraConfig
+from .engine.methods.waveft import WaveFTConfig as WaveFTConfig
 from .engine.prompt_config import PromptLearningConfig as PromptLearningConfig
 from .engine.selective_recompute import selective_recompute as selective_recompute
 from .errors import AdapterError as AdapterError
