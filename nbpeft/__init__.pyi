@@ -35,6 +35,7 @@ from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
 from .engine.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .engine.methods.unilora import UniLoraConfig as UniLoraConfig
 from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .engine.methods.vera import VeraConfig as VeraConfig
 from .engine.methods.waveft import WaveFTConfig as WaveFTConfig

@@ -150,6 +150,7 @@ PEFT_IS_WRONG = {
     ("conv1d", "LoKr-factored"): "raises RuntimeError",
     **{("int8", label): "multiplies the 8-bit numbers" for label in ("HRA", "HiRA")},
     ("int8", "TinyLoRA"): "takes the directions of the 8-bit numbers",
+    **{(kind, "Uni-LoRA"): "rounds the scales to integers" for kind in ("nf4", "fp4-double", "int8")},
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
     **{(kind, "DeLoRA"): "takes the norms of the stored numbers" for kind in ("nf4", "fp4-double", "int8")},
     **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},

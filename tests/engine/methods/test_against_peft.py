@@ -185,8 +185,8 @@ def test_its_status_and_its_names_are_those_of_peft(method: Method, tmp_path: Pa
     ours, theirs = pair(method, own, tmp_path)
     expected = [dataclasses.asdict(layer) for layer in theirs.get_layer_status()]
     for layer in expected:
-        if method.peft_type == "IA3":  # whose layers do not say in peft of which method they are
-            layer["module_type"] = f"ia3.{layer['module_type']}"
+        if method.peft_type in ("IA3", "UNILORA"):  # whose layers do not say in peft of which method they are
+            layer["module_type"] = f"{method.peft_type.lower()}.{layer['module_type']}"
     assert [dataclasses.asdict(layer) for layer in ours.get_layer_status()] == expected
     whole = dataclasses.asdict(theirs.get_model_status())
     if method.peft_type == "ADALORA":  # where how many ranks a layer has is a parameter in peft
@@ -211,7 +211,12 @@ def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Pa
     torch.testing.assert_close(logits(theirs.merge_and_unload()), merged, atol=1e-4, rtol=1e-3)
 
 
-SHARED = {"VBLORA": ["vblora_vector_bank"], "VERA": ["vera_A", "vera_B"], "RANDLORA": ["randlora_A", "randlora_B"]}
+SHARED = {
+    "UNILORA": ["unilora_theta_d"],
+    "VBLORA": ["vblora_vector_bank"],
+    "VERA": ["vera_A", "vera_B"],
+    "RANDLORA": ["randlora_A", "randlora_B"],
+}
 
 
 @pytest.mark.parametrize("method", [one for one in METHODS if one.peft_type in SHARED], ids=lambda one: one.label)
