@@ -206,9 +206,12 @@ class UniLora(ComputedFactors):
         if not config.save_indices:
             return {}
         in_features, out_features = kind.features(module)
-        sizes = {"A": (config.r, in_features), "B": (out_features, config.r)}
-        indices = {f"unilora_indices_{factor}": (shape, torch.int64) for factor, shape in sizes.items()}
-        return indices | {f"unilora_scales_{factor}": (shape, torch.float32) for factor, shape in sizes.items()}
+        first, second = (config.r, in_features), (out_features, config.r)
+        indices: dict[str, tuple[Shape, torch.dtype]] = {
+            INDICES_A: (first, torch.int64),
+            INDICES_B: (second, torch.int64),
+        }
+        return {**indices, SCALES_A: (first, torch.float32), SCALES_B: (second, torch.float32)}
 
     @classmethod
     def create(cls, config: UniLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
