@@ -139,7 +139,7 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
 
 
-PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA")
+PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA", "DEFT")
 """Methods that peft has for nn.Linear alone, which a 4-bit layer is an instance of."""
 
 # (kind, sample), or (kind, label) for all samples of a method.
@@ -162,6 +162,8 @@ PEFT_IS_WRONG = {
 }
 DRAWS = ("MonteCLoRA",)
 """Methods whose output in training is drawn."""
+STARTS_NEAR = {("linear-bf16", "DEFT"), ("int8", "DEFT")}
+"""Where a method takes from the layer's rounded output what it puts back exactly."""
 STARTS_ELSEWHERE = ("KaSA",)
 """Methods that leave something of the weight out from the start."""
 UNMERGEABLE = {("linear-no-bias", "LoRA-bias"): "adds a bias but the base layer has none"}
@@ -251,7 +253,8 @@ def test_identity_at_start(kind: str, sample: str) -> None:
     x = case.batch()
     before = base(x)
     model = get_peft_model(base, config_of(sample)).eval()
-    same_outputs = torch.allclose(model(x), before, atol=case.tolerance / 10, rtol=0)
+    near = 5e-2 if (kind, labels[sample]) in STARTS_NEAR else case.tolerance / 10
+    same_outputs = torch.allclose(model(x), before, atol=near, rtol=0)
     assert same_outputs == (labels[sample] not in STARTS_ELSEWHERE)
 
 
