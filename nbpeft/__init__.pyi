@@ -8,6 +8,7 @@ from typing import Any
 from .engine.methods.beft import BeftConfig as BeftConfig
 from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig
+from .engine.methods.deft import DeftConfig as DeftConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
 from .engine.methods.gralora import GraloraConfig as GraloraConfig
@@ -36,9 +37,12 @@ from .engine.methods.pvera import PveraConfig as PveraConfig
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
 from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
+from .engine.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .engine.methods.unilora import UniLoraConfig as UniLoraConfig
 from .engine.methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .engine.methods.vera import VeraConfig as VeraConfig
+from .engine.methods.waveft import WaveFTConfig as WaveFTConfig
 from .engine.prompt_config import PromptLearningConfig as PromptLearningConfig
 from .engine.selective_recompute import selective_recompute as selective_recompute
 from .errors import AdapterError as AdapterError

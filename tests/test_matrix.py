@@ -139,7 +139,7 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
 
 
-PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA")
+PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA", "DEFT")
 """Methods that peft has for nn.Linear alone, which a 4-bit layer is an instance of."""
 
 # (kind, sample), or (kind, label) for all samples of a method.
@@ -150,6 +150,8 @@ PEFT_IS_WRONG = {
     ("transformers-conv1d", "Lily"): "raises NotImplementedError",
     ("conv1d", "LoKr-factored"): "raises RuntimeError",
     **{("int8", label): "multiplies the 8-bit numbers" for label in ("HRA", "HiRA")},
+    ("int8", "TinyLoRA"): "takes the directions of the 8-bit numbers",
+    **{(kind, "Uni-LoRA"): "rounds the scales to integers" for kind in ("nf4", "fp4-double", "int8")},
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
     **{(kind, "DeLoRA"): "takes the norms of the stored numbers" for kind in ("nf4", "fp4-double", "int8")},
     **{(kind, "LoRA-orthogonal"): "raises RuntimeError" for kind in ("nf4", "fp4-double", "int8")},
@@ -161,6 +163,8 @@ PEFT_IS_WRONG = {
 }
 DRAWS = ("MonteCLoRA",)
 """Methods whose output in training is drawn."""
+STARTS_NEAR = {("linear-bf16", "DEFT"), ("int8", "DEFT")}
+"""Where a method takes from the layer's rounded output what it puts back exactly."""
 STARTS_ELSEWHERE = ("KaSA",)
 """Methods that leave something of the weight out from the start."""
 UNMERGEABLE = {
@@ -255,7 +259,8 @@ def test_identity_at_start(kind: str, sample: str) -> None:
     x = case.batch()
     before = base(x)
     model = get_peft_model(base, config_of(sample)).eval()
-    same_outputs = torch.allclose(model(x), before, atol=case.tolerance / 10, rtol=0)
+    near = 5e-2 if (kind, labels[sample]) in STARTS_NEAR else case.tolerance / 10
+    same_outputs = torch.allclose(model(x), before, atol=near, rtol=0)
     assert same_outputs == (labels[sample] not in STARTS_ELSEWHERE)
 
 

@@ -39,6 +39,7 @@ from nbpeft.engine.numerics import add_scaled_
 from nbpeft.engine.peft_types import TASK_HEADS as TASK_HEADS
 from nbpeft.engine.peft_types import PeftType as PeftType
 from nbpeft.engine.peft_types import TaskType as TaskType
+from nbpeft.engine.shared_state import SharedState as SharedState
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import ConfigError, did_you_mean
 from nbpeft.names import PEFT_VERSION
@@ -305,55 +306,6 @@ class AdapterWeights:
     parameters: Collection[str] = ()
 
 
-class SharedState(nn.Module):
-    """What all layers of one adapter share; one for each adapter name. Derive from it where a method needs one.
-
-    It hangs in the first adapted layer, so it moves and trains with the model.
-    """
-
-    @classmethod
-    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of its tensors.
-
-        Args:
-            config: the method's own config.
-            features: path -> (in, out) features of each layer that gets an adapter.
-
-        Raises:
-            ConfigError: the layers cannot share a state.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def create(
-        cls,
-        config: Any,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Builds the state, before the adapters of the layers.
-
-        Args:
-            config: the method's own config.
-            shapes: what ``tensor_shapes`` gave.
-            tensors: loaded tensors by name, or None to initialise.
-            device: where the first layer is.
-            dtype: dtype of new tensors.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def is_saved(cls, config: Any) -> bool:
-        """Whether a file holds its tensors; otherwise ``create`` makes the same ones again from the config."""
-        return True
-
-    def saved_tensors(self) -> dict[str, Tensor]:
-        """What an adapter's file holds of it, by name; references."""
-        return dict(self.state_dict(keep_vars=True))
-
-
 @dataclass(frozen=True)
 class AdapterSite:
     """Where an adapter is built.
@@ -519,12 +471,16 @@ class Adapter(nn.Module):
         return {key: value for key, value in self._parameters.items() if value is not None}
 
     @classmethod
-    def fixed_tensors(cls, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Shape, torch.dtype]]:
+    def fixed_tensors(
+        cls, config: Any, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
         """What a file holds of it that is not trained: name of a buffer -> its shape and dtype.
 
         Args:
             config: the method's own config.
             shapes: what ``parameter_shapes`` gave.
+            module: the layer.
+            kind: of the layer.
         """
         return {}
 
@@ -623,6 +579,11 @@ class Adapter(nn.Module):
     def held(self) -> Mapping[str, Any]:
         """Its parameters by name; nn.DataParallel's replicas have plain attributes instead."""
         return self._parameters or self.__dict__
+
+    def held_buffer(self, name: str) -> Tensor:
+        """One of its buffers; nn.DataParallel's replicas have it as a plain attribute."""
+        found: Any = self._buffers.get(name)
+        return self.__dict__[name] if found is None else found  # type: ignore[no-any-return]
 
 
 class TransformsInput(ABC):

@@ -174,7 +174,9 @@ def shared_state(
     if shared is None:
         return None
     given = None if weights is None or plan.shared.keys() - weights.shared.keys() else weights.shared
-    return shared.create(plan.config, plan.shared, given, device, dtype)
+    made = shared.create(plan.config, plan.shared, given, device, dtype)
+    made.place(plan.features)
+    return made
 
 
 def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | None) -> Adapter:

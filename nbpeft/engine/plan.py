@@ -72,6 +72,7 @@ class Target:
         parameter: name of the parameter in its module, where that is no layer, or a composite one; else empty.
         matrix_count: how many matrices that parameter holds: experts.
         tied: parameter name -> path of the earlier target whose parameter it is.
+        fixed: name -> shape and dtype of what a file holds here that is not trained.
     """
 
     path: str
@@ -86,6 +87,7 @@ class Target:
     parameter: str = ""
     matrix_count: int = 1
     tied: Mapping[str, str] = field(default_factory=dict)
+    fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
     @property
     def module_path(self) -> str:
@@ -100,11 +102,6 @@ class Target:
     def adapted_in(self, module: nn.Module) -> nn.Module:
         """What has the adapted weight as its ``weight``, of the module at that path."""
         return ParameterView(module, self.parameter) if self.parameter else module
-
-    @property
-    def fixed(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> shape and dtype of what a file holds here that is not trained."""
-        return {} if self.tied_to else self.adapter_class.fixed_tensors(self.config, self.shapes)
 
     @property
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -130,7 +127,8 @@ class InjectionPlan:
         biases: names of base parameters trained along.
         excluded: paths that the targets name and ``exclude_modules`` takes out.
         missing: targets that match nothing.
-        shared: name -> shape of the tensors that all targets share.
+        shared: name -> shape of the tensors that the layers share, where the method has such.
+        features: path -> (in, out) features of those layers, in model order.
     """
 
     method: str
@@ -141,6 +139,7 @@ class InjectionPlan:
     excluded: tuple[str, ...]
     missing: tuple[str, ...]
     shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    features: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -240,7 +239,8 @@ def plan(
     warn_of_tied(model, everything, adapted if ensured else adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
-    return InjectionPlan(method.label, resolved, (*targets, *parts), copies, biases, tuple(excluded), missing, shared)
+    everywhere = (*targets, *parts)
+    return InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
 
 
 def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[TargetError]:
@@ -435,8 +435,9 @@ def _target(
     else:
         kind, backend = resolve_parts(site, method)
         shapes = {} if tied_to else made_by.parameter_shapes(config, site.path, site.module, kind)
-    in_features, out_features = kind.features(site.module)
-    return Target(site.path, kind.name, backend.name, in_features, out_features, shapes, made_by, config, tied_to)
+    taken, given = kind.features(site.module)
+    fixed = {} if tied_to else made_by.fixed_tensors(config, shapes, site.module, kind)
+    return Target(site.path, kind.name, backend.name, taken, given, shapes, made_by, config, tied_to, fixed=fixed)
 
 
 def _composite_targets(site: Site, sites: list[Site], kind: Any, config: Any, method: Method) -> list[Target]:

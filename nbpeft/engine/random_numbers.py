@@ -6,9 +6,11 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def random_state() -> dict[str, Any]:
@@ -55,3 +57,15 @@ def drawing_from(source: dict[str, Any] | int) -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+def drawn_places(size: int, count: int, seed: int) -> Tensor:
+    """Different places in a flat weight, drawn from a seed, (count,), on the CPU; layers of one size share them."""
+    real = type(torch.empty(0)) is Tensor  # a forecast computes with tensors that hold nothing
+    return _drawn_places(size, count, seed) if real else _drawn_places.__wrapped__(size, count, seed)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _drawn_places(size: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].clone()

@@ -164,7 +164,10 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
     def create(target: Target) -> Adapter:
         module = target.adapted_in(model.get_submodule(target.module_path))
         base = BaseLayer(module, layer_kind_named(target.kind), backend_named(target.backend))
-        tensors = {key: value.float() for key, value in loaded.weights.adapters.get(target.path, {}).items()}
+        tensors = {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in loaded.weights.adapters.get(target.path, {}).items()
+        }
         bases[target.path] = base
         site = AdapterSite(target.path, base, target.shapes, torch.float32, shared)
         adapter = target.adapter_class.create(target.config, site, tensors)

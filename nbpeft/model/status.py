@@ -83,8 +83,14 @@ def _layer(manager: AdapterManager, name: str, layer: AdaptedLayer) -> LayerStat
         active_adapters=layer.active_adapters,
         merged_adapters=list(layer.merged_names),
         quantization_backend=layer.backend.backend_name or None,
-        **_of_modules(adapters),
+        **_of_tensors({own: _trained(manager, own, adapter) for own, adapter in adapters.items()}),
     )
+
+
+def _trained(manager: AdapterManager, name: str, adapter: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters of an adapter on a layer; those that layers share where it has none of its own."""
+    shared = None if adapter._parameters else manager.shared(name)
+    return list((adapter if shared is None else shared).parameters())
 
 
 def _copy(name: str, module: ModulesToSaveWrapper) -> LayerStatus:

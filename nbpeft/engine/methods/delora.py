@@ -101,7 +101,9 @@ class Delora(ComputedFactors):
         return {FACTOR_A: (rank, in_features), FACTOR_B: (out_features, rank), BOUND: (1,)}
 
     @classmethod
-    def fixed_tensors(cls, config: DeloraConfig, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, torch.dtype]]:
+    def fixed_tensors(
+        cls, config: DeloraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
         """The norms; see ``Adapter``."""
         return {NORMS: ((shapes[FACTOR_A][1],), torch.float32)}
 
@@ -133,8 +135,7 @@ class Delora(ComputedFactors):
     @property
     def norms(self) -> Tensor:
         """‖w_j‖, (in,)."""
-        held: Any = self._buffers.get(NORMS)
-        return self.__dict__[NORMS] if held is None else held  # type: ignore[no-any-return]
+        return self.held_buffer(NORMS)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A with the norms in its columns and the strengths in its rows, (r, in), and B, (out, r)."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +20,7 @@ from nbpeft.engine.config_checks import check_count, check_linear, check_number
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.numerics import composes
+from nbpeft.engine.random_numbers import drawn_places
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_unfused_targets
 from nbpeft.engine.transaction import Transaction
@@ -70,18 +70,6 @@ class FourierFTConfig(LayersConfig):
     def frequencies_at(self, path: str) -> int:
         """The number of frequencies at a module path."""
         return int(pattern_table(self, "n_frequency_pattern").get(path, self.n_frequency))
-
-
-def _places(size: int, count: int, seed: int) -> Tensor:
-    """Places of the frequencies in a flat weight of a size, on the CPU; layers of one shape share them."""
-    real = type(torch.empty(0)) is Tensor  # a forecast computes with tensors that hold nothing
-    return _drawn_places(size, count, seed) if real else _drawn_places.__wrapped__(size, count, seed)
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _drawn_places(size: int, count: int, seed: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].clone()
 
 
 @register(
@@ -140,7 +128,7 @@ class FourierFT(WeightDelta, Rescales):
         """The inverse Fourier transform of the numbers at their places; see ``WeightDelta``."""
         spectrum = parameters[0]
         shape = base.out_features, base.in_features
-        places = _places(shape[0] * shape[1], self.count, self.seed).to(spectrum.device)
+        places = drawn_places(shape[0] * shape[1], self.count, self.seed).to(spectrum.device)
         wide = torch.promote_types(spectrum.dtype, torch.float32)  # there is no transform of half precision on a CPU
         dense = torch.zeros(shape[0] * shape[1], device=spectrum.device, dtype=wide)
         dense = dense.index_put((places,), spectrum.to(wide)).view(shape)

@@ -124,7 +124,9 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
         return {WEIGHT: (count,)}
 
     @classmethod
-    def fixed_tensors(cls, config: ShiraConfig, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, torch.dtype]]:
+    def fixed_tensors(
+        cls, config: ShiraConfig, shapes: Mapping[str, Shape], module: nn.Module, kind: LayerKind
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
         """The places; see ``Adapter``."""
         return {INDICES: ((2, *shapes[WEIGHT]), torch.int32)}
 
@@ -152,8 +154,7 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
     @property
     def held_indices(self) -> Tensor:
         """Rows and columns of the entries, (2, n)."""
-        found: Any = self._buffers.get(INDICES)
-        return self.__dict__[INDICES] if found is None else found  # type: ignore[no-any-return]
+        return self.held_buffer(INDICES)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """``(W + Δ) x + b``, in one product, where the weight is not quantized; see ``ReplacesCall``."""

@@ -195,7 +195,7 @@ def test_its_status_and_its_names_are_those_of_peft(method: Method, tmp_path: Pa
     ours, theirs = pair(method, own, tmp_path)
     expected = [dataclasses.asdict(layer) for layer in theirs.get_layer_status()]
     for layer in expected:
-        if method.peft_type in ("IA3", "BEFT"):  # whose layers do not say in peft of which method they are
+        if method.peft_type in ("BEFT", "IA3", "UNILORA"):  # whose layers do not say in peft of which method they are
             layer["module_type"] = f"{method.peft_type.lower()}.{layer['module_type']}"
     assert [dataclasses.asdict(layer) for layer in ours.get_layer_status()] == expected
     whole = dataclasses.asdict(theirs.get_model_status())
@@ -228,9 +228,10 @@ def test_files_go_both_ways(method: Method, fields: dict[str, Any], tmp_path: Pa
 
 
 SHARED = {
+    "PVERA": ["pvera_A", "pvera_B"],
+    "UNILORA": ["unilora_theta_d"],
     "VBLORA": ["vblora_vector_bank"],
     "VERA": ["vera_A", "vera_B"],
-    "PVERA": ["pvera_A", "pvera_B"],
     "RANDLORA": ["randlora_A", "randlora_B"],
 }
 

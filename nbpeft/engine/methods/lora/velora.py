@@ -86,7 +86,7 @@ class VeLoRA(LowRankProduct):
 
     @classmethod
     def fixed_tensors(
-        cls, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]
+        cls, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The direction; see ``Adapter``."""
         assert config.velora_config is not None
@@ -101,7 +101,7 @@ class VeLoRA(LowRankProduct):
         settings = config.velora_config
         assert settings is not None
         if direction is None:
-            (shape, dtype) = cls.fixed_tensors(config, site.shapes)[DIRECTION]
+            (shape, dtype) = cls.fixed_tensors(config, site.shapes, site.base.module, site.base.kind)[DIRECTION]
             make: Callable[..., Tensor] = torch.randn if settings.init_type == "random" else torch.zeros
             direction = make(shape, device=site.base.device, dtype=dtype)
             direction = _normalised(direction) if settings.init_type == "random" else direction

@@ -1,0 +1,65 @@
+"""What the layers of one adapter share: a common projection, a bank of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class SharedState(nn.Module):
+    """What all layers of one adapter share; one for each adapter name. Derive from it where a method needs one.
+
+    It hangs in the first adapted layer, so it moves and trains with the model.
+    """
+
+    @classmethod
+    def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of its tensors.
+
+        Args:
+            config: the method's own config.
+            features: path -> (in, out) features of each layer that gets an adapter, in the order of the model.
+
+        Raises:
+            ConfigError: the layers cannot share a state.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def create(
+        cls,
+        config: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Builds the state, before the adapters of the layers.
+
+        Args:
+            config: the method's own config.
+            shapes: what ``tensor_shapes`` gave.
+            tensors: loaded tensors by name, or None to initialise.
+            device: where the first layer is.
+            dtype: dtype of new tensors.
+        """
+        raise NotImplementedError
+
+    def place(self, features: Mapping[str, tuple[int, int]]) -> None:
+        """Tells it, once it is built and before the adapters are, which layers share it; most do not ask.
+
+        Args:
+            features: as ``tensor_shapes`` gets them, in the order of the model.
+        """
+
+    @classmethod
+    def is_saved(cls, config: Any) -> bool:
+        """Whether a file holds its tensors; otherwise ``create`` makes the same ones again from the config."""
+        return True
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What an adapter's file holds of it, by name; references."""
+        return dict(self.state_dict(keep_vars=True))
