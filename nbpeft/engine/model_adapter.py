@@ -107,7 +107,7 @@ class ModelAdapter(Adapter, TransformsOutput):
             made = cls(config)
         for name, tensor in tensors.items():
             owner, _, own = name.rpartition(".")
-            setattr(made.get_submodule(owner), own, nn.Parameter(tensor.detach()))
+            setattr(made.get_submodule(owner), own, nn.Parameter(tensor.detach(), name not in cls.frozen_parameters))
         return made
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
