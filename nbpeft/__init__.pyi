@@ -8,6 +8,8 @@ from typing import Any
 from .engine.methods.beft import BeftConfig as BeftConfig
 from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig
+from .engine.methods.cartridge import CartridgeConfig as CartridgeConfig
+from .engine.methods.cartridge import CartridgeEncoder as CartridgeEncoder
 from .engine.methods.deft import DeftConfig as DeftConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
@@ -115,6 +117,7 @@ from .model import VeloraConfig as VeloraConfig
 from .model import cast_adapter_dtype as cast_adapter_dtype
 from .model import cast_mixed_precision_params as cast_mixed_precision_params
 from .model import check_if_peft_model as check_if_peft_model
+from .model import compose_cartridge_adapters as compose_cartridge_adapters
 from .model import convert_to_lora as convert_to_lora
 from .model import create_arrow_model as create_arrow_model
 from .model import delete_adapter as delete_adapter
@@ -129,6 +132,8 @@ from .model import get_peft_model as get_peft_model
 from .model import get_peft_model_state_dict as get_peft_model_state_dict
 from .model import hotswap_adapter as hotswap_adapter
 from .model import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+from .model import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
+from .model import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .model import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .model import inject_adapter_in_model as inject_adapter_in_model
 from .model import load_peft_weights as load_peft_weights
@@ -139,6 +144,7 @@ from .model import merge_to_folder as merge_to_folder
 from .model import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from .model import preprocess_corda as preprocess_corda
 from .model import preprocess_loraga as preprocess_loraga
+from .model import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
 from .model import quantize_model as quantize_model
 from .model import reduce_intruder_dimension as reduce_intruder_dimension
 from .model import replace_lora_weights_loftq as replace_lora_weights_loftq

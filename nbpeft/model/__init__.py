@@ -27,6 +27,12 @@ from nbpeft.model.auto import AutoPeftModelForSequenceClassification as AutoPeft
 from nbpeft.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from nbpeft.model.calibrated_merge import CalibratedMerge as CalibratedMerge
 from nbpeft.model.calibrated_merge import merge_calibrated as merge_calibrated
+from nbpeft.model.cartridges import compose_cartridge_adapters as compose_cartridge_adapters
+from nbpeft.model.cartridges import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
+from nbpeft.model.cartridges import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from nbpeft.model.cartridges import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
 from nbpeft.model.combining import Combined as Combined
 from nbpeft.model.conversion import convert_to_lora as convert_to_lora
 from nbpeft.model.conversion import save_as_lora as save_as_lora
