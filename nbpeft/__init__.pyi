@@ -39,6 +39,7 @@ from .engine.methods.pvera import PveraConfig as PveraConfig
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
 from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
+from .engine.methods.supertuning import SupertuningConfig as SupertuningConfig
 from .engine.methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .engine.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .engine.methods.unilora import UniLoraConfig as UniLoraConfig
