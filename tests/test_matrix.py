@@ -139,7 +139,7 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
 
 
-PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA", "DEFT")
+PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA", "DEFT", "PEANuT")
 """Methods that peft has for nn.Linear alone, which a 4-bit layer is an instance of."""
 
 # (kind, sample), or (kind, label) for all samples of a method.
@@ -148,7 +148,8 @@ PEFT_IS_WRONG = {
     **{(kind, "trainable tokens-tokens"): "drops the bias of the layer" for kind in ("linear", "linear-bf16")},
     ("transformers-conv1d", "trainable tokens-tokens"): "raises AttributeError",
     ("conv1d", "LoKr-factored"): "raises RuntimeError",
-    **{("int8", label): "multiplies the 8-bit numbers" for label in ("HRA", "HiRA")},
+    **{("int8", label): "multiplies the 8-bit numbers" for label in ("HRA", "HiRA", "PEANuT")},
+    ("transformers-conv1d", "PEANuT"): "raises NotImplementedError",
     ("int8", "TinyLoRA"): "takes the directions of the 8-bit numbers",
     **{(kind, "Uni-LoRA"): "rounds the scales to integers" for kind in ("nf4", "fp4-double", "int8")},
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
