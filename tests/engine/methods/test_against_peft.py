@@ -373,7 +373,10 @@ def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[
     saved = model.manager.weights("default")
     layers = {path: layer.adapter("default") for path, layer in model.manager.layers.items()}
     fixed = any(named.keys() - layers[path]._parameters.keys() for path, named in saved.adapters.items())
-    if fixed or (shared is not None and shared.is_saved(config)):
+    if config.initialised_from_weight:
+        with pytest.raises(HotSwapError, match="starts in a part of the base weights"):
+            hotswap_adapter(model, tmp_path, "default")
+    elif fixed or (shared is not None and shared.is_saved(config)):
         with pytest.raises(HotSwapError, match="the slot 'default' has no place for"):
             hotswap_adapter(model, tmp_path, "default")
     else:
