@@ -32,6 +32,7 @@ from .engine.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConf
 from .engine.methods.prompt_tuning import PromptEmbedding as PromptEmbedding
 from .engine.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .engine.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
+from .engine.methods.psoft import PsoftConfig as PsoftConfig
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
 from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig
