@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import Adapter, AdapterSite
-from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.base import BaseLayer, offloading
 from nbpeft.engine.build import shared_state
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.layer import add_deltas
@@ -69,11 +69,29 @@ class LayerDelta:
         """Adds to a floating-point weight, (out, in) or as the module stores it, in place."""
         add_deltas(self.base.kind.canonical(self.base.module, weight), self.base, self.adapters)
 
-    def bias(self) -> Tensor | None:
-        """Returns what is added to the layer's bias, (out,), or None."""
-        parts = [(adapter.delta_bias(self.base), scale) for adapter, scale in self.adapters]
+    def bias(self, read: Callable[[str], Tensor] | None = None) -> Tensor | None:
+        """Returns what is added to the layer's bias, (out,), or None.
+
+        Args:
+            read: returns a parameter of the layer by its name in it, where the layer is one without data. Without it
+                what is returned says no more than whether there is a change.
+        """
+        base = self._with_data(read)
+        parts = [(adapter.delta_bias(base), scale) for adapter, scale in self.adapters]
         added = [part * scale for part, scale in parts if part is not None]
         return torch.stack(added).sum(0) if added else None
+
+    def _with_data(self, read: Callable[[str], Tensor] | None) -> BaseLayer:
+        """The layer; one without data (meta device) with parameters that are read, or zeros."""
+        module, backend = self.base.module, self.base.backend
+        empty = {name: held for name, held in module._parameters.items() if held is not None and held.is_meta}
+        if not empty or isinstance(module, ParameterView) or offloading(module) is not None:
+            return self.base
+        twin = backend.twin(module)  # type: ignore[attr-defined]
+        for name, held in empty.items():
+            value = torch.zeros((), dtype=held.dtype).expand(held.shape) if read is None else read(name)
+            twin._parameters[name] = nn.Parameter(value, requires_grad=False)
+        return BaseLayer(twin, self.base.kind, backend)
 
 
 @dataclass

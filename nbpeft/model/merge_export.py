@@ -293,7 +293,7 @@ class _Merger:
         if layer is None or kind not in ("weight", "bias"):
             return value.to(spec.dtype)
         if kind == "bias":
-            added = layer.bias()
+            added = layer.bias(lambda own: self._weights.read(f"{path}.{own}")[0])
             return (value if added is None else value.float() + added.to(value.device).float()).to(spec.dtype)
         return self._weight(path, layer, value, own, spec.dtype)
 
