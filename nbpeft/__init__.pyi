@@ -10,6 +10,7 @@ from .engine.methods.c3a import C3AConfig as C3AConfig
 from .engine.methods.deft import DeftConfig as DeftConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
+from .engine.methods.glora import GloraConfig as GloraConfig
 from .engine.methods.gralora import GraloraConfig as GraloraConfig
 from .engine.methods.hira import HiraConfig as HiraConfig
 from .engine.methods.hra import HRAConfig as HRAConfig

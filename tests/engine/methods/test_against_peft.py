@@ -155,6 +155,7 @@ def counted(make: Callable[[], Any]) -> Any:
         return "refused"
     module = peft if isinstance(model, peft.PeftModel) else nbpeft
     shapes = {name: tuple(value.shape) for name, value in module.get_peft_model_state_dict(model).items()}
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith(".zeros")}  # of what GLoRA lacks
     return {name: shape for name, shape in shapes.items() if not name.endswith(REPEATED) or name.count(".") == 1}
 
 
@@ -165,8 +166,8 @@ def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: 
     assert MODELS[name]().config.model_type == name
     expected = counted(lambda: peft.get_peft_model(MODELS[name](), theirs))
     found = counted(lambda: get_peft_model(MODELS[name](), ours))
-    # Some in peft leave GPT-2's Conv1D out, and AdaLoRA's table of targets there is shorter than LoRA's.
-    assert found == expected or (expected == "refused" and (name == "gpt2" or method.peft_type == "ADALORA"))
+    # Some in peft leave GPT-2's Conv1D out, or Falcon's own class, and AdaLoRA's table is shorter than LoRA's.
+    assert found == expected or (expected == "refused" and (name in ("gpt2", "falcon") or method.label == "AdaLoRA"))
 
 
 def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:
