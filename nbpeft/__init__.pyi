@@ -5,6 +5,7 @@ Configs come from the registry, whether they have a line here or not: it makes t
 
 from typing import Any
 
+from .engine.methods.beft import BeftConfig as BeftConfig
 from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig
 from .engine.methods.deft import DeftConfig as DeftConfig
@@ -15,6 +16,7 @@ from .engine.methods.gralora import GraloraConfig as GraloraConfig
 from .engine.methods.hira import HiraConfig as HiraConfig
 from .engine.methods.hra import HRAConfig as HRAConfig
 from .engine.methods.ia3 import IA3Config as IA3Config
+from .engine.methods.lily import LilyConfig as LilyConfig
 from .engine.methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .engine.methods.loha import LoHaConfig as LoHaConfig
 from .engine.methods.lokr import LoKrConfig as LoKrConfig
@@ -34,6 +36,7 @@ from .engine.methods.prompt_tuning import PromptEmbedding as PromptEmbedding
 from .engine.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .engine.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
 from .engine.methods.psoft import PsoftConfig as PsoftConfig
+from .engine.methods.pvera import PveraConfig as PveraConfig
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
 from .engine.methods.road import RoadConfig as RoadConfig
 from .engine.methods.shira import ShiraConfig as ShiraConfig

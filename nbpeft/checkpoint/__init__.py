@@ -11,7 +11,6 @@ from nbpeft.checkpoint.atomic import in_place_of as in_place_of
 from nbpeft.checkpoint.atomic import replace_files as replace_files
 from nbpeft.checkpoint.card import CardFacts as CardFacts
 from nbpeft.checkpoint.card import card_text as card_text
-from nbpeft.checkpoint.config_format import condense_targets as condense_targets
 from nbpeft.checkpoint.config_format import config_text as config_text
 from nbpeft.checkpoint.config_format import config_to_save as config_to_save
 from nbpeft.checkpoint.config_format import parse_config as parse_config

@@ -15,8 +15,8 @@ import nbpeft.engine.methods  # noqa: F401  (registers the methods)
 from nbpeft.engine import registry
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.model_tree import bare_modules
+from nbpeft.engine.targets import condensed_if_many
 from nbpeft.errors import (
-    CheckpointError,
     ConfigError,
     CorruptCheckpointError,
     UntypedConfigError,
@@ -24,9 +24,6 @@ from nbpeft.errors import (
     shown,
 )
 from nbpeft.names import PEFT_VERSION
-
-CONDENSE_FROM = 20
-"""As many target names as this are condensed to suffixes, as PEFT does."""
 
 LARGEST_CONFIG = 8_000_000
 """Bytes of a config file; one that names 50,000 modules takes a third of it."""
@@ -152,43 +149,11 @@ def config_to_save(config: AdapterConfig, model: nn.Module, *, targets: Iterable
     wanted = getattr(config, "target_modules", None)
     if wanted == "all-linear" and targets is not None:
         wanted = changes["target_modules"] = set(targets)
-    if isinstance(wanted, (list, set, tuple)) and len(wanted) >= CONDENSE_FROM and config.condenses_targets:
-        condensed = condense_targets(wanted, (name for name, _ in bare_modules(model, repeat=True) if name))
-        if len(condensed) < len(wanted):
+    if config.condenses_targets:
+        condensed = condensed_if_many(wanted, (name for name, _ in bare_modules(model, repeat=True) if name))
+        if condensed is not wanted:
             changes["target_modules"] = condensed
     return config.copy(**changes)
-
-
-def condense_targets(targets: Iterable[str], module_names: Iterable[str]) -> set[str]:
-    """The fewest, shortest suffixes that name the same modules.
-
-    Args:
-        targets: names or suffixes of names.
-        module_names: all module names of the model; those that a target names are left out here.
-
-    Raises:
-        CheckpointError: a target is empty.
-    """
-    wanted = set(targets)
-    if "" in wanted:
-        raise CheckpointError("target_modules has an empty name")
-    endings = tuple(f".{name}" for name in wanted)
-    others = (name for name in module_names if name not in wanted and not name.endswith(endings))
-    taken = {suffix for name in others for suffix in _suffixes(name)}
-    chosen: set[str] = set()
-    for suffixes in sorted(_suffixes(name) for name in wanted):
-        if not chosen.isdisjoint(suffixes):
-            continue
-        shortest = next((suffix for suffix in suffixes if suffix not in taken), None)
-        if shortest is not None:
-            chosen.add(shortest)
-    return chosen or wanted
-
-
-def _suffixes(name: str) -> list[str]:
-    """``a.b.c`` -> ``c``, ``b.c``, ``a.b.c``."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def _plain(value: Any) -> Any:

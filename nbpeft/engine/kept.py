@@ -147,7 +147,17 @@ def keeps_weights(manager: AdapterManager, name: str, plan: InjectionPlan) -> bo
     weights = manager.weights(name)
     shapes = {path: {key: tuple(one.shape) for key, one in named.items()} for path, named in weights.adapters.items()}
     wanted = {target.path: target.saved_shapes for target in plan.targets}
-    return shapes == wanted and set(weights.copies) == set(plan.copies)
+    return shapes == wanted and set(weights.copies) == set(plan.copies) and _shares_alike(weights, plan)
+
+
+def _shares_alike(weights: AdapterWeights, plan: InjectionPlan) -> bool:
+    """Whether the same layers share a tensor as in a plan of the same layers."""
+    first: dict[int, str] = {}
+    return all(
+        first.setdefault(id(tensor), target.path) == target.tied.get(key, target.path)
+        for target in plan.targets
+        for key, tensor in weights.adapters[target.path].items()
+    )
 
 
 def has_weights(manager: AdapterManager, name: str, weights: AdapterWeights) -> bool:

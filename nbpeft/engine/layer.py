@@ -335,11 +335,16 @@ class AdaptedLayer(PeftLayerMixin):
         """
         # The biases first: a method's may be a multiple of its bias, or of its weight.
         bias_deltas = self._bias_deltas(chosen)
-        weight = self.backend.dequantize(self.weight_module)
-        self._add_deltas(self.kind.canonical(self.weight_module, weight), *zip(*chosen, strict=True))
-        self.backend.store(module, weight)
+        if module is not self.weight_module or self.changes_weight([name for name, _ in chosen]):
+            weight = self.backend.dequantize(self.weight_module)
+            self._add_deltas(self.kind.canonical(self.weight_module, weight), *zip(*chosen, strict=True))
+            self.backend.store(module, weight)
         if bias is not None:
             _add_bias_deltas(bias, bias_deltas)
+
+    def changes_weight(self, names: Sequence[str]) -> bool:
+        """Whether some of these adapters change the weight here, and not the bias alone."""
+        return any(self.adapter(name).delta_rank != 0 for name in names if name in self.adapters._modules)
 
     def check_mergeable(self, names: Sequence[str]) -> None:
         """Raises MergeError where ``merge_into_base`` would."""

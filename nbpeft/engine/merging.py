@@ -174,7 +174,9 @@ def unmerge_layers(layers: Iterable[AdaptedLayer], change: Transaction) -> None:
 def warn_of_requantization(layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> None:
     """Warns once where merging has to quantize again, and the adapters do not act so already."""
     lossy = (
-        layer for layer in layers.values() if layer.backend.name != "dense" and not layer.is_quantization_aware(names)
+        layer
+        for layer in layers.values()
+        if layer.backend.name != "dense" and layer.changes_weight(names) and not layer.is_quantization_aware(names)
     )
     kinds = sorted({layer.backend.name for layer in lossy})
     if kinds:

@@ -41,6 +41,7 @@ from nbpeft.engine.registry import Method, companions, composite_kind, method_of
 from nbpeft.engine.replication import pending_replication, replicated
 from nbpeft.engine.targets import (
     Matcher,
+    condensed_if_many,
     is_all_linear,
     matches_segment_names,
     no_match,
@@ -70,6 +71,7 @@ class Target:
         tied_to: path of the target whose tensors this one shares; else empty.
         parameter: name of the parameter in its module, where that is no layer, or a composite one; else empty.
         matrix_count: how many matrices that parameter holds: experts.
+        tied: parameter name -> path of the earlier target whose parameter it is.
         fixed: name -> shape and dtype of what a file holds here that is not trained.
     """
 
@@ -84,6 +86,7 @@ class Target:
     tied_to: str = ""
     parameter: str = ""
     matrix_count: int = 1
+    tied: Mapping[str, str] = field(default_factory=dict)
     fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
 
     @property
@@ -107,9 +110,9 @@ class Target:
 
     @property
     def parameter_count(self) -> int:
-        """Parameters added here that are trained."""
-        frozen = self.adapter_class.frozen_parameters
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in frozen)
+        """Parameters added here that are trained, without those of another target."""
+        others = (*self.adapter_class.frozen_parameters, *self.tied)
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in others)
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,10 @@ def plan(
         getattr(resolved, "layers_pattern", None),
     )
     targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
+    features = {target.path: (target.in_features, target.out_features) for target in targets}
+    if method.tied is not None:
+        ties = method.tied(resolved, features)
+        targets = [replace(target, tied=ties.get(target.path, {})) for target in targets]
     adapted = {target.path for target in targets}
     named = Matcher(getattr(resolved, "target_parameters", None) or ())
     bare = parameter_sites(model, sites, named, adapted, tuple(copies)) if named.targets else []
@@ -231,7 +238,6 @@ def plan(
     everything = [(site.path, site.module) for site in sites]
     warn_of_tied(model, everything, adapted if ensured else adapted | copies.keys(), strict=ensured)
     biases = _biases(model, resolved, adapted, tuple(copies))
-    features = {target.path: (target.in_features, target.out_features) for target in targets}
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
     everywhere = (*targets, *parts)
     return InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
@@ -292,6 +298,9 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
         resolved.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[attr-defined]
     if is_all_linear(targets):
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
+    if method.tied is not None:  # its layers go by the names
+        paths = (path for path, _ in bare_modules(model, repeat=True) if path)
+        resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
     with_parameters(model, config, resolved, method, sites)
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
         warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
@@ -407,6 +416,8 @@ def make_adapters(plan: InjectionPlan, create: Callable[[Target], Adapter]) -> l
     for target in plan.targets:
         adapter = create(target)
         made[target.path] = target, adapter
+        for name, owner in target.tied.items():
+            adapter._parameters[name] = made[owner][1]._parameters[name]
         if target.tied_to:
             adapter.tie_to(made[target.tied_to][1])
     return list(made.values())

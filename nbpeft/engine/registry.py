@@ -92,7 +92,10 @@ class Method:
         summary: config -> what panels, cards and previews show of it: ``{"r": "16", "α": "32"}``.
         smaller: config -> one with fewer parameters, for forecasts that do not fit; None where there is none.
         sample_configs: name -> fields of a config, without targets; the tests try the method with each.
-        shared: class of what its layers share, if anything.
+        shared: class of what all its layers share, if anything.
+        tied: (config, path -> (in, out) features of its layers, in model order) -> path -> parameter -> path of the
+            earlier layer whose parameter it is, where some layers share one. A file holds it for each of them. The
+            names of the config's targets are condensed before, where they are many.
         call_context: (config, args, kwargs of a call of the model) -> what its adapters find in ``base.context``
             while the call runs; a tensor with one entry for each row is cut to the rows that an adapter serves.
         call_arguments: names of arguments of a call that are for that alone, and not for the model.
@@ -129,6 +132,7 @@ class Method:
     smaller: Callable[[Any], Any] = lambda config: None
     sample_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shared: type[SharedState] | None = None
+    tied: Callable[[Any, Mapping[str, tuple[int, int]]], Mapping[str, Mapping[str, str]]] | None = None
     call_context: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] | None = None
     call_arguments: tuple[str, ...] = ()
     derived: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None

@@ -16,6 +16,8 @@ from nbpeft.engine.patterns import LAYER_INDEX
 from nbpeft.errors import TargetError, did_you_mean, few, near, shown
 
 ALL_LINEAR = "all-linear"
+CONDENSE_FROM = 20
+"""As many target names as this are condensed to suffixes, as PEFT does."""
 _MOST_HINTS = 5
 """For so many names that match nothing the nearest ones are looked up."""
 
@@ -84,6 +86,45 @@ def usual_model_types() -> list[str]:
 def with_target(targets: Collection[str] | str | None, path: str) -> Collection[str] | str:
     """Targets that name one more module."""
     return f"(?:{targets})|{re.escape(path)}" if isinstance(targets, str) else {*(targets or ()), path}
+
+
+def condensed_if_many(targets: Any, module_names: Iterable[str]) -> Any:
+    """Targets, condensed where they are so many names that PEFT does that, and that makes them fewer.
+
+    Args:
+        targets: names, a pattern or None.
+        module_names: all module names of the model.
+    """
+    if not isinstance(targets, list | set | tuple) or len(targets) < CONDENSE_FROM:
+        return targets
+    condensed = condense_targets(targets, module_names)
+    return condensed if len(condensed) < len(targets) else targets
+
+
+def condense_targets(targets: Iterable[str], module_names: Iterable[str]) -> set[str]:
+    """The fewest, shortest suffixes that name the same modules.
+
+    Args:
+        targets: names or suffixes of names.
+        module_names: all module names of the model; those that a target names are left out here.
+
+    Raises:
+        TargetError: a target is empty.
+    """
+    wanted = set(targets)
+    if "" in wanted:
+        raise TargetError("target_modules has an empty name")
+    endings = tuple(f".{name}" for name in wanted)
+    others = (name for name in module_names if name not in wanted and not name.endswith(endings))
+    taken = {suffix for name in others for suffix in suffixes(name)}
+    chosen: set[str] = set()
+    for endings_of_one in sorted(list(suffixes(name))[::-1] for name in wanted):
+        if not chosen.isdisjoint(endings_of_one):
+            continue
+        shortest = next((suffix for suffix in endings_of_one if suffix not in taken), None)
+        if shortest is not None:
+            chosen.add(shortest)
+    return chosen or wanted
 
 
 @dataclass

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,7 +222,10 @@ def _with_layers(config: Any, have: int, wanted: int) -> Any:
 
 
 def equal_layers(model: nn.Module, count: int) -> str:
-    """Path of a model's list of ``count`` layers if all have the same tensors, their adapters included; else empty."""
+    """Path of a model's list of ``count`` layers if all have the same tensors, and each its own; else empty.
+
+    Those of their adapters count too.
+    """
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             shapes = {
@@ -231,7 +235,8 @@ def equal_layers(model: nn.Module, count: int) -> str:
                 )
                 for layer in module
             }
-            return path if len(shapes) == 1 else ""
+            owners = Counter(id(tensor) for layer in module for tensor in layer.parameters() if tensor.requires_grad)
+            return path if len(shapes) == 1 and max(owners.values(), default=1) == 1 else ""
     return ""
 
 

@@ -241,7 +241,8 @@ class DeviceCache:
         overwritten: dict[str, str] = {}
         for old in evicted:
             signature = self._entries[old].signature
-            new = next((name for name in added if to_load[name].signature == signature), None)
+            alike = (name for name in added if signature.can_overwrite and to_load[name].signature == signature)
+            new = next(alike, None)
             if new is not None:
                 overwritten[old] = new
                 added.remove(new)
@@ -285,7 +286,8 @@ class DeviceCache:
     def _bytes(self, name: str) -> int:
         """Returns the bytes an adapter takes on the model."""
         tensors: dict[int, Tensor] = {id(parameter): parameter for parameter in self._manager.parameters(name)}
-        for named in self._manager.weights(name).copies.values():
+        weights = self._manager.weights(name)
+        for named in (*weights.copies.values(), weights.shared):
             tensors.update((id(tensor), tensor) for tensor in named.values())
         return sum(tensor.nbytes for tensor in tensors.values())
 

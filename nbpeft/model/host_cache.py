@@ -55,11 +55,13 @@ class ShapeSignature:
         method: label of the method.
         adapters: path -> parameter -> shape.
         copies: path of a module in ``modules_to_save`` -> parameter or buffer -> shape.
+        can_overwrite: False where its layers share tensors: then none overwrites another.
     """
 
     method: str
     adapters: Mapping[str, Mapping[str, tuple[int, ...]]]
     copies: Mapping[str, Mapping[str, tuple[int, ...]]]
+    can_overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class _Layout:
     expected: checkpoint.Expected
     dtypes: Mapping[str, torch.dtype]
     copy_dtypes: Mapping[str, Mapping[str, torch.dtype]]
+    shared_dtype: torch.dtype | None
 
     def arrange(self, weights: AdapterWeights) -> AdapterWeights:
         """Returns the tensors in the model's order and dtypes."""
@@ -100,7 +103,8 @@ class _Layout:
             path: {key: weights.copies[path][key].to(dtype) for key, dtype in named.items()}
             for path, named in self.copy_dtypes.items()
         }
-        return AdapterWeights(adapters, copies)
+        shared = {key: weights.shared[key].to(self.shared_dtype) for key in self.expected.shared}
+        return AdapterWeights(adapters, copies, shared=shared)
 
 
 class AdapterReader:
@@ -140,7 +144,7 @@ class AdapterReader:
                 raise CheckpointError(f"adapter {name!r} in {source.source} {what} {keys[0]}{more}", keys=keys)
         self._drop_unchanged_embeddings(name, loaded.weights)
         weights = layout.arrange(loaded.weights)
-        groups = (*weights.adapters.values(), *weights.copies.values())
+        groups = (*weights.adapters.values(), *weights.copies.values(), weights.shared)
         byte_count = sum(tensor.nbytes for named in groups for tensor in named.values())
         return HostAdapter(config, weights, layout.signature, byte_count, self._note(saved.metadata))
 
@@ -186,8 +190,10 @@ class AdapterReader:
         copy_dtypes = {
             path: {key: tensor.dtype for key, tensor in modules[path].state_dict().items()} for path in wanted.copies
         }
-        signature = ShapeSignature(method_of(plan.config).label, wanted.adapters, wanted.copies)
-        return _Layout(signature, wanted, dtypes, copy_dtypes)
+        shares = bool(plan.shared) or any(target.tied for target in plan.targets)
+        signature = ShapeSignature(method_of(plan.config).label, wanted.adapters, wanted.copies, not shares)
+        shared_dtype = dtypes[plan.targets[0].path] if plan.targets else None
+        return _Layout(signature, wanted, dtypes, copy_dtypes, shared_dtype)
 
     def _drop_unchanged_embeddings(self, name: str, weights: AdapterWeights) -> None:
         """Leaves out embeddings in the file that are the base's own; others cannot be in a pool."""

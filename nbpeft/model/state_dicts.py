@@ -149,23 +149,29 @@ def _write(
 
 def drop_values(manager: AdapterManager, name: str) -> None:
     """Puts the parameters of an adapter on the meta device, where they take no memory until they are loaded."""
+    empty: dict[int, nn.Parameter] = {}  # by id: layers may share one
     with manager.transaction() as change:
         for layer in manager.layers.values():
             adapter: Any = layer.adapters._modules.get(name)
             for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
                 if parameter is not None:
-                    empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-                    change.set_item(adapter._parameters, key, empty)
+                    if id(parameter) not in empty:
+                        data = parameter.detach().to("meta")
+                        empty[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                    change.set_item(adapter._parameters, key, empty[id(parameter)])
 
 
 def _fill_in(manager: AdapterManager, name: str, values: Mapping[int, Tensor], change: Transaction) -> None:
     """Gives an adapter parameters in the place of those without data, by the id of these."""
+    filled: dict[int, nn.Parameter] = {}  # layers may share one
     for layer in manager.layers.values() if values else ():
         adapter: Any = layer.adapters._modules.get(name)
         for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
             if id(parameter) in values:
-                tensor = values[id(parameter)].to(layer.base.device, parameter.dtype, copy=True)
-                change.set_item(adapter._parameters, key, nn.Parameter(tensor, parameter.requires_grad))
+                if id(parameter) not in filled:
+                    tensor = values[id(parameter)].to(layer.base.device, parameter.dtype, copy=True)
+                    filled[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
+                change.set_item(adapter._parameters, key, filled[id(parameter)])
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

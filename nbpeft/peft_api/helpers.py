@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbpeft.checkpoint import condense_targets
 from nbpeft.engine.adapter import ADAPTER_PARTS, AdapterConfig
 from nbpeft.engine.base import onloaded
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of, manager_of, quantization_method
 from nbpeft.engine.registry import resolve_backend
-from nbpeft.engine.targets import ALL_LINEAR, Matcher, matches_segment_names
+from nbpeft.engine.targets import ALL_LINEAR, Matcher, condense_targets, matches_segment_names
 from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.errors import AdapterError, ConfigError, HotSwapError, few
 from nbpeft.model.functional import set_adapter

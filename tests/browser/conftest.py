@@ -1,4 +1,8 @@
-"""One server an application and one browser for all tests; a page and a kernel for each."""
+"""One server an application and one browser for all tests; a page and a kernel for each.
+
+With ``--all`` a test runs in one of the applications, each file's tests by turns; with ``--long``, and where tests
+are named without a tier, in both.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,30 @@ import pytest
 
 from tests.browser.harness import Browser, NotebookPage
 from tests.browser.server import JupyterServer
+from tests.effort import TIER
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 FAILED = pytest.StashKey[bool]()
 
 Opener = Callable[..., NotebookPage]
+APPS = ("lab", "notebook")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves every second pair of application and test to the long run."""
+    if TIER != "all":
+        return
+    turns: dict[Path, dict[object, int]] = {}
+    for item in items:
+        values = dict(getattr(getattr(item, "callspec", None), "params", {}))
+        app = values.pop("app", None)
+        if app is not None:
+            known = turns.setdefault(item.path, {})
+            turn = known.setdefault((item.name.partition("[")[0], str(values)), len(known))
+            if app != APPS[turn % len(APPS)]:
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +70,7 @@ def browser(chromium: str) -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture(params=["lab", "notebook"])
+@pytest.fixture(params=APPS)
 def app(request: pytest.FixtureRequest) -> str:
     """JupyterLab and Notebook 7."""
     return str(request.param)

@@ -9,10 +9,9 @@ from typing import Any
 
 import peft
 import pytest
-from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import nn
 
-from nbpeft.checkpoint import condense_targets, config_text, config_to_save, parse_config
+from nbpeft.checkpoint import config_text, config_to_save, parse_config
 from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.errors import ConfigError, CorruptCheckpointError, UnknownMethodError
@@ -125,23 +124,6 @@ def test_all_linear_is_written_out_and_condensed_like_peft(tmp_path: Path) -> No
         assert config.target_modules == (wanted if isinstance(wanted, str) else set(wanted)), (
             "the caller's config stays as it is"
         )
-
-
-@pytest.mark.parametrize(
-    ("targets", "others"),
-    [
-        ([f"enc.{i}.q" for i in range(30)], [f"dec.{i}.k" for i in range(30)]),
-        ([f"enc.{i}.q" for i in range(30)], [f"dec.{i}.q" for i in range(30)]),
-        ([f"enc.{i}.q" for i in range(30)] + ["q", "x.q"], ["a.b"]),
-        ([f"b.{i}.{n}" for i in range(12) for n in "qk"], [f"b.{i}.{n}" for i in range(12, 20) for n in "qk"]),
-        (["a.b", "x.a.b", "b"], ["c.b2", "d.a"]),
-        (["a.b", "x.a.b"], ["z.b", "b"]),
-    ],
-)
-def test_condensed_like_peft(targets: list[str], others: list[str]) -> None:
-    endings = tuple(f".{name}" for name in targets)
-    left = [name for name in others if name not in targets and not name.endswith(endings)]
-    assert condense_targets(targets, [*others, *targets]) == _find_minimal_target_modules(targets, left)
 
 
 def test_the_public_class_reads_and_writes(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import peft
 import pytest
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 from torch import nn
 
 from nbpeft import LoraConfig
 from nbpeft.engine.plan import plan
-from nbpeft.engine.targets import Matcher, no_match, no_pattern_match, usual_targets
+from nbpeft.engine.targets import Matcher, condense_targets, no_match, no_pattern_match, usual_targets
 from nbpeft.errors import TargetError
 
 
@@ -116,3 +117,20 @@ def test_the_words_that_users_of_peft_look_for(fields: dict[str, Any], phrase: s
         peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**fields))
     with pytest.raises(TargetError, match=phrase):
         plan(model, LoraConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("targets", "others"),
+    [
+        ([f"enc.{i}.q" for i in range(30)], [f"dec.{i}.k" for i in range(30)]),
+        ([f"enc.{i}.q" for i in range(30)], [f"dec.{i}.q" for i in range(30)]),
+        ([f"enc.{i}.q" for i in range(30)] + ["q", "x.q"], ["a.b"]),
+        ([f"b.{i}.{n}" for i in range(12) for n in "qk"], [f"b.{i}.{n}" for i in range(12, 20) for n in "qk"]),
+        (["a.b", "x.a.b", "b"], ["c.b2", "d.a"]),
+        (["a.b", "x.a.b"], ["z.b", "b"]),
+    ],
+)
+def test_condensed_like_peft(targets: list[str], others: list[str]) -> None:
+    endings = tuple(f".{name}" for name in targets)
+    left = [name for name in others if name not in targets and not name.endswith(endings)]
+    assert condense_targets(targets, [*others, *targets]) == _find_minimal_target_modules(targets, left)

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import nbpeft
 from nbpeft import checkpoint
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
@@ -24,10 +25,10 @@ from nbpeft.errors import (
     StaleModelError,
     UnknownAdapterError,
 )
-from nbpeft.model import PeftModel, get_peft_model_state_dict
+from nbpeft.model import PeftModel, get_peft_model, get_peft_model_state_dict
 from nbpeft.model.pool import AdapterPool
 from tests.model.pool_support import BYTES, MB, device_bytes, make_alone, make_folders, near, pool_of, save
-from tests.tiny_models import adapted, classifier, gpt2, llama, logits, same_state, state, tokens
+from tests.tiny_models import adapted, classifier, gpt2, llama, logits, randomize, same_state, state, tokens
 
 
 @pytest.fixture(scope="module")
@@ -394,3 +395,30 @@ def test_a_thousand_adapters(tmp_path: Path) -> None:
     assert device_bytes(pool) == statistics.device_bytes == 20 * BYTES
     assert 0.1 < statistics.hit_rate < 1 and statistics.reads < statistics.misses
     assert statistics.evictions == statistics.swaps == statistics.misses - 20
+
+
+SHARING: dict[str, Any] = {
+    "bank": lambda seed: nbpeft.VBLoRAConfig(num_vectors=8, vector_length=4, target_modules=["q_proj", "down_proj"]),
+    "projections": lambda seed: nbpeft.VeraConfig(r=4, projection_prng_key=seed, target_modules=["q_proj"]),
+    "drawn": lambda seed: nbpeft.VeraConfig(
+        r=4, projection_prng_key=seed, save_projection=False, target_modules=["q_proj"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_what_the_layers_of_an_adapter_share_comes_with_it(kind: str, tmp_path: Path) -> None:
+    expected = {}
+    for seed in (1, 2):
+        model = get_peft_model(llama(), SHARING[kind](seed))
+        randomize(model, seed=seed, scale=0.5)
+        model.save_pretrained(tmp_path / str(seed))
+        expected[str(seed)] = logits(model.eval())
+    room = sum(tensor.nbytes for tensor in get_peft_model_state_dict(model).values())
+    pool = AdapterPool(llama(), room / MB, adapters={name: tmp_path / name for name in expected})
+    for name in ("1", "2", "1", "2"):
+        pool.set_adapter(name)
+        near(logits(pool.model.eval()), expected[name])
+    statistics = pool.statistics
+    assert (statistics.resident, statistics.evictions) == (1, 3)
+    assert statistics.device_bytes == room

@@ -18,7 +18,7 @@ from nbpeft.runs.store import RunStore
 from tests.effort import effort
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KILLS = effort(quick=2, full=5, long=20)
+KILLS = effort(quick=2, full=2, long=20)
 PREPARE = """\
 %load_ext nbpeft
 import torch

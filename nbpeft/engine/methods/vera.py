@@ -1,112 +1,43 @@
 """VeRA: two vectors a layer around random projections that all layers share (Kopiczko et al. 2023, arXiv:2310.11454).
 
-    y = W x + b ∘ B (d ∘ (A x))        A: (r, in), B: (out, r), frozen, the same for all layers
-
-The projections are as large as the largest layer needs; a smaller one takes their first columns and rows.
+y = W x + b ∘ B (d ∘ (A x))        A: (r, in), B: (out, r), frozen, the same for all layers
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, SharedState
-from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_linear, check_number, check_seed
-from nbpeft.engine.layers_config import LayersConfig
-from nbpeft.engine.numerics import compute_dtype
+from nbpeft.engine.projected_vectors import ProjectedVectors, Projections, VectorsConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
-from nbpeft.engine.transaction import Transaction
-
-LAMBDA_B, LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
-PROJECTION_A, PROJECTION_B = "vera_A", "vera_B"
 
 
 @dataclass
-class VeraConfig(LayersConfig):
+class VeraConfig(VectorsConfig):
     """Config of VeRA. Field names and defaults are PEFT's; see ``LayersConfig`` for those of the layers.
 
     Attributes:
-        r: rank of the shared projections; it costs r numbers a layer, so it can be large.
-        projection_prng_key: seed of the projections.
-        save_projection: save the projections too; otherwise they are drawn again from the seed.
         vera_dropout: share of the adapter's inputs that are dropped in training, from 0 to 1.
-        d_initial: what the vector between the projections starts with.
-        fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
-        bias: which biases of the model are trained too.
-        init_weights: start at the base model; False for random vectors.
     """
 
-    r: int = field(default=256)
-    projection_prng_key: int = field(default=0)
-    save_projection: bool = field(default=True)
     vera_dropout: float = field(default=0.0)
-    d_initial: float = field(default=0.1)
-    fan_in_fan_out: bool = field(default=False)
-    bias: str = field(default="none")
-    init_weights: bool = field(default=True)
 
     method_type: ClassVar[str] = "VERA"
-    not_in_peft: ClassVar[tuple[str, ...]] = ("exclude_modules",)
-    counts: ClassVar[tuple[str, ...]] = ("r",)
     shares: ClassVar[tuple[str, ...]] = ("vera_dropout",)
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "vera_only")}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("projection_prng_key", self.projection_prng_key)
-        check_number("d_initial", self.d_initial)
+    @property
+    def dropout(self) -> float:
+        """Share of the adapter's inputs that are dropped in training."""
+        return self.vera_dropout
 
 
-class Projections(SharedState):
+class VeraProjections(Projections):
     """A, (r, largest in), and B, (largest out, r): frozen, and drawn from a seed."""
 
-    vera_A: Tensor
-    vera_B: Tensor
-
-    def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:
-        super().__init__()
-        for name in (PROJECTION_A, PROJECTION_B):
-            self.register_buffer(name, tensors[name], persistent=saved)
-
-    @classmethod
-    def tensor_shapes(cls, config: VeraConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """Shapes that suit the largest layers; see ``SharedState``."""
-        sizes = list(zip(*features.values(), strict=True)) or [(0,), (0,)]
-        return {PROJECTION_A: (config.r, max(sizes[0])), PROJECTION_B: (max(sizes[1]), config.r)}
-
-    @classmethod
-    def create(
-        cls,
-        config: VeraConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Binds loaded projections or draws them from the config's seed, on the CPU as PEFT does."""
-        if tensors is None:
-            generator = torch.Generator().manual_seed(config.projection_prng_key)
-            tensors = {name: _drawn(shapes[name], generator) for name in (PROJECTION_A, PROJECTION_B)}
-        return cls({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, saved=config.save_projection)
-
-    @classmethod
-    def is_saved(cls, config: VeraConfig) -> bool:
-        """Whether the config asks for it."""
-        return config.save_projection
-
-
-def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform numbers whose variance is 2 / fan-in (He et al.)."""
-    bound = math.sqrt(6 / max(shape[1], 1))
-    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    names: ClassVar[tuple[str, str]] = ("vera_A", "vera_B")
 
 
 @register(
@@ -120,96 +51,11 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={"r8": {"r": 8}, "drawn": {"r": 5, "save_projection": False}},
-    shared=Projections,
+    shared=VeraProjections,
 )
-class Vera(Adapter, ConvertsToLora):
-    """The two vectors of one layer."""
+class Vera(ProjectedVectors):
+    """The two vectors of one layer: b, over its outputs, and d, between the projections."""
 
-    peft_attributes: ClassVar[Mapping[str, str]] = {
-        name: f"projections.{name}" for name in (PROJECTION_A, PROJECTION_B)
-    }
-
-    @classmethod
-    def parameter_shapes(
-        cls, config: VeraConfig, path: str, module: nn.Module, kind: LayerKind
-    ) -> dict[str, tuple[int, ...]]:
-        """b, (out,), and d, (r,); see ``Adapter``."""
-        check_linear("VeRA", path, kind)
-        return {LAMBDA_B: (kind.features(module)[1],), LAMBDA_D: (config.r,)}
-
-    @classmethod
-    def create(cls, config: VeraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Binds loaded vectors or makes new ones; see ``Adapter``."""
-        if tensors is None:
-            options: Any = {"device": site.base.device, "dtype": site.dtype}
-            shape_b, shape_d = site.shapes[LAMBDA_B], site.shapes[LAMBDA_D]
-            if config.init_weights:
-                tensors = {
-                    LAMBDA_B: torch.zeros(shape_b, **options),
-                    LAMBDA_D: torch.full(shape_d, float(config.d_initial), **options),
-                }
-            else:
-                tensors = {LAMBDA_B: torch.ones(shape_b, **options), LAMBDA_D: torch.randn(shape_d, **options)}
-        assert isinstance(site.shared, Projections)
-        return cls(tensors, site.shared, config.vera_dropout)
-
-    def __init__(self, tensors: Mapping[str, Tensor], projections: Projections, dropout: float) -> None:
-        super().__init__()
-        self._parameters.update({name: nn.Parameter(tensors[name]) for name in (LAMBDA_B, LAMBDA_D)})
-        self.__dict__.update(projections=projections, dropout=dropout)  # the first layer holds them as a module
-
-    projections: Projections
-    dropout: float
-
-    def _parts(self, base: BaseLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, B, d and b of this layer, where it is."""
-        device = self.held[LAMBDA_B].device
-        first = self.projections.vera_A[:, : base.in_features].to(device)
-        second = self.projections.vera_B[: base.out_features].to(device)
-        return first, second, self.held[LAMBDA_D], self.held[LAMBDA_B]
-
-    def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
-        """``b ∘ B (d ∘ (A dropout(x)))``; see ``Adapter``."""
-        first, second, d, b = self._parts(base)
-        dtype = compute_dtype(x, b)
-        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-        hidden = F.linear(dropped, first.to(dtype)) * d.to(dtype)
-        return F.linear(hidden, second.to(dtype)) * b.to(dtype)
-
-    @torch.no_grad()
-    def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
-        """``(b ∘ B) (d ∘ A)``; see ``Adapter``."""
-        first, second, d, b = self._parts(base)
-        return (second * b[:, None]) @ (first * d[:, None])
-
-    @torch.no_grad()
-    def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
-        """``d ∘ A`` and ``b ∘ B``; see ``ConvertsToLora``."""
-        first, second, d, b = self._parts(base)
-        return LowRankDelta(first * d[:, None], second * b[:, None], 1.0)
-
-    @property
-    def delta_rank(self) -> int | None:
-        """The rank of the projections."""
-        return int(self.held[LAMBDA_D].shape[0])
-
-    @classmethod
-    def size_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The rank, that of the vector between the projections."""
-        return shapes[LAMBDA_D][0]
-
-    def reset_(self, base: BaseLayer) -> None:
-        """Overwrites the vector over the output with zeros."""
-        self.get_parameter(LAMBDA_B).detach().zero_()
-
-    def configure(self, config: VeraConfig, path: str) -> None:
-        """Takes the dropout of a config over."""
-        self.__dict__["dropout"] = config.vera_dropout
-
-    def keep_settings(self, change: Transaction) -> None:
-        """Records the dropout."""
-        change.keep_attributes(self, "dropout")
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of it."""
-        return f"r={self.delta_rank}"
+    names: ClassVar[tuple[str, str]] = ("vera_lambda_b", "vera_lambda_d")
+    between: ClassVar[type[Projections]] = VeraProjections
+    peft_attributes: ClassVar[Mapping[str, str]] = {name: f"projections.{name}" for name in VeraProjections.names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from nbpeft.display.blocks import Card, Cell, Table, Text, bold, card, dim, line, notes
 from nbpeft.display.models import with_notes
@@ -169,7 +170,7 @@ def _why(row: MethodRow) -> str:
 
 
 def _reason(row: MethodRow) -> Cell:
-    shown = "OpenReview" if "openreview.net" in row.paper else row.paper
+    shown = urlsplit(row.paper).hostname or row.paper  # an address has no place to be broken
     paper = Text(shown, "dim", href=_address(row.paper)) if row.paper else ""
     refused = row.cost is not None and row.cost.refusal
     first = Text(_why(row), "warning") if refused else Text(row.when)
