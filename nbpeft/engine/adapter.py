@@ -179,6 +179,17 @@ class AdapterConfig:
             ConfigError: a field has no default for this type of model.
         """
 
+    def fill_in_layers(self, features: Mapping[str, tuple[int, int]]) -> bool:
+        """Fills in what the shapes on a layer owe to all layers together; called on a copy of a config.
+
+        Args:
+            features: path -> (in, out) features of each layer that gets an adapter, in the order of the model.
+
+        Returns:
+            Whether there is such a thing, so that ``parameter_shapes`` has to be asked again.
+        """
+        return False
+
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
         """Fills in what a method without layers derives from the model; called on a copy of a config.
 

@@ -206,6 +206,8 @@ def plan(
     )
     targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
     features = {target.path: (target.in_features, target.out_features) for target in targets}
+    if resolved.fill_in_layers(features):
+        targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
     if method.tied is not None:
         ties = method.tied(resolved, features)
         targets = [replace(target, tied=ties.get(target.path, {})) for target in targets]
