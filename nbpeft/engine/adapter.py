@@ -571,10 +571,6 @@ class Adapter(nn.Module):
         """Makes this adapter use the tensors of another one, for layers that share one weight."""
         raise NotImplementedError
 
-    def merged_through_tied_layer(self, base: BaseLayer) -> bool:
-        """Whether merging on another layer, which shares the weight, changes this layer's weight too."""
-        return False
-
     @property
     def held(self) -> Mapping[str, Any]:
         """Its parameters by name; nn.DataParallel's replicas have plain attributes instead."""
