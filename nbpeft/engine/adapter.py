@@ -351,7 +351,7 @@ class Adapter(nn.Module):
     """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
 
     is_tied: ClassVar[bool] = False
-    """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
+    """Whether it changes no whole weight that targets name, and goes on what shares one by itself: rows of tokens."""
 
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that a file holds as any other, and that are never trained."""
@@ -570,6 +570,11 @@ class Adapter(nn.Module):
     def tie_to(self, source: Adapter) -> None:
         """Makes this adapter use the tensors of another one, for layers that share one weight."""
         raise NotImplementedError
+
+    @classmethod
+    def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds of an adapter with some parameters that uses these of another one: views of them."""
+        return {}
 
     @property
     def held(self) -> Mapping[str, Any]:

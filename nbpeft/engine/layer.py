@@ -98,6 +98,11 @@ class AdaptedLayer(PeftLayerMixin):
         """The module whose ``weight`` is adapted."""
         return self.base_layer
 
+    @property
+    def is_untied(self) -> bool:
+        """Whether its weight is one of its own as long as adapters are merged, and else shared with other modules."""
+        return self._frozen is not None and self._frozen.parameter is not None
+
     def path_at(self, place: str) -> str:
         """Path of what is adapted where the frozen layer is at a place."""
         return place

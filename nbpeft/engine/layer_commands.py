@@ -115,6 +115,10 @@ class LayerCommands:
             return
         if method_of(whole) is not method_of(config):
             raise ConfigError(f"adapter {name!r} is {method_of(whole).label}, not {method_of(config).label}")
+        others = [other.adapter(name) for other in manager.layers.values() if name in other.adapters]
+        held: Any = layer.adapters._modules.get(name)
+        if held is not None and (held.source is not None or any(other.source is held for other in others)):
+            raise ConfigError(f"adapter {name!r} has the same tensors on {path} and another layer: add it anew instead")
         with manager.transaction() as change:
             manager.refuse_merged(f"{name!r} is changed on a layer")
             made = manager.plan(config, name)

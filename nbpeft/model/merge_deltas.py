@@ -156,13 +156,8 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         raise MergeError(
             f"{source} started in a part of the weights it was trained on: load it on that model and merge there"
         )
-    plan = AdapterManager(model).plan(of_former_file(model, saved.config, saved.tensors))
-    loaded = checkpoint.from_file(
-        saved.tensors,
-        files.expected(model, plan),
-        peft_type=str(saved.config.peft_type),
-        conversion=checkpoint.key_conversion_of(model),
-    )
+    config = of_former_file(model, saved.config, saved.tensors)
+    plan, loaded = files.fitted(AdapterManager(model), None, config, saved.tensors)
     if loaded.missing:
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
