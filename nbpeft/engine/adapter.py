@@ -576,6 +576,12 @@ class Adapter(nn.Module):
         """What a file holds of an adapter with some parameters that uses these of another one: views of them."""
         return {}
 
+    @classmethod
+    def differs(cls, own: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
+        """Whether loaded tensors of an adapter that uses those of another one are others than these."""
+        tied = cls.tied_tensors(own, source) if own and source else {}
+        return any(name not in tied or not torch.equal(tensor, tied[name]) for name, tensor in own.items())
+
     @property
     def held(self) -> Mapping[str, Any]:
         """Its parameters by name; nn.DataParallel's replicas have plain attributes instead."""

@@ -55,13 +55,13 @@ def warn_of_ensured(tied: Collection[str], changed: Set[str]) -> None:
         warnings.warn(
             "ensure_weight_tying=True but the model does not have tied weights: no tied modules were found in the "
             "model",
-            stacklevel=5,
+            stacklevel=6,
         )
     elif changed.isdisjoint(tied):
         warnings.warn(
             f"ensure_weight_tying=True but no tied modules are added: {' and '.join(tied)} are neither in "
             "target_modules nor in modules_to_save",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -92,7 +92,7 @@ def warn_of_tied(
     warnings.warn(
         f"{' and '.join(paths)} share one weight (tie_word_embeddings) and the adapter changes {which}: they differ "
         f"while it acts, and merging makes separate weights of them{why}",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

@@ -176,15 +176,13 @@ class InjectionPlan:
 
     def not_tied_in(self, weights: AdapterWeights) -> list[Target]:
         """The targets that use the tensors of another one and have others of their own in loaded ones."""
-
-        def differs(target: Target) -> bool:
-            own, source = (weights.adapters.get(path, {}) for path in (target.path, target.tied_to))
-            if not own or not source:
-                return bool(own)
-            tied = target.adapter_class.tied_tensors(target.shapes, source)
-            return any(not torch.equal(own[name], tied[name]) for name in own)
-
-        return [target for target in self.targets if target.tied_to and differs(target)]
+        given = weights.adapters
+        return [
+            target
+            for target in self.targets
+            if target.tied_to
+            and target.adapter_class.differs(given.get(target.path, {}), given.get(target.tied_to, {}))
+        ]
 
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the added parameters in a dtype."""
@@ -218,8 +216,7 @@ def plan(
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
-    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
-    tied = sharing_embedding(model, ((site.path, site.module) for site in sites)) if ensured else {}
+    tied = _ensured(model, config, sites)
     copies |= _tied_copies(copies, tied, sites)
     matcher = Matcher(
         () if method.companion is not None else getattr(resolved, "target_modules", None) or (),
@@ -259,15 +256,26 @@ def plan(
     if bare and is_all_linear(getattr(config, "target_modules", None)) and not config.target_parameters:  # type: ignore[attr-defined]
         warn_of_experts_along([(target.matrix_count, target.parameter_count) for target in targets])
     _check_size(model, (*targets, *parts))
-    everything = [(site.path, site.module) for site in sites]
-    if ensured:
-        warn_of_ensured(tied, adapted | copies.keys() | {part.path for part in parts})
-    if not tied:
-        warn_of_tied(model, everything, adapted | copies.keys(), config)
+    _warn_of_ties(model, config, sites, tied, adapted | copies.keys(), parts)
     biases = _biases(model, resolved, adapted, tuple(copies))
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
     everywhere = (*targets, *parts)
     return InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
+
+
+def _warn_of_ties(
+    model: nn.Module,
+    config: AdapterConfig,
+    sites: list[Site],
+    tied: Mapping[str, nn.Module],
+    changed: Set[str],
+    parts: list[Target],
+) -> None:
+    """Warns of what changes one of several modules that share a weight, and where asking for them is in vain."""
+    if getattr(config, "ensure_weight_tying", False):
+        warn_of_ensured(tied, changed | {part.path for part in parts})
+    if not tied:
+        warn_of_tied(model, [(site.path, site.module) for site in sites], changed, config)
 
 
 def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[TargetError]:
@@ -342,8 +350,7 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
         heads.append(frozen_module(output_head))
     elif config.task_type == TaskType.SEQ_CLS:
         heads.extend(frozen_module(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
-    if getattr(config, "ensure_weight_tying", False):  # a head that the model does not name
-        heads.extend(sharing_embedding(model, ((site.path, site.module) for site in sites)).values())
+    heads.extend(_ensured(model, config, sites).values())  # also one that the model does not name
     found = []
     for site in sites:
         kind = resolve_layer_kind(site.module)
@@ -376,6 +383,13 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
             check_copy(site.path, site.module, site.wrapper)
     inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
     return {path: count for path, count in found.items() if path not in inner}
+
+
+def _ensured(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict[str, nn.Module]:
+    """The modules, by path, whose one weight a config asks to stay one: the input embedding and what shares its."""
+    if not getattr(config, "ensure_weight_tying", False):
+        return {}
+    return sharing_embedding(model, ((site.path, site.module) for site in sites))
 
 
 def _tied_copies(copies: Mapping[str, int], tied: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, int]:

@@ -25,7 +25,7 @@ from transformers import (
 
 import nbpeft
 from nbpeft.engine.plan import plan
-from nbpeft.errors import AdapterError, ConfigError, HotSwapError, MergeError
+from nbpeft.errors import AdapterError, CheckpointError, ConfigError, HotSwapError, MergeError
 from nbpeft.memory import forecast
 from nbpeft.model import AdapterPool, merge_to_folder, reduce_intruder_dimension
 from tests.tiny_models import LLAMA, VOCABULARY, config, gpt2, llama, logits, randomize, same_state, state, tokens
@@ -416,6 +416,44 @@ def test_a_file_whose_pairs_differ_is_read_as_it_is(make: Callable[[], Any], tmp
     ours.save_pretrained(tmp_path / "again")
     again = nbpeft.PeftModel.from_pretrained(make(), tmp_path / "again").eval()
     assert torch.equal(answers(again), answers(ours))
+
+
+def test_tensors_that_differ_do_not_go_into_one_pair() -> None:
+    ours = tied()
+    before, tensors = state(ours), nbpeft.get_peft_model_state_dict(ours)
+    other = {key: value + 1 if "lora_B" in key else value for key, value in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"other tensors for lm_head than for model\.embed_tokens, which share"):
+        nbpeft.set_peft_model_state_dict(ours, other)
+    assert same_state(state(ours), before)
+    head = {key: value * 2 for key, value in tensors.items() if "lm_head.lora" in key}
+    nbpeft.set_peft_model_state_dict(ours, head)
+    table = ours.get_input_embeddings()
+    assert torch.equal(table.lora_embedding_B["default"].T, head["base_model.model.lm_head.lora_A.weight"])
+
+
+@pytest.mark.parametrize("ends", [("input",), ("output",), ("input", "output"), ("output", "input")])
+@pytest.mark.parametrize("changes", [{}, {"ensure_weight_tying": False, "target_modules": ["lm_head", "embed_tokens"]}])
+def test_layers_merge_one_by_one(ends: tuple[str, ...], changes: dict[str, Any]) -> None:
+    ours = tied(**changes)
+    before, expected = state(ours), logits(ours)
+    layers = [getattr(ours, f"get_{end}_embeddings")() for end in ends]
+    for layer in layers:
+        layer.merge()
+        torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=1e-4)
+    for layer in reversed(layers):
+        layer.unmerge()
+        torch.testing.assert_close(logits(ours), expected, atol=1e-4, rtol=1e-4)
+    assert same_state(state(ours), before) and one_weight(ours.get_base_model())
+
+
+def test_a_hook_on_a_factor_of_the_head_runs() -> None:
+    ours = tied()
+    expected, seen = logits(ours), []
+    factor = ours.get_output_embeddings().lora_A["default"]
+    handle = factor.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    torch.testing.assert_close(logits(ours), expected)
+    assert seen == [(*tokens().shape, RANK)]
+    handle.remove()
 
 
 @pytest.mark.parametrize("kind", ["exact", "cat"])
