@@ -13,6 +13,7 @@ from .engine.methods.cartridge import CartridgeEncoder as CartridgeEncoder
 from .engine.methods.deft import DeftConfig as DeftConfig
 from .engine.methods.delora import DeloraConfig as DeloraConfig
 from .engine.methods.fourierft import FourierFTConfig as FourierFTConfig
+from .engine.methods.glora import GloraConfig as GloraConfig
 from .engine.methods.gralora import GraloraConfig as GraloraConfig
 from .engine.methods.hira import HiraConfig as HiraConfig
 from .engine.methods.hra import HRAConfig as HRAConfig
@@ -30,11 +31,13 @@ from .engine.methods.oft import OFTConfig as OFTConfig
 from .engine.methods.p_tuning import PromptEncoder as PromptEncoder
 from .engine.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .engine.methods.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+from .engine.methods.peanut import PeanutConfig as PeanutConfig
 from .engine.methods.prefix_tuning import PrefixEncoder as PrefixEncoder
 from .engine.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .engine.methods.prompt_tuning import PromptEmbedding as PromptEmbedding
 from .engine.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .engine.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
+from .engine.methods.psoft import PsoftConfig as PsoftConfig
 from .engine.methods.pvera import PveraConfig as PveraConfig
 from .engine.methods.randlora import RandLoraConfig as RandLoraConfig
 from .engine.methods.road import RoadConfig as RoadConfig

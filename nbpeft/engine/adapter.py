@@ -179,6 +179,17 @@ class AdapterConfig:
             ConfigError: a field has no default for this type of model.
         """
 
+    def fill_in_layers(self, features: Mapping[str, tuple[int, int]]) -> bool:
+        """Fills in what the shapes on a layer owe to all layers together; called on a copy of a config.
+
+        Args:
+            features: path -> (in, out) features of each layer that gets an adapter, in the order of the model.
+
+        Returns:
+            Whether there is such a thing, so that ``parameter_shapes`` has to be asked again.
+        """
+        return False
+
     def fill_in_sizes(self, model: nn.Module, width: int) -> None:
         """Fills in what a method without layers derives from the model; called on a copy of a config.
 
@@ -351,7 +362,7 @@ class Adapter(nn.Module):
     """Whether a file cannot say what it started from: it is saved as one without (``Method.without_weight``)."""
 
     is_tied: ClassVar[bool] = False
-    """Whether layers that share a weight share this adapter too, so that the weight may stay shared."""
+    """Whether it changes no whole weight that targets name, and goes on what shares one by itself: rows of tokens."""
 
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that a file holds as any other, and that are never trained."""
@@ -571,9 +582,16 @@ class Adapter(nn.Module):
         """Makes this adapter use the tensors of another one, for layers that share one weight."""
         raise NotImplementedError
 
-    def merged_through_tied_layer(self, base: BaseLayer) -> bool:
-        """Whether merging on another layer, which shares the weight, changes this layer's weight too."""
-        return False
+    @classmethod
+    def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds of an adapter with some parameters that uses these of another one: views of them."""
+        return {}
+
+    @classmethod
+    def differs(cls, own: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
+        """Whether loaded tensors of an adapter that uses those of another one are others than these."""
+        tied = cls.tied_tensors(own, source) if own and source else {}
+        return any(name not in tied or not torch.equal(tensor, tied[name]) for name, tensor in own.items())
 
     @property
     def held(self) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from nbpeft.engine.fast_paths import is_encoder_layer, settle_fast_paths
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_adapter import ModelAdapter
 from nbpeft.engine.model_calls import put_hooks, take_hooks
-from nbpeft.engine.model_tree import Site, walk
+from nbpeft.engine.model_tree import Site, says_untied, walk
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper
 from nbpeft.engine.parameter_layer import AdaptedParameter, wrappers_of
 from nbpeft.engine.plan import InjectionPlan, Target, make_adapters
@@ -112,7 +112,8 @@ def build(
         if shared is not None and not parts.adapters:
             adapter._modules["shared"] = shared  # in the first layer, so that it moves with the model
         parts.adapters.append((sites[id(by_path[target.module_path].module)], layer, adapter))
-    tied: dict[int, Any] | None = {} if getattr(plan.config, "ensure_weight_tying", False) else None
+    tie = getattr(plan.config, "ensure_weight_tying", False) and not says_untied(model)
+    tied: dict[int, Any] | None = {} if tie else None
     if plan.config.is_quantization_aware:
         _check_rounded(layers, parts, is_new=weights is None)
     for path in plan.copies:

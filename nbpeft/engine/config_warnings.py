@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 
 from torch import nn
 
 from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
 from nbpeft.engine.model_tree import Site, embedding_of, reader_of
 from nbpeft.engine.registry import resolve_layer_kind
-from nbpeft.errors import ConfigError, PeftWarning, TargetError, shown
+from nbpeft.errors import PeftWarning, TargetError, shown
 
 
 def guessed_heads(config: AdapterConfig) -> tuple[str, ...]:
@@ -44,19 +44,37 @@ def warn_of_uncalled(sites: Sequence[Site], adapted: Set[str]) -> None:
             return
 
 
+def warn_of_ensured(tied: Collection[str], changed: Set[str]) -> None:
+    """Says where nothing comes of ``ensure_weight_tying``.
+
+    Args:
+        tied: paths of the modules that share the input embedding's weight, that itself among them; none if none do.
+        changed: paths of what is adapted or trained as a whole.
+    """
+    if not tied:
+        warnings.warn(
+            "ensure_weight_tying=True but the model does not have tied weights: no tied modules were found in the "
+            "model",
+            stacklevel=6,
+        )
+    elif changed.isdisjoint(tied):
+        warnings.warn(
+            f"ensure_weight_tying=True but no tied modules are added: {' and '.join(tied)} are neither in "
+            "target_modules nor in modules_to_save",
+            stacklevel=6,
+        )
+
+
 def warn_of_tied(
-    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str], *, strict: bool = False
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], changed: Set[str], config: AdapterConfig
 ) -> None:
     """Says where an adapter changes an embedding or head that shares its weight with another module.
 
     Args:
         model: the base model.
         modules: path and module of everything in it.
-        changed: paths that get factors or are trained as a whole.
-        strict: refuse that (``ensure_weight_tying``); copies are tied then, and not among the changed.
-
-    Raises:
-        ConfigError: it is asked to stay tied.
+        changed: paths that get tensors of their own or are trained as a whole.
+        config: of the adapter.
     """
     weight = getattr(embedding_of(model), "weight", None)
     users: dict[int, str] = {}
@@ -65,21 +83,16 @@ def warn_of_tied(
             users[id(module)] = path
     paths = list(users.values())
     own = [path for path in paths if path in changed]
-    if strict and len(paths) < 2:
-        warnings.warn("ensure_weight_tying=True but the model does not have tied weights", stacklevel=5)
-    elif strict and own:
-        raise ConfigError(
-            f"ensure_weight_tying ties trained rows and copies (modules_to_save), not factors: {' and '.join(paths)} "
-            f"share one weight; take {' and '.join(own)} out of the targets",
-            field="ensure_weight_tying",
-        )
     if not own or len(paths) < 2:
         return
+    asked = getattr(config, "ensure_weight_tying", None)
+    unset = "`ensure_weight_tying` is not set to True"
+    why = {None: ": no implementation exists to tie the adapters", False: f": {unset}"}.get(asked, "")
     which = f"{' and '.join(own)} alone" if len(own) < len(paths) else "each on its own"
     warnings.warn(
         f"{' and '.join(paths)} share one weight (tie_word_embeddings) and the adapter changes {which}: they differ "
-        "while it acts, and merging makes separate weights of them",
-        stacklevel=5,
+        f"while it acts, and merging makes separate weights of them{why}",
+        stacklevel=6,
     )
 
 

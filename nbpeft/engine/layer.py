@@ -98,6 +98,11 @@ class AdaptedLayer(PeftLayerMixin):
         """The module whose ``weight`` is adapted."""
         return self.base_layer
 
+    @property
+    def is_untied(self) -> bool:
+        """Whether its weight is one of its own as long as adapters are merged, and else shared with other modules."""
+        return self._frozen is not None and self._frozen.parameter is not None
+
     def path_at(self, place: str) -> str:
         """Path of what is adapted where the frozen layer is at a place."""
         return place
@@ -372,7 +377,20 @@ class AdaptedLayer(PeftLayerMixin):
 
     def _add_deltas(self, weight: Tensor, names: Sequence[str], scales: Sequence[float]) -> None:
         adapters = [(self.adapter(name), scale) for name, scale in zip(names, scales, strict=True)]
-        add_deltas(weight, self.base, [pair for pair in adapters if not pair[0].merged_through_tied_layer(self.base)])
+        add_deltas(weight, self.base, [pair for pair in adapters if not self._merged_through_tied_layer(pair[0])])
+
+    def _merged_through_tied_layer(self, adapter: Adapter) -> bool:
+        """Whether merging on the layer of the adapter that this one is tied to changes this layer's weight too."""
+        owner = None if adapter.source is None else self._layer_with([adapter.source])
+        if owner is None:
+            return False
+        return owner.weight_module._parameters.get("weight") is self.weight_module._parameters.get("weight")
+
+    def _layer_with(self, adapters: Sequence[Adapter]) -> AdaptedLayer | None:
+        """The layer of the model that has one of these adapters."""
+        layers: Any = self._commands().manager.layers.values()
+        held = ((layer, own) for layer in layers for own in layer.adapters._modules.values())
+        return next((layer for layer, own in held if any(own is one for one in adapters)), None)
 
     def _bias_deltas(self, chosen: Sequence[tuple[str, float]]) -> list[tuple[Tensor, float]]:
         found = ((self.adapter(name).delta_bias(self.base), scale) for name, scale in chosen)
@@ -455,11 +473,11 @@ class AdaptedLayer(PeftLayerMixin):
         sources = [adapter.source for adapter in here if adapter.source is not None]
         if not any(name in (source.peft_container, *source._parameters) for source in sources):
             return None
-        for layer in self._commands().manager.layers.values():
-            if any(adapter is source for adapter in layer.adapters._modules.values() for source in sources):
-                layer.show_adapters()
-                return shown_under(layer._modules, name)
-        return None
+        owner = self._layer_with(sources)
+        if owner is None:
+            return None
+        owner.show_adapters()
+        return shown_under(owner._modules, name)
 
     def hide_adapters(self) -> None:
         """Lets go of those of adapters that are gone."""
@@ -520,9 +538,9 @@ class AdaptedLayer(PeftLayerMixin):
             self.show_adapters()
             found = shown_under(modules, name)
         if found is None:
-            found = empty_mapping(adapters, name)
+            found = self._shown_where_tied(name) or empty_mapping(adapters, name)
         if found is None and not hasattr(base_layer, name):
-            found = self._shown_where_tied(name) or attribute_by_name(adapters, name)
+            found = attribute_by_name(adapters, name)
         return getattr(base_layer, name) if found is None else found
 
 

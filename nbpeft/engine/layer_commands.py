@@ -17,6 +17,7 @@ from nbpeft.engine.build import build, commit
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge
 from nbpeft.engine.registry import companions, method_of
+from nbpeft.engine.tied_weights import layers_to_untie
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import BaseMismatchError, ConfigError, MergeError, StaleModelError
 
@@ -66,7 +67,9 @@ class LayerCommands:
             if layer.merged_names:
                 layer.restore_base(change)
             check_merge({"the layer": layer}, together, manager.scale, safe=safe)
-            layer.merge_into_base(together, [manager.scale(name) for name in together], change, keep_frozen=True)
+            apart = bool(layers_to_untie(manager.model, {"the layer": layer}, together))
+            scales = [manager.scale(name) for name in together]
+            layer.merge_into_base(together, scales, change, keep_frozen=True, apart=apart)
             manager._merged = tuple(dict.fromkeys((*manager.merged, *together)))
             manager._publish_active()
 
@@ -115,6 +118,10 @@ class LayerCommands:
             return
         if method_of(whole) is not method_of(config):
             raise ConfigError(f"adapter {name!r} is {method_of(whole).label}, not {method_of(config).label}")
+        others = [other.adapter(name) for other in manager.layers.values() if name in other.adapters]
+        held: Any = layer.adapters._modules.get(name)
+        if held is not None and (held.source is not None or any(other.source is held for other in others)):
+            raise ConfigError(f"adapter {name!r} has the same tensors on {path} and another layer: add it anew instead")
         with manager.transaction() as change:
             manager.refuse_merged(f"{name!r} is changed on a layer")
             made = manager.plan(config, name)

@@ -123,6 +123,10 @@ def check_addable(
     touched = {path for path, layer in layers.items() if layer.merged_names}
     if not touched:
         return
+    untied = next((path for path, layer in layers.items() if layer.is_untied), None)
+    if untied is not None and getattr(plan.config, "ensure_weight_tying", False):
+        names = ", ".join(map(repr, merged))
+        raise MergeError(f"{names} merged, which parts {untied} from what it is tied to: unmerge before", path=untied)
     for target in plan.targets:
         if target.path in touched and (plan.config.initialised_from_weight or target.adapter_class.reads_weight):
             raise _starts_there(target.path, merged)

@@ -6,7 +6,7 @@ Paths and names are those of the bare base model, as they were before any adapte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MANAGER = "_nbpeft_manager"
 """Attribute in which an adapted base model, and each handle on one, keeps its manager."""
+
+TIED = "tie_word_embeddings"
+"""Attribute of a model's config that says whether its embeddings are one weight."""
 
 _WRAPPED_IN = ("_orig_mod", "_fsdp_wrapped_module")
 """Names under which ``torch.compile`` and FSDP keep the model that they wrap."""
@@ -169,6 +172,34 @@ def embedding_of(model: nn.Module, *, output: bool = False) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def says_untied(model: nn.Module) -> bool:
+    """Returns whether a model's config says that its embeddings are no one weight, whatever they are."""
+    return getattr(getattr(model, "config", None), TIED, None) is False
+
+
+def sharing_embedding(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Returns the modules that share the weight of the input embedding, by path, that itself first.
+
+    Args:
+        model: a base model.
+        modules: path and module of everything in it; of a module in several places the first counts.
+
+    Returns:
+        Nothing where the embedding has its weight for itself, or the model's config says that it has.
+    """
+    embedding = embedding_of(model)
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, nn.Parameter) or says_untied(model):
+        return {}
+    own = frozen_module(embedding) if embedding is not None else None
+    places: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in modules:
+        if module._parameters.get("weight") is weight:
+            places.setdefault(id(module), (path, module))
+    sharing = sorted(places.values(), key=lambda place: place[1] is not own)
+    return dict(sharing) if len(sharing) > 1 else {}
 
 
 def _head(model: nn.Module) -> nn.Module | None:

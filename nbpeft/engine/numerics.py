@@ -29,6 +29,21 @@ def cayley(skew: Tensor) -> Tensor:
     return rotations.to(skew.dtype)
 
 
+def neumann_cayley(skew: Tensor, terms: int) -> Tensor:
+    """``(I + Q) (I - Q)⁻¹``, (…, b, b), with the first terms of the inverse's series: I + 2 Q + 2 Q² + … + Qⁿ."""
+    total = torch.eye(skew.shape[-1], device=skew.device, dtype=skew.dtype).expand_as(skew)
+    if terms > 1:
+        total = total + 2 * skew
+    if terms > 2:
+        power = skew @ skew
+        total = total + 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ skew
+            total = total + 2 * power
+        total = total + power @ skew
+    return total
+
+
 @torch.no_grad()
 def is_finite(tensor: Tensor) -> bool:
     """Whether a floating tensor holds neither NaN nor infinite numbers."""

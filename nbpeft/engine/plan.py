@@ -17,12 +17,13 @@ from torch import nn
 import nbpeft.engine.backends
 import nbpeft.engine.layer_kinds
 import nbpeft.engine.methods  # noqa: F401
-from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, TaskType
+from nbpeft.engine.adapter import TASK_HEADS, Adapter, AdapterConfig, AdapterWeights, TaskType
 from nbpeft.engine.base import Backend, LayerKind
 from nbpeft.engine.config_warnings import (
     guessed_heads,
     missing_head_message,
     warn_about_config,
+    warn_of_ensured,
     warn_of_experts,
     warn_of_experts_along,
     warn_of_tied,
@@ -32,7 +33,15 @@ from nbpeft.engine.custom_layers import CustomAdapter, custom_part, kind_and_bac
 from nbpeft.engine.fused_layers import fused_layers, with_parameters
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.layer_kinds.parameter import ParameterView
-from nbpeft.engine.model_tree import Site, bare_modules, embedding_of, frozen_module, reader_of, walk
+from nbpeft.engine.model_tree import (
+    Site,
+    bare_modules,
+    embedding_of,
+    frozen_module,
+    reader_of,
+    sharing_embedding,
+    walk,
+)
 from nbpeft.engine.module_paths import suffixes
 from nbpeft.engine.modules_to_save import ModulesToSaveWrapper, only_holds
 from nbpeft.engine.parameter_layer import AdaptedParameter
@@ -46,6 +55,7 @@ from nbpeft.engine.targets import (
     matches_segment_names,
     no_match,
     nothing_matches,
+    with_target,
 )
 from nbpeft.engine.unadaptable import bypassed, check_called, check_copy, check_shaped
 from nbpeft.errors import ConfigError, LayerKindError, TargetError
@@ -65,7 +75,7 @@ class Target:
         backend: name of how its weight is stored.
         in_features: input features.
         out_features: output features.
-        shapes: parameter name -> shape of what is added.
+        shapes: parameter name -> shape of what is added, or used of another target's.
         adapter_class: class of the adapter.
         config: what makes it: the plan's config, or what a companion method takes.
         tied_to: path of the target whose tensors this one shares; else empty.
@@ -112,7 +122,8 @@ class Target:
     def parameter_count(self) -> int:
         """Parameters added here that are trained, without those of another target."""
         others = (*self.adapter_class.frozen_parameters, *self.tied)
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in others)
+        own = {} if self.tied_to else self.shapes
+        return sum(math.prod(shape) for name, shape in own.items() if name not in others)
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,16 @@ class InjectionPlan:
         """Elements of the tensors that all targets share."""
         return sum(math.prod(shape) for shape in self.shared.values())
 
+    def not_tied_in(self, weights: AdapterWeights) -> list[Target]:
+        """The targets that use the tensors of another one and have others of their own in loaded ones."""
+        given = weights.adapters
+        return [
+            target
+            for target in self.targets
+            if target.tied_to
+            and target.adapter_class.differs(given.get(target.path, {}), given.get(target.tied_to, {}))
+        ]
+
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the added parameters in a dtype."""
         return self.parameter_count * dtype.itemsize
@@ -195,9 +216,8 @@ def plan(
         return _plan_for_calls(model, resolved, method, sites, strict=not allow_missing)
     names = list(getattr(resolved, "modules_to_save", None) or ())
     copies = _copies(sites, names, guessed_heads(config), strict=not allow_missing)
-    ensured = bool(getattr(resolved, "ensure_weight_tying", False))
-    if ensured:
-        copies |= dict.fromkeys(_tied_to(copies, model, sites), 0)  # they share the tensors of those
+    tied = _ensured(model, config, sites)
+    copies |= _tied_copies(copies, tied, sites)
     matcher = Matcher(
         () if method.companion is not None else getattr(resolved, "target_modules", None) or (),
         getattr(resolved, "exclude_modules", None),
@@ -205,7 +225,10 @@ def plan(
         getattr(resolved, "layers_pattern", None),
     )
     targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
+    targets = _with_tied(targets, tied, sites, matcher, resolved)
     features = {target.path: (target.in_features, target.out_features) for target in targets}
+    if resolved.fill_in_layers(features):
+        targets, excluded = _match(model, sites, matcher, resolved, tuple(copies))
     if method.tied is not None:
         ties = method.tied(resolved, features)
         targets = [replace(target, tied=ties.get(target.path, {})) for target in targets]
@@ -235,12 +258,26 @@ def plan(
     if bare and is_all_linear(getattr(config, "target_modules", None)) and not config.target_parameters:  # type: ignore[attr-defined]
         warn_of_experts_along([(target.matrix_count, target.parameter_count) for target in targets])
     _check_size(model, (*targets, *parts))
-    everything = [(site.path, site.module) for site in sites]
-    warn_of_tied(model, everything, adapted if ensured else adapted | copies.keys(), strict=ensured)
+    _warn_of_ties(model, config, sites, tied, adapted | copies.keys(), parts)
     biases = _biases(model, resolved, adapted, tuple(copies))
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
     everywhere = (*targets, *parts)
     return InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
+
+
+def _warn_of_ties(
+    model: nn.Module,
+    config: AdapterConfig,
+    sites: list[Site],
+    tied: Mapping[str, nn.Module],
+    changed: Set[str],
+    parts: list[Target],
+) -> None:
+    """Warns of what changes one of several modules that share a weight, and where asking for them is in vain."""
+    if getattr(config, "ensure_weight_tying", False):
+        warn_of_ensured(tied, changed | {part.path for part in parts})
+    if not tied:
+        warn_of_tied(model, [(site.path, site.module) for site in sites], changed, config)
 
 
 def _problems(matcher: Matcher, named: Matcher, sites: list[Site]) -> Iterator[TargetError]:
@@ -315,6 +352,7 @@ def _all_linear(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> l
         heads.append(frozen_module(output_head))
     elif config.task_type == TaskType.SEQ_CLS:
         heads.extend(frozen_module(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name))
+    heads.extend(_ensured(model, config, sites).values())  # also one that the model does not name
     found = []
     for site in sites:
         kind = resolve_layer_kind(site.module)
@@ -349,13 +387,58 @@ def _copies(sites: list[Site], names: list[str], heads: Sequence[str], *, strict
     return {path: count for path, count in found.items() if path not in inner}
 
 
-def _tied_to(copies: Mapping[str, int], model: nn.Module, sites: list[Site]) -> list[str]:
-    """Paths of the modules that share the input embedding's weight and are not copied, where one of them is."""
-    weight = getattr(embedding_of(model), "weight", None)
-    tied = {id(site.module): site.path for site in sites if site.module._parameters.get("weight") is weight}
-    if weight is None or not any(path in copies for path in tied.values()):
-        return []
-    return [path for path in tied.values() if path not in copies]
+def _ensured(model: nn.Module, config: AdapterConfig, sites: list[Site]) -> dict[str, nn.Module]:
+    """The modules, by path, whose one weight a config asks to stay one: the input embedding and what shares its."""
+    if not getattr(config, "ensure_weight_tying", False):
+        return {}
+    return sharing_embedding(model, ((site.path, site.module) for site in sites))
+
+
+def _tied_copies(copies: Mapping[str, int], tied: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, int]:
+    """The modules that are copied because one with the same weight is, whose tensors they share; no parameters each."""
+    copied = {id(site.module) for site in sites if site.path in copies}
+    if not any(id(module) in copied for module in tied.values()):
+        return {}
+    return {path: 0 for path, module in tied.items() if id(module) not in copied}
+
+
+def _with_tied(
+    targets: list[Target], tied: Mapping[str, nn.Module], sites: list[Site], matcher: Matcher, config: AdapterConfig
+) -> list[Target]:
+    """The targets, where one on a weight of several modules is on all of them: with the tensors of the first's."""
+    modules = {id(module) for module in tied.values()}
+    places = {site.path for site in sites if id(site.module) in modules}
+    if places.isdisjoint(target.path for target in targets):
+        return targets
+    source, *others = [next(site for site in sites if site.path == path) for path in tied]
+    method, refusal = method_of(config), _tie_refusal([source, *others], matcher, config)
+    if refusal or method.tied_class is None:
+        raise ConfigError(
+            f"ensure_weight_tying: {' and '.join(tied)} share one weight, and {refusal}; leave all of them out of the "
+            "targets",
+            field="ensure_weight_tying",
+        )
+    tied_class = method.tied_class(config, list(tied))
+    for path in tied:
+        if not matcher.matches(path):  # PEFT ties what has one of its names for embeddings and heads
+            config.target_modules = with_target(config.target_modules, path)  # type: ignore[attr-defined]
+    order = {site.path: number for number, site in enumerate(sites)}
+    own = [_target(source, config, method), *(target for target in targets if target.path not in places)]
+    own.sort(key=lambda target: order[target.module_path])
+    return own + [_target(site, config, method, tied_to=source.path, adapter_class=tied_class) for site in others]
+
+
+def _tie_refusal(sites: Sequence[Site], matcher: Matcher, config: AdapterConfig) -> str:
+    """Why adapters at these places cannot share their tensors, as part of a sentence; else empty."""
+    for site in sites:
+        if matcher.excluded(site.path):
+            return f"exclude_modules takes {site.path} out"
+        if isinstance(site.wrapper, ModulesToSaveWrapper):
+            return f"{site.path} is trained as a whole by another adapter (modules_to_save)"
+        if custom_part(site.module, site.wrapper, config, site.path) is not None:
+            return f"{site.path} has a layer of a registered class"
+    method = method_of(config)
+    return "" if method.tied_class is not None else f"{method.title(config)} on them cannot share its tensors"
 
 
 def _match(
@@ -434,7 +517,7 @@ def _target(
         made_by, config = CustomAdapter, part
     else:
         kind, backend = resolve_parts(site, method)
-        shapes = {} if tied_to else made_by.parameter_shapes(config, site.path, site.module, kind)
+        shapes = made_by.parameter_shapes(config, site.path, site.module, kind)
     taken, given = kind.features(site.module)
     fixed = {} if tied_to else made_by.fixed_tensors(config, shapes, site.module, kind)
     return Target(site.path, kind.name, backend.name, taken, given, shapes, made_by, config, tied_to, fixed=fixed)

@@ -114,6 +114,8 @@ class Method:
         without_weight: rewrites an adapter that is initialised from the weight as one that is not.
         kind_classes: kind of layer -> class of its adapters there, where that is another one. It has to name one for
             bare parameters (``target_parameters``) and for each ``Composite`` kind, or goes on none.
+        tied_class: (config, paths of layers that share one weight) -> class of the adapters that use the tensors of the
+            one on the first of them, for ``ensure_weight_tying``; None where there is none.
         when: when to choose it, in a few words.
         paper: where it is described: ``arXiv:2106.09685``, or an address.
         listed_with: fields of the config with which lists of methods show it, where its defaults are not enough.
@@ -147,6 +149,7 @@ class Method:
     model_functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     without_weight: Callable[[Any, Mapping[str, Any], AdapterWeights], tuple[Any, AdapterWeights]] | None = None
     kind_classes: Mapping[str, type[Adapter]] = field(default_factory=dict)
+    tied_class: Callable[[Any, Sequence[str]], type[Adapter]] | None = None
     when: str = ""
     paper: str = ""
     listed_with: Mapping[str, Any] = field(default_factory=dict)

@@ -7,17 +7,16 @@ weight of its own, and the shared one back when it is unmerged.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from nbpeft.engine.adapter import Adapter
 from nbpeft.engine.layer import AdaptedLayer
-from nbpeft.engine.model_tree import bare_modules, base_model_of, embedding_of
+from nbpeft.engine.model_tree import TIED, bare_modules, base_model_of, embedding_of, sharing_embedding
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
-
-_TIED = "tie_word_embeddings"
 
 
 def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> set[str]:
@@ -51,14 +50,14 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
 
 
 def _alike(layers: Mapping[str, AdaptedLayer], group: Mapping[str, list[str]], users: int) -> bool:
-    """Whether all that share a weight change it alike, so that it can stay shared."""
-    adapters = [layers[path].adapter(name) for path, names in group.items() for name in names]
-    followed = {id(layers[path]) for path in group}
-    return (
-        len(followed) == users
-        and len({tuple(names) for names in group.values()}) == 1
-        and all(adapter.is_tied for adapter in adapters)
-    )
+    """Whether all that share a weight change it alike, with the same tensors, so that it can stay shared."""
+    changes = {change_of([(layers[path].adapter(name), 1.0) for name in names]) for path, names in group.items()}
+    return len({id(layers[path]) for path in group}) == users and len(changes) == 1
+
+
+def change_of(adapters: Iterable[tuple[Adapter, float]]) -> tuple[tuple[int, float], ...]:
+    """What adapters, with the factor on each one's delta, change of a weight: equal where they share their tensors."""
+    return tuple((id(one.source or one), scale * float(getattr(one, "scaling", 1.0))) for one, scale in adapters)
 
 
 def modules_tied_to_embedding(model: nn.Module) -> list[str]:
@@ -68,11 +67,7 @@ def modules_tied_to_embedding(model: nn.Module) -> list[str]:
         model: with or without adapters, or a handle.
     """
     base = base_model_of(model)
-    weight = _embedding_weight(base, output=False)
-    if weight is None or getattr(getattr(base, "config", None), _TIED, None) is False:
-        return []
-    tied = [path for path, module in bare_modules(base) if module._parameters.get("weight") is weight]
-    return sorted(tied[1:])  # the first place is the embedding's own
+    return sorted(list(sharing_embedding(base, bare_modules(base)))[1:])
 
 
 def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
@@ -81,7 +76,7 @@ def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
     All that still share the old weight get their own, since the config can only tell all or nothing.
     """
     config: Any = getattr(model, "config", None)
-    if not getattr(config, _TIED, False):
+    if not getattr(config, TIED, False):
         return
     ends = [_embedding_weight(model, output=output) for output in (False, True)]
     if None in ends or ends[0] is ends[1]:
@@ -95,11 +90,9 @@ def untie_embeddings_(model: nn.Module, change: Transaction) -> None:
             own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             change.set_item(module._parameters, "weight", own)
         seen.add(id(weight))
-    change.keep_attributes(config, _TIED)
-    setattr(config, _TIED, False)
-    warnings.warn(
-        f"the embedding and the output head are two weights now: config.{_TIED} is set to False", stacklevel=4
-    )
+    change.keep_attributes(config, TIED)
+    setattr(config, TIED, False)
+    warnings.warn(f"the embedding and the output head are two weights now: config.{TIED} is set to False", stacklevel=4)
 
 
 def _embedding_weight(model: nn.Module, *, output: bool) -> nn.Parameter | None:

@@ -309,5 +309,5 @@ class _KeepingInputs(torch.autograd.Function):
         with torch.enable_grad(), without_autocast(inputs[0].device.type):
             output = ctx.function(*leaves)
             wanted = [leaf for leaf, one in zip(leaves, needed, strict=True) if one]
-            found = iter(torch.autograd.grad(output, wanted, gradients[0]))
+            found = iter(torch.autograd.grad(output, wanted, gradients[0], allow_unused=True))
         return None, *(next(found) if one else None for one in needed)

@@ -24,6 +24,7 @@ from nbpeft.engine.peft_modules import shown_name
 from nbpeft.engine.plan import InjectionPlan, Target
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import method_of
+from nbpeft.engine.targets import with_target
 from nbpeft.engine.trained import mark_saved
 from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointError, ConfigError, few
 from nbpeft.model.sharded import gathered, is_sharded
@@ -110,15 +111,8 @@ def read(
     # Merged weights are not the base's: they would look like another base.
     note = None if manager.merged else checkpoint.compare(saved.metadata, manager.model)
     config = of_former_file(manager.model, config, tensors)
-    plan = manager.plan(config, name)
-    loaded = checkpoint.from_file(
-        tensors,
-        expected(manager.model, plan),
-        peft_type=str(config.peft_type),
-        key_mapping=key_mapping,
-        conversion=checkpoint.key_conversion_of(manager.model),
-        ignore_mismatched=bool(options.get("ignore_mismatched_sizes", False)),
-    )
+    ignored = bool(options.get("ignore_mismatched_sizes", False))
+    plan, loaded = fitted(manager, name, config, tensors, key_mapping=key_mapping, ignore_mismatched=ignored)
     _warn_of_mismatches(source, loaded, note)
     _check_base_tensors(manager, name, plan, loaded.weights)
     put = manager.prepare(name, plan, loaded.weights, trainable=trainable, half=half, replace=replace)
@@ -133,6 +127,43 @@ def read(
         return LoadResult(loaded.missing, loaded.unexpected)
 
     return load
+
+
+def fitted(
+    manager: AdapterManager, name: str | None, config: AdapterConfig, tensors: Mapping[str, Tensor], **options: Any
+) -> tuple[InjectionPlan, checkpoint.Loaded]:
+    """Returns the plan of a config, and the tensors of its file sorted in.
+
+    A file may hold several pairs of factors where its config asks for one on tied layers: PEFT parts them when a model
+    is moved, and those of an encoder and a decoder from the start. Then the plan has them apart, too.
+
+    Args:
+        manager: of the base model.
+        name: of an adapter whose place the new one takes, if there is one.
+        config: of the adapter.
+        tensors: key in the file -> tensor.
+        **options: those of ``checkpoint.from_file``.
+
+    Raises:
+        CheckpointError: the file does not fit.
+    """
+    plan = manager.plan(config, name)
+    conversion = checkpoint.key_conversion_of(manager.model)
+    settings = {"peft_type": str(config.peft_type), "conversion": conversion, **options}
+    loaded = checkpoint.from_file(tensors, expected(manager.model, plan), **settings)
+    apart = plan.not_tied_in(loaded.weights)
+    if not apart:
+        return plan, loaded
+    paths = [apart[0].tied_to, *(target.path for target in plan.targets if target.tied_to)]
+    warnings.warn(
+        f"the file has other tensors for {few([target.path for target in apart])} than for {paths[0]}, though its "
+        "config says ensure_weight_tying: they are loaded as they are and train apart",
+        stacklevel=5,
+    )
+    untied: Any = config.copy(ensure_weight_tying=False)
+    for path in paths:
+        untied.target_modules = with_target(untied.target_modules, path)
+    return fitted(manager, name, untied, tensors, **options)
 
 
 def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
@@ -417,13 +448,20 @@ def _picked(
         raise AdapterError(f"the state dict has no {key!r} of adapter {name!r}")
 
     places = wrapper_places(weights.parameters)
+    adapters = {path: manager.layers[path].adapter(name) for path in weights.adapters}
+    own = {
+        id(adapter): {
+            k: find(f"{places.get(path, path)}.{shown_name(adapter, k, name)}") for k in weights.adapters[path]
+        }
+        for path, adapter in adapters.items()
+        if adapter.source is None
+    }
     return AdapterWeights(
         {
-            path: {
-                k: find(f"{places.get(path, path)}.{shown_name(manager.layers[path].adapter(name), k, name)}")
-                for k in named
-            }
-            for path, named in weights.adapters.items()
+            path: own[id(adapter)]
+            if adapter.source is None
+            else adapter.tied_tensors(weights.adapters[path], own[id(adapter.source)])
+            for path, adapter in adapters.items()
         },
         {
             path: {k: find(f"{path}.modules_to_save.{name}.{k}") for k in named}

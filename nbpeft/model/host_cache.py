@@ -179,6 +179,12 @@ class AdapterReader:
             raise AdapterError(
                 f"adapter {name!r} trained rows of embeddings (trainable_token_indices): load it by itself"
             )
+        tied = next((target for target in plan.targets if target.tied_to), None)
+        if tied is not None:
+            raise AdapterError(
+                f"adapter {name!r} has the same tensors on {tied.path} and {tied.tied_to} (ensure_weight_tying): load "
+                "it by itself"
+            )
         if any(target.fixed for target in plan.targets):
             raise AdapterError(f"adapter {name!r} has tensors of its own that are not trained: load it by itself")
         wanted = expected(model, plan)

@@ -110,6 +110,12 @@ def _low_rank_layers(manager: AdapterManager, name: str) -> Mapping[str, Adapted
         raise AdapterError("The provided model is not using LoRA and is therefore not supported.")
     held = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
     layers = {path: one for path, one in held.items() if isinstance(one.adapter(name), LowRankAdapter)}
+    tied = next((path for path, one in layers.items() if one.adapter(name).source is not None), None)
+    if tied is not None:
+        raise AdapterError(
+            f"adapter {name!r} has one pair of factors on {tied} and the embedding (ensure_weight_tying), whose "
+            "intruder dimensions differ"
+        )
     other = [path for path, one in layers.items() if one.base.weight().ndim != 2]
     if other:
         raise AdapterError(f"{few(other)}: the weight is no matrix, so it has no directions to compare")

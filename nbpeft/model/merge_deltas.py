@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import Adapter, AdapterSite
-from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.base import BaseLayer, offloading
 from nbpeft.engine.build import shared_state
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.layer import add_deltas
@@ -21,9 +21,10 @@ from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.merge_checks import unmergeable_reason
 from nbpeft.engine.merging import check_compatible
-from nbpeft.engine.model_tree import bare_modules, embedding_of, frozen_module
+from nbpeft.engine.model_tree import bare_modules, embedding_of, frozen_module, sharing_embedding
 from nbpeft.engine.plan import Target, make_adapters
 from nbpeft.engine.registry import backend_named, layer_kind_named
+from nbpeft.engine.tied_weights import change_of
 from nbpeft.errors import MergeError, few
 from nbpeft.model import files
 from nbpeft.model.merge_weights import is_transposed
@@ -54,7 +55,7 @@ class LayerDelta:
     @property
     def device(self) -> torch.device:
         """Device of the adapters."""
-        adapter, _ = self.adapters[0]
+        adapter = self.adapters[0][0].source or self.adapters[0][0]
         return next(itertools.chain(adapter.parameters(), adapter.buffers())).device
 
     def weight_name(self, path: str) -> str:
@@ -69,11 +70,29 @@ class LayerDelta:
         """Adds to a floating-point weight, (out, in) or as the module stores it, in place."""
         add_deltas(self.base.kind.canonical(self.base.module, weight), self.base, self.adapters)
 
-    def bias(self) -> Tensor | None:
-        """Returns what is added to the layer's bias, (out,), or None."""
-        parts = [(adapter.delta_bias(self.base), scale) for adapter, scale in self.adapters]
+    def bias(self, read: Callable[[str], Tensor] | None = None) -> Tensor | None:
+        """Returns what is added to the layer's bias, (out,), or None.
+
+        Args:
+            read: returns a parameter of the layer by its name in it, where the layer is one without data. Without it
+                what is returned says no more than whether there is a change.
+        """
+        base = self._with_data(read)
+        parts = [(adapter.delta_bias(base), scale) for adapter, scale in self.adapters]
         added = [part * scale for part, scale in parts if part is not None]
         return torch.stack(added).sum(0) if added else None
+
+    def _with_data(self, read: Callable[[str], Tensor] | None) -> BaseLayer:
+        """The layer; one without data (meta device) with parameters that are read, or zeros."""
+        module, backend = self.base.module, self.base.backend
+        empty = {name: held for name, held in module._parameters.items() if held is not None and held.is_meta}
+        if not empty or isinstance(module, ParameterView) or offloading(module) is not None:
+            return self.base
+        twin = backend.twin(module)  # type: ignore[attr-defined]
+        for name, held in empty.items():
+            value = torch.zeros((), dtype=held.dtype).expand(held.shape) if read is None else read(name)
+            twin._parameters[name] = nn.Parameter(value, requires_grad=False)
+        return BaseLayer(twin, self.base.kind, backend)
 
 
 @dataclass
@@ -89,6 +108,14 @@ class Deltas:
     layers: dict[str, LayerDelta] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     names: tuple[str, ...] = ()
+
+    @property
+    def alike(self) -> list[set[str]]:
+        """Names of weights that the merge changes alike, with the same tensors: one weight of several can stay one."""
+        groups: dict[object, set[str]] = {}
+        for path, layer in self.layers.items():
+            groups.setdefault(change_of(layer.adapters), set()).add(layer.weight_name(path))
+        return list(groups.values())
 
     @property
     def changed(self) -> list[str]:
@@ -147,13 +174,8 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         raise MergeError(
             f"{source} started in a part of the weights it was trained on: load it on that model and merge there"
         )
-    plan = AdapterManager(model).plan(of_former_file(model, saved.config, saved.tensors))
-    loaded = checkpoint.from_file(
-        saved.tensors,
-        files.expected(model, plan),
-        peft_type=str(saved.config.peft_type),
-        conversion=checkpoint.key_conversion_of(model),
-    )
+    config = of_former_file(model, saved.config, saved.tensors)
+    plan, loaded = files.fitted(AdapterManager(model), None, config, saved.tensors)
     if loaded.missing:
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
@@ -184,13 +206,14 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
     return found
 
 
-def check_names(deltas: Deltas, weights: Collection[str], where: str) -> None:
-    """Checks that the base has a weight for each delta.
+def check_names(deltas: Deltas, weights: Set[str], where: str) -> None:
+    """Checks that the base has a weight for each delta, or one that is changed alike.
 
     Raises:
         MergeError: one is missing.
     """
-    missing = [name for name in deltas.changed if name not in weights]
+    alike = {name: group for group in deltas.alike for name in group}
+    missing = [name for name in deltas.changed if weights.isdisjoint(alike.get(name, {name}))]
     if missing:
         raise MergeError(
             f"{where} lacks {len(missing)} of the {len(deltas.changed)} tensors that the adapter changes, "
@@ -199,7 +222,7 @@ def check_names(deltas: Deltas, weights: Collection[str], where: str) -> None:
 
 
 def check_tied(deltas: Deltas, model: Any, where: str) -> None:
-    """Checks that deltas change no weight that the files of a base hold once for two modules.
+    """Checks that deltas change no weight that the files of a base hold once for two modules, unless both alike.
 
     Raises:
         MergeError: the adapter changes the embedding or the head, which share their weight.
@@ -212,7 +235,9 @@ def check_tied(deltas: Deltas, model: Any, where: str) -> None:
         for path, module in bare_modules(model)
         if isinstance(module, nn.Embedding) or (head is not None and module is frozen_module(head))
     }
-    hit = next((name for name in deltas.changed if name in ends), None)
+    sharing = {f"{path}.weight" for path in sharing_embedding(model, bare_modules(model))}
+    alike = next((group for group in deltas.alike if sharing and sharing <= group), set())
+    hit = next((name for name in deltas.changed if name in ends - alike), None)
     if hit is not None:
         raise MergeError(
             f"the adapter changes {hit}, which {where} holds together with another use: merge a loaded model"

@@ -70,7 +70,7 @@ class MergeErrors:
     an element that moves less than half a step of its grid falls back to where it was.
 
     Attributes:
-        layers: one entry a layer, in model order.
+        layers: one entry a layer, in model order; of layers that stay one weight, the first.
         dtype: of the copy in full precision.
     """
 
@@ -195,7 +195,7 @@ def merge_to_folder(
     with checkpoint.disk_errors(target), checkpoint.scratch_folder() as scratch:
         extra = _other_files(plan, tokenizer, scratch, stored)
         paths = checkpoint.write_model(folder, shards, merger.tensor, files=extra)
-    errors = MergeErrors(tuple(merger.errors[path] for path in deltas.layers), stored) if measure_errors else None
+    errors = merger.merge_errors if measure_errors else None
     sizes = tuple(sum(spec.byte_count for spec in shard) for shard in shards)
     return MergedFolder(target, deltas.names, tuple(paths), sum(sizes), sizes, stored, errors)
 
@@ -218,10 +218,10 @@ def merge_errors(
     manager = _manager(model)
     deltas = deltas_of(manager, _names(manager, adapter))
     wanted = _own_dtype(manager.model) if dtype is None else dtype_of(dtype, "dtype", DTYPES)
-    merger = _Merger(deltas, LiveWeights(manager.model, deltas.changed), wanted, True, False)
-    for path, layer in deltas.layers.items():
-        merger.tensor(layer.weight_name(path))
-    return MergeErrors(tuple(merger.errors[path] for path in deltas.layers), merger.dtype_name)
+    merger = _Merger(deltas, LiveWeights(manager.model, deltas.changed, deltas.alike), wanted, True, False)
+    for name in merger.changed_weights:
+        merger.tensor(name)
+    return merger.merge_errors
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class _Merger:
     """Computes the merged tensors one by one, and records their errors."""
 
     def __init__(self, deltas: Deltas, weights: Weights, dtype: torch.dtype | None, measure: bool, safe: bool) -> None:
-        self.errors: dict[str, LayerError] = {}
+        self._errors: dict[str, LayerError] = {}
         self._deltas = deltas
         self._weights = weights
         self._dtype = dtype
@@ -277,6 +277,19 @@ class _Merger:
             dtype = max(floats, key=lambda spec: spec.byte_count).dtype if floats else torch.float32
         return str(dtype).removeprefix("torch.")
 
+    @property
+    def changed_weights(self) -> list[str]:
+        """Returns the names of the weights that something is added to; of several that stay one the one there is."""
+        names = (layer.weight_name(path) for path, layer in self._deltas.layers.items())
+        return [name for name in names if name in self._specs]
+
+    @property
+    def merge_errors(self) -> MergeErrors:
+        """Returns the errors of what was read, in the order of the model."""
+        return MergeErrors(
+            tuple(self._errors[path] for path in self._deltas.layers if path in self._errors), self.dtype_name
+        )
+
     def spec(self, spec: TensorSpec) -> TensorSpec:
         """Returns dtype and shape of a tensor once it is merged."""
         dtype = self._dtype if self._dtype is not None and spec.dtype.is_floating_point else spec.dtype
@@ -293,7 +306,7 @@ class _Merger:
         if layer is None or kind not in ("weight", "bias"):
             return value.to(spec.dtype)
         if kind == "bias":
-            added = layer.bias()
+            added = layer.bias(lambda own: self._weights.read(f"{path}.{own}")[0])
             return (value if added is None else value.float() + added.to(value.device).float()).to(spec.dtype)
         return self._weight(path, layer, value, own, spec.dtype)
 
@@ -317,7 +330,7 @@ class _Merger:
             exact = layer.base.backend.dequantize(layer.base.module).to(torch.float32, copy=True)
             layer.add_to_(exact)
         again = _requantized_error(layer, exact)
-        self.errors[path] = LayerError(path, _relative_error(stored, exact), again, float(exact.norm()), delta_norm)
+        self._errors[path] = LayerError(path, _relative_error(stored, exact), again, float(exact.norm()), delta_norm)
 
 
 @dataclass(frozen=True)
@@ -358,7 +371,7 @@ def _of_model(model: nn.Module, adapter: Any, base: Any) -> _Merge:
     deltas = deltas_of(manager, _names(manager, adapter))
     if base is not None:
         return _from_files(manager.model, deltas, base)
-    weights = LiveWeights(manager.model, deltas.changed)
+    weights = LiveWeights(manager.model, deltas.changed, deltas.alike)
     check_names(deltas, {spec.name for spec in weights.specs}, "the model")
     source = str(getattr(getattr(manager.model, "config", None), "_name_or_path", "") or "")
     place = Path(source) if source and os.path.isdir(source) else None

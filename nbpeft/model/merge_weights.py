@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from typing import Any, Protocol
 
 import torch
@@ -76,17 +76,19 @@ class FolderWeights:
 class LiveWeights:
     """Weights of a model in memory, dequantized when they are read.
 
-    A shared weight is there once, unless an adapter changes one of its uses: then each use is saved by itself.
+    A shared weight is there once, unless an adapter changes one of its uses and not all alike: then each use is saved
+    by itself.
 
     Args:
         model: the base model, with or without adapters on it.
         changed: names that adapters change.
+        alike: sets of them that adapters change alike.
 
     Attributes:
         untied: whether uses of a shared weight are saved by themselves.
     """
 
-    def __init__(self, model: nn.Module, changed: Collection[str] = ()) -> None:
+    def __init__(self, model: nn.Module, changed: Collection[str] = (), alike: Sequence[Set[str]] = ()) -> None:
         self._owners: dict[str, tuple[nn.Module, Tensor | None]] = {}
         self.specs: list[TensorSpec] = []
         self.untied = False
@@ -96,7 +98,7 @@ class LiveWeights:
             names.setdefault(id(module) if tensor is None else id(tensor), []).append(name)
         for name, module, tensor in found:
             shared = names[id(module) if tensor is None else id(tensor)]
-            untied = len(shared) > 1 and any(use in changed for use in shared)
+            untied = len(shared) > 1 and any(use in changed for use in shared) and not _within(shared, alike)
             if name != shared[0] and not untied:
                 continue
             self.untied = self.untied or untied
@@ -123,6 +125,10 @@ class LiveWeights:
     def shards(self, specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
         """Returns shards of at most ``limit`` bytes."""
         return checkpoint.in_shards(specs, limit)
+
+
+def _within(names: Sequence[str], groups: Sequence[Set[str]]) -> bool:
+    return any(group >= set(names) for group in groups)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -63,13 +63,16 @@ def facts_of_method(method: Method) -> MethodFacts | None:
         manager = _tried(method, sample)
     if manager is None:
         return None
-    layer = manager.layers[_TARGET]
+    layer, config = manager.layers[_TARGET], manager.configs["default"]
     adapter, shared = layer.adapter("default"), manager.shared("default")
     whole = set(adapter.saved_tensors(dict)) <= set(adapter._parameters)  # not the places of entries, which differ
     acts_beside = isinstance(adapter, TransformsInput | TransformsOutput)
     return MethodFacts(
         merges=not adapter.unmergeable_reason(layer.base),
-        swaps=whole and not adapter.swap_refusal() and not (shared and shared.is_saved(manager.configs["default"])),
+        swaps=whole
+        and not adapter.swap_refusal()
+        and not config.initialised_from_weight
+        and not (shared and shared.is_saved(config)),
         quantized=adapter.takes_quantized,
         dequantizes=adapter.reads_weight and not acts_beside,
         trains_shared=shared is not None and any(True for _ in shared.parameters()),

@@ -16,7 +16,7 @@ from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.registry import method_of
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import BaseMismatchError, did_you_mean, few
+from nbpeft.errors import BaseMismatchError, CheckpointError, did_you_mean, few
 from nbpeft.model.files import LoadResult, embedding_weights, file_tensors
 from nbpeft.model.sharded import like
 
@@ -68,7 +68,7 @@ def set_peft_model_state_dict(
         low_cpu_mem_usage: accepted for PEFT's sake.
 
     Raises:
-        CheckpointError: nothing fits.
+        CheckpointError: nothing fits, or tensors that are one here differ.
         BaseMismatchError: shapes do not fit.
     """
     manager = require_manager(model)
@@ -105,6 +105,7 @@ def set_peft_model_state_dict(
             raise
         shapes = {path: adapter.shapes_with_start() for path, adapter in started.items()}
         loaded = checkpoint.from_file(tensors, replace(wanted, adapters={**wanted.adapters, **shapes}), **options)
+    _check_tied(manager, adapter_name, loaded.weights)
     with manager.transaction() as change:
         for path, adapter in started.items():
             loaded.weights.adapters[path] = adapter.split_start(loaded.weights.adapters[path], change)
@@ -112,6 +113,20 @@ def set_peft_model_state_dict(
     # The state dict of a whole model holds the base and other adapters besides.
     unexpected = [key for key in loaded.unexpected if not (whole and key in peft_model_state_dict)]
     return LoadResult(loaded.missing, unexpected)
+
+
+def _check_tied(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:
+    """Raises CheckpointError where tensors that are one here (``ensure_weight_tying``) are several in a state dict."""
+    given = weights.adapters
+    adapters = {path: manager.layers[path].adapter(name) for path in given}
+    paths = {id(adapter): path for path, adapter in adapters.items()}
+    for path, adapter in adapters.items():
+        source = paths.get(id(adapter.source)) if adapter.source is not None else None
+        if source is not None and adapter.differs(given[path], given[source]):
+            raise CheckpointError(
+                f"the state dict has other tensors for {path} than for {source}, which share one pair in adapter "
+                f"{name!r} (ensure_weight_tying)"
+            )
 
 
 def _lost_starts(manager: AdapterManager, name: str) -> dict[str, Adapter]:

@@ -30,6 +30,7 @@ HEADS = {
     "dora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
     "copy": {"modules_to_save": ["lm_head"]},
     "bias": {"target_modules": ["q_proj", "lm_head"], "lora_bias": True},
+    "one pair": {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
     "tokens": {"trainable_token_indices": [5, 9, 11]},
 }
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import nbpeft
-from nbpeft.errors import ConfigError
 from tests.tiny_models import llama, logits, randomize, same_state, state
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
@@ -52,6 +51,9 @@ TABLE = {
     "ensured copy of embed": Row({"modules_to_save": ["embed_tokens"], **ENSURED}, {EMBED, HEAD}, True),
     "ensured copy of head": Row({"modules_to_save": ["lm_head"], **ENSURED}, {EMBED, HEAD}, True),
     "ensured copies": Row({"modules_to_save": ["embed_tokens", "lm_head"], **ENSURED}, {EMBED, HEAD}, True),
+    "ensured embed": Row({"target_modules": ["embed_tokens"], **ENSURED}, {EMBED, HEAD}, True, as_peft=False),
+    "ensured head": Row({"target_modules": ["lm_head"], **ENSURED}, {EMBED, HEAD}, True, as_peft=False),
+    "ensured both": Row({"target_modules": ["embed_tokens", "lm_head"], **ENSURED}, {EMBED, HEAD}, True, as_peft=False),
     "ensured rows": Row({"trainable_token_indices": [1, 2], **ENSURED}, {EMBED, HEAD}, True),
 }
 
@@ -114,22 +116,6 @@ def test_peft_reads_the_files_and_merges_what_it_can(name: str, tmp_path: Path) 
         assert torch.allclose(logits(back), logits(ours), atol=1e-5)
         merged = logits(theirs.merge_and_unload())
     assert torch.allclose(merged, logits(ours), atol=1e-4) == row.as_peft
-
-
-@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
-def test_factors_are_not_tied_and_that_is_said(targets: list[str]) -> None:
-    """PEFT ties them, and adds both to the one weight when it merges: the model is another one then."""
-    row = Row({"target_modules": targets, **ENSURED}, set(), False)
-    base = model()
-    before = state(base)
-    with pytest.raises(ConfigError, match=r"ties trained rows and copies .*, not factors: .* share one weight; take "):
-        nbpeft.get_peft_model(base, config(nbpeft, row))
-    assert same_state(before, state(base))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(model(), config(peft, row)).eval()
-        expected = logits(theirs)
-        assert not torch.allclose(logits(theirs.merge_and_unload()), expected, atol=1e-2)
 
 
 def test_an_ensured_copy_is_one_tensor_that_trains_once() -> None:

@@ -77,7 +77,10 @@ SAME: dict[str, Any] = {
     "trainable_token_indices": [0, 1],
 }
 ACCEPTED: dict[str, tuple[Any, str]] = {
-    "ensure_weight_tying": (True, "rows of tokens and copies stay tied; factors on one of two tied layers are refused"),
+    "ensure_weight_tying": (
+        True,
+        "an embedding and what is tied to it share rows, copies or factors, and stay one weight when merged",
+    ),
     "runtime_config": (
         nbpeft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
         "nothing to do: DoRA's norms are computed where the layer computes, offloaded or not",

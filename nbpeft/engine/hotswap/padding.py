@@ -43,6 +43,9 @@ def prepare_for_hotswap(manager: Layers, target_rank: int | None = None) -> None
         for adapter in layer.adapters._modules.values()
         if isinstance(adapter, Adapter)
     ]
+    tied = next((path for path, _, adapter in slots if adapter.source is not None and isinstance(adapter, Pads)), None)
+    if tied is not None:
+        raise HotSwapError(f"{tied} uses the tensors of another layer (ensure_weight_tying): it cannot be swapped")
     if not slots:
         raise HotSwapError("No adapter layers found on the model: load an adapter before preparing for hot-swapping")
     grown: list[tuple[nn.Parameter, Tensor]] = []

@@ -21,7 +21,7 @@ from nbpeft.engine.adapter import Adapter, AdapterSite, TransformsInput, Transfo
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_number
 from nbpeft.engine.layers_config import LayersConfig
-from nbpeft.engine.numerics import cayley, composes, without_autocast
+from nbpeft.engine.numerics import cayley, composes, neumann_cayley, without_autocast
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
@@ -212,7 +212,7 @@ class OFT(Adapter):
         skew[:, rows, columns] = triangles
         skew = skew - skew.mT
         identity = torch.eye(self.size, device=skew.device, dtype=skew.dtype)
-        rotations = cayley(skew) if self.terms is None else _neumann(identity, skew, self.terms)
+        rotations = cayley(skew) if self.terms is None else neumann_cayley(skew, self.terms)
         rotations = rotations if rotations.shape[0] == self.count else rotations.expand(self.count, -1, -1)
         return rotations if kept is None else torch.where(kept, rotations, identity)
 
@@ -336,18 +336,3 @@ def _rotated(module: nn.Module, kind: LayerKind) -> int:
     """How many features are rotated: those of an input or of a patch of it, or what an embedding gives."""
     shape = kind.weight_shape(module)
     return shape[0] if kind.takes_ids else math.prod(shape[1:])
-
-
-def _neumann(identity: Tensor, skew: Tensor, terms: int) -> Tensor:
-    """``(I + Q) (I - Q)⁻¹`` with the first terms of the series of the inverse: I + 2 Q + 2 Q² + … + Qⁿ."""
-    total = identity.expand_as(skew)
-    if terms > 1:
-        total = total + 2 * skew
-    if terms > 2:
-        power = skew @ skew
-        total = total + 2 * power
-        for _ in range(3, terms - 1):
-            power = power @ skew
-            total = total + 2 * power
-        total = total + power @ skew
-    return total

@@ -112,9 +112,7 @@ class WideProjections(Projections):
     when="as VeRA, where adapters shall not be too sure of few examples",
     paper="arXiv:2512.07703",
     prefix="pvera_lambda_",
-    default_targets=lambda model_type: {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}.get(
-        model_type or "", usual_targets(model_type)
-    ),
+    default_targets=lambda model_type: ["q_proj", "v_proj"] if model_type == "phi" else usual_targets(model_type),
     summary=lambda config: {"r": str(config.r)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={

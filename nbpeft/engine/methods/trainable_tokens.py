@@ -13,7 +13,7 @@ with ``trainable_token_indices``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -77,11 +77,13 @@ class TokenRows:
         indices: the rows.
         init_weights: whether they start as the embedding's.
         companion: whether the config of another method asks for them.
+        tied: whether the rows are those of another module.
     """
 
     indices: tuple[int, ...]
     init_weights: bool = True
     companion: bool = False
+    tied: bool = False
 
 
 class _Companion:
@@ -174,9 +176,9 @@ class TrainableTokens(Adapter):
     def parameter_shapes(
         cls, config: TokenRows, path: str, module: nn.Module, kind: LayerKind
     ) -> dict[str, tuple[int, ...]]:
-        """The rows, (tokens, features); see ``Adapter``."""
+        """The rows, (tokens, features), where they are its own; see ``Adapter``."""
         inside, outside = kind.features(module)
-        return {ROWS: (len(config.indices), outside if kind.takes_ids else inside)}
+        return {} if config.tied else {ROWS: (len(config.indices), outside if kind.takes_ids else inside)}
 
     @classmethod
     def create(cls, config: TokenRows, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
@@ -189,7 +191,7 @@ class TrainableTokens(Adapter):
             options: Any = {"device": base.device, "dtype": site.dtype}
             tensors = {name: torch.rand(shape, **options) for name, shape in site.shapes.items()}
         adapter = cls(config.indices, tensors, base.device)
-        adapter.__dict__["owner_base"] = base
+        adapter.__dict__["own_base"] = base
         adapter.__dict__["peft_container"] = "token_adapter" if config.companion else ""
         return adapter
 
@@ -212,16 +214,8 @@ class TrainableTokens(Adapter):
     @property
     def frozen_rows(self) -> Tensor:
         """The embedding's own rows of the tokens, (tokens, features), detached; while nothing is merged."""
-        base: BaseLayer = self.__dict__["owner_base"]
+        base: BaseLayer = self.__dict__["own_base"]
         return _table(base.weight(), base)[self.token_indices].detach()
-
-    def merged_through_tied_layer(self, base: BaseLayer) -> bool:
-        """Whether the layer still shares its weight with the one that has the rows."""
-        source = self.__dict__["source"]
-        if source is None:
-            return False
-        owner: BaseLayer = source.__dict__["owner_base"]
-        return base.weight().data_ptr() == owner.weight().data_ptr()
 
     def swap_refusal(self) -> str:
         """Rows of other tokens do not fit in."""
@@ -327,12 +321,16 @@ def _with_tied(found: dict[str, TokenRows], modules: Modules) -> dict[str, Part]
             owner = owners.setdefault(id(weight), path)
             if found[owner].indices != found[path].indices:
                 raise ConfigError(f"{owner} and {path} share one weight: {_FIELD} must name the same tokens for both")
-            result[path] = Part(found[path], owner if owner != path else "")
+            result[path] = _part(found[path], owner if owner != path else "")
             placed.add(id(module))
     for path, module in modules:
         weight = module._parameters.get("weight")
         owner_path = owners.get(id(weight)) if weight is not None else None
         if owner_path is not None and id(module) not in placed and resolve_layer_kind(module) is not None:
             placed.add(id(module))
-            result[path] = Part(found[owner_path], owner_path)
+            result[path] = _part(found[owner_path], owner_path)
     return result
+
+
+def _part(rows: TokenRows, tied_to: str) -> Part:
+    return Part(replace(rows, tied=bool(tied_to)), tied_to)

@@ -81,7 +81,8 @@ class WaveFTConfig(LayersConfig):
         fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
         bias: which biases of the model are trained too.
         n_frequency_pattern: layer name or pattern -> another n_frequency.
-        proportional_parameters: not implemented.
+        proportional_parameters: share n_frequency times the number of layers out by the sizes of their weights;
+            n_frequency_pattern says nothing then.
         init_weights: start at the base model; False for small random numbers.
     """
 
@@ -101,10 +102,6 @@ class WaveFTConfig(LayersConfig):
     pattern_fields: ClassVar[Mapping[str, Callable[..., None]]] = {"n_frequency_pattern": check_count}
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bias": ("none", "all", "waveft_only")}
     value_fields: ClassVar[tuple[str, ...]] = ("scaling", "wavelet_family", "use_idwt", "init_weights")
-    not_implemented: ClassVar[tuple[str, ...]] = ("proportional_parameters",)
-    instead: ClassVar[Mapping[str, str]] = {
-        "proportional_parameters": "give large layers more in n_frequency_pattern",
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,8 +109,19 @@ class WaveFTConfig(LayersConfig):
         check_seed("random_loc_seed", self.random_loc_seed)
         _parts_of(self.wavelet_family)
 
+    def fill_in_layers(self, features: Mapping[str, tuple[int, int]]) -> bool:
+        """Shares the coefficients out, where they are shared out; see ``AdapterConfig``."""
+        if not self.proportional_parameters:
+            return False
+        sizes = {path: taken * given for path, (taken, given) in features.items()}
+        whole, budget = sum(sizes.values()), self.n_frequency * len(sizes)
+        self.__dict__["_shares"] = {path: max(1, round(size / whole * budget)) for path, size in sizes.items()}
+        return True
+
     def frequencies_at(self, path: str) -> int:
-        """The number of coefficients at a module path."""
+        """The number of coefficients at a module path; 1 before they are shared out, where they are."""
+        if self.proportional_parameters:
+            return int(self.__dict__.get("_shares", {}).get(path, 1))
         return int(pattern_table(self, "n_frequency_pattern").get(path, self.n_frequency))
 
 

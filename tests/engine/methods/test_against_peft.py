@@ -165,6 +165,7 @@ def counted(make: Callable[[], Any]) -> Any:
         return "refused"
     module = peft if isinstance(model, peft.PeftModel) else nbpeft
     shapes = {name: tuple(value.shape) for name, value in module.get_peft_model_state_dict(model).items()}
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith(".zeros")}  # of what GLoRA lacks
     return {name: shape for name, shape in shapes.items() if not name.endswith(REPEATED) or name.count(".") == 1}
 
 
@@ -175,8 +176,8 @@ def test_default_targets_give_the_tensors_that_peft_gives(method: Method, name: 
     assert MODELS[name]().config.model_type == name
     expected = counted(lambda: peft.get_peft_model(MODELS[name](), theirs))
     found = counted(lambda: get_peft_model(MODELS[name](), ours))
-    # Some in peft leave GPT-2's Conv1D out, and AdaLoRA's table of targets there is shorter than LoRA's.
-    assert found == expected or (expected == "refused" and (name == "gpt2" or method.peft_type == "ADALORA"))
+    # Some in peft leave GPT-2's Conv1D out, or Falcon's own class, and AdaLoRA's table is shorter than LoRA's.
+    assert found == expected or (expected == "refused" and (name in ("gpt2", "falcon") or method.label == "AdaLoRA"))
 
 
 def pair(method: Method, fields: dict[str, Any], folder: Path) -> tuple[PeftModel, Any]:
@@ -394,9 +395,11 @@ def test_forecast_session_hot_swap_and_combination(method: Method, fields: dict[
     saved = model.manager.weights("default")
     layers = {path: layer.adapter("default") for path, layer in model.manager.layers.items()}
     fixed = any(named.keys() - layers[path]._parameters.keys() for path, named in saved.adapters.items())
-    from_weight = "starts in a part of the base weights" if config.initialised_from_weight else ""
-    refusal = next(iter(layers.values())).swap_refusal() or from_weight
-    if refusal or fixed or (shared is not None and shared.is_saved(config)):
+    refusal = next(iter(layers.values())).swap_refusal()
+    if config.initialised_from_weight:
+        with pytest.raises(HotSwapError, match="starts in a part of the base weights"):
+            hotswap_adapter(model, tmp_path, "default")
+    elif refusal or fixed or (shared is not None and shared.is_saved(config)):
         with pytest.raises(HotSwapError, match=refusal or "the slot 'default' has no place for"):
             hotswap_adapter(model, tmp_path, "default")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import nn
 import nbpeft
 from nbpeft.engine.methods.waveft import scaling_filter
 from nbpeft.errors import ConfigError
-from nbpeft.model import get_peft_model
-from tests.tiny_models import gpt2, logits, randomize
+from nbpeft.model import PeftModel, get_peft_model
+from tests.tiny_models import gpt2, llama, logits, randomize
 
 NAMES = [
     *(f"db{order}" for order in range(1, 39)),
@@ -71,6 +72,28 @@ def test_layers_of_odd_sizes_change_as_in_peft(name: str, shape: tuple[int, int]
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_coefficients_are_shared_out_as_in_peft(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"n_frequency": 30, "proportional_parameters": True}
+    fields["target_modules"] = ["q_proj", "k_proj", "down_proj"]
+    model: Any = get_peft_model(llama(), nbpeft.WaveFTConfig(**fields)).eval()
+    theirs = peft.get_peft_model(llama(), peft.WaveFTConfig(**fields))
+    shapes, expected = (
+        {name: tuple(tensor.shape) for name, tensor in states.items()}
+        for states in (nbpeft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(theirs))
+    )
+    assert shapes == expected and len({*shapes.values()}) > 1
+    model.add_adapter("small", nbpeft.WaveFTConfig(**{**fields, "target_modules": ["k_proj"]}))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    assert again.peft_config["default"].proportional_parameters
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+    oracle = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(oracle), logits(model), atol=1e-5, rtol=1e-5)
+    model.set_adapter("small")
+    assert [tuple(p.shape) for p in model.parameters() if p.requires_grad] == [(30,), (30,)]
+
+
 def test_a_transposed_layer_merges_with_a_long_filter() -> None:
     config = nbpeft.WaveFTConfig(n_frequency=15, wavelet_family="db20", n_frequency_pattern={"h.0.attn.c_attn": 9})
     config.target_modules = {"c_attn"}
@@ -94,5 +117,3 @@ def test_what_peft_computes_otherwise_is_said() -> None:
             nn.Sequential(nn.Linear(8, 8)),
             nbpeft.WaveFTConfig(n_frequency=8, wavelet_family="coif4", target_modules=["0"]),
         )
-    with pytest.raises(ConfigError, match="proportional_parameters is not implemented; give large"):
-        nbpeft.WaveFTConfig(proportional_parameters=True)

@@ -42,7 +42,7 @@ def reset_factors(adapted: PeftLayerMixin, adapter_name: str, init_lora_weights:
         ConfigError: the init takes the start from the weight.
     """
     layer, adapter = adapted.base, adapted._named().get(adapter_name)
-    if init_lora_weights is False or not isinstance(adapter, LowRankAdapter):
+    if init_lora_weights is False or not isinstance(adapter, LowRankAdapter) or adapter.source is not None:
         return
     config = LoraConfig(r=adapter.rank, init_lora_weights=init_lora_weights)
     check_init(config, "the layer", layer.module, layer.kind)

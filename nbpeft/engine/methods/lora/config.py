@@ -84,8 +84,9 @@ class LoraConfig(AdapterConfig, LayerByLayer):
         layer_replication: pairs [start, end) of layers that make up the model then, each use with factors of its own.
         lora_bias: give the second matrix a bias.
         target_parameters: names of bare parameters to adapt, those of experts: mlp.experts.gate_up_proj.
-        ensure_weight_tying: train one copy of two tied layers (modules_to_save) and refuse factors on one of them;
-            trained rows of tokens follow by themselves.
+        ensure_weight_tying: where one of the modules that share the embedding's weight is in target_modules or in
+            modules_to_save, train one pair of matrices, or one copy, for all of them, so that they stay one weight when
+            they are merged; trained rows of tokens follow by themselves.
         loftq_config: settings of init_lora_weights="loftq": loftq_bits and loftq_iter.
         eva_config: settings of init_lora_weights="eva".
         corda_config: settings of init_lora_weights="corda".

@@ -8,6 +8,8 @@ W and b stay frozen; A starts random and B at zero, so training starts at the ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from nbpeft.engine.adapter import ReplacesCall
@@ -18,6 +20,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.parameters import ParameterLoRA
 from nbpeft.engine.methods.lora.plain import LowRankProduct
+from nbpeft.engine.methods.lora.tied import TiedProduct, check_tied
 from nbpeft.engine.numerics import composes
 from nbpeft.engine.registry import register
 
@@ -26,6 +29,12 @@ def _variant(config: LoraConfig) -> str:
     """A name more exact than LoRA, or empty."""
     name = "rsLoRA" if config.use_rslora else ""
     return f"quantization-aware {name or 'LoRA'}" if config.quantization_aware else name
+
+
+def _tied_class(config: LoraConfig, paths: Sequence[str]) -> type[TiedProduct]:
+    """The class of adapters that share their factors with another one, where a config allows that."""
+    check_tied(config, paths)
+    return TiedLoRA
 
 
 @register(
@@ -44,6 +53,7 @@ def _variant(config: LoraConfig) -> str:
         "pissa": {"r": 4, "init_lora_weights": "pissa"},
     },
     kind_classes={"parameter": ParameterLoRA, "attention": AttentionLoRA},
+    tied_class=_tied_class,
     **FAMILY,
 )
 class LoRA(LowRankProduct, ReplacesCall):
@@ -60,3 +70,7 @@ class LoRA(LowRankProduct, ReplacesCall):
             return None
         dropout = Dropout(self.dropout, self.training)
         return adapted_linear(x, layer.weight, layer.bias, *self.trained_factors, self.scaling, dropout)
+
+
+class TiedLoRA(TiedProduct, LoRA):
+    """A LoRA adapter that uses the factors of another layer's."""

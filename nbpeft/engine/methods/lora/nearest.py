@@ -93,7 +93,7 @@ def nearest_factors(adapter: Adapter, base: BaseLayer, rank: int | float, path: 
     size = rank if isinstance(rank, int) else count
     name_A, name_B = low_rank.factor_names
     shape_A, shape_B = low_rank.shapes(base.module, size)
-    own = next(adapter.parameters(), None)  # none where what is trained is shared
+    own = next((adapter.source or adapter).parameters(), None)  # none where what is trained is shared
     dtype = values.dtype if own is None else own.dtype
     lora_A = padded(right[:count], 0, size).to(dtype, copy=True).contiguous()
     lora_B = padded(left[:, :count] * (values[:count] * scale), 1, size).to(dtype).contiguous()

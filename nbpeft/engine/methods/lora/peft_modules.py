@@ -43,6 +43,43 @@ class LinearFactor(ParameterModule, nn.Linear):
         return "Linear"
 
 
+class TiedFactor(LinearFactor):
+    """A factor that is a view of another layer's: it has no parameter of its own.
+
+    Args:
+        adapter: has the view.
+        name: its name there.
+    """
+
+    def __init__(self, adapter: Any, name: str) -> None:
+        super().__init__()
+        self.__dict__.update(_adapter=adapter, _name=name, bias=None)
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter."""
+        return self.__dict__["_adapter"]
+
+    @property
+    def shown_parameter(self) -> str:
+        """Name of the factor."""
+        return str(self.__dict__["_name"])
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The factor."""
+        view: Tensor = self.adapter.held[self.shown_parameter]
+        return view
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            self.weight.copy_(state_dict[f"{prefix}weight"])
+
+
 def block_diagonal(blocks: Tensor, count: int) -> Tensor:
     """The matrix with some blocks, held one below the other, (rows, columns / count), on its diagonal."""
     whole: Tensor = torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]

@@ -335,8 +335,10 @@ def cases(draw: Any) -> Case:
     if kind.embedding:
         by_name = st.dictionaries(st.just(kind.embedding), tokens, min_size=1, max_size=1)
         fields["trainable_token_indices"] = rarely(st.one_of(tokens, by_name), 5)
-    # With layers_to_transform PEFT adapts a head tied to an embedding that it does not adapt.
-    fields["ensure_weight_tying"] = fields.get("layers_to_transform") is None and rarely(st.just(True), 10, False)
+    # With layers_to_transform PEFT adapts a head tied to an embedding that it does not adapt; embeddings of other names
+    # than this it does not tie, and those of an encoder and a decoder have factors apart.
+    can_tie = kind.embedding in ("", "embed_tokens") and fields.get("layers_to_transform") is None
+    fields["ensure_weight_tying"] = can_tie and rarely(st.just(True), 10, False)
     return Case(name, {key: value for key, value in fields.items() if value is not None})
 
 
@@ -375,6 +377,11 @@ def step(model: Any, architecture: str) -> float:
     return float(loss.detach())
 
 
+def trained_count(model: Any) -> int:
+    """Number of values that are trained; PEFT has two parameters for the memory of tied factors."""
+    return sum({p.data_ptr(): p.numel() for p in model.parameters() if p.requires_grad}.values())
+
+
 def stir(model: Any) -> None:
     """Moves everything trainable of PEFT's model away from where it starts."""
     generator = torch.Generator().manual_seed(5)
@@ -396,7 +403,9 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     """What an adapter's file holds."""
     found = load_file(folder / "adapter_model.safetensors")
     # With bias="all" PEFT writes biases of copied modules a second time, under names that nothing reads.
-    unread = (".modules_to_save.", ".original_module.")
+    unread = [".modules_to_save.", ".original_module."]
+    if json.loads((folder / "adapter_config.json").read_text())["ensure_weight_tying"]:
+        unread.append(".base_layer.weight")  # PEFT leaves a tied embedding out where the head alone was named
     return {key: value for key, value in found.items() if not any(part in key for part in unread)}
 
 
@@ -417,7 +426,7 @@ def compare(case: Case, folder: Path) -> str:
         if own_error is not None:
             assert any(re.search(reason, str(own_error)) for reason in REFUSED), f"only nbpeft refuses: {own_error}"
             return f"refused with a reason: {_short(own_error)}"
-        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
+        counts = [trained_count(model) for model in (ours, theirs)]
         if case.fields["init_lora_weights"] is not False:
             plain = outputs(base(name), name)
             start, their_error = attempt(lambda: outputs(theirs, name))
@@ -488,8 +497,8 @@ REFUSED = (
     r"adapted or trained as a whole already; it cannot have an adapter of trainable_token_indices too",
     # PEFT takes those of its inits that read a weight where the parameter happens to be called weight.
     r"\(target_parameters\) does not work with init_lora_weights='(olora|pissa|orthogonal)'",
-    # PEFT copies the adapter of one of two tied layers to the other.
-    r"ensure_weight_tying ties trained rows of tokens, not other adapters",
+    # PEFT ties factors of another rank or strength, what is excluded, and DoRA, whose norms differ.
+    r"^ensure_weight_tying",
 )
 """What nbpeft alone refuses, and why."""
 _APART = ("base_model_name_or_path", "peft_version", "auto_mapping", "inference_mode", "revision", "runtime_config")
@@ -505,6 +514,8 @@ def same_settings(own: Path, theirs: Path) -> None:
             continue
         if key == "target_modules" and isinstance(found.get(key), str) and isinstance(value, list):
             continue  # of a mixture: see ``cases``
+        if key == "target_modules" and found["ensure_weight_tying"]:
+            continue  # PEFT adds the embedding to it, and we what is tied to that
         # PEFT adds the head of a classifier to modules_to_save once more where it is named already.
         values = [sorted(set(one)) if isinstance(one, list) else one for one in (found.get(key) or None, value or None)]
         assert values[0] == values[1], f"adapter_config.json: {key} is {values[0]!r}, in PEFT {values[1]!r}"

@@ -31,6 +31,7 @@ def combined_config(configs: Sequence[Any], combination: CombinedFactors) -> Any
         init_lora_weights=True,
         **no_settings(),
         **no_variant(),
+        ensure_weight_tying=False,
         lora_bias=any(layer.bias is not None for layer in layers),
         use_dora=first.use_dora
         if combination.recipe.combination_type != "exact"

@@ -1,0 +1,124 @@
+"""LoRA on a layer that shares its weight with the input embedding, and its factors with the adapter there.
+
+    W + s * (B A)^T of the embedding, W + s * B' A' of the head          A' = B^T, B' = A^T
+
+Stored as (vocabulary, features) both are the same change of the one weight, which stays one when they are merged.
+Another embedding on that weight, as a decoder's, has A and B as they are. The one pair of parameters, which belongs to
+the embedding's adapter, learns from all uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nbpeft.engine.adapter import Adapter, AdapterSite
+from nbpeft.engine.base import BaseLayer
+from nbpeft.engine.methods.lora.config import LoraConfig
+from nbpeft.engine.methods.lora.inits import init_factors
+from nbpeft.engine.methods.lora.low_rank import LowRank, LowRankLookup
+from nbpeft.engine.methods.lora.peft_modules import TiedFactor
+from nbpeft.engine.methods.lora.plain import LowRankProduct
+from nbpeft.errors import ConfigError
+
+_INITS = ("default", "random", "gaussian")
+
+
+def check_tied(config: LoraConfig, paths: Sequence[str]) -> None:
+    """Refuses a config whose factors on some layers cannot be the same.
+
+    Args:
+        config: of the adapter.
+        paths: of the layers.
+
+    Raises:
+        ConfigError: its init starts in the weight as each layer has it, or its patterns make a difference.
+    """
+    if config.init_name not in _INITS:
+        raise ConfigError(
+            f"ensure_weight_tying works with init_lora_weights True, False or 'gaussian' on {' and '.join(paths)}, not "
+            f"{config.init_lora_weights!r}",
+            field="init_lora_weights",
+        )
+    settings = {path: (config.rank_at(path), config.alpha_at(path)) for path in paths}
+    first, other = paths[0], next((path for path in paths if settings[path] != settings[paths[0]]), None)
+    if other is not None:
+        ranks, alphas = zip(settings[first], settings[other], strict=True)
+        field, values = ("rank_pattern", ranks) if ranks[0] != ranks[1] else ("alpha_pattern", alphas)
+        raise ConfigError(
+            f"ensure_weight_tying: {first} and {other} share their factors, and {field} gives them {values[0]:g} and "
+            f"{values[1]:g}; name both in it or neither",
+            field=field,
+        )
+
+
+class TiedProduct(LowRankProduct):
+    """A product whose factors are those of the adapter on another layer, transposed where the layers are transposed.
+
+    Attributes:
+        source: that adapter.
+    """
+
+    @classmethod
+    def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
+        """Makes an adapter that waits for its source; a new one draws what a head's would start with."""
+        made = cls({}, site.base.kind, config, site.path)
+        is_new = tensors is None and config.init_name != "random"
+        made.__dict__["_drawn"] = init_factors(config, site, None) if is_new else {}
+        return made
+
+    @torch.no_grad()
+    def tie_to(self, source: Adapter) -> None:
+        """Uses the factors of another adapter from now on; new ones start as PEFT's do, as the head's."""
+        self.__dict__["source"] = source
+        drawn = self.__dict__.pop("_drawn", {})
+        if not self._is_alike:
+            for name, value in drawn.items():
+                self.held[name].copy_(value)
+
+    @classmethod
+    def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The factors under their names; see ``Adapter``."""
+        if source.keys() >= set(names):
+            return {name: source[name] for name in names}
+        (name_A, name_B), (source_A, source_B) = LowRank.factor_names, LowRankLookup.factor_names
+        return {name_A: source[source_B].T, name_B: source[source_A].T}
+
+    @property
+    def held(self) -> Mapping[str, Any]:
+        """Views of the source's factors."""
+        return {} if self.source is None else self.tied_tensors(self.factor_names, self.source.held)
+
+    @property
+    def _is_alike(self) -> bool:
+        """Whether the factors are the source's as they are."""
+        return self.source is not None and self.factor_names[0] in self.source.held
+
+    @property
+    def computes_factors(self) -> bool:
+        """No: they are views of parameters."""
+        return False
+
+    @property
+    def peft_modules(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The dropout, and the factors where another layer has others."""
+        return (*LowRankProduct.peft_modules, *(() if self._is_alike else self.factor_names))
+
+    def peft_module(self, name: str, base: BaseLayer) -> nn.Module | None:
+        """A factor or the dropout; see ``Adapter``."""
+        return TiedFactor(self, name) if name in self.factor_names else super().peft_module(name, base)
+
+    def layer_names(self) -> tuple[str, ...]:
+        """As of its source."""
+        return super().layer_names() if self.source is None else self.source.layer_names()
+
+    def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+        """The views; see ``Adapter``."""
+        return dict(self.held)
+
+    def swap_refusal(self) -> str:
+        """One pair of factors cannot take two others in."""
+        return "uses the factors of another layer (ensure_weight_tying)"
