@@ -50,9 +50,6 @@ _WIDE_TARGETS = {
     "t5": ["q", "k", "v", "o", "wi", "wo"],
 }
 
-_OF_SINGLE_METHODS = ("dinov2",)
-"""Architectures for which single methods have targets, and most have none."""
-
 _DEFAULT_PATTERNS = {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
 
 
@@ -82,9 +79,8 @@ def usual_wide_targets(model_type: str | None) -> list[str] | str | None:
 
 
 def usual_model_types() -> list[str]:
-    """The architectures (``config.model_type``) that have usual targets, be it of some methods alone."""
-    usual = (name for model_types in _USUAL_TARGETS.values() for name in model_types.split())
-    return [*_DEFAULT_PATTERNS, *_OF_SINGLE_METHODS, *usual]
+    """The architectures (``config.model_type``) that have usual targets."""
+    return [*_DEFAULT_PATTERNS, *(name for model_types in _USUAL_TARGETS.values() for name in model_types.split())]
 
 
 def with_target(targets: Collection[str] | str | None, path: str) -> Collection[str] | str:
