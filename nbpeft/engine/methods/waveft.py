@@ -299,8 +299,13 @@ class WaveFT(WeightDelta, Rescales):
         height, width = (size + more + (size + more) % 2 for size in (rows, columns))
         # In the middle of the larger matrix; where one more row or column makes its size even, that is the last.
         at_rows, at_columns = places // columns + (height - rows) // 2, places % columns + (width - columns) // 2
+        low, high = _synthesis_filters(self.taps, entries)
+        if self.count * len(self.taps) ** 2 <= rows * columns:
+            half, filters = (height // 2, width // 2), torch.stack([low, high])
+            along_rows = _written(at_rows % half[0], filters[at_columns // half[1]], rows)
+            along_columns = _written(at_columns % half[1], filters[at_rows // half[0]], columns)
+            return _sum_of_products(entries, along_rows, along_columns, (rows, columns)).to(spectrum.dtype)
         dense = torch.zeros(height, width, device=spectrum.device, dtype=wide).index_put((at_rows, at_columns), entries)
-        low, high = _synthesis_filters(self.taps, dense)
         (approximate, horizontal), (vertical, diagonal) = (part.chunk(2, dim=1) for part in dense.chunk(2, dim=0))
         first = _synthesis(approximate.T, horizontal.T, low, high)
         second = _synthesis(vertical.T, diagonal.T, low, high)
@@ -335,6 +340,23 @@ def _synthesis_filters(taps: Sequence[float], like: Tensor) -> tuple[Tensor, Ten
     """The low-pass and the high-pass filter, (length,), in the dtype and on the device of a tensor."""
     high: Iterable[float] = (-tap if index % 2 else tap for index, tap in enumerate(reversed(taps)))
     return like.new_tensor(list(taps)), like.new_tensor(list(high))
+
+
+def _written(at: Tensor, filters: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Where coefficients write along one direction, and with which factors, (n, taps) each; 0 outside."""
+    taps = filters.shape[1]
+    where = 2 * at[:, None] + torch.arange(2 - taps, 2, device=at.device)
+    return where.clamp(0, size - 1), filters * ((where >= 0) & (where < size))
+
+
+def _sum_of_products(
+    entries: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], shape: tuple[int, int]
+) -> Tensor:
+    """The inverse transform of few coefficients: each adds a small block to the weight, (rows, columns)."""
+    places = rows[0][:, :, None] * shape[1] + columns[0][:, None, :]
+    blocks = entries[:, None, None] * rows[1][:, :, None] * columns[1][:, None, :]
+    flat = entries.new_zeros(shape[0] * shape[1])
+    return flat.index_put((places.flatten(),), blocks.flatten(), accumulate=True).view(shape)
 
 
 def _synthesis(low_part: Tensor, high_part: Tensor, low: Tensor, high: Tensor) -> Tensor:
