@@ -61,6 +61,10 @@ def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> None:
         weight.add_(delta * scale)
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes in which a weight is stored as what it is."""
+
+
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype an adapter computes in: autocast's where it is on, else the weight's."""
     device = x.device.type

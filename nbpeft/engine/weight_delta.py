@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import Adapter, AdapterSite, IsLowRank, LowRankDelta, Rescales
 from nbpeft.engine.base import BaseLayer
-from nbpeft.engine.numerics import composes, compute_dtype, without_autocast
+from nbpeft.engine.numerics import FLOATS, composes, compute_dtype, without_autocast
 from nbpeft.engine.transaction import Transaction
 
 Compute = Callable[..., Tensor]
@@ -210,6 +210,25 @@ def apply_delta(
     if composes():
         return _map(base, _cast(x, dtype), compute(*parameters).to(dtype), bias)
     return _ApplyDelta.apply(x, base, compute, dtype, bias, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def in_one_product(
+    x: Tensor, base: BaseLayer, changed: Callable[..., Tensor], parameters: tuple[Tensor, ...]
+) -> Tensor | None:
+    """``W' x + b`` of a linear layer; None where its weight is not stored in floating point, so that no W' is at hand.
+
+    Args:
+        x: the layer's input, (…, in).
+        base: the layer.
+        changed: the canonical weight and the parameters -> W'.
+        parameters: tensors that are trained.
+    """
+    stored = getattr(base.module, "weight", None)
+    if not isinstance(stored, Tensor) or stored.dtype not in FLOATS:
+        return None
+    weight = base.weight()
+    dtype = compute_dtype(x, weight)
+    return apply_delta(x, base, lambda *given: changed(weight, *given), parameters, dtype=dtype, bias=base.bias)
 
 
 def _map(base: BaseLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

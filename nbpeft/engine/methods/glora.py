@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite
+from nbpeft.engine.adapter import Adapter, AdapterSite, ReplacesCall
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
-from nbpeft.engine.weight_delta import apply_delta, keeping_inputs, uniform
+from nbpeft.engine.weight_delta import apply_delta, in_one_product, keeping_inputs, uniform
 
 _PARTS = ("Xd", "Xu", "X")
 _KEYS = {f"glora_{path}_{part}": f"glora_{path}.{part}" for path in "ABCDE" for part in _PARTS}
@@ -94,7 +94,7 @@ def _without_zeros(config: GloraConfig, tensors: Mapping[str, Tensor]) -> Mappin
         "numbers": {"config_A_B": "constant", "config_C": "none"},
     },
 )
-class Glora(Adapter):
+class Glora(Adapter, ReplacesCall):
     """What changes the weight and the bias of one layer."""
 
     reads_weight: ClassVar[bool] = True
@@ -149,6 +149,17 @@ class Glora(Adapter):
             return projected
         own = bias.to(factor[0].dtype) * factor[0] + summand[0]
         return own if projected is None else own + projected
+
+    def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
+        """``W' x + b'`` in one product, where the weight is not quantized; see ``ReplacesCall``."""
+        parameters = self._path("A") + self._path("B")
+
+        def changed(weight: Tensor, *given: Tensor) -> Tensor:
+            return weight + self._change(weight, *given).to(weight.dtype)
+
+        found = in_one_product(x, base, changed, parameters) if parameters else None
+        bias = None if found is None else self._bias_change(base)
+        return found if found is None or bias is None else found + bias.to(found.dtype)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The layer's map with ``W ∘ A + B`` and the change of the bias; see ``Adapter``."""

@@ -18,15 +18,13 @@ from nbpeft.engine.adapter import AdapterSite, ReplacesCall, Rescales, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_seed
 from nbpeft.engine.layers_config import LayersConfig
-from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import WeightDelta, apply_delta
+from nbpeft.engine.weight_delta import WeightDelta, in_one_product
 from nbpeft.errors import ConfigError
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 MaskFunction = Callable[..., Tensor]
 """(layer, r, random_seed=…) -> mask, (out, in), of r (in + out) ones."""
@@ -158,15 +156,11 @@ class Shira(WeightDelta, Rescales, ReplacesCall):
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """``(W + Δ) x + b``, in one product, where the weight is not quantized; see ``ReplacesCall``."""
-        stored = getattr(base.module, "weight", None)
-        if not isinstance(stored, Tensor) or stored.dtype not in _FLOATS:
-            return None
-        weight = base.weight()
 
-        def whole(entries: Tensor) -> Tensor:
+        def changed(weight: Tensor, entries: Tensor) -> Tensor:
             return weight + self.delta(base, entries).to(weight.dtype)
 
-        return apply_delta(x, base, whole, self.tensors, dtype=compute_dtype(x, weight), bias=base.bias)
+        return in_one_product(x, base, changed, self.tensors)
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """The entries and their places; see ``Adapter``."""

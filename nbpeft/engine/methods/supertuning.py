@@ -21,16 +21,15 @@ from nbpeft.engine.adapter import AdapterSite, ReplacesCall, Rescales, Shape
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_count, check_linear, check_number
 from nbpeft.engine.layers_config import LayersConfig
-from nbpeft.engine.numerics import compute_dtype
+from nbpeft.engine.numerics import FLOATS, compute_dtype
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
-from nbpeft.engine.weight_delta import WeightDelta, apply_delta, uniform
+from nbpeft.engine.weight_delta import WeightDelta, apply_delta, in_one_product, uniform
 from nbpeft.errors import ConfigError, shown
 
 VALUES, INDICES = "supertuning_values", "supertuning_indices"
 FACTOR_A, FACTOR_B = "supertuning_lora_A", "supertuning_lora_B"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass
@@ -191,15 +190,8 @@ class SuperTuning(WeightDelta, Rescales, ReplacesCall):
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """``(W + Δ) x + b`` in one product, where the weight is not quantized, and the factors'; see the contract."""
-        stored = getattr(base.module, "weight", None)
-        if not isinstance(stored, Tensor) or stored.dtype not in _FLOATS:
-            return None
-        weight = base.weight()
-        dtype = compute_dtype(x, weight)
-        found = apply_delta(
-            x, base, lambda entries: self.entries_in(weight, entries), self.tensors[:1], dtype=dtype, bias=base.bias
-        )
-        return self.with_factors(x, found)
+        found = in_one_product(x, base, self.entries_in, self.tensors[:1])
+        return None if found is None else self.with_factors(x, found)
 
     def saved_tensors(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> dict[str, Tensor]:
         """Its parameters and, where the config asks for it, the places; see ``Adapter``."""
@@ -241,7 +233,7 @@ def _new(config: SupertuningConfig, site: AdapterSite) -> dict[str, Tensor]:
 def _places(config: SupertuningConfig, site: AdapterSite) -> Tensor:
     """Where the magnitudes of the weight are largest, or smallest, (n,)."""
     weight = site.base.weight().detach()
-    magnitudes = (weight if weight.dtype in _FLOATS else weight.to(torch.float32)).abs().flatten()
+    magnitudes = (weight if weight.dtype in FLOATS else weight.to(torch.float32)).abs().flatten()
     return magnitudes.topk(site.shapes[VALUES][0], largest=config.select_top).indices
 
 
