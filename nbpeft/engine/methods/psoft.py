@@ -213,7 +213,7 @@ class Psoft(Adapter, ConvertsToLora, Rescales):
         dtype = compute_dtype(x, change)
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
         hidden = F.linear(F.linear(dropped, self.held_buffer(DOWN).to(dtype)), change.to(dtype))
-        return F.linear(hidden, self.held_buffer(UP).to(dtype)) * self.scaling
+        return F.linear(hidden * self.scaling, self.held_buffer(UP).to(dtype))
 
     @torch.no_grad()
     def low_rank_delta(self, base: BaseLayer) -> LowRankDelta:
