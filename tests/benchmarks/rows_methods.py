@@ -67,7 +67,7 @@ METHODS = [
     Method("PSOFT", "PsoftConfig", {"r": 8}),
     Method("PVeRA", "PveraConfig", {"r": 64}),
     Method("RandLoRA", "RandLoraConfig", {"r": 32}),
-    Method("RoAd", "RoadConfig", {"group_size": 64}),
+    Method("RoAd", "RoadConfig", {"group_size": 4}),
     Method("SHiRA", "ShiraConfig", {"r": 8}, saved=0.3),
     Method("Super-Tuning", "SupertuningConfig", {}, saved=0.3),
     Method("TinyLoRA", "TinyLoraConfig", {}),
