@@ -8,11 +8,11 @@ import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nbpeft.engine.active_state import LayerState
 from nbpeft.engine.adapter import Adapter, AdapterConfig
+from nbpeft.engine.adapter_tensors import is_half
 from nbpeft.engine.build import build, commit
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge
@@ -125,8 +125,7 @@ class LayerCommands:
         with manager.transaction() as change:
             manager.refuse_merged(f"{name!r} is changed on a layer")
             made = manager.plan(config, name)
-            dtypes = {parameter.dtype for parameter in manager.parameters(name)}
-            half = torch.float32 not in dtypes
+            half = is_half(manager.layers, name)
             parts = build(manager.model, made, manager.active_state, None, name, half=half)
             manager._keep_structure(change)
             manager.configs[name] = self._with_layer(layer, name, path, config)
