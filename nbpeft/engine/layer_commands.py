@@ -19,7 +19,7 @@ from nbpeft.engine.merging import check_merge
 from nbpeft.engine.registry import companions, method_of
 from nbpeft.engine.tied_weights import layers_to_untie
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import BaseMismatchError, ConfigError, MergeError, StaleModelError
+from nbpeft.errors import AdapterError, BaseMismatchError, ConfigError, MergeError, StaleModelError
 
 
 def _at(config: AdapterConfig, path: str) -> AdapterConfig:
@@ -172,17 +172,31 @@ class LayerCommands:
         return whole
 
     def remove(self, layer: AdaptedLayer, name: str) -> None:
-        """Takes an adapter out of one layer.
+        """Takes an adapter out of one layer; what its layers share stays with the others.
 
         Raises:
+            AdapterError: another layer uses the tensors that it has there.
             MergeError: it is merged there.
         """
         manager = self.manager
         with manager.transaction() as change:
             if name in layer.merged_names:
                 manager.refuse_merged(f"{name!r} is deleted")
+            removed = layer.adapter(name)
+            holders = {path: one for path, one in manager.layers.items() if one is not layer and name in one.adapters}
+            others: dict[str, Adapter] = {path: one.adapter(name) for path, one in holders.items()}
+            user = next((path for path, other in others.items() if other.source is removed), None)
+            if user is not None:
+                raise AdapterError(
+                    f"adapter {name!r} on {user} uses the tensors that it has here: delete it there first"
+                )
             manager._keep_structure(change)
-            layer.adapters._modules.pop(name, None)
+            del layer.adapters._modules[name]
+            shared = removed._modules.get("shared")
+            if shared is not None and others:
+                heir = next(iter(others.values()))
+                change.keep(heir._modules)
+                heir._modules["shared"] = shared
             layer.hide_adapters()
             manager._slots.pop(name, None)
 
