@@ -28,7 +28,7 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
         names: adapters to be merged.
     """
     acting = {
-        path: [name for name in names if name in layer.adapters._modules]
+        path: [name for name in names if layer.changes_weight([name])]
         for path, layer in layers.items()
         if isinstance(layer.weight_module._parameters.get("weight"), nn.Parameter)
     }
