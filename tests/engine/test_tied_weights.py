@@ -11,6 +11,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import nbpeft
+from nbpeft.errors import MergeError
 from tests.tiny_models import adapted, config, llama, logits, randomize, same_state, state
 
 ONE_END = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
@@ -106,3 +107,35 @@ def test_an_adapter_of_biases_beside_one_of_the_weight_parts_nothing(names: list
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
     model.manager.unmerge()
     assert same_state(state(model), before)
+
+
+MERGED_WHOLE: dict[str, Any] = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_a_layer_does_not_change_a_merged_weight_of_several(end: str) -> None:
+    model = adapted(llama(tie_word_embeddings=True), **MERGED_WHOLE)
+    model.add_adapter("other", config(target_modules=["lm_head", "embed_tokens"]))
+    before, expected = state(model), logits(model)
+    model.merge_adapter()
+    merged, layer = logits(model), getattr(model, f"get_{end}_embeddings")()
+    for command in (layer.unmerge, lambda: layer.merge(adapter_names=["other"])):
+        with pytest.raises(
+            MergeError, match=r"(embed_tokens|lm_head) has one merged weight with .*: unmerge the model"
+        ):
+            command()
+        assert model.manager.merged == ("default",) and torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    assert same_state(state(model), before) and torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("order", [("input", "output"), ("output", "input")])
+@pytest.mark.parametrize("fields", [MERGED_WHOLE, {"target_modules": ["embed_tokens", "lm_head"]}])
+def test_layers_merged_one_by_one_come_back_in_any_order(order: tuple[str, ...], fields: dict[str, Any]) -> None:
+    model = adapted(llama(tie_word_embeddings=True), **fields)
+    before, expected = state(model), logits(model)
+    layers = [getattr(model, f"get_{end}_embeddings")() for end in order]
+    for command in (*(layer.merge for layer in layers), *(layer.unmerge for layer in layers)):
+        command()
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    assert same_state(state(model), before) and one_weight(model.get_base_model())
