@@ -589,7 +589,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def differs(cls, own: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
-        """Whether loaded tensors of an adapter that uses those of another one are others than what is given of these."""
+        """Whether loaded tensors of an adapter that uses those of another one differ from what is given of these."""
         tied = cls.tied_tensors(own, source)
         return any(name in tied and not torch.equal(tensor, tied[name]) for name, tensor in own.items())
 

@@ -335,10 +335,11 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
         resolved.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[attr-defined]
     if is_all_linear(targets):
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
-    if method.tied is not None:  # its layers go by the names
+    with_parameters(model, config, resolved, method, sites)
+    chosen = config.condenses_targets and getattr(config, "layers_to_transform", None) is not None
+    if chosen or method.tied is not None:  # which layers that means goes by the names
         paths = (path for path, _ in bare_modules(model, repeat=True) if path)
         resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
-    with_parameters(model, config, resolved, method, sites)
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
         warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
     return resolved
