@@ -58,7 +58,7 @@ from nbpeft.engine.targets import (
     with_target,
 )
 from nbpeft.engine.unadaptable import bypassed, check_called, check_copy, check_shaped
-from nbpeft.errors import ConfigError, LayerKindError, TargetError
+from nbpeft.errors import CheckpointError, ConfigError, LayerKindError, TargetError
 
 _LARGEST = 10**8
 """Parameters up to which an adapter may be larger than its model: tiny models try large ranks."""
@@ -183,6 +183,24 @@ class InjectionPlan:
             if target.tied_to
             and target.adapter_class.differs(given.get(target.path, {}), given.get(target.tied_to, {}))
         ]
+
+    def share_in(self, weights: AdapterWeights) -> None:
+        """Gives targets the loaded tensors that they own, where only those have them that use them (``tied``).
+
+        Args:
+            weights: as loaded; changed in place.
+
+        Raises:
+            CheckpointError: those of its users are not one.
+        """
+        for target in self.targets:
+            loaded = weights.adapters.get(target.path, {})
+            for name, owner in ((name, owner) for name, owner in target.tied.items() if name in loaded):
+                one = weights.adapters.setdefault(owner, {}).setdefault(name, loaded[name])
+                if not torch.equal(loaded[name].to(one), one):
+                    raise CheckpointError(
+                        f"the file has other {name} for {target.path} than for {owner}, which share one ({self.method})"
+                    )
 
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the added parameters in a dtype."""
