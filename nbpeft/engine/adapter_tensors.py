@@ -28,6 +28,13 @@ def parameter_slots(layers: Layers, copies: Copies, name: str) -> list[Slot]:
     return list(found.values())
 
 
+def is_half(layers: Layers, name: str) -> bool:
+    """Whether what an adapter trains in its layers is in half precision, with what they share and without copies."""
+    found = [parameters[key] for parameters, key in parameter_slots(layers, {}, name)]
+    dtypes = {parameter.dtype for parameter in found if parameter is not None}
+    return bool(dtypes) and dtypes.isdisjoint({torch.float32, torch.float64})
+
+
 def _frozen(owner: nn.Module) -> tuple[str, ...]:
     return owner.frozen_parameters if isinstance(owner, Adapter) else ()
 

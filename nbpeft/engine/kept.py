@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, Rescales
-from nbpeft.engine.adapter_tensors import copied, copied_weights
+from nbpeft.engine.adapter_tensors import copied, copied_weights, is_half
 from nbpeft.engine.hotswap import swap
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.plan import InjectionPlan
@@ -76,7 +76,7 @@ def keep(manager: AdapterManager, name: str) -> KeptAdapter:
         frozen=name in manager.frozen,
         unsaved=name in manager.unsaved,
         scale=manager.scale(name),
-        half=is_half(weights),
+        half=is_half(manager.layers, name),
         scalings=_scalings(manager, name),
     )
 
@@ -177,12 +177,6 @@ def _by_key(weights: AdapterWeights) -> dict[tuple[str, str, str], Tensor]:
         for path, named in paths.items()
         for key, tensor in named.items()
     }
-
-
-def is_half(weights: AdapterWeights) -> bool:
-    """Whether an adapter's tensors are in half precision."""
-    dtypes = {tensor.dtype for named in weights.adapters.values() for tensor in named.values()}
-    return bool(dtypes) and dtypes.isdisjoint({torch.float32, torch.float64})
 
 
 def _scalings(manager: AdapterManager, name: str) -> dict[str, float]:

@@ -8,18 +8,18 @@ import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nbpeft.engine.active_state import LayerState
 from nbpeft.engine.adapter import Adapter, AdapterConfig
+from nbpeft.engine.adapter_tensors import is_half
 from nbpeft.engine.build import build, commit
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge
 from nbpeft.engine.registry import companions, method_of
 from nbpeft.engine.tied_weights import check_single, layers_to_untie
 from nbpeft.engine.transaction import Transaction
-from nbpeft.errors import BaseMismatchError, ConfigError, MergeError, StaleModelError
+from nbpeft.errors import AdapterError, BaseMismatchError, ConfigError, MergeError, StaleModelError
 
 
 def _at(config: AdapterConfig, path: str) -> AdapterConfig:
@@ -132,8 +132,7 @@ class LayerCommands:
         with manager.transaction() as change:
             manager.refuse_merged(f"{name!r} is changed on a layer")
             made = manager.plan(config, name)
-            dtypes = {parameter.dtype for parameter in manager.parameters(name)}
-            half = torch.float32 not in dtypes
+            half = is_half(manager.layers, name)
             parts = build(manager.model, made, manager.active_state, None, name, half=half)
             manager._keep_structure(change)
             manager.configs[name] = self._with_layer(layer, name, path, config)
@@ -180,17 +179,31 @@ class LayerCommands:
         return whole
 
     def remove(self, layer: AdaptedLayer, name: str) -> None:
-        """Takes an adapter out of one layer.
+        """Takes an adapter out of one layer; what its layers share stays with the others.
 
         Raises:
+            AdapterError: another layer uses the tensors that it has there.
             MergeError: it is merged there.
         """
         manager = self.manager
         with manager.transaction() as change:
             if name in layer.merged_names:
                 manager.refuse_merged(f"{name!r} is deleted")
+            removed = layer.adapter(name)
+            holders = {path: one for path, one in manager.layers.items() if one is not layer and name in one.adapters}
+            others: dict[str, Adapter] = {path: one.adapter(name) for path, one in holders.items()}
+            user = next((path for path, other in others.items() if other.source is removed), None)
+            if user is not None:
+                raise AdapterError(
+                    f"adapter {name!r} on {user} uses the tensors that it has here: delete it there first"
+                )
             manager._keep_structure(change)
-            layer.adapters._modules.pop(name, None)
+            del layer.adapters._modules[name]
+            shared = removed._modules.get("shared")
+            if shared is not None and others:
+                heir = next(iter(others.values()))
+                change.keep(heir._modules)
+                heir._modules["shared"] = shared
             layer.hide_adapters()
             manager._slots.pop(name, None)
 

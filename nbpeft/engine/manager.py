@@ -14,13 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from nbpeft.engine.active_state import NONE_ACTIVE, Active, ActiveState
 from nbpeft.engine.adapter import AdapterConfig, AdapterWeights, LearnsWithHooks, Rescales, SharedState
 from nbpeft.engine.adapter_names import check_name, check_scale, names_in
-from nbpeft.engine.adapter_tensors import copied_weights, parameter_slots, saved_weights, shared_state_of
+from nbpeft.engine.adapter_tensors import copied_weights, is_half, parameter_slots, saved_weights, shared_state_of
 from nbpeft.engine.biases import BaseBiases
 from nbpeft.engine.build import CollectionPaused, Parts, build, commit, drop, prepare_storage, replace_modules
 from nbpeft.engine.layer import AdaptedLayer
@@ -411,9 +410,9 @@ class AdapterManager:
         if weights.base:
             raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
         twin = copied_weights(weights)
-        dtypes = {value.dtype for named in twin.adapters.values() for value in named.values()}
+        half = is_half(self.layers, name)
         with self.transaction():
-            self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=torch.float32 not in dtypes)
+            self.add(new, self.configs[name], twin, trainable=name not in self.frozen, half=half)
             self.set_scale(new, self.scale(name))
             if name in self.unsaved:
                 self.unsaved.add(new)

@@ -225,7 +225,14 @@ class PeftLayerMixin(ChoosesAlone):
         return sorted(self._named())
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of this layer; nothing where it has none of that name."""
+        """Takes an adapter out of this layer; nothing where it has none of that name.
+
+        What its layers share stays with the others, and is trained and saved as before.
+
+        Raises:
+            AdapterError: another layer uses the tensors that it has here (``ensure_weight_tying``).
+            MergeError: it is merged here.
+        """
         if adapter_name in self._named():
             self._commands().remove(self, adapter_name)
 

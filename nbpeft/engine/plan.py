@@ -280,6 +280,7 @@ def plan(
     biases = _biases(model, resolved, adapted, tuple(copies))
     shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
     everywhere = (*targets, *parts)
+    _check_has_tensors(resolved, everywhere, [*shared, *copies, *biases])
     return InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
 
 
@@ -332,6 +333,18 @@ def _check_size(model: nn.Module, targets: Sequence[Target]) -> None:
     size = sum(math.prod(shape) for target in targets for shape in target.shapes.values())
     if size > _LARGEST and size > 10 * sum(parameter.numel() for parameter in model.parameters()):
         raise ConfigError(f"the adapter would have {size:,} parameters, many times the model's: is the rank right?")
+
+
+def _check_has_tensors(config: AdapterConfig, targets: Sequence[Target], others: Sequence[str]) -> None:
+    """Refuses an adapter that has no tensors, on its targets or among ``others``, where its method has such."""
+    method = method_of(config)
+    if not targets or others or any(target.saved_shapes for target in targets) or not method.adapter_class.has_tensors:
+        return
+    more = f" and {len(targets) - 1} more layers" if len(targets) > 1 else ""
+    raise ConfigError(
+        f"{method.title(config)} with these settings has no parameters on {targets[0].path}{more}: nothing would be "
+        "trained; change them, or name other layers"
+    )
 
 
 def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, sites: list[Site]) -> AdapterConfig:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.cached_prefix import CachedPrefix
+from nbpeft.engine.config_checks import check_count
 from nbpeft.engine.manager import require_manager
 from nbpeft.engine.methods.cartridge import CartridgeConfig
 from nbpeft.engine.prompt_config import PROMPT_KEY
@@ -36,8 +37,10 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
         (num_virtual_tokens, layers * 2 * heads * features), a copy in the dtype of the cache.
 
     Raises:
-        ConfigError: the cache is empty or of several rows, has fewer tokens, or its layers differ in shape.
+        ConfigError: the number is not positive, or the cache is empty or of several rows, has fewer tokens, or its
+            layers differ in shape.
     """
+    check_count("num_virtual_tokens", num_virtual_tokens)
     layers = _layers_of(past_key_values)
     if not layers:
         raise ConfigError("past_key_values is empty: run the model with use_cache=True first")
@@ -93,7 +96,7 @@ def initialize_kv_prefix_from_past_key_values(
         BaseMismatchError: the cache has other sizes.
     """
     name, count = _with_prefix(model, adapter_name)
-    count = num_virtual_tokens or count
+    count = count if num_virtual_tokens is None else num_virtual_tokens
     rows = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=count)
     set_peft_model_state_dict(model, {PROMPT_KEY: rows}, name)
     return rows
@@ -130,10 +133,11 @@ def initialize_kv_prefix_from_text(
 
     Raises:
         AdapterError: the adapter is neither.
-        ConfigError: a network computes its keys and values, or the text has too few tokens.
+        ConfigError: a network computes its keys and values, the text has too few tokens, or none are asked for.
     """
     name, count = _with_prefix(model, adapter_name)
-    count = num_virtual_tokens or count
+    count = count if num_virtual_tokens is None else num_virtual_tokens
+    check_count("num_virtual_tokens", count)
     ids = _tokens_of(tokenizer, text, chat=use_chat_template)[:, :max_length]
     if ids.shape[1] < count:
         raise ConfigError(f"the text has {ids.shape[1]} tokens, fewer than the {count} that the adapter has")

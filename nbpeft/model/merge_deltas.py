@@ -54,9 +54,11 @@ class LayerDelta:
 
     @property
     def device(self) -> torch.device:
-        """Device of the adapters."""
-        adapter = self.adapters[0][0].source or self.adapters[0][0]
-        return next(itertools.chain(adapter.parameters(), adapter.buffers())).device
+        """Device of the adapters; where they have no tensors here, of the layer, or the CPU if it is not loaded."""
+        owners = [adapter.source or adapter for adapter, _ in self.adapters]
+        found = next((one for own in owners for one in itertools.chain(own.parameters(), own.buffers())), None)
+        device = self.base.device if found is None else found.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def weight_name(self, path: str) -> str:
         """Returns the name of what it adds to: the weight of the layer at a path, or the parameter there itself."""

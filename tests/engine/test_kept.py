@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+import nbpeft
 from nbpeft import LoraConfig, get_peft_model
 from nbpeft.engine.kept import has_weights, keep, keeps_weights, put_back
 from nbpeft.engine.registry import methods
 from nbpeft.errors import MergeError
 from tests.faults.commands import IDS, adapted, config, state_of, tiny
 from tests.state_machine_model import live_tensors
+from tests.tiny_models import llama
 
 SAMPLES = [
     pytest.param(method, fields, id=f"{method.label}-{name}")
@@ -22,6 +24,10 @@ SAMPLES = [
     for name, fields in method.sample_configs.items()
     if not method.transforms_calls and not method.layer_kinds  # which have tests of their own
 ]
+SHARED: dict[Any, Any] = {
+    nbpeft.UniLoraConfig: {"theta_d_length": 20},
+    nbpeft.VBLoRAConfig: {"num_vectors": 8, "vector_length": 4, "topk": 2},
+}
 NAMES = ("a", "b", "dora", "whole", "rows")
 
 
@@ -139,6 +145,27 @@ def test_half_precision_stays_so() -> None:
         put_back(model.manager, kept)
         after = list(model.manager.parameters(name))
         assert all(torch.equal(one, two) and one.dtype == two.dtype for one, two in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "config_class", [nbpeft.UniLoraConfig, nbpeft.TinyLoraConfig, nbpeft.VBLoRAConfig, nbpeft.VeraConfig]
+)
+def test_copied_or_kept_what_layers_share_is_not_rounded(config_class: Any, half: bool) -> None:
+    config = config_class(target_modules=["q_proj", "v_proj"], **SHARED.get(config_class, {}))
+    base = llama(dtype=torch.bfloat16)
+    model: Any = get_peft_model(base, config, adapter_name="x", autocast_adapter_dtype=not half)
+    manager = model.manager
+    changed(model, "x")
+    before = [one.detach().clone() for one in manager.parameters("x")]
+    assert {one.dtype for one in before} == {torch.bfloat16 if half else torch.float32}
+    manager.copy("x", "twin")
+    kept = keep(manager, "x")
+    manager.remove("x")
+    put_back(manager, kept)
+    for name in ("x", "twin"):
+        for found, expected in zip(manager.parameters(name), before, strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def test_nothing_lives_on_without_what_was_kept() -> None:

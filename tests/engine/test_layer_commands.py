@@ -8,11 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import nbpeft
 from nbpeft.errors import ConfigError, MergeError
 from nbpeft.model import LoraConfig, PeftModel, get_peft_model
+from tests.tiny_models import llama, logits, randomize
 
 BATCH = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
@@ -119,3 +121,50 @@ def test_a_target_that_names_other_layers_too_is_refused() -> None:
     with pytest.raises(ConfigError, match="lin cannot be named as a target of 'default' by itself"):
         base["lin"].update_layer("default", 2, 4, config=LoraConfig())  # type: ignore[operator]
     assert [*base["lin"].r] == ["all"]  # type: ignore[misc]
+
+
+SHARING: list[tuple[Any, dict[str, Any]]] = [
+    (nbpeft.UniLoraConfig, {"theta_d_length": 20}),
+    (nbpeft.TinyLoraConfig, {"u": 4}),
+    (nbpeft.VeraConfig, {"r": 4}),
+    (nbpeft.PveraConfig, {"r": 4}),
+    (nbpeft.VBLoRAConfig, {"num_vectors": 8, "vector_length": 4, "topk": 2}),
+    (nbpeft.RandLoraConfig, {"r": 4}),
+]
+
+
+@pytest.mark.parametrize(("config_class", "fields"), SHARING)
+def test_what_layers_share_outlives_the_first_of_them(
+    config_class: Any, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config_class(target_modules=["q_proj", "v_proj"], **fields)
+    model: Any = get_peft_model(llama(), config).eval()
+    randomize(model)
+    manager = model.manager
+    shared, first = manager.shared("default"), list(manager.layers.values())[:2]
+    own = {id(one) for layer in first for one in layer.adapter("default")._parameters.values()}
+    kept = [id(one) for one in manager.parameters("default") if id(one) not in own]
+    model.save_pretrained(tmp_path / "before")
+    for layer in first:
+        layer.delete_adapter("default")
+    assert manager.shared("default") is shared
+    assert sorted(id(one) for one in manager.parameters("default")) == sorted(kept)
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(llama()), atol=1e-3)
+    model.save_pretrained(tmp_path / "after")
+    files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("before", "after")]
+    assert {key for key in files[0] if "layers.0" not in key} == files[1].keys()
+    model.double()
+    assert {one.dtype for one in manager.parameters("default")} == {torch.float64}
+    torch.testing.assert_close(logits(model).float(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_deletion_that_fails_leaves_what_layers_share_where_it_was() -> None:
+    model: Any = get_peft_model(llama(), nbpeft.UniLoraConfig(theta_d_length=20, target_modules=["q_proj"]))
+    first, second = model.manager.layers.values()
+    with pytest.raises(RuntimeError, match="later"), model.manager.transaction():
+        first.delete_adapter("default")
+        assert "shared" in second.adapter("default")._modules
+        raise RuntimeError("later")
+    assert "shared" in first.adapter("default")._modules and not second.adapter("default")._modules
+    assert [tuple(one.shape) for one in model.manager.parameters("default")] == [(20,)]

@@ -149,6 +149,7 @@ def test_what_does_not_suit_is_refused_and_changes_nothing() -> None:
     wide = gpt2()(input_ids=tokens(1), use_cache=True).past_key_values
     rows = llama()(input_ids=tokens(2), use_cache=True).past_key_values
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    five = [(keys[:, :, :5], values[:, :, :5]) for keys, values in pairs]
     uneven = [pairs[0], (pairs[1][0][:, :1], pairs[1][1])]
     for name, past, count, message in (
         ("lora", cache, None, "must be a CARTRIDGE or PREFIX_TUNING adapter, not LORA"),
@@ -156,6 +157,8 @@ def test_what_does_not_suit_is_refused_and_changes_nothing() -> None:
         ("other", cache, None, "other"),
         (None, cache, 10, "at least 10 cached tokens, but layer 0 .* has 9"),
         (None, cache, 3, "size|shape"),
+        (None, five, -1, "num_virtual_tokens must be a positive whole number, not -1"),
+        (None, five, 0, "num_virtual_tokens must be a positive whole number, not 0"),
         (None, wide, None, "size|shape"),
         (None, rows, None, "of one sequence"),
         (None, uneven, None, "of layer 1 .* the same heads"),
@@ -169,6 +172,8 @@ def test_what_does_not_suit_is_refused_and_changes_nothing() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="has 2 tokens, fewer than the 4"):
         nbpeft.initialize_kv_prefix_from_text(model, tokenizer(), text="a b")
+    with pytest.raises(ConfigError, match="num_virtual_tokens must be a positive whole number, not -1"):
+        nbpeft.initialize_kv_prefix_from_text(model, tokenizer(), text=TEXT, num_virtual_tokens=-1)
     with pytest.raises(AdapterError):
         nbpeft.initialize_kv_prefix_from_text(llama(), tokenizer(), text=TEXT)
     with pytest.raises(ConfigError, match=r"shape \(4, 64\), not \(3, 64\)"):

@@ -552,6 +552,19 @@ def test_one_pair_is_neither_swapped_pooled_nor_remade(tmp_path: Path) -> None:
     assert same_state(state(ours), before)
 
 
+def test_the_pair_goes_with_the_last_layer_that_uses_it() -> None:
+    ours = tied(target_modules=["embed_tokens", "q_proj"])
+    embedding, head = ours.get_input_embeddings(), ours.get_output_embeddings()
+    before = state(ours)
+    with pytest.raises(AdapterError, match="'default' on lm_head uses the tensors that it has here: delete it there"):
+        embedding.delete_adapter("default")
+    assert same_state(state(ours), before)
+    head.delete_adapter("default")
+    assert not torch.equal(logits(ours), answers(tied_llama()))
+    embedding.delete_adapter("default")
+    assert [*ours.manager.layers[QUERY].r] == ["default"] and EMBED not in ours.manager.weights("default").adapters
+
+
 def test_a_layer_of_its_own_is_remade_and_the_pair_is_reset() -> None:
     ours = tied(target_modules=["embed_tokens", "q_proj"])
     layer = ours.manager.layers[QUERY]

@@ -43,7 +43,7 @@ class PeanutConfig(LayersConfig):
     Attributes:
         r: width of the network.
         depth: hidden layers on the way down, and as many on the way up; at most 64.
-        act_fn: activation, by its name in ``transformers.activations.ACT2FN``.
+        act_fn: activation, by its name in ``transformers.activations.ACT2FN``; one without parameters.
         scaling: factor on what is added.
         init_weights: start at the base model; False for random numbers.
     """
@@ -69,6 +69,10 @@ class PeanutConfig(LayersConfig):
                 f"act_fn must be an activation of transformers, as 'relu', not {shown(self.act_fn)}."
                 + did_you_mean(self.act_fn, known),
                 field="act_fn",
+            )
+        if any(True for _ in known[self.act_fn].parameters()):
+            raise ConfigError(
+                f"act_fn must be an activation without parameters, as 'relu', not {self.act_fn!r}", field="act_fn"
             )
 
 

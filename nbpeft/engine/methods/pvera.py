@@ -28,9 +28,10 @@ from nbpeft.engine.projected_vectors import ProjectedVectors, Projections, Vecto
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
+from nbpeft.errors import TrainingError
 
-_CALLS = 8
-"""So many calls are remembered that checkpointing may compute again."""
+_CALLS = 256
+"""So many calls of a layer are remembered that checkpointing may compute again; 5 kB each."""
 
 
 @dataclass
@@ -90,11 +91,19 @@ class Normals:
 
         Autograd's nodes are numbered in turn. The one that is running is the last of that call's or, where it
         stands for all of them, comes just before its draw.
+
+        Raises:
+            TrainingError: so many calls came after it that it is forgotten.
         """
         node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
         if node is None:
             return None
         before = [state for number, state in list(self._calls) if number - 1 <= node._sequence_nr()]
+        if not before and len(self._calls) == _CALLS:
+            raise TrainingError(
+                f"PVeRA with a generator_seed remembers the draws of a layer's last {_CALLS} calls, and checkpointing "
+                "computes an earlier one again: call backward() sooner, or leave generator_seed at None"
+            )
         return before[-1] if before else None
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 import nbpeft
 from nbpeft.errors import ConfigError
 from nbpeft.model import PeftModel, get_peft_model, merge_to_folder
-from tests.tiny_models import logits, randomize
+from tests.tiny_models import llama, logits, randomize
 
 FORMS = [
     *itertools.product(["lora", "vector", "constant", "none"], ["lora", "none"], ["vector", "none"]),
@@ -99,3 +99,33 @@ def test_changes_of_biases_are_merged_from_folder_to_folder(config: Any, tmp_pat
 def test_unknown_forms_are_refused() -> None:
     with pytest.raises(ConfigError, match="config_D_E must be one of 'vector', 'constant', 'none', not 'lora'"):
         nbpeft.GloraConfig(config_D_E="lora")
+
+
+BIASES_ALONE: dict[str, Any] = {"config_A_B": "none", "config_D_E": "vector"}
+
+
+def test_layers_without_a_bias_may_have_nothing_where_others_have(tmp_path: Path) -> None:
+    config = nbpeft.GloraConfig(**BIASES_ALONE, target_modules=["up_proj", "q_proj"])
+    model: Any = get_peft_model(llama(), config).eval()
+    randomize(model, scale=0.3)
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(llama()), atol=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "adapter")), expected)
+    llama().save_pretrained(tmp_path / "base")
+    merge_to_folder(model, "default", tmp_path / "live")
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "folders")
+    for folder in ("live", "folders"):
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        torch.testing.assert_close(logits(found), expected, atol=1e-5, rtol=1e-5)
+    assert nbpeft.merge_errors(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_would_train_nothing_is_refused_unless_biases_learn() -> None:
+    bare = llama(attention_bias=False)
+    with pytest.raises(ConfigError, match=r"GLoRA .* no parameters on .*0.self_attn.q_proj and 3 more layers: nothing"):
+        get_peft_model(bare, nbpeft.GloraConfig(**BIASES_ALONE, target_modules=["q_proj", "v_proj"]))
+    assert not hasattr(bare, "peft_config")
+    config = nbpeft.GloraConfig(config_A_B="none", config_C="none", config_D_E="none", bias="glora_only")
+    assert get_peft_model(biased(), config).get_nb_trainable_parameters()[0] > 0

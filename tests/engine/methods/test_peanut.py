@@ -63,7 +63,14 @@ def test_gradients_are_those_of_the_written_out_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"), [({"act_fn": "rleu"}, "'relu'"), ({"depth": 65}, "64"), ({"r": 0}, "r must")]
+    ("fields", "words"),
+    [
+        ({"act_fn": "rleu"}, "'relu'"),
+        ({"act_fn": "prelu"}, "without parameters, as 'relu', not 'prelu'"),
+        ({"act_fn": "xielu"}, "without parameters, as 'relu', not 'xielu'"),
+        ({"depth": 65}, "64"),
+        ({"r": 0}, "r must"),
+    ],
 )
 def test_impossible_fields_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):

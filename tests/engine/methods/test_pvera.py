@@ -11,11 +11,13 @@ import peft
 import pytest
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_PVERA_TARGET_MODULES_MAPPING as DEFAULTS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import nbpeft
+from nbpeft.engine.methods import pvera
 from nbpeft.engine.registry import methods
-from nbpeft.errors import ConfigError
+from nbpeft.errors import ConfigError, TrainingError
 from nbpeft.model import PeftModel, get_peft_model
 from tests.tiny_models import llama, logits, randomize, tokens
 
@@ -75,6 +77,26 @@ def test_what_checkpointing_computes_again_has_the_same_numbers(seed: int | None
     for other in found[1:]:
         for name, expected in found[0].items():
             torch.testing.assert_close(other[name], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_many_calls_wait_for_their_backward_or_are_refused(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait_for(calls: int, *, again: bool = True) -> Tensor:
+        torch.manual_seed(0)
+        config = nbpeft.PveraConfig(r=2, target_modules=["0"], generator_seed=3, init_weights=False)
+        model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config).train()
+        x = torch.ones(2, 4, requires_grad=True)
+        outputs = [checkpoint(model, x, use_reentrant=reentrant) if again else model(x) for _ in range(calls)]
+        torch.stack([output.square().sum() for output in outputs]).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    torch.testing.assert_close(wait_for(40), wait_for(40, again=False))
+    monkeypatch.setattr(pvera, "_CALLS", 3)
+    torch.testing.assert_close(wait_for(3), wait_for(3, again=False))
+    with pytest.raises(TrainingError, match=r"a layer's last 3 calls, .* call backward\(\) sooner"):
+        wait_for(4)
+    wait_for(4, again=False)
 
 
 def test_a_copy_goes_on_where_the_adapter_is() -> None:
