@@ -19,11 +19,16 @@ from nbpeft.errors import HotSwapError, in_one_line
 from nbpeft.interrupts import released_interrupts
 
 
-class Manager(Protocol):
-    """What swapping needs of the adapters' manager."""
+class Configured(Protocol):
+    """What a config for a slot needs of the adapters' manager."""
 
     configs: dict[str, AdapterConfig]
     layers: dict[str, AdaptedLayer]
+
+
+class Manager(Configured, Protocol):
+    """What swapping needs of the adapters' manager."""
+
     copies: dict[str, ModulesToSaveWrapper]
     unsaved: set[str]
 
@@ -93,10 +98,7 @@ def swap(
     """
     manager.require(name)
     _check(manager, name, config, validate)
-    slot_config = manager.configs[name]
-    new_config = config.copy(
-        **{key: getattr(slot_config, key) for key in slot_config.slot_fields if hasattr(slot_config, key)}
-    )
+    new_config = config_for_slot(manager, name, config)
     layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
     copies = {path: module for path, module in manager.copies.items() if name in module.modules_to_save._modules}
     writes = Writes(name, new_config, grow=grow)
@@ -114,6 +116,24 @@ def swap(
         if done is not None:
             done(change)
     return Swapped(name, len(weights.adapters), tuple(writes.zeroed), tuple(writes.reset))
+
+
+def config_for_slot(manager: Configured, name: str, config: AdapterConfig) -> AdapterConfig:
+    """A copy of the config of a new adapter with what a slot keeps: its targets, and what they make of the fields."""
+    slot_config = manager.configs[name]
+    fields = {key: getattr(slot_config, key) for key in slot_config.slot_fields if hasattr(slot_config, key)}
+    filled = config.copy(**fields)
+    filled.fill_in_layers(_features(manager, name))
+    return filled
+
+
+def _features(manager: Configured, name: str) -> dict[str, tuple[int, int]]:
+    """Path -> (in, out) features of the layers of an adapter."""
+    return {
+        path: (layer.base.in_features, layer.base.out_features)
+        for path, layer in manager.layers.items()
+        if name in layer.adapters._modules
+    }
 
 
 def _check(manager: Manager, name: str, config: AdapterConfig, validate: object) -> None:
