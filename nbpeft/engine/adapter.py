@@ -530,8 +530,8 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def initial_elements(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Number of values it keeps beside its parameters where it is initialised from the weight."""
+    def unsaved_elements(cls, config: Any, module: nn.Module, kind: LayerKind) -> int:
+        """Number of values it keeps on a layer that no file holds, where a config can ask for any number of them."""
         return 0
 
     @classmethod
