@@ -530,8 +530,8 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def initial_elements(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Number of values it keeps beside its parameters where it is initialised from the weight."""
+    def unsaved_elements(cls, config: Any, module: nn.Module, kind: LayerKind) -> int:
+        """Number of values it keeps on a layer that no file holds, where a config can ask for any number of them."""
         return 0
 
     @classmethod
@@ -589,9 +589,9 @@ class Adapter(nn.Module):
 
     @classmethod
     def differs(cls, own: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
-        """Whether loaded tensors of an adapter that uses those of another one are others than these."""
-        tied = cls.tied_tensors(own, source) if own and source else {}
-        return any(name not in tied or not torch.equal(tensor, tied[name]) for name, tensor in own.items())
+        """Whether loaded tensors of an adapter that uses those of another one differ from what is given of these."""
+        tied = cls.tied_tensors(own, source)
+        return any(name in tied and not torch.equal(tensor, tied[name]) for name, tensor in own.items())
 
     @property
     def held(self) -> Mapping[str, Any]:

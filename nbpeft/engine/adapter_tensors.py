@@ -88,20 +88,30 @@ def shared_state_of(layers: Layers, name: str) -> SharedState | None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def copied_weights(weights: AdapterWeights, device: str | None = None) -> AdapterWeights:
-    """Returns copies of tensors, without history; those of the base are left out.
+    """Returns copies of tensors, without history; those of the base are left out, and what layers share stays one.
 
     Args:
         weights: of an adapter.
         device: where to; None: each stays where it is.
     """
     return AdapterWeights(
-        {path: copied(named, device) for path, named in weights.adapters.items()},
+        _copied_once(weights.adapters, device),
         {path: copied(named, device) for path, named in weights.copies.items()},
         shared=copied(weights.shared, device),
         parameters=weights.parameters,
     )
 
 
+def _copied_once(adapters: Mapping[str, Mapping[str, Tensor]], device: str | None) -> dict[str, dict[str, Tensor]]:
+    tensors = {id(value): value for named in adapters.values() for value in named.values()}
+    copies = {key: _copied(value, device) for key, value in tensors.items()}
+    return {path: {key: copies[id(value)] for key, value in named.items()} for path, named in adapters.items()}
+
+
 def copied(tensors: Mapping[str, Tensor], device: str | None = None) -> dict[str, Tensor]:
     """Returns copies of tensors; see ``copied_weights``."""
-    return {key: value.detach().to(device or value.device, copy=True) for key, value in tensors.items()}
+    return {key: _copied(value, device) for key, value in tensors.items()}
+
+
+def _copied(tensor: Tensor, device: str | None) -> Tensor:
+    return tensor.detach().to(device or tensor.device, copy=True)

@@ -104,7 +104,8 @@ def build(
         check_interrupt()  # some inits take a second a layer
         base = layers[target.path].base
         site = AdapterSite(target.path, base, target.shapes, adapter_dtype(base.dtype, half=half), shared, name)
-        return _create(target, site, None if weights is None else weights.adapters.get(target.path))
+        given = None if weights is None else weights.adapters.get(target.path, {} if target.tied_to else None)
+        return _create(target, site, given)
 
     for target, adapter in make_adapters(plan, create):
         layer = layers[target.path]
@@ -189,7 +190,7 @@ def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | Non
         for name in target.saved_shapes
         if name in given
     }
-    if site.shapes.keys() <= placed.keys():
+    if target.tied_to or site.shapes.keys() <= placed.keys():  # what a tied one lacks its source has
         return target.adapter_class.create(target.config, site, placed)
     adapter = target.adapter_class.create(target.config, site, None)
     for name, tensor in placed.items():

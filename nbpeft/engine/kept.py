@@ -56,7 +56,7 @@ class KeptAdapter:
     @property
     def byte_count(self) -> int:
         """Bytes that it takes in host memory."""
-        return sum(tensor.nbytes for tensor in _by_key(self.weights).values())
+        return sum({id(tensor): tensor.nbytes for tensor in _by_key(self.weights).values()}.values())
 
 
 def keep(manager: AdapterManager, name: str) -> KeptAdapter:
@@ -172,7 +172,7 @@ def _by_key(weights: AdapterWeights) -> dict[tuple[str, str, str], Tensor]:
     """All tensors: (group, path, name) -> tensor."""
     groups = {"adapters": weights.adapters, "copies": weights.copies, "": {"base": weights.base, "sh": weights.shared}}
     return {
-        (group, path, key): tensor.detach()
+        (group, path, key): tensor
         for group, paths in groups.items()
         for path, named in paths.items()
         for key, tensor in named.items()

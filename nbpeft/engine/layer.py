@@ -99,9 +99,14 @@ class AdaptedLayer(PeftLayerMixin):
         return self.base_layer
 
     @property
+    def shared_weight(self) -> nn.Parameter | None:
+        """The weight that it shares with other modules, while it has one of its own that adapters are merged into."""
+        return None if self._frozen is None else self._frozen.parameter
+
+    @property
     def is_untied(self) -> bool:
         """Whether its weight is one of its own as long as adapters are merged, and else shared with other modules."""
-        return self._frozen is not None and self._frozen.parameter is not None
+        return self.shared_weight is not None
 
     def path_at(self, place: str) -> str:
         """Path of what is adapted where the frozen layer is at a place."""

@@ -17,7 +17,7 @@ from nbpeft.engine.build import build, commit
 from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.merging import check_merge
 from nbpeft.engine.registry import companions, method_of
-from nbpeft.engine.tied_weights import layers_to_untie
+from nbpeft.engine.tied_weights import check_single, layers_to_untie
 from nbpeft.engine.transaction import Transaction
 from nbpeft.errors import AdapterError, BaseMismatchError, ConfigError, MergeError, StaleModelError
 
@@ -56,12 +56,14 @@ class LayerCommands:
         """Merges adapters into one layer, in addition to those merged there already.
 
         Raises:
-            MergeError: the weight cannot be merged into, or would not be finite (``safe``).
+            MergeError: the weight cannot be merged into, or would not be finite (``safe``), or holds what was merged
+                into several layers at once.
         """
         manager = self.manager
         together = [name for name in dict.fromkeys((*layer.merged_names, *names)) if name in layer.adapters]
         with manager.transaction() as change:
             manager._refuse_in_scopes("merging")
+            check_single(layer, manager.layers)
             manager._keep_choice(change)
             change.keep_attributes(layer, "merged_names", "_frozen")
             if layer.merged_names:
@@ -74,9 +76,14 @@ class LayerCommands:
             manager._publish_active()
 
     def unmerge(self, layer: AdaptedLayer) -> None:
-        """Puts the frozen weight of one layer back, bit for bit."""
+        """Puts the frozen weight of one layer back, bit for bit.
+
+        Raises:
+            MergeError: it is that of several layers, into which adapters were merged at once.
+        """
         manager = self.manager
         with manager.transaction() as change:
+            check_single(layer, manager.layers)
             manager._keep_choice(change)
             layer.restore_base(change)
             left = {name for other in manager.layers.values() for name in other.merged_names}

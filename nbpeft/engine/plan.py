@@ -58,10 +58,10 @@ from nbpeft.engine.targets import (
     with_target,
 )
 from nbpeft.engine.unadaptable import bypassed, check_called, check_copy, check_shaped
-from nbpeft.errors import ConfigError, LayerKindError, TargetError
+from nbpeft.errors import CheckpointError, ConfigError, LayerKindError, TargetError
 
 _LARGEST = 10**8
-"""Parameters up to which an adapter may be larger than its model: tiny models try large ranks."""
+"""Numbers up to which an adapter may be larger than its model: tiny models try large ranks."""
 _CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
 
 
@@ -83,6 +83,7 @@ class Target:
         matrix_count: how many matrices that parameter holds: experts.
         tied: parameter name -> path of the earlier target whose parameter it is.
         fixed: name -> shape and dtype of what a file holds here that is not trained.
+        unsaved: number of values kept here that no file holds.
     """
 
     path: str
@@ -98,6 +99,7 @@ class Target:
     matrix_count: int = 1
     tied: Mapping[str, str] = field(default_factory=dict)
     fixed: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    unsaved: int = 0
 
     @property
     def module_path(self) -> str:
@@ -184,6 +186,24 @@ class InjectionPlan:
             and target.adapter_class.differs(given.get(target.path, {}), given.get(target.tied_to, {}))
         ]
 
+    def share_in(self, weights: AdapterWeights) -> None:
+        """Gives targets the loaded tensors that they own, where only those have them that use them (``tied``).
+
+        Args:
+            weights: as loaded; changed in place.
+
+        Raises:
+            CheckpointError: those of its users are not one.
+        """
+        for target in self.targets:
+            loaded = weights.adapters.get(target.path, {})
+            for name, owner in ((name, owner) for name, owner in target.tied.items() if name in loaded):
+                one = weights.adapters.setdefault(owner, {}).setdefault(name, loaded[name])
+                if not torch.equal(loaded[name].to(one), one):
+                    raise CheckpointError(
+                        f"the file has other {name} for {target.path} than for {owner}, which share one ({self.method})"
+                    )
+
     def byte_count(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the added parameters in a dtype."""
         return self.parameter_count * dtype.itemsize
@@ -257,10 +277,10 @@ def plan(
     warn_of_uncalled([site for site in sites if site.path in adapted], adapted)
     if bare and is_all_linear(getattr(config, "target_modules", None)) and not config.target_parameters:  # type: ignore[attr-defined]
         warn_of_experts_along([(target.matrix_count, target.parameter_count) for target in targets])
-    _check_size(model, (*targets, *parts))
+    shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
+    _check_size(model, (*targets, *parts), shared)
     _warn_of_ties(model, config, sites, tied, adapted | copies.keys(), parts)
     biases = _biases(model, resolved, adapted, tuple(copies))
-    shared = {} if method.shared is None else method.shared.tensor_shapes(resolved, features)
     everywhere = (*targets, *parts)
     _check_has_tensors(resolved, everywhere, [*shared, *copies, *biases])
     return InjectionPlan(method.label, resolved, everywhere, copies, biases, tuple(excluded), missing, shared, features)
@@ -306,15 +326,16 @@ def _plan_for_calls(
     copies = _copies(sites, names, guessed_heads(config), strict=strict)
     target = _target(site, config, method)
     warn_about_config(config, method.adapter_class, [(site.path, site.module)], strict=strict)
-    _check_size(model, [target])
+    _check_size(model, [target], {})
     return InjectionPlan(method.label, config, (target,), copies, (), (), ())
 
 
-def _check_size(model: nn.Module, targets: Sequence[Target]) -> None:
+def _check_size(model: nn.Module, targets: Sequence[Target], shared: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses an adapter of a size that can only be a mistake: many times the model itself."""
-    size = sum(math.prod(shape) for target in targets for shape in target.shapes.values())
+    shapes = [*shared.values(), *(shape for target in targets for shape in target.saved_shapes.values())]
+    size = sum(map(math.prod, shapes)) + sum(target.unsaved for target in targets)
     if size > _LARGEST and size > 10 * sum(parameter.numel() for parameter in model.parameters()):
-        raise ConfigError(f"the adapter would have {size:,} parameters, many times the model's: is the rank right?")
+        raise ConfigError(f"the adapter would have {size:,} numbers, many times the model's: are its sizes right?")
 
 
 def _check_has_tensors(config: AdapterConfig, targets: Sequence[Target], others: Sequence[str]) -> None:
@@ -348,10 +369,11 @@ def _resolve_targets(model: nn.Module, config: AdapterConfig, method: Method, si
         resolved.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[attr-defined]
     if is_all_linear(targets):
         resolved.target_modules = set(_all_linear(model, config, sites))  # type: ignore[attr-defined]
-    if method.tied is not None:  # its layers go by the names
+    with_parameters(model, config, resolved, method, sites)
+    chosen = config.condenses_targets and getattr(config, "layers_to_transform", None) is not None
+    if chosen or method.tied is not None:  # which layers that means goes by the names
         paths = (path for path, _ in bare_modules(model, repeat=True) if path)
         resolved.target_modules = condensed_if_many(resolved.target_modules, paths)  # type: ignore[attr-defined]
-    with_parameters(model, config, resolved, method, sites)
     if is_all_linear(targets) and not getattr(config, "target_parameters", None):
         warn_of_experts(model, Matcher(getattr(resolved, "target_parameters", None) or ()).matches)
     return resolved
@@ -533,7 +555,12 @@ def _target(
         shapes = made_by.parameter_shapes(config, site.path, site.module, kind)
     taken, given = kind.features(site.module)
     fixed = {} if tied_to else made_by.fixed_tensors(config, shapes, site.module, kind)
-    return Target(site.path, kind.name, backend.name, taken, given, shapes, made_by, config, tied_to, fixed=fixed)
+    unsaved = 0 if tied_to else made_by.unsaved_elements(config, site.module, kind)
+    return Target(
+        *(site.path, kind.name, backend.name, taken, given, shapes, made_by, config, tied_to),
+        fixed=fixed,
+        unsaved=unsaved,
+    )
 
 
 def _composite_targets(site: Site, sites: list[Site], kind: Any, config: Any, method: Method) -> list[Target]:

@@ -64,6 +64,7 @@ class VectorsConfig(LayersConfig):
 class Projections(SharedState):
     """A, (rows of a rank · r, largest in), and B, (largest out, r): frozen, and drawn from a seed."""
 
+    made_from: ClassVar[tuple[str, ...]] = ("r", "projection_prng_key", "save_projection")
     names: ClassVar[tuple[str, str]]
     rows_of_rank: ClassVar[int] = 1
 

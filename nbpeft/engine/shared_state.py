@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ class SharedState(nn.Module):
 
     It hangs in the first adapted layer, so it moves and trains with the model.
     """
+
+    made_from: ClassVar[tuple[str, ...]] = ()
+    """Fields that say, with its shapes, what ``create`` makes where no file holds it."""
 
     @classmethod
     def tensor_shapes(cls, config: Any, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.model_tree import TIED, bare_modules, base_model_of, embedding_of, sharing_embedding
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.transaction import Transaction
+from nbpeft.errors import MergeError, few
 
 
 def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names: Sequence[str]) -> set[str]:
@@ -28,7 +29,7 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
         names: adapters to be merged.
     """
     acting = {
-        path: [name for name in names if name in layer.adapters._modules]
+        path: [name for name in names if layer.changes_weight([name])]
         for path, layer in layers.items()
         if isinstance(layer.weight_module._parameters.get("weight"), nn.Parameter)
     }
@@ -36,7 +37,8 @@ def layers_to_untie(model: nn.Module, layers: Mapping[str, AdaptedLayer], names:
     wanted = {id(layers[path].weight_module._parameters["weight"]) for path in merging}
     users: dict[int, set[int]] = {}
     for module in reached_modules(model):
-        for parameter in module._parameters.values():
+        kept = [module.shared_weight] if isinstance(module, AdaptedLayer) else []
+        for parameter in (*module._parameters.values(), *kept):
             if id(parameter) in wanted:
                 users.setdefault(id(parameter), set()).add(id(module))
     if all(len(modules) == 1 for modules in users.values()):
@@ -53,6 +55,29 @@ def _alike(layers: Mapping[str, AdaptedLayer], group: Mapping[str, list[str]], u
     """Whether all that share a weight change it alike, with the same tensors, so that it can stay shared."""
     changes = {change_of([(layers[path].adapter(name), 1.0) for name in names]) for path, names in group.items()}
     return len({id(layers[path]) for path in group}) == users and len(changes) == 1
+
+
+def check_single(layer: AdaptedLayer, layers: Mapping[str, AdaptedLayer]) -> None:
+    """Raises MergeError where the weight of one layer is merged into and is that of other such layers, too.
+
+    Args:
+        layer: the layer.
+        layers: path -> adapted layer, of the whole model.
+    """
+    weight = layer.weight_module._parameters.get("weight")
+    sharing = {
+        path: other
+        for path, other in layers.items()
+        if weight is not None
+        and other.weight_module._parameters.get("weight") is weight
+        and other.changes_weight(other.merged_names)
+    }
+    own = next((path for path, other in sharing.items() if other is layer), "")
+    others = [path for path, other in sharing.items() if other is not layer]
+    if own and others:
+        raise MergeError(
+            f"{own} has one merged weight with {few(others)}: unmerge the model (unmerge_adapter) first", path=own
+        )
 
 
 def change_of(adapters: Iterable[tuple[Adapter, float]]) -> tuple[tuple[int, float], ...]:

@@ -151,6 +151,7 @@ def fitted(
     conversion = checkpoint.key_conversion_of(manager.model)
     settings = {"peft_type": str(config.peft_type), "conversion": conversion, **options}
     loaded = checkpoint.from_file(tensors, expected(manager.model, plan), **settings)
+    plan.share_in(loaded.weights)
     apart = plan.not_tied_in(loaded.weights)
     if not apart:
         return plan, loaded

@@ -21,6 +21,7 @@ from nbpeft.engine.build import adapter_dtype
 from nbpeft.engine.fused_layers import of_former_file
 from nbpeft.engine.manager import AdapterManager
 from nbpeft.engine.model_tree import walk
+from nbpeft.engine.plan import InjectionPlan
 from nbpeft.engine.registry import backend_named, method_of
 from nbpeft.errors import AdapterError, CheckpointError
 from nbpeft.interrupts import HeldInterrupts
@@ -87,6 +88,7 @@ class HostAdapter:
 class _Layout:
     """What is worked out once for all adapters of a signature."""
 
+    plan: InjectionPlan
     signature: ShapeSignature
     expected: checkpoint.Expected
     dtypes: Mapping[str, torch.dtype]
@@ -143,6 +145,7 @@ class AdapterReader:
                 more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
                 raise CheckpointError(f"adapter {name!r} in {source.source} {what} {keys[0]}{more}", keys=keys)
         self._drop_unchanged_embeddings(name, loaded.weights)
+        layout.plan.share_in(loaded.weights)
         weights = layout.arrange(loaded.weights)
         groups = (*weights.adapters.values(), *weights.copies.values(), weights.shared)
         byte_count = sum(tensor.nbytes for named in groups for tensor in named.values())
@@ -199,7 +202,7 @@ class AdapterReader:
         shares = bool(plan.shared) or any(target.tied for target in plan.targets)
         signature = ShapeSignature(method_of(plan.config).label, wanted.adapters, wanted.copies, not shares)
         shared_dtype = dtypes[plan.targets[0].path] if plan.targets else None
-        return _Layout(signature, wanted, dtypes, copy_dtypes, shared_dtype)
+        return _Layout(plan, signature, wanted, dtypes, copy_dtypes, shared_dtype)
 
     def _drop_unchanged_embeddings(self, name: str, weights: AdapterWeights) -> None:
         """Leaves out embeddings in the file that are the base's own; others cannot be in a pool."""

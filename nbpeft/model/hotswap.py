@@ -16,7 +16,7 @@ from nbpeft.engine.adapter import AdapterConfig, AdapterWeights
 from nbpeft.engine.adapter_tensors import parameter_paths
 from nbpeft.engine.build import CollectionPaused
 from nbpeft.engine.fused_layers import of_former_file
-from nbpeft.engine.hotswap import Swapped, check_contents, prepare_for_hotswap, swap
+from nbpeft.engine.hotswap import Swapped, check_contents, config_for_slot, prepare_for_hotswap, swap
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.engine.registry import method_of
@@ -207,12 +207,13 @@ def _expected(manager: AdapterManager, name: str, config: Any) -> checkpoint.Exp
             name=name,
         )
     check_contents(name, manager.configs[name], config)
+    filled = config_for_slot(manager, name, config)
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, layer in manager.layers.items():
         if name in layer.adapters._modules:
             kind: Any = type(layer.adapters._modules[name])
             try:
-                adapters[path] = kind.parameter_shapes(config, path, layer.base.module, layer.kind)
+                adapters[path] = kind.parameter_shapes(filled, path, layer.base.module, layer.kind)
             except ConfigError as error:
                 raise HotSwapError(str(error)) from None
     copies = {

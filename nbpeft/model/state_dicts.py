@@ -105,7 +105,7 @@ def set_peft_model_state_dict(
             raise
         shapes = {path: adapter.shapes_with_start() for path, adapter in started.items()}
         loaded = checkpoint.from_file(tensors, replace(wanted, adapters={**wanted.adapters, **shapes}), **options)
-    _check_tied(manager, adapter_name, loaded.weights)
+    _check_tied(manager, adapter_name, weights, loaded.weights)
     with manager.transaction() as change:
         for path, adapter in started.items():
             loaded.weights.adapters[path] = adapter.split_start(loaded.weights.adapters[path], change)
@@ -115,9 +115,23 @@ def set_peft_model_state_dict(
     return LoadResult(loaded.missing, unexpected)
 
 
-def _check_tied(manager: AdapterManager, name: str, weights: AdapterWeights) -> None:
-    """Raises CheckpointError where tensors that are one here (``ensure_weight_tying``) are several in a state dict."""
+def _check_tied(manager: AdapterManager, name: str, present: AdapterWeights, weights: AdapterWeights) -> None:
+    """Raises CheckpointError where tensors that are one here are several in a state dict.
+
+    Args:
+        manager: of the model.
+        name: of the adapter.
+        present: its tensors.
+        weights: those of the state dict.
+    """
     given = weights.adapters
+    first: dict[int, tuple[str, Tensor]] = {}
+    for path, key, value in ((path, key, value) for path, named in given.items() for key, value in named.items()):
+        owner, one = first.setdefault(id(present.adapters[path].get(key, value)), (path, value))
+        if value is not one and not torch.equal(value.to(one), one):
+            raise CheckpointError(
+                f"the state dict has other {key} for {path} than for {owner}, which share one in adapter {name!r}"
+            )
     adapters = {path: manager.layers[path].adapter(name) for path in given}
     paths = {id(adapter): path for path, adapter in adapters.items()}
     for path, adapter in adapters.items():

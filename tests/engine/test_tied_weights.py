@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
-from tests.tiny_models import adapted, config, llama, logits, same_state, state
+import nbpeft
+from nbpeft.errors import MergeError
+from tests.tiny_models import adapted, config, llama, logits, randomize, same_state, state
 
 ONE_END = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
 
@@ -60,3 +63,79 @@ def test_a_second_adapter_is_merged_into_the_weight_of_its_own() -> None:
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
     model.unmerge_adapter()
     assert same_state(state(model), before)
+
+
+def bert() -> Any:
+    """A model whose output head has the weight of its embedding and a bias of its own."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForMaskedLM(BertConfig(vocab_size=97, **sizes)).eval()
+
+
+def one_weight(model: Any) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_an_adapter_of_biases_leaves_the_weight_shared() -> None:
+    model = nbpeft.get_peft_model(bert(), nbpeft.BeftConfig(target_modules=["decoder"])).eval()
+    randomize(model)
+    before, expected = state(model), logits(model)
+    model.merge_adapter()
+    assert one_weight(model.get_base_model())
+    torch.testing.assert_close(logits(model), expected)
+    model.unmerge_adapter()
+    assert same_state(state(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bare: Any = model.merge_and_unload()
+    torch.testing.assert_close(logits(bare), expected)
+    assert one_weight(bare) and bare.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("names", [["head", "pair"], ["pair", "head"]])
+def test_an_adapter_of_biases_beside_one_of_the_weight_parts_nothing(names: list[str]) -> None:
+    settings: dict[str, Any] = {"target_modules": ["word_embeddings"], "ensure_weight_tying": True}
+    made = {"head": nbpeft.BeftConfig(target_modules=["decoder"]), "pair": config(**settings)}
+    model: Any = nbpeft.get_peft_model(bert(), made[names[0]], names[0], mixed=True).eval()
+    model.add_adapter(names[1], made[names[1]])
+    for name in names:
+        randomize(model, name)
+    model.set_adapter(names)
+    before, expected = state(model), logits(model)
+    model.manager.merge(names)
+    assert one_weight(model.base_model.model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    model.manager.unmerge()
+    assert same_state(state(model), before)
+
+
+MERGED_WHOLE: dict[str, Any] = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_a_layer_does_not_change_a_merged_weight_of_several(end: str) -> None:
+    model = adapted(llama(tie_word_embeddings=True), **MERGED_WHOLE)
+    model.add_adapter("other", config(target_modules=["lm_head", "embed_tokens"]))
+    before, expected = state(model), logits(model)
+    model.merge_adapter()
+    merged, layer = logits(model), getattr(model, f"get_{end}_embeddings")()
+    for command in (layer.unmerge, lambda: layer.merge(adapter_names=["other"])):
+        with pytest.raises(
+            MergeError, match=r"(embed_tokens|lm_head) has one merged weight with .*: unmerge the model"
+        ):
+            command()
+        assert model.manager.merged == ("default",) and torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    assert same_state(state(model), before) and torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("order", [("input", "output"), ("output", "input")])
+@pytest.mark.parametrize("fields", [MERGED_WHOLE, {"target_modules": ["embed_tokens", "lm_head"]}])
+def test_layers_merged_one_by_one_come_back_in_any_order(order: tuple[str, ...], fields: dict[str, Any]) -> None:
+    model = adapted(llama(tie_word_embeddings=True), **fields)
+    before, expected = state(model), logits(model)
+    layers = [getattr(model, f"get_{end}_embeddings")() for end in order]
+    for command in (*(layer.merge for layer in layers), *(layer.unmerge for layer in layers)):
+        command()
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    assert same_state(state(model), before) and one_weight(model.get_base_model())

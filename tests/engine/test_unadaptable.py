@@ -18,7 +18,9 @@ from transformers import (
     MambaForCausalLM,
 )
 
+import nbpeft
 from nbpeft import LoraConfig, get_peft_model
+from nbpeft.engine.adapter import AdapterConfig
 from nbpeft.engine.model_tree import manager_of
 from nbpeft.errors import ConfigError, LayerKindError, MergeError, TargetError
 from tests.tiny_models import same_state, state
@@ -150,7 +152,25 @@ def test_a_weight_without_data_is_not_merged_into() -> None:
 
 def test_an_adapter_many_times_its_model_is_refused() -> None:
     model = net()
-    with pytest.raises(ConfigError, match=r"268,435,456 parameters, many times the model's"):
+    with pytest.raises(ConfigError, match=r"268,435,456 numbers, many times the model's"):
         get_peft_model(model, LoraConfig(r=2**24, target_modules=["0"]))
     assert unchanged(model)
     get_peft_model(model, LoraConfig(r=512, target_modules=["0"]))
+
+
+TOO_LARGE: dict[str, AdapterConfig] = {
+    "factors-drawn": nbpeft.UniLoraConfig(r=2**22),
+    "factors-saved": nbpeft.UniLoraConfig(r=2**22, save_indices=True),
+    "projections-drawn": nbpeft.TinyLoraConfig(u=2**24, r=32, save_projection=False),
+    "projections-saved": nbpeft.TinyLoraConfig(u=2**24, r=32),
+    "shared": nbpeft.VeraConfig(r=2**24, save_projection=False),
+    "bases": nbpeft.RandLoraConfig(r=2**24),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_what_is_shared_or_drawn_counts_as_well(case: str) -> None:
+    model, config = net(), TOO_LARGE[case].copy(target_modules={"0"})
+    with pytest.raises(ConfigError, match=r"the adapter would have [\d,]{11,} numbers, many times the model's"):
+        get_peft_model(model, config)
+    assert unchanged(model)

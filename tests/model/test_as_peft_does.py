@@ -222,3 +222,27 @@ def test_a_grouped_convolution_is_told_when_it_is_adapted_as_in_peft() -> None:
             library.get_peft_model(
                 nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), library.LoraConfig(r=4, target_modules=["0"])
             )
+
+
+@pytest.mark.parametrize(("count", "adapted_layers"), [(24, 2), (19, 19)])
+@pytest.mark.parametrize("numbers", [0, [0]])
+def test_many_paths_are_names_in_the_chosen_layers(
+    count: int, adapted_layers: int, numbers: int | list[int], tmp_path: Path
+) -> None:
+    """PEFT condenses twenty and more paths before it asks which layers are meant; a path alone is always meant."""
+
+    def base() -> Any:
+        return llama(num_hidden_layers=12)
+
+    paths = [name for name, _ in base().named_modules() if name.endswith(("q_proj", "v_proj"))][:count]
+    fields: dict[str, Any] = {"target_modules": paths, "layers_to_transform": numbers, "init_lora_weights": False}
+    ours = get_peft_model(base(), LoraConfig(r=2, **fields)).eval()
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, **fields)).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    assert torch.equal(logits(again), logits(ours))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path / "theirs").eval()), logits(theirs))
+    names = set(theirs.base_model.targeted_module_names)
+    assert len(names) == adapted_layers
+    assert set(ours.manager.layers) == set(again.manager.layers) == names

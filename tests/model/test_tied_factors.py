@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -416,6 +416,31 @@ def test_a_file_whose_pairs_differ_is_read_as_it_is(make: Callable[[], Any], tmp
     ours.save_pretrained(tmp_path / "again")
     again = nbpeft.PeftModel.from_pretrained(make(), tmp_path / "again").eval()
     assert torch.equal(answers(again), answers(ours))
+
+
+LACKING: list[Any] = [
+    (tied_llama, ["lm_head"]),
+    (tied_llama, ["embed_tokens"]),
+    (tied_llama, ["lm_head.lora_A", "embed_tokens.lora_embedding_A"]),
+    (tied_llama, ["lm_head.lora_B", "embed_tokens.lora_embedding_B"]),
+    (t5, ["shared", "lm_head"]),
+]
+
+
+@pytest.mark.parametrize(("make", "lacks"), LACKING)
+def test_one_copy_of_each_tensor_in_a_file_is_enough(make: Any, lacks: list[str], tmp_path: Path) -> None:
+    ours = tied(make(), init_lora_weights=True)
+    ours.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    halves = {key: value for key, value in tensors.items() if not any(name in key for name in lacks)}
+    assert 0 < len(halves) < len(tensors)
+    save_file({key: value.contiguous() for key, value in halves.items()}, tmp_path / "adapter_model.safetensors")
+    loaded = nbpeft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    assert loaded.peft_config["default"].ensure_weight_tying
+    assert torch.equal(answers(loaded), answers(ours))
+    if make is tied_llama:
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+        torch.testing.assert_close(answers(theirs), answers(ours), atol=1e-5, rtol=1e-4)
 
 
 def test_tensors_that_differ_do_not_go_into_one_pair() -> None:

@@ -12,6 +12,6 @@ prepared: tensors padded with zeros to the largest size to come, scalings held a
 from __future__ import annotations
 
 from nbpeft.engine.hotswap.padding import prepare_for_hotswap
-from nbpeft.engine.hotswap.swap import Swapped, check_contents, swap
+from nbpeft.engine.hotswap.swap import Swapped, check_contents, config_for_slot, swap
 
-__all__ = ["Swapped", "check_contents", "prepare_for_hotswap", "swap"]
+__all__ = ["Swapped", "check_contents", "config_for_slot", "prepare_for_hotswap", "swap"]

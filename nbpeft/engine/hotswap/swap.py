@@ -19,11 +19,16 @@ from nbpeft.errors import HotSwapError, in_one_line
 from nbpeft.interrupts import released_interrupts
 
 
-class Manager(Protocol):
-    """What swapping needs of the adapters' manager."""
+class Configured(Protocol):
+    """What a config for a slot needs of the adapters' manager."""
 
     configs: dict[str, AdapterConfig]
     layers: dict[str, AdaptedLayer]
+
+
+class Manager(Configured, Protocol):
+    """What swapping needs of the adapters' manager."""
+
     copies: dict[str, ModulesToSaveWrapper]
     unsaved: set[str]
 
@@ -93,10 +98,8 @@ def swap(
     """
     manager.require(name)
     _check(manager, name, config, validate)
-    slot_config = manager.configs[name]
-    new_config = config.copy(
-        **{key: getattr(slot_config, key) for key in slot_config.slot_fields if hasattr(slot_config, key)}
-    )
+    new_config = config_for_slot(manager, name, config)
+    _check_shared(manager, name, new_config, weights)
     layers = {path: layer for path, layer in manager.layers.items() if name in layer.adapters._modules}
     copies = {path: module for path, module in manager.copies.items() if name in module.modules_to_save._modules}
     writes = Writes(name, new_config, grow=grow)
@@ -116,6 +119,24 @@ def swap(
     return Swapped(name, len(weights.adapters), tuple(writes.zeroed), tuple(writes.reset))
 
 
+def config_for_slot(manager: Configured, name: str, config: AdapterConfig) -> AdapterConfig:
+    """A copy of the config of a new adapter with what a slot keeps: its targets, and what they make of the fields."""
+    slot_config = manager.configs[name]
+    fields = {key: getattr(slot_config, key) for key in slot_config.slot_fields if hasattr(slot_config, key)}
+    filled = config.copy(**fields)
+    filled.fill_in_layers(_features(manager, name))
+    return filled
+
+
+def _features(manager: Configured, name: str) -> dict[str, tuple[int, int]]:
+    """Path -> (in, out) features of the layers of an adapter."""
+    return {
+        path: (layer.base.in_features, layer.base.out_features)
+        for path, layer in manager.layers.items()
+        if name in layer.adapters._modules
+    }
+
+
 def _check(manager: Manager, name: str, config: AdapterConfig, validate: object) -> None:
     if name in manager.merged:
         raise HotSwapError(f"adapter {name!r} is merged into the base weights: unmerge before swapping it", name=name)
@@ -126,6 +147,33 @@ def _check(manager: Manager, name: str, config: AdapterConfig, validate: object)
     if old_label != new_label:
         raise HotSwapError(
             f"adapter {name!r} is {old_label} and cannot be swapped for {new_label}; load that under another name",
+            name=name,
+        )
+
+
+def _check_shared(manager: Manager, name: str, config: AdapterConfig, weights: AdapterWeights) -> None:
+    """Raises HotSwapError if what the layers share, which stays the slot's, is not that of the new adapter."""
+    method, slot_config = method_of(config), manager.configs[name]
+    if method.shared is None:
+        return
+    if weights.shared or method.shared.is_saved(config):
+        raise HotSwapError(f"the new adapter is {method.label} with its own of what layers share: load it instead")
+    for field in method.shared.made_from:
+        old, new = getattr(slot_config, field), getattr(config, field)
+        if old != new:
+            raise HotSwapError(
+                f"{field} is {old!r} in adapter {name!r} and {new!r} in the new one, and what their layers share "
+                "depends on it: load one beside the other",
+                name=name,
+            )
+    features = _features(manager, name)
+    own = {path: features[path] for path in weights.adapters if path in features}
+    wide, narrow = (method.shared.tensor_shapes(config, layers) for layers in (features, own))
+    if wide != narrow:
+        raise HotSwapError(
+            f"the new adapter is not on the largest layers of {name!r}, so that its layers share tensors of other "
+            f"shapes, {', '.join(map(str, narrow.values()))} instead of {', '.join(map(str, wide.values()))}: load one "
+            "beside the other",
             name=name,
         )
 

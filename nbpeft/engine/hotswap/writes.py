@@ -63,6 +63,7 @@ class Writes:
                 raise HotSwapError(f"{path}: adapter {self.name!r} {refusal}", path=path)
             self._adapters.append((path, adapter))
             shapes = self._shapes_at(path, layer, adapter)
+            self._check_form(path, shapes, adapter)
             if path in given:
                 self._check_shapes(path, shapes, given[path])
             else:
@@ -80,6 +81,21 @@ class Writes:
             return type(adapter).parameter_shapes(self.config, path, layer.base.module, layer.kind)
         except ConfigError as error:
             raise HotSwapError(f"{path}: {error}", path=path) from None
+
+    def _check_form(self, path: str, shapes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> None:
+        """Raises HotSwapError if the new adapter has other parameters than the slot, or others than it can take."""
+        own = {key: tuple(held.shape) for key, held in adapter._parameters.items() if held is not None}
+        if own.keys() == shapes.keys() and (isinstance(adapter, Pads) or own == shapes):
+            return
+        held, asked = (
+            _listed([f"{key} {shape}" for key, shape in one.items() if other.get(key) != shape]) or "nothing else"
+            for one, other in ((own, shapes), (shapes, own))
+        )
+        raise HotSwapError(
+            f"{path}: adapter {self.name!r} has {held} where the config of the new one asks for {asked}; load it under "
+            "another name",
+            path=path,
+        )
 
     def _check_shapes(self, path: str, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
         if given.keys() != shapes.keys():

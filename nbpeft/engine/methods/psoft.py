@@ -33,6 +33,8 @@ DOWN, UP = "psoft_A", "psoft_B"
 _DEVIATION = 0.1
 """Of what a random core starts with, around the identity."""
 _MOST_TERMS = 64
+_MOST_ITERATIONS = 128
+"""Each costs two decompositions; after a few the subspace no longer changes."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ class PsoftConfig(LayersConfig):
         fan_in_fan_out: accepted for PEFT's sake: the layer itself says how its weight is stored.
         ab_svd_init: "psoft_init" has the singular values in B, "pissa_init" a root of them on each side.
         psoft_svd: "full", or "lowrank" for a randomized SVD, which is faster.
-        psoft_svd_lowrank_niter: iterations of that.
+        psoft_svd_lowrank_niter: iterations of that; at most 128.
         random_seed: seed of that.
         psoft_orth: rotate; False for any matrix.
         psoft_mag_b: learn a factor on each output of the rotation.
@@ -90,11 +92,9 @@ class PsoftConfig(LayersConfig):
         check_number("psoft_alpha", self.psoft_alpha)
         if self.psoft_alpha <= 0:
             raise ConfigError(f"psoft_alpha must be positive, not {self.psoft_alpha:g}", field="psoft_alpha")
-        if not 0 < self.num_cayley_neumann_terms <= _MOST_TERMS:
-            raise ConfigError(
-                f"num_cayley_neumann_terms must be from 1 to {_MOST_TERMS}, not {self.num_cayley_neumann_terms:.3g}",
-                field="num_cayley_neumann_terms",
-            )
+        for name, most in (("psoft_svd_lowrank_niter", _MOST_ITERATIONS), ("num_cayley_neumann_terms", _MOST_TERMS)):
+            if not 0 < getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be from 1 to {most}, not {getattr(self, name):.3g}", field=name)
         if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:
             raise ConfigError(
                 f"cayley_neumann_eps must be between 0 and 1, not {self.cayley_neumann_eps:g}",

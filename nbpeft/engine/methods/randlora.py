@@ -86,6 +86,8 @@ class RandLoraConfig(LayersConfig):
 class Bases(SharedState):
     """A, (r, 1, small), and B, (large, bases, r): frozen, and drawn from a seed."""
 
+    made_from: ClassVar[tuple[str, ...]] = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
+
     randlora_A: Tensor
     randlora_B: Tensor
 

@@ -205,6 +205,11 @@ class TinyLora(ComputedFactors):
         return {name: (shape, torch.float32) for name, shape in fixed.items()}
 
     @classmethod
+    def unsaved_elements(cls, config: TinyLoraConfig, module: nn.Module, kind: LayerKind) -> int:
+        """The projections, where they are drawn; see ``Adapter``."""
+        return 0 if config.save_projection else config.u * min(config.r, *kind.weight_shape(module)) ** 2
+
+    @classmethod
     def create(cls, config: TinyLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded tensors or makes them from the weight and the seed; see ``Adapter``."""
         assert isinstance(site.shared, TinyVectors)

@@ -214,6 +214,11 @@ class UniLora(ComputedFactors):
         return {**indices, SCALES_A: (first, torch.float32), SCALES_B: (second, torch.float32)}
 
     @classmethod
+    def unsaved_elements(cls, config: UniLoraConfig, module: nn.Module, kind: LayerKind) -> int:
+        """An index and a scale for each entry of the factors, where they are drawn; see ``Adapter``."""
+        return 0 if config.save_indices else 2 * config.r * sum(kind.features(module))
+
+    @classmethod
     def create(cls, config: UniLoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
         """Binds loaded indices and scales or draws them; see ``Adapter``."""
         assert isinstance(site.shared, UniVector)

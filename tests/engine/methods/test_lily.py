@@ -11,11 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nbpeft
 from nbpeft.engine.kept import keep, keeps_weights, put_back
-from nbpeft.errors import ConfigError
+from nbpeft.errors import CheckpointError, ConfigError
 from nbpeft.memory import forecast
 from nbpeft.model import AdapterPool, PeftModel, get_peft_model
 from tests.tiny_models import llama, logits, randomize, tokens
@@ -165,6 +165,44 @@ def test_a_pool_serves_groupings_of_the_same_shapes(tmp_path: Path) -> None:
         pool.set_adapter(name)
         torch.testing.assert_close(logits(pool.model.eval()), expected[name], atol=1e-6, rtol=0)
     assert pool.statistics.evictions >= 1
+
+
+SECOND = "model.layers.1.self_attn.q_proj"
+
+
+def test_copies_that_differ_do_not_go_into_one_tensor(tmp_path: Path) -> None:
+    """PEFT takes the last copy in the file for all."""
+    model = made()
+    model.save_pretrained(tmp_path)
+    before, tensors = logits(model), load_file(tmp_path / "adapter_model.safetensors")
+    tensors[f"base_model.model.{SECOND}.lily_B.weight"] += 1
+    words = rf"other lily_B for {SECOND} than for model\.layers\.0\.self_attn\.q_proj, which share one"
+    with pytest.raises(CheckpointError, match=words):
+        nbpeft.set_peft_model_state_dict(model, tensors)
+    assert torch.equal(logits(model), before)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        PeftModel.from_pretrained(base(), tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        AdapterPool(base(), 10, adapters={"one": tmp_path}).set_adapter("one")
+
+
+@pytest.mark.parametrize("lacks", ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"])
+def test_one_copy_of_what_is_shared_is_enough(lacks: str, tmp_path: Path) -> None:
+    model = made(stride_A=2)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    kept = {key: value for key, value in tensors.items() if lacks not in key or "router" in key}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="lily_"):
+        loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_what_is_shared_is_kept_once() -> None:
+    model = made()
+    assert keep(model.manager, "default").byte_count == sum(one.nbytes for one in model.manager.parameters("default"))
 
 
 def test_the_start_and_the_scaling_are_those_of_the_config() -> None:

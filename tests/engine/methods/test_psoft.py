@@ -88,6 +88,7 @@ def test_a_step_through_a_second_adapter_and_back(tmp_path: Path) -> None:
     [
         ({"ab_svd_init": "svd"}, "psoft_init"),
         ({"num_cayley_neumann_terms": 0}, "from 1 to 64"),
+        ({"psoft_svd_lowrank_niter": 129}, "psoft_svd_lowrank_niter must be from 1 to 128, not 129"),
         ({"cayley_neumann_eps": 1.0}, "between 0 and 1"),
         ({"psoft_alpha": 0}, "positive"),
     ],

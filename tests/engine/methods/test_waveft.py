@@ -94,6 +94,30 @@ def test_coefficients_are_shared_out_as_in_peft(tmp_path: Path) -> None:
     assert [tuple(p.shape) for p in model.parameters() if p.requires_grad] == [(30,), (30,)]
 
 
+def test_coefficients_that_are_shared_out_are_swapped(tmp_path: Path) -> None:
+    """The counts at the layers follow from all layers, which a config read from a file does not know."""
+    expected = {}
+    for scaling in (2.0, 3.0):
+        fields: dict[str, Any] = {"n_frequency": 30, "proportional_parameters": True, "scaling": scaling}
+        model = get_peft_model(llama(), nbpeft.WaveFTConfig(**fields, target_modules=["q_proj", "v_proj"])).eval()
+        randomize(model, seed=int(scaling))
+        model.save_pretrained(tmp_path / f"x{scaling:g}")
+        expected[f"x{scaling:g}"] = logits(model)
+    nbpeft.hotswap_adapter(model, tmp_path / "x2", "default")
+    torch.testing.assert_close(logits(model), expected["x2"], atol=1e-6, rtol=0)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(llama(), tmp_path / "again")), expected["x2"], atol=1e-6, rtol=0
+    )
+    room = sum(parameter.nbytes for parameter in model.manager.parameters("default"))
+    pool = nbpeft.AdapterPool(llama(), room / 10**6, adapters={name: tmp_path / name for name in expected})
+    for name in (*expected, *expected):
+        pool.set_adapter(name)
+        torch.testing.assert_close(logits(pool.model.eval()), expected[name], atol=1e-6, rtol=0)
+    assert pool.statistics.swaps == 3
+    pool.close()
+
+
 def test_a_transposed_layer_merges_with_a_long_filter() -> None:
     config = nbpeft.WaveFTConfig(n_frequency=15, wavelet_family="db20", n_frequency_pattern={"h.0.attn.c_attn": 9})
     config.target_modules = {"c_attn"}

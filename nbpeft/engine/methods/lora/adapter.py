@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -314,11 +313,6 @@ class LowRankAdapter(Adapter, Rescales, Pads, ChangesBase):
             if refusal:
                 yield f"{path} cannot be merged: it is {refusal}"
                 return
-
-    @classmethod
-    def initial_elements(cls, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """A0 and B0 are as large as A and B, the first two parameters."""
-        return sum(map(math.prod, list(shapes.values())[:2]))
 
     # Saving and swapping
 

@@ -64,28 +64,30 @@ class TiedProduct(LowRankProduct):
 
     @classmethod
     def create(cls, config: LoraConfig, site: AdapterSite, tensors: Mapping[str, Tensor] | None) -> Self:
-        """Makes an adapter that waits for its source; a new one draws what a head's would start with."""
+        """Makes an adapter that waits for its source, with any of the tensors; a new one draws what a head's would."""
         made = cls({}, site.base.kind, config, site.path)
         is_new = tensors is None and config.init_name != "random"
         made.__dict__["_drawn"] = init_factors(config, site, None) if is_new else {}
+        made.__dict__["_loaded"] = dict(tensors or {})
         return made
 
     @torch.no_grad()
     def tie_to(self, source: Adapter) -> None:
-        """Uses the factors of another adapter from now on; new ones start as PEFT's do, as the head's."""
+        """Uses the factors of another adapter from now on; new ones start as PEFT's do, as the head's.
+
+        Loaded ones are written there: a file may hold them for this layer alone.
+        """
         self.__dict__["source"] = source
-        drawn = self.__dict__.pop("_drawn", {})
-        if not self._is_alike:
-            for name, value in drawn.items():
-                self.held[name].copy_(value)
+        drawn, loaded = self.__dict__.pop("_drawn", {}), self.__dict__.pop("_loaded", {})
+        for name, value in (loaded if self._is_alike else drawn | loaded).items():
+            self.held[name].copy_(value)
 
     @classmethod
     def tied_tensors(cls, names: Collection[str], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The factors under their names; see ``Adapter``."""
-        if source.keys() >= set(names):
-            return {name: source[name] for name in names}
-        (name_A, name_B), (source_A, source_B) = LowRank.factor_names, LowRankLookup.factor_names
-        return {name_A: source[source_B].T, name_B: source[source_A].T}
+        alike = {name: source[name] for name in names if name in source}
+        pairs = zip(LowRank.factor_names, reversed(LowRankLookup.factor_names), strict=True)
+        return alike or {name: source[other].T for name, other in pairs if other in source}
 
     @property
     def held(self) -> Mapping[str, Any]:
