@@ -175,10 +175,15 @@ UNMERGEABLE = {
 }
 
 
+def merge_refusal(kind: str, *samples: str) -> str | None:
+    """Why one of some samples cannot be merged there."""
+    names = [name for sample in samples for name in (sample, labels[sample])]
+    return next((UNMERGEABLE[kind, name] for name in names if (kind, name) in UNMERGEABLE), None)
+
+
 def merge(model: PeftModel, kind: str, *samples: str) -> bool:
     """Merges, or checks that it is refused where it is impossible."""
-    names = [name for sample in samples for name in (sample, labels[sample])]
-    refusal = next((UNMERGEABLE[kind, name] for name in names if (kind, name) in UNMERGEABLE), None)
+    refusal = merge_refusal(kind, *samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if refusal is None:
