@@ -295,15 +295,19 @@ def _gradients(
     return next(found) if for_x else None, next(found) if for_delta else None
 
 
-def keeping_inputs(function: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+def keeping_inputs(
+    function: Callable[..., Tensor], x: Tensor, *parameters: Tensor, keeps_little: bool = False
+) -> Tensor:
     """``function(x, *parameters)``, of which backward keeps the arguments alone and computes the rest again.
 
     Args:
         function: differentiable, and without random numbers.
         x: the layer's input.
         parameters: tensors that are trained.
+        keeps_little: autograd would keep little beside the arguments, but for a copy of ``x`` in another dtype: nothing
+            is computed again where there is none.
     """
-    if composes():
+    if composes() or (keeps_little and compute_dtype(x, parameters[0]) == x.dtype):
         return function(x, *parameters)
     return _KeepingInputs.apply(function, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -164,9 +164,7 @@ class Gralora(WeightDelta, Rescales):
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The products of the blocks, summed; see ``Adapter``."""
         x = F.dropout(x, self.dropout, self.training)
-        if compute_dtype(x, self.tensors[0]) == x.dtype:  # what autograd keeps beside the input is small
-            return _product(x, *self.tensors) * self.scaling
-        return keeping_inputs(_product, x, *self.tensors) * self.scaling
+        return keeping_inputs(_product, x, *self.tensors, keeps_little=True) * self.scaling
 
     def delta(self, base: BaseLayer, *parameters: Tensor) -> Tensor:
         """The blocks, and the product of the whole weight; see ``WeightDelta``."""

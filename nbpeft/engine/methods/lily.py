@@ -161,10 +161,8 @@ class Lily(Adapter, Rescales):
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """The mixture of the experts for ``x``; see ``Adapter``."""
-        parameters = [self.held[name].to(x.device) for name in (A, B, ROUTER)]  # of a layer that is elsewhere
-        if compute_dtype(x, parameters[0]) == x.dtype:  # what autograd keeps beside the input is small
-            return _mixed(x, *parameters) * self.scaling
-        return keeping_inputs(_mixed, x, *parameters) * self.scaling
+        parameters = (self.held[name].to(x.device) for name in (A, B, ROUTER))  # of a layer that is elsewhere
+        return keeping_inputs(_mixed, x, *parameters, keeps_little=True) * self.scaling
 
     def delta_weight(self, weight: Tensor, base: BaseLayer) -> Tensor:
         """Refuses; see ``unmergeable_reason``."""
