@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nbpeft import checkpoint
 from nbpeft.engine.adapter import Adapter, AdapterWeights
+from nbpeft.engine.layer import AdaptedLayer
 from nbpeft.engine.manager import AdapterManager, require_manager
 from nbpeft.engine.model_tree import bare_modules, bare_names, unwrapped
 from nbpeft.engine.registry import method_of
@@ -178,29 +179,38 @@ def _write(
 
 def drop_values(manager: AdapterManager, name: str) -> None:
     """Puts the parameters of an adapter on the meta device, where they take no memory until they are loaded."""
-    empty: dict[int, nn.Parameter] = {}  # by id: layers may share one
     with manager.transaction() as change:
-        for layer in manager.layers.values():
-            adapter: Any = layer.adapters._modules.get(name)
-            for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
-                if parameter is not None:
-                    if id(parameter) not in empty:
-                        data = parameter.detach().to("meta")
-                        empty[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                    change.set_item(adapter._parameters, key, empty[id(parameter)])
+        _replace_data(manager, name, lambda parameter, layer: parameter.detach().to("meta"), change)
 
 
 def _fill_in(manager: AdapterManager, name: str, values: Mapping[int, Tensor], change: Transaction) -> None:
     """Gives an adapter parameters in the place of those without data, by the id of these."""
-    filled: dict[int, nn.Parameter] = {}  # layers may share one
-    for layer in manager.layers.values() if values else ():
+
+    def filled(parameter: nn.Parameter, layer: AdaptedLayer) -> Tensor | None:
+        value = values.get(id(parameter))
+        return None if value is None else value.to(layer.base.device, parameter.dtype, copy=True)
+
+    if values:
+        _replace_data(manager, name, filled, change)
+
+
+def _replace_data(
+    manager: AdapterManager,
+    name: str,
+    data: Callable[[nn.Parameter, AdaptedLayer], Tensor | None],
+    change: Transaction,
+) -> None:
+    """Gives an adapter new parameters for those that ``data`` has other values for; what layers share stays one."""
+    made: dict[int, nn.Parameter] = {}
+    for layer in manager.layers.values():
         adapter: Any = layer.adapters._modules.get(name)
         for key, parameter in {} if adapter is None else dict(adapter._parameters).items():
-            if id(parameter) in values:
-                if id(parameter) not in filled:
-                    tensor = values[id(parameter)].to(layer.base.device, parameter.dtype, copy=True)
-                    filled[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
-                change.set_item(adapter._parameters, key, filled[id(parameter)])
+            if parameter is None:
+                continue
+            if id(parameter) not in made and (values := data(parameter, layer)) is not None:
+                made[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+            if id(parameter) in made:
+                change.set_item(adapter._parameters, key, made[id(parameter)])
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
