@@ -121,6 +121,22 @@ def check_linear(method: str, path: str, kind: LayerKind) -> None:
         raise ConfigError(f"{path}: {method} works on linear layers, not on {kind.peft_name}; exclude it", path=path)
 
 
+def check_frequencies(count: int, path: str, features: tuple[int, int]) -> None:
+    """Raises ConfigError where ``n_frequency`` asks for more numbers than the weight of a linear layer has.
+
+    Args:
+        count: how many.
+        path: of the layer.
+        features: (in, out) of the layer.
+    """
+    in_features, out_features = features
+    if count > in_features * out_features:
+        raise ConfigError(
+            f"{path}: n_frequency = {count} is more than its weight has, {out_features} x {in_features}; lower it",
+            path=path,
+        )
+
+
 def check_bias(bias: object, choices: Sequence[str]) -> None:
     """Raises BiasError for a ``bias`` that is none of the choices."""
     if bias not in choices:

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta, SharedState
+from nbpeft.engine.adapter import Adapter, AdapterSite, ConvertsToLora, LowRankDelta
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import method_of
+from nbpeft.engine.shared_state import DrawnTensors
 from nbpeft.engine.transaction import Transaction
 
 
@@ -61,23 +62,10 @@ class VectorsConfig(LayersConfig):
         raise NotImplementedError
 
 
-class Projections(SharedState):
+class Projections(DrawnTensors):
     """A, (rows of a rank · r, largest in), and B, (largest out, r): frozen, and drawn from a seed."""
 
-    made_from: ClassVar[tuple[str, ...]] = ("r", "projection_prng_key", "save_projection")
-    names: ClassVar[tuple[str, str]]
     rows_of_rank: ClassVar[int] = 1
-
-    def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:
-        super().__init__()
-        for name in self.names:
-            self.register_buffer(name, tensors[name], persistent=saved)
-
-    @property
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        first, second = (self.get_buffer(name) for name in self.names)
-        return first, second
 
     @classmethod
     def tensor_shapes(
@@ -89,24 +77,11 @@ class Projections(SharedState):
         return dict(zip(cls.names, shapes, strict=True))
 
     @classmethod
-    def create(
-        cls,
-        config: VectorsConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Binds loaded projections or draws them from the config's seed, on the CPU as PEFT does."""
-        if tensors is None:
-            generator = torch.Generator().manual_seed(config.projection_prng_key)
-            tensors = {name: _drawn(shapes[name], generator) for name in cls.names}
-        return cls({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, saved=config.save_projection)
-
-    @classmethod
-    def is_saved(cls, config: VectorsConfig) -> bool:
-        """Whether the config asks for it."""
-        return config.save_projection
+    def drawn(
+        cls, config: VectorsConfig, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Draws A, then B; see ``DrawnTensors``."""
+        return {name: _drawn(shapes[name], generator) for name in cls.names}
 
 
 def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -58,6 +58,11 @@ class SharedState(nn.Module):
             features: as ``tensor_shapes`` gets them, in the order of the model.
         """
 
+    def held(self, name: str) -> Tensor:
+        """One of its parameters; nn.DataParallel's replicas have it as a plain attribute."""
+        found = self._parameters.get(name)
+        return self.__dict__[name] if found is None else found
+
     @classmethod
     def is_saved(cls, config: Any) -> bool:
         """Whether a file holds its tensors; otherwise ``create`` makes the same ones again from the config."""
@@ -66,3 +71,50 @@ class SharedState(nn.Module):
     def saved_tensors(self) -> dict[str, Tensor]:
         """What an adapter's file holds of it, by name; references."""
         return dict(self.state_dict(keep_vars=True))
+
+
+class DrawnTensors(SharedState):
+    """Frozen tensors that are drawn from a seed (``projection_prng_key``) and saved if ``save_projection`` asks for it.
+
+    A subclass gives ``names``, ``tensor_shapes`` and ``drawn``.
+    """
+
+    made_from: ClassVar[tuple[str, ...]] = ("r", "projection_prng_key", "save_projection")
+    names: ClassVar[tuple[str, str]]
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:
+        super().__init__()
+        for name in self.names:
+            self.register_buffer(name, tensors[name], persistent=saved)
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Both, in the order of their names."""
+        first, second = (self.get_buffer(name) for name in self.names)
+        return first, second
+
+    @classmethod
+    def drawn(
+        cls, config: Any, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        """Draws the tensors, by name, on the CPU, as PEFT does."""
+        raise NotImplementedError
+
+    @classmethod
+    def create(
+        cls,
+        config: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Mapping[str, Tensor] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Self:
+        """Binds loaded tensors or draws them from the config's seed."""
+        if tensors is None:
+            tensors = cls.drawn(config, shapes, torch.Generator().manual_seed(config.projection_prng_key))
+        return cls({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, saved=config.save_projection)
+
+    @classmethod
+    def is_saved(cls, config: Any) -> bool:
+        """Whether the config asks for it."""
+        return bool(config.save_projection)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_count, check_linear, check_number
+from nbpeft.engine.config_checks import check_count, check_frequencies, check_linear, check_number
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.numerics import composes
@@ -101,12 +101,8 @@ class FourierFT(WeightDelta, Rescales):
     ) -> dict[str, tuple[int, ...]]:
         """The numbers, (n,); see ``Adapter``."""
         check_linear("FourierFT", path, kind)
-        count, (in_features, out_features) = config.frequencies_at(path), kind.features(module)
-        if count > in_features * out_features:
-            raise ConfigError(
-                f"{path}: n_frequency = {count} is more than its weight has, {out_features} x {in_features}; lower it",
-                path=path,
-            )
+        count = config.frequencies_at(path)
+        check_frequencies(count, path, kind.features(module))
         return {SPECTRUM: (count,)}
 
     @classmethod

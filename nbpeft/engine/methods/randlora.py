@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales, SharedState
+from nbpeft.engine.adapter import Adapter, AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_linear, check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.numerics import compute_dtype
 from nbpeft.engine.registry import register
+from nbpeft.engine.shared_state import DrawnTensors
 from nbpeft.engine.targets import usual_targets
 from nbpeft.engine.transaction import Transaction
 from nbpeft.engine.weight_delta import keeping_inputs
@@ -83,18 +84,11 @@ class RandLoraConfig(LayersConfig):
         return 3.0 if self.sparse else None
 
 
-class Bases(SharedState):
+class Bases(DrawnTensors):
     """A, (r, 1, small), and B, (large, bases, r): frozen, and drawn from a seed."""
 
-    made_from: ClassVar[tuple[str, ...]] = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
-
-    randlora_A: Tensor
-    randlora_B: Tensor
-
-    def __init__(self, tensors: Mapping[str, Tensor], *, saved: bool) -> None:
-        super().__init__()
-        for name in (BASIS_A, BASIS_B):
-            self.register_buffer(name, tensors[name], persistent=saved)
+    names: ClassVar[tuple[str, str]] = (BASIS_A, BASIS_B)
+    made_from: ClassVar[tuple[str, ...]] = (*DrawnTensors.made_from, "sparse", "very_sparse")
 
     @classmethod
     def tensor_shapes(
@@ -106,26 +100,13 @@ class Bases(SharedState):
         return {BASIS_A: (config.r, 1, small), BASIS_B: (large, -(-small // config.r), config.r)}
 
     @classmethod
-    def create(
-        cls,
-        config: RandLoraConfig,
-        shapes: Mapping[str, tuple[int, ...]],
-        tensors: Mapping[str, Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """Binds loaded bases or draws them from the config's seed, on the CPU as PEFT does."""
-        if tensors is None:
-            generator = torch.Generator().manual_seed(config.projection_prng_key)
-            sparsity = config.sparsity(shapes[BASIS_A][2])
-            drawn = _dense_bases(shapes, generator) if sparsity is None else _sparse_bases(shapes, generator, sparsity)
-            tensors = {name: tensor / tensor.std() for name, tensor in drawn.items()}
-        return cls({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, saved=config.save_projection)
-
-    @classmethod
-    def is_saved(cls, config: RandLoraConfig) -> bool:
-        """Whether the config asks for it."""
-        return config.save_projection
+    def drawn(
+        cls, config: RandLoraConfig, shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Dense or sparse ones, scaled to a deviation of one; see ``DrawnTensors``."""
+        sparsity = config.sparsity(shapes[BASIS_A][2])
+        found = _dense_bases(shapes, generator) if sparsity is None else _sparse_bases(shapes, generator, sparsity)
+        return {name: tensor / tensor.std() for name, tensor in found.items()}
 
 
 def _dense_bases(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
@@ -217,8 +198,9 @@ class RandLora(Adapter, Rescales):
         """The bases with their scales as two matrices, (width, in) and (out, width), where the layer is."""
         scales, columns = self.held[LAMBDA], self.held[GAMMA]
         (count, small), large = columns.shape, max(base.in_features, base.out_features)
-        first = self.bases.randlora_A[:, :, :small].to(columns.device)
-        second = self.bases.randlora_B[:large, :count].to(columns.device).flatten(1)
+        whole_a, whole_b = self.bases.matrices
+        first = whole_a[:, :, :small].to(columns.device)
+        second = whole_b[:large, :count].to(columns.device).flatten(1)
 
         def scaled(scales: Tensor, columns: Tensor) -> Tensor:
             return (scales[:, :, None] * first * columns).flatten(0, 1)

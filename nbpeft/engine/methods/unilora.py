@@ -90,9 +90,8 @@ class UniVector(SharedState):
 
     @property
     def theta(self) -> Tensor:
-        """The numbers; nn.DataParallel's replicas have them as a plain attribute."""
-        held: Tensor | None = self._parameters.get(THETA)
-        return self.__dict__[THETA] if held is None else held
+        """The numbers."""
+        return self.held(THETA)
 
     @classmethod
     def tensor_shapes(

@@ -90,9 +90,8 @@ class VectorBank(SharedState):
 
     @property
     def vectors(self) -> Tensor:
-        """The bank; nn.DataParallel's replicas have it as a plain attribute."""
-        held: Tensor | None = self._parameters.get(BANK)
-        return self.__dict__[BANK] if held is None else held
+        """The bank."""
+        return self.held(BANK)
 
     @classmethod
     def tensor_shapes(cls, config: VBLoRAConfig, features: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:

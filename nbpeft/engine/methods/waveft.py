@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.adapter import AdapterSite, Rescales
 from nbpeft.engine.base import BaseLayer, LayerKind
-from nbpeft.engine.config_checks import check_count, check_linear, check_number, check_seed
+from nbpeft.engine.config_checks import check_count, check_frequencies, check_linear, check_number, check_seed
 from nbpeft.engine.layers_config import LayersConfig
 from nbpeft.engine.module_paths import pattern_table
 from nbpeft.engine.random_numbers import drawn_places
@@ -252,12 +252,8 @@ class WaveFT(WeightDelta, Rescales):
     ) -> dict[str, tuple[int, ...]]:
         """The coefficients, (n,); see ``Adapter``."""
         check_linear("WaveFT", path, kind)
-        count, (in_features, out_features) = config.frequencies_at(path), kind.features(module)
-        if count > in_features * out_features:
-            raise ConfigError(
-                f"{path}: n_frequency = {count} is more than its weight has, {out_features} x {in_features}; lower it",
-                path=path,
-            )
+        count = config.frequencies_at(path)
+        check_frequencies(count, path, kind.features(module))
         return {SPECTRUM: (count,)}
 
     @classmethod
