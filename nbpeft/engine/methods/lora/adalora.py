@@ -11,7 +11,6 @@ zero, until ``target_r`` a layer are left on average. A file holds what is left,
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -23,17 +22,16 @@ from nbpeft.engine.adapter import (
     Adapter,
     AdapterSite,
     IsLowRank,
-    LearnsWithHooks,
     LowRankDelta,
     PeftType,
     Rescales,
 )
+from nbpeft.engine.allocator import Allocator, update_and_allocate
 from nbpeft.engine.base import BaseLayer, LayerKind
 from nbpeft.engine.config_checks import check_bias, check_count, check_number, check_share
 from nbpeft.engine.methods.lora.autograd import Dropout
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.low_rank import low_rank_of
-from nbpeft.engine.methods.lora.together import Together
 from nbpeft.engine.methods.lora.variant_configs import VARIANT_CONFIGS
 from nbpeft.engine.registry import register
 from nbpeft.engine.targets import usual_wide_targets
@@ -190,7 +188,7 @@ class AdaLoraConfig(LoraConfig):
         return f"rank_pattern [{few(unused)}] did not match any targeted module" if unused else ""
 
 
-class RankAllocator(Together, LearnsWithHooks):
+class RankAllocator(Allocator):
     """Shares the ranks of an adapter out among its layers.
 
     Args:
@@ -200,17 +198,18 @@ class RankAllocator(Together, LearnsWithHooks):
         adapters: path -> the adapter of a layer.
     """
 
+    does_nothing: ClassVar[str] = "AdaLoRA takes no rank away"
+
     adapters: dict[str, AdaLora]
     config: AdaLoraConfig
 
     def __init__(self, config: AdaLoraConfig) -> None:
         super().__init__(config)
-        self.__dict__.update(importance={}, state_after=None, told=False, warned=False)
-        self.__dict__["state_before"] = None
+        self.__dict__["importance"] = {}
 
     def extra_loss(self) -> Tensor | None:
         """The distance of A and B from orthogonal ones, on average, times ``orth_reg_weight``."""
-        self._warn_untold()
+        self.warn_untold()
         distances = [_distance(matrix) for one in self.adapters.values() for matrix in one.orthogonal_rows]
         if not distances or not self.config.orth_reg_weight:
             return None
@@ -218,42 +217,17 @@ class RankAllocator(Together, LearnsWithHooks):
         total = torch.stack([distance.to(device) for distance in distances]).mean()
         return total * self.config.orth_reg_weight
 
-    def after_backward(self, step: int) -> None:
-        """Measures the importance of each rank, and takes ranks away where it is time; see ``LearnsWithHooks``.
-
-        A second call after one optimizer step, as of a callback beside a Trainer that calls it anyway, does nothing.
-        """
-        self.__dict__["told"] = True
-        if self._state == self.__dict__["state_after"] or not self.adapters:
-            return
+    def allocate(self, step: int) -> None:
+        """Measures the importance of each rank, and takes ranks away where it is time; see ``Allocator``."""
         config, last = self.config, self.config.last_allocation
-        with torch.no_grad():
-            if step < last:
-                self._measure()
-            if step == last or (config.tinit < step < last and step % config.deltaT == 0):
-                self._allocate(config.budget_at(step, len(self.adapters)))
-            if step == last:
-                self.__dict__["importance"].clear()
-            if step > last:
-                self._keep_allocated()
-        self.__dict__["state_after"] = self._state
-
-    @property
-    def _state(self) -> int:
-        """Another number after each change of the parameters in place."""
-        return sum(tensor._version for adapter in self.adapters.values() for tensor in adapter.parameters())
-
-    def _warn_untold(self) -> None:
-        before, now = self.__dict__["state_before"], self._state
-        self.__dict__["state_before"] = now
-        if before in (None, now) or self.__dict__["told"] or self.__dict__["warned"]:
-            return
-        self.__dict__["warned"] = True
-        warnings.warn(
-            "AdaLoRA takes no rank away unless it is told of each step: call "
-            "model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
-            stacklevel=12,  # the caller of the model, or above
-        )
+        if step < last:
+            self._measure()
+        if step == last or (config.tinit < step < last and step % config.deltaT == 0):
+            self._allocate(config.budget_at(step, len(self.adapters)))
+        if step == last:
+            self.__dict__["importance"].clear()
+        if step > last:
+            self._keep_allocated()
 
     def _measure(self) -> None:
         """Brings the moving averages of importance and of its uncertainty up to date; nothing without a gradient."""
@@ -301,19 +275,6 @@ def _distance(matrix: Tensor) -> Tensor:
     identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
     distance: Tensor = torch.linalg.vector_norm(matrix @ matrix.T - identity)
     return distance
-
-
-def update_and_allocate(manager: Any, global_step: int) -> None:
-    """Measures the importance of all ranks and takes ranks away where it is time.
-
-    The Trainer, ``nbpeft.train`` and ``track()`` do it; a loop of one's own calls it in each step between
-    ``optimizer.step()`` and ``zero_grad()``.
-
-    Args:
-        manager: of the model.
-        global_step: number of the optimizer step, from 0.
-    """
-    manager.after_backward(global_step)
 
 
 @register(

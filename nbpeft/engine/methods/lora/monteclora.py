@@ -30,10 +30,10 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY
 from nbpeft.engine.methods.lora.inits import check_linear
 from nbpeft.engine.methods.lora.plain import LowRankProduct
-from nbpeft.engine.methods.lora.together import Together
 from nbpeft.engine.methods.lora.variant_configs import MontecloraConfig
 from nbpeft.engine.numerics import composes, summed, without_autocast
 from nbpeft.engine.registry import register
+from nbpeft.engine.shared_state import Together
 
 STD = "lora_monteclora_std_prior"
 PRIOR = "lora_monteclora_expert_weights_prior"
