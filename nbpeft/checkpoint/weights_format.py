@@ -79,6 +79,7 @@ class Expected:
             resized vocabulary) -> shape.
         others: name (path and all) of what in ``copies`` holds no floating numbers, such as a counter -> dtype.
         parameters: those of the paths in ``adapters`` that are parameters; see ``AdapterWeights``.
+        found_anew: name (path and all) of what in ``adapters`` a file need not have.
     """
 
     adapters: Shapes = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Expected:
     optional: Mapping[str, Shape] = field(default_factory=dict)
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
     parameters: Collection[str] = ()
+    found_anew: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def from_file(
     left_out = {key for key, _, _ in mismatched}
     _warn_of_not_finite({key: tensor for key, tensor in found.items() if key not in left_out})
     places = _Places(expected.adapters, expected.copies, expected.parameters)
-    optional = {places.of(name) for name in expected.optional}
+    optional = {*(places.of(name) for name in expected.optional), *expected.found_anew}
     missing = [_full_key(key) for key in slots if key not in found and key not in optional]
     return Loaded(weights, missing, unexpected, [_full_key(key) for key, _, _ in mismatched])
 

@@ -376,6 +376,12 @@ class Adapter(nn.Module):
     wrapped_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters that PEFT keeps in a small module, as its ``weight``: ``layer.core["default"].weight``."""
 
+    parameter_lists: ClassVar[tuple[str, ...]] = ()
+    """What PEFT keeps in a list, ``layer.core["default"][0]``: its parameters ``core.0``, ``core.1``, …"""
+
+    optional_tensors: ClassVar[tuple[str, ...]] = ()
+    """Those of ``fixed_tensors`` that a file may lack; ``create`` finds them."""
+
     peft_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT keeps in modules beside the parameters; ``peft_module`` makes them."""
 
@@ -573,7 +579,8 @@ class Adapter(nn.Module):
 
     def layer_names(self) -> tuple[str, ...]:
         """Names under which PEFT's layers keep parameters of the method."""
-        return tuple(name for name in self.peft_mappings if name not in self.peft_modules) or tuple(self._parameters)
+        own = dict.fromkeys(name.partition(".")[0] for name in self._parameters)
+        return tuple(name for name in self.peft_mappings if name not in self.peft_modules) or tuple(own)
 
     # Layers that share a weight
     source: Adapter | None = None  # the adapter of another layer whose tensors this one uses

@@ -194,7 +194,7 @@ def _create(target: Target, site: AdapterSite, given: Mapping[str, Tensor] | Non
         return target.adapter_class.create(target.config, site, placed)
     adapter = target.adapter_class.create(target.config, site, None)
     for name, tensor in placed.items():
-        owner, _, own = name.rpartition(".")
+        owner, _, own = ("", "", name) if name in adapter._parameters else name.rpartition(".")
         holder = adapter.get_submodule(owner)
         if name in site.shapes:
             holder._parameters[own] = nn.Parameter(tensor, name not in adapter.frozen_parameters)

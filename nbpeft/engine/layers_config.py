@@ -90,9 +90,10 @@ def _check_choice(name: str, value: object, choices: Sequence[Any]) -> None:
 
 
 def check_filled(config: Any) -> None:
-    """Raises ConfigError for a field that is None though its default is a number, a text, True or False."""
+    """Raises ConfigError for None where a number, a text, True or False is the default and None no choice."""
     for one in dataclasses.fields(config):
-        if getattr(config, one.name) is None and isinstance(one.default, bool | int | float | str):
+        needs_value = isinstance(one.default, bool | int | float | str) and None not in config.choices.get(one.name, ())
+        if getattr(config, one.name) is None and needs_value:
             raise ConfigError(f"{one.name} must have a value, such as {one.default!r}, not None", field=one.name)
 
 

@@ -100,6 +100,9 @@ def shown_name(adapter: Adapter, own: str, name: str) -> str:
         own: its own name of the parameter.
         name: the adapter's name.
     """
+    listed, _, number = own.partition(".")
+    if listed in adapter.parameter_lists:
+        return f"{listed}.{name}.{number}"
     if "." in own:  # of a module inside the adapter
         return f"{adapter.parts_shown_as}.{name}.{own}"
     for tail in ("weight", "bias"):
@@ -194,6 +197,24 @@ class ParameterMapping(_Shows, nn.ParameterDict):
         return "ParameterDict"
 
 
+class ParameterListing(_Shows, nn.ParameterList):
+    """Parameters of an adapter that PEFT keeps in a list, as in ``layer.core["default"][0]``.
+
+    Args:
+        adapter: the adapter.
+        name: of the list; the parameters are the adapter's ``name.0``, ``name.1``, ….
+    """
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        super().__init__()
+        owned = {own.partition(".")[2]: own for own in adapter._parameters if own.partition(".")[0] == name}
+        self.__dict__.update(adapter=adapter, owned=owned, _size=len(owned))
+        self.__dict__["_parameters"] = LiveParameters({number: (adapter, own) for number, own in owned.items()})
+
+    def _get_name(self) -> str:
+        return "ParameterList"
+
+
 class Container(nn.Module):
     """A module in which PEFT keeps parameters of a layer's adapters, as ``token_adapter``; also their attributes."""
 
@@ -229,7 +250,11 @@ def show_adapters(shown: dict[str, Any], adapters: Mapping[str, Any], base: Base
     for name, adapter in adapters.items():
         for own in adapter.peft_modules:
             modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or adapter.peft_module(own, base)
+        for own in adapter.parameter_lists:
+            modules.setdefault(own, {})[name] = _kept(shown, own, name, adapter) or ParameterListing(adapter, own)
         for own in adapter._parameters:
+            if own.partition(".")[0] in adapter.parameter_lists:
+                continue
             if own in adapter.wrapped_parameters:
                 leaf = _kept(shown, own, name, adapter) or _leaf(adapter, own, base)
                 modules.setdefault(own, {})[name] = leaf
@@ -321,3 +346,5 @@ def use_shown(adapters: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
                     held = {"weight": shown_as, "bias": f"{shown_as}_bias"}
                     given = {own: leaf.__dict__[key] for key, own in held.items() if key in leaf.__dict__}
                     adapters[name].__dict__.update(given)
+                elif isinstance(leaf, ParameterListing):
+                    adapters[name].__dict__.update({own: leaf.__dict__[key] for key, own in leaf.owned.items()})

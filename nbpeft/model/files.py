@@ -184,6 +184,7 @@ def expected(model: nn.Module, plan: InjectionPlan) -> checkpoint.Expected:
         optional={name: shape for name, shape in embeddings.items() if name.rpartition(".")[0] not in plan.copies},
         others=not_floating({path: modules[path] for path in plan.copies}) | fixed_dtypes(plan.targets),
         parameters=[target.path for target in plan.targets if target.is_bare],
+        found_anew={f"{one.path}.{name}" for one in plan.targets for name in one.adapter_class.optional_tensors},
     )
 
 

@@ -135,10 +135,11 @@ class AdapterReader:
             AdapterError: an adapter of this kind cannot be in a pool.
         """
         saved = checkpoint.read_checkpoint(source.source, device="cpu", **source.options)
-        config = of_former_file(self._manager.model, saved.config.copy(inference_mode=True), saved.tensors)
+        config, tensors = saved.config.copy(inference_mode=True).beside(saved.tensors)
+        config = of_former_file(self._manager.model, config, tensors)
         layout = self._layout(name, config)
         loaded = checkpoint.from_file(
-            saved.tensors, layout.expected, peft_type=str(config.peft_type), conversion=self._conversion
+            tensors, layout.expected, peft_type=str(config.peft_type), conversion=self._conversion
         )
         for what, keys in (("lacks", loaded.missing), ("has what the model has no place for:", loaded.unexpected)):
             if keys:

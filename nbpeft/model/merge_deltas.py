@@ -176,8 +176,9 @@ def deltas_in(source: str | os.PathLike[str], model: nn.Module) -> Deltas:
         raise MergeError(
             f"{source} started in a part of the weights it was trained on: load it on that model and merge there"
         )
-    config = of_former_file(model, saved.config, saved.tensors)
-    plan, loaded = files.fitted(AdapterManager(model), None, config, saved.tensors)
+    config, tensors = saved.config.beside(saved.tensors)
+    config = of_former_file(model, config, tensors)
+    plan, loaded = files.fitted(AdapterManager(model), None, config, tensors)
     if loaded.missing:
         raise MergeError(f"{len(loaded.missing)} tensors of the adapter are missing: {few(loaded.missing, 3)}")
     name = os.path.basename(os.fspath(source).rstrip("/\\")) or "adapter"
