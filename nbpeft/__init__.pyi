@@ -5,6 +5,7 @@ Configs come from the registry, whether they have a line here or not: it makes t
 
 from typing import Any
 
+from .engine.methods.adamss import AdamssConfig as AdamssConfig
 from .engine.methods.beft import BeftConfig as BeftConfig
 from .engine.methods.boft import BOFTConfig as BOFTConfig
 from .engine.methods.c3a import C3AConfig as C3AConfig

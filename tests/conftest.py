@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import importlib.util
 import itertools
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 
@@ -36,6 +38,8 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     """Spares collections what was imported by now, which stays: going over it takes half a second each time."""
+    if "peft" in sys.modules and importlib.util.find_spec("sklearn") is None:
+        import_module("tests.kmeans_for_peft").install()
     gc.collect()
     gc.freeze()
 

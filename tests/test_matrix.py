@@ -139,7 +139,7 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1)
 
 
-PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA", "DEFT", "PEANuT", "Super-Tuning")
+PACKED = ("LoHa", "LoKr", "HRA", "FourierFT", "C3A", "HiRA", "TinyLoRA", "DEFT", "PEANuT", "Super-Tuning", "AdaMSS")
 """Methods that peft has for nn.Linear alone, which a 4-bit layer is an instance of."""
 
 # (kind, sample), or (kind, label) for all samples of a method.
@@ -151,6 +151,7 @@ PEFT_IS_WRONG = {
     ("conv1d", "LoKr-factored"): "raises RuntimeError",
     **{("int8", label): "multiplies the 8-bit numbers" for label in ("HRA", "HiRA", "PEANuT")},
     ("int8", "Super-Tuning"): "adds to the 8-bit numbers",
+    ("int8", "AdaMSS"): "takes the directions of the 8-bit numbers",
     ("int8", "TinyLoRA"): "takes the directions of the 8-bit numbers",
     **{(kind, "Uni-LoRA"): "rounds the scales to integers" for kind in ("nf4", "fp4-double", "int8")},
     ("conv2d", "OFT"): "folds patches that overlap, which is not what it merges",
