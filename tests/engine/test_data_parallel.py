@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import replicate
 
-from nbpeft import LoraConfig, get_peft_model
+from nbpeft import AdamssConfig, LoraConfig, get_peft_model
 from tests.tiny_models import experts_of, llama, mixture
 
 IDS = torch.arange(12).view(2, 6)
@@ -65,3 +65,12 @@ def test_a_replica_computes_with_its_own_tensors(name: str, monkeypatch: pytest.
     expected.square().sum().backward()
     for ours, theirs in zip(model.manager.parameters("default"), wanted.manager.parameters("default"), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_replica_has_the_parameters_in_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"r": 4, "num_subspaces": 2, "init_weights": None, "target_modules": ["q_proj"]}
+    model = get_peft_model(llama(), AdamssConfig(**fields)).eval()
+    expected = model(input_ids=IDS).logits
+    replica = replica_of(model, monkeypatch)
+    spoil(model)
+    torch.testing.assert_close(replica(input_ids=IDS).logits, expected)

@@ -293,7 +293,7 @@ class Adamss(Adapter, ConvertsToLora):
         if tensors is None or not given.keys() >= {DIRECTIONS, CLUSTERS}:
             found = _subspaces(config, site.base)
             if tensors is not None and CLUSTERS not in given:
-                _check_sizes(found.sizes, site)
+                _check_sizes(found, site)
             _planned.pop(site.base.module, None)
             given = {**_start(found, config, site), **given} if tensors is None else given
             given = {DIRECTIONS: found.directions, CLUSTERS: found.clusters.to(torch.int16), **given}
@@ -612,13 +612,15 @@ def _check_clusters(clusters: Tensor, site: AdapterSite) -> None:
         )
 
 
-def _check_sizes(sizes: Sequence[tuple[int, int]], site: AdapterSite) -> None:
+def _check_sizes(found: Subspaces, site: AdapterSite) -> None:
     """Raises ConfigError where the clusters in a weight are not those of a file without their numbers."""
     wanted = [shape[0] for name, shape in site.shapes.items() if name.startswith(B)]
-    if [outputs for outputs, _ in sizes] != wanted:
-        raise ConfigError(
-            f"{site.path}: the subspaces of the file have {shown(wanted)} outputs, those of this "
-            f"weight {shown([outputs for outputs, _ in sizes])}: the file does not hold them, and they are found again "
-            "only in the weight, and with PEFT on the kind of device, that it was trained on",
-            path=site.path,
-        )
+    have = [outputs for outputs, _ in found.sizes]
+    if _has_values(found.rows) and have == wanted:
+        return
+    weight = f"those of this weight {shown(have)}" if _has_values(found.rows) else "and this weight is not loaded"
+    raise ConfigError(
+        f"{site.path}: the subspaces of the file have {shown(wanted)} outputs, {weight}: the file does not hold them, "
+        "and they are found again only in the weight, and with PEFT on the kind of device, that it was trained on",
+        path=site.path,
+    )

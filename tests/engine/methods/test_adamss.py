@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import nbpeft
 from nbpeft.engine.methods.adamss import main_directions, row_clusters
 from nbpeft.errors import BaseMismatchError, ConfigError
-from nbpeft.model import PeftModel, get_peft_model
+from nbpeft.model import PeftModel, get_peft_model, merge_to_folder
 from tests.tiny_models import llama, logits, randomize, tokens
 
 FIELDS: dict[str, Any] = {"r": 8, "num_subspaces": 3, "subspace_rank": 2, "target_modules": ["q_proj", "down_proj"]}
@@ -138,6 +138,9 @@ def test_a_file_holds_its_clusters_and_one_of_peft_is_refused_elsewhere(tmp_path
     with pytest.raises(ConfigError, match=r"q_proj: the subspaces of the file have \[21, 9, 2\] outputs, those"):
         PeftModel.from_pretrained(base, tmp_path)
     assert type(base.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    llama().save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match="and this weight is not loaded"):
+        merge_to_folder(tmp_path / "base", tmp_path, tmp_path / "out")
 
 
 def test_a_file_with_other_clusters_or_sizes_is_refused(tmp_path: Path) -> None:
