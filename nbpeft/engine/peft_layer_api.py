@@ -401,7 +401,12 @@ def shared_by_name(states: dict[str, Any], name: str) -> PerAdapterView | None:
         states: adapter name -> what its layers share.
         name: the tensor's, as ``vera_A``.
     """
-    found = PerAdapterView(states, name, attrgetter(name), lambda state, value: attrgetter(name)(state).copy_(value))
+    having = {
+        adapter: state
+        for adapter, state in states.items()
+        if name in state._parameters or name in state._buffers or name in state._modules
+    }
+    found = PerAdapterView(having, name, attrgetter(name), lambda state, value: attrgetter(name)(state).copy_(value))
     return found if found and name.isidentifier() else None
 
 

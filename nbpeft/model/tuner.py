@@ -17,6 +17,7 @@ from nbpeft.engine.model_tree import MANAGER, embedding_of, is_quantized, manage
 from nbpeft.engine.peft_layer_api import PeftLayerMixin, layer_type, shared_by_name
 from nbpeft.engine.reached import reached_modules
 from nbpeft.engine.registry import Method, methods, methods_of_type
+from nbpeft.engine.shared_state import Together
 from nbpeft.engine.targets import usual_model_types
 from nbpeft.engine.tied_weights import modules_tied_to_embedding
 from nbpeft.engine.transaction import Transaction
@@ -332,7 +333,7 @@ def tuner_class(method: Method) -> type[BaseTuner]:
         functions = {name: function for one in alike for name, function in one.model_functions.items()}
         own: dict[str, Any] = {
             "prefix": method.prefix,
-            "uses_shared_state": method.shared is not None,
+            "uses_shared_state": method.shared is not None and not issubclass(method.shared, Together),
             "target_module_mapping": {
                 model_type: targets
                 for model_type in usual_model_types()

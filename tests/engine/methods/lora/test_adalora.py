@@ -37,6 +37,13 @@ def pair(folder: Path) -> tuple[PeftModel, Any]:
     return ours, peft.PeftModel.from_pretrained(llama(), folder, is_trainable=True)
 
 
+def test_what_its_layers_share_is_no_attribute_of_a_model() -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model: Any = get_peft_model(base, nbpeft.AdaLoraConfig(**FIELDS | {"target_modules": ["0"], "task_type": None}))
+    assert not hasattr(model, "config") and not hasattr(model, "adapters")
+    assert not type(model.base_model).uses_shared_state  # of tensors
+
+
 def train(model: Any, steps: int = 16) -> list[float]:
     ids, losses = tokens(), []
     model.train()
