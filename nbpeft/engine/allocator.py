@@ -25,7 +25,7 @@ class Allocator(Together, LearnsWithHooks):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.__dict__.update(state_before=None, state_after=None, told=False, warned=False)
+        self.__dict__.update(sums=None, seen=(None, 0), told=False, warned=False)
 
     @abstractmethod
     def allocate(self, step: int) -> None:
@@ -41,11 +41,13 @@ class Allocator(Together, LearnsWithHooks):
         A second call after one optimizer step, as of a callback beside a Trainer that calls it anyway, does nothing.
         """
         self.__dict__["told"] = True
-        if self._state == self.__dict__["state_after"] or not self.adapters:
+        gradient, version = self._gradient()
+        seen, seen_version = self.__dict__["seen"]
+        if gradient is None or (gradient is seen and version == seen_version):
             return
         with torch.no_grad():
             self.allocate(step)
-        self.__dict__["state_after"] = self._state
+        self.__dict__["seen"] = self._gradient()
 
     def extra_loss(self) -> Tensor | None:
         """None; see ``LearnsWithHooks``."""
@@ -54,9 +56,12 @@ class Allocator(Together, LearnsWithHooks):
 
     def warn_untold(self) -> None:
         """Warns in the second step of a training that nobody tells it of."""
-        before, now = self.__dict__["state_before"], self._state
-        self.__dict__["state_before"] = now
-        if before in (None, now) or self.__dict__["told"] or self.__dict__["warned"]:
+        if self.__dict__["told"] or self.__dict__["warned"] or not torch.is_grad_enabled():
+            return
+        before = self.__dict__["sums"]
+        sums = [parameter.detach().sum() for adapter in self.adapters.values() for parameter in adapter.parameters()]
+        self.__dict__["sums"] = sums
+        if before is None or all(torch.equal(*pair) for pair in zip(before, sums, strict=True)):
             return
         self.__dict__["warned"] = True
         warnings.warn(
@@ -65,10 +70,11 @@ class Allocator(Together, LearnsWithHooks):
             stacklevel=12,  # the caller of the model, or above
         )
 
-    @property
-    def _state(self) -> int:
-        """Another number after each change of the parameters in place."""
-        return sum(tensor._version for adapter in self.adapters.values() for tensor in adapter.parameters())
+    def _gradient(self) -> tuple[Tensor | None, int]:
+        """One of the gradients that are there, and its version: fused optimizers do not change that of a parameter."""
+        parameters = (parameter for adapter in self.adapters.values() for parameter in adapter.parameters())
+        gradient = next((one.grad for one in parameters if one.grad is not None), None)
+        return gradient, -1 if gradient is None else gradient._version
 
 
 def update_and_allocate(manager: Any, global_step: int) -> None:

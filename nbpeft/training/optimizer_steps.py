@@ -17,13 +17,14 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from nbpeft.engine.model_tree import manager_of
 
-_watched: weakref.WeakSet[Any] = weakref.WeakSet()
+_watched: weakref.WeakKeyDictionary[Any, list[Callable[[], int]]] = weakref.WeakKeyDictionary()
+"""Manager -> who counts its steps, the last one being asked."""
 
 
 def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[], None]:
     """Calls ``manager.after_backward`` after each step of an optimizer that holds parameters of ``model``.
 
-    A model that is watched already (by the run that a Trainer feeds) is not watched twice.
+    A model that is watched already is not watched twice: in a Trainer within a run the Trainer counts.
 
     Args:
         model: with adapters, or one without, which is not watched; held weakly.
@@ -33,8 +34,12 @@ def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[],
         A function that ends it.
     """
     manager = manager_of(model)
-    if manager is None or manager in _watched:
+    if manager is None:
         return lambda: None
+    counting = _watched.setdefault(manager, [])
+    counting.append(steps_done)
+    if len(counting) > 1:
+        return lambda: _stop(counting, steps_done)
     in_training, its_manager = weakref.ref(model), weakref.ref(manager)
     is_ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
 
@@ -46,16 +51,20 @@ def watch_steps(model: nn.Module, steps_done: Callable[[], int]) -> Callable[[],
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             is_ours[optimizer] = any(id(parameter) in held for parameter in model.parameters())
         if is_ours[optimizer]:
-            manager.after_backward(steps_done())
+            manager.after_backward(counting[-1]())
 
     handle = register_optimizer_step_post_hook(after_step)
-    _watched.add(manager)
     weakref.finalize(manager, handle.remove).atexit = False
 
     def end() -> None:
         handle.remove()
         manager = its_manager()
         if manager is not None:
-            _watched.discard(manager)
+            _watched.pop(manager, None)
 
     return end
+
+
+def _stop(counting: list[Callable[[], int]], steps_done: Callable[[], int]) -> None:
+    if steps_done in counting:
+        counting.remove(steps_done)

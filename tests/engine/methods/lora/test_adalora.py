@@ -106,6 +106,18 @@ def test_a_second_call_after_one_step_does_nothing(tmp_path: Path) -> None:
     assert pattern_of(once) == pattern_of(twice) and torch.equal(logits(once.eval()), logits(twice.eval()))
 
 
+def test_steps_of_a_fused_optimizer_count() -> None:
+    model = get_peft_model(llama(), nbpeft.AdaLoraConfig(**FIELDS)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    for step in range(16):
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad(set_to_none=False)
+    pattern = pattern_of(model)
+    assert len(pattern) == 4 and sum(map(sum, pattern.values())) == 2 * len(pattern)
+
+
 def test_a_loop_that_calls_nothing_is_told_once_what_to_call() -> None:
     model = get_peft_model(llama(), nbpeft.AdaLoraConfig(**FIELDS)).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -141,7 +153,7 @@ def test_a_run_and_a_trainer_call_it_themselves(tmp_path: Path) -> None:
     with nbpeft.track(by_trainer):
         trainer.train()
     pattern = pattern_of(by_trainer)
-    assert sum(map(sum, pattern.values())) == 2 * len(pattern)
+    assert len(pattern) == 4 and sum(map(sum, pattern.values())) == 2 * len(pattern)
 
 
 @pytest.mark.parametrize(
