@@ -5,6 +5,6 @@ modules.py    those modules, made when they are imported: ``nbpeft.tuners.lora``
 install.py    ``install_as_peft``: ``import peft`` is answered, for libraries too
 missing.py    names of what nbpeft lacks: they can be imported, and refuse when they are used
 
-The other files are what PEFT has under names of its own, over the engine: constants, conversion, helpers, imports,
-layers, mappings and merging.
+The other files are what PEFT has under names of its own, over the engine: callbacks, constants, conversion, helpers,
+imports, layers, mappings and merging.
 """

@@ -273,6 +273,8 @@ MODULES: dict[str, dict[str, str]] = {
         for package, (_, names) in METHODS.items()
         for part in ("", ".bnb", ".config", ".layer", ".model")
     },
+    "tuners.adamss.asa_callback": {"callbacks": "AdamssAsaCallback"},
+    "tuners.adamss.utils": {"missing": "clustering_Z get_trainable_subspaces seg_locations slice_pca"},
     "tuners.osf.utils": {"missing": "decompose_weight_matrix project_gradient_to_orthogonal_space"},
     "tuners.shadow.diffusion_models": {"missing": "DetachedFluxShadowModel"},
     "tuners.shadow.layers": {OWN: METHODS["shadow"][1]},

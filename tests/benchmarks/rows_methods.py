@@ -52,6 +52,7 @@ METHODS = [
     Method("DEFT", "DeftConfig", {"r": 8}),
     Method("DeLoRA", "DeloraConfig", {"r": 8}, saved=0.86),
     Method("FourierFT", "FourierFTConfig", {"n_frequency": 200}, saved=0.3),
+    Method("AdaMSS", "AdamssConfig", {"r": 16}),
     Method("GLoRA", "GloraConfig", {"r": 4}, saved=0.3),
     Method("GraLoRA", "GraloraConfig", {"r": 8, "gralora_k": 2}),
     Method("HiRA", "HiraConfig", {"r": 8}, saved=0.3),

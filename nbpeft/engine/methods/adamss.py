@@ -231,7 +231,7 @@ def _reset_importance(layer: Any, adapter_name: str) -> None:
     label="AdaMSS",
     when="few numbers, in each part of a weight where its main directions are; may train fewer and fewer",
     paper="https://openreview.net/forum?id=8ZdWmpYxT0",
-    default_targets=lambda model_type: ["query", "value"] if model_type == "vit" else usual_targets(model_type),
+    default_targets=usual_targets,
     summary=lambda config: {"r": f"{config.r}, {config.subspace_rank} in each", "K": str(config.num_subspaces)},
     smaller=lambda config: config.copy(r=config.r // 2) if config.r > 1 else None,
     sample_configs={

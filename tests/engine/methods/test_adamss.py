@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,23 @@ def test_what_is_gone_stays_gone_and_a_second_call_does_nothing(tmp_path: Path) 
     assert not gone(once)
     train(once, 1)
     assert gone(once) == before
+
+
+@pytest.mark.parametrize("tracks", [False, True])
+def test_a_trainer_with_peft_s_callback_or_a_run_drops_them(tmp_path: Path, tracks: bool) -> None:
+    from datasets import Dataset
+    from nbpeft.tuners.adamss.asa_callback import AdamssAsaCallback
+    from transformers import Trainer, TrainingArguments
+
+    model = get_peft_model(llama(), nbpeft.AdamssConfig(**FIELDS | SCHEDULE))
+    rows = [{"input_ids": row, "labels": row} for row in tokens().tolist()] * 10
+    options = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path), max_steps=10, per_device_train_batch_size=1, **options)
+    callbacks = [] if tracks else [AdamssAsaCallback()]
+    trainer = Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), callbacks=callbacks)
+    with nbpeft.track(model) if tracks else contextlib.nullcontext():
+        trainer.train()
+    assert len(gone(model)) == 2 * (12 - 3)
 
 
 def test_importance_of_one_layer_is_that_of_peft(tmp_path: Path) -> None:
